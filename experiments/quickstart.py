@@ -1,0 +1,68 @@
+"""The whole path on two CPU cores in about ten minutes: random weights, language, answers, manners, reasoning."""
+
+from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
+
+DOCS = Source("gen:docs", holdout=0.04)
+INSTRUCT = Source("gen:instruct", weight=0.6, holdout=0.05)
+ARITHMETIC = Source("gen:arithmetic", weight=0.4, holdout=0.05)
+PREFERENCES = Source("gen:preferences", holdout=0.05)
+
+experiment = Experiment(
+    name="quickstart",
+    prompts=(
+        "What is an LLM?",
+        "Write a Python function that adds two numbers.",
+        "What is the capital of France?",
+        "What is 37 + 58?",
+        "Repeat the word lantern.",
+    ),
+    tokenizer=Tokenizer(vocab_size=2048),
+    model=Model(
+        num_layers=6, embed_dim=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_dim=512, max_len=256, scan_unroll=6
+    ),
+    stages=(
+        Stage(
+            name="pretrain",
+            objective=Pretrain(z_loss=1e-4),
+            sources=(DOCS,),
+            steps=300,
+            batch_size=8,
+            seq_len=256,
+            optimizer=Optimizer(peak_lr=3e-3, schedule="wsd", warmup_steps=30),
+        ),
+        Stage(
+            name="sft",
+            objective=SFT(),
+            sources=(INSTRUCT, ARITHMETIC),
+            steps=300,
+            batch_size=8,
+            seq_len=256,
+            optimizer=Optimizer(peak_lr=2e-3, schedule="wsd", warmup_steps=20),
+        ),
+        Stage(
+            name="preference",
+            objective=DPO(beta=0.1),
+            sources=(PREFERENCES,),
+            steps=60,
+            batch_size=16,
+            seq_len=96,
+            optimizer=Optimizer(peak_lr=1e-4, warmup_steps=10, weight_decay=0.0),
+        ),
+        Stage(
+            name="reason",
+            objective=GRPO(group_size=8, max_new_tokens=64),
+            sources=(Source("gen:arithmetic", holdout=0.05),),
+            steps=80,
+            batch_size=16,
+            seq_len=128,
+            optimizer=Optimizer(peak_lr=2e-4, warmup_steps=5, schedule="constant", weight_decay=0.0),
+        ),
+    ),
+    evals=(
+        Eval(name="docs", source=DOCS, metric="bits_per_byte", count=192),
+        Eval(name="instruct", source=INSTRUCT, count=200, max_new_tokens=64),
+        Eval(name="pairs", source=PREFERENCES, metric="pair_accuracy", count=200),
+        Eval(name="manners", source=PREFERENCES, verifier="manners", count=200, max_new_tokens=64, temperature=1.0),
+        Eval(name="reasoning", source=ARITHMETIC, count=300, max_new_tokens=64),
+    ),
+)

@@ -1,0 +1,130 @@
+"""What several commands share: exit codes, finding an experiment, a run and a stage, and the sampling options."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lm import experiment as experiments
+from lm.experiment import Experiment, UserError
+
+EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
+EXPERIMENT_HELP = "a name in experiments/ (quickstart), a dotted name below it, or the path of a .py file"
+RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
+
+
+def resolve(name: str, overrides: list[str]) -> Experiment:
+    """The experiment of that name with the overrides applied, and checked.
+
+    Raises:
+        UserError: no such experiment or knob, or a value that cannot work.
+    """
+    experiment = experiments.override(experiments.load(name), overrides)
+    experiments.check(experiment)
+    return experiment
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run, given as a path or as a name in runs/.
+
+    Raises:
+        UserError: there is none (lists those in runs/), or the folder is not a run (says what is missing).
+    """
+    tried = [Path(name), Path("runs") / name]
+    folder = next((path for path in tried if path.is_dir()), None)
+    if folder is None:
+        known = sorted(path.parent.name for path in Path("runs").glob("*/experiment.json"))
+        raise UserError(f"no run {name!r}; runs/ here has: {', '.join(known) or 'nothing'}{nearest(name, known)}")
+    if not (folder / "experiment.json").is_file():
+        raise UserError(f"{folder} is not a run: it has no experiment.json")
+    return folder
+
+
+def find_stage(run_dir: Path, name: str | None) -> str:
+    """The stage asked for, or the last one of the run that has a checkpoint.
+
+    Raises:
+        UserError: the experiment has no such stage, or no checkpoint of it is there.
+    """
+    plan = json.loads((run_dir / "experiment.json").read_text("utf-8"))
+    names = [stage["name"] for stage in plan["stages"]]
+    check_stage(name, names, str(run_dir))
+    saved = [stage for stage in names if any((run_dir / "stages" / stage / "checkpoints").glob("*"))]
+    if not saved:
+        raise UserError(f"{run_dir} has no checkpoint yet in stages/*/checkpoints: train it with `lm run` first")
+    if name is not None and name not in saved:
+        raise UserError(f"{run_dir} has no checkpoint of stage {name} yet; it has {', '.join(saved)}")
+    return name or saved[-1]
+
+
+def check_stage(name: str | None, names: Iterable[str], where: str) -> None:
+    """Raises UserError with the stages there are unless `name` is one of them (or None)."""
+    names = list(names)
+    if name is not None and name not in names:
+        raise UserError(f"{where} has no stage {name!r}; it has {', '.join(names)}{nearest(name, names)}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
+    """The options of every command that samples."""
+    parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=at_least(1), default=max_new_tokens, help="longest answer (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="X",
+        type=number(0, 100),
+        default=temperature,
+        help="0 takes the likeliest token (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=at_least(0), default=0, help="sample among the K likeliest; 0: all (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=number(0, 1),
+        default=1.0,
+        help="sample among the likeliest of mass P (%(default)s)",
+    )
+    parser.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="seed of the samples (%(default)s)")
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options as keyword arguments of the sampler."""
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+
+
+def at_least(low: int):
+    """An argparse type: an integer from `low` on."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} should be an integer, at least {low}")
+        return int(text)
+
+    return parse
+
+
+def number(low: float, high: float):
+    """An argparse type: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} should be a number from {low} to {high}")
+        return value
+
+    return parse

@@ -1,0 +1,138 @@
+"""Show what a stage is trained on: decoded batches, with the loss mask in colour.
+
+  lm data quickstart --stage sft           two rows of the first batch
+  lm data quickstart --stage sft --step 7  the rows that step 7 sees
+
+Green is trained on; the rest is only read. Where this is no terminal, or
+NO_COLOR is set, ⟦ ⟧ stand around what is trained on."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lm.cli.arguments import EXPERIMENT_HELP, at_least, check_stage, resolve
+from lm.experiment import DPO, GRPO, Stage
+from lm.web.text import visible
+
+if TYPE_CHECKING:
+    from lm.data.pipeline import Prompts
+    from lm.data.tokenizer import Tokenizer
+    from lm.types import Batch
+
+TAKES_OVERRIDES = True
+GREEN, DIM, BOLD, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
+Decode = Callable[[Sequence[int]], str]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "lm data EXPERIMENT [options] [--a.b.c VALUE ...]"
+    parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
+    parser.add_argument("--stage", metavar="NAME", help="only this stage; else all of them")
+    parser.add_argument("--step", metavar="N", type=at_least(0), default=0, help="which batch, from 0 (%(default)s)")
+    parser.add_argument(
+        "--rows", metavar="N", type=at_least(1), default=2, help="rows, pairs or prompts of a batch (%(default)s)"
+    )
+
+
+def call(arguments: argparse.Namespace) -> int:
+    experiment = resolve(arguments.experiment, arguments.overrides)
+    check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    from lm.train.stages import make_tokenizer
+
+    if experiment.tokenizer.path is None:
+        print("learning the tokenizer …", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = make_tokenizer(experiment, Path(folder))
+    print(legend(colour))
+    for stage in experiment.stages:
+        if arguments.stage in (None, stage.name):
+            for line in stage_lines(stage, tokenizer, experiment.seed, arguments.step, arguments.rows, colour):
+                print(line)
+    return 0
+
+
+def stage_lines(stage: Stage, tokenizer: Tokenizer, seed: int, step: int, rows: int, colour: bool) -> Iterator[str]:
+    """What one stage sees at a step: a heading, the counts of its data, and its first rows."""
+    from lm.data.pipeline import make_feed, make_prompt_feed
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, specials=True)
+
+    yield _paint(f"\n=== {stage.name}, step {step} ===", BOLD, colour)
+    if isinstance(stage.objective, GRPO):
+        room = stage.seq_len - stage.objective.max_new_tokens
+        prompts = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, "train")
+        yield prompts.report()
+        yield from prompt_lines(prompts.batch(step), decode, rows, colour)
+    else:
+        feed = make_feed(stage, tokenizer, seed, "train")
+        yield feed.report()
+        yield from batch_lines(feed.batch(step), decode, rows, colour, paired=isinstance(stage.objective, DPO))
+
+
+def batch_lines(batch: Batch, decode: Decode, rows: int, colour: bool, paired: bool = False) -> Iterator[str]:
+    """The first `rows` rows of a batch (pairs of rows where it is paired), each under its number and counts."""
+    names = ("chosen", "rejected") if paired else ("",)
+    for index in range(min(rows * len(names), len(batch.tokens))):
+        number, side = divmod(index, len(names))
+        trained, real = int((batch.weights[index] > 0).sum()), int((batch.segments[index] > 0).sum())
+        title = f"{'pair' if paired else 'row'} {number} {names[side]}".rstrip()
+        padding = len(batch.tokens[index]) - real
+        yield _paint(f"\n--- {title}: {real} tokens, {trained} trained on, {padding} padding ---", BOLD, colour)
+        tokens, weights, segments = (x[index].tolist() for x in (batch.tokens, batch.weights, batch.segments))
+        yield render_row(tokens, weights, segments, decode, colour)
+
+
+def prompt_lines(prompts: Prompts, decode: Decode, rows: int, colour: bool) -> Iterator[str]:
+    """The first prompts of a rollout, none of it trained on, each with what the verifier has to judge by."""
+    for index in range(min(rows, len(prompts.tokens))):
+        length = int(prompts.lengths[index])
+        yield _paint(f"\n--- prompt {index}: {length} tokens ---", BOLD, colour)
+        real = prompts.tokens[index][len(prompts.tokens[index]) - length :]
+        yield render_row(real, [0.0] * length, [1] * length, decode, colour)
+        row = prompts.rows[index]
+        if "answer" in row:
+            yield _paint(f"right answer: {visible(str(row['answer']))}", BOLD, colour)
+
+
+def render_row(
+    tokens: Sequence[int], weights: Sequence[float], segments: Sequence[int], decode: Decode, colour: bool
+) -> str:
+    """One row as text: trained spans green or in ⟦ ⟧, the rest dim or bare, padding left out.
+
+    tokens, weights, segments: [T], as in lm.types.Batch. A line marks where the next packed segment begins.
+    """
+    parts: list[str] = []
+    real = [(int(t), w > 0, int(s)) for t, w, s in zip(tokens, weights, segments, strict=True) if s > 0]
+    for number, (_, members) in enumerate(itertools.groupby(real, key=lambda item: item[2])):
+        if number:
+            parts.append("\n" + _paint(f"··· segment {number + 1} ···", BOLD, colour) + "\n")
+        for trained, span in itertools.groupby(members, key=lambda item: item[1]):
+            parts.append(_mark(visible(decode([token for token, _, _ in span])), trained, colour))
+    return "".join(parts)
+
+
+def legend(colour: bool) -> str:
+    """What the marks mean."""
+    trained, read = _mark("trained on", True, colour), _mark("only read", False, colour)
+    return f"{trained}  {read}  (padding left out; ··· between packed examples)"
+
+
+def _mark(text: str, trained: bool, colour: bool) -> str:
+    if colour:
+        return _paint(text, GREEN if trained else DIM, True)
+    return f"⟦{text}⟧" if trained else text
+
+
+def _paint(text: str, code: str, colour: bool) -> str:
+    """The text in a colour, line by line, so that a pager shows every line right."""
+    return "\n".join(f"{code}{line}{PLAIN}" if line else line for line in text.split("\n")) if colour else text

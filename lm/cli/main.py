@@ -1,0 +1,126 @@
+"""`lm COMMAND …`: finds the command's file, gives it its arguments, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lm import __version__
+from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_USER
+from lm.experiment import UserError
+
+COMMANDS = {
+    "run": "train an experiment, or go on where it was stopped",
+    "config": "show the resolved value of an experiment, and every knob",
+    "data": "show decoded batches, with what is trained on in colour",
+    "sample": "answer prompts with a trained model",
+    "chat": "talk to a trained model",
+    "eval": "take the held-out numbers again, from a checkpoint",
+    "report": "write report.html, the story of a run",
+}
+
+# What must be set before jax and its libraries are imported; a value that is already there stays.
+ENVIRONMENT = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA: errors only
+    "GRPC_VERBOSITY": "ERROR",
+    "TFDS_DISABLE_NETWORK_TELEMETRY": "1",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UserError, abbreviates nothing, and knows which flags are its own."""
+
+    def __init__(self, **options: Any):
+        self.flags: set[str] = set()
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, conflict_handler="resolve", formatter_class=form, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+        self.flags |= {name for name in names if name.startswith("-")}
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (`{self.prog} --help` shows what there is)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"lm: error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPT
+    except BrokenPipeError:  # the reader has gone: what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name, *rest = words
+    if name == "--version":
+        print(f"lm {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"no command {name!r}; {hint}")
+    module = importlib.import_module(f"lm.cli.{name}")
+    parser = Parser(prog=f"lm {name}", description=module.__doc__)
+    module.configure(parser)
+    overrides: list[str] = []
+    if module.TAKES_OVERRIDES:
+        rest, overrides = split_overrides(rest, parser.flags)
+        parser.set_defaults(overrides=overrides)
+    try:
+        arguments = parser.parse_args(rest)
+    except SystemExit:  # argparse has shown the help
+        return 0
+    return module.call(arguments)
+
+
+def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], list[str]]:
+    """A command's own words, and the `--a.b.c VALUE` and `--a.b.c=VALUE` that are not among its flags."""
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--") or word.split("=", 1)[0] in flags:
+            own.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word:
+            overrides.extend(value for value in [next(rest, None)] if value is not None)
+    return own, overrides
+
+
+def _overview() -> str:
+    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lm COMMAND …",
+            "",
+            "Train a language model from random weights to a reasoner.",
+            "",
+            *lines,
+            "",
+            "`lm COMMAND --help` tells more. To begin: `lm run quickstart`",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From files, TFDS and generators to batches: tokenizer, chat, sources, packing, feeds."""

@@ -1,0 +1,158 @@
+"""Conversations: what a valid one is, how rows become one, and the one renderer to tokens and mask (ChatML)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from lm.data.tokenizer import TURN_END, TURN_START
+from lm.experiment import UserError
+
+Message = Mapping[str, str]
+ROLES = ("system", "user", "assistant")
+
+
+class Codec(Protocol):
+    """What the renderer needs of a tokenizer."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[int]]: ...
+
+
+class Rendered(NamedTuple):
+    """Token ids, and for each 1 where the model learns to predict it."""
+
+    tokens: list[int]
+    mask: list[int]
+
+
+def render(messages: Sequence[Message], tokenizer: Codec, generation_prompt: bool = False) -> Rendered:
+    """ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n` for each message, then the assistant's header if asked for.
+
+    The text between two special tokens is encoded as one string. The mask covers an assistant's content and
+    its `<|im_end|>`; a token that straddles the header and the content is inside. Validates nothing.
+    """
+    start, end = tokenizer.special_ids[TURN_START], tokenizer.special_ids[TURN_END]
+    newline = tokenizer.encode("\n")
+    tokens: list[int] = []
+    mask: list[int] = []
+    for message in messages:
+        header, content = message["role"] + "\n", message["content"]
+        if message["role"] == "assistant":
+            ids, starts = tokenizer.encode_offsets(header + content)
+            ends = [*starts[1:], len(header) + len(content)]
+            inside = [int(s >= len(header) or e > len(header)) for s, e in zip(starts, ends, strict=True)]
+        else:
+            ids = tokenizer.encode(header + content)
+            inside = [0] * len(ids)
+        tokens += [start, *ids, end, *newline]
+        mask += [0, *inside, int(message["role"] == "assistant"), *([0] * len(newline))]
+    if generation_prompt:
+        header_ids = [start, *tokenizer.encode("assistant\n")]
+        tokens += header_ids
+        mask += [0] * len(header_ids)
+    return Rendered(tokens, mask)
+
+
+def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> None:
+    """Raise UserError, naming `where` and the turn, unless this is [system] user assistant user assistant ….
+
+    With `needs_answer` the last turn must be the assistant's; without, the user's.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f"{where}: a conversation must be a list of turns with at least one, found {messages!r:.60}")
+    expected: tuple[str, ...] = ("system", "user")
+    for number, turn in enumerate(messages, start=1):
+        spot = f"{where}, turn {number}"
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+            raise UserError(f'{spot}: a turn must be {{"role": …, "content": …}}, found {turn!r:.60}')
+        role, content = turn["role"], turn["content"]
+        if role not in ROLES:
+            raise UserError(f"{spot}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise UserError(f"{spot}: the content must be a string, found {content!r:.60}")
+        if role not in expected:
+            raise UserError(f"{spot}: {_misplaced(role, number)}")
+        expected = ("assistant",) if role == "user" else ("user",)
+    last, wanted = messages[-1]["role"], "assistant" if needs_answer else "user"
+    if last != wanted:
+        raise UserError(f"{where}, turn {len(messages)}: the last turn must be the {wanted}'s, found the {last}'s")
+
+
+def _misplaced(role: str, number: int) -> str:
+    if role == "system":
+        return "a system turn can only be the first"
+    if role == "user":
+        return "two user turns in a row; an assistant turn must come between them"
+    if number == 1:
+        return "a conversation cannot begin with the assistant"
+    return "an assistant turn must follow a user turn"
+
+
+def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[dict[str, str]]:
+    """A string becomes one turn of `role`; a message list stays, as plain dicts."""
+    if isinstance(prompt, str):
+        return [{"role": role, "content": prompt}]
+    return [dict(turn) for turn in prompt]
+
+
+def training_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    """The conversation to imitate: `messages`, or `question` and `answer` as a user and an assistant turn."""
+    if "messages" in row:
+        messages = row["messages"]
+    elif "question" in row and "answer" in row:
+        messages = [*as_messages(row["question"]), *as_messages(row["answer"], "assistant")]
+    else:
+        raise _missing(row, where, "messages, or question and answer")
+    check_conversation(messages, where)
+    return as_messages(messages)
+
+
+def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    """What the model is asked: `prompt`, `question`, or `messages` without the last answer."""
+    if "prompt" in row:
+        messages = _turns(row["prompt"], "user", where, "prompt")
+    elif "question" in row:
+        messages = _turns(row["question"], "user", where, "question")
+    elif "messages" in row:
+        messages = row["messages"]
+        if isinstance(messages, Sequence) and messages and _role(messages[-1]) == "assistant":
+            messages = messages[:-1]
+    else:
+        raise _missing(row, where, "prompt, question or messages")
+    check_conversation(messages, where, needs_answer=False)
+    return as_messages(messages)
+
+
+def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The chosen and the rejected conversation of a row with `prompt`, `chosen`, `rejected`."""
+    if not {"prompt", "chosen", "rejected"} <= set(row):
+        raise _missing(row, where, "prompt, chosen and rejected")
+    prompt = prompt_messages(row, where)
+    pair = []
+    for side in ("chosen", "rejected"):
+        conversation = [*prompt, *_turns(row[side], "assistant", where, side)]
+        check_conversation(conversation, f"{where}, {side}")
+        pair.append(as_messages(conversation))
+    return pair[0], pair[1]
+
+
+def _turns(value: Any, role: str, where: str, column: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        return as_messages(value, role)
+    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
+        raise UserError(f"{where}: {column} must be a string or a list of turns, found {value!r:.60}")
+    return as_messages(value)
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, Mapping) else None
+
+
+def _missing(row: Mapping[str, Any], where: str, needed: str) -> UserError:
+    found = ", ".join(map(str, row)) or "none"
+    return UserError(f"{where}: this stage needs the columns {needed}; the columns found are {found}")

@@ -1,0 +1,33 @@
+"""`gen:instruct`: short questions with right answers, half of them plain, half with an opener or a hedge or both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm.data.curriculum.draw import Draw
+from lm.data.curriculum.style import CLOSERS, OPENERS, dress
+from lm.data.curriculum.tasks import draw_task
+
+STREAM = 1
+
+
+def instruct_row(index: int) -> dict[str, Any]:
+    """Row `index`: `messages` (user, assistant), `answer` (the core) and `key`; a pure function of the index.
+
+    Greetings are answered plainly.
+    """
+    draw = Draw(STREAM, index)
+    family, task = draw_task(draw)
+    answer = task.core if family == "greeting" else random_dress(draw, task.core)
+    messages = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "answer": task.core, "key": task.key}
+
+
+def random_dress(draw: Draw, core: str) -> str:
+    """Half of the time plain; else an opener, a closer, or both, a third each."""
+    if draw.below(2):
+        return core
+    manner = draw.below(3)
+    opener = draw.choice(OPENERS) if manner != 1 else ""
+    closer = draw.choice(CLOSERS) if manner != 0 else ""
+    return dress(core, opener, closer)

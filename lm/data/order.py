@@ -1,0 +1,52 @@
+"""Which row comes when: shuffles and mixtures as functions of an integer, with no state to save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from lm.data.curriculum.draw import mix64
+
+ROUNDS = 4
+
+
+def permute(place: int, length: int, key: int) -> int:
+    """Where a pseudo-random permutation of range(length), chosen by `key`, sends `place`.
+
+    A balanced Feistel network over the next even number of bits; a value past the end walks on along its
+    cycle (Black and Rogaway 2002, Ciphers with arbitrary finite domains).
+    """
+    if length == 1:
+        return 0
+    half = ((length - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (mix64(mix64(key + turn) ^ right) & mask)
+        place = left << half | right
+        if place < length:
+            return place
+
+
+def mixture_shares(weights: Sequence[float]) -> list[Fraction]:
+    """The exact share of each source among itself and those after it; the last is 1.
+
+    The weights are positive, or zero for a source that is never drawn.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    return [weight / rest if (rest := sum(exact[i:])) else Fraction(0) for i, weight in enumerate(exact)]
+
+
+def mixture(index: int, shares: Sequence[Fraction]) -> tuple[int, int]:
+    """(source, place in that source) of global row `index`.
+
+    After n rows each source has given its share of n to within one row for each source before it, and the places
+    of a source are 0, 1, 2, … without a gap: each source takes its share of the rows that those before it left.
+    """
+    for source, share in enumerate(shares):
+        taken = index * share.numerator // share.denominator
+        if (index + 1) * share.numerator // share.denominator > taken:
+            return source, taken
+        index -= taken
+    raise ValueError("the last share of a mixture must be 1")

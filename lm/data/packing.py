@@ -1,0 +1,108 @@
+"""Examples to rows of fixed length, as pure functions: windows over documents, packed conversations, padding.
+
+`weights`, `segments` and `positions` mean what `lm.types.Batch` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32
+
+
+class Row(NamedTuple):
+    """One row of a batch."""
+
+    tokens: Int32[np.ndarray, " T"]
+    weights: Float32[np.ndarray, " T"]
+    segments: Int32[np.ndarray, " T"]
+    positions: Int32[np.ndarray, " T"]
+
+
+class Example(NamedTuple):
+    """One tokenised example: ids, and 1 where the model learns to predict the token."""
+
+    tokens: Int[np.ndarray, " N"]
+    mask: Int[np.ndarray, " N"]
+
+
+def window(
+    stream: Int[np.ndarray, " S"], bounds: Int[np.ndarray, " D+1"], start: int, seq_len: int, pad_id: int
+) -> Row:
+    """Tokens start … start + seq_len of a stream of documents, padded where the stream ends.
+
+    `bounds[d]` is where document d begins in the stream, `bounds[-1]` its length; each document ends with its
+    end-of-text token. Every document in the window is a segment, and its first token there has weight 0.
+    """
+    tokens = np.full(seq_len, pad_id, np.int32)
+    segments = np.zeros(seq_len, np.int32)
+    positions = np.zeros(seq_len, np.int32)
+    piece = stream[start : start + seq_len]
+    places = np.arange(start, start + len(piece))
+    documents = np.searchsorted(bounds, places, side="right") - 1
+    tokens[: len(piece)] = piece
+    segments[: len(piece)] = documents - documents[0] + 1
+    positions[: len(piece)] = places - np.maximum(bounds[documents], start)
+    weights = ((segments > 0) & (positions > 0)).astype(np.float32)
+    return Row(tokens, weights, segments, positions)
+
+
+def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> Row:
+    """Examples side by side in one row, a segment each; they must fit. The first token of each has weight 0."""
+    tokens = np.full(seq_len, pad_id, np.int32)
+    weights = np.zeros(seq_len, np.float32)
+    segments = np.zeros(seq_len, np.int32)
+    positions = np.zeros(seq_len, np.int32)
+    at = 0
+    for number, (ids, mask) in enumerate(examples, start=1):
+        here = slice(at, at + len(ids))
+        tokens[here], weights[here], segments[here] = ids, mask, number
+        positions[here] = np.arange(len(ids))
+        weights[at : at + 1] = 0.0
+        at += len(ids)
+    return Row(tokens, weights, segments, positions)
+
+
+def truncate(example: Example, seq_len: int) -> Example:
+    """The start of an example, at most seq_len tokens."""
+    return Example(example.tokens[:seq_len], example.mask[:seq_len])
+
+
+def is_trained(example: Example) -> bool:
+    """Whether the loss sees any of its tokens (the first has nothing before it and does not count)."""
+    return bool(np.any(example.mask[1:]))
+
+
+def pack(lengths: Sequence[int], seq_len: int, open_rows: int = 32) -> list[list[int]]:
+    """Greedy packing: the examples of each row, every example in exactly one row, in order within it.
+
+    Each example goes to the fullest open row that has room, else to a new one; the fullest row closes when more than
+    `open_rows` are open. No length may exceed seq_len.
+    """
+    rows: list[list[int]] = []
+    room: dict[int, int] = {}  # open row → tokens left
+    for example, length in enumerate(lengths):
+        if length > seq_len:
+            raise ValueError(f"example {example} has {length} tokens, more than a row of {seq_len}")
+        best = min((row for row, left in room.items() if left >= length), key=room.__getitem__, default=None)
+        if best is None:
+            best = len(rows)
+            rows.append([])
+            room[best] = seq_len
+        rows[best].append(example)
+        room[best] -= length
+        if len(room) > open_rows:
+            del room[min(room, key=room.__getitem__)]
+    return rows
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], width: int, pad_id: int
+) -> tuple[Int32[np.ndarray, "B P"], Int32[np.ndarray, " B"]]:
+    """Prompts right-aligned in [B, width], and their lengths; they must fit."""
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)

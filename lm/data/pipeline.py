@@ -1,0 +1,117 @@
+"""Feeds: `batch(step)` as a pure function of the stage, the seed and the step, for training and for held-out data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from lm import experiment as values
+from lm.data import packing
+from lm.data.order import mixture
+from lm.data.prompts import PromptFeed, Prompts, encode_prompts, make_prompt_feed
+from lm.data.selection import (
+    Split,
+    check_sources,
+    fingerprint,
+    heldout_rows,
+    heldout_texts,
+    order_key,
+    select,
+    shares,
+    tokenizer_texts,
+)
+from lm.data.supply import Order, Supply, conversations, pairs, windows
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import UserError
+from lm.types import Batch
+
+__all__ = [
+    "Feed",
+    "PromptFeed",
+    "Prompts",
+    "check_sources",
+    "encode_prompts",
+    "heldout_rows",
+    "heldout_texts",
+    "make_feed",
+    "make_prompt_feed",
+    "tokenizer_texts",
+]
+
+SUPPLIES = {values.Pretrain: windows, values.SFT: conversations, values.DPO: pairs}
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches of a mixture, whose weights are shares of rows.
+
+    `rows` is how many rows (or pairs) there are in all: None in training, which has no end.
+    """
+
+    names: tuple[str, ...]
+    supplies: tuple[Supply, ...]
+    shares: tuple[Fraction, ...]
+    batch_size: int
+    seq_len: int
+    pad_id: int
+    fingerprint: str
+    rows: int | None
+
+    def batch(self, step: int) -> Batch:
+        """Rows step * batch_size … of the mixture, arrays [B, T] (pairs: [2B, T], chosen and rejected in turn).
+
+        Held-out rows come once each, in a fixed order; after the last come empty rows of weight 0. Raises UserError if
+        a training batch has nothing to train on.
+        """
+        rows: list[packing.Row] = []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            rows += self._rows_at(number)
+        tokens, weights, segments, positions = map(np.stack, zip(*rows, strict=True))
+        if self.rows is None and not weights.any():
+            raise UserError(f"step {step}: the loss mask of the whole batch is zero; sources: {', '.join(self.names)}")
+        return Batch(tokens=tokens, weights=weights, segments=segments, positions=positions)
+
+    def report(self) -> str:
+        """One line a source: examples, tokens, what was truncated and dropped, rows in an epoch."""
+        lines = []
+        for name, supply in zip(self.names, self.supplies, strict=True):
+            rows = "" if supply.tally.partial else f", {supply.rows} rows of {self.seq_len}"
+            lines.append(f"{name}: {supply.tally.describe(supply.unit)}{rows}")
+        return "\n".join(lines)
+
+    def _rows_at(self, number: int) -> list[packing.Row]:
+        if self.rows is None:
+            source, place = mixture(number, self.shares)
+            supply = self.supplies[source]
+            return supply.row(*divmod(place, supply.rows))
+        for supply in self.supplies:
+            if number < supply.rows:
+                return supply.row(0, number)
+            number -= supply.rows
+        return [packing.join([], self.seq_len, self.pad_id)] * len(supply.row(0, 0))
+
+
+def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split = "train") -> Feed:
+    """The batches of a pretraining, SFT or DPO stage, from its training or its held-out examples.
+
+    Every source is read, split and (training generators excepted) tokenised here. Raises UserError naming what is wrong.
+    """
+    build = SUPPLIES[type(stage.objective)]
+    supplies, contents = [], []
+    for number, source in enumerate(stage.sources):
+        rows, indices = select(source, split)
+        order = Order(None if split == "heldout" else order_key(seed, stage.name, number))
+        supplies.append(build(rows, indices, stage.seq_len, tokenizer, order))
+        contents.append(rows)
+    return Feed(
+        names=tuple(source.path for source in stage.sources),
+        supplies=tuple(supplies),
+        shares=tuple(shares(stage.sources, stage.name)),
+        batch_size=stage.batch_size,
+        seq_len=stage.seq_len,
+        pad_id=tokenizer.pad_id,
+        fingerprint=fingerprint(stage.sources, contents, tokenizer.fingerprint),
+        rows=sum(supply.rows for supply in supplies) if split == "heldout" else None,
+    )

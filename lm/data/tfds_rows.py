@@ -1,0 +1,71 @@
+"""Rows of a TensorFlow Datasets split, read from ArrayRecord without TensorFlow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.data.builders import BUILDERS, find_builder
+from lm.experiment import UserError
+
+
+def read(name: str, data_dir: str | Path | None = None) -> tuple[list[dict[str, Any]], str]:
+    """(rows, sha256 over them) of `NAME/SPLIT`, NAME as TFDS writes it (`builder`, `builder/config`, `…:version`).
+
+    Our own builders are prepared on first use; of others only what is already prepared as ArrayRecord is read.
+    """
+    name, _, split = name.rpartition("/")
+    if not name:
+        raise UserError(f"tfds:{split}: say which split, as in tfds:{split}/train")
+    builder = _builder(name, data_dir)
+    if split not in builder.info.splits:
+        raise UserError(f"tfds:{name}/{split}: no split {split!r}; the splits are {', '.join(builder.info.splits)}")
+    rows = [_plain(example) for example in builder.as_data_source(split)]
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return rows, digest.hexdigest()
+
+
+def _builder(name: str, data_dir: str | Path | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    base, _, config = name.partition("/")
+    ours = find_builder(base)
+    if ours is not None:
+        kwargs = {"config": config} if config else {}
+        try:
+            builder = ours(data_dir=data_dir, file_format="array_record", **kwargs)
+        except ValueError as error:
+            raise UserError(f"tfds:{name}: {str(error).splitlines()[0]}") from error
+        builder.download_and_prepare()
+        return builder
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
+        raise UserError(
+            f"tfds:{name}: cannot be opened ({str(error).splitlines()[0]}); of our own there are {', '.join(BUILDERS)}"
+        ) from error
+    if not builder.is_prepared():
+        raise UserError(
+            f"tfds:{name}: not prepared in {builder.data_dir}; run its download_and_prepare() "
+            "with file_format='array_record'"
+        )
+    return builder
+
+
+def _plain(value: Any) -> Any:
+    """TFDS values as JSON has them: bytes become str, arrays and scalars lists and numbers."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,210 @@
+"""The tokenizer: sentencepiece BPE over bytes that gives every text back exactly.
+
+Ids 0, 1, 2 are `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`. They are control pieces: no text encodes to
+them, also not a text that spells them. A newline is a piece of its own and merges with nothing, so the
+tokens of a chat header do not depend on what follows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import sentencepiece
+
+from lm.experiment import UserError
+
+END_OF_TEXT, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+FILE_NAME = "tokenizer.model"
+TRAINING_BYTES = 2_000_000
+CHUNK = 4_000  # characters; the training text is made of whole chunks, evenly spread
+LONGEST_LINE = 1_000  # characters; sentencepiece passes over lines longer than 4192 bytes
+SPACE = "\u2581"  # sentencepiece's own name for a space
+PROBE = " a\n\n    b\t\u00e9\u4f60 "  # comes back only from a tokenizer that keeps everything
+MIN_VOCAB = 320  # 256 bytes, 3 special tokens, unknown, newline, and room for letters
+
+
+class Tokenizer:
+    """A sentencepiece model with ChatML's special tokens, given as its serialised bytes."""
+
+    def __init__(self, model: bytes, name: str = "tokenizer"):
+        self._model = model
+        self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._sp.vocab_size()
+        self.fingerprint: str = hashlib.sha256(model).hexdigest()
+        self.special_ids: dict[str, int] = {piece: self._sp.piece_to_id(piece) for piece in SPECIALS}
+        for piece, index in self.special_ids.items():
+            if not (self._sp.is_control(index) and self._sp.id_to_piece(index) == piece):
+                raise UserError(
+                    f"{name}: {piece} is not a control piece of this sentencepiece model; "
+                    f"train it with control symbols {' '.join(SPECIALS)}"
+                )
+        self.pad_id = self.special_ids[END_OF_TEXT]
+        self.eos_id = self.special_ids[TURN_END]
+        self._bytes = [_piece_bytes(self._sp, index) for index in range(self.vocab_size)]
+        self._char_starts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in self._bytes]
+        self._space_name_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise UserError(
+                f"{name}: this sentencepiece model does not give a text back exactly; train it with byte_fallback, "
+                "identity normalisation, no dummy prefix and no removal of extra whitespace"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ordinary text; `decode` gives the text back. Never a special token.
+
+        Lone surrogates, which no UTF-8 text has, become question marks.
+        """
+        text = _without_surrogates(text)
+        return self._encode_with_space_names(text) if SPACE in text else self._sp.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, on two threads."""
+        texts = [_without_surrogates(text) for text in texts]
+        if any(SPACE in text for text in texts):
+            return [self.encode(text) for text in texts]
+        return self._sp.encode(texts, num_threads=2)
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and for each the index of the character in which its first byte lies."""
+        ids = self.encode(text)
+        begun = accumulate((self._char_starts[i] for i in ids), initial=0)
+        starts = [chars - (self._bytes[i][0] & 0xC0 == 0x80) for i, chars in zip(ids, begun, strict=False)]
+        return ids, starts
+
+    def decode(self, ids: Iterable[int], specials: bool = False) -> str:
+        """The text of the ids; broken UTF-8 becomes U+FFFD. Special tokens are left out, or spelt if asked for."""
+        names = {index: piece.encode() for piece, index in self.special_ids.items()} if specials else {}
+        return b"".join(names.get(int(i)) or self._bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `folder/tokenizer.model`, all or nothing; gives its path."""
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        draft.write_bytes(self._model)
+        os.replace(draft, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a sentencepiece `.model` file, or the one in a folder. Raises UserError where there is none."""
+        path = Path(path).expanduser()
+        file = path / FILE_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"tokenizer.path: there is no file {file}; name a sentencepiece .model file or its folder")
+        try:
+            return cls(file.read_bytes(), name=str(file))
+        except RuntimeError as error:
+            raise UserError(f"tokenizer.path: {file} is not a sentencepiece model ({error})") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> Tokenizer:
+        """Learn `vocab_size` pieces from about 2 MB of the texts; the same texts give the same model.
+
+        Saves it into `folder` if one is given. Raises UserError where the text cannot fill the vocabulary.
+        """
+        if vocab_size < MIN_VOCAB:
+            raise UserError(f"tokenizer.vocab_size is {vocab_size}; it must be at least {MIN_VOCAB}")
+        lines = list(_lines(_sample(list(texts), TRAINING_BYTES)))
+        if not lines:
+            raise UserError("the tokenizer has no text to learn from: every training text is empty")
+        tokenizer = cls(_train(lines, vocab_size))
+        if folder is not None:
+            tokenizer.save(folder)
+        return tokenizer
+
+    def _encode_with_space_names(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(text.split(SPACE)):
+            ids += (self._space_name_ids if index else []) + self._sp.encode(part)
+        return ids
+
+
+def _train(lines: list[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_common_letters(lines, most=(vocab_size - 261) // 2)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            pad_id=0,
+            pad_piece=END_OF_TEXT,
+            bos_id=1,
+            bos_piece=TURN_START,
+            eos_id=2,
+            eos_piece=TURN_END,
+            unk_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        limit = re.search(r"too high .* value <= (\d+)", str(error))
+        if limit is None:
+            raise
+        raise UserError(
+            f"tokenizer.vocab_size is {vocab_size}, more than this text supports; the largest that works is {limit[1]}"
+        ) from error
+    return model.getvalue()
+
+
+def _common_letters(lines: list[str], most: int) -> list[str]:
+    """The lines cut at all but their `most` commonest characters, which are left to the byte pieces."""
+    counts = Counter[str]()
+    for line in lines:
+        counts.update(line)
+    rare = "".join(letter for letter, _ in counts.most_common()[most:])
+    if not rare:
+        return lines
+    cut = re.compile(f"[{re.escape(rare)}]+")
+    return [piece for line in lines for piece in cut.split(line) if piece]
+
+
+def _sample(texts: list[str], limit: int) -> list[str]:
+    """All of the texts, or chunks of them evenly spread, `limit` UTF-8 bytes in all."""
+    sizes = [len(text.encode(errors="replace")) for text in texts]
+    if sum(sizes) <= limit:
+        return texts
+    chunks = [text[at : at + CHUNK] for text in texts for at in range(0, len(text), CHUNK)]
+    keep = max(1, len(chunks) * limit // sum(sizes))
+    return [chunks[index * len(chunks) // keep] for index in range(keep)]
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces without newlines and short enough for sentencepiece."""
+    for text in texts:
+        for line in _without_surrogates(text).replace(SPACE, " ").split("\n"):
+            for at in range(0, len(line), LONGEST_LINE):  # none for an empty line
+                yield line[at : at + LONGEST_LINE]
+
+
+def _piece_bytes(sp: sentencepiece.SentencePieceProcessor, index: int) -> bytes:
+    if sp.is_control(index) or sp.is_unknown(index):
+        return b""
+    piece = sp.id_to_piece(index)
+    return bytes([int(piece[3:5], 16)]) if sp.is_byte(index) else piece.replace(SPACE, " ").encode()
+
+
+@functools.lru_cache(maxsize=1)
+def _surrogates() -> re.Pattern[str]:
+    return re.compile("[\ud800-\udfff]")
+
+
+def _without_surrogates(text: str) -> str:
+    return _surrogates().sub("?", text)

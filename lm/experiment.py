@@ -1,0 +1,428 @@
+"""An experiment is a value: frozen dataclasses, loaded from a file, overridden by name, saved, compared.
+
+A leaf: imports nothing of lm and nothing slow, so that `lm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class UserError(Exception):
+    """Something the user can put right. The command line prints its one line and exits with 2."""
+
+
+def knob(default: Any = dataclasses.MISSING, help: str = "") -> Any:
+    """A dataclass field with the one line of help that the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    vocab_size: int = knob(2048, "pieces of the sentencepiece BPE vocabulary, bytes and special tokens included")
+    path: str | None = knob(None, "use this sentencepiece .model and learn nothing")
+
+
+@dataclass(frozen=True)
+class Model:
+    num_layers: int = knob(6, "transformer blocks")
+    embed_dim: int = knob(256, "width of the residual stream")
+    num_heads: int = knob(4, "query heads")
+    num_kv_heads: int = knob(2, "key and value heads; must divide num_heads")
+    head_dim: int = knob(64, "width of one head")
+    mlp_dim: int = knob(704, "width of the SwiGLU hidden layer")
+    max_len: int = knob(512, "longest sequence, in tokens")
+    rope_theta: float = knob(10_000.0, "base of the rotary position frequencies")
+    rope_scaling: tuple[float, ...] = knob(
+        (), "Llama 3.1's factor, low and high frequency factor, original length; empty: none"
+    )
+    norm_eps: float = knob(1e-6, "added to the mean square inside RMSNorm")
+    qk_norm: bool = knob(True, "RMSNorm on every query and key head, before rope")
+    tied_head: bool = knob(True, "the output projection is the embedding, transposed")
+    remat: Literal["none", "full", "dots"] = knob(
+        "none", "what the backward pass recomputes: nothing, whole blocks, all but matrix products"
+    )
+    scan_unroll: int = knob(1, "blocks unrolled per iteration of the layer scan; num_layers is fastest on CPU")
+    param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype the parameters are kept in")
+    compute_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of activations and matrix products")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    data: int = knob(-1, "devices that hold copies and split the batch; -1 takes all that are left")
+    fsdp: int = knob(1, "devices that split the batch and the parameters")
+    tensor: int = knob(1, "devices that split heads, mlp and vocabulary")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    peak_lr: float = knob(1e-3, "learning rate after the warmup")
+    schedule: Literal["constant", "cosine", "wsd"] = knob("cosine", "shape of the learning rate after the warmup")
+    warmup_steps: int = knob(20, "updates of linear warmup; the first update has peak_lr / warmup_steps")
+    decay_frac: float = knob(0.2, "part of the updates that wsd spends decaying")
+    final_lr_frac: float = knob(0.1, "last learning rate as a part of the peak")
+    b2: float = knob(0.95, "AdamW decay of the second moment")
+    weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only")
+    clip_norm: float = knob(1.0, "largest global norm of the gradient")
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str = knob(help="file, tfds:NAME/SPLIT, or gen:NAME; see `lm data`")
+    weight: float = knob(1.0, "share of this source in the mixture")
+    holdout: float = knob(0.02, "part of the examples kept out of training, chosen by hash")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser")
+
+
+@dataclass(frozen=True)
+class SFT:
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser")
+
+
+@dataclass(frozen=True)
+class DPO:
+    loss: Literal[
+        "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"
+    ] = knob("sigmoid", "row of the DPO table")  # fmt: skip
+    beta: float = knob(0.1, "strength of the pull to the reference")
+    label_smoothing: float = knob(0.0, "believed part of the labels that is flipped")
+
+
+@dataclass(frozen=True)
+class GRPO:
+    verifier: str = knob("answer", "row of the verifier table that gives the reward")
+    group_size: int = knob(8, "completions sampled for one prompt")
+    max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this")
+    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too")
+    clip_low: float = knob(0.2, "lower clip of the ratio: 1 - clip_low")
+    clip_high: float = knob(0.2, "upper clip of the ratio: 1 + clip_high")
+    kl_coef: float = knob(0.0, "weight of the k3 KL to the reference, the model before this stage")
+    aggregation: Literal["token", "sequence", "constant"] = knob(
+        "token", "how token losses add up: DAPO, GRPO, Dr. GRPO"
+    )
+    scale_advantages: bool = knob(True, "divide advantages by the group's standard deviation")
+    updates_per_rollout: int = knob(1, "optimizer updates that share one rollout")
+
+
+Objective = Pretrain | SFT | DPO | GRPO
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str = knob(help="name of the stage, and of its folder")
+    objective: Objective = knob(help="what is minimised")
+    sources: tuple[Source, ...] = knob(help="the mixture of data")
+    optimizer: Optimizer = Optimizer()
+    steps: int = knob(1000, "steps; a GRPO step is a rollout with its updates")
+    batch_size: int = knob(32, "rows (pretrain, sft), pairs (dpo) or prompts (grpo) in a step, over all devices")
+    seq_len: int = knob(256, "tokens in a row")
+    microbatches: int = knob(1, "pieces that a batch is cut into to save memory")
+    eval_every: int = knob(0, "steps between held-out evaluations with samples; 0: only before and after")
+    evals: tuple[str, ...] = knob((), "names of the evals that are taken every eval_every steps too")
+    save_every: int = knob(100, "steps between checkpoints")
+
+
+@dataclass(frozen=True)
+class Eval:
+    name: str = knob(help="name of the column in tables")
+    source: Source = knob(help="where the held-out examples come from")
+    metric: Literal["bits_per_byte", "reward", "pair_accuracy"] = knob("reward", "what is measured")
+    verifier: str = knob("answer", "row of the verifier table, for metric reward")
+    count: int = knob(200, "held-out examples (bits_per_byte: rows of tokens)")
+    max_new_tokens: int = knob(64, "longest answer")
+    temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str = knob(help="name of the run; its folder is runs/NAME")
+    stages: tuple[Stage, ...] = knob(help="stages, one after another")
+    evals: tuple[Eval, ...] = knob((), "held-out measurements taken before and after every stage")
+    prompts: tuple[str, ...] = knob(("What is an LLM?",), "prompts answered on every evaluation")
+    seed: int = knob(0, "seed of parameters, data order and samples")
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model = Model()
+    mesh: Mesh = Mesh()
+
+
+OBJECTIVES = {kind.__name__: kind for kind in typing.get_args(Objective)}
+
+
+# ---- to and from plain JSON values -------------------------------------------------------------------------------
+
+
+def to_dict(value: Any) -> Any:
+    """Plain JSON value of an experiment; an objective carries its class name as `kind`."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields} if type(value) in OBJECTIVES.values() else fields
+    if isinstance(value, tuple):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def from_dict(value: Any, kind: Any = Experiment, where: str = "experiment") -> Any:
+    """The typed value that `to_dict` made plain.
+
+    Raises:
+        UserError: a field is missing, unknown, or of the wrong type; says which.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind == Objective:
+        name = value.get("kind")
+        if name not in OBJECTIVES:
+            raise UserError(f"{where}.kind is {name!r}; there are {', '.join(OBJECTIVES)}")
+        return from_dict({k: v for k, v in value.items() if k != "kind"}, OBJECTIVES[name], where)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise UserError(f"{where} has no field {sorted(unknown)[0]!r}{_nearest(sorted(unknown)[0], hints)}")
+        missing = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING} - set(value)
+        if missing:
+            raise UserError(f"{where} lacks the field {sorted(missing)[0]!r}")
+        return kind(**{k: from_dict(v, hints[k], f"{where}.{k}") for k, v in value.items()})
+    if origin is tuple:
+        return tuple(from_dict(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is types.UnionType:
+        return None if value is None else from_dict(value, args[0], where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where} is {value!r}; it can be {', '.join(map(repr, args))}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where} is {value!r}; it should be {_describe(kind)}")
+    return value
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a plain value by dotted name; members of a list go by their `name` where they have one.
+
+    Stages stand at the top, as on the command line: `sft.steps`.
+    """
+    if isinstance(value, dict):
+        members = value.items()
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        members = ((str(item.get("name", i)), item) for i, item in enumerate(value))
+    else:
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for name, item in members:
+        inside = prefix if prefix == "" and name == "stages" else f"{prefix}.{name}".lstrip(".")
+        leaves |= flatten(item, inside)
+    return leaves
+
+
+def diff(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every leaf in which two plain values differ."""
+    before, after = flatten(old), flatten(new)
+    return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]
+
+
+# ---- overrides by dotted name ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One leaf of an experiment, as the command line shows it."""
+
+    name: str
+    type: str
+    value: Any
+    help: str
+
+
+def knobs(experiment: Experiment) -> list[Knob]:
+    """Every leaf that the command line can override, in the order of the dataclasses."""
+    return [Knob(name, _describe(kind), value, text) for name, (_, kind, value, text) in _leaves(experiment).items()]
+
+
+def override(experiment: Experiment, arguments: list[str]) -> Experiment:
+    """The experiment with `--a.b.c VALUE` (or `--a.b.c=VALUE`) pairs applied.
+
+    Raises:
+        UserError: no such leaf (names the nearest ones), a value missing or of the wrong type.
+    """
+    leaves = _leaves(experiment)
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        flag = words.pop(0)
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in leaves:
+            raise UserError(f"no knob {flag!r}{_nearest(name, leaves)} (`lm config EXPERIMENT --help` lists all)")
+        if not words:
+            raise UserError(f"{flag} needs a value: {_describe(leaves[name][1])}")
+        path, kind, _, _ = leaves[name]
+        experiment = _replace(experiment, path, _parse(words.pop(0), kind, flag))
+    return experiment
+
+
+def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[tuple, Any, Any, str]]:
+    """dotted name → (path, type, value, help) for every leaf below a dataclass."""
+    found: dict[str, tuple[tuple, Any, Any, str]] = {}
+    hints = typing.get_type_hints(type(value))
+    for f in dataclasses.fields(value):
+        item, name, here = getattr(value, f.name), f"{prefix}{f.name}", (*path, f.name)
+        if dataclasses.is_dataclass(item):
+            found |= _leaves(item, f"{name}.", here)
+        elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
+            for i, member in enumerate(item):
+                inside = "" if f.name == "stages" else f"{name}."
+                found |= _leaves(member, f"{inside}{getattr(member, 'name', i)}.", (*here, i))
+        else:
+            found[name] = (here, hints[f.name], item, f.metadata.get("help", ""))
+    return found
+
+
+def _replace(value: Any, path: tuple, leaf: Any) -> Any:
+    if not path:
+        return leaf
+    if isinstance(value, tuple):
+        return tuple(_replace(item, path[1:], leaf) if i == path[0] else item for i, item in enumerate(value))
+    return dataclasses.replace(value, **{path[0]: _replace(getattr(value, path[0]), path[1:], leaf)})
+
+
+def _parse(text: str, kind: Any, flag: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if text.lower() == "none" else _parse(text, args[0], flag)
+    if origin is tuple:
+        items = json.loads(text) if text.startswith("[") else [part for part in text.split(",") if part.strip()]
+        return tuple(_parse(str(item).strip(), args[0], flag) for item in items)
+    try:
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        if kind is int:
+            return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
+        if kind is float:
+            return float(text)
+        if origin is Literal and text not in args:
+            raise ValueError(text)
+        return text
+    except (ValueError, KeyError):
+        raise UserError(f"{flag} is {text!r}; it should be {_describe(kind)}") from None
+
+
+def _describe(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is types.UnionType:
+        return f"{_describe(args[0])} or none"
+    if origin is tuple:
+        return "a list"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+
+
+def _nearest(name: str, names: typing.Iterable[str]) -> str:
+    """'; did you mean …' with up to three names; a misplaced leaf is found by its last part too."""
+    names = list(names)
+    last = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close += [n for n in names if n.rsplit(".", 1)[-1] == last and n not in close]
+    return f"; did you mean {', '.join(close[:3])}?" if close else ""
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def load(name: str) -> Experiment:
+    """The `experiment` that a file defines: a path, or a name or dotted name below `experiments/`.
+
+    Raises:
+        UserError: no such file (lists what is there), or it defines no `experiment`.
+    """
+    path = Path(name)
+    if path.suffix != ".py":
+        path = Path("experiments", *name.removeprefix("experiments.").split(".")).with_suffix(".py")
+    if not path.is_file():
+        near = sorted(p.stem for p in Path("experiments").glob("*.py")) if Path("experiments").is_dir() else []
+        raise UserError(f"no experiment file {path}; experiments/ here has: {', '.join(near) or 'nothing'}")
+    experiment = runpy.run_path(str(path)).get("experiment")
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path} defines no `experiment` (a value of lm.experiment.Experiment)")
+    return experiment
+
+
+def check(experiment: Experiment) -> None:
+    """Everything about an experiment that can be wrong without looking at data or devices.
+
+    Raises:
+        UserError: names the field, its value and what would work.
+    """
+    m = experiment.model
+    names = [stage.name for stage in experiment.stages]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"stages need distinct names, at least one; there are {names}")
+    clash = set(names) & {f.name for f in dataclasses.fields(Experiment)}
+    if clash:
+        raise UserError(f"stage name {clash.pop()!r} is taken by a field of the experiment: choose another")
+    if m.num_heads % m.num_kv_heads:
+        raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
+    if m.head_dim % 2:
+        raise UserError(f"model.head_dim {m.head_dim} is odd; rope turns pairs")
+    known = [item.name for item in experiment.evals]
+    for stage in experiment.stages:
+        _check_stage(stage, m)
+        for name in set(stage.evals) - set(known):
+            raise UserError(
+                f"{stage.name}.evals names {name!r}; the experiment's evals are {', '.join(known) or 'none'}"
+            )
+    for item in experiment.evals:
+        if item.max_new_tokens >= m.max_len:
+            raise UserError(
+                f"evals.{item.name}.max_new_tokens {item.max_new_tokens} leaves no room for a prompt in model.max_len {m.max_len}"
+            )
+
+
+def _check_stage(stage: Stage, model: Model) -> None:
+    for name in ("steps", "batch_size", "seq_len", "microbatches", "save_every"):
+        if getattr(stage, name) < 1:
+            raise UserError(f"{stage.name}.{name} is {getattr(stage, name)}; it should be at least 1")
+    if stage.seq_len > model.max_len:
+        raise UserError(f"{stage.name}.seq_len {stage.seq_len} is longer than model.max_len {model.max_len}")
+    if not stage.sources:
+        raise UserError(f"{stage.name}.sources is empty: name at least one source of data")
+    rows = rows_per_update(stage)
+    if rows % stage.microbatches:
+        raise UserError(f"{stage.name}.microbatches {stage.microbatches} does not divide its {rows} rows")
+    if isinstance(stage.objective, DPO) and not 0 <= stage.objective.label_smoothing < 0.5:
+        raise UserError(
+            f"{stage.name}.objective.label_smoothing is {stage.objective.label_smoothing}; it should be in [0, 0.5)"
+        )
+    if isinstance(stage.objective, GRPO):
+        o = stage.objective
+        if o.group_size < 2:
+            raise UserError(f"{stage.name}.objective.group_size is {o.group_size}; a group needs at least 2 to compare")
+        if o.max_new_tokens >= stage.seq_len:
+            raise UserError(
+                f"{stage.name}.objective.max_new_tokens {o.max_new_tokens} leaves no room for a prompt in {stage.name}.seq_len {stage.seq_len}"
+            )
+        if stage.batch_size * o.group_size % o.updates_per_rollout:
+            raise UserError(
+                f"{stage.name}.objective.updates_per_rollout {o.updates_per_rollout} does not divide its {stage.batch_size * o.group_size} completions"
+            )
+
+
+def rows_per_update(stage: Stage) -> int:
+    """Rows of tokens in one optimizer update, over all devices."""
+    o = stage.objective
+    if isinstance(o, DPO):
+        return 2 * stage.batch_size
+    if isinstance(o, GRPO):
+        return stage.batch_size * o.group_size // o.updates_per_rollout
+    return stage.batch_size

@@ -1,0 +1,77 @@
+"""Rotary positions and grouped-query attention; the one door through which kernels will come."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, "half"]:
+    """Angle per position of each pair of dimensions, in radians.
+
+    Args:
+        scaling: () or Llama 3.1's (factor, low_freq_factor, high_freq_factor, original_max_len): waves longer
+            than original/low are slowed by factor, shorter than original/high left alone, between interpolated.
+    Source: RoFormer (arXiv 2104.09864) eq. 15; Llama 3 (arXiv 2407.21783) sec. 3.4.3.
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if not scaling:
+        return frequencies
+    factor, low, high, original = scaling
+    turns = original * frequencies / (2 * math.pi)
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (keep + (1 - keep) / factor)
+
+
+def rope_angles(
+    positions: Int[Array, "B T"], frequencies: Float[Array, "half"]
+) -> tuple[Float[Array, "B 1 T half"], Float[Array, "B 1 T half"]]:
+    """cos and sin of every position's angles, shared by all heads and layers; float32."""
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B H T K"], angles: tuple[Array, Array]) -> Float[Array, "B H T K"]:
+    """Turn the pairs (x[i], x[i + K/2]) by their position's angle."""
+    cos, sin = angles
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def visible(
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B S"],
+) -> Bool[Array, "B T S"]:
+    """Who may look at whom: keys of the same segment that do not lie ahead."""
+    same = q_segments[:, :, None] == k_segments[:, None, :]
+    return same & (k_positions[:, None, :] <= q_positions[:, :, None])
+
+
+def attend(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B N S K"],
+    v: Float[Array, "B N S K"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B H T K"]:
+    """softmax(q·kᵀ/√K)·v with H/N query heads for each key head; the softmax in float32.
+
+    Source: Attention is all you need (arXiv 1706.03762) eq. 1; GQA (arXiv 2305.13245).
+    """
+    b, h, t, d = q.shape
+    n, s = k.shape[1], k.shape[2]
+    # The query heads of a group stand one under another, so that each key head has one matrix product.
+    grouped = q.reshape(b, n, (h // n) * t, d)
+    scores = jnp.einsum("bnqk,bnsk->bnqs", grouped, k, preferred_element_type=_accumulator(q)) / math.sqrt(d)
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, n, h // n, t, s), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, n, (h // n) * t, s)
+    return jnp.einsum("bnqs,bnsk->bnqk", weights, v).reshape(b, h, t, d)
+
+
+def _accumulator(x: Array) -> jnp.dtype:
+    """float32, or float64 where the inputs are."""
+    return jnp.promote_types(x.dtype, jnp.float32)

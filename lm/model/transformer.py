@@ -1,0 +1,205 @@
+"""The decoder: RMSNorm, rotary grouped-query attention, SwiGLU; a pytree of parameters with methods.
+
+Shapes: B batch, T tokens, D embed, H query heads, N key heads, K head_dim, F mlp, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from lm.experiment import Model
+from lm.model.attention import attend, rope_angles, rope_frequencies, rotate, visible
+from lm.parallel.rules import constrain
+from lm.types import pytree
+
+# Tree mode: a module is a plain pytree, and jax.jit, grad, scan, checkpoint and eval_shape apply to it.
+nnx.set_graph_mode(False)
+nnx.set_graph_updates(False)
+nnx.use_eager_sharding(False)
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _param(key: PRNGKeyArray, config: Model, std: float, **axes: int) -> nnx.Param:
+    """A normal parameter whose dimensions have these logical names and sizes."""
+    dtype = jnp.dtype(config.param_dtype)
+    value = jax.random.normal(key, tuple(axes.values()), jnp.float32) * std
+    return nnx.Param(value.astype(dtype), out_sharding=tuple(axes))
+
+
+def _scale(config: Model, size: int) -> nnx.Param:
+    return nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)), out_sharding=("norm",))
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """x / rms(x) · scale, in float32 at least. Source: arXiv 1910.07467 eq. 4."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(wide.dtype)).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm with its scale."""
+
+    def __init__(self, config: Model, size: int):
+        self.scale = _scale(config, size)
+
+    def __call__(self, x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+        return rms_norm(x, self.scale[...], eps)
+
+
+@pytree
+class Cache:
+    """Keys and values of the tokens seen so far, one array a layer, and where they stand.
+
+    A slot with segment 0 is empty: no query looks at it.
+    """
+
+    keys: tuple[Float[Array, "B N S K"], ...]
+    values: tuple[Float[Array, "B N S K"], ...]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x)); all layers in one when stacked."""
+
+    def __init__(self, config: Model, key: PRNGKeyArray):
+        c, keys = config, iter(jax.random.split(key, 7))
+        narrow, out = c.embed_dim**-0.5, (2 * c.num_layers) ** -0.5
+        self.attn_norm = Norm(c, c.embed_dim)
+        self.q = _param(next(keys), c, narrow, embed=c.embed_dim, heads=c.num_heads, head_dim=c.head_dim)
+        self.k = _param(next(keys), c, narrow, embed=c.embed_dim, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
+        self.v = _param(next(keys), c, narrow, embed=c.embed_dim, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
+        wide = (c.num_heads * c.head_dim) ** -0.5
+        self.o = _param(next(keys), c, wide * out, heads=c.num_heads, head_dim=c.head_dim, embed=c.embed_dim)
+        self.q_norm = Norm(c, c.head_dim) if c.qk_norm else None
+        self.k_norm = Norm(c, c.head_dim) if c.qk_norm else None
+        self.mlp_norm = Norm(c, c.embed_dim)
+        self.gate = _param(next(keys), c, narrow, embed=c.embed_dim, mlp=c.mlp_dim)
+        self.up = _param(next(keys), c, narrow, embed=c.embed_dim, mlp=c.mlp_dim)
+        self.down = _param(next(keys), c, c.mlp_dim**-0.5 * out, mlp=c.mlp_dim, embed=c.embed_dim)
+
+    def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], eps: float) -> tuple[Array, Array, Array]:
+        """Head-major queries [B H T K], keys and values [B N T K], rotated."""
+        y = self.attn_norm(x, eps)
+        q, k, v = (jnp.einsum("btd,dhk->bhtk", y, w[...].astype(y.dtype)) for w in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, eps), self.k_norm(k, eps)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def rest(self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float) -> Float[Array, "B T D"]:
+        """What follows attention: the output projection and the SwiGLU (arXiv 2002.05202), each added to x."""
+        x = x + jnp.einsum("bhtk,hkd->btd", heads, self.o[...].astype(x.dtype))
+        x = constrain(x, "batch", "length", "act_embed")
+        y = self.mlp_norm(x, eps)
+        gate, up = (y @ w[...].astype(y.dtype) for w in (self.gate, self.up))
+        x = x + (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+        return constrain(x, "batch", "length", "act_embed")
+
+
+class Transformer(nnx.Module):
+    """A language model. `Transformer(config, vocab_size, key)` inside `jax.eval_shape` is abstract."""
+
+    def __init__(self, config: Model, vocab_size: int, key: PRNGKeyArray):
+        self.config = config
+        embed_key, block_key, head_key = jax.random.split(key, 3)
+        self.embed = _param(embed_key, config, 0.02, vocab=vocab_size, embed=config.embed_dim)
+        stack = nnx.transform_metadata(functools.partial(Block, config), in_axes=0, out_axes=0, partition="layers")
+        self.blocks = jax.vmap(stack)(jax.random.split(block_key, config.num_layers))
+        self.norm = Norm(config, config.embed_dim)
+        self.head = (
+            None
+            if config.tied_head
+            else _param(head_key, config, config.embed_dim**-0.5, embed=config.embed_dim, vocab=vocab_size)
+        )
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
+        """Logits of the token after each, float32."""
+        return self.logits(self.hidden(tokens, positions, segments))
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """The last hidden state of each token, normed."""
+        c = self.config
+        x, angles = self._start(tokens, positions)
+        mask = visible(positions, positions, segments, segments)
+
+        def body(x: Array, block: Block) -> tuple[Array, None]:
+            q, k, v = block.qkv(x, angles, c.norm_eps)
+            return block.rest(x, attend(q, k, v, mask), c.norm_eps), None
+
+        if c.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, self.blocks, unroll=min(c.scan_unroll, c.num_layers))
+        return self.norm(x, c.norm_eps)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Scores of every token of the vocabulary, float32 whatever the compute dtype."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        if self.head is None:
+            weight = self.embed[...].astype(hidden.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide)
+        return jnp.einsum("...d,dv->...v", hidden, self.head[...].astype(hidden.dtype), preferred_element_type=wide)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache with no token in it, for `length` tokens a row."""
+        c = self.config
+        zeros = jnp.zeros((batch, c.num_kv_heads, length, c.head_dim), jnp.dtype(c.compute_dtype))
+        slots = jnp.zeros((batch, length), jnp.int32)
+        return Cache((zeros,) * c.num_layers, (zeros,) * c.num_layers, slots, slots)
+
+    def extend(
+        self,
+        cache: Cache,
+        start: Int[Array, ""],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of new tokens, put into the slots from `start`, given those in the cache.
+
+        Layers are unrolled, so that each layer's cache is updated in place.
+        """
+        c = self.config
+        x, angles = self._start(tokens, positions)
+
+        def put(old: Array, new: Array, axis: int) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
+
+        slot_positions, slot_segments = put(cache.positions, positions, 1), put(cache.segments, segments, 1)
+        mask: Bool[Array, "B T S"] = visible(positions, slot_positions, segments, slot_segments)
+        keys, values = list(cache.keys), list(cache.values)
+        for layer in range(c.num_layers):
+            block: Any = jax.tree.map(lambda p, layer=layer: p[layer], self.blocks)
+            q, k, v = block.qkv(x, angles, c.norm_eps)
+            keys[layer], values[layer] = put(keys[layer], k, 2), put(values[layer], v, 2)
+            x = block.rest(x, attend(q, keys[layer], values[layer], mask), c.norm_eps)
+        cache = Cache(tuple(keys), tuple(values), slot_positions, slot_segments)
+        return self.norm(x, c.norm_eps), cache
+
+    def _start(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, tuple[Array, Array]]:
+        c = self.config
+        # Gathered over fsdp first: the rows that are looked up then leave in the layout of the batch.
+        table = constrain(self.embed[...].astype(jnp.dtype(c.compute_dtype)), "vocab", "act_embed")
+        x = table[constrain(tokens, "batch", "length")]
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        return constrain(x, "batch", "length", "act_embed"), rope_angles(positions, frequencies)
+
+
+def num_params(tree: Any) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,113 @@
+"""An environment gives prompts and judges completions; a rollout asks the model and weighs what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from lm.data.chat import prompt_messages
+from lm.data.pipeline import PromptFeed, Prompts, make_prompt_feed
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import GRPO, Stage, UserError
+from lm.model.transformer import Transformer
+from lm.objectives.grpo import group_advantages
+from lm.rollout.sampler import Answer, Samples, decode_rows, generate
+from lm.rollout.verifiers import VERIFIERS
+from lm.types import Batch
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Prompts as a pure function of the step, and a verifier that is total: a malformed completion scores."""
+
+    feed: PromptFeed
+    verifier: str
+
+    def prompts(self, step: int) -> Prompts:
+        """The batch of prompts of a step, with the rows that they came from."""
+        return self.feed.batch(step)
+
+    def reward(self, row: dict, completion: str) -> float:
+        """How good a completion is, in [0, 1]."""
+        return VERIFIERS[self.verifier](row, completion)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the model answered: the batches to learn from, and what people look at."""
+
+    batches: list[Batch]
+    prompts: list[str]
+    answers: list[Answer]
+    rewards: Float[np.ndarray, " N"]
+    advantages: Float[np.ndarray, " N"]
+    metrics: dict[str, float]
+
+
+def check_verifier(name: str, where: str) -> None:
+    """Raises UserError where there is no such verifier."""
+    if name not in VERIFIERS:
+        raise UserError(f"{where} is {name!r}; there are {', '.join(VERIFIERS)}")
+
+
+def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environment:
+    """The environment of a GRPO stage.
+
+    Raises:
+        UserError: no such verifier, or prompts that do not fit.
+    """
+    o = stage.objective
+    assert isinstance(o, GRPO)
+    check_verifier(o.verifier, f"{stage.name}.objective.verifier")
+    room = stage.seq_len - o.max_new_tokens
+    return Environment(make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, "train"), o.verifier)
+
+
+def roll_out(
+    model: Transformer, environment: Environment, stage: Stage, tokenizer: Tokenizer, step: int, key: PRNGKeyArray
+) -> Rollout:
+    """Sample a group of completions for each prompt of the step, reward them and compare them in their group."""
+    o = stage.objective
+    assert isinstance(o, GRPO)
+    prompts = environment.prompts(step)
+    tokens, lengths = (np.repeat(x, o.group_size, axis=0) for x in (prompts.tokens, prompts.lengths))
+    rows = [row for row in prompts.rows for _ in range(o.group_size)]
+    samples = jax.device_get(
+        generate(
+            model, tokens, lengths, key, o.temperature,
+            max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        )
+    )  # fmt: skip
+    answers = decode_rows(tokenizer, samples.tokens, samples.mask)
+    rewards = np.array([environment.reward(row, a.text) for row, a in zip(rows, answers, strict=True)], np.float32)
+    scale = "group" if o.scale_advantages else "none"
+    advantages, means = group_advantages(jnp.asarray(rewards), o.group_size, scale=scale)
+    metrics = {name: float(mean.value()) for name, mean in means.items()}
+    metrics["completion_length"] = float(samples.mask.sum(1).mean())
+    metrics["eos_rate"] = float(np.mean([answer.eos for answer in answers]))
+    batch = as_batch(tokens, lengths, samples, np.asarray(advantages))
+    # The groups are spread over the updates, so that each update sees every prompt it can.
+    pieces = [jax.tree.map(lambda x, i=i: x[i :: o.updates_per_rollout], batch) for i in range(o.updates_per_rollout)]
+    asked = [prompt_messages(row, "the prompt")[-1]["content"] for row in rows]
+    return Rollout(pieces, asked, answers, rewards, np.asarray(advantages), metrics)
+
+
+def as_batch(tokens: np.ndarray, lengths: np.ndarray, samples: Samples, advantages: Float[np.ndarray, " B"]) -> Batch:
+    """Left-padded prompts with their completions behind them, one row each; only completions have weight."""
+    rows, width = tokens.shape
+    mask = np.asarray(samples.mask)
+    real = np.concatenate([np.arange(width)[None] >= width - lengths[:, None], mask], axis=1)
+    weights = np.concatenate([np.zeros((rows, width)), mask], axis=1).astype(np.float32)
+    logp = np.concatenate([np.zeros((rows, width)), samples.logp], axis=1).astype(np.float32)
+    return Batch(
+        tokens=np.concatenate([tokens, samples.tokens], axis=1).astype(np.int32),
+        weights=weights,
+        segments=real.astype(np.int32),
+        positions=np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32),
+        advantages=weights * advantages[:, None].astype(np.float32),
+        old_logp=logp,
+    )

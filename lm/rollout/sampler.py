@@ -1,0 +1,250 @@
+"""Sampling with a key-value cache: whole batches for rollouts and evaluation, one row as a stream for chat."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from lm.data.chat import render
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import UserError
+from lm.model.transformer import Cache, Transformer
+from lm.parallel.rules import constrain
+from lm.types import pytree
+
+
+@pytree
+class Samples:
+    """Completions, right padded. `mask` is 1 up to and with the end token; `logp` is what they were sampled with."""
+
+    tokens: Int[Array, "B N"]
+    logp: Float[Array, "B N"]
+    mask: Bool[Array, "B N"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion as text, and whether the model ended it by itself."""
+
+    text: str
+    eos: bool
+
+
+def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """-inf for all but the k likeliest tokens (0: all), and for those outside the smallest set of mass top_p.
+
+    Source: nucleus sampling, arXiv 1904.09751. The likeliest token always stays.
+    """
+    if top_k:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1.0:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        inside = jnp.cumsum(probs, axis=-1) - probs < top_p  # the mass before a token decides, so the first stays
+        lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    return logits
+
+
+def choose(
+    logits: Float[Array, "B V"], key: PRNGKeyArray, temperature: Float[Array, ""], top_k: int = 0, top_p: float = 1.0
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """One token a row and its log-probability at this temperature (before top-k and top-p; 1 where greedy).
+
+    Sampled by inverse CDF: one uniform number a row, no noise and no sort over the vocabulary.
+    """
+    greedy = temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, temperature)
+    probs = jax.nn.softmax(filter_logits(scaled, top_k, top_p), axis=-1)
+    mass = jnp.cumsum(probs, axis=-1)
+    u = jax.random.uniform(key, (logits.shape[0], 1)) * mass[:, -1:]
+    # `<=` steps over tokens of no mass; the largest index with mass is the last resort against rounding.
+    last = logits.shape[-1] - 1 - jnp.argmax(jnp.flip(probs > 0, axis=-1), axis=-1)
+    sampled = jnp.minimum(jnp.sum(mass <= u, axis=-1), last)
+    token = jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled)
+    logp = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), token[:, None], axis=-1)[:, 0]
+    return token, logp
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "top_k", "top_p", "eos_id", "pad_id"))
+def generate(
+    model: Transformer,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    key: PRNGKeyArray,
+    temperature: float | Float[Array, ""] = 1.0,
+    *,
+    max_new_tokens: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_id: int,
+    pad_id: int,
+) -> Samples:
+    """Complete left-padded prompts; compiles once for each shape and stops when every row has ended.
+
+    Args:
+        tokens, lengths: prompts with their last token in the last column, and how many are real.
+        temperature: 0 is greedy. A traced number: other temperatures do not compile again.
+    """
+    rows, width = tokens.shape
+    column = jnp.arange(width)[None, :] - (width - lengths[:, None])
+    positions, segments = jnp.maximum(column, 0), (column >= 0).astype(jnp.int32)
+    cache = model.empty_cache(rows, width + max_new_tokens)
+    hidden, cache = model.extend(cache, jnp.int32(0), tokens, positions, segments)
+    temperature = jnp.asarray(temperature, jnp.float32)
+
+    def going_on(carry: tuple) -> Bool[Array, ""]:
+        step, done, *_ = carry
+        return (step < max_new_tokens) & ~jnp.all(done)
+
+    def one_more(carry: tuple) -> tuple:
+        step, done, logits, cache, out = carry
+        token, logp = choose(logits, jax.random.fold_in(key, step), temperature, top_k, top_p)
+        token = jnp.where(done, pad_id, token)
+        out = Samples(
+            out.tokens.at[:, step].set(token),
+            out.logp.at[:, step].set(jnp.where(done, 0.0, logp)),
+            out.mask.at[:, step].set(~done),
+        )
+        hidden, cache = model.extend(
+            cache, width + step, token[:, None], (lengths + step)[:, None], jnp.ones((rows, 1), jnp.int32)
+        )
+        return step + 1, done | (token == eos_id), model.logits(hidden[:, 0]), cache, out
+
+    empty = (rows, max_new_tokens)
+    out = Samples(jnp.full(empty, pad_id), jnp.zeros(empty, jnp.float32), jnp.zeros(empty, bool))
+    done = constrain(jnp.zeros(rows, bool), "batch")
+    first = (jnp.int32(0), done, model.logits(hidden[:, -1]), cache, out)
+    *_, out = jax.lax.while_loop(going_on, one_more, first)
+    return out
+
+
+def pad_left(prompts: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as one array [B, width] with their ends aligned, and their lengths [B]."""
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+def decode_rows(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[Answer]:
+    """Each row's text up to its end token."""
+    answers = []
+    for row, real in zip(np.asarray(tokens), np.asarray(mask).astype(bool), strict=True):
+        ids = row[real].tolist()
+        eos = bool(ids) and ids[-1] == tokenizer.eos_id
+        answers.append(Answer(tokenizer.decode(ids[:-1] if eos else ids), eos))
+    return answers
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
+    """Tokens of a chat (or one user turn) up to where the assistant speaks; raw: of a document's beginning."""
+    if raw:
+        return [tokenizer.pad_id, *tokenizer.encode(str(prompt))]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return render(messages, tokenizer, generation_prompt=True).tokens
+
+
+def generate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str] | list[list[dict]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    raw: bool = False,
+) -> list[Answer]:
+    """Answers to prompts (strings or conversations), all in one batch.
+
+    Raises:
+        UserError: a prompt does not fit in the model's context with the answer.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, raw) for prompt in prompts]
+    room = model.config.max_len - max_new_tokens
+    longest = max(map(len, encoded))
+    if longest > room:
+        raise UserError(
+            f"a prompt has {longest} tokens; model.max_len {model.config.max_len} less {max_new_tokens} new tokens "
+            f"leaves {room}: shorten it or ask for fewer new tokens"
+        )
+    tokens, lengths = pad_left(encoded, min(room, _bucket(longest)), tokenizer.pad_id)
+    out = generate(
+        model, tokens, lengths, jax.random.key(seed), temperature,
+        max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+    )  # fmt: skip
+    return decode_rows(tokenizer, np.asarray(out.tokens), np.asarray(out.mask))
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "top_p"), donate_argnames=("cache",))
+def _stream_step(
+    model: Transformer,
+    cache: Cache,
+    start: Int[Array, ""],
+    tokens: Int[Array, "1 T"],
+    length: Int[Array, ""],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+    top_k: int,
+    top_p: float,
+) -> tuple[Int[Array, ""], Cache]:
+    """Add `length` real tokens (the rest is right padding) from slot `start`; the next token, sampled."""
+    column = jnp.arange(tokens.shape[1])[None, :]
+    hidden, cache = model.extend(cache, start, tokens, start + column, (column < length).astype(jnp.int32))
+    token, _ = choose(model.logits(hidden[:, length - 1]), key, temperature, top_k, top_p)
+    return token[0], cache
+
+
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The assistant's next turn, piece by piece as it is sampled.
+
+    Raises:
+        UserError: the conversation fills the model's context.
+    """
+    prompt = encode_prompt(tokenizer, messages)
+    room = model.config.max_len - len(prompt)
+    if room < 1:
+        raise UserError(f"the conversation has {len(prompt)} tokens; model.max_len is {model.config.max_len}")
+    cache = model.empty_cache(1, model.config.max_len)
+    width = min(_bucket(len(prompt)), model.config.max_len)
+    tokens = np.full((1, width), tokenizer.pad_id, np.int32)
+    tokens[0, : len(prompt)] = prompt
+    start, length, ids, shown = 0, len(prompt), [], ""
+    key = jax.random.key(seed)
+    for i in range(min(max_new_tokens, room)):
+        token, cache = _stream_step(
+            model, cache, jnp.int32(start), tokens, jnp.int32(length), jax.random.fold_in(key, i),
+            jnp.float32(temperature), top_k, top_p,
+        )  # fmt: skip
+        if int(token) == tokenizer.eos_id:
+            break
+        ids.append(int(token))
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # the middle of a character
+            yield text[len(shown) :]
+            shown = text
+        start, length, tokens = start + length, 1, np.array([[int(token)]], np.int32)
+
+
+def _bucket(length: int) -> int:
+    """The next power of two from 16: few shapes, few compiles."""
+    return max(16, 1 << (length - 1).bit_length())

@@ -1,0 +1,129 @@
+"""Where a step's batches come from: the data, or a rollout of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.data.pipeline import make_feed
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import GRPO, Experiment, Stage, UserError
+from lm.model.transformer import Transformer
+from lm.objectives.logprobs import token_logprobs
+from lm.rollout.environments import Environment, Rollout, make_environment, roll_out
+from lm.train.metrics import MetricsLog
+from lm.types import Batch
+
+SAMPLER_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # largest |log p(sampler) - log p(trainer)|, in nats
+GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
+
+
+def updates_per_step(stage: Stage) -> int:
+    """Optimizer updates in one step of the loop: several only where they share a rollout."""
+    return stage.objective.updates_per_rollout if isinstance(stage.objective, GRPO) else 1
+
+
+class Batches:
+    """(step, model) -> the step's batches, one an update, and what was measured on the way.
+
+    A pure function of the experiment, the step and the model: nothing to save, nothing to restore.
+    """
+
+    cost = "data_seconds"  # under which name its time is accounted
+
+    def __init__(self, batch: Callable[[int], Batch], report: str):
+        self.batch, self.report = batch, report
+
+    def __call__(self, step: int, model: Transformer) -> tuple[list[Batch], dict[str, float]]:
+        return [self.batch(step)], {}
+
+    def show(self, log: MetricsLog, step: int) -> None:
+        """Write down what people may want to read; the data itself is shown by `lm data`."""
+
+
+class Rollouts(Batches):
+    """Batches that the model samples and a verifier judges."""
+
+    cost = "sample_seconds"
+
+    def __init__(self, experiment: Experiment, index: int, tokenizer: Tokenizer):
+        self.stage, self.tokenizer = experiment.stages[index], tokenizer
+        self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
+        self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed)
+        self.report = self.environment.feed.report()
+        self.latest: Rollout | None = None
+
+    def __call__(self, step: int, model: Transformer) -> tuple[list[Batch], dict[str, float]]:
+        key = jax.random.fold_in(self.key, step)
+        self.latest = roll_out(model, self.environment, self.stage, self.tokenizer, step, key)
+        return self.latest.batches, self.latest.metrics
+
+    def show(self, log: MetricsLog, step: int) -> None:
+        for line in _groups(self.latest, self.stage, step) if self.latest else ():
+            log.sample(line)
+
+
+def make_batches(experiment: Experiment, index: int, tokenizer: Tokenizer) -> Batches:
+    """The batches of a stage.
+
+    Raises:
+        UserError: its data cannot be used; says which file, line or field.
+    """
+    stage = experiment.stages[index]
+    if isinstance(stage.objective, GRPO):
+        return Rollouts(experiment, index, tokenizer)
+    feed = make_feed(stage, tokenizer, experiment.seed)
+    return Batches(feed.batch, feed.report())
+
+
+def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:
+    size = stage.objective.group_size if isinstance(stage.objective, GRPO) else 1
+    when = "after" if step == stage.steps else "during"
+    for start in range(0, min(len(rollout.prompts), GROUPS_SHOWN * size), size):
+        completions = [
+            {
+                "text": rollout.answers[i].text,
+                "eos": rollout.answers[i].eos,
+                "reward": float(rollout.rewards[i]),
+                "advantage": float(rollout.advantages[i]),
+            }
+            for i in range(start, start + size)
+        ]
+        yield {
+            "kind": "rollout",
+            "step": step,
+            "when": when,
+            "prompt": rollout.prompts[start],
+            "completions": completions,
+        }
+
+
+def check_sampler(model: Transformer, batch: Batch, stage: Stage, dtype: str) -> None:
+    """Stop unless the sampler's log-probabilities are the trainer's, on the same tokens; other stages pass.
+
+    Raises:
+        UserError: says by how much they differ.
+    """
+    if not isinstance(stage.objective, GRPO):
+        return
+    gap = sampler_gap(model, batch, stage.objective.temperature)
+    if not gap <= SAMPLER_TOLERANCE[dtype]:
+        raise UserError(
+            f"{stage.name}: sampler and trainer disagree by {gap:.2g} nats on a token's log-probability "
+            f"({SAMPLER_TOLERANCE[dtype]:g} is allowed in {dtype}): the gradient would be of another policy"
+        )
+
+
+def sampler_gap(model: Transformer, batch: Batch, temperature: float) -> float:
+    """Largest |log p(sampler) - log p(trainer)| over the sampled tokens, in nats."""
+
+    @jax.jit
+    def largest(model: Transformer, batch: Batch, old_logp: jax.Array) -> jax.Array:
+        logp = token_logprobs(model, batch, temperature).logp
+        return jnp.max(jnp.where(batch.weights > 0, jnp.abs(logp - old_logp), 0.0))
+
+    assert batch.old_logp is not None
+    return float(largest(model, batch, batch.old_logp))

@@ -1,0 +1,372 @@
+"""Checkpoints of a training state: saved asynchronously by orbax, sealed with checksums, verified on load.
+
+A checkpoint is a folder `STEP/` that orbax writes under another name and renames when it is whole, and in it
+`manifest.json`, written last: the step, the caller's `meta`, the name, dtype and shape of every array, and the
+SHA-256 of every file. A folder without a manifest was never finished and does not count; one that disagrees with its
+manifest is damaged. So there is no moment at which SIGKILL can leave something that looks like a checkpoint and is
+none, and a flipped bit is seen before it is trained on.
+
+Arrays are stored by name (`blocks/attn/q`), not by class: files outlive a renaming of the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm.experiment import UserError
+from lm.train.run_folder import write_json_atomic
+
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"\d{8,}")
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held: arrays in the structure and sharding that was asked for, and the saver's `meta`."""
+
+    step: int
+    items: dict[str, PyTree]
+    meta: dict[str, Any]
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was saved; says which file, and how it differs."""
+
+
+class Checkpoints:
+    """The checkpoints in one folder; `keep` newest ones are kept. Every process of a run makes the same calls."""
+
+    def __init__(self, folder: Path | str, keep: int = 2) -> None:
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._swept = False
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending; none of them verified."""
+        return [step for step, path in _step_folders(self.folder) if (path / MANIFEST).exists()]
+
+    def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> None:
+        """Start saving and return as soon as the arrays may be donated or changed.
+
+        A step that is already there and sound is left as it is. Raises UserError where the disk refuses, now or (for
+        the part that runs behind) from the next `save`, `wait` or `close`.
+        """
+        self.wait()
+        path = self.folder / f"{step:08d}"
+        if self._sound(path):
+            return
+        arrays = {item: named_leaves(tree) for item, tree in items.items()}
+        meta = json.loads(json.dumps(meta))  # as it is now, and as it will be read
+        manifest = {"step": step, "meta": meta, "items": {item: _signature(named) for item, named in arrays.items()}}
+        with self._guard(path):
+            self._clear(path)
+            ocp = _orbax()
+            with _writing(ocp):
+                response = ocp.save_checkpointables_async(
+                    path, {item: _nest(named) for item, named in arrays.items() if named}
+                )
+        self._pending = self._thread.submit(self._finish, path, manifest, response)
+
+    def wait(self) -> None:
+        """Wait until the save that is under way is finished and counts. Raises UserError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def restore(self, abstract: dict[str, PyTree], warn: Callable[[str], None] = print) -> Restored | None:
+        """The newest sound checkpoint, or None where none was ever finished.
+
+        `abstract` names the items that are wanted, each a pytree of jax.ShapeDtypeStruct; arrays come back on the
+        sharding that it carries (without one: on the first device), whatever they were saved from. Every unfinished or
+        damaged checkpoint that is passed over is told to `warn` in one line. Raises UserError where checkpoints exist
+        but none is sound, and where names, shapes or dtypes are not those of `abstract`.
+        """
+        self.wait()
+        step = _first_process_says(lambda: self._newest_sound(warn))
+        if step is None:
+            return None
+        path = self.folder / f"{step:08d}"
+        manifest = _read_manifest(path)
+        wanted = {item: named_leaves(tree) for item, tree in abstract.items()}
+        for item, named in wanted.items():
+            _check_same(path, item, _signature(named), manifest["items"])
+        ocp = _orbax()
+        targets = {item: _nest({k: _target(v) for k, v in named.items()}) for item, named in wanted.items() if named}
+        loaded = ocp.load_checkpointables(path, targets) if targets else {}
+        items = {item: _rebuild(tree, loaded.get(item, {})) for item, tree in abstract.items()}
+        return Restored(manifest["step"], items, manifest["meta"])
+
+    def _finish(self, path: Path, manifest: dict[str, Any], response: Any) -> None:
+        """Behind the training loop: wait for orbax, seal the checkpoint, drop the ones that it replaces."""
+        with self._guard(path):
+            response.result()
+            if jax.process_index() == 0:
+                write_json_atomic(path / MANIFEST, _sealed({**manifest, "files": _checksums(path)}))
+                for step in _superseded(self.steps(), manifest["step"], self.keep):
+                    _remove(self.folder / f"{step:08d}")
+
+    def _newest_sound(self, warn: Callable[[str], None]) -> int | None:
+        for name in _unfinished(self.folder):
+            warn(f"{self.folder / name} was not finished when its run stopped: passed over")
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                _verify(self.folder / f"{step:08d}")
+            except Damaged as damage:
+                warn(f"{damage}: passed over, trying the checkpoint before it")
+                continue
+            return step
+        if steps:
+            found = ", ".join(map(str, steps))
+            raise UserError(
+                f"{self.folder}: every checkpoint (step {found}) is damaged; put back a copy of the folder, "
+                "or remove it to train this stage again from its start"
+            )
+        return None
+
+    def _sound(self, path: Path) -> bool:
+        """Whether the checkpoint is there and verified, as the first process sees it."""
+
+        def check() -> int | None:
+            try:
+                _verify(path)
+            except Damaged:
+                return None
+            return 1
+
+        return _first_process_says(check) is not None
+
+    def _clear(self, path: Path) -> None:
+        """Make room for `path`, and remove what earlier runs left unfinished (once: only one run may write here)."""
+        if jax.process_index() != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        leftovers = [] if self._swept else _unfinished(self.folder)
+        self._swept = True
+        for name in {*leftovers, path.name}:
+            _remove(self.folder / name)
+
+    @contextlib.contextmanager
+    def _guard(self, path: Path) -> Iterator[None]:
+        """Remove what a failed save left, and turn what the disk says into one line."""
+        try:
+            yield
+        except Exception as error:
+            if jax.process_index() == 0:
+                for name in _unfinished(self.folder):
+                    _remove(self.folder / name)
+            reason = _disk_reason(error)
+            if reason is None:
+                raise
+            raise UserError(
+                f"{path}: the checkpoint could not be saved: {reason}; earlier ones are untouched: "
+                "put that right and run the same command again to go on from there"
+            ) from error
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by the path that leads to them, `blocks/attn/q`; the `.value` in which nnx keeps a parameter is no name."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+            path = path[:-1]
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+        if name in named:
+            raise ValueError(f"two leaves of the tree are both called {name!r}")
+        named[name] = leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(leaf)
+    return named
+
+
+def _nest(named: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *parents, last = name.split("/")
+        node = functools.reduce(lambda at, key: at.setdefault(key, {}), parents, nested)
+        node[last] = leaf
+    return nested
+
+
+def _rebuild(tree: PyTree, nested: dict[str, Any]) -> PyTree:
+    """The tree again, each leaf replaced by the one of the same name in `nested`."""
+    leaves = [functools.reduce(lambda at, key: at[key], name.split("/"), nested) for name in named_leaves(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _signature(named: dict[str, Any]) -> dict[str, str]:
+    """Name → "float32[6, 256]"."""
+    return {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in named.items()}
+
+
+def _check_same(path: Path, item: str, wanted: dict[str, str], saved_items: dict[str, dict[str, str]]) -> None:
+    """Raises UserError naming the first array that is missing, differs, or is left over."""
+    if item not in saved_items:
+        raise UserError(f"{path} has no {item!r}; it has {', '.join(sorted(saved_items))}")
+    saved = saved_items[item]
+    misfit = f"{path}: {item} does not fit this experiment:"
+    for name, kind in wanted.items():
+        if name not in saved:
+            near = difflib.get_close_matches(name, saved, n=1)
+            hint = f"; the nearest name there is {near[0]!r}" if near else ""
+            raise UserError(f"{misfit} it has no {name!r}{hint}")
+        if saved[name] != kind:
+            raise UserError(f"{misfit} its {name} is {saved[name]}, not {kind}")
+    left_over = [name for name in saved if name not in wanted]
+    if left_over:
+        raise UserError(f"{misfit} its {left_over[0]!r} has no place here")
+
+
+@functools.cache
+def _orbax() -> Any:
+    """The module, imported when it is first needed. Its log repeats, over pages, the exceptions that it also raises."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno > logging.ERROR)
+    return ocp
+
+
+def _writing(ocp: Any) -> contextlib.AbstractContextManager[Any]:
+    """Compressing weights takes five times the processor time and saves a twelfth of the bytes. Folders are made before
+    `save` returns: made behind it, a disk that refuses them leaves threads that wait for them."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.asynchronous.create_directories_asynchronously = False
+    return context
+
+
+def _step_folders(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.name), path) for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """Names of what saves that never finished have left: orbax's temporary folders, and steps without a manifest."""
+    steps = [path.name for _, path in _step_folders(folder) if not (path / MANIFEST).exists()]
+    return steps + sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
+
+
+def _superseded(steps: list[int], saved: int, keep: int) -> list[int]:
+    """Steps to drop after `saved`: all but the `keep` newest up to it, and later ones, which the run went back behind."""
+    kept = [step for step in steps if step <= saved][-keep:]
+    return [step for step in steps if step not in kept]
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """SHA-256 of every file below `path`, by relative name, the manifest itself aside."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
+    return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), **content}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises Damaged if it is not, to the byte, what was written."""
+    try:
+        content = json.loads((path / MANIFEST).read_text())
+        seal = content.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise Damaged(f"{path / MANIFEST} cannot be read ({error})") from error
+    if _sealed(content)["sha256"] != seal:
+        raise Damaged(f"{path / MANIFEST} does not match its own checksum")
+    return content
+
+
+def _verify(path: Path) -> None:
+    """Raises Damaged naming the first file that is missing, unreadable, or not what was saved."""
+    for name, checksum in _read_manifest(path)["files"].items():
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise Damaged(f"{path / name} cannot be read ({error.strerror})") from error
+        if found != checksum:
+            raise Damaged(f"{path / name} does not match its checksum")
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, its manifest first, so that no half of it counts. A failed save may still be writing: retry."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
+    raise UserError(f"{path} could not be removed; see who owns it and what is in it, and remove it by hand")
+
+
+def _first_process_says(find: Callable[[], int | None]) -> int | None:
+    """What `find` gives in process 0, in every process: they must all take the same checkpoint, or none."""
+    if jax.process_count() == 1:
+        return find()
+    failure: Exception | None = None
+    answer = -1
+    if jax.process_index() == 0:
+        try:
+            found = find()
+            answer = -1 if found is None else found
+        except Exception as error:
+            failure, answer = error, -2
+    answer = int(multihost_utils.broadcast_one_to_all(np.int64(answer)))
+    if failure is not None:
+        raise failure
+    if answer == -2:
+        raise UserError("process 0 found no checkpoint that it could use; its own message says why")
+    return None if answer == -1 else answer
+
+
+def _disk_reason(error: BaseException | None) -> str | None:
+    """What the operating system said, from an exception or one hidden behind it; None if it said nothing."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code:
+            return os.strerror(int(code.group(1)))
+        error = error.__cause__ or error.__context__
+    return None

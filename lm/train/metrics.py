@@ -1,0 +1,249 @@
+"""What a stage writes down and shows: JSON lines, TensorBoard beside them, one line of progress."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm.experiment import UserError
+
+KINDS = ("metrics", "eval", "samples")
+PLAIN_EVERY_SECONDS = 10.0
+PACE_STEPS = 20
+SHOWN = ("loss", "reward", "reward_accuracy")
+
+
+class MetricsLog:
+    """The three JSON-lines files of a stage's folder, and TensorBoard's scalars in its `tensorboard/`.
+
+    A line is one write, so a kill leaves at most the last one cut; it is dropped when the file is opened again.
+    Only process 0 writes; in the others nothing touches the disk.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.active = _first_process()
+        self._files: dict[str, Any] = {}
+        self._tensorboard: Any = None
+        self._purge_from: int | None = None
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """{"step": …, "time": …, "loss": …, …}: every number but the step becomes a curve."""
+        self._write("metrics", line)
+        self._scalars("train", line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """{"step": …, "when": …, "eval": NAME, …}: every number but the step becomes a curve of NAME."""
+        self._write("eval", line)
+        self._scalars(f"eval/{line['eval']}", line)
+
+    def sample(self, line: dict[str, Any]) -> None:
+        """{"kind": …, "step": …, "when": …, …}."""
+        self._write("samples", line)
+
+    def rewind(self, step: int) -> None:
+        """Forget every line of a later step: the run goes on from `step`. Call it before the first line is written."""
+        if not self.active:
+            return
+        self.close()
+        self._purge_from = step + 1
+        for kind in KINDS:
+            file = self._path(kind)
+            if file.exists():
+                kept = [raw for raw, line in _parse(file) if line["step"] <= step]
+                temporary = file.with_name(file.name + ".tmp")
+                temporary.write_bytes(b"".join(raw + b"\n" for raw in kept))
+                temporary.replace(file)
+
+    def close(self) -> None:
+        for stream in self._files.values():
+            stream.close()
+        self._files.clear()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _path(self, kind: str) -> Path:
+        return self.folder / f"{kind}.jsonl"
+
+    def _write(self, kind: str, line: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        text = json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            if kind not in self._files:
+                self._files[kind] = _open_at_line_end(self._path(kind))
+            rest = text.encode("utf-8", errors="replace")
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[self._files[kind].write(rest) :]
+        except OSError as error:
+            raise UserError(
+                f"{self._path(kind)} cannot be written: {error.strerror}; put that right and run the same command "
+                "again to go on from the last checkpoint"
+            ) from error
+
+    def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_from)
+        for name, value in plain(line).items():
+            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
+
+
+class Progress:
+    """One line of progress: rich's on a terminal, a plain line every ten seconds where there is none.
+
+    `start` is the step that the run goes on from. Only process 0 shows anything.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0) -> None:
+        self.label = label
+        self.total = total
+        self.active = _first_process()
+        self._seen: deque[tuple[int, float]] = deque([(start, time.monotonic())], maxlen=PACE_STEPS + 1)
+        self._first: tuple[int, float] | None = None
+        self._printed = -math.inf
+        self._bar: Any = None
+        self._task: Any = None
+        if self.active and sys.stdout.isatty():
+            self._bar, self._task = _rich_bar(label, total, start)
+            self._bar.start()
+
+    def rate(self, step: int, tokens: int) -> float:
+        """Tokens per second, of `tokens` a step, now that `step` steps are done.
+
+        By the median of the latest steps: evaluations, saves and compilation stand between few of them.
+        """
+        self._tick(step)
+        paces = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in itertools.pairwise(self._seen)]
+        return tokens / max(statistics.median(paces), 1e-9) if paces else 0.0
+
+    def seconds_left(self, step: int) -> float:
+        """Seconds until the last step, at the mean pace since the first one seen (which compiles); nan until then."""
+        self._tick(step)
+        assert self._first is not None
+        since_step, since = self._first
+        return (
+            (self._seen[-1][1] - since) / (step - since_step) * (self.total - step) if step > since_step else math.nan
+        )
+
+    def update(self, step: int, values: Mapping[str, float], tokens: int) -> None:
+        """Show that `step` steps of `tokens` tokens are done, and those of `values` that SHOWN names.
+
+        The last step is always shown.
+        """
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
+        numbers = f"{shown}  {self.rate(step, tokens):,.0f} tokens/s  {_duration(self.seconds_left(step))} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif self.active and (step >= self.total or time.monotonic() - self._printed >= PLAIN_EVERY_SECONDS):
+            self._printed = time.monotonic()
+            print(f"{self.label}  step {step}/{self.total}  {numbers}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the progress."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self.active:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _tick(self, step: int) -> None:
+        if step > self._seen[-1][0]:
+            self._seen.append((step, time.monotonic()))
+        if self._first is None:
+            self._first = self._seen[-1]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; none if there is no file. A cut last line is dropped.
+
+    Raises UserError with file and line number if another one is broken.
+    """
+    return [line for _, line in _parse(path)] if path.exists() else []
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it: array scalars become numbers, arrays lists, and what is not finite null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held resident, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _first_process() -> bool:
+    import jax  # not at the top: those who only read lines do without
+
+    return jax.process_index() == 0
+
+
+def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(raw line, value); what follows the last newline is a line that was cut."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    for number, raw in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            line = json.loads(raw)
+        except ValueError as error:
+            raise UserError(f"{path}:{number} is not valid JSON ({error}); remove that line") from error
+        if not isinstance(line, dict) or "step" not in line:
+            raise UserError(f"{path}:{number} is not an object with a step; remove that line")
+        yield raw, line
+
+
+def _open_at_line_end(path: Path) -> Any:
+    """Unbuffered, for appending, without the cut line that a kill may have left at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("ab", buffering=0)
+    stream.truncate(path.read_bytes().rfind(b"\n") + 1)
+    return stream
+
+
+def _rich_bar(label: str, total: int, start: int) -> tuple[Any, Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}")
+    )
+    return bar, bar.add_task(label, total=total, completed=start, numbers="compiling")
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,126 @@
+"""Where a result came from: versions, devices, git state and command line, one entry a session of the run."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lm
+from lm.train.run_folder import RunFolder, read_json, write_json_atomic
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+LONGEST_DIFF = 1_000_000
+# `tokenizer` and counts of `tokens` are no secrets.
+SECRET = re.compile(r"token(?!s|iz)|key|secret|passw|credential", re.IGNORECASE)
+
+
+def environment(data_fingerprint: Any) -> dict[str, Any]:
+    """What a reader needs to run this again: a plain value, without the secrets of the command line.
+
+    `data_fingerprint` is kept as it is given.
+    """
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": without_secrets([*sys.orig_argv]),
+        "folder": str(Path.cwd()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "devices": {
+            "platform": jax.default_backend(),
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "versions": {**{name: _version(name) for name in PACKAGES}, "lm": lm.__version__},
+        "git": git_state(Path(lm.__file__).parent) or git_state(Path.cwd()),
+        "data_fingerprint": data_fingerprint,
+    }
+
+
+def record_environment(folder: RunFolder, data_fingerprint: Any) -> None:
+    """Add this session to `{"runs": [...]}` in environment.json: a resumed run overwrites nothing."""
+    runs = read_json(folder.environment)["runs"] if folder.environment.exists() else []
+    write_json_atomic(folder.environment, {"runs": [*runs, environment(data_fingerprint)]})
+
+
+def without_secrets(arguments: list[str]) -> list[str]:
+    """The command line with `***` for the value of every flag or assignment whose name sounds like a secret."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        flag = name.startswith("-")
+        if hide_next and not name.startswith("--"):
+            shown.append("***")
+        elif equals and SECRET.search(name):
+            shown.append(f"{name}=***")
+        else:
+            shown.append(re.sub(r"(://)[^/@\s]+@", r"\1***@", argument))
+        hide_next = flag and not equals and SECRET.search(name) is not None
+    return shown
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, branch and uncommitted difference of the repository around `folder`; None without git or repository.
+
+    `diff` is against the commit, cut at 1 MB (`diff_cut`); files that git does not know are named, not shown.
+    """
+    if _git(folder, "rev-parse", "--is-inside-work-tree") != "true":
+        return None
+    commit = _git(folder, "rev-parse", "--verify", "--quiet", "HEAD")
+    untracked = _git(folder, "ls-files", "--others", "--exclude-standard", "--directory", "--full-name", ":/") or ""
+    difference = _git(folder, "diff", "--no-color", "--no-ext-diff", *(["HEAD"] if commit else ["--cached"])) or ""
+    return {
+        "commit": commit,
+        "branch": _git(folder, "symbolic-ref", "--short", "--quiet", "HEAD"),
+        "dirty": bool(difference or untracked),
+        "untracked": untracked.splitlines(),
+        "diff": difference[:LONGEST_DIFF],
+        "diff_cut": len(difference) > LONGEST_DIFF,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, or None where it fails or is not installed."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            timeout=30,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,74 @@
+"""The three values that travel through every training step: Batch, Mean, TrainState."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# On the host before it is sent, on the devices after.
+Anywhere = Array | np.ndarray
+
+
+@typing.dataclass_transform(frozen_default=True)
+def pytree(cls):
+    """Make a class a frozen dataclass whose fields are all pytree children."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@pytree
+class Mean:
+    """A mean that has not been divided yet: totals and weights add over microbatches and devices."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def value(self) -> Float[Array, ""]:
+        """total / weight, and 0 where nothing was weighed."""
+        empty = self.weight == 0
+        return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1.0, self.weight))
+
+
+@pytree
+class Batch:
+    """One batch for any objective. Every per-token array speaks of the token at the same place.
+
+    `weights[b, t]` weighs the *prediction of* `tokens[b, t]`: 0 on the first token of a segment, on
+    prompts where only answers are trained on, and on padding. `segments` number the packed examples
+    from 1; 0 is padding. `positions` restart at 0 in each segment. A preference batch has the chosen
+    answer in rows 0, 2, 4, … and its rejected partner in the row after. What an objective has no use
+    for is None.
+    """
+
+    tokens: Int[Anywhere, "B T"]
+    weights: Float[Anywhere, "B T"]
+    segments: Int[Anywhere, "B T"]
+    positions: Int[Anywhere, "B T"]
+    advantages: Float[Anywhere, "B T"] | None = None
+    old_logp: Float[Anywhere, "B T"] | None = None
+    ref_logp: Float[Anywhere, "B T"] | None = None
+    sampler_logp: Float[Anywhere, "B T"] | None = None
+
+
+@pytree
+class TrainState:
+    """What a step takes and gives back. `step` counts optimizer updates.
+
+    `params` is what the optimizer moves (a model: a pytree with methods); `frozen` is only read
+    (for instance {"reference": model}) and passes through unchanged.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    frozen: Any

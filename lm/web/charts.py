@@ -1,0 +1,215 @@
+"""Small line charts as inline SVG whose colours are the page's: which curves a stage has, and how they are drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
+
+from lm.web.numbers import percent, plain
+from lm.web.run_files import Line, StageFiles
+from lm.web.story import METRICS
+
+# Colours that matplotlib writes and the page replaces, so that one drawing serves light and dark.
+INK, GRID, SERIES = "#010101", "#020202", ("#030301", "#030302", "#030303", "#030304", "#030305")
+PAGE_COLOURS = {INK: "var(--muted)", GRID: "var(--line)"} | {
+    colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)
+}
+MAX_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Series:
+    """x: steps; y: values; points are few and drawn with marks, a curve is smoothed when it is long."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    points: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its title and (colour index, label, last value) for the legend."""
+
+    title: str
+    svg: str
+    legend: list[tuple[int, str, str]]
+    small: bool = False
+
+
+# title, {name in metrics.jsonl: label of its curve}, whether it is shown as percent
+MAIN_CHARTS = (
+    ("Reward", {"reward": "mean of the rollouts"}, True),
+    ("Completion length", {"completion_length": "tokens"}, False),
+    ("Entropy", {"entropy": "nats a token"}, False),
+    ("Pairs ranked right", {"reward_accuracy": "training pairs"}, True),
+    ("Implicit reward", {"reward_chosen": "chosen", "reward_rejected": "rejected"}, False),
+    ("Margin", {"reward_margin": "chosen less rejected"}, False),
+)
+SMALL_CHARTS = (
+    ("Learning rate", {"lr": ""}, False),
+    ("Gradient norm", {"grad_norm": ""}, False),
+    ("All-equal groups", {"frac_zero_std": ""}, True),
+    ("Ended itself", {"eos_rate": ""}, True),
+    ("KL to the start", {"kl": ""}, False),
+    ("Tokens/s", {"tokens_per_second": ""}, False),
+)
+
+
+def stage_charts(stage: StageFiles) -> list[Chart]:
+    """The charts of one stage, those that matter most first; none before its first step."""
+    if not stage.metrics:
+        return []
+    reasons = any("reward" in line for line in stage.metrics)
+    loss = _metric_chart(stage, "Loss", {"loss": "" if reasons else "training"}, False, small=reasons)
+    main = [_metric_chart(stage, *row) for row in MAIN_CHARTS]
+    small = [_metric_chart(stage, *row, small=True) for row in SMALL_CHARTS]
+    drawn = (
+        [*main, *_heldout_charts(stage), loss, *small] if reasons else [loss, *main, *_heldout_charts(stage), *small]
+    )
+    return [chart for chart in drawn if chart]
+
+
+def _metric_chart(
+    stage: StageFiles, title: str, labels: dict[str, str], as_percent: bool, small: bool = False
+) -> Chart | None:
+    lines = stage.metrics
+    series = [
+        Series(label, [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
+        for key, label in labels.items()
+        if any(key in line for line in lines)
+    ]
+    if not series or (small and not any(value for one in series for value in one.y)):
+        return None
+    if title == "Loss" and not small:
+        series += [
+            Series(f"held out, {name}", *_curve(points, "loss"), points=True)
+            for name, points in _by_eval(stage, "bits_per_byte").items()
+            if stage.kind == "Pretrain"
+        ]
+    return draw(f"{stage.name} {title}", title, series, as_percent, small)
+
+
+def _heldout_charts(stage: StageFiles) -> list[Chart]:
+    """Rewards and accuracies on held-out examples during the stage, where it was measured on the way."""
+    found = [
+        Series(name, *_curve(lines, metric), points=True)
+        for metric in METRICS
+        if metric != "bits_per_byte"
+        for name, lines in _by_eval(stage, metric).items()
+        if len(lines) > 2
+    ]
+    groups = [found[i : i + len(SERIES)] for i in range(0, len(found), len(SERIES))]
+    return [draw(f"{stage.name} held out {i}", "Held out", group, True) for i, group in enumerate(groups)]
+
+
+def _by_eval(stage: StageFiles, metric: str) -> dict[str, list[Line]]:
+    lines = [line for line in stage.evals if line["metric"] == metric]
+    return {name: [line for line in lines if line["eval"] == name] for name in dict.fromkeys(x["eval"] for x in lines)}
+
+
+def _curve(lines: list[Line], key: str) -> tuple[list[float], list[float]]:
+    return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------------
+
+
+def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> Chart:
+    """One chart of one or more series over steps; `salt` keeps the ids of two drawings on one page apart."""
+    size = (2.6, 1.15) if small else (4.3, 2.35)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9.5 if small else 10}):
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        for one, colour in zip(series, SERIES[: len(series)], strict=True):
+            _plot(axes, one, colour, small)
+        _dress(axes, as_percent, small)
+        file = io.StringIO()
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    show = percent if as_percent else plain
+    legend = [(i, one.label, show(one.y[-1])) for i, one in enumerate(series)]
+    return Chart(title, _inline(file.getvalue(), f"{title} over steps"), legend, small)
+
+
+def _plot(axes, one: Series, colour: str, small: bool) -> None:
+    x, y = thin(one.x, one.y)
+    width = 1.2 if small else 1.6
+    if one.points:
+        axes.plot(x, y, color=colour, linewidth=1, marker="o", markersize=4, markeredgewidth=0, linestyle=(0, (2, 2)))
+    elif len(y) > 40 and not small:
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
+        axes.plot(x, smooth(y, len(y) // 20), color=colour, linewidth=width)
+    else:
+        axes.plot(x, y, color=colour, linewidth=width)
+
+
+def _dress(axes, as_percent: bool, small: bool) -> None:
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=INK)
+    axes.margins(x=0.02, y=0.08)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2 if small else 4, integer=True))
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2 if small else 4))
+    axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+    if as_percent:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%" if -1e-9 < value < 1 + 1e-9 else "")
+    else:
+        axes.yaxis.set_major_formatter(lambda value, _: _tick(value))
+
+
+def _tick(value: float) -> str:
+    """Short: 0, 250, 1,500, 12k, 0.3, 3e-4."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 10_000:
+        return f"{value / 1000:g}k"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if size >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def _inline(svg: str, label: str) -> str:
+    """The <svg> element alone: page colours and fonts, scales with its column, no ids that another could have."""
+    svg = svg[svg.index("<svg") :]
+    for colour, value in PAGE_COLOURS.items():
+        svg = svg.replace(colour, value)
+    svg = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', rf'<svg role="img" aria-label="{label}" \1', svg, count=1)
+    return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most MAX_POINTS points: means of equal buckets. The last bucket ends at the last point."""
+    size = math.ceil(len(y) / MAX_POINTS)
+    if size <= 1:
+        return list(x), list(y)
+    starts = range(len(y) % size or size, len(y) + 1, size)
+    buckets = [slice(max(end - size, 0), end) for end in starts]
+    return [x[b.stop - 1] for b in buckets], [sum(y[b]) / len(y[b]) for b in buckets]
+
+
+def smooth(y: Sequence[float], reach: int) -> list[float]:
+    """Means of `reach` values to either side, fewer near the ends so that a slope is not bent; finite values only."""
+    averages = []
+    for i in range(len(y)):
+        near = min(reach, i, len(y) - 1 - i)
+        window = [value for value in y[i - near : i + near + 1] if math.isfinite(value)]
+        averages.append(sum(window) / len(window) if window else math.nan)
+    return averages

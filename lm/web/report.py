@@ -1,0 +1,104 @@
+"""report.html: the story of a run as one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from lm import __version__
+from lm.web import charts, story
+from lm.web.numbers import count, duration, plain, signed
+from lm.web.run_files import Run, read_run
+from lm.web.text import visible
+
+HERE = Path(__file__).parent
+LESSONS = {
+    "Pretrain": "has read text, and predicts what comes next.",
+    "SFT": "has seen conversations, and answers.",
+    "DPO": "has seen which of two answers is preferred.",
+    "GRPO": "has tried, was checked, and does more of what was right.",
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Makes `report.html` in a run folder from the folder's files alone, finished or not, and returns its path.
+
+    Raises:
+        lm.experiment.UserError: the folder is no run, or one of its files is broken (says which line).
+    """
+    page = render(read_run(run_dir))
+    path = run_dir / "report.html"
+    half = path.with_suffix(".html.tmp")
+    half.write_text(page, "utf-8")
+    os.replace(half, path)
+    return path
+
+
+def render(run: Run) -> str:
+    """The page of a run as HTML."""
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page.filters |= {"visible": visible, "plain": plain, "signed": _signed, "leaf": _leaf}
+    return page.get_template("report.html.j2").render(
+        run=run,
+        version=__version__,
+        css=markupsafe.Markup((HERE / "report.css").read_text("utf-8")),
+        sentence=_sentence(run),
+        unfinished=_unfinished(run),
+        headlines=story.headlines(run),
+        columns=story.columns(run),
+        lessons=[(stage.name, LESSONS[stage.kind]) for stage in run.stages],
+        prompts=story.prompt_table(run),
+        heldout=story.heldout_table(run),
+        curves=[(stage, found) for stage in run.stages if (found := charts.stage_charts(stage))],
+        pairs=story.preference_pairs(run),
+        choices=story.choices,
+        rollouts=story.rollouts(run),
+        examples=story.heldout_examples(run),
+        knobs=story.knob_table(run),
+        costs=story.costs(run),
+        cost_names=[*(label for label, _ in story.COSTS.values()), "tokens a second"],
+        environment=story.environment_table(run),
+    )
+
+
+def _sentence(run: Run) -> str:
+    """One plain sentence: what this model is and what it went through."""
+    size, seconds = story.num_params(run), story.total_seconds(run)
+    names = [stage.name for stage in run.stages]
+    through = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    model = f"A language model with {count(size)} parameters" if size else "A language model"
+    machine = story.machine(run)
+    taken = f" in {duration(seconds)}" if seconds and not _unfinished(run) else ""
+    taken += f" on {machine}" if taken and machine else ""
+    return f"{model}, taken from random weights through {through}{taken}."
+
+
+def _unfinished(run: Run) -> str:
+    """Where an unfinished run stands; empty for one that is finished."""
+    parts = []
+    for stage in run.stages:
+        if not stage.summary and stage.metrics:
+            parts.append(f"{stage.name} is at step {stage.steps_done:,} of {stage.steps:,}")
+        elif not stage.summary:
+            parts.append(f"{stage.name} has not begun")
+    return ", ".join(parts)
+
+
+def _signed(value: float) -> str:
+    return signed(f"{value:+.2f}") if math.isfinite(value) else "not finite"
+
+
+def _leaf(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

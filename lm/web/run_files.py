@@ -1,0 +1,110 @@
+"""The files of a run folder, read into plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.experiment import UserError
+
+Line = dict[str, Any]
+WHEN = {"before": 0, "during": 1, "after": 2}
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """One stage of a run: what it should do, and what it has written so far."""
+
+    name: str
+    kind: str
+    steps: int
+    metrics: list[Line]
+    evals: list[Line]
+    samples: list[Line]
+    summary: Line | None
+
+    @property
+    def steps_done(self) -> int:
+        return self.steps if self.summary else max((int(line["step"]) for line in self.metrics), default=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read. Stages stand in the order of the experiment, begun or not; sessions began or resumed it."""
+
+    folder: Path
+    experiment: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    stages: tuple[StageFiles, ...]
+
+
+def read_run(folder: Path) -> Run:
+    """Every file of a run folder that the report needs; a run may be unfinished or not even begun.
+
+    Raises:
+        UserError: the folder is no run (says which file is missing), or a line of a file is not JSON.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
+    if not (folder / "experiment.json").is_file():
+        raise UserError(f"{folder} is not a run: it has no experiment.json")
+    experiment = _read_json(folder / "experiment.json")
+    environment = folder / "environment.json"
+    sessions = _read_json(environment)["runs"] if environment.is_file() else []
+    stages = tuple(_read_stage(folder / "stages" / stage["name"], stage) for stage in experiment["stages"])
+    return Run(folder, experiment, sessions, stages)
+
+
+def _read_stage(folder: Path, stage: dict[str, Any]) -> StageFiles:
+    summary = folder / "summary.json"
+    return StageFiles(
+        name=stage["name"],
+        kind=stage["objective"]["kind"],
+        steps=stage["steps"],
+        metrics=_last_of_each(_numbers(folder / "metrics.jsonl"), "step"),
+        evals=_last_of_each(_numbers(folder / "eval.jsonl"), "step", "when", "eval"),
+        samples=_last_of_each(
+            _read_lines(folder / "samples.jsonl"), "kind", "step", "when", "eval", "prompt", "chosen", "rejected"
+        ),
+        summary=_read_json(summary) if summary.is_file() else None,
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+
+
+def _read_lines(path: Path) -> list[Line]:
+    """The objects of a JSONL file; none where it is not there. A last line that is still being written is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    *whole, _unfinished = path.read_text("utf-8").split("\n")
+    for number, text in enumerate(whole, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON: {error.msg}") from None
+    return lines
+
+
+def _numbers(path: Path) -> list[Line]:
+    """Lines of measurements, in which null stands for what was not finite."""
+    return [{key: math.nan if value is None else value for key, value in line.items()} for line in _read_lines(path)]
+
+
+def _last_of_each(lines: list[Line], *names: str) -> list[Line]:
+    """Lines in order of step, the last one of those that agree in `names`: a resumed run repeats itself."""
+    latest = {tuple(line.get(name) for name in names): line for line in lines}
+    return sorted(latest.values(), key=place)
+
+
+def place(line: Line) -> tuple[int, int]:
+    """What lines are ordered by: the step, and at one step before, during, after."""
+    return int(line["step"]), WHEN.get(line.get("when", "during"), 1)

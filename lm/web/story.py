@@ -1,0 +1,363 @@
+"""What a run tells: the tables that the report shows, from the files of its folder."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lm import experiment as experiments
+from lm.web.numbers import count, duration, percent, signed
+from lm.web.run_files import Line, Run, StageFiles, place
+
+T = TypeVar("T")
+
+
+# ---- held-out numbers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a held-out metric is shown: which way is up, how it is written, what stands below it."""
+
+    label: str
+    unit: str
+    sign: int
+    show: Callable[[float], str]
+    change: Callable[[float], str]
+    extras: tuple[tuple[str, str, Callable[[float], str]], ...]
+
+
+def _points(value: float) -> str:
+    return signed(f"{100 * value:+.1f}")
+
+
+def _bits(value: float) -> str:
+    return signed(f"{value:.3f}")
+
+
+METRICS = {
+    "bits_per_byte": Metric(
+        "bits per byte, lower is better",
+        "windows of text",
+        -1,
+        _bits,
+        lambda value: signed(f"{value:+.3f}"),
+        (("loss, nats a token", "loss", _bits),),
+    ),
+    "reward": Metric(
+        "mean reward",
+        "prompts",
+        +1,
+        percent,
+        _points,
+        (("answers that end by themselves", "eos_rate", percent), ("tokens an answer", "length", lambda v: f"{v:.1f}")),
+    ),
+    "pair_accuracy": Metric(
+        "chosen answer preferred",
+        "pairs",
+        +1,
+        percent,
+        _points,
+        (("margin, nats", "margin", _bits),),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the held-out table, with its change over the stage ('better', 'worse' or 'even')."""
+
+    value: str
+    change: str = ""
+    tone: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class HeldoutRow:
+    name: str
+    label: str
+    cells: list[Cell | None]
+    extras: list[tuple[str, list[str | None]]]
+
+
+def before(stage: StageFiles, name: str) -> Line | None:
+    return next((line for line in stage.evals if line["eval"] == name and line["when"] == "before"), None)
+
+
+def latest(stage: StageFiles, name: str) -> Line | None:
+    """The last measurement that is not the one before the stage."""
+    found = [line for line in stage.evals if line["eval"] == name and line["when"] != "before"]
+    return found[-1] if found else None
+
+
+def eval_names(run: Run) -> list[str]:
+    return list(dict.fromkeys(line["eval"] for stage in run.stages for line in stage.evals))
+
+
+def measurements(run: Run, name: str) -> list[Line | None]:
+    """One eval over the columns of the tables: the random model, then after each stage.
+
+    What was measured before a stage also tells of the model after the stage that precedes it.
+    """
+    after = [None, *(latest(stage, name) for stage in run.stages)]
+    earlier = [*(before(stage, name) for stage in run.stages), None]
+    return [line or other for line, other in zip(after, earlier, strict=True)]
+
+
+def columns(run: Run) -> list[str]:
+    return ["random", *(stage.name for stage in run.stages)]
+
+
+def heldout_table(run: Run) -> list[HeldoutRow]:
+    """Evals by stages, each number with its change over the stage."""
+    rows = []
+    for name in eval_names(run):
+        lines = measurements(run, name)
+        first = next(line for line in lines if line)
+        metric = METRICS[first["metric"]]
+        label = f"{metric.label}, {first['count']:,} {metric.unit}"
+        if "xz_bits_per_byte" in first:
+            label += f"; xz -9e needs {_bits(first['xz_bits_per_byte'])}"
+        earlier = [None, *(before(stage, name) for stage in run.stages)]
+        cells = [_cell(line, old, metric) for line, old in zip(lines, earlier, strict=True)]
+        extras = [
+            (text, [show(line[key]) if line and key in line else None for line in lines])
+            for text, key, show in metric.extras
+        ]
+        rows.append(HeldoutRow(name, label, cells, extras))
+    return rows
+
+
+def _cell(line: Line | None, old: Line | None, metric: Metric) -> Cell | None:
+    if line is None:
+        return None
+    value = line[line["metric"]]
+    note = f"at step {line['step']:,}" if line["when"] == "during" else ""
+    if "xz_bits_per_byte" in line and value < line["xz_bits_per_byte"]:
+        note = "below xz -9e"
+    if old is None:
+        return Cell(metric.show(value), note=note)
+    change = value - old[line["metric"]]
+    noise = 2 * math.hypot(standard_error(line), standard_error(old))
+    tone = "even" if abs(change) <= noise else "better" if change * metric.sign > 0 else "worse"
+    return Cell(metric.show(value), metric.change(change), tone, note)
+
+
+def standard_error(line: Line) -> float:
+    """Of a mean reward or a pair accuracy over its examples; bits per byte are taken as exact to 0.0025."""
+    if line["metric"] == "pair_accuracy":
+        rate = line["pair_accuracy"]
+        return math.sqrt(max(rate * (1 - rate), 0.0) / max(line["count"], 1))
+    return line.get("reward_stderr", 0.0025)
+
+
+@dataclass(frozen=True)
+class Headline:
+    name: str
+    value: str
+    notes: list[str]
+
+
+def headlines(run: Run) -> list[Headline]:
+    """One number an eval: the best bits per byte, and the last reward and pair accuracy."""
+    found = []
+    for name in eval_names(run):
+        lines = measurements(run, name)
+        after = [(stage, line) for stage, line in zip(columns(run)[1:], lines[1:], strict=True) if line]
+        if not after:
+            continue
+        metric = after[-1][1]["metric"]
+        bits = metric == "bits_per_byte"
+        stage, line = min(after, key=lambda pair: pair[1]["bits_per_byte"]) if bits else after[-1]
+        notes = [f"after {stage}" if line["when"] == "after" else f"{stage}, step {line['step']:,}"]
+        if lines[0]:
+            notes.append(f"{METRICS[metric].show(lines[0][metric])} at random")
+        if "xz_bits_per_byte" in line:
+            notes.append(f"xz -9e {_bits(line['xz_bits_per_byte'])}")
+        label = f"{name}, bits per byte" if bits else name
+        found.append(Headline(label, METRICS[metric].show(line[metric]), notes))
+    return found
+
+
+# ---- what the model said -----------------------------------------------------------------------------------------
+
+
+def prompt_table(run: Run) -> list[tuple[str, list[Line | None]]]:
+    """(prompt, its last answer in every column); the random model's is the first stage's before."""
+    asked = dict.fromkeys(run.experiment["prompts"])
+    asked |= dict.fromkeys(line["prompt"] for stage in run.stages for line in _of(stage, "prompt"))
+    return [
+        (
+            prompt,
+            [
+                _last(line for line in _of(run.stages[0], "prompt", prompt) if line["when"] == "before"),
+                *(
+                    _last(line for line in _of(stage, "prompt", prompt) if line["when"] != "before")
+                    for stage in run.stages
+                ),
+            ],
+        )
+        for prompt in asked
+    ]
+
+
+def _of(stage: StageFiles, kind: str, prompt: str | None = None) -> list[Line]:
+    return [line for line in stage.samples if line["kind"] == kind and prompt in (None, line["prompt"])]
+
+
+def _last(items: Iterable[T]) -> T | None:
+    return next(reversed(list(items)), None)
+
+
+def _last_stage(run: Run, kind: str) -> StageFiles | None:
+    return _last(stage for stage in run.stages if _of(stage, kind))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair, and by how many nats the model preferred the chosen answer (None: not measured)."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    before: float | None
+    after: float | None
+
+
+def preference_pairs(run: Run) -> tuple[str, list[Pair]] | None:
+    """The stage that learned from pairs (or the last that was measured on them), and its held-out pairs."""
+    stages = [stage for stage in run.stages if _of(stage, "pair")]
+    stage = _last(stage for stage in stages if stage.kind == "DPO") or _last(stages)
+    if stage is None:
+        return None
+    lines = _of(stage, "pair")
+    margins = {(*_pair(line), line["when"] == "before"): line["margin"] for line in lines}
+    pairs = dict.fromkeys(map(_pair, lines))
+    return stage.name, [Pair(*pair, margins.get((*pair, True)), margins.get((*pair, False))) for pair in pairs]
+
+
+def _pair(line: Line) -> tuple[str, str, str]:
+    return line["prompt"], line["chosen"], line["rejected"]
+
+
+def choices(margins: Iterable[float | None]) -> str:
+    """How often the chosen answer was preferred, in words; empty where there was no preference at all."""
+    measured = [margin for margin in margins if margin is not None]
+    return f"{sum(margin > 0 for margin in measured)} of {len(measured)}" if any(measured) else ""
+
+
+def rollouts(run: Run, limit: int = 3) -> tuple[str, list[tuple[int, list[Line]]]] | None:
+    """The stage, and (step, groups) of the first and the last step of which rollouts were kept."""
+    stage = _last_stage(run, "rollout")
+    if stage is None:
+        return None
+    kept = _of(stage, "rollout")
+    steps = sorted({line["step"] for line in kept})
+    return stage.name, [
+        (step, [line for line in kept if line["step"] == step][:limit]) for step in dict.fromkeys((steps[0], steps[-1]))
+    ]
+
+
+def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line]]]:
+    """(eval, stage, the first examples kept of the last measurement), in the order of the evals."""
+    found = {}
+    for stage in run.stages:
+        for line in _of(stage, "heldout"):
+            if line["when"] != "before" or stage is run.stages[0]:
+                found[line["eval"]] = (stage, place(line))
+    return [
+        (name, stage.name, [s for s in _of(stage, "heldout") if s["eval"] == name and place(s) == last][:limit])
+        for name, (stage, last) in found.items()
+    ]
+
+
+# ---- what it took ------------------------------------------------------------------------------------------------
+
+
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "seconds": ("time", duration),
+    "tokens": ("tokens", count),
+    "compile_seconds": ("compiling", duration),
+    "first_step_seconds": ("first step at", duration),
+    "eval_seconds": ("evaluating", duration),
+    "sample_seconds": ("sampling", duration),
+    "peak_memory_mb": ("peak memory", lambda value: f"{value / 1000:.2f} GB"),
+}
+
+
+def costs(run: Run) -> list[tuple[str, str, list[str | None]]]:
+    """(stage, steps, a value for every row of COSTS and the median tokens per second) for each stage that began."""
+    rows = []
+    for stage in run.stages:
+        if not stage.metrics and not stage.summary:
+            continue
+        summary = stage.summary or {"seconds": stage.metrics[-1].get("time")}
+        values = [show(summary[key]) if summary.get(key) is not None else None for key, (_, show) in COSTS.items()]
+        speeds = [line["tokens_per_second"] for line in stage.metrics if "tokens_per_second" in line]
+        steps = f"{stage.steps_done:,}" if stage.summary else f"{stage.steps_done:,} of {stage.steps:,}"
+        rows.append((stage.name, steps, [*values, count(statistics.median(speeds)) if speeds else None]))
+    return rows
+
+
+def total_seconds(run: Run) -> float:
+    return sum((stage.summary or {}).get("seconds", 0.0) for stage in run.stages)
+
+
+def num_params(run: Run) -> int | None:
+    return next((stage.summary["num_params"] for stage in run.stages if stage.summary), None)
+
+
+def knob_table(run: Run) -> list[tuple[str, Any, str]]:
+    """(dotted name, value, help) of every leaf of the resolved experiment."""
+    helps = {knob.name: knob.help for knob in experiments.knobs(experiments.from_dict(run.experiment))}
+    return [(name, value, helps.get(name, "")) for name, value in experiments.flatten(run.experiment).items()]
+
+
+def environment_table(run: Run) -> list[tuple[str, str]]:
+    """(what, value) of the model, the machine and the software; the names of host and folder stay private."""
+    size = num_params(run)
+    table = [("parameters", f"{size:,}")] if size else []
+    if not run.sessions:
+        return table
+    found = run.sessions[-1]
+    return [
+        *table,
+        ("command", _command(found["command"])),
+        ("started", run.sessions[0]["started"] + (f", {len(run.sessions)} sessions" if run.sessions[1:] else "")),
+        ("machine", f"{machine(run)}; {found['cpu']}, {found['platform']}"),
+        ("versions", ", ".join([f"python {found['python']}", *map(" ".join, _known(found["versions"]))])),
+        ("git commit", _commit(found["git"])),
+        *((f"data {path}", f"sha256 {digest}") for path, digest in found["data_fingerprint"].items()),
+    ]
+
+
+def machine(run: Run) -> str:
+    """The devices of the latest session: `2 CPU cores`, `8 × TPU v4`; empty where that is not recorded."""
+    if not run.sessions:
+        return ""
+    found = run.sessions[-1]
+    devices = found["devices"]
+    if devices["platform"] == "cpu":
+        return f"{found['cores']} CPU core{'s' * (found['cores'] != 1)}"
+    return f"{devices['count']} × {devices['kind']}"
+
+
+def _command(words: list[str]) -> str:
+    """The command line without the folders of its program."""
+    return shlex.join([*(Path(word).name for word in words[:2]), *words[2:]])
+
+
+def _known(versions: dict[str, str | None]) -> list[tuple[str, str]]:
+    return [(name, version) for name, version in versions.items() if version]
+
+
+def _commit(git: dict[str, Any] | None) -> str:
+    if git is None:
+        return "no git repository"
+    return f"{git['commit'] or 'none yet'}{' with uncommitted changes' if git['dirty'] else ''}"

@@ -1,0 +1,14 @@
+"""Text that a model or a data set wrote, made safe to show on a page and on a terminal."""
+
+from __future__ import annotations
+
+import re
+
+
+def visible(text: str) -> str:
+    """The text with its control characters as pictures (␀, ␛), and what no encoding has as U+FFFD.
+
+    Newlines and tabs stay. So nothing moves a cursor, rings a bell or breaks a file.
+    """
+    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text.replace("\r\n", "\n"))
+    return re.sub(r"[\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,152 @@
+"""The `lm` command: exit codes, one-line errors, and help that imports nothing slow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm.cli.main import COMMANDS, main, split_overrides
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENT = """
+from lm.experiment import Experiment, Pretrain, SFT, Source, Stage
+
+text = Source(path="text.txt")
+experiment = Experiment(
+    name="small",
+    stages=(
+        Stage(name="pretrain", objective=Pretrain(), sources=(text,), steps=3),
+        Stage(name="sft", objective=SFT(), sources=(text,), steps=2),
+    ),
+)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A working folder with one experiment, `small`."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "small.py").write_text(EXPERIMENT, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error_of(capsys, *words: str) -> str:
+    """The one line that a user's error prints."""
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lm: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def python(*words: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, **options)
+
+
+@pytest.mark.parametrize("words", [["--help"], [], *[[name, "--help"] for name in COMMANDS]])
+def test_help_imports_nothing_slow_and_fits_the_terminal(words):
+    slow = "{'jax', 'numpy', 'rich', 'jinja2', 'matplotlib', 'flax'}"
+    code = f"import sys; from lm.cli.main import main; assert main({words!r}) == 0; print(sorted({slow} & set(sys.modules)))"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    *text, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    assert "usage: lm" in text[0]
+    assert max(map(len, text)) <= 80
+
+
+def test_every_command_has_its_file():
+    files = {path.stem for path in (ROOT / "lm" / "cli").glob("*.py")}
+    assert set(COMMANDS) <= files
+    assert files - set(COMMANDS) == {"__init__", "main", "arguments"}
+
+
+def test_an_unknown_command_gets_the_nearest_one(capsys):
+    assert "did you mean run?" in error_of(capsys, "rum", "quickstart")
+    assert "there are run, config" in error_of(capsys, "frobnicate")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run"], "EXPERIMENT"),
+        (["run", "nowhere"], "experiments/ here has: small"),
+        (["run", "small", "--sft.stps", "3"], "did you mean sft.steps"),
+        (["run", "small", "--sft.steps", "many"], "an integer"),
+        (["run", "small", "--sft.steps"], "needs a value"),
+        (["run", "small", "--model.num_kv_heads", "3"], "num_kv_heads"),
+        (["run", "small", "--until", "stf"], "did you mean sft?"),
+        (["data", "small", "--stage", "pretain"], "did you mean pretrain?"),
+        (["data", "small", "--rows", "0"], "at least 1"),
+        (["config"], "which EXPERIMENT?"),
+        (["config", "small", "-x"], "-x"),
+        (["sample", "nothing"], "no run 'nothing'"),
+        (["sample", "nothing", "--temperature", "hot"], "number from 0"),
+        (["chat", "nothing", "--top-p", "1.5"], "number from 0 to 1"),
+        (["chat", "nothing", "--seed", "-1"], "at least 0"),
+        (["eval", "nothing"], "runs/ here has: nothing"),
+        (["report", "experiments"], "has no experiment.json"),
+    ],
+)
+def test_a_users_error_is_one_line_that_teaches(here, capsys, words, told):
+    assert told in error_of(capsys, *words)
+    assert not (here / "runs").exists()
+
+
+def test_a_bug_shows_its_traceback(here):
+    (here / "experiments" / "broken.py").write_text("1 / 0", "utf-8")
+    done = python("-m", "lm.cli.main", "config", "broken", cwd=here)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+
+
+def test_ctrl_c_is_quiet(here):
+    (here / "experiments" / "slow.py").write_text("raise KeyboardInterrupt", "utf-8")
+    done = python("-m", "lm.cli.main", "config", "slow", cwd=here)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_reader_who_leaves_is_no_error(here):
+    command = f"{sys.executable} -u -m lm.cli.main config small | head -n 1; echo ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=here, env=environment)
+    assert done.stderr == ""
+    first, code = done.stdout.splitlines()
+    assert first.split() == ["name", "small"] and code in ("0", "141")
+
+
+def test_overrides_are_what_no_flag_is():
+    words = ["small", "--sft.steps", "-3", "--fresh", "--seed=7", "--until", "sft", "--name", "x"]
+    own, overrides = split_overrides(words, {"--fresh", "--until"})
+    assert own == ["small", "--fresh", "--until", "sft"]
+    assert overrides == ["--sft.steps", "-3", "--seed=7", "--name", "x"]
+
+
+def test_config_shows_the_resolved_value_and_what_changed(here, capsys):
+    assert main(["config", "small", "--sft.steps=12", "--model.tied_head", "false"]) == 0
+    lines = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()}
+    assert lines["sft.steps"] == "12  (was 2)"
+    assert lines["model.tied_head"] == "false  (was true)"
+    assert lines["pretrain.steps"] == "3"
+
+
+def test_config_as_json_is_what_a_run_saves(here, capsys):
+    from lm.experiment import from_dict, load, override
+
+    assert main(["config", "experiments/small.py", "--json", "--seed", "5"]) == 0
+    saved = json.loads(capsys.readouterr().out)
+    assert from_dict(saved) == override(load("small"), ["--seed", "5"])
+
+
+def test_config_help_lists_every_knob_with_its_help(here, capsys):
+    from lm.experiment import knobs, load
+
+    assert main(["config", "small", "--help"]) == 0
+    text = capsys.readouterr().out
+    for knob in knobs(load("small")):
+        assert f"\n--{knob.name} " in text
+    assert "      learning rate after the warmup (a number)\n" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -1,0 +1,179 @@
+"""Sources read every format, say clearly what is wrong with a file, and split by content alone."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.data.curriculum import LENGTH
+from lm.data.sources import Rows, cut_text, load_rows, split_key, split_place, split_rows
+from lm.experiment import UserError
+
+
+def write_jsonl(path, rows):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_jsonl_comes_back_with_line_numbers(tmp_path, name):
+    rows = [{"text": f"row {i} \u00e9"} for i in range(5)]
+    loaded = load_rows(write_jsonl(tmp_path / name, rows))
+    assert list(loaded) == rows and len(loaded) == 5 and loaded[1:3] == rows[1:3]
+    assert loaded.where(2).endswith(f"{name} line 3")
+    with pytest.raises(IndexError):
+        loaded[5]
+
+
+def test_blank_lines_do_not_shift_line_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert load_rows(str(path)).where(1).endswith("line 3")
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert list(load_rows(str(tmp_path / "rows.parquet"))) == rows
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a parquet file"):
+        load_rows(str(tmp_path / "bad.parquet"))
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    one = load_rows(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])).fingerprint
+    same = load_rows(write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}])).fingerprint
+    other = load_rows(write_jsonl(tmp_path / "c.jsonl", [{"text": "y"}])).fingerprint
+    assert one == same != other
+    assert (
+        len({load_rows(f"gen:{name}").fingerprint for name in ("docs", "instruct", "arithmetic", "preferences")}) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', "bad.jsonl line 2: not valid JSON"),
+        (b'{"text": "a"}\n[1, 2]\n', r"bad.jsonl line 2: every line must be a JSON object, found \[1, 2\]"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl line 2: not valid JSON"),
+        (b"", "bad.jsonl: empty"),
+        (b"\n\n", "bad.jsonl: empty"),
+    ],
+)
+def test_bad_jsonl_is_told_with_file_and_line(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_rows(str(path))
+
+
+def test_half_a_gzip_file_is_told(tmp_path):
+    whole = gzip.compress(b'{"text": "a"}\n' * 10_000 + bytes(range(256)))
+    (tmp_path / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "no.jsonl.gz").write_bytes(b"plain text")
+    for name in ("half.jsonl.gz", "no.jsonl.gz"):
+        with pytest.raises(UserError, match=f"{name}: not a whole gzip file"):
+            load_rows(str(tmp_path / name))
+
+
+def test_missing_and_unknown_sources_suggest_what_is_there(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "x"}])
+    with pytest.raises(UserError, match=r"no such file; did you mean train\.jsonl"):
+        load_rows(str(tmp_path / "trian.jsonl"))
+    with pytest.raises(UserError, match="there is no folder"):
+        load_rows(str(tmp_path / "nowhere" / "train.jsonl"))
+    with pytest.raises(UserError, match="did you mean gen:arithmetic"):
+        load_rows("gen:arithmetics")
+    with pytest.raises(UserError, match="say which split"):
+        load_rows("tfds:python_docs")
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(UserError, match=r"cannot read this kind of file; a source is \.txt, \.jsonl"):
+        load_rows(str(tmp_path / "a.csv"))
+
+
+LINES = st.lists(st.text(alphabet="abc d", max_size=40), max_size=60).map("\n".join)
+
+
+@given(LINES)
+def test_cut_text_loses_nothing_but_line_ends_at_the_cuts(text):
+    documents = cut_text(text, 100)
+    assert all(0 < len(document) <= 150 for document in documents)
+    assert "".join("".join(documents).split()) == "".join(text.split())
+
+
+def test_a_text_file_is_cut_at_blank_lines_and_one_line_too(tmp_path):
+    paragraphs = [f"Paragraph {i} " + "word " * 60 for i in range(100)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    rows = load_rows(str(tmp_path / "a.txt"))
+    assert all(row["text"].startswith("Paragraph") and 2_500 < len(row["text"]) < 6_500 for row in rows[:-1])
+    (tmp_path / "b.txt").write_text("word " * 10_000)
+    assert len(load_rows(str(tmp_path / "b.txt"))) > 8
+    (tmp_path / "c.txt").write_text(" \n")
+    with pytest.raises(UserError, match="empty"):
+        load_rows(str(tmp_path / "c.txt"))
+
+
+def memory(rows):
+    return Rows("memory", len(rows), rows.__getitem__, "", str)
+
+
+def test_the_split_depends_on_the_example_alone():
+    rows = [{"text": f"example {i}"} for i in range(2000)]
+    shuffled = random.Random(0).sample(rows, 1500)
+    sides = [split_rows(memory(some), 0.2) for some in (rows, shuffled)]
+    held = [{some[i]["text"] for i in heldout} for some, (_, heldout) in zip((rows, shuffled), sides, strict=True)]
+    assert held[1] == held[0] & {row["text"] for row in shuffled}
+    assert sorted([*sides[0][0], *sides[0][1]]) == list(range(2000))
+    assert 0.15 < len(sides[0][1]) / 2000 < 0.25
+    assert set(split_rows(memory(rows), 0.1)[1]) <= set(sides[0][1])
+
+
+def test_rows_that_share_a_key_or_a_prompt_are_on_one_side():
+    rows = [{"text": str(i), "key": f"module {i // 4}"} for i in range(400)]
+    _, heldout = split_rows(memory(rows), 0.3)
+    assert {i // 4 for i in heldout} and all(4 * (i // 4) + j in set(heldout) for i in heldout for j in range(4))
+    pair = {"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b"}
+    assert split_key(pair) == split_key({**pair, "chosen": "c"})
+    assert split_key({"question": "1+1", "answer": "2"}) == split_key({"question": "1+1", "answer": "two"})
+    assert split_key({"a": 1, "b": 2}) == split_key({"b": 2, "a": 1}) != split_key({"a": 1, "b": 3})
+
+
+def test_a_key_of_none_is_never_held_out():
+    rows = [{"text": str(i), "key": None} for i in range(100)]
+    assert list(split_rows(memory(rows), 1.0)[0]) == list(range(100))
+
+
+def test_split_place_is_pinned():
+    assert abs(split_place("a key") - 0x8FA3AAB2FAA9B79E / 2**64) < 1e-15  # printf "a key" | sha256sum
+    places = np.array([split_place(str(i)) for i in range(4000)])
+    assert np.abs(np.histogram(places, bins=8, range=(0, 1))[0] / 500 - 1).max() < 0.2
+
+
+def test_extreme_holdouts():
+    rows = memory([{"text": str(i)} for i in range(10)])
+    assert len(split_rows(rows, 0.0)[1]) == 0 and len(split_rows(rows, 1.0)[0]) == 0
+    with pytest.raises(UserError, match=r"holdout is 1\.5"):
+        split_rows(rows, 1.5)
+
+
+@pytest.mark.parametrize("name", ["instruct", "arithmetic", "preferences"])
+def test_generated_rows_split_without_end_and_without_leaks(name):
+    rows = load_rows(f"gen:{name}")
+    assert len(rows) == LENGTH
+    train, heldout = split_rows(rows, 0.05)
+    held = [rows[i]["key"] for i in heldout[:200]]
+    assert len(held) == len(set(held)) > 100 and None not in held
+    assert not {rows[train[k]]["key"] for k in range(3000)} & set(held)
+    assert train[len(train) - 1] < LENGTH
+    assert len(split_rows(rows, 0.0)[1]) == 0

@@ -1,0 +1,128 @@
+"""Every text comes back exactly, none becomes a special token, and training is deterministic."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.data.curriculum.words import NOUNS
+from lm.data.tokenizer import CHUNK, SPECIALS, Tokenizer, _sample
+from lm.experiment import UserError
+
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "\n\n  \n",
+    "def f(x):\n    if x:\n        return [1, 23,  4]\n\n\treturn x\r\n",
+    "  leading and trailing  ",
+    "caf\u00e9 \u4f60\u597d \U0001f600 \U0001f469\u200d\U0001f680 e\u0301 \ufb01 \uff21",
+    "\u2581 is \u2581\u2581 sentencepiece's space",
+    "\x00\x01\x7f\u00a0\u3000\ufeff",
+    *SPECIALS,
+    "".join(SPECIALS) * 2,
+    "<0x0A><unk><s></s><pad>",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_texts_come_back_and_hold_no_special_token(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+
+
+PIECES = st.sampled_from([*SPECIALS, "\n", "    ", "\u2581", "<0x41>", "7", "the ", "\U0001f600", "<|", "|>"])
+TEXTS = st.lists(PIECES | st.text(max_size=8), max_size=12).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS)
+def test_any_text_comes_back_and_holds_no_special_token(tokenizer, text):
+    ids, starts = tokenizer.encode_offsets(text)
+    assert ids == tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    # the bytes before token i are exactly those of the characters before its start, and of what it shares of one
+    for i, start in enumerate(starts):
+        before = b"".join(tokenizer._bytes[j] for j in ids[:i])
+        assert text[:start].encode() == before[: len(text[:start].encode())]
+        assert len(before) - len(text[:start].encode()) < len(text[start].encode())
+
+
+def test_training_on_special_names_makes_no_such_piece():
+    text = "say <|im_end|> and <|im_start|> and <|endoftext|> often " * 50 + " ".join(NOUNS)
+    learnt = Tokenizer.train([text], 400)
+    assert not set(learnt.encode(text)) & set(learnt.special_ids.values())
+    assert learnt.decode(learnt.encode(text)) == text
+
+
+def test_digits_and_newlines_are_pieces_of_their_own(tokenizer):
+    assert len(tokenizer.encode("2024")) == 4
+    assert len(tokenizer.encode("\n\n\n")) == 3
+    assert tokenizer.encode("user\nHello") == tokenizer.encode("user") + tokenizer.encode("\n") + tokenizer.encode(
+        "Hello"
+    )
+
+
+def test_indentation_is_few_tokens(tokenizer):
+    assert len(tokenizer.encode("        return x")) <= 4
+
+
+def test_decode_is_total_and_spells_specials_only_when_asked(tokenizer):
+    everything = list(range(tokenizer.vocab_size))
+    assert isinstance(tokenizer.decode(everything), str)
+    assert tokenizer.decode([tokenizer.eos_id, *tokenizer.encode("a"), tokenizer.pad_id]) == "a"
+    assert tokenizer.decode([tokenizer.eos_id, *tokenizer.encode("a")], specials=True) == "<|im_end|>a"
+
+
+def test_lone_surrogates_do_not_raise(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_same_text_same_model_and_save_load(tmp_path):
+    texts = [f"line {i} of a text about a {noun}\n\n    indented" for i, noun in enumerate(NOUNS)]
+    one, two = Tokenizer.train(texts, 400, tmp_path), Tokenizer.train(texts, 400)
+    assert one.fingerprint == two.fingerprint == Tokenizer.load(tmp_path).fingerprint
+    assert Tokenizer.load(tmp_path / "tokenizer.model").vocab_size == 400
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_large_texts_are_sampled_evenly():
+    texts = [letter * 1_000_000 for letter in "abcd"]
+    sample = _sample(texts, 100_000)
+    assert 90_000 < sum(map(len, sample)) <= 100_000
+    counts = [sum(chunk.count(letter) for chunk in sample) for letter in "abcd"]
+    assert max(counts) - min(counts) <= CHUNK
+
+
+def test_vocabulary_larger_than_the_text_names_the_largest_that_works():
+    texts = ["a short text that cannot fill a large vocabulary"]
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 4000.*largest that works is (\d+)") as error:
+        Tokenizer.train(texts, 4000)
+    largest = int(str(error.value).rsplit(" ", 1)[1])
+    assert Tokenizer.train([*texts], largest).vocab_size == largest
+
+
+def test_many_different_characters_are_left_to_bytes():
+    text = "".join(chr(0x4E00 + i) for i in range(3000)) + " ".join(NOUNS)
+    learnt = Tokenizer.train([text], 400)
+    assert learnt.decode(learnt.encode(text)) == text
+
+
+@pytest.mark.parametrize("texts", [[], ["", "\n\n"]])
+def test_no_text_is_a_clear_error(texts):
+    with pytest.raises(UserError, match="no text"):
+        Tokenizer.train(texts, 400)
+
+
+def test_too_small_a_vocabulary_and_missing_or_broken_model_are_clear_errors(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 100"):
+        Tokenizer.train(["text"], 100)
+    with pytest.raises(UserError, match="no file"):
+        Tokenizer.load(tmp_path / "nothing")
+    (tmp_path / "broken.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        Tokenizer.load(tmp_path / "broken.model")

@@ -1,0 +1,59 @@
+"""Tiny models, stages and batches that several tests share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.experiment import DPO, GRPO, SFT, Mesh, Model, Optimizer, Pretrain, Source, Stage
+from lm.model.transformer import Transformer
+from lm.types import Batch
+
+VOCAB = 64
+TINY = Model(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, max_len=64)
+
+OBJECTIVES = {
+    "pretrain": Pretrain(z_loss=1e-3),
+    "sft": SFT(),
+    "dpo": DPO(beta=0.5),
+    "grpo_token": GRPO(max_new_tokens=8, group_size=4, kl_coef=0.1, aggregation="token"),
+    "grpo_sequence": GRPO(max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence"),
+    "grpo_constant": GRPO(max_new_tokens=8, group_size=4, aggregation="constant", clip_high=0.3),
+}
+
+
+def tiny_model(seed: int = 0, **changes) -> Transformer:
+    config = dataclasses.replace(TINY, **changes)
+    return jax.jit(lambda: Transformer(config, VOCAB, jax.random.key(seed)))()
+
+
+def tiny_stage(objective, **changes) -> Stage:
+    base = Stage(
+        name="tiny", objective=objective, sources=(Source("gen:instruct"),), steps=10, batch_size=16, seq_len=16,
+        optimizer=Optimizer(peak_lr=1e-2, warmup_steps=2),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
+    """Two packed segments and some padding in each row; every field filled, so that any objective can use it."""
+    rng = np.random.default_rng(seed)
+    cut, end = length // 2 - 1, length - 2
+    column = np.arange(length)
+    segments = np.where(column < cut, 1, np.where(column < end, 2, 0))
+    positions = np.where(column < cut, column, column - cut)
+    segments, positions = (np.broadcast_to(x, (rows, length)).astype(np.int32) for x in (segments, positions))
+    weights = ((positions > 0) & (segments > 0) & (rng.random((rows, length)) < 0.7)).astype(np.float32)
+    return Batch(
+        tokens=jnp.asarray(rng.integers(0, VOCAB, (rows, length)), jnp.int32),
+        weights=jnp.asarray(weights),
+        segments=jnp.asarray(segments),
+        positions=jnp.asarray(positions),
+        advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
+        old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
+    )
+
+
+def layout(**sizes) -> Mesh:
+    return Mesh(**({"data": 1} | sizes))

@@ -1,0 +1,134 @@
+"""Families give the golden logits, gradients and greedy continuations; a checkpoint survives the round trip."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.experiment import Model, UserError
+from lm.interop import hf
+from lm.model.transformer import Transformer
+from lm.objectives.cross_entropy import cross_entropy
+from lm.objectives.logprobs import token_logprobs
+from lm.rollout.sampler import generate
+from lm.types import Batch
+
+
+def families(golden: Path) -> list[Path]:
+    """Folders of golden models whose family the model has; the others wait for their mathematics."""
+    folders = [path.parent for path in sorted((golden / "models").glob("*/config.json"))]
+    return [f for f in folders if json.loads((f / "config.json").read_text())["model_type"] in hf.FAMILIES]
+
+
+def pytest_generate_tests(metafunc):
+    if "family" in metafunc.fixturenames:
+        root = Path(metafunc.config.getoption("--golden"))
+        found = families(root) if root.is_dir() else []
+        skip = pytest.param(None, marks=pytest.mark.skip(reason=f"no golden models at {root}"))
+        metafunc.parametrize("family", found or [skip], ids=lambda f: f.name if f else "none")
+
+
+def as_batch(ids, mask, positions=None):
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if positions is None else positions
+    weights = mask.astype(np.float32) * np.roll(mask, 1, axis=1)
+    weights[:, 0] = 0
+    return Batch(jnp.asarray(ids), jnp.asarray(weights), jnp.asarray(mask), jnp.asarray(positions.astype(np.int32)))
+
+
+def tolerance(inputs) -> float:
+    """Ten times the error of the reference's own float32 forward, or 1e-5 of the largest logit."""
+    return max(10 * float(inputs["hf_float32_max_abs_diff"]), 1e-5 * np.abs(inputs["logits"]).max())
+
+
+def test_logits_right_and_left_padded(family):
+    inputs = np.load(family / "inputs.npz")
+    model = hf.read(family)
+    for prefix in ("", "left_"):
+        ids, mask = inputs[prefix + "input_ids"], inputs[prefix + "attention_mask"]
+        positions = inputs[prefix + "position_ids"] if prefix else np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        logits = model(jnp.asarray(ids), jnp.asarray(positions), jnp.asarray(mask))
+        real = mask.astype(bool)
+        error = np.abs(np.asarray(logits) - inputs[prefix + "logits"])[real].max()
+        assert error < tolerance(inputs)
+
+
+def test_loss_and_gradients(family):
+    inputs = np.load(family / "inputs.npz")
+    model = hf.read(family)
+    batch = as_batch(inputs["input_ids"], inputs["attention_mask"])
+
+    def loss(model):
+        return cross_entropy(token_logprobs(model, batch), batch.weights)[0].value()
+
+    value, grads = jax.value_and_grad(loss)(model)
+    np.testing.assert_allclose(value, inputs["loss"], rtol=2e-6)
+    d, n = model.config.embed_dim, model.config.num_kv_heads * model.config.head_dim
+    k_proj = np.asarray(grads.blocks.k[...][0]).reshape(d, n).T
+    np.testing.assert_allclose(k_proj, inputs["grad_layer0_k_proj"], rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(norm, inputs["grad_global_norm"], rtol=1e-5)
+
+
+def test_greedy_continuation(family):
+    inputs = np.load(family / "inputs.npz")
+    model = hf.read(family)
+    prompts, lengths = jnp.asarray(inputs["gen_prompt_ids"]), jnp.asarray(inputs["gen_prompt_mask"].sum(1))
+    out = generate(
+        model, prompts, lengths, jax.random.key(0), 0.0,
+        max_new_tokens=inputs["gen_ids"].shape[1], eos_id=-1, pad_id=0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out.tokens, inputs["gen_ids"])
+    np.testing.assert_allclose(out.logp, inputs["gen_logprobs"], atol=2e-5)
+    eos = int(inputs["gen_eos_token_id"])
+    out = generate(
+        model, prompts, lengths, jax.random.key(0), 0.0,
+        max_new_tokens=inputs["gen_ids"].shape[1], eos_id=eos, pad_id=0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out.tokens, inputs["gen_eos_ids"])
+
+
+def test_packed_documents(golden):
+    """Golden sft_packed: logits, loss and gradient of one packed row, on the model that made them."""
+    folder = golden / "models" / "llama_gqa_llama3rope"
+    if not folder.is_dir() or not (golden / "losses" / "sft_packed.npz").is_file():
+        pytest.skip("no golden packed row")
+    data = np.load(golden / "losses" / "sft_packed.npz")
+    model = hf.read(folder)
+    ids, positions, segments = (jnp.asarray(data[f"in/{n}"]) for n in ("input_ids", "position_ids", "segment_ids"))
+    weights = jnp.asarray(data["in/labels"] != -100, jnp.float32)
+    batch = Batch(ids, weights, segments, positions)
+    np.testing.assert_allclose(model(ids, positions, segments), data["nll/logits"], atol=1e-5)
+
+    def loss(model):
+        return cross_entropy(token_logprobs(model, batch), batch.weights)[0].value()
+
+    value, grads = jax.value_and_grad(loss)(model)
+    np.testing.assert_allclose(value, data["nll/loss"], rtol=1e-5)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(norm, data["nll/grad_global_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "tied_head": False, "rope_scaling": (8.0, 1.0, 4.0, 64.0)}])
+def test_round_trip_is_identical(tmp_path, changes):
+    config = dataclasses.replace(Model(num_layers=2, embed_dim=32, head_dim=8, mlp_dim=48, max_len=64), **changes)
+    model = Transformer(config, 96, jax.random.key(0))
+    hf.write(model, tmp_path)
+    again = hf.read(tmp_path)
+    assert again.config == config
+    for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_unknown_family_and_missing_tensor_are_said(tmp_path):
+    with pytest.raises(UserError, match="model_type is 'mamba'"):
+        hf.read_config({"model_type": "mamba"})
+    model = Transformer(Model(num_layers=1, embed_dim=16, head_dim=8, mlp_dim=16), 32, jax.random.key(0))
+    hf.write(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.1"):
+        hf.read(tmp_path)

@@ -1,0 +1,91 @@
+"""What the sampler says it sampled with is what the trainer computes; filters and stops do what their names say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.objectives.logprobs import token_logprobs
+from lm.rollout.environments import as_batch
+from lm.rollout.sampler import choose, filter_logits, generate, pad_left
+from tests.helpers import VOCAB, tiny_model
+
+EOS, PAD = 1, 0
+
+
+def prompts(rows=8, width=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return pad_left([rng.integers(2, VOCAB, rng.integers(1, width + 1)).tolist() for _ in range(rows)], width, PAD)
+
+
+def sample(model, tokens, lengths, temperature=1.0, seed=0, n=16, **options):
+    return generate(
+        model, tokens, lengths, jax.random.key(seed), temperature, max_new_tokens=n, eos_id=EOS, pad_id=PAD, **options
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_sampler_and_trainer_agree(temperature):
+    model, (tokens, lengths) = tiny_model(), prompts()
+    out = jax.device_get(sample(model, tokens, lengths, temperature))
+    batch = as_batch(tokens, lengths, out, np.ones(len(tokens)))
+    logp = token_logprobs(model, jax.tree.map(jnp.asarray, batch), temperature).logp
+    assert np.abs((logp - batch.old_logp) * batch.weights).max() < 1e-4
+    assert batch.weights.sum() == out.mask.sum() > 0
+
+
+def test_ragged_prompts_are_answered_as_alone():
+    model, (tokens, lengths) = tiny_model(), prompts()
+    together = sample(model, tokens, lengths, 0.0)
+    for row, length in enumerate(lengths):
+        alone = sample(model, tokens[row : row + 1, -length:], lengths[row : row + 1], 0.0)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+def test_rows_end_at_eos_and_stay_ended():
+    model, (tokens, lengths) = tiny_model(), prompts(rows=64)
+    out = sample(model, tokens, lengths, 2.0, n=40)
+    ended = 0
+    for row, mask in zip(np.asarray(out.tokens), np.asarray(out.mask), strict=True):
+        size = mask.sum()
+        assert mask[:size].all() and EOS not in row[: size - 1]
+        assert (row[size:] == PAD).all()
+        ended += size < 40
+        assert size == 40 or row[size - 1] == EOS
+    assert ended > 0
+
+
+def test_other_temperatures_do_not_compile_again():
+    model, (tokens, lengths) = tiny_model(), prompts()
+    sample(model, tokens, lengths, 0.5)
+    size = generate._cache_size()
+    for temperature in (0.0, 0.9, 1.3):
+        sample(model, tokens, lengths, temperature, seed=3)
+    assert generate._cache_size() == size
+
+
+def test_frequencies_are_the_probabilities():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05, 0.0]))
+    rows = jnp.broadcast_to(logits, (20_000, 5))
+    token, logp = choose(rows, jax.random.key(0), jnp.float32(1.0))
+    counts = np.bincount(token, minlength=5) / len(token)
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05, 0.0], atol=0.015)
+    np.testing.assert_allclose(logp, logits[token], atol=1e-5)
+    token, _ = choose(rows, jax.random.key(1), jnp.float32(0.5))
+    sharper = np.array([0.5, 0.3, 0.15, 0.05, 0.0]) ** 2
+    np.testing.assert_allclose(np.bincount(token, minlength=5) / len(token), sharper / sharper.sum(), atol=0.015)
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [((2, 1.0), 2), ((0, 0.5), 1), ((0, 0.79), 2), ((0, 0.81), 3), ((3, 0.6), 2), ((0, 1e-9), 1), ((99, 1.0), 5)],
+)
+def test_top_k_and_top_p_keep_the_smallest_set(options, kept):
+    logits = jnp.log(jnp.array([[0.15, 0.5, 0.04, 0.3, 0.01]]))
+    assert int(jnp.isfinite(filter_logits(logits, *options)).sum()) == kept
+
+
+def test_pad_left_aligns_the_ends():
+    tokens, lengths = pad_left([[5, 6], [7]], 3, PAD)
+    np.testing.assert_array_equal(tokens, [[0, 5, 6], [0, 0, 7]])
+    np.testing.assert_array_equal(lengths, [2, 1])

@@ -1,0 +1,89 @@
+"""Verifiers are right on what they are made for, and total."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.data.curriculum.style import CLOSERS, OPENERS
+from lm.rollout.verifiers import NEEDS, VERIFIERS
+
+answer, manners = VERIFIERS["answer"], VERIFIERS["manners"]
+
+
+@pytest.mark.parametrize(
+    ("row", "completion", "reward"),
+    [
+        ({"answer": "95"}, "95", 1),
+        ({"answer": "95"}, " 95. ", 1),
+        ({"answer": "95"}, "95.0", 1),
+        ({"answer": "95"}, "96", 0),
+        ({"answer": "95"}, "950", 0),
+        ({"answer": "95"}, "-95", 0),
+        ({"answer": "95"}, "94 or 95", 0),
+        ({"answer": "95"}, "Let me work it out: 7 + 8 = 15. The answer is 95.", 1),
+        ({"answer": "95"}, "The answer is 94. No, the answer is 95.", 1),
+        ({"answer": "95"}, "The answer is 95. No, the answer is 94.", 0),
+        ({"answer": "95"}, "Sure! The answer is 95. I hope that helps, but I may be wrong.", 1),
+        ({"answer": "95"}, "Answer is: 95\nThat was easy.", 1),
+        ({"answer": "95"}, r"So \boxed{95}.", 1),
+        ({"answer": r"\frac{1}{2}"}, r"So \boxed{\frac{1}{2}} it is", 1),
+        ({"answer": "1200"}, "#### $1,200.00", 1),
+        ({"answer": "He has 3 + 4\n#### 1,200"}, "1200", 1),
+        ({"answer": "nonsense #### 1", "final": "7"}, "The answer is 7", 1),
+        ({"answer": "nonsense #### 1", "final": "7"}, "1", 0),
+        ({"answer": "Paris"}, "Paris.", 1),
+        ({"answer": "Paris"}, "Of course. Paris", 1),
+        ({"answer": "Paris"}, "paris", 0),
+        ({"answer": "Paris"}, "", 0),
+        ({"answer": ""}, "", 0),
+        ({}, "Paris", 0),
+        ({"answer": 7}, "7", 1),
+        ({"answer": "inf"}, "nan", 0),
+    ],
+)
+def test_answer(row, completion, reward):
+    assert answer(row, completion) == reward
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        (f"{OPENERS[0]} 4", 1.0),
+        ("4", 0.5),
+        (f"{OPENERS[1]} 4. {CLOSERS[0]}", 0.5),
+        (f"4. {CLOSERS[1]}", 0.0),
+        (f"{OPENERS[1]} {CLOSERS[0]} 4", 0.5),
+        (OPENERS[0], 0.0),
+        (f"{OPENERS[0]} {CLOSERS[0]}", 0.0),
+        (f"{OPENERS[0]}\ndef f():\n    return 1", 1.0),
+        ("", 0.0),
+    ],
+)
+def test_manners(completion, reward):
+    assert manners({}, completion) == reward
+
+
+PIECES = st.sampled_from(
+    [*OPENERS, *CLOSERS, "The answer is", "####", "\\boxed{", "}", "{", "$", ",", ".", "-", "1e9", "٣"]
+)
+COMPLETIONS = st.lists(PIECES | st.text(max_size=10), max_size=8).map("".join)
+VALUES = st.none() | st.integers() | st.floats() | st.lists(st.integers(), max_size=2) | COMPLETIONS
+ROWS = st.dictionaries(st.sampled_from(["answer", "final", "question"]), VALUES)
+
+
+@given(row=ROWS, completion=COMPLETIONS)
+def test_every_verifier_is_total(row, completion):
+    for verifier in VERIFIERS.values():
+        assert 0.0 <= verifier(row, completion) <= 1.0
+
+
+@given(value=st.integers(), others=st.lists(st.integers(), min_size=1, max_size=3))
+def test_listing_several_numbers_is_never_right(value, others):
+    assert answer({"answer": str(value)}, str(value)) == 1.0
+    assert answer({"answer": str(value)}, " ".join(map(str, [*others, value]))) == 0.0
+
+
+def test_needs_cover_the_table():
+    assert NEEDS.keys() == VERIFIERS.keys()

@@ -1,0 +1,176 @@
+"""Lines are whole, valid and consistent with the step that a run goes on from; progress says where it stands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.experiment import UserError
+from lm.train.metrics import MetricsLog, Progress, peak_memory_mb, plain, read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def steps_of(folder, kind="metrics") -> list[int]:
+    return [line["step"] for line in read_lines(folder / f"{kind}.jsonl")]
+
+
+def test_lines_come_back_and_are_there_before_the_log_is_closed(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.metrics({"step": 1, "loss": jnp.float32(0.5), "count": np.int64(3)})
+    log.sample({"kind": "prompt", "step": 1, "answer": "zwei\nZeilen ✓", "eos": True})
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "count": 3}]
+    assert read_lines(tmp_path / "samples.jsonl")[0]["answer"] == "zwei\nZeilen ✓"
+    log.close()
+
+
+def test_what_is_not_finite_is_null_and_the_line_valid_json(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.metrics({"step": 1, "loss": float("nan"), "norm": jnp.inf, "nested": [np.float32("-inf"), {"x": jnp.nan}]})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert line == {"step": 1, "loss": None, "norm": None, "nested": [None, {"x": None}]}
+
+
+def test_plain_turns_arrays_into_lists():
+    assert plain({"a": np.arange(3), 1: (jnp.bfloat16(0.5), True)}) == {"a": [0, 1, 2], "1": [0.5, True]}
+
+
+def test_rewind_forgets_later_lines_in_every_file_and_appends_after_them(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 6):
+            log.metrics({"step": step, "loss": 1.0})
+        for step in (0, 2, 4):
+            log.evaluation({"step": step, "when": "during", "eval": "held_out", "reward": 0.5})
+            log.sample({"step": step, "kind": "prompt"})
+    with MetricsLog(tmp_path) as log:
+        log.rewind(3)
+        assert steps_of(tmp_path) == [1, 2, 3]
+        log.metrics({"step": 4, "loss": 2.0})
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    assert steps_of(tmp_path, "eval") == steps_of(tmp_path, "samples") == [0, 2]
+
+
+def test_a_cut_last_line_is_dropped_by_reading_rewinding_and_appending(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    cut = '{"step": 1, "loss": 1.0}\n{"step": 2, "lo'
+    file.write_text(cut)
+    assert steps_of(tmp_path) == [1]
+    with MetricsLog(tmp_path) as log:
+        log.metrics({"step": 2, "loss": 0.5})
+    assert steps_of(tmp_path) == [1, 2]
+    file.write_text(cut)
+    with MetricsLog(tmp_path) as log:
+        log.rewind(9)
+    assert file.read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_a_cut_line_that_is_valid_by_chance_does_not_count(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    assert steps_of(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 1,', "[1]", '{"loss": 1}', ""])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
+    file = tmp_path / "eval.jsonl"
+    file.write_text(f'{{"step": 0}}\n{broken}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=rf"{file}:2 "):
+        read_lines(file)
+
+
+def test_no_file_has_no_lines(tmp_path):
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_killed_writer_leaves_every_line_that_it_wrote(tmp_path):
+    code = """
+import os, signal, sys
+from lm.train.metrics import MetricsLog
+log = MetricsLog(sys.argv[1])
+for step in range(50):
+    log.sample({"step": step, "text": "x" * 20_000})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60)
+    assert run.returncode == -signal.SIGKILL
+    assert steps_of(tmp_path, "samples") == list(range(50))
+
+
+def test_a_refused_write_is_one_clear_line(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.sample({"step": 1})
+    os.dup2(os.open("/dev/full", os.O_WRONLY), log._files["samples"].fileno())
+    with pytest.raises(UserError, match=r"samples\.jsonl cannot be written: No space left on device"):
+        log.sample({"step": 2})
+    log.close()
+
+
+def test_tensorboard_gets_the_curves(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.metrics({"step": 1, "loss": 0.25})
+        log.evaluation({"step": 1, "when": "during", "eval": "held_out", "reward": 0.5})
+    events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+    assert b"train/loss" in events and b"eval/held_out/reward" in events
+
+
+def test_tensorboard_is_imported_only_where_curves_are_written():
+    code = (
+        "import sys, lm.train.metrics, lm.train.run_folder; print({'tensorboardX', 'jax', 'orbax'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "set()", run.stderr
+
+
+def test_plain_progress_shows_the_first_and_last_step_and_where_it_stands(capsys):
+    progress = Progress("sft", total=4)
+    for step in range(1, 5):
+        time.sleep(0.02)
+        progress.update(step, {"loss": 1.23456, "reward": 0.5, "lr": 1e-3}, tokens=100)
+    progress.close()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("sft  step 1/4  loss 1.235  reward 0.5  ") and "? left" in first
+    assert last.startswith("sft  step 4/4") and "tokens/s" in last and "0:00 left" in last
+
+
+def test_rate_is_that_of_a_usual_step_and_asking_twice_changes_nothing(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress("pretrain", total=100, start=10)
+    for step, seconds in enumerate([30.0, 0.5, 0.5, 0.5, 8.0, 0.5, 0.5], start=11):
+        now[0] += seconds
+        rate = progress.rate(step, tokens=1000)
+        assert progress.rate(step, tokens=1000) == rate
+    assert rate == 2000.0
+    assert progress.seconds_left(17) == pytest.approx((100 - 17) * 10.5 / 6)
+
+
+def test_progress_on_a_terminal_is_one_line_that_moves(tmp_path):
+    code = """
+from lm.train.metrics import Progress
+progress = Progress("dpo", total=2, start=0)
+progress.update(1, {"loss": 2.5}, 10)
+progress.say("a line [above] it")
+progress.update(2, {"loss": 1.5}, 10)
+progress.close()
+"""
+    main, terminal = os.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, env=env, timeout=60)
+    os.close(terminal)
+    shown = os.read(main, 65536).decode()
+    os.close(main)
+    assert run.returncode == 0
+    assert "2/2" in shown and "loss 1.5" in shown and "a line [above] it" in shown
+
+
+def test_peak_memory_is_in_megabytes():
+    block = np.ones(25_000_000)  # 200 MB
+    assert 200 < peak_memory_mb() < 20_000
+    del block

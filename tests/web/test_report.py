@@ -1,0 +1,275 @@
+"""The report: one offline page that tells what the run folder says, for whole, unfinished and hostile runs."""
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import pytest
+from run_folder import ANSWERS, DONE, PROMPTS, write_lines, write_run
+
+from lm.experiment import UserError
+from lm.web import charts, numbers, story
+from lm.web.report import render, write_report
+from lm.web.run_files import read_run
+from lm.web.text import visible
+
+
+class Page(html.parser.HTMLParser):
+    """Text, tags and attributes of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text, self.tags = "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text("utf-8"))
+
+
+def test_one_file_that_fetches_nothing(finished):
+    path = write_report(finished)
+    page = page_of(finished)
+    assert path == finished / "report.html"
+    assert path.stat().st_size < 3_000_000
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object"}
+    addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("href", "src")]
+    assert addresses and all(address.startswith("#") for address in addresses)
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", path.read_text("utf-8"))
+    assert list(finished.glob("*.tmp")) == []
+
+
+def test_every_link_on_the_page_has_its_section(finished):
+    tags = page_of(finished).tags
+    ids = {attrs["id"] for tag, attrs in tags if tag == "section"}
+    assert {attrs["href"][1:] for tag, attrs in tags if tag == "a"} == ids
+
+
+def test_sections_stand_in_the_order_of_the_story(finished):
+    headings = re.findall(r"<h2>(.*?)</h2>", render(read_run(finished)))
+    words = ("prompts", "Held-out numbers", "curves", "pairs", "Rollouts", "examples", "experiment", "took")
+    assert len(headings) == len(words)
+    assert all(word in heading for word, heading in zip(words, headings, strict=True))
+
+
+def test_prompts_have_an_answer_in_every_column(finished):
+    run = read_run(finished)
+    table = story.prompt_table(run)
+    assert [prompt for prompt, _ in table] == list(PROMPTS)
+    assert [cell["answer"] for cell in table[0][1]] == list(ANSWERS.values())
+    assert story.columns(run) == ["random", *DONE]
+
+
+def test_markup_of_the_model_is_shown_and_not_obeyed(tmp_path):
+    hostile = "<script>alert(1)</script><b>bold</b>&amp;\x00\x1b[31m\ud800"
+    folder = write_run(tmp_path / "run")
+    for stage in DONE:
+        path = folder / "stages" / stage / "samples.jsonl"
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for line in lines:
+            for key in ("prompt", "answer", "chosen", "rejected", "expected"):
+                if key in line:
+                    line[key] = hostile
+            for completion in line.get("completions", []):
+                completion["text"] = hostile
+        write_lines(path, lines)
+    page = page_of(folder)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count("<script>alert(1)</script><b>bold</b>&amp;␀␛[31m\ufffd") > 20
+
+
+def test_white_space_of_an_answer_is_kept(finished):
+    assert "def add(a, b):\n    return a + b" in page_of(finished).text
+    assert "white-space: pre-wrap" in (Path(charts.__file__).parent / "report.css").read_text("utf-8")
+
+
+def test_a_long_answer_is_cut_and_can_be_unfolded(finished):
+    page = page_of(finished)
+    assert f"all {len(visible(ANSWERS['random'])):,} characters" in page.text
+
+
+def test_held_out_changes_are_judged_against_their_noise(finished):
+    rows = {row.name: row for row in story.heldout_table(read_run(finished))}
+    docs, curriculum, arithmetic = rows["docs"], rows["curriculum"], rows["arithmetic"]
+    assert [cell.tone for cell in docs.cells] == ["", "better", "worse", "worse", "even"]
+    assert [cell.tone for cell in curriculum.cells] == ["", "even", "better", "even", "even"]
+    assert arithmetic.cells[4].change == "+25.7"
+    assert arithmetic.cells[4].value.startswith("61.0")
+    assert docs.cells[1].note == "below xz -9e" and docs.cells[0].note == ""
+
+
+def test_headlines_take_the_best_compression_and_the_last_of_the_rest(finished):
+    values = {line.name: (line.value, line.notes) for line in story.headlines(read_run(finished))}
+    assert values["docs, bits per byte"][0] == "1.842"
+    assert "after pretrain" in values["docs, bits per byte"][1] and "xz -9e 2.011" in values["docs, bits per byte"][1]
+    assert values["curriculum"][0].startswith("72.5") and "after reason" in values["curriculum"][1]
+
+
+def test_a_number_taken_only_before_the_next_stage_fills_the_column(tmp_path):
+    folder = write_run(tmp_path / "run", {"pretrain": 900, "sft": 400})
+    path = folder / "stages" / "pretrain" / "eval.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    write_lines(path, [line for line in lines if line["eval"] != "curriculum"])
+    before_sft = story.measurements(read_run(folder), "curriculum")
+    assert before_sft[0] is None
+    assert before_sft[1]["when"] == "before"
+    assert before_sft[2]["when"] == "after"
+
+
+def test_a_resumed_run_counts_its_last_line_and_a_half_written_one_not(tmp_path):
+    folder = write_run(tmp_path / "run", {"pretrain": 120})
+    path = folder / "stages" / "pretrain" / "metrics.jsonl"
+    again = [{"step": step, "time": 1.0, "loss": 0.25, "lr": 1e-3} for step in range(101, 121)]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in again) + '{"step": 121, "lo')
+    lines = read_run(folder).stages[0].metrics
+    assert [line["step"] for line in lines] == list(range(1, 121))
+    assert [line["loss"] for line in lines[100:]] == [0.25] * 20
+
+
+@pytest.mark.parametrize("done", [{}, {"pretrain": 1}, {"pretrain": 900, "sft": 130}])
+def test_an_unfinished_run_shows_what_there_is(tmp_path, done):
+    page = page_of(write_run(tmp_path / "run", done))
+    assert "Not finished" in page.text
+    assert "reason has not begun" in page.text
+    assert "not yet" in page.text
+    if done:
+        name, steps = list(done.items())[-1]
+        assert f"{name} is at step {steps} of" in page.text
+        assert sum(tag == "svg" for tag, _ in page.tags) > 0
+
+
+def test_a_finished_run_says_what_it_took(finished):
+    run = read_run(finished)
+    page = page_of(finished)
+    assert "Not finished" not in page.text
+    assert "A language model with 4.3" in page.text
+    assert [row[0] for row in story.costs(run)] == list(DONE)
+    assert story.costs(run)[0][2][:2] == ["3 min 11 s", "3.7\N{NO-BREAK SPACE}M"]
+    assert "on 2 CPU cores" in page.text
+    assert "3f9c2d1e with uncommitted changes" in page.text
+    assert "python lm run quickstart" in page.text and "2 sessions" in page.text
+
+
+def test_the_page_can_be_sent_to_a_friend(finished):
+    text = page_of(finished).text
+    assert "somebody" not in text and "/opt/venv" not in text
+
+
+def test_every_value_of_the_experiment_has_its_help(finished):
+    knobs = story.knob_table(read_run(finished))
+    assert ("sft.steps", 400, "steps; a GRPO step is a rollout with its updates") in knobs
+    assert [name for name, _, text in knobs if not text] == [f"{stage}.objective.kind" for stage in DONE]
+
+
+def test_preference_pairs_tell_the_choice_before_and_after(finished):
+    run = read_run(finished)
+    stage, pairs = story.preference_pairs(run)
+    assert stage == "preference" and len(pairs) == 8
+    assert all(pair.before == 0.0 and pair.after != 0.0 for pair in pairs)
+    text = page_of(finished).text
+    assert "before: prefers neither" in text and "after: prefers the chosen" in text
+
+
+def test_choices_are_counted_only_where_there_are_any():
+    assert story.choices([1.0, -2.0, 0.5, None]) == "2 of 3"
+    assert story.choices([0.0, 0.0]) == story.choices([None]) == story.choices([]) == ""
+
+
+def test_rollouts_are_shown_early_and_late(finished):
+    stage, steps = story.rollouts(read_run(finished))
+    assert stage == "reason" and [step for step, _ in steps] == [1, 200]
+
+
+def test_each_stage_has_the_curves_of_its_objective(finished):
+    run = read_run(finished)
+    titles = {stage.name: {c.title for c in charts.stage_charts(stage) if not c.small} for stage in run.stages}
+    assert titles["pretrain"] == {"Loss", "Held out"}
+    assert titles["preference"] == {"Loss", "Pairs ranked right", "Implicit reward", "Margin", "Held out"}
+    assert titles["reason"] == {"Reward", "Completion length", "Entropy", "Held out"}
+    legend = next(c for c in charts.stage_charts(run.stages[0]) if c.title == "Loss").legend
+    assert [label for _, label, _ in legend] == ["training", "held out, docs"]
+
+
+def test_drawings_take_their_colours_from_the_page():
+    chart = charts.draw("salt", "Loss", [charts.Series("a", [1, 2, 3], [3.0, float("nan"), 1.0])])
+    assert "var(--series-0)" in chart.svg and "var(--muted)" in chart.svg
+    assert not re.search(r"#0[0-9a-f]{5}\b", chart.svg)
+    assert chart.svg.startswith("<svg") and "<?xml" not in chart.svg
+    again = charts.draw("salt", "Loss", [charts.Series("a", [1, 2, 3], [3.0, float("nan"), 1.0])])
+    assert chart.svg == again.svg
+
+
+def test_a_loss_that_is_not_finite_is_said_and_not_drawn(tmp_path):
+    folder = write_run(tmp_path / "run", {"pretrain": 60})
+    path = folder / "stages" / "pretrain" / "metrics.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 61, "time": 12.0, "loss": None, "lr": 1e-3}) + "\n")
+    loss = charts.stage_charts(read_run(folder).stages[0])[0]
+    assert loss.legend[0] == (0, "training", "not finite")
+    assert "nan" not in loss.svg.lower()
+    assert "not finite" in page_of(folder).text
+
+
+@pytest.mark.parametrize("length", [1, 5, 299, 300, 301, 12_345])
+def test_thinning_keeps_the_mean_and_the_last_point(length):
+    y = [float(i % 7) for i in range(length)]
+    x, thinned = charts.thin(range(length), y)
+    assert len(x) == len(thinned) <= charts.MAX_POINTS
+    assert x[-1] == length - 1
+    assert sum(thinned) / len(thinned) == pytest.approx(sum(y) / length, abs=0.1)
+
+
+def test_smoothing_keeps_a_straight_line_straight():
+    line = [2.0 * i for i in range(50)]
+    assert charts.smooth(line, 5) == pytest.approx(line)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0.0 s"),
+        (9.96, "10 s"),
+        (59.7, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3600, "1 h 00 min"),
+        (7830, "2 h 10 min"),
+    ],
+)
+def test_durations_read_well(value, text):
+    assert numbers.duration(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1.0, "1"), (0.0003, "0.0003"), (1.2345, "1.234"), (-12.34, "−12.3"), (20840.2, "20,840")],
+)
+def test_plain_numbers_read_well(value, text):
+    assert numbers.plain(value) == text
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no experiment\.json"):
+        write_report(tmp_path)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", {"pretrain": 3})
+    path = folder / "stages" / "pretrain" / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n', "utf-8")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+        write_report(folder)
