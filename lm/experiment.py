@@ -193,7 +193,8 @@ def from_dict(value: Any, kind: Any = Experiment, where: str = "experiment") -> 
         missing = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING} - set(value)
         if missing:
             raise UserError(f"{where} lacks the field {sorted(missing)[0]!r}")
-        return kind(**{k: from_dict(v, hints[k], f"{where}.{k}") for k, v in value.items()})
+        make: Any = kind
+        return make(**{k: from_dict(v, hints[k], f"{where}.{k}") for k, v in value.items()})
     if origin is tuple:
         return tuple(from_dict(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
     if origin is types.UnionType:
@@ -215,9 +216,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     Stages stand at the top, as on the command line: `sft.steps`.
     """
     if isinstance(value, dict):
-        members = value.items()
+        members: list[tuple[str, Any]] = list(value.items())
     elif isinstance(value, list) and value and isinstance(value[0], dict):
-        members = ((str(item.get("name", i)), item) for i, item in enumerate(value))
+        members = [(str(item.get("name", i)), item) for i, item in enumerate(value)]
     else:
         return {prefix: value}
     leaves: dict[str, Any] = {}

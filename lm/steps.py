@@ -57,6 +57,7 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     assert isinstance(o, GRPO)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        assert batch.advantages is not None
         stats = token_logprobs(params, batch, o.temperature, want_entropy=True)
         ref_logp = None
         if o.kl_coef:

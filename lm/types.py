@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-# On the host before it is sent, on the devices after.
-Anywhere = Array | np.ndarray
+# On the host before it is sent, on the devices after; a step sees the latter.
+Anywhere = Any
 
 
 @typing.dataclass_transform(frozen_default=True)

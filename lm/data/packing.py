@@ -33,8 +33,8 @@ def window(
 ) -> Row:
     """Tokens start … start + seq_len of a stream of documents, padded where the stream ends.
 
-    `bounds[d]` is where document d begins in the stream, `bounds[-1]` its length; each document ends with its
-    end-of-text token. Every document in the window is a segment, and its first token there has weight 0.
+    `bounds[d]` is where document d begins in the stream, `bounds[-1]` its length; each document stands
+    between end-of-text tokens. Every document in the window is a segment, and its first token there has weight 0.
     """
     tokens = np.full(seq_len, pad_id, np.int32)
     segments = np.zeros(seq_len, np.int32)

@@ -198,13 +198,13 @@ def _collect(
 
 
 def _documents(rows: Rows, indices: Sequence[int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the documents, an end-of-text token after each, and where each begins (and the last ends)."""
+    """The tokens of the documents, an end-of-text token before and after each, and where each begins (the last ends)."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     pieces: list[np.ndarray] = []
     todo = iter(indices)
     while some := list(islice(todo, ENCODED_AT_ONCE)):
         encoded = tokenizer.encode_batch([_text(rows, index) for index in some])
-        pieces += [np.array([*ids, tokenizer.pad_id], dtype) for ids in encoded]
+        pieces += [np.array([tokenizer.pad_id, *ids, tokenizer.pad_id], dtype) for ids in encoded]
     return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
 
 

@@ -158,9 +158,10 @@ class Transformer(nnx.Module):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache with no token in it, for `length` tokens a row."""
         c = self.config
-        zeros = jnp.zeros((batch, c.num_kv_heads, length, c.head_dim), jnp.dtype(c.compute_dtype))
-        slots = jnp.zeros((batch, length), jnp.int32)
-        return Cache((zeros,) * c.num_layers, (zeros,) * c.num_layers, slots, slots)
+        shape, dtype = (batch, c.num_kv_heads, length, c.head_dim), jnp.dtype(c.compute_dtype)
+        # Arrays of their own, so that a caller may donate the cache.
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2))
+        return Cache(keys, values, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), jnp.int32))
 
     def extend(
         self,

@@ -16,7 +16,7 @@ from lm.experiment import GRPO, Stage, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.grpo import group_advantages
 from lm.rollout.sampler import Answer, Samples, decode_rows, generate
-from lm.rollout.verifiers import VERIFIERS
+from lm.rollout.verifiers import NEEDS, VERIFIERS
 from lm.types import Batch
 
 
@@ -64,7 +64,8 @@ def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environme
     assert isinstance(o, GRPO)
     check_verifier(o.verifier, f"{stage.name}.objective.verifier")
     room = stage.seq_len - o.max_new_tokens
-    return Environment(make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, "train"), o.verifier)
+    feed = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, columns=NEEDS[o.verifier])
+    return Environment(feed, o.verifier)
 
 
 def roll_out(
@@ -84,8 +85,9 @@ def roll_out(
     )  # fmt: skip
     answers = decode_rows(tokenizer, samples.tokens, samples.mask)
     rewards = np.array([environment.reward(row, a.text) for row, a in zip(rows, answers, strict=True)], np.float32)
-    scale = "group" if o.scale_advantages else "none"
-    advantages, means = group_advantages(jnp.asarray(rewards), o.group_size, scale=scale)
+    advantages, means = group_advantages(
+        jnp.asarray(rewards), o.group_size, scale="group" if o.scale_advantages else "none"
+    )
     metrics = {name: float(mean.value()) for name, mean in means.items()}
     metrics["completion_length"] = float(samples.mask.sum(1).mean())
     metrics["eos_rate"] = float(np.mean([answer.eos for answer in answers]))

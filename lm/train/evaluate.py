@@ -33,18 +33,24 @@ class Evaluator:
         self.experiment, self.folder, self.tokenizer, self.reference = experiment, folder, tokenizer, reference
 
     def before(self, index: int, model: Transformer, log: MetricsLog) -> None:
-        """The model that enters a stage: what the stage before measured at its end, and what is new."""
-        known: set[str] = set()
-        if index > 0:
+        """The model that enters a stage: what the stage before measured at its end, and what is new.
+
+        What is already written is left, so that a run which was killed meanwhile completes it.
+        """
+        evals, samples = (read_lines(log.folder / f"{kind}.jsonl") for kind in ("eval", "samples"))
+        known = {line["eval"] for line in evals if line["when"] == "before"}
+        answered = any(line["when"] == "before" and line["kind"] == "prompt" for line in samples)
+        if index > 0 and not known:
             last = self.folder.stage_folder(self.experiment.stages[index - 1].name)
-            for line in read_lines(last / "eval.jsonl"):
-                if line["when"] == "after":
-                    known.add(line["eval"])
-                    log.evaluation(line | {"step": 0, "when": "before"})
             for line in read_lines(last / "samples.jsonl"):
                 if line["when"] == "after" and line["kind"] != "rollout":
                     log.sample(line | {"step": 0, "when": "before"})
-        if not known:
+                    answered = True
+            for line in read_lines(last / "eval.jsonl"):
+                if line["when"] == "after":
+                    log.evaluation(line | {"step": 0, "when": "before"})
+                    known.add(line["eval"])
+        if not answered:
             self._answer_prompts(model, log, 0, "before")
         self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,13 @@ class Costs:
         self.seconds = dict(seconds)
         self.began = time.monotonic() - self.seconds.get("seconds", 0.0)
 
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Account what happens inside under `name`."""
+        began = time.monotonic()
+        yield
+        self.add(name, began)
+
     def add(self, name: str, since: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - since
 
@@ -80,78 +88,102 @@ def train_stage(run: Run, index: int, model: Transformer, evaluator: Evaluator) 
     state, step_fn = start_state(stage, model, run.mesh)
     with MetricsLog(folder) as log, Checkpoints(folder / "checkpoints") as checkpoints:
         state, start, meta = restore(state, checkpoints, run.mesh)
-        costs = Costs(meta.get("costs", {}))
         log.rewind(start)
-        if start == 0:
-            began = time.monotonic()
-            evaluator.before(index, model, log)
-            costs.add("eval_seconds", began)
-        state, tokens = _steps(
-            run, index, state, start, step_fn, batches, evaluator, log, checkpoints, costs, meta.get("tokens", 0)
-        )
-        began = time.monotonic()
-        evaluator.after(index, state.params, log)
-        batches.show(log, stage.steps)
-        costs.add("eval_seconds", began)
-    summary = {"steps": stage.steps, "tokens": tokens, "num_params": num_params(state.params), "data": batches.report}
-    write_json_atomic(run.folder.summary(stage.name), summary | {"peak_memory_mb": peak_memory_mb()} | costs.total())
-
-
-def _steps(
-    run: Run,
-    index: int,
-    state: TrainState,
-    start: int,
-    step_fn: Step,
-    batches: Batches,
-    evaluator: Evaluator,
-    log: MetricsLog,
-    checkpoints: Checkpoints,
-    costs: Costs,
-    tokens: int,
-) -> tuple[TrainState, int]:
-    """All steps from `start`: the state after the last, and the tokens that the stage has seen."""
-    stage, place = run.experiment.stages[index], batch_sharding(run.mesh)
-    progress = Progress(stage.name, stage.steps, start)
-    report = _reporter(stage, log, progress, costs)
-    pending: Pending | None = None
-    try:
-        for step in range(start, stage.steps):
-            began = time.monotonic()
-            updates, extra = batches(step, state.params)
-            costs.add(batches.cost, began)
-            if step == start:
-                check_sampler(state.params, updates[0], stage, run.experiment.model.compute_dtype)
-                began = time.monotonic()
-            for batch in updates:
-                state, metrics = step_fn(state, jax.device_put(batch, place))
-            if step == start:
-                jax.block_until_ready(metrics)
-                costs.add("compile_seconds", began)
-                costs.seconds.setdefault("first_step_seconds", time.monotonic() - run.started)
-            if pending is not None:
-                report(pending)
-            seen = sum(int((np.asarray(batch.segments) > 0).sum()) for batch in updates)
-            done, tokens = step + 1, tokens + seen
-            pending = Pending(done, seen, metrics, extra)
-            stopping = run.stop.requested
-            if done % stage.save_every == 0 or done == stage.steps or stopping:
-                report(pending)  # raises where the state is not finite: such a one is never saved
-                pending, began = None, time.monotonic()
-                meta = {"costs": costs.total(), "tokens": tokens}
-                checkpoints.save(done, {"params": state.params, "opt_state": state.opt_state}, meta)
-                costs.add("save_seconds", began)
-            if stopping:
-                checkpoints.wait()
-                raise Interrupted(f"{stopping} at step {done} of {stage.steps} of stage {stage.name}: saved")
+        loop = _Loop(run, stage, batches, log, checkpoints, meta)
+        for done, current in loop.steps(state, start, step_fn):
+            state = current
+            if done == start + 1:  # after a first step, which shows within seconds that the run works
+                with loop.costs.of("eval_seconds"):
+                    evaluator.before(index, model, log)
+                    if done == 1:
+                        batches.show(log, done)
             if stage.eval_every and done % stage.eval_every == 0 and done < stage.steps:
-                began = time.monotonic()
-                evaluator.during(index, state.params, log, done)
-                batches.show(log, done)
-                costs.add("eval_seconds", began)
-    finally:
-        progress.close()
-    return state, tokens
+                with loop.costs.of("eval_seconds"):
+                    evaluator.during(index, state.params, log, done)
+                    batches.show(log, done)
+        with loop.costs.of("eval_seconds"):
+            evaluator.after(index, state.params, log)
+            batches.show(log, stage.steps)
+    counts = {
+        "steps": stage.steps,
+        "tokens": loop.tokens,
+        "num_params": num_params(state.params),
+        "data": batches.report,
+    }
+    write_json_atomic(
+        run.folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | loop.costs.total()
+    )
+
+
+class _Loop:
+    """The steps of one stage, with what they write and what they cost."""
+
+    def __init__(
+        self, run: Run, stage: Stage, batches: Batches, log: MetricsLog, checkpoints: Checkpoints, meta: dict[str, Any]
+    ):
+        self.run, self.stage, self.batches, self.log, self.checkpoints = run, stage, batches, log, checkpoints
+        self.costs, self.tokens = Costs(meta.get("costs", {})), int(meta.get("tokens", 0))
+        self.updates = updates_per_step(stage)
+        self.rate = schedule(stage.optimizer, stage.steps * self.updates)
+
+    def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
+        """(steps done, state) after each step from `start`; saves where it should, and when a signal came."""
+        self.progress = Progress(self.stage.name, self.stage.steps, start)
+        pending: Pending | None = None
+        try:
+            for step in range(start, self.stage.steps):
+                state, latest = self._step(state, step, step_fn, first=step == start)
+                if pending is not None:
+                    self._report(pending)
+                pending, stopping = latest, self.run.stop.requested
+                if latest.step % self.stage.save_every == 0 or latest.step == self.stage.steps or stopping:
+                    self._report(latest)  # raises where the state is not finite: such a one is never saved
+                    pending = None
+                    self._save(state, latest.step)
+                if stopping:
+                    self.checkpoints.wait()
+                    where = f"step {latest.step} of {self.stage.steps} of stage {self.stage.name}"
+                    raise Interrupted(f"{stopping}: saved at {where}")
+                yield latest.step, state
+        finally:
+            self.progress.close()
+
+    def _step(self, state: TrainState, step: int, step_fn: Step, first: bool) -> tuple[TrainState, Pending]:
+        with self.costs.of(self.batches.cost):
+            batches, extra = self.batches(step, state.params)
+        if first:
+            check_sampler(state.params, batches[0], self.stage, self.run.experiment.model.compute_dtype)
+        began = time.monotonic()
+        for batch in batches:
+            state, metrics = step_fn(state, jax.device_put(batch, batch_sharding(self.run.mesh)))
+        if first:
+            jax.block_until_ready(metrics)
+            self.costs.add("compile_seconds", began)
+            self.costs.seconds.setdefault("first_step_seconds", time.monotonic() - self.run.started)
+        seen = sum(int((np.asarray(batch.segments) > 0).sum()) for batch in batches)
+        self.tokens += seen
+        return state, Pending(step + 1, seen, metrics, extra)
+
+    def _save(self, state: TrainState, step: int) -> None:
+        with self.costs.of("save_seconds"):
+            meta = {"costs": self.costs.total(), "tokens": self.tokens}
+            self.checkpoints.save(step, {"params": state.params, "opt_state": state.opt_state}, meta)
+
+    def _report(self, pending: Pending) -> None:
+        """Read a step's metrics, write and show them, and stop the run where the loss is not finite."""
+        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
+        line: dict[str, Any] = {"step": pending.step, "time": self.costs.total()["seconds"]}
+        line["lr"] = float(self.rate(pending.step * self.updates - 1))
+        line["tokens_per_second"] = self.progress.rate(pending.step, pending.tokens)
+        self.log.metrics(line | values)
+        bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
+        if bad:
+            name = self.stage.name
+            raise UserError(
+                f"{name}: {bad[0]} is {values[bad[0]]} at step {pending.step}; the last good checkpoint is kept. "
+                f"A lower {name}.optimizer.peak_lr or {name}.optimizer.clip_norm often helps"
+            )
+        self.progress.update(pending.step, values, pending.tokens)
 
 
 def start_state(stage: Stage, model: Transformer, mesh: Mesh) -> tuple[TrainState, Step]:
@@ -185,24 +217,3 @@ def restore(state: TrainState, checkpoints: Checkpoints, mesh: Mesh) -> tuple[Tr
     # The optimizer counts updates; a step may have had several.
     state = TrainState(jnp.int32(found.step), found.items["params"], found.items["opt_state"], state.frozen)
     return state, found.step, found.meta
-
-
-def _reporter(stage: Stage, log: MetricsLog, progress: Progress, costs: Costs) -> Callable[[Pending], None]:
-    """Reads a step's metrics, writes and shows them, and stops the run where the loss is not finite."""
-    rate, updates = schedule(stage.optimizer, stage.steps * updates_per_step(stage)), updates_per_step(stage)
-
-    def report(pending: Pending) -> None:
-        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
-        line: dict[str, Any] = {"step": pending.step, "time": costs.total()["seconds"]}
-        line["lr"] = float(rate(pending.step * updates - 1))
-        line["tokens_per_second"] = progress.rate(pending.step, pending.tokens)
-        log.metrics(line | values)
-        bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
-        if bad:
-            raise UserError(
-                f"{stage.name}: {bad[0]} is {values[bad[0]]} at step {pending.step}; the last good checkpoint is kept. "
-                f"A lower {stage.name}.optimizer.peak_lr or clip_norm often helps"
-            )
-        progress.update(pending.step, values, pending.tokens)
-
-    return report

@@ -187,7 +187,7 @@ def evaluate_run(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]
     loaded = load_run(run_dir, stage)
     index = check_until(loaded.experiment, loaded.stage)
     evaluator = make_evaluator(loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh, index)
-    step = loaded.experiment.stages[index].steps
+    step = Checkpoints(RunFolder(run_dir).checkpoints(loaded.stage)).steps()[-1]
     lines = []
     for item in loaded.experiment.evals:
         lines += [line for line, _ in evaluator.lines(item, loaded.model, step, "after")]

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Lint, types and every test, on the CPU; stops at the first failure.
+#
+#   scripts/test.sh [arguments of pytest, for instance -k dpo, or --golden DIR]
+#
+# Makes .venv and installs the package with its test extras if that has not been done.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+prepare dev
+export JAX_PLATFORMS=cpu
+
+run() {
+    echo "== $*"
+    ".venv/bin/$1" "${@:2}"
+}
+
+run ruff check
+run ruff format --check
+run mypy
+run pytest -n 2 "$@"
+echo "== all passed"
