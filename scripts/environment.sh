@@ -35,7 +35,7 @@ prepare() {
     wanted=$({ pwd && cat pyproject.toml constraints.txt; } | cksum)
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
         echo "Installing the package and what it needs into .venv (once, some minutes) …"
-        "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
+        "$python" -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
         echo "$wanted" >"$stamp"
         echo "$wanted" >.venv/.installed-base  # an extra comes with all that the package itself needs
     fi

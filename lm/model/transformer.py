@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
 from lm.model.attention import attend, rope_angles, rope_frequencies, rotate, visible
+from lm.model.linear import project
 from lm.parallel.rules import constrain
 from lm.types import pytree
 
@@ -58,6 +59,10 @@ class Norm(nnx.Module):
         return rms_norm(x, self.scale[...], eps)
 
 
+def _heads(x: Float[Array, "B T HK"], head_dim: int) -> Float[Array, "B H T K"]:
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
 @pytree
 class Cache:
     """Keys and values of the tokens seen so far, one array a layer, and where they stand.
@@ -93,18 +98,19 @@ class Block(nnx.Module):
     def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], eps: float) -> tuple[Array, Array, Array]:
         """Head-major queries [B H T K], keys and values [B N T K], rotated."""
         y = self.attn_norm(x, eps)
-        q, k, v = (jnp.einsum("btd,dhk->bhtk", y, w[...].astype(y.dtype)) for w in (self.q, self.k, self.v))
+        q, k, v = (_heads(project(y, w[...].astype(y.dtype)), w.shape[-1]) for w in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, eps), self.k_norm(k, eps)
         return rotate(q, angles), rotate(k, angles), v
 
     def rest(self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float) -> Float[Array, "B T D"]:
         """What follows attention: the output projection and the SwiGLU (arXiv 2002.05202), each added to x."""
-        x = x + jnp.einsum("bhtk,hkd->btd", heads, self.o[...].astype(x.dtype))
+        merged = heads.swapaxes(1, 2).reshape(*x.shape[:2], -1)
+        x = x + project(merged, self.o[...].reshape(-1, x.shape[-1]).astype(x.dtype))
         x = constrain(x, "batch", "length", "act_embed")
         y = self.mlp_norm(x, eps)
-        gate, up = (y @ w[...].astype(y.dtype) for w in (self.gate, self.up))
-        x = x + (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+        gate, up = (project(y, w[...].astype(y.dtype)) for w in (self.gate, self.up))
+        x = x + project(jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
         return constrain(x, "batch", "length", "act_embed")
 
 
@@ -150,10 +156,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every token of the vocabulary, float32 whatever the compute dtype."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        if self.head is None:
-            weight = self.embed[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide)
-        return jnp.einsum("...d,dv->...v", hidden, self.head[...].astype(hidden.dtype), preferred_element_type=wide)
+        weight = self.embed[...].T if self.head is None else self.head[...]
+        return project(hidden, weight.astype(hidden.dtype), preferred=wide)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache with no token in it, for `length` tokens a row."""
