@@ -15,7 +15,7 @@ from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import Experiment, Source, UserError
 
 Split = Literal["train", "heldout"]
-TOKENIZER_ROWS = 4_000  # generated rows that a tokenizer learns from
+TOKENIZER_ROWS = 500  # generated rows that a tokenizer learns from
 TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "question", "answer")
 
 
@@ -60,7 +60,10 @@ def heldout_rows(source: Source, count: int) -> list[dict[str, Any]]:
 
 
 def tokenizer_texts(experiment: Experiment) -> list[str]:
-    """Training text of every source of every stage, the same share of the bytes for each, for `Tokenizer.train`."""
+    """Training text of every source of every stage, for `Tokenizer.train`: the same share of bytes for each.
+
+    Generated sources have few words: a few hundred rows show them all, and leave the vocabulary to the others.
+    """
     sources = {source.path: source for stage in experiment.stages for source in stage.sources if source.weight > 0}
     share = TRAINING_BYTES // max(1, len(sources))
     texts: list[str] = []
@@ -69,7 +72,7 @@ def tokenizer_texts(experiment: Experiment) -> list[str]:
         places = range(TOKENIZER_ROWS) if rows.generated else range(len(indices))
         found = [text for place in places for text in _texts(rows[indices[place]])]
         keep = min(len(found), -(-len(found) * share // max(1, sum(map(len, found)))))
-        texts += [found[i * len(found) // keep] for i in range(keep)]
+        texts += found if rows.generated else [found[i * len(found) // keep] for i in range(keep)]
     return texts
 
 

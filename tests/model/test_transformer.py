@@ -1,5 +1,7 @@
 """Packing, caching, padding and precision leave the model's answers as they are."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +24,10 @@ def plain(ids):
 def test_a_packed_segment_gets_the_logits_that_it_gets_alone():
     model, ids = tiny_model(), tokens()
     cuts = [0, 5, 14, 24]
-    positions = jnp.concatenate([jnp.arange(b - a) for a, b in zip(cuts, cuts[1:], strict=False)])
+    positions = jnp.concatenate([jnp.arange(b - a) for a, b in itertools.pairwise(cuts)])
     segments = jnp.repeat(jnp.arange(1, 4), jnp.diff(jnp.array(cuts)), total_repeat_length=24)
     packed = model(ids, jnp.broadcast_to(positions, ids.shape), jnp.broadcast_to(segments, ids.shape))
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         alone = model(ids[:, a:b], *plain(ids[:, a:b]))
         np.testing.assert_allclose(packed[:, a:b], alone, atol=2e-6)
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
 from lm.steps import STEPS, needs_reference
 from lm.types import TrainState
-from tests.helpers import OBJECTIVES, layout, random_batch, tiny_model, tiny_stage
+from tests.helpers import OBJECTIVES, TINY, layout, random_batch, tiny_model, tiny_stage
 
 LAYOUTS = {
     "data8": ({"data": 8}, {}, {}),
@@ -26,38 +27,59 @@ LAYOUTS = {
 }
 
 
-def two_steps(objective, mesh_sizes=None, stage_changes=None, model_changes=None, compiled=None):
-    """Parameters, optimizer moments and metrics after two steps in a layout."""
-    stage = tiny_stage(objective, **(stage_changes or {}))
-    mesh = make_mesh(layout(**(mesh_sizes or {})))
+@functools.cache
+def start(name):
+    """Model, optimizer state and reference at step 0, on the host; the same numbers for every layout."""
+    stage = tiny_stage(OBJECTIVES[name])
     optimizer = make_optimizer(stage.optimizer, stage.steps)
-    model = tiny_model(**(model_changes or {}))
-    frozen = {"reference": tiny_model(seed=1, **(model_changes or {}))} if needs_reference(stage) else {}
-    state = TrainState(jnp.int32(0), model, optimizer.init(model), frozen)
+    model = tiny_model()
+    frozen = {"reference": tiny_model(seed=1)} if needs_reference(stage) else {}
+    return jax.device_get(TrainState(jnp.int32(0), model, jax.jit(optimizer.init)(model), frozen))
+
+
+def with_config(state, **changes):
+    """The same numbers in a model of another configuration that has the same parameters."""
+    config = dataclasses.replace(TINY, **changes)
+    other = jax.eval_shape(lambda: tiny_model(**changes))
+    assert other.config == config
+
+    def swap(tree):
+        return jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(tree))
+
+    is_model = lambda x: isinstance(x, Transformer)  # noqa: E731
+    return jax.tree.map(lambda x: swap(x) if is_model(x) else x, state, is_leaf=is_model)
+
+
+def compiled_step(name, mesh, state, stage_changes=None):
+    stage = tiny_stage(OBJECTIVES[name], **(stage_changes or {}))
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    places = shardings(jax.eval_shape(lambda x: x, state), mesh)
+    step = STEPS[type(stage.objective)](stage, optimizer)
+    return places, jax.jit(step, in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None))
+
+
+def two_steps(name, mesh_sizes=None, stage_changes=None, model_changes=None):
+    """Parameters, optimizer moments and metrics after two steps in a layout; it compiles once."""
+    mesh = make_mesh(layout(**(mesh_sizes or {})))
+    state = with_config(start(name), **(model_changes or {}))
     with jax.set_mesh(mesh):
-        places = shardings(jax.eval_shape(lambda x: x, state), mesh)
-        step = jax.jit(
-            STEPS[type(objective)](stage, optimizer), in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None)
-        )  # fmt: skip
+        places, step = compiled_step(name, mesh, state, stage_changes)
         state = jax.device_put(state, places)
         for seed in (0, 1):
-            batch = jax.device_put(random_batch(seed=seed), batch_sharding(mesh))
-            if compiled is not None:
-                compiled.append(step.lower(state, batch).compile())
-            state, metrics = step(state, batch)
+            state, metrics = step(state, jax.device_put(random_batch(seed=seed), batch_sharding(mesh)))
         assert step._cache_size() == 1
     return jax.device_get((jax.tree.leaves(state.params), jax.tree.leaves(state.opt_state), metrics))
 
 
 @functools.cache
 def plain(name):
-    return two_steps(OBJECTIVES[name])
+    return two_steps(name)
 
 
 @pytest.mark.parametrize("where", LAYOUTS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_same_result_in_any_layout(name, where):
-    params, moments, metrics = two_steps(OBJECTIVES[name], *LAYOUTS[where])
+    params, moments, metrics = two_steps(name, *LAYOUTS[where])
     for got, wanted in zip(moments, plain(name)[1], strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-6)
     for got, wanted in zip(params, plain(name)[0], strict=True):
@@ -71,9 +93,9 @@ def test_same_result_in_any_layout(name, where):
 
 @pytest.mark.parametrize("name", ["pretrain", "dpo", "grpo_token"])
 def test_a_compiled_step_calls_no_host(name):
-    compiled = []
-    two_steps(OBJECTIVES[name], {"data": 2}, compiled=compiled)
-    text = compiled[0].as_text()
+    mesh, state = make_mesh(layout(data=2)), start(name)
+    with jax.set_mesh(mesh):
+        text = compiled_step(name, mesh, state)[1].lower(state, random_batch()).compile().as_text()
     assert "callback" not in text and "outfeed" not in text
 
 
@@ -87,11 +109,8 @@ def test_parameters_are_split_as_the_rules_say():
 
 
 def test_no_gradient_reaches_the_reference():
-    objective = dataclasses.replace(OBJECTIVES["dpo"])
-    stage = tiny_stage(objective)
-    optimizer = make_optimizer(stage.optimizer, stage.steps)
-    model, reference = tiny_model(), tiny_model(seed=1)
-    state = TrainState(jnp.int32(0), model, optimizer.init(model), {"reference": reference})
-    after, _ = jax.jit(STEPS[type(objective)](stage, optimizer))(state, random_batch())
-    for old, new in zip(jax.tree.leaves(reference), jax.tree.leaves(after.frozen["reference"]), strict=True):
+    stage, state = tiny_stage(OBJECTIVES["dpo"]), start("dpo")
+    step = STEPS[type(stage.objective)](stage, make_optimizer(stage.optimizer, stage.steps))
+    after, _ = jax.jit(step)(state, random_batch())
+    for old, new in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(after.frozen), strict=True):
         np.testing.assert_array_equal(old, new)

@@ -1,0 +1,146 @@
+"""Experiments survive JSON, are overridden by name, and refuse what cannot be, in one line that helps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm.experiment import (
+    DPO,
+    GRPO,
+    SFT,
+    Eval,
+    Experiment,
+    Model,
+    Pretrain,
+    Source,
+    Stage,
+    UserError,
+    check,
+    diff,
+    flatten,
+    from_dict,
+    knobs,
+    load,
+    override,
+    to_dict,
+)  # fmt: skip
+
+DOCS = Source("gen:docs")
+STAGES = tuple(
+    Stage(n, o, (DOCS,)) for n, o in (("pretrain", Pretrain()), ("sft", SFT()), ("dpo", DPO()), ("grpo", GRPO()))
+)
+EXPERIMENT = Experiment(name="x", stages=STAGES, evals=(Eval("docs", DOCS, "bits_per_byte"),))
+
+
+def test_json_and_back_is_the_same_value():
+    assert from_dict(json.loads(json.dumps(to_dict(EXPERIMENT)))) == EXPERIMENT
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        (["--sft.steps", "200"], "sft.steps", 200),
+        (["--sft.steps=2e3"], "sft.steps", 2000),
+        (["--model.num-layers", "3"], "model.num_layers", 3),
+        (["--sft.optimizer.peak_lr", "3e-4"], "sft.optimizer.peak_lr", 3e-4),
+        (["--model.qk_norm", "false"], "model.qk_norm", False),
+        (["--grpo.objective.aggregation", "sequence"], "grpo.objective.aggregation", "sequence"),
+        (["--pretrain.sources.0.path", "a.txt"], "pretrain.sources.0.path", "a.txt"),
+        (["--tokenizer.path", "t.model"], "tokenizer.path", "t.model"),
+        (["--evals.docs.count", "7"], "evals.docs.count", 7),
+        (["--prompts", "a, b"], "prompts", ["a", "b"]),
+        (["--model.rope_scaling", "8,1,4,64"], "model.rope_scaling", [8.0, 1.0, 4.0, 64.0]),
+    ],
+)
+def test_an_override_changes_its_leaf_and_no_other(words, name, value):
+    changed = diff(to_dict(EXPERIMENT), to_dict(override(EXPERIMENT, words)))
+    assert [(n, new) for n, _, new in changed] == [(name, value)]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--sft.stepz", "2"], r"no knob '--sft\.stepz'; did you mean sft\.steps"),
+        (["--steps", "2"], "did you mean .*steps"),
+        (["--sft.steps", "many"], "--sft.steps is 'many'; it should be an integer"),
+        (["--sft.steps"], "--sft.steps needs a value: an integer"),
+        (["--model.remat", "some"], "one of none, full, dots"),
+        (["sft.steps", "2"], "no knob 'sft.steps'"),
+    ],
+)
+def test_a_wrong_override_says_what_would_work(words, message):
+    with pytest.raises(UserError, match=message):
+        override(EXPERIMENT, words)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model.num_kv_heads", "3"], "num_heads 4 is not a multiple of model.num_kv_heads 3"),
+        (["--model.head_dim", "7"], "head_dim 7 is odd"),
+        (["--sft.seq_len", "1024"], "sft.seq_len 1024 is longer than model.max_len 512"),
+        (["--sft.steps", "0"], "sft.steps is 0; it should be at least 1"),
+        (["--sft.microbatches", "5"], "sft.microbatches 5 does not divide its 32 rows"),
+        (["--grpo.objective.group_size", "1"], "a group needs at least 2"),
+        (["--grpo.objective.max_new_tokens", "256"], "leaves no room for a prompt in grpo.seq_len 256"),
+        (["--grpo.objective.updates_per_rollout", "3"], "does not divide its 256 completions"),
+        (["--dpo.objective.label_smoothing", "0.5"], r"should be in \[0, 0.5\)"),
+        (["--evals.docs.max_new_tokens", "512"], "leaves no room for a prompt"),
+        (["--sft.evals", "dogs"], "sft.evals names 'dogs'; the experiment's evals are docs"),
+        (["--sft.name", "pretrain"], "distinct names"),
+        (["--sft.name", "model"], "'model' is taken"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(words, message):
+    check(EXPERIMENT)
+    with pytest.raises(UserError, match=message):
+        check(override(EXPERIMENT, words))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sead": 1}, "no field 'sead'; did you mean seed"),
+        ({"seed": "1"}, r"experiment\.seed is '1'; it should be an integer"),
+        ({"seed": True}, r"experiment\.seed is True; it should be an integer"),
+    ],
+)
+def test_a_wrong_json_value_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(to_dict(EXPERIMENT) | change)
+
+
+def test_every_knob_has_a_line_of_help():
+    for knob in knobs(EXPERIMENT):
+        assert knob.help and "\n" not in knob.help, knob.name
+
+
+def test_flatten_names_stages_at_the_top():
+    leaves = flatten(to_dict(EXPERIMENT))
+    assert (
+        leaves["sft.steps"] == 1000
+        and leaves["dpo.objective.kind"] == "DPO"
+        and leaves["model.num_layers"] == Model().num_layers
+    )
+
+
+def test_experiments_that_ship_are_sound():
+    root = Path(__file__).parent.parent / "experiments"
+    for path in sorted(root.rglob("*.py")):
+        check(load(str(path)))
+
+
+def test_a_file_that_is_not_there_or_defines_nothing_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"no experiment file .*; experiments/ here has: .*quickstart"):
+        load("quickstrat")
+    (tmp_path / "empty.py").write_text("x = 1")
+    with pytest.raises(UserError, match="defines no `experiment`"):
+        load(str(tmp_path / "empty.py"))
+
+
+def test_it_imports_nothing_slow():
+    code = "import sys, lm.experiment; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
