@@ -13,7 +13,7 @@ export JAX_PLATFORMS=cpu
 
 run() {
     echo "== $*"
-    ".venv/bin/$1" "${@:2}"
+    .venv/bin/python -m "$@"  # with -m the tests find each other from the root
 }
 
 run ruff check

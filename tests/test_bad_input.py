@@ -15,7 +15,7 @@ fast = Optimizer(peak_lr=1e-3, warmup_steps=2)
 experiment = Experiment(
     name="bad",
     prompts=(),
-    tokenizer=Tokenizer(vocab_size=300),
+    tokenizer=Tokenizer(vocab_size=384),
     model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64),
     stages=(
         Stage("pretrain", Pretrain(), (Source("text.txt", holdout=0.2),), fast, 4, 8, 32, save_every=2),
@@ -29,8 +29,9 @@ experiment = Experiment(
 def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.py").write_text(EXPERIMENT)
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"], 20_000)
-    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(line) for line in words.reshape(-1, 50)))
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (6000, 5))
+    words = np.array(["".join(word) for word in letters]).reshape(-1, 50)
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(line) for line in words))
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the cat"}]
     rows = [json.dumps({"messages": turns, "key": str(i)}) for i in range(50)]
     (tmp_path / "chat.jsonl").write_text("\n".join(rows))

@@ -170,8 +170,11 @@ def _generated(path: str) -> Rows:
     name = path.removeprefix("gen:")
     if name == "docs":
         return _in_memory(path, python_docs.documents(), python_docs.fingerprint())
+    if name == "drills":
+        drills = [curriculum.drill_row(index) for index in range(curriculum.DRILLS)]
+        return _in_memory(path, drills, hashlib.sha256(_canonical(drills).encode()).hexdigest())
     if name not in GENERATORS:
-        names = ["docs", *GENERATORS]
+        names = ["docs", "drills", *GENERATORS]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean gen:{near[0]}?" if near else f"there are {', '.join(f'gen:{n}' for n in names)}"
         raise UserError(f"{path}: there is no such generator; {hint}")
