@@ -20,6 +20,7 @@ from lm.objectives.dpo import dpo
 from lm.objectives.grpo import grpo
 from lm.objectives.logprobs import token_logprobs
 from lm.optimizer import global_norm
+from lm.parallel.rules import constrain
 from lm.types import Batch, Mean, TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -110,7 +111,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
         if microbatches == 1:
             grads, sums = gradient(state.params, state.frozen, batch)
         else:
-            pieces = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+            # Each piece over all devices: without the constraint rows are fetched again in every turn of the loop.
+            pieces = jax.tree.map(lambda x: constrain(x.reshape(microbatches, -1, *x.shape[1:]), None, "batch"), batch)
             start = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
                 jax.eval_shape(gradient, state.params, state.frozen, jax.tree.map(lambda x: x[0], pieces)),

@@ -1,6 +1,7 @@
 """Tiny models, stages and batches that several tests share."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,12 @@ OBJECTIVES = {
 
 
 def tiny_model(seed: int = 0, **changes) -> Transformer:
-    config = dataclasses.replace(TINY, **changes)
-    return jax.jit(lambda: Transformer(config, VOCAB, jax.random.key(seed)))()
+    return _init(dataclasses.replace(TINY, **changes))(seed)
+
+
+@functools.cache
+def _init(config: Model):
+    return jax.jit(lambda seed: Transformer(config, VOCAB, jax.random.key(seed)))
 
 
 def tiny_stage(objective, **changes) -> Stage:

@@ -38,6 +38,11 @@ def _param(key: PRNGKeyArray, config: Model, std: float, **axes: int) -> nnx.Par
     return nnx.Param(value.astype(dtype), out_sharding=tuple(axes))
 
 
+def _embed_std(config: Model) -> float:
+    """1 for a table of its own; a table that is the head too begins small, so that the first logits do."""
+    return 0.02 if config.tied_head else 1.0
+
+
 def _scale(config: Model, size: int) -> nnx.Param:
     return nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)), out_sharding=("norm",))
 
@@ -81,7 +86,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: Model, key: PRNGKeyArray):
         c, keys = config, iter(jax.random.split(key, 7))
-        narrow, out = c.embed_dim**-0.5, (2 * c.num_layers) ** -0.5
+        # What blocks add begins small beside the embedding, or the tokens' identity drowns in it: copying then takes
+        # several times as many steps to learn.
+        narrow, out = c.embed_dim**-0.5, _embed_std(c) * (2 * c.num_layers) ** -0.5
         self.attn_norm = Norm(c, c.embed_dim)
         self.q = _param(next(keys), c, narrow, embed=c.embed_dim, heads=c.num_heads, head_dim=c.head_dim)
         self.k = _param(next(keys), c, narrow, embed=c.embed_dim, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
@@ -120,7 +127,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: Model, vocab_size: int, key: PRNGKeyArray):
         self.config = config
         embed_key, block_key, head_key = jax.random.split(key, 3)
-        self.embed = _param(embed_key, config, 0.02, vocab=vocab_size, embed=config.embed_dim)
+        self.embed = _param(embed_key, config, _embed_std(config), vocab=vocab_size, embed=config.embed_dim)
         stack = nnx.transform_metadata(functools.partial(Block, config), in_axes=0, out_axes=0, partition="layers")
         self.blocks = jax.vmap(stack)(jax.random.split(block_key, config.num_layers))
         self.norm = Norm(config, config.embed_dim)

@@ -7,34 +7,31 @@ longer than those of the instructions, so that no drill is one of their problems
 from __future__ import annotations
 
 from lm.data.curriculum.draw import Draw
-from lm.data.curriculum.words import ADJECTIVES, NOUNS
+from lm.data.curriculum.words import NOUNS
 
 STREAM = 4
 ROWS = 8_000
 SHORTEST, LONGEST = 6, 9  # items; the instructions have at most five
 ORDINALS = ("First", "Second", "Third", "Fourth")
-COUNTS = ("six", "seven", "eight", "nine")
+WORDS = 8  # in a list of words
 
 
 def drill_row(index: int) -> dict[str, str]:
     """Row `index`: `text`, a pure function of the index."""
     draw = Draw(STREAM, index)
-    return {"text": draw.choice((words, numbers, python))(draw)}
+    return {"text": draw.choice((words, words, numbers, python))(draw)}
 
 
 def words(draw: Draw) -> str:
-    """A list of words, and what can be said of it."""
-    items = draw.sample(NOUNS, draw.between(SHORTEST, LONGEST))
-    if draw.below(2):
-        items = [f"{draw.choice(ADJECTIVES)} {item}" for item in items]
-    facts = [
-        f"Again: {', '.join(items)}.",
-        f"Backwards: {', '.join(reversed(items))}.",
-        f"There are {len(items)} items, {COUNTS[len(items) - SHORTEST]} in all.",
-        f"Last: {items[-1]}.",
-        *(f"{name}: {item}." for name, item in zip(ORDINALS, items, strict=False)),
-    ]
-    return " ".join([f"{', '.join(items)}.", *draw.sample(facts, len(facts))])
+    """A list of words, told again and again, then backwards, and what stands where in it.
+
+    It is always as long, so that looking back a fixed way is enough to begin with.
+    """
+    items = draw.sample(NOUNS, WORDS)
+    listed = ", ".join(items)
+    facts = [f"Backwards: {', '.join(reversed(items))}.", f"Last: {items[-1]}.", f"There are {WORDS} items."]
+    facts += [f"{name}: {item}." for name, item in zip(ORDINALS, items, strict=False)]
+    return " ".join([f"{listed}. Again: {listed}. Again: {listed}.", *draw.sample(facts, len(facts))])
 
 
 def numbers(draw: Draw) -> str:
