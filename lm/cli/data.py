@@ -46,8 +46,10 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
+    from lm.data.selection import check_files
     from lm.train.stages import make_tokenizer
 
+    check_files(experiment)
     if experiment.tokenizer.path is None:
         print("learning the tokenizer …", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:

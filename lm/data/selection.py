@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm.data.order import mixture_shares
-from lm.data.sources import Rows, load_rows, split_key, split_rows
+from lm.data.sources import Rows, load_rows, split_key, split_rows, why_missing
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import Experiment, Source, UserError
 
@@ -93,6 +93,15 @@ def check_sources(experiment: Experiment) -> None:
                 f"{source.path} has holdout {source.holdout} in {user}, and {first} has {holdout} for the same rows: "
                 "what one holds out the other trains on; give both the same holdout"
             )
+
+
+def check_files(experiment: Experiment) -> None:
+    """Raise UserError for a source, of a stage or an evaluation, whose file is not there; says which flag names it."""
+    sources = {f"{s.name}.sources.{i}": source for s in experiment.stages for i, source in enumerate(s.sources)}
+    sources |= {f"evals.{item.name}.source": item.source for item in experiment.evals}
+    for name, source in sources.items():
+        if missing := why_missing(source.path):
+            raise UserError(f"{missing} (--{name}.path FILE names another)")
 
 
 def shares(sources: Sequence[Source], user: str = "stage") -> list[Fraction]:

@@ -70,8 +70,8 @@ def load_rows(path: str, data_dir: str | Path | None = None) -> Rows:
         return _in_memory(path, rows, fingerprint)
     file = Path(path).expanduser()
     reader = next((read for suffix, read in READERS.items() if file.name.endswith(suffix)), None)
-    if not file.is_file():
-        raise UserError(_not_found(file))
+    if missing := why_missing(path):
+        raise UserError(missing)
     if reader is None:
         raise UserError(
             f"{path}: cannot read this kind of file; a source is {', '.join(READERS)}, tfds:NAME/SPLIT or gen:NAME"
@@ -277,18 +277,18 @@ READERS: dict[str, Callable[[Path], tuple[list[Row], list[int] | None]]] = {
 }
 
 
-def _not_found(file: Path) -> str:
-    folder = file.parent
-    if not folder.is_dir():
-        return f"{file}: there is no folder {folder}"
-    names = [entry.name for entry in folder.iterdir()]
+def why_missing(path: str) -> str | None:
+    """One line that says that the file of a source is not there, and what is; None for what is no file or is there."""
+    file = Path(path).expanduser()
+    if path.startswith(("gen:", "tfds:")) or file.is_file():
+        return None
+    if not file.parent.is_dir():
+        return f"{path}: there is no folder {file.parent}"
+    names = [entry.name for entry in file.parent.iterdir() if entry.name.endswith(tuple(READERS))]
     near = difflib.get_close_matches(file.name, names, n=3)
-    hint = (
-        f"; did you mean {' or '.join(near)}?"
-        if near
-        else f"; {folder} has {', '.join(sorted(names)[:5]) or 'no files'}"
-    )
-    return f"{file}: there is no such file{hint}"
+    found = ", ".join(sorted(names)[:5]) or f"no {', '.join(READERS)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{file.parent.resolve()} has {found}"
+    return f"{path}: there is no such file; {hint}"
 
 
 def _canonical(value: Any) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import jax
-from jaxtyping import Array, Float
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 
 def project(

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from lm.data.pipeline import check_sources, tokenizer_texts
+from lm.data.selection import check_files
 from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
 from lm.experiment import DPO, Experiment, UserError, check, from_dict, to_dict
@@ -48,6 +49,7 @@ def run(
     check(experiment)
     check_until(experiment, until)
     check_sources(experiment)
+    check_files(experiment)
     folder = RunFolder(run_dir)
     mesh = make_mesh(experiment.mesh)
     if fresh:

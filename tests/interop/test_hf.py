@@ -47,10 +47,11 @@ def tolerance(inputs) -> float:
 def test_logits_right_and_left_padded(family):
     inputs = np.load(family / "inputs.npz")
     model = hf.read(family)
+    forward = jax.jit(lambda model, *inputs: model(*inputs))
     for prefix in ("", "left_"):
         ids, mask = inputs[prefix + "input_ids"], inputs[prefix + "attention_mask"]
         positions = inputs[prefix + "position_ids"] if prefix else np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        logits = model(jnp.asarray(ids), jnp.asarray(positions), jnp.asarray(mask))
+        logits = forward(model, jnp.asarray(ids), jnp.asarray(positions), jnp.asarray(mask))
         real = mask.astype(bool)
         error = np.abs(np.asarray(logits) - inputs[prefix + "logits"])[real].max()
         assert error < tolerance(inputs)
@@ -64,7 +65,7 @@ def test_loss_and_gradients(family):
     def loss(model):
         return cross_entropy(token_logprobs(model, batch), batch.weights)[0].value()
 
-    value, grads = jax.value_and_grad(loss)(model)
+    value, grads = jax.jit(jax.value_and_grad(loss))(model)
     np.testing.assert_allclose(value, inputs["loss"], rtol=2e-6)
     d, n = model.config.embed_dim, model.config.num_kv_heads * model.config.head_dim
     k_proj = np.asarray(grads.blocks.k[...][0]).reshape(d, n).T
@@ -106,7 +107,7 @@ def test_packed_documents(golden):
     def loss(model):
         return cross_entropy(token_logprobs(model, batch), batch.weights)[0].value()
 
-    value, grads = jax.value_and_grad(loss)(model)
+    value, grads = jax.jit(jax.value_and_grad(loss))(model)
     np.testing.assert_allclose(value, data["nll/loss"], rtol=1e-5)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(norm, data["nll/grad_global_norm"], rtol=1e-5)
@@ -115,7 +116,7 @@ def test_packed_documents(golden):
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "tied_head": False, "rope_scaling": (8.0, 1.0, 4.0, 64.0)}])
 def test_round_trip_is_identical(tmp_path, changes):
     config = dataclasses.replace(Model(num_layers=2, embed_dim=32, head_dim=8, mlp_dim=48, max_len=64), **changes)
-    model = Transformer(config, 96, jax.random.key(0))
+    model = jax.jit(lambda: Transformer(config, 96, jax.random.key(0)))()
     hf.write(model, tmp_path)
     again = hf.read(tmp_path)
     assert again.config == config

@@ -1,0 +1,44 @@
+"""The house: a module imports from its own folder or from lower floors; files and functions stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lm
+
+ROOT = Path(lm.__file__).parent
+FLOORS = (
+    "cli", "web", "train", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer", "model", "parallel",
+    "types", "experiment",
+)  # fmt: skip
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def floor(module: str) -> int:
+    """Which floor `lm.NAME…` is on, from the top."""
+    return FLOORS.index(module.split(".")[1])
+
+
+def imports(tree: ast.AST) -> list[str]:
+    """Every module of lm that is imported, also inside functions; `from lm import x` is lm.x."""
+    found = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports are absolute"
+            found += [f"lm.{alias.name}" for alias in node.names] if node.module == "lm" else [node.module]
+    assert not any(name.split(".")[0] == "experiments" for name in found)
+    return [name for name in found if name.startswith("lm.") and not name.startswith("lm.__")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_keeps_to_its_floor_and_its_size(file):
+    text = file.read_text()
+    tree = ast.parse(text)
+    here = floor(".".join(file.relative_to(ROOT.parent).with_suffix("").parts))
+    above = [name for name in imports(tree) if floor(name) < here]
+    assert not above, f"imports from floors above it: {above}"
+    assert ast.get_docstring(tree), "a file says in its first line what its job is"
+    assert text.count("\n") < 500
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]
