@@ -2,7 +2,8 @@
 
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
-DOCS = Source("gen:docs", holdout=0.04)
+DOCS = Source("gen:docs", weight=0.5, holdout=0.04)
+DRILLS = Source("gen:drills", weight=0.5, holdout=0.01)
 INSTRUCT = Source("gen:instruct", weight=0.6, holdout=0.05)
 ARITHMETIC = Source("gen:arithmetic", weight=0.4, holdout=0.05)
 PREFERENCES = Source("gen:preferences", holdout=0.05)
@@ -18,14 +19,22 @@ experiment = Experiment(
     ),
     tokenizer=Tokenizer(vocab_size=3072),
     model=Model(
-        num_layers=4, embed_dim=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_dim=512, max_len=256, scan_unroll=4
+        num_layers=4,
+        embed_dim=160,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=40,
+        mlp_dim=448,
+        max_len=256,
+        tied_head=False,
+        scan_unroll=4,
     ),
     stages=(
         Stage(
             name="pretrain",
             objective=Pretrain(z_loss=1e-4),
-            sources=(DOCS,),
-            steps=900,
+            sources=(DOCS, DRILLS),
+            steps=1100,
             batch_size=4,
             seq_len=256,
             optimizer=Optimizer(peak_lr=4e-3, schedule="wsd", warmup_steps=50, decay_frac=0.3),
@@ -35,11 +44,13 @@ experiment = Experiment(
             name="sft",
             objective=SFT(),
             sources=(INSTRUCT, ARITHMETIC),
-            steps=500,
-            batch_size=4,
-            seq_len=256,
-            optimizer=Optimizer(peak_lr=3e-3, schedule="wsd", warmup_steps=30, decay_frac=0.3),
-            save_every=250,
+            steps=1700,
+            batch_size=8,
+            seq_len=128,
+            optimizer=Optimizer(peak_lr=3e-3, b2=0.99, schedule="wsd", warmup_steps=50, decay_frac=0.4),
+            eval_every=600,
+            evals=("instruct",),
+            save_every=500,
         ),
         Stage(
             name="preference",

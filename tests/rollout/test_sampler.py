@@ -78,7 +78,7 @@ def test_frequencies_are_the_probabilities():
 
 @pytest.mark.parametrize(
     "options, kept",
-    [((2, 1.0), 2), ((0, 0.5), 1), ((0, 0.79), 2), ((0, 0.81), 3), ((3, 0.6), 2), ((0, 1e-9), 1), ((99, 1.0), 5)],
+    [((2, 1.0), 2), ((0, 0.49), 1), ((0, 0.79), 2), ((0, 0.81), 3), ((3, 0.6), 2), ((0, 1e-9), 1), ((99, 1.0), 5)],
 )
 def test_top_k_and_top_p_keep_the_smallest_set(options, kept):
     logits = jnp.log(jnp.array([[0.15, 0.5, 0.04, 0.3, 0.01]]))
