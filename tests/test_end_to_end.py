@@ -12,12 +12,19 @@ import jax
 import numpy as np
 import pytest
 
+from lm.cli.main import main
+from lm.train.metrics import read_lines
 from lm.train.stages import load_run
 
-EXPERIMENT = '''
+# One worker has the runs: they are made once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("end_to_end")]
+
+EXPERIMENT = """
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
 fast = Optimizer(peak_lr=1e-3, warmup_steps=2)
+often = {"optimizer": fast, "steps": 12, "batch_size": 4, "save_every": 3, "eval_every": 5, "evals": ("instruct",)}
+text = Source("text.txt", holdout=0.2)
 instruct = Source("gen:instruct", holdout=0.05)
 arithmetic = Source("gen:arithmetic", holdout=0.05)
 preferences = Source("gen:preferences", holdout=0.05)
@@ -26,19 +33,24 @@ experiment = Experiment(
     tokenizer=Tokenizer(vocab_size=512),
     model=Model(num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64, max_len=128),
     stages=(
-        Stage("pretrain", Pretrain(), (Source("text.txt", holdout=0.2),), fast, 12, 4, 64, save_every=4),
-        Stage("sft", SFT(), (instruct, arithmetic), fast, 12, 4, 64, save_every=4),
-        Stage("preference", DPO(), (preferences,), fast, 12, 4, 128, save_every=4),
-        Stage("reason", GRPO(group_size=4, max_new_tokens=8, updates_per_rollout=2, kl_coef=0.1), (arithmetic,), fast, 12, 4, 80,
-              save_every=4),
+        Stage("pretrain", Pretrain(z_loss=1e-4), (text,), seq_len=64, microbatches=2, **often),
+        Stage("sft", SFT(), (instruct, arithmetic), seq_len=64, **often),
+        Stage("preference", DPO(), (preferences,), seq_len=128, **often),
+        Stage(
+            "reason",
+            GRPO(group_size=4, max_new_tokens=8, updates_per_rollout=2, kl_coef=0.1),
+            (arithmetic,),
+            seq_len=80,
+            **often,
+        ),
     ),
     evals=(
-        Eval("text", Source("text.txt", holdout=0.2), "bits_per_byte", count=4),
-        Eval("instruct", instruct, count=8, max_new_tokens=8),
+        Eval("text", text, "bits_per_byte", count=4),
+        Eval("instruct", instruct, count=8, max_new_tokens=8, temperature=1.0),
         Eval("pairs", preferences, "pair_accuracy", count=8),
     ),
 )
-'''  # fmt: skip
+"""
 STAGES = ("pretrain", "sft", "preference", "reason")
 
 
@@ -53,35 +65,39 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def lm(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lm.cli.main", *arguments]
-
-
 def environment(folder: Path) -> dict[str, str]:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | cache | {"JAX_NUM_CPU_DEVICES": "1"}
 
 
-def call(folder: Path, *arguments: str, code: int = 0) -> str:
-    done = subprocess.run(lm(folder, *arguments), cwd=folder, env=environment(folder), capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def stop_in(folder: Path, run: str, stage: str, step: int, sign: signal.Signals) -> tuple[int, str]:
-    """Start or resume a run, and send the signal when the stage has written the metrics of `step`."""
-    metrics = folder / run / "stages" / stage / "metrics.jsonl"
-    process = subprocess.Popen(
-        lm(folder, "run", "smoke.py", "--run-dir", run), cwd=folder, env=environment(folder),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lm.cli.main", *arguments], cwd=folder, env=environment(folder), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    while process.poll() is None:
-        if metrics.exists() and f'"step": {step},' in metrics.read_text():
-            process.send_signal(sign)
-            break
-        time.sleep(0.005)
-    output = process.communicate()[0]
-    return process.returncode, output
+
+
+def call(folder: Path, *arguments: str, typed: str = "", code: int = 0) -> str:
+    process = start(folder, *arguments)
+    out, err = process.communicate(typed)
+    assert process.returncode == code, err[-3000:]
+    return out + err
+
+
+def stop(folder: Path, stage: str, step: int, sign: signal.Signals) -> tuple[int, str]:
+    """Start or resume the run `killed`, and send the signal when the stage has written the metrics of `step`.
+
+    It comes while the step after is evaluated, so that the stage does not get to its end before.
+    """
+    here = folder / "killed" / "stages" / stage
+    process = start(folder, "run", "smoke.py", "--run-dir", "killed")
+    while process.poll() is None and step not in [line["step"] for line in read_lines(here / "metrics.jsonl")]:
+        time.sleep(0.002)
+    process.send_signal(sign)
+    error = process.communicate()[1]
+    assert not (here / "summary.json").exists()
+    assert list((here / "checkpoints").glob("*/manifest.json"))
+    return process.returncode, error
 
 
 @pytest.fixture(scope="module")
@@ -93,50 +109,73 @@ def undisturbed(folder) -> Path:
 @pytest.fixture(scope="module")
 def killed(folder, undisturbed) -> Path:
     for stage in STAGES:
-        code, output = stop_in(folder, "killed", stage, 6, signal.SIGKILL)
-        assert code == -signal.SIGKILL, output[-3000:]
-    code, output = stop_in(folder, "killed", "reason", 9, signal.SIGTERM)
-    assert code == 130 and "saved" in output, output[-3000:]
+        code, error = stop(folder, stage, 4, signal.SIGKILL)
+        assert code == -signal.SIGKILL, error[-3000:]
+    code, error = stop(folder, "reason", 9, signal.SIGTERM)
+    assert code == 130, error[-3000:]
+    assert "lm: SIGTERM: saved at step 11 of 12 of stage reason. To go on: lm run smoke.py --run-dir killed\n" in error
     call(folder, "run", "smoke.py", "--run-dir", "killed")
     return folder / "killed"
 
 
 def metrics(run: Path, stage: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(run / "stages" / stage / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
 
 
-@pytest.mark.slow
+def evals(run: Path, stage: str) -> dict:
+    """The last line of each kind; a run that was stopped may have written it before too."""
+    return {(e["when"], e["step"], e["eval"]): e for e in read_lines(run / "stages" / stage / "eval.jsonl")}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_is_the_same_to_the_bit(undisturbed, killed, stage):
     whole, pieces = load_run(undisturbed, stage).model, load_run(killed, stage).model
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        np.testing.assert_array_equal(a, b)
     assert [line["step"] for line in metrics(killed, stage)] == list(range(1, 13))
     assert metrics(undisturbed, stage) == metrics(killed, stage)
+    assert evals(undisturbed, stage) == evals(killed, stage)
+    assert {when for when, *_ in evals(killed, stage)} == {"before", "during", "after"}
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(folder, undisturbed):
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/*/metrics.jsonl")}
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/**/*")}
     call(folder, "run", "smoke.py", "--run-dir", "whole")
-    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/*/metrics.jsonl")}
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/**/*")}
 
 
-@pytest.mark.slow
-def test_a_changed_experiment_is_refused_with_the_two_ways_out(folder, undisturbed):
-    said = call(folder, "run", "smoke.py", "--run-dir", "whole", "--sft.steps", "13", code=2)
-    assert "sft.steps" in said and "12" in said and "13" in said
-    assert "--run-dir" in said and "--fresh" in said
+def test_a_changed_experiment_is_refused_with_the_two_ways_out(folder, undisturbed, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["run", "smoke.py", "--run-dir", "whole", "--sft.steps", "13"]) == 2
+    said = capsys.readouterr().err
+    assert "  sft.steps: 12 → 13\n" in said
+    assert "--run-dir DIR" in said and "--fresh" in said
 
 
-@pytest.mark.slow
-def test_the_commands_speak_of_the_run(folder, undisturbed):
-    assert "the same as the run's own" in call(folder, "eval", "whole")
-    assert call(folder, "sample", "whole", "--prompt", "What is an LLM?", "--max-new-tokens", "8").strip()
-    call(folder, "report", "whole")
+@pytest.mark.parametrize("stage", ["pretrain", "reason"])
+def test_eval_says_the_runs_own_numbers_again(folder, undisturbed, stage):
+    said = call(folder, "eval", "whole", "--stage", stage)
+    assert said.startswith(f"whole, after stage {stage}\n") and said.endswith("\nthe same as the run's own\n"), said
+
+
+def test_it_answers(folder, undisturbed):
+    prompts = ["What is an LLM?", "Repeat the word lantern."]
+    said = call(folder, "sample", "whole", "--prompt", *prompts, "--max-new-tokens", "8")
+    assert all(f"\n> {prompt}\n" in said for prompt in prompts), said
+    assert "pretrain" in call(folder, "sample", "whole", "--stage", "pretrain", "--max-new-tokens", "64")
+    said = call(folder, "chat", "whole", "--max-new-tokens", "8", typed="What is 2 + 3?\n\n")
+    assert "Traceback" not in said
+
+
+def test_data_and_config_and_report_show_it(folder, undisturbed, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["data", "smoke.py"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"=== {stage}, step 0 ===" in said for stage in STAGES)
+    assert "<|im_start|>assistant\n⟦" in said and "<|im_end|>⟧" in said and "right answer: " in said
+    assert main(["config", "smoke.py", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((undisturbed / "experiment.json").read_text())
+    assert main(["report", "whole"]) == 0
     page = (undisturbed / "report.html").read_text()
     assert "What is an LLM?" in page and "http://" not in page.replace("http://www.w3.org", "")
-    for stage in STAGES:
-        assert call(folder, "data", "smoke.py", "--stage", stage).strip()
-    assert json.loads((undisturbed / "environment.json").read_text())
