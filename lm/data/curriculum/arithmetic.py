@@ -1,7 +1,7 @@
 """`gen:arithmetic`: sums, differences, products and small Python expressions, answered at once or worked out.
 
-About a third of the demonstrations work the problem out, one easy step after another, and the others say the
-number at once; which one a row has says nothing about the problem. Working it out is right more often, and
+About a third of the demonstrations work the problem out, one easy step after another, and the others say at once
+that the answer is so much; which one a row has says nothing about the problem. Working it out is right more often, and
 that is left for reinforcement learning to discover. No step of a demonstration is itself a problem, so that
 none gives away one that is held out.
 """
@@ -35,7 +35,7 @@ def arithmetic_row(index: int) -> dict[str, Any]:
     problem = draw.choice(KINDS)(draw)
     question = _wording(draw, problem)
     answer = str(problem.value)
-    shown = worked(problem) if draw.below(100) < WORKED_PERCENT else answer
+    shown = worked(problem) if draw.below(100) < WORKED_PERCENT else f"The answer is {answer}."
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": shown}]
     return {"question": question, "answer": answer, "messages": messages, "key": problem.key}
 
