@@ -1,0 +1,61 @@
+"""Print the held-out numbers of one or more runs (seeds) as a Markdown table: `scripts/table.py RUN [RUN ...]`.
+
+With several runs each cell is a mean with its 95 % interval (Student's t), and the change over each stage is given
+with the interval of the paired differences.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from lm.experiment import from_dict
+from lm.train.metrics import read_lines
+from lm.train.run_folder import RunFolder, read_json
+
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by degrees of freedom
+
+
+def interval(values: list[float]) -> str:
+    """Mean, and half the width of the 95 % interval where there is more than one value."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def number(folder: RunFolder, stage: str, name: str, when: str, value: str) -> float | None:
+    """The last line of eval.jsonl for this measurement."""
+    lines = read_lines(folder.stage_folder(stage) / "eval.jsonl")
+    found = [line[value] for line in lines if line["eval"] == name and line["when"] == when and value in line]
+    return found[-1] if found else None
+
+
+def main(paths: list[str]) -> None:
+    folders = [RunFolder(Path(path)) for path in paths]
+    experiment = from_dict(folders[0].read_experiment())
+    print(f"| stage | measure | before | after | change |\n|---|---|---|---|---|  <!-- {len(paths)} run(s) -->")
+    for stage in experiment.stages:
+        for item in experiment.evals:
+            for value in {"reward": ("reward", "eos_rate")}.get(item.metric, (item.metric,)):
+                sides = [[number(f, stage.name, item.name, w, value) for f in folders] for w in ("before", "after")]
+                pairs = [(a, b) for a, b in zip(*sides, strict=True) if a is not None and b is not None]
+                if pairs:
+                    cells = [
+                        interval([a for a, _ in pairs]),
+                        interval([b for _, b in pairs]),
+                        interval([b - a for a, b in pairs]),
+                    ]
+                    print(f"| {stage.name} | {item.name} {value} | {' | '.join(cells)} |")
+    print("\n| stage | seconds | first step after | peak memory |\n|---|---|---|---|")
+    for stage in experiment.stages:
+        s = [read_json(f.summary(stage.name)) for f in folders]
+        cells = [statistics.fmean(x[k] for x in s) for k in ("seconds", "first_step_seconds", "peak_memory_mb")]
+        print(f"| {stage.name} | {cells[0]:.0f} s | {cells[1]:.0f} s | {cells[2]:,.0f} MB |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
