@@ -28,14 +28,10 @@ def words(draw: Draw) -> str:
     It is always as long, so that looking back a fixed way is enough to begin with.
     """
     items = draw.sample(NOUNS, WORDS)
-    # Words behind a space, a line's end and a quotation mark are different tokens: each is practised.
-    before, between, after = draw.choice(((" ", ", ", "."), ("\n", "\n", "\n"), (' "', '", "', '".'), (" ", " ", ".")))
-    listed = f"{before}{between.join(items)}{after}"
-    turned = f"{before}{between.join(reversed(items))}{after}"
-    facts = [f"Backwards:{turned}", f"Last:{before}{items[-1]}{after}", f"There are {WORDS} items."]
-    facts += [f"{name}:{before}{item}{after}" for name, item in zip(ORDINALS, items, strict=False)]
-    shown = draw.sample(facts, len(facts))
-    return " ".join([f"List:{listed} Again:{listed} Again:{listed}", *shown])
+    listed = ", ".join(items)
+    facts = [f"Backwards: {', '.join(reversed(items))}.", f"Last: {items[-1]}.", f"There are {WORDS} items."]
+    facts += [f"{name}: {item}." for name, item in zip(ORDINALS, items, strict=False)]
+    return " ".join([f"{listed}. Again: {listed}. Again: {listed}.", *draw.sample(facts, len(facts))])
 
 
 def numbers(draw: Draw) -> str:
@@ -56,9 +52,10 @@ def numbers(draw: Draw) -> str:
 
 def python(draw: Draw) -> str:
     """A session at the interpreter's prompt."""
-    items = draw.sample(range(10) if draw.below(2) else NOUNS, WORDS)
+    items = draw.sample(range(10), draw.between(SHORTEST, LONGEST)) if draw.below(2) else draw.sample(NOUNS, SHORTEST)
     place = draw.below(len(items))
     facts = [
+        f">>> items\n{items}",
         f">>> len(items)\n{len(items)}",
         f">>> items[{place}]\n{items[place]!r}",
         ">>> items[0]\n" + repr(items[0]),
@@ -67,4 +64,4 @@ def python(draw: Draw) -> str:
         f">>> min(items)\n{min(items)!r}",
         f">>> items[::-1]\n{items[::-1]}",
     ]
-    return "\n".join([f">>> items = {items}", f">>> items\n{items}", *draw.sample(facts, len(facts))])
+    return "\n".join([f">>> items = {items}", *draw.sample(facts, len(facts))])
