@@ -25,9 +25,9 @@ from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pr
 fast = Optimizer(peak_lr=1e-3, warmup_steps=2)
 often = {"optimizer": fast, "steps": 12, "batch_size": 4, "save_every": 3, "eval_every": 5, "evals": ("instruct",)}
 text = Source("text.txt", holdout=0.2)
-instruct = Source("gen:instruct", holdout=0.05)
-arithmetic = Source("gen:arithmetic", holdout=0.05)
-preferences = Source("gen:preferences", holdout=0.05)
+instruct = Source("gen:instruct", holdout=0.5)
+arithmetic = Source("gen:arithmetic", holdout=0.5)
+preferences = Source("gen:preferences", holdout=0.5)
 experiment = Experiment(
     name="smoke",
     tokenizer=Tokenizer(vocab_size=512),
@@ -85,18 +85,22 @@ def call(folder: Path, *arguments: str, typed: str = "", code: int = 0) -> str:
 
 
 def stop(folder: Path, stage: str, step: int, sign: signal.Signals) -> tuple[int, str]:
-    """Start or resume the run `killed`, and send the signal when the stage has written the metrics of `step`.
+    """Start or resume the run `killed`, and send the signal when `step` is written down and a checkpoint is finished.
 
     It comes while the step after is evaluated, so that the stage does not get to its end before.
     """
     here = folder / "killed" / "stages" / stage
     process = start(folder, "run", "smoke.py", "--run-dir", "killed")
-    while process.poll() is None and step not in [line["step"] for line in read_lines(here / "metrics.jsonl")]:
+
+    def reached() -> bool:
+        steps = [line["step"] for line in read_lines(here / "metrics.jsonl")]
+        return step in steps and any((here / "checkpoints").glob("*/manifest.json"))
+
+    while process.poll() is None and not reached():
         time.sleep(0.002)
     process.send_signal(sign)
     error = process.communicate()[1]
-    assert not (here / "summary.json").exists()
-    assert list((here / "checkpoints").glob("*/manifest.json"))
+    assert not (here / "summary.json").exists(), error[-3000:]
     return process.returncode, error
 
 
