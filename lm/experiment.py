@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import types
 import typing
@@ -301,10 +302,10 @@ def _parse(text: str, kind: Any, flag: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         return None if text.lower() == "none" else _parse(text, args[0], flag)
-    if origin is tuple:
-        items = json.loads(text) if text.startswith("[") else [part for part in text.split(",") if part.strip()]
-        return tuple(_parse(str(item).strip(), args[0], flag) for item in items)
     try:
+        if origin is tuple:
+            items = json.loads(text) if text.startswith("[") else [part for part in text.split(",") if part.strip()]
+            return tuple(_parse(str(item).strip(), args[0], flag) for item in items)
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
         if kind is int:
@@ -372,6 +373,14 @@ def check(experiment: Experiment) -> None:
     clash = set(names) & {f.name for f in dataclasses.fields(Experiment)}
     if clash:
         raise UserError(f"stage name {clash.pop()!r} is taken by a field of the experiment: choose another")
+    for name, value in flatten(to_dict(experiment)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}; it should be a finite number")
+    for name, value in vars(m).items():
+        if type(value) is int and value < 1:
+            raise UserError(f"model.{name} is {value}; it should be at least 1")
+    if len(m.rope_scaling) not in (0, 4):
+        raise UserError(f"model.rope_scaling has {len(m.rope_scaling)} numbers; it should have 4, or none")
     if m.num_heads % m.num_kv_heads:
         raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
     if m.head_dim % 2:

@@ -19,5 +19,5 @@ run() {
 run ruff check
 run ruff format --check
 run mypy
-run pytest -n 2 "$@"
+run pytest -n 2 --dist loadgroup "$@"
 echo "== all passed"

@@ -1,6 +1,8 @@
 """Eight simulated CPU devices, quick compiles, and the folder of golden numbers."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 # Before jax is imported, and for the processes that tests start.
@@ -22,6 +24,18 @@ def pytest_configure(config):
     """What one worker, or the run of the suite before, has compiled is not compiled again."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode != 0:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

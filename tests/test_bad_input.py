@@ -2,11 +2,17 @@
 
 import gzip
 import json
+import os
+import subprocess
 
+import jax
 import numpy as np
 import pytest
 
 from lm.cli.main import main
+from lm.train.metrics import read_lines
+from lm.train.run_folder import RunFolder
+from lm.train.stages import load_run
 
 EXPERIMENT = """
 from lm.experiment import DPO, GRPO, SFT, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
@@ -56,6 +62,8 @@ def run(*overrides: str) -> tuple[str, ...]:
         (["--sft.stepz", "3"], ["--sft.stepz", "sft.steps"]),
         (["--sft.steps", "three"], ["--sft.steps", "'three'", "an integer"]),
         (["--pretrain.sources.0.path", "txet.txt"], ["txet.txt", "text.txt"]),
+        (["--pretrain.sources.0.path", "gen:dcos"], ["gen:dcos", "gen:docs"]),
+        (["--tokenizer.path", "text.txt"], ["tokenizer.path", "text.txt is not a sentencepiece model"]),
         (["--pretrain.batch_size", "6"], ["pretrain.batch_size 6", "mesh.data x mesh.fsdp"]),
         (["--mesh.data", "64"], ["64 devices", "there are"]),
         (["--tokenizer.vocab_size", "30000"], ["tokenizer.vocab_size", "30000"]),
@@ -68,25 +76,33 @@ def test_a_wrong_run_is_refused(work, capsys, overrides, words):
     said = refused(capsys, *run(*overrides))
     for word in words:
         assert word in said, said
+    assert not (work / "out" / "stages").exists()
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"messages": []}\n{"messages": [', ["chat.jsonl", "2"]),
+        ('{"messages": []}\n{"messages": [', ["chat.jsonl line 2"]),
         ('{"conversation": 1, "id": 2}\n' * 9, ["messages", "conversation, id"]),
+        ("[1, 2]\n", ["chat.jsonl line 1", "a JSON object"]),
         ("", ["chat.jsonl", "empty"]),
         (
             json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}) + "\n",
-            ["chat.jsonl", "1", "turn 2", "two user turns in a row"],
+            ["chat.jsonl line 1, turn 2", "two user turns in a row"],
         ),
     ],
 )  # fmt: skip
-def test_broken_rows_are_named(work, capsys, content, words):
+def test_broken_rows_are_named_before_anything_is_trained(work, capsys, content, words):
     (work / "chat.jsonl").write_text(content)
     said = refused(capsys, *run())
     for word in words:
         assert word in said, said
+    assert not (work / "out" / "stages").exists()
+
+
+def test_what_was_mended_runs_in_the_same_folder(work, capsys):
+    refused(capsys, *run("--tokenizer.vocab_size", "30000"))
+    assert main(list(run("--until", "pretrain", "--pretrain.steps", "1"))) == 0
 
 
 def test_a_cut_gzip_is_named(work, capsys):
@@ -98,38 +114,92 @@ def test_a_prompt_longer_than_the_context_is_named(work, capsys):
     rows = [json.dumps({"question": "cat " * 90, "answer": "1", "key": str(i)}) for i in range(9)]
     (work / "long.jsonl").write_text("\n".join(rows))
     (work / "bad.py").write_text(EXPERIMENT.replace("SFT()", "GRPO(group_size=2, max_new_tokens=8)"))
-    said = refused(capsys, *run("--sft.sources.0.path", "long.jsonl", "--until", "sft", "--pretrain.steps", "1"))
-    assert "seq_len" in said and "longest" in said, said
+    said = refused(capsys, *run("--sft.sources.0.path", "long.jsonl"))
+    assert "long.jsonl line" in said and "raise seq_len by" in said, said
+    assert not (work / "out" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    "item, words",
+    [
+        ('Eval("chat", Source("chat.jsonl", holdout=0.2), verifier="math")', ["evals.chat.verifier", "'math'", "answer"]),
+        ('Eval("chat", Source("chat.jsonl", holdout=0.3))', ["chat.jsonl", "holdout 0.3", "evaluation chat"]),
+        ('Eval("chat", Source("none.jsonl"))', ["none.jsonl", "--evals.chat.source.path"]),
+    ],
+)  # fmt: skip
+def test_an_eval_that_cannot_be_taken_is_named(work, capsys, item, words):
+    text = EXPERIMENT.replace("import DPO,", "import DPO, Eval,").replace("prompts=()", f"evals=({item},)")
+    (work / "bad.py").write_text(text.replace("max_len=64", "max_len=128"))
+    said = refused(capsys, *run())
+    for word in words:
+        assert word in said, said
+    assert not (work / "out" / "stages").exists()
+
+
+def finite(run_dir) -> bool:
+    """Whether the run's last checkpoint loads, and is a model."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(run_dir).model))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(work, capsys):
     wild = ("--pretrain.optimizer.peak_lr", "1e38", "--pretrain.save_every", "1", "--until", "pretrain")
     said = refused(capsys, *run(*wild, "--pretrain.steps", "30", "--pretrain.optimizer.clip_norm", "1e30"))
-    assert "at step" in said and "last good checkpoint is kept" in said, said
-    from lm.train.stages import load_run
-
-    leaves = [np.asarray(x) for x in __import__("jax").tree.leaves(load_run(work / "out").model)]
-    assert all(np.isfinite(x).all() for x in leaves)
-
-
-def test_damaged_checkpoints_fall_back_and_say_so(work, capsys):
-    assert main(list(run("--until", "pretrain", "--pretrain.save_every", "1"))) == 0
-    folder = work / "out" / "stages" / "pretrain" / "checkpoints"
-    newest = max(path for path in folder.iterdir() if path.name.isdigit())
-    largest = max(
-        (path for path in newest.rglob("*") if path.is_file() and path.name != "manifest.json"),
-        key=lambda p: p.stat().st_size,
+    step = read_lines(work / "out" / "stages" / "pretrain" / "metrics.jsonl")[-1]["step"]
+    assert f"at step {step};" in said and "last good checkpoint is kept" in said, said
+    assert "pretrain.optimizer.peak_lr" in said
+    assert RunFolder(work / "out").checkpoints("pretrain") / f"{step - 1:08d}" in list(
+        RunFolder(work / "out").checkpoints("pretrain").iterdir()
     )
+    assert finite(work / "out")
+
+
+def test_a_second_process_in_the_folder_is_refused(work, capsys):
+    with RunFolder(work / "out").lock():
+        said = refused(capsys, *run())
+    assert f"in use by process {os.getpid()}" in said and "--run-dir DIR" in said
+
+
+def test_a_full_disk_stops_and_the_same_command_goes_on_when_there_is_room(work, small_disk, capsys):
+    big = ("--model.embed_dim", "128", "--model.mlp_dim", "160", "--pretrain.save_every", "1", "--until", "pretrain")
+    command = ("run", "bad.py", "--run-dir", str(small_disk / "out"), *big)
+    said = refused(capsys, *command)
+    assert "could not be saved: No space left on device" in said and "the same command again" in said, said
+    assert finite(small_disk / "out")
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    assert main(list(command)) == 0
+    assert [line["step"] for line in read_lines(small_disk / "out/stages/pretrain/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_may_not_be_written_is_named(work, small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    said = refused(capsys, "run", "bad.py", "--run-dir", str(small_disk / "out"))
+    assert said.endswith(f"{small_disk / 'out'}: Read-only file system")
+
+
+def flip_a_bit(checkpoint) -> str:
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    largest = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
+    return f"{largest.name} does not match its checksum: passed over, trying the checkpoint before it"
+
+
+def cut_it_short(checkpoint) -> str:
+    (checkpoint / "manifest.json").unlink()
+    return f"{checkpoint.name} was not finished when its run stopped: passed over"
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_it_short])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(work, capsys, damage):
+    assert main(list(run("--until", "pretrain", "--pretrain.save_every", "1"))) == 0
+    told = damage(RunFolder(work / "out").checkpoints("pretrain") / "00000004")
     capsys.readouterr()
     assert main(["sample", "out", "--prompt", "the", "--max-new-tokens", "2"]) == 0
-    said = "".join(capsys.readouterr())
-    assert "does not match its checksum" in said and "the checkpoint before it" in said
+    assert told in "".join(capsys.readouterr())
+    assert "leaves 62: shorten it" in refused(capsys, "sample", "out", "--prompt", "the " * 90, "--max-new-tokens", "2")
 
 
 def test_a_folder_that_is_no_run_and_an_unknown_command(work, capsys):
     assert "nowhere" in refused(capsys, "report", "nowhere")
-    assert main(["rnu", "bad.py"]) == 2
-    assert "run" in capsys.readouterr().err
+    assert "did you mean run?" in refused(capsys, "rnu", "bad.py")

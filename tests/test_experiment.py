@@ -68,6 +68,7 @@ def test_an_override_changes_its_leaf_and_no_other(words, name, value):
         (["--sft.steps", "many"], "--sft.steps is 'many'; it should be an integer"),
         (["--sft.steps"], "--sft.steps needs a value: an integer"),
         (["--model.remat", "some"], "one of none, full, dots"),
+        (["--prompts", "[1"], "--prompts is '\\[1'; it should be a list"),
         (["sft.steps", "2"], "no knob 'sft.steps'"),
     ],
 )
@@ -80,7 +81,10 @@ def test_a_wrong_override_says_what_would_work(words, message):
     "words, message",
     [
         (["--model.num_kv_heads", "3"], "num_heads 4 is not a multiple of model.num_kv_heads 3"),
+        (["--model.num_kv_heads", "0"], "model.num_kv_heads is 0; it should be at least 1"),
         (["--model.head_dim", "7"], "head_dim 7 is odd"),
+        (["--model.rope_scaling", "8,1"], "model.rope_scaling has 2 numbers; it should have 4, or none"),
+        (["--sft.optimizer.peak_lr", "nan"], "sft.optimizer.peak_lr is nan; it should be a finite number"),
         (["--sft.seq_len", "1024"], "sft.seq_len 1024 is longer than model.max_len 512"),
         (["--sft.steps", "0"], "sft.steps is 0; it should be at least 1"),
         (["--sft.microbatches", "5"], "sft.microbatches 5 does not divide its 32 rows"),

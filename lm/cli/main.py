@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -30,6 +31,9 @@ ENVIRONMENT = {
     "GRPC_VERBOSITY": "ERROR",
     "TFDS_DISABLE_NETWORK_TELEMETRY": "1",
 }
+
+# What the operating system refuses: a full disk, a folder of somebody else's. Any other OSError is a bug.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone: what is left in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print(f"lm: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return EXIT_USER
 
 
 def _dispatch(words: list[str]) -> int:

@@ -250,7 +250,7 @@ def _parse(line: bytes, file: Path, number: int) -> Row:
         ) from error
     if not isinstance(row, dict):
         raise UserError(
-            f"{file} line {number}: every line must be a JSON object, found {line.decode(errors='replace'):.40}"
+            f"{file} line {number}: every line must be a JSON object, found {line.strip().decode(errors='replace'):.40}"
         )
     return row
 

@@ -103,7 +103,7 @@ class Tokenizer:
         try:
             return cls(file.read_bytes(), name=str(file))
         except RuntimeError as error:
-            raise UserError(f"tokenizer.path: {file} is not a sentencepiece model ({error})") from error
+            raise UserError(f"tokenizer.path: {file} is not a sentencepiece model") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> Tokenizer:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from lm.data.chat import preference_messages, prompt_messages, render
 from lm.data.pipeline import heldout_rows, heldout_texts
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import Eval
+from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.sampler import decode_rows, generate, pad_left
@@ -100,6 +100,11 @@ def reward(item: Eval, model: Transformer, tokenizer: Tokenizer, reference: Tran
     prompts = [render(prompt_messages(row, item.source.path), tokenizer, generation_prompt=True).tokens for row in rows]
     room = model.config.max_len - item.max_new_tokens
     kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not kept:
+        raise UserError(
+            f"evals.{item.name}: none of {len(rows)} held-out prompts fits in model.max_len {model.config.max_len} "
+            f"less {item.max_new_tokens} new tokens"
+        )
     width = min(room, -(-max(len(prompts[i]) for i in kept) // 16) * 16)
     rewards, lengths, ends, examples = [], [], [], []
     for start in range(0, len(kept), ROWS):
@@ -143,6 +148,8 @@ def pair_accuracy(
         if max(len(ids) for ids, _ in pair) <= model.config.max_len:
             rows.append(row)
             sides += pair
+    if not rows:
+        raise UserError(f"evals.{item.name}: no held-out pair fits in model.max_len {model.config.max_len}")
     width = min(model.config.max_len, -(-max(len(ids) for ids, _ in sides) // 16) * 16)
     logp = row_logp(model, sides, width)
     ratio = logp - (row_logp(reference, sides, width) if reference is not None else 0.0)

@@ -19,7 +19,7 @@ from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, needs_reference
-from lm.train.batches import Batches, check_sampler, make_batches, updates_per_step
+from lm.train.batches import Batches, check_sampler, updates_per_step
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
@@ -75,21 +75,23 @@ class Costs:
         return self.seconds | {"seconds": time.monotonic() - self.began}
 
 
-def train_stage(run: Run, index: int, model: Transformer, evaluator: Evaluator) -> None:
+def train_stage(run: Run, index: int, batches: Batches, model: Transformer, evaluator: Evaluator) -> None:
     """Train a stage to its end from the model before it, or from its newest checkpoint.
 
     Raises:
-        UserError: bad data, a loss that is not finite, a sampler that disagrees with the trainer.
+        UserError: a loss that is not finite, a sampler that disagrees with the trainer.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
-    batches = make_batches(run.experiment, index, run.tokenizer)
     state, step_fn = start_state(stage, model, run.mesh)
     with MetricsLog(folder) as log, Checkpoints(folder / "checkpoints") as checkpoints:
         state, start, meta = restore(state, checkpoints, run.mesh)
         log.rewind(start)
         loop = _Loop(run, stage, batches, log, checkpoints, meta)
+        if due(stage, start):  # it may have been stopped before it measured what it saved
+            with loop.costs.of("eval_seconds"):
+                evaluator.during(index, state.params, log, start)
         for done, current in loop.steps(state, start, step_fn):
             state = current
             if done == start + 1:  # after a first step, which shows within seconds that the run works
@@ -97,7 +99,7 @@ def train_stage(run: Run, index: int, model: Transformer, evaluator: Evaluator) 
                     evaluator.before(index, model, log)
                     if done == 1:
                         batches.show(log, done)
-            if stage.eval_every and done % stage.eval_every == 0 and done < stage.steps:
+            if due(stage, done):
                 with loop.costs.of("eval_seconds"):
                     evaluator.during(index, state.params, log, done)
                     batches.show(log, done)
@@ -113,6 +115,11 @@ def train_stage(run: Run, index: int, model: Transformer, evaluator: Evaluator) 
     write_json_atomic(
         run.folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | loop.costs.total()
     )
+
+
+def due(stage: Stage, step: int) -> bool:
+    """Whether held-out measurements are taken between steps `step` and `step` + 1."""
+    return bool(stage.eval_every) and step % stage.eval_every == 0 and 0 < step < stage.steps
 
 
 class _Loop:

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class RunFolder:
     def claim(self, experiment: dict[str, Any]) -> bool:
         """Make this the folder of `experiment` (a plain value); True if it was already, and the run goes on.
 
+        A folder in which no stage has begun is taken over: whoever mends a mistake runs the same command again.
         Raises UserError that shows what differs if the folder belongs to another experiment.
         """
         experiment = json.loads(json.dumps(experiment))
@@ -90,9 +92,13 @@ class RunFolder:
             write_json_atomic(self.experiment, experiment)
             return False
         differences = diff(self.read_experiment(), experiment)
-        if differences:
+        if not differences:
+            return True
+        if self._begun():
             raise UserError(self._refusal(differences))
-        return True
+        shutil.rmtree(self.tokenizer, ignore_errors=True)
+        write_json_atomic(self.experiment, experiment)
+        return False
 
     def set_aside(self) -> Path | None:
         """Rename the folder to NAME.1 (or the first number that is free), and lose nothing. None if there is no folder.
@@ -106,6 +112,9 @@ class RunFolder:
             aside = next(p for n in itertools.count(1) if not (p := self._numbered(n)).exists())
             self.path.rename(aside)
         return aside
+
+    def _begun(self) -> bool:
+        return any(path.is_file() for path in (self.path / "stages").rglob("*"))
 
     def _numbered(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")

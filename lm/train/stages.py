@@ -20,9 +20,11 @@ from lm.experiment import DPO, Experiment, UserError, check, from_dict, to_dict
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.parallel.rules import abstract, shardings
+from lm.rollout.environments import check_verifier
+from lm.train.batches import make_batches
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
-from lm.train.loop import Run, train_stage
+from lm.train.loop import Interrupted, Run, train_stage
 from lm.train.provenance import record_environment
 from lm.train.run_folder import RunFolder
 from lm.train.signals import stop_on_signals
@@ -47,9 +49,11 @@ def run(
     """
     started = time.monotonic()
     check(experiment)
-    check_until(experiment, until)
+    last = check_until(experiment, until)
     check_sources(experiment)
     check_files(experiment)
+    for item in experiment.evals:
+        check_verifier(item.verifier, f"evals.{item.name}.verifier")
     folder = RunFolder(run_dir)
     mesh = make_mesh(experiment.mesh)
     if fresh:
@@ -60,14 +64,16 @@ def run(
         check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size)
         record_environment(folder, fingerprints(experiment))
         context = Run(experiment, folder, tokenizer, mesh, stop, started)
-        for index, stage in enumerate(experiment.stages):
-            if not folder.finished(stage.name):
-                model = model_before(experiment, folder, tokenizer, mesh, index)
-                evaluator = make_evaluator(experiment, folder, tokenizer, mesh, index)
-                train_stage(context, index, model, evaluator)
-                after_stage(folder.path)
-            if stage.name == until:
-                break
+        stages = [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
+        # The data of every stage is read now: what is wrong with the last one's shows before the first is trained.
+        batches = {index: make_batches(experiment, index, tokenizer) for index in stages}
+        for index in stages:
+            if stop.requested:
+                raise Interrupted(f"{stop.requested}: stopped before stage {experiment.stages[index].name}")
+            model = model_before(experiment, folder, tokenizer, mesh, index)
+            evaluator = make_evaluator(experiment, folder, tokenizer, mesh, index)
+            train_stage(context, index, batches.pop(index), model, evaluator)
+            after_stage(folder.path)
 
 
 def check_until(experiment: Experiment, stage: str | None) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -327,17 +326,6 @@ def save_where_it_does_not_fit(folder, size: int) -> None:
     found = checkpoints.restore({"params": abstract(small)}, pytest.fail)
     assert found.step == 1
     assert_same_bits(found.items["params"], small)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode != 0:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_up_is_one_line_and_costs_nothing(small_disk, capfd):

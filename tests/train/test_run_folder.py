@@ -80,8 +80,14 @@ def test_the_same_experiment_goes_on(folder):
     assert folder.read_experiment()["stages"][0] == {"name": "sft", "steps": 100}
 
 
+def begin(folder: RunFolder) -> None:
+    folder.stage_folder("sft").mkdir(parents=True)
+    (folder.stage_folder("sft") / "metrics.jsonl").write_text("{}\n")
+
+
 def test_another_experiment_is_refused_with_the_difference_and_the_ways_out(folder):
     folder.claim(experiment(steps=100))
+    begin(folder)
     with pytest.raises(UserError) as refusal:
         folder.claim(experiment(steps=200, seed=1))
     text = str(refusal.value)
@@ -91,8 +97,18 @@ def test_another_experiment_is_refused_with_the_difference_and_the_ways_out(fold
     assert folder.read_experiment()["seed"] == 0
 
 
+def test_a_folder_where_nothing_was_trained_yet_follows_the_experiment(folder):
+    folder.claim(experiment(steps=100))
+    folder.tokenizer.mkdir()
+    (folder.tokenizer / "tokenizer.model").write_text("learnt from the text of before")
+    assert folder.claim(experiment(steps=200)) is False
+    assert folder.read_experiment()["stages"][0]["steps"] == 200
+    assert not folder.tokenizer.exists()
+
+
 def test_a_long_difference_is_cut(folder):
     folder.claim({f"knob{i}": 0 for i in range(30)})
+    begin(folder)
     with pytest.raises(UserError) as refusal:
         folder.claim({f"knob{i}": 1 for i in range(30)})
     assert str(refusal.value).count("→") == 10 + 1  # the heading has one
