@@ -37,7 +37,7 @@ experiment = Experiment(
             steps=1100,
             batch_size=4,
             seq_len=256,
-            optimizer=Optimizer(peak_lr=4e-3, schedule="wsd", warmup_steps=50, decay_frac=0.3),
+            optimizer=Optimizer(kind="muon", peak_lr=4e-3, schedule="wsd", warmup_steps=50, decay_frac=0.3),
             save_every=300,
         ),
         Stage(
@@ -47,7 +47,7 @@ experiment = Experiment(
             steps=2200,
             batch_size=8,
             seq_len=128,
-            optimizer=Optimizer(peak_lr=3e-3, b2=0.99, schedule="wsd", warmup_steps=50, decay_frac=0.4),
+            optimizer=Optimizer(kind="muon", peak_lr=3e-3, b2=0.99, schedule="wsd", warmup_steps=50, decay_frac=0.4),
             eval_every=1000,
             evals=("instruct",),
             save_every=500,

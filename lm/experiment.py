@@ -65,6 +65,9 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Optimizer:
+    kind: Literal["adamw", "muon"] = knob(
+        "adamw", "rule of the update; muon: for the matrices of the blocks, else adamw"
+    )
     peak_lr: float = knob(1e-3, "learning rate after the warmup")
     schedule: Literal["constant", "cosine", "wsd"] = knob("cosine", "shape of the learning rate after the warmup")
     warmup_steps: int = knob(20, "updates of linear warmup; the first update has peak_lr / warmup_steps")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from lm import experiment
@@ -68,28 +71,86 @@ def make_optimizer(
     config: experiment.Optimizer, total_updates: int, decay_mask: Callable[[Any], Any] | None = None
 ) -> optax.GradientTransformation:
     """What `config` asks for, over `total_updates` updates. decay_mask(params) says which leaves decay."""
-    return clipped_adamw(
+    return clipped(
+        DIRECTIONS[config.kind](config.b2),
         schedule(config, total_updates),
-        b2=config.b2,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         decay_mask=decay_mask or matrices,
     )
 
 
-def clipped_adamw(
+def clipped(
+    direction: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     *,
-    b1: float = 0.9,
-    b2: float,
-    eps: float = 1e-8,
     weight_decay: float,
     clip_norm: float,
     decay_mask: Callable[[Any], Any],
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (arXiv:1711.05101) with decoupled decay where decay_mask(params) is True."""
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
-    return optax.chain(clip_by_global_norm(clip_norm), adamw)
+    """Clip by global norm, take the direction, and step: decoupled decay (arXiv:1711.05101) where the mask is True."""
+    return optax.chain(
+        clip_by_global_norm(clip_norm),
+        direction,
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adam(b2: float, b1: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Direction of Adam (arXiv:1412.6980)."""
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+
+def muon(b2: float, momentum: float = 0.95) -> optax.GradientTransformation:
+    """Direction of Muon for the matrices of the blocks, of Adam for all else.
+
+    Momentum made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with
+    entries as large as Adam's, 0.2 of the learning rate, so that both share one (arXiv:2502.16982, eq. 4).
+    """
+
+    def as_large_as_adams(updates: Any, params: Any = None) -> Any:
+        def scaled(side: optax.contrib.MuonDimensionNumbers, x: Array) -> Array:
+            sizes = (math.prod(x.shape[axis] for axis in axes) for axes in (side.reduction_axis, side.output_axis))
+            return 0.2 * max(sizes) ** 0.5 * x
+
+        return jax.tree.map(scaled, as_matrices(updates), updates, is_leaf=_is_side)
+
+    orthogonal = optax.chain(
+        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=as_matrices),
+        optax.stateless(as_large_as_adams),
+    )
+
+    def labels(params: Any) -> Any:
+        sides = as_matrices(params)
+        return jax.tree.map(lambda side: "adam" if side is None else "muon", sides, is_leaf=_is_side)
+
+    return optax.partition({"muon": orthogonal, "adam": adam(b2)}, labels)
+
+
+DIRECTIONS: dict[str, Callable[[float], optax.GradientTransformation]] = {"adamw": adam, "muon": muon}
+"""experiment.Optimizer.kind -> (b2 -> transformation of gradients to directions of about unit size)."""
+
+
+def as_matrices(params: Any) -> Any:
+    """How Muon sees each parameter: the axis `embed` against all others, layer by layer; None where it is not used.
+
+    That is vectors, the embedding and the head (any parameter with an axis `vocab`), and parameters without axis names.
+    """
+
+    def sides(leaf: Any) -> Any:
+        names = leaf.get_metadata("out_sharding") if isinstance(leaf, nnx.Variable) else ()
+        inner = [axis for axis, name in enumerate(names) if name == "embed"]
+        outer = [axis for axis, name in enumerate(names) if name not in ("embed", "layers")]
+        used = inner and outer and "vocab" not in names
+        numbers = optax.contrib.MuonDimensionNumbers(tuple(inner), tuple(outer)) if used else None
+        return jax.tree.map(lambda _: numbers, leaf)
+
+    return jax.tree.map(sides, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _is_side(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)
 
 
 def matrices(params: Any) -> Any:

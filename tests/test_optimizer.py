@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,23 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 
 from lm.experiment import Optimizer
 from lm.optimizer import (
     DECAYS,
+    adam,
+    as_matrices,
     clip_by_global_norm,
-    clipped_adamw,
+    clipped,
     global_norm,
     lr_factor,
     make_optimizer,
     matrices,
+    muon,
     schedule,
 )
+from tests.helpers import tiny_model
 
 
 def close(actual, expected, tolerance: float, what: str):
@@ -72,11 +78,9 @@ def test_golden_trajectories(adamw):
         steps = len(arrays[f"{name}/lr"])
         everything = lambda params: jax.tree.map(lambda _: True, params)  # noqa: E731
         with jax.enable_x64(True):
-            optimizer = clipped_adamw(
+            optimizer = clipped(
+                adam(b1=case["betas"][0], b2=case["betas"][1], eps=case["eps"]),
                 golden_schedule(case, steps),
-                b1=case["betas"][0],
-                b2=case["betas"][1],
-                eps=case["eps"],
                 weight_decay=case["weight_decay"],
                 clip_norm=case["max_grad_norm"],
                 decay_mask=matrices if case["bias_excluded_from_decay"] else everything,
@@ -107,9 +111,9 @@ def test_golden_clipping(adamw):
         for folder in folders:
             clip = clip_by_global_norm(float(folder.removeprefix("clip_")))
             tree = jax.tree.map(jnp.asarray, gradients)
-            clipped, _ = clip.update(tree, clip.init(tree))
+            small, _ = clip.update(tree, clip.init(tree))
             close(global_norm(tree), arrays[f"{folder}/norm"], 1e-12, folder)
-            for name, values in clipped.items():
+            for name, values in small.items():
                 close(values, arrays[f"{folder}/out{name.removeprefix('in/clip_grad')}"], 1e-12, f"{folder} {name}")
 
 
@@ -206,3 +210,43 @@ def test_clipping_keeps_the_dtype_and_counts_in_float32():
     clipped, _ = clip.update(tree, clip.init(tree))
     assert {name: x.dtype for name, x in clipped.items()} == {name: x.dtype for name, x in tree.items()}
     assert global_norm(clipped) == pytest.approx(1.0, rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    """A tiny model and gradients for it."""
+    model = tiny_model()
+    leaves, structure = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return model, jax.tree.unflatten(
+        structure, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def test_muon_moves_the_matrices_of_the_blocks_along_their_singular_vectors(hidden):
+    """The first direction of a matrix U·S·Vᵀ is about U·Vᵀ, whose entries are then as large as Adam's."""
+    model, gradients = hidden
+    rule = muon(b2=0.95)
+    got, _ = rule.update(gradients, rule.init(model), model)
+    for name, rows in (("q", 1), ("k", 1), ("v", 1), ("o", 2), ("gate", 1), ("up", 1), ("down", 1)):
+        for gradient, direction in zip(
+            getattr(gradients.blocks, name)[...], getattr(got.blocks, name)[...], strict=True
+        ):
+            gradient, direction = (x.reshape(np.prod(x.shape[:rows]), -1) for x in (gradient, direction))
+            u, sizes, v = np.linalg.svd(np.asarray(gradient), full_matrices=False)
+            along = u.T @ np.asarray(direction) @ v.T / (0.2 * max(gradient.shape) ** 0.5)
+            large = sizes > 0.1 * sizes[0]  # smaller ones take more than five steps to grow
+            np.testing.assert_allclose(np.diag(along)[large], 1, atol=0.35)
+            np.testing.assert_allclose(along - np.diag(np.diag(along)), 0, atol=1e-3)
+
+
+def test_muon_leaves_the_embedding_the_head_and_the_norms_to_adam(hidden):
+    model, gradients = hidden
+    both, alone = (rule.update(gradients, rule.init(model), model)[0] for rule in (muon(b2=0.95), adam(b2=0.95)))
+    names = ("embed", "head", "norm.scale", "blocks.attn_norm.scale", "blocks.mlp_norm.scale")
+    for path in names:
+        ours, expected = (operator.attrgetter(path)(tree) for tree in (both, alone))
+        if expected is not None:
+            np.testing.assert_array_equal(ours[...], expected[...], err_msg=path)
+    sides = jax.tree.leaves(as_matrices(model), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    assert sum(side is not None for side in sides) == 7

@@ -48,7 +48,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
-        return leaf.replace(NamedSharding(mesh, spec(leaf.get_metadata("out_sharding"))))
+        place = NamedSharding(mesh, spec(leaf.get_metadata("out_sharding")))
+        return jax.tree.map(lambda _: place, leaf)  # none where an optimizer keeps nothing for this parameter
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.optimizer import clipped_adamw, matrices, schedule
+from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
 from lm.steps import STEPS, needs_reference
@@ -41,8 +41,8 @@ def prepared(objective, mesh_sizes, stage_changes, model_changes):
     # The chain of every run, but for an eps as large as the gradient: with the usual one an element's first updates
     # are its gradient's sign, which rounding decides where the gradient is nearly 0.
     o = stage.optimizer
-    optimizer = clipped_adamw(
-        schedule(o, stage.steps), b2=o.b2, eps=1e-2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+    optimizer = clipped(
+        adam(o.b2, eps=1e-2), schedule(o, stage.steps), weight_decay=o.weight_decay, clip_norm=o.clip_norm,
         decay_mask=matrices,
     )  # fmt: skip
     model = tiny_model(**model_changes)
@@ -120,3 +120,22 @@ def test_no_gradient_reaches_the_reference():
         after, _ = step(state, jax.device_put(random_batch(), batch_sharding(mesh)))
     for old, new in zip(before, jax.tree.leaves(after.frozen["reference"]), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("where", ["fsdp8", "data2_fsdp2_tensor2"])
+def test_muon_takes_the_same_direction_in_any_layout(where):
+    """Its matrices are made orthogonal as wholes, wherever their parts lie."""
+    model = tiny_model()
+    gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), model)
+    rule = muon(b2=0.95)
+
+    def direction(mesh_sizes):
+        mesh = make_mesh(layout(**mesh_sizes))
+        places = shardings(jax.eval_shape(rule.init, model), mesh)
+        state = jax.jit(rule.init, out_shardings=places)(model)
+        grads = jax.device_put(gradients, shardings(jax.eval_shape(lambda: gradients), mesh))
+        with jax.set_mesh(mesh):
+            return jax.tree.leaves(jax.device_get(jax.jit(rule.update)(grads, state)))
+
+    for got, wanted in zip(direction(LAYOUTS[where][0]), direction({}), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * max(np.abs(wanted).max(), 1e-30))
