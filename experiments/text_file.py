@@ -1,4 +1,4 @@
-"""The four stages on a text of your own: a .txt file, or .jsonl, .jsonl.gz or .parquet with a column `text`.
+"""The four stages on a text of your own: a .txt file; .jsonl, .jsonl.gz or .parquet with a column `text`; a folder.
 
 Copy this file, put the path of your text into TEXT, and run the copy; or leave it as it is and name the text twice,
 for training and for the held-out measurement:

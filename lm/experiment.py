@@ -80,7 +80,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Source:
-    path: str = knob(help="file, tfds:NAME/SPLIT, or gen:NAME; see `lm data`")
+    path: str = knob(help="file, folder of files, tfds:NAME/SPLIT, or gen:NAME; see `lm data`")
     weight: float = knob(1.0, "share of this source in the mixture")
     holdout: float = knob(0.02, "part of the examples kept out of training, chosen by hash")
 

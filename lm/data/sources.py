@@ -1,8 +1,8 @@
 """Where rows come from: a path becomes random access to dicts, and a hash says which of them are held out.
 
-Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.parquet`, `tfds:NAME/SPLIT`, `gen:NAME`. Rows as people have them: {"text"};
-{"messages"}; {"prompt", "chosen", "rejected"}; {"question", "answer"}; more columns do no harm. Rows with the
-same `key` are held out together, and a row whose `key` is None never is.
+Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`. Rows as people
+have them: {"text"}; {"messages"}; {"prompt", "chosen", "rejected"}; {"question", "answer"}; more columns do no harm.
+Rows with the same `key` are held out together, and a row whose `key` is None never is.
 """
 
 from __future__ import annotations
@@ -68,18 +68,10 @@ def load_rows(path: str, data_dir: str | Path | None = None) -> Rows:
     if path.startswith("tfds:"):
         rows, fingerprint = tfds_rows.read(path.removeprefix("tfds:"), data_dir)
         return _in_memory(path, rows, fingerprint)
-    file = Path(path).expanduser()
-    reader = next((read for suffix, read in READERS.items() if file.name.endswith(suffix)), None)
     if missing := why_missing(path):
         raise UserError(missing)
-    if reader is None:
-        raise UserError(
-            f"{path}: cannot read this kind of file; a source is {', '.join(READERS)}, tfds:NAME/SPLIT or gen:NAME"
-        )
-    rows, places = reader(file)
-    with file.open("rb") as stream:
-        fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _in_memory(path, rows, fingerprint, places)
+    file = Path(path).expanduser()
+    return _read_folder(file, path) if file.is_dir() else _read_file(file, path)
 
 
 def split_rows(rows: Rows, holdout: float) -> tuple[Sequence[int], Sequence[int]]:
@@ -190,6 +182,35 @@ GENERATORS: dict[str, Callable[[int], Row]] = {
 }
 
 
+def _read_file(file: Path, path: str) -> Rows:
+    reader = _reader(file)
+    if reader is None:
+        raise UserError(
+            f"{path}: cannot read this kind of file; a source is {', '.join(READERS)}, a folder of these, "
+            "tfds:NAME/SPLIT or gen:NAME"
+        )
+    rows, places = reader(file)
+    with file.open("rb") as stream:
+        fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _in_memory(path, rows, fingerprint, places)
+
+
+def _read_folder(folder: Path, path: str) -> Rows:
+    """The rows of every file in it that has one of our endings, file after file by name."""
+    files = sorted(file for file in folder.iterdir() if _reader(file) and file.is_file())
+    if not files:
+        raise UserError(f"{path}: there is no {', '.join(READERS)} file in this folder")
+    parts = [_read_file(file, str(file)) for file in files]
+    rows = [row for part in parts for row in part]
+    places = [part.where(index) for part in parts for index in range(len(part))]
+    fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return Rows(path, len(rows), rows.__getitem__, fingerprint, places.__getitem__)
+
+
+def _reader(file: Path) -> Callable[[Path], tuple[list[Row], list[int] | None]] | None:
+    return next((read for suffix, read in READERS.items() if file.name.endswith(suffix)), None)
+
+
 def _in_memory(path: str, rows: Sequence[Row], fingerprint: str, lines: Sequence[int] | None = None) -> Rows:
     if not rows:
         raise UserError(f"{path}: empty, there is not one row in it")
@@ -280,7 +301,7 @@ READERS: dict[str, Callable[[Path], tuple[list[Row], list[int] | None]]] = {
 def why_missing(path: str) -> str | None:
     """One line that says that the file of a source is not there, and what is; None for what is no file or is there."""
     file = Path(path).expanduser()
-    if path.startswith(("gen:", "tfds:")) or file.is_file():
+    if path.startswith(("gen:", "tfds:")) or file.exists():
         return None
     if not file.parent.is_dir():
         return f"{path}: there is no folder {file.parent}"

@@ -87,6 +87,24 @@ def test_half_a_gzip_file_is_told(tmp_path):
             load_rows(str(tmp_path / name))
 
 
+def test_a_folder_is_its_files_one_after_another(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "2"}, {"text": "3"}])
+    (tmp_path / "a.txt").write_text("1")
+    (tmp_path / "notes.md").write_text("not read")
+    (tmp_path / "deeper.txt").mkdir()
+    rows = load_rows(str(tmp_path))
+    assert [row["text"] for row in rows] == ["1", "2", "3"]
+    assert rows.where(2) == f"{tmp_path}/b.jsonl line 2"
+    before = rows.fingerprint
+    (tmp_path / "a.txt").write_text("one")
+    assert load_rows(str(tmp_path)).fingerprint != before
+    (tmp_path / "c.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"c\.jsonl line 1: not valid JSON"):
+        load_rows(str(tmp_path))
+    with pytest.raises(UserError, match=r"there is no \.txt.* file in this folder"):
+        load_rows(str(tmp_path / "deeper.txt"))
+
+
 def test_missing_and_unknown_sources_suggest_what_is_there(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "x"}])
     with pytest.raises(UserError, match=r"no such file; did you mean train\.jsonl"):
