@@ -144,7 +144,7 @@ class Eval:
     source: Source = knob(help="where the held-out examples come from")
     metric: Literal["bits_per_byte", "reward", "pair_accuracy"] = knob("reward", "what is measured")
     verifier: str = knob("answer", "row of the verifier table, for metric reward")
-    count: int = knob(200, "held-out examples (bits_per_byte: rows of tokens)")
+    count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)")
     max_new_tokens: int = knob(64, "longest answer")
     temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy")
 

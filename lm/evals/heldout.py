@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from lm.data.chat import preference_messages, prompt_messages, render
+from lm.data.chat import preference_messages, prompt_messages, render, training_messages
 from lm.data.pipeline import heldout_rows, heldout_texts
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Eval, UserError
@@ -24,6 +24,8 @@ from lm.types import Batch
 
 ROWS = 64  # rows in one forward pass or one batch of samples: bounds memory, and one shape compiles once
 SHOWN = 12  # examples kept for people to read
+
+Row = tuple[list[int], list[int]]  # token ids, and for each 1 where it is to be predicted
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def _row_logp(model: Transformer, batch: Batch) -> Float[Array, " B"]:
     return (token_logprobs(model, batch).logp * batch.weights).sum(axis=1)
 
 
-def row_logp(model: Transformer, rows: list[tuple[list[int], list[int]]], width: int) -> Float[np.ndarray, " N"]:
+def row_logp(model: Transformer, rows: list[Row], width: int) -> Float[np.ndarray, " N"]:
     """Log-probability of the masked tokens of each (tokens, mask) row, in nats; rows are right padded to `width`."""
     found: list[np.ndarray] = []
     for start in range(0, len(rows), ROWS):
@@ -61,7 +63,7 @@ def row_logp(model: Transformer, rows: list[tuple[list[int], list[int]]], width:
     return np.concatenate(found)
 
 
-def windows(ids: list[int], width: int) -> list[tuple[list[int], list[int]]]:
+def windows(ids: list[int], width: int) -> list[Row]:
     """Rows of at most `width` tokens in which every token but the first is predicted exactly once."""
     return [(ids[i : i + width], [0] + [1] * (len(ids[i : i + width]) - 1)) for i in range(0, len(ids) - 1, width - 1)]
 
@@ -69,29 +71,50 @@ def windows(ids: list[int], width: int) -> list[tuple[list[int], list[int]]]:
 def bits_per_byte(
     item: Eval, model: Transformer, tokenizer: Tokenizer, reference: Transformer | None, seed: int
 ) -> Measured:
-    """Bits that the model needs for held-out documents, for each byte of their text; and what `xz -9e` needs.
+    """Bits that the model needs for each byte of held-out text: of documents, or of the answers in conversations.
 
     Documents begin and end with the end-of-text token; the ends' bits count, their bytes do not. A document that
-    is longer than the context is cut into windows, which start without memory.
+    is longer than the context is cut into windows, which start without memory. For them there is what `xz -9e` needs.
+    Of a conversation the assistant's turns and their ends are predicted, given all before; one that does not fit in
+    the context is left out, and not counted.
     """
     width = model.config.max_len
-    rows: list[tuple[list[int], list[int]]] = []
+    documents = "text" in heldout_rows(item.source, 1)[0]
+    rows, texts = (_documents if documents else _answers)(item, tokenizer, width)
+    nats, size = -float(row_logp(model, rows, width).sum()), sum(map(len, texts))
+    predicted = sum(sum(mask) for _, mask in rows)
+    values = {"bits_per_byte": nats / math.log(2) / size, "loss": nats / predicted, "bytes": float(size)}
+    if documents:
+        packed = len(lzma.compress(b"\n\n".join(texts), preset=9 | lzma.PRESET_EXTREME))
+        values["xz_bits_per_byte"] = 8 * packed / size
+    return Measured(values, len(rows))
+
+
+def _documents(item: Eval, tokenizer: Tokenizer, width: int) -> tuple[list[Row], list[bytes]]:
+    """`item.count` windows of held-out documents or a few more, and the documents."""
+    rows: list[Row] = []
     texts: list[bytes] = []
     for text in heldout_texts(item.source, max_bytes=item.count * width * 8):
         if len(rows) >= item.count:
             break
         rows += windows([tokenizer.pad_id, *tokenizer.encode(text), tokenizer.pad_id], width)
         texts.append(text.encode())
-    nats, size = -float(row_logp(model, rows, width).sum()), sum(map(len, texts))
-    packed = len(lzma.compress(b"\n\n".join(texts), preset=9 | lzma.PRESET_EXTREME))
-    predicted = sum(sum(mask) for _, mask in rows)
-    values = {
-        "bits_per_byte": nats / math.log(2) / size,
-        "loss": nats / predicted,
-        "xz_bits_per_byte": 8 * packed / size,
-        "bytes": float(size),
-    }
-    return Measured(values, len(rows))
+    return rows, texts
+
+
+def _answers(item: Eval, tokenizer: Tokenizer, width: int) -> tuple[list[Row], list[bytes]]:
+    """Held-out conversations that fit, with the mask of their answers, and these answers."""
+    rows: list[Row] = []
+    texts: list[bytes] = []
+    for row in heldout_rows(item.source, item.count):
+        messages = training_messages(row, item.source.path)
+        rendered = render(messages, tokenizer)
+        if len(rendered.tokens) <= width:
+            rows.append((rendered.tokens, rendered.mask))
+            texts += [turn["content"].encode(errors="replace") for turn in messages if turn["role"] == "assistant"]
+    if not rows:
+        raise UserError(f"evals.{item.name}: no held-out conversation fits in model.max_len {width}")
+    return rows, texts
 
 
 def reward(item: Eval, model: Transformer, tokenizer: Tokenizer, reference: Transformer | None, seed: int) -> Measured:

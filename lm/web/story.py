@@ -43,7 +43,7 @@ def _bits(value: float) -> str:
 METRICS = {
     "bits_per_byte": Metric(
         "bits per byte, lower is better",
-        "windows of text",
+        "rows of text",
         -1,
         _bits,
         lambda value: signed(f"{value:+.3f}"),
