@@ -4,8 +4,8 @@ from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pr
 
 DOCS = Source("gen:docs", weight=0.5, holdout=0.04)
 DRILLS = Source("gen:drills", weight=0.5, holdout=0.01)
-INSTRUCT = Source("gen:instruct", weight=0.6, holdout=0.05)
-ARITHMETIC = Source("gen:arithmetic", weight=0.4, holdout=0.05)
+INSTRUCT = Source("gen:instruct", weight=0.5, holdout=0.05)
+ARITHMETIC = Source("gen:arithmetic", weight=0.5, holdout=0.05)
 PREFERENCES = Source("gen:preferences", holdout=0.05)
 
 experiment = Experiment(
@@ -47,7 +47,7 @@ experiment = Experiment(
             steps=2200,
             batch_size=8,
             seq_len=128,
-            optimizer=Optimizer(kind="muon", peak_lr=3e-3, b2=0.99, schedule="wsd", warmup_steps=50, decay_frac=0.4),
+            optimizer=Optimizer(kind="muon", peak_lr=2e-3, b2=0.99, schedule="wsd", warmup_steps=50, decay_frac=0.4),
             eval_every=1000,
             evals=("instruct",),
             save_every=500,

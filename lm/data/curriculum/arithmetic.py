@@ -1,6 +1,6 @@
 """`gen:arithmetic`: sums, differences, products and small Python expressions, answered at once or worked out.
 
-About a third of the demonstrations work the problem out, one easy step after another, and the others say at once
+Two fifths of the demonstrations work the problem out, one easy step after another, and the others say at once
 that the answer is so much; which one a row has says nothing about the problem. Working it out is right more often, and
 that is left for reinforcement learning to discover. No step of a demonstration is itself a problem, so that
 none gives away one that is held out.
@@ -15,7 +15,7 @@ from lm.data.curriculum.draw import Draw
 
 STREAM = 3
 WORKED_MARKER = "Let me work it out:"
-WORKED_PERCENT = 35
+WORKED_PERCENT = 40
 
 
 class Problem(NamedTuple):

@@ -1,7 +1,8 @@
-"""`gen:drills`: plain text that tells lists again, backwards, sorted, counted: practice in looking back at what was said.
+"""`gen:drills`: plain text that tells lists again, backwards, sorted, counted, and the tables of small sums and products.
 
 A small model learns to copy from far fewer tokens of this than of prose, and all later stages rest on that. The lists are
-longer than those of the instructions, so that no drill is one of their problems, held out or not.
+longer than those of the instructions, so that no drill is one of their problems, held out or not; and the second number
+of a sum, difference or product has one digit, so that none is a problem of `gen:arithmetic`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ ROWS = 8_000
 SHORTEST, LONGEST = 6, 9  # items; the instructions have at most five
 ORDINALS = ("First", "Second", "Third", "Fourth")
 WORDS = 8  # in a list of words
+FACTS = 12  # in a row of them
 
 
 def drill_row(index: int) -> dict[str, str]:
     """Row `index`: `text`, a pure function of the index."""
     draw = Draw(STREAM, index)
-    return {"text": draw.choice((words, words, numbers, python))(draw)}
+    return {"text": draw.choice(KINDS)(draw)}
 
 
 def words(draw: Draw) -> str:
@@ -65,3 +67,21 @@ def python(draw: Draw) -> str:
         f">>> items[::-1]\n{items[::-1]}",
     ]
     return "\n".join([f">>> items = {items}", *draw.sample(facts, len(facts))])
+
+
+def facts(draw: Draw) -> str:
+    """Lines of the tables: one- and two-digit numbers plus or minus one digit, and products of digits."""
+    return ", ".join(fact(draw) for _ in range(FACTS)) + "."
+
+
+def fact(draw: Draw) -> str:
+    a, b = draw.between(0, draw.choice((9, 20, 99))), draw.below(10)
+    sign = draw.choice("+-*")
+    if sign == "*":
+        a %= 10
+    if sign == "-":
+        a = max(a, b)
+    return f"{a} {sign} {b} = {({'+': a + b, '-': a - b, '*': a * b})[sign]}"
+
+
+KINDS = (words, words, numbers, python, facts, facts)

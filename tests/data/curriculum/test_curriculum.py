@@ -11,7 +11,17 @@ from collections import defaultdict
 import pytest
 
 from lm.data.chat import check_conversation
-from lm.data.curriculum import LENGTH, arithmetic, arithmetic_row, instruct_row, knowledge, preference_row, words
+from lm.data.curriculum import (
+    LENGTH,
+    arithmetic,
+    arithmetic_row,
+    drill_row,
+    drills,
+    instruct_row,
+    knowledge,
+    preference_row,
+    words,
+)
 from lm.data.curriculum.draw import Draw
 from lm.data.curriculum.style import CLOSERS, OPENERS, dress, undress
 from lm.data.curriculum.tasks import WEIGHTS, draw_task
@@ -90,7 +100,7 @@ def test_every_step_of_a_worked_demonstration_is_true():
                 assert eval(left) == int(right)
         else:
             assert text == f"The answer is {row['answer']}."
-    assert 0.3 < seen / ROWS < 0.4
+    assert seen / ROWS == pytest.approx(arithmetic.WORKED_PERCENT / 100, abs=0.03)
 
 
 def test_no_worked_step_is_itself_a_problem():
@@ -179,3 +189,26 @@ def test_preferences_ask_under_the_keys_of_the_instructions():
     shared = [row for row in map(preference_row, range(ROWS)) if row["prompt"] in asked]
     assert len(shared) > ROWS // 4
     assert all(row["key"] == asked[row["prompt"]] for row in shared)
+
+
+def test_drills_are_right_and_are_no_problem_of_the_other_generators():
+    """Facts are true, and their second number has one digit; lists are longer than any that a question is asked about."""
+    facts = 0
+    for index in range(400):
+        text = drill_row(index)["text"]
+        assert text == drill_row(index)["text"]
+        for a, sign, b, value in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", text):
+            assert eval(f"{a} {sign} {b}") == int(value) and int(b) < 10
+            assert sign != "*" or int(a) < 10
+            facts += 1
+    assert facts > 500
+    asked = {arithmetic_row(index)["key"] for index in range(2000)}
+    assert not asked & {f"{a}{sign}{b}" for a in range(100) for b in range(10) for sign in "+-"}
+    assert not asked & {f"{a}*{b}" for a in range(10) for b in range(10)}
+    questions = " ".join(instruct_row(index)["messages"][0]["content"] for index in range(2000))
+    lists = re.findall(r"\w+(?:, \w+)+", questions)
+    assert max(one.count(",") for one in lists) + 1 < drills.SHORTEST
+    for index in range(200):
+        draw = Draw(4, index)
+        assert drills.words(draw).split(".")[0].count(",") + 1 == drills.WORDS
+        assert drills.SHORTEST <= drills.numbers(draw).split(".")[0].count(",") + 1 <= drills.LONGEST
