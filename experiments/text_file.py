@@ -40,7 +40,7 @@ experiment = Experiment(
             steps=2000,
             batch_size=8,
             seq_len=256,
-            optimizer=Optimizer(peak_lr=2e-3, schedule="wsd", warmup_steps=100),
+            optimizer=Optimizer(kind="muon", peak_lr=2e-3, schedule="wsd", warmup_steps=100),
             eval_every=500,
             evals=("text",),
         ),
@@ -52,7 +52,7 @@ experiment = Experiment(
             steps=600,
             batch_size=8,
             seq_len=256,  # longer conversations are cut, and counted in the report
-            optimizer=Optimizer(peak_lr=1e-3, schedule="wsd", warmup_steps=30),
+            optimizer=Optimizer(kind="muon", peak_lr=1e-3, schedule="wsd", warmup_steps=30),
         ),
         Stage(
             name="preference",
