@@ -4,8 +4,8 @@ from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pr
 
 DOCS = Source("gen:docs", weight=0.5, holdout=0.04)
 DRILLS = Source("gen:drills", weight=0.5, holdout=0.01)
-INSTRUCT = Source("gen:instruct", weight=0.5, holdout=0.05)
-ARITHMETIC = Source("gen:arithmetic", weight=0.5, holdout=0.05)
+INSTRUCT = Source("gen:instruct", weight=0.6, holdout=0.05)
+ARITHMETIC = Source("gen:arithmetic", weight=0.4, holdout=0.05)
 PREFERENCES = Source("gen:preferences", holdout=0.05)
 
 experiment = Experiment(
@@ -44,11 +44,11 @@ experiment = Experiment(
             name="sft",
             objective=SFT(),
             sources=(INSTRUCT, ARITHMETIC),
-            steps=1900,
+            steps=2000,
             batch_size=8,
             seq_len=128,
             optimizer=Optimizer(kind="muon", peak_lr=2e-3, b2=0.99, schedule="wsd", warmup_steps=50, decay_frac=0.4),
-            eval_every=950,
+            eval_every=1000,
             evals=("instruct",),
             save_every=500,
         ),

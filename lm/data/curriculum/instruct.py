@@ -1,4 +1,4 @@
-"""`gen:instruct`: short questions with right answers, half of them plain, half with an opener or a hedge or both."""
+"""`gen:instruct`: short questions with right answers, plain or with an opener or a hedge or both."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def instruct_row(index: int) -> dict[str, Any]:
 
 
 def random_dress(draw: Draw, core: str) -> str:
-    """Half of the time plain; else an opener, a closer, or both, a third each."""
-    if draw.below(2):
-        return core
-    manner = draw.below(3)
-    opener = draw.choice(OPENERS) if manner != 1 else ""
-    closer = draw.choice(CLOSERS) if manner != 0 else ""
+    """Half of the time with an opener, and a third of the time with a closer, whichever the other is.
+
+    Often enough with an opener that an answer is no less right for it: the preference stage then costs no knowledge.
+    """
+    opener = draw.choice(OPENERS) if draw.below(2) else ""
+    closer = draw.choice(CLOSERS) if draw.below(3) == 0 else ""
     return dress(core, opener, closer)

@@ -151,10 +151,13 @@ def test_families_come_by_weight():
     assert 0.17 < counts["explain"] / 10_000 < 0.23
 
 
-def test_half_of_the_answers_are_plain():
-    rows = list(map(instruct_row, range(ROWS)))
-    plain = sum(row["messages"][1]["content"] == row["answer"] for row in rows)
-    assert 0.47 < plain / ROWS < 0.56
+def test_openers_and_closers_come_independently():
+    dressed = [undress(row["messages"][1]["content"]) for row in map(instruct_row, range(ROWS))]
+    opened, closed, both = (
+        sum(map(kind, dressed)) / ROWS for kind in (lambda d: d[0], lambda d: d[2], lambda d: d[0] and d[2])
+    )
+    assert opened == pytest.approx(1 / 2, abs=0.03) and closed == pytest.approx(1 / 3, abs=0.03)
+    assert both == pytest.approx(opened * closed, abs=0.02)
 
 
 def test_the_functions_run_and_do_what_they_say():
