@@ -15,7 +15,7 @@ experiment = Experiment(
         "Write a Python function that adds two numbers.",
         "What is the capital of France?",
         "What is 37 + 58?",
-        "Repeat the word lantern.",
+        "Say these words backwards: moon, river, goat",
     ),
     tokenizer=Tokenizer(vocab_size=3072),
     model=Model(
