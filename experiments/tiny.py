@@ -6,7 +6,7 @@ from pathlib import Path
 
 quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["experiment"]
 
-STEPS = {"pretrain": 150, "sft": 150, "preference": 20, "reason": 8}
+STEPS = {"pretrain": 300, "sft": 400, "preference": 20, "reason": 10}
 
 experiment = dataclasses.replace(
     quickstart,

@@ -60,13 +60,17 @@ def run(
         folder.set_aside()
     with folder.lock(), stop_on_signals() as stop, jax.set_mesh(mesh):
         folder.claim(to_dict(experiment))
+        say("reading the data")
         tokenizer = make_tokenizer(experiment, folder.tokenizer)
         check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size)
         record_environment(folder, fingerprints(experiment))
         context = Run(experiment, folder, tokenizer, mesh, stop, started)
         stages = [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
         # The data of every stage is read now: what is wrong with the last one's shows before the first is trained.
-        batches = {index: make_batches(experiment, index, tokenizer) for index in stages}
+        batches = {}
+        for index in stages:
+            batches[index] = make_batches(experiment, index, tokenizer)
+            say("\n".join(f"{experiment.stages[index].name}: {line}" for line in batches[index].report.splitlines()))
         for index in stages:
             if stop.requested:
                 raise Interrupted(f"{stop.requested}: stopped before stage {experiment.stages[index].name}")
@@ -102,6 +106,12 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
         tokenizer.save(folder)
         return tokenizer
     return Tokenizer.train(tokenizer_texts(experiment), experiment.tokenizer.vocab_size, folder)
+
+
+def say(text: str) -> None:
+    """A line for people, from one process of many."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def fingerprints(experiment: Experiment) -> dict[str, str]:
