@@ -24,6 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="folder of the run; else runs/NAME")
     parser.add_argument("--fresh", action="store_true", help="set an earlier run in the folder aside, and begin anew")
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:END",
+        help="trace these steps of every stage into stages/NAME/profile (10:13 has three)",
+    )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
 
 
@@ -33,10 +38,12 @@ def call(arguments: argparse.Namespace) -> int:
     run_dir = arguments.run_dir or Path("runs") / experiment.name
 
     from lm.train.loop import Interrupted
+    from lm.train.profile import parse_steps
     from lm.train.stages import run
 
+    profile = parse_steps(arguments.profile) if arguments.profile else None
     try:
-        run(experiment, run_dir, fresh=arguments.fresh, until=arguments.until, after_stage=report)
+        run(experiment, run_dir, arguments.fresh, arguments.until, profile, after_stage=report)
     except Interrupted as stopped:
         print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPT
@@ -59,6 +66,6 @@ def report(run_dir: Path) -> bool:
 
 def command_to_go_on(arguments: argparse.Namespace) -> str:
     """The same command, less `--fresh`, which would begin anew."""
-    flags = {"--run-dir": arguments.run_dir, "--until": arguments.until}
+    flags = {"--run-dir": arguments.run_dir, "--until": arguments.until, "--profile": arguments.profile}
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

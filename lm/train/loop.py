@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment, Stage, UserError
+from lm.model.flops import peak_flops, step_flops_per_token
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.rules import abstract, batch_sharding, shardings
@@ -23,6 +24,7 @@ from lm.train.batches import Batches, check_sampler, updates_per_step
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
+from lm.train.profile import Trace
 from lm.train.run_folder import RunFolder, write_json_atomic
 from lm.train.signals import Stop
 from lm.types import TrainState
@@ -38,6 +40,7 @@ class Run:
     mesh: Mesh
     stop: Stop
     started: float  # time.monotonic() when the command began
+    profile: tuple[int, int] | None = None  # steps of every stage to trace: from, and before which
 
 
 class Interrupted(Exception):
@@ -132,6 +135,11 @@ class _Loop:
         self.costs, self.tokens = Costs(meta.get("costs", {})), int(meta.get("tokens", 0))
         self.updates = updates_per_step(stage)
         self.rate = schedule(stage.optimizer, stage.steps * self.updates)
+        self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
+        # The part of the chips' peak that a token a second uses; None where the peak is not known.
+        peak = peak_flops(jax.devices()[0].device_kind)
+        cost = step_flops_per_token(stage, run.experiment.model, run.tokenizer.vocab_size)
+        self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
         """(steps done, state) after each step from `start`; saves where it should, and when a signal came."""
@@ -139,7 +147,9 @@ class _Loop:
         pending: Pending | None = None
         try:
             for step in range(start, self.stage.steps):
+                self.trace.before(step + 1)
                 state, latest = self._step(state, step, step_fn, first=step == start)
+                self.trace.after(step + 1, latest.metrics)
                 if pending is not None:
                     self._report(pending)
                 pending, stopping = latest, self.run.stop.requested
@@ -153,6 +163,7 @@ class _Loop:
                     raise Interrupted(f"{stopping}: saved at {where}")
                 yield latest.step, state
         finally:
+            self.trace.close()
             self.progress.close()
 
     def _step(self, state: TrainState, step: int, step_fn: Step, first: bool) -> tuple[TrainState, Pending]:
@@ -182,6 +193,8 @@ class _Loop:
         line: dict[str, Any] = {"step": pending.step, "time": self.costs.total()["seconds"]}
         line["lr"] = float(self.rate(pending.step * self.updates - 1))
         line["tokens_per_second"] = self.progress.rate(pending.step, pending.tokens)
+        if self.mfu_per_rate is not None:
+            line["mfu"] = line["tokens_per_second"] * self.mfu_per_rate
         self.log.metrics(line | values)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
         if bad:

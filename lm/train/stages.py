@@ -35,12 +35,14 @@ def run(
     run_dir: Path,
     fresh: bool = False,
     until: str | None = None,
+    profile: tuple[int, int] | None = None,
     after_stage: Callable[[Path], Any] = lambda run_dir: None,
 ) -> None:
     """Train all stages that are not finished yet, up to and with `until`.
 
     Args:
         fresh: set a folder that is already there aside, and begin anew.
+        profile: steps of every stage to trace, from and before which, counted from 1.
         after_stage: called with the folder when a stage is finished.
 
     Raises:
@@ -64,7 +66,7 @@ def run(
         tokenizer = make_tokenizer(experiment, folder.tokenizer)
         check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size)
         record_environment(folder, fingerprints(experiment))
-        context = Run(experiment, folder, tokenizer, mesh, stop, started)
+        context = Run(experiment, folder, tokenizer, mesh, stop, started, profile)
         stages = [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
         # The data of every stage is read now: what is wrong with the last one's shows before the first is trained.
         batches = {}

@@ -60,6 +60,7 @@ SMALL_CHARTS = (
     ("Ended itself", {"eos_rate": ""}, True),
     ("KL to the start", {"kl": ""}, False),
     ("Tokens/s", {"tokens_per_second": ""}, False),
+    ("MFU", {"mfu": ""}, True),
 )
 
 

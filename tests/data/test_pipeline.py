@@ -138,7 +138,7 @@ def test_sft_gives_every_conversation_once_an_epoch_trained_on_the_answer(tokeni
 def test_generated_conversations_are_packed_and_none_is_held_out(tokenizer):
     feed = make_feed(stage(SFT(), Source("gen:instruct", holdout=0.3), seq_len=128), tokenizer, 0)
     held = {row["messages"][0]["content"] for row in heldout_rows(Source("gen:instruct", holdout=0.3), 500)}
-    batches = [feed.batch(step) for step in range(20)]
+    batches = [feed.batch(step) for step in range(25)]
     found = [pair for batch in batches for pair in conversations_in(batch, tokenizer)]
     asked = {text.split("user\n")[1].split("<|im_end|>")[0] for text, _ in found}
     assert len(found) > 200 and not asked & held

@@ -1,0 +1,52 @@
+"""How many floating-point operations a step costs by its shapes: what MFU holds against the chips' peak."""
+
+from __future__ import annotations
+
+from lm.experiment import DPO, GRPO, Model, Stage
+
+# Dense bfloat16 operations a second of one chip, by the makers' data sheets; jax's `device_kind` begins like this.
+# The longest beginning that fits counts.
+PEAK_FLOPS = {
+    "TPU v3": 123e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device; None for one that is not in the table, for instance a CPU."""
+    names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> float:
+    """Of one forward pass, for a token of a row of `length` tokens.
+
+    Two for each weight of a matrix product; a query is multiplied with the (length + 1) / 2 keys that a causal mask
+    shows it on average, and so are the values. Nothing else is counted. Source: PaLM, arXiv 2204.02311, appendix B,
+    but for the causal half.
+    """
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = config.embed_dim * (2 * heads + 2 * kv_heads + 3 * config.mlp_dim)
+    attention = 2 * 2 * heads * (length + 1) / 2
+    return config.num_layers * (2 * weights + attention) + 2 * config.embed_dim * vocab_size
+
+
+def step_flops_per_token(stage: Stage, config: Model, vocab_size: int) -> float:
+    """Of a training update: forward, twice that backward, and a forward pass of the reference where one is read.
+
+    Not counted are what rematerialisation computes again, and the sampling of a GRPO step.
+    """
+    objective = stage.objective
+    reference = isinstance(objective, DPO) or (isinstance(objective, GRPO) and objective.kl_coef > 0)
+    return (3 + reference) * forward_flops_per_token(config, vocab_size, stage.seq_len)
