@@ -1,17 +1,17 @@
 """The four stages on a text of your own: a .txt file; .jsonl, .jsonl.gz or .parquet with a column `text`; a folder.
 
-Copy this file, put the path of your text into TEXT, and run the copy; or leave it as it is and name the text twice,
-for training and for the held-out measurement:
+Name your text, or copy this file, put its path into TEXT, and run the copy:
 
-    lm run text_file --pretrain.sources.0.path my.txt --evals.text.source.path my.txt --name mine
+    lm run text_file --pretrain.sources.0.path my.txt --name mine
 
 The other stages learn from the generated curriculum until you name files for them in the same way:
 
     --sft.sources.0.path FILE          rows of `messages`, or of `question` and `answer`
-    --preference.sources.0.path FILE   rows of `prompt`, `chosen`, `rejected`; and --evals.pairs.source.path FILE
-    --reason.sources.0.path FILE       rows of `question` and `answer`; and --evals.reasoning.source.path FILE
+    --preference.sources.0.path FILE   rows of `prompt`, `chosen`, `rejected`
+    --reason.sources.0.path FILE       rows of `question` and `answer`
 
-`lm data text_file …` with the same arguments shows what each stage will see, before anything is trained.
+Each is measured on what it holds out of the same file. `lm data text_file …` with the same arguments shows what each stage
+will see, before anything is trained.
 """
 
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
@@ -75,9 +75,9 @@ experiment = Experiment(
         ),
     ),
     evals=(
-        Eval(name="text", source=TEXT, metric="bits_per_byte", count=128),
-        Eval(name="instruct", source=INSTRUCT, count=200, max_new_tokens=64),
-        Eval(name="pairs", source=PREFERENCES, metric="pair_accuracy", count=200),
-        Eval(name="reasoning", source=PROBLEMS, count=200, max_new_tokens=64),
+        Eval(name="text", source=Source("stage:pretrain"), metric="bits_per_byte", count=128),
+        Eval(name="answers", source=Source("stage:sft"), metric="bits_per_byte", count=400),
+        Eval(name="pairs", source=Source("stage:preference"), metric="pair_accuracy", count=200),
+        Eval(name="reasoning", source=Source("stage:reason"), count=200, max_new_tokens=64),
     ),
 )

@@ -80,7 +80,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Source:
-    path: str = knob(help="file, folder of files, tfds:NAME/SPLIT, or gen:NAME; see `lm data`")
+    path: str = knob(help="file, folder of files, tfds:NAME/SPLIT, gen:NAME; of an eval also stage:NAME, that stage's")
     weight: float = knob(1.0, "share of this source in the mixture")
     holdout: float = knob(0.02, "part of the examples kept out of training, chosen by hash")
 
@@ -273,7 +273,29 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
             raise UserError(f"{flag} needs a value: {_describe(leaves[name][1])}")
         path, kind, _, _ = leaves[name]
         experiment = _replace(experiment, path, _parse(words.pop(0), kind, flag))
-    return experiment
+    return resolve_sources(experiment)
+
+
+def resolve_sources(experiment: Experiment) -> Experiment:
+    """The experiment with every eval's `stage:NAME` (or `stage:NAME.2`) replaced by that stage's first (or third) source.
+
+    Raises:
+        UserError: there is no such stage, or no such source of it.
+    """
+    known = {
+        name: source
+        for stage in experiment.stages
+        for number, source in enumerate(stage.sources)
+        for name in ((f"stage:{stage.name}",) if number == 0 else ()) + (f"stage:{stage.name}.{number}",)
+    }
+
+    def resolved(item: Eval) -> Eval:
+        path = item.source.path
+        if path.startswith("stage:") and path not in known:
+            raise UserError(f"evals.{item.name}.source.path is {path!r}{_nearest(path, known)}")
+        return dataclasses.replace(item, source=known.get(path, item.source))
+
+    return dataclasses.replace(experiment, evals=tuple(map(resolved, experiment.evals)))
 
 
 def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[tuple, Any, Any, str]]:

@@ -1,5 +1,6 @@
 """Experiments survive JSON, are overridden by name, and refuse what cannot be, in one line that helps."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -148,3 +149,20 @@ def test_a_file_that_is_not_there_or_defines_nothing_is_said(tmp_path):
 def test_it_imports_nothing_slow():
     code = "import sys, lm.experiment; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_an_eval_can_name_the_source_of_a_stage():
+    own = Source("mine.jsonl", holdout=0.3)
+    stages = (Stage("a", SFT(), (DOCS, own)), Stage("b", SFT(), (own,)))
+    evals = tuple(Eval(path, Source(path)) for path in ("stage:a", "stage:a.1", "stage:b", "other.txt"))
+    found = override(Experiment(name="x", stages=stages, evals=evals), ["--b.sources.0.path", "yours.jsonl"]).evals
+    assert [item.source for item in found] == [
+        DOCS, own, dataclasses.replace(own, path="yours.jsonl"), Source("other.txt"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["stage:aa", "stage:a.2", "stage:"])
+def test_a_stage_or_source_that_is_not_there_is_named(path):
+    experiment = Experiment(name="x", stages=(Stage("a", SFT(), (DOCS, DOCS)),), evals=(Eval("it", Source(path)),))
+    with pytest.raises(UserError, match=r"evals\.it\.source\.path is 'stage:"):
+        override(experiment, [])

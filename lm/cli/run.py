@@ -43,7 +43,14 @@ def call(arguments: argparse.Namespace) -> int:
 
     profile = parse_steps(arguments.profile) if arguments.profile else None
     try:
-        run(experiment, run_dir, arguments.fresh, arguments.until, profile, after_stage=report)
+        run(
+            experiment,
+            run_dir,
+            fresh=arguments.fresh,
+            until=arguments.until,
+            profile=profile,
+            after_stage=report,
+        )
     except Interrupted as stopped:
         print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPT

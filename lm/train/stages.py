@@ -16,7 +16,7 @@ from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import check_files
 from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
-from lm.experiment import DPO, Experiment, UserError, check, from_dict, to_dict
+from lm.experiment import DPO, Experiment, UserError, check, from_dict, resolve_sources, to_dict
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.parallel.rules import abstract, shardings
@@ -50,6 +50,7 @@ def run(
         Interrupted: a signal came; the state is saved.
     """
     started = time.monotonic()
+    experiment = resolve_sources(experiment)
     check(experiment)
     last = check_until(experiment, until)
     check_sources(experiment)

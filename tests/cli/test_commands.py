@@ -143,8 +143,8 @@ def trained(tmp_path, monkeypatch) -> types.SimpleNamespace:
     class Interrupted(Exception):
         pass
 
-    def run(experiment, run_dir, fresh, until, after_stage):
-        seen.calls.append((experiment, run_dir, fresh, until))
+    def run(experiment, run_dir, fresh, until, profile, after_stage):
+        seen.calls.append((experiment, run_dir, fresh, until, profile))
         run_dir.mkdir(parents=True)
         (run_dir / "experiment.json").write_text(json.dumps(to_dict(experiment)), "utf-8")
         if seen.interrupt:
@@ -157,11 +157,16 @@ def trained(tmp_path, monkeypatch) -> types.SimpleNamespace:
 
 
 def test_run_trains_in_the_folder_of_its_name_and_writes_the_report(trained, capsys):
-    assert main(["run", "small", "--sft.steps", "7", "--name", "other", "--fresh"]) == 0
-    experiment, run_dir, fresh, until = trained.calls[0]
-    assert (experiment.stages[0].steps, run_dir, fresh, until) == (7, Path("runs/other"), True, None)
+    assert main(["run", "small", "--sft.steps", "7", "--name", "other", "--fresh", "--profile", "2:4"]) == 0
+    experiment, *given = trained.calls[0]
+    assert experiment.stages[0].steps == 7 and given == [Path("runs/other"), True, None, (2, 4)]
     assert "report: runs/other/report.html" in capsys.readouterr().out
     assert Path("runs/other/report.html").is_file()
+
+
+def test_steps_to_profile_that_are_no_slice_are_refused_before_anything_is_trained(trained, capsys):
+    assert main(["run", "small", "--profile", "4:2"]) == 2
+    assert "--profile is '4:2'; it should be FIRST:END" in capsys.readouterr().err and not trained.calls
 
 
 def test_an_interrupted_run_says_how_to_go_on(trained, capsys):
