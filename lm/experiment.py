@@ -48,6 +48,10 @@ class Model:
     norm_eps: float = knob(1e-6, "added to the mean square inside RMSNorm")
     qk_norm: bool = knob(True, "RMSNorm on every query and key head, before rope")
     tied_head: bool = knob(True, "the output projection is the embedding, transposed")
+    attention: Literal["auto", "plain", "splash"] = knob(
+        "auto", "kernel of training; auto: splash on a TPU for rows and heads that are multiples of 128, else plain"
+    )
+    attention_block: int = knob(512, "most queries, and keys, in a block of the splash kernel")
     remat: Literal["none", "full", "dots"] = knob(
         "none", "what the backward pass recomputes: nothing, whole blocks, all but matrix products"
     )
@@ -410,6 +414,10 @@ def check(experiment: Experiment) -> None:
         raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
     if m.head_dim % 2:
         raise UserError(f"model.head_dim {m.head_dim} is odd; rope turns pairs")
+    sizes = {"model.head_dim": m.head_dim} | {f"{stage.name}.seq_len": stage.seq_len for stage in experiment.stages}
+    for name, size in sizes.items():
+        if m.attention == "splash" and size % 128:
+            raise UserError(f"{name} is {size}; model.attention splash needs a multiple of 128 (auto, plain take any)")
     known = [item.name for item in experiment.evals]
     for stage in experiment.stages:
         _check_stage(stage, m)

@@ -1,12 +1,16 @@
-"""Rotary positions and grouped-query attention; the one door through which kernels will come."""
+"""Rotary positions and grouped-query attention; the one door to the kernels."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from lm.experiment import Model
+from lm.model import splash
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, "half"]:
@@ -50,6 +54,20 @@ def visible(
     """Who may look at whom: keys of the same segment that do not lie ahead."""
     same = q_segments[:, :, None] == k_segments[:, None, :]
     return same & (k_positions[:, None, :] <= q_positions[:, :, None])
+
+
+def attention_of(
+    config: Model, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+) -> Callable[[Array, Array, Array], Array]:
+    """(queries, keys, values) -> heads, over rows whose tokens stand at these positions of these segments.
+
+    The splash kernel where `config.attention` asks for it and it takes the shapes, else `attend`.
+    """
+    wanted = config.attention == "splash" or (config.attention == "auto" and jax.default_backend() == "tpu")
+    if wanted and splash.fits(positions.shape[1], config.head_dim):
+        return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_block)
+    mask = visible(positions, positions, segments, segments)
+    return lambda q, k, v: attend(q, k, v, mask)
 
 
 def attend(

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
-from lm.model.attention import attend, rope_angles, rope_frequencies, rotate, visible
+from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
 from lm.model.linear import project
 from lm.parallel.rules import constrain
 from lm.types import pytree
@@ -149,11 +149,11 @@ class Transformer(nnx.Module):
         """The last hidden state of each token, normed."""
         c = self.config
         x, angles = self._start(tokens, positions)
-        mask = visible(positions, positions, segments, segments)
+        attention = attention_of(c, positions, segments)
 
         def body(x: Array, block: Block) -> tuple[Array, None]:
             q, k, v = block.qkv(x, angles, c.norm_eps)
-            return block.rest(x, attend(q, k, v, mask), c.norm_eps), None
+            return block.rest(x, attention(q, k, v), c.norm_eps), None
 
         if c.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)

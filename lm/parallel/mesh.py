@@ -41,12 +41,14 @@ def make_mesh(mesh: Mesh) -> DeviceMesh:
 
 
 def check_fits(experiment: Experiment, sizes: dict[str, int], vocab_size: int) -> None:
-    """Every dimension that the mesh splits is a multiple of the axis that splits it.
+    """Every dimension that the mesh splits is a multiple of the axis that splits it, and the kernel is one of the devices'.
 
     Raises:
         UserError: names the field, its value, and the axis.
     """
     m = experiment.model
+    if m.attention == "splash" and jax.default_backend() != "tpu":
+        raise UserError(f"model.attention splash is a kernel for TPUs; the devices here are {jax.default_backend()}")
     split = {
         "model.embed_dim": (m.embed_dim, "fsdp"),
         "model.num_heads": (m.num_heads, "tensor"),

@@ -1,0 +1,93 @@
+"""lm/model/splash.py against plain attention, values and gradients, the kernel interpreted."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from lm.experiment import SFT, Experiment, Model, Source, Stage, UserError, check
+from lm.model.attention import attend, visible
+from lm.model.splash import block_size, fits, splash
+from lm.model.transformer import Transformer
+from lm.parallel.mesh import check_fits, make_mesh
+from tests.helpers import layout
+
+LENGTH, HEADS, KV_HEADS, WIDTH = 256, 4, 2, 128
+WIDE = Model(num_layers=2, embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=WIDTH, mlp_dim=64, max_len=LENGTH)
+
+
+def packed(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, segments) of rows that hold two documents and padding, cut at another place in each."""
+    cuts = [(40 + 7 * i, 100 + 11 * i) for i in range(rows)]
+    parts = [(a, b, LENGTH - a - b) for a, b in cuts]
+    positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in parts])
+    segments = np.stack([np.repeat([1, 2, 0], row) for row in parts])
+    return positions.astype(np.int32), segments.astype(np.int32)
+
+
+def both(rows: int):
+    """(value, gradients) of a weighted sum of the kernel's and of plain attention's result; padding has no weight."""
+    positions, segments = packed(rows)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(rows, n, LENGTH, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    q, k, v, weights = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    weights = weights * (segments > 0)[:, None, :, None]
+    mask = visible(positions, positions, segments, segments)
+    fast = jax.value_and_grad(
+        lambda q, k, v: (splash(q, k, v, segments, 128, interpret=True) * weights).sum(), (0, 1, 2)
+    )
+    slow = jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask) * weights).sum(), (0, 1, 2))
+    return jax.jit(fast)(q, k, v), jax.jit(slow)(q, k, v)
+
+
+def agree(fast, slow):
+    np.testing.assert_allclose(fast[0], slow[0], rtol=1e-4)
+    for got, wanted in zip(fast[1], slow[1], strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_packed_rows_and_grouped_heads():
+    agree(*both(rows=2))
+
+
+def test_on_a_mesh_each_device_has_its_rows_and_heads():
+    with jax.set_mesh(make_mesh(layout(data=2, fsdp=2, tensor=2))):
+        agree(*both(rows=4))
+
+
+def test_a_model_has_the_same_logits_and_gradients_with_it(monkeypatch):
+    monkeypatch.setattr("lm.model.splash.splash", functools.partial(splash, interpret=True))
+    positions, segments = packed(2)
+    tokens = jax.random.randint(jax.random.key(1), positions.shape, 0, 64)
+    found = {}
+    for kind in ("plain", "splash"):
+        model = jax.jit(
+            lambda kind=kind: Transformer(dataclasses.replace(WIDE, attention=kind), 64, jax.random.key(0))
+        )()
+
+        def loss(model):
+            logits = jax.nn.log_softmax(model(tokens, positions, segments))
+            return (logits[..., 7] * (segments > 0)).sum()
+
+        value, gradient = jax.jit(jax.value_and_grad(loss))(model)
+        found[kind] = value, jax.tree.leaves(gradient)
+    agree(found["splash"], found["plain"])
+
+
+def test_blocks_divide_the_row():
+    assert [block_size(length, 512) for length in (128, 256, 384, 640, 2048)] == [128, 256, 384, 128, 512]
+    assert fits(256, 128) and not fits(200, 128) and not fits(256, 64)
+
+
+def test_what_the_kernel_does_not_take_is_refused_where_it_is_asked_for():
+    stage = Stage("sft", SFT(), (Source("gen:instruct"),), seq_len=LENGTH)
+    asked = Experiment("x", (stage,), model=dataclasses.replace(WIDE, attention="splash"))
+    check(asked)
+    with pytest.raises(UserError, match=r"model\.head_dim is 64; model\.attention splash needs a multiple of 128"):
+        check(dataclasses.replace(asked, model=dataclasses.replace(asked.model, head_dim=64)))
+    with pytest.raises(UserError, match=r"sft\.seq_len is 200"):
+        check(dataclasses.replace(asked, stages=(dataclasses.replace(stage, seq_len=200),)))
+    with pytest.raises(UserError, match=r"splash is a kernel for TPUs; the devices here are cpu"):
+        check_fits(asked, {"data": 1, "fsdp": 1, "tensor": 1}, 64)
