@@ -64,7 +64,8 @@ def attention_of(
     The splash kernel where `config.attention` asks for it and it takes the shapes, else `attend`.
     """
     wanted = config.attention == "splash" or (config.attention == "auto" and jax.default_backend() == "tpu")
-    if wanted and splash.fits(positions.shape[1], config.head_dim):
+    rows, length = positions.shape
+    if wanted and splash.fits(rows, length, config.head_dim):
         return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_block)
     mask = visible(positions, positions, segments, segments)
     return lambda q, k, v: attend(q, k, v, mask)

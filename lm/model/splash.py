@@ -12,14 +12,19 @@ import math
 import jax
 from jaxtyping import Array, Float, Int
 
-from lm.parallel.rules import spec
+from lm.parallel.rules import RULES, spec
 
 LANES = 128  # the width of a TPU's vector: blocks and the head are multiples of it
 
 
-def fits(length: int, head_dim: int) -> bool:
-    """Whether the kernel takes rows of `length` tokens and heads of `head_dim`."""
-    return length % LANES == 0 and head_dim % LANES == 0
+def fits(rows: int, length: int, head_dim: int) -> bool:
+    """Whether the kernel takes `rows` rows of `length` tokens and heads of `head_dim`, on the mesh that is set.
+
+    Every device must get as many rows: those of an evaluation may be too few.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+    return rows % ways == 0 and length % LANES == 0 and head_dim % LANES == 0
 
 
 def block_size(length: int, largest: int) -> int:

@@ -78,7 +78,12 @@ def test_a_model_has_the_same_logits_and_gradients_with_it(monkeypatch):
 
 def test_blocks_divide_the_row():
     assert [block_size(length, 512) for length in (128, 256, 384, 640, 2048)] == [128, 256, 384, 128, 512]
-    assert fits(256, 128) and not fits(200, 128) and not fits(256, 64)
+
+
+def test_it_takes_shapes_that_are_whole_vectors_and_as_many_rows_for_every_device():
+    assert fits(1, 256, 128) and not fits(1, 200, 128) and not fits(1, 256, 64)
+    with jax.set_mesh(make_mesh(layout(data=2, fsdp=2, tensor=2))):
+        assert fits(8, 256, 128) and not fits(6, 256, 128)
 
 
 def test_what_the_kernel_does_not_take_is_refused_where_it_is_asked_for():
