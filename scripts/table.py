@@ -52,6 +52,8 @@ def main(paths: list[str]) -> None:
                     print(f"| {stage.name} | {item.name} {value} | {' | '.join(cells)} |")
     print("\n| stage | seconds | first step after | peak memory |\n|---|---|---|---|")
     for stage in experiment.stages:
+        if not all(f.summary(stage.name).is_file() for f in folders):
+            continue  # not finished in every run
         s = [read_json(f.summary(stage.name)) for f in folders]
         cells = [statistics.fmean(x[k] for x in s) for k in ("seconds", "first_step_seconds", "peak_memory_mb")]
         print(f"| {stage.name} | {cells[0]:.0f} s | {cells[1]:.0f} s | {cells[2]:,.0f} MB |")
