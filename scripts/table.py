@@ -11,11 +11,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from lm.experiment import from_dict
+from lm.experiment import UserError, from_dict
 from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder, read_json
 
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by degrees of freedom
+ENDS = 8  # steps at the beginning and the end of a stage over which its rollouts' reward is averaged
 
 
 def interval(values: list[float]) -> str:
@@ -50,6 +51,14 @@ def main(paths: list[str]) -> None:
                         interval([b - a for a, b in pairs]),
                     ]
                     print(f"| {stage.name} | {item.name} {value} | {' | '.join(cells)} |")
+        rewards = [
+            [line["reward"] for line in read_lines(f.stage_folder(stage.name) / "metrics.jsonl") if "reward" in line]
+            for f in folders
+        ]
+        if all(len(one) >= 2 * ENDS for one in rewards):
+            sides = [[statistics.fmean(one[part]) for one in rewards] for part in (slice(ENDS), slice(-ENDS, None))]
+            cells = [interval(side) for side in (*sides, [b - a for a, b in zip(*sides, strict=True)])]
+            print(f"| {stage.name} | rollouts' reward, first and last {ENDS} steps | {' | '.join(cells)} |")
     print("\n| stage | seconds | first step after | peak memory |\n|---|---|---|---|")
     for stage in experiment.stages:
         if not all(f.summary(stage.name).is_file() for f in folders):
@@ -60,4 +69,9 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if not sys.argv[1:]:
+        sys.exit("usage: scripts/table.py RUN [RUN ...]")
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"table: error: {error}")

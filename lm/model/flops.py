@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm.experiment import DPO, GRPO, Model, Stage
+from lm.experiment import Model
 
 # Dense bfloat16 operations a second of one chip, by the makers' data sheets; jax's `device_kind` begins like this.
 # The longest beginning that fits counts.
@@ -42,11 +42,9 @@ def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> floa
     return config.num_layers * (2 * weights + attention) + 2 * config.embed_dim * vocab_size
 
 
-def step_flops_per_token(stage: Stage, config: Model, vocab_size: int) -> float:
-    """Of a training update: forward, twice that backward, and a forward pass of the reference where one is read.
+def update_flops_per_token(config: Model, vocab_size: int, length: int, reference: bool) -> float:
+    """Of a training update: forward, twice that backward, and a forward pass of the reference if one is read.
 
     Not counted are what rematerialisation computes again, and the sampling of a GRPO step.
     """
-    objective = stage.objective
-    reference = isinstance(objective, DPO) or (isinstance(objective, GRPO) and objective.kl_coef > 0)
-    return (3 + reference) * forward_flops_per_token(config, vocab_size, stage.seq_len)
+    return (3 + reference) * forward_flops_per_token(config, vocab_size, length)

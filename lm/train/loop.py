@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment, Stage, UserError
-from lm.model.flops import peak_flops, step_flops_per_token
+from lm.model.flops import peak_flops, update_flops_per_token
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.rules import abstract, batch_sharding, shardings
@@ -138,7 +138,8 @@ class _Loop:
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
         # The part of the chips' peak that a token a second uses; None where the peak is not known.
         peak = peak_flops(jax.devices()[0].device_kind)
-        cost = step_flops_per_token(stage, run.experiment.model, run.tokenizer.vocab_size)
+        model, vocab_size = run.experiment.model, run.tokenizer.vocab_size
+        cost = update_flops_per_token(model, vocab_size, stage.seq_len, needs_reference(stage))
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:

@@ -1,8 +1,9 @@
 """`gen:drills`: plain text that tells lists again, backwards, sorted, counted, and the tables of small sums and products.
 
 A small model learns to copy from far fewer tokens of this than of prose, and all later stages rest on that. The lists are
-longer than those of the instructions, so that no drill is one of their problems, held out or not; and the second number
-of a sum, difference or product has one digit, so that none is a problem of `gen:arithmetic`.
+longer than those of the instructions, and the second number of a sum, difference or product has one digit: so no drill
+is a question about a list or a problem of `gen:arithmetic`, held out or not. The instructions' sums of two digits are
+told here too; those are held out by their wording, as all that there is little of.
 """
 
 from __future__ import annotations
