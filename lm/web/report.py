@@ -15,7 +15,7 @@ from lm import __version__
 from lm.web import charts, story
 from lm.web.numbers import count, duration, plain, signed
 from lm.web.run_files import Run, read_run
-from lm.web.text import visible
+from lm.web.text import beginning, visible
 
 HERE = Path(__file__).parent
 LESSONS = {
@@ -49,7 +49,7 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page.filters |= {"visible": visible, "plain": plain, "signed": _signed, "leaf": _leaf}
+    page.filters |= {"visible": visible, "beginning": beginning, "plain": plain, "signed": _signed, "leaf": _leaf}
     return page.get_template("report.html.j2").render(
         run=run,
         version=__version__,

@@ -12,3 +12,9 @@ def visible(text: str) -> str:
     """
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text.replace("\r\n", "\n"))
     return re.sub(r"[\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def beginning(text: str, characters: int, lines: int = 20) -> str:
+    """At most so many lines and about so many characters of a text; all of it where little would be cut."""
+    short = text if len(text) <= 1.2 * characters else text[:characters]
+    return "\n".join(short.split("\n")[:lines])
