@@ -86,7 +86,17 @@ def waiting(data: Path, model: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         small = "--model.num_layers 2 --model.embed_dim 128 --pretrain.steps 60 --pretrain.batch_size 8 --mesh.data 1"
-        command = [sys.executable, "-m", "lm.cli.main", "run", "quickstart", "--run-dir", str(run), "--until", "pretrain"]
+        command = [
+            sys.executable,
+            "-m",
+            "lm.cli.main",
+            "run",
+            "quickstart",
+            "--run-dir",
+            str(run),
+            "--until",
+            "pretrain",
+        ]
         command += ["--tokenizer.path", str(model), "--pretrain.sources.0.path", str(data), *small.split()]
         command += ["--cache", str(Path(folder) / "cache"), "--pretrain.eval_every", "0"]
         root = Path(__file__).resolve().parents[1]

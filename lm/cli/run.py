@@ -76,6 +76,8 @@ def report(run_dir: Path) -> bool:
 
 def command_to_go_on(arguments: argparse.Namespace) -> str:
     """The same command, less `--fresh`, which would begin anew."""
-    flags = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in ("run_dir", "until", "profile", "cache")}
+    flags = {
+        f"--{name.replace('_', '-')}": getattr(arguments, name) for name in ("run_dir", "until", "profile", "cache")
+    }
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

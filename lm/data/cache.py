@@ -199,6 +199,7 @@ class Cache:
             with self.writing():
                 folder.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
+            _mapped.cache_clear()  # it may have been mapped before
             return None
         return Entry(folder, manifest["files"])
 

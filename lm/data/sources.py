@@ -72,10 +72,11 @@ class Part:
 
     @property
     def text_bytes(self) -> int:
-        return self.file.stat().st_size
+        """About how much there is to read, unpacked."""
+        return int(self.entry.array("spans")[:, 1].sum()) if self.kind == ".parquet" else self.file.stat().st_size
 
     def piece(self, start: int, stop: int) -> Piece:
-        return Piece(self.name, self.file, self.kind, start, self.entry.span("spans", start, stop))
+        return Piece(self.name, self.file, self.kind, start, np.array(self.entry.array("spans")[start:stop]))
 
     def pieces(self) -> Iterator[Piece]:
         """All rows, in pieces to work on."""

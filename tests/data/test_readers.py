@@ -62,7 +62,10 @@ def test_rows_are_found_by_their_place_in_pieces_of_any_size(tmp_path, monkeypat
     for name, first in (("a.jsonl", 0), ("b.jsonl.gz", 100)):
         assert [loaded.where(first + i) for i in range(100)] == [f"{tmp_path}/{name} line {n}" for n in numbers]
     pieces = list(loaded.parts[0].pieces())
-    assert len(pieces) > 10 and [piece.first for piece in pieces[1:]] == np.cumsum([len(p.spans) for p in pieces])[:-1].tolist()
+    assert (
+        len(pieces) > 10
+        and [piece.first for piece in pieces[1:]] == np.cumsum([len(p.spans) for p in pieces])[:-1].tolist()
+    )
     places = loaded.parts[0].entry.array("places")
     assert places.tolist() == [split_place(split_key(row)) for row in rows]
 
