@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, EXPERIMENT_HELP, check_stage, resolve
+from lm.cli.arguments import EXIT_INTERRUPT, EXPERIMENT_HELP, add_cache, check_stage, resolve
 
 TAKES_OVERRIDES = True
 
@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="trace these steps of every stage into stages/NAME/profile (10:13 has three)",
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    add_cache(parser)
 
 
 def call(arguments: argparse.Namespace) -> int:
@@ -37,20 +38,22 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.until, (stage.name for stage in experiment.stages), arguments.experiment)
     run_dir = arguments.run_dir or Path("runs") / experiment.name
 
+    from lm.data.cache import cache_at
     from lm.train.loop import Interrupted
     from lm.train.profile import parse_steps
     from lm.train.stages import run
 
     profile = parse_steps(arguments.profile) if arguments.profile else None
     try:
-        run(
-            experiment,
-            run_dir,
-            fresh=arguments.fresh,
-            until=arguments.until,
-            profile=profile,
-            after_stage=report,
-        )
+        with cache_at(arguments.cache):
+            run(
+                experiment,
+                run_dir,
+                fresh=arguments.fresh,
+                until=arguments.until,
+                profile=profile,
+                after_stage=report,
+            )
     except Interrupted as stopped:
         print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPT
@@ -73,6 +76,8 @@ def report(run_dir: Path) -> bool:
 
 def command_to_go_on(arguments: argparse.Namespace) -> str:
     """The same command, less `--fresh`, which would begin anew."""
-    flags = {"--run-dir": arguments.run_dir, "--until": arguments.until, "--profile": arguments.profile}
+    flags = {
+        f"--{name.replace('_', '-')}": getattr(arguments, name) for name in ("run_dir", "until", "profile", "cache")
+    }
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

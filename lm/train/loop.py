@@ -88,7 +88,11 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
     state, step_fn = start_state(stage, model, run.mesh)
-    with MetricsLog(folder) as log, Checkpoints(folder / "checkpoints") as checkpoints:
+    with (
+        contextlib.closing(batches),
+        MetricsLog(folder) as log,
+        Checkpoints(folder / "checkpoints") as checkpoints,
+    ):
         state, start, meta = restore(state, checkpoints, run.mesh)
         log.rewind(start)
         loop = _Loop(run, stage, batches, log, checkpoints, meta)
