@@ -17,6 +17,7 @@ from lm.experiment import UserError
 
 COMMANDS = {
     "run": "train an experiment, or go on where it was stopped",
+    "launch": "start a run on a pod, a cluster, or this machine in several processes",
     "config": "show the resolved value of an experiment, and every knob",
     "data": "show decoded batches, with what is trained on in colour",
     "sample": "answer prompts with a trained model",
