@@ -118,7 +118,7 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.until, (stage.name for stage in experiment.stages), arguments.experiment)
     given = arguments.max_restarts
     job = Job(
-        name=job_name(experiment, arguments.job_name),
+        name=experiment.name if arguments.on == "local" else job_name(experiment, arguments.job_name),
         experiment=arguments.experiment,
         overrides=tuple(arguments.overrides),
         run_dir=arguments.run_dir or f"runs/{experiment.name}",
@@ -163,7 +163,8 @@ def slices_of_tpus(arguments: argparse.Namespace, experiment: Experiment) -> tup
 def handing_over(handover: Handover) -> Launch:
     def go() -> int:
         hand_over(handover)
-        print(f"lm launch: {handover.next}")
+        for line in handover.next:
+            print(f"lm launch: {line}")
         return 0
 
     return Launch(handover.text, go)

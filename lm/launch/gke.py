@@ -60,7 +60,7 @@ def render(job: Job, cluster: Cluster) -> Handover:
         text="\n".join(head) + "\n" + body,
         command=("kubectl", "apply", "-f", "-"),
         tools=("kubectl",),
-        next=f"watch: {follow}; stop: kubectl delete jobset {job.name}{where}",
+        next=(f"watch: {follow}", f"stop: kubectl delete jobset {job.name}{where}"),
     )
 
 
@@ -178,8 +178,9 @@ def _buckets(cluster: Cluster) -> bool:
 
 
 def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
-    """The command for those whose clusters are xpk's; it makes hosts of four chips only."""
-    if cluster.topology.chips_per_host != 4 or cluster.topology.shape == "2x2":
+    """The command for those whose clusters are xpk's; it knows hosts of four chips, and a comment has no line breaks."""
+    command = shlex.join(job.command("lm"))
+    if cluster.topology.chips_per_host != 4 or cluster.topology.chips == 4 or "\n" in command:
         return []
     options = {
         "workload": job.name,
@@ -191,7 +192,7 @@ def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
         "docker-image": cluster.image,
         "max-restarts": str(job.max_restarts),
         "termination-grace-period-seconds": str(job.grace),
-        "command": shlex.join(job.command("lm")),
+        "command": command,
     }
     words = [f"--{name}={value}" for name, value in options.items()] + (["--spot"] if cluster.spot else [])
     return [

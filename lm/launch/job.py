@@ -50,7 +50,7 @@ class Handover:
     text: str  # a manifest or a script; a dry run prints it, and nothing else
     command: tuple[str, ...]
     tools: tuple[str, ...]  # programs that must be there
-    next: str  # one line: how to watch the job, and how to stop it
+    next: tuple[str, ...]  # lines: how to watch the job, how to stop it
 
 
 def hand_over(handover: Handover) -> None:

@@ -106,5 +106,5 @@ def render(job: Job, nodes: Nodes) -> Handover:
         text=text,
         command=("sbatch",),
         tools=("sbatch",),
-        next=f"watch: squeue --name {job.name}, tail -f {job.name}-*.log; stop: scancel --name {job.name}",
+        next=(f"watch: tail -F {job.name}-JOB.log", "stop: scancel JOB"),
     )

@@ -21,11 +21,14 @@ TEMPLATE = """\
 # For `bash`, in the folder of the repository, with gcloud logged in: {accelerators}.
 set -euo pipefail
 
-gcloud compute tpus queued-resources create {request}
+place=({place})
+nodes=({nodes})
+gcloud compute tpus queued-resources create {name} "${{place[@]}}" \\
+    {request}
 
 state=
 while [[ "$state" != ACTIVE ]]; do
-    state=$(gcloud compute tpus queued-resources describe {place} --format='value(state.state)')
+    state=$(gcloud compute tpus queued-resources describe {name} "${{place[@]}}" --format='value(state.state)')
     echo "lm launch: {name} is $state"
     case $state in
         ACTIVE) ;;
@@ -42,12 +45,12 @@ set -euo pipefail
 {host}
 HOST
 
-for node in {nodes}; do
-    gcloud compute tpus tpu-vm scp --quiet {where} --worker=all "$folder/lm.bundle" "$folder/lm-host.sh" "$node:"
-    gcloud compute tpus tpu-vm ssh --quiet {where} --worker=all "$node" --command='bash lm-host.sh'
+for node in "${{nodes[@]}}"; do
+    gcloud compute tpus tpu-vm scp --quiet "${{place[@]}}" --worker=all "$folder"/lm.bundle "$folder"/lm-host.sh "$node":
+    gcloud compute tpus tpu-vm ssh --quiet "${{place[@]}}" --worker=all "$node" --command='bash lm-host.sh'
 done
-for node in {nodes}; do  # when all are ready: the first waits for the last
-    gcloud compute tpus tpu-vm ssh --quiet {where} --worker=all "$node" \\
+for node in "${{nodes[@]}}"; do  # when all are ready, since the first waits for the last
+    gcloud compute tpus tpu-vm ssh --quiet "${{place[@]}}" --worker=all "$node" \\
         --command={start}
 done
 """
@@ -104,8 +107,6 @@ def render(job: Job, slices: Slices) -> Handover:
     where = _options(zone=slices.zone, project=slices.project)
     many = slices.slices > 1
     request = _options(
-        zone=slices.zone,
-        project=slices.project,
         accelerator_type=slices.topology.accelerator_type,
         runtime_version=slices.runtime or generation.runtime,
         node_id=None if many else job.name,
@@ -118,10 +119,9 @@ def render(job: Job, slices: Slices) -> Handover:
     nodes = [f"{job.name}-{i}" for i in range(slices.slices)] if many else [job.name]
     text = TEMPLATE.format(
         accelerators=f"{slices.slices} x {slices.topology.accelerator_type}, {slices.topology.shape}",
-        request=f"{job.name} {request}",
-        place=f"{job.name} {where}",
+        request=request,
+        place=where,
         name=job.name,
-        where=where,
         nodes=" ".join(nodes),
         host=_host(slices),
         start=shlex.quote(_start(job, slices)),
@@ -131,8 +131,11 @@ def render(job: Job, slices: Slices) -> Handover:
         text=text,
         command=("bash", "-s"),
         tools=("bash", "git", "gcloud"),
-        next=f"watch: {ssh} --command='tail -f {job.name}.log'; "
-        f"stop, and give the TPUs back: gcloud compute tpus queued-resources delete {job.name} {where} --force",
+        next=(
+            f"watch: {ssh} --command='tail -f {job.name}.log'",
+            f"stop: {ssh} --worker=all --command='pkill -TERM -f \"lm launch\"'",
+            f"give the TPUs back: gcloud compute tpus queued-resources delete {job.name} {where} --force",
+        ),
     )
 
 
@@ -164,7 +167,7 @@ def _host(slices: Slices) -> str:
 def _start(job: Job, slices: Slices) -> str:
     """What each host is told: begin, and go on when this connection is closed."""
     command = shlex.join(job.supervised(".venv/bin/lm"))
-    return f"cd {_folder(slices)} && nohup setsid {command} >../{job.name}.log 2>&1 </dev/null &"
+    return f"cd {_folder(slices)} || exit 1; nohup setsid {command} >../{job.name}.log 2>&1 </dev/null &"
 
 
 def _folder(slices: Slices) -> str:
