@@ -12,7 +12,7 @@ from pathlib import Path
 from lm.experiment import Experiment, UserError
 
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-MOST_CHARACTERS = 40  # of 63 for a name in DNS; what Kubernetes and JobSet append needs the rest
+MOST_CHARACTERS = 39  # of 63 for a name in DNS: what JobSet appends needs the rest; and the most that xpk takes
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 COORDINATOR_PORT = 8482  # the one that jax takes on TPUs
 
