@@ -111,7 +111,10 @@ def check_mesh(experiment: Experiment, devices: int, slices: int, asked: str, pl
         raise UserError(f"{asked}: mesh.slices is {sizes['slices']}; it should be {slices} (--mesh.slices {slices})")
     # A tokenizer's file is on the machines of the job; its size is checked there. All sizes divide 0.
     vocab_size = experiment.tokenizer.vocab_size if experiment.tokenizer.path is None else 0
-    check_fits(experiment, sizes, vocab_size, platform)
+    try:
+        check_fits(experiment, sizes, vocab_size, platform)
+    except UserError as error:
+        raise UserError(f"{asked}: {error}") from error
 
 
 def check_travels(experiment: str, how: str) -> None:

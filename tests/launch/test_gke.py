@@ -26,7 +26,8 @@ def violations(value, schema, where="") -> list[str]:
     if type(value) is not TYPES[schema["type"]]:
         return [f"{where} is {value!r}, no {schema['type']}"]
     found = [f"{where} lacks {name}" for name in schema.get("required", []) if name not in value]
-    if "minimum" in schema and value < schema["minimum"] or "pattern" in schema and not re.search(schema["pattern"], value):  # fmt: skip
+    low, form = schema.get("minimum"), schema.get("pattern")
+    if (low is not None and value < low) or (form and not re.search(form, value)):
         found.append(f"{where} is {value!r}")
     if isinstance(value, dict):
         known, rest = schema.get("properties", {}), schema.get("additionalProperties")
@@ -69,7 +70,11 @@ def parts(name):
 
 @pytest.mark.parametrize(
     "name, topology, slices",
-    [("gke_one_slice.yaml", "v5e:4x4", 1), ("gke_one_host.yaml", "v6e:2x2", 1), ("gke_two_slices.yaml", "v5p:2x2x4", 2)],
+    [
+        ("gke_one_slice.yaml", "v5e:4x4", 1),
+        ("gke_one_host.yaml", "v6e:2x2", 1),
+        ("gke_two_slices.yaml", "v5p:2x2x4", 2),
+    ],
 )
 def test_pods_and_chips_are_those_of_the_slices(name, topology, slices):
     replicated, job, pod, container = parts(name)

@@ -148,7 +148,9 @@ def test_a_job_saves_when_its_time_is_up_and_is_restarted_after_deaths_until_the
 
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "start-5").exists()
-    said = [line for line in log.read_text().splitlines() if line.startswith("lm launch") and "queued again " not in line]
+    said = [
+        line for line in log.read_text().splitlines() if line.startswith("lm launch") and "queued again " not in line
+    ]
     again = "a process ended with code 137; restart 1 of 1 without a new checkpoint"
     given_up = "a process ended with code 137; no new checkpoint in 1 restarts: given up"
     assert said == [f"lm launch: {line}" for line in ("the time is up; queued again", again, again, given_up)]
