@@ -85,9 +85,9 @@ class Launch:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "lm launch EXPERIMENT --on gke|tpu-vm|slurm|local [--dry-run] [options] [--a.b.c VALUE ...]"
+    parser.usage = "lm launch EXPERIMENT --on WHERE [--dry-run] [options] [--a.b.c VALUE ...]"
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
-    parser.add_argument("--on", choices=list(LAUNCHERS), required=True, help="where")
+    parser.add_argument("--on", choices=list(LAUNCHERS), required=True, help="where; see above")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     parser.add_argument("--run-dir", metavar="DIR", help="folder of the run; else runs/NAME")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")

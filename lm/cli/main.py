@@ -17,13 +17,13 @@ from lm.experiment import UserError
 
 COMMANDS = {
     "run": "train an experiment, or go on where it was stopped",
-    "launch": "start a run on a pod, a cluster, or this machine in several processes",
     "config": "show the resolved value of an experiment, and every knob",
     "data": "show decoded batches, with what is trained on in colour",
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
     "eval": "take the held-out numbers again, from a checkpoint",
     "report": "write report.html, the story of a run",
+    "launch": "start a run on a pod, on a cluster, or in processes here",
 }
 
 # What must be set before jax and its libraries are imported; a value that is already there stays.

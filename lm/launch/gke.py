@@ -191,7 +191,7 @@ def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
         "num-slices": str(cluster.slices),
         "docker-image": cluster.image,
         "max-restarts": str(job.max_restarts),
-        "restart-on-exit-codes": "1",  # besides its own, which are of signals
+        "restart-on-exit-codes": "1,75",  # a crash, and a step that did not come; besides its own, which are of signals
         "termination-grace-period-seconds": str(job.grace),
         "command": command,
     }
