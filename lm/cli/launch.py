@@ -1,6 +1,6 @@
 """Launch an experiment on a pod, a cluster, or this machine.
 
-Prints exactly what would be handed over with --dry-run; hands it over without.
+With --dry-run it prints exactly what would be handed over, and does nothing.
 
   gke     a JobSet, by kubectl. The image holds this repository: its working
           folder is the root, `lm` is on its PATH
@@ -85,7 +85,7 @@ class Launch:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "lm launch EXPERIMENT --on WHERE [--dry-run] [options] [--a.b.c VALUE ...]"
+    parser.usage = "lm launch EXPERIMENT --on WHERE [options] [--a.b.c VALUE ...]"
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
     parser.add_argument("--on", choices=list(LAUNCHERS), required=True, help="where; see above")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
