@@ -4,17 +4,17 @@ With --dry-run it prints exactly what would be handed over, and does nothing.
 
   gke     a JobSet, by kubectl. The image holds this repository: its working
           folder is the root, `lm` is on its PATH
-  tpu-vm  queued resources, by gcloud. The hosts get a git bundle of the current
-          commit, and install it
+  tpu-vm  queued resources, by gcloud. The hosts get a git bundle of the
+          current commit, and install it
   slurm   a batch script, by sbatch. This folder and its Python are on a file
           system that all nodes see
   local   processes on this machine, under a supervisor
 
-What trains there is `lm run EXPERIMENT` with the same overrides. It goes on from
-the newest checkpoint after a death, on all hosts together, so the run's folder
-must be one that all hosts see: gke and tpu-vm mount it (--volume), a bucket with
-a hierarchical namespace, in which folders can be renamed. Secrets belong into
-the cluster (--secret NAME): no option takes one, and none is rendered.
+What trains there is `lm run EXPERIMENT` with the same overrides. After a death
+it goes on from the newest checkpoint, on all hosts together, so the run's
+folder must be one that all hosts see: gke and tpu-vm mount it (--volume), a
+bucket with a hierarchical namespace, in which folders can be renamed. Secrets
+belong into the cluster (--secret NAME): no option takes one, none is rendered.
 
   lm launch quickstart --on local --processes 2 --devices-per-process 2
   lm launch EXPERIMENT --on gke --topology v5p:2x4x4 --image IMAGE \\
