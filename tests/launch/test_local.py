@@ -20,7 +20,7 @@ from lm.train.run_folder import RunFolder
 from lm.train.stages import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, SAVE_EVERY = 150, 30
+STEPS, SAVE_EVERY = 60, 10
 
 EXPERIMENT = f"""
 from lm.experiment import Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
@@ -50,8 +50,8 @@ def work(tmp_path, monkeypatch):
 
 
 def launched(run_dir: str, processes: int, *words: str) -> subprocess.Popen:
-    """The supervisor, in a process of its own, of processes with two devices each."""
-    shape = ["--processes", str(processes), "--devices-per-process", "2", "--run-dir", run_dir]
+    """The supervisor, in a process of its own, of two devices in all."""
+    shape = ["--processes", str(processes), "--devices-per-process", str(2 // processes), "--run-dir", run_dir]
     command = [sys.executable, "-m", "lm.cli.main", "launch", "small.py", "--on", "local", *shape, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -66,10 +66,10 @@ def children(process: subprocess.Popen) -> dict[int, int]:
     return found
 
 
-def until_saved(run_dir: str, process: subprocess.Popen) -> str:
-    """Wait for the first checkpoint; says which there is."""
+def until_saved(run_dir: str, process: subprocess.Popen, before: str = "the beginning") -> str:
+    """Wait for a newer checkpoint than that one; says which there is."""
     folder = RunFolder(Path(run_dir))
-    while (newest := newest_checkpoint(folder, ["pretrain"])) == "the beginning":
+    while (newest := newest_checkpoint(folder, ["pretrain"])) == before:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     return newest
@@ -83,44 +83,34 @@ def result(run_dir: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_lost_a_process_ends_as_an_undisturbed_one_to_the_bit(work, processes):
+def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to_the_bit(work, processes):
     quiet = launched("quiet", processes)
     said, _ = quiet.communicate(timeout=300)
     assert quiet.returncode == 0, said
 
-    shot = launched("shot", processes)
-    until_saved("shot", shot)
-    os.kill(children(shot)[processes - 1], signal.SIGKILL)
-    said, _ = shot.communicate(timeout=300)
-    assert shot.returncode == 0, said
-    told = [line for line in said.splitlines() if line.startswith("lm launch: ")]
-    assert len(told) == 1, said
-    assert f"process {processes - 1} of {processes} was killed by SIGKILL" in told[0]
+    first = launched("shot", processes)
+    saved = until_saved("shot", first)
+    os.kill(children(first)[processes - 1], signal.SIGKILL)  # in the middle of a step
+    until_saved("shot", first, saved)
+    first.terminate()  # all save, and it is over
+    said, _ = first.communicate(timeout=300)
+    assert first.returncode == 130, said
+    told = [line.removeprefix("lm launch: ") for line in said.splitlines() if line.startswith("lm launch: ")]
+    assert len(told) == 2, said
+    assert told[0].startswith(f"process {processes - 1} of {processes} was killed by SIGKILL")
     assert "restart 1 of 3 without a new checkpoint, from step" in told[0]
+    assert told[1] == "SIGTERM: stopping, with 300 s to save"
+    stopped = Checkpoints(work / "shot/stages/pretrain/checkpoints").steps()[-1]
+    assert stopped < STEPS and f"saved at step {stopped} of {STEPS}" in said
 
+    second = launched("shot", processes)
+    said, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, said
     (model, losses), (expected_model, expected_losses) = result(work / "shot"), result(work / "quiet")
     assert [step for step, *_ in losses] == list(range(1, STEPS + 1))
     assert losses == expected_losses
     for got, expected in zip(jax.tree.leaves(model), jax.tree.leaves(expected_model), strict=True):
         np.testing.assert_array_equal(got, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on(work, processes):
-    first = launched("out", processes)
-    until_saved("out", first)
-    first.terminate()
-    said, _ = first.communicate(timeout=300)
-    assert first.returncode == 130, said
-    assert "SIGTERM: stopping" in said and "saved at step" in said
-    saved = Checkpoints(work / "out/stages/pretrain/checkpoints").steps()[-1]
-    assert saved < STEPS and f"saved at step {saved} of {STEPS}" in said
-    second = launched("out", processes)
-    said, _ = second.communicate(timeout=300)
-    assert second.returncode == 0, said
-    _, losses = result(work / "out")
-    assert [step for step, *_ in losses] == list(range(1, STEPS + 1))
 
 
 def test_an_error_of_the_users_is_not_tried_again(work):
@@ -139,7 +129,7 @@ def test_several_processes_begin_with_a_folder_that_is_the_runs(work, capsys):
     capsys.readouterr()
     words = ["launch", "small.py", "--on", "local", "--processes", "2", "--run-dir", "out"]
     assert main(words) == 2
-    assert "pretrain.steps: 1 → 150" in capsys.readouterr().err
+    assert "pretrain.steps: 1 → 60" in capsys.readouterr().err
     with folder.lock():
         assert main(words) == 2
     assert "in use by process" in capsys.readouterr().err
