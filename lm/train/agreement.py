@@ -16,7 +16,7 @@ from lm.experiment import Experiment, UserError, diff, to_dict
 from lm.parallel.distributed import as_first, first, gather, in_first
 from lm.train.run_folder import RunFolder
 
-SHARED_SECONDS = 20.0  # how long a network file system may take to show a new file to the other hosts
+SHARED_SECONDS = 10.0  # how long a network file system may take to show a new file to the other hosts
 MOST_DIFFERENCES = 3
 
 
