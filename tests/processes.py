@@ -38,7 +38,10 @@ def start(folder: Path, count: int, *words: str, own: dict[int, tuple[str, ...]]
         port = free.getsockname()[1]
     found = Processes([], [])
     for i in range(count):
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(DEVICES // count), "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = os.environ | {
+            "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
         if count > 1:
             environment |= {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -59,7 +62,9 @@ def start(folder: Path, count: int, *words: str, own: dict[int, tuple[str, ...]]
             process.wait()
 
 
-def run(folder: Path, count: int, *words: str, own: dict[int, tuple[str, ...]] | None = None, code: int = 0) -> Processes:
+def run(
+    folder: Path, count: int, *words: str, own: dict[int, tuple[str, ...]] | None = None, code: int = 0
+) -> Processes:
     """The same, until all have ended with `code`."""
     with start(folder, count, *words, own=own) as processes:
         codes = processes.wait()
