@@ -25,7 +25,7 @@ text = Source("text.txt", holdout=0.2)
 preferences = Source("gen:preferences", holdout=0.5)
 experiment = Experiment(
     name="smoke",
-    tokenizer=Tokenizer(vocab_size=384),
+    tokenizer=Tokenizer(vocab_size=300),
     mesh=Mesh(data=2, fsdp=2),
     model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=128),
     stages=(
