@@ -25,7 +25,7 @@ text = Source("text.txt", holdout=0.2)
 preferences = Source("gen:preferences", holdout=0.5)
 experiment = Experiment(
     name="smoke",
-    tokenizer=Tokenizer(vocab_size=300),
+    tokenizer=Tokenizer(vocab_size=384),
     mesh=Mesh(data=2, fsdp=2),
     model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=128),
     stages=(
@@ -62,8 +62,10 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("processes")
     (root / "smoke.py").write_text(EXPERIMENT)
     (root / "alone.py").write_text(ALONE)
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"], 10_000)
-    (root / "text.txt").write_text("\n\n".join(" ".join(line) for line in words.reshape(-1, 50)))
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abdeghiklmnoprstu"), rng.integers(2, 7))) for _ in range(200)]
+    lines = rng.choice(words, (200, 50))
+    (root / "text.txt").write_text("\n\n".join(" ".join(line) for line in lines))
     return root
 
 
