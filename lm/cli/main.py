@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": "talk to a trained model",
     "eval": "take the held-out numbers again, from a checkpoint",
     "report": "write report.html, the story of a run",
+    "launch": "start a run on a pod, on a cluster, or in processes here",
 }
 
 # What must be set before jax and its libraries are imported; a value that is already there stays.

@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from lm.data.pipeline import make_feed
+from lm.data.pipeline import Feed, make_feed
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import GRPO, Experiment, Stage, UserError
+from lm.experiment import GRPO, Experiment, Stage, UserError, rows_per_update
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
+from lm.parallel.distributed import own_rows, to_devices
+from lm.parallel.rules import batch_sharding
 from lm.rollout.environments import Environment, Rollout, make_environment, roll_out
 from lm.train.metrics import MetricsLog
 from lm.types import Batch
@@ -86,11 +89,14 @@ class Batches:
 
     cost = "data_seconds"  # under which name the time that the loop waits for it is accounted
 
-    def __init__(self, batch: Callable[[int], Batch], report: str, steps: int):
-        self.batch, self.report = Ahead(batch, steps), report
+    def __init__(self, feed: Feed, count: int, mesh: Mesh, steps: int):
+        self.count, self.place = count, batch_sharding(mesh)
+        self.rows = own_rows(self.place, count)
+        self.batch = Ahead(lambda step: feed.batch(step, self.rows), steps)
+        self.report, self.fingerprint = feed.report(), feed.fingerprint
 
     def __call__(self, step: int, model: Transformer) -> tuple[list[Batch], dict[str, float]]:
-        return [self.batch(step)], {}
+        return [to_devices(self.batch(step), self.place, self.rows, self.count)], {}
 
     def show(self, log: MetricsLog, step: int) -> None:
         """Write down what people may want to read; the data itself is shown by `lm data`."""
@@ -105,17 +111,20 @@ class Rollouts(Batches):
 
     cost = "sample_seconds"
 
-    def __init__(self, experiment: Experiment, index: int, tokenizer: Tokenizer):
+    def __init__(self, experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh):
+        self.place = batch_sharding(mesh)
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
         self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed)
-        self.report = self.environment.feed.report()
+        self.report, self.fingerprint = self.environment.feed.report(), self.environment.feed.fingerprint
         self.latest: Rollout | None = None
 
     def __call__(self, step: int, model: Transformer) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
         self.latest = roll_out(model, self.environment, self.stage, self.tokenizer, step, key)
-        return self.latest.batches, self.latest.metrics
+        # Every process has the whole rollout, and gives its devices their rows of it.
+        batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
+        return batches, self.latest.metrics
 
     def show(self, log: MetricsLog, step: int) -> None:
         for line in _groups(self.latest, self.stage, step) if self.latest else ():
@@ -125,17 +134,16 @@ class Rollouts(Batches):
         """Nothing: a rollout needs the model of its step, and its prompts cost nothing beside it."""
 
 
-def make_batches(experiment: Experiment, index: int, tokenizer: Tokenizer) -> Batches:
-    """The batches of a stage.
+def make_batches(experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh) -> Batches:
+    """The batches of a stage, on the devices of the mesh; of several processes each makes the rows of its own.
 
     Raises:
         UserError: its data cannot be used; says which file, line or field.
     """
     stage = experiment.stages[index]
     if isinstance(stage.objective, GRPO):
-        return Rollouts(experiment, index, tokenizer)
-    feed = make_feed(stage, tokenizer, experiment.seed)
-    return Batches(feed.batch, feed.report(), stage.steps)
+        return Rollouts(experiment, index, tokenizer, mesh)
+    return Batches(make_feed(stage, tokenizer, experiment.seed), rows_per_update(stage), mesh, stage.steps)
 
 
 def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:
