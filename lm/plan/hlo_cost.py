@@ -27,8 +27,8 @@ from lm.plan.chips import Chip
 from lm.plan.hlo_loops import trip_count
 from lm.plan.hlo_text import Instruction, Module
 from lm.plan.hlo_work import Work, collective_kind, group_size, host_bytes, payload, wire_seconds
+from lm.plan.kernels import KERNEL_EFFICIENCY
 
-KERNEL_EFFICIENCY = 0.5  # part of the peak that attention kernels reach; an assumption, 0.4 to 0.7 is usual
 HOST_RATE = 16e9  # bytes/s between a device and its host's memory
 SMALL = 4096  # bytes: results up to this size stay in registers or scalar memory
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from lm.plan.hlo_text import Instruction, Module, array_bytes, dimensions
+from lm.plan.kernels import splash_flops
 
 COLLECTIVES = frozenset(
     ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -22,10 +23,6 @@ RING = {
     "all-to-all": lambda n: (n - 1) / n / 2,
     "ragged-all-to-all": lambda n: (n - 1) / n / 2,
 }
-
-# Products that a splash-attention kernel makes of every pair of blocks, in FLOPs per query, key and head dimension.
-# A fused backward kernel computes the gradients of q, k and v; the module then has no kernel for dq.
-SPLASH = {"fwd": 4, "dq": 6, "dkv": 8, "fused": 10}
 
 
 def collective_kind(op: str) -> str | None:
@@ -108,28 +105,10 @@ class Work:
         return convolution_flops(instruction, left, right, result)
 
     def kernel_flops(self, instruction: Instruction, computation: str) -> float:
-        """FLOPs of one call of a splash-attention kernel with a causal mask; 0 of any other kernel.
-
-        Counted as executed: every block that has a pair on or below the diagonal, whole.
-        """
-        kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
+        """FLOPs of one call of an attention kernel; 0 of any other kernel."""
         operands = self.module.operands(instruction, computation)
         arrays = [dimensions(i.shape) for i in operands if re.match(r"bf16|f16|f32", i.shape)]
-        arrays = [sizes for sizes in arrays if len(sizes) >= 3]
-        if not kind or len(arrays) < 2:
-            return 0.0
-        query, key = arrays[0], arrays[1]
-        notes = dict(re.findall(r'\\?"(\w+)\\?": (\d+|true|false)', instruction.attributes[:4000]))
-        fused = self.fused_backward or notes.get("use_fused_bwd_kernel") == "true"
-        name = "fused" if kind[1] == "dkv" and fused else kind[1]
-        suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
-        rows, columns = (
-            max(1, sizes[-2] // (int(notes.get(f"block_{side}{suffix}", 0)) or sizes[-2]))
-            for side, sizes in (("q", query), ("kv", key))
-        )
-        height, width = query[-2] // rows, key[-2] // columns
-        live = sum(1 for row in range(rows) for column in range(columns) if column * width < (row + 1) * height)
-        return SPLASH[name] * math.prod(query) * key[-2] * live / (rows * columns)
+        return splash_flops(instruction.name, arrays, instruction.attributes[:4000], self.fused_backward)
 
 
 def convolution_flops(instruction: Instruction, left: list[int], right: list[int], result: list[int]) -> float:

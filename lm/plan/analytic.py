@@ -1,0 +1,127 @@
+"""A plan by arithmetic, in seconds and without a compiler: memory, time and what bounds it, of one device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lm.model.flops import update_flops_per_token
+from lm.plan.one_device import gradient_block, local_batch, one_device, parameter_bytes, parts
+from lm.plan.program import Program
+from lm.plan.trace import Block, Value, block_of
+from lm.plan.traffic import NETWORK, Traffic, traffic
+from lm.plan.usage import Analysis, Usage
+from lm.steps import needs_reference
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device: what is there all the time, then what lives when most does."""
+
+    parameters: int
+    optimizer: int
+    reference: int
+    batch: int
+    gradients: int
+    activations: int
+    logits: int
+    working: int
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.optimizer + self.reference
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An update on one device, by arithmetic; FLOPs as executed, seconds each as if alone."""
+
+    memory: Memory
+    product_flops: float
+    kernel_flops: float
+    moved: float
+    compute_s: float
+    memory_s: float
+    network_s: float
+    step_s: float
+    traffic: tuple[Traffic, ...]
+    unpriced_kernels: tuple[str, ...]
+
+    @property
+    def bound_s(self) -> float:
+        """The slowest of the three alone: perfect overlap."""
+        return max(self.compute_s, self.memory_s, self.network_s)
+
+
+def estimate(program: Program) -> Estimate:
+    """Memory and time of a stage's update."""
+    state = program.state()
+    analysis = Analysis(program.topology.chip, parts(program), one_device(program).vocab_size)
+    block, parameters = _gradient(program)
+    gradient = analysis.usage(block, parameters)
+    update = _update(program, analysis)
+    rows, tokens = local_batch(program)
+    memory = Memory(
+        parameters=parameter_bytes(state.params, program),
+        optimizer=parameter_bytes(state.opt_state, program),
+        reference=parameter_bytes(state.frozen, program),
+        batch=sum(x.dtype.itemsize for x in jax.tree.leaves(program.batch())) * rows * tokens,
+        **_peak(gradient, update),
+    )
+    wires = traffic(program)
+    chip = program.topology.chip
+    inside = sum(item.seconds for item in wires if NETWORK not in item.axes)
+    across = sum(item.seconds for item in wires if NETWORK in item.axes)
+    # Parameters, optimizer and gradients are read, the first two written.
+    moved = gradient.moved + update.moved
+    compute = gradient.compute_s + update.compute_s
+    return Estimate(
+        memory=memory,
+        product_flops=gradient.product_flops + update.product_flops,
+        kernel_flops=gradient.kernel_flops,
+        moved=moved,
+        compute_s=compute,
+        memory_s=moved / chip.hbm_rate,
+        network_s=max(inside, across),
+        step_s=gradient.seconds + update.seconds + inside + across,
+        traffic=tuple(wires),
+        unpriced_kernels=tuple(sorted(gradient.kernels)),
+    )
+
+
+def model_flops(program: Program) -> float:
+    """FLOPs of an update on one device that the model asks for, as MFU counts them."""
+    per_token = update_flops_per_token(
+        program.model, program.vocab_size, program.stage.seq_len, needs_reference(program.stage)
+    )
+    return per_token * program.tokens_per_device
+
+
+def _gradient(program: Program) -> tuple[Block, set[Value]]:
+    """The traced gradient and those of its inputs that are parameters."""
+    block = gradient_block(program)
+    count = len(jax.tree.leaves(program.parameters())) * (1 + needs_reference(program.stage))
+    return block, set(block.inputs[1 : 1 + count])  # the first is the number of the step
+
+
+def _update(program: Program, analysis: Analysis) -> Usage:
+    """The optimizer's part of the step, on parameters as they lie: in parts."""
+    params = one_device(program).parameters()
+    optimizer = program.optimizer
+    state = jax.eval_shape(optimizer.init, params)
+    block = block_of(jax.make_jaxpr(optimizer.update)(params, state, params))
+    return analysis.in_parts(block)
+
+
+def _peak(gradient: Usage, update: Usage) -> dict[str, int]:
+    """Kinds of memory at the moment when most is in use; the optimizer's moment has the gradients in memory too."""
+    largest = max((gradient.peak, update.peak), key=lambda kinds: sum(kinds.values()))
+    return {kind: largest.get(kind, 0) for kind in ("gradients", "activations", "logits", "working")}

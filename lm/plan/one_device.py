@@ -1,0 +1,96 @@
+"""One device's share of a program: the same step, traced with its own rows, heads and hidden units.
+
+An axis of the mesh splits either what a device computes (rows, tokens, heads, hidden units, the vocabulary) or only where
+parameters lie between uses. The first kind divides the shapes that are traced here; the second kind is left whole, because
+such a parameter is gathered before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from lm.model.transformer import Transformer
+from lm.parallel.rules import RULES, ways
+from lm.plan.program import Program, abstract_batch
+from lm.plan.trace import Block, block_of
+from lm.steps import STEPS, needs_reference
+from lm.types import TrainState
+
+SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that are used in parts
+
+
+def one_device(program: Program) -> Program:
+    """The program of one device, alone."""
+    model, sizes = program.model, program.sizes
+    local = dataclasses.replace(
+        model,
+        num_heads=model.num_heads // ways("heads", sizes),
+        num_kv_heads=model.num_kv_heads // ways("kv_heads", sizes),
+        mlp_dim=model.mlp_dim // ways("mlp", sizes),
+    )
+    return dataclasses.replace(program, model=local, vocab_size=program.vocab_size // ways("vocab", sizes))
+
+
+def local_batch(program: Program) -> tuple[int, int]:
+    """Rows and tokens a row of one device's share of an update."""
+    return program.rows // ways("batch", program.sizes), program.stage.seq_len // ways("length", program.sizes)
+
+
+def gradient_block(program: Program) -> Block:
+    """The step of one device, but for the optimizer: the gradient of its rows is what comes out.
+
+    The inputs are the parameters, then the frozen ones, then the batch.
+    """
+    local = one_device(program)
+    params = local.parameters()
+    frozen = {"reference": params} if needs_reference(program.stage) else {}
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optax.EmptyState(), frozen)
+    step = STEPS[type(program.stage.objective)](program.stage, optax.identity())
+    with jax.sharding.use_abstract_mesh(lone_mesh(program)):
+        return block_of(jax.make_jaxpr(step)(state, abstract_batch(program.stage, *local_batch(program))))
+
+
+def lone_mesh(program: Program) -> AbstractMesh:
+    """A mesh of one device of the topology's kind, with all axes: the code that is traced chooses what that device likes."""
+    device = AbstractDevice(device_kind=program.topology.chip.kind, num_cores=1, platform="tpu")
+    axes = tuple(program.sizes)
+    return AbstractMesh((1,) * len(axes), axes, (AxisType.Auto,) * len(axes), abstract_device=device)
+
+
+def parts(program: Program) -> dict[tuple[int, ...], int]:
+    """Sizes of a parameter as it is used, sorted -> in how many parts it lies between uses.
+
+    Stacked parameters are in it as wholes and as those of one layer. What has such sizes, a gradient for instance, lies
+    as the parameter does. Sorted, because products may give a gradient transposed.
+    """
+    found: dict[tuple[int, ...], int] = {}
+    params: Transformer = one_device(program).parameters()
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        names: tuple[str, ...] = leaf.get_metadata("out_sharding")
+        shape = leaf.get_value().shape
+        count = 1
+        for name in names:
+            count *= 1 if name in SPLIT else ways(name, program.sizes)
+        shapes = [shape, shape[1:]] if names[0] == "layers" else [shape]
+        found |= {tuple(sorted(sizes)): count for sizes in shapes if len(sizes) >= 2}
+    return found
+
+
+def parameter_bytes(tree: Any, program: Program) -> int:
+    """Bytes of a tree of parameters, or of what an optimizer keeps of them, on one device."""
+
+    def one(leaf: Any) -> int:
+        names = leaf.get_metadata("out_sharding") if isinstance(leaf, nnx.Variable) else ()
+        count = 1
+        for name in names:
+            count *= ways(name, program.sizes) if name in RULES else 1
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf)) // count
+
+    return sum(map(one, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))))
