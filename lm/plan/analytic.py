@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from lm.model.flops import update_flops_per_token
 from lm.plan.one_device import gradient_block, local_batch, one_device, parameter_bytes, parts
 from lm.plan.program import Program
-from lm.plan.trace import Block, Value, block_of
+from lm.plan.trace import block_of
 from lm.plan.traffic import NETWORK, Traffic, traffic
 from lm.plan.usage import Analysis, Usage
 from lm.steps import needs_reference
@@ -65,8 +62,7 @@ def estimate(program: Program) -> Estimate:
     """Memory and time of a stage's update."""
     state = program.state()
     analysis = Analysis(program.topology.chip, parts(program), one_device(program).vocab_size)
-    block, parameters = _gradient(program)
-    gradient = analysis.usage(block, parameters)
+    gradient = analysis.usage(*gradient_block(program))
     update = _update(program, analysis)
     rows, tokens = local_batch(program)
     memory = Memory(
@@ -80,7 +76,6 @@ def estimate(program: Program) -> Estimate:
     chip = program.topology.chip
     inside = sum(item.seconds for item in wires if NETWORK not in item.axes)
     across = sum(item.seconds for item in wires if NETWORK in item.axes)
-    # Parameters, optimizer and gradients are read, the first two written.
     moved = gradient.moved + update.moved
     compute = gradient.compute_s + update.compute_s
     return Estimate(
@@ -103,13 +98,6 @@ def model_flops(program: Program) -> float:
         program.model, program.vocab_size, program.stage.seq_len, needs_reference(program.stage)
     )
     return per_token * program.tokens_per_device
-
-
-def _gradient(program: Program) -> tuple[Block, set[Value]]:
-    """The traced gradient and those of its inputs that are parameters."""
-    block = gradient_block(program)
-    count = len(jax.tree.leaves(program.parameters())) * (1 + needs_reference(program.stage))
-    return block, set(block.inputs[1 : 1 + count])  # the first is the number of the step
 
 
 def _update(program: Program, analysis: Analysis) -> Usage:

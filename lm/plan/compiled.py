@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import importlib.util
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,6 +36,14 @@ ENVIRONMENT = {
 INSTALL = "pip install 'lm[plan]'"
 
 
+class OutOfMemory(Exception):
+    """The compiler found that a step does not fit: the bytes that it needs, and its words."""
+
+    def __init__(self, needed: int, words: str):
+        super().__init__(words)
+        self.needed = needed
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a step; bytes and seconds of one device."""
@@ -50,7 +59,8 @@ def compile_step(program: Program) -> Compiled:
     """Compile the step of a stage for its topology.
 
     Raises:
-        UserError: libtpu is not installed, or the step does not fit into a device's memory: the compiler's own words.
+        UserError: libtpu is not installed.
+        OutOfMemory: the step does not fit into a device's memory.
     """
     devices = tpu_devices(program.topology)
     mesh = make_mesh(program.mesh, devices)
@@ -62,9 +72,7 @@ def compile_step(program: Program) -> Compiled:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(f"{program.stage.name} does not fit: {str(error).splitlines()[0]}") from None
+            raise _out_of_memory(str(error)) or error from None
         seconds = time.monotonic() - began
         text = _text(compiled, Path(dump))
     memory = compiled.memory_analysis()
@@ -72,6 +80,15 @@ def compile_step(program: Program) -> Compiled:
     # The state is donated: what the step gives back lies where it came from, but for the metrics.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(arguments, temporary, arguments + temporary + own, seconds, text)
+
+
+def _out_of_memory(words: str) -> OutOfMemory | None:
+    """What the compiler says when a program is too large, such as `required … (480.00G) exceeds available HBM (15.75G)`."""
+    found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM", words)
+    if not found:
+        return None
+    scale = 1024 ** ("KMGT".index(found[2]) + 1)
+    return OutOfMemory(int(float(found[1]) * scale), words.splitlines()[0])
 
 
 def tpu_devices(topology: Topology) -> list[Any]:

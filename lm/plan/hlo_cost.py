@@ -8,11 +8,12 @@ the scheduled computations (entry, loop bodies times their turns, the dearest br
     sync      collectives that stop everything else: bytes on a ring over all links of the chip
     async     collectives that overlap: the same, in a queue of their own
     host      copies from and to host memory, in a queue of their own
+    network   transfers between slices over the data-centre network, in a queue of their own: an all-reduce of what is sent
     unpriced  what carries no figure: bytes over the HBM rate
 
 Copies inside the chip, gathers on SparseCore among them, run beside the rest and count as 0.
 
-`schedule_s` plays the instructions in the order of the schedule with three queues: compute, links, host. It is the figure
+`schedule_s` plays the instructions in the order of the schedule with a queue each for compute, links, host and network. It is the figure
 to compare, between modules of the same compiler and chip. `bound_s` is the busiest queue alone: perfect overlap.
 """
 
@@ -26,7 +27,16 @@ from dataclasses import dataclass, field
 from lm.plan.chips import Chip
 from lm.plan.hlo_loops import trip_count
 from lm.plan.hlo_text import Instruction, Module
-from lm.plan.hlo_work import Work, collective_kind, group_size, host_bytes, payload, wire_seconds
+from lm.plan.hlo_work import (
+    RING,
+    Work,
+    collective_kind,
+    group_size,
+    host_bytes,
+    payload,
+    rendezvous,
+    wire_seconds,
+)
 from lm.plan.kernels import KERNEL_EFFICIENCY
 
 HOST_RATE = 16e9  # bytes/s between a device and its host's memory
@@ -67,6 +77,7 @@ class Cost:
     sync_s: float
     async_s: float
     host_s: float
+    network_s: float
     schedule_s: float
     product_flops: float
     kernel_flops: float
@@ -86,16 +97,17 @@ class Cost:
 
     @property
     def bound_s(self) -> float:
-        return max(self.device_s, self.sync_s + self.async_s, self.host_s)
+        return max(self.device_s, self.sync_s + self.async_s, self.host_s, self.network_s)
 
 
 @dataclass
 class _Clock:
-    """Three queues, and when each transfer under way arrives; seconds from the start of a computation."""
+    """The queues, and when each transfer under way arrives; seconds from the start of a computation."""
 
     now: float = 0.0
     links: float = 0.0
     host: float = 0.0
+    network: float = 0.0
     flight: dict[str, float] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)
 
@@ -109,16 +121,16 @@ class _Clock:
         self.now = max(self.now, self.flight.pop(name or "", 0.0))
 
 
-def estimate(module: Module, chip: Chip) -> Cost:
+def estimate(module: Module, chip: Chip, slices: int = 1) -> Cost:
     """What one execution of the module costs on a device of this kind."""
-    return _Estimate(module, chip).cost()
+    return _Estimate(module, chip, slices).cost()
 
 
 class _Estimate:
     """One walk over a module. `times` is how often a computation runs in a step; 0 is a look that books nothing."""
 
-    def __init__(self, module: Module, chip: Chip):
-        self.module, self.chip, self.work = module, chip, Work(module)
+    def __init__(self, module: Module, chip: Chip, slices: int):
+        self.module, self.chip, self.slices, self.work = module, chip, slices, Work(module)
         self.seconds: dict[str, float] = defaultdict(float)
         self.product_flops = self.kernel_flops = 0.0
         self.kernels: Counter[str] = Counter()
@@ -137,7 +149,8 @@ class _Estimate:
         s = self.seconds
         return Cost(
             compute_s=s["compute"], product_s=s["product"], kernel_s=s["kernel"], unpriced_s=s["unpriced"],
-            sync_s=s["sync"], async_s=s["async"], host_s=s["host"], schedule_s=schedule_s,
+            sync_s=s["sync"], async_s=s["async"], host_s=s["host"], network_s=s["network"],
+            schedule_s=schedule_s,
             product_flops=self.product_flops, kernel_flops=self.kernel_flops, kernels=dict(self.kernels),
             unpriced_kernels=tuple(sorted(self.unpriced_kernels)),
             collectives=tuple(
@@ -182,7 +195,9 @@ class _Estimate:
         inside = self.work.inside(called) if called else None
         flops = inside.flops if inside else self.work.product_flops(i, computation)
         self.product_flops += flops * times
-        if i.op.endswith("-done"):
+        if between := rendezvous(self.module, i, computation):
+            self._between_slices(clock, i, between, times)
+        elif i.op.endswith("-done"):
             clock.wait(self._started_by(i, computation))
         elif i.op.endswith("-update"):
             return
@@ -250,6 +265,15 @@ class _Estimate:
             else:
                 clock.now = arrival
         return i.cycles is None
+
+    def _between_slices(self, clock: _Clock, i: Instruction, name: str, times: int) -> None:
+        """A transfer begins with `send`; what it brings is there at `recv-done`."""
+        if i.op == "send":
+            seconds = i.bytes * RING["all-reduce"](self.slices) / self.chip.network
+            self.seconds["network"] += seconds * times
+            clock.flight[name] = clock.send("network", seconds)
+        elif i.op == "recv-done":
+            clock.wait(name)
 
     def _custom_call(self, clock: _Clock, i: Instruction, computation: str, times: int) -> None:
         if i.target == "tpu_custom_call":

@@ -156,3 +156,14 @@ def host_bytes(module: Module, instruction: Instruction, computation: str) -> fl
         return None
     sizes = [sum(array_bytes(shape)) for shape in near] + array_bytes(instruction.shape)
     return min([size for size in sizes if size > 4096] or [0.0])
+
+
+def rendezvous(module: Module, instruction: Instruction, computation: str) -> str | None:
+    """The name of the transfer between slices that a `send`, a `recv` or what waits for one belongs to; else None."""
+    if instruction.op not in ("send", "recv", "send-done", "recv-done"):
+        return None
+    for near in (instruction, *module.operands(instruction, computation)):
+        found = re.search(r'rendezvous="([^"]*)"', near.attributes)
+        if found and "megascale" in near.attributes:
+            return found[1]
+    return None

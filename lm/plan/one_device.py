@@ -8,6 +8,7 @@ such a parameter is gathered before it is used.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from lm.experiment import Model, Stage
 from lm.model.transformer import Transformer
 from lm.parallel.rules import RULES, ways
 from lm.plan.program import Program, abstract_batch
-from lm.plan.trace import Block, block_of
+from lm.plan.trace import Block, Value, block_of
 from lm.steps import STEPS, needs_reference
 from lm.types import TrainState
 
@@ -43,18 +45,24 @@ def local_batch(program: Program) -> tuple[int, int]:
     return program.rows // ways("batch", program.sizes), program.stage.seq_len // ways("length", program.sizes)
 
 
-def gradient_block(program: Program) -> Block:
-    """The step of one device, but for the optimizer: the gradient of its rows is what comes out.
+def gradient_block(program: Program) -> tuple[Block, set[Value]]:
+    """The step of one device, but for the optimizer: the gradient of its rows; and those of its inputs that are parameters."""
+    local, (rows, tokens) = one_device(program), local_batch(program)
+    return _gradient_block(local.stage, local.model, local.vocab_size, rows, tokens, lone_mesh(program))
 
-    The inputs are the parameters, then the frozen ones, then the batch.
-    """
-    local = one_device(program)
-    params = local.parameters()
-    frozen = {"reference": params} if needs_reference(program.stage) else {}
+
+@functools.lru_cache(maxsize=64)
+def _gradient_block(
+    stage: Stage, model: Model, vocab_size: int, rows: int, tokens: int, mesh: AbstractMesh
+) -> tuple[Block, set[Value]]:
+    params = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
+    frozen = {"reference": params} if needs_reference(stage) else {}
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optax.EmptyState(), frozen)
-    step = STEPS[type(program.stage.objective)](program.stage, optax.identity())
-    with jax.sharding.use_abstract_mesh(lone_mesh(program)):
-        return block_of(jax.make_jaxpr(step)(state, abstract_batch(program.stage, *local_batch(program))))
+    step = STEPS[type(stage.objective)](stage, optax.identity())
+    with jax.sharding.use_abstract_mesh(mesh):
+        block = block_of(jax.make_jaxpr(step)(state, abstract_batch(stage, rows, tokens)))
+    count = len(jax.tree.leaves((params, frozen)))
+    return block, set(block.inputs[1 : 1 + count])  # the first is the number of the step
 
 
 def lone_mesh(program: Program) -> AbstractMesh:

@@ -49,15 +49,9 @@ def _parameters(program: Program) -> list[Traffic]:
     Both in the compute dtype, once a microbatch. A device sums whole gradients over the axes that its parameters lie in
     parts on (the compiler makes an all-reduce of it and keeps a part), and over the others only its part.
     """
-    itemsize = jnp.dtype(program.model.compute_dtype).itemsize
     pieces = program.stage.microbatches
     readers = 2 + needs_reference(program.stage)
-    whole: dict[tuple[str, ...], float] = {}
-    leaves = jax.tree.leaves(one_device(program).parameters(), is_leaf=lambda x: isinstance(x, nnx.Variable))
-    for leaf in leaves:
-        stored = (axis for name in leaf.get_metadata("out_sharding") if name not in SPLIT for axis in RULES[name])
-        axes = tuple(axis for axis in stored if program.sizes[axis] > 1)
-        whole[axes] = whole.get(axes, 0.0) + leaf.get_value().size * itemsize
+    whole = _whole_parameters(program)
     rows = tuple(dict.fromkeys((*RULES["batch"], *RULES["length"])))
     found = []
     for axes, size in whole.items():
@@ -68,6 +62,23 @@ def _parameters(program: Program) -> list[Traffic]:
         found.append(_one(program, "gradients", others, "all-reduce", part * pieces))
         found.append(_one(program, "gradients", (NETWORK,), "all-reduce", part * pieces))
     return found
+
+
+def gather_seconds(program: Program) -> float:
+    """Of gathering every parameter once."""
+    return sum(_one(program, "", axes, "all-gather", size).seconds for axes, size in _whole_parameters(program).items())
+
+
+def _whole_parameters(program: Program) -> dict[tuple[str, ...], float]:
+    """Axes that parameters lie in parts on -> bytes of all of them in the compute dtype, as one device uses them."""
+    itemsize = jnp.dtype(program.model.compute_dtype).itemsize
+    whole: dict[tuple[str, ...], float] = {}
+    leaves = jax.tree.leaves(one_device(program).parameters(), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    for leaf in leaves:
+        stored = (axis for name in leaf.get_metadata("out_sharding") if name not in SPLIT for axis in RULES[name])
+        axes = tuple(axis for axis in stored if program.sizes[axis] > 1)
+        whole[axes] = whole.get(axes, 0.0) + leaf.get_value().size * itemsize
+    return whole
 
 
 def _activations(program: Program) -> list[Traffic]:

@@ -38,6 +38,7 @@ class Usage:
     compute_s: float = 0.0  # products and kernels
     seconds: float = 0.0  # each operation at the slower of its two rates, one after another
     kernels: set[str] = field(default_factory=set)  # those whose FLOPs are not known
+    turns: list[Usage] = field(default_factory=list)  # one turn of each loop, in their order
 
     def add(self, other: Usage, times: int) -> None:
         """Count what happens in `times` turns of a loop; the peak is the caller's."""
@@ -179,13 +180,15 @@ class _Run:
     def _count(self, op: Op, inner: Usage | None, gathered: int) -> None:
         if inner is not None:
             self.result.add(inner, op.turns)
+            self.result.turns.append(inner)
             return
         flops, kernel = product_flops(op), kernel_flops(op)
         if self.split:
             flops /= max(map(self.of.count, op.outputs))
         if op.name == "pallas_call" and not kernel:
             self.result.kernels.add(str(op.params.get("name")))
-        moved = sum(self._read(op)) + sum(self._bytes(value, whole=True) for value in op.outputs) + gathered
+        # What is gathered is written once and read once.
+        moved = sum(self._read(op)) + sum(self._bytes(value, whole=True) for value in op.outputs) + 2 * gathered
         peak = self.of.chip.peak
         busy = flops / (peak * PRODUCT_EFFICIENCY) + kernel / (peak * KERNEL_EFFICIENCY)
         self.result.product_flops += flops
@@ -199,7 +202,8 @@ class _Run:
         if op.name == "gather":
             yield from (min(value.bytes, op.outputs[0].bytes) for value in op.inputs)
             return
-        read = {root: value for value in op.inputs for root in self.roots.get(value, ())}
+        here = (value for value in op.inputs if self.split or value not in self.parameters or self.of.count(value) == 1)
+        read = {root: value for value in here for root in self.roots.get(value, ())}
         for root, value in read.items():
             size = min(root.bytes, value.size * root.itemsize) if root in self.own else root.bytes
             yield size / self.of.count(root) if self.split else size

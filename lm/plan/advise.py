@@ -1,0 +1,143 @@
+"""The largest batch that fits, and what would make a stage fit that does not: changes that are tried, not rules of thumb."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lm.experiment import Experiment, Stage, UserError, override, rows_per_update
+from lm.model.transformer import REMAT
+from lm.parallel.rules import ways
+from lm.plan.chips import CHIPS, Topology, parse_topology
+from lm.plan.plan import Plan, by_arithmetic
+from lm.plan.program import resolve
+
+MOST_ROWS = 4096  # of a device; nobody trains with more
+TRIES = 12
+
+
+@dataclass(frozen=True)
+class Change:
+    """Words of the command line, and the plan that they lead to."""
+
+    words: tuple[str, ...]
+    plan: Plan
+    rank: int  # 0: the same training on the same devices; 1: more devices; 2: a smaller batch
+
+
+def plan_stage(experiment: Experiment, name: str, topology: Topology) -> Plan:
+    """The plan of a stage by arithmetic.
+
+    Raises:
+        UserError: the mesh does not fit the topology, the model or the batch.
+    """
+    return by_arithmetic(resolve(experiment, stage_of(experiment, name), topology))
+
+
+def stage_of(experiment: Experiment, name: str) -> Stage:
+    return next(stage for stage in experiment.stages if stage.name == name)
+
+
+def largest_batch(plan: Plan, experiment: Experiment) -> int | None:
+    """The largest `batch_size` that fits with everything else as it is; None where not even the smallest does."""
+    program = plan.program
+    unit = _batch_unit(program.stage, ways("batch", program.sizes))
+    rows = rows_per_update(dataclasses.replace(program.stage, batch_size=unit)) // ways("batch", program.sizes)
+    most = max(1, MOST_ROWS // rows)
+
+    def used(count: int) -> int:
+        return plan_stage(_with_batch(experiment, program.stage, unit * count), program.stage.name, program.topology).bytes
+
+    low, high = used(1), used(2)
+    if low > plan.limit:
+        return None
+    # Memory grows in proportion, nearly: guess, and go on from there.
+    count = min(most, 1 + int((plan.limit - low) / max(1, high - low)))
+    for _ in range(TRIES):
+        if count > 1 and used(count) > plan.limit:
+            count -= max(1, math.ceil(0.02 * count))
+        elif count < most and used(count + 1) <= plan.limit:
+            count += 1
+        else:
+            break
+    return unit * max(1, count)
+
+
+def _batch_unit(stage: Stage, devices: int) -> int:
+    """The smallest batch size of which every device gets as many whole rows in every microbatch."""
+    for size in itertools.count(1):
+        one = dataclasses.replace(stage, batch_size=size)
+        if rows_per_update(one) and rows_per_update(one) % (devices * stage.microbatches) == 0:
+            return size
+    raise AssertionError
+
+
+def _with_batch(experiment: Experiment, stage: Stage, size: int) -> Experiment:
+    return override(experiment, [f"--{stage.name}.batch_size", str(size)])
+
+
+def ways_to_fit(plan: Plan, experiment: Experiment) -> list[Change]:
+    """Changes that make the stage fit, best first: single ones, and pairs where fewer than three of these do.
+
+    Ranked by what they cost: first what leaves the training as it is, by speed; then more devices; then a smaller batch.
+    """
+    single = list(_single(plan))
+    found = list(_tried(plan, experiment, single))
+    if len(found) < 3:
+        pairs = [(*a, *b) for a, b in itertools.combinations(single, 2) if not set(a[::2]) & set(b[::2])]
+        found += _tried(plan, experiment, pairs)
+    found += _larger(plan, experiment)
+    largest = largest_batch(plan, experiment)
+    if largest:
+        words = (f"--{plan.program.stage.name}.batch_size", str(largest))
+        smaller = plan_stage(override(experiment, list(words)), plan.program.stage.name, plan.program.topology)
+        found.append(Change(words, smaller, 2))
+    return sorted(found, key=lambda change: (change.rank, len(change.words), -change.plan.tokens_per_s))
+
+
+def _single(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """Overrides that save memory and leave the result as it is."""
+    program = plan.program
+    name, sizes = program.stage.name, program.sizes
+    yield from (("--model.remat", policy) for policy in REMAT if policy != program.model.remat)
+    rows = program.rows // ways("batch", sizes)
+    pieces = (2**power for power in range(1, 13))
+    yield from (
+        (f"--{name}.microbatches", str(n)) for n in pieces if n > program.stage.microbatches and rows % n == 0
+    )
+    if sizes["data"] > 1:
+        yield ("--mesh.data", "1", "--mesh.fsdp", "-1")
+    for axis in ("tensor", "context"):
+        for size in (2, 4, 8):
+            if size > sizes[axis]:
+                yield (f"--mesh.{axis}", str(size), "--mesh.data", "1", "--mesh.fsdp", "-1")
+
+
+def _tried(plan: Plan, experiment: Experiment, changes: list[tuple[str, ...]]) -> Iterator[Change]:
+    """Those that fit."""
+    for words in changes:
+        try:
+            changed = plan_stage(override(experiment, list(words)), plan.program.stage.name, plan.program.topology)
+        except UserError:  # it does not divide the heads, the rows, …: no way out
+            continue
+        if changed.fits:
+            yield Change(words, changed, 0)
+
+
+def _larger(plan: Plan, experiment: Experiment) -> Iterator[Change]:
+    """The next larger slice of the same chip on which the stage fits."""
+    topology = plan.program.topology
+    for shape in CHIPS[topology.chip_name].topologies:
+        larger = parse_topology(f"{topology.chip_name}:{shape}", topology.slices)
+        if larger.devices <= topology.devices:
+            continue
+        try:
+            changed = plan_stage(experiment, plan.program.stage.name, larger)
+        except UserError:  # its devices do not divide the batch
+            continue
+        if changed.fits:
+            yield Change(("--topology", larger.name), changed, 1)
+            return
