@@ -9,7 +9,7 @@ import lm
 
 ROOT = Path(lm.__file__).parent
 FLOORS = (
-    "cli", "web", "train", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer", "model", "parallel",
+    "cli", "web", "plan", "train", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer", "model", "parallel",
     "types", "experiment",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

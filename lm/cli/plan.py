@@ -16,13 +16,9 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lm.cli.arguments import EXPERIMENT_HELP, at_least, check_stage, resolve
 from lm.experiment import UserError
-
-if TYPE_CHECKING:
-    from lm.plan.plan import Plan
 
 TAKES_OVERRIDES = True
 EXIT_DOES_NOT_FIT = 1
@@ -33,9 +29,15 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # nothing runs on a device, and none is 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lm plan EXPERIMENT --topology CHIP:SHAPE [options] [--a.b.c VALUE ...]"
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
-    parser.add_argument("--topology", metavar="CHIP:SHAPE", required=True, help="one slice, such as v5e:4x4 or v5p:2x4x4")
     parser.add_argument(
-        "--slices", metavar="N", type=at_least(1), default=1, help="slices joined by the data-centre network (%(default)s)"
+        "--topology", metavar="CHIP:SHAPE", required=True, help="one slice, such as v5e:4x4 or v5p:2x4x4"
+    )
+    parser.add_argument(
+        "--slices",
+        metavar="N",
+        type=at_least(1),
+        default=1,
+        help="slices joined by the data-centre network (%(default)s)",
     )
     parser.add_argument("--stage", metavar="NAME", help="this stage; else the one that needs the most memory")
     parser.add_argument("--compile", action="store_true", help="ask the TPU compiler: minutes, memory to the byte")
@@ -51,9 +53,11 @@ def call(arguments: argparse.Namespace) -> int:
         raise UserError("--hlo saves what the compiler makes: it needs --compile")
     os.environ.update(ENVIRONMENT)
 
-    from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
+    from lm.plan.advise import largest_batch, plan_stage, ways_to_fit, with_mesh
     from lm.plan.chips import parse_topology
+    from lm.plan.plan import by_compiler
     from lm.plan.search import layouts
+    from lm.plan.show import advice, layout, overview, show
 
     topology = parse_topology(arguments.topology, arguments.slices)
     names = [arguments.stage] if arguments.stage else [stage.name for stage in experiment.stages]
@@ -64,8 +68,24 @@ def call(arguments: argparse.Namespace) -> int:
         plan = found[0]
         experiment = with_mesh(experiment, plan)
     if arguments.compile:
-        plan = compiled(plan, arguments.hlo)
-    result = plan.to_json()
-    result["largest_batch_size"] = largest_batch(plan, experiment)
-    ...
+        plan = by_compiler(plan, arguments.hlo)
+    largest = largest_batch(plan, experiment)
+    changes = [] if plan.fits else ways_to_fit(plan, experiment)
+    if arguments.json:
+        stages = [{"stage": p.program.stage.name, "fits": p.fits, "hbm_bytes_per_device": p.bytes} for p in plans]
+        extra = {
+            "largest_batch_size": largest,
+            "stages": stages,
+            "layouts": [{"mesh": p.program.sizes, "fits": p.fits, "step_ms": 1e3 * p.step_s} for p in found],
+            "advice": [" ".join(change.words) for change in changes],
+        }
+        print(json.dumps(plan.to_json() | extra, indent=1))
+    else:
+        if len(plans) > 1:
+            print(overview(plans, "stage", names) + "\n")
+        if found:
+            print(overview(found[:SHOWN], "layout", map(layout, found)) + "\n")
+        print(show(plan, largest))
+        if not plan.fits:
+            print("\n" + advice(changes, SHOWN // 4))
     return 0 if plan.fits else EXIT_DOES_NOT_FIT

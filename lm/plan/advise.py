@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,8 @@ from lm.plan.plan import Plan, by_arithmetic
 from lm.plan.program import resolve
 
 MOST_ROWS = 4096  # of a device; nobody trains with more
-TRIES = 12
+TRIES = 6
+CLOSE = 50  # one part in so many is near enough
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ def plan_stage(experiment: Experiment, name: str, topology: Topology) -> Plan:
     return by_arithmetic(resolve(experiment, stage_of(experiment, name), topology))
 
 
+def with_mesh(experiment: Experiment, plan: Plan) -> Experiment:
+    """The experiment with the layout of a plan."""
+    return dataclasses.replace(experiment, mesh=plan.program.mesh)
+
+
 def stage_of(experiment: Experiment, name: str) -> Stage:
     return next(stage for stage in experiment.stages if stage.name == name)
 
@@ -49,21 +54,25 @@ def largest_batch(plan: Plan, experiment: Experiment) -> int | None:
     most = max(1, MOST_ROWS // rows)
 
     def used(count: int) -> int:
-        return plan_stage(_with_batch(experiment, program.stage, unit * count), program.stage.name, program.topology).bytes
+        return plan_stage(
+            _with_batch(experiment, program.stage, unit * count), program.stage.name, program.topology
+        ).bytes
 
-    low, high = used(1), used(2)
-    if low > plan.limit:
+    low, high, memory = 1, most + 1, {1: used(1), 2: used(2)}
+    if memory[1] > plan.limit:
         return None
-    # Memory grows in proportion, nearly: guess, and go on from there.
-    count = min(most, 1 + int((plan.limit - low) / max(1, high - low)))
+    # Memory grows in proportion, nearly: the line through two known points says where to look next.
     for _ in range(TRIES):
-        if count > 1 and used(count) > plan.limit:
-            count -= max(1, math.ceil(0.02 * count))
-        elif count < most and used(count + 1) <= plan.limit:
-            count += 1
-        else:
+        (a, at_a), (b, at_b) = sorted(memory.items())[-2:]
+        guess = a + int((plan.limit - at_a) * (b - a) / max(1, at_b - at_a))
+        guess = min(max(guess, low + 1), high - 1)
+        if guess <= low:
             break
-    return unit * max(1, count)
+        memory[guess] = used(guess)
+        low, high = (guess, high) if memory[guess] <= plan.limit else (low, guess)
+        if (high - low) * CLOSE <= low:
+            break
+    return unit * low
 
 
 def _batch_unit(stage: Stage, devices: int) -> int:
@@ -105,9 +114,7 @@ def _single(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield from (("--model.remat", policy) for policy in REMAT if policy != program.model.remat)
     rows = program.rows // ways("batch", sizes)
     pieces = (2**power for power in range(1, 13))
-    yield from (
-        (f"--{name}.microbatches", str(n)) for n in pieces if n > program.stage.microbatches and rows % n == 0
-    )
+    yield from ((f"--{name}.microbatches", str(n)) for n in pieces if n > program.stage.microbatches and rows % n == 0)
     if sizes["data"] > 1:
         yield ("--mesh.data", "1", "--mesh.fsdp", "-1")
     for axis in ("tensor", "context"):

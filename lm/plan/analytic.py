@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import jax
 
 from lm.model.flops import update_flops_per_token
-from lm.plan.one_device import gradient_block, local_batch, one_device, parameter_bytes, parts
+from lm.plan.one_device import analysis_of, gradient_block, parameter_bytes, update_block
 from lm.plan.program import Program
-from lm.plan.trace import block_of
 from lm.plan.traffic import NETWORK, Traffic, traffic
-from lm.plan.usage import Analysis, Usage
+from lm.plan.usage import Usage
 from lm.steps import needs_reference
 
 
@@ -61,15 +60,14 @@ class Estimate:
 def estimate(program: Program) -> Estimate:
     """Memory and time of a stage's update."""
     state = program.state()
-    analysis = Analysis(program.topology.chip, parts(program), one_device(program).vocab_size)
+    analysis = analysis_of(program)
     gradient = analysis.usage(*gradient_block(program))
-    update = _update(program, analysis)
-    rows, tokens = local_batch(program)
+    update = analysis.in_parts(update_block(program))
     memory = Memory(
         parameters=parameter_bytes(state.params, program),
         optimizer=parameter_bytes(state.opt_state, program),
         reference=parameter_bytes(state.frozen, program),
-        batch=sum(x.dtype.itemsize for x in jax.tree.leaves(program.batch())) * rows * tokens,
+        batch=round(sum(x.dtype.itemsize for x in jax.tree.leaves(program.batch())) * program.tokens_per_device),
         **_peak(gradient, update),
     )
     wires = traffic(program)
@@ -98,15 +96,6 @@ def model_flops(program: Program) -> float:
         program.model, program.vocab_size, program.stage.seq_len, needs_reference(program.stage)
     )
     return per_token * program.tokens_per_device
-
-
-def _update(program: Program, analysis: Analysis) -> Usage:
-    """The optimizer's part of the step, on parameters as they lie: in parts."""
-    params = one_device(program).parameters()
-    optimizer = program.optimizer
-    state = jax.eval_shape(optimizer.init, params)
-    block = block_of(jax.make_jaxpr(optimizer.update)(params, state, params))
-    return analysis.in_parts(block)
 
 
 def _peak(gradient: Usage, update: Usage) -> dict[str, int]:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Compiled:
     temporary_bytes: int
     peak_bytes: int
     seconds: float  # that tracing, lowering and compiling took
+    compiler: str  # and its version: estimates of two versions do not compare
     text: str
 
 
@@ -79,7 +81,7 @@ def compile_step(program: Program) -> Compiled:
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     # The state is donated: what the step gives back lies where it came from, but for the metrics.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(arguments, temporary, arguments + temporary + own, seconds, text)
+    return Compiled(arguments, temporary, arguments + temporary + own, seconds, f"libtpu {version('libtpu')}", text)
 
 
 def _out_of_memory(words: str) -> OutOfMemory | None:

@@ -41,7 +41,8 @@ def _compared(module: Module, loop: Instruction) -> tuple[Instruction, Instructi
     """Both sides of the comparison that the condition ends with, also where it is wrapped in a fusion, and its direction."""
     condition = module.computations[loop.attribute("condition") or ""]
     root = _root(condition)
-    inside, outer = condition, ()
+    inside = condition
+    outer: tuple[str, ...] = ()
     if root.op == "fusion":
         inside, outer = module.computations[root.attribute("calls") or ""], root.operands
     compare = next((i for i in inside.values() if i.op == "compare"), None) if outer else root

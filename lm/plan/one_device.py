@@ -1,8 +1,8 @@
 """One device's share of a program: the same step, traced with its own rows, heads and hidden units.
 
-An axis of the mesh splits either what a device computes (rows, tokens, heads, hidden units, the vocabulary) or only where
+An axis of the mesh splits either what a device computes (rows, heads, hidden units, the vocabulary) or only where
 parameters lie between uses. The first kind divides the shapes that are traced here; the second kind is left whole, because
-such a parameter is gathered before it is used.
+such a parameter is gathered before it is used. Tokens of a row are left whole as well, since attention reads them all.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lm.experiment import Model, Stage
+from lm.experiment import Model, Optimizer, Stage
 from lm.model.transformer import Transformer
+from lm.optimizer import make_optimizer
 from lm.parallel.rules import RULES, ways
 from lm.plan.program import Program, abstract_batch
 from lm.plan.trace import Block, Value, block_of
+from lm.plan.usage import Analysis
 from lm.steps import STEPS, needs_reference
 from lm.types import TrainState
 
@@ -36,13 +38,21 @@ def one_device(program: Program) -> Program:
         num_heads=model.num_heads // ways("heads", sizes),
         num_kv_heads=model.num_kv_heads // ways("kv_heads", sizes),
         mlp_dim=model.mlp_dim // ways("mlp", sizes),
+        scan_unroll=1,  # saves and computes the same, and is traced sooner
     )
     return dataclasses.replace(program, model=local, vocab_size=program.vocab_size // ways("vocab", sizes))
 
 
 def local_batch(program: Program) -> tuple[int, int]:
-    """Rows and tokens a row of one device's share of an update."""
-    return program.rows // ways("batch", program.sizes), program.stage.seq_len // ways("length", program.sizes)
+    """Rows of an update that one device works on, alone or with others, and tokens of a whole row."""
+    return program.rows // ways("batch", program.sizes), program.stage.seq_len
+
+
+def analysis_of(program: Program) -> Analysis:
+    """How blocks of this program are analysed."""
+    return Analysis(
+        program.topology.chip, parts(program), one_device(program).vocab_size, ways("length", program.sizes)
+    )
 
 
 def gradient_block(program: Program) -> tuple[Block, set[Value]]:
@@ -57,12 +67,25 @@ def _gradient_block(
 ) -> tuple[Block, set[Value]]:
     params = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
     frozen = {"reference": params} if needs_reference(stage) else {}
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optax.EmptyState(), frozen)
+    state = TrainState(jax.eval_shape(lambda: jnp.int32(0)), params, optax.EmptyState(), frozen)
     step = STEPS[type(stage.objective)](stage, optax.identity())
     with jax.sharding.use_abstract_mesh(mesh):
         block = block_of(jax.make_jaxpr(step)(state, abstract_batch(stage, rows, tokens)))
     count = len(jax.tree.leaves((params, frozen)))
     return block, set(block.inputs[1 : 1 + count])  # the first is the number of the step
+
+
+def update_block(program: Program) -> Block:
+    """What the optimizer does with (gradients, its state, parameters)."""
+    local = one_device(program)
+    return _update_block(local.stage.optimizer, local.model, local.vocab_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _update_block(config: Optimizer, model: Model, vocab_size: int) -> Block:
+    params = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
+    optimizer = make_optimizer(config, 1)
+    return block_of(jax.make_jaxpr(optimizer.update)(params, jax.eval_shape(optimizer.init, params), params))
 
 
 def lone_mesh(program: Program) -> AbstractMesh:

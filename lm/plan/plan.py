@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lm.plan import analytic
 from lm.plan.analytic import Memory, model_flops
-from lm.plan.compiled import Compiled
-from lm.plan.hlo_cost import Cost
+from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
+from lm.plan.hlo_cost import Cost, estimate
+from lm.plan.hlo_text import parse
 from lm.plan.kernels import KERNEL_EFFICIENCY
 from lm.plan.program import Program
 from lm.plan.sampling import Sampling, sampling
@@ -37,6 +40,7 @@ class Plan:
     collectives: list[dict[str, Any]]
     sampling: Sampling | None
     notes: tuple[str, ...]
+    compiler: str = ""
 
     @property
     def bytes(self) -> int:
@@ -79,6 +83,7 @@ class Plan:
             "mfu": self.mfu,
             "tokens_per_s_per_device": self.tokens_per_s,
             "compile_s": self.compile_s,
+            "compiler": self.compiler,
             "model_flops_per_device": model_flops(program),
             "memory_bytes": asdict(self.memory),
             "time_ms": {name: 1e3 * seconds for name, seconds in self.parts_s.items()},
@@ -106,7 +111,14 @@ def by_arithmetic(program: Program) -> Plan:
         memory=found.memory,
         parts_s={"compute": found.compute_s, "memory": found.memory_s, "network": found.network_s},
         collectives=[
-            {"what": x.what, "axes": list(x.axes), "kind": x.kind, "devices": x.devices, "bytes": x.bytes, "ms": 1e3 * x.seconds}
+            {
+                "what": x.what,
+                "axes": list(x.axes),
+                "kind": x.kind,
+                "devices": x.devices,
+                "bytes": x.bytes,
+                "ms": 1e3 * x.seconds,
+            }
             for x in found.traffic
         ],
         sampling=sampling(program),
@@ -114,8 +126,31 @@ def by_arithmetic(program: Program) -> Plan:
     )
 
 
-def by_compiler(arithmetic: Plan, compiled: Compiled, cost: Cost) -> Plan:
-    """The same plan with the compiler's memory and the estimate of its module's time."""
+def by_compiler(arithmetic: Plan, hlo: Path | None = None) -> Plan:
+    """The same plan by the compiler: its memory, and the time that its module is estimated to take.
+
+    Where the step does not fit there is no module: the time is the arithmetic's.
+
+    Args:
+        hlo: where to save the compiled text.
+    Raises:
+        UserError: there is no compiler here, or no folder for the text.
+    """
+    program = arithmetic.program
+    try:
+        compiled = compile_step(program)
+    except OutOfMemory as error:
+        # The words tell of temporaries alone; the arguments stand beside them.
+        needed = error.needed + arithmetic.memory.state + arithmetic.memory.batch
+        notes = (str(error), "the compiler gave no program: the time is by arithmetic")
+        return dataclasses.replace(arithmetic, source="compiled", update_bytes=needed, notes=notes)
+    if hlo:
+        save_text(compiled.text, hlo)
+    cost = estimate(parse(compiled.text), program.topology.chip, program.topology.slices)
+    return _compiled(arithmetic, compiled, cost)
+
+
+def _compiled(arithmetic: Plan, compiled: Compiled, cost: Cost) -> Plan:
     topology = arithmetic.program.topology
     notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
     notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []
@@ -138,13 +173,22 @@ def by_compiler(arithmetic: Plan, compiled: Compiled, cost: Cost) -> Plan:
             "collectives exposed": cost.sync_s,
             "collectives beside": cost.async_s,
             "host": cost.host_s,
+            "between slices": cost.network_s,
         },
         collectives=[
-            {"kind": x.kind, "beside": x.overlaps, "devices": x.devices, "count": x.count, "bytes": x.bytes, "ms": 1e3 * x.seconds}
+            {
+                "kind": x.kind,
+                "beside": x.overlaps,
+                "devices": x.devices,
+                "count": x.count,
+                "bytes": x.bytes,
+                "ms": 1e3 * x.seconds,
+            }
             for x in cost.collectives
         ],
         sampling=arithmetic.sampling,
         notes=tuple(notes),
+        compiler=compiled.compiler,
     )
 
 

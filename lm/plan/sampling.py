@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -10,11 +11,10 @@ import jax.numpy as jnp
 
 from lm.experiment import GRPO
 from lm.parallel.rules import ways
-from lm.plan.one_device import lone_mesh, one_device, parts
+from lm.plan.one_device import analysis_of, lone_mesh, one_device
 from lm.plan.program import Program
 from lm.plan.trace import block_of
 from lm.plan.traffic import gather_seconds
-from lm.plan.usage import Analysis
 from lm.rollout.sampler import generate
 
 
@@ -57,12 +57,16 @@ def sampling(program: Program) -> Sampling | None:
     width = program.stage.seq_len - objective.max_new_tokens
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,))]
     call = functools.partial(
-        generate.__wrapped__, temperature=objective.temperature, max_new_tokens=objective.max_new_tokens, eos_id=0, pad_id=0
+        generate,
+        temperature=objective.temperature,
+        max_new_tokens=objective.max_new_tokens,
+        eos_id=0,
+        pad_id=0,
     )
     with jax.sharding.use_abstract_mesh(lone_mesh(program)):
         block = block_of(jax.make_jaxpr(call)(params, *prompts, jax.eval_shape(lambda: jax.random.key(0))))
         cache = jax.eval_shape(lambda: params.empty_cache(rows, program.stage.seq_len))
-    analysis = Analysis(program.topology.chip, parts(program), local.vocab_size)
+    analysis = dataclasses.replace(analysis_of(program), ways=1)  # tokens come one by one: nothing to split
     whole = analysis.usage(block, set(block.inputs[: len(jax.tree.leaves(params))]))
     turn = whole.turns[-1]  # the loop over new tokens, counted as one turn
     return Sampling(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.parallel.rules import RULES
+from lm.parallel.rules import RULES, ways
 from lm.plan.hlo_work import RING
 from lm.plan.one_device import SPLIT, local_batch, one_device
 from lm.plan.program import Program
@@ -87,11 +87,11 @@ def _activations(program: Program) -> list[Traffic]:
     itemsize = jnp.dtype(model.compute_dtype).itemsize
     reference = needs_reference(program.stage)
     recomputed = program.model.remat != "none"
-    residual = rows * tokens * model.embed_dim * itemsize
+    residual = rows * tokens * model.embed_dim * itemsize / ways("length", program.sizes)
     # Two sums forward and two backward; of what is computed again the last is not needed.
     sums = model.num_layers * (4 + recomputed + 2 * reference)
     split = RULES["heads"]
-    keys = 2 * rows * tokens * model.num_kv_heads * model.head_dim * itemsize * program.sizes["context"]
+    keys = 2 * rows * tokens * model.num_kv_heads * model.head_dim * itemsize
     gathers = model.num_layers * (1 + recomputed + reference)
     return [
         _one(program, "activations", split, "all-reduce", residual * sums),

@@ -5,6 +5,8 @@ everything else is elementwise or moves data, is fused into whoever reads it, an
 What a loop gives back is kept for all its turns: that is where the activations saved for the backward pass are seen,
 whatever the rematerialisation policy. A value with the sizes of a parameter is made whole and kept in parts, as the
 parameter is; a parameter that lies in parts is gathered where it is read.
+
+Rows are traced whole. Where a mesh splits their tokens, everything but the parameters is that much smaller.
 """
 
 from __future__ import annotations
@@ -53,11 +55,18 @@ class Usage:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Usage of blocks on a chip, with a vocabulary of this size, and parameters that lie in `parts` (one_device.parts)."""
+    """Usage of blocks on a chip.
+
+    Args:
+        parts: in how many parts parameters lie, see one_device.parts.
+        vocab_size: by which logits are recognised.
+        ways: into how many parts the tokens of a row are split.
+    """
 
     chip: Chip
     parts: dict[tuple[int, ...], int]
     vocab_size: int
+    ways: int = 1
 
     def usage(self, block: Block, parameters: set[Value]) -> Usage:
         """Of one run of a block, whose inputs `parameters` are parameters or cut from them."""
@@ -67,18 +76,25 @@ class Analysis:
         """Of a block that works on parameters as they lie, such as an optimizer's update: gradients come first."""
         run = _Run(self, block, set(), split=True)
         result = run.usage()
-        ends = sum(self.kept(value) for value in (*block.inputs, *block.outputs))
+        ends = sum(self.share(value, value.bytes) for value in (*block.inputs, *block.outputs))
         result.moved += ends
         result.seconds += ends / self.chip.hbm_rate
         return result
 
     def count(self, value: Value) -> int:
-        """In how many parts it lies when it is kept."""
+        """In how many parts a parameter, or what has its sizes, lies between uses."""
         return self.parts.get(tuple(sorted(value.shape)), 1)
 
-    def kept(self, value: Value) -> int:
-        """Bytes of a value that stays for a while."""
-        return value.bytes // self.count(value)
+    def share(self, value: Value, size: float, whole: bool = False) -> float:
+        """What one device has of a value of this size; `whole`: while it is worked on."""
+        if tuple(sorted(value.shape)) in self.parts:
+            return size if whole else size / self.count(value)
+        return size / self.ways
+
+    @property
+    def kernel_share(self) -> float:
+        """Of the attention of a row, what the device with its last tokens does: it sees the most."""
+        return (2 * self.ways - 1) / self.ways**2
 
 
 class _Run:
@@ -153,8 +169,7 @@ class _Run:
         readers, itemsize = self.readers.get(value, []), value.itemsize
         if readers and value not in self.block.outputs and all(op.name == "convert_element_type" for op in readers):
             itemsize = min(itemsize, max(op.outputs[0].itemsize for op in readers))
-        size = value.size * itemsize
-        return size if whole and not self.split else size // self.of.count(value)
+        return int(self.of.share(value, value.size * itemsize, whole and not self.split))
 
     def _reused(self, op: Op, live: dict[Value, tuple[str, int]], ending: set[Value]) -> int:
         """Bytes of a loop's results that take the place of what the loop started from."""
@@ -182,9 +197,8 @@ class _Run:
             self.result.add(inner, op.turns)
             self.result.turns.append(inner)
             return
-        flops, kernel = product_flops(op), kernel_flops(op)
-        if self.split:
-            flops /= max(map(self.of.count, op.outputs))
+        flops, kernel = product_flops(op), kernel_flops(op) * self.of.kernel_share
+        flops /= max(map(self.of.count, op.outputs)) if self.split else self.of.ways
         if op.name == "pallas_call" and not kernel:
             self.result.kernels.add(str(op.params.get("name")))
         # What is gathered is written once and read once.
@@ -200,13 +214,13 @@ class _Run:
     def _read(self, op: Op) -> Iterator[float]:
         """Bytes of each array that an operation reads; of a table, or of a stack of layers, only what it takes."""
         if op.name == "gather":
-            yield from (min(value.bytes, op.outputs[0].bytes) for value in op.inputs)
+            yield from (min(value.bytes, op.outputs[0].bytes) / self.of.ways for value in op.inputs)
             return
         here = (value for value in op.inputs if self.split or value not in self.parameters or self.of.count(value) == 1)
         read = {root: value for value in here for root in self.roots.get(value, ())}
         for root, value in read.items():
             size = min(root.bytes, value.size * root.itemsize) if root in self.own else root.bytes
-            yield size / self.of.count(root) if self.split else size
+            yield self.of.share(root, size, whole=not self.split)
 
 
 def product_flops(op: Op) -> float:
