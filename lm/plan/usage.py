@@ -85,9 +85,13 @@ class Analysis:
         """In how many parts a parameter, or what has its sizes, lies between uses."""
         return self.parts.get(tuple(sorted(value.shape)), 1)
 
+    def is_parameter(self, value: Value) -> bool:
+        """Whether it has the sizes of a parameter."""
+        return tuple(sorted(value.shape)) in self.parts
+
     def share(self, value: Value, size: float, whole: bool = False) -> float:
         """What one device has of a value of this size; `whole`: while it is worked on."""
-        if tuple(sorted(value.shape)) in self.parts:
+        if self.is_parameter(value):
             return size if whole else size / self.count(value)
         return size / self.ways
 
@@ -158,7 +162,7 @@ class _Run:
         return value in self.parameters or value not in self.roots  # a constant may join in
 
     def _kind(self, op: Op, value: Value) -> str:
-        if self.of.count(value) > 1:
+        if self.of.is_parameter(value):
             return "gradients"
         if self.of.vocab_size in value.shape:
             return "logits"
