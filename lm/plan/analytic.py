@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from lm.model.flops import update_flops_per_token
+from lm.plan.kernels import HOST_RATE
 from lm.plan.one_device import analysis_of, gradient_block, parameter_bytes, update_block
 from lm.plan.program import Program
 from lm.plan.traffic import NETWORK, Traffic, traffic
@@ -22,6 +23,7 @@ class Memory:
     optimizer: int
     reference: int
     batch: int
+    gathered: int
     gradients: int
     activations: int
     logits: int
@@ -46,6 +48,7 @@ class Estimate:
     moved: float
     compute_s: float
     memory_s: float
+    host_s: float
     network_s: float
     step_s: float
     traffic: tuple[Traffic, ...]
@@ -53,8 +56,8 @@ class Estimate:
 
     @property
     def bound_s(self) -> float:
-        """The slowest of the three alone: perfect overlap."""
-        return max(self.compute_s, self.memory_s, self.network_s)
+        """The slowest alone: perfect overlap."""
+        return max(self.compute_s, self.memory_s, self.host_s, self.network_s)
 
 
 def estimate(program: Program) -> Estimate:
@@ -75,6 +78,7 @@ def estimate(program: Program) -> Estimate:
     inside = sum(item.seconds for item in wires if NETWORK not in item.axes)
     across = sum(item.seconds for item in wires if NETWORK in item.axes)
     moved = gradient.moved + update.moved
+    host = gradient.hosted / HOST_RATE
     compute = gradient.compute_s + update.compute_s
     return Estimate(
         memory=memory,
@@ -83,8 +87,9 @@ def estimate(program: Program) -> Estimate:
         moved=moved,
         compute_s=compute,
         memory_s=moved / chip.hbm_rate,
+        host_s=host,
         network_s=max(inside, across),
-        step_s=gradient.seconds + update.seconds + inside + across,
+        step_s=max(gradient.seconds + update.seconds + inside + across, host),  # the host's copies run beside the rest
         traffic=tuple(wires),
         unpriced_kernels=tuple(sorted(gradient.kernels)),
     )
@@ -101,4 +106,4 @@ def model_flops(program: Program) -> float:
 def _peak(gradient: Usage, update: Usage) -> dict[str, int]:
     """Kinds of memory at the moment when most is in use; the optimizer's moment has the gradients in memory too."""
     largest = max((gradient.peak, update.peak), key=lambda kinds: sum(kinds.values()))
-    return {kind: largest.get(kind, 0) for kind in ("gradients", "activations", "logits", "working")}
+    return {kind: largest.get(kind, 0) for kind in ("gathered", "gradients", "activations", "logits", "working")}

@@ -55,9 +55,9 @@ TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 TORUS_3D = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("TPU v5e", 8.2e11, int(15.75 * GIB), 1.5e9, 45e9, 4, 12.5e9, 1, 4, TORUS_2D, False),
-    "v5p": Chip("TPU v5p", 2.46e12, int(95.73 * GIB), 1.75e9, 90e9, 6, 25e9, 1, 4, TORUS_3D, True),
-    "v6e": Chip("TPU v6e", 1.64e12, int(31.24 * GIB), 1.75e9, 90e9, 4, 50e9, 1, 4, TORUS_2D, True),
+    "v5e": Chip("TPU v5 lite", 8.2e11, int(15.75 * GIB), 1.5e9, 45e9, 4, 12.5e9, 1, 4, TORUS_2D, False),
+    "v5p": Chip("TPU v5", 2.46e12, int(95.73 * GIB), 1.75e9, 90e9, 6, 25e9, 1, 4, TORUS_3D, True),
+    "v6e": Chip("TPU v6 lite", 1.64e12, int(31.24 * GIB), 1.75e9, 90e9, 4, 50e9, 1, 4, TORUS_2D, True),
     "tpu7x": Chip("TPU7x", 3.7e12, int(94.74 * GIB), 2.2e9, 90e9, 6, 50e9, 2, 4, TORUS_3D, True),
 }
 

@@ -37,9 +37,8 @@ from lm.plan.hlo_work import (
     rendezvous,
     wire_seconds,
 )
-from lm.plan.kernels import KERNEL_EFFICIENCY
+from lm.plan.kernels import HOST_RATE, KERNEL_EFFICIENCY
 
-HOST_RATE = 16e9  # bytes/s between a device and its host's memory
 SMALL = 4096  # bytes: results up to this size stay in registers or scalar memory
 
 FREE = frozenset(

@@ -1,4 +1,4 @@
-"""What attention kernels execute, which neither the compiler nor a traced program says."""
+"""What neither the compiler nor a traced program says: the FLOPs of attention kernels, and rates that are assumed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
+HOST_RATE = 16e9  # bytes/s between a device and its host's memory
 # FLOPs of a splash-attention kernel per query, key and head dimension. A fused backward kernel computes the gradients of
 # q, k and v; the module then has no kernel for dq.
 SPLASH = {"fwd": 4, "dq": 6, "dkv": 8, "fused": 10}

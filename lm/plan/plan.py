@@ -109,7 +109,12 @@ def by_arithmetic(program: Program) -> Plan:
         bound_s=found.bound_s,
         compile_s=0.0,
         memory=found.memory,
-        parts_s={"compute": found.compute_s, "memory": found.memory_s, "network": found.network_s},
+        parts_s={
+            "compute": found.compute_s,
+            "memory": found.memory_s,
+            "host": found.host_s,
+            "network": found.network_s,
+        },
         collectives=[
             {
                 "what": x.what,

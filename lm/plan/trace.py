@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +22,7 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: Any
+    on_host: bool = False  # in the host's memory
 
     @property
     def size(self) -> int:
@@ -64,10 +66,9 @@ def block_of(jaxpr: Any) -> Block:
     """The operations of a (closed) jaxpr, in its order, with everything that is called in its place."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     names = {variable: _value(variable) for variable in (*jaxpr.constvars, *jaxpr.invars)}
-    inputs = tuple(names.values())
     ops: list[Op] = []
     outputs = _inline(jaxpr, names, ops)
-    return Block(inputs, tuple(ops), outputs)
+    return Block(tuple(names[variable] for variable in jaxpr.invars), tuple(ops), outputs)
 
 
 def _inline(jaxpr: Any, names: dict[Any, Value], ops: list[Op]) -> tuple[Value, ...]:
@@ -115,7 +116,8 @@ def _called(equation: Any) -> Any | None:
 
 
 def _value(variable: Any) -> Value:
-    return Value(tuple(variable.aval.shape), variable.aval.dtype)
+    aval = variable.aval
+    return Value(tuple(aval.shape), aval.dtype, getattr(aval, "memory_space", None) == jax.memory.Space.Host)
 
 
 def _is_key(dtype: Any) -> bool:
