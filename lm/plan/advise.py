@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lm.experiment import Experiment, Stage, UserError, override, rows_per_update
@@ -93,28 +93,24 @@ def ways_to_fit(plan: Plan, experiment: Experiment) -> list[Change]:
 
     Ranked by what they cost: first what leaves the training as it is, by speed; then more devices; then a smaller batch.
     """
-    single = list(_single(plan))
-    found = list(_tried(plan, experiment, single))
+    policies = [("--model.remat", policy) for policy in REMAT if policy != plan.program.model.remat]
+    meshes = list(_meshes(plan))
+    found = [*_tried(plan, experiment, [*policies, *meshes]), *_in_pieces(plan, experiment, ())]
     if len(found) < 3:
-        pairs = [(*a, *b) for a, b in itertools.combinations(single, 2) if not set(a[::2]) & set(b[::2])]
-        found += _tried(plan, experiment, pairs)
+        found += _tried(plan, experiment, [(*policy, *mesh) for policy in policies for mesh in meshes])
+        found += [change for policy in policies for change in _in_pieces(plan, experiment, policy)]
     found += _larger(plan, experiment)
     largest = largest_batch(plan, experiment)
-    if largest:
+    if largest and largest < plan.program.stage.batch_size:
         words = (f"--{plan.program.stage.name}.batch_size", str(largest))
         smaller = plan_stage(override(experiment, list(words)), plan.program.stage.name, plan.program.topology)
         found.append(Change(words, smaller, 2))
     return sorted(found, key=lambda change: (change.rank, len(change.words), -change.plan.tokens_per_s))
 
 
-def _single(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """Overrides that save memory and leave the result as it is."""
-    program = plan.program
-    name, sizes = program.stage.name, program.sizes
-    yield from (("--model.remat", policy) for policy in REMAT if policy != program.model.remat)
-    rows = program.rows // ways("batch", sizes)
-    pieces = (2**power for power in range(1, 13))
-    yield from ((f"--{name}.microbatches", str(n)) for n in pieces if n > program.stage.microbatches and rows % n == 0)
+def _meshes(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """Layouts in which a device has less, as overrides."""
+    sizes = plan.program.sizes
     if sizes["data"] > 1:
         yield ("--mesh.data", "1", "--mesh.fsdp", "-1")
     for axis in ("tensor", "context"):
@@ -123,7 +119,18 @@ def _single(plan: Plan) -> Iterator[tuple[str, ...]]:
                 yield (f"--mesh.{axis}", str(size), "--mesh.data", "1", "--mesh.fsdp", "-1")
 
 
-def _tried(plan: Plan, experiment: Experiment, changes: list[tuple[str, ...]]) -> Iterator[Change]:
+def _in_pieces(plan: Plan, experiment: Experiment, words: tuple[str, ...]) -> Iterator[Change]:
+    """The fewest microbatches with which it fits, and twice as many, with other changes."""
+    program = plan.program
+    rows, pieces, found = program.rows // ways("batch", program.sizes), 2 * program.stage.microbatches, 0
+    while rows % pieces == 0 and found < 2:
+        for change in _tried(plan, experiment, [(*words, f"--{program.stage.name}.microbatches", str(pieces))]):
+            found += 1
+            yield change
+        pieces *= 2
+
+
+def _tried(plan: Plan, experiment: Experiment, changes: Iterable[tuple[str, ...]]) -> Iterator[Change]:
     """Those that fit."""
     for words in changes:
         try:

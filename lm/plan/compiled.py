@@ -53,6 +53,7 @@ class Compiled:
     temporary_bytes: int
     peak_bytes: int
     seconds: float  # that tracing, lowering and compiling took
+    cpu_seconds: float  # of all processors together
     compiler: str  # and its version: estimates of two versions do not compare
     text: str
 
@@ -68,20 +69,21 @@ def compile_step(program: Program) -> Compiled:
     mesh = make_mesh(program.mesh, devices)
     state, batch = program.state(), program.batch()
     step = jit_step(program.stage, program.optimizer, shardings(state, mesh), mesh)
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as dump, quiet(), jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
             raise _out_of_memory(str(error)) or error from None
-        seconds = time.monotonic() - began
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         text = _text(compiled, Path(dump))
     memory = compiled.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     # The state is donated: what the step gives back lies where it came from, but for the metrics.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(arguments, temporary, arguments + temporary + own, seconds, f"libtpu {version('libtpu')}", text)
+    compiler = f"libtpu {version('libtpu')}"
+    return Compiled(arguments, temporary, arguments + temporary + own, seconds, cpu_seconds, compiler, text)
 
 
 def _out_of_memory(words: str) -> OutOfMemory | None:

@@ -40,6 +40,7 @@ class Plan:
     collectives: list[dict[str, Any]]
     sampling: Sampling | None
     notes: tuple[str, ...]
+    compile_cpu_s: float = 0.0
     compiler: str = ""
 
     @property
@@ -83,6 +84,7 @@ class Plan:
             "mfu": self.mfu,
             "tokens_per_s_per_device": self.tokens_per_s,
             "compile_s": self.compile_s,
+            "compile_cpu_s": self.compile_cpu_s,
             "compiler": self.compiler,
             "model_flops_per_device": model_flops(program),
             "memory_bytes": asdict(self.memory),
@@ -193,6 +195,7 @@ def _compiled(arithmetic: Plan, compiled: Compiled, cost: Cost) -> Plan:
         ],
         sampling=arithmetic.sampling,
         notes=tuple(notes),
+        compile_cpu_s=compiled.cpu_seconds,
         compiler=compiled.compiler,
     )
 

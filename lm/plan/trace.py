@@ -68,7 +68,17 @@ def block_of(jaxpr: Any) -> Block:
     names = {variable: _value(variable) for variable in (*jaxpr.constvars, *jaxpr.invars)}
     ops: list[Op] = []
     outputs = _inline(jaxpr, names, ops)
-    return Block(tuple(names[variable] for variable in jaxpr.invars), tuple(ops), outputs)
+    return Block(tuple(names[variable] for variable in jaxpr.invars), _needed(ops, outputs), outputs)
+
+
+def _needed(ops: list[Op], outputs: tuple[Value, ...]) -> tuple[Op, ...]:
+    """Those whose results are read: a backward pass repeats more of the forward pass than it needs."""
+    read, kept = set(outputs), []
+    for op in reversed(ops):
+        if read & set(op.outputs):
+            read |= set(op.inputs)
+            kept.append(op)
+    return tuple(reversed(kept))
 
 
 def _inline(jaxpr: Any, names: dict[Any, Value], ops: list[Op]) -> tuple[Value, ...]:
