@@ -17,12 +17,12 @@ from lm.experiment import UserError
 
 COMMANDS = {
     "run": "train an experiment, or go on where it was stopped",
-    "plan": "does it fit on these TPUs, how fast is it, which layout",
     "config": "show the resolved value of an experiment, and every knob",
     "data": "show decoded batches, with what is trained on in colour",
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
     "eval": "take the held-out numbers again, from a checkpoint",
+    "plan": "does it fit on these TPUs, how fast is it, which layout",
     "report": "write report.html, the story of a run",
 }
 

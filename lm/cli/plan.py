@@ -70,7 +70,7 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.compile:
         plan = by_compiler(plan, arguments.hlo)
     largest = largest_batch(plan, experiment)
-    changes = [] if plan.fits else ways_to_fit(plan, experiment)
+    changes = [] if plan.fits else ways_to_fit(plan, experiment, largest)
     if arguments.json:
         stages = [{"stage": p.program.stage.name, "fits": p.fits, "hbm_bytes_per_device": p.bytes} for p in plans]
         extra = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lm.plan.program import resolve
 
 MOST_ROWS = 4096  # of a device; nobody trains with more
 TRIES = 6
+ENOUGH = 3  # ways to fit, before pairs of changes are tried
 CLOSE = 50  # one part in so many is near enough
 
 
@@ -28,6 +30,7 @@ class Change:
     rank: int  # 0: the same training on the same devices; 1: more devices; 2: a smaller batch
 
 
+@functools.lru_cache(maxsize=256)
 def plan_stage(experiment: Experiment, name: str, topology: Topology) -> Plan:
     """The plan of a stage by arithmetic.
 
@@ -88,19 +91,22 @@ def _with_batch(experiment: Experiment, stage: Stage, size: int) -> Experiment:
     return override(experiment, [f"--{stage.name}.batch_size", str(size)])
 
 
-def ways_to_fit(plan: Plan, experiment: Experiment) -> list[Change]:
+def ways_to_fit(plan: Plan, experiment: Experiment, largest: int | None) -> list[Change]:
     """Changes that make the stage fit, best first: single ones, and pairs where fewer than three of these do.
 
     Ranked by what they cost: first what leaves the training as it is, by speed; then more devices; then a smaller batch.
+
+    Args:
+        largest: the largest batch that fits as it is.
     """
     policies = [("--model.remat", policy) for policy in REMAT if policy != plan.program.model.remat]
     meshes = list(_meshes(plan))
     found = [*_tried(plan, experiment, [*policies, *meshes]), *_in_pieces(plan, experiment, ())]
-    if len(found) < 3:
-        found += _tried(plan, experiment, [(*policy, *mesh) for policy in policies for mesh in meshes])
+    if len(found) < ENOUGH:
         found += [change for policy in policies for change in _in_pieces(plan, experiment, policy)]
+    if len(found) < ENOUGH:
+        found += _tried(plan, experiment, [(*policy, *mesh) for policy in policies for mesh in meshes])
     found += _larger(plan, experiment)
-    largest = largest_batch(plan, experiment)
     if largest and largest < plan.program.stage.batch_size:
         words = (f"--{plan.program.stage.name}.batch_size", str(largest))
         smaller = plan_stage(override(experiment, list(words)), plan.program.stage.name, plan.program.topology)
@@ -120,13 +126,19 @@ def _meshes(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def _in_pieces(plan: Plan, experiment: Experiment, words: tuple[str, ...]) -> Iterator[Change]:
-    """The fewest microbatches with which it fits, and twice as many, with other changes."""
-    program = plan.program
-    rows, pieces, found = program.rows // ways("batch", program.sizes), 2 * program.stage.microbatches, 0
-    while rows % pieces == 0 and found < 2:
-        for change in _tried(plan, experiment, [(*words, f"--{program.stage.name}.microbatches", str(pieces))]):
-            found += 1
+    """The fewest microbatches with which it fits, together with other changes."""
+    program, name = plan.program, plan.program.stage.name
+    whole = plan_stage(override(experiment, list(words)), name, program.topology) if words else plan
+    rows, pieces = program.rows // ways("batch", program.sizes), program.stage.microbatches
+    # What is not state shrinks in proportion, nearly.
+    shrinking, room = whole.bytes - whole.memory.state, max(1, plan.limit - whole.memory.state)
+    while pieces * room < shrinking * program.stage.microbatches or pieces == program.stage.microbatches:
+        pieces *= 2
+    while rows % pieces == 0:
+        change = next(_tried(plan, experiment, [(*words, f"--{name}.microbatches", str(pieces))]), None)
+        if change:
             yield change
+            return
         pieces *= 2
 
 

@@ -10,7 +10,7 @@ EXPERIMENT = "from tests.plan.plan_helpers import experiment as make\nexperiment
 KEYS = {
     "fits", "devices", "hbm_bytes_per_device", "step_ms", "bound_ms", "mfu", "tokens_per_s_per_device", "compile_s", "source",
 }  # fmt: skip
-HUGE = ["--train.batch_size", "65536", "--model.remat", "none", "--tokenizer.vocab_size", "131072"]
+HUGE = ["--train.batch_size", "8192", "--model.remat", "none", "--tokenizer.vocab_size", "32768"]
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_what_does_not_fit_gets_changes_that_do():
     value = override(experiment(rows=4 * 1024, vocab_size=32768), ["--model.remat", "none", "--model.num_layers", "24"])
     found = plan(value)
     assert not found.fits
-    changes = ways_to_fit(found, value)
+    changes = ways_to_fit(found, value, largest_batch(found, value))
     assert changes and all(change.plan.fits for change in changes)
     assert [change.rank for change in changes] == sorted(change.rank for change in changes)
     words = {" ".join(change.words) for change in changes}

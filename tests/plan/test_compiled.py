@@ -9,12 +9,12 @@ import pytest
 
 from lm.cli.main import main
 from lm.experiment import UserError
-from lm.plan import compiled
+from lm.plan import analytic, compiled
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.plan.hlo_cost import estimate
 from lm.plan.hlo_text import parse, read_text
-from lm.plan.plan import by_arithmetic, by_compiler
+from lm.plan.plan import by_compiler
 from lm.plan.program import resolve
 from tests.plan.plan_helpers import experiment
 from tests.plan.test_hlo_cost import OTHER, other_estimate
@@ -66,8 +66,7 @@ def test_the_saved_text_gives_the_same_time(planned):
     assert 1e3 * cost.schedule_s == pytest.approx(result["step_ms"])
     assert cost.unknown_loops == () and cost.kernel_flops > 0
     program = resolve(experiment(), experiment().stages[0], TOPOLOGY)
-    arithmetic = by_arithmetic(program)
-    assert cost.product_flops == pytest.approx(arithmetic.product_flops, rel=0.02)
+    assert cost.product_flops == pytest.approx(analytic.estimate(program).product_flops, rel=0.02)
 
 
 @needs_compiler
