@@ -7,6 +7,7 @@ Every row is what `lm plan` says of an experiment of experiments/pods/ on a topo
     goal        the two shapes that are compared with others, at the experiments' own settings
     scaling     the same rows a device on more and more of them, and on a second slice
     objectives  a DPO and a GRPO update of the 8B model
+    memory      the same shapes under several rematerialisation policies: arithmetic against the compiler
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Row:
     objective: DPO | GRPO | None = None
     seq_len: int = 0  # 0: the experiment's own
     microbatches: int = 0
+    remat: str = ""  # the experiment's own
 
     def plan(self) -> Plan:
         """By arithmetic."""
@@ -65,7 +67,9 @@ class Row:
             "microbatches": self.microbatches,
         }
         changes = {name: value for name, value in changes.items() if value}
-        return dataclasses.replace(experiment, stages=(dataclasses.replace(experiment.stages[0], **changes),))
+        model = dataclasses.replace(experiment.model, **({"remat": self.remat} if self.remat else {}))
+        stage = dataclasses.replace(experiment.stages[0], **changes)
+        return dataclasses.replace(experiment, model=model, stages=(stage,))
 
 
 TABLES: dict[str, tuple[Row, ...]] = {
@@ -85,6 +89,10 @@ TABLES: dict[str, tuple[Row, ...]] = {
             "8B GRPO, 8 completions of 2,048 a device", LARGE, "v5p:2x4x4", rows_per_device=1, seq_len=2048, microbatches=4,
             objective=GRPO(group_size=8, max_new_tokens=1024, kl_coef=0.001),
         ),
+    ),
+    "memory": (
+        *(Row(f"0.6B, v5e 4x4, remat {r}", SMALL, "v5e:4x4", rows_per_device=4, remat=r) for r in ("full", "minimal", "dots")),
+        Row("8B, v5p 2x4x4, remat minimal", LARGE, "v5p:2x4x4", rows_per_device=2, remat="minimal"),
     ),
 }  # fmt: skip
 KEPT = (

@@ -73,7 +73,7 @@ def estimate(program: Program) -> Estimate:
         batch=round(sum(x.dtype.itemsize for x in jax.tree.leaves(program.batch())) * program.tokens_per_device),
         **_peak(gradient, update),
     )
-    wires = traffic(program)
+    wires = traffic(program, gradient)
     chip = program.topology.chip
     inside = sum(item.seconds for item in wires if NETWORK not in item.axes)
     across = sum(item.seconds for item in wires if NETWORK in item.axes)

@@ -75,6 +75,6 @@ def sampling(program: Program) -> Sampling | None:
         peak_bytes=whole.peak.total(),
         prompt_s=whole.seconds - turn.seconds,
         memory_s=turn.moved / program.topology.chip.hbm_rate,
-        network_s=gather_seconds(program),
+        network_s=gather_seconds(program, turn),
         new_tokens=objective.max_new_tokens,
     )

@@ -11,8 +11,9 @@ from flax import nnx
 
 from lm.parallel.rules import RULES, ways
 from lm.plan.hlo_work import RING
-from lm.plan.one_device import SPLIT, local_batch, one_device
+from lm.plan.one_device import local_batch, one_device
 from lm.plan.program import Program
+from lm.plan.usage import Usage
 from lm.steps import needs_reference
 
 NETWORK = "slices"  # the axis that goes over the data-centre network
@@ -30,10 +31,14 @@ class Traffic:
     seconds: float
 
 
-def traffic(program: Program) -> list[Traffic]:
-    """Every collective of an update, but for sums of a few numbers."""
-    found = [*_parameters(program), *_activations(program)]
-    return [item for item in found if item.devices > 1]
+def traffic(program: Program, usage: Usage) -> list[Traffic]:
+    """Every collective of an update, but for sums of a few numbers.
+
+    Args:
+        usage: of the gradient, which says how much is gathered and summed.
+    """
+    found = [*_parameters(program, usage), *_activations(program)]
+    return [item for item in found if item.devices > 1 and item.bytes]
 
 
 def _one(program: Program, what: str, axes: tuple[str, ...], kind: str, size: float) -> Traffic:
@@ -43,42 +48,34 @@ def _one(program: Program, what: str, axes: tuple[str, ...], kind: str, size: fl
     return Traffic(what, axes, kind, devices, size, size * RING[kind](devices) / rate if devices > 1 else 0.0)
 
 
-def _parameters(program: Program) -> list[Traffic]:
-    """Parameters are gathered by forward and backward pass; gradients are summed over all that split rows or tokens.
+def _parameters(program: Program, usage: Usage) -> list[Traffic]:
+    """Parameters are gathered; gradients are summed over all that split rows or tokens, in the compute dtype.
 
-    Both in the compute dtype, once a microbatch. A device sums whole gradients over the axes that its parameters lie in
-    parts on (the compiler makes an all-reduce of it and keeps a part), and over the others only its part.
+    A device sums whole gradients over the axes that its parameters lie in parts on (the compiler makes an all-reduce of
+    it and keeps a part), and over the others only its part, once a microbatch.
     """
     pieces = program.stage.microbatches
-    readers = 2 + needs_reference(program.stage)
-    whole = _whole_parameters(program)
-    rows = tuple(dict.fromkeys((*RULES["batch"], *RULES["length"])))
-    found = []
-    for axes, size in whole.items():
-        found.append(_one(program, "parameters", axes, "all-gather", size * readers * pieces))
-        found.append(_one(program, "gradients", axes, "all-reduce", size * pieces))
-        part = size / math.prod(program.sizes[axis] for axis in axes)
-        others = tuple(axis for axis in rows if axis not in axes and axis != NETWORK)
-        found.append(_one(program, "gradients", others, "all-reduce", part * pieces))
-        found.append(_one(program, "gradients", (NETWORK,), "all-reduce", part * pieces))
-    return found
-
-
-def gather_seconds(program: Program) -> float:
-    """Of gathering every parameter once."""
-    return sum(_one(program, "", axes, "all-gather", size).seconds for axes, size in _whole_parameters(program).items())
-
-
-def _whole_parameters(program: Program) -> dict[tuple[str, ...], float]:
-    """Axes that parameters lie in parts on -> bytes of all of them in the compute dtype, as one device uses them."""
     itemsize = jnp.dtype(program.model.compute_dtype).itemsize
-    whole: dict[tuple[str, ...], float] = {}
-    leaves = jax.tree.leaves(one_device(program).parameters(), is_leaf=lambda x: isinstance(x, nnx.Variable))
-    for leaf in leaves:
-        stored = (axis for name in leaf.get_metadata("out_sharding") if name not in SPLIT for axis in RULES[name])
-        axes = tuple(axis for axis in stored if program.sizes[axis] > 1)
-        whole[axes] = whole.get(axes, 0.0) + leaf.get_value().size * itemsize
-    return whole
+    leaves = jax.tree.leaves(program.parameters(), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    part = sum(
+        leaf.get_value().size
+        * itemsize
+        / math.prod(ways(name, program.sizes) for name in leaf.get_metadata("out_sharding"))
+        for leaf in leaves
+    )
+    others = [axis for axis in (*RULES["batch"], *RULES["length"]) if axis not in RULES["embed"]]
+    inside = tuple(axis for axis in others if axis != NETWORK)
+    return [
+        _one(program, "parameters", RULES["embed"], "all-gather", usage.gathered),
+        _one(program, "gradients", RULES["embed"], "all-reduce", usage.summed),
+        _one(program, "gradients", inside, "all-reduce", part * pieces),
+        _one(program, "gradients", (NETWORK,), "all-reduce", part * pieces),
+    ]
+
+
+def gather_seconds(program: Program, usage: Usage) -> float:
+    """Of what is gathered."""
+    return _one(program, "", RULES["embed"], "all-gather", usage.gathered).seconds
 
 
 def _activations(program: Program) -> list[Traffic]:

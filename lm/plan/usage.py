@@ -40,6 +40,8 @@ class Usage:
     kernel_flops: float = 0.0
     moved: float = 0.0  # bytes read from and written to HBM
     hosted: float = 0.0  # bytes sent to and fetched from the host's memory
+    gathered: float = 0.0  # bytes of parameters put together
+    summed: float = 0.0  # bytes of whole gradients that are summed over devices and cut
     compute_s: float = 0.0  # products and kernels
     seconds: float = 0.0  # each operation at the slower of its two rates, one after another
     kernels: set[str] = field(default_factory=set)  # those whose FLOPs are not known
@@ -48,7 +50,16 @@ class Usage:
 
     def add(self, other: Usage, times: int) -> None:
         """Count what happens in `times` turns of a loop; the peak is the caller's."""
-        for name in ("product_flops", "kernel_flops", "moved", "hosted", "compute_s", "seconds"):
+        for name in (
+            "product_flops",
+            "kernel_flops",
+            "moved",
+            "hosted",
+            "gathered",
+            "summed",
+            "compute_s",
+            "seconds",
+        ):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.kernels |= other.kernels
 
@@ -121,6 +132,7 @@ class _Run:
         self.of, self.block, self.parameters, self.split = analysis, block, parameters, split
         self.own = set(block.inputs)  # live outside, for the whole block
         self.whole = whole  # values with a parameter's sizes that do not lie in parts
+        self.gathered: set[Value] = set()  # parameters that were put together here, and copies of them
         self.inside: dict[Op, Usage] = {}  # one turn of each loop
         # Value -> what must be in memory for it: itself if it is written there, else what it is made from.
         self.roots: dict[Value, frozenset[Value]] = {value: frozenset((value,)) for value in block.inputs}
@@ -175,8 +187,12 @@ class _Run:
             ends = zip(op.outputs, inner.ends_in_parts, strict=True)
             self.whole |= {value for value, in_parts in ends if not in_parts}
             return
-        of_parameters = bool(op.inputs) and all(map(self._from_parameters, op.inputs))
-        if self._is_constraint(op):  # puts a parameter together, or a gradient into parts
+        of_parameters, of_gathered = (self._made_of(known, op) for known in (self.parameters, self.gathered))
+        if of_gathered:  # and a constraint on what has been gathered is none
+            self.gathered |= set(op.outputs)
+            self.whole |= {value for value in op.outputs if self.of.is_parameter(value)}
+        elif self._is_constraint(op):  # puts a parameter together, or a gradient into parts
+            self.gathered |= set(op.outputs) if of_parameters else set()
             self.whole |= set(op.outputs) if of_parameters else set()
         elif of_parameters:
             self.parameters |= set(op.outputs)
@@ -184,8 +200,9 @@ class _Run:
             self.whole |= {value for value in op.outputs if self.of.is_parameter(value)}
 
     def _is_constraint(self, op: Op) -> bool:
-        """Whether it says where a parameter or a gradient lies."""
-        return op.name == "sharding_constraint" and self.of.count(op.outputs[0]) > 1
+        """Whether it puts a parameter together, or a gradient into parts."""
+        known = self.gathered.issuperset(op.inputs)
+        return op.name == "sharding_constraint" and self.of.count(op.outputs[0]) > 1 and not known
 
     def _crosses(self, op: Op) -> bool:
         """Whether it takes a value to the host's memory, or back."""
@@ -195,12 +212,14 @@ class _Run:
         """What lives for it in this block; nothing for constants and what came in."""
         return self.roots.get(value, frozenset()) - self.own
 
-    def _from_parameters(self, value: Value) -> bool:
-        return value in self.parameters or value not in self.roots  # a constant may join in
+    def _made_of(self, known: set[Value], op: Op) -> bool:
+        """Whether an operation reads nothing but known values; constants may join in."""
+        read = [value for value in op.inputs if value in self.roots]
+        return op.name not in WRITTEN and bool(read) and all(value in known for value in read)
 
     def _kind(self, op: Op, value: Value) -> str:
         if self.of.is_parameter(value):
-            return "gathered" if self._is_constraint(op) and value in self.whole else "gradients"
+            return "gathered" if value in self.gathered else "gradients"
         if self.of.vocab_size in value.shape:
             return "logits"
         return "activations" if op.body is not None and value in op.outputs[op.carry :] else "working"
@@ -251,6 +270,9 @@ class _Run:
         self.result.product_flops += flops
         self.result.kernel_flops += kernel
         self.result.moved += moved
+        if self._is_constraint(op):
+            name = "gathered" if op.outputs[0] in self.gathered else "summed"
+            setattr(self.result, name, getattr(self.result, name) + op.outputs[0].bytes)
         self.result.hosted += op.outputs[0].bytes / self.of.ways if self._crosses(op) else 0
         self.result.compute_s += busy
         self.result.seconds += max(busy, moved / self.of.chip.hbm_rate)
