@@ -18,7 +18,7 @@ experiment = Experiment(
         qk_norm=False,
         tied_head=False,
         compute_dtype="bfloat16",
-        remat="full",
+        remat="dots",
     ),
     mesh=Mesh(data=1, fsdp=-1),
     stages=(

@@ -15,7 +15,7 @@ experiment = Experiment(
         max_len=2048,
         rope_theta=1e6,
         compute_dtype="bfloat16",
-        remat="full",
+        remat="dots",
     ),
     mesh=Mesh(data=1, fsdp=-1),
     stages=(
