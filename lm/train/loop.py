@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from lm.data.tokenizer import Tokenizer
@@ -232,20 +234,25 @@ def _count_tokens(batch: Batch) -> jax.Array:
 def start_state(stage: Stage, model: Transformer, mesh: Mesh) -> tuple[TrainState, Step]:
     """The state at step 0 of a stage, born sharded, and its step, which compiles for the mesh on first use."""
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
-
-    def init(params: Transformer) -> TrainState:
-        # Copies: the state is donated to every step, and the model that came in still belongs to the caller.
-        frozen = {"reference": jax.tree.map(jnp.copy, params)} if needs_reference(stage) else {}
-        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), frozen)
-
+    init = functools.partial(first_state, stage, optimizer)
     places = shardings(jax.eval_shape(init, model), mesh)
-    step = jax.jit(
+    return jax.jit(init, out_shardings=places)(model), jit_step(stage, optimizer, places, mesh)
+
+
+def first_state(stage: Stage, optimizer: optax.GradientTransformation, params: Transformer) -> TrainState:
+    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
+    frozen = {"reference": jax.tree.map(jnp.copy, params)} if needs_reference(stage) else {}
+    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), frozen)
+
+
+def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:
+    """The step of a stage, which takes and gives a state in these places."""
+    return jax.jit(
         STEPS[type(stage.objective)](stage, optimizer),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,
     )
-    return jax.jit(init, out_shardings=places)(model), step
 
 
 def restore(state: TrainState, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, int, dict[str, Any]]:
