@@ -20,6 +20,7 @@ from lm.experiment import Experiment, Stage, UserError
 from lm.model.flops import peak_flops, update_flops_per_token
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
+from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, needs_reference
@@ -252,6 +253,7 @@ def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any,
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
 
 
