@@ -62,8 +62,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Mesh:
+    slices: int = knob(1, "pods joined by the data-centre network; each holds a copy and takes its share of the batch")
     data: int = knob(-1, "devices that hold copies and split the batch; -1 takes all that are left")
     fsdp: int = knob(1, "devices that split the batch and the parameters")
+    expert: int = knob(1, "as fsdp; the axis that experts, where a model has them, are split over")
+    context: int = knob(1, "devices that split the tokens of a row, and the parameters")
     tensor: int = knob(1, "devices that split heads, mlp and vocabulary")
 
 

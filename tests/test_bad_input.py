@@ -64,7 +64,7 @@ def run(*overrides: str) -> tuple[str, ...]:
         (["--pretrain.sources.0.path", "txet.txt"], ["txet.txt", "text.txt"]),
         (["--pretrain.sources.0.path", "gen:dcos"], ["gen:dcos", "gen:docs"]),
         (["--tokenizer.path", "text.txt"], ["tokenizer.path", "text.txt is not a sentencepiece model"]),
-        (["--pretrain.batch_size", "6"], ["pretrain.batch_size 6", "mesh.data x mesh.fsdp"]),
+        (["--pretrain.batch_size", "6"], ["pretrain.batch_size 6", "mesh.data 8"]),
         (["--mesh.data", "64"], ["64 devices", "there are"]),
         (["--tokenizer.vocab_size", "30000"], ["tokenizer.vocab_size", "30000"]),
         (["--model.num_kv_heads", "4"], ["num_heads 2", "num_kv_heads 4"]),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm.experiment import Model
 from lm.model import splash
+from lm.parallel.rules import constrain, platform
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, "half"]:
@@ -61,14 +62,24 @@ def attention_of(
 ) -> Callable[[Array, Array, Array], Array]:
     """(queries, keys, values) -> heads, over rows whose tokens stand at these positions of these segments.
 
-    The splash kernel where `config.attention` asks for it and it takes the shapes, else `attend`.
+    The kernel that `config.attention` names, or that the devices like best (auto), where it takes the shapes; else
+    the plain one.
     """
-    wanted = config.attention == "splash" or (config.attention == "auto" and jax.default_backend() == "tpu")
+    name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
-    if wanted and splash.fits(rows, length, config.head_dim):
+    if name == "splash" and splash.fits(rows, length, config.head_dim):
         return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_block)
     mask = visible(positions, positions, segments, segments)
-    return lambda q, k, v: attend(q, k, v, mask)
+    return lambda q, k, v: attend(q, whole_rows(k), whole_rows(v), mask)
+
+
+BEST = {"tpu": "splash"}
+"""The kernel of each platform; plain on all others."""
+
+
+def whole_rows(x: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
+    """Keys or values of all tokens of a row, wherever the mesh's axis `context` has put them."""
+    return constrain(x, "batch", "kv_heads", None, None)
 
 
 def attend(

@@ -12,7 +12,7 @@ import math
 import jax
 from jaxtyping import Array, Float, Int
 
-from lm.parallel.rules import RULES, spec
+from lm.parallel.rules import spec, ways
 
 LANES = 128  # the width of a TPU's vector: blocks and the head are multiples of it
 
@@ -23,8 +23,8 @@ def fits(rows: int, length: int, head_dim: int) -> bool:
     Every device must get as many rows: those of an evaluation may be too few.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
-    return rows % ways == 0 and length % LANES == 0 and head_dim % LANES == 0
+    divides = mesh.empty or (rows % ways("batch", mesh.shape) == 0 and ways("length", mesh.shape) == 1)
+    return divides and length % LANES == 0 and head_dim % LANES == 0
 
 
 def block_size(length: int, largest: int) -> int:

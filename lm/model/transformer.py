@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
 from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
-from lm.model.linear import project
+from lm.model.linear import from_heads, project, to_heads
 from lm.parallel.rules import constrain
 from lm.types import pytree
 
@@ -64,10 +64,6 @@ class Norm(nnx.Module):
         return rms_norm(x, self.scale[...], eps)
 
 
-def _heads(x: Float[Array, "B T HK"], head_dim: int) -> Float[Array, "B H T K"]:
-    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
-
-
 @pytree
 class Cache:
     """Keys and values of the tokens seen so far, one array a layer, and where they stand.
@@ -105,15 +101,14 @@ class Block(nnx.Module):
     def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], eps: float) -> tuple[Array, Array, Array]:
         """Head-major queries [B H T K], keys and values [B N T K], rotated."""
         y = self.attn_norm(x, eps)
-        q, k, v = (_heads(project(y, w[...].astype(y.dtype)), w.shape[-1]) for w in (self.q, self.k, self.v))
+        q, k, v = (to_heads(y, w[...].astype(y.dtype)) for w in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, eps), self.k_norm(k, eps)
         return rotate(q, angles), rotate(k, angles), v
 
     def rest(self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float) -> Float[Array, "B T D"]:
         """What follows attention: the output projection and the SwiGLU (arXiv 2002.05202), each added to x."""
-        merged = heads.swapaxes(1, 2).reshape(*x.shape[:2], -1)
-        x = x + project(merged, self.o[...].reshape(-1, x.shape[-1]).astype(x.dtype))
+        x = x + from_heads(heads, self.o[...].astype(x.dtype))
         x = constrain(x, "batch", "length", "act_embed")
         y = self.mlp_norm(x, eps)
         gate, up = (project(y, w[...].astype(y.dtype)) for w in (self.gate, self.up))

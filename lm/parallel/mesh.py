@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh as DeviceMesh
 
 from lm.experiment import Experiment, Mesh, UserError, rows_per_update
+from lm.parallel.rules import RULES, ways
 
 
 def axis_sizes(mesh: Mesh, devices: int) -> dict[str, int]:
@@ -21,7 +26,7 @@ def axis_sizes(mesh: Mesh, devices: int) -> dict[str, int]:
     sizes = dataclasses.asdict(mesh)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    shown = _shown({name: size for name, size in sizes.items() if size != 1} or {"data": 1})
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {shown}: sizes are 1 or more, and at most one is -1")
     if fixed > devices:
@@ -33,37 +38,79 @@ def axis_sizes(mesh: Mesh, devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(mesh: Mesh) -> DeviceMesh:
-    """The mesh over this machine's (or pod's) devices; a mesh smaller than them uses the first ones."""
-    sizes = axis_sizes(mesh, jax.device_count())
-    used = jax.devices()[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=used)
+def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> DeviceMesh:
+    """The mesh over the devices (None: this machine's or pod's); one smaller than them uses the first ones.
 
-
-def check_fits(experiment: Experiment, sizes: dict[str, int], vocab_size: int) -> None:
-    """Every dimension that the mesh splits is a multiple of the axis that splits it, and the kernel is one of the devices'.
+    Inside a slice the axes follow the wiring, the last ones (tensor, then context) over the nearest neighbours; the
+    axis `slices` goes over the network between slices.
 
     Raises:
-        UserError: names the field, its value, and the axis.
+        UserError: the sizes do not fit the devices, or `mesh.slices` is not the number of their slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(mesh, len(devices))
+    used = devices[: math.prod(sizes.values())]
+    slices = len({getattr(device, "slice_index", 0) for device in used})
+    if slices > 1 and slices != sizes["slices"]:
+        raise UserError(f"the devices are of {slices} slices; mesh.slices is {sizes['slices']}, it should be {slices}")
+    shape = tuple(sizes.values())
+    if slices > 1:
+        across = tuple(size if name == "slices" else 1 for name, size in sizes.items())
+        inside = tuple(1 if name == "slices" else size for name, size in sizes.items())
+        placed = mesh_utils.create_hybrid_device_mesh(inside, across, used, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+    return DeviceMesh(np.asarray(placed), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_fits(experiment: Experiment, sizes: dict[str, int], vocab_size: int, platform: str | None = None) -> None:
+    """Every dimension that the mesh splits is a multiple of the axes that split it, and the kernel is one of the devices'.
+
+    Args:
+        platform: of the devices; None: of this machine's.
+
+    Raises:
+        UserError: names the field, its value, its divisors and the axes.
     """
     m = experiment.model
-    if m.attention == "splash" and jax.default_backend() != "tpu":
-        raise UserError(f"model.attention splash is a kernel for TPUs; the devices here are {jax.default_backend()}")
+    platform = platform or jax.default_backend()
+    if m.attention == "splash" and platform != "tpu":
+        raise UserError(f"model.attention splash is a kernel for TPUs; the devices here are {platform}")
     split = {
-        "model.embed_dim": (m.embed_dim, "fsdp"),
-        "model.num_heads": (m.num_heads, "tensor"),
-        "model.num_kv_heads": (m.num_kv_heads, "tensor"),
-        "model.mlp_dim": (m.mlp_dim, "tensor"),
-        "tokenizer.vocab_size": (vocab_size, "tensor"),
-    }
-    for name, (value, axis) in split.items():
-        if value % sizes[axis]:
-            raise UserError(f"{name} {value} is not a multiple of mesh.{axis} {sizes[axis]}")
-    ways = sizes["data"] * sizes["fsdp"]
+        "model.embed_dim": (m.embed_dim, "embed"),
+        "model.num_heads": (m.num_heads, "heads"),
+        "model.num_kv_heads": (m.num_kv_heads, "kv_heads"),
+        "model.mlp_dim": (m.mlp_dim, "mlp"),
+        "tokenizer.vocab_size": (vocab_size, "vocab"),
+    } | {f"{stage.name}.seq_len": (stage.seq_len, "length") for stage in experiment.stages}
+    for field, (value, name) in split.items():
+        if value % ways(name, sizes):
+            raise UserError(f"{field} {value} is not a multiple of {_axes(name, sizes)}; {_divisors(value)}")
     for stage in experiment.stages:
         rows = rows_per_update(stage) // stage.microbatches
-        if rows % ways:
+        if rows % ways("batch", sizes):
             raise UserError(
                 f"{stage.name}: {rows} rows in a microbatch (from {stage.name}.batch_size {stage.batch_size}) are not "
-                f"a multiple of mesh.data x mesh.fsdp = {sizes['data']} x {sizes['fsdp']} = {ways}"
+                f"a multiple of {_axes('batch', sizes)}; {_divisors(rows)}"
             )
+
+
+def _axes(name: str, sizes: dict[str, int]) -> str:
+    """`mesh.data x mesh.fsdp = 2 x 2 = 4`, of the axes larger than 1."""
+    used = [axis for axis in RULES[name] if sizes[axis] > 1]
+    if len(used) == 1:
+        return f"mesh.{used[0]} {sizes[used[0]]}"
+    product = " x ".join(str(sizes[axis]) for axis in used)
+    return f"{' x '.join(f'mesh.{axis}' for axis in used)} = {product} = {ways(name, sizes)}"
+
+
+def _divisors(value: int) -> str:
+    found = [n for n in range(1, value + 1) if value % n == 0]
+    shown = [str(n) for n in found]
+    if len(shown) > 12:
+        shown = [*shown[:8], "…", *shown[-3:]]
+    return f"{value} divides by {', '.join(shown)}"
+
+
+def _shown(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())

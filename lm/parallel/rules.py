@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,33 +11,50 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: dict[str, tuple[str, ...]] = {
     # parameters
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "norm": None,
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
     # activations
-    "batch": ("data", "fsdp"),
-    "length": None,
-    "act_embed": None,
+    "batch": ("slices", "data", "fsdp", "expert"),
+    "length": ("context",),
+    "act_embed": (),
 }
 
 
 def spec(names: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of an array whose dimensions have these logical names."""
-    return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+    return PartitionSpec(*(_entry(RULES[name]) if name else None for name in names))
+
+
+def ways(name: str, sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of these axis sizes splits a dimension of this logical name."""
+    return math.prod(sizes[axis] for axis in RULES[name])
+
+
+def platform() -> str:
+    """What the devices are that the code being traced is for: "cpu", "gpu" or "tpu"; right ahead of time too."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Say where an activation lives; without a mesh (`jax.set_mesh`) it says nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Say where an activation lives; without a mesh (`jax.set_mesh`) it says nothing.
+
+    A dimension that its axes do not divide stays whole: the rows of an evaluation may be few.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(names))
+    sized = zip(names, x.shape, strict=False)  # dimensions after the last name are whole
+    fits = (name if name and size % ways(name, mesh.shape) == 0 else None for name, size in sized)
+    return jax.lax.with_sharding_constraint(x, spec(tuple(fits)))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -62,3 +81,7 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch are split over every axis that splits data."""
     return NamedSharding(mesh, spec(("batch",)))
+
+
+def _entry(axes: tuple[str, ...]) -> tuple[str, ...] | str | None:
+    return axes if len(axes) > 1 else (axes[0] if axes else None)

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from lm.experiment import SFT, Experiment, Model, Source, Stage, UserError, check
+from lm.experiment import SFT, Experiment, Mesh, Model, Source, Stage, UserError, check
 from lm.model.attention import attend, visible
 from lm.model.splash import block_size, fits, splash
 from lm.model.transformer import Transformer
-from lm.parallel.mesh import check_fits, make_mesh
+from lm.parallel.mesh import axis_sizes, check_fits, make_mesh
 from tests.helpers import layout
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 256, 4, 2, 128
@@ -95,4 +95,4 @@ def test_what_the_kernel_does_not_take_is_refused_where_it_is_asked_for():
     with pytest.raises(UserError, match=r"sft\.seq_len is 200"):
         check(dataclasses.replace(asked, stages=(dataclasses.replace(stage, seq_len=200),)))
     with pytest.raises(UserError, match=r"splash is a kernel for TPUs; the devices here are cpu"):
-        check_fits(asked, {"data": 1, "fsdp": 1, "tensor": 1}, 64)
+        check_fits(asked, axis_sizes(Mesh(data=1), 1), 64)

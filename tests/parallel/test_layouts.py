@@ -15,10 +15,13 @@ from lm.types import TrainState
 from tests.helpers import OBJECTIVES, layout, random_batch, tiny_model, tiny_stage
 
 PLAIN = ({}, {}, {})
+SPLIT = ("fsdp", "expert", "context")  # the mesh axes that split the width of parameters
 LAYOUTS = {
     "data8": ({"data": 8}, {}, {}),
     "fsdp8": ({"fsdp": 8}, {}, {}),
     "data2_fsdp2_tensor2": ({"data": 2, "fsdp": 2, "tensor": 2}, {}, {}),
+    "slices2_expert2_fsdp2": ({"slices": 2, "expert": 2, "fsdp": 2}, {}, {}),
+    "context2_fsdp2_tensor2": ({"context": 2, "fsdp": 2, "tensor": 2}, {}, {}),
     "microbatches4": ({}, {"microbatches": 4}, {}),
     "microbatches2_on_data2_fsdp2": ({"data": 2, "fsdp": 2}, {"microbatches": 2}, {}),
     "remat_full": ({}, {}, {"remat": "full"}),
@@ -108,8 +111,8 @@ def test_parameters_are_split_as_the_rules_say():
     mesh = make_mesh(layout(fsdp=4, tensor=2))
     model = jax.eval_shape(tiny_model)
     places = shardings(model, mesh)
-    assert places.blocks.gate.get_value().spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
-    assert places.embed.get_value().spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+    assert places.blocks.gate.get_value().spec == jax.sharding.PartitionSpec(None, SPLIT, "tensor")
+    assert places.embed.get_value().spec == jax.sharding.PartitionSpec("tensor", SPLIT)
     assert places.norm.scale.get_value().spec == jax.sharding.PartitionSpec(None)
 
 

@@ -8,8 +8,9 @@ from tests.helpers import tiny_stage
 
 
 def test_minus_one_takes_what_is_left():
-    assert axis_sizes(Mesh(data=-1, fsdp=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert axis_sizes(Mesh(data=2), 8) == {"data": 2, "fsdp": 1, "tensor": 1}
+    ones = dict.fromkeys(("slices", "data", "fsdp", "expert", "context", "tensor"), 1)
+    assert axis_sizes(Mesh(data=-1, fsdp=2, tensor=2), 8) == ones | {"data": 2, "fsdp": 2, "tensor": 2}
+    assert axis_sizes(Mesh(data=2), 8) == ones | {"data": 2}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_a_mesh_that_cannot_be_is_refused(mesh, message):
             Model(),
             {"batch_size": 6},
             64,
-            r"6 rows in a microbatch .*tiny\.batch_size 6.*mesh\.data x mesh\.fsdp = 2 x 2",
+            r"6 rows in a microbatch .*tiny\.batch_size 6.*mesh\.data x mesh\.fsdp = 2 x 2 = 4; 6 divides by 1, 2, 3, 6",
         ),
         (Model(embed_dim=33), {}, 64, "embed_dim 33 is not a multiple of mesh.fsdp 2"),
         (Model(num_kv_heads=1), {}, 64, "num_kv_heads 1 is not a multiple of mesh.tensor 2"),
@@ -43,4 +44,4 @@ def test_a_mesh_that_cannot_be_is_refused(mesh, message):
 def test_shapes_are_checked_against_the_mesh(model, stage, vocab, message):
     experiment = Experiment(name="x", stages=(tiny_stage(SFT(), **stage),), model=model)
     with pytest.raises(UserError, match=message):
-        check_fits(experiment, {"data": 2, "fsdp": 2, "tensor": 2}, vocab)
+        check_fits(experiment, axis_sizes(Mesh(data=2, fsdp=2, tensor=2), 8), vocab)
