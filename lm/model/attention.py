@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lm.experiment import Model
-from lm.model import splash
+from lm.model import attention_cpu, splash
 from lm.parallel.rules import constrain, platform
 
 
@@ -69,11 +69,13 @@ def attention_of(
     rows, length = positions.shape
     if name == "splash" and splash.fits(rows, length, config.head_dim):
         return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_block)
+    if name == "blocks" and attention_cpu.fits():
+        return lambda q, k, v: attention_cpu.attend_in_blocks(q, k, v, segments)
     mask = visible(positions, positions, segments, segments)
     return lambda q, k, v: attend(q, whole_rows(k), whole_rows(v), mask)
 
 
-BEST = {"tpu": "splash"}
+BEST = {"tpu": "splash", "cpu": "blocks"}
 """The kernel of each platform; plain on all others."""
 
 

@@ -44,6 +44,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def one_device() -> bool:
+    """Whether the code being traced is for one device, so that nothing is partitioned."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """Say where an activation lives; without a mesh (`jax.set_mesh`) it says nothing.
 
