@@ -53,13 +53,19 @@ class Model:
         "kernel of training; auto: splash on a TPU for rows and heads that are multiples of 128, blocks on one CPU, "
         "else plain",
     )
-    attention_block: int = knob(512, "most queries, and keys, in a block of the splash kernel")
-    remat: Literal["none", "full", "dots"] = knob(
-        "none", "what the backward pass recomputes: nothing, whole blocks, all but matrix products"
+    attention_blocks: tuple[int, ...] = knob(
+        (), "splash kernel: queries and keys of a block, forward, then backward; empty: what suits the chip"
+    )
+    remat: Literal["none", "full", "minimal", "dots", "offload"] = knob(
+        "none",
+        "what of a block is kept for the backward pass: all, its input alone, also q, k, v and attention, also "
+        "matrix products, or as minimal but in the host's memory",
     )
     scan_unroll: int = knob(1, "blocks unrolled per iteration of the layer scan; num_layers is fastest on CPU")
     param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype the parameters are kept in")
     compute_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of activations and matrix products")
+    logits_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the logits; the softmax is float32 anyway")
+    max_logits: int = knob(2**27, "most logits on a device at a time; a loss with more makes them in pieces, and twice")
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,47 @@
 
 The kernel knows a causal mask by place and segment ids, which is what packed rows need: inside a segment positions
 rise with the place. Source: FlashAttention-2, arXiv 2307.08691; the kernel is jax.experimental.pallas.ops.tpu.
+
+Where the mesh splits the tokens of a row (`context`), every device keeps its queries and gathers all keys and values.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lm.parallel.rules import spec, ways
+from lm.parallel.rules import device_kind, spec, split_ways, ways
 
 LANES = 128  # the width of a TPU's vector: blocks and the head are multiples of it
+
+
+class Blocks(NamedTuple):
+    """Most queries and keys of a block, in the forward and in the backward kernel."""
+
+    q: int
+    kv: int
+    q_backward: int
+    kv_backward: int
+
+
+BLOCKS = {"TPU v5 lite": Blocks(512, 512, 512, 1024), "TPU v5": Blocks(1024, 1024, 1024, 1024)}
+"""The best found for a chip, by jax's name of it, by the compiler's estimate; others take v5's."""
 
 
 def fits(rows: int, length: int, head_dim: int) -> bool:
     """Whether the kernel takes `rows` rows of `length` tokens and heads of `head_dim`, on the mesh that is set.
 
-    Every device must get as many rows: those of an evaluation may be too few.
+    Every device must get as many rows (those of an evaluation may be too few), and whole vectors of tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    divides = mesh.empty or (rows % ways("batch", mesh.shape) == 0 and ways("length", mesh.shape) == 1)
-    return divides and length % LANES == 0 and head_dim % LANES == 0
+    divides = mesh.empty or rows % ways("batch", mesh.shape) == 0
+    return (
+        divides and length % (LANES * (1 if mesh.empty else ways("length", mesh.shape))) == 0 and head_dim % LANES == 0
+    )
 
 
 def block_size(length: int, largest: int) -> int:
@@ -37,40 +55,58 @@ def splash(
     k: Float[Array, "B N T K"],
     v: Float[Array, "B N T K"],
     segments: Int[Array, "B T"],
-    block: int,
+    blocks: tuple[int, ...] = (),
     interpret: bool = False,
 ) -> Float[Array, "B H T K"]:
     """softmax(q·kᵀ/√K)·v of each token over the tokens of its segment that are not after it.
 
     Args:
-        block: most queries, and keys, of one block.
+        blocks: as `Blocks`; empty: what suits the chip.
         interpret: run the kernel as ordinary operations, on any device; slow, for tests.
     """
-    local = functools.partial(_local, block=block_size(q.shape[2], block), interpret=interpret)
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(q, k, v, segments)
-    # A kernel is opaque to the partitioner: each device gets its rows and heads.
-    queries, keys = (spec(("batch", name, None, None)) for name in ("heads", "kv_heads"))
-    rows = spec(("batch", None))
-    whole = jax.shard_map(local, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
-    return whole(q, k, v, segments)
+    sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), BLOCKS["TPU v5"])
+    mesh = jax.sharding.get_abstract_mesh()
+    length, parts = q.shape[2], split_ways(q.shape[2], "length")
+    heads = q.shape[1] // split_ways(q.shape[1], "heads")
+    kernel = _kernel(heads, length, parts, sizes, interpret)
+    q = q / math.sqrt(q.shape[-1])
+    if mesh.empty:
+        return _attend(kernel, q, k, v, segments, segments)
+    # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
+    queries = spec(("batch", "heads", "length", None))
+    keys, rows = spec(("batch", "kv_heads", None, None)), spec(("batch", None))
+    by_place = NamedSharding(mesh, PartitionSpec(None, *spec(("length",))))  # the mask's part for a device's queries
+    return jax.shard_map(
+        _attend,
+        in_specs=(kernel.manual_sharding_spec(by_place), queries, keys, keys, spec(("batch", "length")), rows),
+        out_specs=queries,
+        check_vma=False,
+    )(kernel, q, k, v, segments, segments)
 
 
-def _local(q: Array, k: Array, v: Array, segments: Array, block: int, interpret: bool) -> Array:
+def _attend(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    def row(q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
+        return kernel(q, k, v, SegmentIds(q_segments, k_segments))
+
+    return jax.vmap(row)(q, k, v, q_segments, k_segments)
+
+
+def _kernel(heads: int, length: int, parts: int, blocks: Blocks, interpret: bool) -> Any:
+    """The causal kernel for one device's heads, its mask cut into `parts` along the queries."""
     # Imported where it is used: it takes a second, and no CPU run needs it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_attention
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    heads, length, head_dim = q.shape[1:]
-    sizes = kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+    q, q_backward = (block_size(length // parts, size) for size in (blocks.q, blocks.q_backward))
+    kv, kv_backward = (block_size(length, size) for size in (blocks.kv, blocks.kv_backward))
+    sizes = splash_attention.BlockSizes(
+        block_q=q, block_kv=kv, block_kv_compute=min(kv, 512),
+        block_q_dkv=q_backward, block_kv_dkv=kv_backward, block_kv_dkv_compute=min(kv_backward, 512),
         block_q_dq=None, block_kv_dq=None, use_fused_bwd_kernel=True,
     )  # fmt: skip
-    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    attend = kernel.make_splash_mha(causal, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
-
-    def one(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        return attend(q, k, v, kernel.SegmentIds(segments, segments))
-
-    return jax.vmap(one)(q / math.sqrt(head_dim), k, v, segments)
+    return splash_attention.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length), shard_count=parts)] * heads),
+        head_shards=1, q_seq_shards=parts, block_sizes=sizes, residual_checkpoint_name="attention", interpret=interpret,
+    )  # fmt: skip

@@ -6,17 +6,19 @@ Shapes: B batch, T tokens, D embed, H query heads, N key heads, K head_dim, F ml
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
 from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
 from lm.model.linear import from_heads, project, to_heads
-from lm.parallel.rules import constrain
+from lm.parallel.rules import constrain, gathered, row_major
 from lm.types import pytree
 
 # Tree mode: a module is a plain pytree, and jax.jit, grad, scan, checkpoint and eval_shape apply to it.
@@ -24,11 +26,17 @@ nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
 nnx.use_eager_sharding(False)
 
-REMAT = {
-    "none": None,
+PRODUCTS = ("qkv", "attention", "mid", "mlp", "rms")
+REMAT: dict[str, Callable[..., Any]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+    "minimal": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
+    "dots": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["qkv", "attention"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
+"""Model.remat -> what the forward pass keeps of a block, by the names given below, beside the block's input."""
 
 
 def _param(key: PRNGKeyArray, config: Model, std: float, **axes: int) -> nnx.Param:
@@ -36,6 +44,12 @@ def _param(key: PRNGKeyArray, config: Model, std: float, **axes: int) -> nnx.Par
     dtype = jnp.dtype(config.param_dtype)
     value = jax.random.normal(key, tuple(axes.values()), jnp.float32) * std
     return nnx.Param(value.astype(dtype), out_sharding=tuple(axes))
+
+
+def _whole(param: nnx.Param, dtype: Any) -> Array:
+    """A parameter as a matrix product takes it. In a scan over layers the names still begin with that of the layers."""
+    w = param[...]
+    return gathered(w, param.get_metadata("out_sharding")[-w.ndim :], dtype)
 
 
 def _embed_std(config: Model) -> float:
@@ -50,7 +64,7 @@ def _scale(config: Model, size: int) -> nnx.Param:
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """x / rms(x) · scale, in float32 at least. Source: arXiv 1910.07467 eq. 4."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    normed = wide * named(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps), "rms")
     return (normed * scale.astype(wide.dtype)).astype(x.dtype)
 
 
@@ -101,19 +115,22 @@ class Block(nnx.Module):
     def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], eps: float) -> tuple[Array, Array, Array]:
         """Head-major queries [B H T K], keys and values [B N T K], rotated."""
         y = self.attn_norm(x, eps)
-        q, k, v = (to_heads(y, w[...].astype(y.dtype)) for w in (self.q, self.k, self.v))
+        q, k, v = (named(to_heads(y, _whole(w, y.dtype)), "qkv") for w in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, eps), self.k_norm(k, eps)
         return rotate(q, angles), rotate(k, angles), v
 
     def rest(self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float) -> Float[Array, "B T D"]:
         """What follows attention: the output projection and the SwiGLU (arXiv 2002.05202), each added to x."""
-        x = x + from_heads(heads, self.o[...].astype(x.dtype))
-        x = constrain(x, "batch", "length", "act_embed")
+        x = residual(x + from_heads(heads, _whole(self.o, x.dtype)), "mid")
         y = self.mlp_norm(x, eps)
-        gate, up = (project(y, w[...].astype(y.dtype)) for w in (self.gate, self.up))
-        x = x + project(jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
-        return constrain(x, "batch", "length", "act_embed")
+        gate, up = (named(project(y, _whole(w, y.dtype)), "mlp") for w in (self.gate, self.up))
+        return residual(x + project(jax.nn.silu(gate) * up, _whole(self.down, x.dtype)), "out")
+
+
+def residual(x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
+    """The residual stream, named for rematerialisation, in its place on the mesh."""
+    return named(constrain(row_major(x), "batch", "length", "act_embed"), name)
 
 
 class Transformer(nnx.Module):
@@ -156,10 +173,23 @@ class Transformer(nnx.Module):
         return self.norm(x, c.norm_eps)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of every token of the vocabulary, float32 whatever the compute dtype."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        """Scores of every token of the vocabulary, in `config.logits_dtype` (but float64 where the model is)."""
+        dtype = jnp.promote_types(hidden.dtype, jnp.dtype(self.config.logits_dtype))
         weight = self.embed[...].T if self.head is None else self.head[...]
-        return project(hidden, weight.astype(hidden.dtype), preferred=wide)
+        return project(hidden, weight.astype(hidden.dtype), preferred=dtype)
+
+    def with_whole_tables(self) -> Transformer:
+        """This model with embedding and head in the compute dtype and whole along `embed` on every device.
+
+        A training step does it once: a tied table is read twice, and is gathered, and its gradient summed, only once.
+        """
+        model = jax.tree.map(lambda x: x, self)
+        for name in ("embed", "head"):
+            param = getattr(self, name)
+            if param is not None:
+                whole = _whole(param, jnp.dtype(self.config.compute_dtype))
+                setattr(model, name, nnx.Param(whole, out_sharding=param.get_metadata("out_sharding")))
+        return model
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache with no token in it, for `length` tokens a row."""

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from lm.parallel.rules import constrain, split_ways
 from lm.types import Batch, pytree
-
-MAX_LOGITS = 2**27  # 512 MiB of float32
 
 
 @pytree
@@ -50,17 +49,19 @@ def token_logprobs(
     batch: Batch,
     temperature: float = 1.0,
     *,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
     want_entropy: bool = False,
     want_mean_logp: bool = False,
 ) -> TokenStats:
     """Statistics of `batch.tokens` [B, T] under `model`, never holding more than about `max_logits` logits.
 
-    The model gives hidden(tokens, positions, segments) -> [B, T, D] and logits(hidden) -> [..., V]. Where
-    B·T·V is more than max_logits (counted over all devices), the projection to the vocabulary runs over chunks of
-    time, one after another, and is computed again in the backward pass; the batch axis stays whole, so that
-    devices which split it go on sharing every chunk.
+    The model gives hidden(tokens, positions, segments) -> [B, T, D], logits(hidden) -> [..., V], and itself
+    with_whole_tables(). Where a device's share of B·T·V is more than max_logits (None: the model's own setting), the
+    projection to the vocabulary runs over chunks of time, one after another, and is computed again in the backward
+    pass; each chunk has all rows, and a part of every device's time, so that all devices share it.
     """
+    model = model.with_whole_tables()
+    max_logits = model.config.max_logits if max_logits is None else max_logits
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
 
     def project(hidden, targets):
@@ -69,13 +70,20 @@ def token_logprobs(
     targets = _next(batch.tokens)
     rows, time = targets.shape
     vocab = jax.eval_shape(model.logits, hidden).shape[-1]
-    if rows * time * vocab <= max_logits:
+    row_parts, time_parts, vocab_parts = (
+        split_ways(n, name) for n, name in zip((rows, time, vocab), AXES, strict=True)
+    )
+    row, time_here = rows // row_parts * (vocab // vocab_parts), time // time_parts
+    if row * time_here <= max_logits:
         return _align(project(hidden, targets))
-    chunks = -(-time // max(1, max_logits // (rows * vocab)))
-    split = functools.partial(_split_time, chunks=chunks)
+    chunks = -(-time_here // max(1, max_logits // row))
+    split = functools.partial(_split_time, parts=time_parts, chunks=chunks)
     remat = jax.checkpoint(project, prevent_cse=False)
     stats = jax.lax.map(lambda chunk: remat(*chunk), (split(hidden), split(targets)))
-    return _align(jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(rows, -1)[:, :time], stats))
+    return _align(jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats))
+
+
+AXES = ("batch", "length", "vocab")
 
 
 def _next(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -88,13 +96,24 @@ def _align(stats: TokenStats) -> TokenStats:
     return jax.tree.map(lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0))), stats)
 
 
-def _split_time(x: Array, chunks: int) -> Array:
-    """[B, T, ...] to [chunks, B, C, ...], padded with zeros at the end of time."""
-    length = -(-x.shape[1] // chunks)
-    x = jnp.pad(x, [(0, 0), (0, chunks * length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, length, *x.shape[2:]), 1, 0)
+def _split_time(x: Array, parts: int, chunks: int) -> Array:
+    """[B, T, ...] to [chunks, B, P·C, ...], a chunk with C places of each of P parts; padded with zeros at a part's end."""
+    rows, time, *rest = x.shape
+    length = -(-time // parts // chunks)
+    x = x.reshape(rows, parts, time // parts, *rest)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * length - time // parts)] + [(0, 0)] * len(rest))
+    pieces = jnp.moveaxis(x.reshape(rows, parts, chunks, length, *rest), 2, 0)
+    return constrain(pieces.reshape(chunks, rows, parts * length, *rest), None, "batch", "length")
 
 
+def _join_time(x: Array, parts: int, time: int) -> Array:
+    """What `_split_time` split, [chunks, B, P·C], as [B, T], without the padding; `time` places a part."""
+    chunks, rows, _ = x.shape
+    pieces = jnp.moveaxis(x.reshape(chunks, rows, parts, -1), 0, 2)
+    return pieces.reshape(rows, parts, -1)[:, :, :time].reshape(rows, parts * time)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _measure(
     logits: Float[Array, "B T V"],
     targets: Int[Array, "B T"],
@@ -102,18 +121,50 @@ def _measure(
     want_entropy: bool,
     want_mean_logp: bool,
 ) -> TokenStats:
-    """Statistics of `targets` under the logits at the same place."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
-    best = jax.lax.stop_gradient(logits.max(-1))
-    weights = jnp.exp(logits - best[..., None])
-    lse = best + jnp.log(weights.sum(-1))
-    # A masked sum rather than a gather: it splits over a sharded vocabulary, and its gradient needs no scatter.
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    target = jnp.where(chosen, logits, 0.0).sum(-1)
-    return TokenStats(
+    """Statistics of `targets` under the logits at the same place.
+
+    The gradient is written out, so that of [B, T, V] arrays only the logits wait for the backward pass.
+    """
+    return _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp)[0]
+
+
+def _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp):
+    z = _scaled(logits, temperature)
+    best = z.max(-1)
+    weights = jnp.exp(z - best[..., None])
+    total = weights.sum(-1)
+    lse = best + jnp.log(total)
+    # A masked sum rather than a gather: it splits over a sharded vocabulary.
+    target = jnp.where(_chosen(targets, z), z, 0.0).sum(-1)
+    stats = TokenStats(
         logp=target - lse,
         lse=lse,
-        correct=(target >= best).astype(logits.dtype),
-        entropy=lse - (weights * logits).sum(-1) / weights.sum(-1) if want_entropy else None,
-        mean_logp=logits.mean(-1) - lse if want_mean_logp else None,
+        correct=(target >= best).astype(z.dtype),
+        entropy=lse - (weights * z).sum(-1) / total if want_entropy else None,
+        mean_logp=z.mean(-1) - lse if want_mean_logp else None,
     )
+    return stats, (logits, targets, best, total, stats.entropy)
+
+
+def _measure_backward(temperature, want_entropy, want_mean_logp, saved, g: TokenStats):
+    """With p the softmax of z: d logp = 1[y] - p, d lse = p, d entropy = -p·(log p + entropy), d mean_logp = 1/V - p."""
+    logits, targets, best, total, entropy = saved
+    z = _scaled(logits, temperature) - best[..., None]
+    p = jnp.exp(z) / total[..., None]
+    gradient = jnp.where(_chosen(targets, z), g.logp[..., None], 0.0) + p * (g.lse - g.logp)[..., None]
+    if g.mean_logp is not None:
+        gradient += g.mean_logp[..., None] * (1 / z.shape[-1] - p)
+    if g.entropy is not None:
+        gradient -= g.entropy[..., None] * p * (z - jnp.log(total)[..., None] + entropy[..., None])
+    return (gradient / temperature).astype(logits.dtype), None
+
+
+_measure.defvjp(_measure_forward, _measure_backward)
+
+
+def _scaled(logits: Float[Array, "B T V"], temperature: float) -> Float[Array, "B T V"]:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+
+
+def _chosen(targets: Int[Array, "B T"], z: Float[Array, "B T V"]) -> Bool[Array, "B T V"]:
+    return jnp.arange(z.shape[-1]) == targets[..., None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -50,6 +51,19 @@ def one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def device_kind() -> str:
+    """jax's name of the devices that the code being traced is for, for instance "TPU v5 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def split_ways(size: int, name: str) -> int:
+    """Into how many parts the mesh that is set splits a dimension of this size and logical name; 1 if it cannot."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else ways(name, mesh.shape)
+    return 1 if size % parts else parts
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """Say where an activation lives; without a mesh (`jax.set_mesh`) it says nothing.
 
@@ -59,8 +73,36 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh.empty:
         return x
     sized = zip(names, x.shape, strict=False)  # dimensions after the last name are whole
-    fits = (name if name and size % ways(name, mesh.shape) == 0 else None for name, size in sized)
+    fits = (name if name and split_ways(size, name) > 1 else None for name, size in sized)
     return jax.lax.with_sharding_constraint(x, spec(tuple(fits)))
+
+
+def row_major(x: Array) -> Array:
+    """Ask the TPU compiler for the layout that the array's shape shows; left to itself it changes it back and forth."""
+    if platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def gathered(w: Array, names: tuple[str | None, ...], dtype: Any) -> Array:
+    """A parameter in the dtype of the computation, whole along `embed` on every device.
+
+    Said explicitly because of what travels: the cast comes before the gather, and the gradient is summed over the
+    devices, each keeping its part, before it is cast back.
+    """
+
+    @jax.custom_vjp
+    def gather(w: Array) -> Array:
+        return constrain(w.astype(dtype), *(None if name == "embed" else name for name in names))
+
+    def forward(w: Array) -> tuple[Array, None]:
+        return gather(w), None
+
+    def backward(_: None, g: Array) -> tuple[Array]:
+        return (constrain(g, *names).astype(w.dtype),)
+
+    gather.defvjp(forward, backward)
+    return gather(w)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -36,7 +36,7 @@ def both(rows: int):
     weights = weights * (segments > 0)[:, None, :, None]
     mask = visible(positions, positions, segments, segments)
     fast = jax.value_and_grad(
-        lambda q, k, v: (splash(q, k, v, segments, 128, interpret=True) * weights).sum(), (0, 1, 2)
+        lambda q, k, v: (splash(q, k, v, segments, (128,) * 4, interpret=True) * weights).sum(), (0, 1, 2)
     )
     slow = jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask) * weights).sum(), (0, 1, 2))
     return jax.jit(fast)(q, k, v), jax.jit(slow)(q, k, v)
@@ -55,6 +55,11 @@ def test_packed_rows_and_grouped_heads():
 def test_on_a_mesh_each_device_has_its_rows_and_heads():
     with jax.set_mesh(make_mesh(layout(data=2, fsdp=2, tensor=2))):
         agree(*both(rows=4))
+
+
+def test_devices_that_split_a_row_gather_keys_and_values():
+    with jax.set_mesh(make_mesh(layout(fsdp=2, context=2, tensor=2))):
+        agree(*both(rows=2))
 
 
 def test_a_model_has_the_same_logits_and_gradients_with_it(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from jaxtyping import Array, Float
 from objective_checks import TOLERANCE, assert_close, golden_cases, numeric_gradient, precision
 
+from lm.experiment import Model
 from lm.objectives.logprobs import TokenStats, shifted_logprobs, token_logprobs
 from lm.types import Batch, pytree
 
@@ -19,6 +20,10 @@ class Tiny:
 
     embed: Float[Array, "V D"]
     head: Float[Array, "D V"]
+    config = Model()  # no field: the same for all
+
+    def with_whole_tables(self):
+        return self
 
     def hidden(self, tokens, positions, segments):
         return jnp.tanh(jnp.cumsum(self.embed[tokens], axis=1) + 0.1 * positions[..., None]) * (segments > 0)[..., None]
