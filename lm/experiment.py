@@ -48,8 +48,10 @@ class Model:
     norm_eps: float = knob(1e-6, "added to the mean square inside RMSNorm")
     qk_norm: bool = knob(True, "RMSNorm on every query and key head, before rope")
     tied_head: bool = knob(True, "the output projection is the embedding, transposed")
-    attention: Literal["auto", "plain", "splash"] = knob(
-        "auto", "kernel of training; auto: splash on a TPU for rows and heads that are multiples of 128, else plain"
+    attention: Literal["auto", "plain", "splash", "blocks"] = knob(
+        "auto",
+        "kernel of training; auto: splash on a TPU for rows and heads that are multiples of 128, blocks on one CPU, "
+        "else plain",
     )
     attention_blocks: tuple[int, ...] = knob(
         (), "splash kernel: queries and keys of a block, forward, then backward; empty: what suits the chip"

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Bool, Float, Int
 
 from lm.experiment import Model
-from lm.model import splash
+from lm.model import attention_cpu, splash
 from lm.parallel.rules import constrain, platform
 
 
@@ -82,11 +82,13 @@ def attention_of(
     rows, length = positions.shape
     if name == "splash" and splash.fits(rows, length, config.head_dim):
         return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_blocks)
+    if name == "blocks" and attention_cpu.fits():
+        return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
     mask = visible(positions, positions, segments, segments)
     return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask), "attention")
 
 
-BEST = {"tpu": "splash"}
+BEST = {"tpu": "splash", "cpu": "blocks"}
 """The kernel of each platform; plain on all others."""
 
 

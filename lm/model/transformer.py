@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from lm.experiment import Model
 from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
 from lm.model.linear import from_heads, project, to_heads
-from lm.parallel.rules import constrain, gathered, row_major
+from lm.parallel.rules import constrain, gathered, platform, row_major
 from lm.types import pytree
 
 # Tree mode: a module is a plain pytree, and jax.jit, grad, scan, checkpoint and eval_shape apply to it.
@@ -191,6 +191,28 @@ class Transformer(nnx.Module):
                 setattr(model, name, nnx.Param(whole, out_sharding=param.get_metadata("out_sharding")))
         return model
 
+    def for_sampling(self) -> Transformer:
+        """This model with its matrices in the compute dtype: cast once and not for every token.
+
+        On CPU its blocks are a tuple, which holds the layers as arrays of their own: a loop would copy them out of the
+        stack at each of its turns.
+        """
+        dtype = jnp.dtype(self.config.compute_dtype)
+
+        def cast(param: nnx.Variable) -> nnx.Variable:
+            norm = "norm" in param.get_metadata("out_sharding")
+            return param if norm else jax.tree.map(lambda x: x.astype(dtype), param)
+
+        model = jax.tree.map(cast, self, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        if platform() == "cpu":
+            model.blocks = nnx.data(jax.lax.optimization_barrier(self._layers(model.blocks)))
+        return model
+
+    def _layers(self, blocks: Block | tuple[Block, ...]) -> tuple[Block, ...]:
+        if isinstance(blocks, tuple):
+            return blocks
+        return tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(self.config.num_layers))
+
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache with no token in it, for `length` tokens a row."""
         c = self.config
@@ -220,8 +242,7 @@ class Transformer(nnx.Module):
         slot_positions, slot_segments = put(cache.positions, positions, 1), put(cache.segments, segments, 1)
         mask: Bool[Array, "B T S"] = visible(positions, slot_positions, segments, slot_segments)
         keys, values = list(cache.keys), list(cache.values)
-        for layer in range(c.num_layers):
-            block: Any = jax.tree.map(lambda p, layer=layer: p[layer], self.blocks)
+        for layer, block in enumerate(self._layers(self.blocks)):
             q, k, v = block.qkv(x, angles, c.norm_eps)
             keys[layer], values[layer] = put(keys[layer], k, 2), put(values[layer], v, 2)
             x = block.rest(x, attend(q, keys[layer], values[layer], mask), c.norm_eps)

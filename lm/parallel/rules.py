@@ -45,6 +45,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def one_device() -> bool:
+    """Whether the code being traced is for one device, so that nothing is partitioned."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def device_kind() -> str:
     """jax's name of the devices that the code being traced is for, for instance "TPU v5 lite"."""
     device = jax.sharding.get_abstract_mesh().abstract_device

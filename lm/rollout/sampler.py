@@ -63,14 +63,18 @@ def choose(
     """
     greedy = temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
-    probs = jax.nn.softmax(filter_logits(scaled, top_k, top_p), axis=-1)
-    mass = jnp.cumsum(probs, axis=-1)
+    best = scaled.max(-1, keepdims=True)
+    odds = jnp.exp(scaled - best)  # not normalised
+    kept = filter_logits(scaled, top_k, top_p)
+    mass = jnp.cumsum(jnp.where(kept == -jnp.inf, 0.0, odds), axis=-1)
     u = jax.random.uniform(key, (logits.shape[0], 1)) * mass[:, -1:]
     # `<=` steps over tokens of no mass; the largest index with mass is the last resort against rounding.
-    last = logits.shape[-1] - 1 - jnp.argmax(jnp.flip(probs > 0, axis=-1), axis=-1)
+    place = jnp.arange(logits.shape[-1])
+    last = jnp.max(jnp.where((kept > -jnp.inf) & (odds > 0), place, 0), axis=-1)
     sampled = jnp.minimum(jnp.sum(mass <= u, axis=-1), last)
-    token = jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), token[:, None], axis=-1)[:, 0]
+    likeliest = jnp.min(jnp.where(scaled == best, place, place[-1]), axis=-1)
+    token = jnp.where(greedy, likeliest, sampled)
+    logp = jnp.take_along_axis(scaled - best, token[:, None], axis=-1)[:, 0] - jnp.log(odds.sum(-1))
     return token, logp
 
 
@@ -94,6 +98,7 @@ def generate(
         tokens, lengths: prompts with their last token in the last column, and how many are real.
         temperature: 0 is greedy. A traced number: other temperatures do not compile again.
     """
+    model = model.for_sampling()
     rows, width = tokens.shape
     column = jnp.arange(width)[None, :] - (width - lengths[:, None])
     positions, segments = jnp.maximum(column, 0), (column >= 0).astype(jnp.int32)

@@ -1,0 +1,187 @@
+"""`lm` as a contestant: one contest of the peers' kit with the product's own step and sampler, one JSON line at the end.
+
+    python benchmarks/contest_lm.py A --dtype float32 --kit FOLDER
+
+FOLDER has the kit's `contests.py`, which says what each contest is and times it; $PEER_KIT if not given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.data.prompts import Prompts
+from lm.experiment import DPO, GRPO, Mesh, Model, Objective, Optimizer, Pretrain, Source, Stage
+from lm.model.transformer import Transformer
+from lm.parallel.mesh import make_mesh
+from lm.parallel.rules import batch_sharding
+from lm.rollout import environments
+from lm.rollout.sampler import generate
+from lm.train.loop import start_state
+from lm.types import Batch
+
+FIRST_WORD = 3  # smaller token ids are special
+PAD = 0
+
+
+def load_kit(folder: str | None) -> ModuleType:
+    """The kit's definitions; ends the program with one clear line where they are missing."""
+    if not folder or not (Path(folder) / "contests.py").is_file():
+        sys.exit(f"contest_lm: skipped, no contests.py in {folder!r}: name the kit's folder by --kit or PEER_KIT")
+    sys.path.insert(0, folder)
+    return importlib.import_module("contests")
+
+
+def model_of(kit: ModuleType, contest: str, dtype: str) -> Transformer:
+    """The contests' decoder. Training keeps float32 parameters, sampling alone has them in `dtype` too."""
+    m = kit.MODEL
+    config = Model(
+        num_layers=m["layers"], embed_dim=m["d_model"], num_heads=m["heads"], num_kv_heads=m["kv_heads"],
+        head_dim=m["head_dim"], mlp_dim=m["ffn"], max_len=1024, rope_theta=m["rope_theta"], norm_eps=m["norm_eps"],
+        qk_norm=False, tied_head=m["tied"], scan_unroll=m["layers"], compute_dtype=dtype,
+        param_dtype=dtype if contest == "B" else "float32",
+    )  # fmt: skip
+    return jax.jit(lambda key: Transformer(config, m["vocab"], key))(jax.random.key(0))
+
+
+def stage_of(kit: ModuleType, objective: Objective, rows: int, length: int) -> Stage:
+    """A stage with the contests' AdamW."""
+    o = kit.OPT
+    optimizer = Optimizer(
+        peak_lr=o["lr"], schedule="constant", warmup_steps=0, b2=o["b2"], weight_decay=o["weight_decay"],
+        clip_norm=o["clip"],
+    )  # fmt: skip
+    return Stage("contest", objective, (Source("random tokens"),), optimizer, batch_size=rows, seq_len=length)
+
+
+class Trainer:
+    """A training state and its step, as `lm run` has them."""
+
+    def __init__(self, stage: Stage, model: Transformer):
+        self.mesh = make_mesh(Mesh())
+        jax.set_mesh(self.mesh)
+        self.state, self.step = start_state(stage, model, self.mesh)
+
+    def __call__(self, batch: Batch) -> float:
+        """One update; the loss, read back."""
+        self.state, metrics = self.step(self.state, jax.device_put(batch, batch_sharding(self.mesh)))
+        return float(metrics["loss"])
+
+
+def random_rows(kit: ModuleType, rows: int, length: int, prompt: int) -> Batch:
+    """Random tokens, each row one segment, with weight on what follows the prompt."""
+    tokens = random_tokens(kit, rows, length)
+    weights = np.broadcast_to(np.arange(length) >= prompt, tokens.shape).astype(np.float32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return Batch(tokens, weights, np.ones_like(tokens), positions)
+
+
+def random_tokens(kit: ModuleType, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(FIRST_WORD, kit.MODEL["vocab"], shape).astype(np.int32)
+
+
+def pretrain(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
+    train = Trainer(stage_of(kit, Pretrain(), c["batch"], c["seq"]), model)
+    batch = random_rows(kit, c["batch"], c["seq"], prompt=1)
+    return kit.timed(lambda: train(batch), "A")
+
+
+def sampling(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
+    tokens = random_tokens(kit, c["batch"], c["prompt"])
+    lengths = np.full(len(tokens), c["prompt"], np.int32)
+
+    def step() -> None:
+        out = generate(
+            model, tokens, lengths, jax.random.key(0), c["temperature"],
+            max_new_tokens=c["new"], eos_id=kit.MODEL["vocab"], pad_id=PAD,
+        )  # fmt: skip
+        assert np.asarray(out.mask).sum() == len(tokens) * c["new"]
+
+    return kit.timed(step, "B")
+
+
+def preference(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
+    train = Trainer(stage_of(kit, DPO(beta=c["beta"]), c["pairs"], c["seq"]), model)
+    batch = random_rows(kit, 2 * c["pairs"], c["seq"], c["prompt"])
+    return kit.timed(lambda: train(batch), "C")
+
+
+class Words:
+    """A tokenizer of one word an id, in which nothing ends an answer: no such token is ever sampled."""
+
+    pad_id = PAD
+
+    def __init__(self, vocab_size: int):
+        self.eos_id = vocab_size
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+
+class RandomPrompts:
+    """An environment of random prompts, with the reward that the peers' GRPO contestants have."""
+
+    def __init__(self, kit: ModuleType, prompts: int, length: int):
+        rows = [{"prompt": f"prompt {i}"} for i in range(prompts)]
+        self.all = Prompts(random_tokens(kit, prompts, length), np.full(prompts, length, np.int32), rows)
+
+    def prompts(self, step: int) -> Prompts:
+        return self.all
+
+    def reward(self, row: dict, completion: str) -> float:
+        return float(sum(map(ord, completion[:64])) % 7)
+
+
+def reinforcement(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
+    objective = GRPO(
+        group_size=c["group"], max_new_tokens=c["new"], temperature=c["temperature"], kl_coef=c["beta"]
+    )  # fmt: skip
+    stage = stage_of(kit, objective, c["prompts"], c["prompt"] + c["new"])
+    train = Trainer(stage, model)
+    environment: Any = RandomPrompts(kit, c["prompts"], c["prompt"])
+    tokenizer: Any = Words(kit.MODEL["vocab"])
+    seconds: list[float] = []
+
+    def step() -> None:
+        began, number = time.perf_counter(), len(seconds)
+        rollout = environments.roll_out(
+            train.state.params, environment, stage, tokenizer, number, jax.random.key(number)
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+        for batch in rollout.batches:
+            train(batch)
+
+    result = kit.timed(step, "D")
+    rollout = statistics.median(seconds[c["warmup"] :])
+    update = statistics.median(result["times"]) - rollout
+    return result | {"rollout_ms": round(rollout * 1e3, 1), "update_ms": round(update * 1e3, 1)}
+
+
+CONTESTS = {"A": pretrain, "B": sampling, "C": preference, "D": reinforcement}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("contest", choices=tuple(CONTESTS))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--kit", default=os.environ.get("PEER_KIT"), help="folder of the kit's contests.py")
+    arguments = parser.parse_args()
+    kit = load_kit(arguments.kit)
+    model = model_of(kit, arguments.contest, arguments.dtype)
+    result = CONTESTS[arguments.contest](kit, kit.CONTESTS[arguments.contest], model)
+    extra = {name: result.pop(name) for name in ("rollout_ms", "update_ms") if name in result}
+    kit.emit("lm", arguments.contest, arguments.dtype, result, **extra)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The product of two matrices on CPU: values and gradients of the plain one, in the dtype that was asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.model.linear import from_heads, project, to_heads, transposed
+
+
+def operands(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, rows, 6), (6, 8), (2, rows, 8))
+    x, w, dy = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return x, w, dy
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])  # an odd number of rows too
+def test_gradients_are_those_of_the_plain_product(rows):
+    x, w, dy = operands(rows)
+    (want, back), (have, back_project) = jax.vjp(jnp.matmul, x, w), jax.vjp(project, x, w)
+    np.testing.assert_allclose(have, want, atol=1e-6)
+    for have_d, want_d in zip(back_project(dy), back(dy), strict=True):
+        np.testing.assert_allclose(have_d, want_d, atol=1e-6)
+
+
+def test_bfloat16_operands_add_up_in_float32():
+    x, w, dy = operands(64)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    y, back = jax.vjp(lambda x, w: project(x, w, preferred=jnp.float32), x, w)
+    dx, dw = back(dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    assert project(x, w).dtype == jnp.bfloat16
+    exact = np.einsum("bti,io->bto", np.asarray(x, np.float64), np.asarray(w, np.float64))
+    np.testing.assert_allclose(y, exact, atol=1e-5)
+
+
+def test_heads_lie_as_the_einsum_says():
+    x, w, _ = operands(3)
+    w = w.reshape(6, 2, 4)
+    heads = to_heads(x, w)
+    np.testing.assert_allclose(heads, jnp.einsum("btd,dhk->bhtk", x, w), atol=1e-6)
+    out = jnp.swapaxes(w.reshape(6, 8), 0, 1).reshape(2, 4, 6)
+    np.testing.assert_allclose(from_heads(heads, out), jnp.einsum("bhtk,hkd->btd", heads, out), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (2, 3, 4)])
+def test_transposed_is_the_transpose(shape):
+    x = jnp.arange(np.prod(shape)).reshape(shape)
+    assert jnp.array_equal(jax.jit(transposed)(x), jnp.swapaxes(x, -1, -2))
