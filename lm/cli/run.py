@@ -62,6 +62,8 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.until, (stage.name for stage in experiment.stages), arguments.experiment)
     run_dir = arguments.run_dir or Path("runs") / experiment.name
 
+    import jax
+
     from lm.parallel.distributed import find_job, first, gather, joined
     from lm.train.loop import Interrupted
     from lm.train.profile import parse_steps
@@ -71,8 +73,9 @@ def call(arguments: argparse.Namespace) -> int:
     profile = parse_steps(arguments.profile) if arguments.profile else None
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     job = find_job(*where, arguments.join_timeout)
-    watchdog = (DEFAULT_SECONDS if job else 0.0) if arguments.watchdog is None else arguments.watchdog
     with joined(job):
+        many = jax.process_count() > 1
+        watchdog = (DEFAULT_SECONDS if many else 0.0) if arguments.watchdog is None else arguments.watchdog
         try:
             run(
                 experiment,
