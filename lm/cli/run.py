@@ -22,7 +22,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, EXPERIMENT_HELP, at_least, check_stage, number, resolve
+from lm.cli.arguments import EXIT_INTERRUPT, EXPERIMENT_HELP, add_cache, at_least, check_stage, number, resolve
 
 TAKES_OVERRIDES = True
 
@@ -38,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="trace these steps of every stage into stages/NAME/profile (10:13 has three)",
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    add_cache(parser)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many processes: where process 0 listens")
     parser.add_argument("--num-processes", metavar="N", type=at_least(1), help="many processes: how many")
     parser.add_argument("--process-id", metavar="I", type=at_least(0), help="many processes: which this is, from 0")
@@ -64,6 +65,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     import jax
 
+    from lm.data.cache import cache_at
     from lm.parallel.distributed import find_job, first, gather, joined
     from lm.train.loop import Interrupted
     from lm.train.profile import parse_steps
@@ -73,7 +75,7 @@ def call(arguments: argparse.Namespace) -> int:
     profile = parse_steps(arguments.profile) if arguments.profile else None
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     job = find_job(*where, arguments.join_timeout)
-    with joined(job):
+    with joined(job), cache_at(arguments.cache):
         many = jax.process_count() > 1
         watchdog = (DEFAULT_SECONDS if many else 0.0) if arguments.watchdog is None else arguments.watchdog
         try:
@@ -108,7 +110,7 @@ def report(run_dir: Path) -> bool:
 
 def command_to_go_on(arguments: argparse.Namespace) -> str:
     """The same command, less `--fresh`, which would begin anew."""
-    names = ("run_dir", "until", "profile", "coordinator", "num_processes", "process_id", "watchdog")
+    names = ("run_dir", "until", "profile", "cache", "coordinator", "num_processes", "process_id", "watchdog")
     flags = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from lm.data.tokenizer import Tokenizer
@@ -18,6 +20,7 @@ from lm.experiment import Experiment, Stage, UserError
 from lm.model.flops import peak_flops, update_flops_per_token
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
+from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, needs_reference
@@ -75,7 +78,11 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
     state, step_fn = start_state(stage, model, run.mesh)
-    with MetricsLog(folder) as log, Checkpoints(folder / "checkpoints") as checkpoints:
+    with (
+        contextlib.closing(batches),
+        MetricsLog(folder) as log,
+        Checkpoints(folder / "checkpoints") as checkpoints,
+    ):
         state, start, meta = restore(state, checkpoints, run.mesh)
         spent = goodput.reached(folder) if first() else 0.0
         if first():
@@ -228,20 +235,26 @@ def _count_tokens(batch: Batch) -> jax.Array:
 def start_state(stage: Stage, model: Transformer, mesh: Mesh) -> tuple[TrainState, Step]:
     """The state at step 0 of a stage, born sharded, and its step, which compiles for the mesh on first use."""
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
-
-    def init(params: Transformer) -> TrainState:
-        # Copies: the state is donated to every step, and the model that came in still belongs to the caller.
-        frozen = {"reference": jax.tree.map(jnp.copy, params)} if needs_reference(stage) else {}
-        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), frozen)
-
+    init = functools.partial(first_state, stage, optimizer)
     places = shardings(jax.eval_shape(init, model), mesh)
-    step = jax.jit(
+    return jax.jit(init, out_shardings=places)(model), jit_step(stage, optimizer, places, mesh)
+
+
+def first_state(stage: Stage, optimizer: optax.GradientTransformation, params: Transformer) -> TrainState:
+    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
+    frozen = {"reference": jax.tree.map(jnp.copy, params)} if needs_reference(stage) else {}
+    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), frozen)
+
+
+def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:
+    """The step of a stage, which takes and gives a state in these places."""
+    return jax.jit(
         STEPS[type(stage.objective)](stage, optimizer),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
-    return jax.jit(init, out_shardings=places)(model), step
 
 
 def restore(state: TrainState, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, int, dict[str, Any]]:
