@@ -103,6 +103,7 @@ def _kernel(shape: tuple[int, int], parts: int, blocks: Blocks, window: int, sof
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads, length = shape
+    mask: masks.Mask
     if window:
         mask = masks.LocalMask((length, length), (window - 1, 0), offset=0, shard_count=parts)
     else:
