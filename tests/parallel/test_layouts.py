@@ -19,9 +19,19 @@ SPLIT = ("fsdp", "expert", "context")  # the mesh axes that split the width of p
 LAYOUTS = {
     "data8": ({"data": 8}, {}, {}),
     "fsdp8": ({"fsdp": 8}, {}, {}),
-    "data2_fsdp2_tensor2": ({"data": 2, "fsdp": 2, "tensor": 2}, {}, {}),
-    "slices2_expert2_fsdp2": ({"slices": 2, "expert": 2, "fsdp": 2}, {}, {}),
-    "context2_fsdp2_tensor2": ({"context": 2, "fsdp": 2, "tensor": 2}, {}, {}),
+    # Every pair of axes is in one of these.
+    **{
+        "_".join(f"{axis}2" for axis in axes): (dict.fromkeys(axes, 2), {}, {})
+        for axes in (
+            ("data", "fsdp", "tensor"),
+            ("slices", "data", "expert"),
+            ("slices", "fsdp", "context"),
+            ("expert", "context", "tensor"),
+            ("slices", "data", "tensor"),
+            ("data", "context", "fsdp"),
+            ("fsdp", "expert", "context"),
+        )
+    },
     "microbatches4": ({}, {"microbatches": 4}, {}),
     "microbatches2_on_data2_fsdp2": ({"data": 2, "fsdp": 2}, {"microbatches": 2}, {}),
     "remat_full": ({}, {}, {"remat": "full"}),
