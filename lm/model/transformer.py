@@ -115,10 +115,13 @@ class Block(nnx.Module):
     def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], eps: float) -> tuple[Array, Array, Array]:
         """Head-major queries [B H T K], keys and values [B N T K], rotated."""
         y = self.attn_norm(x, eps)
-        q, k, v = (named(to_heads(y, _whole(w, y.dtype)), "qkv") for w in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, eps), self.k_norm(k, eps)
-        return rotate(q, angles), rotate(k, angles), v
+        q, k, v = (to_heads(y, _whole(w, y.dtype)) for w in (self.q, self.k, self.v))
+        if self.q_norm is None or self.k_norm is None:
+            q, k = rotate(q, angles), rotate(k, angles)
+            return named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
+        # The gradient of a norm wants what went into it: kept before it, and turned again on the way back.
+        q, k, v = named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
+        return rotate(self.q_norm(q, eps), angles), rotate(self.k_norm(k, eps), angles), v
 
     def rest(self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float) -> Float[Array, "B T D"]:
         """What follows attention: the output projection and the SwiGLU (arXiv 2002.05202), each added to x."""

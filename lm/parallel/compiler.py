@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, bool | int | str]] = {
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
+        "xla_tpu_scoped_vmem_limit_kib": 32_768,  # twice the default: larger fusions
     },
     # Blocks of 1024 of the attention kernel need more of the on-chip memory than the default grants.
     "TPU v5": _WHOLE_PRODUCTS | {"xla_tpu_scoped_vmem_limit_kib": 98_304},
