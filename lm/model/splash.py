@@ -8,13 +8,10 @@ Where the mesh splits the tokens of a row (`context`), every device keeps its qu
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -75,7 +72,7 @@ def splash(
     length, parts = q.shape[2], split_ways(q.shape[2], "length")
     heads = q.shape[1] // split_ways(q.shape[1], "heads")
     kernel = _kernel((heads, length), parts, sizes, window, softcap, interpret)
-    q, segments = q / math.sqrt(q.shape[-1]), jnp.asarray(segments)
+    q = q / math.sqrt(q.shape[-1])
     if mesh.empty:
         return _attend(kernel, q, k, v, segments, segments)
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
@@ -91,57 +88,12 @@ def splash(
 
 
 def _attend(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
-    return jax.vmap(_row, in_axes=(None, 0, 0, 0, 0, 0))(kernel, q, k, v, q_segments, k_segments)
-
-
-@jax.custom_vjp
-def _row(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
-    """One row by the kernel; its gradient too, but for one sum that is written in another way."""
-    return _row_forward(kernel, q, k, v, q_segments, k_segments)[0]
-
-
-def _row_forward(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> tuple[Array, Any]:
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    return jax.vjp(lambda q, k, v: kernel(q, k, v, SegmentIds(q_segments, k_segments)), q, k, v)
+    def row(q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
+        return kernel(q, k, v, SegmentIds(q_segments, k_segments))
 
-
-def _row_backward(pullback: Any, gradient: Array) -> tuple[Array | None, ...]:
-    closed = jax.make_jaxpr(pullback)(gradient)
-    return None, *_parts_added_one_by_one(closed.jaxpr, closed.consts, [gradient]), None, None
-
-
-_row.defvjp(_row_forward, _row_backward)
-
-
-def _parts_added_one_by_one(jaxpr: Any, consts: list[Array], arguments: list[Array]) -> list[Array]:
-    """What a traced function gives, a sum over the first of four axes, if it is long, taken as additions in float32.
-
-    The backward kernel leaves a part of the gradient of the queries for each block of keys, bfloat16 [blocks, H, T,
-    K], and sums them over that axis, for which the compiler has a slow way: a sixth of the attention's time at 8.
-    """
-    values: dict[Any, Array] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
-    for equation in jaxpr.eqns:
-        inputs = [x.val if isinstance(x, Literal) else values[x] for x in equation.invars]
-        name, inner = equation.primitive.name, equation.params.get("jaxpr")
-        if name in ("jit", "pjit") and inner is not None:
-            outputs = _parts_added_one_by_one(inner.jaxpr, inner.consts, inputs)
-        elif name == "reduce_sum" and equation.params["axes"] == (0,) and inputs[0].ndim == 4 and len(inputs[0]) > 2:
-            outputs = [_sum_of_parts(inputs[0])]
-        else:
-            with jax.named_scope(str(equation.source_info.name_stack) or "splash"):
-                outputs = equation.primitive.bind(*inputs, **equation.params)
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [x.val if isinstance(x, Literal) else values[x] for x in jaxpr.outvars]
-
-
-def _sum_of_parts(parts: Float[Array, "P H T K"]) -> Float[Array, "H T K"]:
-    # Slices of one long axis: that leaves the compiler no other layout, and it need not transpose.
-    size = parts[0].size // parts.shape[-1]
-    flat = parts.reshape(-1, parts.shape[-1])
-    each = [flat[start : start + size].astype(jnp.float32) for start in range(0, len(flat), size)]
-    return functools.reduce(jnp.add, each).astype(parts.dtype).reshape(parts.shape[1:])
+    return jax.vmap(row)(q, k, v, q_segments, k_segments)
 
 
 def _kernel(shape: tuple[int, int], parts: int, blocks: Blocks, window: int, softcap: float, interpret: bool) -> Any:
