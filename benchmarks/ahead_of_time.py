@@ -4,6 +4,7 @@ Every row is what `lm plan` says of an experiment of experiments/pods/ on a topo
 --compile each row takes minutes, and is kept in benchmarks/results/, so that a table can be made a row at a time
 (--row SUBSTRING). What is kept is shown with what is new.
 
+    pods        every experiment of experiments/pods/ where it is meant to run
     goal        the two shapes that are compared with others, at the experiments' own settings
     scaling     the same rows a device on more and more of them, and on a second slice
     objectives  a DPO and a GRPO update of the 8B model
@@ -73,8 +74,15 @@ class Row:
 
 
 TABLES: dict[str, tuple[Row, ...]] = {
+    "pods": tuple(
+        Row(f"{experiment}, {topology}", experiment, topology)
+        for experiment, topology in (
+            (SMALL, "v5e:4x4"), (LARGE, "v5p:2x4x4"), ("llama3_8b_v6e", "v6e:4x4"), ("llama2_70b_v5p", "v5p:4x4x4"),
+        )
+    ),
     "goal": (
         Row("0.6B, v5e 4x4", SMALL, "v5e:4x4"),
+        Row("0.6B, v5e 4x4, remat minimal", SMALL, "v5e:4x4", remat="minimal"),
         Row("8B, v5p 2x4x4", LARGE, "v5p:2x4x4"),
     ),
     "scaling": (
@@ -92,7 +100,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
     "memory": (
         *(Row(f"0.6B, v5e 4x4, remat {r}", SMALL, "v5e:4x4", rows_per_device=4, remat=r) for r in ("full", "minimal", "dots")),
-        Row("8B, v5p 2x4x4, remat minimal", LARGE, "v5p:2x4x4", rows_per_device=2, remat="minimal"),
+        Row("8B, v5p 2x4x4, remat dots", LARGE, "v5p:2x4x4", rows_per_device=2, remat="dots"),
     ),
 }  # fmt: skip
 KEPT = (
