@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 # Before jax is imported, and for the processes that tests start.
@@ -21,7 +22,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """What one worker, or the run of the suite before, has compiled is not compiled again."""
+    """What one worker, or the run of the suite before, has compiled is not compiled again; the cache of data is new."""
+    if "LM_TESTS_CACHE" not in os.environ:
+        os.environ["LM_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lm-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["LM_TESTS_CACHE"], ignore_errors=True))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lm.cli.main import main
+from lm.train.goodput import PARTS
 from lm.train.metrics import read_lines
 from lm.train.stages import load_run
 
@@ -145,6 +146,15 @@ def test_killed_and_resumed_is_the_same_to_the_bit(undisturbed, killed, stage):
     assert metrics(undisturbed, stage) == metrics(killed, stage)
     assert evals(undisturbed, stage) == evals(killed, stage)
     assert {when for when, *_ in evals(killed, stage)} == {"before", "during", "after"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_kill_lost_is_accounted_and_the_parts_make_the_whole(undisturbed, killed, stage):
+    whole, pieces = (json.loads((run / "stages" / stage / "summary.json").read_text()) for run in (undisturbed, killed))
+    assert whole["lost_seconds"] == 0 < whole["start_seconds"] and pieces["lost_seconds"] > 0
+    for spent in (whole, pieces):
+        parts = sum(spent.get(name, 0.0) for name in (*PARTS, "step_seconds"))
+        assert parts == pytest.approx(spent["seconds"], rel=0.01) and spent["step_seconds"] > 0
 
 
 def test_a_finished_run_is_not_trained_again(folder, undisturbed):

@@ -9,8 +9,8 @@ import lm
 
 ROOT = Path(lm.__file__).parent
 FLOORS = (
-    "cli", "web", "train", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer", "model", "parallel",
-    "types", "experiment",
+    "cli", "web", "launch", "plan", "train", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer",
+    "model", "parallel", "types", "experiment",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -99,6 +99,16 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new
     parser.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="seed of the samples (%(default)s)")
 
 
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Where the data's tokens are kept."""
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        help="folder for tokenised data, shared by all runs; else lm in $XDG_CACHE_HOME or in ~/.cache",
+    )
+
+
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling options as keyword arguments of the sampler."""
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.cli.arguments import EXPERIMENT_HELP, at_least, check_stage, resolve
+from lm.cli.arguments import EXPERIMENT_HELP, add_cache, at_least, check_stage, resolve
 from lm.experiment import DPO, GRPO, Stage
 from lm.web.text import visible
 
@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", metavar="N", type=at_least(1), default=2, help="rows, pairs or prompts of a batch (%(default)s)"
     )
+    add_cache(parser)
 
 
 def call(arguments: argparse.Namespace) -> int:
@@ -46,19 +47,21 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
+    from lm.data.cache import cache_at
     from lm.data.selection import check_files
     from lm.train.stages import make_tokenizer
 
     check_files(experiment)
-    if experiment.tokenizer.path is None:
-        print("learning the tokenizer …", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = make_tokenizer(experiment, Path(folder))
-    print(legend(colour))
-    for stage in experiment.stages:
-        if arguments.stage in (None, stage.name):
-            for line in stage_lines(stage, tokenizer, experiment.seed, arguments.step, arguments.rows, colour):
-                print(line)
+    with cache_at(arguments.cache):
+        if experiment.tokenizer.path is None:
+            print("learning the tokenizer …", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = make_tokenizer(experiment, Path(folder))
+        print(legend(colour))
+        for stage in experiment.stages:
+            if arguments.stage in (None, stage.name):
+                for line in stage_lines(stage, tokenizer, experiment.seed, arguments.step, arguments.rows, colour):
+                    print(line)
     return 0
 
 

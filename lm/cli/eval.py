@@ -8,7 +8,7 @@ import argparse
 import math
 from typing import Any
 
-from lm.cli.arguments import RUN_HELP, find_run, find_stage
+from lm.cli.arguments import RUN_HELP, add_cache, find_run, find_stage
 
 TAKES_OVERRIDES = False
 
@@ -16,18 +16,21 @@ TAKES_OVERRIDES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
+    add_cache(parser)
 
 
 def call(arguments: argparse.Namespace) -> int:
     run_dir = find_run(arguments.run)
     stage = find_stage(run_dir, arguments.stage)
 
+    from lm.data.cache import cache_at
     from lm.train.stages import evaluate_run
     from lm.web.run_files import read_run
 
     own = next(files.evals for files in read_run(run_dir).stages if files.name == stage)
     print(f"{run_dir}, after stage {stage}\n")
-    print(table(evaluate_run(run_dir, stage), own))
+    with cache_at(arguments.cache):
+        print(table(evaluate_run(run_dir, stage), own))
     return 0
 
 

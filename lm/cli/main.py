@@ -22,7 +22,9 @@ COMMANDS = {
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
     "eval": "take the held-out numbers again, from a checkpoint",
+    "plan": "does it fit on these TPUs, how fast is it, which layout",
     "report": "write report.html, the story of a run",
+    "launch": "start a run on a pod, on a cluster, or in processes here",
 }
 
 # What must be set before jax and its libraries are imported; a value that is already there stays.

@@ -5,7 +5,15 @@ are finished. Any knob of the experiment can be changed by its dotted name:
 
   lm run quickstart --sft.steps 200 --model.num_layers 4 --name smaller
 
-`lm config EXPERIMENT --help` lists them all."""
+`lm config EXPERIMENT --help` lists them all.
+
+On many hosts run the same command on each, with the run's folder on a file
+system that they share. On TPU VMs, GKE and under srun or mpirun it finds the
+others by itself; elsewhere say where process 0 is, how many there are, and
+which this one is: --coordinator, --num-processes, --process-id, or the
+variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+SIGTERM to one of them saves and stops all. Exit codes: 2 what you can put
+right, 75 a step that did not come (--watchdog), 130 stopped and saved."""
 
 from __future__ import annotations
 
@@ -14,7 +22,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, EXPERIMENT_HELP, check_stage, resolve
+from lm.cli.arguments import EXIT_INTERRUPT, EXPERIMENT_HELP, add_cache, at_least, check_stage, number, resolve
 
 TAKES_OVERRIDES = True
 
@@ -30,6 +38,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="trace these steps of every stage into stages/NAME/profile (10:13 has three)",
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    add_cache(parser)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="many processes: where process 0 listens")
+    parser.add_argument("--num-processes", metavar="N", type=at_least(1), help="many processes: how many")
+    parser.add_argument("--process-id", metavar="I", type=at_least(0), help="many processes: which this is, from 0")
+    parser.add_argument(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=number(0.1, 86_400),
+        default=300.0,
+        help="many processes: how long to wait for the others at the start (%(default)g)",
+    )
+    parser.add_argument(
+        "--watchdog",
+        metavar="SECONDS",
+        type=number(0, 86_400),
+        help="a step that takes longer shows all stacks and ends the process with 75, so that a launcher starts it "
+        "again; what compiles or evaluates has four times as long; 0: never (900 with many processes, 0 with one)",
+    )
 
 
 def call(arguments: argparse.Namespace) -> int:
@@ -37,42 +63,51 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.until, (stage.name for stage in experiment.stages), arguments.experiment)
     run_dir = arguments.run_dir or Path("runs") / experiment.name
 
+    from lm.data.cache import cache_at
+    from lm.parallel.distributed import find_job, first, gather, joined
     from lm.train.loop import Interrupted
     from lm.train.profile import parse_steps
     from lm.train.stages import run
+    from lm.train.watchdog import DEFAULT_SECONDS
 
     profile = parse_steps(arguments.profile) if arguments.profile else None
-    try:
-        run(
-            experiment,
-            run_dir,
-            fresh=arguments.fresh,
-            until=arguments.until,
-            profile=profile,
-            after_stage=report,
-        )
-    except Interrupted as stopped:
-        print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
-        return EXIT_INTERRUPT
-    if report(run_dir):
-        print(f"report: {run_dir / 'report.html'}")
-    return 0
+    where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    job = find_job(*where, arguments.join_timeout)
+    watchdog = (DEFAULT_SECONDS if job else 0.0) if arguments.watchdog is None else arguments.watchdog
+    with joined(job), cache_at(arguments.cache):
+        try:
+            run(
+                experiment,
+                run_dir,
+                fresh=arguments.fresh,
+                until=arguments.until,
+                profile=profile,
+                watchdog=watchdog or None,
+                after_stage=report,
+            )
+        except Interrupted as stopped:
+            if first():
+                print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
+            return EXIT_INTERRUPT
+        if report(run_dir):
+            print(f"report: {run_dir / 'report.html'}")
+        gather(None)  # the others wait until the report is written
+        return 0
 
 
 def report(run_dir: Path) -> bool:
     """Write the report of what there is so far, in one process of many; whether it was this one."""
-    import jax
-
+    from lm.parallel.distributed import first
     from lm.web.report import write_report
 
-    first = jax.process_index() == 0
-    if first:
+    if first():
         write_report(run_dir)
-    return first
+    return first()
 
 
 def command_to_go_on(arguments: argparse.Namespace) -> str:
     """The same command, less `--fresh`, which would begin anew."""
-    flags = {"--run-dir": arguments.run_dir, "--until": arguments.until, "--profile": arguments.profile}
+    names = ("run_dir", "until", "profile", "cache", "coordinator", "num_processes", "process_id", "watchdog")
+    flags = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
+from jaxtyping import Int64, UInt64
+
 from lm.data.curriculum.draw import mix64
 
 ROUNDS = 4
@@ -27,6 +30,30 @@ def permute(place: int, length: int, key: int) -> int:
         place = left << half | right
         if place < length:
             return place
+
+
+def permutation(length: int, key: int) -> Int64[np.ndarray, " N"]:
+    """`permute` of every place at once."""
+    places = np.arange(length)
+    if length == 1:
+        return places
+    half = ((length - 1).bit_length() + 1) // 2
+    mask, turns = (1 << half) - 1, [np.uint64(mix64(key + turn)) for turn in range(ROUNDS)]
+    walking = np.arange(length)
+    while len(walking):
+        left, right = (x.astype(np.uint64) for x in (places[walking] >> half, places[walking] & mask))
+        for turn in turns:
+            left, right = right, left ^ (_mix64s(turn ^ right) & np.uint64(mask))
+        places[walking] = left << np.uint64(half) | right
+        walking = walking[places[walking] >= length]
+    return places
+
+
+def _mix64s(values: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
+    """`mix64` of each."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def mixture_shares(weights: Sequence[float]) -> list[Fraction]:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32
@@ -28,9 +29,13 @@ class Example(NamedTuple):
     mask: Int[np.ndarray, " N"]
 
 
-def window(
-    stream: Int[np.ndarray, " S"], bounds: Int[np.ndarray, " D+1"], start: int, seq_len: int, pad_id: int
-) -> Row:
+class Stream(Protocol):
+    """Tokens end to end, of which a slice can be had: an array, or what is put together from several."""
+
+    def __getitem__(self, where: slice, /) -> Int[np.ndarray, " N"]: ...
+
+
+def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len: int, pad_id: int) -> Row:
     """Tokens start … start + seq_len of a stream of documents, padded where the stream ends.
 
     `bounds[d]` is where document d begins in the stream, `bounds[-1]` its length; each document stands
@@ -40,12 +45,14 @@ def window(
     segments = np.zeros(seq_len, np.int32)
     positions = np.zeros(seq_len, np.int32)
     piece = stream[start : start + seq_len]
-    places = np.arange(start, start + len(piece))
-    documents = np.searchsorted(bounds, places, side="right") - 1
-    tokens[: len(piece)] = piece
-    segments[: len(piece)] = documents - documents[0] + 1
-    positions[: len(piece)] = places - np.maximum(bounds[documents], start)
-    weights = ((segments > 0) & (positions > 0)).astype(np.float32)
+    size = len(piece)
+    first, last = np.searchsorted(bounds, [start, start + size - 1], side="right")
+    begins = np.maximum(bounds[first - 1 : last] - start, 0)
+    lengths = np.diff(begins, append=size)
+    tokens[:size] = piece
+    segments[:size] = np.repeat(np.arange(1, len(begins) + 1, dtype=np.int32), lengths)
+    positions[:size] = np.arange(size) - np.repeat(begins, lengths)
+    weights = (positions > 0).astype(np.float32)
     return Row(tokens, weights, segments, positions)
 
 
@@ -82,19 +89,22 @@ def pack(lengths: Sequence[int], seq_len: int, open_rows: int = 32) -> list[list
     `open_rows` are open. No length may exceed seq_len.
     """
     rows: list[list[int]] = []
-    room: dict[int, int] = {}  # open row → tokens left
+    # The open rows as (tokens left, number of the row) in one integer, sorted: the fullest first, the oldest of equals.
+    width = len(lengths).bit_length()
+    left: list[int] = []
     for example, length in enumerate(lengths):
         if length > seq_len:
             raise ValueError(f"example {example} has {length} tokens, more than a row of {seq_len}")
-        best = min((row for row, left in room.items() if left >= length), key=room.__getitem__, default=None)
-        if best is None:
-            best = len(rows)
-            rows.append([])
-            room[best] = seq_len
-        rows[best].append(example)
-        room[best] -= length
-        if len(room) > open_rows:
-            del room[min(room, key=room.__getitem__)]
+        place = bisect_left(left, length << width)
+        if place < len(left):
+            packed = left.pop(place)
+            rows[packed & ((1 << width) - 1)].append(example)
+            insort(left, packed - (length << width))
+        else:
+            insort(left, (seq_len - length) << width | len(rows))
+            rows.append([example])
+        if len(left) > open_rows:
+            del left[0]
     return rows
 
 

@@ -47,7 +47,8 @@ SUPPLIES = {values.Pretrain: windows, values.SFT: conversations, values.DPO: pai
 class Feed:
     """Batches of a mixture, whose weights are shares of rows.
 
-    `rows` is how many rows (or pairs) there are in all: None in training, which has no end.
+    `rows` is how many rows (or pairs) there are in all: None in training, which has no end. A pair has two rows of a
+    batch: `rows_each`.
     """
 
     names: tuple[str, ...]
@@ -58,19 +59,27 @@ class Feed:
     pad_id: int
     fingerprint: str
     rows: int | None
+    rows_each: int = 1
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, only: np.ndarray | None = None) -> Batch:
         """Rows step * batch_size … of the mixture, arrays [B, T] (pairs: [2B, T], chosen and rejected in turn).
 
         Held-out rows come once each, in a fixed order; after the last come empty rows of weight 0. Raises UserError if
         a training batch has nothing to train on.
+
+        Args:
+            only: which rows of the batch to make, ascending (the rows of one process of many); None: all.
         """
-        rows: list[packing.Row] = []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
-            rows += self._rows_at(number)
+        each = self.rows_each
+        wanted = range(self.batch_size * each) if only is None else only.tolist()
+        made = {n: self._rows_at(step * self.batch_size + n) for n in dict.fromkeys(row // each for row in wanted)}
+        rows = [made[row // each][row % each] for row in wanted]
         tokens, weights, segments, positions = map(np.stack, zip(*rows, strict=True))
         if self.rows is None and not weights.any():
-            raise UserError(f"step {step}: the loss mask of the whole batch is zero; sources: {', '.join(self.names)}")
+            if only is None:
+                sources = ", ".join(self.names)
+                raise UserError(f"step {step}: the loss mask of the whole batch is zero; sources: {sources}")
+            self.batch(step)  # raises where the other processes have nothing to train on either
         return Batch(tokens=tokens, weights=weights, segments=segments, positions=positions)
 
     def report(self) -> str:
@@ -90,7 +99,7 @@ class Feed:
             if number < supply.rows:
                 return supply.row(0, number)
             number -= supply.rows
-        return [packing.join([], self.seq_len, self.pad_id)] * len(supply.row(0, 0))
+        return [packing.join([], self.seq_len, self.pad_id)] * self.rows_each
 
 
 def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split = "train") -> Feed:
@@ -114,4 +123,5 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
         pad_id=tokenizer.pad_id,
         fingerprint=fingerprint(stage.sources, contents, tokenizer.fingerprint),
         rows=sum(supply.rows for supply in supplies) if split == "heldout" else None,
+        rows_each=2 if isinstance(stage.objective, values.DPO) else 1,
     )

@@ -133,13 +133,13 @@ def _tokens(row: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> list[in
 def _longest(rows: Rows, indices: Sequence[int], prompt_len: int, tokenizer: Tokenizer, columns: Sequence[str]) -> int:
     lengths = []
     for index in indices:
-        row = rows[index]
+        row, where = rows[index], rows.where(index)
         for column in columns:
             if row.get(column) is None:
                 raise UserError(
-                    f"{rows.where(index)}: the verifier needs the column {column}; the columns found are {', '.join(row)}"
+                    f"{where}: the verifier needs the column {column}; the columns found are {', '.join(row)}"
                 )
-        lengths.append(len(_tokens(row, rows.where(index), tokenizer)))
+        lengths.append(len(_tokens(row, where, tokenizer)))
     _check_lengths(lengths, [rows.where(index) for index in indices], prompt_len)
     return max(lengths)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Int
+
 from lm.data.order import mixture_shares
-from lm.data.sources import Rows, load_rows, split_key, split_rows, why_missing
+from lm.data.sources import Rows, load_rows, measures, split_key, split_rows, texts_of, why_missing
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import Experiment, Source, UserError
 
 Split = Literal["train", "heldout"]
 TOKENIZER_ROWS = 500  # generated rows that a tokenizer learns from
-TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "question", "answer")
 
 
 def select(source: Source, split: Split) -> tuple[Rows, Sequence[int]]:
@@ -69,10 +72,24 @@ def tokenizer_texts(experiment: Experiment) -> list[str]:
     texts: list[str] = []
     for source in sources.values():
         rows, indices = select(source, "train")
-        places = range(TOKENIZER_ROWS) if rows.generated else range(len(indices))
-        found = [text for place in places for text in _texts(rows[indices[place]])]
-        keep = min(len(found), -(-len(found) * share // max(1, sum(map(len, found)))))
-        texts += found if rows.generated else [found[i * len(found) // keep] for i in range(keep)]
+        if rows.generated:
+            texts += [text for place in range(TOKENIZER_ROWS) for text in texts_of(rows[indices[place]])]
+        else:
+            texts += _evenly(rows, np.asarray(indices), share)
+    return texts
+
+
+def _evenly(rows: Rows, indices: Int[np.ndarray, " N"], characters: int) -> list[str]:
+    """Texts of the rows, evenly spread and about so many characters in all; only what is taken is read."""
+    known = measures(rows)
+    ends = np.cumsum(known.texts[indices])
+    number = int(ends[-1])
+    keep = min(number, -(-number * characters // max(1, int(known.characters[indices].sum()))))
+    wanted = np.arange(keep) * number // max(1, keep)
+    texts: list[str] = []
+    for place, those in itertools.groupby(wanted.tolist(), key=lambda text: int(np.searchsorted(ends, text, "right"))):
+        found = texts_of(rows[indices[place]])
+        texts += [found[text - int(ends[place])] for text in those]  # counted from the row's last
     return texts
 
 
@@ -132,13 +149,3 @@ def _content(path: str) -> str:
     if path.startswith(("gen:", "tfds:")):
         return {"gen:preferences": "gen:instruct"}.get(path, path)
     return str(Path(path).expanduser().resolve())
-
-
-def _texts(row: Mapping[str, Any]) -> list[str]:
-    """Every text of a row that a stage may train on."""
-    found: list[Any] = []
-    for column in TEXT_COLUMNS:
-        value = row.get(column)
-        turns = value if isinstance(value, list) else [{"content": value}]
-        found += [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
-    return [text for text in found if isinstance(text, str)]

@@ -1,5 +1,7 @@
 """Where rows come from: a path becomes random access to dicts, and a hash says which of them are held out.
 
+A file is read through once; where its rows begin and on which side they are is kept in the cache.
+
 Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`. Rows as people
 have them: {"text"}; {"messages"}; {"prompt", "chosen", "rejected"}; {"question", "answer"}; more columns do no harm.
 Rows with the same `key` are held out together, and a row whose `key` is None never is.
@@ -9,32 +11,87 @@ from __future__ import annotations
 
 import difflib
 import functools
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+from jaxtyping import Float64, Int64
 
-from lm.data import curriculum, python_docs, tfds_rows
+from lm.data import curriculum, python_docs, readers, tfds_rows
+from lm.data.cache import Cache, Entry, Writer, current_cache
+from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
+from lm.data.workers import Crew
 from lm.experiment import UserError
 
-DOCUMENT = 4_000  # characters of a document cut from a text file, roughly
+__all__ = [
+    "Measures",
+    "Part",
+    "Row",
+    "Rows",
+    "cut_text",
+    "load_rows",
+    "measures",
+    "split_key",
+    "split_place",
+    "split_rows",
+    "texts_of",
+    "why_missing",
+]
+
 PROBED = 256  # rows of a generator that its fingerprint is taken over
 STRIDE = 16  # generated rows from which one training example is taken: the first that is not held out
 SEARCHED = 100_000  # generated rows looked through for held-out ones
 HELDOUT_GENERATED = 500  # held-out rows taken from a generator
+TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "question", "answer")
 
-Row = dict[str, Any]
+
+class Measures(NamedTuple):
+    """Of every row: its place in the split, how many texts it has to train on, and their characters."""
+
+    places: Float64[np.ndarray, " N"]
+    texts: Int64[np.ndarray, " N"]
+    characters: Int64[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file, by what the cache knows of it. `file` is what is read: it may be the unpacked one."""
+
+    name: str
+    file: Path
+    kind: str
+    entry: Entry
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return self.entry.length("spans")
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much there is to read, unpacked."""
+        return int(self.entry.array("spans")[:, 1].sum()) if self.kind == ".parquet" else self.file.stat().st_size
+
+    def piece(self, start: int, stop: int) -> Piece:
+        return Piece(self.name, self.file, self.kind, start, np.array(self.entry.array("spans")[start:stop]))
+
+    def pieces(self) -> Iterator[Piece]:
+        """All rows, in pieces to work on."""
+        for start in range(0, len(self), readers.SPANS):
+            many = self.piece(start, min(start + readers.SPANS, len(self)))
+            for low, high in readers.cuts(many.spans, self.kind):
+                yield many._replace(first=start + low, spans=many.spans[low:high])
 
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """Random access to the rows of a source. `where(i)` names row i for a person; `generated` rows are made on demand."""
+    """Random access to the rows of a source. `where(i)` names row i for a person; `generated` rows are made on demand.
+
+    `parts` are the files that they are in, one after another; none of rows that are in memory or generated.
+    """
 
     path: str
     length: int
@@ -42,6 +99,7 @@ class Rows(Sequence[Row]):
     fingerprint: str
     where: Callable[[int], str]
     generated: bool = False
+    parts: tuple[Part, ...] = ()
 
     def __len__(self) -> int:
         return self.length
@@ -66,12 +124,11 @@ def load_rows(path: str, data_dir: str | Path | None = None) -> Rows:
     if path.startswith("gen:"):
         return _generated(path)
     if path.startswith("tfds:"):
-        rows, fingerprint = tfds_rows.read(path.removeprefix("tfds:"), data_dir)
-        return _in_memory(path, rows, fingerprint)
+        return _read_tfds(path, data_dir)
     if missing := why_missing(path):
         raise UserError(missing)
     file = Path(path).expanduser()
-    return _read_folder(file, path) if file.is_dir() else _read_file(file, path)
+    return _read_files([(str(f), f) for f in _files(file, path)] if file.is_dir() else [(path, file)], path)
 
 
 def split_rows(rows: Rows, holdout: float) -> tuple[Sequence[int], Sequence[int]]:
@@ -85,9 +142,42 @@ def split_rows(rows: Rows, holdout: float) -> tuple[Sequence[int], Sequence[int]
         raise UserError(f"{rows.path}: holdout is {holdout}; it is the part of the rows held out, from 0 to 1")
     if rows.generated:
         return (_Training(rows, holdout) if holdout < 1 else ()), (_HeldOut(rows, holdout) if holdout > 0 else ())
-    places = np.array([split_place(split_key(row)) for row in rows])
+    places = measures(rows).places
     held_out = np.flatnonzero(places < holdout)
-    return np.flatnonzero(places >= holdout).tolist(), held_out[np.argsort(places[held_out], kind="stable")].tolist()
+    train: Any = np.flatnonzero(places >= holdout)
+    ordered: Any = held_out[np.argsort(places[held_out], kind="stable")]
+    return train, ordered
+
+
+def measures(rows: Rows) -> Measures:
+    """What is known of every row of a source that has an end; of files by the cache, without reading them."""
+    if not rows.parts:
+        return _measure(rows)
+    columns = [[part.entry.array(name) for part in rows.parts] for name in Measures._fields]
+    return Measures(*(found[0] if len(found) == 1 else np.concatenate(found) for found in columns))
+
+
+def _measure(rows: Iterable[Row]) -> Measures:
+    found = [(split_place(split_key(row)), texts_of(row)) for row in rows]
+    return Measures(
+        np.array([place for place, _ in found], np.float64),
+        np.array([len(texts) for _, texts in found], np.int64),
+        np.array([sum(map(len, texts)) for _, texts in found], np.int64),
+    )
+
+
+def _measure_piece(_: None, piece: Piece) -> tuple[Piece, Measures]:
+    return piece, _measure(readers.read(piece))
+
+
+def texts_of(row: Mapping[str, Any]) -> list[str]:
+    """Every text of a row that a stage may train on."""
+    found: list[Any] = []
+    for column in TEXT_COLUMNS:
+        value = row.get(column)
+        turns = value if isinstance(value, list) else [{"content": value}]
+        found += [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
+    return [text for text in found if isinstance(text, str)]
 
 
 def split_key(row: Mapping[str, Any]) -> str | None:
@@ -182,120 +272,110 @@ GENERATORS: dict[str, Callable[[int], Row]] = {
 }
 
 
-def _read_file(file: Path, path: str) -> Rows:
-    reader = _reader(file)
-    if reader is None:
+def _files(folder: Path, path: str) -> list[Path]:
+    """Every file in it that has one of our endings, by name."""
+    files = sorted(file for file in folder.iterdir() if readers.kind_of(file) and file.is_file())
+    if not files:
+        raise UserError(f"{path}: there is no {', '.join(FILES)} file in this folder")
+    return files
+
+
+def _read_files(files: Sequence[tuple[str, Path]], path: str) -> Rows:
+    """The rows of files, one file after another; `files` are names for people, and paths."""
+    cache = current_cache()
+    with Crew(f"{path}: reading", "rows", sum(file.stat().st_size for _, file in files)) as crew:
+        parts = crew.each(lambda named: _read_file(*named, cache, crew), files)
+    whole = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return _of_parts(path, parts, parts[0].fingerprint if files[0][0] == path else whole)
+
+
+def _read_file(name: str, file: Path, cache: Cache, crew: Crew) -> Part:
+    kind = readers.kind_of(file)
+    if kind is None:
         raise UserError(
-            f"{path}: cannot read this kind of file; a source is {', '.join(READERS)}, a folder of these, "
+            f"{name}: cannot read this kind of file; a source is {', '.join(FILES)}, a folder of these, "
             "tfds:NAME/SPLIT or gen:NAME"
         )
-    rows, places = reader(file)
-    with file.open("rb") as stream:
-        fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _in_memory(path, rows, fingerprint, places)
+    content = cache.digest(file)
+
+    def build(writer: Writer) -> None:
+        _index(writer, name, file, kind, FORMATS[kind].unpack(name, file), crew)
+
+    entry = cache.entry("rows", {"content": content, "format": kind}, build, name)
+    return _part(name, file, kind, entry, content)
 
 
-def _read_folder(folder: Path, path: str) -> Rows:
-    """The rows of every file in it that has one of our endings, file after file by name."""
-    files = sorted(file for file in folder.iterdir() if _reader(file) and file.is_file())
-    if not files:
-        raise UserError(f"{path}: there is no {', '.join(READERS)} file in this folder")
-    parts = [_read_file(file, str(file)) for file in files]
-    rows = [row for part in parts for row in part]
-    places = [part.where(index) for part in parts for index in range(len(part))]
-    fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
-    return Rows(path, len(rows), rows.__getitem__, fingerprint, places.__getitem__)
+def _read_tfds(path: str, data_dir: str | Path | None) -> Rows:
+    """The rows of a TFDS split, unpacked as JSON lines; the fingerprint is over these."""
+    cache = current_cache()
+    files, lines = tfds_rows.find(path.removeprefix("tfds:"), data_dir)
+
+    def build(writer: Writer) -> None:
+        _index(writer, path, files[0], "tfds", lines(), crew)
+
+    with Crew(f"{path}: reading", "rows", sum(file.stat().st_size for file in files)) as crew:
+        made_of = {"content": [cache.digest(file) for file in files], "format": "tfds"}
+        entry = cache.entry("rows", made_of, build, path)
+    return _of_parts(path, [_part(path, files[0], "tfds", entry, entry.files["unpacked"]["sha256"])], None)
 
 
-def _reader(file: Path) -> Callable[[Path], tuple[list[Row], list[int] | None]] | None:
-    return next((read for suffix, read in READERS.items() if file.name.endswith(suffix)), None)
+def _index(writer: Writer, name: str, file: Path, kind: str, unpacked: Iterator[bytes] | None, crew: Crew) -> None:
+    """Write down where the rows of a file begin, and the measures of each."""
+    if unpacked is not None:
+        for block in unpacked:
+            writer.append("unpacked", np.frombuffer(block, np.uint8))
+        packed, file, kind = file, writer.flushed("unpacked"), _kind_unpacked(kind)
+        crew.progress.expect(file.stat().st_size - packed.stat().st_size)
+    count = 0
+
+    def pieces() -> Iterator[Piece]:
+        first = 0
+        for spans in FORMATS[kind].locate(name, file):
+            for low, high in readers.cuts(spans, kind):
+                yield Piece(name, file, kind, first + low, spans[low:high])
+            first += len(spans)
+
+    for piece, found in crew.map(_measure_piece, pieces()):
+        writer.append("spans", piece.spans)
+        for column, values in zip(Measures._fields, found, strict=True):
+            writer.append(column, values)
+        crew.progress.advance(piece.text_bytes, len(piece.spans))
+        count += len(piece.spans)
+    if count == 0:
+        raise UserError(f"{name}: empty, there is not one row in it")
 
 
-def _in_memory(path: str, rows: Sequence[Row], fingerprint: str, lines: Sequence[int] | None = None) -> Rows:
-    if not rows:
-        raise UserError(f"{path}: empty, there is not one row in it")
-    return Rows(
-        path,
-        len(rows),
-        rows.__getitem__,
-        fingerprint,
-        lambda i: f"{path} {f'line {lines[i]}' if lines else f'row {i}'}",
-    )
+def _part(name: str, file: Path, kind: str, entry: Entry, fingerprint: str) -> Part:
+    if "unpacked" in entry.files:
+        file, kind = entry.path("unpacked"), _kind_unpacked(kind)
+    return Part(name, file, kind, entry, fingerprint)
 
 
-def _read_text(file: Path) -> tuple[list[Row], None]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv") from error
-    return [{"text": document} for document in cut_text(text, DOCUMENT)], None
+def _kind_unpacked(kind: str) -> str:
+    return FORMATS[kind].unpacked
 
 
-def cut_text(text: str, size: int) -> list[str]:
-    """Documents of about `size` characters, cut at blank lines where there are any, else at lines, spaces, anywhere."""
-    documents, at = [], 0
-    while at < len(text):
-        end = len(text)
-        if end - at > size * 3 // 2:
-            low, high = at + size * 3 // 4, at + size * 3 // 2
-            found = ((text.find(mark, low, high), len(mark)) for mark in ("\n\n", "\r\n\r\n", "\n", " "))
-            end = next((place + width for place, width in found if place >= 0), at + size)
-        document = text[at:end].strip("\r\n")
-        if document.strip():
-            documents.append(document)
-        at = end
-    return documents
+def _of_parts(path: str, parts: Sequence[Part], fingerprint: str | None) -> Rows:
+    bounds = np.cumsum([0, *map(len, parts)])
+
+    def find(index: int) -> tuple[Part, int]:
+        number = int(np.searchsorted(bounds, index, side="right")) - 1
+        return parts[number], index - int(bounds[number])
+
+    def fetch(index: int) -> Row:
+        part, place = find(index)
+        return next(readers.read(part.piece(place, place + 1)))
+
+    def where(index: int) -> str:
+        part, place = find(index)
+        return part.piece(place, place + 1).where(0)
+
+    own = fingerprint or parts[0].fingerprint
+    return Rows(path, int(bounds[-1]), fetch, own, where, parts=tuple(parts))
 
 
-def _read_jsonl(file: Path) -> tuple[list[Row], list[int]]:
-    rows, lines = [], []
-    opener = gzip.open if file.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    rows.append(_parse(line, file, number))
-                    lines.append(number)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: not a whole gzip file, broken after line {number} ({error})") from error
-    return rows, lines
-
-
-def _parse(line: bytes, file: Path, number: int) -> Row:
-    try:
-        row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} line {number}: not valid JSON ({error}); every line must be one JSON object"
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{file} line {number}: every line must be a JSON object, found {line.strip().decode(errors='replace'):.40}"
-        )
-    return row
-
-
-def _read_parquet(file: Path) -> tuple[list[Row], None]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"{file}: reading parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
-        ) from error
-    try:
-        return pyarrow.parquet.read_table(file).to_pylist(), None
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file}: not a parquet file ({error})") from error
-
-
-READERS: dict[str, Callable[[Path], tuple[list[Row], list[int] | None]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
+    return Rows(path, len(rows), rows.__getitem__, fingerprint, lambda i: f"{path} row {i}")
 
 
 def why_missing(path: str) -> str | None:
@@ -305,9 +385,9 @@ def why_missing(path: str) -> str | None:
         return None
     if not file.parent.is_dir():
         return f"{path}: there is no folder {file.parent}"
-    names = [entry.name for entry in file.parent.iterdir() if entry.name.endswith(tuple(READERS))]
+    names = [entry.name for entry in file.parent.iterdir() if entry.name.endswith(FILES)]
     near = difflib.get_close_matches(file.name, names, n=3)
-    found = ", ".join(sorted(names)[:5]) or f"no {', '.join(READERS)}"
+    found = ", ".join(sorted(names)[:5]) or f"no {', '.join(FILES)}"
     hint = f"did you mean {' or '.join(near)}?" if near else f"{file.parent.resolve()} has {found}"
     return f"{path}: there is no such file; {hint}"
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Int64
 
-from lm.data import chat, packing
+from lm.data import packing
 from lm.data.curriculum.draw import mix64
-from lm.data.order import permute
+from lm.data.order import permutation, permute
 from lm.data.packing import Example, Row
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
+from lm.data.tokens import KINDS, Store, store_in_memory, store_of
 from lm.experiment import UserError
 
-ENCODED_AT_ONCE = 256  # documents whose tokens are Python integers at the same time
 EXAMPLES_A_ROW = 64  # generated examples set aside for one packed row; those that do not fit are passed over
 LOOKED_AT = 256  # generated examples that a tally is taken over
 
@@ -57,59 +58,94 @@ class Order:
     def place(self, epoch: int, place: int, length: int) -> int:
         return place if self.key is None else permute(place, length, mix64(self.key + epoch))
 
+    def places(self, epoch: int, length: int) -> Int64[np.ndarray, " N"]:
+        """`place` of every place."""
+        return np.arange(length) if self.key is None else permutation(length, mix64(self.key + epoch))
+
+
+class Kept(NamedTuple):
+    """The examples that a stage trains on, their numbers in `store` group by group (a conversation; the two of a pair)."""
+
+    store: Store
+    groups: Int64[np.ndarray, "G K"]
+    tally: Tally
+
 
 def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
     """Documents one after another in a ring, cut into windows; each epoch goes round from another offset.
 
     Held-out documents are cut once, from the first token on. The first token of a window is not predicted.
     """
-    count = len(indices)
-    shuffled = [indices[order.place(0, i, count)] for i in range(count)]
-    stream, bounds = _documents(rows, shuffled, tokenizer)
-    total = len(stream)
+    store, numbers = _examples(rows, indices, "documents", tokenizer)
+    stream = Ring.of(store, numbers[order.places(0, len(numbers))], seq_len if order.key is not None else 0)
+    total = stream.total
     number = -(-total // seq_len)
-    if order.key is not None:
-        stream = np.concatenate([stream, stream[:seq_len]])
-        bounds = np.append(bounds, len(stream))
 
     def row(epoch: int, place: int) -> list[Row]:
         start = order.place(epoch, place, number) * seq_len
         if order.key is not None:
             start = (start + mix64(order.key ^ mix64(epoch)) % seq_len) % total
-        return [packing.window(stream, bounds, start, seq_len, tokenizer.pad_id)]
+        return [packing.window(stream, stream.bounds, start, seq_len, tokenizer.pad_id)]
 
-    return Supply(number, row, Tally(count, total, total - number, 0, 0), "documents")
+    return Supply(number, row, Tally(len(numbers), total, total - number, 0, 0), "documents")
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Documents end to end, in any order of theirs, and the first `overlap` tokens once more: a ring that is cut open.
+
+    bounds [D+1]: where each document begins, and the last ends; the overlap counts as one.
+    """
+
+    store: Store
+    numbers: Int64[np.ndarray, " D"]
+    bounds: Int64[np.ndarray, " D+1"]
+    total: int
+
+    @classmethod
+    def of(cls, store: Store, numbers: Int64[np.ndarray, " D"], overlap: int) -> Ring:
+        bounds = np.concatenate([[0], np.cumsum(store.lengths[numbers], dtype=np.int64)])
+        total = int(bounds[-1])
+        return cls(store, numbers, np.append(bounds, total + min(overlap, total)) if overlap else bounds, total)
+
+    def __getitem__(self, where: slice) -> Int[np.ndarray, " N"]:
+        """Tokens start … stop, or as many as there are."""
+        start, stop = where.start, min(where.stop, int(self.bounds[-1]))
+        pieces = [*self._read(start, min(stop, self.total)), *self._read(0, max(0, stop - self.total))]
+        return np.concatenate(pieces)
+
+    def _read(self, start: int, stop: int) -> Iterator[Int[np.ndarray, " N"]]:
+        document = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        while start < stop:
+            begin, end = int(self.bounds[document]), int(self.bounds[document + 1])
+            yield self.store.column("tokens", int(self.numbers[document]), start - begin, stop - begin)
+            start, document = end, document + 1
 
 
 def conversations(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
     """Conversations packed into rows, trained on the assistant's turns; which share a row is settled once."""
-    render = _conversation(rows, tokenizer)
     if rows.generated and order.key is not None:
-        return _generated_conversations(rows.path, render, indices, seq_len, tokenizer, order)
-    store, tally = _collect(((example,) for example in map(render, indices)), seq_len, rows.path)
-    plan = packing.pack(store.lengths(), seq_len)
+        return _generated_conversations(rows, indices, seq_len, tokenizer, order)
+    store, groups, tally = _keep(rows, indices, "conversations", seq_len, tokenizer)
+    numbers = groups[:, 0]
+    plan = packing.pack(np.minimum(store.lengths[numbers], seq_len).tolist(), seq_len)
 
     def row(epoch: int, place: int) -> list[Row]:
         members = plan[order.place(epoch, place, len(plan))]
-        return [packing.join([store[i] for i in members], seq_len, tokenizer.pad_id)]
+        return [packing.join([store.example(int(numbers[i]), seq_len) for i in members], seq_len, tokenizer.pad_id)]
 
     return Supply(len(plan), row, tally, "conversations")
 
 
 def _generated_conversations(
-    path: str,
-    render: Callable[[int], Example],
-    indices: Sequence[int],
-    seq_len: int,
-    tokenizer: Tokenizer,
-    order: Order,
+    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order
 ) -> Supply:
     """Each row is filled from a run of examples of its own, so that any row can be made without the ones before."""
     number = len(indices) // EXAMPLES_A_ROW
 
     def examples(first: int) -> Iterator[Example]:
         for k in range(first, first + EXAMPLES_A_ROW):
-            example = packing.truncate(render(indices[k]), seq_len)
+            (example,) = _made(rows, indices[k], "conversations", seq_len, tokenizer)
             if packing.is_trained(example):
                 yield example
 
@@ -123,113 +159,65 @@ def _generated_conversations(
             room -= len(example.tokens)
         return [packing.join(members, seq_len, tokenizer.pad_id)]
 
-    _, tally = _collect(((render(indices[k]),) for k in range(LOOKED_AT)), seq_len, path, partial=True)
-    return Supply(number, row, tally, "conversations")
+    looked_at = [indices[k] for k in range(LOOKED_AT)]
+    tally = _keep(rows, looked_at, "conversations", seq_len, tokenizer)[2]
+    return Supply(number, row, replace(tally, partial=True), "conversations")
 
 
 def pairs(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
     """Preference pairs: the chosen conversation in one row, the rejected in the next, trained on the last answer."""
+    endless = rows.generated and order.key is not None
+    looked_at = [indices[k] for k in range(LOOKED_AT)] if endless else indices
+    store, groups, tally = _keep(rows, looked_at, "pairs", seq_len, tokenizer)
+    number = len(indices) if endless else len(groups)
 
-    def render(index: int) -> tuple[Example, Example]:
-        chosen, rejected = chat.preference_messages(rows[index], rows.where(index))
-        return _last_answer(chosen, tokenizer), _last_answer(rejected, tokenizer)
-
-    if rows.generated and order.key is not None:
-        _, tally = _collect((render(indices[k]) for k in range(LOOKED_AT)), seq_len, rows.path, partial=True)
-
-        def sides(place: int) -> tuple[Example, ...]:
-            return tuple(packing.truncate(side, seq_len) for side in render(indices[place]))
-
-        number = len(indices)
-    else:
-        store, tally = _collect(map(render, indices), seq_len, rows.path)
-        number = len(store) // 2
-
-        def sides(place: int) -> tuple[Example, ...]:
-            return store[2 * place], store[2 * place + 1]
+    def sides(place: int) -> list[Example]:
+        if endless:
+            return _made(rows, indices[place], "pairs", seq_len, tokenizer)
+        return [store.example(int(side), seq_len) for side in groups[place]]
 
     def row(epoch: int, place: int) -> list[Row]:
         both = sides(order.place(epoch, place, number))
         return [packing.join([side], seq_len, tokenizer.pad_id) for side in both]
 
-    return Supply(number, row, tally, "pairs")
+    return Supply(number, row, replace(tally, partial=endless), "pairs")
 
 
-class _Store:
-    """Examples of any length in two flat arrays."""
-
-    def __init__(self, examples: Sequence[Example]):
-        self._tokens = np.concatenate([e.tokens for e in examples]).astype(np.int32)
-        self._mask = np.concatenate([e.mask for e in examples]).astype(np.int8)
-        self._bounds = np.cumsum([0, *(len(e.tokens) for e in examples)])
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
-    def __getitem__(self, index: int) -> Example:
-        here = slice(self._bounds[index], self._bounds[index + 1])
-        return Example(self._tokens[here], self._mask[here])
-
-    def lengths(self) -> list[int]:
-        return np.diff(self._bounds).tolist()
+def _examples(
+    rows: Rows, indices: Sequence[int], kind: str, tokenizer: Tokenizer
+) -> tuple[Store, Int64[np.ndarray, " N"]]:
+    """The examples of some rows: where they are stored, and the numbers of their rows there."""
+    if rows.generated:
+        return store_in_memory(((rows[i], rows.where(i)) for i in indices), kind, tokenizer), np.arange(len(indices))
+    return store_of(rows, kind, tokenizer), np.asarray(indices)
 
 
-def _collect(
-    groups: Iterable[tuple[Example, ...]], seq_len: int, path: str, partial: bool = False
-) -> tuple[_Store, Tally]:
-    """Keep the groups (conversations, or pairs of them) of which every member still has a trained token when cut."""
-    kept: list[Example] = []
-    seen = truncated = dropped = 0
-    for group in groups:
-        seen += 1
-        cut = [packing.truncate(example, seq_len) for example in group]
-        if all(map(packing.is_trained, cut)):
-            kept += cut
-            truncated += any(len(example.tokens) > seq_len for example in group)
-        else:
-            dropped += 1
-    if not kept:
+def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: Tokenizer) -> list[Example]:
+    """The examples of one row, made now."""
+    store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer)
+    return [store.example(number, seq_len) for number in range(len(store))]
+
+
+def _keep(rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer) -> Kept:
+    """The groups of which every member still has a trained token when cut to seq_len, and what became of all."""
+    store, numbers = _examples(rows, indices, kind, tokenizer)
+    assert store.firsts is not None and store.trained is not None
+    size = KINDS[kind].examples_a_row
+    groups = numbers[:, None] * size + np.arange(size)
+    kept = groups[(store.firsts[groups] < seq_len).all(axis=1)]
+    if not len(kept):
         raise UserError(
-            f"{path}: cut to seq_len {seq_len}, none of {seen} examples has a token to train on; raise seq_len"
+            f"{rows.path}: cut to seq_len {seq_len}, none of {len(groups)} examples has a token to train on; raise seq_len"
         )
-    tokens = sum(len(example.tokens) for example in kept)
-    trained = sum(int(example.mask[1:].sum()) for example in kept)
-    return _Store(kept), Tally(seen, tokens, trained, truncated, dropped, partial)
-
-
-def _documents(rows: Rows, indices: Sequence[int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the documents, an end-of-text token before and after each, and where each begins (the last ends)."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    pieces: list[np.ndarray] = []
-    todo = iter(indices)
-    while some := list(islice(todo, ENCODED_AT_ONCE)):
-        encoded = tokenizer.encode_batch([_text(rows, index) for index in some])
-        pieces += [np.array([tokenizer.pad_id, *ids, tokenizer.pad_id], dtype) for ids in encoded]
-    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
-
-
-def _text(rows: Rows, index: int) -> str:
-    row = rows[index]
-    if "text" not in row:
-        raise UserError(
-            f"{rows.where(index)}: this stage needs the column text; the columns found are {', '.join(row)}"
-        )
-    if not isinstance(row["text"], str):
-        raise UserError(f"{rows.where(index)}: text must be a string, found {row['text']!r:.40}")
-    return row["text"]
-
-
-def _conversation(rows: Rows, tokenizer: Tokenizer) -> Callable[[int], Example]:
-    def render(index: int) -> Example:
-        messages = chat.training_messages(rows[index], rows.where(index))
-        return Example(*map(np.array, chat.render(messages, tokenizer)))
-
-    return render
-
-
-def _last_answer(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Example:
-    """The conversation rendered, its mask kept on the last turn only."""
-    tokens, mask = map(np.array, chat.render(messages, tokenizer))
-    turn_starts = np.flatnonzero(tokens == tokenizer.special_ids[chat.TURN_START])
-    mask[: turn_starts[-1]] = 0
-    return Example(tokens, mask)
+    lengths = store.lengths[kept]
+    cut = lengths > seq_len
+    trained = int(store.trained[kept[~cut]].sum())
+    trained += sum(int(store.column("mask", int(i), 1, seq_len).sum()) for i in kept[cut])
+    tally = Tally(
+        examples=len(groups),
+        tokens=int(np.minimum(lengths, seq_len).sum()),
+        trained=trained,
+        truncated=int(cut.any(axis=1).sum()),
+        dropped=len(groups) - len(kept),
+    )
+    return Kept(store, kept, tally)

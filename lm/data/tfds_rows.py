@@ -1,9 +1,9 @@
-"""Rows of a TensorFlow Datasets split, read from ArrayRecord without TensorFlow."""
+"""Rows of a TensorFlow Datasets split, read from ArrayRecord without TensorFlow, as JSON lines."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from lm.data.builders import BUILDERS, find_builder
 from lm.experiment import UserError
 
 
-def read(name: str, data_dir: str | Path | None = None) -> tuple[list[dict[str, Any]], str]:
-    """(rows, sha256 over them) of `NAME/SPLIT`, NAME as TFDS writes it (`builder`, `builder/config`, `…:version`).
+def find(name: str, data_dir: str | Path | None = None) -> tuple[list[Path], Callable[[], Iterator[bytes]]]:
+    """(files, JSON lines when asked for) of `NAME/SPLIT`, NAME as TFDS writes it (`builder`, `builder/config`, `…:version`).
 
     Our own builders are prepared on first use; of others only what is already prepared as ArrayRecord is read.
     """
@@ -24,11 +24,12 @@ def read(name: str, data_dir: str | Path | None = None) -> tuple[list[dict[str, 
     builder = _builder(name, data_dir)
     if split not in builder.info.splits:
         raise UserError(f"tfds:{name}/{split}: no split {split!r}; the splits are {', '.join(builder.info.splits)}")
-    rows = [_plain(example) for example in builder.as_data_source(split)]
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return rows, digest.hexdigest()
+
+    def lines() -> Iterator[bytes]:
+        for example in builder.as_data_source(split):
+            yield json.dumps(_plain(example), sort_keys=True).encode() + b"\n"
+
+    return [Path(file) for file in builder.info.splits[split].filepaths], lines
 
 
 def _builder(name: str, data_dir: str | Path | None) -> Any:

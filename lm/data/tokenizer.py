@@ -57,6 +57,10 @@ class Tokenizer:
                 "identity normalisation, no dummy prefix and no removal of extra whitespace"
             )
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
+        """For other processes: the model, read again there."""
+        return Tokenizer, (self._model,)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text; `decode` gives the text back. Never a special token.
 

@@ -18,6 +18,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
+from lm.parallel.distributed import fetch
 from lm.rollout.sampler import decode_rows, generate, pad_left
 from lm.rollout.verifiers import VERIFIERS
 from lm.types import Batch
@@ -59,7 +60,7 @@ def row_logp(model: Transformer, rows: list[Row], width: int) -> Float[np.ndarra
         for i, (ids, mask) in enumerate(part):
             tokens[i, : len(ids)], weights[i, : len(ids)], segments[i, : len(ids)] = ids, mask, 1
         positions = np.broadcast_to(np.arange(width, dtype=np.int32), (ROWS, width))
-        found.append(np.asarray(_row_logp(model, Batch(tokens, weights, segments, positions)))[: len(part)])
+        found.append(fetch(_row_logp(model, Batch(tokens, weights, segments, positions)))[: len(part)])
     return np.concatenate(found)
 
 
@@ -134,14 +135,14 @@ def reward(item: Eval, model: Transformer, tokenizer: Tokenizer, reference: Tran
         part = kept[start : start + ROWS]
         filled = part + part[-1:] * (ROWS - len(part))
         tokens, sizes = pad_left([prompts[i] for i in filled], width, tokenizer.pad_id)
-        out = generate(
-            model, tokens, sizes, jax.random.fold_in(jax.random.key(seed), start), item.temperature,
-            max_new_tokens=item.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        out = fetch(
+            generate(
+                model, tokens, sizes, jax.random.fold_in(jax.random.key(seed), start), item.temperature,
+                max_new_tokens=item.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+            )
         )  # fmt: skip
-        mask = np.asarray(out.mask)
-        for i, answer, size in zip(
-            part, decode_rows(tokenizer, np.asarray(out.tokens), mask), mask.sum(1), strict=False
-        ):
+        answered = decode_rows(tokenizer, out.tokens, out.mask)
+        for i, answer, size in zip(part, answered, out.mask.sum(1), strict=False):
             score = VERIFIERS[item.verifier](rows[i], answer.text)
             rewards.append(score)
             lengths.append(float(size))

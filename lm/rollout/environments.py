@@ -15,6 +15,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import GRPO, Stage, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.grpo import group_advantages
+from lm.parallel.distributed import fetch, gather
 from lm.rollout.sampler import Answer, Samples, decode_rows, generate
 from lm.rollout.verifiers import NEEDS, VERIFIERS
 from lm.types import Batch
@@ -77,14 +78,14 @@ def roll_out(
     prompts = environment.prompts(step)
     tokens, lengths = (np.repeat(x, o.group_size, axis=0) for x in (prompts.tokens, prompts.lengths))
     rows = [row for row in prompts.rows for _ in range(o.group_size)]
-    samples = jax.device_get(
+    samples = fetch(
         generate(
             model, tokens, lengths, key, o.temperature,
             max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
         )
     )  # fmt: skip
     answers = decode_rows(tokenizer, samples.tokens, samples.mask)
-    rewards = np.array([environment.reward(row, a.text) for row, a in zip(rows, answers, strict=True)], np.float32)
+    rewards = _judge(environment, rows, answers)
     advantages, means = group_advantages(
         jnp.asarray(rewards), o.group_size, scale="group" if o.scale_advantages else "none"
     )
@@ -96,6 +97,16 @@ def roll_out(
     pieces = [jax.tree.map(lambda x, i=i: x[i :: o.updates_per_rollout], batch) for i in range(o.updates_per_rollout)]
     asked = [prompt_messages(row, "the prompt")[-1]["content"] for row in rows]
     return Rollout(pieces, asked, answers, rewards, np.asarray(advantages), metrics)
+
+
+def _judge(environment: Environment, rows: list[dict], answers: list[Answer]) -> Float[np.ndarray, " N"]:
+    """The rewards of all answers, in every process; each judges its share."""
+    count, number = jax.process_count(), jax.process_index()
+    own = [environment.reward(row, a.text) for row, a in list(zip(rows, answers, strict=True))[number::count]]
+    rewards = np.zeros(len(rows), np.float32)
+    for process, judged in enumerate(gather(own)):
+        rewards[process::count] = judged
+    return rewards
 
 
 def as_batch(tokens: np.ndarray, lengths: np.ndarray, samples: Samples, advantages: Float[np.ndarray, " B"]) -> Batch:

@@ -15,6 +15,7 @@ from lm.data.chat import render
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Cache, Transformer
+from lm.parallel.distributed import fetch
 from lm.parallel.rules import constrain
 from lm.types import pytree
 
@@ -183,11 +184,13 @@ def generate_text(
             f"leaves {room}: shorten it or ask for fewer new tokens"
         )
     tokens, lengths = pad_left(encoded, min(room, _bucket(longest)), tokenizer.pad_id)
-    out = generate(
-        model, tokens, lengths, jax.random.key(seed), temperature,
-        max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+    out = fetch(
+        generate(
+            model, tokens, lengths, jax.random.key(seed), temperature,
+            max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        )
     )  # fmt: skip
-    return decode_rows(tokenizer, np.asarray(out.tokens), np.asarray(out.mask))
+    return decode_rows(tokenizer, out.tokens, out.mask)
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "top_p"), donate_argnames=("cache",))

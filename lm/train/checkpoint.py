@@ -29,9 +29,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lm.experiment import UserError
+from lm.parallel.distributed import as_first, first
 from lm.train.run_folder import write_json_atomic
 
 MANIFEST = "manifest.json"
@@ -117,7 +117,7 @@ class Checkpoints:
         but none is sound, and where names, shapes or dtypes are not those of `abstract`.
         """
         self.wait()
-        step = _first_process_says(lambda: self._newest_sound(warn))
+        step = as_first(lambda: self._newest_sound(warn))
         if step is None:
             return None
         path = self.folder / f"{step:08d}"
@@ -135,7 +135,7 @@ class Checkpoints:
         """Behind the training loop: wait for orbax, seal the checkpoint, drop the ones that it replaces."""
         with self._guard(path):
             response.result()
-            if jax.process_index() == 0:
+            if first():
                 write_json_atomic(path / MANIFEST, _sealed({**manifest, "files": _checksums(path)}))
                 for step in _superseded(self.steps(), manifest["step"], self.keep):
                     _remove(self.folder / f"{step:08d}")
@@ -162,18 +162,18 @@ class Checkpoints:
     def _sound(self, path: Path) -> bool:
         """Whether the checkpoint is there and verified, as the first process sees it."""
 
-        def check() -> int | None:
+        def check() -> bool:
             try:
                 _verify(path)
             except Damaged:
-                return None
-            return 1
+                return False
+            return True
 
-        return _first_process_says(check) is not None
+        return as_first(check)
 
     def _clear(self, path: Path) -> None:
         """Make room for `path`, and remove what earlier runs left unfinished (once: only one run may write here)."""
-        if jax.process_index() != 0:
+        if not first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         leftovers = [] if self._swept else _unfinished(self.folder)
@@ -187,7 +187,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if jax.process_index() == 0:
+            if first():
                 for name in _unfinished(self.folder):
                     _remove(self.folder / name)
             reason = _disk_reason(error)
@@ -338,26 +338,6 @@ def _remove(path: Path) -> None:
             return
         time.sleep(0.05)
     raise UserError(f"{path} could not be removed; see who owns it and what is in it, and remove it by hand")
-
-
-def _first_process_says(find: Callable[[], int | None]) -> int | None:
-    """What `find` gives in process 0, in every process: they must all take the same checkpoint, or none."""
-    if jax.process_count() == 1:
-        return find()
-    failure: Exception | None = None
-    answer = -1
-    if jax.process_index() == 0:
-        try:
-            found = find()
-            answer = -1 if found is None else found
-        except Exception as error:
-            failure, answer = error, -2
-    answer = int(multihost_utils.broadcast_one_to_all(np.int64(answer)))
-    if failure is not None:
-        raise failure
-    if answer == -2:
-        raise UserError("process 0 found no checkpoint that it could use; its own message says why")
-    return None if answer == -1 else answer
 
 
 def _disk_reason(error: BaseException | None) -> str | None:

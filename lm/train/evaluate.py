@@ -9,6 +9,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.evals.heldout import measure
 from lm.experiment import Eval, Experiment
 from lm.model.transformer import Transformer
+from lm.parallel.distributed import as_first
 from lm.rollout.sampler import generate_text
 from lm.train.metrics import MetricsLog, read_lines
 from lm.train.run_folder import RunFolder
@@ -37,6 +38,13 @@ class Evaluator:
 
         What is already written is left, so that a run which was killed meanwhile completes it.
         """
+        known, answered = as_first(lambda: self._known_before(index, log))
+        if not answered:
+            self._answer_prompts(model, log, 0, "before")
+        self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
+
+    def _known_before(self, index: int, log: MetricsLog) -> tuple[list[str], bool]:
+        """Which evals are written down already, and whether the prompts are answered; copied from the stage before."""
         evals, samples = (read_lines(log.folder / f"{kind}.jsonl") for kind in ("eval", "samples"))
         known = {line["eval"] for line in evals if line["when"] == "before"}
         answered = any(line["when"] == "before" and line["kind"] == "prompt" for line in samples)
@@ -50,9 +58,7 @@ class Evaluator:
                 if line["when"] == "after":
                     log.evaluation(line | {"step": 0, "when": "before"})
                     known.add(line["eval"])
-        if not answered:
-            self._answer_prompts(model, log, 0, "before")
-        self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
+        return sorted(known), answered
 
     def during(self, index: int, model: Transformer, log: MetricsLog, step: int) -> None:
         """The evals that the stage names, and the prompts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from lm.data.tokenizer import Tokenizer
@@ -18,16 +20,21 @@ from lm.experiment import Experiment, Stage, UserError
 from lm.model.flops import peak_flops, update_flops_per_token
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
+from lm.parallel.compiler import compiler_options
+from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, needs_reference
+from lm.train import goodput
 from lm.train.batches import Batches, check_sampler, updates_per_step
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
+from lm.train.goodput import Costs
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
 from lm.train.profile import Trace
 from lm.train.run_folder import RunFolder, write_json_atomic
 from lm.train.signals import Stop
-from lm.types import TrainState
+from lm.train.watchdog import PATIENCE, Watchdog
+from lm.types import Batch, TrainState
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Run:
     tokenizer: Tokenizer
     mesh: Mesh
     stop: Stop
+    watchdog: Watchdog
     started: float  # time.monotonic() when the command began
     profile: tuple[int, int] | None = None  # steps of every stage to trace: from, and before which
 
@@ -52,34 +60,16 @@ class Pending:
     """A step whose metrics are still on the devices: they are read one step late, so that nothing waits."""
 
     step: int
-    tokens: int
+    tokens: list[jax.Array]  # that are not padding, an update each
     metrics: dict[str, Any]
     extra: dict[str, float]
 
 
-class Costs:
-    """Where a stage's time goes, in seconds, over all sessions that worked on it."""
-
-    def __init__(self, seconds: dict[str, float]):
-        self.seconds = dict(seconds)
-        self.began = time.monotonic() - self.seconds.get("seconds", 0.0)
-
-    @contextlib.contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Account what happens inside under `name`."""
-        began = time.monotonic()
-        yield
-        self.add(name, began)
-
-    def add(self, name: str, since: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - since
-
-    def total(self) -> dict[str, float]:
-        return self.seconds | {"seconds": time.monotonic() - self.began}
-
-
-def train_stage(run: Run, index: int, batches: Batches, model: Transformer, evaluator: Evaluator) -> None:
+def train_stage(run: Run, index: int, batches: Batches, model: Transformer, evaluator: Evaluator, began: float) -> None:
     """Train a stage to its end from the model before it, or from its newest checkpoint.
+
+    Args:
+        began: time.monotonic() when this session's work on the stage began.
 
     Raises:
         UserError: a loss that is not finite, a sampler that disagrees with the trainer.
@@ -88,36 +78,46 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
     state, step_fn = start_state(stage, model, run.mesh)
-    with MetricsLog(folder) as log, Checkpoints(folder / "checkpoints") as checkpoints:
+    with (
+        contextlib.closing(batches),
+        MetricsLog(folder) as log,
+        Checkpoints(folder / "checkpoints") as checkpoints,
+    ):
         state, start, meta = restore(state, checkpoints, run.mesh)
+        spent = goodput.reached(folder) if first() else 0.0
+        if first():
+            goodput.keep(folder, spent)
         log.rewind(start)
-        loop = _Loop(run, stage, batches, log, checkpoints, meta)
+        loop = _Loop(run, stage, batches, log, checkpoints, meta, Costs(began, meta.get("costs", {}), spent))
         if due(stage, start):  # it may have been stopped before it measured what it saved
-            with loop.costs.of("eval_seconds"):
+            with loop.evaluating(start):
                 evaluator.during(index, state.params, log, start)
         for done, current in loop.steps(state, start, step_fn):
             state = current
             if done == start + 1:  # after a first step, which shows within seconds that the run works
-                with loop.costs.of("eval_seconds"):
+                with loop.evaluating(0):
                     evaluator.before(index, model, log)
                     if done == 1:
                         batches.show(log, done)
             if due(stage, done):
-                with loop.costs.of("eval_seconds"):
+                with loop.evaluating(done):
                     evaluator.during(index, state.params, log, done)
                     batches.show(log, done)
-        with loop.costs.of("eval_seconds"):
+        with loop.evaluating(stage.steps):
             evaluator.after(index, state.params, log)
             batches.show(log, stage.steps)
+        with loop.costs.of("save_seconds"):
+            checkpoints.wait()
     counts = {
         "steps": stage.steps,
         "tokens": loop.tokens,
         "num_params": num_params(state.params),
         "data": batches.report,
     }
-    write_json_atomic(
-        run.folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | loop.costs.total()
-    )
+    if first():
+        write_json_atomic(
+            run.folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | loop.costs.total()
+        )
 
 
 def due(stage: Stage, step: int) -> bool:
@@ -129,10 +129,17 @@ class _Loop:
     """The steps of one stage, with what they write and what they cost."""
 
     def __init__(
-        self, run: Run, stage: Stage, batches: Batches, log: MetricsLog, checkpoints: Checkpoints, meta: dict[str, Any]
+        self,
+        run: Run,
+        stage: Stage,
+        batches: Batches,
+        log: MetricsLog,
+        checkpoints: Checkpoints,
+        meta: dict[str, Any],
+        costs: Costs,
     ):
         self.run, self.stage, self.batches, self.log, self.checkpoints = run, stage, batches, log, checkpoints
-        self.costs, self.tokens = Costs(meta.get("costs", {})), int(meta.get("tokens", 0))
+        self.costs, self.tokens = costs, int(meta.get("tokens", 0))
         self.updates = updates_per_step(stage)
         self.rate = schedule(stage.optimizer, stage.steps * self.updates)
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
@@ -142,6 +149,13 @@ class _Loop:
         cost = update_flops_per_token(model, vocab_size, stage.seq_len, needs_reference(stage))
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
+    @contextlib.contextmanager
+    def evaluating(self, step: int) -> Iterator[None]:
+        """Inside, the run measures itself: for that it takes its time, which is accounted."""
+        what = f"the evaluation after step {step} of stage {self.stage.name}"
+        with self.costs.of("eval_seconds"), self.run.watchdog.patiently(what):
+            yield
+
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
         """(steps done, state) after each step from `start`; saves where it should, and when a signal came."""
         self.progress = Progress(self.stage.name, self.stage.steps, start)
@@ -149,11 +163,14 @@ class _Loop:
         try:
             for step in range(start, self.stage.steps):
                 self.trace.before(step + 1)
-                state, latest = self._step(state, step, step_fn, first=step == start)
+                if pending is None:
+                    self._expect(step + 1, PATIENCE if step == start else 1.0)
+                state, latest = self._step(state, step, step_fn, new=step == start)
                 self.trace.after(step + 1, latest.metrics)
                 if pending is not None:
                     self._report(pending)
-                pending, stopping = latest, self.run.stop.requested
+                    self._expect(latest.step)
+                pending, stopping = latest, self.run.stop.now()
                 if latest.step % self.stage.save_every == 0 or latest.step == self.stage.steps or stopping:
                     self._report(latest)  # raises where the state is not finite: such a one is never saved
                     pending = None
@@ -167,21 +184,22 @@ class _Loop:
             self.trace.close()
             self.progress.close()
 
-    def _step(self, state: TrainState, step: int, step_fn: Step, first: bool) -> tuple[TrainState, Pending]:
+    def _expect(self, step: int, patience: float = 1.0) -> None:
+        self.run.watchdog.expect(f"step {step} of stage {self.stage.name}", patience)
+
+    def _step(self, state: TrainState, step: int, step_fn: Step, new: bool) -> tuple[TrainState, Pending]:
         with self.costs.of(self.batches.cost):
             batches, extra = self.batches(step, state.params)
-        if first:
+        if new:
             check_sampler(state.params, batches[0], self.stage, self.run.experiment.model.compute_dtype)
         began = time.monotonic()
         for batch in batches:
-            state, metrics = step_fn(state, jax.device_put(batch, batch_sharding(self.run.mesh)))
-        if first:
+            state, metrics = step_fn(state, batch)
+        if new:
             jax.block_until_ready(metrics)
             self.costs.add("compile_seconds", began)
             self.costs.seconds.setdefault("first_step_seconds", time.monotonic() - self.run.started)
-        seen = sum(int((np.asarray(batch.segments) > 0).sum()) for batch in batches)
-        self.tokens += seen
-        return state, Pending(step + 1, seen, metrics, extra)
+        return state, Pending(step + 1, [_count_tokens(batch) for batch in batches], metrics, extra)
 
     def _save(self, state: TrainState, step: int) -> None:
         with self.costs.of("save_seconds"):
@@ -191,9 +209,11 @@ class _Loop:
     def _report(self, pending: Pending) -> None:
         """Read a step's metrics, write and show them, and stop the run where the loss is not finite."""
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
+        tokens = sum(map(int, jax.device_get(pending.tokens)))
+        self.tokens += tokens
         line: dict[str, Any] = {"step": pending.step, "time": self.costs.total()["seconds"]}
         line["lr"] = float(self.rate(pending.step * self.updates - 1))
-        line["tokens_per_second"] = self.progress.rate(pending.step, pending.tokens)
+        line["tokens_per_second"] = self.progress.rate(pending.step, tokens)
         if self.mfu_per_rate is not None:
             line["mfu"] = line["tokens_per_second"] * self.mfu_per_rate
         self.log.metrics(line | values)
@@ -204,26 +224,37 @@ class _Loop:
                 f"{name}: {bad[0]} is {values[bad[0]]} at step {pending.step}; the last good checkpoint is kept. "
                 f"A lower {name}.optimizer.peak_lr or {name}.optimizer.clip_norm often helps"
             )
-        self.progress.update(pending.step, values, pending.tokens)
+        self.progress.update(pending.step, values, tokens)
+
+
+@jax.jit
+def _count_tokens(batch: Batch) -> jax.Array:
+    return jnp.sum(batch.segments > 0)
 
 
 def start_state(stage: Stage, model: Transformer, mesh: Mesh) -> tuple[TrainState, Step]:
     """The state at step 0 of a stage, born sharded, and its step, which compiles for the mesh on first use."""
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
-
-    def init(params: Transformer) -> TrainState:
-        # Copies: the state is donated to every step, and the model that came in still belongs to the caller.
-        frozen = {"reference": jax.tree.map(jnp.copy, params)} if needs_reference(stage) else {}
-        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), frozen)
-
+    init = functools.partial(first_state, stage, optimizer)
     places = shardings(jax.eval_shape(init, model), mesh)
-    step = jax.jit(
+    return jax.jit(init, out_shardings=places)(model), jit_step(stage, optimizer, places, mesh)
+
+
+def first_state(stage: Stage, optimizer: optax.GradientTransformation, params: Transformer) -> TrainState:
+    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
+    frozen = {"reference": jax.tree.map(jnp.copy, params)} if needs_reference(stage) else {}
+    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), frozen)
+
+
+def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:
+    """The step of a stage, which takes and gives a state in these places."""
+    return jax.jit(
         STEPS[type(stage.objective)](stage, optimizer),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
-    return jax.jit(init, out_shardings=places)(model), step
 
 
 def restore(state: TrainState, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, int, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The folder of a run: its layout, who may write in it, and which experiment it belongs to.
 
 runs/NAME/  experiment.json  environment.json  tokenizer/  report.html  lock
-            stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  checkpoints/  tensorboard/
+            stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise UserError(f"{self.path} is a file; a run needs a folder (--run-dir DIR)")
-        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in {"lock", "experiment.json.tmp"})
+        own = {"lock", "experiment.json.tmp"}
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in own and not p.name.startswith("."))
         if foreign:
             raise UserError(
                 f"{self.path} has files ({foreign[0]}, …) but no experiment.json, so it is not a run's folder: "

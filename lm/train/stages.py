@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -18,16 +19,19 @@ from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
 from lm.experiment import DPO, Experiment, UserError, check, from_dict, resolve_sources, to_dict
 from lm.model.transformer import Transformer
+from lm.parallel.distributed import as_first, first, in_first, together
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.rollout.environments import check_verifier
-from lm.train.batches import make_batches
+from lm.train.agreement import check_same, check_same_data, check_shared
+from lm.train.batches import Batches, make_batches
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.loop import Interrupted, Run, train_stage
 from lm.train.provenance import record_environment
 from lm.train.run_folder import RunFolder
 from lm.train.signals import stop_on_signals
+from lm.train.watchdog import PATIENCE, Watchdog
 
 
 def run(
@@ -36,13 +40,15 @@ def run(
     fresh: bool = False,
     until: str | None = None,
     profile: tuple[int, int] | None = None,
+    watchdog: float | None = None,
     after_stage: Callable[[Path], Any] = lambda run_dir: None,
 ) -> None:
-    """Train all stages that are not finished yet, up to and with `until`.
+    """Train all stages that are not finished yet, up to and with `until`. Every process of a job calls it alike.
 
     Args:
         fresh: set a folder that is already there aside, and begin anew.
         profile: steps of every stage to trace, from and before which, counted from 1.
+        watchdog: seconds after which a step that has not come ends the process; None: never.
         after_stage: called with the folder when a stage is finished.
 
     Raises:
@@ -50,6 +56,42 @@ def run(
         Interrupted: a signal came; the state is saved.
     """
     started = time.monotonic()
+    experiment, last = together(lambda: _checked(experiment, until))
+    check_same(experiment, {"fresh": fresh, "until": until, "profile": profile})
+    folder = RunFolder(run_dir)
+    mesh = together(lambda: _whole_mesh(experiment))
+    if fresh:
+        in_first(folder.set_aside)
+    with contextlib.ExitStack() as inside:
+        in_first(lambda: inside.enter_context(folder.lock()))
+        stop = inside.enter_context(stop_on_signals())
+        dog = inside.enter_context(Watchdog(watchdog))
+        inside.enter_context(jax.set_mesh(mesh))
+        check_shared(folder)
+        in_first(lambda: folder.claim(to_dict(experiment)))
+        say("reading the data")
+        tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
+        together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
+        in_first(lambda: record_environment(folder, fingerprints(experiment)))
+        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile)
+        stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
+        batches = together(lambda: _all_batches(context, stages))
+        check_same_data({experiment.stages[i].name: batches[i].fingerprint for i in stages})
+        began = started
+        for index in stages:
+            name = experiment.stages[index].name
+            if reason := stop.now():
+                raise Interrupted(f"{reason}: stopped before stage {name}")
+            dog.expect(f"the start of stage {name}", PATIENCE)
+            model = model_before(experiment, folder, tokenizer, mesh, index)
+            evaluator = make_evaluator(experiment, folder, tokenizer, mesh, index)
+            train_stage(context, index, batches.pop(index), model, evaluator, began)
+            began = time.monotonic()
+            after_stage(folder.path)
+
+
+def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
+    """The experiment with its sources resolved, and the index of the last stage to train; before anything slow."""
     experiment = resolve_sources(experiment)
     check(experiment)
     last = check_until(experiment, until)
@@ -57,30 +99,33 @@ def run(
     check_files(experiment)
     for item in experiment.evals:
         check_verifier(item.verifier, f"evals.{item.name}.verifier")
-    folder = RunFolder(run_dir)
+    return experiment, last
+
+
+def _whole_mesh(experiment: Experiment) -> Mesh:
+    """The mesh of the experiment, in which every process has devices.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or leaves a process without any.
+    """
     mesh = make_mesh(experiment.mesh)
-    if fresh:
-        folder.set_aside()
-    with folder.lock(), stop_on_signals() as stop, jax.set_mesh(mesh):
-        folder.claim(to_dict(experiment))
-        say("reading the data")
-        tokenizer = make_tokenizer(experiment, folder.tokenizer)
-        check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size)
-        record_environment(folder, fingerprints(experiment))
-        context = Run(experiment, folder, tokenizer, mesh, stop, started, profile)
-        stages = [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
-        # The data of every stage is read now: what is wrong with the last one's shows before the first is trained.
-        batches = {}
-        for index in stages:
-            batches[index] = make_batches(experiment, index, tokenizer)
-            say("\n".join(f"{experiment.stages[index].name}: {line}" for line in batches[index].report.splitlines()))
-        for index in stages:
-            if stop.requested:
-                raise Interrupted(f"{stop.requested}: stopped before stage {experiment.stages[index].name}")
-            model = model_before(experiment, folder, tokenizer, mesh, index)
-            evaluator = make_evaluator(experiment, folder, tokenizer, mesh, index)
-            train_stage(context, index, batches.pop(index), model, evaluator)
-            after_stage(folder.path)
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise UserError(
+            f"the mesh takes {mesh.size} of {jax.device_count()} devices and leaves none of process {min(idle)}'s: "
+            "mesh.data -1 takes them all, or start fewer processes"
+        )
+    return mesh
+
+
+def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
+    """The data of every stage, read now: what is wrong with the last one's shows before the first is trained."""
+    batches = {}
+    for index in stages:
+        batches[index] = make_batches(run.experiment, index, run.tokenizer, run.mesh)
+        name = run.experiment.stages[index].name
+        say("\n".join(f"{name}: {line}" for line in batches[index].report.splitlines()))
+    return batches
 
 
 def check_until(experiment: Experiment, stage: str | None) -> int:
@@ -113,7 +158,7 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
 
 def say(text: str) -> None:
     """A line for people, from one process of many."""
-    if jax.process_index() == 0:
+    if first():
         print(text, flush=True)
 
 

@@ -69,6 +69,7 @@ def render(run: Run) -> str:
         knobs=story.knob_table(run),
         costs=story.costs(run),
         cost_names=[*(label for label, _ in story.COSTS.values()), "tokens a second"],
+        goodput=story.goodput(run),
         environment=story.environment_table(run),
     )
 

@@ -305,6 +305,45 @@ def costs(run: Run) -> list[tuple[str, str, list[str | None]]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of a stage's time: the name of its colour, what it was spent on, how long, and of all in percent."""
+
+    color: str
+    label: str
+    value: str
+    percent: float
+
+
+TIME: dict[str, str] = {
+    "step_seconds": "training",
+    "sample_seconds": "sampling",
+    "data_seconds": "waiting for data",
+    "compile_seconds": "compiling",
+    "eval_seconds": "evaluating",
+    "save_seconds": "saving",
+    "start_seconds": "starting",
+    "lost_seconds": "lost to restarts",
+}
+USEFUL = ("step_seconds", "sample_seconds")
+
+
+def goodput(run: Run) -> list[tuple[str, str, list[Share]]]:
+    """(stage, the useful part of its time in percent, where all of it went) for each stage that is finished."""
+    rows = []
+    for stage in run.stages:
+        spent = stage.summary or {}
+        total = sum(spent.get(key, 0.0) for key in TIME)
+        if "step_seconds" not in spent or not total:
+            continue
+        shares = [
+            Share(key.removesuffix("_seconds"), label, duration(spent.get(key, 0.0)), 100 * spent.get(key, 0.0) / total)
+            for key, label in TIME.items()
+        ]
+        rows.append((stage.name, percent(sum(spent.get(key, 0.0) for key in USEFUL) / total), shares))
+    return rows
+
+
 def total_seconds(run: Run) -> float:
     return sum((stage.summary or {}).get("seconds", 0.0) for stage in run.stages)
 

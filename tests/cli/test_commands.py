@@ -143,8 +143,8 @@ def trained(tmp_path, monkeypatch) -> types.SimpleNamespace:
     class Interrupted(Exception):
         pass
 
-    def run(experiment, run_dir, fresh, until, profile, after_stage):
-        seen.calls.append((experiment, run_dir, fresh, until, profile))
+    def run(experiment, run_dir, fresh, until, profile, watchdog, after_stage):
+        seen.calls.append((experiment, run_dir, fresh, until, profile, watchdog))
         run_dir.mkdir(parents=True)
         (run_dir / "experiment.json").write_text(json.dumps(to_dict(experiment)), "utf-8")
         if seen.interrupt:
@@ -159,7 +159,7 @@ def trained(tmp_path, monkeypatch) -> types.SimpleNamespace:
 def test_run_trains_in_the_folder_of_its_name_and_writes_the_report(trained, capsys):
     assert main(["run", "small", "--sft.steps", "7", "--name", "other", "--fresh", "--profile", "2:4"]) == 0
     experiment, *given = trained.calls[0]
-    assert experiment.stages[0].steps == 7 and given == [Path("runs/other"), True, None, (2, 4)]
+    assert experiment.stages[0].steps == 7 and given == [Path("runs/other"), True, None, (2, 4), None]
     assert "report: runs/other/report.html" in capsys.readouterr().out
     assert Path("runs/other/report.html").is_file()
 

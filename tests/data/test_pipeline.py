@@ -58,6 +58,15 @@ def test_batches_are_pure_functions_of_seed_and_step(name, tokenizer):
     assert "gen:" in one.report()
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_some_rows_of_a_batch_are_those_rows_of_it(name, tokenizer):
+    feed = make_feed(STAGES[name], tokenizer, 3)
+    whole = arrays(feed.batch(5))
+    for only in ([1], [0, 3], [2, 3], range(len(whole[0]))):
+        for a, b in zip(whole, arrays(feed.batch(5, np.array(only))), strict=True):
+            np.testing.assert_array_equal(a[np.array(only)], b)
+
+
 def test_the_fingerprint_follows_the_data(tokenizer, tmp_path):
     def print_of(text, **changes):
         path = write(tmp_path / "a.jsonl", [{"text": f"{text} {i}"} for i in range(50)])
@@ -167,6 +176,8 @@ def test_a_batch_of_zero_weights_is_an_error(tokenizer, tmp_path):
         feed.supplies[0].tally,
         "documents",
     )
+    with pytest.raises(UserError, match="step 3: the loss mask of the whole batch is zero"):
+        dataclasses.replace(feed, supplies=(empty,)).batch(3, np.array([1]))
     with pytest.raises(UserError, match="step 3: the loss mask of the whole batch is zero"):
         dataclasses.replace(feed, supplies=(empty,)).batch(3)
 

@@ -163,6 +163,15 @@ def test_a_finished_run_says_what_it_took(finished):
     assert "python lm run quickstart" in page.text and "2 sessions" in page.text
 
 
+def test_a_finished_run_says_where_its_time_went(finished):
+    rows = story.goodput(read_run(finished))
+    assert [name for name, _, _ in rows] == list(DONE)
+    _, useful, shares = rows[0]
+    assert useful == "83.4\N{NARROW NO-BREAK SPACE}%"  # 135 s of steps and 6 s of sampling in 169 s
+    assert sum(share.percent for share in shares) == pytest.approx(100)
+    assert "lost to restarts 4.5 s" in page_of(finished).text
+
+
 def test_the_page_can_be_sent_to_a_friend(finished):
     text = page_of(finished).text
     assert "somebody" not in text and "/opt/venv" not in text

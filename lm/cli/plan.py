@@ -1,0 +1,91 @@
+"""Does it fit, how fast is it, which layout: plan a stage for TPUs.
+
+By arithmetic, in seconds, on any machine; with --compile by the TPU compiler,
+which needs no TPU either:
+
+  lm plan quickstart --topology v5e:2x2
+  lm plan EXPERIMENT --topology v5p:2x4x4 --compile --hlo step.hlo.txt.gz
+  lm plan EXPERIMENT --topology v5p:2x4x4 --search --model.num-layers 32
+
+Any knob of the experiment can be changed; tokenizer.vocab_size says the size of
+the vocabulary. Exits with 1 where the stage does not fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from lm.cli.arguments import EXPERIMENT_HELP, at_least, check_stage, resolve
+from lm.experiment import UserError
+
+TAKES_OVERRIDES = True
+EXIT_DOES_NOT_FIT = 1
+SHOWN = 20  # layouts
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # nothing runs on a device, and none is taken from a run
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "lm plan EXPERIMENT --topology CHIP:SHAPE [options] [--a.b.c VALUE ...]"
+    parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
+    parser.add_argument(
+        "--topology", metavar="CHIP:SHAPE", required=True, help="one slice, such as v5e:4x4 or v5p:2x4x4"
+    )
+    parser.add_argument(
+        "--slices",
+        metavar="N",
+        type=at_least(1),
+        default=1,
+        help="slices joined by the data-centre network (%(default)s)",
+    )
+    parser.add_argument("--stage", metavar="NAME", help="this stage; else the one that needs the most memory")
+    parser.add_argument("--compile", action="store_true", help="ask the TPU compiler: minutes, memory to the byte")
+    parser.add_argument("--search", action="store_true", help="try every layout, and plan the fastest that fits")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--hlo", metavar="FILE", type=Path, help="save the compiled text (.gz: compressed)")
+
+
+def call(arguments: argparse.Namespace) -> int:
+    experiment = resolve(arguments.experiment, arguments.overrides)
+    check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
+    if arguments.hlo and not arguments.compile:
+        raise UserError("--hlo saves what the compiler makes: it needs --compile")
+    os.environ.update(ENVIRONMENT)
+
+    from lm.plan.advise import largest_batch, plan_stage, ways_to_fit, with_mesh
+    from lm.plan.chips import parse_topology
+    from lm.plan.plan import by_compiler
+    from lm.plan.search import layouts
+    from lm.plan.show import advice, layout, overview, show
+
+    topology = parse_topology(arguments.topology, arguments.slices)
+    names = [arguments.stage] if arguments.stage else [stage.name for stage in experiment.stages]
+    plans = [plan_stage(experiment, name, topology) for name in names]
+    plan = max(plans, key=lambda plan: plan.bytes)
+    found = layouts(experiment, plan.program.stage.name, topology) if arguments.search else []
+    if found:
+        plan = found[0]
+        experiment = with_mesh(experiment, plan)
+    if arguments.compile:
+        plan = by_compiler(plan, arguments.hlo)
+    largest = largest_batch(plan, experiment)
+    changes = [] if plan.fits else ways_to_fit(plan, experiment, largest)
+    if arguments.json:
+        stages = [{"stage": p.program.stage.name, "fits": p.fits, "hbm_bytes_per_device": p.bytes} for p in plans]
+        extra = {
+            "largest_batch_size": largest,
+            "stages": stages,
+            "layouts": [{"mesh": p.program.sizes, "fits": p.fits, "step_ms": 1e3 * p.step_s} for p in found],
+            "advice": [" ".join(change.words) for change in changes],
+        }
+        print(json.dumps(plan.to_json() | extra, indent=1))
+    else:
+        if len(plans) > 1:
+            print(overview(plans, "stage", names) + "\n")
+        if found:
+            print(overview(found[:SHOWN], "layout", map(layout, found)) + "\n")
+        print(show(plan, largest))
+        if not plan.fits:
+            print("\n" + advice(changes, SHOWN // 4))
+    return 0 if plan.fits else EXIT_DOES_NOT_FIT

@@ -1,0 +1,336 @@
+"""Work on data that is done once: folders of arrays, found by what they are made of, shared by runs and by hosts.
+
+An entry is made in a draft folder and renamed when it is whole, its manifest of sizes and checksums written last: a
+kill at any moment leaves no entry that counts. One process makes an entry while the others wait for it; its lock
+carries a heartbeat. Should two make the same one after all, both make the same and one is kept: the lock saves work, and
+nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.experiment import UserError
+
+VERSION = 1  # of what is stored and of how a row becomes tokens: raise it when either changes
+BEAT_SECONDS = 2.0
+DEAD_SECONDS = 30.0  # a lock whose heartbeat has stood still for so long belongs to nobody
+LOOK_SECONDS = 0.1
+SETTLED_SECONDS = 2.0  # a file written later than this may change again without a new time of change
+MAPPED = 512  # files mapped at the same time; each takes a file descriptor
+MANIFEST = "manifest.json"
+
+_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache folder", default=None)
+
+
+@contextlib.contextmanager
+def cache_at(folder: Path | None) -> Iterator[None]:
+    """Inside, the cache is kept in `folder`; None: where it is by default."""
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+def current_cache() -> Cache:
+    """The cache of `cache_at`, else `lm` in XDG_CACHE_HOME, else in ~/.cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm"
+    return Cache((_folder.get() or default).expanduser().absolute())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A whole entry: `array(name)` is mapped, not read; `span` reads a part of one and keeps no file open."""
+
+    folder: Path
+    files: Mapping[str, Mapping[str, Any]]
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def length(self, name: str) -> int:
+        return int(self.files[name]["shape"][0])
+
+    def array(self, name: str) -> np.ndarray:
+        file = self.files[name]
+        return _mapped(self.path(name), file["dtype"], tuple(file["shape"]))
+
+    def span(self, name: str, start: int, stop: int) -> np.ndarray:
+        dtype, shape = np.dtype(self.files[name]["dtype"]), self.files[name]["shape"]
+        width = int(np.prod(shape[1:], dtype=np.int64))
+        flat = np.fromfile(self.path(name), dtype, (stop - start) * width, offset=start * width * dtype.itemsize)
+        return flat.reshape(-1, *shape[1:])
+
+
+@functools.lru_cache(maxsize=MAPPED)
+def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.memmap(file, dtype, "r", shape=shape) if shape[0] else np.zeros(shape, dtype)
+
+
+class Writer:
+    """The files of a draft: arrays that grow at their end, and never in memory."""
+
+    def __init__(self, cache: Cache, folder: Path):
+        self._cache, self._folder = cache, folder
+        self._streams: dict[str, Any] = {}
+        self._hashes: dict[str, Any] = {}
+        self._kinds: dict[str, tuple[str, list[int]]] = {}
+
+    def append(self, name: str, array: np.ndarray) -> None:
+        """Rows at the end of array `name`, all of one dtype and width."""
+        data = np.ascontiguousarray(array)
+        with self._cache.writing():
+            if name not in self._streams:
+                self._streams[name] = (self._folder / name).open("wb")
+                self._hashes[name] = hashlib.sha256()
+                self._kinds[name] = (data.dtype.str, [0, *data.shape[1:]])
+            self._streams[name].write(data.data)
+        self._hashes[name].update(data.data)
+        self._kinds[name][1][0] += len(data)
+
+    def flushed(self, name: str) -> Path:
+        """The file of array `name`, with all that was appended so far."""
+        with self._cache.writing():
+            self._streams[name].flush()
+        return self._folder / name
+
+    def finish(self, made_of: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything on the disk, and then the manifest; gives the description of the files."""
+        files = {}
+        with self._cache.writing():
+            for name, stream in self._streams.items():
+                stream.flush()
+                os.fsync(stream.fileno())
+                size = stream.tell()
+                dtype, shape = self._kinds[name]
+                files[name] = {"dtype": dtype, "shape": shape, "bytes": size, "sha256": self._hashes[name].hexdigest()}
+            with (self._folder / MANIFEST).open("w", encoding="utf-8") as manifest:
+                json.dump({"version": VERSION, "made_of": made_of, "files": files}, manifest, indent=1)
+                manifest.flush()
+                os.fsync(manifest.fileno())
+        return files
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            with contextlib.suppress(OSError):  # of a full disk: that has been told, and the draft is thrown away
+                stream.close()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of entries, and of the checksums of files that have not changed since they were read."""
+
+    folder: Path
+
+    def entry(self, kind: str, made_of: Mapping[str, Any], build: Callable[[Writer], None], label: str) -> Entry:
+        """The entry made of `made_of` (a plain value that determines it), built by `build` if there is none yet.
+
+        Where another process builds it, this one waits, and says so with `label`. Raises UserError where the folder
+        cannot be written and something has to be.
+        """
+        key = hashlib.sha256(json.dumps([VERSION, kind, made_of], sort_keys=True).encode()).hexdigest()[:40]
+        folder = self.folder / f"{kind}-{key}"
+        lock = folder.with_name(f"{folder.name}.lock")
+        while True:
+            if (found := self._open(folder)) is not None:
+                return found
+            draft = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.draft")
+            if not self._claim(lock, draft):
+                _wait(lock, label)
+                continue
+            with self._held(lock, draft):
+                if (found := self._open(folder)) is not None:  # made while the lock was being taken
+                    return found
+                return self._build(folder, draft, made_of, build)
+
+    def digest(self, file: Path) -> str:
+        """sha256 of a file's content. A file whose size, time of change and inode are known is not read again."""
+        file = file.absolute()
+        known, now = self._known(file), _stamp(file)
+        if known is not None and known[:-1] == now:
+            return known[-1]
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if time.time() - now[1] / 1e9 > SETTLED_SECONDS and _stamp(file) == now:
+            with contextlib.suppress(UserError):  # a cache that may only be read: the file is read again next time
+                self._remember(file, found)
+        return found
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What the system refuses inside becomes a UserError that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the cache {self.folder} cannot be written: {error.strerror}; make room or set its rights there, or name "
+                "another folder with --cache DIR"
+            ) from error
+
+    def _open(self, folder: Path) -> Entry | None:
+        """The entry if it is there and sound. One that is damaged is told and set aside."""
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            manifest = {"files": {MANIFEST: {"bytes": -1}}}  # as one whose size is wrong
+        if damage := self._damage(folder, manifest["files"]):
+            print(f"lm: {folder / damage} is damaged: it is made anew", file=sys.stderr, flush=True)
+            aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.draft")
+            with self.writing():
+                folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            _mapped.cache_clear()  # it may have been mapped before
+            return None
+        return Entry(folder, manifest["files"])
+
+    def _damage(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """The first file of an entry that is not what it was when it was written."""
+        for name, file in files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != file["bytes"] or self.digest(path) != file["sha256"]:
+                return name
+        return None
+
+    def _build(self, folder: Path, draft: Path, made_of: Mapping[str, Any], build: Callable[[Writer], None]) -> Entry:
+        with self.writing():
+            draft.mkdir()
+        writer = Writer(self, draft)
+        try:
+            build(writer)
+            files = writer.finish(made_of)
+            with self.writing():
+                try:
+                    draft.rename(folder)
+                except OSError:
+                    if not (folder / MANIFEST).exists():
+                        raise
+        finally:
+            writer.close()
+            shutil.rmtree(draft, ignore_errors=True)  # gone already where all went well
+        for name, file in files.items():
+            self._remember(folder / name, file["sha256"])
+        return Entry(folder, files)
+
+    def _claim(self, lock: Path, draft: Path) -> bool:
+        """Take the lock for this process if it is free."""
+        owner = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "draft": draft.name})
+        with self.writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            try:
+                os.write(handle, owner.encode())
+            finally:
+                os.close(handle)
+        return True
+
+    @contextlib.contextmanager
+    def _held(self, lock: Path, draft: Path) -> Iterator[None]:
+        """Keep the heart of a lock beating, and give it back; not where it has been taken away in the meantime."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_SECONDS):
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(lock)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            if _owner(lock).get("draft") == draft.name:
+                lock.unlink(missing_ok=True)
+
+    def _record(self, file: Path) -> Path:
+        return self.folder / "checksums" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:40]}.json"
+
+    def _known(self, file: Path) -> list[Any] | None:
+        """[size, time of change, inode, sha256] as it was recorded."""
+        try:
+            return json.loads(self._record(file).read_text("utf-8"))[1:]
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _remember(self, file: Path, digest: str) -> None:
+        record = self._record(file)
+        draft = record.with_name(f"{record.name}.{secrets.token_hex(4)}.draft")
+        with self.writing():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps([str(file), *_stamp(file), digest]), "utf-8")
+            draft.rename(record)
+
+
+def _wait(lock: Path, label: str) -> None:
+    """Until the lock is free; one whose owner is dead is broken, and what it had begun removed."""
+    began = since = time.monotonic()
+    told, last = False, -1
+    while True:
+        owner = _owner(lock)
+        try:
+            beat = lock.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        now = time.monotonic()
+        if beat != last:
+            last, since = beat, now
+        if _is_dead(owner) or now - since > DEAD_SECONDS:
+            lock.unlink(missing_ok=True)
+            if "draft" in owner:
+                shutil.rmtree(lock.with_name(owner["draft"]), ignore_errors=True)
+            return
+        if not told and now - began > 1:
+            told = True
+            who = f"process {owner['process']} on {owner['host']}" if owner else "another process"
+            print(f"{label}: waiting for {who}, which is making the same", file=sys.stderr, flush=True)
+        time.sleep(LOOK_SECONDS)
+
+
+def _owner(lock: Path) -> dict[str, Any]:
+    """Who holds a lock; {} where it is free, or has just been taken."""
+    try:
+        return json.loads(lock.read_text("utf-8") or "{}")
+    except FileNotFoundError:
+        return {}
+
+
+def _is_dead(owner: Mapping[str, Any]) -> bool:
+    """Whether the process that holds a lock has ended, as far as this host can know."""
+    if owner.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(owner["process"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's, and alive
+        return False
+    return False
+
+
+def _stamp(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]

@@ -1,0 +1,281 @@
+"""Files of rows, read in pieces: where every row of a file begins, and the rows of any piece of it.
+
+A row is a dict. A file is never in memory as a whole (of parquet one row group is), and any row can be read alone; what
+cannot be read from the middle (gzip, TFDS, line ends of other systems) is unpacked once, into the cache.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from lm.experiment import UserError
+
+DOCUMENT = 4_000  # characters of a document cut from a text file, roughly
+BLOCK = 1 << 20  # bytes read at once
+SPANS = 1 << 16  # rows whose places are Python integers at the same time
+PIECE_BYTES = 2 << 20  # text of a piece; rows are not divided
+PARQUET_ROWS = 256  # rows of parquet that are Python values at the same time
+GROUP = 1 << 32  # a row of parquet begins at group * GROUP + place in the group
+BOM = codecs.BOM_UTF8
+
+Row = dict[str, Any]
+Spans = Int64[np.ndarray, "N 3"]
+
+
+class Piece(NamedTuple):
+    """Rows of a file that follow one another. `name` is the file's for people, `first` the number of the first row.
+
+    A row of spans: where it begins, its bytes (about), its line (0: it has none).
+    """
+
+    name: str
+    file: Path
+    kind: str
+    first: int
+    spans: Spans
+
+    @property
+    def text_bytes(self) -> int:
+        return int(self.spans[:, 1].sum())
+
+    def where(self, place: int) -> str:
+        """Row `place` of the piece, named for a person."""
+        line = self.spans[place, 2]
+        return f"{self.name} {f'line {line}' if line else f'row {self.first + place}'}"
+
+
+class Format(NamedTuple):
+    """`unpack` gives the bytes of the file that is read instead, or None; its kind is `unpacked`."""
+
+    locate: Callable[[str, Path], Iterator[Spans]]
+    read: Callable[[Piece], Iterator[Row]]
+    unpack: Callable[[str, Path], Iterator[bytes] | None] = lambda name, file: None
+    unpacked: str = ".jsonl"
+
+
+def kind_of(file: Path) -> str | None:
+    """The key of FORMATS that a file's name ends with."""
+    return next((suffix for suffix in FILES if file.name.endswith(suffix)), None)
+
+
+def read(piece: Piece) -> Iterator[Row]:
+    """The rows of a piece. Raises UserError naming the line that is broken, or the file that has gone."""
+    try:
+        yield from FORMATS[piece.kind].read(piece)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{piece.file} was there and has been removed; run the same command again to go on with what is there now"
+        ) from error
+
+
+def cuts(spans: Spans, kind: str) -> Iterator[tuple[int, int]]:
+    """(from, before which) rows of pieces of about PIECE_BYTES; a row group of parquet stays whole."""
+    start = 0
+    if kind == ".parquet":
+        ends = [*(np.flatnonzero(np.diff(spans[:, 0] // GROUP)) + 1).tolist(), len(spans)]
+    else:
+        done = np.cumsum(spans[:, 1])
+        ends = [*(np.flatnonzero(np.diff(done // PIECE_BYTES)) + 1).tolist(), len(spans)]
+    for end in ends:
+        if end > start:
+            yield start, end
+            start = end
+
+
+def cut_text(text: str, size: int) -> list[str]:
+    """Documents of about `size` characters, cut at blank lines where there are any, else at lines, spaces, anywhere."""
+    pieces = (piece.strip("\r\n") for piece in _cut([text], size))
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _cut(texts: Iterable[str], size: int) -> Iterator[str]:
+    """All of the text, cut into documents with the line ends around them."""
+    rest, todo = "", iter(texts)
+    for more in todo:
+        rest, at = rest + more, 0
+        while len(rest) - at > size * 3 // 2:
+            low, high = at + size * 3 // 4, at + size * 3 // 2
+            found = ((rest.find(mark, low, high), len(mark)) for mark in ("\n\n", "\r\n\r\n", "\n", " "))
+            end = next((place + width for place, width in found if place >= 0), at + size)
+            yield rest[at:end]
+            at = end
+        rest = rest[at:]
+    if rest:
+        yield rest
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def _decoded(name: str, file: Path) -> Iterator[str]:
+    """The text of a file without its byte order mark. Raises UserError where it is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    begun = 0
+    for number, block in enumerate(_with_end(file)):
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}: not UTF-8 text (byte {begun - pending + error.start}); convert it, for instance with iconv"
+            ) from error
+        begun += len(block)
+        yield text.removeprefix("\ufeff") if number == 0 else text
+
+
+def _with_end(file: Path) -> Iterator[bytes]:
+    yield from _blocks(file)
+    yield b""
+
+
+def _locate_documents(name: str, file: Path) -> Iterator[Spans]:
+    at = len(BOM) if next(_with_end(file)).startswith(BOM) else 0
+    spans: list[tuple[int, int, int]] = []
+    for document in _cut(_decoded(name, file), DOCUMENT):
+        size = len(document.encode())
+        if document.strip():
+            spans.append((at, size, 0))
+        at += size
+        if len(spans) == SPANS:
+            yield np.array(spans)
+            spans = []
+    if spans:
+        yield np.array(spans)
+
+
+def _read_documents(piece: Piece) -> Iterator[Row]:
+    with piece.file.open("rb") as stream:
+        for start, size, _ in piece.spans.tolist():
+            stream.seek(start)
+            yield {"text": stream.read(size).decode().strip("\r\n")}
+
+
+def _plain_line_ends(name: str, file: Path) -> Iterator[bytes] | None:
+    """The text with the line ends of Unix, if it has others."""
+    if not any(b"\r" in block for block in _blocks(file)):
+        return None
+
+    def texts() -> Iterator[bytes]:
+        kept = ""
+        for text in _decoded(name, file):
+            text = kept + text
+            kept = "\r" if text.endswith("\r") else ""  # the other half of it may come next
+            yield text.removesuffix("\r").replace("\r\n", "\n").replace("\r", "\n").encode()
+        yield b"\n" if kept else b""
+
+    return texts()
+
+
+def _locate_lines(name: str, file: Path) -> Iterator[Spans]:
+    at, spans = 0, []
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.isspace():
+                spans.append((at, len(line), number))
+                if len(spans) == SPANS:
+                    yield np.array(spans)
+                    spans = []
+            at += len(line)
+    if spans:
+        yield np.array(spans)
+
+
+def _locate_rows(name: str, file: Path) -> Iterator[Spans]:
+    """Of unpacked rows, which have a number rather than a line."""
+    for spans in _locate_lines(name, file):
+        spans[:, 2] = 0
+        yield spans
+
+
+def _read_lines(piece: Piece) -> Iterator[Row]:
+    with piece.file.open("rb") as stream:
+        for place, (start, size, _) in enumerate(piece.spans.tolist()):
+            stream.seek(start)
+            yield _parse(stream.read(size), piece.where(place))
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line.removeprefix(BOM))
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: every line must be a JSON object, found {line.strip().decode(errors='replace'):.40}")
+    return row
+
+
+def _unzipped(name: str, file: Path) -> Iterator[bytes]:
+    number = 0
+    try:
+        with gzip.open(file, "rb") as stream:
+            lines: list[bytes] = []
+            for line in stream:
+                number += 1
+                lines.append(line)
+                if len(lines) >= 256:
+                    yield b"".join(lines)
+                    lines = []
+            yield b"".join(lines)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: not a whole gzip file, broken after line {number} ({error})") from error
+
+
+def _parquet(name: str, file: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"{name}: reading parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
+        ) from error
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{name}: not a parquet file ({error})") from error
+
+
+def _locate_parquet(name: str, file: Path) -> Iterator[Spans]:
+    metadata = _parquet(name, file).metadata
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        spans = np.zeros((group.num_rows, 3), np.int64)
+        spans[:, 0] = number * GROUP + np.arange(group.num_rows)
+        spans[:, 1] = group.total_byte_size // max(1, group.num_rows)
+        yield spans
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(file: Path, changed: int, number: int) -> Any:
+    return _parquet(str(file), file).read_row_group(number)
+
+
+def _read_parquet(piece: Piece) -> Iterator[Row]:
+    changed = piece.file.stat().st_mtime_ns
+    for start in range(0, len(piece.spans), PARQUET_ROWS):
+        places = piece.spans[start : start + PARQUET_ROWS, 0]
+        for number in np.unique(places // GROUP).tolist():
+            within = places[places // GROUP == number] % GROUP
+            yield from _row_group(piece.file, changed, number).slice(int(within[0]), len(within)).to_pylist()
+
+
+FORMATS = {
+    ".txt": Format(_locate_documents, _read_documents, _plain_line_ends, ".txt"),
+    ".jsonl": Format(_locate_lines, _read_lines),
+    ".jsonl.gz": Format(_locate_lines, _read_lines, _unzipped),
+    ".parquet": Format(_locate_parquet, _read_parquet),
+    "tfds": Format(_locate_rows, _read_lines),
+}
+FILES = tuple(suffix for suffix in FORMATS if suffix.startswith("."))

@@ -1,0 +1,177 @@
+"""Processes that share the work on data, with results in order, bounded memory, and one line of progress."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from lm.experiment import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+WORTH_BYTES = 8 << 20  # less text than this is done before a process has started
+AT_ONCE = 8  # files worked on at the same time
+PLAIN_EVERY_SECONDS = 10.0
+
+_shared: Any = None  # in a worker: what every task of it needs
+
+
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Crew:
+    """Worker processes that start with the first work that is worth it. `shared` goes to every task, and once to each.
+
+    Use it as a context. Without processes the work is done in the thread that asks.
+    """
+
+    def __init__(self, label: str, unit: str, text_bytes: int, shared: Any = None, processes: int | None = None):
+        self.shared = shared
+        self.processes = (cores() if text_bytes >= WORTH_BYTES else 1) if processes is None else processes
+        self.progress = Progress(label, unit, text_bytes, self.processes)
+        self._stopped = threading.Event()
+        self._pool: ProcessPoolExecutor | None = None
+        if self.processes > 1:
+            # Not forked: what else runs in this process (jax has threads) does not survive that.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.processes, context, _begin, (shared,))
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self.progress.close()
+
+    def map(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """function(shared, task) of each task, in order; few are under way at the same time.
+
+        What a task raises comes out here, of the first that fails.
+        """
+        if self._pool is None:
+            yield from (function(self.shared, task) for task in tasks)
+            return
+        pool = self._pool
+        todo = iter(tasks)
+        running: deque[Future[Result]] = deque()
+        try:
+            for task in itertools.islice(todo, 2 * self.processes):
+                running.append(pool.submit(_run, function, task))
+            while running:
+                if self._stopped.is_set():
+                    raise CancelledError
+                yield running.popleft().result()
+                running += [pool.submit(_run, function, task) for task in itertools.islice(todo, 1)]
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that was reading the data has died: the machine may lack memory; a script that starts a run "
+                'needs `if __name__ == "__main__":` around it'
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+
+    def each(self, function: Callable[[Task], Result], items: Sequence[Task]) -> list[Result]:
+        """function(item) of several items (files of a folder) side by side; results in order, or the first error."""
+        if len(items) == 1:
+            return [function(items[0])]
+        with ThreadPoolExecutor(min(AT_ONCE, len(items), max(2, self.processes))) as threads:
+            futures = [threads.submit(function, item) for item in items]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+                failed = (future for future in futures if future.done() and future.exception())
+                for future in failed:
+                    raise future.exception()  # type: ignore[misc]
+                return [future.result() for future in futures]
+            except BaseException:
+                self._stopped.set()
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+class Progress:
+    """How far a build is: rich's line on a terminal, else a plain one every ten seconds; nothing of what is quick."""
+
+    def __init__(self, label: str, unit: str, total: int, processes: int):
+        self.label, self.unit, self.total, self.processes = label, unit, total, processes
+        self._began = self._printed = time.monotonic()
+        self._bytes = self._units = 0
+        self._lock = threading.Lock()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def advance(self, text_bytes: int, units: int) -> None:
+        """So many bytes more are done, which have given so many tokens or rows."""
+        with self._lock:
+            self._bytes += text_bytes
+            self._units += units
+            now = time.monotonic()
+            if now - self._printed < (0.5 if sys.stderr.isatty() else PLAIN_EVERY_SECONDS):
+                return
+            self._printed = now
+            if sys.stderr.isatty():
+                self._show_bar(now)
+            else:
+                print(f"{self.label}  {self._numbers(now)}", file=sys.stderr, flush=True)
+
+    def expect(self, text_bytes: int) -> None:
+        """So many bytes more are to do than was thought."""
+        with self._lock:
+            self.total += text_bytes
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _numbers(self, now: float) -> str:
+        seconds = now - self._began
+        left = round(seconds * max(0, self.total - self._bytes) / max(1, self._bytes))
+        minutes, rest = divmod(left, 60)
+        part = min(1.0, self._bytes / max(1, self.total))
+        rate = self._units / seconds
+        return f"{part:.0%}  {self._units:,} {self.unit}  {rate:,.0f} {self.unit}/s  {minutes}:{rest:02} left"
+
+    def _show_bar(self, now: float) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}")
+            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self.label, total=self.total, numbers="")
+            self._bar.start()
+        self._bar.update(self._task, completed=self._bytes, numbers=self._numbers(now))
+
+
+def _begin(shared: Any) -> None:
+    """In a new worker: keep what is shared, leave Ctrl-C to the parent, and end with it, however it ends."""
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _run(function: Callable[[Any, Any], Any], task: Any) -> Any:
+    return function(_shared, task)

@@ -1,0 +1,202 @@
+"""A job on GKE: a JobSet with a Job for each slice and a pod for each host, and the xpk command that asks for the same.
+
+The JobSet controller makes a headless service, so that pods have names in DNS. GKE sets `TPU_WORKER_ID`,
+`TPU_WORKER_HOSTNAMES`, and, where there are several slices, the `MEGASCALE_…` variables in every pod of a JobSet.
+Sources: the JobSet API (jobset.x-k8s.io/v1alpha2); GKE's pages on TPUs, Multislice and Cloud Storage FUSE.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from lm.experiment import UserError
+from lm.launch.job import COORDINATOR_PORT, Handover, Job
+from lm.launch.topology import Topology
+from lm.launch.volumes import Volume, check_run_dir
+
+REPLICATED_JOB = "slice"
+CONTAINER = "lm"
+EXIT_USER = 2  # of `lm run`: a mistake of the user's, which a restart does not mend
+MOST_LETTERS = 63  # of a pod's name
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the job runs, and in what."""
+
+    topology: Topology
+    slices: int
+    image: str
+    volumes: tuple[Volume, ...]
+    namespace: str | None = None
+    queue: str | None = None
+    service_account: str | None = None
+    secret: str | None = None
+    spot: bool = False
+    cluster: str | None = None  # for xpk
+    project: str | None = None
+    zone: str | None = None
+
+
+def render(job: Job, cluster: Cluster) -> Handover:
+    """The manifest, for `kubectl apply -f -`.
+
+    Raises:
+        UserError: the run's folder would be lost with its container, or a name is too long for a pod.
+    """
+    check_run_dir(job.run_dir, cluster.volumes, "is inside the container, and lost with it")
+    longest = f"{job.name}-{REPLICATED_JOB}-{cluster.slices - 1}-{cluster.topology.hosts - 1}-abcde"
+    if len(longest) > MOST_LETTERS:
+        raise UserError(f"--job-name {job.name!r} makes the pod {longest}, of more than {MOST_LETTERS} characters")
+    head = ["# A JobSet for `kubectl apply -f -`.", *_xpk_comment(job, cluster)]
+    body = yaml.safe_dump(manifest(job, cluster), sort_keys=False, width=1000)
+    where = f" -n {cluster.namespace}" if cluster.namespace else ""
+    follow = f"kubectl logs -f job/{job.name}-{REPLICATED_JOB}-0 -c {CONTAINER}{where}"
+    return Handover(
+        text="\n".join(head) + "\n" + body,
+        command=("kubectl", "apply", "-f", "-"),
+        tools=("kubectl",),
+        next=(f"watch: {follow}", f"stop: kubectl delete jobset {job.name}{where}"),
+    )
+
+
+def manifest(job: Job, cluster: Cluster) -> dict[str, Any]:
+    """The JobSet: all restart together after a death, none after an error of the user's."""
+    labels = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
+    metadata: dict[str, Any] = {"name": job.name}
+    if cluster.namespace:
+        metadata["namespace"] = cluster.namespace
+    if labels:
+        metadata["labels"] = labels
+    # A slice is a node pool: its pods must be in one, and no two slices in the same.
+    metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    rule = {"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": metadata,
+        "spec": {
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "failurePolicy": {"maxRestarts": job.max_restarts, "rules": [rule]},
+            "replicatedJobs": [
+                {
+                    "name": REPLICATED_JOB,
+                    "replicas": cluster.slices,
+                    "template": {"spec": _job_spec(job, cluster)},
+                }
+            ],
+        },
+    }
+
+
+def _job_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
+    """One slice: a pod a host, and none is started again alone."""
+    hosts = cluster.topology.hosts
+    on_exit = {"containerName": CONTAINER, "operator": "In", "values": [EXIT_USER]}
+    metadata = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}} if _buckets(cluster) else {}
+    return {
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": on_exit}]},
+        "template": metadata | {"spec": _pod_spec(job, cluster)},
+    }
+
+
+def _pod_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
+    topology = cluster.topology
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": topology.generation.label,
+        "cloud.google.com/gke-tpu-topology": topology.shape,
+    }
+    if cluster.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+    spec: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": job.grace}
+    if cluster.slices > 1:  # the data-centre network between slices, without a layer in between
+        spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    if cluster.service_account:
+        spec["serviceAccountName"] = cluster.service_account
+    spec |= {"nodeSelector": selector, "containers": [_container(job, cluster)]}
+    return spec | {"volumes": [_volume(i, cluster) for i in range(len(cluster.volumes))]}
+
+
+def _container(job: Job, cluster: Cluster) -> dict[str, Any]:
+    # Kubernetes reads $(NAME) in these words; a doubled $ is one.
+    words = [word.replace("$", "$$") for word in job.command("lm")]
+    environment, wrapper = _joining(job, cluster)
+    container: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": cluster.image,
+        "command": [*wrapper, *words],
+        "resources": {"limits": {"google.com/tpu": cluster.topology.chips_per_host}},
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of TPU hosts among themselves, and of slices
+    }
+    if environment:
+        container["env"] = environment
+    if cluster.secret:
+        container["envFrom"] = [{"secretRef": {"name": cluster.secret}}]
+    mounts = [{"name": f"storage-{i}", "mountPath": volume.path} for i, volume in enumerate(cluster.volumes)]
+    return container | {"volumeMounts": mounts}
+
+
+def _joining(job: Job, cluster: Cluster) -> tuple[list[dict[str, Any]], list[str]]:
+    """The variables by which the processes find each other, and the words that add the one that needs arithmetic."""
+    hosts = cluster.topology.hosts
+    processes = hosts * cluster.slices
+    if processes == 1:
+        return [], []
+    first = f"{job.name}-{REPLICATED_JOB}-0-0.{job.name}"
+    index = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/job-index']"}}
+    environment: list[dict[str, Any]] = [
+        {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{first}:{COORDINATOR_PORT}"},
+        {"name": "JAX_NUM_PROCESSES", "value": str(processes)},
+        {"name": "SLICE_INDEX", "valueFrom": index},
+    ]
+    # Kubernetes sets JOB_COMPLETION_INDEX, the number of the pod within its slice.
+    script = f'export JAX_PROCESS_ID=$((SLICE_INDEX * {hosts} + JOB_COMPLETION_INDEX)); exec "$@"'
+    return environment, ["bash", "-c", script.replace("$", "$$"), "bash"]
+
+
+def _volume(index: int, cluster: Cluster) -> dict[str, Any]:
+    volume = cluster.volumes[index]
+    name = {"name": f"storage-{index}"}
+    if volume.claim:
+        return name | {"persistentVolumeClaim": {"claimName": volume.claim}}
+    attributes = {"bucketName": volume.bucket, "mountOptions": "implicit-dirs"}
+    if cluster.slices > 1:  # with the host's network, the driver has to be told to use the pod's account
+        attributes["hostNetworkPodKSA"] = "true"
+    return name | {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
+
+
+def _buckets(cluster: Cluster) -> bool:
+    return any(volume.bucket for volume in cluster.volumes)
+
+
+def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
+    """The command for those whose clusters are xpk's; it knows hosts of four chips, and a comment has no line breaks."""
+    command = shlex.join(job.command("lm"))
+    if cluster.topology.chips_per_host != 4 or cluster.topology.chips == 4 or "\n" in command:
+        return []
+    options = {
+        "workload": job.name,
+        "cluster": cluster.cluster or "CLUSTER",
+        "project": cluster.project or "PROJECT",
+        "zone": cluster.zone or "ZONE",
+        "tpu-type": f"{cluster.topology.generation.prefix}-{cluster.topology.shape}",
+        "num-slices": str(cluster.slices),
+        "docker-image": cluster.image,
+        "max-restarts": str(job.max_restarts),
+        "restart-on-exit-codes": "1,75",  # a crash, and a step that did not come; besides its own, which are of signals
+        "termination-grace-period-seconds": str(job.grace),
+        "command": command,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()] + (["--spot"] if cluster.spot else [])
+    return [
+        "# The same by xpk, on a cluster that has the storage attached (xpk storage attach):",
+        f"#   xpk workload create {shlex.join(words)}",
+    ]

@@ -1,0 +1,81 @@
+"""A job on this machine: `lm run` in one process or several, under a supervisor that starts them again."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm.experiment import Experiment, to_dict
+from lm.launch.job import Job
+from lm.launch.supervisor import Limits, Worker, supervise
+from lm.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many, and how many simulated CPU devices each has (None: the devices that there are)."""
+
+    count: int = 1
+    devices: int | None = None
+
+
+def workers(job: Job, processes: Processes, port: int | str) -> list[Worker]:
+    """The processes of one start: the output of the first goes on to ours, of the others into the run's folder."""
+    command = job.command(sys.executable, "-m", "lm.cli.main")
+    devices = {} if processes.devices is None else {"JAX_NUM_CPU_DEVICES": str(processes.devices)}
+    if processes.count == 1:
+        return [Worker(command, devices, None)]
+    join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes.count)}
+    logs = Path(job.run_dir) / "logs"
+    return [
+        Worker(command, join | {"JAX_PROCESS_ID": str(i)} | devices, logs / f"process-{i}.log" if i else None)
+        for i in range(processes.count)
+    ]
+
+
+def script(job: Job, processes: Processes) -> str:
+    """What a dry run prints: each process as a line for the shell."""
+    lines = ["# Started together by a supervisor, with a free PORT each time, again whenever one dies."]
+    for worker in workers(job, processes, "PORT"):
+        names = [f"{name}={shlex.quote(value)}" for name, value in worker.environment.items()]
+        log = [">>", shlex.quote(str(worker.log)), "2>&1"] if worker.log else []
+        lines.append(" ".join([*names, shlex.join(worker.command), *log]))
+    return "\n".join(lines) + "\n"
+
+
+def run(job: Job, processes: Processes, experiment: Experiment) -> int:
+    """Supervise the run until it is finished, or there is no use in going on; returns the exit code.
+
+    Raises:
+        UserError: the run's folder belongs to another experiment, or is in use.
+    """
+    folder = RunFolder(Path(job.run_dir))
+    if processes.count > 1:  # the folder becomes the run's before logs are written into it
+        with folder.lock():
+            folder.claim(to_dict(experiment))
+    return supervise(
+        lambda: workers(job, processes, free_port()),
+        lambda: newest_checkpoint(folder, [stage.name for stage in experiment.stages]),
+        Limits(job.max_restarts, job.grace),
+        say=lambda line: print(f"lm launch: {line}", file=sys.stderr, flush=True),
+    )
+
+
+def newest_checkpoint(folder: RunFolder, stages: Sequence[str]) -> str:
+    """In words, the last finished checkpoint of the last stage that has one."""
+    for stage in reversed(stages):
+        steps = [int(path.parent.name) for path in folder.checkpoints(stage).glob("*/manifest.json")]
+        if steps:
+            return f"step {max(steps)} of {stage}"
+    return "the beginning"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

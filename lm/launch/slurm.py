@@ -1,0 +1,110 @@
+"""A job on Slurm: a batch script with one task a node, which saves before its time is up and is queued again.
+
+The processes find each other by the variables that `lm run` reads. Left to itself, jax would give each task on Slurm
+one device, whatever the node has. Source: the manual pages of sbatch, srun, scancel and scontrol.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+
+from lm.launch.job import Handover, Job
+
+TEMPLATE = """\
+#!/bin/bash
+# A job for `sbatch`. The folder that it is submitted from, with its Python, must be one that all nodes see.
+{directives}
+set -u
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export JAX_COORDINATOR_ADDRESS=$first:$((61440 + SLURM_JOB_ID % 4096)) JAX_NUM_PROCESSES={nodes}{devices}
+echo "lm launch: $(date) on $SLURM_JOB_NODELIST, queued again ${{SLURM_RESTART_COUNT:-0}} times"
+
+# Shortly before the time is up Slurm signals this script: all tasks save and end, and the job is queued again.
+time_is_up=
+trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+# shellcheck disable=SC2016  # it is for each task to expand
+srun --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 \\
+    bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec "$@"' bash \\
+    {command} &
+step=$!
+code=0
+wait "$step" || code=$?
+if [[ -n "$time_is_up" ]]; then
+    wait "$step"
+    echo "lm launch: the time is up; queued again"
+    exec scontrol requeue "$SLURM_JOB_ID"
+fi
+case $code in
+    0) exit 0 ;;
+    2) echo "lm launch: a restart would end in the same error"; exit 2 ;;
+    130) echo "lm launch: stopped; submit it again to go on"; exit 130 ;;
+esac
+
+# Restarts in a row that have added no checkpoint are counted beside the log.
+counted={name}-$SLURM_JOB_ID.restarts
+checkpoints=$(find {run_dir}/stages -path '*/checkpoints/*/manifest.json' 2>/dev/null | sort | cksum | cut -d ' ' -f 1)
+restarts=0 before=
+if [[ -f "$counted" ]]; then read -r restarts before <"$counted"; fi
+if [[ "$before" != "$checkpoints" ]]; then restarts=0; fi
+if ((restarts >= {max_restarts})); then
+    echo "lm launch: a process ended with code $code; no new checkpoint in $restarts restarts: given up"
+    exit "$code"
+fi
+echo "$((restarts + 1)) $checkpoints" >"$counted"
+echo "lm launch: a process ended with code $code; restart $((restarts + 1)) of {max_restarts} without a new checkpoint"
+exec scontrol requeue "$SLURM_JOB_ID"
+"""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What is asked of Slurm."""
+
+    nodes: int
+    gpus: int | None = None  # of a node
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+
+    @property
+    def devices(self) -> int:
+        """JAX devices of all nodes; one without GPUs is one."""
+        return self.nodes * (self.gpus or 1)
+
+
+def render(job: Job, nodes: Nodes) -> Handover:
+    """The script, for `sbatch`."""
+    options = {
+        "job-name": job.name,
+        "nodes": nodes.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": nodes.gpus,
+        "exclusive": "",
+        "time": nodes.time,
+        "partition": nodes.partition,
+        "account": nodes.account,
+        "signal": f"B:USR1@{job.grace}",
+        "requeue": "",
+        "open-mode": "append",
+        "output": f"{job.name}-%j.log",
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    text = TEMPLATE.format(
+        directives="\n".join(f"#SBATCH --{name}={value}".removesuffix("=") for name, value in given.items()),
+        nodes=nodes.nodes,
+        devices=f" JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(nodes.gpus)))}" if nodes.gpus else "",
+        command=shlex.join(job.command(sys.executable, "-m", "lm.cli.main")),
+        name=job.name,
+        run_dir=shlex.quote(job.run_dir),
+        max_restarts=job.max_restarts,
+    )
+    return Handover(
+        text=text,
+        command=("sbatch",),
+        tools=("sbatch",),
+        next=(f"watch: tail -F {job.name}-JOB.log", "stop: scancel JOB"),
+    )

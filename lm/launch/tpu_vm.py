@@ -1,0 +1,186 @@
+"""A job on TPU VMs: a script that queues for a slice, waits, copies the code, and starts the run on every host.
+
+The code goes as a git bundle of the current commit: no host needs an account where the repository is kept, and the
+run's provenance keeps its commit. On the hosts the processes find each other by the metadata of their slice, and a
+supervisor (`lm launch --on local`) starts each again. Source: `gcloud compute tpus queued-resources create --help`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from dataclasses import dataclass
+
+from lm.experiment import UserError
+from lm.launch.job import Handover, Job
+from lm.launch.topology import Topology
+from lm.launch.volumes import Volume, check_run_dir
+
+TEMPLATE = """\
+#!/bin/bash
+# For `bash`, in the folder of the repository, with gcloud logged in: {accelerators}.
+set -euo pipefail
+
+place=({place})
+nodes=({nodes})
+gcloud compute tpus queued-resources create {name} "${{place[@]}}" \\
+    {request}
+
+state=
+while [[ "$state" != ACTIVE ]]; do
+    state=$(gcloud compute tpus queued-resources describe {name} "${{place[@]}}" --format='value(state.state)')
+    echo "lm launch: {name} is $state"
+    case $state in
+        ACTIVE) ;;
+        FAILED | SUSPENDING | SUSPENDED) exit 1 ;;
+        *) sleep 30 ;;
+    esac
+done
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+git bundle create --quiet "$folder/lm.bundle" HEAD
+cat >"$folder/lm-host.sh" <<'HOST'
+set -euo pipefail
+{host}
+HOST
+
+for node in "${{nodes[@]}}"; do
+    gcloud compute tpus tpu-vm scp --quiet "${{place[@]}}" --worker=all "$folder"/lm.bundle "$folder"/lm-host.sh "$node":
+    gcloud compute tpus tpu-vm ssh --quiet "${{place[@]}}" --worker=all "$node" --command='bash lm-host.sh'
+done
+for node in "${{nodes[@]}}"; do  # when all are ready, since the first waits for the last
+    gcloud compute tpus tpu-vm ssh --quiet "${{place[@]}}" --worker=all "$node" \\
+        --command={start}
+done
+"""
+
+HOST = """\
+if ! command -v python3.11 >/dev/null; then  # the hosts' own Python is older
+    sudo apt-get update -qq
+    sudo apt-get install -y -qq python3.11 python3.11-venv
+fi
+{mounts}
+if [[ ! -d {folder} ]]; then git clone --quiet --no-checkout lm.bundle {folder}; fi
+cd {folder}
+git checkout --quiet {commit}
+source scripts/environment.sh
+prepare tpu"""
+
+MOUNT = """\
+if ! mountpoint -q {path}; then
+    if ! command -v gcsfuse >/dev/null; then echo "gcsfuse is not on $HOSTNAME: it mounts {bucket}" >&2; exit 1; fi
+    sudo mkdir -p {path}
+    sudo chown "$USER" {path}
+    gcsfuse --implicit-dirs {bucket} {path}
+fi"""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What is asked of Cloud TPU, and which commit runs there."""
+
+    topology: Topology
+    slices: int
+    zone: str
+    volumes: tuple[Volume, ...]
+    commit: str
+    project: str | None = None
+    runtime: str | None = None  # None: the topology's own
+    service_account: str | None = None
+    spot: bool = False
+    reserved: bool = False
+
+
+def render(job: Job, slices: Slices) -> Handover:
+    """The script, for `bash -s`.
+
+    Raises:
+        UserError: TPUs that there are on GKE only, storage that TPU VMs cannot mount, a run's folder on a host's disk.
+    """
+    generation = slices.topology.generation
+    if generation.runtime is None:
+        raise UserError(f"{slices.topology.kind} is to be had on GKE only: --on gke")
+    if any(volume.claim for volume in slices.volumes):
+        raise UserError("--volume pvc:… is of Kubernetes; TPU VMs mount gs://BUCKET:/PATH")
+    check_run_dir(job.run_dir, slices.volumes, "is on the disk of each host, and lost with it")
+    where = _options(zone=slices.zone, project=slices.project)
+    many = slices.slices > 1
+    request = _options(
+        accelerator_type=slices.topology.accelerator_type,
+        runtime_version=slices.runtime or generation.runtime,
+        node_id=None if many else job.name,
+        node_count=slices.slices if many else None,
+        node_prefix=job.name if many else None,
+        service_account=slices.service_account,
+        spot=slices.spot,
+        reserved=slices.reserved,
+    )
+    nodes = [f"{job.name}-{i}" for i in range(slices.slices)] if many else [job.name]
+    text = TEMPLATE.format(
+        accelerators=f"{slices.slices} x {slices.topology.accelerator_type}, {slices.topology.shape}",
+        request=request,
+        place=where,
+        name=job.name,
+        nodes=" ".join(nodes),
+        host=_host(slices),
+        start=shlex.quote(_start(job, slices)),
+    )
+    ssh = f"gcloud compute tpus tpu-vm ssh {nodes[0]} {where}"
+    return Handover(
+        text=text,
+        command=("bash", "-s"),
+        tools=("bash", "git", "gcloud"),
+        next=(
+            f"watch: {ssh} --command='tail -f {job.name}.log'",
+            f"stop: {ssh} --worker=all --command='pkill -TERM -f \"lm launch\"'",
+            f"give the TPUs back: gcloud compute tpus queued-resources delete {job.name} {where} --force",
+        ),
+    )
+
+
+def current_commit() -> str:
+    """The commit that will run: the one checked out here.
+
+    Raises:
+        UserError: this is no repository, or it has changes that no commit has.
+    """
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError("tpu-vm copies the commit checked out here, and this folder is in no git repository") from error
+    if changed:
+        raise UserError(f"the TPU VMs get the last commit, and {len(changed)} files differ from it: commit them first")
+    return commit
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _host(slices: Slices) -> str:
+    mounts = [MOUNT.format(path=shlex.quote(volume.path), bucket=volume.bucket) for volume in slices.volumes]
+    return HOST.format(mounts="\n".join(mounts), folder=_folder(slices), commit=slices.commit)
+
+
+def _start(job: Job, slices: Slices) -> str:
+    """What each host is told: begin, and go on when this connection is closed."""
+    command = shlex.join(job.supervised(".venv/bin/lm"))
+    return f"cd {_folder(slices)} || exit 1; nohup setsid {command} >../{job.name}.log 2>&1 </dev/null &"
+
+
+def _folder(slices: Slices) -> str:
+    return f"lm-{slices.commit[:12]}"
+
+
+def _options(**values: str | int | bool | None) -> str:
+    """`--zone=… --spot` of the values that are given."""
+    words = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    return shlex.join(words)

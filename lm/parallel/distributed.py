@@ -1,0 +1,269 @@
+"""Many processes as one run: joining them, agreeing, and which rows of an array are whose. One process needs none of it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import glob
+import importlib.util
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from lm.experiment import UserError
+
+T = TypeVar("T")
+Tree = Any
+
+JOIN_TIMEOUT = 300  # seconds until the coordinator must have answered, and every process have come
+LEAVE_TIMEOUT = 10  # seconds that a process which stops waits for the others to stop too
+LIBRARY_TIMEOUT = 24 * 3600  # never reached: at its own limits the library aborts the process, with pages of stacks
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+FLAGS = ("--coordinator", "--num-processes", "--process-id")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where the processes of a run meet, how many they are and which one this is; None: as the cluster says."""
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: float = JOIN_TIMEOUT
+
+
+def find_job(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float = JOIN_TIMEOUT
+) -> Job | None:
+    """The job that the flags tell of, else the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+    else the cluster around (Slurm, Open MPI, GKE, TPU VMs). None: this process is alone.
+
+    Raises:
+        UserError: a part is missing that no cluster gives, or cannot be.
+    """
+    address = coordinator or os.environ.get(VARIABLES[0])
+    count = _integer(VARIABLES[1]) if num_processes is None else num_processes
+    number = _integer(VARIABLES[2]) if process_id is None else process_id
+    given = (address, count, number)
+    if count == 1 and not number:
+        return None
+    missing = [f"{f} ({v})" for f, v, value in zip(FLAGS, VARIABLES, given, strict=True) if value is None]
+    if missing and not in_cluster():
+        if len(missing) == len(given):
+            return None
+        raise UserError(f"{' and '.join(missing)} missing: a run of several processes needs all three")
+    if address is not None and not (address.rpartition(":")[0] and address.rpartition(":")[2].isdecimal()):
+        raise UserError(
+            f"--coordinator is {address!r}; it should be HOST:PORT of process 0, for instance 10.0.0.2:8476"
+        )
+    if count is not None and count < 1:
+        raise UserError(f"--num-processes is {count}; it should be at least 1")
+    if number is not None and count is not None and not 0 <= number < count:
+        raise UserError(f"--process-id is {number}; with --num-processes {count} it should be from 0 to {count - 1}")
+    return Job(address, count, number, timeout)
+
+
+def in_cluster() -> bool:
+    """Whether this process is one of several that a cluster has started, and jax can ask it about the others."""
+    tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    if any((_integer(name) or 1) > 1 for name in tasks):
+        return True
+    if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu") or importlib.util.find_spec("libtpu") is None:
+        return False
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if hosts is not None:
+        return "," in hosts or (_integer("MEGASCALE_NUM_SLICES") or 1) > 1
+    # A TPU VM that is not of GKE tells by its metadata server, which jax asks.
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+@contextlib.contextmanager
+def joined(job: Job | None) -> Iterator[None]:
+    """Inside, the processes of the job are one: `jax.devices()` are those of all. Nothing happens without a job.
+
+    Begin it before jax looks for devices. When this process ends it waits for the others to end too; one that fails
+    alone waits LEAVE_TIMEOUT seconds and goes, whereupon the others find it gone and end.
+
+    Raises:
+        UserError: the coordinator cannot be reached, or processes have not come, in `job.timeout` seconds.
+    """
+    if job is None or jax.distributed.is_initialized():
+        yield
+        return
+    ending = _Ending()
+    atexit.register(ending.leave)  # before jax's own, which waits for minutes and aborts
+    try:
+        _join(job)
+        ending.joined = True
+        yield
+        ending.code, ending.patience = 0, JOIN_TIMEOUT
+    except UserError:
+        ending.code = 2
+        raise
+
+
+def _join(job: Job) -> None:
+    failed: list[Exception] = []
+
+    def initialize() -> None:
+        known = None not in (job.coordinator, job.num_processes, job.process_id)
+        try:
+            jax.distributed.initialize(
+                job.coordinator,
+                job.num_processes,
+                job.process_id,
+                cluster_detection_method="deactivate" if known else None,
+                initialization_timeout=LIBRARY_TIMEOUT,
+                shutdown_timeout_seconds=LIBRARY_TIMEOUT,
+            )
+        except Exception as error:
+            failed.append(error)
+
+    # In a thread, since the library never returns from a wait that has failed.
+    thread = threading.Thread(target=initialize, daemon=True)
+    thread.start()
+    thread.join(job.timeout)
+    where = job.coordinator or "the coordinator that the cluster names"
+    if failed and isinstance(failed[0], ValueError) and job == Job(timeout=job.timeout):
+        return  # the devices of a cluster, and no cluster: alone
+    if failed:
+        raise UserError(f"{where} cannot be joined: {failed[0]}") from failed[0]
+    if thread.is_alive() and job.process_id == 0:
+        raise UserError(
+            f"{where}: of {job.num_processes} processes some did not come within {job.timeout:g} seconds "
+            "(--join-timeout); is this address process 0's, and can the others reach it?"
+        )
+    if thread.is_alive():
+        raise UserError(
+            f"{where} cannot be reached: no answer within {job.timeout:g} seconds (--join-timeout); "
+            "is process 0 running, and is this its address?"
+        )
+
+
+@dataclass
+class _Ending:
+    """How this process ends: with the others where they end too; alone, with its own code, where they do not."""
+
+    joined: bool = False
+    code: int = 1
+    patience: float = LEAVE_TIMEOUT
+
+    def leave(self) -> None:
+        if self.joined and jax.distributed.is_initialized():
+            thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+            thread.start()
+            thread.join(self.patience)
+            if not thread.is_alive():
+                return
+        elif self.joined:
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.code)
+
+
+# ---- agreeing ----------------------------------------------------------------------------------------------------
+
+
+def first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process gave, a JSON value, in the order of the processes. All must call it; it waits for all."""
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(raw.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: raw.size] = raw
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(act: Callable[[], T]) -> T:
+    """`act()` in every process; if it raises UserError in one, it is raised in all, so that none waits for the others."""
+    result, failure = None, None
+    try:
+        result = act()
+    except UserError as error:
+        failure = error
+    if failure is not None and jax.process_count() == 1:
+        raise failure
+    said = gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for process, text in enumerate(said):
+        if text is not None:
+            raise UserError(f"process {process}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def in_first(act: Callable[[], T]) -> T | None:
+    """`act()` in process 0 only, and None in the others, which wait for it; a UserError is raised in all."""
+    return together(lambda: act() if first() else None)
+
+
+def as_first(find: Callable[[], T]) -> T:
+    """What `find()` gives in process 0, a JSON value, in every process; a UserError is raised in all."""
+    if jax.process_count() == 1:
+        return find()
+    return gather(in_first(find))[0]
+
+
+# ---- arrays ------------------------------------------------------------------------------------------------------
+
+
+def own_rows(sharding: NamedSharding, count: int) -> np.ndarray | None:
+    """Which of the `count` rows of an array so sharded this process's devices hold, ascending; None: all of them."""
+    if jax.process_count() == 1:
+        return None
+    parts = [index[0].indices(count) for index in sharding.addressable_devices_indices_map((count,)).values() if index]
+    return np.unique(np.concatenate([np.arange(*part) for part in parts]))
+
+
+def to_devices(tree: Tree, sharding: NamedSharding, rows: Sequence[int] | np.ndarray | None, count: int) -> Tree:
+    """Host arrays as global arrays of `count` rows.
+
+    Args:
+        rows: which rows the arrays hold (ascending; None: all), at least those of this process's devices.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    held = np.arange(count) if rows is None else np.asarray(rows)
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # only of what is no array
+            start, stop, _ = index[0].indices(count)
+            return x[np.searchsorted(held, start) : np.searchsorted(held, stop)][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(one, tree)
+
+
+def fetch(tree: Tree) -> Tree:
+    """Global arrays as host arrays, whole, in every process; all must call it."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _integer(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {variable} is {text!r}; it should be an integer")
+    return int(text)

@@ -1,0 +1,109 @@
+"""A plan by arithmetic, in seconds and without a compiler: memory, time and what bounds it, of one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from lm.model.flops import update_flops_per_token
+from lm.plan.kernels import HOST_RATE
+from lm.plan.one_device import analysis_of, gradient_block, parameter_bytes, update_block
+from lm.plan.program import Program
+from lm.plan.traffic import NETWORK, Traffic, traffic
+from lm.plan.usage import Usage
+from lm.steps import needs_reference
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device: what is there all the time, then what lives when most does."""
+
+    parameters: int
+    optimizer: int
+    reference: int
+    batch: int
+    gathered: int
+    gradients: int
+    activations: int
+    logits: int
+    working: int
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.optimizer + self.reference
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An update on one device, by arithmetic; FLOPs as executed, seconds each as if alone."""
+
+    memory: Memory
+    product_flops: float
+    kernel_flops: float
+    moved: float
+    compute_s: float
+    memory_s: float
+    host_s: float
+    network_s: float
+    step_s: float
+    traffic: tuple[Traffic, ...]
+    unpriced_kernels: tuple[str, ...]
+
+    @property
+    def bound_s(self) -> float:
+        """The slowest alone: perfect overlap."""
+        return max(self.compute_s, self.memory_s, self.host_s, self.network_s)
+
+
+def estimate(program: Program) -> Estimate:
+    """Memory and time of a stage's update."""
+    state = program.state()
+    analysis = analysis_of(program)
+    gradient = analysis.usage(*gradient_block(program))
+    update = analysis.in_parts(update_block(program))
+    memory = Memory(
+        parameters=parameter_bytes(state.params, program),
+        optimizer=parameter_bytes(state.opt_state, program),
+        reference=parameter_bytes(state.frozen, program),
+        batch=round(sum(x.dtype.itemsize for x in jax.tree.leaves(program.batch())) * program.tokens_per_device),
+        **_peak(gradient, update),
+    )
+    wires = traffic(program, gradient)
+    chip = program.topology.chip
+    inside = sum(item.seconds for item in wires if NETWORK not in item.axes)
+    across = sum(item.seconds for item in wires if NETWORK in item.axes)
+    moved = gradient.moved + update.moved
+    host = gradient.hosted / HOST_RATE
+    compute = gradient.compute_s + update.compute_s
+    return Estimate(
+        memory=memory,
+        product_flops=gradient.product_flops + update.product_flops,
+        kernel_flops=gradient.kernel_flops,
+        moved=moved,
+        compute_s=compute,
+        memory_s=moved / chip.hbm_rate,
+        host_s=host,
+        network_s=max(inside, across),
+        step_s=max(gradient.seconds + update.seconds + inside + across, host),  # the host's copies run beside the rest
+        traffic=tuple(wires),
+        unpriced_kernels=tuple(sorted(gradient.kernels)),
+    )
+
+
+def model_flops(program: Program) -> float:
+    """FLOPs of an update on one device that the model asks for, as MFU counts them."""
+    per_token = update_flops_per_token(
+        program.model, program.vocab_size, program.stage.seq_len, needs_reference(program.stage)
+    )
+    return per_token * program.tokens_per_device
+
+
+def _peak(gradient: Usage, update: Usage) -> dict[str, int]:
+    """Kinds of memory at the moment when most is in use; the optimizer's moment has the gradients in memory too."""
+    largest = max((gradient.peak, update.peak), key=lambda kinds: sum(kinds.values()))
+    return {kind: largest.get(kind, 0) for kind in ("gathered", "gradients", "activations", "logits", "working")}

@@ -1,0 +1,153 @@
+"""The real compiler's answer, without the hardware: libtpu compiles a stage's step for a topology on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import importlib.util
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from lm.experiment import UserError
+from lm.parallel.mesh import make_mesh
+from lm.parallel.rules import shardings
+from lm.plan.chips import Topology
+from lm.plan.program import Program
+from lm.train.loop import jit_step
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # nothing runs on a device
+    "TPU_SKIP_MDS_QUERY": "1",  # this machine is no TPU host and has no metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compiles at a time on one machine
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+"""What must be set before jax and libtpu are loaded."""
+
+INSTALL = "pip install 'lm[plan]'"
+
+
+class OutOfMemory(Exception):
+    """The compiler found that a step does not fit: the bytes that it needs, and its words."""
+
+    def __init__(self, needed: int, words: str):
+        super().__init__(words)
+        self.needed = needed
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step; bytes and seconds of one device."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    seconds: float  # that tracing, lowering and compiling took
+    cpu_seconds: float  # of all processors together
+    compiler: str  # and its version: estimates of two versions do not compare
+    text: str
+
+
+def compile_step(program: Program) -> Compiled:
+    """Compile the step of a stage for its topology.
+
+    Raises:
+        UserError: libtpu is not installed.
+        OutOfMemory: the step does not fit into a device's memory.
+    """
+    devices = tpu_devices(program.topology)
+    mesh = make_mesh(program.mesh, devices)
+    state, batch = program.state(), program.batch()
+    step = jit_step(program.stage, program.optimizer, shardings(state, mesh), mesh)
+    began, cpu_began = time.monotonic(), time.process_time()
+    with tempfile.TemporaryDirectory() as dump, quiet(), jax.set_mesh(mesh):
+        lowered = step.lower(state, batch)
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            raise _out_of_memory(str(error)) or error from None
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
+        text = _text(compiled, Path(dump))
+    memory = compiled.memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # The state is donated: what the step gives back lies where it came from, but for the metrics.
+    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    compiler = f"libtpu {version('libtpu')}"
+    return Compiled(arguments, temporary, arguments + temporary + own, seconds, cpu_seconds, compiler, text)
+
+
+def _out_of_memory(words: str) -> OutOfMemory | None:
+    """What the compiler says when a program is too large, such as `required … (480.00G) exceeds available HBM (15.75G)`."""
+    found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM", words)
+    if not found:
+        return None
+    scale = 1024 ** ("KMGT".index(found[2]) + 1)
+    return OutOfMemory(int(float(found[1]) * scale), words.splitlines()[0])
+
+
+def tpu_devices(topology: Topology) -> list[Any]:
+    """Descriptions of the devices of a topology.
+
+    Raises:
+        UserError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--compile needs the TPU compiler, which is not installed: {INSTALL}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with quiet():
+        described = topologies.get_topology_desc(
+            topology_name=topology.name, platform="tpu", num_slices=topology.slices
+        )
+    return list(described.devices)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a compiled module, compressed where the name ends in .gz.
+
+    Raises:
+        UserError: the folder is not there.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"--hlo {path}: there is no folder {path.parent}")
+    if path.suffix == ".gz":
+        with gzip.open(path, "wt") as file:
+            file.write(text)
+    else:
+        path.write_text(text)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what libtpu writes to standard error, past Python, away from the user."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _text(compiled: Any, dump: Path) -> str:
+    """The scheduled module. A result that runs on SparseCore cannot be read back; the compiler's dump has it too."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        texts = sorted(dump.glob("*.txt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in texts:
+            text = path.read_text()
+            if "estimated_cycles" in text and "ENTRY" in text:
+                return text
+        raise

@@ -1,0 +1,169 @@
+"""What an instruction of a compiled module has to do: FLOPs of products and kernels, bytes that a collective moves."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+from lm.plan.hlo_text import Instruction, Module, array_bytes, dimensions
+from lm.plan.kernels import splash_flops
+
+COLLECTIVES = frozenset(
+    ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+     "collective-broadcast")
+)  # fmt: skip
+
+# Bytes out of one device over those of the payload, for a ring of n devices. A permutation uses one link both ways.
+RING = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n / 2,
+    "ragged-all-to-all": lambda n: (n - 1) / n / 2,
+}
+
+
+def collective_kind(op: str) -> str | None:
+    """`all-gather` of `all-gather-start`; None of what is no collective."""
+    op = re.sub(r"-(start|done|update)$", "", op)
+    return op if op in COLLECTIVES else None
+
+
+def group_size(module: Module, instruction: Instruction) -> int:
+    """How many devices take part in one group of a collective; three notations are in use."""
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes)
+    if listed:
+        return len(listed[1].split(","))
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", instruction.attributes)
+    if axes:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
+        parts = [(name, re.search(r"\(\d+\)(\d+)", name)) for name in re.findall(r"'([^']+)'", axes[2])]
+        return math.prod(int(part[1]) if part else sizes.get(name, 1) for name, part in parts)
+    return module.num_partitions
+
+
+def payload(module: Module, instruction: Instruction, computation: str, kind: str) -> float:
+    """Bytes on one device that a collective reduces, or gathers to."""
+    result = instruction.bytes
+    given = sum(i.bytes for i in module.operands(instruction, computation)) or result
+    if instruction.op.endswith("-start"):  # its shape names what goes in as well
+        result = given if kind in ("all-reduce", "collective-permute") else max(result - given, given)
+    return result if kind == "all-gather" else given
+
+
+def wire_seconds(kind: str, size: float, devices: int, link_rate: float, links: int) -> float:
+    """Seconds of a payload of `size` bytes on a ring of `devices` over all links of a device."""
+    if kind in RING:
+        return size * RING[kind](max(1, devices)) / (link_rate * links)
+    return size / (2 * link_rate)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a fused or asynchronous computation holds, all that it calls included."""
+
+    flops: float
+    collectives: tuple[tuple[Instruction, str], ...]  # with the computation that each stands in
+
+
+class Work:
+    """Answers about one module, kept, since loops and fusions are asked about again and again."""
+
+    def __init__(self, module: Module):
+        self.module = module
+        self.inside = functools.cache(self._inside)
+        names = [i.name for c in module.computations.values() for i in c.values() if i.target == "tpu_custom_call"]
+        self.fused_backward = not any("splash" in name and "_dq" in name for name in names)
+
+    def _inside(self, computation: str) -> Inside:
+        flops, collectives = 0.0, []
+        for instruction in self.module.computations.get(computation, {}).values():
+            flops += self.product_flops(instruction, computation)
+            if collective_kind(instruction.op):
+                collectives.append((instruction, computation))
+            for name in re.findall(r"calls=%?([\w.\-]+)", instruction.attributes):
+                called = self.inside(name)
+                flops += called.flops
+                collectives += called.collectives
+        return Inside(flops, tuple(collectives))
+
+    def product_flops(self, instruction: Instruction, computation: str) -> float:
+        """FLOPs of a matrix product, which the TPU compiler writes as a convolution; 0 of anything else."""
+        if instruction.op not in ("dot", "convolution"):
+            return 0.0
+        left, right = (dimensions(i.shape) for i in self.module.operands(instruction, computation)[:2])
+        result = dimensions(instruction.shape)
+        if instruction.op == "dot":
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+            axes = contracted[1].split(",") if contracted else []
+            return 2.0 * math.prod(result) * math.prod(left[int(axis)] for axis in axes if axis)
+        return convolution_flops(instruction, left, right, result)
+
+    def kernel_flops(self, instruction: Instruction, computation: str) -> float:
+        """FLOPs of one call of an attention kernel; 0 of any other kernel."""
+        operands = self.module.operands(instruction, computation)
+        arrays = [dimensions(i.shape) for i in operands if re.match(r"bf16|f16|f32", i.shape)]
+        return splash_flops(instruction.name, arrays, instruction.attributes[:4000], self.fused_backward)
+
+
+def convolution_flops(instruction: Instruction, left: list[int], right: list[int], result: list[int]) -> float:
+    """FLOPs of a convolution, counting only the taps that meet a real element of the left operand.
+
+    Batch dimensions of a product become spatial ones with dilation and padding, most taps of which meet nothing.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None
+    of_left, of_right, of_result = labels.groups()
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=(\S+)", found[1])) if found else {}
+    sizes = [int(size) for size in window.get("size", "").split("x") if size]
+
+    def numbers(key: str, default: int) -> list[int]:
+        return [int(part.split("_")[0]) for part in window[key].split("x")] if key in window else [default] * len(sizes)
+
+    stride, pad, base, taps = (
+        numbers(key, default) for key, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+    )
+    flops = 2.0 * result[of_result.index("b")] * result[of_result.index("f")] * right[of_right.index("i")]
+    for axis, size in enumerate(sizes):
+        length, outputs = left[of_left.index(str(axis))], result[of_result.index(str(axis))]
+        flops *= _met(length, outputs, size, stride[axis], pad[axis], base[axis], taps[axis])
+    return flops
+
+
+@functools.cache
+def _met(length: int, outputs: int, taps: int, stride: int, pad: int, base_dilation: int, tap_dilation: int) -> int:
+    """Pairs of an output and a tap that meet an element of the left operand, along one axis."""
+    if (stride, pad, base_dilation, tap_dilation) == (1, 0, 1, 1):
+        return outputs * taps
+    span = (length - 1) * base_dilation + 1
+    places = (output * stride + tap * tap_dilation - pad for tap in range(taps) for output in range(outputs))
+    return sum(1 for place in places if 0 <= place < span and place % base_dilation == 0)
+
+
+def host_bytes(module: Module, instruction: Instruction, computation: str) -> float | None:
+    """Bytes that an asynchronous copy moves to or from host memory; None of a copy inside the chip.
+
+    Memory space 5 is the host's. The start names source and result; the smaller of them is what moves.
+    """
+    near = [i.shape for i in module.operands(instruction, computation)]
+    if not any("S(5)" in shape for shape in [*near, instruction.shape]):
+        return None
+    sizes = [sum(array_bytes(shape)) for shape in near] + array_bytes(instruction.shape)
+    return min([size for size in sizes if size > 4096] or [0.0])
+
+
+def rendezvous(module: Module, instruction: Instruction, computation: str) -> str | None:
+    """The name of the transfer between slices that a `send`, a `recv` or what waits for one belongs to; else None."""
+    if instruction.op not in ("send", "recv", "send-done", "recv-done"):
+        return None
+    for near in (instruction, *module.operands(instruction, computation)):
+        found = re.search(r'rendezvous="([^"]*)"', near.attributes)
+        if found and "megascale" in near.attributes:
+            return found[1]
+    return None

@@ -1,0 +1,42 @@
+"""What neither the compiler nor a traced program says: the FLOPs of attention kernels, and rates that are assumed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+HOST_RATE = 16e9  # bytes/s between a device and its host's memory
+# FLOPs of a splash-attention kernel per query, key and head dimension. A fused backward kernel computes the gradients of
+# q, k and v; the module then has no kernel for dq.
+SPLASH = {"fwd": 4, "dq": 6, "dkv": 8, "fused": 10}
+
+
+KERNEL_EFFICIENCY = 0.5  # part of the peak that attention kernels reach; an assumption, 0.4 to 0.7 is usual
+
+
+def splash_flops(name: str, arrays: Sequence[Sequence[int]], notes: str, fused_backward: bool) -> float:
+    """FLOPs of one call of a splash-attention kernel with a causal mask, on its device; 0 of any other kernel.
+
+    Counted as executed: every block that has a pair on or below the diagonal, whole.
+
+    Args:
+        arrays: sizes of the operands of floating point, queries and keys first: [..., T, K].
+        notes: the kernel's metadata, which names its block sizes.
+    """
+    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
+    arrays = [sizes for sizes in arrays if len(sizes) >= 3]
+    if not kind or len(arrays) < 2:
+        return 0.0
+    query, key = arrays[0], arrays[1]
+    found = dict(re.findall(r'\\?"(\w+)\\?": (\d+|true|false)', notes))
+    fused = fused_backward or found.get("use_fused_bwd_kernel") == "true"
+    suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
+    rows, columns = (
+        max(1, sizes[-2] // (int(found.get(f"block_{side}{suffix}", 0)) or sizes[-2]))
+        for side, sizes in (("q", query), ("kv", key))
+    )
+    height, width = query[-2] // rows, key[-2] // columns
+    live = sum(1 for row in range(rows) for column in range(columns) if column * width < (row + 1) * height)
+    factor = SPLASH["fused" if kind[1] == "dkv" and fused else kind[1]]
+    return factor * math.prod(query) * key[-2] * live / (rows * columns)

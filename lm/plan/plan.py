@@ -1,0 +1,216 @@
+"""A plan: what a stage needs and how fast it is on a topology, by arithmetic or by the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.plan import analytic
+from lm.plan.analytic import Memory, model_flops
+from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
+from lm.plan.hlo_cost import Cost, estimate
+from lm.plan.hlo_text import parse
+from lm.plan.kernels import KERNEL_EFFICIENCY
+from lm.plan.program import Program
+from lm.plan.sampling import Sampling, sampling
+
+CAVEATS = {
+    "analytic": "by arithmetic: products and memory at the chip's rates, collectives one after another, no compiler asked",
+    "collectives": "the compiler prices no collective: modelled as a ring over all links of a chip",
+    "kernels": f"nor attention kernels: modelled as executed FLOPs at {KERNEL_EFFICIENCY:.0%} of the peak",
+    "sparsecore": "nor gathers on SparseCore: they run beside the rest and count as nothing",
+    "network": "transfers between slices are modelled from a host's share of the data-centre network",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, seconds and rates of one device; `update` is one optimizer update."""
+
+    program: Program
+    source: str  # "analytic" or "compiled"
+    update_bytes: int
+    step_s: float
+    bound_s: float
+    compile_s: float
+    memory: Memory  # by arithmetic, whatever the source
+    parts_s: dict[str, float]  # what the step's time is made of
+    collectives: list[dict[str, Any]]
+    sampling: Sampling | None
+    notes: tuple[str, ...]
+    compile_cpu_s: float = 0.0
+    compiler: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """The most that is in memory: of the update, or of sampling beside the training state."""
+        sampled = self.memory.state + self.sampling.peak_bytes if self.sampling else 0
+        return max(self.update_bytes, sampled)
+
+    @property
+    def limit(self) -> int:
+        return self.program.topology.chip.hbm_usable
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.limit
+
+    @property
+    def mfu(self) -> float:
+        return model_flops(self.program) / (self.program.topology.chip.peak * self.step_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the update; a GRPO step samples before it."""
+        return self.program.tokens_per_device / self.step_s
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as one plain object."""
+        program = self.program
+        return {
+            "stage": program.stage.name,
+            "topology": program.topology.name,
+            "slices": program.topology.slices,
+            "mesh": program.sizes,
+            "source": self.source,
+            "fits": self.fits,
+            "devices": program.topology.devices,
+            "hbm_bytes_per_device": self.bytes,
+            "hbm_limit_bytes": self.limit,
+            "step_ms": 1e3 * self.step_s,
+            "bound_ms": 1e3 * self.bound_s,
+            "mfu": self.mfu,
+            "tokens_per_s_per_device": self.tokens_per_s,
+            "compile_s": self.compile_s,
+            "compile_cpu_s": self.compile_cpu_s,
+            "compiler": self.compiler,
+            "model_flops_per_device": model_flops(program),
+            "memory_bytes": asdict(self.memory),
+            "time_ms": {name: 1e3 * seconds for name, seconds in self.parts_s.items()},
+            "collectives": self.collectives,
+            "sampler": _sampler(self),
+            "notes": list(self.notes),
+        }
+
+
+def by_arithmetic(program: Program) -> Plan:
+    """The plan of a stage in seconds."""
+    found = analytic.estimate(program)
+    notes = [CAVEATS["analytic"], CAVEATS["kernels"][4:]]
+    notes += [CAVEATS["network"]] if program.topology.slices > 1 else []
+    notes += [f"not counted, their work is not known: kernels {', '.join(found.unpriced_kernels)}"] * bool(
+        found.unpriced_kernels
+    )
+    return Plan(
+        program=program,
+        source="analytic",
+        update_bytes=found.memory.total,
+        step_s=found.step_s,
+        bound_s=found.bound_s,
+        compile_s=0.0,
+        memory=found.memory,
+        parts_s={
+            "compute": found.compute_s,
+            "memory": found.memory_s,
+            "host": found.host_s,
+            "network": found.network_s,
+        },
+        collectives=[
+            {
+                "what": x.what,
+                "axes": list(x.axes),
+                "kind": x.kind,
+                "devices": x.devices,
+                "bytes": x.bytes,
+                "ms": 1e3 * x.seconds,
+            }
+            for x in found.traffic
+        ],
+        sampling=sampling(program),
+        notes=tuple(notes),
+    )
+
+
+def by_compiler(arithmetic: Plan, hlo: Path | None = None) -> Plan:
+    """The same plan by the compiler: its memory, and the time that its module is estimated to take.
+
+    Where the step does not fit there is no module: the time is the arithmetic's.
+
+    Args:
+        hlo: where to save the compiled text.
+    Raises:
+        UserError: there is no compiler here, or no folder for the text.
+    """
+    program = arithmetic.program
+    try:
+        compiled = compile_step(program)
+    except OutOfMemory as error:
+        # The words tell of temporaries alone; the arguments stand beside them.
+        needed = error.needed + arithmetic.memory.state + arithmetic.memory.batch
+        notes = (str(error), "the compiler gave no program: the time is by arithmetic")
+        return dataclasses.replace(arithmetic, source="compiled", update_bytes=needed, notes=notes)
+    if hlo:
+        save_text(compiled.text, hlo)
+    cost = estimate(parse(compiled.text), program.topology.chip, program.topology.slices)
+    return _compiled(arithmetic, compiled, cost)
+
+
+def _compiled(arithmetic: Plan, compiled: Compiled, cost: Cost) -> Plan:
+    topology = arithmetic.program.topology
+    notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
+    notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []
+    notes += [CAVEATS["network"]] if topology.slices > 1 else []
+    notes += [f"not counted: kernels {', '.join(cost.unpriced_kernels)}"] * bool(cost.unpriced_kernels)
+    notes += [f"counted as one turn: loops {', '.join(cost.unknown_loops)}"] * bool(cost.unknown_loops)
+    return Plan(
+        program=arithmetic.program,
+        source="compiled",
+        update_bytes=compiled.peak_bytes,
+        step_s=cost.schedule_s,
+        bound_s=cost.bound_s,
+        compile_s=compiled.seconds,
+        memory=arithmetic.memory,
+        parts_s={
+            "products": cost.product_s,
+            "other compute": cost.compute_s - cost.product_s,
+            "kernels": cost.kernel_s,
+            "without a figure": cost.unpriced_s,
+            "collectives exposed": cost.sync_s,
+            "collectives beside": cost.async_s,
+            "host": cost.host_s,
+            "between slices": cost.network_s,
+        },
+        collectives=[
+            {
+                "kind": x.kind,
+                "beside": x.overlaps,
+                "devices": x.devices,
+                "count": x.count,
+                "bytes": x.bytes,
+                "ms": 1e3 * x.seconds,
+            }
+            for x in cost.collectives
+        ],
+        sampling=arithmetic.sampling,
+        notes=tuple(notes),
+        compile_cpu_s=compiled.cpu_seconds,
+        compiler=compiled.compiler,
+    )
+
+
+def _sampler(plan: Plan) -> dict[str, Any] | None:
+    found = plan.sampling
+    if found is None:
+        return None
+    return {
+        "rows_per_device": found.rows,
+        "cache_bytes": found.cache_bytes,
+        "hbm_bytes_per_device": plan.memory.state + found.peak_bytes,
+        "token_ms": 1e3 * found.token_s,
+        "token_hbm_ms": 1e3 * found.memory_s,
+        "token_network_ms": 1e3 * found.network_s,
+        "tokens_per_s_per_device": found.tokens_per_s,
+        "rollout_s": found.rollout_s,
+    }

@@ -1,0 +1,87 @@
+"""A stage as the program that a topology would run: its mesh, its step, and the abstract values it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.experiment import GRPO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
+from lm.model.transformer import Transformer
+from lm.optimizer import make_optimizer
+from lm.parallel.mesh import axis_sizes, check_fits
+from lm.plan.chips import Topology
+from lm.train.batches import updates_per_step
+from lm.train.loop import first_state
+from lm.types import Batch, TrainState
+
+
+@dataclass(frozen=True)
+class Program:
+    """One stage on one topology; `sizes` are those of the mesh's axes, slices included."""
+
+    stage: Stage
+    model: Model
+    vocab_size: int
+    topology: Topology
+    sizes: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        """Rows of an update, over all devices."""
+        return rows_per_update(self.stage)
+
+    @property
+    def tokens_per_device(self) -> float:
+        """Tokens of an update that are one device's share."""
+        return self.rows * self.stage.seq_len / self.topology.devices
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(**self.sizes)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.stage.optimizer, self.stage.steps * updates_per_step(self.stage))
+
+    def parameters(self) -> Transformer:
+        """The model, abstract."""
+        return jax.eval_shape(lambda: Transformer(self.model, self.vocab_size, jax.random.key(0)))
+
+    def state(self) -> TrainState:
+        """What a step takes and gives, abstract."""
+        return jax.eval_shape(functools.partial(first_state, self.stage, self.optimizer), self.parameters())
+
+    def batch(self) -> Batch:
+        """The batch of an update, abstract."""
+        return abstract_batch(self.stage, self.rows, self.stage.seq_len)
+
+
+def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
+    """A batch of this many rows with the fields that the stage's objective reads."""
+    whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
+    sampled = {"advantages": real, "old_logp": real} if isinstance(stage.objective, GRPO) else {}
+    return Batch(tokens=whole, weights=real, segments=whole, positions=whole, **sampled)
+
+
+def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program:
+    """The program of a stage, with its mesh filled up.
+
+    Raises:
+        UserError: the mesh is not one of this topology's devices, or does not divide the model or the batch.
+    """
+    mesh = dataclasses.replace(experiment.mesh, slices=topology.slices)
+    sizes = axis_sizes(mesh, topology.devices)
+    used = functools.reduce(lambda product, size: product * size, sizes.values())
+    if used != topology.devices:
+        raise UserError(
+            f"the mesh uses {used} of the {topology.devices} devices of {topology.slices} x {topology.name}: give one of "
+            "its axes -1, which takes all that are left"
+        )
+    vocab_size = experiment.tokenizer.vocab_size
+    check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, vocab_size, platform="tpu")
+    return Program(stage, experiment.model, vocab_size, topology, sizes)

@@ -1,0 +1,80 @@
+"""The sampler of a GRPO stage, by arithmetic: its cache, its memory beside the training state, its speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lm.experiment import GRPO
+from lm.parallel.rules import ways
+from lm.plan.one_device import analysis_of, lone_mesh, one_device
+from lm.plan.program import Program
+from lm.plan.trace import block_of
+from lm.plan.traffic import gather_seconds
+from lm.rollout.sampler import generate
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A rollout on one device; all its completions are sampled side by side."""
+
+    rows: int
+    cache_bytes: int
+    peak_bytes: int  # all that sampling needs beside the training state, the cache included
+    prompt_s: float
+    memory_s: float  # a token of every row, bound by what is read from HBM: parameters and cache
+    network_s: float  # and by the parameters that are gathered for it
+    new_tokens: int
+
+    @property
+    def token_s(self) -> float:
+        """A token of every row at best: reading and gathering overlap."""
+        return max(self.memory_s, self.network_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """At best, on this device."""
+        return self.rows / self.token_s
+
+    @property
+    def rollout_s(self) -> float:
+        """Of completions that all reach their full length."""
+        return self.prompt_s + self.new_tokens * self.token_s
+
+
+def sampling(program: Program) -> Sampling | None:
+    """What the stage's rollouts need; None of a stage that samples nothing."""
+    objective = program.stage.objective
+    if not isinstance(objective, GRPO):
+        return None
+    local = one_device(program)
+    params = local.parameters()
+    rows = -(-program.stage.batch_size * objective.group_size // ways("batch", program.sizes))
+    width = program.stage.seq_len - objective.max_new_tokens
+    prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,))]
+    call = functools.partial(
+        generate,
+        temperature=objective.temperature,
+        max_new_tokens=objective.max_new_tokens,
+        eos_id=0,
+        pad_id=0,
+    )
+    with jax.sharding.use_abstract_mesh(lone_mesh(program)):
+        block = block_of(jax.make_jaxpr(call)(params, *prompts, jax.eval_shape(lambda: jax.random.key(0))))
+        cache = jax.eval_shape(lambda: params.empty_cache(rows, program.stage.seq_len))
+    analysis = dataclasses.replace(analysis_of(program), ways=1)  # tokens come one by one: nothing to split
+    whole = analysis.usage(block, set(block.inputs[: len(jax.tree.leaves(params))]))
+    turn = whole.turns[-1]  # the loop over new tokens, counted as one turn
+    return Sampling(
+        rows=rows,
+        cache_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
+        peak_bytes=whole.peak.total(),
+        prompt_s=whole.seconds - turn.seconds,
+        memory_s=turn.moved / program.topology.chip.hbm_rate,
+        network_s=gather_seconds(program, turn),
+        new_tokens=objective.max_new_tokens,
+    )

@@ -1,0 +1,136 @@
+"""A plan as text for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from lm.plan.advise import Change
+from lm.plan.plan import Plan
+
+WIDTH = 80
+GB = 1e9
+
+
+def show(plan: Plan, largest_batch: int | None) -> str:
+    """One plan: memory, time, what bounds it, collectives by axis, sampler, caveats."""
+    program = plan.program
+    topology = program.topology
+    slices = f"{topology.slices} x " if topology.slices > 1 else ""
+    how = f"by {plan.compiler or 'the compiler'}" if plan.source == "compiled" else "by arithmetic"
+    head = f"stage {program.stage.name} on {slices}{topology.name} ({topology.devices} devices), {how}"
+    lines = [head, f"mesh {layout(plan)}", ""]
+    lines += [*_memory(plan, largest_batch), "", *_time(plan), "", *_collectives(plan)]
+    if plan.sampling:
+        lines += ["", *_sampler(plan)]
+    for note in plan.notes:
+        lines += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def overview(plans: Sequence[Plan], first: str, names: Iterable[str]) -> str:
+    """One line a plan."""
+    rows = [(first, "fits", "GB", "ms/step", "bound", "MFU", "tokens/s")]
+    for name, plan in zip(names, plans, strict=False):
+        rows.append(
+            (name, _yes(plan.fits), f"{plan.bytes / GB:.2f}", _ms(plan.step_s), _ms(plan.bound_s), f"{plan.mfu:.1%}",
+             f"{plan.tokens_per_s:,.0f}")
+        )  # fmt: skip
+    return "\n".join(table(rows))
+
+
+def advice(changes: Sequence[Change], limit: int) -> str:
+    """The changes that make it fit, as they are typed."""
+    if not changes:
+        return "nothing that was tried makes it fit: a larger chip, or a smaller model"
+    heads = ("what makes it fit", "what makes it fit, on more devices", "what makes it fit, with a smaller batch")
+    lines = []
+    for rank, head in enumerate(heads):
+        of_rank = [change for change in changes if change.rank == rank][:limit]
+        if of_rank:
+            rows = [(head, "GB", "ms/step", "tokens/s")]
+            rows += [
+                (" ".join(c.words), f"{c.plan.bytes / GB:.2f}", _ms(c.plan.step_s), f"{c.plan.tokens_per_s:,.0f}")
+                for c in of_rank
+            ]
+            lines += [*table(rows), ""]
+    return "\n".join(lines[:-1])
+
+
+def layout(plan: Plan) -> str:
+    """`fsdp 8 x tensor 2`: the axes larger than 1."""
+    used = [f"{axis} {size}" for axis, size in plan.program.sizes.items() if size > 1]
+    return " x ".join(used) or "of one device"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows in columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _memory(plan: Plan, largest_batch: int | None) -> list[str]:
+    compiled = plan.source == "compiled"
+    shown = {name: size for name, size in vars(plan.memory).items() if size}
+    rows = [("memory of a device, GB", "by arithmetic")]
+    rows += [(f"  {name}", f"{size / GB:.3f}") for name, size in shown.items()]
+    rows += [("  in all", f"{plan.memory.total / GB:.3f}")]
+    rows += [("  in all, the compiler", f"{plan.update_bytes / GB:.3f}")] if compiled else []
+    rows += (
+        [("  while it samples", f"{(plan.memory.state + plan.sampling.peak_bytes) / GB:.3f}")] if plan.sampling else []
+    )
+    rows += [("  there is", f"{plan.limit / GB:.3f}")]
+    batch = f"{plan.program.stage.name}.batch_size {plan.program.stage.batch_size}"
+    most = f"largest that fits: {largest_batch}" if largest_batch else "not even the smallest fits"
+    verdict = f"fits: {_yes(plan.fits)}; {batch}, {most}"
+    return [*table(rows), *textwrap.wrap(verdict, WIDTH)]
+
+
+def _time(plan: Plan) -> list[str]:
+    rows = [("time of an update, ms", "")]
+    rows += [(f"  {name}", _ms(seconds)) for name, seconds in plan.parts_s.items() if seconds]
+    rows += [("  step", _ms(plan.step_s)), ("  bound, if all overlapped", _ms(plan.bound_s))]
+    compiled = f", compiled in {plan.compile_s:.0f} s" if plan.compile_s else ""
+    return [*table(rows), f"MFU {plan.mfu:.1%}, {plan.tokens_per_s:,.0f} tokens/s a device{compiled}"]
+
+
+def _collectives(plan: Plan) -> list[str]:
+    rows = [("collectives of an update", "devices", "MB", "ms")]
+    for item in plan.collectives:
+        over = f" over {'+'.join(item['axes'])}" if "axes" in item else (" beside the rest" if item["beside"] else "")
+        name = f"  {item.get('what', '')} {item['kind']}{over}" if "what" in item else f"  {item['kind']}{over}"
+        rows.append((name, str(item["devices"]), f"{item['bytes'] / 1e6:,.1f}", f"{item['ms']:,.2f}"))
+    return table(rows) if len(rows) > 1 else ["no collectives"]
+
+
+def _sampler(plan: Plan) -> list[str]:
+    found = plan.sampling
+    assert found is not None
+    return [
+        *table(
+            [
+                ("sampler, by arithmetic", ""),
+                ("  rows side by side", str(found.rows)),
+                ("  cache, GB", f"{found.cache_bytes / GB:.3f}"),
+                ("  a token of every row, bound by HBM, ms", _ms(found.memory_s)),
+                ("  and by gathering parameters, ms", _ms(found.network_s)),
+                ("  tokens/s a device, at most", f"{found.tokens_per_s:,.0f}"),
+                ("  rollout of full length, s", f"{found.rollout_s:,.1f}"),
+            ]
+        ),
+        "",
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}" if seconds < 10 else f"{1e3 * seconds:,.0f}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,77 @@
+"""Where a stage's time goes, over all the sessions that worked on it; what a kill has cost is found out at the next start."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lm.train.metrics import read_lines
+from lm.train.run_folder import read_json, write_json_atomic
+
+# What is not a step, each a number of seconds of the summary; `step_seconds` is the rest.
+PARTS = (
+    "start_seconds",
+    "compile_seconds",
+    "data_seconds",
+    "sample_seconds",
+    "eval_seconds",
+    "save_seconds",
+    "lost_seconds",
+)
+
+
+class Costs:
+    """Seconds by name, over all sessions.
+
+    A checkpoint keeps what was known when it was saved. The lines of metrics.jsonl say how far the clock went after it:
+    the difference was lost, and so is the time that a session needs until it goes on.
+
+    Args:
+        began: time.monotonic() when this session's work on the stage began.
+        saved: what the checkpoint keeps that the stage goes on from; empty: it begins.
+        reached: seconds that earlier sessions are known to have spent.
+    """
+
+    def __init__(self, began: float, saved: dict[str, float], reached: float):
+        self.seconds = {name: value for name, value in saved.items() if name not in ("seconds", "step_seconds")}
+        self.before = max(saved.get("seconds", 0.0), reached)
+        self.began = began
+        self._add("lost_seconds", self.before - saved.get("seconds", 0.0))
+        self._add("lost_seconds" if self.before else "start_seconds", time.monotonic() - began)
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Account what happens inside under `name`."""
+        began = time.monotonic()
+        yield
+        self.add(name, began)
+
+    def add(self, name: str, since: float) -> None:
+        self._add(name, time.monotonic() - since)
+
+    def total(self) -> dict[str, float]:
+        """All parts, `seconds` in all, and `step_seconds`, what the parts leave of them."""
+        seconds = self.before + time.monotonic() - self.began
+        parts = sum(self.seconds.get(name, 0.0) for name in PARTS)
+        return self.seconds | {"seconds": seconds, "step_seconds": max(seconds - parts, 0.0)}
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def reached(folder: Path) -> float:
+    """Seconds that earlier sessions are known to have spent on the stage in `folder`. Ask before its lines are rewound."""
+    kept = read_json(_file(folder))["seconds"] if _file(folder).exists() else 0.0
+    return max([kept, *(line.get("time", 0.0) for line in read_lines(folder / "metrics.jsonl"))])
+
+
+def keep(folder: Path, seconds: float) -> None:
+    """Write down what rewinding makes forget."""
+    if seconds:
+        write_json_atomic(_file(folder), {"seconds": seconds})
+
+
+def _file(folder: Path) -> Path:
+    return folder / "time.json"

@@ -1,0 +1,207 @@
+"""An entry of the cache is whole or not there, follows what it is made of, and is made once by whoever comes first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm.data import cache as caches
+from lm.data.cache import Cache, cache_at
+from lm.data.pipeline import make_feed
+from lm.data.python_docs import documents
+from lm.data.sources import load_rows
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import Pretrain, Source, Stage, UserError
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from lm.data.cache import Cache
+
+def build(writer):
+    for number in range(int(sys.argv[2])):
+        writer.append("numbers", np.full(1000, number))
+        if number == 0:
+            print("begun", flush=True)
+        time.sleep(0.01)
+    print("made", flush=True)
+
+entry = Cache(Path(sys.argv[1])).entry("test", {"a": 1}, build, "numbers")
+print(int(entry.array("numbers").sum()), flush=True)
+"""
+
+
+def start(folder: Path, steps: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", BUILDER, str(folder), str(steps)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def thousand(writer):
+    writer.append("numbers", np.arange(1000))
+
+
+def refuse(writer):
+    raise AssertionError("it is there already")
+
+
+def test_an_entry_is_made_once_and_read_by_others(tmp_path):
+    made = Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers")
+    again = Cache(tmp_path).entry("test", {"a": 1}, refuse, "numbers")
+    for entry in (made, again):
+        assert entry.array("numbers").tolist() == list(range(1000)) == entry.span("numbers", 0, 1000).tolist()
+        assert entry.span("numbers", 10, 13).tolist() == [10, 11, 12]
+    with pytest.raises(AssertionError, match="already"):
+        Cache(tmp_path).entry("test", {"a": 2}, refuse, "numbers")
+    left = [path.name for path in tmp_path.iterdir() if path.name.endswith((".draft", ".lock"))]
+    assert not left
+
+
+def damage_by_cutting(file: Path):
+    os.truncate(file, file.stat().st_size - 8)
+
+
+def damage_by_a_bit(file: Path):
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    time.sleep(0.02)  # a later time of change, by the clock of any file system
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [damage_by_cutting, damage_by_a_bit, Path.unlink])
+def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, damage):
+    entry = Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers")
+    damage(entry.path("numbers"))
+    assert Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers").array("numbers").sum() == 499_500
+    said = capsys.readouterr().err
+    assert said.splitlines() == [f"lm: {entry.path('numbers')} is damaged: it is made anew"]
+    (entry.folder / "manifest.json").write_text('{"files"')
+    Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers")
+    assert "manifest.json is damaged" in capsys.readouterr().err
+
+
+def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
+    process = start(tmp_path, 10_000)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path for path in tmp_path.iterdir() if path.name.endswith(".draft")]
+    began = time.monotonic()
+    entry = Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers")
+    assert entry.array("numbers").sum() == 499_500
+    assert time.monotonic() - began < caches.DEAD_SECONDS  # the dead owner is known at once
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith((".draft", ".lock"))]
+
+
+def test_two_builders_at_once_give_one_entry_and_one_says_that_it_waits(tmp_path):
+    first = start(tmp_path, 300)
+    assert first.stdout.readline() == "begun\n"
+    second = start(tmp_path, 300)
+    (made, _), (waited, said) = first.communicate(), second.communicate()
+    total = str(1000 * sum(range(300)))
+    assert made.split() == ["made", total] and waited.split() == [total]
+    assert f"numbers: waiting for process {first.pid} on " in said
+    assert len(list(tmp_path.glob("test-*"))) == 1
+
+
+def test_a_lock_whose_heart_stands_still_is_broken(tmp_path, monkeypatch):
+    entry = Cache(tmp_path / "one").entry("test", {"a": 1}, thousand, "numbers")
+    (tmp_path / "two").mkdir()
+    lock = tmp_path / "two" / f"{entry.folder.name}.lock"
+    lock.write_text(json.dumps({"host": "another", "process": 1, "draft": "begun.draft"}))
+    (tmp_path / "two" / "begun.draft").mkdir()
+    monkeypatch.setattr(caches, "DEAD_SECONDS", 0.3)
+    assert Cache(tmp_path / "two").entry("test", {"a": 1}, thousand, "numbers").array("numbers").sum() == 499_500
+    assert not lock.exists() and not (tmp_path / "two" / "begun.draft").exists()
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def fail(writer):
+        thousand(writer)
+        raise UserError("line 3 is broken")
+
+    with pytest.raises(UserError, match="line 3"):
+        Cache(tmp_path).entry("test", {"a": 1}, fail, "numbers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_checksums_are_taken_once_of_files_that_have_settled(tmp_path, monkeypatch):
+    file, cache = tmp_path / "a", Cache(tmp_path / "cache")
+    file.write_text("one")
+    os.utime(file, (1e9, 1e9))
+    one = cache.digest(file)
+    monkeypatch.setattr(caches.hashlib, "file_digest", None)  # it is not read again
+    assert cache.digest(file) == one
+    monkeypatch.undo()
+    file.write_text("two")
+    assert cache.digest(file) != one
+    other = tmp_path / "b"  # of the same size and time
+    other.write_text("six")
+    os.utime(file, (1e9, 1e9))
+    known = cache.digest(file)
+    os.utime(other, (1e9, 1e9))
+    other.replace(file)
+    assert cache.digest(file) != known
+
+
+def stage(path) -> Stage:
+    return Stage("here", Pretrain(), (Source(str(path), holdout=0.1),), batch_size=2, seq_len=64)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i} " * 30}) + "\n" for i in range(60)))
+    return path
+
+
+def entries(folder: Path, kind: str) -> set[str]:
+    return {path.name for path in folder.glob(f"{kind}-*")}
+
+
+def test_runs_share_the_tokens_and_another_source_or_tokenizer_has_its_own(tmp_path, text, tokenizer):
+    other = Tokenizer.train([row["text"] for row in documents()[:20]], 400)
+    with cache_at(tmp_path / "cache"):
+        one = make_feed(stage(text), tokenizer, 0)
+        for seed, split in ((1, "train"), (0, "heldout")):
+            make_feed(stage(text), tokenizer, seed, split)
+        first = entries(tmp_path / "cache", "tokens")
+        assert len(first) == 1
+        assert (make_feed(stage(text), other, 0).batch(0).tokens < 400).all()
+        assert len(entries(tmp_path / "cache", "tokens")) == 2
+        text.write_text(text.read_text().replace("document 7 ", "paper 7 "))
+        changed = make_feed(stage(text), tokenizer, 0)
+        assert len(entries(tmp_path / "cache", "tokens")) == 3
+    assert changed.fingerprint != one.fingerprint
+    seen = "".join(tokenizer.decode(changed.batch(step).tokens.ravel()) for step in range(200))
+    assert "paper 7 paper 7 " in seen and "document 7 document 7 " not in seen
+
+
+def test_a_cache_that_may_only_be_read_serves_what_it_has(tmp_path, text, tokenizer, small_disk):
+    with cache_at(small_disk / "cache"):
+        expected = make_feed(stage(text), tokenizer, 0).batch(3).tokens
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        np.testing.assert_array_equal(make_feed(stage(text), tokenizer, 0).batch(3).tokens, expected)
+        text.write_text('{"text": "new"}\n' * 9)
+        with pytest.raises(UserError, match=r"cache .* cannot be written: Read-only file system.*--cache DIR"):
+            load_rows(str(text))
+    caches._mapped.cache_clear()  # or the disk is busy
+
+
+def test_a_full_disk_is_told_and_what_was_begun_is_removed(tmp_path, small_disk):
+    def too_much(writer):
+        for _ in range(10):
+            writer.append("numbers", np.zeros(1 << 17))
+
+    with pytest.raises(UserError, match=r"cache .* cannot be written: No space left on device.*--cache DIR"):
+        Cache(small_disk / "cache").entry("test", {"a": 1}, too_much, "numbers")
+    assert not list((small_disk / "cache").iterdir())
+    assert Cache(small_disk / "cache").entry("test", {"a": 1}, thousand, "numbers").length("numbers") == 1000

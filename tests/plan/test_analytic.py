@@ -1,0 +1,158 @@
+"""Plans by arithmetic: every experiment in seconds, memory as the compiler has it, sampler, layouts, advice."""
+
+import dataclasses
+import typing
+
+import jax
+import pytest
+
+from lm.experiment import DPO, GRPO, SFT, Model, Pretrain, UserError, load, override
+from lm.model.flops import update_flops_per_token
+from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
+from lm.plan.analytic import estimate, model_flops
+from lm.plan.chips import parse_topology
+from lm.plan.program import resolve
+from lm.plan.search import factors, layouts
+from tests.plan.plan_helpers import experiment
+
+SMALL = parse_topology("v5e:2x2")
+OBJECTIVES = {
+    "pretrain": Pretrain(),
+    "sft": SFT(),
+    "dpo": DPO(),
+    "grpo": GRPO(max_new_tokens=64, group_size=4, kl_coef=0.1),
+}
+
+
+def plan(value, topology=SMALL):
+    return plan_stage(value, "train", topology)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "text_file", "tiny"])
+def test_every_experiment_has_a_plan_for_every_stage(name):
+    value = load(name)
+    for stage in value.stages:
+        found = plan_stage(value, stage.name, SMALL)
+        assert found.fits and found.step_s >= found.bound_s > 0
+
+
+def test_the_state_is_counted_to_the_byte():
+    """Parameters and both moments, over fsdp; whoever reads a reference has a third copy of the parameters."""
+    value = experiment()
+    program = resolve(value, value.stages[0], SMALL)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(program.parameters()))
+    memory = estimate(program).memory
+    vectors = 2 * 2 * 256 + 256 + 2 * 2 * 128  # of norms, which every device has whole
+    assert memory.parameters == 4 * ((numbers - vectors) // 4 + vectors)
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, abs=64)
+    assert memory.reference == 0
+    assert plan(experiment(DPO())).memory.reference == memory.parameters
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_planned(name):
+    found = plan(experiment(OBJECTIVES[name]))
+    described = found.to_json()
+    assert described["fits"] and 0 < described["mfu"] < 1 and described["step_ms"] >= described["bound_ms"] > 0
+    assert (described["sampler"] is not None) == (name == "grpo")
+    rows = {"dpo": 32, "grpo": 64}.get(name, 16)
+    flops = update_flops_per_token(found.program.model, 1024, 256, name in ("dpo", "grpo")) * rows * 256 / 4
+    assert model_flops(found.program) == pytest.approx(flops)
+
+
+def test_products_as_executed_are_those_of_the_model_and_of_what_is_recomputed():
+    """Without attention, which is a kernel: three passes, and with full rematerialisation a fourth of the blocks."""
+    value = experiment()
+    none, full = (estimate(resolve(v, v.stages[0], SMALL)) for v in (with_remat(value, "none"), value))
+    m, tokens = value.model, 16 * 256 / 4
+    weights = m.embed_dim * (2 * m.num_heads * m.head_dim + 2 * m.num_kv_heads * m.head_dim + 3 * m.mlp_dim)
+    blocks, head = 2 * tokens * m.num_layers * weights, 2 * tokens * m.embed_dim * 1024
+    # Rope turns queries and keys by a product with a matrix that has no gradient.
+    turns = 2 * tokens * m.num_layers * (m.num_heads + m.num_kv_heads) * m.head_dim**2
+    assert none.product_flops == pytest.approx(3 * (blocks + head) + 2 * turns, rel=0.01)
+    # The last product of a block, down, is not computed again: nothing reads it.
+    again = blocks + turns - 2 * tokens * m.num_layers * m.embed_dim * m.mlp_dim
+    assert full.product_flops == pytest.approx(none.product_flops + again, rel=0.01)
+    assert full.memory.activations < none.memory.activations
+
+
+def with_remat(value, policy):
+    return dataclasses.replace(value, model=dataclasses.replace(value.model, remat=policy))
+
+
+def test_every_rematerialisation_policy_keeps_something_between_all_and_the_blocks_input():
+    policies = typing.get_args(typing.get_type_hints(Model)["remat"])
+    value = experiment(rows=64)
+    plans = {policy: plan(with_remat(value, policy)) for policy in policies}
+    kept = {policy: found.memory.activations for policy, found in plans.items()}
+    inputs = value.model.num_layers * 64 / 4 * 256 * value.model.embed_dim * 2
+    assert kept["full"] == pytest.approx(inputs, rel=0.05)
+    assert kept["full"] < kept["minimal"] < kept["dots"]
+    assert kept["offload"] == kept["full"]  # the rest is in the host's memory, and has to come and go
+    assert plans["offload"].parts_s["host"] > 0 and plans["minimal"].parts_s["host"] == 0
+
+
+def test_axes_that_split_rows_split_activations_and_those_that_split_parameters_the_state():
+    one = plan(experiment(mesh={"data": 4, "fsdp": 1}))
+    four = plan(experiment(mesh={"data": 1, "fsdp": 4}))
+    assert four.memory.activations == one.memory.activations
+    assert one.memory.parameters > 3.9 * four.memory.parameters
+    assert {item["what"] for item in one.collectives} == {"gradients"}
+    tensor = plan(experiment(mesh={"data": 1, "fsdp": 2, "tensor": 2}))
+    assert {"tensor", "fsdp"} == {axis for item in tensor.collectives for axis in item["axes"]}
+
+
+def test_a_second_slice_sends_each_devices_part_of_the_gradients_over_the_network():
+    one, two = plan(experiment()), plan(experiment(rows=32), parse_topology("v5e:2x2", slices=2))
+    across = [item for item in two.collectives if item["axes"] == ["slices"]]
+    parameters = one.memory.parameters / 2  # sent in bfloat16
+    assert sum(item["bytes"] for item in across) == pytest.approx(parameters, rel=0.01)
+    assert two.step_s > one.step_s and two.memory.total == one.memory.total
+
+
+def test_the_sampler_reads_its_cache_and_the_parameters_for_every_token():
+    short, long = (plan(experiment(GRPO(max_new_tokens=n, group_size=8), seq_len=256)).sampling for n in (64, 192))
+    m = experiment().model
+    keys = 2 * m.num_layers * m.num_kv_heads * 256 * m.head_dim * 2  # bytes of a row
+    assert short.rows == 32 and short.cache_bytes == pytest.approx(32 * (keys + 2 * 4 * 256))
+    assert short.peak_bytes > short.cache_bytes
+    assert short.memory_s >= 32 * keys / SMALL.chip.hbm_rate
+    assert long.rollout_s > short.rollout_s
+
+
+def test_what_does_not_fit_gets_changes_that_do():
+    value = override(experiment(rows=4 * 1024, vocab_size=32768), ["--model.remat", "none", "--model.num_layers", "24"])
+    found = plan(value)
+    assert not found.fits
+    changes = ways_to_fit(found, value, largest_batch(found, value))
+    assert changes and all(change.plan.fits for change in changes)
+    assert [change.rank for change in changes] == sorted(change.rank for change in changes)
+    words = {" ".join(change.words) for change in changes}
+    assert "--model.remat full" in words
+    for change in changes[:3]:  # typed as they stand, they do what they say
+        if change.words[0] != "--topology":
+            assert plan(override(value, list(change.words))).bytes == change.plan.bytes
+
+
+def test_the_largest_batch_fits_and_not_much_more_does():
+    value = experiment(vocab_size=32768)
+    most = largest_batch(plan(value), value)
+    assert most % 4 == 0
+    assert plan(override(value, ["--train.batch_size", str(most)])).fits
+    more = 4 * round(most * 1.04 / 4) + 4
+    assert more >= 4 * 4096 or not plan(override(value, ["--train.batch_size", str(more)])).fits
+
+
+def test_every_layout_is_tried_and_the_fastest_that_fits_is_first():
+    found = layouts(experiment(), "train", SMALL)
+    meshes = [tuple(p.program.sizes[axis] for axis in ("data", "fsdp", "context", "tensor")) for p in found]
+    # Two key heads are not split by four.
+    assert sorted(meshes) == [sizes for sizes in factors(4, 4) if sizes[3] < 4]
+    assert [p.step_s for p in found] == sorted(p.step_s for p in found)
+
+
+def test_a_mesh_that_does_not_fit_the_topology_is_refused():
+    with pytest.raises(UserError, match="uses 2 of the 4 devices"):
+        plan(experiment(mesh={"data": 1, "fsdp": 2}))
+    with pytest.raises(UserError, match="train: 6 rows in a microbatch"):
+        plan(experiment(rows=6))

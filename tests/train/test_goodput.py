@@ -1,0 +1,55 @@
+"""Where the time went survives kills: parts add up to the whole, and what was done again is lost."""
+
+import json
+import time
+
+import pytest
+
+from lm.train import goodput
+from lm.train.goodput import PARTS, Costs
+from lm.train.metrics import MetricsLog
+
+
+def parts(costs: Costs) -> float:
+    total = costs.total()
+    return sum(total.get(name, 0.0) for name in (*PARTS, "step_seconds"))
+
+
+def test_parts_add_up_and_the_rest_is_steps():
+    costs = Costs(time.monotonic() - 5, {}, 0.0)
+    assert costs.total()["start_seconds"] == pytest.approx(5, abs=0.5) and costs.total()["lost_seconds"] == 0
+    with costs.of("save_seconds"):
+        time.sleep(0.02)
+    assert costs.total()["save_seconds"] >= 0.02
+    assert parts(costs) == pytest.approx(costs.total()["seconds"], abs=1e-3)
+
+
+def test_what_a_kill_lost_is_what_came_after_the_checkpoint_and_the_start_after_it():
+    saved = {"seconds": 100.0, "step_seconds": 60.0, "eval_seconds": 30.0, "start_seconds": 10.0, "lost_seconds": 0.0}
+    costs = Costs(time.monotonic() - 3, saved, 140.0)
+    total = costs.total()
+    assert total["lost_seconds"] == pytest.approx(43, abs=0.5)
+    assert total["seconds"] == pytest.approx(143, abs=0.5)
+    assert total["step_seconds"] == pytest.approx(60, abs=0.5) and total["start_seconds"] == 10
+    assert parts(costs) == pytest.approx(total["seconds"], abs=1e-3)
+
+
+def test_a_second_kill_before_a_checkpoint_forgets_nothing(tmp_path):
+    assert goodput.reached(tmp_path) == 0.0
+    with MetricsLog(tmp_path) as log:
+        log.metrics({"step": 1, "time": 7.0})
+        log.metrics({"step": 2, "time": 9.5})
+    goodput.keep(tmp_path, goodput.reached(tmp_path))
+    with MetricsLog(tmp_path) as log:
+        log.rewind(0)
+    assert goodput.reached(tmp_path) == 9.5
+    with MetricsLog(tmp_path) as log:
+        log.metrics({"step": 1, "time": 12.0})
+    assert goodput.reached(tmp_path) == 12.0
+
+
+def test_a_stage_that_has_not_begun_leaves_no_file(tmp_path):
+    goodput.keep(tmp_path, 0.0)
+    assert not list(tmp_path.iterdir())
+    goodput.keep(tmp_path, 3.0)
+    assert json.loads((tmp_path / "time.json").read_text()) == {"seconds": 3.0}
