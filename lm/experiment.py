@@ -53,6 +53,8 @@ class Model:
         "kernel of training; auto: splash on a TPU for rows and heads that are multiples of 128, blocks on one CPU, "
         "else plain",
     )
+    window: int = knob(0, "how many tokens a query sees, its own among them; 0: all of its segment before it")
+    softcap: float = knob(0.0, "attention scores are squeezed to softcap * tanh(score / softcap); 0: left alone")
     attention_blocks: tuple[int, ...] = knob(
         (), "splash kernel: queries and keys of a block, forward, then backward; empty: what suits the chip"
     )
@@ -90,6 +92,7 @@ class Optimizer:
     final_lr_frac: float = knob(0.1, "last learning rate as a part of the peak")
     b2: float = knob(0.95, "AdamW decay of the second moment")
     weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only")
+    state_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype the moments are kept in")
     clip_norm: float = knob(1.0, "largest global norm of the gradient")
 
 
@@ -417,8 +420,11 @@ def check(experiment: Experiment) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} is {value}; it should be a finite number")
     for name, value in vars(m).items():
-        if type(value) is int and value < 1:
-            raise UserError(f"model.{name} is {value}; it should be at least 1")
+        least = 0 if name == "window" else 1
+        if type(value) is int and value < least:
+            raise UserError(f"model.{name} is {value}; it should be at least {least}")
+    if len(m.attention_blocks) not in (0, 4) or any(size < 128 or size % 128 for size in m.attention_blocks):
+        raise UserError(f"model.attention_blocks is {m.attention_blocks}; it should be four multiples of 128, or empty")
     if len(m.rope_scaling) not in (0, 4):
         raise UserError(f"model.rope_scaling has {len(m.rope_scaling)} numbers; it should have 4, or none")
     if m.num_heads % m.num_kv_heads:

@@ -1,4 +1,4 @@
-"""Pretrain the shape of Llama 3.1 8B on a v5p 2x4x4: planned with `lm plan pods.llama3_8b_v5p --topology v5p:2x4x4`."""
+"""Pretrain the shape of Llama 3.1 8B on a v5p 2x4x4: `lm plan pods.llama3_8b_v5p --topology v5p:2x4x4`."""
 
 from lm.experiment import Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
@@ -18,6 +18,8 @@ experiment = Experiment(
         qk_norm=False,
         tied_head=False,
         compute_dtype="bfloat16",
+        logits_dtype="bfloat16",
+        max_logits=2**32,
         remat="dots",
     ),
     mesh=Mesh(data=1, fsdp=-1),
@@ -25,7 +27,7 @@ experiment = Experiment(
         Stage(
             name="pretrain",
             objective=Pretrain(),
-            sources=(Source("text"),),
+            sources=(Source("text"),),  # a folder of .txt, .jsonl or .parquet files
             steps=100_000,
             batch_size=64,
             seq_len=8192,

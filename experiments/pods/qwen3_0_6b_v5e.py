@@ -1,4 +1,4 @@
-"""Pretrain the shape of Qwen 3 0.6B on a v5e 4x4: planned with `lm plan pods.qwen3_0_6b_v5e --topology v5e:4x4`."""
+"""Pretrain the shape of Qwen 3 0.6B on a v5e 4x4: `lm plan pods.qwen3_0_6b_v5e --topology v5e:4x4`."""
 
 from lm.experiment import Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
@@ -15,6 +15,8 @@ experiment = Experiment(
         max_len=2048,
         rope_theta=1e6,
         compute_dtype="bfloat16",
+        logits_dtype="bfloat16",
+        max_logits=2**31,
         remat="dots",
     ),
     mesh=Mesh(data=1, fsdp=-1),
@@ -22,7 +24,7 @@ experiment = Experiment(
         Stage(
             name="pretrain",
             objective=Pretrain(),
-            sources=(Source("text"),),
+            sources=(Source("text"),),  # a folder of .txt, .jsonl or .parquet files
             steps=100_000,
             batch_size=64,
             seq_len=2048,

@@ -74,6 +74,8 @@ OPTIONS = {
     "--devices-per-process": Option(("local",), "N", "simulated CPU devices of each", at_least(1)),
 }
 RESTARTS = {"gke": 20, "tpu-vm": 3, "slurm": 3, "local": 3}
+# Machines of a pod come, and come back, at different times; to give up is an error that no restart mends.
+JOIN_TIMEOUT = {"gke": 3600, "tpu-vm": 3600}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=300,
         help="time to save in when asked to stop (%(default)s)",
     )
+    parser.add_argument(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=at_least(1),
+        help="how long processes wait for each other at a start; gke, tpu-vm: 3600; else as of lm run",
+    )
     for flag, option in OPTIONS.items():
         kind: dict[str, Any] = {"action": "store_true"}
         if option.metavar:
@@ -125,6 +133,7 @@ def call(arguments: argparse.Namespace) -> int:
         until=arguments.until,
         max_restarts=RESTARTS[arguments.on] if given is None else given,
         grace=arguments.grace,
+        join_timeout=arguments.join_timeout or JOIN_TIMEOUT.get(arguments.on),
     )
     launch = LAUNCHERS[arguments.on](arguments, experiment, job)
     if arguments.dry_run:

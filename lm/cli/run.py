@@ -63,6 +63,8 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.until, (stage.name for stage in experiment.stages), arguments.experiment)
     run_dir = arguments.run_dir or Path("runs") / experiment.name
 
+    import jax
+
     from lm.data.cache import cache_at
     from lm.parallel.distributed import find_job, first, gather, joined
     from lm.train.loop import Interrupted
@@ -73,8 +75,9 @@ def call(arguments: argparse.Namespace) -> int:
     profile = parse_steps(arguments.profile) if arguments.profile else None
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     job = find_job(*where, arguments.join_timeout)
-    watchdog = (DEFAULT_SECONDS if job else 0.0) if arguments.watchdog is None else arguments.watchdog
     with joined(job), cache_at(arguments.cache):
+        many = jax.process_count() > 1
+        watchdog = (DEFAULT_SECONDS if many else 0.0) if arguments.watchdog is None else arguments.watchdog
         try:
             run(
                 experiment,

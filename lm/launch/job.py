@@ -28,6 +28,7 @@ class Job:
     until: str | None
     max_restarts: int
     grace: int  # seconds between SIGTERM and SIGKILL: a step and a save have to fit
+    join_timeout: int | None = None  # seconds that the processes wait for each other at a start; None: as `lm run` does
 
     def command(self, *program: str) -> tuple[str, ...]:
         """The words of the `lm run` that every host starts; `program` is how `lm` is called there."""
@@ -40,7 +41,8 @@ class Job:
 
     def _rest(self) -> tuple[str, ...]:
         until = () if self.until is None else ("--until", self.until)
-        return ("--run-dir", self.run_dir, *until, *self.overrides)
+        patience = () if self.join_timeout is None else ("--join-timeout", str(self.join_timeout))
+        return ("--run-dir", self.run_dir, *until, *patience, *self.overrides)
 
 
 @dataclass(frozen=True)

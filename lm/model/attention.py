@@ -64,10 +64,12 @@ def visible(
     k_positions: Int[Array, "B S"],
     q_segments: Int[Array, "B T"],
     k_segments: Int[Array, "B S"],
+    window: int = 0,
 ) -> Bool[Array, "B T S"]:
-    """Who may look at whom: keys of the same segment that do not lie ahead."""
+    """Who may look at whom: keys of the same segment that do not lie ahead, nor `window` or more back (0: any way)."""
     same = q_segments[:, :, None] == k_segments[:, None, :]
-    return same & (k_positions[:, None, :] <= q_positions[:, :, None])
+    back = q_positions[:, :, None] - k_positions[:, None, :]
+    return same & (back >= 0) & (back < window if window else True)
 
 
 def attention_of(
@@ -81,11 +83,13 @@ def attention_of(
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
     if name == "splash" and splash.fits(rows, length, config.head_dim):
-        return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_blocks)
-    if name == "blocks" and attention_cpu.fits():
+        return lambda q, k, v: splash.splash(
+            q, k, v, segments, config.attention_blocks, window=config.window, softcap=config.softcap
+        )
+    if name == "blocks" and attention_cpu.fits() and not (config.window or config.softcap):
         return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
-    mask = visible(positions, positions, segments, segments)
-    return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask), "attention")
+    mask = visible(positions, positions, segments, segments, config.window)
+    return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, config.softcap), "attention")
 
 
 BEST = {"tpu": "splash", "cpu": "blocks"}
@@ -102,16 +106,21 @@ def attend(
     k: Float[Array, "B N S K"],
     v: Float[Array, "B N S K"],
     mask: Bool[Array, "B T S"],
+    softcap: float = 0.0,
 ) -> Float[Array, "B H T K"]:
     """softmax(q·kᵀ/√K)·v with H/N query heads for each key head; the softmax in float32.
 
-    Source: Attention is all you need (arXiv 1706.03762) eq. 1; GQA (arXiv 2305.13245).
+    Args:
+        softcap: scores become softcap·tanh(score / softcap); 0: they stay.
+    Source: Attention is all you need (arXiv 1706.03762) eq. 1; GQA (arXiv 2305.13245); Gemma 2 (arXiv 2408.00118).
     """
     b, h, t, d = q.shape
     n, s = k.shape[1], k.shape[2]
     # The query heads of a group stand one under another, so that each key head has one matrix product.
     grouped = q.reshape(b, n, (h // n) * t, d)
     scores = jnp.einsum("bnqk,bnsk->bnqs", grouped, k, preferred_element_type=_accumulator(q)) / math.sqrt(d)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores.reshape(b, n, h // n, t, s), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, n, (h // n) * t, s)
     return jnp.einsum("bnqs,bnsk->bnqk", weights, v).reshape(b, h, t, d)

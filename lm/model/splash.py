@@ -56,19 +56,22 @@ def splash(
     v: Float[Array, "B N T K"],
     segments: Int[Array, "B T"],
     blocks: tuple[int, ...] = (),
+    window: int = 0,
+    softcap: float = 0.0,
     interpret: bool = False,
 ) -> Float[Array, "B H T K"]:
     """softmax(q·kᵀ/√K)·v of each token over the tokens of its segment that are not after it.
 
     Args:
         blocks: as `Blocks`; empty: what suits the chip.
+        window, softcap: as in `lm.model.attention`.
         interpret: run the kernel as ordinary operations, on any device; slow, for tests.
     """
     sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), BLOCKS["TPU v5"])
     mesh = jax.sharding.get_abstract_mesh()
     length, parts = q.shape[2], split_ways(q.shape[2], "length")
     heads = q.shape[1] // split_ways(q.shape[1], "heads")
-    kernel = _kernel(heads, length, parts, sizes, interpret)
+    kernel = _kernel((heads, length), parts, sizes, window, softcap, interpret)
     q = q / math.sqrt(q.shape[-1])
     if mesh.empty:
         return _attend(kernel, q, k, v, segments, segments)
@@ -93,12 +96,18 @@ def _attend(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segm
     return jax.vmap(row)(q, k, v, q_segments, k_segments)
 
 
-def _kernel(heads: int, length: int, parts: int, blocks: Blocks, interpret: bool) -> Any:
-    """The causal kernel for one device's heads, its mask cut into `parts` along the queries."""
+def _kernel(shape: tuple[int, int], parts: int, blocks: Blocks, window: int, softcap: float, interpret: bool) -> Any:
+    """The causal kernel for one device's heads over rows, (H, T), its mask cut into `parts` along the queries."""
     # Imported where it is used: it takes a second, and no CPU run needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_attention
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    heads, length = shape
+    mask: masks.Mask
+    if window:
+        mask = masks.LocalMask((length, length), (window - 1, 0), offset=0, shard_count=parts)
+    else:
+        mask = masks.CausalMask((length, length), shard_count=parts)
     q, q_backward = (block_size(length // parts, size) for size in (blocks.q, blocks.q_backward))
     kv, kv_backward = (block_size(length, size) for size in (blocks.kv, blocks.kv_backward))
     sizes = splash_attention.BlockSizes(
@@ -107,6 +116,6 @@ def _kernel(heads: int, length: int, parts: int, blocks: Blocks, interpret: bool
         block_q_dq=None, block_kv_dq=None, use_fused_bwd_kernel=True,
     )  # fmt: skip
     return splash_attention.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((length, length), shard_count=parts)] * heads),
-        head_shards=1, q_seq_shards=parts, block_sizes=sizes, residual_checkpoint_name="attention", interpret=interpret,
+        masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=parts, block_sizes=sizes,
+        attn_logits_soft_cap=softcap or None, residual_checkpoint_name="attention", interpret=interpret,
     )  # fmt: skip

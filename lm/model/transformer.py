@@ -240,12 +240,12 @@ class Transformer(nnx.Module):
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
 
         slot_positions, slot_segments = put(cache.positions, positions, 1), put(cache.segments, segments, 1)
-        mask: Bool[Array, "B T S"] = visible(positions, slot_positions, segments, slot_segments)
+        mask: Bool[Array, "B T S"] = visible(positions, slot_positions, segments, slot_segments, c.window)
         keys, values = list(cache.keys), list(cache.values)
         for layer, block in enumerate(self._layers(self.blocks)):
             q, k, v = block.qkv(x, angles, c.norm_eps)
             keys[layer], values[layer] = put(keys[layer], k, 2), put(values[layer], v, 2)
-            x = block.rest(x, attend(q, keys[layer], values[layer], mask), c.norm_eps)
+            x = block.rest(x, attend(q, keys[layer], values[layer], mask, c.softcap), c.norm_eps)
         cache = Cache(tuple(keys), tuple(values), slot_positions, slot_segments)
         return self.norm(x, c.norm_eps), cache
 

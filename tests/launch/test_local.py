@@ -82,8 +82,8 @@ def result(run_dir: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to_the_bit(work, processes):
+def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to_the_bit(work):
+    processes = 2
     quiet = launched("quiet", processes)
     said, _ = quiet.communicate(timeout=300)
     assert quiet.returncode == 0, said

@@ -27,18 +27,19 @@ def packed(rows: int) -> tuple[np.ndarray, np.ndarray]:
     return positions.astype(np.int32), segments.astype(np.int32)
 
 
-def both(rows: int):
+def both(rows: int, window: int = 0, softcap: float = 0.0):
     """(value, gradients) of a weighted sum of the kernel's and of plain attention's result; padding has no weight."""
     positions, segments = packed(rows)
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(rows, n, LENGTH, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, weights = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     weights = weights * (segments > 0)[:, None, :, None]
-    mask = visible(positions, positions, segments, segments)
+    mask = visible(positions, positions, segments, segments, window)
     fast = jax.value_and_grad(
-        lambda q, k, v: (splash(q, k, v, segments, (128,) * 4, interpret=True) * weights).sum(), (0, 1, 2)
+        lambda q, k, v: (splash(q, k, v, segments, (128,) * 4, window, softcap, interpret=True) * weights).sum(),
+        (0, 1, 2),
     )
-    slow = jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask) * weights).sum(), (0, 1, 2))
+    slow = jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask, softcap) * weights).sum(), (0, 1, 2))
     return jax.jit(fast)(q, k, v), jax.jit(slow)(q, k, v)
 
 
@@ -50,6 +51,10 @@ def agree(fast, slow):
 
 def test_packed_rows_and_grouped_heads():
     agree(*both(rows=2))
+
+
+def test_a_window_and_squeezed_scores():
+    agree(*both(rows=2, window=50, softcap=0.7))
 
 
 def test_on_a_mesh_each_device_has_its_rows_and_heads():

@@ -85,3 +85,15 @@ def test_the_number_of_parameters_is_what_the_shapes_say():
     untied = VOCAB * c.embed_dim
     assert num_params(tiny_model(tied_head=False)) == num_params(tiny_model()) + untied
     assert num_params(jax.eval_shape(tiny_model)) == num_params(tiny_model())
+
+
+def test_with_a_window_a_token_sees_its_neighbours_only_and_sampling_agrees():
+    """One layer: what is further back changes nothing; and the cache's slots are masked as training's are."""
+    model = tiny_model(num_layers=1, window=3, softcap=5.0)
+    tokens = jax.random.randint(jax.random.key(0), (1, 12), 0, VOCAB)
+    positions, segments = jnp.arange(12)[None], jnp.ones((1, 12), jnp.int32)
+    logits = model(tokens, positions, segments)
+    far = model(tokens.at[0, 5].add(1), positions, segments) - logits
+    assert jnp.abs(far[0, 5:8]).max(-1).min() > 0 and not jnp.abs(far[0, 8:]).any()
+    hidden, _ = model.extend(model.empty_cache(1, 12), jnp.int32(0), tokens, positions, segments)
+    np.testing.assert_allclose(model.logits(hidden), logits, atol=1e-5)

@@ -94,13 +94,13 @@ def one(folder) -> Path:
 @pytest.fixture(scope="module", params=[2, 4])
 def many(request, folder) -> tuple[Path, processes.Processes]:
     name = f"many{request.param}"
-    until = ("--until", "sft") if request.param == 4 else ()  # four compile everything four times
+    until = ("--until", "pretrain") if request.param == 4 else ()  # four compile everything four times
     return folder / name, processes.run(folder, request.param, *LM, "--run-dir", name, *until)
 
 
 def test_every_stage_gives_the_numbers_of_one_process(one, many):
     run, found = many
-    trained = STAGES if len(found.logs) == 2 else STAGES[:2]
+    trained = STAGES if len(found.logs) == 2 else STAGES[:1]
     for stage in trained:
         assert len(metrics(run, stage)) == 3
         for file in ("metrics", "eval"):

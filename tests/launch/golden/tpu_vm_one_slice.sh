@@ -46,6 +46,6 @@ for node in "${nodes[@]}"; do
 done
 for node in "${nodes[@]}"; do  # when all are ready, since the first waits for the last
     gcloud compute tpus tpu-vm ssh --quiet "${place[@]}" --worker=all "$node" \
-        --command='cd lm-0123456789ab || exit 1; nohup setsid .venv/bin/lm launch pod.py --on local --max-restarts 3 --grace 300 --run-dir /mnt/runs/pod --prompts '"'"'it'"'"'"'"'"'"'"'"'s
+        --command='cd lm-0123456789ab || exit 1; nohup setsid .venv/bin/lm launch pod.py --on local --max-restarts 3 --grace 300 --run-dir /mnt/runs/pod --join-timeout 3600 --prompts '"'"'it'"'"'"'"'"'"'"'"'s
 two lines'"'"' >../pod-run.log 2>&1 </dev/null &'
 done
