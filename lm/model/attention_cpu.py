@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lm.model.linear import transposed
+from lm.model.linear import contract, transposed
 from lm.parallel.rules import one_device
 
 BLOCK = 128  # fewest queries of a block
@@ -50,12 +50,6 @@ def _visible(segments: Int[Array, "B T"], start: int, end: int) -> Bool[Array, "
     return (same & causal)[:, None, None]
 
 
-def _product(x: Float[Array, "B N M J"], y: Float[Array, "B N ..."], axis: int) -> Array:
-    """x over its last dimension times y over its dimension `axis`, for each head; float32 at least."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, y, (((3,), (axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)
-
-
 def _rows(x: Float[Array, "B N G T K"], start: int, end: int) -> Float[Array, "B N GC K"]:
     """A block of queries, those of a group one under another."""
     b, n, g, _, d = x.shape
@@ -72,12 +66,12 @@ def _forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tupl
     heads, exponentials, inverses = [], [], []
     for start, end in _blocks(t):
         size = end - start
-        scores = _product(_rows(q, start, end), k[:, :, :end], 3).reshape(b, n, g, size, end)
+        scores = contract(_rows(q, start, end), k[:, :, :end], 3).reshape(b, n, g, size, end)
         scores = jnp.where(_visible(segments, start, end), scores, -1e30)
         raised = jnp.exp(scores - scores.max(-1, keepdims=True))
         inverse = (1 / raised.sum(-1, keepdims=True)).reshape(b, n, g * size, 1)
         raised = raised.astype(v.dtype).reshape(b, n, g * size, end)
-        block = (_product(raised, v[:, :, :end], 2) * inverse).astype(v.dtype)
+        block = (contract(raised, v[:, :, :end], 2) * inverse).astype(v.dtype)
         heads.append(block.reshape(b, n, g, size, d))
         exponentials.append(raised)
         inverses.append(inverse)
@@ -93,11 +87,11 @@ def _backward(kept: tuple, d_out: Float[Array, "B N G T K"]) -> tuple[Array, Arr
     d_q, d_k, d_v = [], [], []
     for (start, end), raised, inverse in zip(_blocks(t), exponentials, inverses, strict=True):
         d_block = (_rows(d_out, start, end) * inverse).astype(v.dtype)
-        d_weights = _product(d_block, v[:, :, :end], 3) - _rows(off, start, end) * inverse
+        d_weights = contract(d_block, v[:, :, :end], 3) - _rows(off, start, end) * inverse
         d_scores = (raised.astype(d_weights.dtype) * d_weights).astype(v.dtype)
-        d_q.append(_product(d_scores, k[:, :, :end], 2).reshape(b, n, g, end - start, d))
-        d_k.append(_product(transposed(_rows(q, start, end)), d_scores, 2))
-        d_v.append(_product(transposed(d_block), raised, 2))
+        d_q.append(contract(d_scores, k[:, :, :end], 2).reshape(b, n, g, end - start, d))
+        d_k.append(contract(transposed(_rows(q, start, end)), d_scores, 2))
+        d_v.append(contract(transposed(d_block), raised, 2))
     sides = (jnp.swapaxes(_sum(parts, t), 2, 3) for parts in (d_k, d_v))
     d_k_sum, d_v_sum = (side.astype(v.dtype) for side in sides)
     d_segments = np.zeros((b, t), jax.dtypes.float0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lm.parallel.rules import constrain, split_ways
+from lm.parallel.rules import constrain, one_device, platform, split_ways
 from lm.types import Batch, pytree
 
 
@@ -134,8 +134,7 @@ def _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp)
     weights = jnp.exp(z - best[..., None])
     total = weights.sum(-1)
     lse = best + jnp.log(total)
-    # A masked sum rather than a gather: it splits over a sharded vocabulary.
-    target = jnp.where(_chosen(targets, z), z, 0.0).sum(-1)
+    target = _at(z, targets)
     stats = TokenStats(
         logp=target - lse,
         lse=lse,
@@ -164,6 +163,13 @@ _measure.defvjp(_measure_forward, _measure_backward)
 
 def _scaled(logits: Float[Array, "B T V"], temperature: float) -> Float[Array, "B T V"]:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+
+
+def _at(z: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """z of the targets: a gather on one CPU, else a masked sum, which splits over a sharded vocabulary."""
+    if platform() == "cpu" and one_device():
+        return jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(_chosen(targets, z), z, 0.0).sum(-1)
 
 
 def _chosen(targets: Int[Array, "B T"], z: Float[Array, "B T V"]) -> Bool[Array, "B T V"]:

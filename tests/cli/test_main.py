@@ -118,6 +118,20 @@ def test_a_reader_who_leaves_is_no_error(here):
     assert first.split() == ["name", "small"] and code in ("0", "141")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+@pytest.mark.parametrize("given", [{}, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}])
+def test_the_command_runs_with_memory_in_huge_pages_unless_told_otherwise(here, given):
+    code = "import os; print(os.environ['GLIBC_TUNABLES'], os.getpid()); raise KeyboardInterrupt"
+    (here / "experiments" / "shows.py").write_text(code, "utf-8")
+    bare = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lm.cli.main", "config", "shows"],
+        stdout=subprocess.PIPE, text=True, cwd=here, env=bare | given | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    wanted = given.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert child.communicate()[0].split() == [wanted, str(child.pid)] and child.returncode == 130
+
+
 def test_overrides_are_what_no_flag_is():
     words = ["small", "--sft.steps", "-3", "--fresh", "--seed=7", "--until", "sft", "--name", "x"]
     own, overrides = split_overrides(words, {"--fresh", "--until"})

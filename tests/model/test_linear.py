@@ -35,6 +35,19 @@ def test_bfloat16_operands_add_up_in_float32():
     np.testing.assert_allclose(y, exact, atol=1e-5)
 
 
+def test_the_gradient_of_a_transposed_bfloat16_matrix_compiles():
+    """A tied head is one. XLA has no product on CPU that writes its result transposed."""
+    x, w, _ = operands(64)
+    x, table = x.astype(jnp.bfloat16), w.T.astype(jnp.bfloat16)
+
+    def loss(project):
+        return jax.jit(jax.grad(lambda table: jnp.square(project(x, table.T).astype(jnp.float32)).sum()))(table)
+
+    np.testing.assert_allclose(
+        np.asarray(loss(project), np.float32), np.asarray(loss(jnp.matmul), np.float32), rtol=0.05, atol=0.5
+    )
+
+
 def test_heads_lie_as_the_einsum_says():
     x, w, _ = operands(3)
     w = w.reshape(6, 2, 4)
