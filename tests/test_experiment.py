@@ -68,7 +68,7 @@ def test_an_override_changes_its_leaf_and_no_other(words, name, value):
         (["--steps", "2"], "did you mean .*steps"),
         (["--sft.steps", "many"], "--sft.steps is 'many'; it should be an integer"),
         (["--sft.steps"], "--sft.steps needs a value: an integer"),
-        (["--model.remat", "some"], "one of none, full, dots"),
+        (["--model.remat", "some"], "one of none, full, minimal, dots, offload"),
         (["--prompts", "[1"], "--prompts is '\\[1'; it should be a list"),
         (["sft.steps", "2"], "no knob 'sft.steps'"),
     ],

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from lm.plan.program import resolve
 from tests.plan.plan_helpers import experiment
 from tests.plan.test_hlo_cost import OTHER, other_estimate
 
+ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = parse_topology("v5e:2x2")
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason=f"no TPU compiler here: {compiled.INSTALL}"
@@ -42,7 +45,12 @@ def planned(tmp_path_factory):
         "step.hlo.txt.gz",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "lm.cli.main", *words], capture_output=True, text=True, cwd=folder, timeout=500
+        [sys.executable, "-m", "lm.cli.main", *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},  # the experiment's file imports from the tests
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # the compiler's own noise stays away
