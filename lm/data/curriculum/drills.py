@@ -2,7 +2,7 @@
 
 A small model learns to copy from far fewer tokens of this than of prose, and all later stages rest on that. The lists are
 longer than those of the instructions, and the second number of a sum, difference or product has one digit: so no drill
-is a question about a list or a problem of `gen:arithmetic`, held out or not. The instructions' sums of two digits are
+is a question about a list or a problem of `gen:arithmetic`, held out or not. The instructions' sums of two one-digit numbers are
 told here too; those are held out by their wording, as all that there is little of.
 """
 
