@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lm.data.chat import preference_messages, prompt_messages, render, training_messages
+from lm.data.packing import left_pad
 from lm.data.pipeline import heldout_rows, heldout_texts
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import fetch
-from lm.rollout.sampler import decode_rows, generate, pad_left
+from lm.rollout.sampler import decode_rows, generate
 from lm.rollout.verifiers import VERIFIERS
 from lm.types import Batch
 
@@ -134,7 +135,7 @@ def reward(item: Eval, model: Transformer, tokenizer: Tokenizer, reference: Tran
     for start in range(0, len(kept), ROWS):
         part = kept[start : start + ROWS]
         filled = part + part[-1:] * (ROWS - len(part))
-        tokens, sizes = pad_left([prompts[i] for i in filled], width, tokenizer.pad_id)
+        tokens, sizes = left_pad([prompts[i] for i in filled], width, tokenizer.pad_id)
         out = fetch(
             generate(
                 model, tokens, sizes, jax.random.fold_in(jax.random.key(seed), start), item.temperature,

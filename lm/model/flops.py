@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lm.experiment import Model
 
-# Dense bfloat16 operations a second of one chip, by the makers' data sheets; jax's `device_kind` begins like this.
-# The longest beginning that fits counts.
+# Dense bfloat16 operations a second of one jax device, by the makers' data sheets; its `device_kind` begins like this.
+# The longest beginning that fits counts. Of v3 and 7x a device is half a chip.
 PEAK_FLOPS = {
-    "TPU v3": 123e12,
+    "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -15,7 +15,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,

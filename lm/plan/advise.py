@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lm.experiment import Experiment, Stage, UserError, override, rows_per_update
 from lm.model.transformer import REMAT
 from lm.parallel.rules import ways
-from lm.plan.chips import CHIPS, Topology, parse_topology
+from lm.plan.chips import Topology, parse_topology
 from lm.plan.plan import Plan, by_arithmetic
 from lm.plan.program import resolve
 
@@ -156,10 +156,8 @@ def _tried(plan: Plan, experiment: Experiment, changes: Iterable[tuple[str, ...]
 def _larger(plan: Plan, experiment: Experiment) -> Iterator[Change]:
     """The next larger slice of the same chip on which the stage fits."""
     topology = plan.program.topology
-    for shape in CHIPS[topology.chip_name].topologies:
+    for shape in topology.larger_shapes:
         larger = parse_topology(f"{topology.chip_name}:{shape}", topology.slices)
-        if larger.devices <= topology.devices:
-            continue
         try:
             changed = plan_stage(experiment, plan.program.stage.name, larger)
         except UserError:  # its devices do not divide the batch

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
-from lm.experiment import UserError
 from lm.model.flops import peak_flops
+from lm.parallel.topology import DEVICES_PER_CHIP, SHAPES, parse_slice
 
 GIB = 2**30
 
@@ -28,9 +27,7 @@ class Chip:
     link_rate: float  # of one inter-chip link, one way
     links: int  # links of a chip that one large collective can use at once
     host_network: float  # of a host's connection to the data-centre network, one way
-    devices_per_chip: int
-    chips_per_host: int
-    topologies: tuple[str, ...]
+    devices_per_host: int
     sparse_gathers: bool  # the compiler gives gathers to SparseCore
 
     @property
@@ -38,7 +35,7 @@ class Chip:
         """Dense bfloat16 FLOP/s of one device."""
         peak = peak_flops(self.kind)
         assert peak is not None
-        return peak / self.devices_per_chip
+        return peak
 
     @property
     def interconnect(self) -> float:
@@ -48,17 +45,14 @@ class Chip:
     @property
     def network(self) -> float:
         """A device's share of its host's connection, in bytes/s."""
-        return self.host_network / (self.chips_per_host * self.devices_per_chip)
+        return self.host_network / self.devices_per_host
 
-
-TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-TORUS_3D = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("TPU v5 lite", 8.2e11, int(15.75 * GIB), 1.5e9, 45e9, 4, 12.5e9, 1, 4, TORUS_2D, False),
-    "v5p": Chip("TPU v5", 2.46e12, int(95.73 * GIB), 1.75e9, 90e9, 6, 25e9, 1, 4, TORUS_3D, True),
-    "v6e": Chip("TPU v6 lite", 1.64e12, int(31.24 * GIB), 1.75e9, 90e9, 4, 50e9, 1, 4, TORUS_2D, True),
-    "tpu7x": Chip("TPU7x", 3.7e12, int(94.74 * GIB), 2.2e9, 90e9, 6, 50e9, 2, 4, TORUS_3D, True),
+    "v5e": Chip("TPU v5 lite", 8.2e11, int(15.75 * GIB), 1.5e9, 45e9, 4, 12.5e9, 4, False),
+    "v5p": Chip("TPU v5", 2.46e12, int(95.73 * GIB), 1.75e9, 90e9, 6, 25e9, 4, True),
+    "v6e": Chip("TPU v6 lite", 1.64e12, int(31.24 * GIB), 1.75e9, 90e9, 4, 50e9, 4, True),
+    "tpu7x": Chip("TPU7x", 3.7e12, int(94.74 * GIB), 2.2e9, 90e9, 6, 50e9, 8, True),
 }
 
 
@@ -81,7 +75,13 @@ class Topology:
 
     @property
     def slice_devices(self) -> int:
-        return math.prod(self.shape) * self.chip.devices_per_chip
+        return math.prod(self.shape) * DEVICES_PER_CHIP[self.chip_name]
+
+    @property
+    def larger_shapes(self) -> tuple[str, ...]:
+        """Those of the same chip that come after this one."""
+        shapes = SHAPES[self.chip_name]
+        return shapes[shapes.index("x".join(map(str, self.shape))) + 1 :]
 
     @property
     def devices(self) -> int:
@@ -94,12 +94,5 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     Raises:
         UserError: no such chip, or no slice of this shape; shows those that there are.
     """
-    chip_name, _, shape = name.partition(":")
-    if chip_name not in CHIPS:
-        near = difflib.get_close_matches(chip_name, CHIPS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--topology {name!r}: no chip {chip_name!r}; there are {', '.join(CHIPS)}{hint}")
-    if shape not in CHIPS[chip_name].topologies:
-        shapes = ", ".join(CHIPS[chip_name].topologies)
-        raise UserError(f"--topology {name!r}: {chip_name} has no slice {shape!r}; there are {shapes}")
+    chip_name, shape = parse_slice(name, CHIPS)
     return Topology(chip_name, tuple(map(int, shape.split("x"))), slices)

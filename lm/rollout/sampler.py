@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.data.chat import render
+from lm.data.packing import left_pad
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Cache, Transformer
@@ -132,14 +133,6 @@ def generate(
     return out
 
 
-def pad_left(prompts: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one array [B, width] with their ends aligned, and their lengths [B]."""
-    tokens = np.full((len(prompts), width), pad_id, np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
-    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
-
-
 def decode_rows(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[Answer]:
     """Each row's text up to its end token."""
     answers = []
@@ -183,7 +176,7 @@ def generate_text(
             f"a prompt has {longest} tokens; model.max_len {model.config.max_len} less {max_new_tokens} new tokens "
             f"leaves {room}: shorten it or ask for fewer new tokens"
         )
-    tokens, lengths = pad_left(encoded, min(room, _bucket(longest)), tokenizer.pad_id)
+    tokens, lengths = left_pad(encoded, min(room, _bucket(longest)), tokenizer.pad_id)
     out = fetch(
         generate(
             model, tokens, lengths, jax.random.key(seed), temperature,

@@ -4,8 +4,9 @@ import pytest
 
 from lm.experiment import UserError
 from lm.launch.topology import GENERATIONS, parse_topology
+from lm.parallel.topology import SHAPES
 
-NAMES = [f"{kind}:{shape}" for kind, generation in GENERATIONS.items() for shape in generation.shapes]
+NAMES = [f"{kind}:{shape}" for kind in GENERATIONS for shape in SHAPES[kind]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -17,7 +18,7 @@ def test_hosts_times_chips_is_the_slice(name):
 
 @pytest.mark.parametrize("kind", GENERATIONS)
 def test_no_two_slices_have_the_same_name(kind):
-    names = [parse_topology(f"{kind}:{shape}").accelerator_type for shape in GENERATIONS[kind].shapes]
+    names = [parse_topology(f"{kind}:{shape}").accelerator_type for shape in SHAPES[kind]]
     assert len(set(names)) == len(names)
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.data.packing import left_pad
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.environments import as_batch
-from lm.rollout.sampler import choose, filter_logits, generate, pad_left
+from lm.rollout.sampler import choose, filter_logits, generate
 from tests.helpers import VOCAB, tiny_model
 
 EOS, PAD = 1, 0
@@ -15,7 +16,7 @@ EOS, PAD = 1, 0
 
 def prompts(rows=8, width=12, seed=0):
     rng = np.random.default_rng(seed)
-    return pad_left([rng.integers(2, VOCAB, rng.integers(1, width + 1)).tolist() for _ in range(rows)], width, PAD)
+    return left_pad([rng.integers(2, VOCAB, rng.integers(1, width + 1)).tolist() for _ in range(rows)], width, PAD)
 
 
 def sample(model, tokens, lengths, temperature=1.0, seed=0, n=16, **options):
@@ -83,9 +84,3 @@ def test_frequencies_are_the_probabilities():
 def test_top_k_and_top_p_keep_the_smallest_set(options, kept):
     logits = jnp.log(jnp.array([[0.15, 0.5, 0.04, 0.3, 0.01]]))
     assert int(jnp.isfinite(filter_logits(logits, *options)).sum()) == kept
-
-
-def test_pad_left_aligns_the_ends():
-    tokens, lengths = pad_left([[5, 6], [7]], 3, PAD)
-    np.testing.assert_array_equal(tokens, [[0, 5, 6], [0, 0, 7]])
-    np.testing.assert_array_equal(lengths, [2, 1])

@@ -1,0 +1,39 @@
+"""The slices of TPUs that there are, by the name of the chip and the shape in chips, and how many JAX devices a chip is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from lm.experiment import UserError
+
+TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+TORUS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+
+SHAPES: dict[str, tuple[str, ...]] = {
+    "v4": TORUS_3D,
+    "v5e": TORUS_2D,
+    "v5p": TORUS_3D,
+    "v6e": TORUS_2D,
+    "tpu7x": ("1x1x1", *TORUS_3D),
+}
+DEVICES_PER_CHIP = {"v4": 1, "v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
+
+
+def parse_slice(name: str, chips: Iterable[str] = SHAPES) -> tuple[str, str]:
+    """`v5p:2x4x4` as ("v5p", "2x4x4").
+
+    Args:
+        chips: those that may be named.
+    Raises:
+        UserError: there is no such chip, or no slice of this shape; shows those that there are.
+    """
+    chips = tuple(chips)
+    chip, _, shape = name.partition(":")
+    if chip not in chips:
+        near = difflib.get_close_matches(chip, chips, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--topology {name!r}: no chip {chip!r}; there are {', '.join(chips)} (v5p:2x4x4){hint}")
+    if shape not in SHAPES[chip]:
+        raise UserError(f"--topology {name!r}: {chip} has no slice {shape!r}; there are {', '.join(SHAPES[chip])}")
+    return chip, shape
