@@ -74,7 +74,14 @@ def read_config(config: dict[str, Any]) -> tuple[Model, int]:
 
 
 def write_config(model: Model, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a model, in both the current and the older field names of rope."""
+    """The config.json of a model, in both the current and the older field names of rope.
+
+    Raises:
+        UserError: the model has what no family here has.
+    """
+    for field in ("window", "softcap"):
+        if getattr(model, field):
+            raise UserError(f"model.{field} is {getattr(model, field)}; no family here has it: {', '.join(FAMILIES)}")
     family = next(name for name, fixed in FAMILIES.items() if fixed["qk_norm"] == model.qk_norm)
     architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -130,6 +137,7 @@ def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
 
 def write(model: Transformer, folder: Path) -> None:
     """Write config.json and model.safetensors, names and layout as transformers has them."""
+    config = write_config(model.config, model.embed.shape[0])  # what cannot be written is said before anything is
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
@@ -143,8 +151,7 @@ def write(model: Transformer, folder: Path) -> None:
                 theirs = f"model.layers.{layer}.{LAYER_NAMES[inside]}"
                 tensors[theirs] = np.ascontiguousarray(_to_theirs(inside, value[layer]))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    vocab_size = model.embed.shape[0]
-    (folder / "config.json").write_text(json.dumps(write_config(model.config, vocab_size), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _rope_scaling(rope: dict[str, Any]) -> tuple[float, ...]:

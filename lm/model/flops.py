@@ -32,13 +32,15 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> float:
     """Of one forward pass, for a token of a row of `length` tokens.
 
-    Two for each weight of a matrix product; a query is multiplied with the (length + 1) / 2 keys that a causal mask
-    shows it on average, and so are the values. Nothing else is counted. Source: PaLM, arXiv 2204.02311, appendix B,
-    but for the causal half.
+    Two for each weight of a matrix product; a query is multiplied with the keys that a causal mask, and the model's
+    window, show it on average, (length + 1) / 2 without a window, and so are the values. Nothing else is counted.
+    Source: PaLM, arXiv 2204.02311, appendix B, but for the causal half.
     """
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     weights = config.embed_dim * (2 * heads + 2 * kv_heads + 3 * config.mlp_dim)
-    attention = 2 * 2 * heads * (length + 1) / 2
+    window = min(config.window or length, length)
+    seen = (window * (window + 1) / 2 + (length - window) * window) / length
+    attention = 2 * 2 * heads * seen
     return config.num_layers * (2 * weights + attention) + 2 * config.embed_dim * vocab_size
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lm.parallel.rules import device_kind, spec, split_ways, ways
 
+COMPUTED = 512  # most keys of a block that are worked on at a time
 LANES = 128  # the width of a TPU's vector: blocks and the head are multiples of it
 
 
@@ -111,8 +112,8 @@ def _kernel(shape: tuple[int, int], parts: int, blocks: Blocks, window: int, sof
     q, q_backward = (block_size(length // parts, size) for size in (blocks.q, blocks.q_backward))
     kv, kv_backward = (block_size(length, size) for size in (blocks.kv, blocks.kv_backward))
     sizes = splash_attention.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=min(kv, 512),
-        block_q_dkv=q_backward, block_kv_dkv=kv_backward, block_kv_dkv_compute=min(kv_backward, 512),
+        block_q=q, block_kv=kv, block_kv_compute=min(kv, COMPUTED),
+        block_q_dkv=q_backward, block_kv_dkv=kv_backward, block_kv_dkv_compute=min(kv_backward, COMPUTED),
         block_q_dq=None, block_kv_dq=None, use_fused_bwd_kernel=True,
     )  # fmt: skip
     return splash_attention.make_splash_mha(

@@ -49,8 +49,6 @@ class OutOfMemory(Exception):
 class Compiled:
     """What the compiler made of a step; bytes and seconds of one device."""
 
-    argument_bytes: int
-    temporary_bytes: int
     peak_bytes: int
     seconds: float  # that tracing, lowering and compiling took
     cpu_seconds: float  # of all processors together
@@ -83,7 +81,7 @@ def compile_step(program: Program) -> Compiled:
     # The state is donated: what the step gives back lies where it came from, but for the metrics.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     compiler = f"libtpu {version('libtpu')}"
-    return Compiled(arguments, temporary, arguments + temporary + own, seconds, cpu_seconds, compiler, text)
+    return Compiled(arguments + temporary + own, seconds, cpu_seconds, compiler, text)
 
 
 def _out_of_memory(words: str) -> OutOfMemory | None:

@@ -91,10 +91,6 @@ class Cost:
         return self.compute_s + self.kernel_s + self.unpriced_s
 
     @property
-    def serial_s(self) -> float:
-        return self.device_s + self.sync_s
-
-    @property
     def bound_s(self) -> float:
         return max(self.device_s, self.sync_s + self.async_s, self.host_s, self.network_s)
 

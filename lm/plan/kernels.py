@@ -18,7 +18,8 @@ KERNEL_EFFICIENCY = 0.5  # part of the peak that attention kernels reach; an ass
 def splash_flops(name: str, arrays: Sequence[Sequence[int]], notes: str, fused_backward: bool) -> float:
     """FLOPs of one call of a splash-attention kernel with a causal mask, on its device; 0 of any other kernel.
 
-    Counted as executed: every block that has a pair on or below the diagonal, whole.
+    Counted as executed: every block that has a pair on or below the diagonal, whole; a window is not known here, so
+    that a kernel with one is counted as if it had none.
 
     Args:
         arrays: sizes of the operands of floating point, queries and keys first: [..., T, K].

@@ -16,6 +16,7 @@ from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.sampler import generate
 from lm.types import Batch
+from tests.helpers import tiny_model
 
 
 def families(golden: Path) -> list[Path]:
@@ -122,6 +123,12 @@ def test_round_trip_is_identical(tmp_path, changes):
     assert again.config == config
     for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("changes", [{"window": 8}, {"softcap": 30.0}])
+def test_what_no_family_has_is_not_written_as_if_it_were_not_there(changes, tmp_path):
+    with pytest.raises(UserError, match=f"model.{next(iter(changes))} is .*no family here has it: llama, qwen3"):
+        hf.write(tiny_model(**changes), tmp_path)
 
 
 def test_unknown_family_and_missing_tensor_are_said(tmp_path):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lm.experiment import Model
+from lm.model.attention import visible
 from lm.model.flops import forward_flops_per_token, peak_flops, update_flops_per_token
 from lm.model.transformer import Transformer
 from tests.helpers import TINY
@@ -32,6 +33,19 @@ def test_an_update_is_three_passes_and_one_of_the_reference():
     once = forward_flops_per_token(TINY, VOCAB, 16)
     assert update_flops_per_token(TINY, VOCAB, 16, reference=False) == 3 * once
     assert update_flops_per_token(TINY, VOCAB, 16, reference=True) == 4 * once
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 40])
+def test_a_query_is_counted_with_the_keys_that_the_mask_shows_it(window):
+    length = 16
+    places = jnp.arange(length)[None]
+    pairs = int(visible(places, places, places * 0, places * 0, window).sum())
+    without = forward_flops_per_token(
+        dataclasses.replace(TINY, num_heads=0, num_kv_heads=TINY.num_kv_heads), VOCAB, length
+    )
+    weights = TINY.num_layers * 2 * 2 * TINY.embed_dim * TINY.num_heads * TINY.head_dim
+    found = forward_flops_per_token(dataclasses.replace(TINY, window=window), VOCAB, length) - without - weights
+    assert found == pytest.approx(TINY.num_layers * 4 * TINY.num_heads * TINY.head_dim * pairs / length)
 
 
 def test_more_of_anything_costs_more():
