@@ -395,8 +395,11 @@ def load(name: str) -> Experiment:
     if path.suffix != ".py":
         path = Path("experiments", *name.removeprefix("experiments.").split(".")).with_suffix(".py")
     if not path.is_file():
-        near = sorted(p.stem for p in Path("experiments").glob("*.py")) if Path("experiments").is_dir() else []
-        raise UserError(f"no experiment file {path}; experiments/ here has: {', '.join(near) or 'nothing'}")
+        here = (p.relative_to("experiments").with_suffix("").parts for p in Path("experiments").rglob("*.py"))
+        names = sorted(map(".".join, here))
+        raise UserError(
+            f"no experiment file {path}{_nearest(name, names)}; experiments/ here has: {', '.join(names) or 'nothing'}"
+        )
     experiment = runpy.run_path(str(path)).get("experiment")
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} defines no `experiment` (a value of lm.experiment.Experiment)")
