@@ -8,17 +8,21 @@ Where the mesh splits the tokens of a row (`context`), every device keeps its qu
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as named
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from lm.model import splash_backward
+from lm.model.splash_backward import LANES, Shown, Tiles
 from lm.parallel.rules import device_kind, spec, split_ways, ways
 
 COMPUTED = 512  # most keys of a block that are worked on at a time
-LANES = 128  # the width of a TPU's vector: blocks and the head are multiples of it
 
 
 class Blocks(NamedTuple):
@@ -72,23 +76,33 @@ def splash(
     mesh = jax.sharding.get_abstract_mesh()
     length, parts = q.shape[2], split_ways(q.shape[2], "length")
     heads = q.shape[1] // split_ways(q.shape[1], "heads")
-    kernel = _kernel((heads, length), parts, sizes, window, softcap, interpret)
+    kept = splash_backward.fits(length // parts, length, q.shape[-1])
+    kernel = _kernel((heads, length), parts, sizes, window, softcap, interpret, kept)
+    attend = _attend
+    if kept:
+        tiles = Tiles(block_size(length // parts, sizes.q_backward), *_keys_of(length, sizes.kv_backward))
+        attend = functools.partial(_attend_with_own_gradients, tiles, Shown(window, softcap), interpret)
     q = q / math.sqrt(q.shape[-1])
     if mesh.empty:
-        return _attend(kernel, q, k, v, segments, segments)
+        return attend(kernel, q, k, v, segments, segments, jnp.zeros(1, jnp.int32))
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
     queries = spec(("batch", "heads", "length", None))
     keys, rows = spec(("batch", "kv_heads", None, None)), spec(("batch", None))
-    by_place = NamedSharding(mesh, PartitionSpec(None, *spec(("length",))))  # the mask's part for a device's queries
+    axis = spec(("length",))
+    by_place = NamedSharding(mesh, PartitionSpec(None, *axis))  # the mask's part for a device's queries
+    places = jnp.arange(parts, dtype=jnp.int32) * (length // parts)  # of the first query of each part
     return jax.shard_map(
-        _attend,
-        in_specs=(kernel.manual_sharding_spec(by_place), queries, keys, keys, spec(("batch", "length")), rows),
+        attend,
+        in_specs=(kernel.manual_sharding_spec(by_place), queries, keys, keys, spec(("batch", "length")), rows, axis),
         out_specs=queries,
         check_vma=False,
-    )(kernel, q, k, v, segments, segments)
+    )(kernel, q, k, v, segments, segments, places)
 
 
-def _attend(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
+def _attend(
+    kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, place: Array
+) -> Array | tuple[Array, tuple[Array]]:
+    """The kernel's result for each row; where it was made for that, with the logarithm of every query's sum."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     def row(q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
@@ -97,8 +111,43 @@ def _attend(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segm
     return jax.vmap(row)(q, k, v, q_segments, k_segments)
 
 
-def _kernel(shape: tuple[int, int], parts: int, blocks: Blocks, window: int, softcap: float, interpret: bool) -> Any:
-    """The causal kernel for one device's heads over rows, (H, T), its mask cut into `parts` along the queries."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend_with_own_gradients(tiles: Tiles, shown: Shown, interpret: bool, *inputs: Any) -> Array:
+    return _attend(*inputs)[0]
+
+
+def _forward(tiles: Tiles, shown: Shown, interpret: bool, *inputs: Any) -> tuple[Array, tuple]:
+    out, (logsumexp,) = _attend(*inputs)
+    out, logsumexp = named(out, "attention"), named(logsumexp, "attention")
+    return out, (*inputs[1:], out, logsumexp)
+
+
+def _backward(tiles: Tiles, shown: Shown, interpret: bool, kept: tuple, d_out: Array) -> tuple:
+    q, k, v, q_segments, k_segments, place, out, logsumexp = kept
+    delta = jnp.einsum("bhtk,bhtk->bht", out, d_out, preferred_element_type=jnp.float32)
+    found = splash_backward.gradients(
+        q, k, v, (q_segments, k_segments), place, logsumexp, delta, d_out, tiles, shown, interpret
+    )
+    return None, *found, None, None, None
+
+
+_attend_with_own_gradients.defvjp(_forward, _backward)
+
+
+def _keys_of(length: int, largest: int) -> tuple[int, int]:
+    """Keys of a block, and those worked on at a time."""
+    kv = block_size(length, largest)
+    return kv, min(kv, COMPUTED)
+
+
+def _kernel(
+    shape: tuple[int, int], parts: int, blocks: Blocks, window: int, softcap: float, interpret: bool, forward: bool
+) -> Any:
+    """The causal kernel for one device's heads over rows, (H, T), its mask cut into `parts` along the queries.
+
+    Args:
+        forward: it gives no gradients, but what they need: (result, (logarithm of every query's sum,)).
+    """
     # Imported where it is used: it takes a second, and no CPU run needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_attention
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -110,13 +159,16 @@ def _kernel(shape: tuple[int, int], parts: int, blocks: Blocks, window: int, sof
     else:
         mask = masks.CausalMask((length, length), shard_count=parts)
     q, q_backward = (block_size(length // parts, size) for size in (blocks.q, blocks.q_backward))
-    kv, kv_backward = (block_size(length, size) for size in (blocks.kv, blocks.kv_backward))
+    (kv, compute), (kv_backward, compute_backward) = (
+        _keys_of(length, size) for size in (blocks.kv, blocks.kv_backward)
+    )
     sizes = splash_attention.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=min(kv, COMPUTED),
-        block_q_dkv=q_backward, block_kv_dkv=kv_backward, block_kv_dkv_compute=min(kv_backward, COMPUTED),
+        block_q=q, block_kv=kv, block_kv_compute=compute,
+        block_q_dkv=q_backward, block_kv_dkv=kv_backward, block_kv_dkv_compute=compute_backward,
         block_q_dq=None, block_kv_dq=None, use_fused_bwd_kernel=True,
     )  # fmt: skip
     return splash_attention.make_splash_mha(
         masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=parts, block_sizes=sizes,
         attn_logits_soft_cap=softcap or None, residual_checkpoint_name="attention", interpret=interpret,
+        save_residuals=forward,
     )  # fmt: skip

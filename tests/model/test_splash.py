@@ -49,25 +49,37 @@ def agree(fast, slow):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_packed_rows_and_grouped_heads():
+@pytest.fixture(params=["sums on the chip", "parts in memory"])
+def backward(request, monkeypatch):
+    """Both ways to the gradients: of devices with much and with little vector memory."""
+    monkeypatch.setattr(
+        "lm.model.splash_backward.VECTOR_MEMORY", {"cpu": (128 if request.param == "sums on the chip" else 0) * 2**20}
+    )
+
+
+def test_packed_rows_and_grouped_heads(backward):
     agree(*both(rows=2))
 
 
-def test_a_window_and_squeezed_scores():
+def test_a_window_and_squeezed_scores(backward):
     agree(*both(rows=2, window=50, softcap=0.7))
 
 
-def test_on_a_mesh_each_device_has_its_rows_and_heads():
+def test_a_window_that_leaves_blocks_out(backward):
+    agree(*both(rows=1, window=20))
+
+
+def test_on_a_mesh_each_device_has_its_rows_and_heads(backward):
     with jax.set_mesh(make_mesh(layout(data=2, fsdp=2, tensor=2))):
         agree(*both(rows=4))
 
 
-def test_devices_that_split_a_row_gather_keys_and_values():
+def test_devices_that_split_a_row_gather_keys_and_values(backward):
     with jax.set_mesh(make_mesh(layout(fsdp=2, context=2, tensor=2))):
         agree(*both(rows=2))
 
 
-def test_a_model_has_the_same_logits_and_gradients_with_it(monkeypatch):
+def test_a_model_has_the_same_logits_and_gradients_with_it(backward, monkeypatch):
     monkeypatch.setattr("lm.model.splash.splash", functools.partial(splash, interpret=True))
     positions, segments = packed(2)
     tokens = jax.random.randint(jax.random.key(1), positions.shape, 0, 64)
