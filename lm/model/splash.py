@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
     kv_backward: int
 
 
-BLOCKS = {"TPU v5 lite": Blocks(512, 512, 512, 1024), "TPU v5": Blocks(1024, 1024, 1024, 1024)}
+BLOCKS = {"TPU v5 lite": Blocks(512, 512, 512, 512), "TPU v5": Blocks(1024, 1024, 1024, 1024)}
 """The best found for a chip, by jax's name of it, by the compiler's estimate; others take v5's."""
 
 
@@ -99,9 +99,7 @@ def splash(
     )(kernel, q, k, v, segments, segments, places)
 
 
-def _attend(
-    kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, place: Array
-) -> Array | tuple[Array, tuple[Array]]:
+def _attend(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, place: Array) -> Any:
     """The kernel's result for each row; where it was made for that, with the logarithm of every query's sum."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
