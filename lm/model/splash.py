@@ -1,7 +1,8 @@
-"""Attention on TPUs by JAX's Pallas kernel: blocks of queries and keys, softmax on the way, no [T, T] array in memory.
+"""Attention on TPUs by Pallas kernels: blocks of queries and keys, softmax on the way, no [T, T] array in memory.
 
-The kernel knows a causal mask by place and segment ids, which is what packed rows need: inside a segment positions
-rise with the place. Source: FlashAttention-2, arXiv 2307.08691; the kernel is jax.experimental.pallas.ops.tpu.
+The kernels know a causal mask by place and segment ids, which is what packed rows need: inside a segment positions rise
+with the place. They are in lm/model/splash_kernels.py; here is what surrounds them: block sizes, devices, gradients.
+Source: FlashAttention-2, arXiv 2307.08691.
 
 Where the mesh splits the tokens of a row (`context`), every device keeps its queries and gathers all keys and values.
 """
@@ -9,17 +10,16 @@ Where the mesh splits the tokens of a row (`context`), every device keeps its qu
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as named
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lm.model import splash_backward
-from lm.model.splash_backward import LANES, Shown, Tiles
+from lm.model.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
 from lm.parallel.rules import device_kind, spec, split_ways, ways
 
 COMPUTED = 512  # most keys of a block that are worked on at a time
@@ -34,8 +34,17 @@ class Blocks(NamedTuple):
     kv_backward: int
 
 
-BLOCKS = {"TPU v5 lite": Blocks(512, 512, 512, 512), "TPU v5": Blocks(1024, 1024, 1024, 1024)}
-"""The best found for a chip, by jax's name of it, by the compiler's estimate; others take v5's."""
+BLOCKS = {"TPU v5": Blocks(1024, 1024, 1024, 1024), "TPU v6 lite": Blocks(1024, 1024, 1024, 1024)}
+"""The best found for a chip, by jax's name of it, by the compiler's estimate; others take blocks of 512."""
+
+
+class How(NamedTuple):
+    """What the kernels are made for: tiles of the forward and of the backward kernel, and what is shown."""
+
+    tiles: Tiles
+    backward_tiles: Tiles
+    shown: Shown
+    interpret: bool
 
 
 def fits(rows: int, length: int, head_dim: int) -> bool:
@@ -70,103 +79,69 @@ def splash(
     Args:
         blocks: as `Blocks`; empty: what suits the chip.
         window, softcap: as in `lm.model.attention`.
-        interpret: run the kernel as ordinary operations, on any device; slow, for tests.
+        interpret: run the kernels as ordinary operations, on any device; slow, for tests.
     """
-    sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), BLOCKS["TPU v5"])
-    mesh = jax.sharding.get_abstract_mesh()
-    length, parts = q.shape[2], split_ways(q.shape[2], "length")
-    heads = q.shape[1] // split_ways(q.shape[1], "heads")
-    kept = splash_backward.fits(length // parts, length, q.shape[-1])
-    kernel = _kernel((heads, length), parts, sizes, window, softcap, interpret, kept)
-    attend = _attend
-    if kept:
-        tiles = Tiles(block_size(length // parts, sizes.q_backward), *_keys_of(length, sizes.kv_backward))
-        attend = functools.partial(_attend_with_own_gradients, tiles, Shown(window, softcap), interpret)
+    sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), Blocks(512, 512, 512, 512))
+    parts = split_ways(q.shape[2], "length")
+    part = q.shape[2] // parts  # queries of a device
+    how = How(
+        _tiles(part, q.shape[2], sizes[:2]), _tiles(part, q.shape[2], sizes[2:]), Shown(window, softcap), interpret
+    )
     q = q / math.sqrt(q.shape[-1])
-    if mesh.empty:
-        return attend(kernel, q, k, v, segments, segments, jnp.zeros(1, jnp.int32))
+    ahead = jnp.arange(parts, dtype=jnp.int32) * part
+    if jax.sharding.get_abstract_mesh().empty:
+        return _attend(how, q, k, v, Sides(segments, segments, ahead))
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
     queries = spec(("batch", "heads", "length", None))
-    keys, rows = spec(("batch", "kv_heads", None, None)), spec(("batch", None))
-    axis = spec(("length",))
-    by_place = NamedSharding(mesh, PartitionSpec(None, *axis))  # the mask's part for a device's queries
-    places = jnp.arange(parts, dtype=jnp.int32) * (length // parts)  # of the first query of each part
+    keys = spec(("batch", "kv_heads", None, None))
+    sides: Any = Sides(*(spec(names) for names in (("batch", "length"), ("batch", None), ("length",))))
     return jax.shard_map(
-        attend,
-        in_specs=(kernel.manual_sharding_spec(by_place), queries, keys, keys, spec(("batch", "length")), rows, axis),
-        out_specs=queries,
-        check_vma=False,
-    )(kernel, q, k, v, segments, segments, places)
+        functools.partial(_attend, how), in_specs=(queries, keys, keys, sides), out_specs=queries, check_vma=False
+    )(q, k, v, Sides(segments, segments, ahead))
 
 
-def _attend(kernel: Any, q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, place: Array) -> Any:
-    """The kernel's result for each row; where it was made for that, with the logarithm of every query's sum."""
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
-
-    def row(q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> Array:
-        return kernel(q, k, v, SegmentIds(q_segments, k_segments))
-
-    return jax.vmap(row)(q, k, v, q_segments, k_segments)
+def _tiles(queries: int, keys: int, largest: tuple[int, ...]) -> Tiles:
+    kv = block_size(keys, largest[1])
+    return Tiles(block_size(queries, largest[0]), kv, block_size(kv, COMPUTED))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend_with_own_gradients(tiles: Tiles, shown: Shown, interpret: bool, *inputs: Any) -> Array:
-    return _attend(*inputs)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: How, q: Array, k: Array, v: Array, sides: Sides) -> Array:
+    return attention(q, k, v, sides, how.tiles, how.shown, how.interpret)[0]
 
 
-def _forward(tiles: Tiles, shown: Shown, interpret: bool, *inputs: Any) -> tuple[Array, tuple]:
-    out, (logsumexp,) = _attend(*inputs)
+def _forward(how: How, q: Array, k: Array, v: Array, sides: Sides) -> tuple[Array, tuple]:
+    out, logsumexp = attention(q, k, v, sides, how.tiles, how.shown, how.interpret)
     out, logsumexp = named(out, "attention"), named(logsumexp, "attention")
-    return out, (*inputs[1:], out, logsumexp)
+    return out, (q, k, v, sides, out, logsumexp)
 
 
-def _backward(tiles: Tiles, shown: Shown, interpret: bool, kept: tuple, d_out: Array) -> tuple:
-    q, k, v, q_segments, k_segments, place, out, logsumexp = kept
+def _backward(how: How, kept: tuple, d_out: Array) -> tuple:
+    q, k, v, sides, out, logsumexp = kept
     delta = jnp.einsum("bhtk,bhtk->bht", out, d_out, preferred_element_type=jnp.float32)
-    found = splash_backward.gradients(
-        q, k, v, (q_segments, k_segments), place, logsumexp, delta, d_out, tiles, shown, interpret
-    )
-    return None, *found, None, None, None
+    queries = _pieces(q.shape[2], how.backward_tiles.q, longest(q.shape[-1]))
+    keys = _pieces(k.shape[2], how.backward_tiles.kv, longest(q.shape[-1]))
+    found = {}
+    for here, there in itertools.product(queries, keys):
+        part = Sides(sides.q_segments[:, here], sides.k_segments[:, there], sides.ahead + here.start - there.start)
+        found[here.start, there.start] = gradients(
+            q[:, :, here], k[:, :, there], v[:, :, there], part, logsumexp[:, :, here], delta[:, :, here],
+            d_out[:, :, here], how.backward_tiles, how.shown, how.interpret,
+        )  # fmt: skip
+    dq = [_sum([found[here.start, there.start][0] for there in keys]) for here in queries]
+    dk, dv = ([_sum([found[here.start, there.start][x] for here in queries]) for there in keys] for x in (1, 2))
+    return *(jnp.concatenate(parts, axis=2) for parts in (dq, dk, dv)), None
 
 
-_attend_with_own_gradients.defvjp(_forward, _backward)
+def _pieces(length: int, tile: int, longest: int) -> list[slice]:
+    """The fewest equal pieces of a row that are whole tiles and not too long."""
+    size = max(size for size in range(tile, max(longest, tile) + 1, tile) if length % size == 0)
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
-def _keys_of(length: int, largest: int) -> tuple[int, int]:
-    """Keys of a block, and those worked on at a time."""
-    kv = block_size(length, largest)
-    return kv, min(kv, COMPUTED)
+def _sum(parts: list[Array]) -> Array:
+    """The sum in float32, in the parts' own type."""
+    return sum((part.astype(jnp.float32) for part in parts[1:]), parts[0].astype(jnp.float32)).astype(parts[0].dtype)
 
 
-def _kernel(
-    shape: tuple[int, int], parts: int, blocks: Blocks, window: int, softcap: float, interpret: bool, forward: bool
-) -> Any:
-    """The causal kernel for one device's heads over rows, (H, T), its mask cut into `parts` along the queries.
-
-    Args:
-        forward: it gives no gradients, but what they need: (result, (logarithm of every query's sum,)).
-    """
-    # Imported where it is used: it takes a second, and no CPU run needs it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_attention
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    heads, length = shape
-    mask: masks.Mask
-    if window:
-        mask = masks.LocalMask((length, length), (window - 1, 0), offset=0, shard_count=parts)
-    else:
-        mask = masks.CausalMask((length, length), shard_count=parts)
-    q, q_backward = (block_size(length // parts, size) for size in (blocks.q, blocks.q_backward))
-    (kv, compute), (kv_backward, compute_backward) = (
-        _keys_of(length, size) for size in (blocks.kv, blocks.kv_backward)
-    )
-    sizes = splash_attention.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=compute,
-        block_q_dkv=q_backward, block_kv_dkv=kv_backward, block_kv_dkv_compute=compute_backward,
-        block_q_dq=None, block_kv_dq=None, use_fused_bwd_kernel=True,
-    )  # fmt: skip
-    return splash_attention.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=parts, block_sizes=sizes,
-        attn_logits_soft_cap=softcap or None, residual_checkpoint_name="attention", interpret=interpret,
-        save_residuals=forward,
-    )  # fmt: skip
+_attend.defvjp(_forward, _backward)

@@ -49,12 +49,12 @@ def agree(fast, slow):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.fixture(params=["sums on the chip", "parts in memory"])
+@pytest.fixture(params=["a whole row", "pieces of a row"])
 def backward(request, monkeypatch):
-    """Both ways to the gradients: of devices with much and with little vector memory."""
-    monkeypatch.setattr(
-        "lm.model.splash_backward.VECTOR_MEMORY", {"cpu": (128 if request.param == "sums on the chip" else 0) * 2**20}
-    )
+    """Both ways to the gradients: of devices whose vector memory holds the sums of a row, and of others."""
+    row = 3 * LENGTH * WIDTH * 4
+    memory = {"cpu": 2 * row if request.param == "a whole row" else row}
+    monkeypatch.setattr("lm.model.splash_kernels.VECTOR_MEMORY", memory)
 
 
 def test_packed_rows_and_grouped_heads(backward):

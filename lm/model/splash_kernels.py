@@ -1,0 +1,315 @@
+"""Two Pallas kernels for TPUs: causal attention block by block, and its gradients with their sums kept on the chip.
+
+Scores stand with the keys along the first axis, so that what belongs to a query (maximum, sum, δ) is a row of a vector
+register. Blocks that show nothing to each other are neither fetched nor computed. With s the scaled scores,
+
+    out = softmax(s)·v,  p = exp(s - logsumexp),  δ = Σ out·d_out
+    dv = pᵀ·d_out    ds = p ∘ (d_out·vᵀ - δ)    dk = dsᵀ·q    dq = ds·k
+
+All three sums of a head's gradients stay in the vector memory, float32, until they are whole: a part of dq for every
+block of keys, added up later, costs memory and time that grow with the square of the row.
+Source: FlashAttention-2, arXiv 2307.08691, sec. 3.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from lm.parallel.rules import device_kind
+
+LANES = 128  # the width of a TPU's vector
+MASKED = -1e30
+
+MIB = 2**20
+VECTOR_MEMORY = {"TPU v5 lite": 128 * MIB, "TPU v5": 64 * MIB, "TPU v6 lite": 128 * MIB, "TPU7x": 64 * MIB}
+"""Bytes of a core's vector memory, by jax's name of the chip; 16 MiB on all others. Half is for a head's sums."""
+WORK = 24 * MIB  # the most of the other half that blocks that come and go, and what is computed of them, may take
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a block, and keys that are worked on at a time."""
+
+    q: int
+    kv: int
+    compute: int
+
+
+class Shown(NamedTuple):
+    """What queries are shown: see `lm.model.attention`."""
+
+    window: int
+    softcap: float
+
+
+class Sides(NamedTuple):
+    """Segments of the queries and of the keys, and how far behind the first key the first query stands."""
+
+    q_segments: Int[Array, "B T"]
+    k_segments: Int[Array, "B S"]
+    ahead: Int[Array, "1"]
+
+
+def longest(head_dim: int) -> int:
+    """Most queries and keys whose three gradients' sums fit into the vector memory of the devices."""
+    return _vector_memory() // 2 // (3 * head_dim * 4)
+
+
+def _vector_memory() -> int:
+    return VECTOR_MEMORY.get(device_kind(), 16 * MIB)
+
+
+def attention(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B N S K"],
+    v: Float[Array, "B N S K"],
+    sides: Sides,
+    tiles: Tiles,
+    shown: Shown,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T"]]:
+    """(softmax(s)·v, log Σ exp s) of queries that are scaled already; every query must be shown a key."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    (b, h, t, d), (n, s) = q.shape, k.shape[1:3]
+    group, grid = h // n, (b, h, t // tiles.q, s // tiles.kv)
+
+    def near(i: Array, j: Array, ahead: Array) -> Array:
+        """The block of keys to have at hand: one that block i of the queries is shown."""
+        first, last = _keys_for(i, tiles, shown, ahead[0])
+        return jnp.clip(j, first, jnp.minimum(last, grid[3] - 1))
+
+    of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, h, i, j, a: (b, h, i, 0))
+    of_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, h, i, j, a: (b, h // group, near(i, j, a), 0))
+    number = pl.BlockSpec((None, None, 1, tiles.q), lambda b, h, i, j, a: (b, h, 0, i))
+    call = _call(
+        functools.partial(_attention_kernel, tiles=tiles, shown=shown, last_j=grid[3] - 1),
+        grid, parallel=3,
+        in_specs=[
+            of_queries, of_keys, of_keys,
+            pl.BlockSpec((None, 1, tiles.q), lambda b, h, i, j, a: (b, 0, i)),
+            pl.BlockSpec((None, tiles.kv, LANES), lambda b, h, i, j, a: (b, near(i, j, a), 0)),
+        ],
+        out_specs=[of_queries, number],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((rows, tiles.q), jnp.float32) for rows in (1, 1, d)],
+        name="splash_mha_fwd", tiles=tiles, sums=0, interpret=interpret,
+    )  # fmt: skip
+    out, logsumexp = call(sides.ahead, q, k, v, *_segments(sides))
+    return out, logsumexp[:, :, 0]
+
+
+def gradients(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B N S K"],
+    v: Float[Array, "B N S K"],
+    sides: Sides,
+    logsumexp: Float[Array, "B H T"],
+    delta: Float[Array, "B H T"],
+    d_out: Float[Array, "B H T K"],
+    tiles: Tiles,
+    shown: Shown,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B H T K"], Float[Array, "B N S K"], Float[Array, "B N S K"]]:
+    """(dq, dk, dv) of `attention`.
+
+    Args:
+        delta: Σ out·d_out of every query, float32.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    (b, h, t, d), (n, s) = q.shape, k.shape[1:3]
+    group = h // n
+    grid = (b, n, group, s // tiles.kv, t // tiles.q)
+    last_g, last_j, last_i = (size - 1 for size in grid[2:])
+
+    def near(j: Array, i: Array, ahead: Array) -> Array:
+        """The block of queries to have at hand: one that is shown keys of block j."""
+        first, last = _queries_for(j, tiles, shown, ahead[0])
+        return jnp.clip(jnp.clip(i, first, last), 0, last_i)
+
+    of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, n, g, j, i, a: (b, n * group + g, near(j, i, a), 0))
+    of_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, n, g, j, i, a: (b, n, j, 0))
+    number = pl.BlockSpec((None, None, 1, tiles.q), lambda b, n, g, j, i, a: (b, n * group + g, 0, near(j, i, a)))
+    # A block of a result leaves the chip when the next one begins: until its turn comes, all claim to be the first.
+    to_queries = pl.BlockSpec(
+        (None, None, tiles.q, d), lambda b, n, g, j, i, a: (b, n * group + g, jnp.where(j == last_j, i, 0), 0)
+    )
+    to_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, n, g, j, i, a: (b, n, jnp.where(g == last_g, j, 0), 0))
+    call = _call(
+        functools.partial(_gradients_kernel, tiles=tiles, shown=shown, last=(last_g, last_j, last_i)),
+        grid, parallel=2,
+        in_specs=[
+            of_queries, of_keys, of_keys,
+            pl.BlockSpec((None, 1, tiles.q), lambda b, n, g, j, i, a: (b, 0, near(j, i, a))),
+            pl.BlockSpec((None, tiles.kv, LANES), lambda b, n, g, j, i, a: (b, j, 0)),
+            number, number, of_queries,
+        ],
+        out_specs=[to_queries, to_keys, to_keys],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+        scratch_shapes=[pltpu.VMEM((size, d), jnp.float32) for size in (t, s, s)],
+        name="splash_mha_dkv", tiles=tiles, sums=(t + 2 * s) * d * 4, interpret=interpret,
+    )  # fmt: skip
+    return call(sides.ahead, q, k, v, *_segments(sides), logsumexp[:, :, None], delta[:, :, None], d_out)
+
+
+def _call(
+    kernel: Any, grid: tuple[int, ...], parallel: int, *, in_specs: list, out_specs: list, out_shape: list,
+    scratch_shapes: list, name: str, tiles: Tiles, sums: int, interpret: bool,
+) -> Any:  # fmt: skip
+    """A kernel over a grid, the first `parallel` axes of which are independent; its first input is a number.
+
+    Args:
+        sums: bytes of the vector memory for the scratch.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    # Estimators know attention kernels by their names, and their blocks by this.
+    suffix = "_dkv" if name.endswith("_dkv") else ""
+    sizes = {f"block_q{suffix}": tiles.q, f"block_kv{suffix}": tiles.kv, f"block_kv{suffix}_compute": tiles.compute}
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch_shapes
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            vmem_limit_bytes=sums + min(WORK, _vector_memory() // 2),
+        ),
+        name=name,
+        interpret=interpret,
+        metadata={"xprof_metadata": json.dumps(sizes)},
+    )
+
+
+def _segments(sides: Sides) -> tuple[Int[Array, "B 1 T"], Int[Array, "B S lanes"]]:
+    """Segments as the blocks need them: a query's along a row, a key's along a column."""
+    b, s = sides.k_segments.shape
+    return sides.q_segments[:, None], jnp.broadcast_to(sides.k_segments[:, :, None], (b, s, LANES))
+
+
+def _keys_for(i: Array, tiles: Tiles, shown: Shown, ahead: Array) -> tuple[Array, Array]:
+    """The first and the last block of keys that block i of the queries is shown; the last may lie outside the row."""
+    start = ahead + i * tiles.q
+    first = lax.div(jnp.maximum(start - shown.window + 1, 0), tiles.kv) if shown.window else jnp.int32(0)
+    return first, _div(start + tiles.q - 1, tiles.kv)
+
+
+def _queries_for(j: Array, tiles: Tiles, shown: Shown, ahead: Array) -> tuple[Array, Array]:
+    """The first and the last block of queries that are shown keys of block j; both may lie outside the row."""
+    start = j * tiles.kv - ahead
+    last = _div(start + tiles.kv - 1 + shown.window - 1, tiles.q) if shown.window else jnp.int32(2**30)
+    return _div(jnp.maximum(start, 0), tiles.q), last
+
+
+def _div(x: Array, size: int) -> Array:
+    """x // size; -1 of anything below 0."""
+    return jnp.where(x < 0, -1, lax.div(x, size))
+
+
+def _attention_kernel(
+    ahead, q, k, v, q_segments, k_segments, out, logsumexp, largest, total, sums, *, tiles, shown, last_j
+):  # fmt: skip
+    """One block of queries of one head against one block of keys."""
+    from jax.experimental import pallas as pl
+
+    i, j = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(j == 0)
+    def _begin():
+        largest[...], total[...] = jnp.full_like(largest, MASKED), jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+
+    first, last = _keys_for(i, tiles, shown, ahead[0])
+
+    @pl.when((first <= j) & (j <= last))
+    def _work():
+        for start in range(0, tiles.kv, tiles.compute):
+            here = pl.ds(start, tiles.compute)
+            places = ahead[0] + i * tiles.q, j * tiles.kv + start
+            scores, _ = _scores(q[...], k[here, :], (q_segments[...], k_segments[here, :1]), places, shown)
+            new = jnp.maximum(largest[...], scores.max(0, keepdims=True))
+            p, rescale = jnp.exp(scores - new), jnp.exp(largest[...] - new)
+            largest[...], total[...] = new, total[...] * rescale + p.sum(0, keepdims=True)
+            sums[...] = sums[...] * rescale + _product(v[here, :], p.astype(v.dtype), (0, 0))
+
+    @pl.when(j == last_j)
+    def _end():
+        out[...] = (sums[...] / total[...]).T.astype(out.dtype)
+        logsumexp[...] = largest[...] + jnp.log(total[...])
+
+
+def _gradients_kernel(
+    ahead, q, k, v, q_segments, k_segments, logsumexp, delta, d_out, dq, dk, dv, sum_q, sum_k, sum_v, *, tiles, shown, last
+):  # fmt: skip
+    """One block of queries of one head against one block of keys."""
+    from jax.experimental import pallas as pl
+
+    g, j, i = (pl.program_id(axis) for axis in (2, 3, 4))
+    of_queries = pl.ds(i * tiles.q, tiles.q)
+
+    @pl.when((j == 0) & (i == 0))
+    def _a_head_begins():
+        sum_q[...] = jnp.zeros_like(sum_q)
+
+    @pl.when((g == 0) & (j == 0) & (i == 0))
+    def _a_group_begins():
+        sum_k[...], sum_v[...] = jnp.zeros_like(sum_k), jnp.zeros_like(sum_v)
+
+    low, high = _queries_for(j, tiles, shown, ahead[0])
+
+    @pl.when((low <= i) & (i <= high))
+    def _work():
+        for start in range(0, tiles.kv, tiles.compute):
+            here, there = pl.ds(start, tiles.compute), pl.ds(j * tiles.kv + start, tiles.compute)
+            places = ahead[0] + i * tiles.q, j * tiles.kv + start
+            scores, slope = _scores(q[...], k[here, :], (q_segments[...], k_segments[here, :1]), places, shown)
+            p = jnp.exp(scores - logsumexp[...])
+            ds = p * (_product(v[here, :], d_out[...], (1, 1)) - delta[...]) * slope
+            sum_v[there, :] += _product(p.astype(d_out.dtype), d_out[...], (1, 0))
+            sum_k[there, :] += _product(ds.astype(q.dtype), q[...], (1, 0))
+            sum_q[of_queries, :] += _product(ds.astype(k.dtype), k[here, :], (0, 0))
+
+    @pl.when(j == last[1])
+    def _queries_are_whole():
+        dq[...] = sum_q[of_queries, :].astype(dq.dtype)
+
+    @pl.when((g == last[0]) & (i == last[2]))
+    def _keys_are_whole():
+        of_keys = pl.ds(j * tiles.kv, tiles.kv)
+        dk[...], dv[...] = sum_k[of_keys, :].astype(dk.dtype), sum_v[of_keys, :].astype(dv.dtype)
+
+
+def _scores(q, k, segments, places, shown: Shown):
+    """(scores [k, q] with what is not shown masked, their slope by the product).
+
+    Args:
+        segments: of the queries, a row, and of the keys, a column.
+        places: of the first query and of the first key.
+    """
+    scores = _product(k, q, (1, 1))
+    slope: Array | float = 1.0
+    if shown.softcap:
+        squeezed = jnp.tanh(scores / shown.softcap)
+        scores, slope = shown.softcap * squeezed, 1 - squeezed * squeezed
+    of_query = places[0] + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    back = of_query - places[1] - lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    mask = (segments[0] == segments[1]) & (back >= 0)
+    if shown.window:
+        mask &= back < shown.window
+    return jnp.where(mask, scores, MASKED), slope
+
+
+def _product(left: Array, right: Array, over: tuple[int, int]) -> Array:
+    """left·right over these axes, the sum in float32."""
+    return lax.dot_general(left, right, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
