@@ -94,9 +94,12 @@ def splash(
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
     queries = spec(("batch", "heads", "length", None))
     keys = spec(("batch", "kv_heads", None, None))
-    sides: Any = Sides(*(spec(names) for names in (("batch", "length"), ("batch", None), ("length",))))
+    sides: Any = [spec(names) for names in (("batch", "length"), ("batch", None), ("length",))]
     return jax.shard_map(
-        functools.partial(_attend, how), in_specs=(queries, keys, keys, sides), out_specs=queries, check_vma=False
+        functools.partial(_attend, how),
+        in_specs=(queries, keys, keys, Sides(*sides)),
+        out_specs=queries,
+        check_vma=False,
     )(q, k, v, Sides(segments, segments, ahead))
 
 

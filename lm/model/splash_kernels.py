@@ -173,6 +173,7 @@ def _call(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
+    order: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
     # Estimators know attention kernels by their names, and their blocks by this.
     suffix = "_dkv" if name.endswith("_dkv") else ""
     sizes = {f"block_q{suffix}": tiles.q, f"block_kv{suffix}": tiles.kv, f"block_kv{suffix}_compute": tiles.compute}
@@ -183,7 +184,7 @@ def _call(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            dimension_semantics=order,
             vmem_limit_bytes=sums + min(WORK, _vector_memory() // 2),
         ),
         name=name,
