@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import runpy
 import types
 import typing
@@ -180,6 +179,16 @@ class Experiment:
 
 
 OBJECTIVES = {kind.__name__: kind for kind in typing.get_args(Objective)}
+
+
+def rows_per_update(stage: Stage) -> int:
+    """Rows of tokens in one optimizer update, over all devices."""
+    o = stage.objective
+    if isinstance(o, DPO):
+        return 2 * stage.batch_size
+    if isinstance(o, GRPO):
+        return stage.batch_size * o.group_size // o.updates_per_rollout
+    return stage.batch_size
 
 
 # ---- to and from plain JSON values -------------------------------------------------------------------------------
@@ -404,88 +413,3 @@ def load(name: str) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} defines no `experiment` (a value of lm.experiment.Experiment)")
     return experiment
-
-
-def check(experiment: Experiment) -> None:
-    """Everything about an experiment that can be wrong without looking at data or devices.
-
-    Raises:
-        UserError: names the field, its value and what would work.
-    """
-    m = experiment.model
-    names = [stage.name for stage in experiment.stages]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"stages need distinct names, at least one; there are {names}")
-    clash = set(names) & {f.name for f in dataclasses.fields(Experiment)}
-    if clash:
-        raise UserError(f"stage name {clash.pop()!r} is taken by a field of the experiment: choose another")
-    for name, value in flatten(to_dict(experiment)).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name} is {value}; it should be a finite number")
-    for name, value in vars(m).items():
-        least = 0 if name == "window" else 1
-        if type(value) is int and value < least:
-            raise UserError(f"model.{name} is {value}; it should be at least {least}")
-    if len(m.attention_blocks) not in (0, 4) or any(size < 128 or size % 128 for size in m.attention_blocks):
-        raise UserError(f"model.attention_blocks is {m.attention_blocks}; it should be four multiples of 128, or empty")
-    if len(m.rope_scaling) not in (0, 4):
-        raise UserError(f"model.rope_scaling has {len(m.rope_scaling)} numbers; it should have 4, or none")
-    if m.num_heads % m.num_kv_heads:
-        raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
-    if m.head_dim % 2:
-        raise UserError(f"model.head_dim {m.head_dim} is odd; rope turns pairs")
-    sizes = {"model.head_dim": m.head_dim} | {f"{stage.name}.seq_len": stage.seq_len for stage in experiment.stages}
-    for name, size in sizes.items():
-        if m.attention == "splash" and size % 128:
-            raise UserError(f"{name} is {size}; model.attention splash needs a multiple of 128 (auto, plain take any)")
-    known = [item.name for item in experiment.evals]
-    for stage in experiment.stages:
-        _check_stage(stage, m)
-        for name in set(stage.evals) - set(known):
-            raise UserError(
-                f"{stage.name}.evals names {name!r}; the experiment's evals are {', '.join(known) or 'none'}"
-            )
-    for item in experiment.evals:
-        if item.max_new_tokens >= m.max_len:
-            raise UserError(
-                f"evals.{item.name}.max_new_tokens {item.max_new_tokens} leaves no room for a prompt in model.max_len {m.max_len}"
-            )
-
-
-def _check_stage(stage: Stage, model: Model) -> None:
-    for name in ("steps", "batch_size", "seq_len", "microbatches", "save_every"):
-        if getattr(stage, name) < 1:
-            raise UserError(f"{stage.name}.{name} is {getattr(stage, name)}; it should be at least 1")
-    if stage.seq_len > model.max_len:
-        raise UserError(f"{stage.name}.seq_len {stage.seq_len} is longer than model.max_len {model.max_len}")
-    if not stage.sources:
-        raise UserError(f"{stage.name}.sources is empty: name at least one source of data")
-    rows = rows_per_update(stage)
-    if rows % stage.microbatches:
-        raise UserError(f"{stage.name}.microbatches {stage.microbatches} does not divide its {rows} rows")
-    if isinstance(stage.objective, DPO) and not 0 <= stage.objective.label_smoothing < 0.5:
-        raise UserError(
-            f"{stage.name}.objective.label_smoothing is {stage.objective.label_smoothing}; it should be in [0, 0.5)"
-        )
-    if isinstance(stage.objective, GRPO):
-        o = stage.objective
-        if o.group_size < 2:
-            raise UserError(f"{stage.name}.objective.group_size is {o.group_size}; a group needs at least 2 to compare")
-        if o.max_new_tokens >= stage.seq_len:
-            raise UserError(
-                f"{stage.name}.objective.max_new_tokens {o.max_new_tokens} leaves no room for a prompt in {stage.name}.seq_len {stage.seq_len}"
-            )
-        if stage.batch_size * o.group_size % o.updates_per_rollout:
-            raise UserError(
-                f"{stage.name}.objective.updates_per_rollout {o.updates_per_rollout} does not divide its {stage.batch_size * o.group_size} completions"
-            )
-
-
-def rows_per_update(stage: Stage) -> int:
-    """Rows of tokens in one optimizer update, over all devices."""
-    o = stage.objective
-    if isinstance(o, DPO):
-        return 2 * stage.batch_size
-    if isinstance(o, GRPO):
-        return stage.batch_size * o.group_size // o.updates_per_rollout
-    return stage.batch_size

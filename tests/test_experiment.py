@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lm.check import check
 from lm.experiment import (
     DPO,
     GRPO,
@@ -19,7 +20,6 @@ from lm.experiment import (
     Source,
     Stage,
     UserError,
-    check,
     diff,
     flatten,
     from_dict,

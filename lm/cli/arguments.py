@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm import experiment as experiments
+from lm.check import check
 from lm.experiment import Experiment, UserError
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
@@ -24,7 +25,7 @@ def resolve(name: str, overrides: list[str]) -> Experiment:
         UserError: no such experiment or knob, or a value that cannot work.
     """
     experiment = experiments.override(experiments.load(name), overrides)
-    experiments.check(experiment)
+    check(experiment)
     return experiment
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lm.check import check
 from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import check_files
 from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
-from lm.experiment import DPO, Experiment, UserError, check, from_dict, resolve_sources, to_dict
+from lm.experiment import DPO, Experiment, UserError, from_dict, resolve_sources, to_dict
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first, in_first, together
 from lm.parallel.mesh import check_fits, make_mesh

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm.experiment import SFT, Experiment, Mesh, Model, Source, Stage, UserError, check
+from lm.check import check
+from lm.experiment import SFT, Experiment, Mesh, Model, Source, Stage, UserError
 from lm.model.attention import attend, visible
 from lm.model.splash import block_size, fits, splash
 from lm.model.transformer import Transformer
