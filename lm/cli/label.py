@@ -1,16 +1,20 @@
 """Compare answers on a page, and collect preferences.
 
-The answers are rows with `prompt` and `answers` (and `sources`, if they have names), or are sampled from a run:
+The answers are rows with `prompt` and `answers` (and `sources`, if they have
+names), or are sampled from a run:
 
   lm label answers.jsonl
   lm label quickstart --prompts prompts.jsonl --temperature 0.7 1.0
-  lm label quickstart --prompts prompts.jsonl --stage sft preference      # blind: which stage answers better?
+  lm label quickstart --prompts prompts.jsonl --stage sft preference
 
-Choices go to a file beside the answers, each before the page moves on. The same command goes on where it was.
-With --export the choices become rows of `prompt`, `chosen`, `rejected`, which a preference stage trains on.
+The last is blind: which stage answers better? Choices go to a file beside the
+answers, each before the page moves on, and the same command goes on where it
+was. With --export they become rows of `prompt`, `chosen`, `rejected`, which a
+preference stage trains on; ties, both bad and skipped pairs are left out.
 
-The page is for this machine. `--host 0.0.0.0` opens it to others: they need the link that is printed, with its
-token. It is plain HTTP: on a network that you do not trust put it behind something that encrypts."""
+The page is for this machine. `--host 0.0.0.0` opens it to others: they need the
+link that is printed, with its token. It is plain HTTP: on a network that you do
+not trust put it behind something that encrypts."""
 
 from __future__ import annotations
 
@@ -21,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from lm.cli.arguments import add_sampling, at_least, find_run, find_stage, number, sampling
-from lm.data.readers import kind_of
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -129,6 +132,8 @@ def export(labels: Path, target: Path) -> int:
 
 
 def _is_run(what: str) -> bool:
+    from lm.data.readers import kind_of
+
     return not Path(what).is_file() and kind_of(Path(what)) is None
 
 
@@ -144,6 +149,8 @@ def _answers_file(arguments: argparse.Namespace) -> Path:
 
 
 def _beside(answers: Path, what: str) -> Path:
+    from lm.data.readers import kind_of
+
     return answers.with_name(answers.name.removesuffix(kind_of(answers) or "") + f".{what}.jsonl")
 
 

@@ -125,7 +125,7 @@ def test_another_desk_over_the_same_file_goes_on(tmp_path):
 def test_choices_of_another_task_stay_and_are_counted(tmp_path):
     with desk_of(tmp_path, questions(2)) as desk:
         judge_all(desk, "Ann")
-    with desk_of(tmp_path, questions(1) + [{"prompt": "new", "answers": ["a", "b"]}]) as desk:
+    with desk_of(tmp_path, [*questions(1), {"prompt": "new", "answers": ["a", "b"]}]) as desk:
         assert "1 choices of pairs that are not in this task" in desk.strangers()
         view = desk.show("Ann")
         assert view.pair.prompt == "new" and desk.undo("Ann", view.last["id"]).last["id"] == 1

@@ -6,7 +6,11 @@ from lm.experiment import UserError
 from lm.label.pairs import on_the_left, shuffled
 from tests.label.label_rows import questions, task_of
 
-TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who?"}]
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Who?"},
+]
 
 
 def compared(task) -> list[tuple]:
@@ -14,7 +18,9 @@ def compared(task) -> list[tuple]:
 
 
 def test_all_answers_of_a_row_are_compared_with_each_other(tmp_path):
-    task = task_of(tmp_path, [{"prompt": "a", "answers": ["1", "2", "3"], "more": 1}, {"prompt": TURNS, "answers": ["4", "5"]}])
+    task = task_of(
+        tmp_path, [{"prompt": "a", "answers": ["1", "2", "3"], "more": 1}, {"prompt": TURNS, "answers": ["4", "5"]}]
+    )
     assert compared(task) == [("1", "2"), ("1", "3"), ("2", "3"), ("4", "5")]
     assert task.pairs[3].prompt == TURNS and not task.remarks
 
@@ -63,7 +69,9 @@ def test_a_pair_is_known_by_its_content(tmp_path):
     rows = questions(6)
     turned = [{"prompt": row["prompt"], "answers": row["answers"][::-1]} for row in rows[::-1]]
     one, other = task_of(tmp_path, rows), task_of(tmp_path, turned)
-    assert {pair.key for pair in one.pairs} == {pair.key for pair in other.pairs} and len({p.key for p in one.pairs}) == 6
+    assert {pair.key for pair in one.pairs} == {pair.key for pair in other.pairs} and len(
+        {p.key for p in one.pairs}
+    ) == 6
     assert [p.key for p in shuffled(one.pairs, 1)] == [p.key for p in shuffled(other.pairs, 1)]
     assert [p.key for p in shuffled(one.pairs, 1)] != [p.key for p in shuffled(one.pairs, 2)]
 
