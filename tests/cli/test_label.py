@@ -4,31 +4,35 @@ import json
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from lm.cli import label
 from lm.cli.main import main
 from lm.data.curriculum import instruct_row
-from lm.experiment import SFT, Experiment, Model, Optimizer, Source, Stage, Tokenizer
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import SFT, Experiment, Source, Stage, to_dict
 from lm.label.log import open_log
-from lm.train.stages import run
+from lm.model.transformer import Transformer
+from lm.train.checkpoint import Checkpoints
+from lm.train.run_folder import RunFolder
+from tests.helpers import TINY
 from tests.label.label_rows import questions, write_rows
-
-FAST = Optimizer(peak_lr=1e-3, warmup_steps=1)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of two stages, two steps each."""
-    folder = tmp_path_factory.mktemp("label")
-    source = Source(str(write_rows(folder / "chat.jsonl", [instruct_row(i) for i in range(200)])))
-    stages = [Stage(name, SFT(), (source,), FAST, 2, 8, 64) for name in ("first", "second")]
-    model = Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64)
-    value = Experiment(
-        name="small", stages=tuple(stages), model=model, tokenizer=Tokenizer(vocab_size=320), prompts=("Hello?", "Who?")
-    )
-    run(value, folder / "run")
-    return folder / "run"
+    """The folder of a run of two stages, whose models have learnt nothing."""
+    folder = RunFolder(tmp_path_factory.mktemp("label") / "run")
+    stages = tuple(Stage(name, SFT(), (Source("gen:instruct"),), seq_len=64) for name in ("first", "second"))
+    value = Experiment(name="small", stages=stages, model=TINY, prompts=("Hello?", "Who?"))
+    folder.claim(to_dict(value))
+    texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
+    vocab = Tokenizer.train(texts, 384, folder.tokenizer).vocab_size
+    for seed, stage in enumerate(stages):
+        with Checkpoints(folder.checkpoints(stage.name)) as checkpoints:
+            checkpoints.save(1, {"params": Transformer(TINY, vocab, jax.random.key(seed))}, {})
+    return folder.path
 
 
 @pytest.fixture
