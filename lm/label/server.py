@@ -14,7 +14,7 @@ from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from lm.experiment import UserError
 from lm.label.desk import Desk, View, clean_name
@@ -26,7 +26,6 @@ from lm.web.text import visible
 
 HERE = Path(__file__).parent
 LOCAL = ("localhost", "127.0.0.1", "::1")
-COOKIE = "lm-label-token"
 LARGEST_BODY = 1 << 16
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -91,11 +90,11 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        path = urlsplit(self.path)
+        path = _split(self.path)
         given = parse_qs(path.query).get("token", [""])[0]
         if self.server.token is not None and path.path == "/" and _same(given, self.server.token):
             # The link that was printed: the token moves from the address into a cookie.
-            cookie = f"{COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+            cookie = f"{self._cookie_name}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
             self._send(Reply(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie}))
         elif (refused := self._refused()) is not None:
             self._send(refused)
@@ -143,19 +142,24 @@ class Handler(BaseHTTPRequestHandler):
                 return _error(
                     HTTPStatus.UNAUTHORIZED, "this page needs its token: open the link that `lm label` printed"
                 )
-        elif urlsplit(f"//{self.headers.get('Host', '')}").hostname not in LOCAL:
+        elif _split(f"//{self.headers.get('Host', '')}").hostname not in LOCAL:
             return _error(HTTPStatus.FORBIDDEN, "this page is for this machine only: open it as localhost")
         if self.command == "POST":
             origin = self.headers.get("Origin")
             if self.headers.get_content_type() != "application/json":
                 return _error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a request must be application/json")
-            if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+            if origin is not None and _split(origin).netloc != self.headers.get("Host"):
                 return _error(HTTPStatus.FORBIDDEN, "this request comes from another site")
         return None
 
+    @property
+    def _cookie_name(self) -> str:
+        """Cookies belong to a host and not to a port, on which there may be another page."""
+        return f"lm-label-{self.server.server_port}"
+
     def _cookie(self) -> str:
         try:
-            morsel = SimpleCookie(self.headers.get("Cookie", "")).get(COOKIE)
+            morsel = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie_name)
         except CookieError:  # another site of this host may have set what is none
             return ""
         return morsel.value if morsel else ""
@@ -209,6 +213,14 @@ def _said(answer: Answer | None) -> dict[str, str] | None:
 
 def _both(text: str) -> dict[str, str]:
     return {"html": to_html(text), "text": visible(text)}
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; empty ones where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def _same(given: str, token: str) -> bool:

@@ -35,7 +35,7 @@ def _share(value: Share) -> str:
 
 
 def _figure(value: float) -> str:
-    return signed(f"{value:.2f}") if math.isfinite(value) else "–"
+    return signed(f"{round(value, 2) + 0.0:.2f}") if math.isfinite(value) else "–"
 
 
 def _duration(value: float) -> str:

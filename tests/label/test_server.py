@@ -128,6 +128,8 @@ def test_every_reply_forbids_what_the_page_has_no_use_for(tmp_path):
         (b'{"name": "Ann"}', {"Content-Type": "text/plain"}, 415),
         (b'{"name": "Ann"}', {"Origin": "http://elsewhere.example"}, 403),
         (b'{"name": "Ann"}', {"Host": "elsewhere.example"}, 403),
+        (b'{"name": "Ann"}', {"Host": "["}, 403),
+        (b'{"name": "Ann"}', {"Origin": "http://["}, 403),
         (b'{"name": "Ann"}', {"Content-Length": "99999999"}, 413),
     ],
 )
@@ -143,7 +145,12 @@ def test_a_request_that_the_page_would_not_make_is_refused(tmp_path, body, heade
 def test_other_machines_need_the_token_for_everything(tmp_path, capfd):
     with serving(tmp_path, questions(2), TOKEN, "0.0.0.0") as server:
         stranger = Client(server)
-        wrong = ({}, {"Cookie": "lm-label-token=wrong"}, {"Authorization": "Bearer wrong"}, {"Cookie": "a=;b\x01;;="})
+        wrong = (
+            {},
+            {"Cookie": f"lm-label-{server.server_port}=wrong"},
+            {"Authorization": "Bearer wrong"},
+            {"Cookie": "a=;b\x01;;="},
+        )
         for headers in wrong:
             for path in ("/", "/page.js", "/page.css", "/summary", "/?token=wrong", f"/summary?token={TOKEN}", "/none"):
                 reply, said = stranger.ask("GET", path, **headers)
