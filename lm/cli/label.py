@@ -125,9 +125,8 @@ def export(labels: Path, target: Path) -> int:
     if contents.remark:
         print(contents.remark)
     print(f"{target}: {len(exported.rows)} preferences")
-    print(
-        f"left out: {exported.undecided} pairs with only ties, both bad or skipped, {exported.even} with as many for either"
-    )
+    undecided = f"{exported.undecided} pairs with only ties, both bad or skipped"
+    print(f"left out: {undecided}, {exported.even} with as many for either")
     return 0
 
 

@@ -23,7 +23,7 @@ LEASE = 15 * 60.0  # seconds for which a pair that somebody looks at is kept for
 
 @dataclass(frozen=True)
 class Progress:
-    """Judgements: by this person, of all (no pair counts above what is asked), how many there will be; left: for them."""
+    """Judgements: this person's, all (of a pair as many as are asked for), how many there will be; left: for them."""
 
     yours: int
     done: int
@@ -125,7 +125,7 @@ class Desk:
         """
         _check(choice, strength, comment)
         with self._mutex:
-            if pair not in self._pairs:
+            if not isinstance(pair, str) or pair not in self._pairs:
                 raise UserError(f"there is no pair {pair!r:.40} in this task: load the page again")
             known = self._chosen.get(annotator, {}).get(pair)
             given = {"choice": choice, "strength": strength, "comment": comment}

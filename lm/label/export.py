@@ -26,7 +26,7 @@ def preferences(records: Iterable[Record]) -> Exported:
     """One row for each pair of which more people prefer one answer, in the order in which pairs were first judged.
 
     Columns `prompt`, `chosen`, `rejected`, and `pair`; `votes` for each choice, ties and both bad among them;
-    `strength`, the mean of those given by who prefers the chosen one, or null; `sources` of chosen and rejected, if any.
+    `strength`, the mean of those given with the choices of the chosen one, or null; `sources` of both, if any.
     Ties, both bad and skipped ones decide nothing: a pair with no other choice has no row.
     """
     by_pair: dict[str, list[Record]] = {}

@@ -73,7 +73,7 @@ def open_log(path: Path) -> Iterator[Log]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{path} is in use by another `lm label`: open its page, stop it, or give this one its own file (--labels FILE)"
+                f"{path} is in use by another `lm label`: open its page, stop it, or name another file (--labels FILE)"
             ) from None
         _sync_folder(path.parent)
         contents = read_log(path)

@@ -109,7 +109,7 @@ def _temperature(asked: Asked, number: int) -> float:
 
 
 def _names(contestants: Sequence[Contestant], asked: Asked) -> list[str]:
-    """Who gave each answer of a row: the run where there are several, the stage, the temperature where there are several."""
+    """Who gave each answer of a row: the stage, and the run and the temperature where there are several."""
     several = len({contestant.run_dir for contestant in contestants}) > 1
     names = []
     for contestant in contestants:

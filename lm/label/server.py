@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             if not isinstance(asked, dict):
                 raise UserError("a request must be a JSON object")
             view = action(self.server.desk, clean_name(asked.get("name")), asked)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return _error(HTTPStatus.BAD_REQUEST, f"a request must be JSON: {error}")
         except UserError as error:
             return _error(HTTPStatus.CONFLICT, str(error))

@@ -19,7 +19,7 @@ SCORES = {"left": 1.0, "right": 0.0, "tie": 0.5, "both bad": 0.5}  # of the left
 
 @dataclass(frozen=True)
 class Agreement:
-    """Krippendorff's alpha of all; (first, second, pairs that both judged, agreeing share, Cohen's kappa) of every two."""
+    """Krippendorff's alpha of all; of every two people (first, second, shared pairs, agreeing share, Cohen's kappa)."""
 
     alpha: float
     units: int
@@ -28,7 +28,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Source:
-    """One of those who compete: choices that it won, lost and neither; share of wins (neither counts half); log-odds."""
+    """One of those who compete: choices won, lost and neither; share of wins (neither counts half); log-odds."""
 
     name: str
     won: int
@@ -72,7 +72,7 @@ def summarise(records: Iterable[Record]) -> Summary:
 
 
 def verdict(record: Record) -> str | None:
-    """A choice in terms of the answers and not of the sides they were on: "0" or "1" in a fixed order; None if skipped."""
+    """A choice in terms of the answers and not of their sides: "0" or "1" in a fixed order; None if skipped."""
     if record["choice"] in ("left", "right"):
         left, right = (repr(record[side]["answer"]) for side in ("left", "right"))
         return str(int((left < right) == (record["choice"] == "left")))

@@ -70,7 +70,8 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
 
 def test_a_second_holder_is_refused_and_a_killed_one_holds_nothing(tmp_path):
     path = tmp_path / "labels.jsonl"
-    code = f"from lm.label.log import open_log; from pathlib import Path; import time\nwith open_log(Path({str(path)!r})): print(1, flush=True); time.sleep(60)"
+    hold = f"with open_log(Path({str(path)!r})): print(1, flush=True); time.sleep(60)"
+    code = f"import time\nfrom pathlib import Path\nfrom lm.label.log import open_log\n{hold}"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"1\n"
     with pytest.raises(UserError, match=r"labels.jsonl is in use by another `lm label`.*--labels FILE"), open_log(path):

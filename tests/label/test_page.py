@@ -260,3 +260,19 @@ def test_every_button_has_a_name_and_tells_its_key(tmp_path, browser):
         assert {b.get_attribute("data-choice"): b.get_attribute("aria-keyshortcuts") for b in choices} == KEYS
         assert person.page.evaluate("document.activeElement.id") == "prompt", "Space scrolls, and presses nothing"
         assert person.page.get_attribute("#status", "role") == "status"
+
+
+def test_two_keys_at_once_are_one_choice(tmp_path, browser):
+    """While a choice is on its way nothing else is chosen: a second key would judge a pair that nobody has seen."""
+    with labelling(tmp_path, questions(3)) as serving:
+        person = Person(browser, serving.url, "Ann")
+        held = []
+        person.page.route("**/api/choose", lambda route: held.append(route))
+        person.page.keyboard.press("ArrowLeft")
+        person.page.keyboard.press("ArrowRight")
+        person.page.wait_for_function("document.body.getAttribute('aria-busy') === 'true'")
+        for route in held:
+            route.continue_()
+        person.wait_for(1)
+        assert len(held) == 1 and person.page.inner_text("#status") == ""
+    assert [record["choice"] for record in read_log(tmp_path / "answers.labels.jsonl").records] == ["left"]

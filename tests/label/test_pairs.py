@@ -6,6 +6,7 @@ from lm.experiment import UserError
 from lm.label.pairs import on_the_left, shuffled
 from tests.label.label_rows import questions, task_of
 
+NEEDED = "needs the columns prompt and answers; the columns found are"
 TURNS = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Yes?"},
@@ -48,8 +49,8 @@ def test_only_equal_answers_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"question": "a", "answers": ["1", "2"]}, "line 2: needs the columns prompt and answers; the columns found are question, answers"),
-        ({"prompt": "a", "chosen": "b"}, "line 2: needs the columns prompt and answers; the columns found are prompt, chosen"),
+        ({"question": "a", "answers": ["1", "2"]}, f"line 2: {NEEDED} question, answers"),
+        ({"prompt": "a", "chosen": "b"}, f"line 2: {NEEDED} prompt, chosen"),
         ({"prompt": "a", "answers": ["1"]}, "line 2: answers must be a list of two or more"),
         ({"prompt": "a", "answers": "12"}, "line 2: answers must be a list of two or more"),
         ({"prompt": "a", "answers": ["1", 2]}, "line 2, answers: chosen must be a string or a list of turns, found 2"),

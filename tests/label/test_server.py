@@ -96,7 +96,8 @@ def test_a_choice_is_in_the_file_before_the_next_pair_comes(tmp_path):
 
 
 def test_an_answer_is_shown_as_text_and_never_says_whose_it_is(tmp_path):
-    evil = "<script>alert(1)</script> <img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](http://x/y.png)\n\n**bold**\x1b"
+    evil = "<script>alert(1)</script> <img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](http://x/y.png)"
+    evil += "\n\n**bold**\x1b"
     rows = [{"prompt": evil, "answers": [evil, ""], "sources": ["secret-one", "secret-two"]}]
     with serving(tmp_path, rows) as server:
         _, view = Client(server).post("show")
@@ -123,6 +124,7 @@ def test_every_reply_forbids_what_the_page_has_no_use_for(tmp_path):
     "body, headers, status",
     [
         (b"{broken", {}, 400),
+        (b"[" * 60_000, {}, 400),
         (b"[1]", {}, 409),
         (b'{"name": ""}', {}, 409),
         (b'{"name": "Ann"}', {"Content-Type": "text/plain"}, 415),
@@ -137,7 +139,8 @@ def test_a_request_that_the_page_would_not_make_is_refused(tmp_path, body, heade
     with serving(tmp_path, questions(1)) as server:
         reply, said = Client(server).ask("POST", "/api/show", body, **headers)
         assert reply.status == status and json.loads(said)["error"]
-        assert Client(server).post("choose", pair="none", choice="left")[0] == 409
+        for pair in ("none", ["none"], {}):
+            assert Client(server).post("choose", pair=pair, choice="left")[0] == 409
         assert Client(server).post("fly")[0] == 404
     assert (tmp_path / "labels.jsonl").read_bytes() == b""
 

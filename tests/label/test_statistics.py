@@ -77,7 +77,7 @@ WINS = """
 
 
 def test_strengths_of_the_baseball_season():
-    """American League, 1987, home or away (Agresti, Categorical Data Analysis, 2002, table 10.10): against Baltimore."""
+    """American League, 1987 (Agresti, Categorical Data Analysis, 2002, table 10.10): strengths less Baltimore's."""
     wins = [[0 if cell == "-" else int(cell) for cell in row.split()] for row in WINS.strip().splitlines()]
     games = [(i, j) for i in range(7) for j in range(7) for _ in range(wins[i][j])]
     first, second = np.array(games).T
