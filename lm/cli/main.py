@@ -21,6 +21,7 @@ COMMANDS = {
     "data": "show decoded batches, with what is trained on in colour",
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
+    "label": "compare answers on a page, and collect preferences",
     "eval": "take the held-out numbers again, from a checkpoint",
     "plan": "does it fit on these TPUs, how fast is it, which layout",
     "report": "write report.html, the story of a run",

@@ -1,0 +1,248 @@
+"""Who is shown which pair: every pair to so many people, no pair twice to one, and what is chosen goes to the file."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lm.experiment import UserError
+from lm.label.log import CHOICES, Log, Record
+from lm.label.pairs import Answer, Pair, on_the_left, shuffled
+
+STRENGTHS = (1, 2, 3)  # slightly, clearly, much better
+LONGEST_COMMENT = 4_000
+LONGEST_NAME = 60
+LEASE = 15 * 60.0  # seconds for which a pair that somebody looks at is kept for them
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Judgements: this person's, all (of a pair as many as are asked for), how many there will be; left: for them."""
+
+    yours: int
+    done: int
+    total: int
+    left: int
+
+
+@dataclass(frozen=True)
+class View:
+    """What one person sees next. `pair` is None where there is nothing for them; then others may still be `busy`."""
+
+    pair: Pair | None
+    left: Answer | None
+    right: Answer | None
+    busy: int
+    progress: Progress
+    last: Record | None
+
+
+@dataclass
+class _Lease:
+    since: float
+    until: float
+
+
+def standing(records: Iterable[Record]) -> list[Record]:
+    """The choices that have not been taken back, in their order; one for each person and pair, the last."""
+    choices = {}
+    for record in records:
+        if record["kind"] == "choice":
+            choices[record["id"]] = record
+        else:
+            choices.pop(record["of"], None)
+    return list({(record["annotator"], record["pair"]): record for record in choices.values()}.values())
+
+
+def clean_name(name: Any) -> str:
+    """A person's name in one spelling: no spaces around it, one between words, one form of each letter.
+
+    Raises UserError if it is empty, too long or no text.
+    """
+    cleaned = " ".join(unicodedata.normalize("NFC", name).split()) if isinstance(name, str) else ""
+    if not 0 < len(cleaned) <= LONGEST_NAME or not cleaned.isprintable():
+        raise UserError(f"the name is {name!r:.80}; it must have 1 to {LONGEST_NAME} letters")
+    return cleaned
+
+
+class Desk:
+    """Hands out pairs and takes choices, one request at a time whatever the thread.
+
+    A pair that is handed out is kept for that person for LEASE seconds. Later it may go to somebody else; a choice that
+    still comes is taken, so a pair can have more judgements than asked for but never one that is lost.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        log: Log,
+        *,
+        per_pair: int = 1,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.log = log
+        self.per_pair = per_pair
+        self._seed, self._clock = seed, clock
+        self._pairs = {pair.key: pair for pair in shuffled(pairs, seed)}
+        self._mutex = threading.Lock()
+        self._leases: dict[str, dict[str, _Lease]] = {}  # pair, person
+        self._chosen: dict[str, dict[str, Record]] = {}  # person, pair: in the order of the file
+        self._votes: Counter[str] = Counter()
+        for record in standing(log.records):
+            self._count(record)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def strangers(self) -> str:
+        """A line about choices in the file whose pairs the task does not have; "" where there are none."""
+        count = sum(record["pair"] not in self._pairs for record in standing(self.log.records))
+        return f"{self.log.path}: {count} choices of pairs that are not in this task; they stay" if count else ""
+
+    def records(self) -> list[Record]:
+        """All that is in the file now."""
+        with self._mutex:
+            return list(self.log.records)
+
+    def show(self, annotator: str) -> View:
+        """The pair that this person is at, else the next one for them."""
+        with self._mutex:
+            return self._show(annotator)
+
+    def choose(self, annotator: str, pair: Any, choice: Any, strength: Any = None, comment: Any = "") -> View:
+        """Write down a choice; what comes next. The same choice sent again changes nothing.
+
+        Raises:
+            UserError: no such pair or choice, or this person has judged the pair otherwise.
+            OSError: the choice could not be written; nothing has changed.
+        """
+        _check(choice, strength, comment)
+        with self._mutex:
+            if not isinstance(pair, str) or pair not in self._pairs:
+                raise UserError(f"there is no pair {pair!r:.40} in this task: load the page again")
+            known = self._chosen.get(annotator, {}).get(pair)
+            given = {"choice": choice, "strength": strength, "comment": comment}
+            if known is None:
+                self._count(self.log.append(self._record(annotator, self._pairs[pair], given)))
+                self._release(annotator)
+            elif any(known.get(name) != value for name, value in given.items()):
+                raise UserError(
+                    f"{annotator} has already judged this pair ({known['choice']}): undo it to judge it again"
+                )
+            return self._show(annotator)
+
+    def undo(self, annotator: str, of: Any) -> View:
+        """Take back the choice with the id `of`, and show its pair again. What is taken back already stays so.
+
+        Raises:
+            UserError: the choice is not this person's last one.
+            OSError: it could not be written; nothing has changed.
+        """
+        with self._mutex:
+            last = self._last(annotator)
+            if any(record["kind"] == "undo" and record["of"] == of for record in reversed(self.log.records)):
+                return self._show(annotator)
+            if last is None or last["id"] != of:
+                raise UserError(f"choice {of!r:.40} is not the last one of {annotator}: load the page again")
+            self.log.append({"kind": "undo", "time": _now(), "annotator": annotator, "of": of})
+            del self._chosen[annotator][last["pair"]]
+            self._votes[last["pair"]] -= last["choice"] != "skip"
+            self._release(annotator)
+            if last["pair"] in self._pairs:
+                self._lease(annotator, last["pair"])
+            return self._show(annotator)
+
+    def _record(self, annotator: str, pair: Pair, given: Mapping[str, Any]) -> Record:
+        lease = self._leases.get(pair.key, {}).get(annotator)
+        sides = [
+            {"answer": side.answer, **({} if side.source is None else {"source": side.source})}
+            for side in self._sides(annotator, pair)
+        ]
+        return {
+            "kind": "choice",
+            "time": _now(),
+            "annotator": annotator,
+            "pair": pair.key,
+            **given,
+            "seconds": None if lease is None else round(self._clock() - lease.since, 2),
+            "prompt": pair.prompt,
+            "left": sides[0],
+            "right": sides[1],
+        }
+
+    def _show(self, annotator: str) -> View:
+        pair = self._current(annotator) or self._next(annotator)
+        sides: tuple[Answer | None, Answer | None] = (None, None)
+        if pair is not None:
+            self._lease(annotator, pair.key)
+            sides = self._sides(annotator, pair)
+        mine = self._chosen.get(annotator, {})
+        open_to_me = sum(key not in mine and self._votes[key] < self.per_pair for key in self._pairs)
+        progress = Progress(
+            yours=len(mine),
+            done=sum(min(self._votes[key], self.per_pair) for key in self._pairs),
+            total=len(self._pairs) * self.per_pair,
+            left=open_to_me,
+        )
+        return View(pair, *sides, open_to_me if pair is None else 0, progress, self._last(annotator))
+
+    def _current(self, annotator: str) -> Pair | None:
+        """The pair that is kept for this person, unless it was kept for too long and may be somebody else's by now."""
+        key = next((key for key, kept in self._leases.items() if annotator in kept), None)
+        if key is None or self._leases[key][annotator].until > self._clock():
+            return self._pairs.get(key or "")
+        self._release(annotator)
+        return None
+
+    def _next(self, annotator: str) -> Pair | None:
+        """The first pair that this person has not judged and that needs somebody."""
+        mine, now = self._chosen.get(annotator, {}), self._clock()
+        for key, pair in self._pairs.items():
+            busy = sum(lease.until > now for lease in self._leases.get(key, {}).values())
+            if key not in mine and self._votes[key] + busy < self.per_pair:
+                return pair
+        return None
+
+    def _sides(self, annotator: str, pair: Pair) -> tuple[Answer, Answer]:
+        """Left and right, as this person sees the pair."""
+        if on_the_left(pair, annotator, self._seed):
+            return pair.first, pair.second
+        return pair.second, pair.first
+
+    def _lease(self, annotator: str, key: str) -> None:
+        now = self._clock()
+        kept = self._leases.setdefault(key, {})
+        kept.setdefault(annotator, _Lease(now, now)).until = now + LEASE
+
+    def _release(self, annotator: str) -> None:
+        for key in [key for key, kept in self._leases.items() if annotator in kept]:
+            del self._leases[key][annotator]
+            if not self._leases[key]:
+                del self._leases[key]
+
+    def _count(self, record: Record) -> None:
+        self._chosen.setdefault(record["annotator"], {})[record["pair"]] = record
+        self._votes[record["pair"]] += record["choice"] != "skip"
+
+    def _last(self, annotator: str) -> Record | None:
+        return next(reversed(self._chosen.get(annotator, {}).values()), None)
+
+
+def _check(choice: Any, strength: Any, comment: Any) -> None:
+    if choice not in CHOICES:
+        raise UserError(f"the choice is {choice!r:.40}; it must be one of {', '.join(CHOICES)}")
+    if strength is not None and (strength not in STRENGTHS or isinstance(strength, bool)):
+        raise UserError(f"the strength is {strength!r:.40}; it must be one of 1, 2, 3, or none")
+    if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT:
+        raise UserError(f"the comment must be a text of at most {LONGEST_COMMENT} characters")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,143 @@
+"""Answers to compare, sampled from models: of one by other seeds and temperatures, or of several, kept as rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.data import chat
+from lm.data.sources import load_rows
+from lm.experiment import UserError
+from lm.label.pairs import Turns
+from lm.rollout.sampler import generate_text
+from lm.train.checkpoint import Checkpoints
+from lm.train.run_folder import RunFolder, read_json, write_json_atomic
+from lm.train.stages import Loaded, load_run
+
+BATCH = 32  # prompts answered at once
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model that answers: the run and the stage after which it is taken."""
+
+    run_dir: Path
+    stage: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is sampled: `answers` of each contestant to each prompt, with its temperatures in turn, seeds in a row."""
+
+    prompts: str
+    limit: int
+    answers: int
+    temperatures: tuple[float, ...]
+    max_new_tokens: int
+    top_k: int
+    top_p: float
+    seed: int
+
+
+def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> bool:
+    """Write rows of `prompt`, `answers` and `sources` to `path`; False: they are there already, and are kept.
+
+    What was asked stands beside them, in a file of the same name that ends in .json.
+
+    Raises:
+        UserError: the file there was sampled otherwise, or by models that have been trained since; prompts that are
+            none, or longer than a model's context has room for.
+    """
+    settings = _settings(contestants, asked)
+    beside = path.with_suffix(".json")
+    if path.exists():
+        _check_same(settings, beside, path)
+        return False
+    texts: list[list[str]] = []
+    names = _names(contestants, asked)
+    prompts: list[Turns] = []
+    for contestant in contestants:
+        loaded = load_run(contestant.run_dir, contestant.stage)
+        prompts = prompts or _prompts(asked, loaded)
+        for number in range(asked.answers):
+            texts.append(list(_answers(loaded, prompts, asked, number)))
+    rows = [
+        {"prompt": prompt, "answers": list(answers), "sources": names}
+        for prompt, *answers in zip(prompts, *texts, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(beside, settings)
+    half = path.with_name(path.name + ".tmp")
+    half.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    os.replace(half, path)
+    return True
+
+
+def _prompts(asked: Asked, loaded: Loaded) -> list[Turns]:
+    """The prompts of a file, or the experiment's own."""
+    if not asked.prompts:
+        prompts: list[Turns] = list(loaded.experiment.prompts[: asked.limit])
+        if not prompts:
+            raise UserError(f"the experiment {loaded.experiment.name} has no prompts: name a file with --prompts FILE")
+        return prompts
+    rows = load_rows(asked.prompts)
+    turns = [chat.prompt_messages(rows[i], rows.where(i)) for i in range(min(len(rows), asked.limit))]
+    return [turn[0]["content"] if len(turn) == 1 else turn for turn in turns]
+
+
+def _answers(loaded: Loaded, prompts: Sequence[Turns], asked: Asked, number: int) -> Iterator[str]:
+    """Answer `number` of a model to every prompt."""
+    for start in range(0, len(prompts), BATCH):
+        # Batches of one answer and answers of one batch have seeds that have nothing to do with each other.
+        seed = int(np.random.SeedSequence([asked.seed, number, start]).generate_state(1)[0] >> 1)
+        batch = [chat.as_messages(prompt) for prompt in prompts[start : start + BATCH]]
+        answers = generate_text(
+            loaded.model, loaded.tokenizer, batch, seed=seed, temperature=_temperature(asked, number),
+            max_new_tokens=asked.max_new_tokens, top_k=asked.top_k, top_p=asked.top_p,
+        )  # fmt: skip
+        yield from (answer.text for answer in answers)
+
+
+def _temperature(asked: Asked, number: int) -> float:
+    return asked.temperatures[number % len(asked.temperatures)]
+
+
+def _names(contestants: Sequence[Contestant], asked: Asked) -> list[str]:
+    """Who gave each answer of a row: the stage, and the run and the temperature where there are several."""
+    several = len({contestant.run_dir for contestant in contestants}) > 1
+    names = []
+    for contestant in contestants:
+        name = f"{contestant.run_dir}, {contestant.stage}" if several else contestant.stage
+        for number in range(asked.answers):
+            hot = len(set(asked.temperatures)) > 1
+            names.append(f"{name}, temperature {_temperature(asked, number):g}" if hot else name)
+    return names
+
+
+def _settings(contestants: Sequence[Contestant], asked: Asked) -> dict[str, Any]:
+    models = [
+        {
+            "run": str(contestant.run_dir.resolve()),
+            "stage": contestant.stage,
+            "step": max(Checkpoints(RunFolder(contestant.run_dir).checkpoints(contestant.stage)).steps(), default=None),
+        }
+        for contestant in contestants
+    ]
+    data = load_rows(asked.prompts).fingerprint if asked.prompts else ""
+    return json.loads(json.dumps({"models": models, "data": data, **asdict(asked)}))
+
+
+def _check_same(settings: dict[str, Any], beside: Path, path: Path) -> None:
+    found = read_json(beside) if beside.exists() else {}
+    differing = [name for name in settings if found.get(name) != settings[name]]
+    if differing:
+        raise UserError(
+            f"{path} is there and was sampled with other settings ({', '.join(differing)}): label it as it is with "
+            f"`lm label {path}`, or keep the new answers elsewhere with --answers-file FILE"
+        )

@@ -1,0 +1,232 @@
+"""The page's server: what it answers to, who may ask, and that nothing it sends can fetch or run anything else."""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import json
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from http.cookies import CookieError, SimpleCookie
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, parse_qs, urlsplit
+
+from lm.experiment import UserError
+from lm.label.desk import Desk, View, clean_name
+from lm.label.pairs import Answer, Turns, text_of
+from lm.label.safe_markdown import to_html
+from lm.label.summary import summarise
+from lm.label.summary_page import render_summary
+from lm.web.text import visible
+
+HERE = Path(__file__).parent
+LOCAL = ("localhost", "127.0.0.1", "::1")
+LARGEST_BODY = 1 << 16
+FILES = {
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What goes back to the browser."""
+
+    status: HTTPStatus
+    kind: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each connection; `token` None: only this machine is served, and nobody is asked for one.
+
+    Raises UserError where the port is taken or the host is no address of this machine.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, desk: Desk, host: str = "localhost", port: int = 0, token: str | None = None):
+        if host not in LOCAL and token is None:
+            raise ValueError("a server for other machines needs a token")
+        self.desk, self.token = desk, token
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(
+                    f"port {port} is in use: choose another with --port N, or 0 for any that is free"
+                ) from None
+            raise UserError(f"cannot serve on {host} port {port}: {error.strerror or error}") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away is no error; what else goes wrong is shown without what was asked."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: may it be asked, what is it, what goes back."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "lm", ""
+    disable_nagle_algorithm = True  # a reply is two writes, and the second would wait for the first's receipt
+    timeout = 60
+
+    def do_GET(self) -> None:
+        path = _split(self.path)
+        given = parse_qs(path.query).get("token", [""])[0]
+        if self.server.token is not None and path.path == "/" and _same(given, self.server.token):
+            # The link that was printed: the token moves from the address into a cookie.
+            cookie = f"{self._cookie_name}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+            self._send(Reply(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie}))
+        elif (refused := self._refused()) is not None:
+            self._send(refused)
+        elif path.path in FILES:
+            name, kind = FILES[path.path]
+            self._send(Reply(HTTPStatus.OK, kind, (HERE / name).read_bytes(), {}))
+        elif path.path == "/summary":
+            page = render_summary(summarise(self.server.desk.records()))
+            self._send(Reply(HTTPStatus.OK, FILES["/"][1], page.encode(), {}))
+        else:
+            self._send(_error(HTTPStatus.NOT_FOUND, "there is no such page"))
+
+    def do_POST(self) -> None:
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal() or int(size) > LARGEST_BODY:
+            self.close_connection = True  # the body stays unread
+            self._send(_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {LARGEST_BODY} bytes"))
+            return
+        body = self.rfile.read(int(size))
+        self._send(self._refused() or self._answer(body))
+
+    def _answer(self, body: bytes) -> Reply:
+        action = ACTIONS.get(self.path)
+        if action is None:
+            return _error(HTTPStatus.NOT_FOUND, "there is no such action")
+        try:
+            asked = json.loads(body)
+            if not isinstance(asked, dict):
+                raise UserError("a request must be a JSON object")
+            view = action(self.server.desk, clean_name(asked.get("name")), asked)
+        except (ValueError, RecursionError) as error:
+            return _error(HTTPStatus.BAD_REQUEST, f"a request must be JSON: {error}")
+        except UserError as error:
+            return _error(HTTPStatus.CONFLICT, str(error))
+        except OSError as error:
+            print(f"lm label: {self.server.desk.log.path}: {error.strerror}", file=sys.stderr)
+            return _error(HTTPStatus.INSUFFICIENT_STORAGE, f"not saved: {error.strerror}")
+        return Reply(HTTPStatus.OK, "application/json", json.dumps(shown(view)).encode(), {})
+
+    def _refused(self) -> Reply | None:
+        """Why this request is not answered: without the token, from another site's page, or for another host's name."""
+        token = self.server.token
+        if token is not None:
+            if not (_same(self._cookie(), token) or _same(self.headers.get("Authorization", ""), f"Bearer {token}")):
+                return _error(
+                    HTTPStatus.UNAUTHORIZED, "this page needs its token: open the link that `lm label` printed"
+                )
+        elif _split(f"//{self.headers.get('Host', '')}").hostname not in LOCAL:
+            return _error(HTTPStatus.FORBIDDEN, "this page is for this machine only: open it as localhost")
+        if self.command == "POST":
+            origin = self.headers.get("Origin")
+            if self.headers.get_content_type() != "application/json":
+                return _error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a request must be application/json")
+            if origin is not None and _split(origin).netloc != self.headers.get("Host"):
+                return _error(HTTPStatus.FORBIDDEN, "this request comes from another site")
+        return None
+
+    @property
+    def _cookie_name(self) -> str:
+        """Cookies belong to a host and not to a port, on which there may be another page."""
+        return f"lm-label-{self.server.server_port}"
+
+    def _cookie(self) -> str:
+        try:
+            morsel = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie_name)
+        except CookieError:  # another site of this host may have set what is none
+            return ""
+        return morsel.value if morsel else ""
+
+    def _send(self, reply: Reply) -> None:
+        self.send_response(reply.status)
+        for name, value in {**HEADERS, **reply.headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", reply.kind)
+        self.send_header("Content-Length", str(len(reply.body)))
+        self.end_headers()
+        self.wfile.write(reply.body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: an address may carry the token."""
+
+
+def _choose(desk: Desk, name: str, asked: Mapping[str, Any]) -> View:
+    return desk.choose(name, asked.get("pair"), asked.get("choice"), asked.get("strength"), asked.get("comment", ""))
+
+
+ACTIONS: dict[str, Callable[[Desk, str, Mapping[str, Any]], View]] = {
+    "/api/show": lambda desk, name, asked: desk.show(name),
+    "/api/choose": _choose,
+    "/api/undo": lambda desk, name, asked: desk.undo(name, asked.get("of")),
+}
+
+
+def shown(view: View) -> dict[str, Any]:
+    """A view as the page gets it: texts as HTML that is safe and as they are; never who gave an answer."""
+    pair = view.pair
+    return {
+        "pair": None if pair is None else pair.key,
+        "prompt": [] if pair is None else _turns(pair.prompt),
+        "left": _said(view.left),
+        "right": _said(view.right),
+        "busy": view.busy,
+        "progress": asdict(view.progress),
+        "last": view.last and {"id": view.last["id"], "choice": view.last["choice"]},
+    }
+
+
+def _turns(prompt: Turns) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": turn["role"], **_both(turn["content"])} for turn in turns]
+
+
+def _said(answer: Answer | None) -> dict[str, str] | None:
+    return None if answer is None else _both(text_of(answer.answer))
+
+
+def _both(text: str) -> dict[str, str]:
+    return {"html": to_html(text), "text": visible(text)}
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; empty ones where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
+
+
+def _same(given: str, token: str) -> bool:
+    """Whether two texts are equal, in a time that does not tell how far they are."""
+    return hmac.compare_digest(given.encode(errors="replace"), token.encode())
+
+
+def _error(status: HTTPStatus, message: str) -> Reply:
+    return Reply(status, "application/json", json.dumps({"error": message}).encode(), {})

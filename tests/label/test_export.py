@@ -1,0 +1,107 @@
+"""Choices become rows that a preference stage trains on as they are."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lm.cli.main import main
+from lm.data.chat import preference_messages
+from lm.data.curriculum import instruct_row
+from lm.data.pipeline import make_feed
+from lm.data.sources import load_rows
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import DPO, Source, Stage
+from lm.label.desk import Desk
+from lm.label.export import preferences, write_preferences
+from lm.label.log import open_log
+from tests.label.label_rows import chosen, desk_of, questions, task_of, write_rows
+
+TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+
+
+def test_what_was_chosen_is_trained_on(tmp_path):
+    """From the page's file to a batch of the preference stage: the longer answer was chosen, whatever its side."""
+    rows = [*questions(10), {"prompt": TURNS, "answers": ["", "a longer answer"]}]
+    with desk_of(tmp_path, rows, seed=3) as desk:
+        while (view := desk.show("Ann")).pair is not None:
+            longer = "left" if len(view.left.answer) > len(view.right.answer) else "right"
+            desk.choose("Ann", view.pair.key, longer)
+        exported = preferences(desk.records())
+    assert {record["choice"] for record in desk.records()} == {"left", "right"}
+    write_preferences(tmp_path / "preferences.jsonl", exported)
+    loaded = load_rows(str(tmp_path / "preferences.jsonl"))
+    assert len(loaded) == 11 and exported[1:] == (0, 0)
+    for row in loaded:
+        good, bad = preference_messages(row, "here")
+        assert good[-1]["content"].startswith("a longer answer") and not bad[-1]["content"].startswith("a longer")
+    assert TURNS in [row["prompt"] for row in loaded]
+
+    texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
+    tokenizer = Tokenizer.train([*texts, "a longer answer"], 400)
+    stage = Stage("here", DPO(), (Source(str(tmp_path / "preferences.jsonl")),), batch_size=11, seq_len=96)
+    batch = make_feed(stage, tokenizer, 0).batch(0)
+    assert batch.tokens.shape == (22, 96) and (np.asarray(batch.weights).sum(1) > 0).all()
+    texts = [
+        tokenizer.decode(row[weights > 0].tolist()) for row, weights in zip(batch.tokens, batch.weights, strict=True)
+    ]
+    assert all("longer" in good and "longer" not in bad for good, bad in zip(texts[::2], texts[1::2], strict=True))
+
+
+def test_more_people_decide_and_what_nobody_prefers_is_left_out():
+    records = [
+        chosen("Ann", "majority", "x", "y", "left", strength=3, left_source="sft", right_source="dpo"),
+        chosen("Bob", "majority", "y", "x", "right", strength=2, left_source="dpo", right_source="sft"),
+        chosen("Cy", "majority", "x", "y", "right", strength=1, left_source="sft", right_source="dpo"),
+        chosen("Dan", "majority", "x", "y", "both bad"),
+        chosen("Ann", "even", "x", "y", "left"),
+        chosen("Bob", "even", "x", "y", "right"),
+        chosen("Ann", "tie", "x", "y", "tie"),
+        chosen("Ann", "bad", "x", "y", "both bad"),
+        chosen("Ann", "skipped", "x", "y", "skip"),
+    ]
+    rows, undecided, even = preferences(records)
+    assert (undecided, even) == (3, 1)
+    (row,) = rows
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("majority", "x", "y")
+    assert row["votes"] == {"chosen": 2, "rejected": 1, "tie": 0, "both_bad": 1, "skip": 0}
+    assert row["strength"] == 2.5 and row["sources"] == ["sft", "dpo"]
+
+
+def test_what_was_taken_back_is_not_exported():
+    first, second = chosen("Ann", "a", "x", "y", "left"), chosen("Ann", "b", "x", "y", "left")
+    undo = {"id": 10**6, "kind": "undo", "annotator": "Ann", "of": first["id"]}
+    assert [row["prompt"] for row in preferences([first, second, undo]).rows] == ["b"]
+    again = chosen("Ann", "a", "x", "y", "right")
+    assert [row["chosen"] for row in preferences([first, undo, again]).rows] == ["y"]
+
+
+def test_the_command_writes_the_rows_while_a_page_is_open_and_passes_over_a_cut_line(tmp_path, capsys):
+    answers = write_rows(tmp_path / "answers.jsonl", questions(5))
+    task = task_of(tmp_path, questions(5))
+    labels = tmp_path / "answers.labels.jsonl"
+    with open_log(labels) as log:
+        desk = Desk(task.pairs, log)
+        for choice in ("left", "right", "tie", "left"):
+            desk.choose("Ann", desk.show("Ann").pair.key, choice)
+        assert main(["label", str(answers), "--export"]) == 0
+        assert "answers.preferences.jsonl: 3 preferences" in capsys.readouterr().out
+    labels.write_bytes(labels.read_bytes()[:-30])
+    assert main(["label", str(answers), "--export", str(tmp_path / "mine.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "line 4 was cut" in said and "mine.jsonl: 2 preferences" in said and "1 pairs with only ties" in said
+    lines = (tmp_path / "mine.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 2 and {"prompt", "chosen", "rejected"} <= json.loads(lines[0]).keys()
+
+
+@pytest.mark.parametrize("choice, words", [(None, "there is no file of choices"), ("tie", "nothing to export")])
+def test_nothing_to_export_is_one_line(tmp_path, capsys, choice, words):
+    answers = write_rows(tmp_path / "answers.jsonl", questions(1))
+    if choice:
+        with open_log(tmp_path / "answers.labels.jsonl") as log:
+            desk = Desk(task_of(tmp_path, questions(1)).pairs, log)
+            desk.choose("Ann", desk.show("Ann").pair.key, choice)
+    assert main(["label", str(answers), "--export"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "answers.preferences.jsonl").exists()
