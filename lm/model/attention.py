@@ -73,22 +73,25 @@ def visible(
 
 
 def attention_of(
-    config: Model, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    config: Model, positions: Int[Array, "B T"], segments: Int[Array, "B T"], first: int = 0
 ) -> Callable[[Array, Array, Array], Array]:
     """(queries, keys, values) -> heads, over rows whose tokens stand at these positions of these segments.
 
     The kernel that `config.attention` names, or that the devices like best (auto), where it takes the shapes; else
     the plain one.
+
+    Args:
+        first: the place of the first query; tokens before it are keys only.
     """
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
-    if name == "splash" and splash.fits(rows, length, config.head_dim):
+    if name == "splash" and not first and splash.fits(rows, length, config.head_dim):
         return lambda q, k, v: splash.splash(
             q, k, v, segments, config.attention_blocks, window=config.window, softcap=config.softcap
         )
     if name == "blocks" and attention_cpu.fits() and not (config.window or config.softcap):
         return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
-    mask = visible(positions, positions, segments, segments, config.window)
+    mask = visible(positions[:, first:], positions, segments[:, first:], segments, config.window)
     return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, config.softcap), "attention")
 
 
