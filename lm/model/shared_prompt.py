@@ -44,7 +44,7 @@ def fold(x: Int[Array, "B T"], shared: SharedPrompt) -> Int[Array, "P L"]:
 
 def predicting(hidden: Float[Array, "P L D"], shared: SharedPrompt) -> Float[Array, "B A D"]:
     """The hidden state that predicts each token of each answer: the one before it, at first the prompt's last."""
-    prompts, length, width = hidden.shape
+    prompts, _, width = hidden.shape
     answers = hidden[:, shared.tokens :].reshape(prompts, shared.rows, -1, width)
     last = jnp.broadcast_to(hidden[:, None, shared.tokens - 1 : shared.tokens], (prompts, shared.rows, 1, width))
     return jnp.concatenate([last, answers[:, :, :-1]], axis=2).reshape(prompts * shared.rows, -1, width)
@@ -56,8 +56,8 @@ def shared_attention_of(
     """(queries, keys, values) -> heads of folded rows: prompts by themselves, answers over their prompt and themselves."""
     size = shared.tokens
     of_prompts = attention_of(config, positions[:, :size], segments[:, :size])
-    rows = (_rows(x[:, None, :, None], shared)[:, 0, :, 0] for x in (positions, segments))
-    of_answers = attention_of(config, *rows, first=size)
+    row_positions, row_segments = (_rows(x[:, None, :, None], shared)[:, 0, :, 0] for x in (positions, segments))
+    of_answers = attention_of(config, row_positions, row_segments, first=size)
 
     def attention(q: Array, k: Array, v: Array) -> Float[Array, "P H L K"]:
         prompts = of_prompts(*(x[:, :, :size] for x in (q, k, v)))
