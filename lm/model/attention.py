@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm.experiment import Model
 from lm.model import attention_cpu, splash
+from lm.model.linear import contract
 from lm.parallel.rules import constrain, platform
 
 
@@ -121,12 +122,23 @@ def attend(
     n, s = k.shape[1], k.shape[2]
     # The query heads of a group stand one under another, so that each key head has one matrix product.
     grouped = q.reshape(b, n, (h // n) * t, d)
-    scores = jnp.einsum("bnqk,bnsk->bnqs", grouped, k, preferred_element_type=_accumulator(q)) / math.sqrt(d)
+    scores = _products(grouped, k) / math.sqrt(d)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores.reshape(b, n, h // n, t, s), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, n, (h // n) * t, s)
     return jnp.einsum("bnqs,bnsk->bnqk", weights, v).reshape(b, h, t, d)
+
+
+def _products(q: Float[Array, "B N Q K"], k: Float[Array, "B N S K"]) -> Float[Array, "B N Q S"]:
+    """q·kᵀ, in float32 at least."""
+    if platform() == "cpu" and q.shape[2] < FEW:
+        return jnp.swapaxes(contract(k, q, 3), 2, 3)
+    return jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=_accumulator(q))
+
+
+FEW = 16
+"""Fewer queries than this stand right of the product on CPU: its right side is turned first, and keys are many more."""
 
 
 def _accumulator(x: Array) -> jnp.dtype:
