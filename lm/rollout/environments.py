@@ -81,7 +81,7 @@ def roll_out(
     rows = [row for row in prompts.rows for _ in range(o.group_size)]
     samples = fetch(
         generate(
-            model, tokens, lengths, key, o.temperature,
+            model, prompts.tokens, prompts.lengths, key, o.temperature, group_size=o.group_size,
             max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
         )
     )  # fmt: skip
