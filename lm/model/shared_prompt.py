@@ -24,15 +24,15 @@ from lm.types import Batch, SharedPrompt
 def usable(batch: Batch, config: Model) -> SharedPrompt | None:
     """What the rows of a batch share, where computing it once is possible and pays; None elsewhere.
 
-    A part of a batch may have a part of each group. Not on TPUs, whose kernel takes whole rows; every device must have
-    the answers of its prompts, whole along their length.
+    Of a device's rows: it may have a part of a group only, and so may a part of a batch. Not on TPUs, whose kernel takes
+    whole rows, nor where devices share a row.
     """
     if batch.shared is None or platform() == "tpu" or config.attention == "splash":
         return None
     rows, length = batch.tokens.shape
-    group = math.gcd(rows, batch.shared.rows)
-    on_each = split_ways(rows, "batch") == split_ways(rows // group, "batch") and split_ways(length, "length") == 1
-    return SharedPrompt(group, batch.shared.tokens) if group > 1 and on_each else None
+    group = math.gcd(rows // split_ways(rows, "batch"), batch.shared.rows)
+    whole = split_ways(length, "length") == 1
+    return SharedPrompt(group, batch.shared.tokens) if group > 1 and whole else None
 
 
 def fold(x: Int[Array, "B T"], shared: SharedPrompt) -> Int[Array, "P L"]:
