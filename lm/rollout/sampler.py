@@ -102,20 +102,8 @@ def generate(
         group_size: completions of each prompt, which are neighbours. The prompt is read once.
     """
     model = model.for_sampling()
-    repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, group_size, axis=0))
-    # Prompts too few for the devices are read once a completion: each then reads its own at the same time.
-    once = split_ways(len(tokens), "batch") == split_ways(len(tokens) * group_size, "batch")
-    if not once:
-        tokens, lengths = repeat((tokens, lengths))
-    rows, width = tokens.shape
-    column = jnp.arange(width)[None, :] - (width - lengths[:, None])
-    positions, segments = jnp.maximum(column, 0), (column >= 0).astype(jnp.int32)
-    cache = model.empty_cache(rows, width + max_new_tokens)
-    hidden, cache = model.extend(cache, jnp.int32(0), tokens, positions, segments)
-    last = hidden[:, -1]
-    if once:
-        lengths, last, cache = repeat((lengths, last, cache))
-        rows = len(lengths)
+    rows, width = len(tokens) * group_size, tokens.shape[1]
+    lengths, last, cache = _read(model, tokens, lengths, group_size, width + max_new_tokens)
     temperature = jnp.asarray(temperature, jnp.float32)
 
     def going_on(carry: tuple) -> Bool[Array, ""]:
@@ -142,6 +130,24 @@ def generate(
     first = (jnp.int32(0), done, model.logits(last), cache, out)
     *_, out = jax.lax.while_loop(going_on, one_more, first)
     return out
+
+
+def _read(
+    model: Transformer, tokens: Int[Array, "P S"], lengths: Int[Array, " P"], group_size: int, size: int
+) -> tuple[Int[Array, " B"], Float[Array, "B D"], Cache]:
+    """Of each completion: its prompt's length, the hidden state of the prompt's last token, a cache for `size` tokens."""
+    repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, group_size, axis=0))
+    # Prompts too few for the devices are read once a completion: each then reads its own at the same time.
+    once = split_ways(len(tokens), "batch") == split_ways(len(tokens) * group_size, "batch")
+    if not once:
+        tokens, lengths = repeat((tokens, lengths))
+    rows, width = tokens.shape
+    column = jnp.arange(width)[None, :] - (width - lengths[:, None])
+    positions, segments = jnp.maximum(column, 0), (column >= 0).astype(jnp.int32)
+    cache = model.empty_cache(rows, size)
+    hidden, cache = model.extend(cache, jnp.int32(0), tokens, positions, segments)
+    found = lengths, hidden[:, -1], cache
+    return repeat(found) if once else found
 
 
 def decode_rows(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[Answer]:
