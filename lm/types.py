@@ -38,6 +38,15 @@ class Mean:
         return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1.0, self.weight))
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class SharedPrompt:
+    """Each `rows` neighbouring rows of a batch, from its first on, have the same first `tokens` tokens, unweighted."""
+
+    rows: int
+    tokens: int
+
+
 @pytree
 class Batch:
     """One batch for any objective. Every per-token array speaks of the token at the same place.
@@ -46,7 +55,7 @@ class Batch:
     prompts where only answers are trained on, and on padding. `segments` number the packed examples
     from 1; 0 is padding. `positions` restart at 0 in each segment. A preference batch has the chosen
     answer in rows 0, 2, 4, … and its rejected partner in the row after. What an objective has no use
-    for is None.
+    for is None. `shared` is what a step may compute once for several rows; it changes no result.
     """
 
     tokens: Int[Anywhere, "B T"]
@@ -57,6 +66,7 @@ class Batch:
     old_logp: Float[Anywhere, "B T"] | None = None
     ref_logp: Float[Anywhere, "B T"] | None = None
     sampler_logp: Float[Anywhere, "B T"] | None = None
+    shared: SharedPrompt | None = None
 
 
 @pytree

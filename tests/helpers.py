@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.experiment import DPO, GRPO, SFT, Mesh, Model, Optimizer, Pretrain, Source, Stage
 from lm.model.transformer import Transformer
-from lm.types import Batch
+from lm.types import Batch, SharedPrompt
 
 VOCAB = 64
 TINY = Model(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, max_len=64)
@@ -57,6 +57,27 @@ def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
         positions=jnp.asarray(positions),
         advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
         old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
+    )
+
+
+def grouped_batch(prompts: int = 4, group: int = 4, before: int = 7, after: int = 9, seed: int = 0) -> Batch:
+    """Answers of several lengths, `group` neighbours to the same prompt, left padded, as rollouts are."""
+    rng = np.random.default_rng(seed)
+    rows, column = prompts * group, np.arange(before + after)
+    starts = np.repeat(rng.integers(0, before, prompts), group)
+    ends = before + rng.integers(1, after + 1, rows)
+    real = (column >= starts[:, None]) & (column < ends[:, None])
+    tokens = rng.integers(0, VOCAB, (rows, before + after))
+    tokens[:, :before] = np.repeat(tokens[::group, :before], group, axis=0)
+    weights = (real & (column >= before)).astype(np.float32)
+    return Batch(
+        tokens=jnp.asarray(tokens, jnp.int32),
+        weights=jnp.asarray(weights),
+        segments=jnp.asarray(real, jnp.int32),
+        positions=jnp.asarray(np.maximum(np.cumsum(real, axis=1) - 1, 0), jnp.int32),
+        advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
+        old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal(weights.shape), jnp.float32),
+        shared=SharedPrompt(group, before),
     )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm.experiment import Model
 from lm.model import attention_cpu, splash
+from lm.model.linear import contract
 from lm.parallel.rules import constrain, platform
 
 
@@ -73,22 +74,25 @@ def visible(
 
 
 def attention_of(
-    config: Model, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    config: Model, positions: Int[Array, "B T"], segments: Int[Array, "B T"], first: int = 0
 ) -> Callable[[Array, Array, Array], Array]:
     """(queries, keys, values) -> heads, over rows whose tokens stand at these positions of these segments.
 
     The kernel that `config.attention` names, or that the devices like best (auto), where it takes the shapes; else
     the plain one.
+
+    Args:
+        first: the place of the first query; tokens before it are keys only.
     """
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
-    if name == "splash" and splash.fits(rows, length, config.head_dim):
+    if name == "splash" and not first and splash.fits(rows, length, config.head_dim):
         return lambda q, k, v: splash.splash(
             q, k, v, segments, config.attention_blocks, window=config.window, softcap=config.softcap
         )
     if name == "blocks" and attention_cpu.fits() and not (config.window or config.softcap):
         return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
-    mask = visible(positions, positions, segments, segments, config.window)
+    mask = visible(positions[:, first:], positions, segments[:, first:], segments, config.window)
     return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, config.softcap), "attention")
 
 
@@ -118,12 +122,23 @@ def attend(
     n, s = k.shape[1], k.shape[2]
     # The query heads of a group stand one under another, so that each key head has one matrix product.
     grouped = q.reshape(b, n, (h // n) * t, d)
-    scores = jnp.einsum("bnqk,bnsk->bnqs", grouped, k, preferred_element_type=_accumulator(q)) / math.sqrt(d)
+    scores = _products(grouped, k) / math.sqrt(d)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores.reshape(b, n, h // n, t, s), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, n, (h // n) * t, s)
     return jnp.einsum("bnqs,bnsk->bnqk", weights, v).reshape(b, h, t, d)
+
+
+def _products(q: Float[Array, "B N Q K"], k: Float[Array, "B N S K"]) -> Float[Array, "B N Q S"]:
+    """q·kᵀ, in float32 at least."""
+    if platform() == "cpu" and q.shape[2] < FEW:
+        return jnp.swapaxes(contract(k, q, 3), 2, 3)
+    return jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=_accumulator(q))
+
+
+FEW = 16
+"""Fewer queries than this stand right of the product on CPU: its right side is turned first, and keys are many more."""
 
 
 def _accumulator(x: Array) -> jnp.dtype:

@@ -9,6 +9,7 @@ FlashAttention, arXiv 2205.14135, appendix B.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax
@@ -29,24 +30,25 @@ def fits() -> bool:
 
 
 def attend_in_blocks(
-    q: Float[Array, "B H T K"], k: Float[Array, "B N T K"], v: Float[Array, "B N T K"], segments: Int[Array, "B T"]
-) -> Float[Array, "B H T K"]:
-    """softmax(q·kᵀ/√K)·v of each token over the tokens of its segment that are not after it."""
+    q: Float[Array, "B H C K"], k: Float[Array, "B N T K"], v: Float[Array, "B N T K"], segments: Int[Array, "B T"]
+) -> Float[Array, "B H C K"]:
+    """softmax(q·kᵀ/√K)·v of the last C tokens over the tokens of their segment that are not after them."""
     b, h, t, d = q.shape
     grouped = (q * (1 / math.sqrt(d))).astype(q.dtype).reshape(b, k.shape[1], h // k.shape[1], t, d)
     return _attend(grouped, k, v, segments).reshape(q.shape)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """First query and end of each block."""
-    size = max(BLOCK, -(-length // BLOCKS))
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+def _blocks(queries: int, keys: int) -> list[tuple[int, int, int]]:
+    """First query of each block, its end, and how many keys there are up to that; the last query is at the last key."""
+    size = max(BLOCK, -(-queries // BLOCKS))
+    bounds = ((start, min(start + size, queries)) for start in range(0, queries, size))
+    return [(start, end, keys - queries + end) for start, end in bounds]
 
 
-def _visible(segments: Int[Array, "B T"], start: int, end: int) -> Bool[Array, "B 1 1 C S"]:
-    """Whom the queries of a block may look at: keys of their segment up to their own place."""
-    same = segments[:, start:end, None] == segments[:, None, :end]
-    causal = np.arange(start, end)[:, None] >= np.arange(end)
+def _visible(segments: Int[Array, "B T"], size: int, seen: int) -> Bool[Array, "B 1 1 C S"]:
+    """Whom a block of `size` queries before place `seen` may look at: keys of their segment up to their own place."""
+    same = segments[:, seen - size : seen, None] == segments[:, None, :seen]
+    causal = np.arange(seen - size, seen)[:, None] >= np.arange(seen)
     return (same & causal)[:, None, None]
 
 
@@ -64,14 +66,14 @@ def _attend(q: Array, k: Array, v: Array, segments: Array) -> Float[Array, "B N 
 def _forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple]:
     b, n, g, t, d = q.shape
     heads, exponentials, inverses = [], [], []
-    for start, end in _blocks(t):
+    for start, end, seen in _blocks(t, k.shape[2]):
         size = end - start
-        scores = contract(_rows(q, start, end), k[:, :, :end], 3).reshape(b, n, g, size, end)
-        scores = jnp.where(_visible(segments, start, end), scores, -1e30)
+        scores = contract(_rows(q, start, end), k[:, :, :seen], 3).reshape(b, n, g, size, seen)
+        scores = jnp.where(_visible(segments, size, seen), scores, -1e30)
         raised = jnp.exp(scores - scores.max(-1, keepdims=True))
         inverse = (1 / raised.sum(-1, keepdims=True)).reshape(b, n, g * size, 1)
-        raised = raised.astype(v.dtype).reshape(b, n, g * size, end)
-        block = (contract(raised, v[:, :, :end], 2) * inverse).astype(v.dtype)
+        raised = raised.astype(v.dtype).reshape(b, n, g * size, seen)
+        block = (contract(raised, v[:, :, :seen], 2) * inverse).astype(v.dtype)
         heads.append(block.reshape(b, n, g, size, d))
         exponentials.append(raised)
         inverses.append(inverse)
@@ -85,24 +87,26 @@ def _backward(kept: tuple, d_out: Float[Array, "B N G T K"]) -> tuple[Array, Arr
     # What the softmax takes off each row: the sum of weight · gradient, which is that of output · gradient.
     off = (d_out.astype(inverses[0].dtype) * out.astype(inverses[0].dtype)).sum(-1, keepdims=True)
     d_q, d_k, d_v = [], [], []
-    for (start, end), raised, inverse in zip(_blocks(t), exponentials, inverses, strict=True):
+    blocks = _blocks(t, k.shape[2])
+    for (start, end, seen), raised, inverse in zip(blocks, exponentials, inverses, strict=True):
         d_block = (_rows(d_out, start, end) * inverse).astype(v.dtype)
-        d_weights = contract(d_block, v[:, :, :end], 3) - _rows(off, start, end) * inverse
+        d_weights = contract(d_block, v[:, :, :seen], 3) - _rows(off, start, end) * inverse
         d_scores = (raised.astype(d_weights.dtype) * d_weights).astype(v.dtype)
-        d_q.append(contract(d_scores, k[:, :, :end], 2).reshape(b, n, g, end - start, d))
+        d_q.append(contract(d_scores, k[:, :, :seen], 2).reshape(b, n, g, end - start, d))
         d_k.append(contract(transposed(_rows(q, start, end)), d_scores, 2))
         d_v.append(contract(transposed(d_block), raised, 2))
-    sides = (jnp.swapaxes(_sum(parts, t), 2, 3) for parts in (d_k, d_v))
+    sides = (jnp.swapaxes(_sum(parts), 2, 3) for parts in (d_k, d_v))
     d_k_sum, d_v_sum = (side.astype(v.dtype) for side in sides)
-    d_segments = np.zeros((b, t), jax.dtypes.float0)
+    d_segments = np.zeros((b, k.shape[2]), jax.dtypes.float0)
     return jnp.concatenate(d_q, axis=3).astype(q.dtype), d_k_sum, d_v_sum, d_segments
 
 
-def _sum(parts: list[Float[Array, "B N K S"]], length: int) -> Float[Array, "B N K T"]:
-    """The blocks' gradients of the keys they saw, added up piece by piece."""
-    bounds = _blocks(length)
+def _sum(parts: list[Float[Array, "B N K S"]]) -> Float[Array, "B N K T"]:
+    """The blocks' gradients of the keys they saw, each block more than the one before, added up piece by piece."""
+    seen = [0, *(part.shape[-1] for part in parts)]
     pieces = [
-        functools.reduce(jnp.add, (part[..., start:end] for part in parts[i:])) for i, (start, end) in enumerate(bounds)
+        functools.reduce(jnp.add, (part[..., start:end] for part in parts[i:]))
+        for i, (start, end) in enumerate(itertools.pairwise(seen))
     ]
     return jnp.concatenate(pieces, axis=3)
 

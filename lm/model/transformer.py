@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from lm.experiment import Model
 from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
 from lm.model.linear import from_heads, project, to_heads
+from lm.model.shared_prompt import shared_attention_of
 from lm.parallel.rules import constrain, gathered, platform, row_major
-from lm.types import pytree
+from lm.types import SharedPrompt, pytree
 
 # Tree mode: a module is a plain pytree, and jax.jit, grad, scan, checkpoint and eval_shape apply to it.
 nnx.set_graph_mode(False)
@@ -159,12 +160,22 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens, positions, segments))
 
     def hidden(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        shared: SharedPrompt | None = None,
     ) -> Float[Array, "B T D"]:
-        """The last hidden state of each token, normed."""
+        """The last hidden state of each token, normed.
+
+        Args:
+            shared: the rows are folded, a prompt and all its answers each (shared_prompt.py).
+        """
         c = self.config
         x, angles = self._start(tokens, positions)
-        attention = attention_of(c, positions, segments)
+        attention = (
+            shared_attention_of(c, positions, segments, shared) if shared else attention_of(c, positions, segments)
+        )
 
         def body(x: Array, block: Block) -> tuple[Array, None]:
             q, k, v = block.qkv(x, angles, c.norm_eps)

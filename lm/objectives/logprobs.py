@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lm.model import shared_prompt
 from lm.parallel.rules import constrain, one_device, platform, split_ways
 from lm.types import Batch, pytree
 
@@ -58,16 +60,16 @@ def token_logprobs(
     The model gives hidden(tokens, positions, segments) -> [B, T, D], logits(hidden) -> [..., V], and itself
     with_whole_tables(). Where a device's share of B·T·V is more than max_logits (None: the model's own setting), the
     projection to the vocabulary runs over chunks of time, one after another, and is computed again in the backward
-    pass; each chunk has all rows, and a part of every device's time, so that all devices share it.
+    pass; each chunk has all rows, and a part of every device's time, so that all devices share it. Where the rows of
+    the batch share prompts, these are computed once, and their own statistics, which nobody weighs, not at all: 0.
     """
     model = model.with_whole_tables()
     max_logits = model.config.max_logits if max_logits is None else max_logits
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
+    hidden, targets, align = _predictions(model, batch)
 
     def project(hidden, targets):
         return _measure(model.logits(hidden), targets, temperature, want_entropy, want_mean_logp)
 
-    targets = _next(batch.tokens)
     rows, time = targets.shape
     vocab = jax.eval_shape(model.logits, hidden).shape[-1]
     row_parts, time_parts, vocab_parts = (
@@ -75,15 +77,26 @@ def token_logprobs(
     )
     row, time_here = rows // row_parts * (vocab // vocab_parts), time // time_parts
     if row * time_here <= max_logits:
-        return _align(project(hidden, targets))
+        return align(project(hidden, targets))
     chunks = -(-time_here // max(1, max_logits // row))
     split = functools.partial(_split_time, parts=time_parts, chunks=chunks)
     remat = jax.checkpoint(project, prevent_cse=False)
     stats = jax.lax.map(lambda chunk: remat(*chunk), (split(hidden), split(targets)))
-    return _align(jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats))
+    return align(jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats))
 
 
 AXES = ("batch", "length", "vocab")
+
+
+def _predictions(model: Any, batch: Batch) -> tuple[Array, Array, Callable[[TokenStats], TokenStats]]:
+    """Hidden states [B, N, D], the tokens [B, N] that they predict, and what brings statistics of these to [B, T]."""
+    shared = shared_prompt.usable(batch, model.config)
+    if shared is None:
+        return model.hidden(batch.tokens, batch.positions, batch.segments), _next(batch.tokens), _align
+    folded = (shared_prompt.fold(x, shared) for x in (batch.tokens, batch.positions, batch.segments))
+    hidden = shared_prompt.predicting(model.hidden(*folded, shared), shared)
+    behind = ((0, 0), (shared.tokens, 0))
+    return hidden, batch.tokens[:, shared.tokens :], lambda stats: jax.tree.map(lambda x: jnp.pad(x, behind), stats)
 
 
 def _next(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -64,8 +64,8 @@ class Program:
 def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     """A batch of this many rows with the fields that the stage's objective reads."""
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    sampled = {"advantages": real, "old_logp": real} if isinstance(stage.objective, GRPO) else {}
-    return Batch(tokens=whole, weights=real, segments=whole, positions=whole, **sampled)
+    sampled = real if isinstance(stage.objective, GRPO) else None
+    return Batch(tokens=whole, weights=real, segments=whole, positions=whole, advantages=sampled, old_logp=sampled)
 
 
 def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program:

@@ -53,18 +53,24 @@ def sampling(program: Program) -> Sampling | None:
         return None
     local = one_device(program)
     params = local.parameters()
-    rows = -(-program.stage.batch_size * objective.group_size // ways("batch", program.sizes))
+    devices, prompts = ways("batch", program.sizes), program.stage.batch_size
+    rows = -(-prompts * objective.group_size // devices)
     width = program.stage.seq_len - objective.max_new_tokens
-    prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,))]
+    # The sampler reads a prompt once where all devices have as many.
+    group_size = 1 if prompts % devices else objective.group_size
+    abstract = [
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows // group_size, width), (rows // group_size,))
+    ]
     call = functools.partial(
         generate,
         temperature=objective.temperature,
+        group_size=group_size,
         max_new_tokens=objective.max_new_tokens,
         eos_id=0,
         pad_id=0,
     )
     with jax.sharding.use_abstract_mesh(lone_mesh(program)):
-        block = block_of(jax.make_jaxpr(call)(params, *prompts, jax.eval_shape(lambda: jax.random.key(0))))
+        block = block_of(jax.make_jaxpr(call)(params, *abstract, jax.eval_shape(lambda: jax.random.key(0))))
         cache = jax.eval_shape(lambda: params.empty_cache(rows, program.stage.seq_len))
     analysis = dataclasses.replace(analysis_of(program), ways=1)  # tokens come one by one: nothing to split
     whole = analysis.usage(block, set(block.inputs[: len(jax.tree.leaves(params))]))

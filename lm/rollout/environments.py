@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +19,7 @@ from lm.objectives.grpo import group_advantages
 from lm.parallel.distributed import fetch, gather
 from lm.rollout.sampler import Answer, Samples, decode_rows, generate
 from lm.rollout.verifiers import NEEDS, VERIFIERS
-from lm.types import Batch
+from lm.types import Batch, SharedPrompt
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def roll_out(
     rows = [row for row in prompts.rows for _ in range(o.group_size)]
     samples = fetch(
         generate(
-            model, tokens, lengths, key, o.temperature,
+            model, prompts.tokens, prompts.lengths, key, o.temperature, group_size=o.group_size,
             max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
         )
     )  # fmt: skip
@@ -92,11 +93,17 @@ def roll_out(
     metrics = {name: float(mean.value()) for name, mean in means.items()}
     metrics["completion_length"] = float(samples.mask.sum(1).mean())
     metrics["eos_rate"] = float(np.mean([answer.eos for answer in answers]))
-    batch = as_batch(tokens, lengths, samples, np.asarray(advantages))
-    # The groups are spread over the updates, so that each update sees every prompt it can.
-    pieces = [jax.tree.map(lambda x, i=i: x[i :: o.updates_per_rollout], batch) for i in range(o.updates_per_rollout)]
+    batch = as_batch(tokens, lengths, samples, np.asarray(advantages), o.group_size)
     asked = [prompt_messages(row, "the prompt")[-1]["content"] for row in rows]
-    return Rollout(pieces, asked, answers, rewards, np.asarray(advantages), metrics)
+    return Rollout(spread(batch, o.updates_per_rollout), asked, answers, rewards, np.asarray(advantages), metrics)
+
+
+def spread(batch: Batch, updates: int) -> list[Batch]:
+    """A batch for each update: the groups are spread over them, so that each update sees every prompt it can."""
+    assert batch.shared is not None
+    group, rest = divmod(batch.shared.rows, updates)
+    batch = dataclasses.replace(batch, shared=None if rest else SharedPrompt(group, batch.shared.tokens))
+    return [jax.tree.map(lambda x, i=i: x[i::updates], batch) for i in range(updates)]
 
 
 def _judge(environment: Environment, rows: list[dict], answers: list[Answer]) -> Float[np.ndarray, " N"]:
@@ -109,8 +116,14 @@ def _judge(environment: Environment, rows: list[dict], answers: list[Answer]) ->
     return rewards
 
 
-def as_batch(tokens: np.ndarray, lengths: np.ndarray, samples: Samples, advantages: Float[np.ndarray, " B"]) -> Batch:
-    """Left-padded prompts with their completions behind them, one row each; only completions have weight."""
+def as_batch(
+    tokens: np.ndarray, lengths: np.ndarray, samples: Samples, advantages: Float[np.ndarray, " B"], group_size: int = 1
+) -> Batch:
+    """Left-padded prompts with their completions behind them, one row each; only completions have weight.
+
+    Args:
+        group_size: of so many neighbours the prompt is the same.
+    """
     rows, width = tokens.shape
     mask = np.asarray(samples.mask)
     real = np.concatenate([np.arange(width)[None] >= width - lengths[:, None], mask], axis=1)
@@ -123,4 +136,5 @@ def as_batch(tokens: np.ndarray, lengths: np.ndarray, samples: Samples, advantag
         positions=np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32),
         advantages=weights * advantages[:, None].astype(np.float32),
         old_logp=logp,
+        shared=SharedPrompt(group_size, width),
     )

@@ -17,7 +17,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Cache, Transformer
 from lm.parallel.distributed import fetch
-from lm.parallel.rules import constrain
+from lm.parallel.rules import constrain, split_ways
 from lm.types import pytree
 
 
@@ -79,14 +79,15 @@ def choose(
     return token, logp
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "top_k", "top_p", "eos_id", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p", "eos_id", "pad_id"))
 def generate(
     model: Transformer,
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
+    tokens: Int[Array, "P S"],
+    lengths: Int[Array, " P"],
     key: PRNGKeyArray,
     temperature: float | Float[Array, ""] = 1.0,
     *,
+    group_size: int = 1,
     max_new_tokens: int,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -98,13 +99,11 @@ def generate(
     Args:
         tokens, lengths: prompts with their last token in the last column, and how many are real.
         temperature: 0 is greedy. A traced number: other temperatures do not compile again.
+        group_size: completions of each prompt, which are neighbours. The prompt is read once.
     """
     model = model.for_sampling()
-    rows, width = tokens.shape
-    column = jnp.arange(width)[None, :] - (width - lengths[:, None])
-    positions, segments = jnp.maximum(column, 0), (column >= 0).astype(jnp.int32)
-    cache = model.empty_cache(rows, width + max_new_tokens)
-    hidden, cache = model.extend(cache, jnp.int32(0), tokens, positions, segments)
+    rows, width = len(tokens) * group_size, tokens.shape[1]
+    lengths, last, cache = _read(model, tokens, lengths, group_size, width + max_new_tokens)
     temperature = jnp.asarray(temperature, jnp.float32)
 
     def going_on(carry: tuple) -> Bool[Array, ""]:
@@ -128,9 +127,27 @@ def generate(
     empty = (rows, max_new_tokens)
     out = Samples(jnp.full(empty, pad_id), jnp.zeros(empty, jnp.float32), jnp.zeros(empty, bool))
     done = constrain(jnp.zeros(rows, bool), "batch")
-    first = (jnp.int32(0), done, model.logits(hidden[:, -1]), cache, out)
+    first = (jnp.int32(0), done, model.logits(last), cache, out)
     *_, out = jax.lax.while_loop(going_on, one_more, first)
     return out
+
+
+def _read(
+    model: Transformer, tokens: Int[Array, "P S"], lengths: Int[Array, " P"], group_size: int, size: int
+) -> tuple[Int[Array, " B"], Float[Array, "B D"], Cache]:
+    """Of each completion: its prompt's length, the hidden state of the prompt's last token, a cache for `size` tokens."""
+    repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, group_size, axis=0))
+    # Prompts too few for the devices are read once a completion: each then reads its own at the same time.
+    once = split_ways(len(tokens), "batch") == split_ways(len(tokens) * group_size, "batch")
+    if not once:
+        tokens, lengths = repeat((tokens, lengths))
+    rows, width = tokens.shape
+    column = jnp.arange(width)[None, :] - (width - lengths[:, None])
+    positions, segments = jnp.maximum(column, 0), (column >= 0).astype(jnp.int32)
+    cache = model.empty_cache(rows, size)
+    hidden, cache = model.extend(cache, jnp.int32(0), tokens, positions, segments)
+    found = lengths, hidden[:, -1], cache
+    return repeat(found) if once else found
 
 
 def decode_rows(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[Answer]:

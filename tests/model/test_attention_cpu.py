@@ -39,6 +39,21 @@ def test_attention_in_blocks_is_the_plain_one(length):
         np.testing.assert_allclose(have_d, want_d, atol=2e-5)
 
 
+@pytest.mark.parametrize("queries", [1, 40, 170])
+def test_the_last_queries_alone_are_those_of_all(queries):
+    length = 210
+    _, segments = packed(2, length)
+    keys = jax.random.split(jax.random.key(3), 4)
+    q, d_out = (jax.random.normal(k, (2, 4, length, 16)) for k in keys[:2])
+    k, v = (jax.random.normal(k, (2, 2, length, 16)) for k in keys[2:])
+    d_out = d_out.at[:, :, :-queries].set(0)
+    want, back = jax.vjp(lambda *x: attend_in_blocks(*x, segments), q, k, v)
+    have, back_last = jax.vjp(lambda q, k, v: attend_in_blocks(q[:, :, -queries:], k, v, segments), q, k, v)
+    np.testing.assert_allclose(have, want[:, :, -queries:], atol=2e-6)
+    for have_d, want_d in zip(back_last(d_out[:, :, -queries:]), back(d_out), strict=True):
+        np.testing.assert_allclose(have_d, want_d, atol=2e-5)
+
+
 @pytest.mark.parametrize("length", [100, 200])  # one block, and two
 def test_bfloat16_is_as_near_to_float32_as_the_plain_one(length):
     positions, segments = packed(2, length)

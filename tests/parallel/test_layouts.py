@@ -1,5 +1,6 @@
 """The same step, whatever the layout: devices, microbatches, rematerialisation, unrolling."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
 from lm.steps import STEPS, needs_reference
 from lm.types import TrainState
-from tests.helpers import OBJECTIVES, layout, random_batch, tiny_model, tiny_stage
+from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
 PLAIN = ({}, {}, {})
 SPLIT = ("fsdp", "expert", "context")  # the mesh axes that split the width of parameters
@@ -71,12 +72,12 @@ def prepared(objective, mesh_sizes, stage_changes, model_changes):
     return mesh, step, jax.device_put(state, places)
 
 
-def two_steps(objective, mesh_sizes, stage_changes, model_changes):
+def two_steps(objective, mesh_sizes, stage_changes, model_changes, make_batch=random_batch):
     """Parameters, optimizer state and metrics after two steps in a layout."""
     mesh, step, state = prepared(objective, mesh_sizes, stage_changes, model_changes)
     with jax.set_mesh(mesh):
         for seed in (0, 1):
-            state, metrics = step(state, jax.device_put(random_batch(seed=seed), batch_sharding(mesh)))
+            state, metrics = step(state, jax.device_put(make_batch(seed=seed), batch_sharding(mesh)))
         assert step._cache_size() == 1
     return jax.device_get((jax.tree.leaves(state.params), jax.tree.leaves(state.opt_state), metrics))
 
@@ -88,20 +89,62 @@ def plain(name):
 
 @pytest.mark.parametrize(("name", "where"), CASES)
 def test_same_result_in_any_layout(name, where):
-    params, moments, metrics = two_steps(OBJECTIVES[name], *LAYOUTS[where])
-    for got, wanted in zip(moments, plain(name)[1], strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
-    for got, wanted in zip(params, plain(name)[0], strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
-    assert metrics.keys() == plain(name)[2].keys()
-    for key, value in metrics.items():
-        np.testing.assert_allclose(value, plain(name)[2][key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert_same(two_steps(OBJECTIVES[name], *LAYOUTS[where]), plain(name))
 
 
-def compiled(name, mesh_sizes, stage_changes):
+def assert_same(got, wanted):
+    """Parameters, optimizer state and metrics."""
+    for one, other in zip(got[1], wanted[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * np.abs(other).max())
+    for one, other in zip(got[0], wanted[0], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    assert got[2].keys() == wanted[2].keys()
+    for key, value in got[2].items():
+        np.testing.assert_allclose(value, wanted[2][key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def repeating_batch(seed=0):
+    """A rollout's batch whose prompts are computed once a row."""
+    return dataclasses.replace(grouped_batch(seed=seed), shared=None)
+
+
+@functools.cache
+def repeating(name):
+    return two_steps(OBJECTIVES[name], *PLAIN, repeating_batch)
+
+
+SHARED = {
+    "one": PLAIN,
+    "data2_fsdp2_tensor2": LAYOUTS["data2_fsdp2_tensor2"],  # each device has whole groups
+    "fsdp8": LAYOUTS["fsdp8"],  # each device has half a group
+    "context2": ({"context": 2}, {}, {}),  # each device has half of every row
+    "microbatches2_on_data2_fsdp2": LAYOUTS["microbatches2_on_data2_fsdp2"],
+    "microbatches8": ({}, {"microbatches": 8}, {}),  # each has half a group
+    "remat_dots_unrolled": LAYOUTS["remat_dots_unrolled"],
+}
+
+
+@pytest.mark.parametrize("where", SHARED)
+@pytest.mark.parametrize("name", ["grpo_token", "grpo_sequence"])
+def test_a_prompt_computed_once_for_its_group_gives_the_same_result_in_any_layout(name, where):
+    assert_same(two_steps(OBJECTIVES[name], *SHARED[where], grouped_batch), repeating(name))
+
+
+def compiled(name, mesh_sizes, stage_changes, batch=None):
     mesh, step, state = prepared(OBJECTIVES[name], mesh_sizes, stage_changes, {})
     with jax.set_mesh(mesh):
-        return step.lower(state, jax.device_put(random_batch(), batch_sharding(mesh))).compile()
+        return step.lower(state, jax.device_put(batch or random_batch(), batch_sharding(mesh))).compile()
+
+
+@pytest.mark.parametrize("where", ["one", "fsdp8", "microbatches2_on_data2_fsdp2"])
+def test_a_shared_prompt_is_computed_once(where):
+    """7 tokens of 16, for two rows or four: 25 tokens instead of 32, or 43 instead of 64; the head on 9 of 16."""
+    mesh_sizes, stage_changes, _ = SHARED[where]
+    once, often = (
+        compiled("grpo_sequence", mesh_sizes, stage_changes, batch).cost_analysis()["flops"]
+        for batch in (grouped_batch(), repeating_batch())
+    )
+    assert once < 0.75 * often
 
 
 @pytest.mark.parametrize("name", ["pretrain", "dpo", "grpo_token"])

@@ -7,9 +7,10 @@ import pytest
 
 from lm.data.packing import left_pad
 from lm.objectives.logprobs import token_logprobs
-from lm.rollout.environments import as_batch
+from lm.parallel.mesh import make_mesh
+from lm.rollout.environments import as_batch, spread
 from lm.rollout.sampler import choose, filter_logits, generate
-from tests.helpers import VOCAB, tiny_model
+from tests.helpers import VOCAB, layout, tiny_model
 
 EOS, PAD = 1, 0
 
@@ -41,6 +42,39 @@ def test_ragged_prompts_are_answered_as_alone():
     for row, length in enumerate(lengths):
         alone = sample(model, tokens[row : row + 1, -length:], lengths[row : row + 1], 0.0)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+def test_a_prompt_read_once_for_its_group_is_answered_as_read_for_each():
+    model, (tokens, lengths) = tiny_model(), prompts()
+    once = sample(model, tokens, lengths, group_size=3)
+    often = sample(model, np.repeat(tokens, 3, axis=0), np.repeat(lengths, 3))
+    np.testing.assert_array_equal(once.tokens, often.tokens)
+    np.testing.assert_allclose(once.logp, often.logp, atol=1e-6)
+    assert len({row.tobytes() for row in np.asarray(once.tokens[:3])}) > 1
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"data": 8}])  # two prompts a device; too few prompts
+def test_groups_are_answered_alike_on_many_devices(sizes):
+    model, (tokens, lengths) = tiny_model(), prompts(rows=4)
+    alone = sample(model, tokens, lengths, group_size=4)
+    with jax.set_mesh(make_mesh(layout(**sizes))):
+        spread_out = sample(model, tokens, lengths, group_size=4)
+    np.testing.assert_array_equal(alone.tokens, spread_out.tokens)
+
+
+@pytest.mark.parametrize(("updates", "group"), [(1, 6), (2, 3), (3, 2), (4, None)])
+def test_each_update_knows_which_of_its_rows_share_a_prompt(updates, group):
+    tokens, lengths = prompts(rows=2)
+    out = jax.device_get(sample(tiny_model(), tokens, lengths, group_size=6))
+    batch = as_batch(np.repeat(tokens, 6, axis=0), np.repeat(lengths, 6), out, np.ones(12), group_size=6)
+    pieces = spread(batch, updates)
+    assert sum(piece.weights.sum() for piece in pieces) == out.mask.sum()
+    for piece in pieces:
+        assert (piece.shared and (piece.shared.rows, piece.shared.tokens)) == (group and (group, 12))
+        for row in range(len(piece.tokens) if group else 0):
+            for field in (piece.tokens, piece.segments, piece.positions):
+                np.testing.assert_array_equal(field[row, :12], field[row - row % group, :12])
+        assert not piece.weights[:, :12].any()
 
 
 def test_rows_end_at_eos_and_stay_ended():

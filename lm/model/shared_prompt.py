@@ -1,0 +1,81 @@
+"""Neighbouring rows that begin with the same prompt, and that prompt computed once: layout, attention, what predicts.
+
+No token of a prompt looks at an answer, so its hidden states are those of all rows of its group, and the gradients of
+the rows add up. A folded row is a prompt and all its answers, [prompt | answer 1 | … | answer G]; only attention knows
+that the answers do not see each other.
+
+Shapes: B rows = P prompts · G answers of each; T = S tokens of the prompt + A of the answer; L = S + G·A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lm.experiment import Model
+from lm.model.attention import attention_of
+from lm.parallel.rules import platform, split_ways
+from lm.types import Batch, SharedPrompt
+
+
+def usable(batch: Batch, config: Model) -> SharedPrompt | None:
+    """What the rows of a batch share, where computing it once is possible and pays; None elsewhere.
+
+    Of a device's rows: it may have a part of a group only, and so may a part of a batch. Not on TPUs, whose kernel takes
+    whole rows, nor where devices share a row.
+    """
+    if batch.shared is None or platform() == "tpu" or config.attention == "splash":
+        return None
+    rows, length = batch.tokens.shape
+    group = math.gcd(rows // split_ways(rows, "batch"), batch.shared.rows)
+    whole = split_ways(length, "length") == 1
+    return SharedPrompt(group, batch.shared.tokens) if group > 1 and whole else None
+
+
+def fold(x: Int[Array, "B T"], shared: SharedPrompt) -> Int[Array, "P L"]:
+    """Each prompt once, and behind it its answers, one after another."""
+    groups = x.reshape(-1, shared.rows, x.shape[1])
+    answers = groups[:, :, shared.tokens :].reshape(len(groups), -1)
+    return jnp.concatenate([groups[:, 0, : shared.tokens], answers], axis=1)
+
+
+def predicting(hidden: Float[Array, "P L D"], shared: SharedPrompt) -> Float[Array, "B A D"]:
+    """The hidden state that predicts each token of each answer: the one before it, at first the prompt's last."""
+    prompts, _, width = hidden.shape
+    answers = hidden[:, shared.tokens :].reshape(prompts, shared.rows, -1, width)
+    last = jnp.broadcast_to(hidden[:, None, shared.tokens - 1 : shared.tokens], (prompts, shared.rows, 1, width))
+    return jnp.concatenate([last, answers[:, :, :-1]], axis=2).reshape(prompts * shared.rows, -1, width)
+
+
+def shared_attention_of(
+    config: Model, positions: Int[Array, "P L"], segments: Int[Array, "P L"], shared: SharedPrompt
+) -> Callable[[Array, Array, Array], Array]:
+    """(queries, keys, values) -> heads of folded rows: prompts by themselves, answers over their prompt and themselves."""
+    size = shared.tokens
+    of_prompts = attention_of(config, positions[:, :size], segments[:, :size])
+    row_positions, row_segments = (_rows(x[:, None, :, None], shared)[:, 0, :, 0] for x in (positions, segments))
+    of_answers = attention_of(config, row_positions, row_segments, first=size)
+
+    def attention(q: Array, k: Array, v: Array) -> Float[Array, "P H L K"]:
+        prompts = of_prompts(*(x[:, :, :size] for x in (q, k, v)))
+        answers = of_answers(_answers(q, shared), _rows(k, shared), _rows(v, shared))
+        prompts_by_heads, width = prompts.shape[:2], prompts.shape[-1]
+        folded = jnp.moveaxis(answers.reshape(len(q), shared.rows, *answers.shape[1:]), 1, 2)
+        return jnp.concatenate([prompts, folded.reshape(*prompts_by_heads, -1, width)], axis=2)
+
+    return attention
+
+
+def _answers(x: Float[Array, "P N L K"], shared: SharedPrompt) -> Float[Array, "B N A K"]:
+    """The part of the answers, a row each."""
+    prompts, heads, _, width = x.shape
+    groups = x[:, :, shared.tokens :].reshape(prompts, heads, shared.rows, -1, width)
+    return jnp.moveaxis(groups, 2, 1).reshape(prompts * shared.rows, heads, -1, width)
+
+
+def _rows(x: Float[Array, "P N L K"], shared: SharedPrompt) -> Float[Array, "B N T K"]:
+    """Whole rows: the prompt's part again before every answer."""
+    return jnp.concatenate([jnp.repeat(x[:, :, : shared.tokens], shared.rows, axis=0), _answers(x, shared)], axis=2)
