@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Float, Int
 
 from lm.model.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
-from lm.parallel.rules import device_kind, spec, split_ways, ways
+from lm.parallel.row_order import Cut, balance, cut_of, restore
+from lm.parallel.rules import device_kind, spec, ways
 
 COMPUTED = 512  # most keys of a block that are worked on at a time
 
@@ -44,6 +45,7 @@ class How(NamedTuple):
     tiles: Tiles
     backward_tiles: Tiles
     shown: Shown
+    cut: Cut
     interpret: bool
 
 
@@ -52,11 +54,10 @@ def fits(rows: int, length: int, head_dim: int) -> bool:
 
     Every device must get as many rows (those of an evaluation may be too few), and whole vectors of tokens.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, cut = jax.sharding.get_abstract_mesh(), cut_of(length)
     divides = mesh.empty or rows % ways("batch", mesh.shape) == 0
-    return (
-        divides and length % (LANES * (1 if mesh.empty else ways("length", mesh.shape))) == 0 and head_dim % LANES == 0
-    )
+    split = mesh.empty or cut.parts == ways("length", mesh.shape)
+    return divides and split and length % (LANES * cut.parts * cut.each) == 0 and head_dim % LANES == 0
 
 
 def block_size(length: int, largest: int) -> int:
@@ -77,18 +78,19 @@ def splash(
     """softmax(q·kᵀ/√K)·v of each token over the tokens of its segment that are not after it.
 
     Args:
+        q, k, v, segments: in the order of the devices (lm/parallel/row_order.py) where the mesh splits rows.
         blocks: as `Blocks`; empty: what suits the chip.
         window, softcap: as in `lm.model.attention`.
         interpret: run the kernels as ordinary operations, on any device; slow, for tests.
     """
     sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), Blocks(512, 512, 512, 512))
-    parts = split_ways(q.shape[2], "length")
-    part = q.shape[2] // parts  # queries of a device
+    length, cut = q.shape[2], cut_of(q.shape[2])
+    chunk = length // (cut.parts * cut.each)
     how = How(
-        _tiles(part, q.shape[2], sizes[:2]), _tiles(part, q.shape[2], sizes[2:]), Shown(window, softcap), interpret
+        _tiles(chunk, length, sizes[:2]), _tiles(chunk, length, sizes[2:]), Shown(window, softcap), cut, interpret
     )
     q = q / math.sqrt(q.shape[-1])
-    ahead = jnp.arange(parts, dtype=jnp.int32) * part
+    ahead = balance(jnp.arange(0, length, chunk, dtype=jnp.int32)[None], cut)[0]
     if jax.sharding.get_abstract_mesh().empty:
         return _attend(how, q, k, v, Sides(segments, segments, ahead))
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
@@ -110,36 +112,55 @@ def _tiles(queries: int, keys: int, largest: tuple[int, ...]) -> Tiles:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(how: How, q: Array, k: Array, v: Array, sides: Sides) -> Array:
-    return attention(q, k, v, sides, how.tiles, how.shown, how.interpret)[0]
+    return _forward(how, q, k, v, sides)[0]
 
 
 def _forward(how: How, q: Array, k: Array, v: Array, sides: Sides) -> tuple[Array, tuple]:
-    out, logsumexp = attention(q, k, v, sides, how.tiles, how.shown, how.interpret)
-    out, logsumexp = named(out, "attention"), named(logsumexp, "attention")
-    return out, (q, k, v, sides, out, logsumexp)
+    """Chunk by chunk of the device's queries, against the keys of the whole row, put into the order of the text."""
+    k, v, k_segments = restore(k, how.cut, 2), restore(v, how.cut, 2), restore(sides.k_segments, how.cut)
+    found = []
+    for number, here in enumerate(_chunks(how, q)):
+        part = Sides(sides.q_segments[:, here], k_segments, sides.ahead[number, None])
+        found.append(attention(q[:, :, here], k, v, part, how.tiles, how.shown, how.interpret))
+    out, logsumexp = (named(jnp.concatenate(parts, axis=2), "attention") for parts in zip(*found, strict=True))
+    return out, (q, k, v, Sides(sides.q_segments, k_segments, sides.ahead), out, logsumexp)
 
 
 def _backward(how: How, kept: tuple, d_out: Array) -> tuple:
     q, k, v, sides, out, logsumexp = kept
     delta = jnp.einsum("bhtk,bhtk->bht", out, d_out, preferred_element_type=jnp.float32)
-    queries = _pieces(q.shape[2], how.backward_tiles.q, longest(q.shape[-1]))
-    keys = _pieces(k.shape[2], how.backward_tiles.kv, longest(q.shape[-1]))
+    most = longest(q.shape[-1])
+    queries = [
+        (here, sides.ahead[number, None] + here.start - chunk.start)
+        for number, chunk in enumerate(_chunks(how, q))
+        for here in _pieces(chunk, how.backward_tiles.q, most)
+    ]
+    keys = _pieces(slice(0, k.shape[2]), how.backward_tiles.kv, most)
     found = {}
-    for here, there in itertools.product(queries, keys):
-        part = Sides(sides.q_segments[:, here], sides.k_segments[:, there], sides.ahead + here.start - there.start)
+    for (here, ahead), there in itertools.product(queries, keys):
+        part = Sides(sides.q_segments[:, here], sides.k_segments[:, there], ahead - there.start)
         found[here.start, there.start] = gradients(
             q[:, :, here], k[:, :, there], v[:, :, there], part, logsumexp[:, :, here], delta[:, :, here],
             d_out[:, :, here], how.backward_tiles, how.shown, how.interpret,
         )  # fmt: skip
-    dq = [_sum([found[here.start, there.start][0] for there in keys]) for here in queries]
-    dk, dv = ([_sum([found[here.start, there.start][x] for here in queries]) for there in keys] for x in (1, 2))
-    return *(jnp.concatenate(parts, axis=2) for parts in (dq, dk, dv)), None
+    dq = jnp.concatenate([_sum([found[h.start, t.start][0] for t in keys]) for h, _ in queries], axis=2)
+    dk, dv = (
+        jnp.concatenate([_sum([found[h.start, t.start][x] for h, _ in queries]) for t in keys], axis=2) for x in (1, 2)
+    )
+    return dq, balance(dk, how.cut, 2), balance(dv, how.cut, 2), None
 
 
-def _pieces(length: int, tile: int, longest: int) -> list[slice]:
-    """The fewest equal pieces of a row that are whole tiles and not too long."""
+def _chunks(how: How, q: Array) -> list[slice]:
+    """Where the chunks of a device's queries lie."""
+    size = q.shape[2] // how.cut.each
+    return [slice(start, start + size) for start in range(0, q.shape[2], size)]
+
+
+def _pieces(row: slice, tile: int, longest: int) -> list[slice]:
+    """The fewest equal pieces of a part of a row that are whole tiles and not too long."""
+    length = row.stop - row.start
     size = max(size for size in range(tile, max(longest, tile) + 1, tile) if length % size == 0)
-    return [slice(start, start + size) for start in range(0, length, size)]
+    return [slice(start, start + size) for start in range(row.start, row.stop, size)]
 
 
 def _sum(parts: list[Array]) -> Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from lm.experiment import Model
 from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
 from lm.model.linear import from_heads, project, to_heads
+from lm.parallel.row_order import balance, cut_of, restore
 from lm.parallel.rules import constrain, gathered, platform, row_major
 from lm.types import pytree
 
@@ -162,7 +163,8 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """The last hidden state of each token, normed."""
-        c = self.config
+        c, cut = self.config, cut_of(tokens.shape[1])
+        tokens, positions, segments = (balance(x, cut) for x in (tokens, positions, segments))
         x, angles = self._start(tokens, positions)
         attention = attention_of(c, positions, segments)
 
@@ -173,7 +175,7 @@ class Transformer(nnx.Module):
         if c.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.blocks, unroll=min(c.scan_unroll, c.num_layers))
-        return self.norm(x, c.norm_eps)
+        return restore(self.norm(x, c.norm_eps), cut)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every token of the vocabulary, in `config.logits_dtype` (but float64 where the model is)."""
