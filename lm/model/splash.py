@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Float, Int
 
 from lm.model.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
-from lm.parallel.row_order import Cut, balance, cut_of, restore
+from lm.parallel.row_order import balance, cut_of
 from lm.parallel.rules import device_kind, spec, ways
 
 COMPUTED = 512  # most keys of a block that are worked on at a time
@@ -45,7 +45,6 @@ class How(NamedTuple):
     tiles: Tiles
     backward_tiles: Tiles
     shown: Shown
-    cut: Cut
     interpret: bool
 
 
@@ -86,86 +85,74 @@ def splash(
     sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), Blocks(512, 512, 512, 512))
     length, cut = q.shape[2], cut_of(q.shape[2])
     chunk = length // (cut.parts * cut.each)
-    how = How(
-        _tiles(chunk, length, sizes[:2]), _tiles(chunk, length, sizes[2:]), Shown(window, softcap), cut, interpret
-    )
+    how = How(_tiles(chunk, sizes[:2]), _tiles(chunk, sizes[2:]), Shown(window, softcap), interpret)
     q = q / math.sqrt(q.shape[-1])
-    ahead = balance(jnp.arange(0, length, chunk, dtype=jnp.int32)[None], cut)[0]
+    places = balance(jnp.arange(0, length, chunk, dtype=jnp.int32)[None], cut)[0]
+    sides = Sides(segments, segments, places, places)
     if jax.sharding.get_abstract_mesh().empty:
-        return _attend(how, q, k, v, Sides(segments, segments, ahead))
+        return _attend(how, q, k, v, sides)
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
     queries = spec(("batch", "heads", "length", None))
     keys = spec(("batch", "kv_heads", None, None))
-    sides: Any = [spec(names) for names in (("batch", "length"), ("batch", None), ("length",))]
+    split: Any = [spec(names) for names in (("batch", "length"), ("batch", None), ("length",), (None,))]
     return jax.shard_map(
         functools.partial(_attend, how),
-        in_specs=(queries, keys, keys, Sides(*sides)),
+        in_specs=(queries, keys, keys, Sides(*split)),
         out_specs=queries,
         check_vma=False,
-    )(q, k, v, Sides(segments, segments, ahead))
+    )(q, k, v, sides)
 
 
-def _tiles(queries: int, keys: int, largest: tuple[int, ...]) -> Tiles:
-    kv = block_size(keys, largest[1])
-    return Tiles(block_size(queries, largest[0]), kv, block_size(kv, COMPUTED))
+def _tiles(chunk: int, largest: tuple[int, ...]) -> Tiles:
+    kv = block_size(chunk, largest[1])
+    return Tiles(block_size(chunk, largest[0]), kv, block_size(kv, COMPUTED))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(how: How, q: Array, k: Array, v: Array, sides: Sides) -> Array:
-    return _forward(how, q, k, v, sides)[0]
+    return attention(q, k, v, sides, how.tiles, how.shown, how.interpret)[0]
 
 
 def _forward(how: How, q: Array, k: Array, v: Array, sides: Sides) -> tuple[Array, tuple]:
-    """Chunk by chunk of the device's queries, against the keys of the whole row, put into the order of the text."""
-    k, v, k_segments = restore(k, how.cut, 2), restore(v, how.cut, 2), restore(sides.k_segments, how.cut)
-    found = []
-    for number, here in enumerate(_chunks(how, q)):
-        part = Sides(sides.q_segments[:, here], k_segments, sides.ahead[number, None])
-        found.append(attention(q[:, :, here], k, v, part, how.tiles, how.shown, how.interpret))
-    out, logsumexp = (named(jnp.concatenate(parts, axis=2), "attention") for parts in zip(*found, strict=True))
-    return out, (q, k, v, Sides(sides.q_segments, k_segments, sides.ahead), out, logsumexp)
+    out, logsumexp = attention(q, k, v, sides, how.tiles, how.shown, how.interpret)
+    out, logsumexp = named(out, "attention"), named(logsumexp, "attention")
+    return out, (q, k, v, sides, out, logsumexp)
 
 
 def _backward(how: How, kept: tuple, d_out: Array) -> tuple:
     q, k, v, sides, out, logsumexp = kept
     delta = jnp.einsum("bhtk,bhtk->bht", out, d_out, preferred_element_type=jnp.float32)
-    most = longest(q.shape[-1])
-    queries = [
-        (here, sides.ahead[number, None] + here.start - chunk.start)
-        for number, chunk in enumerate(_chunks(how, q))
-        for here in _pieces(chunk, how.backward_tiles.q, most)
-    ]
-    keys = _pieces(slice(0, k.shape[2]), how.backward_tiles.kv, most)
+    most, (q_tile, k_tile, _) = longest(q.shape[-1]), how.backward_tiles
+    queries, keys = _pieces(q.shape[2], sides.q_places, q_tile, most), _pieces(k.shape[2], sides.k_places, k_tile, most)
     found = {}
-    for (here, ahead), there in itertools.product(queries, keys):
-        part = Sides(sides.q_segments[:, here], sides.k_segments[:, there], ahead - there.start)
-        found[here.start, there.start] = gradients(
-            q[:, :, here], k[:, :, there], v[:, :, there], part, logsumexp[:, :, here], delta[:, :, here],
-            d_out[:, :, here], how.backward_tiles, how.shown, how.interpret,
+    for (h, q_places), (t, k_places) in itertools.product(queries, keys):
+        part = Sides(sides.q_segments[:, h], sides.k_segments[:, t], q_places, k_places)
+        found[h.start, t.start] = gradients(
+            q[:, :, h], k[:, :, t], v[:, :, t], part, logsumexp[:, :, h], delta[:, :, h], d_out[:, :, h],
+            how.backward_tiles, how.shown, how.interpret,
         )  # fmt: skip
-    dq = jnp.concatenate([_sum([found[h.start, t.start][0] for t in keys]) for h, _ in queries], axis=2)
+    dq = jnp.concatenate([_sum([found[h.start, t.start][0] for t, _ in keys]) for h, _ in queries], axis=2)
     dk, dv = (
-        jnp.concatenate([_sum([found[h.start, t.start][x] for h, _ in queries]) for t in keys], axis=2) for x in (1, 2)
+        jnp.concatenate([_sum([found[h.start, t.start][x] for h, _ in queries]) for t, _ in keys], axis=2)
+        for x in (1, 2)
     )
-    return dq, balance(dk, how.cut, 2), balance(dv, how.cut, 2), None
+    return dq, dk, dv, None
 
 
-def _chunks(how: How, q: Array) -> list[slice]:
-    """Where the chunks of a device's queries lie."""
-    size = q.shape[2] // how.cut.each
-    return [slice(start, start + size) for start in range(0, q.shape[2], size)]
+_attend.defvjp(_forward, _backward)
 
 
-def _pieces(row: slice, tile: int, longest: int) -> list[slice]:
-    """The fewest equal pieces of a part of a row that are whole tiles and not too long."""
-    length = row.stop - row.start
-    size = max(size for size in range(tile, max(longest, tile) + 1, tile) if length % size == 0)
-    return [slice(start, start + size) for start in range(row.start, row.stop, size)]
+def _pieces(length: int, places: Array, tile: int, longest: int) -> list[tuple[slice, Array]]:
+    """A device's part of rows in pieces that are not too long, and where each piece, or its chunks, begins in the row."""
+    if length <= longest:
+        return [(slice(0, length), places)]
+    chunk = length // len(places)
+    size = max(size for size in range(tile, max(longest, tile) + 1, tile) if chunk % size == 0)
+    return [
+        (slice(start, start + size), places[start // chunk, None] + start % chunk) for start in range(0, length, size)
+    ]
 
 
 def _sum(parts: list[Array]) -> Array:
     """The sum in float32, in the parts' own type."""
     return sum((part.astype(jnp.float32) for part in parts[1:]), parts[0].astype(jnp.float32)).astype(parts[0].dtype)
-
-
-_attend.defvjp(_forward, _backward)
