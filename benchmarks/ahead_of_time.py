@@ -9,6 +9,7 @@ Every row is what `lm plan` says of an experiment of experiments/pods/ on a topo
     scaling     the same rows a device on more and more of them, and on a second slice
     objectives  a DPO and a GRPO update of the 8B model
     memory      the same shapes under several rematerialisation policies: arithmetic against the compiler
+    context     long rows, split over more and more devices
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Row:
     seq_len: int = 0  # 0: the experiment's own
     microbatches: int = 0
     remat: str = ""  # the experiment's own
+    context: int = 1
 
     def plan(self) -> Plan:
         """By arithmetic."""
@@ -70,7 +72,9 @@ class Row:
         changes = {name: value for name, value in changes.items() if value}
         model = dataclasses.replace(experiment.model, **({"remat": self.remat} if self.remat else {}))
         stage = dataclasses.replace(experiment.stages[0], **changes)
-        return dataclasses.replace(experiment, model=model, stages=(stage,))
+        model = dataclasses.replace(model, max_len=max(model.max_len, stage.seq_len))
+        mesh = dataclasses.replace(experiment.mesh, context=self.context)
+        return dataclasses.replace(experiment, model=model, mesh=mesh, stages=(stage,))
 
 
 TABLES: dict[str, tuple[Row, ...]] = {
@@ -101,6 +105,10 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "memory": (
         *(Row(f"0.6B, v5e 4x4, remat {r}", SMALL, "v5e:4x4", rows_per_device=4, remat=r) for r in ("full", "minimal", "dots")),
         Row("8B, v5p 2x4x4, remat dots", LARGE, "v5p:2x4x4", rows_per_device=2, remat="dots"),
+    ),
+    "context": tuple(
+        Row(f"0.6B, v5e 4x4, 16 rows of 8,192, context {c}", SMALL, "v5e:4x4", rows_per_device=1, seq_len=8192, context=c)
+        for c in (1, 2, 4)
     ),
 }  # fmt: skip
 KEPT = (

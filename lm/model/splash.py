@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Float, Int
 
 from lm.model.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
-from lm.parallel.rules import device_kind, spec, split_ways, ways
+from lm.parallel.row_order import balance, cut_of
+from lm.parallel.rules import device_kind, spec, ways
 
 COMPUTED = 512  # most keys of a block that are worked on at a time
 
@@ -52,11 +53,10 @@ def fits(rows: int, length: int, head_dim: int) -> bool:
 
     Every device must get as many rows (those of an evaluation may be too few), and whole vectors of tokens.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, cut = jax.sharding.get_abstract_mesh(), cut_of(length)
     divides = mesh.empty or rows % ways("batch", mesh.shape) == 0
-    return (
-        divides and length % (LANES * (1 if mesh.empty else ways("length", mesh.shape))) == 0 and head_dim % LANES == 0
-    )
+    split = mesh.empty or cut.parts == ways("length", mesh.shape)
+    return divides and split and length % (LANES * cut.parts * cut.each) == 0 and head_dim % LANES == 0
 
 
 def block_size(length: int, largest: int) -> int:
@@ -77,35 +77,35 @@ def splash(
     """softmax(q·kᵀ/√K)·v of each token over the tokens of its segment that are not after it.
 
     Args:
+        q, k, v, segments: in the order of the devices (lm/parallel/row_order.py) where the mesh splits rows.
         blocks: as `Blocks`; empty: what suits the chip.
         window, softcap: as in `lm.model.attention`.
         interpret: run the kernels as ordinary operations, on any device; slow, for tests.
     """
     sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), Blocks(512, 512, 512, 512))
-    parts = split_ways(q.shape[2], "length")
-    part = q.shape[2] // parts  # queries of a device
-    how = How(
-        _tiles(part, q.shape[2], sizes[:2]), _tiles(part, q.shape[2], sizes[2:]), Shown(window, softcap), interpret
-    )
+    length, cut = q.shape[2], cut_of(q.shape[2])
+    chunk = length // (cut.parts * cut.each)
+    how = How(_tiles(chunk, sizes[:2]), _tiles(chunk, sizes[2:]), Shown(window, softcap), interpret)
     q = q / math.sqrt(q.shape[-1])
-    ahead = jnp.arange(parts, dtype=jnp.int32) * part
+    places = balance(jnp.arange(0, length, chunk, dtype=jnp.int32)[None], cut)[0]
+    sides = Sides(segments, segments, places, places)
     if jax.sharding.get_abstract_mesh().empty:
-        return _attend(how, q, k, v, Sides(segments, segments, ahead))
+        return _attend(how, q, k, v, sides)
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
     queries = spec(("batch", "heads", "length", None))
     keys = spec(("batch", "kv_heads", None, None))
-    sides: Any = [spec(names) for names in (("batch", "length"), ("batch", None), ("length",))]
+    split: Any = [spec(names) for names in (("batch", "length"), ("batch", None), ("length",), (None,))]
     return jax.shard_map(
         functools.partial(_attend, how),
-        in_specs=(queries, keys, keys, Sides(*sides)),
+        in_specs=(queries, keys, keys, Sides(*split)),
         out_specs=queries,
         check_vma=False,
-    )(q, k, v, Sides(segments, segments, ahead))
+    )(q, k, v, sides)
 
 
-def _tiles(queries: int, keys: int, largest: tuple[int, ...]) -> Tiles:
-    kv = block_size(keys, largest[1])
-    return Tiles(block_size(queries, largest[0]), kv, block_size(kv, COMPUTED))
+def _tiles(chunk: int, largest: tuple[int, ...]) -> Tiles:
+    kv = block_size(chunk, largest[1])
+    return Tiles(block_size(chunk, largest[0]), kv, block_size(kv, COMPUTED))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,29 +122,37 @@ def _forward(how: How, q: Array, k: Array, v: Array, sides: Sides) -> tuple[Arra
 def _backward(how: How, kept: tuple, d_out: Array) -> tuple:
     q, k, v, sides, out, logsumexp = kept
     delta = jnp.einsum("bhtk,bhtk->bht", out, d_out, preferred_element_type=jnp.float32)
-    queries = _pieces(q.shape[2], how.backward_tiles.q, longest(q.shape[-1]))
-    keys = _pieces(k.shape[2], how.backward_tiles.kv, longest(q.shape[-1]))
+    most, (q_tile, k_tile, _) = longest(q.shape[-1]), how.backward_tiles
+    queries, keys = _pieces(q.shape[2], sides.q_places, q_tile, most), _pieces(k.shape[2], sides.k_places, k_tile, most)
     found = {}
-    for here, there in itertools.product(queries, keys):
-        part = Sides(sides.q_segments[:, here], sides.k_segments[:, there], sides.ahead + here.start - there.start)
-        found[here.start, there.start] = gradients(
-            q[:, :, here], k[:, :, there], v[:, :, there], part, logsumexp[:, :, here], delta[:, :, here],
-            d_out[:, :, here], how.backward_tiles, how.shown, how.interpret,
+    for (h, q_places), (t, k_places) in itertools.product(queries, keys):
+        part = Sides(sides.q_segments[:, h], sides.k_segments[:, t], q_places, k_places)
+        found[h.start, t.start] = gradients(
+            q[:, :, h], k[:, :, t], v[:, :, t], part, logsumexp[:, :, h], delta[:, :, h], d_out[:, :, h],
+            how.backward_tiles, how.shown, how.interpret,
         )  # fmt: skip
-    dq = [_sum([found[here.start, there.start][0] for there in keys]) for here in queries]
-    dk, dv = ([_sum([found[here.start, there.start][x] for here in queries]) for there in keys] for x in (1, 2))
-    return *(jnp.concatenate(parts, axis=2) for parts in (dq, dk, dv)), None
+    dq = jnp.concatenate([_sum([found[h.start, t.start][0] for t, _ in keys]) for h, _ in queries], axis=2)
+    dk, dv = (
+        jnp.concatenate([_sum([found[h.start, t.start][x] for h, _ in queries]) for t, _ in keys], axis=2)
+        for x in (1, 2)
+    )
+    return dq, dk, dv, None
 
 
-def _pieces(length: int, tile: int, longest: int) -> list[slice]:
-    """The fewest equal pieces of a row that are whole tiles and not too long."""
-    size = max(size for size in range(tile, max(longest, tile) + 1, tile) if length % size == 0)
-    return [slice(start, start + size) for start in range(0, length, size)]
+_attend.defvjp(_forward, _backward)
+
+
+def _pieces(length: int, places: Array, tile: int, longest: int) -> list[tuple[slice, Array]]:
+    """A device's part of rows in pieces that are not too long, and where each piece, or its chunks, begins in the row."""
+    if length <= longest:
+        return [(slice(0, length), places)]
+    chunk = length // len(places)
+    size = max(size for size in range(tile, max(longest, tile) + 1, tile) if chunk % size == 0)
+    return [
+        (slice(start, start + size), places[start // chunk, None] + start % chunk) for start in range(0, length, size)
+    ]
 
 
 def _sum(parts: list[Array]) -> Array:
     """The sum in float32, in the parts' own type."""
     return sum((part.astype(jnp.float32) for part in parts[1:]), parts[0].astype(jnp.float32)).astype(parts[0].dtype)
-
-
-_attend.defvjp(_forward, _backward)

@@ -49,11 +49,12 @@ class Shown(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Segments of the queries and of the keys, and how far behind the first key the first query stands."""
+    """Segments of the queries and of the keys, and where each equal chunk of them begins in the row."""
 
     q_segments: Int[Array, "B T"]
     k_segments: Int[Array, "B S"]
-    ahead: Int[Array, "1"]
+    q_places: Int[Array, " M"]
+    k_places: Int[Array, " N"]
 
 
 def longest(head_dim: int) -> int:
@@ -80,29 +81,29 @@ def attention(
 
     (b, h, t, d), (n, s) = q.shape, k.shape[1:3]
     group, grid = h // n, (b, h, t // tiles.q, s // tiles.kv)
+    pair = _pair(sides, grid[2:], tiles, shown)
 
-    def near(i: Array, j: Array, ahead: Array) -> Array:
-        """The block of keys to have at hand: one that block i of the queries is shown."""
-        first, last = _keys_for(i, tiles, shown, ahead[0])
-        return jnp.clip(j, first, jnp.minimum(last, grid[3] - 1))
+    def near(i: Array, j: Array, *places: Any) -> Array:
+        """The block of keys to have at hand: where it is not shown, the one that the next queries begin with."""
+        return jnp.where(pair(i, j, *places)[2], j, 0)
 
-    of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, h, i, j, a: (b, h, i, 0))
-    of_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, h, i, j, a: (b, h // group, near(i, j, a), 0))
-    number = pl.BlockSpec((None, None, 1, tiles.q), lambda b, h, i, j, a: (b, h, 0, i))
+    of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, h, i, j, *p: (b, h, i, 0))
+    of_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, h, i, j, *p: (b, h // group, near(i, j, *p), 0))
+    number = pl.BlockSpec((None, None, 1, tiles.q), lambda b, h, i, j, *p: (b, h, 0, i))
     call = _call(
-        functools.partial(_attention_kernel, tiles=tiles, shown=shown, last_j=grid[3] - 1),
+        functools.partial(_attention_kernel, pair=pair, tiles=tiles, shown=shown, last_j=grid[3] - 1),
         grid, parallel=3,
         in_specs=[
             of_queries, of_keys, of_keys,
-            pl.BlockSpec((None, 1, tiles.q), lambda b, h, i, j, a: (b, 0, i)),
-            pl.BlockSpec((None, tiles.kv, LANES), lambda b, h, i, j, a: (b, near(i, j, a), 0)),
+            pl.BlockSpec((None, 1, tiles.q), lambda b, h, i, j, *p: (b, 0, i)),
+            pl.BlockSpec((None, tiles.kv, LANES), lambda b, h, i, j, *p: (b, near(i, j, *p), 0)),
         ],
         out_specs=[of_queries, number],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((rows, tiles.q), jnp.float32) for rows in (1, 1, d)],
         name="splash_mha_fwd", tiles=tiles, sums=0, interpret=interpret,
     )  # fmt: skip
-    out, logsumexp = call(sides.ahead, q, k, v, *_segments(sides))
+    out, logsumexp = call(sides.q_places, sides.k_places, q, k, v, *_segments(sides))
     return out, logsumexp[:, :, 0]
 
 
@@ -131,26 +132,27 @@ def gradients(
     grid = (b, n, group, s // tiles.kv, t // tiles.q)
     last_g, last_j, last_i = (size - 1 for size in grid[2:])
 
-    def near(j: Array, i: Array, ahead: Array) -> Array:
-        """The block of queries to have at hand: one that is shown keys of block j."""
-        first, last = _queries_for(j, tiles, shown, ahead[0])
-        return jnp.clip(jnp.clip(i, first, last), 0, last_i)
+    pair = _pair(sides, (grid[4], grid[3]), tiles, shown)
 
-    of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, n, g, j, i, a: (b, n * group + g, near(j, i, a), 0))
-    of_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, n, g, j, i, a: (b, n, j, 0))
-    number = pl.BlockSpec((None, None, 1, tiles.q), lambda b, n, g, j, i, a: (b, n * group + g, 0, near(j, i, a)))
+    def near(j: Array, i: Array, *places: Any) -> Array:
+        """The block of queries to have at hand: where it sees nothing, the last, which often sees the next keys."""
+        return jnp.where(pair(i, j, *places)[2], i, last_i)
+
+    of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, n, g, j, i, *p: (b, n * group + g, near(j, i, *p), 0))
+    of_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, n, g, j, i, *p: (b, n, j, 0))
+    number = pl.BlockSpec((None, None, 1, tiles.q), lambda b, n, g, j, i, *p: (b, n * group + g, 0, near(j, i, *p)))
     # A block of a result leaves the chip when the next one begins: until its turn comes, all claim to be the first.
     to_queries = pl.BlockSpec(
-        (None, None, tiles.q, d), lambda b, n, g, j, i, a: (b, n * group + g, jnp.where(j == last_j, i, 0), 0)
+        (None, None, tiles.q, d), lambda b, n, g, j, i, *p: (b, n * group + g, jnp.where(j == last_j, i, 0), 0)
     )
-    to_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, n, g, j, i, a: (b, n, jnp.where(g == last_g, j, 0), 0))
+    to_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, n, g, j, i, *p: (b, n, jnp.where(g == last_g, j, 0), 0))
     call = _call(
-        functools.partial(_gradients_kernel, tiles=tiles, shown=shown, last=(last_g, last_j, last_i)),
+        functools.partial(_gradients_kernel, pair=pair, tiles=tiles, shown=shown, last=(last_g, last_j, last_i)),
         grid, parallel=2,
         in_specs=[
             of_queries, of_keys, of_keys,
-            pl.BlockSpec((None, 1, tiles.q), lambda b, n, g, j, i, a: (b, 0, near(j, i, a))),
-            pl.BlockSpec((None, tiles.kv, LANES), lambda b, n, g, j, i, a: (b, j, 0)),
+            pl.BlockSpec((None, 1, tiles.q), lambda b, n, g, j, i, *p: (b, 0, near(j, i, *p))),
+            pl.BlockSpec((None, tiles.kv, LANES), lambda b, n, g, j, i, *p: (b, j, 0)),
             number, number, of_queries,
         ],
         out_specs=[to_queries, to_keys, to_keys],
@@ -158,14 +160,15 @@ def gradients(
         scratch_shapes=[pltpu.VMEM((size, d), jnp.float32) for size in (t, s, s)],
         name="splash_mha_dkv", tiles=tiles, sums=(t + 2 * s) * d * 4, interpret=interpret,
     )  # fmt: skip
-    return call(sides.ahead, q, k, v, *_segments(sides), logsumexp[:, :, None], delta[:, :, None], d_out)
+    numbers = logsumexp[:, :, None], delta[:, :, None]
+    return call(sides.q_places, sides.k_places, q, k, v, *_segments(sides), *numbers, d_out)
 
 
 def _call(
     kernel: Any, grid: tuple[int, ...], parallel: int, *, in_specs: list, out_specs: list, out_shape: list,
     scratch_shapes: list, name: str, tiles: Tiles, sums: int, interpret: bool,
 ) -> Any:  # fmt: skip
-    """A kernel over a grid, the first `parallel` axes of which are independent; its first input is a number.
+    """A kernel over a grid, the first `parallel` axes of which are independent; its first inputs are the places.
 
     Args:
         sums: bytes of the vector memory for the scratch.
@@ -180,7 +183,7 @@ def _call(
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch_shapes
+            num_scalar_prefetch=2, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch_shapes
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
@@ -199,27 +202,28 @@ def _segments(sides: Sides) -> tuple[Int[Array, "B 1 T"], Int[Array, "B S lanes"
     return sides.q_segments[:, None], jnp.broadcast_to(sides.k_segments[:, :, None], (b, s, LANES))
 
 
-def _keys_for(i: Array, tiles: Tiles, shown: Shown, ahead: Array) -> tuple[Array, Array]:
-    """The first and the last block of keys that block i of the queries is shown; the last may lie outside the row."""
-    start = ahead + i * tiles.q
-    first = lax.div(jnp.maximum(start - shown.window + 1, 0), tiles.kv) if shown.window else jnp.int32(0)
-    return first, _div(start + tiles.q - 1, tiles.kv)
+def _pair(sides: Sides, blocks: tuple[int, ...], tiles: Tiles, shown: Shown) -> Any:
+    """(block of queries, block of keys, places) -> where each begins in the row, and whether one sees the other.
 
+    Args:
+        blocks: how many of queries and of keys there are.
+    """
+    each = blocks[0] // len(sides.q_places), blocks[1] // len(sides.k_places)  # blocks of a chunk
 
-def _queries_for(j: Array, tiles: Tiles, shown: Shown, ahead: Array) -> tuple[Array, Array]:
-    """The first and the last block of queries that are shown keys of block j; both may lie outside the row."""
-    start = j * tiles.kv - ahead
-    last = _div(start + tiles.kv - 1 + shown.window - 1, tiles.q) if shown.window else jnp.int32(2**30)
-    return _div(jnp.maximum(start, 0), tiles.q), last
+    def pair(i: Array, j: Array, q_places: Any, k_places: Any) -> tuple[Array, Array, Array]:
+        q = q_places[lax.div(i, each[0])] + lax.rem(i, each[0]) * tiles.q
+        k = k_places[lax.div(j, each[1])] + lax.rem(j, each[1]) * tiles.kv
+        seen = k <= q + tiles.q - 1
+        if shown.window:
+            seen &= k + tiles.kv - 1 > q - shown.window
+        return q, k, seen
 
-
-def _div(x: Array, size: int) -> Array:
-    """x // size; -1 of anything below 0."""
-    return jnp.where(x < 0, -1, lax.div(x, size))
+    return pair
 
 
 def _attention_kernel(
-    ahead, q, k, v, q_segments, k_segments, out, logsumexp, largest, total, sums, *, tiles, shown, last_j
+    q_places, k_places, q, k, v, q_segments, k_segments, out, logsumexp, largest, total, sums,
+    *, pair, tiles, shown, last_j,
 ):  # fmt: skip
     """One block of queries of one head against one block of keys."""
     from jax.experimental import pallas as pl
@@ -231,13 +235,12 @@ def _attention_kernel(
         largest[...], total[...] = jnp.full_like(largest, MASKED), jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    first, last = _keys_for(i, tiles, shown, ahead[0])
+    of_q, of_k, seen = pair(i, j, q_places, k_places)
 
-    @pl.when((first <= j) & (j <= last))
+    @pl.when(seen)
     def _work():
         for start in range(0, tiles.kv, tiles.compute):
-            here = pl.ds(start, tiles.compute)
-            places = ahead[0] + i * tiles.q, j * tiles.kv + start
+            here, places = pl.ds(start, tiles.compute), (of_q, of_k + start)
             scores, _ = _scores(q[...], k[here, :], (q_segments[...], k_segments[here, :1]), places, shown)
             new = jnp.maximum(largest[...], scores.max(0, keepdims=True))
             p, rescale = jnp.exp(scores - new), jnp.exp(largest[...] - new)
@@ -251,7 +254,8 @@ def _attention_kernel(
 
 
 def _gradients_kernel(
-    ahead, q, k, v, q_segments, k_segments, logsumexp, delta, d_out, dq, dk, dv, sum_q, sum_k, sum_v, *, tiles, shown, last
+    q_places, k_places, q, k, v, q_segments, k_segments, logsumexp, delta, d_out, dq, dk, dv, sum_q, sum_k, sum_v,
+    *, pair, tiles, shown, last,
 ):  # fmt: skip
     """One block of queries of one head against one block of keys."""
     from jax.experimental import pallas as pl
@@ -267,13 +271,13 @@ def _gradients_kernel(
     def _a_group_begins():
         sum_k[...], sum_v[...] = jnp.zeros_like(sum_k), jnp.zeros_like(sum_v)
 
-    low, high = _queries_for(j, tiles, shown, ahead[0])
+    of_q, of_k, seen = pair(i, j, q_places, k_places)
 
-    @pl.when((low <= i) & (i <= high))
+    @pl.when(seen)
     def _work():
         for start in range(0, tiles.kv, tiles.compute):
             here, there = pl.ds(start, tiles.compute), pl.ds(j * tiles.kv + start, tiles.compute)
-            places = ahead[0] + i * tiles.q, j * tiles.kv + start
+            places = of_q, of_k + start
             scores, slope = _scores(q[...], k[here, :], (q_segments[...], k_segments[here, :1]), places, shown)
             p = jnp.exp(scores - logsumexp[...])
             ds = p * (_product(v[here, :], d_out[...], (1, 1)) - delta[...]) * slope

@@ -19,6 +19,7 @@ from lm.experiment import Model
 from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
 from lm.model.linear import from_heads, project, to_heads
 from lm.model.shared_prompt import shared_attention_of
+from lm.parallel.row_order import WHOLE, balance, cut_of, restore
 from lm.parallel.rules import constrain, gathered, platform, row_major
 from lm.types import SharedPrompt, pytree
 
@@ -171,7 +172,8 @@ class Transformer(nnx.Module):
         Args:
             shared: the rows are folded, a prompt and all its answers each (shared_prompt.py).
         """
-        c = self.config
+        c, cut = self.config, WHOLE if shared else cut_of(tokens.shape[1])
+        tokens, positions, segments = (balance(x, cut) for x in (tokens, positions, segments))
         x, angles = self._start(tokens, positions)
         attention = (
             shared_attention_of(c, positions, segments, shared) if shared else attention_of(c, positions, segments)
@@ -184,7 +186,7 @@ class Transformer(nnx.Module):
         if c.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.blocks, unroll=min(c.scan_unroll, c.num_layers))
-        return self.norm(x, c.norm_eps)
+        return restore(self.norm(x, c.norm_eps), cut)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every token of the vocabulary, in `config.logits_dtype` (but float64 where the model is)."""

@@ -33,11 +33,10 @@ def splash_flops(name: str, arrays: Sequence[Sequence[int]], notes: str, fused_b
     found = dict(re.findall(r'\\?"(\w+)\\?": (\d+|true|false)', notes))
     fused = fused_backward or found.get("use_fused_bwd_kernel") == "true"
     suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
-    rows, columns = (
-        max(1, sizes[-2] // (int(found.get(f"block_{side}{suffix}", 0)) or sizes[-2]))
-        for side, sizes in (("q", query), ("kv", key))
-    )
-    height, width = query[-2] // rows, key[-2] // columns
+    # Fewer queries than keys are a device's share of a row, which sees as much as the mean of the whole row.
+    length = key[-2]
+    rows, columns = (max(1, length // (int(found.get(f"block_{side}{suffix}", 0)) or length)) for side in ("q", "kv"))
+    height, width = length // rows, length // columns
     live = sum(1 for row in range(rows) for column in range(columns) if column * width < (row + 1) * height)
     factor = SPLASH["fused" if kind[1] == "dkv" and fused else kind[1]]
-    return factor * math.prod(query) * key[-2] * live / (rows * columns)
+    return factor * math.prod(query) * length * live / (rows * columns)

@@ -112,11 +112,6 @@ class Analysis:
             return size if whole else size / self.count(value)
         return size / self.ways
 
-    @property
-    def kernel_share(self) -> float:
-        """Of the attention of a row, what the device with its last tokens does: it sees the most."""
-        return (2 * self.ways - 1) / self.ways**2
-
 
 class _Run:
     """One pass over a block, in its order.
@@ -260,7 +255,7 @@ class _Run:
             self.result.add(inner, op.turns)
             self.result.turns.append(inner)
             return
-        flops, kernel = product_flops(op), kernel_flops(op) * self.of.kernel_share
+        flops, kernel = product_flops(op), kernel_flops(op) / self.of.ways
         flops /= max(map(self.of.count, op.outputs)) if self.split else self.of.ways
         if op.name == "pallas_call" and not kernel:
             self.result.kernels.add(str(op.params.get("name")))

@@ -13,33 +13,38 @@ from lm.model.attention import attend, visible
 from lm.model.splash import block_size, fits, splash
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import axis_sizes, check_fits, make_mesh
+from lm.parallel.row_order import balance, cut_of, restore
 from tests.helpers import layout
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 256, 4, 2, 128
 WIDE = Model(num_layers=2, embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=WIDTH, mlp_dim=64, max_len=LENGTH)
 
 
-def packed(rows: int) -> tuple[np.ndarray, np.ndarray]:
+def packed(rows: int, length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
     """(positions, segments) of rows that hold two documents and padding, cut at another place in each."""
-    cuts = [(40 + 7 * i, 100 + 11 * i) for i in range(rows)]
-    parts = [(a, b, LENGTH - a - b) for a, b in cuts]
+    cuts = [(40 + 7 * i, length // 2 - 28 + 11 * i) for i in range(rows)]
+    parts = [(a, b, length - a - b) for a, b in cuts]
     positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in parts])
     segments = np.stack([np.repeat([1, 2, 0], row) for row in parts])
     return positions.astype(np.int32), segments.astype(np.int32)
 
 
-def both(rows: int, window: int = 0, softcap: float = 0.0):
+def both(rows: int, window: int = 0, softcap: float = 0.0, length: int = LENGTH):
     """(value, gradients) of a weighted sum of the kernel's and of plain attention's result; padding has no weight."""
-    positions, segments = packed(rows)
+    cut = cut_of(length)
+    positions, segments = packed(rows, length)
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(rows, n, LENGTH, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    shapes = [(rows, n, length, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, weights = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     weights = weights * (segments > 0)[:, None, :, None]
     mask = visible(positions, positions, segments, segments, window)
-    fast = jax.value_and_grad(
-        lambda q, k, v: (splash(q, k, v, segments, (128,) * 4, window, softcap, interpret=True) * weights).sum(),
-        (0, 1, 2),
-    )
+
+    def by_kernel(q, k, v):
+        q, k, v = (balance(x, cut, axis=2) for x in (q, k, v))
+        out = splash(q, k, v, balance(segments, cut), (128,) * 4, window, softcap, interpret=True)
+        return (restore(out, cut, axis=2) * weights).sum()
+
+    fast = jax.value_and_grad(by_kernel, (0, 1, 2))
     slow = jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask, softcap) * weights).sum(), (0, 1, 2))
     return jax.jit(fast)(q, k, v), jax.jit(slow)(q, k, v)
 
@@ -77,7 +82,14 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(backward):
 
 def test_devices_that_split_a_row_gather_keys_and_values(backward):
     with jax.set_mesh(make_mesh(layout(fsdp=2, context=2, tensor=2))):
-        agree(*both(rows=2))
+        agree(*both(rows=2, length=512))
+
+
+@pytest.mark.parametrize("window", [0, 200])
+def test_each_device_has_an_early_and_a_late_chunk_of_a_row(window):
+    with jax.set_mesh(make_mesh(layout(context=4, tensor=2))):
+        assert cut_of(1024) == (4, 2)
+        agree(*both(rows=1, length=1024, window=window))
 
 
 def test_a_model_has_the_same_logits_and_gradients_with_it(backward, monkeypatch):
