@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm.experiment import GRPO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
+from lm.experiment import GRPO, KTO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
@@ -64,8 +65,12 @@ class Program:
 def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     """A batch of this many rows with the fields that the stage's objective reads."""
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    sampled = {"advantages": real, "old_logp": real} if isinstance(stage.objective, GRPO) else {}
-    return Batch(tokens=whole, weights=real, segments=whole, positions=whole, **sampled)
+    sampled: dict[str, Any] = {"advantages": real, "old_logp": real} if isinstance(stage.objective, GRPO) else {}
+    batch = Batch(tokens=whole, weights=real, segments=whole, positions=whole, **sampled)
+    if isinstance(stage.objective, KTO):
+        judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        return dataclasses.replace(batch, desirable=judged, mismatched=batch)
+    return batch
 
 
 def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program:
