@@ -19,7 +19,7 @@ OBJECTIVES = {
     "sft": SFT(),
     "dpo": DPO(beta=0.5),
     "dpo_mixed": DPO(losses=("sigmoid", "ipo", "sft"), loss_weights=(1.0, 0.1, 0.5), weighting=True, ld_alpha=0.5),
-    "dpo_ranked": DPO(losses=("aot", "aot_unpaired"), beta=0.5),
+    "dpo_ranked": DPO(losses=("aot", "aot_unpaired")),
     "cpo": CPO(loss="simpo", beta=2.0, label_smoothing=0.1, nll_coef=0.5),
     "orpo": ORPO(beta=0.5),
     "kto": KTO(beta=0.5, undesirable_weight=1.5),

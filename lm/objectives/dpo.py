@@ -218,13 +218,13 @@ def dpo(
     there = present(weights)
     tail = jnp.cumsum(weights, -1) > jnp.repeat(jnp.minimum(lengths[0::2], lengths[1::2]), 2)[:, None]
     counted = weights if ld_alpha == 1 else jnp.where(tail, ld_alpha, 1.0) * weights
-    policy, reference = answer_sums(logp, counted), answer_sums(ref_logp, counted)
-    log_ratio = policy - reference
+    log_ratio = answer_sums(logp - ref_logp, counted)  # token by token: two long sums would leave fewer digits
     scores = DIVERGENCES[divergence](log_ratio, alpha)
     knobs = Knobs(beta, label_smoothing, tau)
 
     def row(name: str) -> Pairs:
         if name in WHOLE_BATCH:
+            policy, reference = answer_sums(logp, counted), answer_sums(ref_logp, counted)
             margin, ref_margin = policy[0::2] - policy[1::2], reference[0::2] - reference[1::2]
             return WHOLE_BATCH[name](Together(scores[0::2], scores[1::2], margin, ref_margin, there), knobs)
         read = scores / jnp.maximum(lengths, 1) if name in PER_TOKEN else scores

@@ -170,7 +170,7 @@ def test_a_divergence_changes_the_scores_of_answers(divergence):
     scores = DERIVATIVES[divergence](u, 0.3)
     expected = np.mean([-log_sigmoid(0.2 * (c - r)) for c, r in zip(scores[0::2], scores[1::2], strict=True)])
     with precision("float64"):
-        value, gradient = value_and_gradient(x, beta=0.2, divergence=divergence, alpha=0.3)
+        value = value_and_gradient(x, beta=0.2, divergence=divergence, alpha=0.3)[0]
         assert_close(value, expected, 1e-12, "value")
     far = x | {"logp": x["logp"] * 200}
     assert np.isfinite(value_and_gradient(far, divergence=divergence)[1]).all()
