@@ -43,7 +43,9 @@ def test_a_mismatch_is_one_prompt_with_the_other_answer_cut_to_the_row():
     back = mismatch(other, row, PAD)
     assert back.tokens.tolist() == [11, 7, 8, PAD, PAD, PAD, PAD] and back.weights.tolist() == [0, 1, 1, 0, 0, 0, 0]
     empty = join([], 7, PAD)
-    assert not mismatch(empty, row, PAD).weights.any() and mismatch(row, empty, PAD).tokens.tolist() == row.tokens.tolist()
+    assert (
+        not mismatch(empty, row, PAD).weights.any() and mismatch(row, empty, PAD).tokens.tolist() == row.tokens.tolist()
+    )
 
 
 def test_join_numbers_segments_and_never_weighs_a_first_token():

@@ -55,7 +55,9 @@ def test_batches_are_pure_functions_of_seed_and_step(name, tokenizer):
     assert not np.array_equal(later[0], other.batch(7).tokens)
     assert one.fingerprint == two.fingerprint
     rows = 8 if name == "dpo" else 4
-    assert [(a.shape, a.dtype.name) for a in later[:4]] == [((rows, 64), d) for d in ("int32", "float32", "int32", "int32")]
+    assert [(a.shape, a.dtype.name) for a in later[:4]] == [
+        ((rows, 64), d) for d in ("int32", "float32", "int32", "int32")
+    ]
     assert (later[1][:, 0] == 0).all() and (later[0] < tokenizer.vocab_size).all()
     assert "gen:" in one.report()
 
@@ -215,7 +217,6 @@ def test_every_answer_is_judged_once_and_its_prompt_meets_the_answer_before(toke
         seen |= dict(zip(trained, batch.desirable.tolist(), strict=True))
         mixed = conversations_in(batch.mismatched, tokenizer)
         for row in range(8):
-            asked, _, rest = texts[row - 1]
             prompt, answer = texts[row][0], trained[row - 1]
             assert mixed[row] == (f"{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}\n", answer)
     expected = {f"{row['completion']}<|im_end|>": float(row["label"]) for row in labelled}
