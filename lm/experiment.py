@@ -130,6 +130,9 @@ class DPO:
     )
     alpha: float = knob(0.5, "of alpha_divergence; 1 is reverse_kl")
     ld_alpha: float = knob(1.0, "LD-DPO: weight of an answer's tokens beyond the length of its partner")
+    reference: Literal["step", "cached"] = knob(
+        "step", "its log-probabilities: in every step, or of every pair once before the first, without its memory then"
+    )
     weighting: bool = knob(False, "WPO: weigh a pair by how likely the policy itself would give its answers")
 
 

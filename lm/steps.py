@@ -52,7 +52,11 @@ def preference_step(stage: Stage, optimizer: optax.GradientTransformation) -> St
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         stats = token_logprobs(params, batch, want_log_sum_sq=o.weighting)
-        ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
+        if o.reference == "cached":
+            assert batch.ref_logp is not None
+            ref_logp = batch.ref_logp
+        else:
+            ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
         return dpo(
             stats.logp, ref_logp, batch.weights, losses=o.losses, loss_weights=o.loss_weights, beta=o.beta,
             label_smoothing=o.label_smoothing, tau=o.tau, divergence=o.divergence, alpha=o.alpha, ld_alpha=o.ld_alpha,
@@ -155,7 +159,9 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
 def needs_reference(stage: Stage) -> bool:
     """Whether the step reads the model as it was before the stage, `frozen["reference"]`."""
     o = stage.objective
-    return isinstance(o, DPO | KTO) or (isinstance(o, GRPO) and o.kl_coef > 0)
+    if isinstance(o, DPO):
+        return o.reference == "step"
+    return isinstance(o, KTO) or (isinstance(o, GRPO) and o.kl_coef > 0)
 
 
 def forward_only(stage: Stage) -> int:

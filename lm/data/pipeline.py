@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -95,6 +96,20 @@ class Feed:
             return batch
         others = [packing.mismatch(row, made[n][0], self.pad_id) for row, n in zip(rows, partners, strict=True)]
         return replace(batch, mismatched=_stacked(others))
+
+    def at(self, numbers: Sequence[int]) -> Batch:
+        """The rows (or pairs) with these numbers in the mixture: step * batch_size + place."""
+        return _stacked([row for number in numbers for row in self._rows_at(number)])
+
+    def examples(self, step: int) -> list[tuple[int, int]]:
+        """Which example each pair of a training batch is: (source, its number there), the same in every epoch."""
+        found = []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            source, place = mixture(number, self.shares)
+            supply = self.supplies[source]
+            assert supply.example is not None
+            found.append((source, supply.example(*divmod(place, supply.rows))))
+        return found
 
     def report(self) -> str:
         """One line a source: examples, tokens, what was truncated and dropped, rows in an epoch."""

@@ -41,12 +41,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Supply:
-    """`row(epoch, place)` for place in range(rows) gives one row of the batch, or two for a preference pair."""
+    """`row(epoch, place)` for place in range(rows) gives one row of the batch, or two for a preference pair.
+
+    `example(epoch, place)`, where it is given, is the number of what they are made of, the same in every epoch.
+    """
 
     rows: int
     row: Callable[[int, int], list[Row]]
     tally: Tally
     unit: str
+    example: Callable[[int, int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,14 @@ def pairs(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer
             return _made(rows, indices[place], "pairs", seq_len, tokenizer)
         return [store.example(int(side), seq_len) for side in groups[place]]
 
+    def example(epoch: int, place: int) -> int:
+        return order.place(epoch, place, number)
+
     def row(epoch: int, place: int) -> list[Row]:
-        both = sides(order.place(epoch, place, number))
+        both = sides(example(epoch, place))
         return [packing.join([side], seq_len, tokenizer.pad_id) for side in both]
 
-    return Supply(number, row, replace(tally, partial=endless), "pairs")
+    return Supply(number, row, replace(tally, partial=endless), "pairs", example)
 
 
 def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:

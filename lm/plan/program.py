@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.experiment import GRPO, KTO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
+from lm.experiment import DPO, GRPO, KTO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
@@ -70,6 +70,8 @@ def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     if isinstance(stage.objective, KTO):
         judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
         return dataclasses.replace(batch, desirable=judged, mismatched=batch)
+    if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
+        return dataclasses.replace(batch, ref_logp=real)
     return batch
 
 

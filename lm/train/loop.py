@@ -83,6 +83,7 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
         MetricsLog(folder) as log,
         Checkpoints(folder / "checkpoints") as checkpoints,
     ):
+        batches.prepare(model, folder, functools.partial(_before, run, stage))
         state, start, meta = restore(state, checkpoints, run.mesh)
         spent = goodput.reached(folder) if first() else 0.0
         if first():
@@ -118,6 +119,13 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
         write_json_atomic(
             run.folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | loop.costs.total()
         )
+
+
+def _before(run: Run, stage: Stage, what: str) -> None:
+    """Between two things that a stage does before its first step."""
+    if reason := run.stop.now():
+        raise Interrupted(f"{reason}: stopped before the first step of stage {stage.name}")
+    run.watchdog.expect(what, PATIENCE)
 
 
 def due(stage: Stage, step: int) -> bool:

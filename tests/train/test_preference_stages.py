@@ -1,6 +1,8 @@
 """Stages that learn preferences, through the whole loop: they learn, and continue to the bit from a checkpoint."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +22,7 @@ STAGES = {
     "simpo": CPO(loss="simpo", beta=2.0, nll_coef=0.5),
     "kto": KTO(beta=0.5),
     "orpo": ORPO(),
+    "cached": DPO(beta=0.5, reference="cached"),
     "mixed": DPO(losses=("sigmoid", "aot", "sft"), loss_weights=(1.0, 0.5, 0.2), weighting=True),
 }
 
@@ -94,6 +97,41 @@ def test_resumed_is_the_same_to_the_bit(folder, resumed, stage):
         np.testing.assert_array_equal(a, b)
     assert metrics(folder / "whole", stage) == metrics(resumed, stage)
     assert len((resumed / "stages" / stage / "metrics.jsonl").read_text().splitlines()) == STEPS
+
+
+def alone(folder: Path, reference: str, **changes) -> Experiment:
+    """One stage of DPO, over more epochs than one, that measures nothing."""
+    whole = experiment(folder)
+    objective = DPO(beta=0.5, losses=("sigmoid", "ipo"), loss_weights=(1.0, 0.01), reference=reference)
+    (stage,) = (stage for stage in whole.stages if stage.name == "cached")
+    return dataclasses.replace(
+        whole, stages=(dataclasses.replace(stage, objective=objective, **changes),), evals=(), seed=3
+    )
+
+
+def test_a_cached_reference_teaches_what_one_in_the_step_does(folder, capsys):
+    for reference in ("step", "cached"):
+        run(alone(folder, reference), folder / reference)
+    for one, other in zip(metrics(folder / "step", "cached"), metrics(folder / "cached", "cached"), strict=True):
+        for name in ("loss", "reward_margin", "grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (name, one["step"])
+    # 48 pairs or so, each looked at once, though the stage sees 96
+    assert re.search(r"cached reference  step 6/6 ", capsys.readouterr().out)
+
+
+def test_a_damaged_cache_of_the_reference_is_made_anew(folder, capsys):
+    def known() -> dict[str, np.ndarray]:
+        with np.load(folder / "damaged" / "stages" / "cached" / "reference.npz") as arrays:
+            return dict(arrays)
+
+    run(alone(folder, "cached", steps=1), folder / "damaged")
+    before, path = known(), folder / "damaged" / "stages" / "cached"
+    (path / "reference.npz").write_bytes((path / "reference.npz").read_bytes()[:-30])
+    (path / "summary.json").unlink()
+    capsys.readouterr()
+    run(alone(folder, "cached", steps=1), folder / "damaged")
+    assert "reference.npz is damaged" in capsys.readouterr().out
+    assert all(np.array_equal(before[name], found) for name, found in known().items())
 
 
 def test_pairs_are_compared_with_the_model_that_entered_the_first_of_them(folder):
