@@ -5,7 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lm.experiment import DPO, GRPO, Experiment, Model, Stage, UserError, flatten, rows_per_update, to_dict
+from lm.experiment import (
+    CPO,
+    DPO,
+    GRPO,
+    KTO,
+    Experiment,
+    Model,
+    Stage,
+    UserError,
+    flatten,
+    rows_per_update,
+    rows_together,
+    to_dict,
+)
+
+SMOOTHED = frozenset(
+    {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
+)  # they read label_smoothing
+WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})  # they rank the pairs of a batch
 
 
 def check(experiment: Experiment) -> None:
@@ -62,12 +80,23 @@ def _check_stage(stage: Stage, model: Model) -> None:
         raise UserError(f"{stage.name}.seq_len {stage.seq_len} is longer than model.max_len {model.max_len}")
     if not stage.sources:
         raise UserError(f"{stage.name}.sources is empty: name at least one source of data")
-    rows = rows_per_update(stage)
-    if rows % stage.microbatches:
-        raise UserError(f"{stage.name}.microbatches {stage.microbatches} does not divide its {rows} rows")
-    if isinstance(stage.objective, DPO) and not 0 <= stage.objective.label_smoothing < 0.5:
+    rows, together = rows_per_update(stage), rows_together(stage)
+    if rows % (together * stage.microbatches):
+        what = "pairs" if together == 2 else "rows"
+        raise UserError(f"{stage.name}.microbatches {stage.microbatches} does not divide its {rows // together} {what}")
+    if isinstance(stage.objective, DPO | CPO):
+        _check_smoothing(stage, stage.objective)
+    if isinstance(stage.objective, DPO):
+        _check_dpo(stage, stage.objective)
+    if isinstance(stage.objective, CPO) and stage.objective.alpha and stage.objective.loss != "simpo":
         raise UserError(
-            f"{stage.name}.objective.label_smoothing is {stage.objective.label_smoothing}; it should be in [0, 0.5)"
+            f"{stage.name}.objective.alpha is {stage.objective.alpha} and loss is {stage.objective.loss}; "
+            "alpha shapes the reward of simpo: it should be 0, or loss simpo"
+        )
+    if isinstance(stage.objective, KTO) and stage.batch_size < 2:
+        raise UserError(
+            f"{stage.name}.batch_size is {stage.batch_size}; KTO pairs each prompt with another answer of its batch: "
+            "it should be at least 2"
         )
     if isinstance(stage.objective, GRPO):
         o = stage.objective
@@ -81,3 +110,33 @@ def _check_stage(stage: Stage, model: Model) -> None:
             raise UserError(
                 f"{stage.name}.objective.updates_per_rollout {o.updates_per_rollout} does not divide its {stage.batch_size * o.group_size} completions"
             )
+
+
+def _check_smoothing(stage: Stage, o: DPO | CPO) -> None:
+    if not 0 <= o.label_smoothing < 0.5:
+        raise UserError(f"{stage.name}.objective.label_smoothing is {o.label_smoothing}; it should be in [0, 0.5)")
+    losses, readers = ((o.loss,), {"sigmoid", "simpo"}) if isinstance(o, CPO) else (o.losses, SMOOTHED)
+    if o.label_smoothing and readers.isdisjoint(losses):
+        raise UserError(
+            f"{stage.name}.objective.label_smoothing is {o.label_smoothing}, which {', '.join(losses)} does not read; "
+            f"it should be 0, or the loss one of {', '.join(sorted(readers))}"
+        )
+
+
+def _check_dpo(stage: Stage, o: DPO) -> None:
+    where = f"{stage.name}.objective"
+    if not o.losses or len(set(o.losses)) < len(o.losses):
+        raise UserError(f"{where}.losses is {list(o.losses)}; it should be rows of the DPO table, each once")
+    if o.loss_weights and len(o.loss_weights) != len(o.losses):
+        raise UserError(
+            f"{where}.loss_weights has {len(o.loss_weights)} numbers and losses {len(o.losses)} rows; "
+            "it should have one for each, or none"
+        )
+    if not 0 <= o.ld_alpha <= 1:
+        raise UserError(f"{where}.ld_alpha is {o.ld_alpha}; it should be in [0, 1]")
+    ranked = sorted(WHOLE_BATCH.intersection(o.losses))
+    if ranked and stage.microbatches > 1:
+        raise UserError(
+            f"{stage.name}.microbatches is {stage.microbatches}, and {ranked[0]} ranks all pairs of a batch: "
+            "it should be 1, or the loss another"
+        )

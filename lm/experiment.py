@@ -112,13 +112,53 @@ class SFT:
     z_loss: float = knob(0.0, "weight of the squared log-normaliser")
 
 
+DPOLoss = Literal[
+    "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "bco_pair", "aot", "aot_unpaired", "sft",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DPO:
-    loss: Literal[
-        "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"
-    ] = knob("sigmoid", "row of the DPO table")  # fmt: skip
+    losses: tuple[DPOLoss, ...] = knob(("sigmoid",), "rows of the DPO table; several are added up, as in MPO")
+    loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each")
     beta: float = knob(0.1, "strength of the pull to the reference")
     label_smoothing: float = knob(0.0, "believed part of the labels that is flipped")
+    tau: float = knob(0.05, "temperature of discopop's blend")
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
+        "reverse_kl", "what holds the policy to the reference"
+    )
+    alpha: float = knob(0.5, "of alpha_divergence; 1 is reverse_kl")
+    ld_alpha: float = knob(1.0, "LD-DPO: weight of an answer's tokens beyond the length of its partner")
+    reference: Literal["step", "cached"] = knob(
+        "step", "its log-probabilities: in every step, or of every pair once before the first, without its memory then"
+    )
+    weighting: bool = knob(False, "WPO: weigh a pair by how likely the policy itself would give its answers")
+
+
+@dataclass(frozen=True)
+class CPO:
+    """Pairs without a reference: CPO, SimPO (`simpo`, nll_coef 0), CPO-SimPO, AlphaPO (`simpo` with an alpha)."""
+
+    loss: Literal["sigmoid", "hinge", "ipo", "simpo"] = knob("sigmoid", "row of the CPO table")
+    beta: float = knob(0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean")
+    label_smoothing: float = knob(0.0, "believed part of the labels that is flipped; sigmoid and simpo")
+    gamma: float = knob(0.5, "simpo: by how much the chosen answer should win, after beta")
+    alpha: float = knob(0.0, "AlphaPO's shape of simpo's reward; 0: the logarithm")
+    nll_coef: float = knob(1.0, "weight of cross-entropy on the chosen answers")
+
+
+@dataclass(frozen=True)
+class ORPO:
+    beta: float = knob(0.1, "weight of the odds ratio beside cross-entropy")
+
+
+@dataclass(frozen=True)
+class KTO:
+    loss: Literal["kto", "apo_zero_unpaired"] = knob("kto", "row of the KTO table")
+    beta: float = knob(0.1, "strength of the pull to the reference")
+    desirable_weight: float = knob(1.0, "weight of answers that are desirable")
+    undesirable_weight: float = knob(1.0, "weight of answers that are not")
 
 
 @dataclass(frozen=True)
@@ -137,7 +177,9 @@ class GRPO:
     updates_per_rollout: int = knob(1, "optimizer updates that share one rollout")
 
 
-Objective = Pretrain | SFT | DPO | GRPO
+Objective = Pretrain | SFT | DPO | CPO | ORPO | KTO | GRPO
+Paired = DPO | CPO | ORPO  # learn from pairs: a chosen answer in one row, the rejected one in the next
+Preference = Paired | KTO  # learn what people prefer
 
 
 @dataclass(frozen=True)
@@ -147,7 +189,9 @@ class Stage:
     sources: tuple[Source, ...] = knob(help="the mixture of data")
     optimizer: Optimizer = Optimizer()
     steps: int = knob(1000, "steps; a GRPO step is a rollout with its updates")
-    batch_size: int = knob(32, "rows (pretrain, sft), pairs (dpo) or prompts (grpo) in a step, over all devices")
+    batch_size: int = knob(
+        32, "rows (pretrain, sft), pairs (dpo, cpo, orpo), answers (kto) or prompts (grpo) in a step, over all devices"
+    )
     seq_len: int = knob(256, "tokens in a row")
     microbatches: int = knob(1, "pieces that a batch is cut into to save memory")
     eval_every: int = knob(0, "steps between held-out evaluations with samples; 0: only before and after")
@@ -184,11 +228,14 @@ OBJECTIVES = {kind.__name__: kind for kind in typing.get_args(Objective)}
 def rows_per_update(stage: Stage) -> int:
     """Rows of tokens in one optimizer update, over all devices."""
     o = stage.objective
-    if isinstance(o, DPO):
-        return 2 * stage.batch_size
     if isinstance(o, GRPO):
         return stage.batch_size * o.group_size // o.updates_per_rollout
-    return stage.batch_size
+    return stage.batch_size * rows_together(stage)
+
+
+def rows_together(stage: Stage) -> int:
+    """Rows that no microbatch may part: the two of a pair."""
+    return 2 if isinstance(stage.objective, Paired) else 1
 
 
 # ---- to and from plain JSON values -------------------------------------------------------------------------------

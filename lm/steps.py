@@ -14,11 +14,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from lm.experiment import DPO, GRPO, SFT, Pretrain, Stage
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Pretrain, Stage
+from lm.objectives.cpo import cpo
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.dpo import dpo
 from lm.objectives.grpo import grpo
+from lm.objectives.kto import READS_BASELINE, kto, log_ratio_mean
 from lm.objectives.logprobs import token_logprobs
+from lm.objectives.orpo import orpo
+from lm.objectives.pairs import likelihood_scale
 from lm.optimizer import global_norm
 from lm.parallel.rules import constrain
 from lm.types import Batch, Mean, TrainState
@@ -26,6 +30,8 @@ from lm.types import Batch, Mean, TrainState
 Metrics = dict[str, Float[Array, ""]]
 # (params, frozen, batch) -> what is minimised and what is reported, neither divided yet
 Loss = Callable[[Any, Any, Batch], tuple[Mean, dict[str, Mean]]]
+# (params, frozen, batch) -> numbers of the whole batch that a loss of a piece of it needs, by name
+Whole = Callable[[Any, Any, Batch], dict[str, Array]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -45,11 +51,89 @@ def preference_step(stage: Stage, optimizer: optax.GradientTransformation) -> St
     assert isinstance(o, DPO)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        stats = token_logprobs(params, batch, want_log_sum_sq=o.weighting)
+        if o.reference == "cached":
+            assert batch.ref_logp is not None
+            ref_logp = batch.ref_logp
+        else:
+            ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
+        return dpo(
+            stats.logp, ref_logp, batch.weights, losses=o.losses, loss_weights=o.loss_weights, beta=o.beta,
+            label_smoothing=o.label_smoothing, tau=o.tau, divergence=o.divergence, alpha=o.alpha, ld_alpha=o.ld_alpha,
+            log_sum_sq=stats.log_sum_sq, sft_scale=frozen["sft_scale"],
+        )  # fmt: skip
+
+    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"sft_scale": likelihood_scale(batch.weights, batch.weights)}
+
+    return make_step(loss, optimizer, stage.microbatches, whole)
+
+
+def cpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
+    """CPO, SimPO and AlphaPO on (chosen, rejected) pairs; no reference."""
+    o = stage.objective
+    assert isinstance(o, CPO)
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        return cpo(
+            token_logprobs(params, batch).logp, batch.weights, loss=o.loss, beta=o.beta,
+            label_smoothing=o.label_smoothing, gamma=o.gamma, alpha=o.alpha, nll_coef=o.nll_coef,
+            nll_scale=frozen["nll_scale"],
+        )  # fmt: skip
+
+    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"nll_scale": likelihood_scale(batch.weights, batch.weights)}
+
+    return make_step(loss, optimizer, stage.microbatches, whole)
+
+
+def orpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
+    """ORPO on (chosen, rejected) pairs; no reference."""
+    o = stage.objective
+    assert isinstance(o, ORPO)
+
+    def predicted(batch: Batch) -> Float[Array, "B T"]:
+        """1 on every token that something of its segment stands before."""
+        return ((batch.segments > 0) & (batch.positions > 0)).astype(batch.weights.dtype)
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        logp = token_logprobs(params, batch).logp
+        return orpo(logp, batch.weights, predicted(batch), beta=o.beta, nll_scale=frozen["nll_scale"])
+
+    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"nll_scale": likelihood_scale(batch.weights, predicted(batch))}
+
+    return make_step(loss, optimizer, stage.microbatches, whole)
+
+
+def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
+    """KTO on answers by themselves, against the frozen reference; first, where it is read, the whole batch's baseline."""
+    o = stage.objective
+    assert isinstance(o, KTO)
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        assert batch.desirable is not None
         logp = token_logprobs(params, batch).logp
         ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
-        return dpo(logp, ref_logp, batch.weights, loss=o.loss, beta=o.beta, label_smoothing=o.label_smoothing)
+        return kto(
+            logp, ref_logp, batch.weights, batch.desirable, frozen.get("kl"), loss=o.loss, beta=o.beta,
+            desirable_weight=o.desirable_weight, undesirable_weight=o.undesirable_weight,
+        )  # fmt: skip
 
-    return make_step(loss, optimizer, stage.microbatches)
+    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+        assert batch.mismatched is not None
+
+        def estimate(piece: Batch) -> Mean:
+            policy, reference = (token_logprobs(model, piece).logp for model in (params, frozen["reference"]))
+            return log_ratio_mean(policy, reference, piece.weights)
+
+        if stage.microbatches == 1:
+            found = estimate(batch.mismatched)
+        else:
+            found = jax.tree.map(jnp.sum, jax.lax.map(estimate, _cut(batch.mismatched, stage.microbatches)))
+        return {"kl": jnp.maximum(found.value(), 0.0)}
+
+    return make_step(loss, optimizer, stage.microbatches, whole if o.loss in READS_BASELINE else None)
 
 
 def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -75,7 +159,16 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
 def needs_reference(stage: Stage) -> bool:
     """Whether the step reads the model as it was before the stage, `frozen["reference"]`."""
     o = stage.objective
-    return isinstance(o, DPO) or (isinstance(o, GRPO) and o.kl_coef > 0)
+    if isinstance(o, DPO):
+        return o.reference == "step"
+    return isinstance(o, KTO) or (isinstance(o, GRPO) and o.kl_coef > 0)
+
+
+def forward_only(stage: Stage) -> int:
+    """Forward passes over a batch's rows of which no gradient is taken, beside the one of which it is."""
+    if isinstance(stage.objective, KTO) and stage.objective.loss in READS_BASELINE:
+        return 3  # the reference, and both models on the mismatched rows
+    return int(needs_reference(stage))
 
 
 def _cross_entropy_loss(stage: Stage) -> Loss:
@@ -92,12 +185,20 @@ STEPS: dict[type, Callable[[Stage, optax.GradientTransformation], Step]] = {
     Pretrain: pretrain_step,
     SFT: sft_step,
     DPO: preference_step,
+    CPO: cpo_step,
+    ORPO: orpo_step,
+    KTO: kto_step,
     GRPO: grpo_step,
 }
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Step:
-    """Gradient (summed over microbatches), one division by the summed weight, clip and update."""
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, whole: Whole | None = None
+) -> Step:
+    """Gradient (summed over microbatches), one division by the summed weight, clip and update.
+
+    What `whole` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
+    """
 
     def total(params: Any, frozen: Any, batch: Batch) -> tuple[Float[Array, ""], tuple[Mean, dict[str, Mean]]]:
         mean, metrics = loss(params, frozen, batch)
@@ -108,18 +209,18 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
         return grads, {"loss": mean, **metrics}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        frozen = state.frozen | whole(state.params, state.frozen, batch) if whole else state.frozen
         if microbatches == 1:
-            grads, sums = gradient(state.params, state.frozen, batch)
+            grads, sums = gradient(state.params, frozen, batch)
         else:
-            # Each piece over all devices: without the constraint rows are fetched again in every turn of the loop.
-            pieces = jax.tree.map(lambda x: constrain(x.reshape(microbatches, -1, *x.shape[1:]), None, "batch"), batch)
+            pieces = _cut(batch, microbatches)
             start = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradient, state.params, state.frozen, jax.tree.map(lambda x: x[0], pieces)),
+                jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], pieces)),
             )
 
             def accumulate(carry: Any, piece: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, gradient(state.params, state.frozen, piece)), None
+                return jax.tree.map(jnp.add, carry, gradient(state.params, frozen, piece)), None
 
             (grads, sums), _ = jax.lax.scan(accumulate, start, pieces)
         weight = jnp.maximum(sums["loss"].weight, 1e-30)
@@ -131,3 +232,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return step
+
+
+def _cut(batch: Batch, pieces: int) -> Batch:
+    """A batch in pieces [pieces, B / pieces, …], each over all devices: else rows are fetched again in every turn of a loop."""
+    return jax.tree.map(lambda x: constrain(x.reshape(pieces, -1, *x.shape[1:]), None, "batch"), batch)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.experiment import DPO, GRPO, SFT, Mesh, Model, Optimizer, Pretrain, Source, Stage
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Mesh, Model, Optimizer, Pretrain, Source, Stage
 from lm.model.transformer import Transformer
 from lm.types import Batch, SharedPrompt
 
@@ -18,6 +18,11 @@ OBJECTIVES = {
     "pretrain": Pretrain(z_loss=1e-3),
     "sft": SFT(),
     "dpo": DPO(beta=0.5),
+    "dpo_mixed": DPO(losses=("sigmoid", "ipo", "sft"), loss_weights=(1.0, 0.1, 0.5), weighting=True, ld_alpha=0.5),
+    "dpo_ranked": DPO(losses=("aot", "aot_unpaired")),
+    "cpo": CPO(loss="simpo", beta=2.0, label_smoothing=0.1, nll_coef=0.5),
+    "orpo": ORPO(beta=0.5),
+    "kto": KTO(beta=0.5, undesirable_weight=1.5),
     "grpo_token": GRPO(max_new_tokens=8, group_size=4, kl_coef=0.1, aggregation="token"),
     "grpo_sequence": GRPO(max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence"),
     "grpo_constant": GRPO(max_new_tokens=8, group_size=4, aggregation="constant", clip_high=0.3),
@@ -50,13 +55,18 @@ def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
     positions = np.where(column < cut, column, column - cut)
     segments, positions = (np.broadcast_to(x, (rows, length)).astype(np.int32) for x in (segments, positions))
     weights = ((positions > 0) & (segments > 0) & (rng.random((rows, length)) < 0.7)).astype(np.float32)
-    return Batch(
+    plain = Batch(
         tokens=jnp.asarray(rng.integers(0, VOCAB, (rows, length)), jnp.int32),
         weights=jnp.asarray(weights),
         segments=jnp.asarray(segments),
         positions=jnp.asarray(positions),
+    )
+    return dataclasses.replace(
+        plain,
         advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
         old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
+        desirable=jnp.asarray(rng.random(rows) < 0.5, jnp.float32),
+        mismatched=dataclasses.replace(plain, tokens=jnp.roll(plain.tokens, 1, axis=0)),
     )
 
 

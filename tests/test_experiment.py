@@ -10,8 +10,11 @@ import pytest
 
 from lm.check import check
 from lm.experiment import (
+    CPO,
     DPO,
     GRPO,
+    KTO,
+    ORPO,
     SFT,
     Eval,
     Experiment,
@@ -30,9 +33,10 @@ from lm.experiment import (
 )  # fmt: skip
 
 DOCS = Source("gen:docs")
-STAGES = tuple(
-    Stage(n, o, (DOCS,)) for n, o in (("pretrain", Pretrain()), ("sft", SFT()), ("dpo", DPO()), ("grpo", GRPO()))
-)
+OBJECTIVES = {
+    "pretrain": Pretrain(), "sft": SFT(), "dpo": DPO(), "cpo": CPO(), "orpo": ORPO(), "kto": KTO(), "grpo": GRPO(),
+}  # fmt: skip
+STAGES = tuple(Stage(name, objective, (DOCS,)) for name, objective in OBJECTIVES.items())
 EXPERIMENT = Experiment(name="x", stages=STAGES, evals=(Eval("docs", DOCS, "bits_per_byte"),))
 
 
@@ -52,6 +56,8 @@ def test_json_and_back_is_the_same_value():
         (["--pretrain.sources.0.path", "a.txt"], "pretrain.sources.0.path", "a.txt"),
         (["--tokenizer.path", "t.model"], "tokenizer.path", "t.model"),
         (["--evals.docs.count", "7"], "evals.docs.count", 7),
+        (["--dpo.objective.losses", "sigmoid,sft"], "dpo.objective.losses", ["sigmoid", "sft"]),
+        (["--dpo.objective.loss_weights", "0.8,1"], "dpo.objective.loss_weights", [0.8, 1.0]),
         (["--prompts", "a, b"], "prompts", ["a", "b"]),
         (["--model.rope_scaling", "8,1,4,64"], "model.rope_scaling", [8.0, 1.0, 4.0, 64.0]),
     ],
@@ -69,6 +75,7 @@ def test_an_override_changes_its_leaf_and_no_other(words, name, value):
         (["--sft.steps", "many"], "--sft.steps is 'many'; it should be an integer"),
         (["--sft.steps"], "--sft.steps needs a value: an integer"),
         (["--model.remat", "some"], "one of none, full, minimal, dots, offload"),
+        (["--dpo.objective.losses", "sigmoid,stf"], "--dpo.objective.losses is 'stf'; it should be one of sigmoid, "),
         (["--prompts", "[1"], "--prompts is '\\[1'; it should be a list"),
         (["sft.steps", "2"], "no knob 'sft.steps'"),
     ],
@@ -93,6 +100,22 @@ def test_a_wrong_override_says_what_would_work(words, message):
         (["--grpo.objective.max_new_tokens", "256"], "leaves no room for a prompt in grpo.seq_len 256"),
         (["--grpo.objective.updates_per_rollout", "3"], "does not divide its 256 completions"),
         (["--dpo.objective.label_smoothing", "0.5"], r"should be in \[0, 0.5\)"),
+        (
+            ["--dpo.objective.losses", "hinge", "--dpo.objective.label_smoothing", "0.1"],
+            "0.1, which hinge does not read",
+        ),
+        (["--dpo.objective.losses", "[]"], r"losses is \[\]; it should be rows of the DPO table"),
+        (["--dpo.objective.losses", "ipo,ipo"], "each once"),
+        (["--dpo.objective.loss_weights", "1,2"], "loss_weights has 2 numbers and losses 1 rows"),
+        (["--dpo.objective.ld_alpha", "1.5"], r"ld_alpha is 1.5; it should be in \[0, 1\]"),
+        (
+            ["--dpo.objective.losses", "aot", "--dpo.microbatches", "2"],
+            "dpo.microbatches is 2, and aot ranks all pairs",
+        ),
+        (["--dpo.microbatches", "64"], "dpo.microbatches 64 does not divide its 32 pairs"),
+        (["--cpo.objective.alpha", "0.2"], "cpo.objective.alpha is 0.2 and loss is sigmoid"),
+        (["--cpo.objective.loss", "hinge", "--cpo.objective.label_smoothing", "0.1"], "which hinge does not read"),
+        (["--kto.batch_size", "1"], "kto.batch_size is 1; .* should be at least 2"),
         (["--evals.docs.max_new_tokens", "512"], "leaves no room for a prompt"),
         (["--sft.evals", "dogs"], "sft.evals names 'dogs'; the experiment's evals are docs"),
         (["--sft.name", "pretrain"], "distinct names"),

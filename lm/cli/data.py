@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm.cli.arguments import EXPERIMENT_HELP, add_cache, at_least, check_stage, resolve
-from lm.experiment import DPO, GRPO, Stage
+from lm.experiment import GRPO, Paired, Stage
 from lm.web.text import visible
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def stage_lines(stage: Stage, tokenizer: Tokenizer, seed: int, step: int, rows: 
     else:
         feed = make_feed(stage, tokenizer, seed, "train")
         yield feed.report()
-        yield from batch_lines(feed.batch(step), decode, rows, colour, paired=isinstance(stage.objective, DPO))
+        yield from batch_lines(feed.batch(step), decode, rows, colour, paired=isinstance(stage.objective, Paired))
 
 
 def batch_lines(batch: Batch, decode: Decode, rows: int, colour: bool, paired: bool = False) -> Iterator[str]:
@@ -91,6 +91,8 @@ def batch_lines(batch: Batch, decode: Decode, rows: int, colour: bool, paired: b
         number, side = divmod(index, len(names))
         trained, real = int((batch.weights[index] > 0).sum()), int((batch.segments[index] > 0).sum())
         title = f"{'pair' if paired else 'row'} {number} {names[side]}".rstrip()
+        if batch.desirable is not None:
+            title += " desirable" if batch.desirable[index] else " undesirable"
         padding = len(batch.tokens[index]) - real
         yield _paint(f"\n--- {title}: {real} tokens, {trained} trained on, {padding} padding ---", BOLD, colour)
         tokens, weights, segments = (x[index].tolist() for x in (batch.tokens, batch.weights, batch.segments))

@@ -141,6 +141,17 @@ def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[s
     return pair[0], pair[1]
 
 
+def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], bool]:
+    """The conversation of a row with `prompt`, `completion`, `label`, and whether its answer is desirable."""
+    if not {"prompt", "completion", "label"} <= set(row):
+        raise _missing(row, where, "prompt, completion and label, or prompt, chosen and rejected")
+    if not isinstance(row["label"], bool):
+        raise UserError(f"{where}: label must be true (desirable) or false, found {row['label']!r:.60}")
+    conversation = [*prompt_messages(row, where), *_turns(row["completion"], "assistant", where, "completion")]
+    check_conversation(conversation, f"{where}, completion")
+    return as_messages(conversation), row["label"]
+
+
 def _turns(value: Any, role: str, where: str, column: str) -> list[dict[str, str]]:
     if isinstance(value, str):
         return as_messages(value, role)

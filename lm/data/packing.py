@@ -14,12 +14,13 @@ from jaxtyping import Float32, Int, Int32
 
 
 class Row(NamedTuple):
-    """One row of a batch."""
+    """One row of a batch; `desirable` is 1 or 0 where its answer is judged by itself."""
 
     tokens: Int32[np.ndarray, " T"]
     weights: Float32[np.ndarray, " T"]
     segments: Int32[np.ndarray, " T"]
     positions: Int32[np.ndarray, " T"]
+    desirable: np.float32 | None = None
 
 
 class Example(NamedTuple):
@@ -70,6 +71,20 @@ def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> Row:
         weights[at : at + 1] = 0.0
         at += len(ids)
     return Row(tokens, weights, segments, positions)
+
+
+def mismatch(row: Row, other: Row, pad_id: int) -> Row:
+    """The row's prompt with the other row's answer, cut to the row's length; each is a prompt and then an answer.
+
+    The prompt is what stands before the first token with a weight. Of two rows of which one has none, the row itself.
+    """
+    if not row.weights.any() or not other.weights.any():
+        return row._replace(desirable=None)
+    prompt = slice(0, int(np.argmax(row.weights > 0)))
+    answer = slice(int(np.argmax(other.weights > 0)), int((other.segments > 0).sum()))
+    tokens = np.concatenate([row.tokens[prompt], other.tokens[answer]])
+    mask = np.concatenate([row.weights[prompt], other.weights[answer]])
+    return join([truncate(Example(tokens, mask), len(row.tokens))], len(row.tokens), pad_id)
 
 
 def truncate(example: Example, seq_len: int) -> Example:

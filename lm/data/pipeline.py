@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +25,7 @@ from lm.data.selection import (
     shares,
     tokenizer_texts,
 )
-from lm.data.supply import Order, Supply, conversations, pairs, windows
+from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import UserError
 from lm.types import Batch
@@ -40,7 +43,12 @@ __all__ = [
     "tokenizer_texts",
 ]
 
-SUPPLIES = {values.Pretrain: windows, values.SFT: conversations, values.DPO: pairs}
+SUPPLIES = {
+    values.Pretrain: windows,
+    values.SFT: conversations,
+    **dict.fromkeys(typing.get_args(values.Paired), pairs),
+    values.KTO: answers,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Feed:
     """Batches of a mixture, whose weights are shares of rows.
 
     `rows` is how many rows (or pairs) there are in all: None in training, which has no end. A pair has two rows of a
-    batch: `rows_each`.
+    batch: `rows_each`. Where answers are `judged` a batch also has each prompt with the answer of the row before (of the
+    first row: of the last) in its `mismatched`.
     """
 
     names: tuple[str, ...]
@@ -60,6 +69,7 @@ class Feed:
     fingerprint: str
     rows: int | None
     rows_each: int = 1
+    judged: bool = False
 
     def batch(self, step: int, only: np.ndarray | None = None) -> Batch:
         """Rows step * batch_size … of the mixture, arrays [B, T] (pairs: [2B, T], chosen and rejected in turn).
@@ -72,15 +82,34 @@ class Feed:
         """
         each = self.rows_each
         wanted = range(self.batch_size * each) if only is None else only.tolist()
-        made = {n: self._rows_at(step * self.batch_size + n) for n in dict.fromkeys(row // each for row in wanted)}
+        partners = [(n - 1) % self.batch_size for n in wanted] if self.judged else []
+        numbers = dict.fromkeys([*(row // each for row in wanted), *partners])
+        made = {n: self._rows_at(step * self.batch_size + n) for n in numbers}
         rows = [made[row // each][row % each] for row in wanted]
-        tokens, weights, segments, positions = map(np.stack, zip(*rows, strict=True))
-        if self.rows is None and not weights.any():
+        batch = _stacked(rows)
+        if self.rows is None and not batch.weights.any():
             if only is None:
                 sources = ", ".join(self.names)
                 raise UserError(f"step {step}: the loss mask of the whole batch is zero; sources: {sources}")
             self.batch(step)  # raises where the other processes have nothing to train on either
-        return Batch(tokens=tokens, weights=weights, segments=segments, positions=positions)
+        if not self.judged:
+            return batch
+        others = [packing.mismatch(row, made[n][0], self.pad_id) for row, n in zip(rows, partners, strict=True)]
+        return replace(batch, mismatched=_stacked(others))
+
+    def at(self, numbers: Sequence[int]) -> Batch:
+        """The rows (or pairs) with these numbers in the mixture: step * batch_size + place."""
+        return _stacked([row for number in numbers for row in self._rows_at(number)])
+
+    def examples(self, step: int) -> list[tuple[int, int]]:
+        """Which example each pair of a training batch is: (source, its number there), the same in every epoch."""
+        found = []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            source, place = mixture(number, self.shares)
+            supply = self.supplies[source]
+            assert supply.example is not None
+            found.append((source, supply.example(*divmod(place, supply.rows))))
+        return found
 
     def report(self) -> str:
         """One line a source: examples, tokens, what was truncated and dropped, rows in an epoch."""
@@ -99,11 +128,18 @@ class Feed:
             if number < supply.rows:
                 return supply.row(0, number)
             number -= supply.rows
-        return [packing.join([], self.seq_len, self.pad_id)] * self.rows_each
+        empty = packing.join([], self.seq_len, self.pad_id)
+        return [empty._replace(desirable=np.float32(0) if self.judged else None)] * self.rows_each
+
+
+def _stacked(rows: list[packing.Row]) -> Batch:
+    columns = zip(packing.Row._fields, zip(*rows, strict=True), strict=True)
+    stacked: dict[str, Any] = {name: np.stack(column) for name, column in columns if column[0] is not None}
+    return Batch(**stacked)
 
 
 def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split = "train") -> Feed:
-    """The batches of a pretraining, SFT or DPO stage, from its training or its held-out examples.
+    """The batches of a stage that does not sample, from its training or its held-out examples.
 
     Every source is read, split and (training generators excepted) tokenised here. Raises UserError naming what is wrong.
     """
@@ -123,5 +159,6 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
         pad_id=tokenizer.pad_id,
         fingerprint=fingerprint(stage.sources, contents, tokenizer.fingerprint),
         rows=sum(supply.rows for supply in supplies) if split == "heldout" else None,
-        rows_each=2 if isinstance(stage.objective, values.DPO) else 1,
+        rows_each=values.rows_together(stage),
+        judged=isinstance(stage.objective, values.KTO),
     )

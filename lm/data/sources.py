@@ -46,7 +46,7 @@ PROBED = 256  # rows of a generator that its fingerprint is taken over
 STRIDE = 16  # generated rows from which one training example is taken: the first that is not held out
 SEARCHED = 100_000  # generated rows looked through for held-out ones
 HELDOUT_GENERATED = 500  # held-out rows taken from a generator
-TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "question", "answer")
+TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion", "question", "answer")
 
 
 class Measures(NamedTuple):

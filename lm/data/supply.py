@@ -41,12 +41,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Supply:
-    """`row(epoch, place)` for place in range(rows) gives one row of the batch, or two for a preference pair."""
+    """`row(epoch, place)` for place in range(rows) gives one row of the batch, or two for a preference pair.
+
+    `example(epoch, place)`, where it is given, is the number of what they are made of, the same in every epoch.
+    """
 
     rows: int
     row: Callable[[int, int], list[Row]]
     tally: Tally
     unit: str
+    example: Callable[[int, int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,39 @@ def pairs(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer
             return _made(rows, indices[place], "pairs", seq_len, tokenizer)
         return [store.example(int(side), seq_len) for side in groups[place]]
 
+    def example(epoch: int, place: int) -> int:
+        return order.place(epoch, place, number)
+
     def row(epoch: int, place: int) -> list[Row]:
-        both = sides(order.place(epoch, place, number))
+        both = sides(example(epoch, place))
         return [packing.join([side], seq_len, tokenizer.pad_id) for side in both]
 
-    return Supply(number, row, replace(tally, partial=endless), "pairs")
+    return Supply(number, row, replace(tally, partial=endless), "pairs", example)
+
+
+def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
+    """Judged answers, one a row: of rows that have a label, or both sides of preference pairs, the chosen one desirable."""
+    kind = "pairs" if "chosen" in rows[indices[0]] else "judged"
+    size = KINDS[kind].examples_a_row
+    endless = rows.generated and order.key is not None
+    looked_at = [indices[k] for k in range(LOOKED_AT)] if endless else indices
+    kept, groups, tally = _keep(rows, looked_at, kind, seq_len, tokenizer)
+    numbers = groups.reshape(-1)
+    total = len(indices) * size if endless else len(numbers)
+
+    def find(place: int) -> tuple[Store, int]:
+        if not endless:
+            return kept, int(numbers[place])
+        index = indices[place // size]
+        return store_in_memory([(rows[index], rows.where(index))], kind, tokenizer), place % size
+
+    def row(epoch: int, place: int) -> list[Row]:
+        store, number = find(order.place(epoch, place, total))
+        label = 1 - number % size if store.labels is None else store.labels[number]
+        joined = packing.join([store.example(number, seq_len)], seq_len, tokenizer.pad_id)
+        return [joined._replace(desirable=np.float32(label))]
+
+    return Supply(total, row, replace(tally, partial=endless), kind)
 
 
 def _examples(

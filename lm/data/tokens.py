@@ -35,7 +35,8 @@ class Kind(NamedTuple):
     """How rows become examples: so many a row, in these columns.
 
     tokens [tokens], lengths [examples]; of conversations and pairs also mask [tokens] (1 where the model learns to predict
-    the token), firsts [examples] (the first such place past the first token, or NEVER) and trained [examples] (how many).
+    the token), firsts [examples] (the first such place past the first token, or NEVER) and trained [examples] (how many);
+    of judged answers also labels [examples] (1 for a desirable one).
     """
 
     encode: Encode
@@ -55,6 +56,7 @@ class Store:
     starts: Int64[np.ndarray, " N"]
     firsts: Int[np.ndarray, " N"] | None
     trained: Int[np.ndarray, " N"] | None
+    labels: Int[np.ndarray, " N"] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -122,6 +124,7 @@ def _assembled(blocks: Sequence[Callable[[str], np.ndarray]], columns: Sequence[
         starts=np.concatenate([np.cumsum(some, dtype=np.int64) - some for some in lengths]),
         firsts=whole("firsts") if masked else None,
         trained=whole("trained") if masked else None,
+        labels=whole("labels") if "labels" in columns[0] else None,
     )
 
 
@@ -171,6 +174,13 @@ def _encode_pairs(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
     return _examples(tokenizer, examples)
 
 
+def _encode_judged(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
+    """Answers with a label each, trained on."""
+    judged = [chat.judged_messages(row, where) for row, where in named]
+    examples = [_last_answer(messages, tokenizer) for messages, _ in judged]
+    return _examples(tokenizer, examples) | {"labels": np.array([label for _, label in judged], np.int8)}
+
+
 def _examples(tokenizer: Tokenizer, examples: Sequence[chat.Rendered]) -> Columns:
     masks = [np.array(example.mask, np.int8) for example in examples]
     trained = [np.flatnonzero(mask[1:]) + 1 for mask in masks]
@@ -202,4 +212,5 @@ KINDS = {
     "documents": Kind(_encode_documents, 1),
     "conversations": Kind(_encode_conversations, 1),
     "pairs": Kind(_encode_pairs, 2),
+    "judged": Kind(_encode_judged, 1),
 }

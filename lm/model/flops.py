@@ -44,9 +44,9 @@ def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> floa
     return config.num_layers * (2 * weights + attention) + 2 * config.embed_dim * vocab_size
 
 
-def update_flops_per_token(config: Model, vocab_size: int, length: int, reference: bool) -> float:
-    """Of a training update: forward, twice that backward, and a forward pass of the reference if one is read.
+def update_flops_per_token(config: Model, vocab_size: int, length: int, others: int) -> float:
+    """Of a training update: forward, twice that backward, and `others` forward passes without a gradient (a reference).
 
     Not counted are what rematerialisation computes again, and the sampling of a GRPO step.
     """
-    return (3 + reference) * forward_flops_per_token(config, vocab_size, length)
+    return (3 + others) * forward_flops_per_token(config, vocab_size, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,16 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
+from lm.objectives.pairs import (
+    Pairs,
+    answer_means,
+    answer_sums,
+    likelihood,
+    likelihood_scale,
+    mean_over,
+    present,
+    reward_metrics,
+)
 from lm.types import Mean
 
 
@@ -21,8 +31,8 @@ class Knobs(NamedTuple):
     tau: float  # temperature of discopop's blend
 
 
-Pairs = Float[Array, " n"]
-"""One number a pair: log π(y|x) - log π_ref(y|x) of the chosen (c) or of the rejected answer (r)."""
+# ---- losses of one pair --------------------------------------------------------------------------------------------
+# c and r: log π(y|x) - log π_ref(y|x) of the chosen and of the rejected answer, or its image under another divergence.
 
 
 def _sigmoid(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
@@ -60,6 +70,14 @@ def _nca_pair(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
     return -log_sigmoid(k.beta * c) - 0.5 * log_sigmoid(-k.beta * c) - 0.5 * log_sigmoid(-k.beta * r)
 
 
+def _bco_pair(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+    """BCO on pairs (arXiv:2404.04656, section 4): each answer by itself is classified as chosen or rejected.
+
+    The paper's reward shift is 0 here: it is a moving average over steps, and a step has no memory.
+    """
+    return -log_sigmoid(k.beta * c) - log_sigmoid(-k.beta * r)
+
+
 def _sppo_hard(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
     """SPPO with hard labels (arXiv:2405.00675, eq. 4.7); its η is 1/beta."""
     return jnp.square(c - 0.5 / k.beta) + jnp.square(r + 0.5 / k.beta)
@@ -90,6 +108,7 @@ LOSSES: dict[str, Callable[[Pairs, Pairs, Knobs], Pairs]] = {
     "ipo": _ipo,
     "exo_pair": _exo_pair,
     "nca_pair": _nca_pair,
+    "bco_pair": _bco_pair,
     "sppo_hard": _sppo_hard,
     "apo_zero": _apo_zero,
     "apo_down": _apo_down,
@@ -100,35 +119,126 @@ PER_TOKEN = frozenset({"ipo", "sigmoid_norm"})
 """Rows that read the mean over an answer's tokens; the others read the sum."""
 
 
+# ---- losses that look at all pairs of a batch ----------------------------------------------------------------------
+
+
+class Together(NamedTuple):
+    """What they see of every pair."""
+
+    chosen: Pairs  # c
+    rejected: Pairs  # r
+    margin: Pairs  # log π(chosen) - log π(rejected)
+    ref_margin: Pairs  # the same of the reference
+    there: Pairs  # 0 for padding
+
+
+def _aot(p: Together, k: Knobs) -> Pairs:
+    """AOT, paired (arXiv:2406.05882, section 3): the policy's margins against the reference's, rank by rank."""
+    return _sigmoid(p.margin, _of_equal_rank(p.margin, p.ref_margin, p.there), k)
+
+
+def _aot_unpaired(p: Together, k: Knobs) -> Pairs:
+    """AOT, unpaired (arXiv:2406.05882, section 3): chosen log-ratios against rejected ones, rank by rank."""
+    return _sigmoid(p.chosen, _of_equal_rank(p.chosen, p.rejected, p.there), k)
+
+
+def _of_equal_rank(x: Pairs, y: Pairs, there: Pairs) -> Pairs:
+    """For each x the y that has the same rank among those there: the k-th smallest for the k-th smallest."""
+    ranks = jnp.argsort(jnp.argsort(jnp.where(there > 0, x, jnp.inf)))
+    matched = jnp.sort(jnp.where(there > 0, y, jnp.inf))[ranks]
+    return jnp.where(there > 0, matched, 0.0)
+
+
+WHOLE_BATCH: dict[str, Callable[[Together, Knobs], Pairs]] = {
+    "aot": _aot,
+    "aot_unpaired": _aot_unpaired,
+}
+"""Rows whose loss of a pair depends on the others: on a piece of a batch they say something else than on the whole."""
+
+SFT = "sft"
+"""The row of the mixture that is cross-entropy on the chosen answers, a mean over their tokens (arXiv:2411.10442, eq. 6)."""
+
+
+# ---- divergences ---------------------------------------------------------------------------------------------------
+
+LARGEST_EXPONENT = 80.0  # e^88 is the end of float32
+
+
+def _forward_kl(ratio: Pairs, alpha: float) -> Pairs:
+    return -jnp.exp(jnp.minimum(-ratio, LARGEST_EXPONENT))
+
+
+def _alpha_divergence(ratio: Pairs, alpha: float) -> Pairs:
+    if alpha == 1:
+        return ratio
+    return jnp.exp(jnp.minimum((alpha - 1) * ratio, LARGEST_EXPONENT)) / (alpha - 1)
+
+
+DIVERGENCES: dict[str, Callable[[Pairs, float], Pairs]] = {
+    "reverse_kl": lambda ratio, alpha: ratio,
+    "forward_kl": _forward_kl,
+    "js_divergence": lambda ratio, alpha: log_sigmoid(ratio),
+    "alpha_divergence": _alpha_divergence,
+}
+"""f-DPO (arXiv:2309.16240, section 4): f'(π / π_ref) of the divergence that holds the policy, up to a constant, which the
+difference of two answers does not have; as a function of the log-ratio and the alpha of alpha_divergence, 1 of which is
+reverse KL."""
+
+
 def dpo(
     logp: Float[Array, "2n T"],
     ref_logp: Float[Array, "2n T"],
     weights: Float[Array, "2n T"],
     *,
-    loss: str = "sigmoid",
+    losses: Sequence[str] = ("sigmoid",),
+    loss_weights: Sequence[float] = (),
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     tau: float = 0.05,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    ld_alpha: float = 1.0,
+    log_sum_sq: Float[Array, "2n T"] | None = None,
+    sft_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Mean over pairs of a row of LOSSES; row 2i of the arrays is pair i's chosen answer, row 2i + 1 its rejected.
+    """Mean over pairs of a weighted sum of rows; row 2i of the arrays is pair i's chosen answer, row 2i + 1 its rejected.
 
     `weights` are 1 on the answers' tokens and 0 elsewhere. A pair without any answer token is padding and counts
     for nothing. Rewards in the metrics are beta times the log-ratio summed over the answer.
+
+    Args:
+        losses: rows of LOSSES and WHOLE_BATCH, and SFT; several are mixed as in MPO (arXiv:2411.10442, eq. 1).
+        loss_weights: of `losses`; empty: 1 each.
+        ld_alpha: weight of an answer's tokens beyond the length of its partner (LD-DPO, arXiv:2409.06411).
+        log_sum_sq: log Σ p² of the policy at each token; with it pairs are weighted by how likely the policy itself
+            would give them (WPO, arXiv:2406.11827), all rows but SFT.
+        sft_scale: `likelihood_scale` of the whole batch where these are a piece of it.
     """
-    log_ratio = jnp.where(weights == 0, 0.0, (logp - ref_logp) * weights).sum(-1)
     lengths = weights.sum(-1)
-    scores = log_ratio / jnp.maximum(lengths, 1) if loss in PER_TOKEN else log_ratio
-    per_pair = LOSSES[loss](scores[0::2], scores[1::2], Knobs(beta, label_smoothing, tau))
-    present = (lengths[0::2] + lengths[1::2] > 0).astype(per_pair.dtype)
+    there = present(weights)
+    tail = jnp.cumsum(weights, -1) > jnp.repeat(jnp.minimum(lengths[0::2], lengths[1::2]), 2)[:, None]
+    counted = weights if ld_alpha == 1 else jnp.where(tail, ld_alpha, 1.0) * weights
+    log_ratio = answer_sums(logp - ref_logp, counted)  # token by token: two long sums would leave fewer digits
+    scores = DIVERGENCES[divergence](log_ratio, alpha)
+    knobs = Knobs(beta, label_smoothing, tau)
 
-    def mean(values: Pairs) -> Mean:
-        return Mean((values * present).sum(), present.sum())
+    def row(name: str) -> Pairs:
+        if name in WHOLE_BATCH:
+            policy, reference = answer_sums(logp, counted), answer_sums(ref_logp, counted)
+            margin, ref_margin = policy[0::2] - policy[1::2], reference[0::2] - reference[1::2]
+            return WHOLE_BATCH[name](Together(scores[0::2], scores[1::2], margin, ref_margin, there), knobs)
+        read = scores / jnp.maximum(lengths, 1) if name in PER_TOKEN else scores
+        return LOSSES[name](read[0::2], read[1::2], knobs)
 
-    chosen, rejected = beta * log_ratio[0::2], beta * log_ratio[1::2]
-    metrics = {
-        "reward_accuracy": mean((chosen > rejected).astype(per_pair.dtype)),
-        "reward_margin": mean(chosen - rejected),
-        "reward_chosen": mean(chosen),
-        "reward_rejected": mean(rejected),
-    }
-    return mean(per_pair), metrics
+    mixture = dict(zip(losses, loss_weights or [1.0] * len(losses), strict=True))
+    per_pair = sum((weight * row(name) for name, weight in mixture.items() if name != SFT), jnp.zeros_like(there))
+    if log_sum_sq is not None:
+        likely = jax.lax.stop_gradient(jnp.exp(answer_means(logp - log_sum_sq, weights)))
+        per_pair = per_pair * likely[0::2] * likely[1::2]
+    loss = mean_over(per_pair, there)
+    metrics = reward_metrics(beta * log_ratio[0::2], beta * log_ratio[1::2], there)
+    if SFT in mixture:
+        metrics["nll"] = likelihood(logp, weights)
+        scale = likelihood_scale(weights, weights) if sft_scale is None else sft_scale
+        loss = Mean(loss.total + mixture[SFT] * scale * metrics["nll"].total, loss.weight)
+    return loss, metrics

@@ -20,8 +20,9 @@ class TokenStats:
     """What the model thought of each token before it saw it, in nats; 0 at t = 0, which nothing predicts.
 
     `logp[b, t]` is log p(tokens[b, t] | tokens before it). `lse` is the log-normaliser of the logits that
-    predicted it, `correct` is 1 where no token was likelier. `entropy` of the distribution and `mean_logp`, its
-    log-probability averaged over the vocabulary, are None where not asked for.
+    predicted it, `correct` is 1 where no token was likelier. `entropy` of the distribution, `mean_logp`, its
+    log-probability averaged over the vocabulary, and `log_sum_sq`, log Σ p² over the vocabulary, through which no
+    gradient flows, are None where not asked for.
     """
 
     logp: Float[Array, "B T"]
@@ -29,6 +30,7 @@ class TokenStats:
     correct: Float[Array, "B T"]
     entropy: Float[Array, "B T"] | None = None
     mean_logp: Float[Array, "B T"] | None = None
+    log_sum_sq: Float[Array, "B T"] | None = None
 
 
 def shifted_logprobs(
@@ -38,12 +40,13 @@ def shifted_logprobs(
     *,
     want_entropy: bool = True,
     want_mean_logp: bool = False,
+    want_log_sum_sq: bool = False,
 ) -> TokenStats:
     """Statistics of `tokens` under `logits`, where logits[:, t] predict tokens[:, t + 1].
 
     The log-softmax is taken of logits / temperature, in float32 (float64 stays float64).
     """
-    return _align(_measure(logits, _next(tokens), temperature, want_entropy, want_mean_logp))
+    return _align(_measure(logits, _next(tokens), temperature, want_entropy, want_mean_logp, want_log_sum_sq))
 
 
 def token_logprobs(
@@ -54,6 +57,7 @@ def token_logprobs(
     max_logits: int | None = None,
     want_entropy: bool = False,
     want_mean_logp: bool = False,
+    want_log_sum_sq: bool = False,
 ) -> TokenStats:
     """Statistics of `batch.tokens` [B, T] under `model`, never holding more than about `max_logits` logits.
 
@@ -68,7 +72,7 @@ def token_logprobs(
     hidden, targets, align = _predictions(model, batch)
 
     def project(hidden, targets):
-        return _measure(model.logits(hidden), targets, temperature, want_entropy, want_mean_logp)
+        return _measure(model.logits(hidden), targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq)
 
     rows, time = targets.shape
     vocab = jax.eval_shape(model.logits, hidden).shape[-1]
@@ -126,22 +130,23 @@ def _join_time(x: Array, parts: int, time: int) -> Array:
     return pieces.reshape(rows, parts, -1)[:, :, :time].reshape(rows, parts * time)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _measure(
     logits: Float[Array, "B T V"],
     targets: Int[Array, "B T"],
     temperature: float,
     want_entropy: bool,
     want_mean_logp: bool,
+    want_log_sum_sq: bool,
 ) -> TokenStats:
     """Statistics of `targets` under the logits at the same place.
 
     The gradient is written out, so that of [B, T, V] arrays only the logits wait for the backward pass.
     """
-    return _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp)[0]
+    return _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq)[0]
 
 
-def _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp):
+def _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq):
     z = _scaled(logits, temperature)
     best = z.max(-1)
     weights = jnp.exp(z - best[..., None])
@@ -154,11 +159,13 @@ def _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp)
         correct=(target >= best).astype(z.dtype),
         entropy=lse - (weights * z).sum(-1) / total if want_entropy else None,
         mean_logp=z.mean(-1) - lse if want_mean_logp else None,
+        # Under the largest logit's weight of 1 the sum of squares is at least 1: nothing is lost to underflow.
+        log_sum_sq=jnp.log(jnp.square(weights).sum(-1)) - 2 * jnp.log(total) if want_log_sum_sq else None,
     )
     return stats, (logits, targets, best, total, stats.entropy)
 
 
-def _measure_backward(temperature, want_entropy, want_mean_logp, saved, g: TokenStats):
+def _measure_backward(temperature, want_entropy, want_mean_logp, want_log_sum_sq, saved, g: TokenStats):
     """With p the softmax of z: d logp = 1[y] - p, d lse = p, d entropy = -p·(log p + entropy), d mean_logp = 1/V - p."""
     logits, targets, best, total, entropy = saved
     z = _scaled(logits, temperature) - best[..., None]

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lm.experiment import Experiment, Stage, UserError, override, rows_per_update
+from lm.experiment import Experiment, Stage, UserError, override, rows_per_update, rows_together
 from lm.model.transformer import REMAT
 from lm.parallel.rules import ways
 from lm.plan.chips import Topology, parse_topology
@@ -82,7 +82,8 @@ def _batch_unit(stage: Stage, devices: int) -> int:
     """The smallest batch size of which every device gets as many whole rows in every microbatch."""
     for size in itertools.count(1):
         one = dataclasses.replace(stage, batch_size=size)
-        if rows_per_update(one) and rows_per_update(one) % (devices * stage.microbatches) == 0:
+        rows, pieces = rows_per_update(one), stage.microbatches
+        if rows and rows % (devices * pieces) == 0 and rows % (rows_together(one) * pieces) == 0:
             return size
     raise AssertionError
 

@@ -12,7 +12,7 @@ from lm.plan.one_device import analysis_of, gradient_block, parameter_bytes, upd
 from lm.plan.program import Program
 from lm.plan.traffic import NETWORK, Traffic, traffic
 from lm.plan.usage import Usage
-from lm.steps import needs_reference
+from lm.steps import forward_only
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def estimate(program: Program) -> Estimate:
         parameters=parameter_bytes(state.params, program),
         optimizer=parameter_bytes(state.opt_state, program),
         reference=parameter_bytes(state.frozen, program),
-        batch=round(sum(x.dtype.itemsize for x in jax.tree.leaves(program.batch())) * program.tokens_per_device),
+        batch=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch())) // program.topology.devices,
         **_peak(gradient, update),
     )
     wires = traffic(program, gradient)
@@ -98,7 +98,7 @@ def estimate(program: Program) -> Estimate:
 def model_flops(program: Program) -> float:
     """FLOPs of an update on one device that the model asks for, as MFU counts them."""
     per_token = update_flops_per_token(
-        program.model, program.vocab_size, program.stage.seq_len, needs_reference(program.stage)
+        program.model, program.vocab_size, program.stage.seq_len, forward_only(program.stage)
     )
     return per_token * program.tokens_per_device
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm.experiment import GRPO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
+from lm.experiment import DPO, GRPO, KTO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
@@ -65,7 +66,13 @@ def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     """A batch of this many rows with the fields that the stage's objective reads."""
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     sampled = real if isinstance(stage.objective, GRPO) else None
-    return Batch(tokens=whole, weights=real, segments=whole, positions=whole, advantages=sampled, old_logp=sampled)
+    batch = Batch(tokens=whole, weights=real, segments=whole, positions=whole, advantages=sampled, old_logp=sampled)
+    if isinstance(stage.objective, KTO):
+        judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        return dataclasses.replace(batch, desirable=judged, mismatched=batch)
+    if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
+        return dataclasses.replace(batch, ref_logp=real)
+    return batch
 
 
 def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program:

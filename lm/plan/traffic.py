@@ -14,7 +14,7 @@ from lm.plan.hlo_work import RING
 from lm.plan.one_device import local_batch, one_device
 from lm.plan.program import Program
 from lm.plan.usage import Usage
-from lm.steps import needs_reference
+from lm.steps import forward_only
 
 NETWORK = "slices"  # the axis that goes over the data-centre network
 
@@ -79,17 +79,17 @@ def gather_seconds(program: Program, usage: Usage) -> float:
 
 
 def _activations(program: Program) -> list[Traffic]:
-    """Sums over tensor after attention and SwiGLU, and keys and values of whole rows over context; a reference adds its own."""
+    """Sums over tensor after attention and SwiGLU, and keys and values of whole rows over context; other passes add their own."""
     model, (rows, tokens) = one_device(program).model, local_batch(program)
     itemsize = jnp.dtype(model.compute_dtype).itemsize
-    reference = needs_reference(program.stage)
+    others = forward_only(program.stage)
     recomputed = program.model.remat != "none"
     residual = rows * tokens * model.embed_dim * itemsize / ways("length", program.sizes)
     # Two sums forward and two backward; of what is computed again the last is not needed.
-    sums = model.num_layers * (4 + recomputed + 2 * reference)
+    sums = model.num_layers * (4 + recomputed + 2 * others)
     split = RULES["heads"]
     keys = 2 * rows * tokens * model.num_kv_heads * model.head_dim * itemsize
-    gathers = model.num_layers * (1 + recomputed + reference)
+    gathers = model.num_layers * (1 + recomputed + others)
     return [
         _one(program, "activations", split, "all-reduce", residual * sums),
         _one(program, "keys and values", RULES["length"], "all-gather", keys * gathers),

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from jax.sharding import Mesh
 
 from lm.data.pipeline import Feed, make_feed
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import GRPO, Experiment, Stage, UserError, rows_per_update
+from lm.experiment import DPO, GRPO, Experiment, Stage, UserError, rows_per_update
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import own_rows, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.environments import Environment, Rollout, make_environment, roll_out
 from lm.train.metrics import MetricsLog
+from lm.train.reference import REFERENCE, Known, known_of, with_reference
 from lm.types import Batch
 
 SAMPLER_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # largest |log p(sampler) - log p(trainer)|, in nats
@@ -92,8 +94,21 @@ class Batches:
     def __init__(self, feed: Feed, count: int, mesh: Mesh, steps: int):
         self.count, self.place = count, batch_sharding(mesh)
         self.rows = own_rows(self.place, count)
-        self.batch = Ahead(lambda step: feed.batch(step, self.rows), steps)
+        self.feed = feed
+        self.batch = Ahead(self.make, steps)
         self.report, self.fingerprint = feed.report(), feed.fingerprint
+
+    def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
+        """What has to be known before the first step, of the model that enters the stage.
+
+        Args:
+            folder: the stage's, to keep it in.
+            before: called with what comes next, before each thing that takes time; raises where the run should stop.
+        """
+
+    def make(self, step: int) -> Batch:
+        """The rows of this process of a step's batch, on the host."""
+        return self.feed.batch(step, self.rows)
 
     def __call__(self, step: int, model: Transformer) -> tuple[list[Batch], dict[str, float]]:
         return [to_devices(self.batch(step), self.place, self.rows, self.count)], {}
@@ -104,6 +119,22 @@ class Batches:
     def close(self) -> None:
         """End what works ahead of the loop."""
         self.batch.close()
+
+
+class Referenced(Batches):
+    """Batches with the log-probabilities of the model that enters the stage, of every example made once."""
+
+    def __init__(self, stage: Stage, feed: Feed, count: int, mesh: Mesh):
+        super().__init__(feed, count, mesh, stage.steps)
+        self.stage = stage
+        self.known: Known = {}
+
+    def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
+        self.known = known_of(self.feed, model, self.stage, self.place, folder / REFERENCE, before)
+
+    def make(self, step: int) -> Batch:
+        rows = range(self.count) if self.rows is None else self.rows.tolist()
+        return with_reference(super().make(step), self.feed, step, rows, self.known)
 
 
 class Rollouts(Batches):
@@ -143,7 +174,10 @@ def make_batches(experiment: Experiment, index: int, tokenizer: Tokenizer, mesh:
     stage = experiment.stages[index]
     if isinstance(stage.objective, GRPO):
         return Rollouts(experiment, index, tokenizer, mesh)
-    return Batches(make_feed(stage, tokenizer, experiment.seed), rows_per_update(stage), mesh, stage.steps)
+    feed, count = make_feed(stage, tokenizer, experiment.seed), rows_per_update(stage)
+    if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
+        return Referenced(stage, feed, count, mesh)
+    return Batches(feed, count, mesh, stage.steps)
 
 
 def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
-from lm.steps import STEPS, Step, needs_reference
+from lm.steps import STEPS, Step, forward_only, needs_reference
 from lm.train import goodput
 from lm.train.batches import Batches, check_sampler, updates_per_step
 from lm.train.checkpoint import Checkpoints
@@ -83,6 +83,7 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
         MetricsLog(folder) as log,
         Checkpoints(folder / "checkpoints") as checkpoints,
     ):
+        batches.prepare(model, folder, functools.partial(_before, run, stage))
         state, start, meta = restore(state, checkpoints, run.mesh)
         spent = goodput.reached(folder) if first() else 0.0
         if first():
@@ -120,6 +121,13 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
         )
 
 
+def _before(run: Run, stage: Stage, what: str) -> None:
+    """Between two things that a stage does before its first step."""
+    if reason := run.stop.now():
+        raise Interrupted(f"{reason}: stopped before the first step of stage {stage.name}")
+    run.watchdog.expect(what, PATIENCE)
+
+
 def due(stage: Stage, step: int) -> bool:
     """Whether held-out measurements are taken between steps `step` and `step` + 1."""
     return bool(stage.eval_every) and step % stage.eval_every == 0 and 0 < step < stage.steps
@@ -146,7 +154,7 @@ class _Loop:
         # The part of the chips' peak that a token a second uses; None where the peak is not known.
         peak = peak_flops(jax.devices()[0].device_kind)
         model, vocab_size = run.experiment.model, run.tokenizer.vocab_size
-        cost = update_flops_per_token(model, vocab_size, stage.seq_len, needs_reference(stage))
+        cost = update_flops_per_token(model, vocab_size, stage.seq_len, forward_only(stage))
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     @contextlib.contextmanager

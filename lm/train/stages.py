@@ -18,7 +18,7 @@ from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import check_files
 from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
-from lm.experiment import DPO, Experiment, UserError, from_dict, resolve_sources, to_dict
+from lm.experiment import Experiment, Preference, UserError, from_dict, resolve_sources, to_dict
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first, in_first, together
 from lm.parallel.mesh import check_fits, make_mesh
@@ -204,8 +204,8 @@ def load_model(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, 
 def make_evaluator(
     experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, index: int
 ) -> Evaluator:
-    """The evaluator of stage `index`; preferences are compared with the model that entered the first DPO stage."""
-    first = next((i for i, stage in enumerate(experiment.stages) if isinstance(stage.objective, DPO)), None)
+    """The evaluator of stage `index`; preferences are compared with the model that entered the first preference stage."""
+    first = next((i for i, stage in enumerate(experiment.stages) if isinstance(stage.objective, Preference)), None)
 
     @functools.cache
     def reference() -> Transformer | None:

@@ -22,6 +22,9 @@ LESSONS = {
     "Pretrain": "has read text, and predicts what comes next.",
     "SFT": "has seen conversations, and answers.",
     "DPO": "has seen which of two answers is preferred.",
+    "CPO": "has seen which of two answers is preferred.",
+    "ORPO": "has seen which of two answers is preferred.",
+    "KTO": "has seen which answers are good and which are not.",
     "GRPO": "has tried, was checked, and does more of what was right.",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from lm.web.numbers import count, duration, percent, signed
 from lm.web.run_files import Line, Run, StageFiles, place
 
 T = TypeVar("T")
+PREFERENCE = {kind.__name__ for kind in typing.get_args(experiments.Preference)}
 
 
 # ---- held-out numbers --------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class Pair:
 def preference_pairs(run: Run) -> tuple[str, list[Pair]] | None:
     """The stage that learned from pairs (or the last that was measured on them), and its held-out pairs."""
     stages = [stage for stage in run.stages if _of(stage, "pair")]
-    stage = _last(stage for stage in stages if stage.kind == "DPO") or _last(stages)
+    stage = _last(stage for stage in stages if stage.kind in PREFERENCE) or _last(stages)
     if stage is None:
         return None
     lines = _of(stage, "pair")

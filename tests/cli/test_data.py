@@ -1,5 +1,6 @@
 """`lm data`: what is trained on, and only that, is marked; padding and packing are shown for what they are."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -50,6 +51,12 @@ def test_what_a_data_set_says_to_the_terminal_is_not_obeyed():
 def test_the_legend_wears_the_marks_that_it_explains():
     assert legend(False).startswith("⟦trained on⟧")
     assert GREEN in legend(True) and "⟦" not in legend(True)
+
+
+def test_an_answer_that_is_judged_by_itself_shows_its_label():
+    judged = dataclasses.replace(make_batch(2), desirable=np.array([1, 0], np.float32))
+    titles = [line for line in batch_lines(judged, decode, 2, colour=False) if "---" in line]
+    assert "row 0 desirable:" in titles[0] and "row 1 undesirable:" in titles[1]
 
 
 def make_batch(rows: int) -> Batch:

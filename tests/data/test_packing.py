@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.packing import Example, is_trained, join, left_pad, pack, truncate, window
+from lm.data.packing import Example, is_trained, join, left_pad, mismatch, pack, truncate, window
 
 PAD = 0
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
@@ -33,6 +33,21 @@ def test_windows_give_back_the_stream_with_segments_by_document(lengths, seq_len
     assert seen == stream.tolist()
 
 
+def test_a_mismatch_is_one_prompt_with_the_other_answer_cut_to_the_row():
+    row = join([Example(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1]))], 7, PAD)
+    other = join([Example(np.arange(11, 18), np.array([0, 1, 1, 1, 1, 1, 0]))], 7, PAD)
+    mixed = mismatch(row, other, PAD)
+    assert mixed.tokens.tolist() == [5, 6, 12, 13, 14, 15, 16]
+    assert mixed.weights.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert mixed.positions.tolist() == list(range(7)) and mixed.segments.tolist() == [1] * 7
+    back = mismatch(other, row, PAD)
+    assert back.tokens.tolist() == [11, 7, 8, PAD, PAD, PAD, PAD] and back.weights.tolist() == [0, 1, 1, 0, 0, 0, 0]
+    empty = join([], 7, PAD)
+    assert (
+        not mismatch(empty, row, PAD).weights.any() and mismatch(row, empty, PAD).tokens.tolist() == row.tokens.tolist()
+    )
+
+
 def test_join_numbers_segments_and_never_weighs_a_first_token():
     examples = [Example(np.array([5, 6, 7]), np.array([1, 1, 0])), Example(np.array([8, 9]), np.array([1, 1]))]
     row = join(examples, 7, PAD)
@@ -40,7 +55,7 @@ def test_join_numbers_segments_and_never_weighs_a_first_token():
     assert row.weights.tolist() == [0, 1, 0, 0, 1, 0, 0]
     assert row.segments.tolist() == [1, 1, 1, 2, 2, 0, 0]
     assert row.positions.tolist() == [0, 1, 2, 0, 1, 0, 0]
-    assert [a.dtype.name for a in row] == ["int32", "float32", "int32", "int32"]
+    assert [a.dtype.name for a in row[:4]] == ["int32", "float32", "int32", "int32"]
 
 
 @given(lengths=st.lists(st.integers(1, 20), max_size=80), open_rows=st.integers(1, 8))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from lm.data.chat import render
 from lm.data.pipeline import check_sources, heldout_rows, heldout_texts, make_feed, tokenizer_texts
 from lm.data.sources import load_rows, split_rows
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Pretrain, Source, Stage, UserError
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Eval, Experiment, Pretrain, Source, Stage, UserError
 
 
 def stage(objective, *sources, **changes):
@@ -32,13 +33,14 @@ def talk(question, reply):
 
 
 def arrays(batch):
-    return [batch.tokens, batch.weights, batch.segments, batch.positions]
+    return jax.tree.leaves(batch)
 
 
 STAGES = {
     "pretrain": stage(Pretrain(), "gen:docs"),
     "sft": stage(SFT(), Source("gen:instruct"), Source("gen:arithmetic", weight=0.5)),
     "dpo": stage(DPO(), "gen:preferences"),
+    "kto": stage(KTO(), "gen:preferences"),
 }
 
 
@@ -53,7 +55,9 @@ def test_batches_are_pure_functions_of_seed_and_step(name, tokenizer):
     assert not np.array_equal(later[0], other.batch(7).tokens)
     assert one.fingerprint == two.fingerprint
     rows = 8 if name == "dpo" else 4
-    assert [(a.shape, a.dtype.name) for a in later] == [((rows, 64), d) for d in ("int32", "float32", "int32", "int32")]
+    assert [(a.shape, a.dtype.name) for a in later[:4]] == [
+        ((rows, 64), d) for d in ("int32", "float32", "int32", "int32")
+    ]
     assert (later[1][:, 0] == 0).all() and (later[0] < tokenizer.vocab_size).all()
     assert "gen:" in one.report()
 
@@ -197,6 +201,29 @@ def test_preference_pairs_alternate_and_train_on_the_last_answer(tokenizer, tmp_
     assert rejected == [text.replace("good", "bad") for text in chosen]
 
 
+def test_every_answer_is_judged_once_and_its_prompt_meets_the_answer_before(tokenizer, tmp_path):
+    """Labelled answers and both sides of pairs, in one mixture."""
+    labelled = [{"prompt": f"Ask {i}", "completion": f"say {i}", "label": i % 3 == 0} for i in range(12)]
+    both = [{"prompt": f"Ask {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(12, 18)]
+    paths = [write(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((labelled, both))]
+    sources = [Source(str(path), holdout=0.0) for path in paths]
+    feed = make_feed(stage(KTO(), *sources, batch_size=8), tokenizer, 0)
+    assert "12 judged" in feed.report() and "6 pairs" in feed.report()
+    seen = {}
+    for step in range(3):
+        batch = feed.batch(step)
+        texts = [text.split("<|im_end|>") for text, _ in conversations_in(batch, tokenizer)]
+        trained = [text for _, text in conversations_in(batch, tokenizer)]
+        seen |= dict(zip(trained, batch.desirable.tolist(), strict=True))
+        mixed = conversations_in(batch.mismatched, tokenizer)
+        for row in range(8):
+            prompt, answer = texts[row][0], trained[row - 1]
+            assert mixed[row] == (f"{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}\n", answer)
+    expected = {f"{row['completion']}<|im_end|>": float(row["label"]) for row in labelled}
+    expected |= {f"{word} {i}<|im_end|>": float(word == "good") for i in range(12, 18) for word in ("good", "bad")}
+    assert seen == expected
+
+
 def test_mixtures_give_their_shares_of_rows(tokenizer, tmp_path):
     paths = [write(tmp_path / f"{word}.jsonl", [{"text": f"{word} " * 200}] * 3) for word in ("apple", "bird")]
     feed = make_feed(
@@ -214,6 +241,11 @@ def test_mixtures_give_their_shares_of_rows(tokenizer, tmp_path):
         (SFT(), {"text": "x", "id": 1}, r"a\.jsonl line 1: .*needs the columns messages.*found are text, id"),
         (SFT(), {"messages": [{"role": "user", "content": "a"}] * 2}, r"a\.jsonl line 1, turn 2: two user turns"),
         (DPO(), {"prompt": "x"}, "needs the columns prompt, chosen and rejected"),
+        (CPO(), {"prompt": "x"}, "needs the columns prompt, chosen and rejected"),
+        (ORPO(), {"prompt": "x"}, "needs the columns prompt, chosen and rejected"),
+        (KTO(), {"prompt": "x"}, "needs the columns prompt, completion and label, or prompt, chosen and rejected"),
+        (KTO(), {"prompt": "x", "completion": "y", "label": 1}, r"line 1: label must be true .* or false, found 1"),
+        (KTO(), {"prompt": "x", "completion": 3, "label": True}, "completion must be a string or a list of turns"),
     ],
 )
 def test_rows_that_do_not_fit_the_stage_are_named(tokenizer, tmp_path, objective, row, message):

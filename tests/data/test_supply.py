@@ -33,7 +33,8 @@ def write(folder, rows):
 
 
 def same(row, expected):
-    for a, b in zip(row, expected, strict=True):
+    assert row.desirable is None and expected.desirable is None
+    for a, b in zip(row[:4], expected[:4], strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
 

@@ -31,8 +31,8 @@ def test_a_forward_pass_costs_what_the_compiler_counts(length):
 
 def test_an_update_is_three_passes_and_one_of_the_reference():
     once = forward_flops_per_token(TINY, VOCAB, 16)
-    assert update_flops_per_token(TINY, VOCAB, 16, reference=False) == 3 * once
-    assert update_flops_per_token(TINY, VOCAB, 16, reference=True) == 4 * once
+    assert update_flops_per_token(TINY, VOCAB, 16, others=0) == 3 * once
+    assert update_flops_per_token(TINY, VOCAB, 16, others=1) == 4 * once
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 16, 40])

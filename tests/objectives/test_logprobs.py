@@ -13,6 +13,8 @@ from lm.experiment import Model
 from lm.objectives.logprobs import TokenStats, shifted_logprobs, token_logprobs
 from lm.types import Batch, pytree
 
+STATISTICS = ("logp", "lse", "correct", "entropy", "mean_logp", "log_sum_sq")
+
 
 @pytree
 class Tiny:
@@ -43,7 +45,7 @@ def tiny(rows: int = 3, time: int = 11, vocab: int = 17, width: int = 5) -> tupl
 
 def by_hand(logits: np.ndarray, tokens: np.ndarray, temperature: float) -> dict[str, np.ndarray]:
     """The same statistics, one token after another."""
-    out = {name: np.zeros(tokens.shape) for name in ("logp", "lse", "correct", "entropy", "mean_logp")}
+    out = {name: np.zeros(tokens.shape) for name in STATISTICS}
     for b, t in np.ndindex(*tokens.shape):
         if t > 0:
             scores = logits[b, t - 1] / temperature
@@ -53,6 +55,7 @@ def by_hand(logits: np.ndarray, tokens: np.ndarray, temperature: float) -> dict[
             out["correct"][b, t] = np.argmax(logp) == tokens[b, t]
             out["entropy"][b, t] = -(np.exp(logp) * logp).sum()
             out["mean_logp"][b, t] = logp.mean()
+            out["log_sum_sq"][b, t] = np.log((np.exp(logp) ** 2).sum())
     return out
 
 
@@ -64,7 +67,9 @@ def test_equals_a_loop_over_tokens(dtype, temperature):
     tokens[:, 3] = logits[:, 2].argmax(-1)
     expected = by_hand(logits, tokens, temperature)
     with precision(dtype) as tolerance:
-        stats = shifted_logprobs(jnp.asarray(logits, dtype), jnp.asarray(tokens), temperature, want_mean_logp=True)
+        stats = shifted_logprobs(
+            jnp.asarray(logits, dtype), jnp.asarray(tokens), temperature, want_mean_logp=True, want_log_sum_sq=True
+        )
         for name, values in expected.items():
             assert getattr(stats, name).dtype == dtype
             assert_close(getattr(stats, name), values, tolerance, name)
@@ -132,7 +137,9 @@ def test_chunks_change_nothing(max_logits):
         model, batch = tiny()
 
         def loss(model, max_logits):
-            stats = token_logprobs(model, batch, 0.8, max_logits=max_logits, want_entropy=True, want_mean_logp=True)
+            stats = token_logprobs(
+                model, batch, 0.8, max_logits=max_logits, want_entropy=True, want_mean_logp=True, want_log_sum_sq=True
+            )
             return mixed_stats(stats, batch.weights), stats
 
         run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)

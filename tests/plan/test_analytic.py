@@ -6,7 +6,7 @@ import typing
 import jax
 import pytest
 
-from lm.experiment import DPO, GRPO, SFT, Model, Pretrain, UserError, load, override
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Model, Pretrain, UserError, load, override
 from lm.model.flops import update_flops_per_token
 from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
 from lm.plan.analytic import estimate, model_flops
@@ -20,6 +20,11 @@ OBJECTIVES = {
     "pretrain": Pretrain(),
     "sft": SFT(),
     "dpo": DPO(),
+    "dpo_cached": DPO(reference="cached"),
+    "dpo_mixed": DPO(losses=("sigmoid", "aot", "sft"), weighting=True),
+    "cpo": CPO(),
+    "orpo": ORPO(),
+    "kto": KTO(),
     "grpo": GRPO(max_new_tokens=64, group_size=4, kl_coef=0.1),
 }
 
@@ -47,6 +52,7 @@ def test_the_state_is_counted_to_the_byte():
     assert memory.optimizer == pytest.approx(2 * memory.parameters, abs=64)
     assert memory.reference == 0
     assert plan(experiment(DPO())).memory.reference == memory.parameters
+    assert plan(experiment(DPO(reference="cached"))).memory.reference == 0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -55,8 +61,9 @@ def test_every_objective_is_planned(name):
     described = found.to_json()
     assert described["fits"] and 0 < described["mfu"] < 1 and described["step_ms"] >= described["bound_ms"] > 0
     assert (described["sampler"] is not None) == (name == "grpo")
-    rows = {"dpo": 32, "grpo": 64}.get(name, 16)
-    flops = update_flops_per_token(found.program.model, 1024, 256, name in ("dpo", "grpo")) * rows * 256 / 4
+    rows = {"dpo": 32, "dpo_cached": 32, "dpo_mixed": 32, "cpo": 32, "orpo": 32, "grpo": 64}.get(name, 16)
+    others = {"dpo": 1, "dpo_mixed": 1, "grpo": 1, "kto": 3}.get(name, 0)
+    flops = update_flops_per_token(found.program.model, 1024, 256, others) * rows * 256 / 4
     assert model_flops(found.program) == pytest.approx(flops)
 
 

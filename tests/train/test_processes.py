@@ -18,7 +18,7 @@ from tests import processes
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 EXPERIMENT = """
-from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
+from lm.experiment import DPO, GRPO, KTO, SFT, Eval, Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
 few = {"optimizer": Optimizer(peak_lr=1e-3, warmup_steps=2), "steps": 3, "batch_size": 4, "save_every": 2}
 text = Source("text.txt", holdout=0.2)
@@ -31,7 +31,8 @@ experiment = Experiment(
     stages=(
         Stage("pretrain", Pretrain(z_loss=1e-4), (text,), seq_len=32, **few),
         Stage("sft", SFT(), (Source("gen:instruct", holdout=0.5),), seq_len=64, **few),
-        Stage("preference", DPO(), (preferences,), seq_len=128, **few),
+        Stage("preference", DPO(reference="cached"), (preferences,), seq_len=128, **few),
+        Stage("judged", KTO(), (preferences,), seq_len=128, **few),
         Stage("reason", GRPO("manners", group_size=4, max_new_tokens=8, updates_per_rollout=2), (preferences,), seq_len=96, **few),
     ),
     evals=(
@@ -50,7 +51,7 @@ few = load("smoke.py")
 stage = dataclasses.replace(few.stages[0], steps=80, save_every=5)
 experiment = dataclasses.replace(few, stages=(stage,), evals=(), prompts=())
 """
-STAGES = ("pretrain", "sft", "preference", "reason")
+STAGES = ("pretrain", "sft", "preference", "judged", "reason")
 LM = ("-m", "lm.cli.main", "run", "smoke.py")
 LONG = ("-m", "lm.cli.main", "run", "alone.py")
 STEPS = 80

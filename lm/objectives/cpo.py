@@ -1,0 +1,100 @@
+"""Preference pairs without a reference: CPO, SimPO, AlphaPO and their mixtures, one function of the two rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jaxtyping import Array, Float
+
+from lm.objectives.pairs import (
+    Pairs,
+    answer_means,
+    answer_sums,
+    likelihood,
+    likelihood_scale,
+    mean_over,
+    present,
+    reward_metrics,
+)
+from lm.types import Mean
+
+
+class Knobs(NamedTuple):
+    """Numbers that the rows of the table share."""
+
+    beta: float  # scale of the rewards
+    label_smoothing: float  # believed part of the labels that is flipped
+    gamma: float  # by how much the chosen answer should win
+
+
+# margin: the chosen answer's reward less the rejected one's, before beta.
+
+
+def _sigmoid(margin: Pairs, k: Knobs) -> Pairs:
+    """CPO (arXiv:2401.08417, section 3): DPO with a uniform reference."""
+    return -(1 - k.label_smoothing) * log_sigmoid(k.beta * margin) - k.label_smoothing * log_sigmoid(-k.beta * margin)
+
+
+def _hinge(margin: Pairs, k: Knobs) -> Pairs:
+    """SLiC's hinge (arXiv:2305.10425)."""
+    return jax.nn.relu(1 - k.beta * margin)
+
+
+def _ipo(margin: Pairs, k: Knobs) -> Pairs:
+    """IPO (arXiv:2310.12036, eq. 17) with a uniform reference."""
+    return jnp.square(margin - 1 / (2 * k.beta))
+
+
+def _simpo(margin: Pairs, k: Knobs) -> Pairs:
+    """SimPO (arXiv:2405.14734, eq. 6): the mean log-probability should be higher by gamma / beta."""
+    return _sigmoid(margin - k.gamma / k.beta, k)
+
+
+LOSSES: dict[str, Callable[[Pairs, Knobs], Pairs]] = {
+    "sigmoid": _sigmoid,
+    "hinge": _hinge,
+    "ipo": _ipo,
+    "simpo": _simpo,
+}
+
+PER_TOKEN = frozenset({"ipo", "simpo"})
+"""Rows that read the mean over an answer's tokens; the others read the sum."""
+
+
+def reward(logp: Float[Array, " B"], alpha: float) -> Float[Array, " B"]:
+    """AlphaPO's reward (arXiv:2501.03884, section 3), (1 - p^-alpha) / alpha; at alpha 0 its limit, log p."""
+    return -jnp.expm1(-alpha * logp) / alpha if alpha else logp
+
+
+def cpo(
+    logp: Float[Array, "2n T"],
+    weights: Float[Array, "2n T"],
+    *,
+    loss: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.5,
+    alpha: float = 0.0,
+    nll_coef: float = 1.0,
+    nll_scale: Float[Array, ""] | None = None,
+) -> tuple[Mean, dict[str, Mean]]:
+    """Mean over pairs of a row of LOSSES, and nll_coef times the cross-entropy of all chosen tokens.
+
+    Row 2i of the arrays is pair i's chosen answer, row 2i + 1 its rejected; `weights` are 1 on the answers' tokens and
+    0 elsewhere. A pair without any answer token is padding and counts for nothing.
+
+    Args:
+        nll_scale: `likelihood_scale` of the whole batch where these are a piece of it.
+    """
+    there = present(weights)
+    rewards = reward((answer_means if loss in PER_TOKEN else answer_sums)(logp, weights), alpha)
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    mean = mean_over(LOSSES[loss](chosen - rejected, Knobs(beta, label_smoothing, gamma)), there)
+    nll = likelihood(logp, weights)
+    scale = likelihood_scale(weights, weights) if nll_scale is None else nll_scale
+    metrics = reward_metrics(beta * chosen, beta * rejected, there) | {"nll": nll}
+    return Mean(mean.total + nll_coef * scale * nll.total, mean.weight), metrics

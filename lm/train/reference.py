@@ -1,0 +1,114 @@
+"""What the reference thinks of a stage's examples, found out once before the first step and kept in the stage's folder."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Float32
+
+from lm.data.pipeline import Feed
+from lm.experiment import Stage
+from lm.model.transformer import Transformer
+from lm.objectives.logprobs import token_logprobs
+from lm.parallel.distributed import as_first, fetch, in_first, to_devices
+from lm.train.metrics import Progress
+from lm.types import Batch
+
+REFERENCE = "reference.npz"  # in a stage's folder
+Example = tuple[int, int]  # (source, number of the example in it)
+Known = dict[
+    Example, list[Float32[np.ndarray, " N"]]
+]  # of each row of an example: its weighed tokens' log-probabilities
+
+
+def known_of(
+    feed: Feed, model: Transformer, stage: Stage, place: NamedSharding, path: Path, before: Callable[[str], None]
+) -> Known:
+    """Of every example that the stage will see: from the file at `path`, or by a forward pass each, and written there.
+
+    Every process has all of it. `before` is called with what comes next, and may raise.
+    """
+    if as_first(lambda: _readable(path, feed.fingerprint)):
+        return _read(path)
+    known = _measure(feed, model, stage, place, before)
+    in_first(lambda: _write(path, feed.fingerprint, known))
+    return known
+
+
+def with_reference(batch: Batch, feed: Feed, step: int, rows: Iterable[int], known: Known) -> Batch:
+    """The batch, which has these rows of the step's, with `ref_logp`; it is 0 on places of weight 0."""
+    examples, each = feed.examples(step), feed.rows_each
+    ref_logp = np.zeros(batch.weights.shape, np.float32)
+    for place, row in enumerate(rows):
+        ref_logp[place, batch.weights[place] > 0] = known[examples[row // each]][row % each]
+    return replace(batch, ref_logp=ref_logp)
+
+
+def _measure(
+    feed: Feed, model: Transformer, stage: Stage, place: NamedSharding, before: Callable[[str], None]
+) -> Known:
+    """A forward pass over the examples, in batches of the size of a step's."""
+    first: dict[Example, int] = {}  # its number in the mixture when it is seen first
+    size, each = feed.batch_size, feed.rows_each
+    for step in range(stage.steps):
+        for at, example in enumerate(feed.examples(step)):
+            first.setdefault(example, step * size + at)
+    examples, known = list(first), {}
+    progress = Progress(f"{stage.name} reference", -(-len(examples) // size))
+    for turn, start in enumerate(range(0, len(examples), size), start=1):
+        before(f"batch {turn} of the reference of stage {stage.name}")
+        part = examples[start : start + size]
+        batch = feed.at([first[example] for example in part + part[-1:] * (size - len(part))])
+        logp = fetch(_logp(model, to_devices(batch, place, None, size * each)))
+        for at, example in enumerate(part):
+            known[example] = [logp[row, batch.weights[row] > 0] for row in range(at * each, (at + 1) * each)]
+        progress.update(turn, {}, int((batch.segments > 0).sum()))
+    progress.close()
+    return known
+
+
+@jax.jit
+def _logp(model: Transformer, batch: Batch) -> Float[Array, "B T"]:
+    return token_logprobs(model, batch).logp
+
+
+def _write(path: Path, fingerprint: str, known: Known) -> None:
+    """So that a kill at any moment leaves the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    rows = [row for one in known.values() for row in one]
+    with temporary.open("wb") as stream:
+        np.savez(
+            stream,
+            fingerprint=np.array(fingerprint),
+            examples=np.array(list(known), np.int64),
+            lengths=np.array([len(row) for row in rows], np.int64).reshape(len(known), -1),
+            logp=np.concatenate(rows),
+        )
+    temporary.replace(path)
+
+
+def _readable(path: Path, fingerprint: str) -> bool:
+    """Whether the file is there, whole, and of the same data."""
+    if not path.exists():
+        return False
+    try:
+        with np.load(path) as arrays:
+            return str(arrays["fingerprint"]) == fingerprint and all(arrays[name].size for name in arrays.files)
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
+        print(f"{path} is damaged: the reference's log-probabilities are made anew", flush=True)
+        return False
+
+
+def _read(path: Path) -> Known:
+    with np.load(path) as arrays:
+        lengths = arrays["lengths"]
+        rows = iter(np.split(arrays["logp"], np.cumsum(lengths)[:-1]))
+        examples: Iterator[Example] = ((int(source), int(number)) for source, number in arrays["examples"])
+        return {example: [next(rows) for _ in range(lengths.shape[1])] for example in examples}
