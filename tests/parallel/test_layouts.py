@@ -138,15 +138,17 @@ def compiled(name, mesh_sizes, stage_changes, batch=None):
         return step.lower(state, jax.device_put(batch or random_batch(), batch_sharding(mesh))).compile()
 
 
-@pytest.mark.parametrize("where", ["one", "fsdp8", "microbatches2_on_data2_fsdp2"])
-def test_a_shared_prompt_is_computed_once(where):
-    """7 tokens of 16, for two rows or four: 25 tokens instead of 32, or 43 instead of 64; the head on 9 of 16."""
+@pytest.mark.parametrize(
+    ("where", "tokens"), [("one", 43 / 64), ("fsdp8", 25 / 32), ("microbatches2_on_data2_fsdp2", 25 / 32)]
+)
+def test_a_shared_prompt_is_computed_once(where, tokens):
+    """7 tokens of 16, for four rows or two: 43 tokens instead of 64, or 25 instead of 32; the head on 9 of 16."""
     mesh_sizes, stage_changes, _ = SHARED[where]
     once, often = (
         compiled("grpo_sequence", mesh_sizes, stage_changes, batch).cost_analysis()["flops"]
         for batch in (grouped_batch(), repeating_batch())
     )
-    assert once < 0.75 * often
+    assert once < tokens * often
 
 
 @pytest.mark.parametrize("name", ["pretrain", "dpo", "dpo_ranked", "orpo", "kto", "grpo_token"])
