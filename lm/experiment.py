@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import runpy
 import types
 import typing
@@ -267,7 +266,7 @@ def from_dict(value: Any, kind: Any = Experiment, where: str = "experiment") -> 
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
-            raise UserError(f"{where} has no field {sorted(unknown)[0]!r}{_nearest(sorted(unknown)[0], hints)}")
+            raise UserError(f"{where} has no field {sorted(unknown)[0]!r}{nearest(sorted(unknown)[0], hints)}")
         missing = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING} - set(value)
         if missing:
             raise UserError(f"{where} lacks the field {sorted(missing)[0]!r}")
@@ -284,7 +283,7 @@ def from_dict(value: Any, kind: Any = Experiment, where: str = "experiment") -> 
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
-        raise UserError(f"{where} is {value!r}; it should be {_describe(kind)}")
+        raise UserError(f"{where} is {value!r}; it should be {describe(kind)}")
     return value
 
 
@@ -312,44 +311,6 @@ def diff(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]
 
 
-# ---- overrides by dotted name ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One leaf of an experiment, as the command line shows it."""
-
-    name: str
-    type: str
-    value: Any
-    help: str
-
-
-def knobs(experiment: Experiment) -> list[Knob]:
-    """Every leaf that the command line can override, in the order of the dataclasses."""
-    return [Knob(name, _describe(kind), value, text) for name, (_, kind, value, text) in _leaves(experiment).items()]
-
-
-def override(experiment: Experiment, arguments: list[str]) -> Experiment:
-    """The experiment with `--a.b.c VALUE` (or `--a.b.c=VALUE`) pairs applied.
-
-    Raises:
-        UserError: no such leaf (names the nearest ones), a value missing or of the wrong type.
-    """
-    leaves = _leaves(experiment)
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while words:
-        flag = words.pop(0)
-        name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or name not in leaves:
-            raise UserError(f"no knob {flag!r}{_nearest(name, leaves)} (`lm config EXPERIMENT --help` lists all)")
-        if not words:
-            raise UserError(f"{flag} needs a value: {_describe(leaves[name][1])}")
-        path, kind, _, _ = leaves[name]
-        experiment = _replace(experiment, path, _parse(words.pop(0), kind, flag))
-    return resolve_sources(experiment)
-
-
 def resolve_sources(experiment: Experiment) -> Experiment:
     """The experiment with every eval's `stage:NAME` (or `stage:NAME.2`) replaced by that stage's first (or third) source.
 
@@ -366,70 +327,25 @@ def resolve_sources(experiment: Experiment) -> Experiment:
     def resolved(item: Eval) -> Eval:
         path = item.source.path
         if path.startswith("stage:") and path not in known:
-            raise UserError(f"evals.{item.name}.source.path is {path!r}{_nearest(path, known)}")
+            raise UserError(f"evals.{item.name}.source.path is {path!r}{nearest(path, known)}")
         return dataclasses.replace(item, source=known.get(path, item.source))
 
     return dataclasses.replace(experiment, evals=tuple(map(resolved, experiment.evals)))
 
 
-def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[tuple, Any, Any, str]]:
-    """dotted name → (path, type, value, help) for every leaf below a dataclass."""
-    found: dict[str, tuple[tuple, Any, Any, str]] = {}
-    hints = typing.get_type_hints(type(value))
-    for f in dataclasses.fields(value):
-        item, name, here = getattr(value, f.name), f"{prefix}{f.name}", (*path, f.name)
-        if dataclasses.is_dataclass(item):
-            found |= _leaves(item, f"{name}.", here)
-        elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
-            for i, member in enumerate(item):
-                inside = "" if f.name == "stages" else f"{name}."
-                found |= _leaves(member, f"{inside}{getattr(member, 'name', i)}.", (*here, i))
-        else:
-            found[name] = (here, hints[f.name], item, f.metadata.get("help", ""))
-    return found
-
-
-def _replace(value: Any, path: tuple, leaf: Any) -> Any:
-    if not path:
-        return leaf
-    if isinstance(value, tuple):
-        return tuple(_replace(item, path[1:], leaf) if i == path[0] else item for i, item in enumerate(value))
-    return dataclasses.replace(value, **{path[0]: _replace(getattr(value, path[0]), path[1:], leaf)})
-
-
-def _parse(text: str, kind: Any, flag: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if text.lower() == "none" else _parse(text, args[0], flag)
-    try:
-        if origin is tuple:
-            items = json.loads(text) if text.startswith("[") else [part for part in text.split(",") if part.strip()]
-            return tuple(_parse(str(item).strip(), args[0], flag) for item in items)
-        if kind is bool:
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        if kind is int:
-            return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
-        if kind is float:
-            return float(text)
-        if origin is Literal and text not in args:
-            raise ValueError(text)
-        return text
-    except (ValueError, KeyError):
-        raise UserError(f"{flag} is {text!r}; it should be {_describe(kind)}") from None
-
-
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """A type in words."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is types.UnionType:
-        return f"{_describe(args[0])} or none"
+        return f"{describe(args[0])} or none"
     if origin is tuple:
         return "a list"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
+def nearest(name: str, names: typing.Iterable[str]) -> str:
     """'; did you mean …' with up to three names; a misplaced leaf is found by its last part too."""
     names = list(names)
     last = name.rsplit(".", 1)[-1]
@@ -454,7 +370,7 @@ def load(name: str) -> Experiment:
         here = (p.relative_to("experiments").with_suffix("").parts for p in Path("experiments").rglob("*.py"))
         names = sorted(map(".".join, here))
         raise UserError(
-            f"no experiment file {path}{_nearest(name, names)}; experiments/ here has: {', '.join(names) or 'nothing'}"
+            f"no experiment file {path}{nearest(name, names)}; experiments/ here has: {', '.join(names) or 'nothing'}"
         )
     experiment = runpy.run_path(str(path)).get("experiment")
     if not isinstance(experiment, Experiment):

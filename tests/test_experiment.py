@@ -26,11 +26,10 @@ from lm.experiment import (
     diff,
     flatten,
     from_dict,
-    knobs,
     load,
-    override,
     to_dict,
 )  # fmt: skip
+from lm.overrides import knobs, override
 
 DOCS = Source("gen:docs")
 OBJECTIVES = {

@@ -12,6 +12,7 @@ from typing import Any
 from lm import experiment as experiments
 from lm.check import check
 from lm.experiment import Experiment, UserError
+from lm.overrides import override
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
 EXPERIMENT_HELP = "a name in experiments/ (quickstart), a dotted name below it, or the path of a .py file"
@@ -24,7 +25,7 @@ def resolve(name: str, overrides: list[str]) -> Experiment:
     Raises:
         UserError: no such experiment or knob, or a value that cannot work.
     """
-    experiment = experiments.override(experiments.load(name), overrides)
+    experiment = override(experiments.load(name), overrides)
     check(experiment)
     return experiment
 

@@ -16,6 +16,7 @@ from typing import Any
 from lm import experiment as experiments
 from lm.cli.arguments import EXPERIMENT_HELP, resolve
 from lm.experiment import Experiment, UserError
+from lm.overrides import knobs, override
 
 TAKES_OVERRIDES = True
 
@@ -36,7 +37,7 @@ def call(arguments: argparse.Namespace) -> int:
         arguments.show_help()
         if arguments.experiment:
             print(f"\nknobs of {arguments.experiment}:\n")
-            print(knob_help(experiments.override(experiments.load(arguments.experiment), arguments.overrides)))
+            print(knob_help(override(experiments.load(arguments.experiment), arguments.overrides)))
         return 0
     if not arguments.experiment:
         raise UserError("which EXPERIMENT? (`lm config --help` shows what there is)")
@@ -64,7 +65,7 @@ def listing(base: Experiment, experiment: Experiment) -> str:
 def knob_help(experiment: Experiment, width: int = 80) -> str:
     """Every knob of the experiment: its flag, value and type, and its line of help."""
     lines = []
-    for knob in experiments.knobs(experiment):
+    for knob in knobs(experiment):
         flag = f"--{knob.name} {as_typed(knob.value)}"
         about = f"{knob.help} ({knob.type})" if knob.help else knob.type
         lines += textwrap.wrap(

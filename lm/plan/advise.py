@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lm.experiment import Experiment, Stage, UserError, override, rows_per_update, rows_together
+from lm.experiment import Experiment, Stage, UserError, rows_per_update, rows_together
 from lm.model.transformer import REMAT
+from lm.overrides import override
 from lm.parallel.rules import ways
 from lm.plan.chips import Topology, parse_topology
 from lm.plan.plan import Plan, by_arithmetic

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lm import experiment as experiments
+from lm.overrides import knobs
 from lm.web.numbers import count, duration, percent, signed
 from lm.web.run_files import Line, Run, StageFiles, place
 
@@ -356,7 +357,7 @@ def num_params(run: Run) -> int | None:
 
 def knob_table(run: Run) -> list[tuple[str, Any, str]]:
     """(dotted name, value, help) of every leaf of the resolved experiment."""
-    helps = {knob.name: knob.help for knob in experiments.knobs(experiments.from_dict(run.experiment))}
+    helps = {knob.name: knob.help for knob in knobs(experiments.from_dict(run.experiment))}
     return [(name, value, helps.get(name, "")) for name, value in experiments.flatten(run.experiment).items()]
 
 

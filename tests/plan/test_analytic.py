@@ -6,8 +6,9 @@ import typing
 import jax
 import pytest
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Model, Pretrain, UserError, load, override
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Model, Pretrain, UserError, load
 from lm.model.flops import update_flops_per_token
+from lm.overrides import override
 from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
 from lm.plan.analytic import estimate, model_flops
 from lm.plan.chips import parse_topology

@@ -1,0 +1,93 @@
+"""Overrides by dotted name: every leaf of an experiment, and the experiment with some of them replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lm.experiment import Experiment, UserError, describe, nearest, resolve_sources
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One leaf of an experiment, as the command line shows it."""
+
+    name: str
+    type: str
+    value: Any
+    help: str
+
+
+def knobs(experiment: Experiment) -> list[Knob]:
+    """Every leaf that the command line can override, in the order of the dataclasses."""
+    return [Knob(name, describe(kind), value, text) for name, (_, kind, value, text) in _leaves(experiment).items()]
+
+
+def override(experiment: Experiment, arguments: list[str]) -> Experiment:
+    """The experiment with `--a.b.c VALUE` (or `--a.b.c=VALUE`) pairs applied.
+
+    Raises:
+        UserError: no such leaf (names the nearest ones), a value missing or of the wrong type.
+    """
+    leaves = _leaves(experiment)
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        flag = words.pop(0)
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in leaves:
+            raise UserError(f"no knob {flag!r}{nearest(name, leaves)} (`lm config EXPERIMENT --help` lists all)")
+        if not words:
+            raise UserError(f"{flag} needs a value: {describe(leaves[name][1])}")
+        path, kind, _, _ = leaves[name]
+        experiment = _replace(experiment, path, _parse(words.pop(0), kind, flag))
+    return resolve_sources(experiment)
+
+
+def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[tuple, Any, Any, str]]:
+    """dotted name → (path, type, value, help) for every leaf below a dataclass."""
+    found: dict[str, tuple[tuple, Any, Any, str]] = {}
+    hints = typing.get_type_hints(type(value))
+    for f in dataclasses.fields(value):
+        item, name, here = getattr(value, f.name), f"{prefix}{f.name}", (*path, f.name)
+        if dataclasses.is_dataclass(item):
+            found |= _leaves(item, f"{name}.", here)
+        elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
+            for i, member in enumerate(item):
+                inside = "" if f.name == "stages" else f"{name}."
+                found |= _leaves(member, f"{inside}{getattr(member, 'name', i)}.", (*here, i))
+        else:
+            found[name] = (here, hints[f.name], item, f.metadata.get("help", ""))
+    return found
+
+
+def _replace(value: Any, path: tuple, leaf: Any) -> Any:
+    if not path:
+        return leaf
+    if isinstance(value, tuple):
+        return tuple(_replace(item, path[1:], leaf) if i == path[0] else item for i, item in enumerate(value))
+    return dataclasses.replace(value, **{path[0]: _replace(getattr(value, path[0]), path[1:], leaf)})
+
+
+def _parse(text: str, kind: Any, flag: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if text.lower() == "none" else _parse(text, args[0], flag)
+    try:
+        if origin is tuple:
+            items = json.loads(text) if text.startswith("[") else [part for part in text.split(",") if part.strip()]
+            return tuple(_parse(str(item).strip(), args[0], flag) for item in items)
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        if kind is int:
+            return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
+        if kind is float:
+            return float(text)
+        if origin is Literal and text not in args:
+            raise ValueError(text)
+        return text
+    except (ValueError, KeyError):
+        raise UserError(f"{flag} is {text!r}; it should be {describe(kind)}") from None
