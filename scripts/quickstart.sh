@@ -36,11 +36,6 @@ folder=${folder:-runs/$name}
 
 prepare ""
 
-# Large pages for the allocator, which training on a CPU gains from; glibc reads it when a process starts.
-if [[ -z "${GLIBC_TUNABLES:-}" ]] && getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
-    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
-fi
-
 code=0
 .venv/bin/lm run "$experiment" ${arguments[@]+"${arguments[@]}"} || code=$?
 if [[ $code == 130 ]]; then

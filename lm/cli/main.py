@@ -35,9 +35,15 @@ ENVIRONMENT = {
     "TFDS_DISABLE_NETWORK_TELEMETRY": "1",
 }
 
-# What the C library reads before the interpreter starts: memory in huge pages. A training step on a CPU takes tens of
-# thousands of page faults without them and hundreds with them, and a seventh less CPU time (see benchmarks/README.md).
-ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# What the C library reads before the interpreter starts: memory in huge pages, and given back to no one between two steps,
+# which use the same again. A training step on a CPU takes tens of thousands of page faults without, and a seventh to a third
+# more CPU time (see benchmarks/README.md).
+ALLOCATOR = {
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}"
+        for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=100000000000", "arena_max=1", "top_pad=67108864")
+    )
+}
 
 # What the operating system refuses: a full disk, a folder of somebody else's. Any other OSError is a bug.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.cli.main import COMMANDS, main, split_overrides
+from lm.cli.main import ALLOCATOR, COMMANDS, main, split_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = """
@@ -120,7 +120,7 @@ def test_a_reader_who_leaves_is_no_error(here):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
 @pytest.mark.parametrize("given", [{}, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}])
-def test_the_command_runs_with_memory_in_huge_pages_unless_told_otherwise(here, given):
+def test_the_command_runs_with_memory_that_it_keeps_unless_told_otherwise(here, given):
     code = "import os; print(os.environ['GLIBC_TUNABLES'], os.getpid()); raise KeyboardInterrupt"
     (here / "experiments" / "shows.py").write_text(code, "utf-8")
     bare = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
@@ -128,7 +128,7 @@ def test_the_command_runs_with_memory_in_huge_pages_unless_told_otherwise(here, 
         [sys.executable, "-m", "lm.cli.main", "config", "shows"],
         stdout=subprocess.PIPE, text=True, cwd=here, env=bare | given | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    wanted = given.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    wanted = given.get("GLIBC_TUNABLES", ALLOCATOR["GLIBC_TUNABLES"])
     assert child.communicate()[0].split() == [wanted, str(child.pid)] and child.returncode == 130
 
 
