@@ -176,9 +176,66 @@ class GRPO:
     updates_per_rollout: int = knob(1, "optimizer updates that share one rollout")
 
 
-Objective = Pretrain | SFT | DPO | CPO | ORPO | KTO | GRPO
-Paired = DPO | CPO | ORPO  # learn from pairs: a chosen answer in one row, the rejected one in the next
-Preference = Paired | KTO  # learn what people prefer
+@dataclass(frozen=True)
+class RewardModel:
+    """Bradley-Terry on pairs: the model gets a head that gives an answer a number, and loses the one for tokens."""
+
+    margins: bool = knob(False, "ask for as much distance as a pair's `margin` says")
+    center_coef: float = knob(0.0, "weight of the squared sum of a pair's two scores, which keeps their mean at 0")
+    ties: Literal["drop", "split", "rao_kupper"] = knob(
+        "drop", "pairs that are a `tie`: left out, half each, a third outcome"
+    )
+    tie_width: float = knob(0.5, "rao_kupper: answers whose scores differ by less are called equal")
+
+
+@dataclass(frozen=True)
+class PPO:
+    reward_models: tuple[str, ...] = knob(
+        (), "stages whose models score the answers, as NAME, or RUN:NAME of another run; empty: the verifier does"
+    )
+    ensemble: Literal["mean", "min"] = knob("mean", "one score of several reward models'")
+    verifier: str = knob("answer", "row of the verifier table: the reward without reward models, else only watched")
+    critic: Literal["separate", "head"] = knob(
+        "separate", "values from a model of their own (the first reward model, or this one), or a head on the policy"
+    )
+    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this")
+    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too")
+    kl_coef: float = knob(0.05, "weight, inside the reward, of each token's KL to the model before this stage")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "of that KL")
+    kl_target: float = knob(0.0, "kl_coef follows an answer's mean KL to this, in nats; 0: kl_coef is fixed")
+    kl_horizon: int = knob(10_000, "answers in which kl_coef follows")
+    gamma: float = knob(1.0, "discount of a token")
+    lam: float = knob(0.95, "λ of generalised advantage estimation")
+    whiten_rewards: bool = knob(False, "divide rewards by their standard deviation over the rollout")
+    missing_eos_penalty: float = knob(0.0, "taken off the score of an answer that did not end by itself")
+    clip: float = knob(0.2, "ratios are clipped to 1 ± clip")
+    value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip")
+    value_coef: float = knob(0.1, "weight of the values' loss")
+    epochs: int = knob(4, "times that the rollout is gone through")
+    minibatches: int = knob(1, "optimizer updates in one time")
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Trains nothing: samples answers, has them judged, and writes what the source `made:STAGE` of later stages reads."""
+
+    judge: str = knob(
+        "", "stage of a reward model, as NAME or RUN:NAME; or `people`, on the label page; empty: the verifier"
+    )
+    verifier: str = knob("answer", "row of the verifier table that judges where nobody else does")
+    make: Literal["pairs", "best"] = knob(
+        "pairs", "preference pairs of every two answers, or conversations with the best one"
+    )
+    answers: int = knob(2, "sampled for each prompt")
+    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this")
+    temperature: float = knob(1.0, "sampling temperature")
+
+
+Objective = Pretrain | SFT | DPO | CPO | ORPO | KTO | GRPO | RewardModel | PPO | Collect
+Paired = DPO | CPO | ORPO | RewardModel  # learn from pairs: a chosen answer in one row, the rejected one in the next
+Preference = DPO | CPO | ORPO | KTO | PPO  # the policy learns what people prefer
+Sampled = GRPO | PPO  # learn from what the model itself answers
+Speechless = RewardModel | Collect  # leave no language model behind: a later stage starts from the one before them
 
 
 @dataclass(frozen=True)
@@ -187,9 +244,14 @@ class Stage:
     objective: Objective = knob(help="what is minimised")
     sources: tuple[Source, ...] = knob(help="the mixture of data")
     optimizer: Optimizer = Optimizer()
-    steps: int = knob(1000, "steps; a GRPO step is a rollout with its updates")
+    start: str = knob("", "stage whose model this one starts from; empty: the language model before it")
+    steps: int = knob(
+        1000, "steps; one of grpo and ppo is a rollout with its updates, one of collect a batch of prompts"
+    )
     batch_size: int = knob(
-        32, "rows (pretrain, sft), pairs (dpo, cpo, orpo), answers (kto) or prompts (grpo) in a step, over all devices"
+        32,
+        "rows (pretrain, sft), pairs (dpo, cpo, orpo, reward model), answers (kto) or prompts (grpo, ppo, collect) in a "
+        "step, over all devices",
     )
     seq_len: int = knob(256, "tokens in a row")
     microbatches: int = knob(1, "pieces that a batch is cut into to save memory")
@@ -202,11 +264,12 @@ class Stage:
 class Eval:
     name: str = knob(help="name of the column in tables")
     source: Source = knob(help="where the held-out examples come from")
-    metric: Literal["bits_per_byte", "reward", "pair_accuracy"] = knob("reward", "what is measured")
+    metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n"] = knob("reward", "what is measured")
     verifier: str = knob("answer", "row of the verifier table, for metric reward")
     count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)")
     max_new_tokens: int = knob(64, "longest answer")
     temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy")
+    best_of: int = knob(16, "answers sampled for each prompt, for metric best_of_n")
 
 
 @dataclass(frozen=True)
@@ -229,7 +292,33 @@ def rows_per_update(stage: Stage) -> int:
     o = stage.objective
     if isinstance(o, GRPO):
         return stage.batch_size * o.group_size // o.updates_per_rollout
+    if isinstance(o, PPO):
+        return stage.batch_size // o.minibatches
     return stage.batch_size * rows_together(stage)
+
+
+def updates_per_step(stage: Stage) -> int:
+    """Optimizer updates in one step of the loop: several only where they share a rollout."""
+    o = stage.objective
+    if isinstance(o, PPO):
+        return o.epochs * o.minibatches
+    return o.updates_per_rollout if isinstance(o, GRPO) else 1
+
+
+def start_of(experiment: Experiment, index: int) -> int | None:
+    """The stage whose model enters stage `index`: its `start`, else the nearest before that leaves a language model."""
+    earlier = list(enumerate(experiment.stages[:index]))
+    name = experiment.stages[index].start
+    speaks = [i for i, s in earlier if not isinstance(s.objective, Speechless) and name in ("", s.name)]
+    return speaks[-1] if speaks else None
+
+
+def reward_names(stage: Stage) -> tuple[str, ...]:
+    """The reward models that a stage reads, as NAME or RUN:NAME."""
+    o = stage.objective
+    if isinstance(o, Collect):
+        return (o.judge,) if o.judge not in ("", "people") else ()
+    return o.reward_models if isinstance(o, PPO) else ()
 
 
 def rows_together(stage: Stage) -> int:

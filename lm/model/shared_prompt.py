@@ -35,6 +35,13 @@ def usable(batch: Batch, config: Model) -> SharedPrompt | None:
     return SharedPrompt(group, batch.shared.tokens) if group > 1 and whole else None
 
 
+def common_width(batch: Batch) -> int:
+    """How many places every row begins with that nobody weighs, all of them a prompt's; 0 where devices share a row."""
+    if batch.shared is None or split_ways(batch.tokens.shape[1], "length") > 1:
+        return 0
+    return batch.shared.tokens
+
+
 def fold(x: Int[Array, "B T"], shared: SharedPrompt) -> Int[Array, "P L"]:
     """Each prompt once, and behind it its answers, one after another."""
     groups = x.reshape(-1, shared.rows, x.shape[1])

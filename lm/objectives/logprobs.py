@@ -58,6 +58,7 @@ def token_logprobs(
     want_entropy: bool = False,
     want_mean_logp: bool = False,
     want_log_sum_sq: bool = False,
+    hidden: Float[Array, "B T D"] | None = None,
 ) -> TokenStats:
     """Statistics of `batch.tokens` [B, T] under `model`, never holding more than about `max_logits` logits.
 
@@ -65,11 +66,15 @@ def token_logprobs(
     with_whole_tables(). Where a device's share of B·T·V is more than max_logits (None: the model's own setting), the
     projection to the vocabulary runs over chunks of time, one after another, and is computed again in the backward
     pass; each chunk has all rows, and a part of every device's time, so that all devices share it. Where the rows of
-    the batch share prompts, these are computed once, and their own statistics, which nobody weighs, not at all: 0.
+    the batch begin with prompts of one width, the statistics of these, which nobody weighs, are not computed: 0; and where
+    they share them, neither are their hidden states, but once.
+
+    Args:
+        hidden: what `model.hidden` gives for the batch, from a caller who needs it too.
     """
     model = model.with_whole_tables()
     max_logits = model.config.max_logits if max_logits is None else max_logits
-    hidden, targets, align = _predictions(model, batch)
+    hidden, targets, align = _predictions(model, batch, hidden)
 
     def project(hidden, targets):
         return _measure(model.logits(hidden), targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq)
@@ -92,15 +97,36 @@ def token_logprobs(
 AXES = ("batch", "length", "vocab")
 
 
-def _predictions(model: Any, batch: Batch) -> tuple[Array, Array, Callable[[TokenStats], TokenStats]]:
+def _predictions(
+    model: Any, batch: Batch, hidden: Array | None
+) -> tuple[Array, Array, Callable[[TokenStats], TokenStats]]:
     """Hidden states [B, N, D], the tokens [B, N] that they predict, and what brings statistics of these to [B, T]."""
-    shared = shared_prompt.usable(batch, model.config)
-    if shared is None:
-        return model.hidden(batch.tokens, batch.positions, batch.segments), _next(batch.tokens), _align
-    folded = (shared_prompt.fold(x, shared) for x in (batch.tokens, batch.positions, batch.segments))
-    hidden = shared_prompt.predicting(model.hidden(*folded, shared), shared)
-    behind = ((0, 0), (shared.tokens, 0))
-    return hidden, batch.tokens[:, shared.tokens :], lambda stats: jax.tree.map(lambda x: jnp.pad(x, behind), stats)
+    shared = shared_prompt.usable(batch, model.config) if hidden is None else None
+    prompt = shared_prompt.common_width(batch)
+    if shared is not None:
+        folded = (shared_prompt.fold(x, shared) for x in (batch.tokens, batch.positions, batch.segments))
+        hidden = shared_prompt.predicting(model.hidden(*folded, shared), shared)
+    else:
+        whole = model.hidden(batch.tokens, batch.positions, batch.segments) if hidden is None else hidden
+        if not prompt:
+            return whole, _next(batch.tokens), _align
+        hidden = whole[:, prompt - 1 : -1]
+    behind = ((0, 0), (prompt, 0))
+    return hidden, batch.tokens[:, prompt:], lambda stats: jax.tree.map(lambda x: jnp.pad(x, behind), stats)
+
+
+def token_values(hidden: Float[Array, "B T D"], head: Any) -> Float[Array, "B T"]:
+    """What a head says of the state before each token, the hidden state of the token before it; 0 at t = 0."""
+    return _align(head(hidden))
+
+
+def last_scores(scorer: Any, batch: Batch) -> Float[Array, " B"]:
+    """A scorer's number of each row: at its last token of any weight, the end of the answer; 0 where none has."""
+    place = jnp.arange(batch.tokens.shape[1])
+    last = jnp.max(jnp.where(batch.weights > 0, place, -1), axis=1, keepdims=True)
+    scores = scorer(batch.tokens, batch.positions, batch.segments)
+    # A masked sum and not a gather: devices may share a row.
+    return jnp.where(place == last, scores, 0.0).sum(1)
 
 
 def _next(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -108,7 +134,7 @@ def _next(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.roll(tokens, -1, axis=1)
 
 
-def _align(stats: TokenStats) -> TokenStats:
+def _align(stats: Any) -> Any:
     """From the place that predicts a token to the place of the token."""
     return jax.tree.map(lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0))), stats)
 

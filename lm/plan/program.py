@@ -15,7 +15,6 @@ from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
 from lm.plan.chips import Topology
-from lm.train.batches import updates_per_step
 from lm.train.loop import first_state
 from lm.types import Batch, TrainState
 

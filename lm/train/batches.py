@@ -30,11 +30,6 @@ AHEAD = 2  # steps whose batches are ready before they are asked for
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
 
 
-def updates_per_step(stage: Stage) -> int:
-    """Optimizer updates in one step of the loop: several only where they share a rollout."""
-    return stage.objective.updates_per_rollout if isinstance(stage.objective, GRPO) else 1
-
-
 class Ahead:
     """batch(step) from a thread that has those of the next steps ready, up to `steps`; the same batches in any order.
 

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import Experiment, Stage, UserError
+from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops, update_flops_per_token
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
@@ -25,7 +25,7 @@ from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, forward_only, needs_reference
 from lm.train import goodput
-from lm.train.batches import Batches, check_sampler, updates_per_step
+from lm.train.batches import Batches, check_sampler
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs

@@ -1,0 +1,53 @@
+"""A transformer that gives numbers instead of tokens: a reward model, a critic; and a head that does so on a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from lm.experiment import Model
+from lm.model.transformer import Transformer
+
+
+class ScoreHead(nnx.Module):
+    """One number of a hidden state. `zero` starts it at 0 everywhere."""
+
+    def __init__(self, config: Model, key: PRNGKeyArray | None):
+        dtype, width = jnp.dtype(config.param_dtype), config.embed_dim
+        # arXiv:2009.01325, section B.1: the first scores have a deviation of about 1.
+        std = 0.0 if key is None else (width + 1) ** -0.5
+        value = jnp.zeros(width) if key is None else jax.random.normal(key, (width,)) * std
+        self.weight = nnx.Param(value.astype(dtype), out_sharding=("norm",))
+
+    def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+        """Scores, in float32 at least."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return (hidden.astype(wide) * self.weight[...].astype(wide)).sum(-1)
+
+
+class Scorer(nnx.Module):
+    """A language model's body, without its head, and a score of every token's last hidden state."""
+
+    def __init__(self, model: Transformer, key: PRNGKeyArray | None):
+        self.body = jax.tree.map(lambda x: x, model)
+        self.body.head = None
+        self.score = ScoreHead(model.config, key)
+
+    @property
+    def config(self) -> Model:
+        return self.body.config
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    ) -> Float[Array, "B T"]:
+        """The score of each token and what stands before it."""
+        return self.score(self.body.hidden(tokens, positions, segments))
+
+
+def policy_of(params: Any) -> Any:
+    """The language model among what a stage's optimizer moves; a reward model's stage has none: its scorer."""
+    return params["policy"] if isinstance(params, dict) else params

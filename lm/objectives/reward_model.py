@@ -1,0 +1,67 @@
+"""Reward models: an answer's score from which of two people prefer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jaxtyping import Array, Float
+
+from lm.objectives.pairs import Pairs, mean_over, present
+from lm.types import Mean
+
+
+def _split(gap: Pairs, width: float) -> Pairs:
+    """Half a win for each: least where the scores are equal, and no more than that is asked for."""
+    return -0.5 * (log_sigmoid(gap) + log_sigmoid(-gap))
+
+
+def _rao_kupper_tie(gap: Pairs, width: float) -> Pairs:
+    """P(tie) = (θ² - 1) · P(first) · P(second), with θ = e^width (Rao and Kupper 1967, eq. 2.5)."""
+    return -(log_sigmoid(gap - width) + log_sigmoid(-gap - width) + jnp.log(jnp.expm1(2 * width)))
+
+
+TIES: dict[str, Callable[[Pairs, float], Pairs]] = {"split": _split, "rao_kupper": _rao_kupper_tie}
+"""Loss of a pair that is a tie, by the gap of its scores."""
+
+
+def reward_model(
+    scores: Float[Array, " 2n"],
+    weights: Float[Array, "2n T"],
+    *,
+    margins: Pairs | None = None,
+    is_tie: Pairs | None = None,
+    ties: str = "drop",
+    tie_width: float = 0.5,
+    center_coef: float = 0.0,
+) -> tuple[Mean, dict[str, Mean]]:
+    """Mean over pairs of -log σ(gap - margin) + center_coef · (sum of the two scores)².
+
+    Bradley-Terry (arXiv:1706.03741, eq. 1; margin: arXiv:2307.09288, eq. 2; centering: arXiv:2312.09244, eq. 2). Score 2i is
+    of pair i's chosen answer, score 2i + 1 of its rejected. A pair without any weight is padding. With ties "rao_kupper" the
+    one who wins does so by tie_width (Rao and Kupper 1967, eq. 2.4).
+
+    Args:
+        margins: by how much the chosen answer should win, of each pair.
+        is_tie: 1 for pairs where neither is preferred; "drop" has no use for them.
+    """
+    there = present(weights)
+    chosen, rejected = scores[0::2], scores[1::2]
+    gap = chosen - rejected
+    asked = jnp.zeros_like(gap) if margins is None else margins
+    losses = -log_sigmoid(gap - asked - (tie_width if ties == "rao_kupper" else 0.0))
+    decided = there
+    if is_tie is not None:
+        decided = there * (1 - is_tie)
+        there = decided if ties == "drop" else there
+        losses = losses if ties == "drop" else jnp.where(is_tie > 0, TIES[ties](gap, tie_width), losses)
+    if center_coef:
+        losses = losses + center_coef * jnp.square(chosen + rejected)
+    metrics = {
+        "reward_accuracy": mean_over((gap > 0).astype(gap.dtype), decided),
+        "reward_margin": mean_over(gap, decided),
+        "reward_chosen": mean_over(chosen, decided),
+        "reward_rejected": mean_over(rejected, decided),
+    }
+    return mean_over(losses, there), metrics
