@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lm.choices.desk import Desk
+from lm.choices.log import open_log
+from lm.choices.pairs import make_task
 from lm.data.sources import load_rows
-from lm.label.desk import Desk
-from lm.label.log import open_log
-from lm.label.pairs import make_task
 from lm.label.server import Server
 
 PARAGRAPH = "Some **words** of an answer, `code` among them, and more of it so that it has a length.\n\n"

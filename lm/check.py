@@ -10,11 +10,16 @@ from lm.experiment import (
     DPO,
     GRPO,
     KTO,
+    PPO,
+    Collect,
     Experiment,
     Model,
+    RewardModel,
+    Speechless,
     Stage,
     UserError,
     flatten,
+    reward_names,
     rows_per_update,
     rows_together,
     to_dict,
@@ -59,13 +64,19 @@ def check(experiment: Experiment) -> None:
         if m.attention == "splash" and size % 128:
             raise UserError(f"{name} is {size}; model.attention splash needs a multiple of 128 (auto, plain take any)")
     known = [item.name for item in experiment.evals]
-    for stage in experiment.stages:
+    for number, stage in enumerate(experiment.stages):
         _check_stage(stage, m)
+        _check_earlier(experiment.stages[:number], stage)
         for name in set(stage.evals) - set(known):
             raise UserError(
                 f"{stage.name}.evals names {name!r}; the experiment's evals are {', '.join(known) or 'none'}"
             )
     for item in experiment.evals:
+        if item.metric == "best_of_n" and (item.temperature != 1 or item.best_of < 1):
+            raise UserError(
+                f"evals.{item.name} is best_of_n with temperature {item.temperature} and best_of {item.best_of}; it should have "
+                "temperature 1, of which the KL is known, and best_of of at least 1"
+            )
         if item.max_new_tokens >= m.max_len:
             raise UserError(
                 f"evals.{item.name}.max_new_tokens {item.max_new_tokens} leaves no room for a prompt in model.max_len {m.max_len}"
@@ -98,14 +109,21 @@ def _check_stage(stage: Stage, model: Model) -> None:
             f"{stage.name}.batch_size is {stage.batch_size}; KTO pairs each prompt with another answer of its batch: "
             "it should be at least 2"
         )
+    if isinstance(stage.objective, GRPO | PPO | Collect) and stage.objective.max_new_tokens >= stage.seq_len:
+        raise UserError(
+            f"{stage.name}.objective.max_new_tokens {stage.objective.max_new_tokens} leaves no room for a prompt in "
+            f"{stage.name}.seq_len {stage.seq_len}"
+        )
+    if isinstance(stage.objective, RewardModel):
+        _check_ranges(stage, {"tie_width": (0, None), "center_coef": (0, None)})
+    if isinstance(stage.objective, PPO):
+        _check_ppo(stage, stage.objective)
+    if isinstance(stage.objective, Collect):
+        _check_collect(stage, stage.objective)
     if isinstance(stage.objective, GRPO):
         o = stage.objective
         if o.group_size < 2:
             raise UserError(f"{stage.name}.objective.group_size is {o.group_size}; a group needs at least 2 to compare")
-        if o.max_new_tokens >= stage.seq_len:
-            raise UserError(
-                f"{stage.name}.objective.max_new_tokens {o.max_new_tokens} leaves no room for a prompt in {stage.name}.seq_len {stage.seq_len}"
-            )
         if stage.batch_size * o.group_size % o.updates_per_rollout:
             raise UserError(
                 f"{stage.name}.objective.updates_per_rollout {o.updates_per_rollout} does not divide its {stage.batch_size * o.group_size} completions"
@@ -140,3 +158,65 @@ def _check_dpo(stage: Stage, o: DPO) -> None:
             f"{stage.name}.microbatches is {stage.microbatches}, and {ranked[0]} ranks all pairs of a batch: "
             "it should be 1, or the loss another"
         )
+
+
+def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
+    """What a stage names of those before it: where it starts, reward models, what others have collected."""
+    where, kinds = stage.name, {s.name: s.objective for s in earlier}
+    speaks = [name for name, kind in kinds.items() if not isinstance(kind, Speechless)]
+    if stage.start and stage.start not in speaks:
+        raise UserError(
+            f"{where}.start is {stage.start!r}; stages before it that leave a language model are {_listed(speaks)}"
+        )
+    scorers = [name for name, kind in kinds.items() if isinstance(kind, RewardModel)]
+    for name in reward_names(stage):
+        if ":" not in name and name not in scorers:
+            raise UserError(
+                f"{where} reads the reward model {name!r}; those before it are {_listed(scorers)}; RUN:NAME is another run's"
+            )
+    makers = [name for name, kind in kinds.items() if isinstance(kind, Collect)]
+    for source in stage.sources:
+        if source.path.startswith("made:") and source.path.removeprefix("made:") not in makers:
+            raise UserError(f"{where} reads {source.path}; the stages before it that make rows are {_listed(makers)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _check_ranges(stage: Stage, ranges: dict[str, tuple[float | None, float | None]]) -> None:
+    """Fields of the objective that lie from one number to another; None: no end."""
+    for name, (low, high) in ranges.items():
+        value = getattr(stage.objective, name)
+        if (low is not None and value < low) or (high is not None and value > high):
+            wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UserError(f"{stage.name}.objective.{name} is {value}; it should be {wanted}")
+
+
+def _check_ppo(stage: Stage, o: PPO) -> None:
+    ranges: dict[str, tuple[float | None, float | None]] = {
+        **dict.fromkeys(("gamma", "lam"), (0, 1)),
+        **dict.fromkeys(("clip", "value_clip", "value_coef", "kl_coef", "kl_target", "missing_eos_penalty"), (0, None)),
+        **dict.fromkeys(("epochs", "minibatches", "kl_horizon"), (1, None)),
+    }
+    _check_ranges(stage, ranges)
+    if o.temperature <= 0:
+        raise UserError(f"{stage.name}.objective.temperature is {o.temperature}; PPO samples: it should be above 0")
+    if not o.reward_models and not o.verifier:
+        raise UserError(
+            f"{stage.name}.objective has neither reward_models nor a verifier: name a reward model's stage, or a row of the "
+            "verifier table"
+        )
+    if stage.batch_size % o.minibatches:
+        raise UserError(
+            f"{stage.name}.objective.minibatches {o.minibatches} does not divide its {stage.batch_size} answers"
+        )
+
+
+def _check_collect(stage: Stage, o: Collect) -> None:
+    where = f"{stage.name}.objective"
+    _check_ranges(stage, {"answers": (2, None), "temperature": (0, None)})
+    if not o.judge and not o.verifier:
+        raise UserError(f"{where} has nobody who judges: name judge, a reward model's stage or people, or a verifier")
+    if o.judge == "people" and o.make == "best":
+        raise UserError(f"{where}.make is best and judge people, who compare answers and give no numbers: make pairs")

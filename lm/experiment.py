@@ -96,7 +96,9 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Source:
-    path: str = knob(help="file, folder of files, tfds:NAME/SPLIT, gen:NAME; of an eval also stage:NAME, that stage's")
+    path: str = knob(
+        help="file, folder of files, tfds:NAME/SPLIT, gen:NAME, made:STAGE of collect; of an eval also stage:NAME, that stage's"
+    )
     weight: float = knob(1.0, "share of this source in the mixture")
     holdout: float = knob(0.02, "part of the examples kept out of training, chosen by hash")
 
@@ -194,7 +196,9 @@ class PPO:
         (), "stages whose models score the answers, as NAME, or RUN:NAME of another run; empty: the verifier does"
     )
     ensemble: Literal["mean", "min"] = knob("mean", "one score of several reward models'")
-    verifier: str = knob("answer", "row of the verifier table: the reward without reward models, else only watched")
+    verifier: str = knob(
+        "", "row of the verifier table: the reward where no reward model is named, else only watched; empty: none"
+    )
     critic: Literal["separate", "head"] = knob(
         "separate", "values from a model of their own (the first reward model, or this one), or a head on the policy"
     )
@@ -222,7 +226,7 @@ class Collect:
     judge: str = knob(
         "", "stage of a reward model, as NAME or RUN:NAME; or `people`, on the label page; empty: the verifier"
     )
-    verifier: str = knob("answer", "row of the verifier table that judges where nobody else does")
+    verifier: str = knob("", "row of the verifier table that judges where no reward model and nobody does")
     make: Literal["pairs", "best"] = knob(
         "pairs", "preference pairs of every two answers, or conversations with the best one"
     )

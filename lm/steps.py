@@ -7,6 +7,7 @@ A step knows no file, mesh, clock or objective's name: `make_step` turns any obj
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,15 +15,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Pretrain, Stage
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Pretrain, RewardModel, Stage
+from lm.model.scorer import ScoreHead, Scorer
 from lm.objectives.cpo import cpo
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.dpo import dpo
 from lm.objectives.grpo import grpo
 from lm.objectives.kto import READS_BASELINE, kto, log_ratio_mean
-from lm.objectives.logprobs import token_logprobs
+from lm.objectives.logprobs import last_scores, token_logprobs, token_values
 from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
+from lm.objectives.ppo import adapted, ppo
+from lm.objectives.reward_model import reward_model
 from lm.optimizer import global_norm
 from lm.parallel.rules import constrain
 from lm.types import Batch, Mean, TrainState
@@ -156,19 +160,77 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     return make_step(loss, optimizer, stage.microbatches)
 
 
+def reward_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
+    """Bradley-Terry on (chosen, rejected) pairs; what is trained is a scorer."""
+    o = stage.objective
+    assert isinstance(o, RewardModel)
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        assert batch.margins is not None and batch.ties is not None
+        return reward_model(
+            last_scores(params, batch), batch.weights, margins=batch.margins[0::2] if o.margins else None,
+            is_tie=batch.ties[0::2], ties=o.ties, tie_width=o.tie_width, center_coef=o.center_coef,
+        )  # fmt: skip
+
+    return make_step(loss, optimizer, stage.microbatches)
+
+
+def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
+    """PPO on answers that carry advantages and returns; policy and critic move together.
+
+    The weight of the KL in later rewards is kept with the optimizer's state, and follows what the batch's KL is.
+    """
+    o = stage.objective
+    assert isinstance(o, PPO)
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        assert batch.advantages is not None and batch.returns is not None
+        assert batch.old_logp is not None and batch.values is not None
+        policy = params["policy"].with_whole_tables()
+        hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)
+        stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)
+        return ppo(
+            stats.logp, critic_values(params["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
+            batch.old_logp, batch.values, entropy=stats.entropy, clip=o.clip, value_clip=o.value_clip,
+            value_coef=o.value_coef,
+        )  # fmt: skip
+
+    update = make_step(loss, optimizer, stage.microbatches)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        kl_coef = state.opt_state["kl_coef"]
+        moved, metrics = update(replace(state, opt_state=state.opt_state["optimizer"]), batch)
+        if o.kl_target:
+            assert batch.old_logp is not None and batch.ref_logp is not None
+            kl = (jnp.where(batch.weights > 0, batch.old_logp - batch.ref_logp, 0.0)).sum() / len(batch.tokens)
+            # An answer counts once, however often it is gone through.
+            answers = len(batch.tokens) / o.epochs
+            kl_coef = adapted(kl_coef, kl, target=o.kl_target, answers=answers, horizon=o.kl_horizon)
+        return replace(moved, opt_state={"optimizer": moved.opt_state, "kl_coef": kl_coef}), metrics
+
+    return step
+
+
+def critic_values(critic: Scorer | ScoreHead, batch: Batch, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """What the critic says of the state before each token. `hidden` is the policy's, for a critic that is a head on it."""
+    if isinstance(critic, ScoreHead):
+        return token_values(hidden, critic)
+    return token_values(critic.body.hidden(batch.tokens, batch.positions, batch.segments), critic.score)
+
+
 def needs_reference(stage: Stage) -> bool:
     """Whether the step reads the model as it was before the stage, `frozen["reference"]`."""
     o = stage.objective
     if isinstance(o, DPO):
         return o.reference == "step"
-    return isinstance(o, KTO) or (isinstance(o, GRPO) and o.kl_coef > 0)
+    return isinstance(o, KTO | PPO) or (isinstance(o, GRPO) and o.kl_coef > 0)
 
 
 def forward_only(stage: Stage) -> int:
     """Forward passes over a batch's rows of which no gradient is taken, beside the one of which it is."""
     if isinstance(stage.objective, KTO) and stage.objective.loss in READS_BASELINE:
         return 3  # the reference, and both models on the mismatched rows
-    return int(needs_reference(stage))
+    return int(needs_reference(stage) and not isinstance(stage.objective, PPO))  # whose rollout has what it needs
 
 
 def _cross_entropy_loss(stage: Stage) -> Loss:
@@ -188,6 +250,8 @@ STEPS: dict[type, Callable[[Stage, optax.GradientTransformation], Step]] = {
     CPO: cpo_step,
     ORPO: orpo_step,
     KTO: kto_step,
+    RewardModel: reward_step,
+    PPO: ppo_step,
     GRPO: grpo_step,
 }
 

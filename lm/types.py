@@ -54,10 +54,10 @@ class Batch:
     `weights[b, t]` weighs the *prediction of* `tokens[b, t]`: 0 on the first token of a segment, on
     prompts where only answers are trained on, and on padding. `segments` number the packed examples
     from 1; 0 is padding. `positions` restart at 0 in each segment. A preference batch has the chosen
-    answer in rows 0, 2, 4, … and its rejected partner in the row after. In a batch of answers that are
-    judged by themselves `desirable[b]` is 1 for a good one and 0 for a bad one, and row b of `mismatched`
-    is row b's prompt with the answer of another row. What an objective has no use for is None. `shared`
-    is what a step may compute once for several rows; it changes no result.
+    answer in rows 0, 2, 4, … and its rejected partner in the row after; both rows of a pair have its `margins`, by how
+    much the chosen answer is better, and `ties`, 1 where neither is. In a batch of answers that are judged by themselves `desirable[b]` is 1 for a good one and 0 for a bad one, and row b of `mismatched`
+    is row b's prompt with the answer of another row. `values` are a critic's, of the state before each token, when the
+    row was sampled, and `returns` what it should have said. What an objective has no use for is None. `shared` is what a step may compute once for several rows; it changes no result.
     """
 
     tokens: Int[Anywhere, "B T"]
@@ -70,6 +70,10 @@ class Batch:
     sampler_logp: Float[Anywhere, "B T"] | None = None
     shared: SharedPrompt | None = None
     desirable: Float[Anywhere, " B"] | None = None
+    margins: Float[Anywhere, " B"] | None = None
+    ties: Float[Anywhere, " B"] | None = None
+    values: Float[Anywhere, "B T"] | None = None
+    returns: Float[Anywhere, "B T"] | None = None
     mismatched: Batch | None = None
 
 

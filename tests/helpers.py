@@ -7,7 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Mesh, Model, Optimizer, Pretrain, Source, Stage
+from lm.experiment import (
+    CPO,
+    DPO,
+    GRPO,
+    KTO,
+    ORPO,
+    PPO,
+    SFT,
+    Mesh,
+    Model,
+    Optimizer,
+    Pretrain,
+    RewardModel,
+    Source,
+    Stage,
+)
 from lm.model.transformer import Transformer
 from lm.types import Batch, SharedPrompt
 
@@ -23,6 +38,10 @@ OBJECTIVES = {
     "cpo": CPO(loss="simpo", beta=2.0, label_smoothing=0.1, nll_coef=0.5),
     "orpo": ORPO(beta=0.5),
     "kto": KTO(beta=0.5, undesirable_weight=1.5),
+    "reward_model": RewardModel(margins=True, center_coef=0.1),
+    "reward_model_ties": RewardModel(ties="rao_kupper"),
+    "ppo": PPO(max_new_tokens=8, kl_target=1.0, kl_horizon=100),
+    "ppo_head": PPO(max_new_tokens=8, temperature=0.7, critic="head"),
     "grpo_token": GRPO(max_new_tokens=8, group_size=4, kl_coef=0.1, aggregation="token"),
     "grpo_sequence": GRPO(max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence"),
     "grpo_constant": GRPO(max_new_tokens=8, group_size=4, aggregation="constant", clip_high=0.3),
@@ -66,6 +85,11 @@ def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
         advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
         old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
         desirable=jnp.asarray(rng.random(rows) < 0.5, jnp.float32),
+        margins=jnp.repeat(jnp.asarray(rng.random(rows // 2), jnp.float32), 2),
+        ties=jnp.repeat(jnp.asarray(rng.random(rows // 2) < 0.3, jnp.float32), 2),
+        ref_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
+        values=jnp.asarray(rng.standard_normal((rows, length)) * weights, jnp.float32),
+        returns=jnp.asarray(rng.standard_normal((rows, length)) * weights, jnp.float32),
         mismatched=dataclasses.replace(plain, tokens=jnp.roll(plain.tokens, 1, axis=0)),
     )
 

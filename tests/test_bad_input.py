@@ -11,8 +11,8 @@ import pytest
 
 from lm.cli.main import main
 from lm.train.metrics import read_lines
+from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
-from lm.train.stages import load_run
 
 EXPERIMENT = """
 from lm.experiment import DPO, GRPO, SFT, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer

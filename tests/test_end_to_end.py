@@ -16,7 +16,7 @@ import pytest
 from lm.cli.main import main
 from lm.train.goodput import PARTS
 from lm.train.metrics import read_lines
-from lm.train.stages import load_run
+from lm.train.models import load_run
 
 # One worker has the runs: they are made once.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("end_to_end")]

@@ -26,7 +26,7 @@ def call(arguments: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):  # line editing and history, where the system has them
         import readline  # noqa: F401
 
-    from lm.train.stages import load_run
+    from lm.train.models import load_run
 
     loaded = load_run(run_dir, stage)
     print(f"{run_dir}, after stage {stage}; an empty line ends the conversation")

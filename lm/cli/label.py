@@ -77,10 +77,10 @@ def call(arguments: argparse.Namespace) -> int:
         target = arguments.export if arguments.export.name else _beside(answers, "preferences")
         return export(labels, target)
 
+    from lm.choices.desk import Desk
+    from lm.choices.log import open_log
+    from lm.choices.pairs import make_task
     from lm.data.sources import load_rows
-    from lm.label.desk import Desk
-    from lm.label.log import open_log
-    from lm.label.pairs import make_task
 
     if _is_run(arguments.what):
         _sample(arguments, answers)
@@ -110,8 +110,8 @@ def serve(desk: Any, arguments: argparse.Namespace, token: str | None) -> None:
 
 
 def export(labels: Path, target: Path) -> int:
-    from lm.label.export import preferences, write_preferences
-    from lm.label.log import read_log
+    from lm.choices.export import preferences, write_preferences
+    from lm.choices.log import read_log
 
     if not labels.is_file():
         raise UserError(
@@ -161,7 +161,7 @@ def _sample(arguments: argparse.Namespace, path: Path) -> None:
         name, _, stage = other.partition(":")
         who.append((find_run(name), find_stage(find_run(name), stage or None)))
 
-    from lm.label.sampling import Asked, Contestant, sample_rows
+    from lm.train.answers import Asked, Contestant, sample_rows
 
     contestants = [Contestant(folder, stage) for folder, stage in dict.fromkeys(who)]
     answers = arguments.answers or (2 if len(contestants) == 1 else 1)

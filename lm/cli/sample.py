@@ -29,7 +29,7 @@ def call(arguments: argparse.Namespace) -> int:
     stage = find_stage(run_dir, arguments.stage)
 
     from lm.rollout.sampler import generate_text
-    from lm.train.stages import load_run
+    from lm.train.models import load_run
 
     loaded = load_run(run_dir, stage)
     prompts = arguments.prompt or list(loaded.experiment.prompts)

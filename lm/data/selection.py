@@ -67,7 +67,8 @@ def tokenizer_texts(experiment: Experiment) -> list[str]:
 
     Generated sources have few words: a few hundred rows show them all, and leave the vocabulary to the others.
     """
-    sources = {source.path: source for stage in experiment.stages for source in stage.sources if source.weight > 0}
+    used = [source for stage in experiment.stages for source in stage.sources if source.weight > 0]
+    sources = {source.path: source for source in used if not source.path.startswith("made:")}
     share = TRAINING_BYTES // max(1, len(sources))
     texts: list[str] = []
     for source in sources.values():

@@ -381,7 +381,7 @@ def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
 def why_missing(path: str) -> str | None:
     """One line that says that the file of a source is not there, and what is; None for what is no file or is there."""
     file = Path(path).expanduser()
-    if path.startswith(("gen:", "tfds:")) or file.exists():
+    if path.startswith(("gen:", "tfds:", "made:")) or file.exists():
         return None
     if not file.parent.is_dir():
         return f"{path}: there is no folder {file.parent}"

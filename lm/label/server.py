@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
+from lm.choices.desk import Desk, View, clean_name
+from lm.choices.pairs import Answer, Turns, text_of
 from lm.experiment import UserError
-from lm.label.desk import Desk, View, clean_name
-from lm.label.pairs import Answer, Turns, text_of
 from lm.label.safe_markdown import to_html
 from lm.label.summary import summarise
 from lm.label.summary_page import render_summary

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm.label.desk import standing
-from lm.label.log import CHOICES, Record
-from lm.label.pairs import pair_key, text_of
+from lm.choices.desk import standing
+from lm.choices.log import CHOICES, Record
+from lm.choices.pairs import pair_key, text_of
 from lm.label.statistics import MISSING, Share, bradley_terry, cohen_kappa, krippendorff_alpha, share
 
 SCORES = {"left": 1.0, "right": 0.0, "tie": 0.5, "both bad": 0.5}  # of the left answer

@@ -13,7 +13,7 @@ from jaxtyping import Float, PRNGKeyArray
 from lm.data.chat import prompt_messages
 from lm.data.pipeline import PromptFeed, Prompts, make_prompt_feed
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import GRPO, Stage, UserError
+from lm.experiment import GRPO, PPO, Collect, Stage, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.grpo import group_advantages
 from lm.parallel.distributed import fetch, gather
@@ -57,17 +57,19 @@ def check_verifier(name: str, where: str) -> None:
 
 
 def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environment:
-    """The environment of a GRPO stage.
+    """The environment of a stage that samples; without a verifier it only asks.
 
     Raises:
         UserError: no such verifier, or prompts that do not fit.
     """
     o = stage.objective
-    assert isinstance(o, GRPO)
-    check_verifier(o.verifier, f"{stage.name}.objective.verifier")
-    room = stage.seq_len - o.max_new_tokens
-    feed = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, columns=NEEDS[o.verifier])
-    return Environment(feed, o.verifier)
+    assert isinstance(o, GRPO | PPO | Collect)
+    if o.verifier:
+        check_verifier(o.verifier, f"{stage.name}.objective.verifier")
+    room, columns = stage.seq_len - o.max_new_tokens, NEEDS[o.verifier] if o.verifier else ()
+    return Environment(
+        make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, columns=columns), o.verifier
+    )
 
 
 def roll_out(
@@ -86,7 +88,7 @@ def roll_out(
         )
     )  # fmt: skip
     answers = decode_rows(tokenizer, samples.tokens, samples.mask)
-    rewards = _judge(environment, rows, answers)
+    rewards = judge(environment, rows, answers)
     advantages, means = group_advantages(
         jnp.asarray(rewards), o.group_size, scale="group" if o.scale_advantages else "none"
     )
@@ -106,7 +108,7 @@ def spread(batch: Batch, updates: int) -> list[Batch]:
     return [jax.tree.map(lambda x, i=i: x[i::updates], batch) for i in range(updates)]
 
 
-def _judge(environment: Environment, rows: list[dict], answers: list[Answer]) -> Float[np.ndarray, " N"]:
+def judge(environment: Environment, rows: list[dict], answers: list[Answer]) -> Float[np.ndarray, " N"]:
     """The rewards of all answers, in every process; each judges its share."""
     count, number = jax.process_count(), jax.process_index()
     own = [environment.reward(row, a.text) for row, a in list(zip(rows, answers, strict=True))[number::count]]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lm.data.tokenizer import Tokenizer
 from lm.evals.heldout import measure
-from lm.experiment import Eval, Experiment
+from lm.evals.rows import Subject
+from lm.experiment import Eval, Experiment, RewardModel, start_of
+from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first
 from lm.rollout.sampler import generate_text
 from lm.train.metrics import MetricsLog, read_lines
+from lm.train.models import MADE_FILE
 from lm.train.run_folder import RunFolder
+
+Line = dict[str, Any]
 
 ANSWER_TOKENS = 80  # longest answer to one of the experiment's prompts
 
@@ -22,6 +28,7 @@ class Evaluator:
 
     Args:
         reference: the model that preferences are compared with, None before there is one; asked for when needed.
+        scorers: the reward models that look at answers, none before there is one; asked for when needed.
     """
 
     def __init__(
@@ -30,14 +37,19 @@ class Evaluator:
         folder: RunFolder,
         tokenizer: Tokenizer,
         reference: Callable[[], Transformer | None],
+        scorers: Callable[[], tuple[Scorer, ...]] = lambda: (),
     ):
-        self.experiment, self.folder, self.tokenizer, self.reference = experiment, folder, tokenizer, reference
+        self.experiment, self.folder, self.tokenizer = experiment, folder, tokenizer
+        self.reference, self.scorers = reference, scorers
 
     def before(self, index: int, model: Transformer, log: MetricsLog) -> None:
         """The model that enters a stage: what the stage before measured at its end, and what is new.
 
-        What is already written is left, so that a run which was killed meanwhile completes it.
+        What is already written is left, so that a run which was killed meanwhile completes it. A reward model's stage has
+        nothing to compare with.
         """
+        if isinstance(self.experiment.stages[index].objective, RewardModel):
+            return
         known, answered = as_first(lambda: self._known_before(index, log))
         if not answered:
             self._answer_prompts(model, log, 0, "before")
@@ -48,8 +60,9 @@ class Evaluator:
         evals, samples = (read_lines(log.folder / f"{kind}.jsonl") for kind in ("eval", "samples"))
         known = {line["eval"] for line in evals if line["when"] == "before"}
         answered = any(line["when"] == "before" and line["kind"] == "prompt" for line in samples)
-        if index > 0 and not known:
-            last = self.folder.stage_folder(self.experiment.stages[index - 1].name)
+        start = start_of(self.experiment, index)
+        if start is not None and not known:
+            last = self.folder.stage_folder(self.experiment.stages[start].name)
             for line in read_lines(last / "samples.jsonl"):
                 if line["when"] == "after" and line["kind"] != "rollout":
                     log.sample(line | {"step": 0, "when": "before"})
@@ -60,41 +73,58 @@ class Evaluator:
                     known.add(line["eval"])
         return sorted(known), answered
 
-    def during(self, index: int, model: Transformer, log: MetricsLog, step: int) -> None:
+    def during(self, index: int, model: Transformer | Scorer, log: MetricsLog, step: int) -> None:
         """The evals that the stage names, and the prompts."""
         names = self.experiment.stages[index].evals
         self._answer_prompts(model, log, step, "during")
         self._measure([e for e in self.experiment.evals if e.name in names], model, log, step, "during")
 
-    def after(self, index: int, model: Transformer, log: MetricsLog) -> None:
-        """All evals, and the prompts."""
+    def after(self, index: int, model: Transformer | Scorer, log: MetricsLog, entering: Transformer) -> None:
+        """All evals, and the prompts; `entering` is the model from which a reward model was made."""
         step = self.experiment.stages[index].steps
         self._answer_prompts(model, log, step, "after")
         self._measure(list(self.experiment.evals), model, log, step, "after")
+        if isinstance(model, Scorer):
+            chosen = [item for item in self.experiment.evals if item.metric == "best_of_n"]
+            self._write(
+                chosen, Subject(entering, self.tokenizer, None, (model,), self.experiment.seed), log, step, "after"
+            )
 
-    def _measure(self, items: list[Eval], model: Transformer, log: MetricsLog, step: int, when: str) -> None:
+    def _measure(self, items: list[Eval], model: Transformer | Scorer, log: MetricsLog, step: int, when: str) -> None:
         for item in items:
             for line, examples in self.lines(item, model, step, when):
-                log.evaluation(line)
-                for example in examples:
-                    log.sample(example)
+                self._log(log, line, examples)
 
-    def lines(
-        self, item: Eval, model: Transformer, step: int, when: str
-    ) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """The line of eval.jsonl and those of samples.jsonl; none where there is nothing to compare with yet."""
-        reference = self.reference() if item.metric == "pair_accuracy" else None
+    def _write(self, items: list[Eval], subject: Subject, log: MetricsLog, step: int, when: str) -> None:
+        for item in items:
+            self._log(log, *_lines(item, subject, step, when))
+
+    def _log(self, log: MetricsLog, line: Line, examples: list[Line]) -> None:
+        log.evaluation(line)
+        for example in examples:
+            log.sample(example)
+
+    def lines(self, item: Eval, model: Transformer | Scorer, step: int, when: str) -> list[tuple[Line, list[Line]]]:
+        """The line of eval.jsonl and those of samples.jsonl; none where there is nothing to measure or compare with yet.
+
+        A reward model is only asked for pairs. Best of n is measured when the reward model that chooses is made.
+        """
+        if item.metric == "best_of_n" or not_there(item):
+            return []
+        if isinstance(model, Scorer):
+            if item.metric != "pair_accuracy":
+                return []
+            return [_lines(item, Subject(model, self.tokenizer), step, when)]
+        sampled = item.metric == "reward" and item.temperature == 1
+        reference = self.reference() if sampled or item.metric == "pair_accuracy" else None
         if item.metric == "pair_accuracy" and reference is None:
             return []
-        found = measure(item, model, self.tokenizer, reference, self.experiment.seed)
-        where = {"step": step, "when": when, "eval": item.name}
-        kind = "pair" if item.metric == "pair_accuracy" else "heldout"
-        line = where | {"metric": item.metric, "count": found.count} | found.values
-        return [(line, [{"kind": kind} | where | example for example in found.examples])]
+        scorers = self.scorers() if sampled else ()
+        return [_lines(item, Subject(model, self.tokenizer, reference, scorers, self.experiment.seed), step, when)]
 
-    def _answer_prompts(self, model: Transformer, log: MetricsLog, step: int, when: str) -> None:
+    def _answer_prompts(self, model: Transformer | Scorer, log: MetricsLog, step: int, when: str) -> None:
         prompts = list(self.experiment.prompts)
-        if not prompts:
+        if not prompts or isinstance(model, Scorer):
             return
         room = min(ANSWER_TOKENS, self.experiment.model.max_len // 2)
         for prompt, answer in zip(
@@ -110,3 +140,16 @@ class Evaluator:
                     "eos": answer.eos,
                 }
             )
+
+
+def not_there(item: Eval) -> bool:
+    """Whether the file that an eval reads has yet to be made by a stage."""
+    return item.source.path.endswith(f"/{MADE_FILE}") and not Path(item.source.path).exists()
+
+
+def _lines(item: Eval, subject: Subject, step: int, when: str) -> tuple[Line, list[Line]]:
+    found = measure(item, subject)
+    where = {"step": step, "when": when, "eval": item.name}
+    kind = "pair" if item.metric == "pair_accuracy" else "heldout"
+    line = where | {"metric": item.metric, "count": found.count} | found.values
+    return line, [{"kind": kind} | where | example for example in found.examples]

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import Experiment, Stage, UserError, updates_per_step
+from lm.experiment import PPO, Experiment, RewardModel, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops, update_flops_per_token
+from lm.model.scorer import ScoreHead, Scorer, policy_of
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
@@ -25,12 +27,13 @@ from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, forward_only, needs_reference
 from lm.train import goodput
-from lm.train.batches import Batches, check_sampler
+from lm.train.batches import Batches
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
 from lm.train.profile import Trace
+from lm.train.rollouts import check_sampler
 from lm.train.run_folder import RunFolder, write_json_atomic
 from lm.train.signals import Stop
 from lm.train.watchdog import PATIENCE, Watchdog
@@ -65,10 +68,19 @@ class Pending:
     extra: dict[str, float]
 
 
-def train_stage(run: Run, index: int, batches: Batches, model: Transformer, evaluator: Evaluator, began: float) -> None:
-    """Train a stage to its end from the model before it, or from its newest checkpoint.
+def train_stage(
+    run: Run,
+    index: int,
+    batches: Batches,
+    model: Transformer,
+    scorers: tuple[Scorer, ...],
+    evaluator: Evaluator,
+    began: float,
+) -> None:
+    """Train a stage to its end from the model that enters it, or from its newest checkpoint.
 
     Args:
+        scorers: the reward models that the stage reads.
         began: time.monotonic() when this session's work on the stage began.
 
     Raises:
@@ -77,7 +89,7 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
     """
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
-    state, step_fn = start_state(stage, model, run.mesh)
+    state, step_fn = start_state(stage, model, run.mesh, scorers, run.experiment.seed * 1009 + index)
     with (
         contextlib.closing(batches),
         MetricsLog(folder) as log,
@@ -92,7 +104,7 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
         loop = _Loop(run, stage, batches, log, checkpoints, meta, Costs(began, meta.get("costs", {}), spent))
         if due(stage, start):  # it may have been stopped before it measured what it saved
             with loop.evaluating(start):
-                evaluator.during(index, state.params, log, start)
+                evaluator.during(index, policy_of(state.params), log, start)
         for done, current in loop.steps(state, start, step_fn):
             state = current
             if done == start + 1:  # after a first step, which shows within seconds that the run works
@@ -102,23 +114,21 @@ def train_stage(run: Run, index: int, batches: Batches, model: Transformer, eval
                         batches.show(log, done)
             if due(stage, done):
                 with loop.evaluating(done):
-                    evaluator.during(index, state.params, log, done)
+                    evaluator.during(index, policy_of(state.params), log, done)
                     batches.show(log, done)
         with loop.evaluating(stage.steps):
-            evaluator.after(index, state.params, log)
+            evaluator.after(index, policy_of(state.params), log, model)
             batches.show(log, stage.steps)
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
-    counts = {
-        "steps": stage.steps,
-        "tokens": loop.tokens,
-        "num_params": num_params(state.params),
-        "data": batches.report,
-    }
+    summarise(run.folder, stage, loop.tokens, num_params(state.params), batches.report, loop.costs)
+
+
+def summarise(folder: RunFolder, stage: Stage, tokens: int, size: int, data: str, costs: Costs) -> None:
+    """Write, last of all, what says that the stage is finished: steps, tokens, parameters, its data in words, its costs."""
     if first():
-        write_json_atomic(
-            run.folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | loop.costs.total()
-        )
+        counts = {"steps": stage.steps, "tokens": tokens, "num_params": size, "data": data}
+        write_json_atomic(folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | costs.total())
 
 
 def _before(run: Run, stage: Stage, what: str) -> None:
@@ -197,9 +207,9 @@ class _Loop:
 
     def _step(self, state: TrainState, step: int, step_fn: Step, new: bool) -> tuple[TrainState, Pending]:
         with self.costs.of(self.batches.cost):
-            batches, extra = self.batches(step, state.params)
+            batches, extra = self.batches(step, state)
         if new:
-            check_sampler(state.params, batches[0], self.stage, self.run.experiment.model.compute_dtype)
+            check_sampler(policy_of(state.params), batches[0], self.stage, self.run.experiment.model.compute_dtype)
         began = time.monotonic()
         for batch in batches:
             state, metrics = step_fn(state, batch)
@@ -212,7 +222,7 @@ class _Loop:
     def _save(self, state: TrainState, step: int) -> None:
         with self.costs.of("save_seconds"):
             meta = {"costs": self.costs.total(), "tokens": self.tokens}
-            self.checkpoints.save(step, {"params": state.params, "opt_state": state.opt_state}, meta)
+            self.checkpoints.save(step, saved_of(state), meta)
 
     def _report(self, pending: Pending) -> None:
         """Read a step's metrics, write and show them, and stop the run where the loss is not finite."""
@@ -240,18 +250,49 @@ def _count_tokens(batch: Batch) -> jax.Array:
     return jnp.sum(batch.segments > 0)
 
 
-def start_state(stage: Stage, model: Transformer, mesh: Mesh) -> tuple[TrainState, Step]:
-    """The state at step 0 of a stage, born sharded, and its step, which compiles for the mesh on first use."""
+def start_state(
+    stage: Stage, model: Transformer, mesh: Mesh, scorers: tuple[Scorer, ...] = (), seed: int = 0
+) -> tuple[TrainState, Step]:
+    """The state at step 0 of a stage, born sharded, and its step, which compiles for the mesh on first use.
+
+    Args:
+        scorers: the reward models that the stage reads.
+        seed: of what is new in it, a head.
+    """
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
     init = functools.partial(first_state, stage, optimizer)
-    places = shardings(jax.eval_shape(init, model), mesh)
-    return jax.jit(init, out_shardings=places)(model), jit_step(stage, optimizer, places, mesh)
+    places = shardings(jax.eval_shape(init, model, scorers, seed), mesh)
+    return jax.jit(init, out_shardings=places)(model, scorers, seed), jit_step(stage, optimizer, places, mesh)
 
 
-def first_state(stage: Stage, optimizer: optax.GradientTransformation, params: Transformer) -> TrainState:
+def first_state(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    model: Transformer,
+    scorers: tuple[Scorer, ...] = (),
+    seed: int | Int[Array, ""] = 0,
+) -> TrainState:
     """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
-    frozen = {"reference": jax.tree.map(jnp.copy, params)} if needs_reference(stage) else {}
-    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), frozen)
+    o = stage.objective
+    model, scorers = jax.tree.map(jnp.copy, (model, scorers))
+    frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if needs_reference(stage) else {}
+    params: Any = model
+    if isinstance(o, RewardModel):
+        params = Scorer(model, jax.random.key(seed))
+    if isinstance(o, PPO):
+        params = {"policy": model, "critic": _critic(o, model, scorers)}
+        frozen["scorers"] = scorers
+    opt_state = optimizer.init(params)
+    if isinstance(o, PPO):
+        opt_state = {"optimizer": opt_state, "kl_coef": jnp.float32(o.kl_coef)}
+    return TrainState(jnp.int32(0), params, opt_state, frozen)
+
+
+def _critic(o: PPO, model: Transformer, scorers: tuple[Scorer, ...]) -> Scorer | ScoreHead:
+    """What judges states at first: as the reward model does, or all alike."""
+    if o.critic == "head":
+        return ScoreHead(model.config, None)
+    return jax.tree.map(jnp.copy, scorers[0] if scorers else Scorer(model, None))
 
 
 def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:
@@ -270,10 +311,20 @@ def restore(state: TrainState, checkpoints: Checkpoints, mesh: Mesh) -> tuple[Tr
 
     `frozen` is not in checkpoints: it is the model that entered the stage, which the stage before has saved.
     """
-    wanted = {"params": state.params, "opt_state": state.opt_state}
+    wanted = saved_of(state)
     found = checkpoints.restore({k: abstract(jax.eval_shape(lambda x: x, tree), mesh) for k, tree in wanted.items()})
     if found is None:
         return state, 0, {}
     # The optimizer counts updates; a step may have had several.
-    state = TrainState(jnp.int32(found.step), found.items["params"], found.items["opt_state"], state.frozen)
+    params = found.items["params"]
+    if "critic" in found.items:
+        params = {"policy": params, "critic": found.items["critic"]}
+    state = TrainState(jnp.int32(found.step), params, found.items["opt_state"], state.frozen)
     return state, found.step, found.meta
+
+
+def saved_of(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps, by name; `params` is the language model (of a reward model's stage the scorer)."""
+    policy = policy_of(state.params)
+    critic = {} if policy is state.params else {"critic": state.params["critic"]}
+    return {"params": policy, **critic, "opt_state": state.opt_state}

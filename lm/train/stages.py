@@ -1,4 +1,4 @@
-"""A run: its stages one after another, each from the model that the one before left; and a finished run, loaded."""
+"""A run: its stages one after another, each from the model that an earlier one left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,21 @@ from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import check_files
 from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
-from lm.experiment import Experiment, Preference, UserError, from_dict, resolve_sources, to_dict
+from lm.experiment import Collect, Experiment, Preference, UserError, resolve_sources, reward_names, to_dict
+from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first, in_first, together
 from lm.parallel.mesh import check_fits, make_mesh
-from lm.parallel.rules import abstract, shardings
 from lm.rollout.environments import check_verifier
 from lm.train.agreement import check_same, check_same_data, check_shared
-from lm.train.batches import Batches, make_batches
+from lm.train.batches import Batches
 from lm.train.checkpoint import Checkpoints
+from lm.train.collect import collect_stage
 from lm.train.evaluate import Evaluator
 from lm.train.loop import Interrupted, Run, train_stage
+from lm.train.models import MADE, check_until, load_run, located, model_before, scorers_before, scorers_for, waits_for
 from lm.train.provenance import record_environment
+from lm.train.rollouts import make_batches
 from lm.train.run_folder import RunFolder
 from lm.train.signals import stop_on_signals
 from lm.train.watchdog import PATIENCE, Watchdog
@@ -74,21 +76,32 @@ def run(
         tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
         together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
         in_first(lambda: record_environment(folder, fingerprints(experiment)))
+        experiment = located(experiment, folder)
         context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile)
         stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
         batches = together(lambda: _all_batches(context, stages))
-        check_same_data({experiment.stages[i].name: batches[i].fingerprint for i in stages})
+        check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
         began = started
         for index in stages:
             name = experiment.stages[index].name
             if reason := stop.now():
                 raise Interrupted(f"{reason}: stopped before stage {name}")
             dog.expect(f"the start of stage {name}", PATIENCE)
-            model = model_before(experiment, folder, tokenizer, mesh, index)
-            evaluator = make_evaluator(experiment, folder, tokenizer, mesh, index)
-            train_stage(context, index, batches.pop(index), model, evaluator, began)
+            _train(context, index, batches.pop(index, None), began)
             began = time.monotonic()
             after_stage(folder.path)
+
+
+def _train(run: Run, index: int, batches: Batches | None, began: float) -> None:
+    """One stage, from the models that it needs. `batches` is None for what could not be read before."""
+    where = run.experiment, run.folder, run.tokenizer, run.mesh
+    stage = run.experiment.stages[index]
+    model = model_before(*where, index)
+    scorers = together(lambda: scorers_for(*where, reward_names(stage)))
+    if isinstance(stage.objective, Collect):
+        return collect_stage(run, index, model, scorers, began)
+    ready = batches or together(lambda: _batches(run, index))
+    train_stage(run, index, ready, model, scorers, make_evaluator(*where, index), began)
 
 
 def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
@@ -120,27 +133,20 @@ def _whole_mesh(experiment: Experiment) -> Mesh:
 
 
 def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
-    """The data of every stage, read now: what is wrong with the last one's shows before the first is trained."""
-    batches = {}
-    for index in stages:
-        batches[index] = make_batches(run.experiment, index, run.tokenizer, run.mesh)
-        name = run.experiment.stages[index].name
-        say("\n".join(f"{name}: {line}" for line in batches[index].report.splitlines()))
-    return batches
+    """The data of every stage, read now: what is wrong with the last one's shows before the first is trained.
 
-
-def check_until(experiment: Experiment, stage: str | None) -> int:
-    """Index of the stage of that name (None: the last).
-
-    Raises:
-        UserError: there is none.
+    What an earlier stage has yet to make is read when its time has come.
     """
-    names = [s.name for s in experiment.stages]
-    if stage is None:
-        return len(names) - 1
-    if stage not in names:
-        raise UserError(f"no stage {stage!r}; the stages are {', '.join(names)}")
-    return names.index(stage)
+    whole = run.experiment
+    ready = [i for i in stages if not waits_for(whole.stages[i], whole, run.folder)]
+    return {i: _batches(run, i) for i in ready if not isinstance(whole.stages[i].objective, Collect)}
+
+
+def _batches(run: Run, index: int) -> Batches:
+    made = make_batches(run.experiment, index, run.tokenizer, run.mesh)
+    name = run.experiment.stages[index].name
+    say("\n".join(f"{name}: {line}" for line in made.report.splitlines()))
+    return made
 
 
 def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
@@ -165,40 +171,8 @@ def say(text: str) -> None:
 
 def fingerprints(experiment: Experiment) -> dict[str, str]:
     """SHA-256 of every source's content, by path."""
-    return {source.path: load_rows(source.path).fingerprint for stage in experiment.stages for source in stage.sources}
-
-
-def init_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transformer:
-    """The random model of the experiment's seed, born sharded."""
-    make = functools.partial(_init, experiment, vocab_size)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
-
-
-def _init(experiment: Experiment, vocab_size: int) -> Transformer:
-    return Transformer(experiment.model, vocab_size, jax.random.key(experiment.seed))
-
-
-def model_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, index: int
-) -> Transformer:
-    """The model that enters stage `index`: random, or what the stage before left."""
-    if index == 0:
-        return init_model(experiment, tokenizer.vocab_size, mesh)
-    return load_model(experiment, folder, tokenizer, mesh, experiment.stages[index - 1].name)
-
-
-def load_model(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Transformer:
-    """The newest sound checkpoint of a stage.
-
-    Raises:
-        UserError: the stage has none.
-    """
-    wanted = abstract(jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size)), mesh)
-    with Checkpoints(folder.stage_folder(stage) / "checkpoints") as checkpoints:
-        found = checkpoints.restore({"params": wanted})
-    if found is None:
-        raise UserError(f"{folder.path} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
-    return found.items["params"]
+    paths = {source.path for stage in experiment.stages for source in stage.sources}
+    return {path: load_rows(path).fingerprint for path in sorted(paths) if not path.startswith(MADE)}
 
 
 def make_evaluator(
@@ -213,40 +187,11 @@ def make_evaluator(
             return None
         return model_before(experiment, folder, tokenizer, mesh, first)
 
-    return Evaluator(experiment, folder, tokenizer, reference)
+    @functools.cache
+    def scorers() -> tuple[Scorer, ...]:
+        return scorers_before(experiment, folder, tokenizer, mesh, index)
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """A run's model after one of its stages, with what is needed to use it."""
-
-    experiment: Experiment
-    tokenizer: Tokenizer
-    model: Transformer
-    mesh: Mesh
-    stage: str
-
-
-def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
-    """The model of a run after `stage` (None: the last that has a checkpoint), on this machine's devices.
-
-    Raises:
-        UserError: not a run's folder, no such stage, or nothing trained yet.
-    """
-    folder = RunFolder(run_dir)
-    experiment = from_dict(folder.read_experiment())
-    # A run from a larger machine is looked at on this one.
-    mesh = make_mesh(type(experiment.mesh)(data=1))
-    tokenizer = Tokenizer.load(folder.tokenizer)
-    if stage is None:
-        trained = [
-            s.name for s in experiment.stages if Checkpoints(folder.stage_folder(s.name) / "checkpoints").steps()
-        ]
-        if not trained:
-            raise UserError(f"{run_dir} has no checkpoint yet: `lm run` trains it")
-        stage = trained[-1]
-    check_until(experiment, stage)
-    return Loaded(experiment, tokenizer, load_model(experiment, folder, tokenizer, mesh, stage), mesh, stage)
+    return Evaluator(experiment, folder, tokenizer, reference, scorers)
 
 
 def evaluate_run(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from lm.choices.log import open_log
 from lm.cli import label
 from lm.cli.main import main
 from lm.data.curriculum import instruct_row
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import SFT, Experiment, Source, Stage, to_dict
-from lm.label.log import open_log
 from lm.model.transformer import Transformer
 from lm.train.checkpoint import Checkpoints
 from lm.train.run_folder import RunFolder

@@ -5,10 +5,10 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
+from lm.choices.desk import Desk
+from lm.choices.log import Record, open_log
+from lm.choices.pairs import Task, make_task
 from lm.data.sources import load_rows
-from lm.label.desk import Desk
-from lm.label.log import Record, open_log
-from lm.label.pairs import Task, make_task
 
 NUMBERS = itertools.count(1)
 

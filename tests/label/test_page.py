@@ -11,9 +11,9 @@ from collections import Counter
 
 import pytest
 
-from lm.label.desk import standing
-from lm.label.export import preferences
-from lm.label.log import read_log
+from lm.choices.desk import standing
+from lm.choices.export import preferences
+from lm.choices.log import read_log
 from tests.label.label_rows import questions, write_rows
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from lm.choices.log import read_log
 from lm.experiment import UserError
-from lm.label.log import read_log
 from lm.label.server import Server
 from tests.label.label_rows import desk_of, questions
 

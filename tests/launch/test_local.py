@@ -16,8 +16,8 @@ from lm.cli.main import main
 from lm.launch.local import newest_checkpoint
 from lm.train.checkpoint import Checkpoints
 from lm.train.metrics import read_lines
+from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
-from lm.train.stages import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 60, 10

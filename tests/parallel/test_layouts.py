@@ -4,15 +4,15 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.model.scorer import Scorer
 from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
 from lm.steps import STEPS, needs_reference
-from lm.types import TrainState
+from lm.train.loop import first_state
 from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
 PLAIN = ({}, {}, {})
@@ -40,7 +40,9 @@ LAYOUTS = {
     "remat_dots_unrolled": ({}, {}, {"remat": "dots", "scan_unroll": 2}),
 }
 # Other sums over the rows of a model whose layouts are tested with another objective.
-SUMS_ONLY = {"grpo_sequence", "grpo_constant", "dpo_mixed", "dpo_ranked", "cpo", "orpo", "kto"}
+SUMS_ONLY = {
+    "grpo_sequence", "grpo_constant", "dpo_mixed", "dpo_ranked", "cpo", "orpo", "kto", "reward_model_ties", "ppo_head",
+}  # fmt: skip
 RANKS = {"dpo_ranked"}  # the pairs of a batch, which microbatches would part
 CASES = [
     (name, where)
@@ -62,9 +64,10 @@ def prepared(objective, mesh_sizes, stage_changes, model_changes):
         adam(o.b2, eps=1e-2), schedule(o, stage.steps), weight_decay=o.weight_decay, clip_norm=o.clip_norm,
         decay_mask=matrices,
     )  # fmt: skip
-    model = tiny_model(**model_changes)
-    frozen = {"reference": tiny_model(seed=1, **model_changes)} if needs_reference(stage) else {}
-    state = TrainState(jnp.int32(0), model, optimizer.init(model), frozen)
+    scorers = (Scorer(tiny_model(seed=2, **model_changes), jax.random.key(2)),)
+    state = first_state(stage, optimizer, tiny_model(**model_changes), scorers)
+    if needs_reference(stage):
+        state.frozen["reference"] = tiny_model(seed=1, **model_changes)
     places = shardings(jax.eval_shape(lambda x: x, state), mesh)
     step = jax.jit(
         STEPS[type(objective)](stage, optimizer),
@@ -151,7 +154,7 @@ def test_a_shared_prompt_is_computed_once(where, tokens):
     assert once < tokens * often
 
 
-@pytest.mark.parametrize("name", ["pretrain", "dpo", "dpo_ranked", "orpo", "kto", "grpo_token"])
+@pytest.mark.parametrize("name", ["pretrain", "dpo", "dpo_ranked", "orpo", "kto", "reward_model", "ppo", "grpo_token"])
 def test_a_compiled_step_calls_no_host(name):
     text = compiled(name, {"data": 8}, {}).as_text()
     assert "callback" not in text and "outfeed" not in text

@@ -12,7 +12,8 @@ import pytest
 
 from lm.experiment import CPO, DPO, KTO, ORPO, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer
 from lm.train.metrics import read_lines
-from lm.train.stages import load_run, run
+from lm.train.models import load_run
+from lm.train.stages import run
 
 # One worker has the runs: they are made once.
 pytestmark = pytest.mark.xdist_group("preference_stages")

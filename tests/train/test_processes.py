@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lm.train.metrics import read_lines
+from lm.train.models import load_run
 from lm.train.run_folder import read_json
-from lm.train.stages import load_run
 from tests import processes
 
 # One worker has the runs: they are made once.

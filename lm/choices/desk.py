@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lm.choices.log import CHOICES, Log, Record
+from lm.choices.pairs import Answer, Pair, on_the_left, shuffled
 from lm.experiment import UserError
-from lm.label.log import CHOICES, Log, Record
-from lm.label.pairs import Answer, Pair, on_the_left, shuffled
 
 STRENGTHS = (1, 2, 3)  # slightly, clearly, much better
 LONGEST_COMMENT = 4_000

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from lm.choices.pairs import Turns
 from lm.data import chat
 from lm.data.sources import load_rows
 from lm.experiment import UserError
-from lm.label.pairs import Turns
 from lm.rollout.sampler import generate_text
 from lm.train.checkpoint import Checkpoints
+from lm.train.models import Loaded, load_run
 from lm.train.run_folder import RunFolder, read_json, write_json_atomic
-from lm.train.stages import Loaded, load_run
 
 BATCH = 32  # prompts answered at once
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from lm.choices.pairs import on_the_left, shuffled
 from lm.experiment import UserError
-from lm.label.pairs import on_the_left, shuffled
 from tests.label.label_rows import questions, task_of
 
 NEEDED = "needs the columns prompt and answers; the columns found are"

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from lm.choices import log as log_module
+from lm.choices.log import open_log, read_log
 from lm.experiment import UserError
-from lm.label import log as log_module
-from lm.label.log import open_log, read_log
 
 CHOICE = {
     "kind": "choice", "annotator": "Ann", "pair": "p", "choice": "left", "prompt": "é\u2028?", "left": {"answer": "1"},
@@ -71,7 +71,7 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
 def test_a_second_holder_is_refused_and_a_killed_one_holds_nothing(tmp_path):
     path = tmp_path / "labels.jsonl"
     hold = f"with open_log(Path({str(path)!r})): print(1, flush=True); time.sleep(60)"
-    code = f"import time\nfrom pathlib import Path\nfrom lm.label.log import open_log\n{hold}"
+    code = f"import time\nfrom pathlib import Path\nfrom lm.choices.log import open_log\n{hold}"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"1\n"
     with pytest.raises(UserError, match=r"labels.jsonl is in use by another `lm label`.*--labels FILE"), open_log(path):

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm.label.desk import standing
-from lm.label.log import Record
+from lm.choices.desk import standing
+from lm.choices.log import Record
 
 SIDES = ("left", "right")
 

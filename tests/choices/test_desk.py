@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from lm.choices.desk import LEASE, clean_name, standing
 from lm.experiment import UserError
-from lm.label.desk import LEASE, clean_name, standing
 from tests.label.label_rows import desk_of, questions
 
 

@@ -5,6 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from lm.choices.desk import Desk
+from lm.choices.export import preferences, write_preferences
+from lm.choices.log import open_log
 from lm.cli.main import main
 from lm.data.chat import preference_messages
 from lm.data.curriculum import instruct_row
@@ -12,9 +15,6 @@ from lm.data.pipeline import make_feed
 from lm.data.sources import load_rows
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import DPO, Source, Stage
-from lm.label.desk import Desk
-from lm.label.export import preferences, write_preferences
-from lm.label.log import open_log
 from tests.label.label_rows import chosen, desk_of, questions, task_of, write_rows
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]

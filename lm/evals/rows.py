@@ -1,0 +1,92 @@
+"""What held-out measurements share: whom they measure, what they find, and the log-probabilities of rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from lm.data.chat import prompt_messages
+from lm.data.tokenizer import Tokenizer
+from lm.model.scorer import Scorer
+from lm.model.transformer import Transformer
+from lm.objectives.logprobs import last_scores, token_logprobs
+from lm.parallel.distributed import fetch
+from lm.types import Batch
+
+ROWS = 64  # rows in one forward pass or one batch of samples: bounds memory, and one shape compiles once
+SHOWN = 12  # examples kept for people to read
+
+Row = tuple[list[int], list[int]]  # token ids, and for each 1 where it is to be predicted
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of one evaluation, and a few examples for people."""
+
+    values: dict[str, Any]
+    count: int
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a language model or a scorer; `reference` is what preferences and KL are held against.
+
+    `scorers` are the reward models whose mean score answers get, if any; `seed` is of the samples.
+    """
+
+    model: Transformer | Scorer
+    tokenizer: Tokenizer
+    reference: Transformer | None = None
+    scorers: tuple[Scorer, ...] = ()
+    seed: int = 0
+
+
+@jax.jit
+def _row_logp(model: Transformer, batch: Batch) -> Float[Array, " B"]:
+    """Weighted sum of the log-probabilities of each row, in nats."""
+    return (token_logprobs(model, batch).logp * batch.weights).sum(axis=1)
+
+
+_row_score = jax.jit(last_scores)
+
+
+def row_logp(model: Transformer, rows: Sequence[Row], width: int) -> Float[np.ndarray, " N"]:
+    """Log-probability of the masked tokens of each (tokens, mask) row, in nats; rows are right padded to `width`."""
+    return np.concatenate([fetch(_row_logp(model, batch))[:size] for size, batch in _batches(rows, width)])
+
+
+def row_scores(scorer: Scorer, rows: Sequence[Row], width: int) -> Float[np.ndarray, " N"]:
+    """A scorer's number at the last masked token of each row."""
+    return np.concatenate([fetch(_row_score(scorer, batch))[:size] for size, batch in _batches(rows, width)])
+
+
+def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, Batch]]:
+    """(how many rows are real, ROWS of them)."""
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        tokens, weights, segments = (np.zeros((ROWS, width), kind) for kind in (np.int32, np.float32, np.int32))
+        for i, (ids, mask) in enumerate(part):
+            tokens[i, : len(ids)], weights[i, : len(ids)], segments[i, : len(ids)] = ids, mask, 1
+        positions = np.broadcast_to(np.arange(width, dtype=np.int32), (ROWS, width))
+        yield len(part), Batch(tokens, weights, segments, positions)
+
+
+def rounded(length: int, most: int) -> int:
+    """The next multiple of 16, so that few shapes are compiled, but no more than `most`."""
+    return min(most, -(-length // 16) * 16)
+
+
+def last_turn(row: dict) -> str:
+    """The text of what was asked last."""
+    return prompt_messages(row, "row")[-1]["content"]
+
+
+def mean_of(name: str, values: Sequence[float] | Float[np.ndarray, " N"]) -> dict[str, float]:
+    """A mean and its standard error, as NAME and NAME_stderr."""
+    return {name: float(np.mean(values)), f"{name}_stderr": float(np.std(values) / np.sqrt(len(values)))}

@@ -1,0 +1,213 @@
+"""A stage that trains nothing: it samples answers, has them judged, and writes what later stages learn from.
+
+In the stage's folder: answers.jsonl (a row of `prompt` and `answers` for each prompt), labels.jsonl (the choices, in the
+form of the label page), made.jsonl (preference pairs or conversations: the source `made:STAGE`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from lm.choices.desk import Desk, standing
+from lm.choices.export import preferences, write_preferences
+from lm.choices.log import CHOICES, open_log, read_log
+from lm.choices.pairs import make_task, text_of
+from lm.data.chat import as_messages, prompt_messages
+from lm.data.prompts import Prompts
+from lm.data.sources import load_rows
+from lm.experiment import Collect, UserError
+from lm.model.scorer import Scorer
+from lm.model.transformer import Transformer, num_params
+from lm.parallel.distributed import as_first, fetch, first, in_first, to_devices
+from lm.parallel.rules import batch_sharding
+from lm.rollout.environments import Environment, as_batch, judge, make_environment
+from lm.rollout.experience import score_rows
+from lm.rollout.sampler import Answer, Samples, decode_rows, generate
+from lm.train.goodput import Costs
+from lm.train.loop import Interrupted, Run, summarise
+from lm.train.metrics import MetricsLog, Progress
+from lm.train.models import MADE_FILE
+from lm.train.watchdog import PATIENCE
+
+ANSWERS, LABELS = "answers.jsonl", "labels.jsonl"
+PEOPLE = "people"
+
+Row = dict[str, Any]
+
+
+def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], began: float) -> None:
+    """Answers, choices and what is made of them; goes on where it was stopped.
+
+    Raises:
+        UserError: people are to judge and have not yet (says with which command they do); nothing could be made.
+        Interrupted: a signal came; what is sampled is kept.
+    """
+    stage = run.experiment.stages[index]
+    o = stage.objective
+    assert isinstance(o, Collect)
+    folder = run.folder.stage_folder(stage.name)
+    in_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    costs = Costs(began, {}, 0.0)
+    with costs.of("sample_seconds"):
+        _sample(run, index, model, scorers, folder / ANSWERS)
+    in_first(lambda: MAKERS[o.make](folder, stage.name, o))
+    report = in_first(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
+    summarise(run.folder, stage, 0, num_params(model), str(report), costs)
+    if first():
+        print(f"{stage.name}: {report}", flush=True)
+
+
+def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path) -> None:
+    """Write the answers of every step that is not there yet, each with its score by the judge, unless people are."""
+    stage = run.experiment.stages[index]
+    environment = make_environment(stage, run.tokenizer, run.experiment.seed)
+    start = as_first(lambda: _whole_steps(path, stage.batch_size))
+    progress = Progress(stage.name, stage.steps, start)
+    with MetricsLog(path.parent) as log:
+        log.rewind(start)
+        for step in range(start, stage.steps):
+            if reason := run.stop.now():
+                raise Interrupted(f"{reason}: kept the answers of {step} of {stage.steps} steps of stage {stage.name}")
+            run.watchdog.expect(f"step {step + 1} of stage {stage.name}", PATIENCE)
+            rows, line, tokens = _answer(run, index, model, scorers, environment, step)
+            in_first(functools.partial(_append, path, rows))
+            log.metrics({"step": step + 1, **line})
+            progress.update(step + 1, line, tokens)
+    progress.close()
+
+
+def _answer(
+    run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], environment: Environment, step: int
+) -> tuple[list[Row], dict[str, float], int]:
+    """The rows of a step, what is reported of them, and how many tokens they are."""
+    o, tokenizer = run.experiment.stages[index].objective, run.tokenizer
+    assert isinstance(o, Collect)
+    prompts = environment.prompts(step)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.experiment.seed), index), step)
+    samples = fetch(
+        generate(
+            model, prompts.tokens, prompts.lengths, key, o.temperature, group_size=o.answers,
+            max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        )
+    )  # fmt: skip
+    answers = decode_rows(tokenizer, samples.tokens, samples.mask)
+    line = {"eos_rate": float(np.mean([answer.eos for answer in answers]))}
+    line["completion_length"] = float(samples.mask.sum(1).mean())
+    scores: list[list[float] | None] = [None] * len(prompts.rows)
+    if o.judge != PEOPLE:
+        judged = _judged(run, o, scorers, environment, prompts, samples, answers)
+        line["reward"] = float(judged.mean())
+        scores = list(judged.reshape(-1, o.answers).astype(float).tolist())
+    texts = np.array([answer.text for answer in answers], object).reshape(-1, o.answers)
+    made = [_row(row, said.tolist(), own) for row, said, own in zip(prompts.rows, texts, scores, strict=True)]
+    return made, line, int(samples.mask.sum())
+
+
+def _judged(
+    run: Run,
+    o: Collect,
+    scorers: tuple[Scorer, ...],
+    environment: Environment,
+    prompts: Prompts,
+    samples: Samples,
+    answers: list[Answer],
+) -> Float[np.ndarray, " B"]:
+    """The judge's number of each answer."""
+    if not scorers:
+        return judge(environment, [row for row in prompts.rows for _ in range(o.answers)], answers)
+    tokens, lengths = (np.repeat(x, o.answers, axis=0) for x in (prompts.tokens, prompts.lengths))
+    batch = as_batch(tokens, lengths, samples, np.zeros(len(answers), np.float32))
+    return np.asarray(fetch(score_rows(scorers, to_devices(batch, batch_sharding(run.mesh), None, len(answers)))))
+
+
+def _row(row: Row, answers: Sequence[str], scores: list[float] | None) -> Row:
+    turns = prompt_messages(row, "the prompt")
+    prompt = turns[0]["content"] if len(turns) == 1 else turns
+    made: Row = {"prompt": prompt, "answers": list(answers)}
+    return made if scores is None else made | {"scores": scores}
+
+
+def _whole_steps(path: Path, batch_size: int) -> int:
+    """How many steps' answers the file has; what is left of a step that was cut is taken away."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = sum(line.endswith(b"\n") for line in lines) // batch_size
+    if len(lines) != whole * batch_size:
+        path.write_bytes(b"".join(lines[: whole * batch_size]))
+    return whole
+
+
+def _append(path: Path, rows: list[Row]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- what is made of the answers -----------------------------------------------------------------------------------
+
+
+def make_pairs(folder: Path, name: str, o: Collect) -> None:
+    """Every two answers of a prompt are a pair, which the judge decides; choices go where the label page writes its own."""
+    task = make_task(load_rows(str(folder / ANSWERS)))
+    if o.judge == PEOPLE:
+        _wait_for_people(folder, name, len(task.pairs))
+    else:
+        _decide(folder, o, task.pairs)
+    exported = preferences(read_log(folder / LABELS).records)
+    if not exported.rows:
+        raise UserError(f"{name}: of {len(task.pairs)} pairs none was decided: there is nothing to learn from")
+    write_preferences(folder / MADE_FILE, exported)
+
+
+def _decide(folder: Path, o: Collect, pairs: Sequence[Any]) -> None:
+    """The higher score wins, equal ones are a tie; of a pair that is decided already nothing is written again."""
+    scores = {
+        (text_of(row["prompt"]), answer): score
+        for row in _rows_of(folder / ANSWERS)
+        for answer, score in zip(row["answers"], row["scores"], strict=True)
+    }
+    judge_name = f"the verifier {o.verifier}" if not o.judge else f"the reward model {o.judge}"
+    with open_log(folder / LABELS) as log:
+        desk = Desk(pairs, log)
+        while (view := desk.show(judge_name)).pair is not None:
+            assert view.left is not None and view.right is not None
+            prompt = text_of(view.pair.prompt)
+            left, right = (scores[prompt, text_of(side.answer)] for side in (view.left, view.right))
+            choice = "left" if left > right else "right" if right > left else "tie"
+            assert choice in CHOICES
+            desk.choose(judge_name, view.pair.key, choice)
+
+
+def _wait_for_people(folder: Path, name: str, count: int) -> None:
+    labels = folder / LABELS
+    done = len({record["pair"] for record in standing(read_log(labels).records)}) if labels.exists() else 0
+    if done < count:
+        raise UserError(
+            f"{name}: {count - done} of {count} pairs wait for people: `lm label {folder / ANSWERS} --labels {labels}`, then "
+            "the same command again"
+        )
+
+
+def make_best(folder: Path, name: str, o: Collect) -> None:
+    """Of each prompt's answers the best one, as a conversation to imitate (rejection sampling, arXiv:2307.09288, section 3.2.3)."""
+    rows = []
+    for row in _rows_of(folder / ANSWERS):
+        best = row["answers"][int(np.argmax(row["scores"]))]
+        rows.append({"messages": [*as_messages(row["prompt"]), {"role": "assistant", "content": best}]})
+    half = folder / f"{MADE_FILE}.tmp"
+    half.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    half.replace(folder / MADE_FILE)
+
+
+def _rows_of(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines that this stage wrote."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+MAKERS = {"pairs": make_pairs, "best": make_best}

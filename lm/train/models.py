@@ -1,0 +1,192 @@
+"""The models of a run: random, what a stage left, what enters a stage, the reward models that one reads; a run, loaded."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import (
+    Experiment,
+    RewardModel,
+    Source,
+    Speechless,
+    Stage,
+    UserError,
+    from_dict,
+    reward_names,
+    start_of,
+)
+from lm.model.scorer import Scorer
+from lm.model.transformer import Transformer
+from lm.parallel.mesh import make_mesh
+from lm.parallel.rules import abstract, shardings
+from lm.train.checkpoint import Checkpoints
+from lm.train.run_folder import RunFolder
+
+MADE = "made:"  # a source whose rows a stage of Collect writes
+MADE_FILE = "made.jsonl"  # in that stage's folder
+
+
+def located(experiment: Experiment, folder: RunFolder) -> Experiment:
+    """The experiment with every source `made:STAGE` replaced by the file that the stage writes in this folder."""
+
+    def here(source: Source) -> Source:
+        if not source.path.startswith(MADE):
+            return source
+        return replace(source, path=str(folder.stage_folder(source.path.removeprefix(MADE)) / MADE_FILE))
+
+    stages = tuple(replace(stage, sources=tuple(map(here, stage.sources))) for stage in experiment.stages)
+    evals = tuple(replace(item, source=here(item.source)) for item in experiment.evals)
+    return replace(experiment, stages=stages, evals=evals)
+
+
+def waits_for(stage: Stage, experiment: Experiment, folder: RunFolder) -> str | None:
+    """The stage that has yet to write what this one (of a located experiment) reads; None: all is there."""
+    makers = {str(folder.stage_folder(s.name) / MADE_FILE): s.name for s in experiment.stages}
+    missing = [makers[source.path] for source in stage.sources if source.path in makers]
+    return next((name for name in missing if not folder.finished(name)), None)
+
+
+def init_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transformer:
+    """The random model of the experiment's seed, born sharded."""
+    make = functools.partial(_init, experiment, vocab_size)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
+
+
+def _init(experiment: Experiment, vocab_size: int) -> Transformer:
+    return Transformer(experiment.model, vocab_size, jax.random.key(experiment.seed))
+
+
+def model_before(
+    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, index: int
+) -> Transformer:
+    """The model that enters stage `index`: random, or what the stage that it starts from left."""
+    start = start_of(experiment, index)
+    if start is None:
+        return init_model(experiment, tokenizer.vocab_size, mesh)
+    return load_model(experiment, folder, tokenizer, mesh, experiment.stages[start].name)
+
+
+def load_model(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Transformer:
+    """The newest sound checkpoint of a stage that leaves a language model.
+
+    Raises:
+        UserError: the stage has none.
+    """
+    return _restored(jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size)), folder, mesh, stage)
+
+
+def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Scorer:
+    """The newest sound checkpoint of a reward model's stage.
+
+    Raises:
+        UserError: there is no such stage, it is none of a reward model, or it has no checkpoint.
+    """
+    kinds = {s.name: s.objective for s in experiment.stages}
+    if not isinstance(kinds.get(stage), RewardModel):
+        trained = ", ".join(name for name, kind in kinds.items() if isinstance(kind, RewardModel)) or "none"
+        raise UserError(f"{folder.path} has no reward model {stage!r}; its stages of reward models are {trained}")
+
+    def make() -> Scorer:
+        return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0))
+
+    return _restored(jax.eval_shape(make), folder, mesh, stage)
+
+
+def scorers_for(
+    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, names: tuple[str, ...]
+) -> tuple[Scorer, ...]:
+    """Reward models by NAME, a stage of this run, or RUN:NAME, one of another run's folder.
+
+    Raises:
+        UserError: there is no such reward model, or it reads other tokens than this run's.
+    """
+    found = []
+    for name in names:
+        run, _, stage = name.rpartition(":")
+        if not run:
+            found.append(load_scorer(experiment, folder, tokenizer, mesh, stage))
+            continue
+        other = RunFolder(Path(run))
+        theirs = Tokenizer.load(other.tokenizer)
+        if theirs.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"the reward model {name} has another tokenizer ({theirs.vocab_size} pieces) than this run "
+                f"({tokenizer.vocab_size}): its numbers for our tokens would mean nothing; train it with "
+                f"--tokenizer.path {folder.tokenizer / 'tokenizer.model'}"
+            )
+        found.append(load_scorer(from_dict(other.read_experiment()), other, theirs, mesh, stage))
+    return tuple(found)
+
+
+def scorers_before(
+    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, index: int
+) -> tuple[Scorer, ...]:
+    """The reward models that stage `index` reads; else, to look at what it does, the last one trained before it, if any."""
+    names = reward_names(experiment.stages[index])
+    earlier = [s.name for s in experiment.stages[: index + 1] if isinstance(s.objective, RewardModel)]
+    ready = [name for name in earlier if folder.finished(name)]
+    return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
+
+
+def _restored(shape: Any, folder: RunFolder, mesh: Mesh, stage: str) -> Any:
+    wanted = abstract(shape, mesh)
+    with Checkpoints(folder.stage_folder(stage) / "checkpoints") as checkpoints:
+        found = checkpoints.restore({"params": wanted})
+    if found is None:
+        raise UserError(f"{folder.path} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
+    return found.items["params"]
+
+
+def check_until(experiment: Experiment, stage: str | None) -> int:
+    """Index of the stage of that name (None: the last).
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [s.name for s in experiment.stages]
+    if stage is None:
+        return len(names) - 1
+    if stage not in names:
+        raise UserError(f"no stage {stage!r}; the stages are {', '.join(names)}")
+    return names.index(stage)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run's model after one of its stages, with what is needed to use it."""
+
+    experiment: Experiment
+    tokenizer: Tokenizer
+    model: Transformer
+    mesh: Mesh
+    stage: str
+
+
+def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
+    """The model of a run after `stage` (None: the last that has a checkpoint), on this machine's devices.
+
+    Raises:
+        UserError: not a run's folder, no such stage, or nothing trained yet.
+    """
+    folder = RunFolder(run_dir)
+    experiment = located(from_dict(folder.read_experiment()), folder)
+    # A run from a larger machine is looked at on this one.
+    mesh = make_mesh(type(experiment.mesh)(data=1))
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    speaks = [s.name for s in experiment.stages if not isinstance(s.objective, Speechless)]
+    if stage is None:
+        trained = [name for name in speaks if Checkpoints(folder.checkpoints(name)).steps()]
+        if not trained:
+            raise UserError(f"{run_dir} has no checkpoint yet: `lm run` trains it")
+        stage = trained[-1]
+    check_until(experiment, stage)
+    if stage not in speaks:
+        raise UserError(f"stage {stage} of {run_dir} leaves no language model; those that do are {', '.join(speaks)}")
+    return Loaded(experiment, tokenizer, load_model(experiment, folder, tokenizer, mesh, stage), mesh, stage)
