@@ -166,10 +166,9 @@ def reward_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     assert isinstance(o, RewardModel)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        assert batch.margins is not None and batch.ties is not None
+        margins, is_tie = (None if x is None else x[0::2] for x in (batch.margins if o.margins else None, batch.ties))
         return reward_model(
-            last_scores(params, batch), batch.weights, margins=batch.margins[0::2] if o.margins else None,
-            is_tie=batch.ties[0::2], ties=o.ties, tie_width=o.tie_width, center_coef=o.center_coef,
+            last_scores(params, batch), batch.weights, margins=margins, is_tie=is_tie, ties=o.ties, tie_width=o.tie_width, center_coef=o.center_coef,
         )  # fmt: skip
 
     return make_step(loss, optimizer, stage.microbatches)

@@ -26,6 +26,9 @@ LESSONS = {
     "ORPO": "has seen which of two answers is preferred.",
     "KTO": "has seen which answers are good and which are not.",
     "GRPO": "has tried, was checked, and does more of what was right.",
+    "RewardModel": "beside it, gives numbers: what people prefer gets the higher one.",
+    "PPO": "has tried, was given a number by the reward model, and does more of what got a high one.",
+    "Collect": "was asked, and its answers were compared; it is as it was.",
 }
 
 

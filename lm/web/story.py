@@ -66,7 +66,7 @@ METRICS = {
         +1,
         percent,
         _points,
-        (("margin, nats", "margin", _bits),),
+        (("margin, nats", "margin", _bits), ("if the longer answer were taken", "longer_accuracy", percent)),
     ),
 }
 
@@ -100,7 +100,8 @@ def latest(stage: StageFiles, name: str) -> Line | None:
 
 
 def eval_names(run: Run) -> list[str]:
-    return list(dict.fromkeys(line["eval"] for stage in run.stages for line in stage.evals))
+    lines = [line for stage in run.stages for line in stage.evals]
+    return list(dict.fromkeys(line["eval"] for line in lines if line["metric"] != "best_of_n"))
 
 
 def measurements(run: Run, name: str) -> list[Line | None]:
