@@ -67,11 +67,16 @@ class Evaluator:
                 if line["when"] == "after" and line["kind"] != "rollout":
                     log.sample(line | {"step": 0, "when": "before"})
                     answered = True
+            newly = [item.name for item in self.experiment.evals if self._sees_more(item)]
             for line in read_lines(last / "eval.jsonl"):
-                if line["when"] == "after":
+                if line["when"] == "after" and (line["eval"] not in newly or "kl" in line):
                     log.evaluation(line | {"step": 0, "when": "before"})
                     known.add(line["eval"])
         return sorted(known), answered
+
+    def _sees_more(self, item: Eval) -> bool:
+        """Whether there is now a reference or a reward model that the stage before may have had nothing of."""
+        return item.metric == "reward" and item.temperature == 1 and self.reference() is not None
 
     def during(self, index: int, model: Transformer | Scorer, log: MetricsLog, step: int) -> None:
         """The evals that the stage names, and the prompts."""
