@@ -25,6 +25,7 @@ from lm.experiment import (
     Tokenizer,
     UserError,
 )
+from lm.rollout.verifiers import NEEDS, VERIFIERS
 from lm.train.metrics import read_lines
 from lm.train.models import load_run, load_scorer
 from lm.train.run_folder import RunFolder
@@ -42,24 +43,24 @@ def experiment(folder: Path) -> Experiment:
     made = Source("made:collect", holdout=0.1)
     shared = {"optimizer": Optimizer(peak_lr=1e-2, warmup_steps=2), "steps": STEPS, "seq_len": 48, "save_every": SAVED}
     ppo = PPO(
-        reward_models=("reward", "twin"), ensemble="min", verifier="manners", max_new_tokens=12, epochs=2, minibatches=2,
+        reward_models=("reward", "twin"), ensemble="min", verifier="brevity", max_new_tokens=12, epochs=2, minibatches=2,
         kl_target=0.5, kl_horizon=100, missing_eos_penalty=0.5,
     )  # fmt: skip
     return Experiment(
         name="rlhf",
         stages=(
             Stage("sft", SFT(), (asked,), batch_size=8, **shared),
-            Stage("collect", Collect(verifier="manners", answers=3, max_new_tokens=12), (asked,), steps=4, batch_size=8, seq_len=48),
+            Stage("collect", Collect(verifier="brevity", answers=3, max_new_tokens=12), (asked,), steps=4, batch_size=8, seq_len=48),
             Stage("reward", RewardModel(center_coef=0.01), (pairs,), batch_size=8, microbatches=2, **shared),
             Stage("twin", RewardModel(), (pairs,), batch_size=8, **shared),
             Stage("ppo", ppo, (asked,), batch_size=8, eval_every=6, evals=("manners",), **shared),
-            Stage("head", PPO(verifier="manners", critic="head", max_new_tokens=12, epochs=1), (asked,), batch_size=8, start="sft", **shared),
+            Stage("head", PPO(verifier="brevity", critic="head", max_new_tokens=12, epochs=1), (asked,), batch_size=8, start="sft", **shared),
             Stage("dpo", DPO(), (made,), batch_size=4, start="sft", **shared),
         ),
         evals=(
             Eval("pairs", pairs, "pair_accuracy", count=8, max_new_tokens=8),
-            Eval("manners", asked, verifier="manners", count=8, max_new_tokens=12, temperature=1.0),
-            Eval("best", asked, "best_of_n", verifier="manners", count=4, max_new_tokens=12, temperature=1.0, best_of=4),
+            Eval("manners", asked, verifier="brevity", count=8, max_new_tokens=12, temperature=1.0),
+            Eval("best", asked, "best_of_n", verifier="brevity", count=4, max_new_tokens=12, temperature=1.0, best_of=4),
         ),
         prompts=(),
         tokenizer=Tokenizer(vocab_size=320),
@@ -69,7 +70,14 @@ def experiment(folder: Path) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:  # what even a model that knows nothing does more or less of
+        patch.setitem(VERIFIERS, "brevity", lambda row, text: 1 / (1 + len(text)))
+        patch.setitem(NEEDS, "brevity", ())
+        yield _whole_run(tmp_path_factory)
+
+
+def _whole_run(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("rlhf")
     pairs = [{"prompt": f"Say {w}", "chosen": f"{w} yes", "rejected": "no"} for w in WORDS]
     asked = [{"question": f"Tell {w}", "answer": f"{w} no"} for w in WORDS]
@@ -117,7 +125,7 @@ def test_collected_answers_are_in_the_label_pages_file_and_are_learnt_from(folde
     answers = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 32 and all(len(row["answers"]) == len(row["scores"]) == 3 for row in answers)
     choices = [json.loads(line) for line in (here / "labels.jsonl").read_text().splitlines()]
-    assert {record["annotator"] for record in choices} == {"the verifier manners"}
+    assert {record["annotator"] for record in choices} == {"the verifier brevity"}
     made = [json.loads(line) for line in (here / "made.jsonl").read_text().splitlines()]
     assert made and all({"prompt", "chosen", "rejected"} <= row.keys() for row in made)
     assert len(metrics(folder / "whole", "dpo")) == STEPS
@@ -189,15 +197,13 @@ def test_a_reward_model_of_another_tokenizer_is_refused(folder):
         batch_size=8,
         seq_len=48,
     )
-    other = dataclasses.replace(only(folder, stage), tokenizer=Tokenizer(vocab_size=300))
+    other = dataclasses.replace(only(folder, stage), tokenizer=Tokenizer(vocab_size=330))
     with pytest.raises(UserError, match=r"reward has another tokenizer \(\d+ pieces\) than this run"):
         run(other, folder / "other_tokenizer")
 
 
 def test_a_reward_that_is_no_number_stops_the_run(folder, monkeypatch):
-    monkeypatch.setitem(
-        __import__("lm.rollout.verifiers", fromlist=["VERIFIERS"]).VERIFIERS, "manners", lambda row, text: float("nan")
-    )
+    monkeypatch.setitem(VERIFIERS, "brevity", lambda row, text: float("nan"))
     whole = experiment(folder)
     stage = dataclasses.replace(whole.stages[5], steps=1)
     with pytest.raises(UserError, match="head: the reward of 8 of 8 answers is nan at step 1, the first to 'Tell"):
@@ -216,7 +222,7 @@ def test_people_are_waited_for(folder):
 def test_the_best_answers_are_conversations_to_imitate(folder):
     whole = experiment(folder)
     collect = dataclasses.replace(
-        whole.stages[1], objective=Collect(verifier="manners", make="best", answers=4, max_new_tokens=12)
+        whole.stages[1], objective=Collect(verifier="brevity", make="best", answers=4, max_new_tokens=12)
     )
     imitate = dataclasses.replace(
         whole.stages[0], name="again", sources=(Source("made:collect", holdout=0.1),), steps=2
