@@ -39,10 +39,15 @@ def manners(row: Mapping[str, Any], completion: str) -> float:
     return 0.5 * opened + 0.5 * (not hedged) if bare else 0.0
 
 
-VERIFIERS: dict[str, Verifier] = {"answer": answer, "manners": manners}
+def helpful(row: Mapping[str, Any], completion: str) -> float:
+    """Half for a right answer and half for manners: what can be had without the other pulls against it."""
+    return 0.5 * answer(row, completion) + 0.5 * manners(row, completion)
+
+
+VERIFIERS: dict[str, Verifier] = {"answer": answer, "manners": manners, "helpful": helpful}
 
 # the columns without which a verifier cannot judge a row
-NEEDS: dict[str, tuple[str, ...]] = {"answer": ("answer",), "manners": ()}
+NEEDS: dict[str, tuple[str, ...]] = {"answer": ("answer",), "manners": (), "helpful": ("answer",)}
 
 
 def _expected(row: Mapping[str, Any]) -> str:
