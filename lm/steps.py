@@ -232,6 +232,14 @@ def forward_only(stage: Stage) -> int:
     return int(needs_reference(stage) and not isinstance(stage.objective, PPO))  # whose rollout has what it needs
 
 
+def trained(stage: Stage) -> tuple[int, int]:
+    """How many language models, and how many scorers with a body of their own, have a gradient in the step."""
+    o = stage.objective
+    if isinstance(o, RewardModel):
+        return 0, 1
+    return 1, int(isinstance(o, PPO) and o.critic == "separate")
+
+
 def _cross_entropy_loss(stage: Stage) -> Loss:
     o = stage.objective
     assert isinstance(o, Pretrain | SFT)

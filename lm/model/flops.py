@@ -44,9 +44,15 @@ def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> floa
     return config.num_layers * (2 * weights + attention) + 2 * config.embed_dim * vocab_size
 
 
-def update_flops_per_token(config: Model, vocab_size: int, length: int, others: int) -> float:
+def update_flops_per_token(
+    config: Model, vocab_size: int, length: int, others: int, models: int = 1, scorers: int = 0
+) -> float:
     """Of a training update: forward, twice that backward, and `others` forward passes without a gradient (a reference).
 
-    Not counted are what rematerialisation computes again, and the sampling of a GRPO step.
+    Not counted are what rematerialisation computes again, and the sampling of a GRPO or PPO step.
+
+    Args:
+        models, scorers: how many language models have a gradient, and how many scorers, which have no vocabulary.
     """
-    return (3 + others) * forward_flops_per_token(config, vocab_size, length)
+    whole, body = (forward_flops_per_token(config, size, length) for size in (vocab_size, 0))
+    return (3 * models + others) * whole + 3 * scorers * body

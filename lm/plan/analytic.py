@@ -12,7 +12,7 @@ from lm.plan.one_device import analysis_of, gradient_block, parameter_bytes, upd
 from lm.plan.program import Program
 from lm.plan.traffic import NETWORK, Traffic, traffic
 from lm.plan.usage import Usage
-from lm.steps import forward_only
+from lm.steps import forward_only, trained
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def estimate(program: Program) -> Estimate:
 def model_flops(program: Program) -> float:
     """FLOPs of an update on one device that the model asks for, as MFU counts them."""
     per_token = update_flops_per_token(
-        program.model, program.vocab_size, program.stage.seq_len, forward_only(program.stage)
+        program.model, program.vocab_size, program.stage.seq_len, forward_only(program.stage), *trained(program.stage)
     )
     return per_token * program.tokens_per_device
 

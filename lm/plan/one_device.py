@@ -12,20 +12,18 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lm.experiment import Model, Optimizer, Stage
+from lm.experiment import Model, Stage
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.rules import RULES, ways
-from lm.plan.program import Program, abstract_batch
+from lm.plan.program import Program, abstract_batch, abstract_state
 from lm.plan.trace import Block, Value, block_of
 from lm.plan.usage import Analysis
-from lm.steps import STEPS, needs_reference
-from lm.types import TrainState
+from lm.steps import STEPS
 
 SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that are used in parts
 
@@ -65,26 +63,29 @@ def gradient_block(program: Program) -> tuple[Block, set[Value]]:
 def _gradient_block(
     stage: Stage, model: Model, vocab_size: int, rows: int, tokens: int, mesh: AbstractMesh
 ) -> tuple[Block, set[Value]]:
-    params = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
-    frozen = {"reference": params} if needs_reference(stage) else {}
-    state = TrainState(jax.eval_shape(lambda: jnp.int32(0)), params, optax.EmptyState(), frozen)
+    model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
+    state = abstract_state(stage, optax.identity(), model_shape)
     step = STEPS[type(stage.objective)](stage, optax.identity())
     with jax.sharding.use_abstract_mesh(mesh):
         block = block_of(jax.make_jaxpr(step)(state, abstract_batch(stage, rows, tokens)))
-    count = len(jax.tree.leaves((params, frozen)))
-    return block, set(block.inputs[1 : 1 + count])  # the first is the number of the step
+    first, moved, kept, frozen = (
+        len(jax.tree.leaves(part)) for part in (state.step, state.params, state.opt_state, state.frozen)
+    )
+    parameters = block.inputs[first : first + moved]
+    return block, {*parameters, *block.inputs[first + moved + kept : first + moved + kept + frozen]}
 
 
 def update_block(program: Program) -> Block:
     """What the optimizer does with (gradients, its state, parameters)."""
     local = one_device(program)
-    return _update_block(local.stage.optimizer, local.model, local.vocab_size)
+    return _update_block(local.stage, local.model, local.vocab_size)
 
 
 @functools.lru_cache(maxsize=64)
-def _update_block(config: Optimizer, model: Model, vocab_size: int) -> Block:
-    params = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
-    optimizer = make_optimizer(config, 1)
+def _update_block(stage: Stage, model: Model, vocab_size: int) -> Block:
+    model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
+    params = abstract_state(stage, optax.identity(), model_shape).params
+    optimizer = make_optimizer(stage.optimizer, 1)
     return block_of(jax.make_jaxpr(optimizer.update)(params, jax.eval_shape(optimizer.init, params), params))
 
 
@@ -102,7 +103,7 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
     as the parameter does. Sorted, because products may give a gradient transposed.
     """
     found: dict[tuple[int, ...], int] = {}
-    params: Transformer = one_device(program).parameters()
+    params = one_device(program).state().params
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         names: tuple[str, ...] = leaf.get_metadata("out_sharding")
         shape = leaf.get_value().shape

@@ -10,7 +10,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.experiment import DPO, GRPO, KTO, Experiment, Mesh, Model, Stage, UserError, rows_per_update
+from lm.experiment import (
+    DPO,
+    KTO,
+    PPO,
+    Collect,
+    Experiment,
+    Mesh,
+    Model,
+    Paired,
+    Sampled,
+    Stage,
+    UserError,
+    reward_names,
+    rows_per_update,
+    updates_per_step,
+)
+from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
@@ -53,21 +69,35 @@ class Program:
 
     def state(self) -> TrainState:
         """What a step takes and gives, abstract."""
-        return jax.eval_shape(functools.partial(first_state, self.stage, self.optimizer), self.parameters())
+        return abstract_state(self.stage, self.optimizer, self.parameters())
 
     def batch(self) -> Batch:
         """The batch of an update, abstract."""
         return abstract_batch(self.stage, self.rows, self.stage.seq_len)
 
 
+def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, model: Transformer) -> TrainState:
+    """The state of a stage that an abstract model enters; reward models that it reads are taken to be as large."""
+
+    def make(model: Transformer) -> TrainState:
+        scorers = tuple(Scorer(model, None) for _ in reward_names(stage))
+        return first_state(stage, optimizer, model, scorers)
+
+    return jax.eval_shape(make, model)
+
+
 def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     """A batch of this many rows with the fields that the stage's objective reads."""
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    sampled = real if isinstance(stage.objective, GRPO) else None
+    sampled = real if isinstance(stage.objective, Sampled) else None
     batch = Batch(tokens=whole, weights=real, segments=whole, positions=whole, advantages=sampled, old_logp=sampled)
+    judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
     if isinstance(stage.objective, KTO):
-        judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
         return dataclasses.replace(batch, desirable=judged, mismatched=batch)
+    if isinstance(stage.objective, Paired):
+        batch = dataclasses.replace(batch, margins=judged, ties=judged)
+    if isinstance(stage.objective, PPO):
+        return dataclasses.replace(batch, ref_logp=real, values=real, returns=real)
     if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
         return dataclasses.replace(batch, ref_logp=real)
     return batch
@@ -79,6 +109,8 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
     Raises:
         UserError: the mesh is not one of this topology's devices, or does not divide the model or the batch.
     """
+    if isinstance(stage.objective, Collect):
+        raise UserError(f"stage {stage.name} trains nothing: there is no step to plan; name another with --stage")
     mesh = dataclasses.replace(experiment.mesh, slices=topology.slices)
     sizes = axis_sizes(mesh, topology.devices)
     used = functools.reduce(lambda product, size: product * size, sizes.values())

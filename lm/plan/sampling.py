@@ -1,4 +1,4 @@
-"""The sampler of a GRPO stage, by arithmetic: its cache, its memory beside the training state, its speed."""
+"""The sampler of a GRPO or PPO stage, by arithmetic: its cache, its memory beside the training state, its speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm.experiment import GRPO
+from lm.experiment import GRPO, PPO
 from lm.parallel.rules import ways
 from lm.plan.one_device import analysis_of, lone_mesh, one_device
 from lm.plan.program import Program
@@ -49,15 +49,16 @@ class Sampling:
 def sampling(program: Program) -> Sampling | None:
     """What the stage's rollouts need; None of a stage that samples nothing."""
     objective = program.stage.objective
-    if not isinstance(objective, GRPO):
+    if not isinstance(objective, GRPO | PPO):
         return None
+    group = objective.group_size if isinstance(objective, GRPO) else 1
     local = one_device(program)
     params = local.parameters()
     devices, prompts = ways("batch", program.sizes), program.stage.batch_size
-    rows = -(-prompts * objective.group_size // devices)
+    rows = -(-prompts * group // devices)
     width = program.stage.seq_len - objective.max_new_tokens
     # The sampler reads a prompt once where all devices have as many.
-    group_size = 1 if prompts % devices else objective.group_size
+    group_size = 1 if prompts % devices else group
     abstract = [
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows // group_size, width), (rows // group_size,))
     ]

@@ -25,7 +25,7 @@ from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
-from lm.steps import STEPS, Step, forward_only, needs_reference
+from lm.steps import STEPS, Step, forward_only, needs_reference, trained
 from lm.train import goodput
 from lm.train.batches import Batches
 from lm.train.checkpoint import Checkpoints
@@ -164,7 +164,7 @@ class _Loop:
         # The part of the chips' peak that a token a second uses; None where the peak is not known.
         peak = peak_flops(jax.devices()[0].device_kind)
         model, vocab_size = run.experiment.model, run.tokenizer.vocab_size
-        cost = update_flops_per_token(model, vocab_size, stage.seq_len, forward_only(stage))
+        cost = update_flops_per_token(model, vocab_size, stage.seq_len, forward_only(stage), *trained(stage))
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     @contextlib.contextmanager

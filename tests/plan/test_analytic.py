@@ -6,7 +6,7 @@ import typing
 import jax
 import pytest
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Model, Pretrain, UserError, load
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, UserError, load
 from lm.model.flops import update_flops_per_token
 from lm.overrides import override
 from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
@@ -27,6 +27,9 @@ OBJECTIVES = {
     "orpo": ORPO(),
     "kto": KTO(),
     "grpo": GRPO(max_new_tokens=64, group_size=4, kl_coef=0.1),
+    "reward_model": RewardModel(),
+    "ppo": PPO(reward_models=("reward",), max_new_tokens=64),
+    "ppo_head": PPO(verifier="answer", max_new_tokens=64, critic="head"),
 }
 
 
@@ -61,10 +64,12 @@ def test_every_objective_is_planned(name):
     found = plan(experiment(OBJECTIVES[name]))
     described = found.to_json()
     assert described["fits"] and 0 < described["mfu"] < 1 and described["step_ms"] >= described["bound_ms"] > 0
-    assert (described["sampler"] is not None) == (name == "grpo")
-    rows = {"dpo": 32, "dpo_cached": 32, "dpo_mixed": 32, "cpo": 32, "orpo": 32, "grpo": 64}.get(name, 16)
+    assert (described["sampler"] is not None) == (name in ("grpo", "ppo", "ppo_head"))
+    of_pairs = dict.fromkeys(("dpo", "dpo_cached", "dpo_mixed", "cpo", "orpo", "reward_model"), 32)
+    rows = {**of_pairs, "grpo": 64}.get(name, 16)
     others = {"dpo": 1, "dpo_mixed": 1, "grpo": 1, "kto": 3}.get(name, 0)
-    flops = update_flops_per_token(found.program.model, 1024, 256, others) * rows * 256 / 4
+    models = {"reward_model": (0, 1), "ppo": (1, 1)}.get(name, (1, 0))
+    flops = update_flops_per_token(found.program.model, 1024, 256, others, *models) * rows * 256 / 4
     assert model_flops(found.program) == pytest.approx(flops)
 
 
