@@ -22,12 +22,16 @@ class Exported(NamedTuple):
     even: int
 
 
-def preferences(records: Iterable[Record]) -> Exported:
+def preferences(records: Iterable[Record], ties: bool = False) -> Exported:
     """One row for each pair of which more people prefer one answer, in the order in which pairs were first judged.
 
     Columns `prompt`, `chosen`, `rejected`, and `pair`; `votes` for each choice, ties and both bad among them;
-    `strength`, the mean of those given with the choices of the chosen one, or null; `sources` of both, if any.
-    Ties, both bad and skipped ones decide nothing: a pair with no other choice has no row.
+    `strength`, the mean of those given with the choices of the chosen one, or null, and where it is given the same as
+    `margin`, which a reward model can learn from; `sources` of both, if any. Ties, both bad and skipped ones decide nothing:
+    a pair with no other choice has no row.
+
+    Args:
+        ties: pairs that somebody called a tie and nobody decided, or as many each way, are rows too, with `tie` true.
     """
     by_pair: dict[str, list[Record]] = {}
     for record in standing(records):
@@ -38,7 +42,10 @@ def preferences(records: Iterable[Record]) -> Exported:
         votes = [(_text(_preferred(record)), record) for record in decided]
         for_first = [record for text, record in votes if text == votes[0][0]]
         for_second = [record for text, record in votes if text != votes[0][0]]
-        if not decided:
+        tied = [record for record in choices if record["choice"] == "tie"]
+        if ties and (tied or decided) and len(for_first) == len(for_second):
+            rows.append(_row(pair, [tied[0] | {"choice": "left"}] if tied else for_first, [], choices) | {"tie": True})
+        elif not decided:
             undecided += 1
         elif len(for_first) == len(for_second):
             even += 1
@@ -72,6 +79,8 @@ def _row(pair: str, winners: list[Record], losers: list[Record], choices: list[R
         "votes": votes | {kind.replace(" ", "_"): kinds.count(kind) for kind in ("tie", "both bad", "skip")},
         "strength": sum(strengths) / len(strengths) if strengths else None,
     }
+    if strengths:
+        row["margin"] = row["strength"]
     if "source" in chosen and "source" in rejected:
         row["sources"] = [chosen["source"], rejected["source"]]
     return row

@@ -68,6 +68,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         const=Path(),
         help="write preferences and end (NAME.preferences.jsonl)",
     )
+    parser.add_argument(
+        "--ties", action="store_true", help="with --export: pairs that are a tie too, for a reward model"
+    )
 
 
 def call(arguments: argparse.Namespace) -> int:
@@ -75,7 +78,7 @@ def call(arguments: argparse.Namespace) -> int:
     labels = arguments.labels or _beside(answers, "labels")
     if arguments.export is not None:
         target = arguments.export if arguments.export.name else _beside(answers, "preferences")
-        return export(labels, target)
+        return export(labels, target, arguments.ties)
 
     from lm.choices.desk import Desk
     from lm.choices.log import open_log
@@ -109,7 +112,7 @@ def serve(desk: Any, arguments: argparse.Namespace, token: str | None) -> None:
         server.server_close()
 
 
-def export(labels: Path, target: Path) -> int:
+def export(labels: Path, target: Path, ties: bool = False) -> int:
     from lm.choices.export import preferences, write_preferences
     from lm.choices.log import read_log
 
@@ -118,7 +121,7 @@ def export(labels: Path, target: Path) -> int:
             f"there is no file of choices {labels} yet: `lm label` makes it (or name it with --labels FILE)"
         )
     contents = read_log(labels)
-    exported = preferences(contents.records)
+    exported = preferences(contents.records, ties)
     if not exported.rows:
         raise UserError(f"{labels} has no pair of which more people prefer one answer: nothing to export")
     write_preferences(target, exported)

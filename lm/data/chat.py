@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -129,16 +131,49 @@ def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 
 def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The chosen and the rejected conversation of a row with `prompt`, `chosen`, `rejected`."""
-    if not {"prompt", "chosen", "rejected"} <= set(row):
+    """The chosen and the rejected conversation of a row with `prompt`, `chosen`, `rejected`.
+
+    Without a `prompt` both are conversations, and what stands before their last turn is the prompt; with one they may begin
+    with it again. Raises UserError where the prompts are not the same.
+    """
+    if not {"chosen", "rejected"} <= set(row):
         raise _missing(row, where, "prompt, chosen and rejected")
-    prompt = prompt_messages(row, where)
+    sides = {side: _turns(row[side], "assistant", where, side) for side in ("chosen", "rejected")}
+    if "prompt" in row:
+        prompt = prompt_messages(row, where)
+    elif all(len(turns) > 1 for turns in sides.values()):
+        prompt = sides["chosen"][:-1]
+    else:
+        raise _missing(row, where, "prompt, chosen and rejected")
     pair = []
-    for side in ("chosen", "rejected"):
-        conversation = [*prompt, *_turns(row[side], "assistant", where, side)]
+    for side, turns in sides.items():
+        if turns and _role(turns[0]) != "assistant":
+            _check_same_prompt(turns[:-1], prompt, f"{where}, {side}")
+            turns = turns[-1:]
+        conversation = [*prompt, *turns]
         check_conversation(conversation, f"{where}, {side}")
         pair.append(as_messages(conversation))
     return pair[0], pair[1]
+
+
+def _check_same_prompt(found: list[dict[str, str]], prompt: list[dict[str, str]], where: str) -> None:
+    for number, (turn, wanted) in enumerate(itertools.zip_longest(found, prompt), start=1):
+        if turn != wanted:
+            shown = [None if t is None else t.get("content") for t in (turn, wanted)]
+            raise UserError(
+                f"{where}: its prompt is another than the pair's, from turn {number} on: {shown[0]!r:.50} is not {shown[1]!r:.50}"
+            )
+
+
+def preference_marks(row: Mapping[str, Any], where: str) -> tuple[float, bool]:
+    """(`margin`, by how much the chosen answer is better; `tie`, whether neither is) of a row of preferences; 0, False."""
+    margin, tie = row.get("margin"), row.get("tie")
+    number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if margin is not None and not (number and 0 <= margin < math.inf):
+        raise UserError(f"{where}: margin must be a number from 0 on, found {margin!r:.60}")
+    if tie is not None and not isinstance(tie, bool):
+        raise UserError(f"{where}: tie must be true or false, found {tie!r:.60}")
+    return float(margin or 0.0), bool(tie)
 
 
 def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], bool]:

@@ -14,13 +14,15 @@ from jaxtyping import Float32, Int, Int32
 
 
 class Row(NamedTuple):
-    """One row of a batch; `desirable` is 1 or 0 where its answer is judged by itself."""
+    """One row of a batch; `desirable`, `margins` and `ties` are this row's numbers of a Batch's fields of these names."""
 
     tokens: Int32[np.ndarray, " T"]
     weights: Float32[np.ndarray, " T"]
     segments: Int32[np.ndarray, " T"]
     positions: Int32[np.ndarray, " T"]
     desirable: np.float32 | None = None
+    margins: np.float32 | None = None
+    ties: np.float32 | None = None
 
 
 class Example(NamedTuple):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -43,7 +44,7 @@ __all__ = [
     "tokenizer_texts",
 ]
 
-SUPPLIES = {
+SUPPLIES: dict[type, Callable[..., Supply]] = {
     values.Pretrain: windows,
     values.SFT: conversations,
     **dict.fromkeys(typing.get_args(values.Paired), pairs),
@@ -129,7 +130,10 @@ class Feed:
                 return supply.row(0, number)
             number -= supply.rows
         empty = packing.join([], self.seq_len, self.pad_id)
-        return [empty._replace(desirable=np.float32(0) if self.judged else None)] * self.rows_each
+        nothing = np.float32(0)
+        if self.rows_each > 1:
+            empty = empty._replace(margins=nothing, ties=nothing)
+        return [empty._replace(desirable=nothing if self.judged else None)] * self.rows_each
 
 
 def _stacked(rows: list[packing.Row]) -> Batch:
@@ -144,6 +148,8 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
     Every source is read, split and (training generators excepted) tokenised here. Raises UserError naming what is wrong.
     """
     build = SUPPLIES[type(stage.objective)]
+    if isinstance(stage.objective, values.RewardModel):
+        build = functools.partial(pairs, ties=stage.objective.ties != "drop")
     supplies, contents = [], []
     for number, source in enumerate(stage.sources):
         rows, indices = select(source, split)

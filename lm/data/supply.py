@@ -15,7 +15,7 @@ from lm.data.order import permutation, permute
 from lm.data.packing import Example, Row
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import KINDS, Store, store_in_memory, store_of
+from lm.data.tokens import FAULTS, KINDS, NEVER, Store, store_in_memory, store_of
 from lm.experiment import UserError
 
 EXAMPLES_A_ROW = 64  # generated examples set aside for one packed row; those that do not fit are passed over
@@ -24,7 +24,10 @@ LOOKED_AT = 256  # generated examples that a tally is taken over
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of a source's examples; `partial`: only of the first ones, the source has no end."""
+    """What became of a source's examples; `partial`: only of the first ones, the source has no end.
+
+    `reasons` say why some of the dropped ones were: how many, and what they are.
+    """
 
     examples: int
     tokens: int
@@ -32,10 +35,12 @@ class Tally:
     truncated: int
     dropped: int
     partial: bool = False
+    reasons: tuple[str, ...] = ()
 
     def describe(self, unit: str) -> str:
         head = f"first {self.examples} {unit}" if self.partial else f"{self.examples} {unit}"
         rest = f"{self.tokens} tokens, {self.trained} trained on, {self.truncated} truncated, {self.dropped} dropped"
+        rest += f" ({', '.join(self.reasons)})" * bool(self.reasons)
         return f"{head}, {rest}"
 
 
@@ -149,7 +154,8 @@ def _generated_conversations(
 
     def examples(first: int) -> Iterator[Example]:
         for k in range(first, first + EXAMPLES_A_ROW):
-            (example,) = _made(rows, indices[k], "conversations", seq_len, tokenizer)
+            store, _ = _made(rows, indices[k], "conversations", tokenizer)
+            example = store.example(0, seq_len)
             if packing.is_trained(example):
                 yield example
 
@@ -168,24 +174,31 @@ def _generated_conversations(
     return Supply(number, row, replace(tally, partial=True), "conversations")
 
 
-def pairs(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
-    """Preference pairs: the chosen conversation in one row, the rejected in the next, trained on the last answer."""
+def pairs(
+    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, *, ties: bool = False
+) -> Supply:
+    """Preference pairs: the chosen conversation in one row, the rejected in the next, trained on the last answer.
+
+    Args:
+        ties: keep pairs of which neither answer is preferred.
+    """
     endless = rows.generated and order.key is not None
     looked_at = [indices[k] for k in range(LOOKED_AT)] if endless else indices
-    store, groups, tally = _keep(rows, looked_at, "pairs", seq_len, tokenizer)
+    kept, groups, tally = _keep_answers(rows, looked_at, "pairs", seq_len, tokenizer, ties)
     number = len(indices) if endless else len(groups)
 
-    def sides(place: int) -> list[Example]:
-        if endless:
-            return _made(rows, indices[place], "pairs", seq_len, tokenizer)
-        return [store.example(int(side), seq_len) for side in groups[place]]
+    def find(place: int) -> tuple[Store, Int64[np.ndarray, " K"]]:
+        return _made(rows, indices[place], "pairs", tokenizer) if endless else (kept, groups[place])
 
     def example(epoch: int, place: int) -> int:
         return order.place(epoch, place, number)
 
     def row(epoch: int, place: int) -> list[Row]:
-        both = sides(example(epoch, place))
-        return [packing.join([side], seq_len, tokenizer.pad_id) for side in both]
+        store, group = find(example(epoch, place))
+        assert store.margins is not None and store.ties is not None
+        margin, tie = (np.float32(column[group[0]]) for column in (store.margins, store.ties))
+        sides = [packing.join([side], seq_len, tokenizer.pad_id) for side in with_ends(store, group, seq_len)]
+        return [side._replace(margins=margin, ties=tie) for side in sides]
 
     return Supply(number, row, replace(tally, partial=endless), "pairs", example)
 
@@ -196,23 +209,33 @@ def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokeniz
     size = KINDS[kind].examples_a_row
     endless = rows.generated and order.key is not None
     looked_at = [indices[k] for k in range(LOOKED_AT)] if endless else indices
-    kept, groups, tally = _keep(rows, looked_at, kind, seq_len, tokenizer)
-    numbers = groups.reshape(-1)
-    total = len(indices) * size if endless else len(numbers)
-
-    def find(place: int) -> tuple[Store, int]:
-        if not endless:
-            return kept, int(numbers[place])
-        index = indices[place // size]
-        return store_in_memory([(rows[index], rows.where(index))], kind, tokenizer), place % size
+    kept, groups, tally = _keep_answers(rows, looked_at, kind, seq_len, tokenizer, ties=False)
+    total = len(indices) * size if endless else groups.size
 
     def row(epoch: int, place: int) -> list[Row]:
-        store, number = find(order.place(epoch, place, total))
-        label = 1 - number % size if store.labels is None else store.labels[number]
-        joined = packing.join([store.example(number, seq_len)], seq_len, tokenizer.pad_id)
+        place, side = divmod(order.place(epoch, place, total), size)
+        store, group = _made(rows, indices[place], kind, tokenizer) if endless else (kept, groups[place])
+        label = 1 - side if store.labels is None else store.labels[group[side]]
+        joined = packing.join([with_ends(store, group, seq_len)[side]], seq_len, tokenizer.pad_id)
         return [joined._replace(desirable=np.float32(label))]
 
     return Supply(total, row, replace(tally, partial=endless), kind)
+
+
+def with_ends(store: Store, group: Int64[np.ndarray, " K"], seq_len: int) -> list[Example]:
+    """The examples of one prompt, each with the end of its answer, in at most seq_len tokens.
+
+    The prompt loses its beginning, as much in all of them as the longest needs; an answer that still does not fit loses its
+    own beginning.
+    """
+    assert store.firsts is not None
+    over = max(0, int(store.lengths[group].max()) - seq_len)
+    start = min(over, int(store.firsts[group].min()))
+    found = []
+    for number in map(int, group):
+        begin, end = max(start, int(store.lengths[number]) - seq_len), int(store.lengths[number])
+        found.append(Example(store.column("tokens", number, begin, end), store.column("mask", number, begin, end)))
+    return found
 
 
 def _examples(
@@ -224,10 +247,44 @@ def _examples(
     return store_of(rows, kind, tokenizer), np.asarray(indices)
 
 
-def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: Tokenizer) -> list[Example]:
-    """The examples of one row, made now."""
+def _made(rows: Rows, index: int, kind: str, tokenizer: Tokenizer) -> tuple[Store, Int64[np.ndarray, " K"]]:
+    """The examples of one row, made now, and their numbers."""
     store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer)
-    return [store.example(number, seq_len) for number in range(len(store))]
+    return store, np.arange(len(store))
+
+
+def _keep_answers(
+    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer, ties: bool
+) -> Kept:
+    """The groups that something is to be learnt from, and what became of all.
+
+    Raises UserError where there is none.
+    """
+    store, numbers = _examples(rows, indices, kind, tokenizer)
+    assert store.firsts is not None and store.faults is not None
+    groups = numbers[:, None] * KINDS[kind].examples_a_row + np.arange(KINDS[kind].examples_a_row)
+    tied = np.zeros(len(groups), bool) if store.ties is None else store.ties[groups[:, 0]] > 0
+    fault = np.where(tied & ties, 0, store.faults[groups[:, 0]])
+    left_out = {what: (fault == number) & ~(tied & (not ties)) for number, what in FAULTS.items()}
+    left_out["ties"] = tied & (not ties)
+    reasons = tuple(f"{int(which.sum())} {what}" for what, which in left_out.items() if which.any())
+    kept = groups[~np.any(list(left_out.values()), axis=0) & (store.firsts[groups] < NEVER).all(axis=1)]
+    if not len(kept):
+        raise UserError(
+            f"{rows.path}: none of {len(groups)} {kind} teaches anything ({', '.join(reasons) or 'no answer has a token'})"
+        )
+    lengths = store.lengths[kept]
+    examples = [side for group in kept for side in with_ends(store, group, seq_len)] if lengths.max() > seq_len else []
+    whole = store.trained[kept].sum() if store.trained is not None else 0
+    tally = Tally(
+        examples=len(groups),
+        tokens=sum(len(side.tokens) for side in examples) if examples else int(lengths.sum()),
+        trained=sum(int(side.mask[1:].sum()) for side in examples) if examples else int(whole),
+        truncated=int((lengths > seq_len).any(axis=1).sum()),
+        dropped=len(groups) - len(kept),
+        reasons=reasons,
+    )
+    return Kept(store, kept, tally)
 
 
 def _keep(rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer) -> Kept:

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Float32, Int, Int64
 
 from lm.data import chat, readers
 from lm.data.cache import Entry, Writer, current_cache
@@ -23,6 +23,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.data.workers import Crew
 from lm.experiment import UserError
 
+FAULTS = {1: "of equal answers", 2: "with an empty answer"}  # why an example that was written down teaches nothing
+OPTIONAL = ("firsts", "trained", "labels", "margins", "ties", "faults")  # columns that not every kind has
 NEVER = np.iinfo(np.int32).max  # where an example is first trained on that never is
 ENCODED_AT_ONCE = 256  # documents, or rows that are in memory, whose tokens are Python integers at the same time
 
@@ -36,7 +38,8 @@ class Kind(NamedTuple):
 
     tokens [tokens], lengths [examples]; of conversations and pairs also mask [tokens] (1 where the model learns to predict
     the token), firsts [examples] (the first such place past the first token, or NEVER) and trained [examples] (how many);
-    of judged answers also labels [examples] (1 for a desirable one).
+    of judged answers also labels [examples] (1 for a desirable one); of pairs also margins and ties [examples]; of both
+    faults [examples] (a key of FAULTS, or 0).
     """
 
     encode: Encode
@@ -57,6 +60,9 @@ class Store:
     firsts: Int[np.ndarray, " N"] | None
     trained: Int[np.ndarray, " N"] | None
     labels: Int[np.ndarray, " N"] | None = None
+    margins: Float32[np.ndarray, " N"] | None = None
+    ties: Int[np.ndarray, " N"] | None = None
+    faults: Int[np.ndarray, " N"] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -116,15 +122,13 @@ def _assembled(blocks: Sequence[Callable[[str], np.ndarray]], columns: Sequence[
         return np.concatenate([one[name] for one in columns])
 
     lengths = [one["lengths"] for one in columns]
-    masked = "firsts" in columns[0]
+    some = {name: whole(name) for name in OPTIONAL if name in columns[0]}
     return Store(
         blocks=blocks,
         lengths=whole("lengths"),
-        parts=np.repeat(np.arange(len(lengths), dtype=np.int32), [len(some) for some in lengths]),
-        starts=np.concatenate([np.cumsum(some, dtype=np.int64) - some for some in lengths]),
-        firsts=whole("firsts") if masked else None,
-        trained=whole("trained") if masked else None,
-        labels=whole("labels") if "labels" in columns[0] else None,
+        parts=np.repeat(np.arange(len(lengths), dtype=np.int32), [len(own) for own in lengths]),
+        starts=np.concatenate([np.cumsum(own, dtype=np.int64) - own for own in lengths]),
+        **dict.fromkeys(("firsts", "trained")) | some,
     )
 
 
@@ -168,17 +172,32 @@ def _encode_conversations(tokenizer: Tokenizer, named: Iterable[Named]) -> Colum
 
 def _encode_pairs(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
     """Preference pairs, the chosen conversation and then the rejected, trained on the last answer."""
-    examples = []
+    examples, margins, ties, faults = [], [], [], []
     for row, where in named:
-        examples += [_last_answer(side, tokenizer) for side in chat.preference_messages(row, where)]
-    return _examples(tokenizer, examples)
+        both = chat.preference_messages(row, where)
+        examples += [_last_answer(side, tokenizer) for side in both]
+        margin, tie = chat.preference_marks(row, where)
+        margins += 2 * [margin]
+        ties += 2 * [tie]
+        faults += 2 * [_fault([side[-1]["content"].strip() for side in both])]
+    columns = {"margins": (margins, np.float32), "ties": (ties, np.int8), "faults": (faults, np.int8)}
+    return _examples(tokenizer, examples) | {name: np.array(found, kind) for name, (found, kind) in columns.items()}
+
+
+def _fault(answers: Sequence[str]) -> int:
+    """The number in FAULTS of what is wrong with the answers to one prompt; 0 for nothing."""
+    if not all(answers):
+        return 2
+    return int(len(answers) > 1 and len(set(answers)) == 1)
 
 
 def _encode_judged(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
     """Answers with a label each, trained on."""
     judged = [chat.judged_messages(row, where) for row, where in named]
     examples = [_last_answer(messages, tokenizer) for messages, _ in judged]
-    return _examples(tokenizer, examples) | {"labels": np.array([label for _, label in judged], np.int8)}
+    faults = [_fault([messages[-1]["content"].strip()]) for messages, _ in judged]
+    labels = [label for _, label in judged]
+    return _examples(tokenizer, examples) | {"labels": np.array(labels, np.int8), "faults": np.array(faults, np.int8)}
 
 
 def _examples(tokenizer: Tokenizer, examples: Sequence[chat.Rendered]) -> Columns:

@@ -105,3 +105,19 @@ def test_nothing_to_export_is_one_line(tmp_path, capsys, choice, words):
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert not (tmp_path / "answers.preferences.jsonl").exists()
+
+
+def test_ties_are_rows_only_where_they_are_wanted_and_strengths_are_margins():
+    records = [
+        chosen("Ann", "won", "x", "y", "left", strength=3),
+        chosen("Ann", "tie", "x", "y", "tie"),
+        chosen("Bob", "even", "x", "y", "left"),
+        chosen("Cy", "even", "x", "y", "right"),
+        chosen("Ann", "bad", "x", "y", "both bad"),
+    ]
+    plain, with_ties = preferences(records), preferences(records, ties=True)
+    assert [row["pair"] for row in plain.rows] == ["won|x|y"] and plain.rows[0]["margin"] == 3
+    assert [(row["pair"], row.get("tie", False)) for row in with_ties.rows] == [
+        ("won|x|y", False), ("tie|x|y", True), ("even|x|y", True),
+    ]  # fmt: skip
+    assert with_ties.undecided == 1 and with_ties.even == 0
