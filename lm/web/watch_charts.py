@@ -44,7 +44,8 @@ def judge_against_kl(salt: str, lines: list[Line]) -> Chart:
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.set_xlabel("KL, nats an answer", color=INK)
         for place in dict.fromkeys((0, best, len(lines) - 1)):
-            tell(axes, kl[place], reward[place], f"step {lines[place]['step']:,}", colour, ring=place == best)
+            told = f"step {lines[place]['step']:,}"
+            tell(axes, kl[place], reward[place], told, colour, ring=place == best, below=rises_from(reward, place))
 
     svg = sketch(salt, "The judge's reward against the KL from the reference, points joined in order of steps", paint)
     return Chart(
@@ -114,20 +115,36 @@ def whiskers(
     axes.errorbar(x, y, xerr=x_half, yerr=y_half, fmt="none", ecolor=colour, elinewidth=1, alpha=0.35)
 
 
+def rises_from(values: list[float], place: int) -> bool:
+    """Whether the neighbour of an end is higher, so that words about this end stand clear of the line below it."""
+    if place not in (0, len(values) - 1) or len(values) < 2:
+        return False
+    return values[1 if place == 0 else -2] > values[place]
+
+
 def tell(
-    axes: matplotlib.axes.Axes, x: float, y: float, text: str, colour: str, *, ring: bool = False, ink: str = INK
+    axes: matplotlib.axes.Axes,
+    x: float,
+    y: float,
+    text: str,
+    colour: str,
+    *,
+    ring: bool = False,
+    below: bool = False,
+    ink: str = INK,
 ) -> None:
     """A few words beside a point, on the side where there is room; a ring around it marks the best."""
-    low, high = axes.get_xlim()
-    to = axes.transData.transform
-    left, right = to((low, y))[0], to((high, y))[0]
-    far = (to((x, y))[0] - left) / (right - left) > 0.6
+    left, right = axes.get_xlim()
+    (start, _), (here, _), (end, _) = axes.transData.transform([(left, y), (x, y), (right, y)])
+    far = (here - start) / (end - start) > 0.6
     if ring:
         axes.plot(
             [x], [y], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.2
         )
+    shift = (-7 if far else 7, -7 if below else 7)
     axes.annotate(
-        text, (x, y), (-7 if far else 7, 7), textcoords="offset points", ha="right" if far else "left", color=ink,
+        text, (x, y), shift, textcoords="offset points", color=ink,
+        ha="right" if far else "left", va="top" if below else "bottom",
     )  # fmt: skip
 
 
