@@ -47,5 +47,6 @@ def call(arguments: argparse.Namespace) -> int:
 
 def beside(run_dirs: list[Path]) -> Path:
     """frontier.html in the folder that holds all the runs."""
-    common = os.path.commonpath([folder.resolve().parent for folder in run_dirs])
-    return Path(os.path.relpath(common)) / "frontier.html"
+    common = Path(os.path.commonpath([folder.resolve().parent for folder in run_dirs]))
+    here = Path.cwd()
+    return (common.relative_to(here) if common.is_relative_to(here) else common) / "frontier.html"

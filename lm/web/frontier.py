@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,10 @@ def frontier(runs: list[Run]) -> list[Panel]:
         kinds.setdefault((item["verifier"], item["source"]["path"]), []).append(item["name"])
     panels = []
     for (verifier, path), names in kinds.items():
-        found = [curve for name in names for curve in (*stage_curves(runs, name), *best_of_curves(runs, name))]
+        stages = {name: stage_curves(runs, name) for name in names}
+        several = sum(map(bool, stages.values())) > 1
+        found = [replace(one, name=f"{one.name}, {name}") if several else one for name in names for one in stages[name]]
+        found += [curve for name in names for curve in best_of_curves(runs, name)]
         if found:
             panels.append(Panel(verifier, path, found))
     return panels
@@ -132,9 +135,7 @@ def stage_curves(runs: list[Run], name: str) -> list[Curve]:
             for line in finite(measured(stage).get(name, []), "reward", "kl"):
                 by_step.setdefault(line["step"], {})[run] = line
         if len(by_step) > 1:
-            curves.append(
-                _curve(f"{stages[0].name}, {name}", [(f"step {s:,}", by_step[s]) for s in sorted(by_step)], True)
-            )
+            curves.append(_curve(stages[0].name, [(f"step {s:,}", by_step[s]) for s in sorted(by_step)], True))
     return curves
 
 
@@ -198,8 +199,7 @@ def render(runs: list[Run], panels: list[Panel]) -> str:
         free=differences(runs),
         panels=[(panel, frontier_charts.chart(panel), [ending(curve) for curve in panel.curves]) for panel in panels],
         told=frontier_charts.told,
-        nats=frontier_charts.nats,
-        scored=frontier_charts.scored,
+        hundredths=frontier_charts.hundredths,
     )
 
 
@@ -213,7 +213,8 @@ def differences(runs: Iterable[Run]) -> list[str]:
 def ending(curve: Curve) -> str:
     """Where a curve is highest, and what became of it, in a sentence."""
     best, last = curve.points[curve.peak], curve.points[-1]
-    where = f"is highest at {best.label}, {frontier_charts.nats(best.kl)} nats from the reference: {frontier_charts.told(best.reward)}"
+    far = f"{'' if curve.joined else 'at most '}{frontier_charts.hundredths(best.kl)} nats from the reference"
+    where = f"is highest at {best.label}, {far}: {frontier_charts.told(best.reward)}"
     if best is last:
         return f"{where}, its last point."
     fall = curve.fall

@@ -78,7 +78,7 @@ def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> 
     axes.yaxis.set_major_formatter(as_percent)
     axes.set_xlabel("KL from the reference, nats an answer (square-root axis)", color=colours[INK])
     for i, curve in enumerate(panel.curves):
-        _tell_curve(axes, curve, colours[SERIES[i % len(SERIES)]], colours[INK])
+        _tell_curve(axes, curve, colours[SERIES[i % len(SERIES)]], below=i % 2 == 1)
 
 
 def _paint_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, mark: str) -> None:
@@ -91,16 +91,15 @@ def _paint_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, mark: st
     )  # fmt: skip
 
 
-def _tell_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, ink: str) -> None:
-    """The peak and the last step of a stage, or every n."""
+def _tell_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, below: bool) -> None:
+    """The peak (`below` it or above) and the last step of a stage; or every n, below its point."""
     rewards = [point.reward.mean for point in curve.points]
     last = len(rewards) - 1
     for place in dict.fromkeys((curve.peak, last)) if curve.joined else range(last + 1):
-        point = curve.points[place]
+        point, peak = curve.points[place], curve.joined and place == curve.peak
         text = point.label if curve.joined or place == 0 else point.label.removeprefix("n = ")
-        ring = curve.joined and place == curve.peak
-        below = rises_from(rewards, place) or not curve.joined
-        tell(axes, point.kl.mean, point.reward.mean, text, colour, ring=ring, below=below, ink=ink)
+        under = below if peak else rises_from(rewards, place) or not curve.joined
+        tell(axes, point.kl.mean, point.reward.mean, text, colour, ring=peak, below=under, ink=colour)
 
 
 def _root(kl: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -135,14 +134,7 @@ def told(value: Estimate) -> str:
     )
 
 
-def nats(value: Estimate) -> str:
-    return _with_half(value, 2)
-
-
-def scored(value: Estimate | None) -> str:
-    return "–" if value is None else _with_half(value, 2)
-
-
-def _with_half(value: Estimate, digits: int) -> str:
-    half = "" if math.isnan(value.half) else f" ± {value.half:.{digits}f}"
-    return signed(f"{value.mean:.{digits}f}") + half
+def hundredths(value: Estimate) -> str:
+    """A KL or a score with its interval: 7.69 ± 0.19."""
+    half = "" if math.isnan(value.half) else f" ± {value.half:.2f}"
+    return signed(f"{value.mean:z.2f}") + half
