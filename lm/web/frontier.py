@@ -147,14 +147,23 @@ def best_of_curves(runs: list[Run], name: str) -> list[Curve]:
         for run, stage in enumerate(stages):
             for line in stage.evals:
                 if line["eval"] == name and line["metric"] == "best_of_n":
-                    for i, n in enumerate(line["best_of"]):
-                        keys = {"kl": "kl_bound", "reward": "reward", "score": "score"}
-                        by_n.setdefault(n, {})[run] = {to: line[key][i] for to, key in keys.items() if key in line}
+                    for n, one in best_of(line):
+                        by_n.setdefault(n, {})[run] = one
         if by_n:
             curves.append(
                 _curve(f"best of n by {stages[0].name}", [(f"n = {n}", by_n[n]) for n in sorted(by_n)], False)
             )
     return curves
+
+
+def best_of(line: Line) -> list[tuple[int, Line]]:
+    """(n, its kl, reward and score) from the lists of one measurement, where KL and reward are numbers."""
+    keys = {"kl": "kl_bound", "reward": "reward", "score": "score"}
+    found = [
+        (n, {to: line[key][i] for to, key in keys.items() if line.get(key) and line[key][i] is not None})
+        for i, n in enumerate(line.get("best_of", []))
+    ]
+    return [(n, one) for n, one in found if finite([one], "kl", "reward")]
 
 
 def _curve(name: str, points: list[tuple[str, dict[int, Line]]], joined: bool) -> Curve:

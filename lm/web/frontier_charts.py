@@ -113,9 +113,9 @@ def _square(root: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 def ticks_of(high: float) -> list[float]:
     """About five round values of KL from 0 whose square roots are spread up to `high`."""
     ticks = [0.0]
-    for root in np.linspace(0, high, 6)[1:]:
+    for root in np.linspace(0, high, 6)[1:] if high > 0 else ():
         value = root**2
-        size = 10 ** math.floor(math.log10(value)) if value > 0 else 1.0
+        size = 10 ** math.floor(math.log10(value))
         rounded = min((1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10), key=lambda part: abs(part * size - value)) * size
         if rounded > ticks[-1]:
             ticks.append(rounded)
