@@ -1,7 +1,9 @@
-"""Write report.html, the story of a run; of several runs frontier.html, gold reward against KL over their seeds.
+"""Write report.html, the story of a run; of several seeds, frontier.html.
 
-One file that opens anywhere, offline; a run that is not finished has one too. Where the reward model's score rises and the
-judge's reward falls, that is said here, too."""
+A page is one file that opens anywhere, offline. A run that is not finished has
+a report, too. frontier.html and its .png show gold reward against KL over the
+seeds of one experiment. Where a reward model's score rises while the judge's
+reward falls, that is printed, too."""
 
 from __future__ import annotations
 
