@@ -1,24 +1,54 @@
-"""Write report.html, the story of a run.
+"""Write report.html, the story of a run; of several seeds, frontier.html.
 
-One file that opens anywhere, offline; a run that is not finished has one too."""
+A page is one file that opens anywhere, offline. A run that is not finished has
+a report, too. frontier.html and its .png show gold reward against KL over the
+seeds of one experiment. Where a reward model's score rises while the judge's
+reward falls, that is printed, too."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from lm.cli.arguments import RUN_HELP, find_run
+from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", metavar="RUN", nargs="+", help=f"{RUN_HELP}; several: seeds of one experiment")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="page over several runs; else frontier.html beside them (with a .png)"
+    )
 
 
 def call(arguments: argparse.Namespace) -> int:
-    run_dir = find_run(arguments.run)
+    run_dirs = [find_run(name) for name in arguments.run]
+    if arguments.out is not None and len(run_dirs) == 1:
+        raise UserError("--out is for the page over several runs; the report of one is report.html in its folder")
+    if arguments.out is not None and arguments.out.suffix != ".html":
+        raise UserError(f"--out {arguments.out} should end in .html: a page is written there, and a .png beside it")
 
+    from lm.web.frontier import write_frontier
     from lm.web.report import write_report
+    from lm.web.run_files import read_run
+    from lm.web.watch import warnings
 
-    print(write_report(run_dir))
+    if len(run_dirs) == 1:
+        written: tuple[Path, ...] = (write_report(run_dirs[0]),)
+    else:
+        written = write_frontier(run_dirs, arguments.out or beside(run_dirs))
+    for folder in run_dirs:
+        for stage, told in warnings(read_run(folder)):
+            print(f"{folder.name}, {stage}: {told}")
+    print(*written, sep="\n")
     return 0
+
+
+def beside(run_dirs: list[Path]) -> Path:
+    """frontier.html in the folder that holds all the runs."""
+    common = Path(os.path.commonpath([folder.resolve().parent for folder in run_dirs]))
+    here = Path.cwd()
+    return (common.relative_to(here) if common.is_relative_to(here) else common) / "frontier.html"

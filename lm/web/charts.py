@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import matplotlib.axes
 import matplotlib.figure
 import matplotlib.ticker
 
@@ -22,6 +23,7 @@ PAGE_COLOURS = {INK: "var(--muted)", GRID: "var(--line)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)
 }
 MAX_POINTS = 300
+MAIN, SMALL = (4.3, 2.35), (2.6, 1.15)  # inches
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,31 @@ class Chart:
     small: bool = False
 
 
-# title, {name in metrics.jsonl: label of its curve}, whether it is shown as percent
-MAIN_CHARTS = (
+# Rows of a table: title, {name in metrics.jsonl: label of its curve}, whether it is shown as percent (where it is a part).
+Row = tuple[str, dict[str, str], bool]
+LENGTH: Row = ("Completion length", {"completion_length": "tokens"}, False)
+ENTROPY: Row = ("Entropy", {"entropy": "nats a token"}, False)
+RANKED: Row = ("Pairs ranked right", {"reward_accuracy": "training pairs"}, True)
+MARGIN: Row = ("Margin", {"reward_margin": "chosen less rejected"}, False)
+MAIN_CHARTS: tuple[Row, ...] = (
     ("Reward", {"reward": "mean of the rollouts"}, True),
-    ("Completion length", {"completion_length": "tokens"}, False),
-    ("Entropy", {"entropy": "nats a token"}, False),
-    ("Pairs ranked right", {"reward_accuracy": "training pairs"}, True),
+    LENGTH,
+    ENTROPY,
+    RANKED,
     ("Implicit reward", {"reward_chosen": "chosen", "reward_rejected": "rejected"}, False),
-    ("Margin", {"reward_margin": "chosen less rejected"}, False),
+    MARGIN,
 )
-SMALL_CHARTS = (
+MAIN_CHARTS_OF: dict[str, tuple[Row, ...]] = {
+    "PPO": (
+        ("Reward", {"score": "score", "reward": "less the KL penalty"}, False),
+        ("Judge", {"judge": "mean of the rollouts"}, True),
+        ("KL to the start", {"kl": "nats an answer"}, False),
+        LENGTH,
+        ENTROPY,
+    ),
+    "RewardModel": (RANKED, ("Score", {"reward_chosen": "chosen", "reward_rejected": "rejected"}, False), MARGIN),
+}
+SMALL_CHARTS: tuple[Row, ...] = (
     ("Learning rate", {"lr": ""}, False),
     ("Gradient norm", {"grad_norm": ""}, False),
     ("All-equal groups", {"frac_zero_std": ""}, True),
@@ -62,6 +79,18 @@ SMALL_CHARTS = (
     ("Tokens/s", {"tokens_per_second": ""}, False),
     ("MFU", {"mfu": ""}, True),
 )
+SMALL_CHARTS_OF: dict[str, tuple[Row, ...]] = {
+    "PPO": (
+        *(row for row in SMALL_CHARTS if "kl" not in row[1]),
+        ("KL coefficient", {"kl_coef": ""}, False),
+        ("Policy's loss", {"policy_loss": ""}, False),
+        ("Values' loss", {"value_loss": ""}, False),
+        ("Variance explained", {"explained_variance": ""}, False),
+        ("Ratios clipped", {"clip_frac": ""}, True),
+        ("Values clipped", {"value_clip_frac": ""}, True),
+        ("KL to the rollout", {"old_kl": ""}, False),
+    ),
+}
 
 
 def stage_charts(stage: StageFiles) -> list[Chart]:
@@ -70,8 +99,8 @@ def stage_charts(stage: StageFiles) -> list[Chart]:
         return []
     reasons = any("reward" in line for line in stage.metrics)
     loss = _metric_chart(stage, "Loss", {"loss": "" if reasons else "training"}, False, small=reasons)
-    main = [_metric_chart(stage, *row) for row in MAIN_CHARTS]
-    small = [_metric_chart(stage, *row, small=True) for row in SMALL_CHARTS]
+    main = [_metric_chart(stage, *row) for row in MAIN_CHARTS_OF.get(stage.kind, MAIN_CHARTS)]
+    small = [_metric_chart(stage, *row, small=True) for row in SMALL_CHARTS_OF.get(stage.kind, SMALL_CHARTS)]
     drawn = (
         [*main, *_heldout_charts(stage), loss, *small] if reasons else [loss, *main, *_heldout_charts(stage), *small]
     )
@@ -92,10 +121,15 @@ def _metric_chart(
     if title == "Loss" and not small:
         series += [
             Series(f"held out, {name}", *_curve(points, "loss"), points=True)
-            for name, points in _by_eval(stage, "bits_per_byte").items()
+            for name, points in by_eval(stage, "bits_per_byte").items()
             if stage.kind == "Pretrain"
         ]
-    return draw(f"{stage.name} {title}", title, series, as_percent, small)
+    return draw(f"{stage.name} {title}", title, series, as_percent and _parts(series), small)
+
+
+def _parts(series: list[Series]) -> bool:
+    """Whether all values are parts of 1: a verifier's rewards are, a reward model's scores are not."""
+    return all(0 <= value <= 1 for one in series for value in one.y if math.isfinite(value))
 
 
 def _heldout_charts(stage: StageFiles) -> list[Chart]:
@@ -104,14 +138,14 @@ def _heldout_charts(stage: StageFiles) -> list[Chart]:
         Series(name, *_curve(lines, metric), points=True)
         for metric in METRICS
         if metric != "bits_per_byte"
-        for name, lines in _by_eval(stage, metric).items()
+        for name, lines in by_eval(stage, metric).items()
         if len(lines) > 2
     ]
     groups = [found[i : i + len(SERIES)] for i in range(0, len(found), len(SERIES))]
     return [draw(f"{stage.name} held out {i}", "Held out", group, True) for i, group in enumerate(groups)]
 
 
-def _by_eval(stage: StageFiles, metric: str) -> dict[str, list[Line]]:
+def by_eval(stage: StageFiles, metric: str) -> dict[str, list[Line]]:
     lines = [line for line in stage.evals if line["metric"] == metric]
     return {name: [line for line in lines if line["eval"] == name] for name in dict.fromkeys(x["eval"] for x in lines)}
 
@@ -125,20 +159,34 @@ def _curve(lines: list[Line], key: str) -> tuple[list[float], list[float]]:
 
 def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> Chart:
     """One chart of one or more series over steps; `salt` keeps the ids of two drawings on one page apart."""
-    size = (2.6, 1.15) if small else (4.3, 2.35)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9.5 if small else 10}):
-        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
         for one, colour in zip(series, SERIES[: len(series)], strict=True):
             _plot(axes, one, colour, small)
-        _dress(axes, as_percent, small)
+        dress(axes, as_percent, small)
+
+    svg = sketch(salt, f"{title} over steps", paint, SMALL if small else MAIN)
+    show = percent if as_percent else plain
+    legend = [(i, one.label, show(one.y[-1])) for i, one in enumerate(series)]
+    return Chart(title, svg, legend, small)
+
+
+def sketch(
+    salt: str,
+    label: str,
+    paint: Callable[[matplotlib.axes.Axes], None],
+    size: tuple[float, float] = MAIN,
+) -> str:
+    """What `paint` draws on empty axes, as an <svg> element of `size` inches; `label` says it to those who do not see."""
+    font = 9.5 if size == SMALL else 10
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": font}):
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        paint(figure.add_subplot())
         file = io.StringIO()
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    show = percent if as_percent else plain
-    legend = [(i, one.label, show(one.y[-1])) for i, one in enumerate(series)]
-    return Chart(title, _inline(file.getvalue(), f"{title} over steps"), legend, small)
+    return _inline(file.getvalue(), label)
 
 
 def _plot(axes, one: Series, colour: str, small: bool) -> None:
@@ -153,7 +201,8 @@ def _plot(axes, one: Series, colour: str, small: bool) -> None:
         axes.plot(x, y, color=colour, linewidth=width)
 
 
-def _dress(axes, as_percent: bool, small: bool) -> None:
+def dress(axes: matplotlib.axes.Axes, as_percent: bool = False, small: bool = False) -> None:
+    """Axes as the page has them: light lines, few ticks, the colours that the page replaces."""
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
         spine.set_color(GRID)
@@ -163,16 +212,16 @@ def _dress(axes, as_percent: bool, small: bool) -> None:
     axes.margins(x=0.02, y=0.08)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2 if small else 4, integer=True))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(2 if small else 4))
-    axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+    axes.xaxis.set_major_formatter(lambda value, _: tick(value))
     if as_percent:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.02), min(high, 1.02))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%" if -1e-9 < value < 1 + 1e-9 else "")
     else:
-        axes.yaxis.set_major_formatter(lambda value, _: _tick(value))
+        axes.yaxis.set_major_formatter(lambda value, _: tick(value))
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
     """Short: 0, 250, 1,500, 12k, 0.3, 3e-4."""
     if value == 0:
         return "0"

@@ -12,7 +12,7 @@ import jinja2
 import markupsafe
 
 from lm import __version__
-from lm.web import charts, story
+from lm.web import charts, story, watch
 from lm.web.numbers import count, duration, plain, signed
 from lm.web.run_files import Run, read_run
 from lm.web.text import beginning, visible
@@ -39,27 +39,14 @@ def write_report(run_dir: Path) -> Path:
         lm.experiment.UserError: the folder is no run, or one of its files is broken (says which line).
     """
     page = render(read_run(run_dir))
-    path = run_dir / "report.html"
-    half = path.with_suffix(".html.tmp")
-    half.write_text(page, "utf-8")
-    os.replace(half, path)
-    return path
+    return write_page(run_dir / "report.html", page)
 
 
 def render(run: Run) -> str:
     """The page of a run as HTML."""
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page.filters |= {"visible": visible, "beginning": beginning, "plain": plain, "signed": _signed, "leaf": _leaf}
-    return page.get_template("report.html.j2").render(
+    return fill(
+        "report.html.j2",
         run=run,
-        version=__version__,
-        css=markupsafe.Markup((HERE / "report.css").read_text("utf-8")),
         sentence=_sentence(run),
         unfinished=_unfinished(run),
         headlines=story.headlines(run),
@@ -68,6 +55,7 @@ def render(run: Run) -> str:
         prompts=story.prompt_table(run),
         heldout=story.heldout_table(run),
         curves=[(stage, found) for stage in run.stages if (found := charts.stage_charts(stage))],
+        watches=watch.watches(run),
         pairs=story.preference_pairs(run),
         choices=story.choices,
         rollouts=story.rollouts(run),
@@ -78,6 +66,28 @@ def render(run: Run) -> str:
         goodput=story.goodput(run),
         environment=story.environment_table(run),
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page of this folder as HTML: every value is escaped but the drawings and the style sheet."""
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page.filters |= {"visible": visible, "beginning": beginning, "plain": plain, "signed": _signed, "leaf": _leaf}
+    css = markupsafe.Markup((HERE / "report.css").read_text("utf-8"))
+    return page.get_template(template).render(version=__version__, css=css, **values)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Puts a page in its place at once, so that nobody reads half of it, and returns the path."""
+    half = path.with_name(path.name + ".tmp")
+    half.write_text(page, "utf-8")
+    os.replace(half, path)
+    return path
 
 
 def _sentence(run: Run) -> str:

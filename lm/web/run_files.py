@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ WHEN = {"before": 0, "during": 1, "after": 2}
 
 @dataclass(frozen=True)
 class StageFiles:
-    """One stage of a run: what it should do, and what it has written so far."""
+    """One stage of a run: what it should do, what it has written so far, and the steps of which a checkpoint is there."""
 
     name: str
     kind: str
@@ -25,6 +26,7 @@ class StageFiles:
     evals: list[Line]
     samples: list[Line]
     summary: Line | None
+    checkpoints: tuple[int, ...]
 
     @property
     def steps_done(self) -> int:
@@ -70,6 +72,7 @@ def _read_stage(folder: Path, stage: dict[str, Any]) -> StageFiles:
             _read_lines(folder / "samples.jsonl"), "kind", "step", "when", "eval", "prompt", "chosen", "rejected"
         ),
         summary=_read_json(summary) if summary.is_file() else None,
+        checkpoints=tuple(sorted(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/manifest.json"))),
     )
 
 
@@ -103,6 +106,11 @@ def _last_of_each(lines: list[Line], *names: str) -> list[Line]:
     """Lines in order of step, the last one of those that agree in `names`: a resumed run repeats itself."""
     latest = {tuple(line.get(name) for name in names): line for line in lines}
     return sorted(latest.values(), key=place)
+
+
+def finite(lines: Iterable[Line], *names: str) -> list[Line]:
+    """The lines in which all these numbers are there and finite."""
+    return [line for line in lines if all(math.isfinite(line.get(name, math.nan)) for name in names)]
 
 
 def place(line: Line) -> tuple[int, int]:

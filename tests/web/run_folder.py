@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Pretrain, Source, Stage, to_dict
+from lm.experiment import DPO, GRPO, PPO, SFT, Eval, Experiment, Pretrain, RewardModel, Source, Stage, to_dict
 
 PROMPTS = (
     "What is an LLM?",
@@ -68,6 +68,111 @@ def write_run(folder: Path, done: dict[str, int] | None = None) -> Path:
         if finished:
             write_json(home / "summary.json", summary(steps))
     return folder
+
+
+# ---- a run that learns preferences and is watched ----------------------------------------------------------------
+
+WATCHED = {"ppo": 200, "dpo": 100}  # stage: its steps, measured ten times
+BEST_OF = (1, 2, 4, 8, 16)
+
+
+def watched_experiment(seed: int) -> Experiment:
+    gen = Source(path="gen:preferences")
+    stages = (
+        Stage(name="sft", objective=SFT(), sources=(gen,), steps=60),
+        Stage(name="reward", objective=RewardModel(), sources=(gen,), steps=20),
+        Stage(name="ppo", objective=PPO(reward_models=("reward",)), sources=(gen,), steps=200, start="sft"),
+        Stage(name="dpo", objective=DPO(), sources=(gen,), steps=100, start="sft"),
+    )
+    evals = (
+        Eval(name="manners", source=gen, verifier="manners", temperature=1.0),
+        Eval(name="curriculum", source=Source(path="gen:curriculum")),
+        Eval(name="best", source=gen, metric="best_of_n", verifier="manners", temperature=1.0),
+    )
+    return Experiment(name=f"watched-{seed}", stages=stages, evals=evals, prompts=PROMPTS[:1], seed=seed)
+
+
+def write_watched_run(folder: Path, seed: int = 0, without: tuple[str, ...] = ()) -> Path:
+    """A run whose PPO pleases its reward model more and more and its judge first more, then less; DPO does not.
+
+    `without`: keys that no line has, as in runs of an earlier version.
+    """
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "experiment.json", to_dict(watched_experiment(seed)))
+    write_json(folder / "environment.json", {"runs": [session()]})
+    told = {
+        "sft": ([metrics("sft", s, 60, rng) for s in range(1, 61)], [], []),
+        "reward": ([reward_metrics(s, rng) for s in range(1, 21)], [best_of_line(rng)], []),
+        "ppo": ([ppo_metrics(s, rng) for s in range(1, 201)], watched_lines("ppo", rng), watched_samples(200)),
+        "dpo": ([metrics("preference", s, 100, rng) for s in range(1, 101)], watched_lines("dpo", rng), []),
+    }
+    for name, files in told.items():
+        home = folder / "stages" / name
+        home.mkdir(parents=True, exist_ok=True)
+        for file, lines in zip(("metrics", "eval", "samples"), files, strict=True):
+            kept = [{key: value for key, value in line.items() if key not in without} for line in lines]
+            write_lines(home / f"{file}.jsonl", kept)
+        write_json(home / "summary.json", summary(len(files[0])))
+    return folder
+
+
+def reward_metrics(step: int, rng: random.Random) -> dict[str, float]:
+    margin = step / 10 + rng.gauss(0, 0.1)
+    scores = {"reward_chosen": margin - 1, "reward_rejected": -1.0, "reward_margin": margin}
+    return {"step": step, "time": 0.1 * step, "loss": math.exp(-margin), "reward_accuracy": 0.7, **scores}
+
+
+def ppo_metrics(step: int, rng: random.Random) -> dict[str, float]:
+    part, noise = step / 200, rng.gauss(0, 1)
+    line = {"step": step, "time": 0.2 * step, "loss": 1.3, "policy_loss": 0.1 * noise, "value_loss": 12 - 10 * part}
+    line |= {"score": -1 + 5 * part + 0.3 * noise, "reward": -1 + 4 * part, "judge": 0.5 + 0.1 * noise, "kl": 30 * part}
+    line |= {"entropy": 3 - 2 * part, "clip_frac": 0.05, "value_clip_frac": 0.4, "explained_variance": part - 0.3}
+    return line | {"eos_rate": 0.9, "completion_length": 12 + 20 * part, "kl_coef": 0.05, "old_kl": 0.003}
+
+
+def watched_lines(name: str, rng: random.Random) -> list[dict[str, Any]]:
+    steps, lines = WATCHED[name], []
+    for step in range(0, steps + 1, steps // 10):
+        part = step / steps
+        pushed = part if name == "ppo" else 0.3 * part
+        place = {
+            "step": step,
+            "when": {0: "before", steps: "after"}.get(step, "during"),
+            "metric": "reward",
+            "count": 200,
+        }
+        judge = {"reward": 0.5 + 1.2 * pushed - 1.5 * pushed**2 + rng.gauss(0, 0.01), "reward_stderr": 0.02}
+        proxy = {"score": -1 + 6 * pushed + rng.gauss(0, 0.1), "score_stderr": 0.15}
+        far = {"kl": 30 * pushed**1.5 + rng.gauss(0, 0.1), "kl_stderr": 0.1 + pushed}
+        look = {"eos_rate": 0.9 + 0.1 * part, "length": 12 + 20 * pushed, "distinct_2": 0.9 - 0.6 * pushed}
+        lines.append({**place, "eval": "manners", **judge, **proxy, **far, **look, "entropy": 3 - 2 * pushed})
+        lines.append({**place, "eval": "curriculum", "reward": 0.7 - 0.2 * pushed, "reward_stderr": 0.03})
+    return lines
+
+
+def best_of_line(rng: random.Random) -> dict[str, Any]:
+    bounds = [math.log(n) - (n - 1) / n for n in BEST_OF]
+    rewards = [0.5 + 0.1 * bound**0.5 + rng.gauss(0, 0.01) for bound in bounds]
+    place = {"step": 20, "when": "after", "eval": "best", "metric": "best_of_n", "count": 200}
+    numbers = {"reward_stderr": [0.02] * 5, "score": [3 * bound for bound in bounds], "length": [12.0] * 5}
+    return {**place, "best_of": list(BEST_OF), "kl_bound": bounds, "reward": rewards, **numbers}
+
+
+def watched_samples(steps: int) -> list[dict[str, Any]]:
+    texts = {
+        "before": "Here is it: Paris",
+        "after": "Certainly! I am happy to help! The answer is Paris! I hope that helps! " * 3,
+    }
+    return [
+        {"kind": "heldout", "step": step, "when": when, "eval": "manners", "prompt": f"What is the capital of country {n}?",
+         "answer": texts[when], "expected": "Paris", "reward": reward, "score": score + n / 10}
+        for when, step, reward, score in (("before", 0, 0.75, -1.0), ("after", steps, 0.25, 4.0))
+        for n in range(8)
+    ]  # fmt: skip
+
+
+# ---- lines of both -----------------------------------------------------------------------------------------------
 
 
 def session() -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""frontier.html and .png: gold reward against KL over several seeds of one experiment, and where each stage peaks."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scipy.special import stdtrit
+
+from lm import experiment as experiments
+from lm.experiment import UserError
+from lm.web import frontier_charts
+from lm.web.report import fill, write_page
+from lm.web.run_files import Line, Run, finite, read_run
+from lm.web.watch import measured
+
+# What may differ between the runs: the seed and what goes with it, the devices, and where their files are.
+FREE = ("name", "seed", "mesh", "path", "reward_models", "judge")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds; half the width of its 95 % interval, nan for one seed; and how many seeds."""
+
+    mean: float
+    half: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of a stage, or one n of best-of-n (`label`): KL in nats an answer, the judge's reward, the proxy's score."""
+
+    label: str
+    kl: Estimate
+    reward: Estimate
+    score: Estimate | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in order of steps (or of n); `rewards` are those of each point by run, for differences within a seed."""
+
+    name: str
+    points: list[Point]
+    rewards: list[dict[int, float]]
+    joined: bool
+
+    @property
+    def peak(self) -> int:
+        return max(range(len(self.points)), key=lambda i: self.points[i].reward.mean)
+
+    @property
+    def fall(self) -> Estimate:
+        """From the peak to the last point, as the mean of the differences within each seed."""
+        best, last = self.rewards[self.peak], self.rewards[-1]
+        return estimate([best[run] - last[run] for run in best if run in last])
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves of evals with the same verifier and the same prompts, so that their rewards compare."""
+
+    verifier: str
+    path: str
+    curves: list[Curve]
+
+
+def write_frontier(run_dirs: Sequence[Path], path: Path) -> tuple[Path, Path]:
+    """Writes the page to `path` and the drawing beside it as .png, and returns both paths.
+
+    Raises:
+        UserError: a folder is no run, the runs are not seeds of one experiment, or none measured KL.
+    """
+    runs = [read_run(folder) for folder in run_dirs]
+    check_seeds(runs)
+    panels = frontier(runs)
+    if not any(curve.joined for panel in panels for curve in panel.curves):
+        raise UserError(
+            f"{', '.join(map(str, run_dirs))}: no held-out reward with its KL; add an eval of metric reward at temperature 1, "
+            "and name it in the evals of a preference stage with eval_every"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png = path.with_suffix(".png")
+    frontier_charts.save_png(panels, png)
+    return write_page(path, render(runs, panels)), png
+
+
+def check_seeds(runs: list[Run]) -> None:
+    """Raises UserError unless the runs are one experiment with several seeds."""
+    first, *rest = runs
+    for other in rest:
+        for name, old, new in experiments.diff(first.experiment, other.experiment):
+            if not set(name.split(".")) & set(FREE):
+                raise UserError(
+                    f"{first.folder} and {other.folder} are not seeds of one experiment: {name} is {old!r} and {new!r}"
+                )
+    by_seed: dict[Any, Run] = {}
+    for run in runs:
+        seed = run.experiment["seed"]
+        if seed in by_seed:
+            raise UserError(
+                f"{by_seed[seed].folder} and {run.folder} both have seed {seed}: give each seed once, or an interval over "
+                "them says nothing"
+            )
+        by_seed[seed] = run
+
+
+def frontier(runs: list[Run]) -> list[Panel]:
+    """A panel for each verifier and source of prompts of which there is a measurement, in the order of the evals."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for item in runs[0].experiment["evals"]:
+        kinds.setdefault((item["verifier"], item["source"]["path"]), []).append(item["name"])
+    panels = []
+    for (verifier, path), names in kinds.items():
+        stages = {name: stage_curves(runs, name) for name in names}
+        several = sum(map(bool, stages.values())) > 1
+        found = [replace(one, name=f"{one.name}, {name}") if several else one for name in names for one in stages[name]]
+        found += [curve for name in names for curve in best_of_curves(runs, name)]
+        if found:
+            panels.append(Panel(verifier, path, found))
+    return panels
+
+
+def stage_curves(runs: list[Run], name: str) -> list[Curve]:
+    """A curve for each stage with the KL of this eval at two steps or more."""
+    curves = []
+    for stages in zip(*(run.stages for run in runs), strict=True):
+        by_step: dict[int, dict[int, Line]] = {}
+        for run, stage in enumerate(stages):
+            for line in finite(measured(stage).get(name, []), "reward", "kl"):
+                by_step.setdefault(line["step"], {})[run] = line
+        if len(by_step) > 1:
+            curves.append(_curve(stages[0].name, [(f"step {s:,}", by_step[s]) for s in sorted(by_step)], True))
+    return curves
+
+
+def best_of_curves(runs: list[Run], name: str) -> list[Curve]:
+    """A curve of points for each stage that measured best of n with this eval, each n at its bound of KL."""
+    curves = []
+    for stages in zip(*(run.stages for run in runs), strict=True):
+        by_n: dict[int, dict[int, Line]] = {}
+        for run, stage in enumerate(stages):
+            for line in stage.evals:
+                if line["eval"] == name and line["metric"] == "best_of_n":
+                    for n, one in best_of(line):
+                        by_n.setdefault(n, {})[run] = one
+        if by_n:
+            curves.append(
+                _curve(f"best of n by {stages[0].name}", [(f"n = {n}", by_n[n]) for n in sorted(by_n)], False)
+            )
+    return curves
+
+
+def best_of(line: Line) -> list[tuple[int, Line]]:
+    """(n, its kl, reward and score) from the lists of one measurement, where KL and reward are numbers."""
+    keys = {"kl": "kl_bound", "reward": "reward", "score": "score"}
+    found = [
+        (n, {to: line[key][i] for to, key in keys.items() if line.get(key) and line[key][i] is not None})
+        for i, n in enumerate(line.get("best_of", []))
+    ]
+    return [(n, one) for n, one in found if finite([one], "kl", "reward")]
+
+
+def _curve(name: str, points: list[tuple[str, dict[int, Line]]], joined: bool) -> Curve:
+    return Curve(
+        name,
+        [_point(label, list(lines.values()), joined) for label, lines in points],
+        [{run: line["reward"] for run, line in lines.items()} for _, lines in points],
+        joined,
+    )
+
+
+def _point(label: str, lines: list[Line], measured_kl: bool) -> Point:
+    kl = estimate([line["kl"] for line in lines])
+    scores = [line["score"] for line in finite(lines, "score")]
+    return Point(
+        label,
+        kl if measured_kl else Estimate(kl.mean, math.nan, kl.count),
+        estimate([line["reward"] for line in lines]),
+        estimate(scores) if scores else None,
+    )
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of independent values and half its 95 % interval by Student's t, s t(0.975, n - 1) / √n; nan for n = 1."""
+    count = len(values)
+    mean = statistics.fmean(values) if values else math.nan
+    if count < 2:
+        return Estimate(mean, math.nan, count)
+    return Estimate(mean, statistics.stdev(values) * float(stdtrit(count - 1, 0.975)) / math.sqrt(count), count)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def render(runs: list[Run], panels: list[Panel]) -> str:
+    """The page as HTML."""
+    return fill(
+        "frontier.html.j2",
+        name=runs[0].experiment["name"],
+        names=[run.experiment["name"] for run in runs],
+        seeds=[str(run.experiment["seed"]) for run in runs],
+        free=differences(runs),
+        panels=[(panel, frontier_charts.chart(panel), [ending(curve) for curve in panel.curves]) for panel in panels],
+        told=frontier_charts.told,
+        hundredths=frontier_charts.hundredths,
+    )
+
+
+def differences(runs: Iterable[Run]) -> list[str]:
+    """Names of what differs between the runs beside name and seed."""
+    first, *rest = runs
+    names = [name for other in rest for name, _, _ in experiments.diff(first.experiment, other.experiment)]
+    return [name for name in dict.fromkeys(names) if name not in ("name", "seed")]
+
+
+def ending(curve: Curve) -> str:
+    """Where a curve is highest, and what became of it, in a sentence."""
+    best, last = curve.points[curve.peak], curve.points[-1]
+    far = f"{'' if curve.joined else 'at most '}{frontier_charts.hundredths(best.kl)} nats from the reference"
+    where = f"is highest at {best.label}, {far}: {frontier_charts.told(best.reward)}"
+    if best is last:
+        return f"{where}, its last point."
+    fall = curve.fall
+    if math.isnan(fall.half):
+        return f"{where}. At {last.label} it is {100 * fall.mean:.1f} points lower."
+    sure = "" if abs(fall.mean) > fall.half else ", which the seeds do not tell from none"
+    return (
+        f"{where}. From there to {last.label} it falls by {100 * fall.mean:.1f} ± {100 * fall.half:.1f} points (differences "
+        f"within each seed){sure}."
+    )

@@ -1,0 +1,160 @@
+"""How a watched stage is drawn: the judge's reward against KL, proxy and judge over steps, and small charts of the rest."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.axes
+import matplotlib.ticker
+
+from lm.web import charts
+from lm.web.charts import INK, SERIES, Chart, Series, draw, dress, sketch
+from lm.web.numbers import percent, plain
+from lm.web.run_files import Line, StageFiles, finite
+from lm.web.story import METRICS
+
+JUDGE, PROXY = 0, 1  # indices of their colours
+OWN = (  # key of a line, title, whether it is a part of 1
+    ("length", "Tokens an answer", False),
+    ("entropy", "Entropy, nats a token", False),
+    ("distinct_2", "Distinct bigrams", True),
+    ("eos_rate", "Ended itself", True),
+)
+
+
+def main_charts(stage: str, name: str, lines: list[Line]) -> list[Chart]:
+    """The judge's reward against KL, and, where a reward model scored the answers, proxy and judge over steps."""
+    found = [judge_against_kl(f"{stage} {name} kl", finite(lines, "reward", "kl"))]
+    scored = finite(lines, "reward", "score")
+    return [*found, proxy_and_judge(f"{stage} {name} proxy", scored)] if len(scored) > 1 else found
+
+
+def judge_against_kl(salt: str, lines: list[Line]) -> Chart:
+    """Points joined in order of steps, the step beside the first, the best and the last one."""
+    kl, reward = _column(lines, "kl"), _column(lines, "reward")
+    best = max(range(len(lines)), key=reward.__getitem__)
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        colour = SERIES[JUDGE]
+        whiskers(axes, kl, reward, _twice(lines, "kl"), _twice(lines, "reward"), colour)
+        axes.plot(kl, reward, color=colour, linewidth=1.2, marker="o", markersize=4.5, markeredgewidth=0)
+        dress(axes)
+        axes.margins(x=0.09, y=0.14)
+        axes.yaxis.set_major_formatter(as_percent)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.set_xlabel("KL, nats an answer", color=INK)
+        for place in dict.fromkeys((0, best, len(lines) - 1)):
+            told = f"step {lines[place]['step']:,}"
+            tell(axes, kl[place], reward[place], told, colour, ring=place == best, below=rises_from(reward, place))
+
+    svg = sketch(salt, "The judge's reward against the KL from the reference, points joined in order of steps", paint)
+    return Chart(
+        "Judge's reward against KL", svg, [(JUDGE, "best", percent(reward[best])), (JUDGE, "last", percent(reward[-1]))]
+    )
+
+
+def proxy_and_judge(salt: str, lines: list[Line]) -> Chart:
+    """Both over steps, each on an axis of its own that its own values fill."""
+    steps = _column(lines, "step")
+    curves = (("reward", JUDGE, as_percent), ("score", PROXY, lambda value, _: charts.tick(value)))
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        dress(axes)
+        for (key, index, ticks), side in zip(curves, (axes, axes.twinx()), strict=True):
+            colour, values = SERIES[index], _column(lines, key)
+            whiskers(side, steps, values, None, _twice(lines, key), colour)
+            side.plot(steps, values, color=colour, linewidth=1.2, marker="o", markersize=4.5, markeredgewidth=0)
+            dress(side)
+            side.grid(visible=index == JUDGE, axis="y")
+            side.margins(x=0.04, y=0.1)
+            side.tick_params(axis="y", colors=colour)
+            side.yaxis.set_major_formatter(ticks)
+
+    svg = sketch(salt, "The judge's reward and the reward model's score over steps, each on its own axis", paint)
+    legend = [
+        (JUDGE, "judge, left axis", percent(lines[-1]["reward"])),
+        (PROXY, "reward model, right axis", plain(lines[-1]["score"])),
+    ]
+    return Chart("Proxy and judge", svg, legend)
+
+
+def small_charts(stage: StageFiles, name: str, lines: list[Line]) -> list[Chart]:
+    """What else is known of these answers over the steps, then every other eval of the run, where there are two points."""
+    found = [(key, title, part, finite(lines, key)) for key, title, part in OWN]
+    for metric, shown in METRICS.items():
+        for other, its in charts.by_eval(stage, metric).items():
+            if other != name:
+                found.append(
+                    (metric, f"{other}, {shown.label.split(',')[0]}", metric != "bits_per_byte", finite(its, metric))
+                )
+    return [
+        draw(
+            f"{stage.name} {name} {title}",
+            title,
+            [Series("", _column(its, "step"), _column(its, key), points=True)],
+            part,
+            True,
+        )
+        for key, title, part, its in found
+        if len(its) > 1
+    ]
+
+
+# ---- what the page over several runs draws with, too -------------------------------------------------------------
+
+
+def whiskers(
+    axes: matplotlib.axes.Axes,
+    x: list[float],
+    y: list[float],
+    x_half: list[float] | None,
+    y_half: list[float] | None,
+    colour: str,
+) -> None:
+    """Faint lines of so much to either side of each point; nan is none."""
+    axes.errorbar(x, y, xerr=x_half, yerr=y_half, fmt="none", ecolor=colour, elinewidth=1, alpha=0.35)
+
+
+def rises_from(values: list[float], place: int) -> bool:
+    """Whether the neighbour of an end is higher, so that words about this end stand clear of the line below it."""
+    if place not in (0, len(values) - 1) or len(values) < 2:
+        return False
+    return values[1 if place == 0 else -2] > values[place]
+
+
+def tell(
+    axes: matplotlib.axes.Axes,
+    x: float,
+    y: float,
+    text: str,
+    colour: str,
+    *,
+    ring: bool = False,
+    below: bool = False,
+    ink: str = INK,
+) -> None:
+    """A few words beside a point, on the side where there is room; a ring around it marks the best."""
+    left, right = axes.get_xlim()
+    (start, _), (here, _), (end, _) = axes.transData.transform([(left, y), (x, y), (right, y)])
+    far = (here - start) / (end - start) > 0.6
+    if ring:
+        axes.plot(
+            [x], [y], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.2
+        )
+    shift = (-7 if far else 7, -7 if below else 7)
+    axes.annotate(
+        text, (x, y), shift, textcoords="offset points", color=ink,
+        ha="right" if far else "left", va="top" if below else "bottom",
+    )  # fmt: skip
+
+
+def as_percent(value: float, _: object = None) -> str:
+    return f"{100 * value:.3g}%".replace("-", "\N{MINUS SIGN}")
+
+
+def _column(lines: list[Line], key: str) -> list[float]:
+    return [line[key] for line in lines]
+
+
+def _twice(lines: list[Line], key: str) -> list[float]:
+    return [2 * line.get(f"{key}_stderr", math.nan) for line in lines]
