@@ -78,7 +78,7 @@ def knob_help(experiment: Experiment, width: int = 80) -> str:
 def as_typed(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, str):
-        return value
+        return value or '""'
     if value is None:
         return "none"
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -60,7 +60,7 @@ def asked(monkeypatch) -> list:
     def render(messages, tokenizer, generation_prompt=False):
         return types.SimpleNamespace(tokens=[0] * (len(messages) * 10))
 
-    monkeypatch.setitem(sys.modules, "lm.train.stages", types.SimpleNamespace(load_run=load_run))
+    monkeypatch.setitem(sys.modules, "lm.train.models", types.SimpleNamespace(load_run=load_run))
     sampler = types.SimpleNamespace(generate_text=generate_text, stream=stream)
     monkeypatch.setitem(sys.modules, "lm.rollout.sampler", sampler)
     monkeypatch.setitem(sys.modules, "lm.data.chat", types.SimpleNamespace(render=render))
