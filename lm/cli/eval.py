@@ -1,26 +1,45 @@
-"""Take the held-out numbers of a run again, from a checkpoint.
+"""Take the held-out numbers of a run again, or score pairs of answers.
 
-Says where they differ from the numbers that the run itself wrote down."""
+From a checkpoint; says where they differ from the numbers that the run itself
+wrote down. With --pairs, how often and how surely the run's reward model (or a
+language model's implicit reward) likes the chosen answers of a file:
+
+  lm eval rlhf --stage ppo
+  lm eval seed0 seed1 --pairs FILE --heldout 0.15 --page pairs.html"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from pathlib import Path
 from typing import Any
 
-from lm.cli.arguments import RUN_HELP, add_cache, find_run, find_stage
+from lm.cli.arguments import RUN_HELP, add_cache, find_run, find_stage, number
+from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", metavar="RUN", nargs="+", help=f"{RUN_HELP}; with --pairs several are an ensemble")
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
+    parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected to score")
+    parser.add_argument(
+        "--heldout", metavar="X", type=number(0, 1), help="with --pairs: only what a source with this holdout holds out"
+    )
+    parser.add_argument("--json", action="store_true", help="with --pairs: one object")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="with --pairs: a page with the calibration")
     add_cache(parser)
 
 
 def call(arguments: argparse.Namespace) -> int:
-    run_dir = find_run(arguments.run)
+    runs = [find_run(name) for name in arguments.run]
+    if arguments.pairs is not None:
+        return pairs(runs, arguments)
+    if len(runs) > 1 or arguments.heldout is not None or arguments.json or arguments.page:
+        raise UserError("several runs, --heldout, --json and --page are for --pairs FILE")
+    run_dir = runs[0]
     stage = find_stage(run_dir, arguments.stage)
 
     from lm.data.cache import cache_at
@@ -32,6 +51,51 @@ def call(arguments: argparse.Namespace) -> int:
     with cache_at(arguments.cache):
         print(table(evaluate_run(run_dir, stage), own))
     return 0
+
+
+def pairs(runs: list[Path], arguments: argparse.Namespace) -> int:
+    """Score a file of pairs with one run's model, or with several runs' together."""
+    from lm.data.cache import cache_at
+    from lm.train.judging import judge_pairs
+    from lm.web.pairs_page import write_pairs_page
+
+    with cache_at(arguments.cache):
+        judged = judge_pairs(runs, arguments.stage, arguments.pairs, arguments.heldout)
+    print(json.dumps(judged.to_json(), indent=1) if arguments.json else pairs_text(judged))
+    if arguments.page:
+        write_pairs_page(judged, arguments.page)
+        if not arguments.json:
+            print(f"\n{arguments.page}")
+    return 0
+
+
+def pairs_text(judged: Any) -> str:
+    """What `judge_pairs` found, for a terminal."""
+    worth = judged.worth
+    lines = [
+        f"{judged.what}: {len(judged.scored.gaps):,} pairs of {judged.path}"
+        + (f", {judged.scored.left_out:,} too long" if judged.scored.left_out else "")
+        + (f", {judged.scored.ties:,} ties" if judged.scored.ties else ""),
+        "",
+        f"accuracy            {_interval(worth.accuracy)}   95 % by bootstrap",
+    ]
+    if len(judged.members) > 1:
+        lines.append(f"  of each           {', '.join(f'{100 * one:.1f} %' for one in judged.members)}")
+    taken = "shorter" if worth.shorter else "longer"
+    lines += [
+        f"the {taken:<7} answer  {_interval(worth.baseline)}   chosen on {judged.baseline_of}",
+        f"lead over it        {_interval(worth.lead)}   of the same pairs",
+        f"log-loss            {worth.log_loss:.3f} nats   (a coin: 0.693)",
+        f"calibration error   {worth.calibration_error:.3f}",
+        "",
+        "chosen longer by    right    pairs",
+    ]
+    lines += [f"{one.mean:>+9.0f} tokens   {100 * one.right:5.1f} %   {one.pairs:,}" for one in worth.by_length]
+    return "\n".join(lines)
+
+
+def _interval(found: Any) -> str:
+    return f"{100 * found.mean:5.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def table(lines: list[dict[str, Any]], own: list[dict[str, Any]]) -> str:

@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
 from jaxtyping import Float
 
-from lm.data.chat import preference_messages, render
+from lm.data.chat import preference_marks, preference_messages, render
 from lm.data.pipeline import heldout_rows
 from lm.evals.rows import SHOWN, Measured, Row, Subject, last_turn, rounded, row_logp, row_scores
 from lm.experiment import Eval, UserError
 from lm.model.scorer import Scorer
 
 
+class Scored(NamedTuple):
+    """Pairs that fit in the context: their rows, by how much the chosen answer is liked better and is longer (tokens).
+
+    `left_out`: how many did not fit; `ties`: in how many nobody chose.
+    """
+
+    rows: list[dict[str, Any]]
+    gaps: Float[np.ndarray, " N"]
+    longer: Float[np.ndarray, " N"]
+    left_out: int
+    ties: int
+
+
+def score_pairs(rows: Sequence[dict[str, Any]], wheres: Sequence[str], subject: Subject) -> Scored:
+    """The gap of rewards in each pair.
+
+    Of a language model the reward is implicit, log π(y) - log π_ref(y) (DPO, arXiv 2305.18290, eq. 5); a reward model says
+    it.
+    """
+    most = subject.model.config.max_len
+    kept, sides, ties = [], [], 0
+    for row, where in zip(rows, wheres, strict=True):
+        if preference_marks(row, where)[1]:
+            ties += 1
+            continue
+        rendered = [render(side, subject.tokenizer) for side in preference_messages(row, where)]
+        pair = [(tokens, last_span(mask)) for tokens, mask in rendered]
+        if max(len(ids) for ids, _ in pair) <= most:
+            kept.append(row)
+            sides += pair
+    if not kept:
+        return Scored([], np.zeros(0), np.zeros(0), len(rows) - ties, ties)
+    rewards = _rewards(subject, sides, rounded(max(len(ids) for ids, _ in sides), most))
+    lengths = np.array([sum(mask) for _, mask in sides], np.float64)
+    return Scored(
+        kept, rewards[0::2] - rewards[1::2], lengths[0::2] - lengths[1::2], len(rows) - ties - len(kept), ties
+    )
+
+
 def pair_accuracy(item: Eval, subject: Subject) -> Measured:
     """How often the chosen answer has the higher reward; a tie counts half.
 
-    Of a language model the reward is implicit, log π(y) - log π_ref(y) (DPO, arXiv 2305.18290, eq. 5); a reward model says
-    it, and is held against taking the longer answer. Pairs that do not fit in the context are left out, and not counted.
+    A reward model is held against taking the longer answer. Pairs that do not fit in the context are left out, and not
+    counted.
     """
-    most = subject.model.config.max_len
-    rows, sides = [], []
-    for row in heldout_rows(item.source, item.count):
-        if row.get("tie"):
-            continue  # nobody chose
-        turns = preference_messages(row, item.source.path)
-        rendered = [render(side, subject.tokenizer) for side in turns]
-        pair = [(tokens, last_span(mask)) for tokens, mask in rendered]
-        if max(len(ids) for ids, _ in pair) <= most:
-            rows.append(row)
-            sides += pair
-    if not rows:
-        raise UserError(f"evals.{item.name}: no held-out pair fits in model.max_len {most}")
-    width = rounded(max(len(ids) for ids, _ in sides), most)
-    rewards = _rewards(subject, sides, width)
-    margin = rewards[0::2] - rewards[1::2]
+    rows = heldout_rows(item.source, item.count)
+    found = score_pairs(rows, [item.source.path] * len(rows), subject)
+    if not found.rows:
+        raise UserError(f"evals.{item.name}: no held-out pair fits in model.max_len {subject.model.config.max_len}")
     examples = [
-        {"prompt": last_turn(row), "chosen": text(row["chosen"]), "rejected": text(row["rejected"]), "margin": float(m)}
-        for row, m in zip(rows[:SHOWN], margin, strict=False)
+        {
+            "prompt": last_turn(row),
+            "chosen": text(row["chosen"]),
+            "rejected": text(row["rejected"]),
+            "margin": float(gap),
+        }
+        for row, gap in zip(found.rows[:SHOWN], found.gaps, strict=False)
     ]
-    values = {"pair_accuracy": share_right(margin), "margin": float(margin.mean())}
+    values = {"pair_accuracy": share_right(found.gaps), "margin": float(found.gaps.mean())}
     if isinstance(subject.model, Scorer):
-        lengths = np.array([sum(mask) for _, mask in sides], np.float64)
-        values["longer_accuracy"] = share_right(lengths[0::2] - lengths[1::2])
-    return Measured(values, len(rows), examples)
+        values["longer_accuracy"] = share_right(found.longer)
+    return Measured(values, len(found.rows), examples)
 
 
 def share_right(margin: Float[np.ndarray, " N"]) -> float:

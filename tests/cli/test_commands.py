@@ -6,6 +6,7 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lm.cli import eval as eval_command
@@ -190,3 +191,26 @@ def test_eval_says_where_numbers_differ():
     assert verdict == "differs from the run's own: b"
     assert eval_command.table([line("a", 0.5)], own).endswith("\nthe same as the run's own")
     assert "no numbers of its own" in eval_command.table([line("a", 0.5, step=7)], own)
+
+
+def test_pairs_are_told_in_80_columns(capsys):
+    from lm.cli.eval import pairs_text
+    from lm.evals.pairs import Scored
+    from lm.evals.preferences import worth
+    from lm.train.judging import Judged
+
+    gaps, longer = np.array([1.0, -0.5, 2.0, 0.3]), np.array([3.0, 2.0, -4.0, 1.0])
+    scored = Scored([{}] * 4, gaps, longer, left_out=2, ties=1)
+    judged = Judged(
+        "runs/x, reward", "pairs.jsonl", scored, worth(gaps, longer, False), [0.75, 0.5], "these pairs themselves"
+    )
+    text = pairs_text(judged)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "4 pairs of pairs.jsonl, 2 too long, 1 ties" in text and "75.0 %, 50.0 %" in text
+    assert json.loads(json.dumps(judged.to_json()))["accuracy"]["mean"] == 0.75
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--heldout", "0.1"], ["--page", "x.html"]])
+def test_what_is_for_pairs_is_refused_without_them(run_dir, words, capsys):
+    assert main(["eval", "small", *words]) == 2
+    assert "are for --pairs FILE" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 from lm.data.tokenizer import Tokenizer
 from lm.evals.heldout import measure, windows
+from lm.evals.rows import Subject
 from lm.experiment import Eval, Source, UserError
 from lm.model.transformer import Transformer
 from tests.helpers import TINY
@@ -43,7 +44,7 @@ def item(tmp_path, rows, **changes) -> Eval:
 
 def test_every_token_of_a_document_and_its_end_is_counted_once(tmp_path, tokenizer, clueless):
     text = "the cat sat on the mat " * 20  # longer than the context
-    found = measure(item(tmp_path, [{"text": text}], metric="bits_per_byte"), clueless, tokenizer).values
+    found = measure(item(tmp_path, [{"text": text}], metric="bits_per_byte"), Subject(clueless, tokenizer)).values
     predicted = len(tokenizer.encode(text)) + 1
     assert found["bits_per_byte"] == pytest.approx(predicted * math.log2(tokenizer.vocab_size) / len(text), rel=1e-5)
     assert found["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
@@ -51,7 +52,7 @@ def test_every_token_of_a_document_and_its_end_is_counted_once(tmp_path, tokeniz
 
 
 def test_of_a_conversation_the_answers_and_their_ends_are_counted(tmp_path, tokenizer, clueless):
-    found = measure(item(tmp_path, [{"messages": TALK}], metric="bits_per_byte"), clueless, tokenizer).values
+    found = measure(item(tmp_path, [{"messages": TALK}], metric="bits_per_byte"), Subject(clueless, tokenizer)).values
     answers = [turn["content"] for turn in TALK if turn["role"] == "assistant"]
     predicted = sum(
         len(tokenizer.encode(f"assistant\n{a}")) - len(tokenizer.encode("assistant\n")) + 1 for a in answers
@@ -65,20 +66,22 @@ def test_of_a_conversation_the_answers_and_their_ends_are_counted(tmp_path, toke
 def test_a_conversation_that_does_not_fit_is_not_counted(tmp_path, tokenizer, clueless):
     long = [{"role": "user", "content": "cat " * 200}, {"role": "assistant", "content": "yes"}]
     both = measure(
-        item(tmp_path, [{"messages": TALK}, {"messages": long}], metric="bits_per_byte"), clueless, tokenizer
+        item(tmp_path, [{"messages": TALK}, {"messages": long}], metric="bits_per_byte"), Subject(clueless, tokenizer)
     )
     assert both.count == 1
     with pytest.raises(UserError, match=r"evals\.it: no held-out conversation fits in model\.max_len 64"):
-        measure(item(tmp_path, [{"messages": long}], metric="bits_per_byte"), clueless, tokenizer)
+        measure(item(tmp_path, [{"messages": long}], metric="bits_per_byte"), Subject(clueless, tokenizer))
 
 
 def test_a_model_that_is_its_own_reference_prefers_neither(tmp_path, tokenizer, clueless):
     model = Transformer(TINY, tokenizer.vocab_size, jax.random.key(1))
     pairs = item(tmp_path, [{"prompt": "Say cat.", "chosen": "cat", "rejected": "the mat"}], metric="pair_accuracy")
-    assert measure(pairs, model, tokenizer, model).values == {"pair_accuracy": 0.5, "margin": 0.0}
+    assert measure(pairs, Subject(model, tokenizer, model)).values == {"pair_accuracy": 0.5, "margin": 0.0}
     # Against a model to which every token is the same, the difference is that of the answers' own probabilities.
-    margin = measure(pairs, model, tokenizer, clueless).values["margin"]
-    assert margin != 0 and measure(pairs, clueless, tokenizer, model).values["margin"] == pytest.approx(-margin)
+    margin = measure(pairs, Subject(model, tokenizer, clueless)).values["margin"]
+    assert margin != 0 and measure(pairs, Subject(clueless, tokenizer, model)).values["margin"] == pytest.approx(
+        -margin
+    )
 
 
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 50])

@@ -26,10 +26,12 @@ from lm.experiment import (
     UserError,
 )
 from lm.rollout.verifiers import NEEDS, VERIFIERS
+from lm.train.judging import judge_pairs
 from lm.train.metrics import read_lines
 from lm.train.models import load_run, load_scorer
 from lm.train.run_folder import RunFolder
 from lm.train.stages import run
+from lm.web.pairs_page import write_pairs_page
 
 # One worker has the runs: they are made once.
 pytestmark = pytest.mark.xdist_group("rlhf_stages")
@@ -233,3 +235,24 @@ def test_the_best_answers_are_conversations_to_imitate(folder):
     made = [json.loads(line) for line in (here / "made.jsonl").read_text().splitlines()]
     for row, one in zip(rows, made, strict=True):
         assert one["messages"][-1]["content"] == row["answers"][int(np.argmax(row["scores"]))]
+
+
+def test_pairs_of_a_file_are_scored_by_one_reward_model_or_by_several(folder, resumed):
+    one = judge_pairs([folder / "whole"], "reward", str(folder / "pairs.jsonl"), 0.2)
+    (line,) = evals(folder / "whole", "reward", "pairs")
+    assert one.worth.accuracy.mean == line["pair_accuracy"] == 1.0 and not one.worth.shorter
+    both = judge_pairs([folder / "whole", folder / "resumed"], "reward", str(folder / "pairs.jsonl"), None)
+    assert len(both.scored.gaps) == 60 and both.members[0] == both.members[1] == both.worth.accuracy.mean
+    implicit = judge_pairs([folder / "whole"], "dpo", str(folder / "pairs.jsonl"), None)
+    assert "implicit reward" in implicit.what
+    page = write_pairs_page(both, folder / "pairs.html").read_text()
+    assert page.count("<svg") == 3 and "2 reward models together" in page
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [("sft", "stage sft of .* is before any preference stage"), ("rewards", "no stage 'rewards'")],
+)
+def test_a_stage_that_cannot_judge_is_refused(folder, stage, message):
+    with pytest.raises(UserError, match=message):
+        judge_pairs([folder / "whole"], stage, str(folder / "pairs.jsonl"), None)

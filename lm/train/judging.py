@@ -1,0 +1,112 @@
+"""A file of preference pairs, scored by the reward model of a run, by several runs' together, or by an implicit reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.data.selection import select
+from lm.data.sources import load_rows
+from lm.data.tokenizer import Tokenizer
+from lm.evals.pairs import Scored, score_pairs, share_right, text
+from lm.evals.preferences import Worth, prefers_shorter, worth
+from lm.evals.rows import Subject
+from lm.experiment import Preference, RewardModel, Source, Speechless, UserError, from_dict
+from lm.parallel.mesh import make_mesh
+from lm.train.models import check_until, load_model, load_scorer, located, model_before
+from lm.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found; `members` are the accuracies of each run alone, `what` and `baseline_of` are for people."""
+
+    what: str
+    path: str
+    scored: Scored
+    worth: Worth
+    members: list[float]
+    baseline_of: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One plain object."""
+        found = {
+            name: value._asdict() if hasattr(value, "_asdict") else value
+            for name, value in self.worth._asdict().items()
+        }
+        found |= {name: [one._asdict() for one in getattr(self.worth, name)] for name in ("calibration", "by_length")}
+        counts = {"pairs": len(self.scored.gaps), "too_long": self.scored.left_out, "ties": self.scored.ties}
+        return {"model": self.what, "file": self.path, **counts, **found, "members": self.members}
+
+
+def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: float | None) -> Judged:
+    """Score the pairs of a file, all or those that a source with this `holdout` holds out; several runs are an ensemble.
+
+    Raises:
+        UserError: no such file or stage, rows that are no pairs, none that fits, runs with different tokenizers.
+    """
+    rows = load_rows(path)
+    indices = range(len(rows)) if holdout is None else select(Source(path, holdout=holdout), "heldout")[1]
+    pairs = [rows[i] for i in indices]
+    wheres = [rows.where(i) for i in indices]
+    subjects = [_subject(run, stage) for run in runs]
+    if len({subject.tokenizer.fingerprint for _, subject in subjects}) > 1:
+        raise UserError(f"{runs[0]} and the others have different tokenizers: an ensemble reads the same tokens")
+    found = [score_pairs(pairs, wheres, subject) for _, subject in subjects]
+    scored = found[0]._replace(gaps=np.mean([one.gaps for one in found], axis=0))
+    if not scored.rows:
+        raise UserError(
+            f"{path}: none of {len(pairs)} pairs fits in model.max_len {subjects[0][1].model.config.max_len}"
+        )
+    if holdout is None:
+        longer, of = scored.longer, "these pairs themselves"
+    else:
+        train = select(Source(path, holdout=holdout), "train")[1]
+        longer, of = _lengths([rows[i] for i in train], subjects[0][1]), "the pairs not held out"
+    name = subjects[0][0] if len(runs) == 1 else f"{len(runs)} reward models together"
+    return Judged(
+        name, path, scored, worth(scored.gaps, scored.longer, prefers_shorter(longer)),
+        [share_right(one.gaps) for one in found], of,
+    )  # fmt: skip
+
+
+def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
+    """The model of a run that judges, with its name: its last reward model, or what was asked for."""
+    folder = RunFolder(run_dir)
+    experiment = located(from_dict(folder.read_experiment()), folder)
+    tokenizer, mesh = Tokenizer.load(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
+    if stage is not None:
+        check_until(experiment, stage)
+    kinds = {s.name: s.objective for s in experiment.stages}
+    scorers = [name for name, kind in kinds.items() if isinstance(kind, RewardModel)]
+    if stage is None and not scorers:
+        speaks = [name for name, kind in kinds.items() if not isinstance(kind, Speechless)]
+        raise UserError(
+            f"{run_dir} has no reward model; --stage takes the implicit reward of one of {', '.join(speaks)}"
+        )
+    name = stage or scorers[-1]
+    if name in scorers:
+        return f"{run_dir}, {name}", Subject(load_scorer(experiment, folder, tokenizer, mesh, name), tokenizer)
+    first = next((i for i, s in enumerate(experiment.stages) if isinstance(s.objective, Preference)), None)
+    if first is None or check_until(experiment, name) < first:
+        raise UserError(
+            f"stage {name} of {run_dir} is before any preference stage: it has no reference, and so no implicit reward"
+        )
+    reference = model_before(experiment, folder, tokenizer, mesh, first)
+    model = load_model(experiment, folder, tokenizer, mesh, name)
+    return f"{run_dir}, {name} (implicit reward)", Subject(model, tokenizer, reference)
+
+
+def _lengths(rows: Sequence[dict[str, Any]], subject: Subject) -> np.ndarray:
+    """By how many tokens the chosen answer is longer, without looking at any score."""
+    sizes = [
+        [len(subject.tokenizer.encode(text(row[side]))) for side in ("chosen", "rejected")]
+        for row in rows
+        if not row.get("tie")
+    ]
+    chosen, rejected = np.array(sizes, np.float64).reshape(-1, 2).T
+    return chosen - rejected

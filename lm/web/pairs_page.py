@@ -1,0 +1,82 @@
+"""A page about a reward model on pairs: calibration, accuracy by difference of length, and the pairs it gets most wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.axes
+import numpy as np
+
+from lm.web.charts import GRID, SERIES, Chart, dress, sketch
+from lm.web.report import fill, write_page
+
+SHOWN = 10  # pairs that it gets most wrong
+
+
+def write_pairs_page(judged: Any, path: Path) -> Path:
+    """Writes the page about what lm.train.judging.judge_pairs found, and returns its path."""
+    return write_page(path, render(judged))
+
+
+def render(judged: Any) -> str:
+    """The page as HTML."""
+    worst = np.argsort(judged.scored.gaps)[:SHOWN]
+    wrong = [(judged.scored.rows[i], float(judged.scored.gaps[i])) for i in worst if judged.scored.gaps[i] < 0]
+    return fill(
+        "pairs_page.html.j2",
+        judged=judged,
+        worth=judged.worth,
+        charts=[calibration(judged.worth), by_length(judged.worth), gaps(judged.scored.gaps)],
+        wrong=[(_asked(row), _said(row["chosen"]), _said(row["rejected"]), gap) for row, gap in wrong],
+        percent=lambda value: f"{100 * value:.1f} %",
+    )
+
+
+def calibration(worth: Any) -> Chart:
+    """How often the model is right, by how sure it is; a calibrated one follows the diagonal."""
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        axes.plot([0.5, 1], [0.5, 1], color=GRID, linewidth=1, linestyle=(0, (3, 3)))
+        x, y = [one.mean for one in worth.calibration], [one.right for one in worth.calibration]
+        axes.plot(x, y, color=SERIES[0], linewidth=1.6, marker="o", markersize=4)
+        dress(axes)
+        axes.set_xlim(0.49, 1.01)
+
+    svg = sketch("calibration", "how often it is right, by how sure it is", paint)
+    return Chart("Right, by how sure it is", svg, [(0, "error", f"{worth.calibration_error:.3f}")])
+
+
+def by_length(worth: Any) -> Chart:
+    """Accuracy by how much longer the chosen answer is."""
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        places = range(len(worth.by_length))
+        axes.bar(places, [one.right for one in worth.by_length], color=SERIES[1], width=0.7)
+        axes.axhline(0.5, color=GRID, linewidth=1)
+        dress(axes)
+        axes.set_xticks(list(places), [f"{one.mean:+.0f}" for one in worth.by_length])
+
+    svg = sketch("by length", "accuracy by how many tokens the chosen answer is longer", paint)
+    return Chart("Right, by tokens that the chosen answer is longer", svg, [])
+
+
+def gaps(found: np.ndarray) -> Chart:
+    """How far apart the scores of a pair are."""
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        axes.hist(found, bins=30, color=SERIES[2])
+        axes.axvline(0, color=GRID, linewidth=1)
+        dress(axes)
+
+    svg = sketch("gaps", "histogram of the chosen answer's score less the rejected one's", paint)
+    return Chart("Chosen less rejected", svg, [(2, "mean", f"{found.mean():+.2f}")])
+
+
+def _asked(row: dict[str, Any]) -> str:
+    prompt = row.get("prompt", row["chosen"][:-1] if isinstance(row["chosen"], list) else "")
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _said(answer: Any) -> str:
+    return answer if isinstance(answer, str) else answer[-1]["content"]
