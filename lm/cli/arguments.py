@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lm import experiment as experiments
 from lm.check import check
-from lm.experiment import Experiment, UserError
+from lm.experiment import Experiment, Speechless, UserError
 from lm.overrides import override
 
+SPEECHLESS = {kind.__name__ for kind in typing.get_args(Speechless)}
 EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
 EXPERIMENT_HELP = "a name in experiments/ (quickstart), a dotted name below it, or the path of a .py file"
 RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
@@ -55,7 +57,9 @@ def find_stage(run_dir: Path, name: str | None) -> str:
     plan = json.loads((run_dir / "experiment.json").read_text("utf-8"))
     names = [stage["name"] for stage in plan["stages"]]
     check_stage(name, names, str(run_dir))
-    saved = [stage for stage in names if any((run_dir / "stages" / stage / "checkpoints").glob("*"))]
+    speaks = [stage["name"] for stage in plan["stages"] if stage["objective"]["kind"] not in SPEECHLESS]
+    candidates = speaks if name is None else names
+    saved = [stage for stage in candidates if any((run_dir / "stages" / stage / "checkpoints").glob("*"))]
     if not saved:
         raise UserError(f"{run_dir} has no checkpoint yet in stages/*/checkpoints: train it with `lm run` first")
     if name is not None and name not in saved:

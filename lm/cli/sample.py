@@ -3,13 +3,15 @@
 The prompts are the experiment's own, or yours:
 
   lm sample quickstart --prompt "What is an LLM?" --stage sft
-  lm sample quickstart --raw --prompt "The module " --temperature 0.8"""
+  lm sample quickstart --raw --prompt "The module " --temperature 0.8
+  lm sample rlhf --stage sft --best-of 16 --temperature 1"""
 
 from __future__ import annotations
 
 import argparse
 
-from lm.cli.arguments import RUN_HELP, add_sampling, find_run, find_stage, sampling
+from lm.cli.arguments import RUN_HELP, add_sampling, at_least, find_run, find_stage, sampling
+from lm.experiment import UserError
 from lm.web.text import visible
 
 TAKES_OVERRIDES = False
@@ -21,6 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="TEXT", nargs="+", action="extend", help="what to ask; else the experiment's prompts"
     )
     parser.add_argument("--raw", action="store_true", help="continue the text instead of asking as in a chat")
+    parser.add_argument(
+        "--best-of", metavar="N", type=at_least(1), default=1, help="show the best of N answers by a reward model"
+    )
+    parser.add_argument("--reward", metavar="NAME", help="that reward model's stage, or RUN:STAGE; else the run's last")
     add_sampling(parser, temperature=0.0, max_new_tokens=128)
 
 
@@ -29,16 +35,26 @@ def call(arguments: argparse.Namespace) -> int:
     stage = find_stage(run_dir, arguments.stage)
 
     from lm.rollout.sampler import generate_text
+    from lm.train.answers import best_answers
     from lm.train.models import load_run
 
     loaded = load_run(run_dir, stage)
     prompts = arguments.prompt or list(loaded.experiment.prompts)
-    answers = generate_text(
-        loaded.model, loaded.tokenizer, prompts, **sampling(arguments), seed=arguments.seed, raw=arguments.raw
-    )
+    given = {"seed": arguments.seed, "raw": arguments.raw} | sampling(arguments)
+    scores = None
+    if arguments.best_of > 1:
+        if arguments.raw or arguments.temperature == 0:
+            raise UserError(
+                "--best-of chooses among different answers to a question: give it --temperature 1, and no --raw"
+            )
+        answers, scores = best_answers(loaded, run_dir, prompts, arguments.best_of, arguments.reward, **given)
+    else:
+        answers = generate_text(loaded.model, loaded.tokenizer, prompts, **given)
     print(f"{run_dir}, after stage {stage}")
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         print(f"\n> {prompt}\n{visible(answer.text)}")
+        if scores is not None:
+            print(f"[score {scores[number]:.2f}, the best of {arguments.best_of}]")
         if not answer.eos:
             print(f"[cut at {arguments.max_new_tokens} tokens]")
     return 0

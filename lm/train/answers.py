@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from lm.choices.pairs import Turns
 from lm.data import chat
 from lm.data.sources import load_rows
-from lm.experiment import UserError
-from lm.rollout.sampler import generate_text
+from lm.evals.pairs import last_span
+from lm.evals.rows import rounded, row_scores
+from lm.experiment import RewardModel, UserError
+from lm.rollout.sampler import Answer, generate_text
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import Loaded, load_run
+from lm.train.models import Loaded, load_run, scorers_for
 from lm.train.run_folder import RunFolder, read_json, write_json_atomic
 
 BATCH = 32  # prompts answered at once
@@ -141,3 +144,40 @@ def _check_same(settings: dict[str, Any], beside: Path, path: Path) -> None:
             f"{path} is there and was sampled with other settings ({', '.join(differing)}): label it as it is with "
             f"`lm label {path}`, or keep the new answers elsewhere with --answers-file FILE"
         )
+
+
+def best_answers(
+    loaded: Loaded,
+    run_dir: Path,
+    prompts: Sequence[str],
+    count: int,
+    reward: str | None,
+    seed: int,
+    raw: bool,
+    **given: Any,
+) -> tuple[list[Answer], Float[np.ndarray, " P"]]:
+    """The answer to each prompt that a reward model scores highest among `count`, and its score.
+
+    Args:
+        reward: STAGE or RUN:STAGE of the reward model; None: the run's last.
+        given: how answers are sampled.
+
+    Raises:
+        UserError: there is no such reward model.
+    """
+    scorers = [s.name for s in loaded.experiment.stages if isinstance(s.objective, RewardModel)]
+    if reward is None and not scorers:
+        raise UserError(f"{run_dir} has no reward model to choose by: name one of another run, --reward RUN:STAGE")
+    where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh
+    (scorer,) = scorers_for(*where, (reward or scorers[-1],))
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    answers = generate_text(loaded.model, loaded.tokenizer, repeated, seed=seed, raw=raw, **given)
+    rows = []
+    for prompt, answer in zip(repeated, answers, strict=True):
+        said = [*chat.as_messages(prompt), *chat.as_messages(answer.text, "assistant")]
+        tokens, mask = chat.render(said, loaded.tokenizer)
+        rows.append((tokens, last_span(mask)))
+    width = rounded(max(len(tokens) for tokens, _ in rows), 2 * loaded.model.config.max_len)
+    scores = row_scores(scorer, rows, width).reshape(-1, count)
+    best = scores.argmax(axis=1)
+    return [answers[i * count + k] for i, k in enumerate(best)], scores.max(axis=1)

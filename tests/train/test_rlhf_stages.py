@@ -26,6 +26,7 @@ from lm.experiment import (
     UserError,
 )
 from lm.rollout.verifiers import NEEDS, VERIFIERS
+from lm.train.answers import best_answers
 from lm.train.judging import judge_pairs
 from lm.train.metrics import read_lines
 from lm.train.models import load_run, load_scorer
@@ -256,3 +257,11 @@ def test_pairs_of_a_file_are_scored_by_one_reward_model_or_by_several(folder, re
 def test_a_stage_that_cannot_judge_is_refused(folder, stage, message):
     with pytest.raises(UserError, match=message):
         judge_pairs([folder / "whole"], stage, str(folder / "pairs.jsonl"), None)
+
+
+def test_the_best_of_many_answers_is_chosen_by_the_reward_model(folder):
+    loaded = load_run(folder / "whole", "sft")
+    given = {"seed": 0, "raw": False, "temperature": 1.0, "max_new_tokens": 8}
+    (one,), first = best_answers(loaded, folder / "whole", ["Tell abcd"], 1, "reward", **given)
+    (best,), score = best_answers(loaded, folder / "whole", ["Tell abcd"], 16, "reward", **given)
+    assert score[0] >= first[0] and isinstance(best.text, str) and isinstance(one.text, str)
