@@ -14,7 +14,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import DPO, GRPO, PPO, Experiment, Sampled, Stage, UserError, rows_per_update
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
-from lm.parallel.distributed import to_devices
+from lm.parallel.distributed import first, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.environments import Environment, Rollout, make_environment, roll_out
 from lm.rollout.experience import score_out
@@ -23,6 +23,10 @@ from lm.train.metrics import MetricsLog
 from lm.types import Batch, TrainState
 
 SAMPLER_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # largest |log p(sampler) - log p(trainer)|, in nats
+NO_END = (
+    "none of {count} answers of step {step} ended by itself: what is learnt of their ends is nothing; a longer max_new_tokens, "
+    "or more instruction tuning before, helps (eos_rate in the metrics tells when it passes)"
+)
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
 
 
@@ -38,6 +42,7 @@ class Rollouts(Batches):
         self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed)
         self.report, self.fingerprint = self.environment.feed.report(), self.environment.feed.fingerprint
         self.latest: Rollout | None = None
+        self.warned = False
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
@@ -46,6 +51,9 @@ class Rollouts(Batches):
         else:
             answered = roll_out(state.params, self.environment, self.stage, self.tokenizer, step, key)
         self.latest = answered
+        if answered.metrics["eos_rate"] == 0 and not self.warned and first():
+            self.warned = True
+            print(f"{self.stage.name}: {NO_END.format(step=step + 1, count=len(answered.answers))}", flush=True)
         # Every process has the whole rollout, and gives its devices their rows of it.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
         return batches, self.latest.metrics

@@ -265,3 +265,15 @@ def test_the_best_of_many_answers_is_chosen_by_the_reward_model(folder):
     (one,), first = best_answers(loaded, folder / "whole", ["Tell abcd"], 1, "reward", **given)
     (best,), score = best_answers(loaded, folder / "whole", ["Tell abcd"], 16, "reward", **given)
     assert score[0] >= first[0] and isinstance(best.text, str) and isinstance(one.text, str)
+
+
+def test_a_batch_in_which_no_answer_ends_is_learnt_from_and_told(folder, capsys):
+    """Every answer is one token, which is never the end: all get the penalty, and all numbers stay finite."""
+    whole = experiment(folder)
+    objective = PPO(verifier="brevity", max_new_tokens=1, missing_eos_penalty=1.0, epochs=1, whiten_rewards=True)
+    stage = dataclasses.replace(whole.stages[5], objective=objective, steps=2, batch_size=4)
+    run(only(folder, stage), folder / "endless")
+    lines = metrics(folder / "endless", "head")
+    if all(line["eos_rate"] == 0 for line in lines):
+        assert "head: none of 4 answers of step 1 ended by itself" in capsys.readouterr().out
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
