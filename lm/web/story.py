@@ -17,6 +17,7 @@ from lm.web.numbers import count, duration, percent, signed
 from lm.web.run_files import Line, Run, StageFiles, place
 
 T = TypeVar("T")
+SPEECHLESS = {kind.__name__ for kind in typing.get_args(experiments.Speechless)}
 PREFERENCE = {kind.__name__ for kind in typing.get_args(experiments.Preference)}
 
 
@@ -107,15 +108,36 @@ def eval_names(run: Run) -> list[str]:
 def measurements(run: Run, name: str) -> list[Line | None]:
     """One eval over the columns of the tables: the random model, then after each stage.
 
-    What was measured before a stage also tells of the model after the stage that precedes it.
+    What was measured before a stage also tells of the model after the stage that it starts from.
     """
-    after = [None, *(latest(stage, name) for stage in run.stages)]
-    earlier = [*(before(stage, name) for stage in run.stages), None]
+    stages = measured_stages(run)
+    after = [None, *(latest(stage, name) for stage in stages)]
+    earlier = [
+        next((line for later in _from(run, at) if (line := before(later, name))), None) for at in (None, *stages)
+    ]
     return [line or other for line, other in zip(after, earlier, strict=True)]
 
 
+def measured_stages(run: Run) -> list[StageFiles]:
+    """Those after which there is another model than before: all but those that only collect answers."""
+    return [stage for stage in run.stages if stage.kind != "Collect"]
+
+
+def speaking_stages(run: Run) -> list[StageFiles]:
+    """Those that leave a language model."""
+    return [stage for stage in run.stages if stage.kind not in SPEECHLESS]
+
+
+def _from(run: Run, start: StageFiles | None) -> list[StageFiles]:
+    """The stages that start from the model that `start` leaves; None: from the random one."""
+    experiment = experiments.from_dict(run.experiment)
+    places = [experiments.start_of(experiment, index) for index in range(len(run.stages))]
+    at = None if start is None else run.stages.index(start)
+    return [stage for stage, place in zip(run.stages, places, strict=True) if place == at]
+
+
 def columns(run: Run) -> list[str]:
-    return ["random", *(stage.name for stage in run.stages)]
+    return ["random", *(stage.name for stage in measured_stages(run))]
 
 
 def heldout_table(run: Run) -> list[HeldoutRow]:
@@ -128,7 +150,7 @@ def heldout_table(run: Run) -> list[HeldoutRow]:
         label = f"{metric.label}, {first['count']:,} {metric.unit}"
         if "xz_bits_per_byte" in first:
             label += f"; xz -9e needs {_bits(first['xz_bits_per_byte'])}"
-        earlier = [None, *(before(stage, name) for stage in run.stages)]
+        earlier = [None, *(before(stage, name) for stage in measured_stages(run))]
         cells = [_cell(line, old, metric) for line, old in zip(lines, earlier, strict=True)]
         extras = [
             (text, [show(line[key]) if line and key in line else None for line in lines])
@@ -193,7 +215,7 @@ def headlines(run: Run) -> list[Headline]:
 
 
 def prompt_table(run: Run) -> list[tuple[str, list[Line | None]]]:
-    """(prompt, its last answer in every column); the random model's is the first stage's before."""
+    """(prompt, its last answer by the random model and after every stage that leaves a language model); the random model's is the first stage's before."""
     asked = dict.fromkeys(run.experiment["prompts"])
     asked |= dict.fromkeys(line["prompt"] for stage in run.stages for line in _of(stage, "prompt"))
     return [
@@ -203,7 +225,7 @@ def prompt_table(run: Run) -> list[tuple[str, list[Line | None]]]:
                 _last(line for line in _of(run.stages[0], "prompt", prompt) if line["when"] == "before"),
                 *(
                     _last(line for line in _of(stage, "prompt", prompt) if line["when"] != "before")
-                    for stage in run.stages
+                    for stage in speaking_stages(run)
                 ),
             ],
         )
