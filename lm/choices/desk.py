@@ -138,6 +138,21 @@ class Desk:
                 )
             return self._show(annotator)
 
+    def decide(self, annotator: str, judge: Callable[[Pair, Answer, Answer], str]) -> None:
+        """A program chooses, as people do, in every pair that it has not judged yet: judge(pair, left, right) -> choice.
+
+        Raises:
+            OSError: a choice could not be written; those before it are.
+        """
+        with self._mutex:
+            known = set(self._chosen.get(annotator, {}))
+            for pair in [pair for key, pair in self._pairs.items() if key not in known]:
+                choice = judge(pair, *self._sides(annotator, pair))
+                _check(choice, None, "")
+                self._count(
+                    self.log.append(self._record(annotator, pair, {"choice": choice, "strength": None, "comment": ""}))
+                )
+
     def undo(self, annotator: str, of: Any) -> View:
         """Take back the choice with the id `of`, and show its pair again. What is taken back already stays so.
 

@@ -18,8 +18,9 @@ from jaxtyping import Float
 
 from lm.choices.desk import Desk, standing
 from lm.choices.export import preferences, write_preferences
-from lm.choices.log import CHOICES, open_log, read_log
-from lm.choices.pairs import make_task, text_of
+from lm.choices.log import open_log, read_log
+from lm.choices.pairs import Answer as Answered
+from lm.choices.pairs import Pair, make_task, text_of
 from lm.data.chat import as_messages, prompt_messages
 from lm.data.prompts import Prompts
 from lm.data.sources import load_rows
@@ -165,23 +166,21 @@ def make_pairs(folder: Path, name: str, o: Collect) -> None:
     write_preferences(folder / MADE_FILE, exported)
 
 
-def _decide(folder: Path, o: Collect, pairs: Sequence[Any]) -> None:
+def _decide(folder: Path, o: Collect, pairs: Sequence[Pair]) -> None:
     """The higher score wins, equal ones are a tie; of a pair that is decided already nothing is written again."""
     scores = {
         (text_of(row["prompt"]), answer): score
         for row in _rows_of(folder / ANSWERS)
         for answer, score in zip(row["answers"], row["scores"], strict=True)
     }
-    judge_name = f"the verifier {o.verifier}" if not o.judge else f"the reward model {o.judge}"
+    name = f"the verifier {o.verifier}" if not o.judge else f"the reward model {o.judge}"
+
+    def choose(pair: Pair, left: Answered, right: Answered) -> str:
+        ours, theirs = (scores[text_of(pair.prompt), text_of(side.answer)] for side in (left, right))
+        return "left" if ours > theirs else "right" if theirs > ours else "tie"
+
     with open_log(folder / LABELS) as log:
-        desk = Desk(pairs, log)
-        while (view := desk.show(judge_name)).pair is not None:
-            assert view.left is not None and view.right is not None
-            prompt = text_of(view.pair.prompt)
-            left, right = (scores[prompt, text_of(side.answer)] for side in (view.left, view.right))
-            choice = "left" if left > right else "right" if right > left else "tie"
-            assert choice in CHOICES
-            desk.choose(judge_name, view.pair.key, choice)
+        Desk(pairs, log).decide(name, choose)
 
 
 def _wait_for_people(folder: Path, name: str, count: int) -> None:

@@ -114,7 +114,7 @@ class Evaluator:
 
         A reward model is only asked for pairs. Best of n is measured when the reward model that chooses is made.
         """
-        if item.metric == "best_of_n" or not_there(item):
+        if item.metric == "best_of_n" or as_first(lambda: not_there(item)):
             return []
         if isinstance(model, Scorer):
             if item.metric != "pair_accuracy":

@@ -24,6 +24,7 @@ from lm.experiment import (
 )
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
+from lm.parallel.distributed import as_first
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.train.checkpoint import Checkpoints
@@ -131,7 +132,7 @@ def scorers_before(
     """The reward models that stage `index` reads; else, to look at what it does, the last one trained before it, if any."""
     names = reward_names(experiment.stages[index])
     earlier = [s.name for s in experiment.stages[: index + 1] if isinstance(s.objective, RewardModel)]
-    ready = [name for name in earlier if folder.finished(name)]
+    ready = as_first(lambda: [name for name in earlier if folder.finished(name)])
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 

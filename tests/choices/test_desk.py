@@ -156,3 +156,21 @@ def test_a_name_is_one_whatever_its_spaces_and_accents():
     for wrong in ("", "  ", None, 3, "x" * 61, "a\x00b"):
         with pytest.raises(UserError, match="it must have 1 to 60 letters"):
             clean_name(wrong)
+
+
+def test_a_program_chooses_in_every_pair_once_and_goes_on_where_it_stopped(tmp_path):
+    rows, asked = questions(6), []
+
+    def longer(pair, left, right):
+        asked.append(pair.key)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return "left" if len(left.answer) > len(right.answer) else "right"
+
+    with desk_of(tmp_path, rows) as desk, pytest.raises(KeyboardInterrupt):
+        desk.decide("a program", longer)
+    with desk_of(tmp_path, rows) as desk:
+        desk.decide("a program", longer)
+        records = desk.records()
+    assert len(records) == len({record["pair"] for record in records}) == 6
+    assert all(len(record[record["choice"]]["answer"]) > 8 for record in records)

@@ -18,7 +18,9 @@ from tests import processes
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 EXPERIMENT = """
-from lm.experiment import DPO, GRPO, KTO, SFT, Eval, Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
+from lm.experiment import (
+    DPO, GRPO, KTO, PPO, SFT, Collect, Eval, Experiment, Mesh, Model, Optimizer, Pretrain, RewardModel, Source, Stage, Tokenizer,
+)
 
 few = {"optimizer": Optimizer(peak_lr=1e-3, warmup_steps=2), "steps": 3, "batch_size": 4, "save_every": 2}
 text = Source("text.txt", holdout=0.2)
@@ -33,6 +35,10 @@ experiment = Experiment(
         Stage("sft", SFT(), (Source("gen:instruct", holdout=0.5),), seq_len=64, **few),
         Stage("preference", DPO(reference="cached"), (preferences,), seq_len=128, **few),
         Stage("judged", KTO(), (preferences,), seq_len=128, **few),
+        Stage("scored", RewardModel(), (preferences,), seq_len=128, **few),
+        Stage("asked", Collect(judge="scored", max_new_tokens=8), (preferences,), seq_len=96, **few),
+        Stage("again", DPO(), (Source("made:asked", holdout=0.0),), seq_len=96, **few),
+        Stage("ppo", PPO(reward_models=("scored",), max_new_tokens=8, epochs=1), (preferences,), seq_len=96, **few),
         Stage("reason", GRPO("manners", group_size=4, max_new_tokens=8, updates_per_rollout=2), (preferences,), seq_len=96, **few),
     ),
     evals=(
@@ -51,7 +57,7 @@ few = load("smoke.py")
 stage = dataclasses.replace(few.stages[0], steps=80, save_every=5)
 experiment = dataclasses.replace(few, stages=(stage,), evals=(), prompts=())
 """
-STAGES = ("pretrain", "sft", "preference", "judged", "reason")
+STAGES = ("pretrain", "sft", "preference", "judged", "scored", "asked", "again", "ppo", "reason")
 LM = ("-m", "lm.cli.main", "run", "smoke.py")
 LONG = ("-m", "lm.cli.main", "run", "alone.py")
 STEPS = 80
