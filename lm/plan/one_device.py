@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lm.experiment import Model, Stage
+from lm.experiment import Model, Stage, rows_together
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.rules import RULES, ways
@@ -42,8 +42,9 @@ def one_device(program: Program) -> Program:
 
 
 def local_batch(program: Program) -> tuple[int, int]:
-    """Rows of an update that one device works on, alone or with others, and tokens of a whole row."""
-    return program.rows // ways("batch", program.sizes), program.stage.seq_len
+    """Rows of an update that one device works on, alone or with others, and tokens of a whole row; half a pair is a pair."""
+    rows, together = program.rows // ways("batch", program.sizes), rows_together(program.stage)
+    return -(-rows // together) * together, program.stage.seq_len
 
 
 def analysis_of(program: Program) -> Analysis:

@@ -169,3 +169,9 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
         plan(experiment(mesh={"data": 1, "fsdp": 2}))
     with pytest.raises(UserError, match="train: 6 rows in a microbatch"):
         plan(experiment(rows=6))
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward_model"])
+def test_the_largest_batch_of_pairs_may_part_them_over_devices(name):
+    value = experiment(OBJECTIVES[name])
+    assert largest_batch(plan(value), value) >= 16
