@@ -50,13 +50,17 @@ class Evaluator:
         """
         if isinstance(self.experiment.stages[index].objective, RewardModel):
             return
-        known, answered = as_first(lambda: self._known_before(index, log))
+        newly = [item.name for item in self.experiment.evals if self._sees_more(item)]  # all load what they look with
+        known, answered = as_first(lambda: self._known_before(index, log, newly))
         if not answered:
             self._answer_prompts(model, log, 0, "before")
         self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
 
-    def _known_before(self, index: int, log: MetricsLog) -> tuple[list[str], bool]:
-        """Which evals are written down already, and whether the prompts are answered; copied from the stage before."""
+    def _known_before(self, index: int, log: MetricsLog, newly: list[str]) -> tuple[list[str], bool]:
+        """Which evals are written down already, and whether the prompts are answered; copied from the stage before.
+
+        Of `newly` seen evals only lines that have what is newly seen.
+        """
         evals, samples = (read_lines(log.folder / f"{kind}.jsonl") for kind in ("eval", "samples"))
         known = {line["eval"] for line in evals if line["when"] == "before"}
         answered = any(line["when"] == "before" and line["kind"] == "prompt" for line in samples)
@@ -67,7 +71,6 @@ class Evaluator:
                 if line["when"] == "after" and line["kind"] != "rollout":
                     log.sample(line | {"step": 0, "when": "before"})
                     answered = True
-            newly = [item.name for item in self.experiment.evals if self._sees_more(item)]
             for line in read_lines(last / "eval.jsonl"):
                 if line["when"] == "after" and (line["eval"] not in newly or "kl" in line):
                     log.evaluation(line | {"step": 0, "when": "before"})
