@@ -12,6 +12,7 @@ from lm.choices.desk import standing
 from lm.choices.log import Record
 
 SIDES = ("left", "right")
+TIE = "tie"
 
 
 class Exported(NamedTuple):
@@ -26,32 +27,28 @@ def preferences(records: Iterable[Record], ties: bool = False) -> Exported:
     """One row for each pair of which more people prefer one answer, in the order in which pairs were first judged.
 
     Columns `prompt`, `chosen`, `rejected`, and `pair`; `votes` for each choice, ties and both bad among them;
-    `strength`, the mean of those given with the choices of the chosen one, or null, and where it is given the same as
-    `margin`, which a reward model can learn from; `sources` of both, if any. Ties, both bad and skipped ones decide nothing:
-    a pair with no other choice has no row.
+    `strength`, the mean of those given with the choices of the chosen one, or null, and the same as `margin`, only where
+    one was given; `sources` of both, if any. Ties, both bad and skipped ones decide nothing: a pair with no other choice
+    has no row.
 
-    Args:
-        ties: pairs that somebody called a tie and nobody decided, or as many each way, are rows too, with `tie` true.
+    With `ties` there is also a row, with `tie` true, for each pair of which as many people (or nobody) prefer either answer
+    and somebody says tie: chosen is what the first who says so had on the left.
     """
     by_pair: dict[str, list[Record]] = {}
     for record in standing(records):
         by_pair.setdefault(record["pair"], []).append(record)
     rows, undecided, even = [], 0, 0
     for pair, choices in by_pair.items():
-        decided = [record for record in choices if record["choice"] in SIDES]
-        votes = [(_text(_preferred(record)), record) for record in decided]
-        for_first = [record for text, record in votes if text == votes[0][0]]
-        for_second = [record for text, record in votes if text != votes[0][0]]
-        tied = [record for record in choices if record["choice"] == "tie"]
-        if ties and (tied or decided) and len(for_first) == len(for_second):
-            rows.append(_row(pair, [tied[0] | {"choice": "left"}] if tied else for_first, [], choices) | {"tie": True})
-        elif not decided:
-            undecided += 1
-        elif len(for_first) == len(for_second):
+        liked = [_text(_preferred(record)) for record in choices if record["choice"] in SIDES]
+        tied = next((record for record in choices if record["choice"] == TIE), None)
+        if liked and 2 * liked.count(liked[0]) != len(liked):
+            rows.append(_decided(pair, choices, max(liked, key=liked.count)))
+        elif ties and tied is not None:
+            rows.append(_row(pair, choices, tied["left"], tied["right"]) | {"tie": True})
+        elif liked:
             even += 1
         else:
-            winners, losers = sorted((for_first, for_second), key=len, reverse=True)
-            rows.append(_row(pair, winners, losers, choices))
+            undecided += 1
     return Exported(rows, undecided, even)
 
 
@@ -66,21 +63,28 @@ def write_preferences(path: Path, exported: Exported) -> None:
     os.replace(half, path)
 
 
-def _row(pair: str, winners: list[Record], losers: list[Record], choices: list[Record]) -> dict[str, Any]:
-    chosen, rejected = _preferred(winners[0]), _other(winners[0])
+def _decided(pair: str, choices: list[Record], liked: str) -> dict[str, Any]:
+    """The row of a pair of which more people prefer the answer that is `liked`."""
+    winners = [record for record in choices if record["choice"] in SIDES and _text(_preferred(record)) == liked]
     strengths = [record["strength"] for record in winners if record.get("strength") is not None]
+    row = _row(pair, choices, _preferred(winners[0]), _other(winners[0]))
+    if strengths:
+        row["strength"] = row["margin"] = sum(strengths) / len(strengths)
+    return row
+
+
+def _row(pair: str, choices: list[Record], chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
     kinds = [record["choice"] for record in choices]
-    votes = {"chosen": len(winners), "rejected": len(losers)}
+    liked = [_text(_preferred(record)) for record in choices if record["choice"] in SIDES]
+    votes = {"chosen": liked.count(_text(chosen)), "rejected": liked.count(_text(rejected))}
     row = {
-        "prompt": winners[0]["prompt"],
+        "prompt": choices[0]["prompt"],
         "chosen": chosen["answer"],
         "rejected": rejected["answer"],
         "pair": pair,
-        "votes": votes | {kind.replace(" ", "_"): kinds.count(kind) for kind in ("tie", "both bad", "skip")},
-        "strength": sum(strengths) / len(strengths) if strengths else None,
+        "votes": votes | {kind.replace(" ", "_"): kinds.count(kind) for kind in (TIE, "both bad", "skip")},
+        "strength": None,
     }
-    if strengths:
-        row["margin"] = row["strength"]
     if "source" in chosen and "source" in rejected:
         row["sources"] = [chosen["source"], rejected["source"]]
     return row

@@ -10,7 +10,8 @@ names), or are sampled from a run:
 The last is blind: which stage answers better? Choices go to a file beside the
 answers, each before the page moves on, and the same command goes on where it
 was. With --export they become rows of `prompt`, `chosen`, `rejected`, which a
-preference stage trains on; ties, both bad and skipped pairs are left out.
+preference stage trains on; ties, both bad and skipped pairs are left out
+(--ties keeps ties, which a reward model can learn from).
 
 The page is for this machine. `--host 0.0.0.0` opens it to others: they need the
 link that is printed, with its token. It is plain HTTP: on a network that you do
@@ -68,9 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         const=Path(),
         help="write preferences and end (NAME.preferences.jsonl)",
     )
-    parser.add_argument(
-        "--ties", action="store_true", help="with --export: pairs that are a tie too, for a reward model"
-    )
+    parser.add_argument("--ties", action="store_true", help="with --export: ties too, as rows with `tie` true")
 
 
 def call(arguments: argparse.Namespace) -> int:
@@ -79,6 +78,8 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.export is not None:
         target = arguments.export if arguments.export.name else _beside(answers, "preferences")
         return export(labels, target, arguments.ties)
+    if arguments.ties:
+        raise UserError("--ties is about what --export writes: give both")
 
     from lm.choices.desk import Desk
     from lm.choices.log import open_log
@@ -123,12 +124,14 @@ def export(labels: Path, target: Path, ties: bool = False) -> int:
     contents = read_log(labels)
     exported = preferences(contents.records, ties)
     if not exported.rows:
-        raise UserError(f"{labels} has no pair of which more people prefer one answer: nothing to export")
+        why = "no pair of which more people prefer one answer" + (", and no tie" if ties else "")
+        raise UserError(f"{labels} has {why}: nothing to export")
     write_preferences(target, exported)
     if contents.remark:
         print(contents.remark)
-    print(f"{target}: {len(exported.rows)} preferences")
-    undecided = f"{exported.undecided} pairs with only ties, both bad or skipped"
+    tied = f", {sum('tie' in row for row in exported.rows)} of them ties" if ties else ""
+    print(f"{target}: {len(exported.rows)} preferences{tied}")
+    undecided = f"{exported.undecided} pairs with only {'' if ties else 'ties, '}both bad or skipped"
     print(f"left out: {undecided}, {exported.even} with as many for either")
     return 0
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 from lm.data.tokenizer import TURN_END, TURN_START
@@ -12,6 +11,8 @@ from lm.experiment import UserError
 
 Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant")
+LARGEST_MARGIN = 3e38  # of a float32
+SHOWN_BEFORE = 20  # characters shown before the place where two prompts part
 
 
 class Codec(Protocol):
@@ -115,7 +116,7 @@ def training_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]
 
 
 def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """What the model is asked: `prompt`, `question`, or `messages` without the last answer."""
+    """What the model is asked: `prompt`, `question`, or `messages` (or a `chosen` conversation) without the last answer."""
     if "prompt" in row:
         messages = _turns(row["prompt"], "user", where, "prompt")
     elif "question" in row:
@@ -124,6 +125,8 @@ def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
         messages = row["messages"]
         if isinstance(messages, Sequence) and messages and _role(messages[-1]) == "assistant":
             messages = messages[:-1]
+    elif (implied := implied_prompt(row)) is not None:
+        messages = implied
     else:
         raise _missing(row, where, "prompt, question or messages")
     check_conversation(messages, where, needs_answer=False)
@@ -131,49 +134,16 @@ def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 
 def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The chosen and the rejected conversation of a row with `prompt`, `chosen`, `rejected`.
+    """The chosen and the rejected conversation of a row with `prompt`, `chosen`, `rejected`: they differ in the last turn.
 
-    Without a `prompt` both are conversations, and what stands before their last turn is the prompt; with one they may begin
-    with it again. Raises UserError where the prompts are not the same.
+    An answer may be a whole conversation, which begins with the prompt; where both are, there need be no `prompt`.
     """
-    if not {"chosen", "rejected"} <= set(row):
+    if not {"chosen", "rejected"} <= set(row) or ("prompt" not in row and implied_prompt(row) is None):
         raise _missing(row, where, "prompt, chosen and rejected")
-    sides = {side: _turns(row[side], "assistant", where, side) for side in ("chosen", "rejected")}
-    if "prompt" in row:
-        prompt = prompt_messages(row, where)
-    elif all(len(turns) > 1 for turns in sides.values()):
-        prompt = sides["chosen"][:-1]
-    else:
-        raise _missing(row, where, "prompt, chosen and rejected")
-    pair = []
-    for side, turns in sides.items():
-        if turns and _role(turns[0]) != "assistant":
-            _check_same_prompt(turns[:-1], prompt, f"{where}, {side}")
-            turns = turns[-1:]
-        conversation = [*prompt, *turns]
-        check_conversation(conversation, f"{where}, {side}")
-        pair.append(as_messages(conversation))
-    return pair[0], pair[1]
-
-
-def _check_same_prompt(found: list[dict[str, str]], prompt: list[dict[str, str]], where: str) -> None:
-    for number, (turn, wanted) in enumerate(itertools.zip_longest(found, prompt), start=1):
-        if turn != wanted:
-            shown = [None if t is None else t.get("content") for t in (turn, wanted)]
-            raise UserError(
-                f"{where}: its prompt is another than the pair's, from turn {number} on: {shown[0]!r:.50} is not {shown[1]!r:.50}"
-            )
-
-
-def preference_marks(row: Mapping[str, Any], where: str) -> tuple[float, bool]:
-    """(`margin`, by how much the chosen answer is better; `tie`, whether neither is) of a row of preferences; 0, False."""
-    margin, tie = row.get("margin"), row.get("tie")
-    number = isinstance(margin, int | float) and not isinstance(margin, bool)
-    if margin is not None and not (number and 0 <= margin < math.inf):
-        raise UserError(f"{where}: margin must be a number from 0 on, found {margin!r:.60}")
-    if tie is not None and not isinstance(tie, bool):
-        raise UserError(f"{where}: tie must be true or false, found {tie!r:.60}")
-    return float(margin or 0.0), bool(tie)
+    prompt = prompt_messages(row, where) if "prompt" in row else []
+    chosen, rejected = (_answered(prompt, row[side], where, side) for side in ("chosen", "rejected"))
+    _check_same(chosen[:-1], rejected[:-1], where, ("chosen", "rejected"))
+    return chosen, rejected
 
 
 def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], bool]:
@@ -182,9 +152,54 @@ def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
         raise _missing(row, where, "prompt, completion and label, or prompt, chosen and rejected")
     if not isinstance(row["label"], bool):
         raise UserError(f"{where}: label must be true (desirable) or false, found {row['label']!r:.60}")
-    conversation = [*prompt_messages(row, where), *_turns(row["completion"], "assistant", where, "completion")]
-    check_conversation(conversation, f"{where}, completion")
-    return as_messages(conversation), row["label"]
+    return _answered(prompt_messages(row, where), row["completion"], where, "completion"), row["label"]
+
+
+def margin_of(row: Mapping[str, Any], where: str) -> float:
+    """By how much the chosen answer of a row is better: its `margin`, 0 where it has none."""
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= LARGEST_MARGIN:
+        raise UserError(f"{where}: margin must be a finite number of 0 or more, found {margin!r:.60}")
+    return float(margin)
+
+
+def is_tie(row: Mapping[str, Any], where: str) -> bool:
+    """Whether neither answer of a row is better: its `tie`, false where it has none."""
+    tie = row.get("tie")
+    if tie is not None and not isinstance(tie, bool):
+        raise UserError(f"{where}: tie must be true or false, found {tie!r:.60}")
+    return bool(tie)
+
+
+def implied_prompt(row: Mapping[str, Any]) -> list[Any] | None:
+    """What whole conversations in `chosen` and `rejected` ask, unchecked; None where a column says it, or they are answers."""
+    if "prompt" in row or not all(isinstance(row.get(side), list) for side in ("chosen", "rejected")):
+        return None
+    return row["chosen"][:-1] or None
+
+
+def _answered(prompt: list[dict[str, str]], answer: Any, where: str, column: str) -> list[dict[str, str]]:
+    """The prompt and then the answer, which may begin with the prompt again."""
+    turns = _turns(answer, "assistant", where, column)
+    again = bool(prompt and turns) and _role(turns[0]) != "assistant"
+    conversation = turns if again else [*prompt, *turns]
+    check_conversation(conversation, f"{where}, {column}")
+    _check_same(prompt, conversation[: len(prompt)], where, ("prompt", column))
+    return as_messages(conversation)
+
+
+def _check_same(one: Sequence[Message], other: Sequence[Message], where: str, names: tuple[str, str]) -> None:
+    """Raise UserError where two prompts part, naming the turn and what each says from there on."""
+    for number, turns in enumerate(zip_longest(one, other), start=1):
+        said = [(turn["role"], turn["content"]) if turn else ("", "") for turn in turns]
+        if said[0] != said[1]:
+            letters = enumerate(zip_longest(*(content for _, content in said)))
+            at = max(0, next((place for place, (a, b) in letters if a != b), 0) - SHOWN_BEFORE)
+            shown = [f"{role} {content[at:]!r:.60}" if role else "no such turn" for role, content in said]
+            found = f"{names[0]} has {shown[0]}, {names[1]} has {shown[1]}"
+            raise UserError(f"{where}, turn {number}: {found}; both answers must be to the same prompt")
 
 
 def _turns(value: Any, role: str, where: str, column: str) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int, Int32
 
 
 class Row(NamedTuple):
-    """One row of a batch; `desirable`, `margins` and `ties` are this row's numbers of a Batch's fields of these names."""
+    """One row of a batch; `desirable` is 1 or 0 where its answer is judged by itself, a row of a pair has the others."""
 
     tokens: Int32[np.ndarray, " T"]
     weights: Float32[np.ndarray, " T"]
@@ -76,22 +76,19 @@ def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> Row:
 
 
 def mismatch(row: Row, other: Row, pad_id: int) -> Row:
-    """The row's prompt with the other row's answer, cut to the row's length; each is a prompt and then an answer.
+    """The row's prompt with the other row's answer; each is a prompt and then an answer.
 
-    The prompt is what stands before the first token with a weight. Of two rows of which one has none, the row itself.
+    The prompt is what stands before the first token with a weight; of one for which there is no room the beginning is
+    left out. Of two rows of which one has no weight, the row itself.
     """
     if not row.weights.any() or not other.weights.any():
         return row._replace(desirable=None)
-    prompt = slice(0, int(np.argmax(row.weights > 0)))
     answer = slice(int(np.argmax(other.weights > 0)), int((other.segments > 0).sum()))
+    room, end = len(row.tokens) - (answer.stop - answer.start), int(np.argmax(row.weights > 0))
+    prompt = slice(max(0, end - room), end)
     tokens = np.concatenate([row.tokens[prompt], other.tokens[answer]])
     mask = np.concatenate([row.weights[prompt], other.weights[answer]])
-    return join([truncate(Example(tokens, mask), len(row.tokens))], len(row.tokens), pad_id)
-
-
-def truncate(example: Example, seq_len: int) -> Example:
-    """The start of an example, at most seq_len tokens."""
-    return Example(example.tokens[:seq_len], example.mask[:seq_len])
+    return join([Example(tokens, mask)], len(row.tokens), pad_id)
 
 
 def is_trained(example: Example) -> bool:

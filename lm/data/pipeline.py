@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -44,7 +43,7 @@ __all__ = [
     "tokenizer_texts",
 ]
 
-SUPPLIES: dict[type, Callable[..., Supply]] = {
+SUPPLIES = {
     values.Pretrain: windows,
     values.SFT: conversations,
     **dict.fromkeys(typing.get_args(values.Paired), pairs),
@@ -129,11 +128,10 @@ class Feed:
             if number < supply.rows:
                 return supply.row(0, number)
             number -= supply.rows
-        empty = packing.join([], self.seq_len, self.pad_id)
-        nothing = np.float32(0)
-        if self.rows_each > 1:
-            empty = empty._replace(margins=nothing, ties=nothing)
-        return [empty._replace(desirable=nothing if self.judged else None)] * self.rows_each
+        empty, zero = packing.join([], self.seq_len, self.pad_id), np.float32(0)
+        if self.judged:
+            return [empty._replace(desirable=zero)]
+        return [empty._replace(margins=zero, ties=zero)] * 2 if self.rows_each == 2 else [empty]
 
 
 def _stacked(rows: list[packing.Row]) -> Batch:
@@ -148,13 +146,13 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
     Every source is read, split and (training generators excepted) tokenised here. Raises UserError naming what is wrong.
     """
     build = SUPPLIES[type(stage.objective)]
-    if isinstance(stage.objective, values.RewardModel):
-        build = functools.partial(pairs, ties=stage.objective.ties != "drop")
+    # Who has a use for ties is given them.
+    options = {"ties": True} if getattr(stage.objective, "ties", "drop") != "drop" else {}
     supplies, contents = [], []
     for number, source in enumerate(stage.sources):
         rows, indices = select(source, split)
         order = Order(None if split == "heldout" else order_key(seed, stage.name, number))
-        supplies.append(build(rows, indices, stage.seq_len, tokenizer, order))
+        supplies.append(build(rows, indices, stage.seq_len, tokenizer, order, **options))
         contents.append(rows)
     return Feed(
         names=tuple(source.path for source in stage.sources),

@@ -23,6 +23,7 @@ from jaxtyping import Float64, Int64
 
 from lm.data import curriculum, python_docs, readers, tfds_rows
 from lm.data.cache import Cache, Entry, Writer, current_cache
+from lm.data.chat import implied_prompt
 from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
 from lm.data.workers import Crew
 from lm.experiment import UserError
@@ -190,7 +191,8 @@ def split_key(row: Mapping[str, Any]) -> str | None:
     for column in ("prompt", "question"):
         if column in row:
             return _canonical(row[column])
-    return _canonical(row)
+    implied = implied_prompt(row)
+    return _canonical(row if implied is None else implied)
 
 
 def split_place(key: str | None) -> float:

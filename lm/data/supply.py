@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from lm.data.order import permutation, permute
 from lm.data.packing import Example, Row
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import FAULTS, KINDS, NEVER, Store, store_in_memory, store_of
+from lm.data.tokens import FLAWS, KINDS, Store, store_in_memory, store_of
 from lm.experiment import UserError
 
 EXAMPLES_A_ROW = 64  # generated examples set aside for one packed row; those that do not fit are passed over
@@ -26,7 +26,7 @@ LOOKED_AT = 256  # generated examples that a tally is taken over
 class Tally:
     """What became of a source's examples; `partial`: only of the first ones, the source has no end.
 
-    `reasons` say why some of the dropped ones were: how many, and what they are.
+    `truncated` ones lost their end, or what `truncation` says; `reasons`: of those dropped how many, by why.
     """
 
     examples: int
@@ -35,13 +35,16 @@ class Tally:
     truncated: int
     dropped: int
     partial: bool = False
-    reasons: tuple[str, ...] = ()
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    truncation: str = "truncated"
 
     def describe(self, unit: str) -> str:
         head = f"first {self.examples} {unit}" if self.partial else f"{self.examples} {unit}"
-        rest = f"{self.tokens} tokens, {self.trained} trained on, {self.truncated} truncated, {self.dropped} dropped"
-        rest += f" ({', '.join(self.reasons)})" * bool(self.reasons)
-        return f"{head}, {rest}"
+        rest = f"{self.tokens} tokens, {self.trained} trained on, {self.truncated} {self.truncation}, {self.dropped} dropped"
+        return f"{head}, {rest}{f' ({self.describe_dropped()})' if self.reasons else ''}"
+
+    def describe_dropped(self) -> str:
+        return ", ".join(f"{count} {why}" for why, count in self.reasons.items())
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def conversations(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: T
     """Conversations packed into rows, trained on the assistant's turns; which share a row is settled once."""
     if rows.generated and order.key is not None:
         return _generated_conversations(rows, indices, seq_len, tokenizer, order)
-    store, groups, tally = _keep(rows, indices, "conversations", seq_len, tokenizer)
+    store, groups, tally = _keep(rows, indices, seq_len, tokenizer)
     numbers = groups[:, 0]
     plan = packing.pack(np.minimum(store.lengths[numbers], seq_len).tolist(), seq_len)
 
@@ -154,8 +157,7 @@ def _generated_conversations(
 
     def examples(first: int) -> Iterator[Example]:
         for k in range(first, first + EXAMPLES_A_ROW):
-            store, _ = _made(rows, indices[k], "conversations", tokenizer)
-            example = store.example(0, seq_len)
+            (example,) = _made(rows, indices[k], "conversations", seq_len, tokenizer)
             if packing.is_trained(example):
                 yield example
 
@@ -170,72 +172,71 @@ def _generated_conversations(
         return [packing.join(members, seq_len, tokenizer.pad_id)]
 
     looked_at = [indices[k] for k in range(LOOKED_AT)]
-    tally = _keep(rows, looked_at, "conversations", seq_len, tokenizer)[2]
+    tally = _keep(rows, looked_at, seq_len, tokenizer).tally
     return Supply(number, row, replace(tally, partial=True), "conversations")
 
 
 def pairs(
-    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, *, ties: bool = False
+    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, ties: bool = False
 ) -> Supply:
     """Preference pairs: the chosen conversation in one row, the rejected in the next, trained on the last answer.
 
-    Args:
-        ties: keep pairs of which neither answer is preferred.
+    Pairs that are a tie are left out unless `ties`.
     """
-    endless = rows.generated and order.key is not None
-    looked_at = [indices[k] for k in range(LOOKED_AT)] if endless else indices
-    kept, groups, tally = _keep_answers(rows, looked_at, "pairs", seq_len, tokenizer, ties)
-    number = len(indices) if endless else len(groups)
-
-    def find(place: int) -> tuple[Store, Int64[np.ndarray, " K"]]:
-        return _made(rows, indices[place], "pairs", tokenizer) if endless else (kept, groups[place])
+    groups = _answer_groups(rows, indices, "pairs", seq_len, tokenizer, order, ties)
 
     def example(epoch: int, place: int) -> int:
-        return order.place(epoch, place, number)
+        return order.place(epoch, place, groups.number)
 
     def row(epoch: int, place: int) -> list[Row]:
-        store, group = find(example(epoch, place))
+        store, group = groups.find(example(epoch, place))
         assert store.margins is not None and store.ties is not None
-        margin, tie = (np.float32(column[group[0]]) for column in (store.margins, store.ties))
-        sides = [packing.join([side], seq_len, tokenizer.pad_id) for side in with_ends(store, group, seq_len)]
+        margin, tie = np.float32(store.margins[group[0]]), np.float32(store.ties[group[0]])
+        sides = [packing.join([side], seq_len, tokenizer.pad_id) for side in store.ends(group, seq_len)]
         return [side._replace(margins=margin, ties=tie) for side in sides]
 
-    return Supply(number, row, replace(tally, partial=endless), "pairs", example)
+    return Supply(groups.number, row, groups.tally, "pairs", example)
 
 
 def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
     """Judged answers, one a row: of rows that have a label, or both sides of preference pairs, the chosen one desirable."""
     kind = "pairs" if "chosen" in rows[indices[0]] else "judged"
+    groups = _answer_groups(rows, indices, kind, seq_len, tokenizer, order)
     size = KINDS[kind].examples_a_row
-    endless = rows.generated and order.key is not None
-    looked_at = [indices[k] for k in range(LOOKED_AT)] if endless else indices
-    kept, groups, tally = _keep_answers(rows, looked_at, kind, seq_len, tokenizer, ties=False)
-    total = len(indices) * size if endless else groups.size
 
     def row(epoch: int, place: int) -> list[Row]:
-        place, side = divmod(order.place(epoch, place, total), size)
-        store, group = _made(rows, indices[place], kind, tokenizer) if endless else (kept, groups[place])
-        label = 1 - side if store.labels is None else store.labels[group[side]]
-        joined = packing.join([with_ends(store, group, seq_len)[side]], seq_len, tokenizer.pad_id)
+        place, side = divmod(order.place(epoch, place, groups.number * size), size)
+        store, group = groups.find(place)
+        label = 1 - side if store.labels is None else store.labels[group[0]]
+        joined = packing.join([store.ends(group, seq_len)[side]], seq_len, tokenizer.pad_id)
         return [joined._replace(desirable=np.float32(label))]
 
-    return Supply(total, row, replace(tally, partial=endless), kind)
+    return Supply(groups.number * size, row, groups.tally, kind)
 
 
-def with_ends(store: Store, group: Int64[np.ndarray, " K"], seq_len: int) -> list[Example]:
-    """The examples of one prompt, each with the end of its answer, in at most seq_len tokens.
+class Groups(NamedTuple):
+    """Answers, or pairs of them: how many there are, and of each where it is stored and its examples' numbers there."""
 
-    The prompt loses its beginning, as much in all of them as the longest needs; an answer that still does not fit loses its
-    own beginning.
-    """
-    assert store.firsts is not None
-    over = max(0, int(store.lengths[group].max()) - seq_len)
-    start = min(over, int(store.firsts[group].min()))
-    found = []
-    for number in map(int, group):
-        begin, end = max(start, int(store.lengths[number]) - seq_len), int(store.lengths[number])
-        found.append(Example(store.column("tokens", number, begin, end), store.column("mask", number, begin, end)))
-    return found
+    number: int
+    find: Callable[[int], tuple[Store, Int64[np.ndarray, " K"]]]
+    tally: Tally
+
+
+def _answer_groups(
+    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer, order: Order, ties: bool = False
+) -> Groups:
+    if not (rows.generated and order.key is not None):
+        store, groups, tally = _keep_answers(rows, indices, kind, seq_len, tokenizer, ties)
+        return Groups(len(groups), lambda place: (store, groups[place]), tally)
+    looked_at = [indices[k] for k in range(LOOKED_AT)]
+    tally = _keep_answers(rows, looked_at, kind, seq_len, tokenizer, ties).tally
+
+    def find(place: int) -> tuple[Store, Int64[np.ndarray, " K"]]:
+        index = indices[place]
+        made = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer)
+        return made, np.arange(len(made))
+
+    return Groups(len(indices), find, replace(tally, partial=True))
 
 
 def _examples(
@@ -247,66 +248,60 @@ def _examples(
     return store_of(rows, kind, tokenizer), np.asarray(indices)
 
 
-def _made(rows: Rows, index: int, kind: str, tokenizer: Tokenizer) -> tuple[Store, Int64[np.ndarray, " K"]]:
-    """The examples of one row, made now, and their numbers."""
+def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: Tokenizer) -> list[Example]:
+    """The examples of one row, made now."""
     store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer)
-    return store, np.arange(len(store))
+    return [store.example(number, seq_len) for number in range(len(store))]
 
 
-def _keep_answers(
-    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer, ties: bool
-) -> Kept:
-    """The groups that something is to be learnt from, and what became of all.
-
-    Raises UserError where there is none.
-    """
-    store, numbers = _examples(rows, indices, kind, tokenizer)
-    assert store.firsts is not None and store.faults is not None
-    groups = numbers[:, None] * KINDS[kind].examples_a_row + np.arange(KINDS[kind].examples_a_row)
-    tied = np.zeros(len(groups), bool) if store.ties is None else store.ties[groups[:, 0]] > 0
-    fault = np.where(tied & ties, 0, store.faults[groups[:, 0]])
-    left_out = {what: (fault == number) & ~(tied & (not ties)) for number, what in FAULTS.items()}
-    left_out["ties"] = tied & (not ties)
-    reasons = tuple(f"{int(which.sum())} {what}" for what, which in left_out.items() if which.any())
-    kept = groups[~np.any(list(left_out.values()), axis=0) & (store.firsts[groups] < NEVER).all(axis=1)]
-    if not len(kept):
-        raise UserError(
-            f"{rows.path}: none of {len(groups)} {kind} teaches anything ({', '.join(reasons) or 'no answer has a token'})"
-        )
-    lengths = store.lengths[kept]
-    examples = [side for group in kept for side in with_ends(store, group, seq_len)] if lengths.max() > seq_len else []
-    whole = store.trained[kept].sum() if store.trained is not None else 0
-    tally = Tally(
-        examples=len(groups),
-        tokens=sum(len(side.tokens) for side in examples) if examples else int(lengths.sum()),
-        trained=sum(int(side.mask[1:].sum()) for side in examples) if examples else int(whole),
-        truncated=int((lengths > seq_len).any(axis=1).sum()),
-        dropped=len(groups) - len(kept),
-        reasons=reasons,
-    )
-    return Kept(store, kept, tally)
-
-
-def _keep(rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer) -> Kept:
-    """The groups of which every member still has a trained token when cut to seq_len, and what became of all."""
-    store, numbers = _examples(rows, indices, kind, tokenizer)
+def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer) -> Kept:
+    """The conversations that still have a trained token when cut to seq_len, and what became of all."""
+    store, numbers = _examples(rows, indices, "conversations", tokenizer)
     assert store.firsts is not None and store.trained is not None
-    size = KINDS[kind].examples_a_row
-    groups = numbers[:, None] * size + np.arange(size)
-    kept = groups[(store.firsts[groups] < seq_len).all(axis=1)]
+    kept = numbers[store.firsts[numbers] < seq_len]
     if not len(kept):
         raise UserError(
-            f"{rows.path}: cut to seq_len {seq_len}, none of {len(groups)} examples has a token to train on; raise seq_len"
+            f"{rows.path}: cut to seq_len {seq_len}, none of {len(numbers)} examples has a token to train on; raise seq_len"
         )
     lengths = store.lengths[kept]
     cut = lengths > seq_len
     trained = int(store.trained[kept[~cut]].sum())
     trained += sum(int(store.column("mask", int(i), 1, seq_len).sum()) for i in kept[cut])
     tally = Tally(
-        examples=len(groups),
+        examples=len(numbers),
         tokens=int(np.minimum(lengths, seq_len).sum()),
         trained=trained,
-        truncated=int(cut.any(axis=1).sum()),
-        dropped=len(groups) - len(kept),
+        truncated=int(cut.sum()),
+        dropped=len(numbers) - len(kept),
     )
-    return Kept(store, kept, tally)
+    return Kept(store, kept[:, None], tally)
+
+
+def _keep_answers(
+    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer, ties: bool
+) -> Kept:
+    """The answers, or pairs of them, that something can be learned from, and what became of all."""
+    store, numbers = _examples(rows, indices, kind, tokenizer)
+    assert store.flaws is not None and store.trained is not None
+    groups = numbers[:, None] * KINDS[kind].examples_a_row + np.arange(KINDS[kind].examples_a_row)
+    of_prompts, of_answers = store.losses(groups, seq_len)
+    reasons = {why: store.flaws[groups[:, 0]] == flaw for flaw, why in enumerate(FLAWS) if flaw}
+    if store.ties is not None and not ties:
+        reasons["tied"] = store.ties[groups[:, 0]] > 0
+    reasons[f"with no room for an answer in seq_len {seq_len}"] = (of_answers >= store.trained[groups]).any(axis=1)
+    left, dropped = np.ones(len(groups), bool), {}
+    for why, those in reasons.items():
+        dropped[why] = int((left & those).sum())
+        left &= ~those
+    tally = Tally(
+        examples=len(groups),
+        tokens=int((store.lengths[groups] - of_prompts[:, None] - of_answers)[left].sum()),
+        trained=int((store.trained[groups] - of_answers)[left].sum()),
+        truncated=int(((of_prompts > 0) | (of_answers > 0).any(axis=1))[left].sum()),
+        dropped=int((~left).sum()),
+        reasons={why: count for why, count in dropped.items() if count},
+        truncation="cut",
+    )
+    if not left.any():
+        raise UserError(f"{rows.path}: none of {len(groups)} {kind} is left to learn from: {tally.describe_dropped()}")
+    return Kept(store, groups[left], tally)

@@ -23,13 +23,14 @@ from lm.data.tokenizer import Tokenizer
 from lm.data.workers import Crew
 from lm.experiment import UserError
 
-FAULTS = {1: "of equal answers", 2: "with an empty answer"}  # why an example that was written down teaches nothing
-OPTIONAL = ("firsts", "trained", "labels", "margins", "ties", "faults")  # columns that not every kind has
 NEVER = np.iinfo(np.int32).max  # where an example is first trained on that never is
 ENCODED_AT_ONCE = 256  # documents, or rows that are in memory, whose tokens are Python integers at the same time
 
 Named = tuple[Row, str]  # a row, and how it is named for a person
 Columns = dict[str, np.ndarray]
+# Why nothing can be learned from an answer or a pair of them, by number; 0 is none.
+FLAWS = ("", "with an empty answer", "with equal answers")
+ANSWERED = ("firsts", "trained", "prompts", "flaws", "margins", "ties", "labels")  # columns that only some kinds have
 Encode = Callable[[Tokenizer, Iterable[Named]], Columns]
 
 
@@ -38,8 +39,8 @@ class Kind(NamedTuple):
 
     tokens [tokens], lengths [examples]; of conversations and pairs also mask [tokens] (1 where the model learns to predict
     the token), firsts [examples] (the first such place past the first token, or NEVER) and trained [examples] (how many);
-    of judged answers also labels [examples] (1 for a desirable one); of pairs also margins and ties [examples]; of both
-    faults [examples] (a key of FAULTS, or 0).
+    of pairs and judged answers also prompts [examples] (where the last turn begins) and flaws [examples] (a place in FLAWS);
+    of pairs margins and ties [examples], of judged answers labels [examples] (1 for a desirable one).
     """
 
     encode: Encode
@@ -57,12 +58,13 @@ class Store:
     lengths: Int[np.ndarray, " N"]
     parts: Int[np.ndarray, " N"]
     starts: Int64[np.ndarray, " N"]
-    firsts: Int[np.ndarray, " N"] | None
-    trained: Int[np.ndarray, " N"] | None
-    labels: Int[np.ndarray, " N"] | None = None
+    firsts: Int[np.ndarray, " N"] | None = None
+    trained: Int[np.ndarray, " N"] | None = None
+    prompts: Int[np.ndarray, " N"] | None = None
+    flaws: Int[np.ndarray, " N"] | None = None
     margins: Float32[np.ndarray, " N"] | None = None
     ties: Int[np.ndarray, " N"] | None = None
-    faults: Int[np.ndarray, " N"] | None = None
+    labels: Int[np.ndarray, " N"] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,6 +77,36 @@ class Store:
     def example(self, number: int, seq_len: int) -> Example:
         """An example, cut to seq_len tokens."""
         return Example(self.column("tokens", number, 0, seq_len), self.column("mask", number, 0, seq_len))
+
+    def losses(
+        self, groups: Int64[np.ndarray, "G K"], seq_len: int
+    ) -> tuple[Int[np.ndarray, " G"], Int[np.ndarray, "G K"]]:
+        """(tokens that a group's prompt, and that each of its answers loses at the beginning) to fit in seq_len.
+
+        Both answers of a pair lose the same part of their prompt. Only where it is gone does an answer lose any; its
+        header stays, and its end of turn if the loss is less than what is `trained`.
+        """
+        assert self.prompts is not None
+        lengths = self.lengths[groups]
+        prompt = np.clip(lengths.max(axis=1) - seq_len, 0, self.prompts[groups[:, 0]])
+        return prompt, np.maximum(lengths - prompt[:, None] - seq_len, 0)
+
+    def ends(self, group: Int64[np.ndarray, " K"], seq_len: int) -> list[Example]:
+        """An answer, or the two of a pair, in at most seq_len tokens each: what `losses` says is left out."""
+        prompt, answers = self.losses(group[None], seq_len)
+        return [
+            self._end(number, int(prompt[0]), int(lost))
+            for number, lost in zip(group.tolist(), answers[0], strict=True)
+        ]
+
+    def _end(self, number: int, prompt: int, answer: int) -> Example:
+        assert self.firsts is not None
+        first, stop = int(self.firsts[number]), int(self.lengths[number])
+        spans = [(prompt, first), (first + answer, stop)] if answer else [(prompt, stop)]
+        tokens, mask = (
+            np.concatenate([self.column(name, number, *span) for span in spans]) for name in ("tokens", "mask")
+        )
+        return Example(tokens, mask)
 
 
 def store_of(rows: Rows, kind: str, tokenizer: Tokenizer) -> Store:
@@ -122,13 +154,12 @@ def _assembled(blocks: Sequence[Callable[[str], np.ndarray]], columns: Sequence[
         return np.concatenate([one[name] for one in columns])
 
     lengths = [one["lengths"] for one in columns]
-    some = {name: whole(name) for name in OPTIONAL if name in columns[0]}
     return Store(
         blocks=blocks,
         lengths=whole("lengths"),
-        parts=np.repeat(np.arange(len(lengths), dtype=np.int32), [len(own) for own in lengths]),
-        starts=np.concatenate([np.cumsum(own, dtype=np.int64) - own for own in lengths]),
-        **dict.fromkeys(("firsts", "trained")) | some,
+        parts=np.repeat(np.arange(len(lengths), dtype=np.int32), [len(some) for some in lengths]),
+        starts=np.concatenate([np.cumsum(some, dtype=np.int64) - some for some in lengths]),
+        **{name: whole(name) for name in ANSWERED if name in columns[0]},
     )
 
 
@@ -172,32 +203,27 @@ def _encode_conversations(tokenizer: Tokenizer, named: Iterable[Named]) -> Colum
 
 def _encode_pairs(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
     """Preference pairs, the chosen conversation and then the rejected, trained on the last answer."""
-    examples, margins, ties, faults = [], [], [], []
+    sides, margins, ties, flaws = [], [], [], []
     for row, where in named:
-        both = chat.preference_messages(row, where)
-        examples += [_last_answer(side, tokenizer) for side in both]
-        margin, tie = chat.preference_marks(row, where)
-        margins += 2 * [margin]
-        ties += 2 * [tie]
-        faults += 2 * [_fault([side[-1]["content"].strip() for side in both])]
-    columns = {"margins": (margins, np.float32), "ties": (ties, np.int8), "faults": (faults, np.int8)}
-    return _examples(tokenizer, examples) | {name: np.array(found, kind) for name, (found, kind) in columns.items()}
-
-
-def _fault(answers: Sequence[str]) -> int:
-    """The number in FAULTS of what is wrong with the answers to one prompt; 0 for nothing."""
-    if not all(answers):
-        return 2
-    return int(len(answers) > 1 and len(set(answers)) == 1)
+        chosen, rejected = chat.preference_messages(row, where)
+        tie = chat.is_tie(row, where)
+        sides += [chosen, rejected]
+        margins.append(chat.margin_of(row, where))
+        ties.append(tie)
+        flaws.append(0 if tie else _flaw(chosen, rejected))
+    of_pairs: Columns = {
+        "flaws": np.array(flaws, np.int8), "margins": np.array(margins, np.float32), "ties": np.array(ties, np.int8)
+    }  # fmt: skip
+    return _answers(tokenizer, sides) | {name: np.repeat(column, 2) for name, column in of_pairs.items()}
 
 
 def _encode_judged(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
     """Answers with a label each, trained on."""
     judged = [chat.judged_messages(row, where) for row, where in named]
-    examples = [_last_answer(messages, tokenizer) for messages, _ in judged]
-    faults = [_fault([messages[-1]["content"].strip()]) for messages, _ in judged]
-    labels = [label for _, label in judged]
-    return _examples(tokenizer, examples) | {"labels": np.array(labels, np.int8), "faults": np.array(faults, np.int8)}
+    return _answers(tokenizer, [messages for messages, _ in judged]) | {
+        "flaws": np.array([_flaw(messages) for messages, _ in judged], np.int8),
+        "labels": np.array([label for _, label in judged], np.int8),
+    }
 
 
 def _examples(tokenizer: Tokenizer, examples: Sequence[chat.Rendered]) -> Columns:
@@ -212,11 +238,23 @@ def _examples(tokenizer: Tokenizer, examples: Sequence[chat.Rendered]) -> Column
     }
 
 
-def _last_answer(messages: list[dict[str, str]], tokenizer: Tokenizer) -> chat.Rendered:
-    """The conversation rendered, its mask kept on the last turn only."""
-    tokens, mask = chat.render(messages, tokenizer)
-    start = len(tokens) - 1 - tokens[::-1].index(tokenizer.special_ids[chat.TURN_START])
-    return chat.Rendered(tokens, [0] * start + mask[start:])
+def _answers(tokenizer: Tokenizer, conversations: Sequence[Sequence[chat.Message]]) -> Columns:
+    """Conversations, trained on the last turn only."""
+    examples, prompts = [], []
+    for messages in conversations:
+        tokens, mask = chat.render(messages, tokenizer)
+        start = len(tokens) - 1 - tokens[::-1].index(tokenizer.special_ids[chat.TURN_START])
+        examples.append(chat.Rendered(tokens, [0] * start + mask[start:]))
+        prompts.append(start)
+    return _examples(tokenizer, examples) | {"prompts": np.array(prompts, np.int32)}
+
+
+def _flaw(*conversations: Sequence[chat.Message]) -> int:
+    """What is wrong with an answer, or the two of a pair: a place in FLAWS."""
+    answers = [messages[-1]["content"] for messages in conversations]
+    if not all(answer.strip() for answer in answers):
+        return 1
+    return 2 if len(set(answers)) < len(answers) else 0
 
 
 def _text(row: Row, where: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from lm.data.chat import preference_marks, preference_messages, render
+from lm.data.chat import is_tie, preference_messages, render
 from lm.data.pipeline import heldout_rows
 from lm.evals.rows import SHOWN, Measured, Row, Subject, last_turn, rounded, row_logp, row_scores
 from lm.experiment import Eval, UserError
@@ -37,7 +37,7 @@ def score_pairs(rows: Sequence[dict[str, Any]], wheres: Sequence[str], subject: 
     most = subject.model.config.max_len
     kept, sides, ties = [], [], 0
     for row, where in zip(rows, wheres, strict=True):
-        if preference_marks(row, where)[1]:
+        if is_tie(row, where):
             ties += 1
             continue
         rendered = [render(side, subject.tokenizer) for side in preference_messages(row, where)]

@@ -14,7 +14,7 @@ from lm.data.curriculum import instruct_row
 from lm.data.pipeline import make_feed
 from lm.data.sources import load_rows
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import DPO, Source, Stage
+from lm.experiment import DPO, RewardModel, Source, Stage
 from tests.label.label_rows import chosen, desk_of, questions, task_of, write_rows
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -65,7 +65,47 @@ def test_more_people_decide_and_what_nobody_prefers_is_left_out():
     (row,) = rows
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("majority", "x", "y")
     assert row["votes"] == {"chosen": 2, "rejected": 1, "tie": 0, "both_bad": 1, "skip": 0}
-    assert row["strength"] == 2.5 and row["sources"] == ["sft", "dpo"]
+    assert row["strength"] == row["margin"] == 2.5 and row["sources"] == ["sft", "dpo"]
+    with_ties = preferences(records, ties=True)
+    assert with_ties[1:] == (2, 1) and with_ties.rows[0] == row
+    (tie,) = with_ties.rows[1:]
+    assert (tie["prompt"], tie["chosen"], tie["rejected"], tie["tie"]) == ("tie", "x", "y", True)
+    assert tie["votes"] == {"chosen": 0, "rejected": 0, "tie": 1, "both_bad": 0, "skip": 0}
+
+
+def test_a_margin_is_written_only_where_a_strength_was_given_and_the_winner_of_a_vote_is_no_tie():
+    records = [
+        chosen("Ann", "a", "x", "y", "left"),
+        chosen("Bob", "a", "x", "y", "tie"),
+        chosen("Ann", "b", "x", "y", "left", strength=2),
+        chosen("Bob", "b", "y", "x", "left", strength=1),
+        chosen("Cy", "b", "y", "x", "tie", left_source="sft", right_source="dpo"),
+    ]
+    decided, tied = preferences(records, ties=True).rows
+    assert "margin" not in decided and decided["strength"] is None and "tie" not in decided
+    assert (tied["chosen"], tied["rejected"], tied["sources"]) == ("y", "x", ["sft", "dpo"])
+    assert tied["votes"]["chosen"] == tied["votes"]["rejected"] == tied["votes"]["tie"] == 1
+    assert "margin" not in tied and tied["strength"] is None
+    assert preferences(records).rows == [decided]
+
+
+def test_strengths_and_ties_become_margins_and_ties_of_a_batch(tmp_path, capsys):
+    answers = write_rows(tmp_path / "answers.jsonl", questions(4))
+    with open_log(tmp_path / "answers.labels.jsonl") as log:
+        desk = Desk(task_of(tmp_path, questions(4)).pairs, log)
+        for choice, strength in (("left", 3), ("tie", None), ("right", None), ("both bad", None)):
+            desk.choose("Ann", desk.show("Ann").pair.key, choice, strength)
+    assert main(["label", str(answers), "--export", "--ties"]) == 0
+    said = capsys.readouterr().out
+    assert "3 preferences, 1 of them ties" in said and "1 pairs with only both bad or skipped" in said
+    texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
+    tokenizer = Tokenizer.train([*texts, answers.read_text("utf-8")], 400)
+    source = Source(str(tmp_path / "answers.preferences.jsonl"), holdout=0.0)
+    stage = Stage("here", RewardModel(margins=True, ties="rao_kupper"), (source,), batch_size=3, seq_len=96)
+    batch = make_feed(stage, tokenizer, 0).batch(0)
+    assert sorted(batch.margins.tolist()) == [0, 0, 0, 0, 3, 3] and sorted(batch.ties.tolist()) == [0, 0, 0, 0, 1, 1]
+    assert main(["label", str(answers), "--ties"]) == 2
+    assert "--ties is about what --export writes" in capsys.readouterr().err
 
 
 def test_what_was_taken_back_is_not_exported():
@@ -105,19 +145,3 @@ def test_nothing_to_export_is_one_line(tmp_path, capsys, choice, words):
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert not (tmp_path / "answers.preferences.jsonl").exists()
-
-
-def test_ties_are_rows_only_where_they_are_wanted_and_strengths_are_margins():
-    records = [
-        chosen("Ann", "won", "x", "y", "left", strength=3),
-        chosen("Ann", "tie", "x", "y", "tie"),
-        chosen("Bob", "even", "x", "y", "left"),
-        chosen("Cy", "even", "x", "y", "right"),
-        chosen("Ann", "bad", "x", "y", "both bad"),
-    ]
-    plain, with_ties = preferences(records), preferences(records, ties=True)
-    assert [row["pair"] for row in plain.rows] == ["won|x|y"] and plain.rows[0]["margin"] == 3
-    assert [(row["pair"], row.get("tie", False)) for row in with_ties.rows] == [
-        ("won|x|y", False), ("tie|x|y", True), ("even|x|y", True),
-    ]  # fmt: skip
-    assert with_ties.undecided == 1 and with_ties.even == 0

@@ -10,7 +10,6 @@ import pytest
 from lm.data.chat import (
     as_messages,
     check_conversation,
-    preference_marks,
     preference_messages,
     prompt_messages,
     render,
@@ -118,47 +117,3 @@ def test_missing_columns_show_the_columns_found():
         training_messages({"text": "x", "id": 3}, "here")
     with pytest.raises(UserError, match=r"prompt, chosen and rejected.*found are prompt"):
         preference_messages({"prompt": "x"}, "here")
-
-
-def turns(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-
-
-def test_a_pair_of_conversations_has_their_common_beginning_as_its_prompt():
-    row = {"chosen": turns("ask", "well", "again", "good"), "rejected": turns("ask", "well", "again", "bad")}
-    assert preference_messages(row, "here") == (row["chosen"], row["rejected"])
-
-
-def test_conversations_may_begin_with_the_prompt_again():
-    row = {"prompt": "ask", "chosen": turns("ask", "good"), "rejected": turns("ask", "bad")}
-    assert preference_messages(row, "here") == (row["chosen"], row["rejected"])
-
-
-@pytest.mark.parametrize("extra", [{}, {"prompt": "ask"}])
-def test_answers_to_different_prompts_are_no_pair(extra):
-    row = {"chosen": turns("ask", "good"), "rejected": turns("other", "bad"), **extra}
-    with pytest.raises(
-        UserError, match="line 3, rejected: its prompt is another than the pair's, from turn 1 on: 'other' is not"
-    ):
-        preference_messages(row, "line 3")
-
-
-def test_answers_without_a_prompt_are_no_pair():
-    with pytest.raises(
-        UserError, match="needs the columns prompt, chosen and rejected; the columns found are chosen, rej"
-    ):
-        preference_messages({"chosen": "good", "rejected": "bad"}, "line 3")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"margin": "much"}, "margin must be a number from 0 on, found 'much'"),
-        ({"margin": -1}, "margin must be a number from 0 on, found -1"),
-        ({"margin": float("inf")}, "margin must be a number"),
-        ({"tie": 1}, "tie must be true or false, found 1"),
-    ],
-)
-def test_marks_of_a_pair_that_are_none(row, message):
-    with pytest.raises(UserError, match=message):
-        preference_marks(row, "line 3")

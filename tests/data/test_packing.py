@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.data.packing import Example, is_trained, join, left_pad, mismatch, pack, truncate, window
+from lm.data.packing import Example, is_trained, join, left_pad, mismatch, pack, window
 
 PAD = 0
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
@@ -33,12 +33,12 @@ def test_windows_give_back_the_stream_with_segments_by_document(lengths, seq_len
     assert seen == stream.tolist()
 
 
-def test_a_mismatch_is_one_prompt_with_the_other_answer_cut_to_the_row():
+def test_a_mismatch_is_the_end_of_one_prompt_with_the_other_answer():
     row = join([Example(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1]))], 7, PAD)
     other = join([Example(np.arange(11, 18), np.array([0, 1, 1, 1, 1, 1, 0]))], 7, PAD)
     mixed = mismatch(row, other, PAD)
-    assert mixed.tokens.tolist() == [5, 6, 12, 13, 14, 15, 16]
-    assert mixed.weights.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert mixed.tokens.tolist() == [6, 12, 13, 14, 15, 16, 17]
+    assert mixed.weights.tolist() == [0, 1, 1, 1, 1, 1, 0]
     assert mixed.positions.tolist() == list(range(7)) and mixed.segments.tolist() == [1] * 7
     back = mismatch(other, row, PAD)
     assert back.tokens.tolist() == [11, 7, 8, PAD, PAD, PAD, PAD] and back.weights.tolist() == [0, 1, 1, 0, 0, 0, 0]
@@ -76,10 +76,9 @@ def test_packing_refuses_what_does_not_fit():
         pack([3, 9], 8)
 
 
-def test_truncation_keeps_the_start_and_can_leave_nothing_to_train_on():
-    example = Example(np.arange(6), np.array([1, 0, 0, 0, 1, 1]))
-    assert truncate(example, 5).tokens.tolist() == [0, 1, 2, 3, 4]
-    assert is_trained(truncate(example, 5)) and not is_trained(truncate(example, 4))
+def test_a_first_token_alone_is_nothing_to_train_on():
+    tokens, mask = np.arange(6), np.array([1, 0, 0, 0, 1, 1])
+    assert is_trained(Example(tokens[:5], mask[:5])) and not is_trained(Example(tokens[:4], mask[:4]))
 
 
 def test_left_padding():

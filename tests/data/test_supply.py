@@ -12,9 +12,8 @@ from lm.data.curriculum.draw import mix64
 from lm.data.order import permutation, permute
 from lm.data.selection import order_key
 from lm.data.sources import load_rows, split_rows
-from lm.data.supply import Order, answers, conversations, pairs, windows, with_ends
+from lm.data.supply import Order, conversations, pairs, windows
 from lm.data.tokens import store_in_memory
-from lm.experiment import UserError
 
 KEY = order_key(3, "here", 0)
 SEQ_LEN = 64
@@ -75,7 +74,7 @@ def test_conversations_are_those_that_the_renderer_gives(tmp_path, tokenizer):
     rows = load_rows(write(tmp_path, [{"messages": talk(i)} for i in range(300)]))
     indices, order = split_rows(rows, 0.1)[0], Order(KEY)
     rendered = [chat.render(rows[i]["messages"], tokenizer) for i in indices]
-    cut = [packing.truncate(packing.Example(np.array(r.tokens), np.array(r.mask)), SEQ_LEN) for r in rendered]
+    cut = [packing.Example(np.array(r.tokens)[:SEQ_LEN], np.array(r.mask)[:SEQ_LEN]) for r in rendered]
     kept = [example for example in cut if packing.is_trained(example)]
     plan = packing.pack([len(example.tokens) for example in kept], SEQ_LEN)
     supply = conversations(rows, indices, SEQ_LEN, tokenizer, order)
@@ -92,7 +91,7 @@ def test_conversations_are_those_that_the_renderer_gives(tmp_path, tokenizer):
 
 def test_pairs_are_kept_whole_and_cached_as_they_are_made(tmp_path, tokenizer):
     written = [
-        {"prompt": f"ask {i}", "chosen": "yes " * (1 + i % 60), "rejected": "no " * (1 + i % 7)} for i in range(80)
+        {"prompt": f"ask {i}", "chosen": "yes " * (i % 15 + 1), "rejected": "no " * (i % 7 + 1)} for i in range(80)
     ]
     rows = load_rows(write(tmp_path, written))
     indices, order = split_rows(rows, 0.1)[0], Order(KEY)
@@ -102,69 +101,5 @@ def test_pairs_are_kept_whole_and_cached_as_they_are_made(tmp_path, tokenizer):
     for place in range(supply.rows):
         number = order.place(2, place, supply.rows)
         for side, row in enumerate(supply.row(2, place)):
-            example = with_ends(made, 2 * number + np.arange(2), SEQ_LEN)[side]
+            example = made.example(2 * number + side, SEQ_LEN)  # all of them fit
             same(row, packing.join([example], SEQ_LEN, tokenizer.pad_id))
-
-
-ODD = [
-    {"prompt": "p0", "chosen": "good", "rejected": "bad", "margin": 1.5},
-    {"prompt": "p1", "chosen": "same", "rejected": "same "},
-    {"prompt": "p2", "chosen": "good", "rejected": "  "},
-    {"prompt": "p3", "chosen": "this", "rejected": "that", "tie": True},
-    {"prompt": "p4", "chosen": "like", "rejected": "like", "tie": True},
-]
-
-
-def supply_of(tmp_path, tokenizer, written, seq_len=SEQ_LEN, make=pairs, **changes):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in written))
-    rows = load_rows(str(file))
-    return make(rows, range(len(rows)), seq_len, tokenizer, Order(None), **changes)
-
-
-def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path, tokenizer):
-    supply = supply_of(tmp_path, tokenizer, ODD)
-    assert supply.rows == 1 and supply.tally.dropped == 4
-    assert supply.tally.describe("pairs").endswith("4 dropped (1 of equal answers, 1 with an empty answer, 2 ties)")
-    assert [(row.margins, row.ties) for row in supply.row(0, 0)] == [(1.5, 0.0)] * 2
-
-
-def test_ties_are_kept_for_those_who_learn_from_them(tmp_path, tokenizer):
-    supply = supply_of(tmp_path, tokenizer, ODD, ties=True)
-    marks = [tuple((row.margins, row.ties) for row in supply.row(0, place)) for place in range(supply.rows)]
-    assert marks == [((1.5, 0.0),) * 2, ((0.0, 1.0),) * 2, ((0.0, 1.0),) * 2]
-
-
-def test_judged_answers_without_words_are_left_out(tmp_path, tokenizer):
-    written = [{"prompt": "p", "completion": "", "label": True}, {"prompt": "q", "completion": "yes", "label": False}]
-    supply = supply_of(tmp_path, tokenizer, written, make=answers)
-    assert supply.rows == 1 and supply.tally.reasons == ("1 with an empty answer",)
-    assert supply.row(0, 0)[0].desirable == 0
-
-
-@pytest.mark.parametrize("row", ODD[1:])
-def test_a_file_of_pairs_that_teach_nothing_is_refused(tmp_path, tokenizer, row):
-    with pytest.raises(UserError, match=r"rows.jsonl: none of 1 pairs teaches anything \(1 "):
-        supply_of(tmp_path, tokenizer, [row])
-
-
-def test_a_pair_that_is_too_long_keeps_the_ends_of_its_answers_and_one_prompt(tmp_path, tokenizer):
-    long = {"prompt": "begin " + "filler " * 40 + "ask", "chosen": "short answer", "rejected": "a longer answer " * 4}
-    whole = supply_of(tmp_path, tokenizer, [long], seq_len=512)
-    cut = supply_of(tmp_path, tokenizer, [long])
-    assert whole.tally.truncated == 0 and cut.tally.truncated == 1
-    full, kept = ([row.tokens[row.segments > 0].tolist() for row in supply.row(0, 0)] for supply in (whole, cut))
-    lost = {len(a) - len(b) for a, b in zip(full, kept, strict=True)}
-    assert len(lost) == 1 and all(a[-len(b) :] == b for a, b in zip(full, kept, strict=True))
-    assert max(map(len, kept)) == SEQ_LEN
-    for before, after in zip(whole.row(0, 0), cut.row(0, 0), strict=True):
-        assert before.weights.sum() == after.weights.sum()  # no token of an answer is lost
-
-
-def test_an_answer_longer_than_a_row_keeps_its_end(tmp_path, tokenizer):
-    long = {"prompt": "ask", "chosen": "words " * 100, "rejected": "no"}
-    whole, cut = (supply_of(tmp_path, tokenizer, [long], seq_len=size) for size in (512, SEQ_LEN))
-    chosen, rejected = cut.row(0, 0)
-    full = whole.row(0, 0)[0]
-    assert chosen.tokens.tolist() == full.tokens[full.segments > 0][-SEQ_LEN:].tolist()
-    assert rejected.weights.sum() > 0  # it has lost the prompt, as its partner has
