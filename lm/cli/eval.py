@@ -74,7 +74,8 @@ def pairs_text(judged: Any) -> str:
     worth = judged.worth
     lines = [
         f"{judged.what}: {len(judged.scored.gaps):,} pairs of {judged.path}"
-        + (f", {judged.scored.left_out:,} too long" if judged.scored.left_out else "")
+        + (f", {judged.scored.cut:,} cut" if judged.scored.cut else "")
+        + (f", {judged.scored.left_out:,} left out" if judged.scored.left_out else "")
         + (f", {judged.scored.ties:,} ties" if judged.scored.ties else ""),
         "",
         f"accuracy            {_interval(worth.accuracy)}   95 % by bootstrap",

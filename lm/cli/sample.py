@@ -35,7 +35,6 @@ def call(arguments: argparse.Namespace) -> int:
     stage = find_stage(run_dir, arguments.stage)
 
     from lm.rollout.sampler import generate_text
-    from lm.train.answers import best_answers
     from lm.train.models import load_run
 
     loaded = load_run(run_dir, stage)
@@ -47,6 +46,8 @@ def call(arguments: argparse.Namespace) -> int:
             raise UserError(
                 "--best-of chooses among different answers to a question: give it --temperature 1, and no --raw"
             )
+        from lm.train.answers import best_answers
+
         answers, scores = best_answers(loaded, run_dir, prompts, arguments.best_of, arguments.reward, **given)
     else:
         answers = generate_text(loaded.model, loaded.tokenizer, prompts, **given)

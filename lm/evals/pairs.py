@@ -8,62 +8,69 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from lm.data.chat import is_tie, preference_messages, render
+from lm.data.chat import is_tie
 from lm.data.pipeline import heldout_rows
+from lm.data.tokens import store_in_memory
 from lm.evals.rows import SHOWN, Measured, Row, Subject, last_turn, rounded, row_logp, row_scores
 from lm.experiment import Eval, UserError
 from lm.model.scorer import Scorer
 
 
 class Scored(NamedTuple):
-    """Pairs that fit in the context: their rows, by how much the chosen answer is liked better and is longer (tokens).
+    """Pairs that were scored: their rows, by how much the chosen answer is liked better and is longer (tokens).
 
-    `left_out`: how many did not fit; `ties`: in how many nobody chose.
+    `cut`: how many lost the beginning of their prompt, as in training; `left_out`: how many had equal or empty answers, or no
+    room for one; `ties`: in how many nobody chose.
     """
 
     rows: list[dict[str, Any]]
     gaps: Float[np.ndarray, " N"]
     longer: Float[np.ndarray, " N"]
+    cut: int
     left_out: int
     ties: int
 
 
 def score_pairs(rows: Sequence[dict[str, Any]], wheres: Sequence[str], subject: Subject) -> Scored:
-    """The gap of rewards in each pair.
+    """The gap of rewards in each pair; one that is longer than the context is cut as a preference stage cuts it.
 
     Of a language model the reward is implicit, log π(y) - log π_ref(y) (DPO, arXiv 2305.18290, eq. 5); a reward model says
     it.
     """
-    most = subject.model.config.max_len
-    kept, sides, ties = [], [], 0
+    most, both = subject.model.config.max_len, np.arange(2)
+    kept, sides, ties, cut = [], [], 0, 0
     for row, where in zip(rows, wheres, strict=True):
         if is_tie(row, where):
             ties += 1
             continue
-        rendered = [render(side, subject.tokenizer) for side in preference_messages(row, where)]
-        pair = [(tokens, last_span(mask)) for tokens, mask in rendered]
-        if max(len(ids) for ids, _ in pair) <= most:
-            kept.append(row)
-            sides += pair
+        store = store_in_memory([(row, where)], "pairs", subject.tokenizer)
+        assert store.flaws is not None
+        pair = [(side.tokens.tolist(), side.mask.tolist()) for side in store.ends(both, most)]
+        if store.flaws.any() or not all(any(mask[1:]) for _, mask in pair):
+            continue
+        kept.append(row)
+        sides += pair
+        cut += int(store.lengths.max() > most)
+    left_out = len(rows) - ties - len(kept)
     if not kept:
-        return Scored([], np.zeros(0), np.zeros(0), len(rows) - ties, ties)
+        return Scored([], np.zeros(0), np.zeros(0), cut, left_out, ties)
     rewards = _rewards(subject, sides, rounded(max(len(ids) for ids, _ in sides), most))
     lengths = np.array([sum(mask) for _, mask in sides], np.float64)
-    return Scored(
-        kept, rewards[0::2] - rewards[1::2], lengths[0::2] - lengths[1::2], len(rows) - ties - len(kept), ties
-    )
+    return Scored(kept, rewards[0::2] - rewards[1::2], lengths[0::2] - lengths[1::2], cut, left_out, ties)
 
 
 def pair_accuracy(item: Eval, subject: Subject) -> Measured:
     """How often the chosen answer has the higher reward; a tie counts half.
 
-    A reward model is held against taking the longer answer. Pairs that do not fit in the context are left out, and not
-    counted.
+    A reward model is held against taking the longer answer.
     """
     rows = heldout_rows(item.source, item.count)
     found = score_pairs(rows, [item.source.path] * len(rows), subject)
     if not found.rows:
-        raise UserError(f"evals.{item.name}: no held-out pair fits in model.max_len {subject.model.config.max_len}")
+        raise UserError(
+            f"evals.{item.name}: none of {len(rows)} held-out pairs can be compared in model.max_len "
+            f"{subject.model.config.max_len}"
+        )
     examples = [
         {
             "prompt": last_turn(row),

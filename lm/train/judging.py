@@ -39,7 +39,12 @@ class Judged:
             for name, value in self.worth._asdict().items()
         }
         found |= {name: [one._asdict() for one in getattr(self.worth, name)] for name in ("calibration", "by_length")}
-        counts = {"pairs": len(self.scored.gaps), "too_long": self.scored.left_out, "ties": self.scored.ties}
+        counts = {
+            "pairs": len(self.scored.gaps),
+            "cut": self.scored.cut,
+            "left_out": self.scored.left_out,
+            "ties": self.scored.ties,
+        }
         return {"model": self.what, "file": self.path, **counts, **found, "members": self.members}
 
 
@@ -60,7 +65,7 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
     scored = found[0]._replace(gaps=np.mean([one.gaps for one in found], axis=0))
     if not scored.rows:
         raise UserError(
-            f"{path}: none of {len(pairs)} pairs fits in model.max_len {subjects[0][1].model.config.max_len}"
+            f"{path}: none of {len(pairs)} pairs can be compared in model.max_len {subjects[0][1].model.config.max_len}"
         )
     if holdout is None:
         longer, of = scored.longer, "these pairs themselves"

@@ -200,13 +200,13 @@ def test_pairs_are_told_in_80_columns(capsys):
     from lm.train.judging import Judged
 
     gaps, longer = np.array([1.0, -0.5, 2.0, 0.3]), np.array([3.0, 2.0, -4.0, 1.0])
-    scored = Scored([{}] * 4, gaps, longer, left_out=2, ties=1)
+    scored = Scored([{}] * 4, gaps, longer, cut=3, left_out=2, ties=1)
     judged = Judged(
         "runs/x, reward", "pairs.jsonl", scored, worth(gaps, longer, False), [0.75, 0.5], "these pairs themselves"
     )
     text = pairs_text(judged)
     assert max(map(len, text.splitlines())) <= 80
-    assert "4 pairs of pairs.jsonl, 2 too long, 1 ties" in text and "75.0 %, 50.0 %" in text
+    assert "4 pairs of pairs.jsonl, 3 cut, 2 left out, 1 ties" in text and "75.0 %, 50.0 %" in text
     assert json.loads(json.dumps(judged.to_json()))["accuracy"]["mean"] == 0.75
 
 
