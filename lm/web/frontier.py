@@ -43,12 +43,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in order of steps (or of n); `rewards` are those of each point by run, for differences within a seed."""
+    """Points in order of steps (or of n); `rewards` are those of each point by run, for differences within a seed.
+
+    `seeds` are the (KL, reward) of each run by itself, in the same order.
+    """
 
     name: str
     points: list[Point]
     rewards: list[dict[int, float]]
     joined: bool
+    seeds: list[list[tuple[float, float]]]
 
     @property
     def peak(self) -> int:
@@ -172,6 +176,10 @@ def _curve(name: str, points: list[tuple[str, dict[int, Line]]], joined: bool) -
         [_point(label, list(lines.values()), joined) for label, lines in points],
         [{run: line["reward"] for run, line in lines.items()} for _, lines in points],
         joined,
+        [
+            [(lines[run]["kl"], lines[run]["reward"]) for _, lines in points if run in lines]
+            for run in sorted({run for _, lines in points for run in lines})
+        ],
     )
 
 

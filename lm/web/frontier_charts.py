@@ -59,7 +59,7 @@ def save_png(panels: Sequence[Panel], path: Path) -> None:
 
 
 def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> None:
-    """Curves with whiskers; KL on a square-root axis, on which best of n spreads evenly (Gao et al., arXiv:2210.10760)."""
+    """Curves, of each seed thin and of their means thick; KL on a square-root axis, on which best of n spreads evenly (Gao et al., arXiv:2210.10760)."""
     axes.set_xscale("function", functions=(_root, _square))
     for i, curve in enumerate(panel.curves):
         _paint_curve(axes, curve, colours[SERIES[i % len(SERIES)]], MARKS[i % len(MARKS)])
@@ -68,8 +68,8 @@ def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> 
     axes.spines["bottom"].set_color(colours[GRID])
     axes.tick_params(colors=colours[INK])
     axes.margins(y=0.12)
-    means = [point.kl.mean for curve in panel.curves for point in curve.points]
-    low, high = _root(np.array([min(0.0, *means), max(means)]))
+    found = [kl for curve in panel.curves for seed in curve.seeds for kl, _ in seed]
+    low, high = _root(np.array([min(0.0, *found), max(found)]))
     room = 0.06 * (high - low) or 0.1
     axes.set_xlim(*_square(np.array([low - room, high + room])))
     axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks_of(high)))
@@ -83,8 +83,9 @@ def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> 
 
 def _paint_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, mark: str) -> None:
     kl, reward = [p.kl.mean for p in curve.points], [p.reward.mean for p in curve.points]
-    halves = [[p.kl.half for p in curve.points], [p.reward.half for p in curve.points]]
-    axes.errorbar(kl, reward, xerr=halves[0], yerr=halves[1], fmt="none", ecolor=colour, elinewidth=1, alpha=0.45)
+    for seed in curve.seeds if len(curve.seeds) > 1 else ():
+        line = 0.8 if curve.joined else 0
+        axes.plot(*zip(*seed, strict=True), color=colour, marker=mark, markersize=2.5, linewidth=line, alpha=0.4, mew=0)
     axes.plot(
         kl, reward, color=colour, marker=mark, markersize=5, markeredgewidth=0, linewidth=1.4 if curve.joined else 0,
         label=curve.name,
