@@ -248,7 +248,6 @@ class Stage:
     objective: Objective = knob(help="what is minimised")
     sources: tuple[Source, ...] = knob(help="the mixture of data")
     optimizer: Optimizer = Optimizer()
-    start: str = knob("", "stage whose model this one starts from; empty: the language model before it")
     steps: int = knob(
         1000, "steps; one of grpo and ppo is a rollout with its updates, one of collect a batch of prompts"
     )
@@ -262,6 +261,7 @@ class Stage:
     eval_every: int = knob(0, "steps between held-out evaluations with samples; 0: only before and after")
     evals: tuple[str, ...] = knob((), "names of the evals that are taken every eval_every steps too")
     save_every: int = knob(100, "steps between checkpoints")
+    start: str = knob("", "stage whose model this one starts from; empty: the language model before it")
 
 
 @dataclass(frozen=True)
