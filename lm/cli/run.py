@@ -92,8 +92,13 @@ def call(arguments: argparse.Namespace) -> int:
             if first():
                 print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
             return EXIT_INTERRUPT
+        from lm.web.run_files import read_run
+        from lm.web.watch import warnings
+
         if report(run_dir):
             print(f"report: {run_dir / 'report.html'}")
+            for stage, told in warnings(read_run(run_dir)):
+                print(f"{stage}: {told}")
         gather(None)  # the others wait until the report is written
         return 0
 
