@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -241,7 +242,8 @@ def _inline(svg: str, label: str) -> str:
     svg = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', rf'<svg role="img" aria-label="{label}" \1', svg, count=1)
+    said = f'role="img" aria-label="{html.escape(label)}"'  # an eval's name may be in it
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', lambda found: f"<svg {said} {found[1]}", svg, count=1)
     return re.sub(r"\s*\n\s*", "\n", svg)
 
 

@@ -1,5 +1,6 @@
 """Watching the policy against its judge: what the report shows of it, and when it warns."""
 
+import html
 import json
 import math
 import re
@@ -172,6 +173,16 @@ def test_markup_in_answers_is_shown_and_not_obeyed(tmp_path):
     page = render(read_run(folder))
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;␛[31m") >= 12
+
+
+@pytest.mark.parametrize("name", ['"><b>bold</b>', "a & <i>b</i>", r"back\d\1"])
+def test_an_evals_name_is_text_in_the_description_of_its_chart_too(tmp_path, name):
+    folder = write_watched_run(tmp_path / "run")
+    for path in folder.rglob("*.json*"):
+        path.write_text(path.read_text("utf-8").replace('"curriculum"', json.dumps(name)), "utf-8")
+    page = render(read_run(folder))
+    assert f'aria-label="{html.escape(name)}, mean reward over steps"' in page
+    assert "<b>bold" not in page and "<i>b" not in page
 
 
 # ---- curves of the new stages ------------------------------------------------------------------------------------
