@@ -10,11 +10,13 @@ from lm.experiment import (
     DPO,
     GRPO,
     KTO,
+    MADE,
     PPO,
     Collect,
     Experiment,
     Model,
     RewardModel,
+    Source,
     Speechless,
     Stage,
     UserError,
@@ -71,7 +73,11 @@ def check(experiment: Experiment) -> None:
             raise UserError(
                 f"{stage.name}.evals names {name!r}; the experiment's evals are {', '.join(known) or 'none'}"
             )
+    makers = [stage.name for stage in experiment.stages if isinstance(stage.objective, Collect)]
     for item in experiment.evals:
+        _check_made(
+            f"evals.{item.name}.source.path is {item.source.path!r}; stages that make rows are", item.source, makers
+        )
         if item.metric == "best_of_n" and (item.temperature != 1 or item.best_of < 1):
             raise UserError(
                 f"evals.{item.name} is best_of_n with temperature {item.temperature} and best_of {item.best_of}; it should have "
@@ -176,8 +182,12 @@ def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
             )
     makers = [name for name, kind in kinds.items() if isinstance(kind, Collect)]
     for source in stage.sources:
-        if source.path.startswith("made:") and source.path.removeprefix("made:") not in makers:
-            raise UserError(f"{where} reads {source.path}; the stages before it that make rows are {_listed(makers)}")
+        _check_made(f"{where} reads {source.path}; the stages before it that make rows are", source, makers)
+
+
+def _check_made(what: str, source: Source, makers: list[str]) -> None:
+    if source.path.startswith(MADE) and source.path.removeprefix(MADE) not in makers:
+        raise UserError(f"{what} {_listed(makers)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -288,6 +288,9 @@ class Experiment:
     mesh: Mesh = Mesh()
 
 
+MADE = "made:"
+"""How the path of a source begins whose rows an earlier stage of Collect writes; its name follows."""
+
 OBJECTIVES = {kind.__name__: kind for kind in typing.get_args(Objective)}
 
 

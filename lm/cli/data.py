@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm.cli.arguments import EXPERIMENT_HELP, add_cache, at_least, check_stage, resolve
-from lm.experiment import Collect, Paired, Sampled, Stage
+from lm.experiment import MADE, Collect, Paired, Sampled, Stage
 from lm.web.text import visible
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def stage_lines(stage: Stage, tokenizer: Tokenizer, seed: int, step: int, rows: 
         return tokenizer.decode(ids, specials=True)
 
     yield _paint(f"\n=== {stage.name}, step {step} ===", BOLD, colour)
-    makers = [source.path for source in stage.sources if source.path.startswith("made:")]
+    makers = [source.path for source in stage.sources if source.path.startswith(MADE)]
     if makers:
         yield f"{makers[0]} is made when the run comes to that stage"
     elif isinstance(stage.objective, Sampled | Collect):

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from lm.data.order import mixture_shares
 from lm.data.sources import Rows, load_rows, measures, split_key, split_rows, texts_of, why_missing
 from lm.data.tokenizer import TRAINING_BYTES
-from lm.experiment import Experiment, Source, UserError
+from lm.experiment import MADE, Experiment, Source, UserError
 
 Split = Literal["train", "heldout"]
 TOKENIZER_ROWS = 500  # generated rows that a tokenizer learns from
@@ -68,7 +68,7 @@ def tokenizer_texts(experiment: Experiment) -> list[str]:
     Generated sources have few words: a few hundred rows show them all, and leave the vocabulary to the others.
     """
     used = [source for stage in experiment.stages for source in stage.sources if source.weight > 0]
-    sources = {source.path: source for source in used if not source.path.startswith("made:")}
+    sources = {source.path: source for source in used if not source.path.startswith(MADE)}
     share = TRAINING_BYTES // max(1, len(sources))
     texts: list[str] = []
     for source in sources.values():

@@ -26,7 +26,7 @@ from lm.data.cache import Cache, Entry, Writer, current_cache
 from lm.data.chat import implied_prompt
 from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
 from lm.data.workers import Crew
-from lm.experiment import UserError
+from lm.experiment import MADE, UserError
 
 __all__ = [
     "Measures",
@@ -383,7 +383,7 @@ def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
 def why_missing(path: str) -> str | None:
     """One line that says that the file of a source is not there, and what is; None for what is no file or is there."""
     file = Path(path).expanduser()
-    if path.startswith(("gen:", "tfds:", "made:")) or file.exists():
+    if path.startswith(("gen:", "tfds:", MADE)) or file.exists():
         return None
     if not file.parent.is_dir():
         return f"{path}: there is no folder {file.parent}"

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import FILE_NAME, Tokenizer
 from lm.experiment import (
+    MADE,
     Experiment,
     RewardModel,
     Source,
@@ -30,7 +31,6 @@ from lm.parallel.rules import abstract, shardings
 from lm.train.checkpoint import Checkpoints
 from lm.train.run_folder import RunFolder
 
-MADE = "made:"  # a source whose rows a stage of Collect writes
 MADE_FILE = "made.jsonl"  # in that stage's folder
 
 
@@ -47,11 +47,10 @@ def located(experiment: Experiment, folder: RunFolder) -> Experiment:
     return replace(experiment, stages=stages, evals=evals)
 
 
-def waits_for(stage: Stage, experiment: Experiment, folder: RunFolder) -> str | None:
-    """The stage that has yet to write what this one (of a located experiment) reads; None: all is there."""
+def can_be_read(stage: Stage, experiment: Experiment, folder: RunFolder) -> bool:
+    """Whether all that the stage (of a located experiment) reads is there, and no earlier one has yet to write some of it."""
     makers = {str(folder.stage_folder(s.name) / MADE_FILE): s.name for s in experiment.stages}
-    missing = [makers[source.path] for source in stage.sources if source.path in makers]
-    return next((name for name in missing if not folder.finished(name)), None)
+    return all(folder.finished(makers[source.path]) for source in stage.sources if source.path in makers)
 
 
 def init_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transformer:
@@ -89,10 +88,7 @@ def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer,
     Raises:
         UserError: there is no such stage, it is none of a reward model, or it has no checkpoint.
     """
-    kinds = {s.name: s.objective for s in experiment.stages}
-    if not isinstance(kinds.get(stage), RewardModel):
-        trained = ", ".join(name for name, kind in kinds.items() if isinstance(kind, RewardModel)) or "none"
-        raise UserError(f"{folder.path} has no reward model {stage!r}; its stages of reward models are {trained}")
+    _check_scorer_stage(experiment, folder, stage)
 
     def make() -> Scorer:
         return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0))
@@ -111,19 +107,46 @@ def scorers_for(
     found = []
     for name in names:
         run, _, stage = name.rpartition(":")
-        if not run:
+        if run:
+            other = RunFolder(Path(run))
+            found.append(load_scorer(_of_same_tokens(name, tokenizer), other, tokenizer, mesh, stage))
+        else:
             found.append(load_scorer(experiment, folder, tokenizer, mesh, stage))
-            continue
-        other = RunFolder(Path(run))
-        theirs = Tokenizer.load(other.tokenizer)
-        if theirs.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"the reward model {name} has another tokenizer ({theirs.vocab_size} pieces) than this run "
-                f"({tokenizer.vocab_size}): its numbers for our tokens would mean nothing; train it with "
-                f"--tokenizer.path {folder.tokenizer / 'tokenizer.model'}"
-            )
-        found.append(load_scorer(from_dict(other.read_experiment()), other, theirs, mesh, stage))
     return tuple(found)
+
+
+def check_reward_models(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """What can be wrong with the reward models of other runs, before anything is trained.
+
+    Raises:
+        UserError: no such run or stage of a reward model, no checkpoint of it, or it reads other tokens than this run's.
+    """
+    for name in dict.fromkeys(name for stage in experiment.stages for name in reward_names(stage) if ":" in name):
+        run, _, stage = name.rpartition(":")
+        _check_scorer_stage(_of_same_tokens(name, tokenizer), RunFolder(Path(run)), stage)
+        if not Checkpoints(RunFolder(Path(run)).checkpoints(stage)).steps():
+            raise UserError(f"{run} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
+
+
+def _of_same_tokens(name: str, tokenizer: Tokenizer) -> Experiment:
+    """The experiment of the run of a reward model RUN:NAME."""
+    other = RunFolder(Path(name.rpartition(":")[0]))
+    experiment = from_dict(other.read_experiment())
+    theirs = Tokenizer.load(other.tokenizer)
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the reward model {name} has another tokenizer ({theirs.vocab_size} pieces) than this run "
+            f"({tokenizer.vocab_size}): its numbers for our tokens would mean nothing; give this run that one's, "
+            f"--tokenizer.path {other.tokenizer / FILE_NAME}"
+        )
+    return experiment
+
+
+def _check_scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> None:
+    kinds = {s.name: s.objective for s in experiment.stages}
+    if not isinstance(kinds.get(stage), RewardModel):
+        trained = ", ".join(name for name, kind in kinds.items() if isinstance(kind, RewardModel)) or "none"
+        raise UserError(f"{folder.path} has no reward model {stage!r}; its stages of reward models are {trained}")
 
 
 def scorers_before(

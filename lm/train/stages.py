@@ -17,19 +17,38 @@ from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import check_files
 from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
-from lm.experiment import Collect, Experiment, Preference, UserError, resolve_sources, reward_names, to_dict
+from lm.experiment import (
+    MADE,
+    Collect,
+    Experiment,
+    Preference,
+    Stage,
+    UserError,
+    resolve_sources,
+    reward_names,
+    to_dict,
+)
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first, in_first, together
 from lm.parallel.mesh import check_fits, make_mesh
-from lm.rollout.environments import check_verifier
+from lm.rollout.environments import check_verifier, make_environment
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.batches import Batches
 from lm.train.checkpoint import Checkpoints
 from lm.train.collect import collect_stage
 from lm.train.evaluate import Evaluator
 from lm.train.loop import Interrupted, Run, train_stage
-from lm.train.models import MADE, check_until, load_run, located, model_before, scorers_before, scorers_for, waits_for
+from lm.train.models import (
+    can_be_read,
+    check_reward_models,
+    check_until,
+    load_run,
+    located,
+    model_before,
+    scorers_before,
+    scorers_for,
+)
 from lm.train.provenance import record_environment
 from lm.train.rollouts import make_batches
 from lm.train.run_folder import RunFolder
@@ -76,6 +95,7 @@ def run(
         tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
         together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
         in_first(lambda: record_environment(folder, fingerprints(experiment)))
+        together(lambda: check_reward_models(experiment, tokenizer))
         experiment = located(experiment, folder)
         context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile)
         stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
@@ -137,16 +157,24 @@ def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
 
     What an earlier stage has yet to make is read when its time has come.
     """
-    whole = run.experiment
-    ready = [i for i in stages if not waits_for(whole.stages[i], whole, run.folder)]
-    return {i: _batches(run, i) for i in ready if not isinstance(whole.stages[i].objective, Collect)}
+    whole, batches = run.experiment, {}
+    for index in stages:
+        stage = whole.stages[index]
+        if isinstance(stage.objective, Collect):
+            _tell(stage, make_environment(stage, run.tokenizer, whole.seed).feed.report())
+        elif can_be_read(stage, whole, run.folder):
+            batches[index] = _batches(run, index)
+    return batches
 
 
 def _batches(run: Run, index: int) -> Batches:
     made = make_batches(run.experiment, index, run.tokenizer, run.mesh)
-    name = run.experiment.stages[index].name
-    say("\n".join(f"{name}: {line}" for line in made.report.splitlines()))
+    _tell(run.experiment.stages[index], made.report)
     return made
+
+
+def _tell(stage: Stage, report: str) -> None:
+    say("\n".join(f"{stage.name}: {line}" for line in report.splitlines()))
 
 
 def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
