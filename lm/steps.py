@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Pretrain, RewardModel, Stage
 from lm.model.scorer import ScoreHead, Scorer
+from lm.model.transformer import Transformer
 from lm.objectives.cpo import cpo
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.dpo import dpo
@@ -210,11 +211,44 @@ def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     return step
 
 
-def critic_values(critic: Scorer | ScoreHead, batch: Batch, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+def critic_values(
+    critic: Scorer | ScoreHead, batch: Batch, hidden: Float[Array, "B T D"] | None
+) -> Float[Array, "B T"]:
     """What the critic says of the state before each token. `hidden` is the policy's, for a critic that is a head on it."""
     if isinstance(critic, ScoreHead):
+        assert hidden is not None
         return token_values(hidden, critic)
     return token_values(critic.body.hidden(batch.tokens, batch.positions, batch.segments), critic.score)
+
+
+def first_state(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    model: Transformer,
+    scorers: tuple[Scorer, ...] = (),
+    key: PRNGKeyArray | None = None,
+) -> TrainState:
+    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
+    o = stage.objective
+    model, scorers = jax.tree.map(jnp.copy, (model, scorers))
+    frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if needs_reference(stage) else {}
+    params: Any = model
+    if isinstance(o, RewardModel):
+        params = Scorer(model, key)
+    if isinstance(o, PPO):
+        params = {"policy": model, "critic": _critic(o, model, scorers)}
+        frozen["scorers"] = scorers
+    opt_state = optimizer.init(params)
+    if isinstance(o, PPO):
+        opt_state = {"optimizer": opt_state, "kl_coef": jnp.float32(o.kl_coef)}
+    return TrainState(jnp.int32(0), params, opt_state, frozen)
+
+
+def _critic(o: PPO, model: Transformer, scorers: tuple[Scorer, ...]) -> Scorer | ScoreHead:
+    """What judges states at first: as the reward model does, or all alike."""
+    if o.critic == "head":
+        return ScoreHead(model.config, None)
+    return jax.tree.map(jnp.copy, scorers[0] if scorers else Scorer(model, None))
 
 
 def needs_reference(stage: Stage) -> bool:

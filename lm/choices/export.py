@@ -52,11 +52,11 @@ def preferences(records: Iterable[Record], ties: bool = False) -> Exported:
     return Exported(rows, undecided, even)
 
 
-def write_preferences(path: Path, exported: Exported) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """The rows as JSON lines; whoever reads the file sees the old one or the new one, whole."""
     half = path.with_name(path.name + ".tmp")
     with half.open("w", encoding="utf-8") as stream:
-        for row in exported.rows:
+        for row in rows:
             stream.write(json.dumps(row) + "\n")
         stream.flush()
         os.fsync(stream.fileno())

@@ -114,7 +114,7 @@ def serve(desk: Any, arguments: argparse.Namespace, token: str | None) -> None:
 
 
 def export(labels: Path, target: Path, ties: bool = False) -> int:
-    from lm.choices.export import preferences, write_preferences
+    from lm.choices.export import preferences, write_rows
     from lm.choices.log import read_log
 
     if not labels.is_file():
@@ -126,7 +126,7 @@ def export(labels: Path, target: Path, ties: bool = False) -> int:
     if not exported.rows:
         why = "no pair of which more people prefer one answer" + (", and no tie" if ties else "")
         raise UserError(f"{labels} has {why}: nothing to export")
-    write_preferences(target, exported)
+    write_rows(target, exported.rows)
     if contents.remark:
         print(contents.remark)
     tied = f", {sum('tie' in row for row in exported.rows)} of them ties" if ties else ""

@@ -39,7 +39,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     loaded = load_run(run_dir, stage)
     prompts = arguments.prompt or list(loaded.experiment.prompts)
-    given = {"seed": arguments.seed, "raw": arguments.raw} | sampling(arguments)
+    given = {"seed": arguments.seed} | sampling(arguments)
     scores = None
     if arguments.best_of > 1:
         if arguments.raw or arguments.temperature == 0:
@@ -50,7 +50,7 @@ def call(arguments: argparse.Namespace) -> int:
 
         answers, scores = best_answers(loaded, run_dir, prompts, arguments.best_of, arguments.reward, **given)
     else:
-        answers = generate_text(loaded.model, loaded.tokenizer, prompts, **given)
+        answers = generate_text(loaded.model, loaded.tokenizer, prompts, raw=arguments.raw, **given)
     print(f"{run_dir}, after stage {stage}")
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         print(f"\n> {prompt}\n{visible(answer.text)}")

@@ -31,7 +31,7 @@ from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
 from lm.plan.chips import Topology
-from lm.train.loop import first_state
+from lm.steps import first_state
 from lm.types import Batch, TrainState
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from lm.data.chat import prompt_messages
 from lm.data.pipeline import PromptFeed, Prompts, make_prompt_feed
@@ -78,26 +78,61 @@ def roll_out(
     """Sample a group of completions for each prompt of the step, reward them and compare them in their group."""
     o = stage.objective
     assert isinstance(o, GRPO)
-    prompts = environment.prompts(step)
-    tokens, lengths = (np.repeat(x, o.group_size, axis=0) for x in (prompts.tokens, prompts.lengths))
-    rows = [row for row in prompts.rows for _ in range(o.group_size)]
-    samples = fetch(
-        generate(
-            model, prompts.tokens, prompts.lengths, key, o.temperature, group_size=o.group_size,
-            max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-        )
-    )  # fmt: skip
-    answers = decode_rows(tokenizer, samples.tokens, samples.mask)
-    rewards = judge(environment, rows, answers)
+    said = ask(model, environment.prompts(step), o, tokenizer, key, o.group_size)
+    rewards = judge(environment, said.rows, said.answers)
     advantages, means = group_advantages(
         jnp.asarray(rewards), o.group_size, scale="group" if o.scale_advantages else "none"
     )
-    metrics = {name: float(mean.value()) for name, mean in means.items()}
-    metrics["completion_length"] = float(samples.mask.sum(1).mean())
-    metrics["eos_rate"] = float(np.mean([answer.eos for answer in answers]))
-    batch = as_batch(tokens, lengths, samples, np.asarray(advantages), o.group_size)
-    asked = [prompt_messages(row, "the prompt")[-1]["content"] for row in rows]
-    return Rollout(spread(batch, o.updates_per_rollout), asked, answers, rewards, np.asarray(advantages), metrics)
+    metrics = {name: float(mean.value()) for name, mean in means.items()} | said.metrics()
+    batches = spread(said.batch(np.asarray(advantages)), o.updates_per_rollout)
+    return Rollout(batches, said.asked(), said.answers, rewards, np.asarray(advantages), metrics)
+
+
+@dataclass(frozen=True)
+class Said:
+    """Answers to prompts, `group_size` neighbours to each: the prompts' rows and tokens once an answer, and what was said."""
+
+    rows: list[dict]
+    tokens: Int[np.ndarray, "B P"]
+    lengths: Int[np.ndarray, " B"]
+    samples: Samples
+    answers: list[Answer]
+    group_size: int
+
+    def asked(self) -> list[str]:
+        """What people would call the prompt of each answer: its last turn."""
+        return [prompt_messages(row, "the prompt")[-1]["content"] for row in self.rows]
+
+    def batch(self, advantages: Float[np.ndarray, " B"] | None = None) -> Batch:
+        """The rows as a batch on the host."""
+        given = np.zeros(len(self.rows), np.float32) if advantages is None else advantages
+        return as_batch(self.tokens, self.lengths, self.samples, given, self.group_size)
+
+    def metrics(self) -> dict[str, float]:
+        """What is reported of the answers themselves."""
+        ended = [answer.eos for answer in self.answers]
+        length = float(np.asarray(self.samples.mask).sum(1).mean())
+        return {"completion_length": length, "eos_rate": float(np.mean(ended))}
+
+
+def ask(
+    model: Transformer,
+    prompts: Prompts,
+    o: GRPO | PPO | Collect,
+    tokenizer: Tokenizer,
+    key: PRNGKeyArray,
+    group_size: int = 1,
+) -> Said:
+    """Sample answers as an objective says; in every process all of them."""
+    samples = fetch(
+        generate(
+            model, prompts.tokens, prompts.lengths, key, o.temperature, group_size=group_size,
+            max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        )
+    )  # fmt: skip
+    tokens, lengths = (np.repeat(x, group_size, axis=0) for x in (prompts.tokens, prompts.lengths))
+    rows = [row for row in prompts.rows for _ in range(group_size)]
+    return Said(rows, tokens, lengths, samples, decode_rows(tokenizer, samples.tokens, samples.mask), group_size)
 
 
 def spread(batch: Batch, updates: int) -> list[Batch]:

@@ -12,15 +12,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lm.data.chat import prompt_messages
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import PPO, Stage, UserError
 from lm.model.scorer import Scorer
 from lm.objectives.logprobs import last_scores, token_logprobs
 from lm.objectives.ppo import experience, explained_variance, token_rewards
 from lm.parallel.distributed import fetch, to_devices
-from lm.rollout.environments import Environment, Rollout, as_batch, judge
-from lm.rollout.sampler import decode_rows, generate
+from lm.rollout.environments import Environment, Rollout, ask, judge
 from lm.steps import critic_values
 from lm.types import Batch, TrainState
 
@@ -43,33 +41,25 @@ def score_out(
     """
     o = stage.objective
     assert isinstance(o, PPO)
-    prompts = environment.prompts(step)
-    samples = fetch(
-        generate(
-            state.params["policy"], prompts.tokens, prompts.lengths, key, o.temperature,
-            max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-        )
-    )  # fmt: skip
-    answers = decode_rows(tokenizer, samples.tokens, samples.mask)
-    asked = [prompt_messages(row, "the prompt")[-1]["content"] for row in prompts.rows]
-    host = as_batch(prompts.tokens, prompts.lengths, samples, np.zeros(len(answers), np.float32))
-    batch = to_devices(host, place, None, len(answers))
-    judged = judge(environment, prompts.rows, answers) if o.verifier else None
-    scores = judged if judged is not None and not o.reward_models else None
-    if scores is None:
+    said = ask(state.params["policy"], environment.prompts(step), o, tokenizer, key)
+    host, count = said.batch(), len(said.answers)
+    batch = to_devices(host, place, None, count)
+    judged = judge(environment, said.rows, said.answers) if o.verifier else None
+    if o.reward_models:
         scores = np.asarray(fetch(score_rows(state.frozen["scorers"], batch, o.ensemble)))
-    _check_finite(scores, asked, stage, step)
-    ended = np.array([answer.eos for answer in answers])
+    else:
+        assert judged is not None
+        scores = judged
+    check_finite(scores, said.asked(), f"{stage.name}, step {step + 1}")
+    ended = np.array([answer.eos for answer in said.answers])
     counted = (scores - o.missing_eos_penalty * ~ended).astype(np.float32)
-    worth, stats = _worth(state, batch, to_devices(counted, place, None, len(answers)), o)
-    worth = fetch(worth)
-    metrics = {name: float(value) for name, value in fetch(stats).items()}
-    metrics |= {"score": float(scores.mean()), "eos_rate": float(ended.mean())}
-    metrics["completion_length"] = float(samples.mask.sum(1).mean())
+    worth, stats = fetch(_worth(state, batch, to_devices(counted, place, None, count), o))
+    metrics = {name: float(value) for name, value in stats.items()} | said.metrics() | {"score": float(scores.mean())}
     if judged is not None:
         metrics["judge"] = float(judged.mean())
     advantages = worth["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
-    return Rollout(gone_through(replace(host, **worth), o, key), asked, answers, scores, advantages, metrics)
+    batches = gone_through(replace(host, **worth), o, key)
+    return Rollout(batches, said.asked(), said.answers, scores, advantages, metrics)
 
 
 def gone_through(batch: Batch, o: PPO, key: PRNGKeyArray) -> list[Batch]:
@@ -95,8 +85,7 @@ def _worth(
     policy, mask = state.params["policy"], batch.weights
     assert batch.old_logp is not None
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
-    # The policy's hidden states are only needed for a head on them; else they are not computed.
-    hidden = policy.hidden(batch.tokens, batch.positions, batch.segments) if o.critic == "head" else batch.tokens
+    hidden = policy.hidden(batch.tokens, batch.positions, batch.segments) if o.critic == "head" else None
     values = critic_values(state.params["critic"], batch, hidden) * mask
     kl_coef = state.opt_state["kl_coef"]
     rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator)
@@ -111,10 +100,11 @@ def _worth(
     return worth, stats
 
 
-def _check_finite(scores: Float[np.ndarray, " B"], asked: list[str], stage: Stage, step: int) -> None:
+def check_finite(scores: Float[np.ndarray, " B"], asked: list[str], where: str) -> None:
+    """Raises UserError where a score is not finite; names the prompt."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise UserError(
-            f"{stage.name}: the reward of {len(bad)} of {len(scores)} answers is {scores[bad[0]]} at step {step + 1}, the first "
-            f"to {asked[bad[0]]!r:.60}; the last good checkpoint is kept. A reward has to be finite: look at the reward model"
+            f"{where}: the reward of {len(bad)} of {len(scores)} answers is {scores[bad[0]]}, the first to "
+            f"{asked[bad[0]]!r:.60}; what was saved is kept. A reward has to be finite: look at the reward model, or the verifier"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from lm.choices.export import write_rows
 from lm.choices.pairs import Turns
 from lm.data import chat
 from lm.data.sources import load_rows
@@ -76,9 +76,7 @@ def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> 
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(beside, settings)
-    half = path.with_name(path.name + ".tmp")
-    half.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    os.replace(half, path)
+    write_rows(path, rows)
     return True
 
 
@@ -152,8 +150,6 @@ def best_answers(
     prompts: Sequence[str],
     count: int,
     reward: str | None,
-    seed: int,
-    raw: bool,
     **given: Any,
 ) -> tuple[list[Answer], Float[np.ndarray, " P"]]:
     """The answer to each prompt that a reward model scores highest among `count`, and its score.
@@ -171,13 +167,14 @@ def best_answers(
     where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh
     (scorer,) = scorers_for(*where, (reward or scorers[-1],))
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    answers = generate_text(loaded.model, loaded.tokenizer, repeated, seed=seed, raw=raw, **given)
+    answers = generate_text(loaded.model, loaded.tokenizer, repeated, **given)
     rows = []
     for prompt, answer in zip(repeated, answers, strict=True):
         said = [*chat.as_messages(prompt), *chat.as_messages(answer.text, "assistant")]
         tokens, mask = chat.render(said, loaded.tokenizer)
         rows.append((tokens, last_span(mask)))
-    width = rounded(max(len(tokens) for tokens, _ in rows), 2 * loaded.model.config.max_len)
+    longest = max(len(tokens) for tokens, _ in rows)
+    width = rounded(longest, longest + 15)  # read once more, and with an end that it may not have had, it may be longer
     scores = row_scores(scorer, rows, width).reshape(-1, count)
     best = scores.argmax(axis=1)
     return [answers[i * count + k] for i, k in enumerate(best)], scores.max(axis=1)

@@ -17,22 +17,20 @@ import numpy as np
 from jaxtyping import Float
 
 from lm.choices.desk import Desk, standing
-from lm.choices.export import preferences, write_preferences
+from lm.choices.export import preferences, write_rows
 from lm.choices.log import open_log, read_log
 from lm.choices.pairs import Answer as Answered
 from lm.choices.pairs import Pair, make_task, text_of
 from lm.data.chat import as_messages, prompt_messages
-from lm.data.prompts import Prompts
 from lm.data.sources import load_rows
 from lm.experiment import Collect, UserError
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer, num_params
 from lm.parallel.distributed import as_first, fetch, first, in_first, to_devices
 from lm.parallel.rules import batch_sharding
-from lm.rollout.environments import Environment, as_batch, judge, make_environment
-from lm.rollout.experience import score_rows
-from lm.rollout.sampler import Answer, Samples, decode_rows, generate
-from lm.train.goodput import Costs
+from lm.rollout.environments import Environment, Said, ask, judge, make_environment
+from lm.rollout.experience import check_finite, score_rows
+from lm.train.goodput import Costs, reached
 from lm.train.loop import Interrupted, Run, summarise
 from lm.train.metrics import MetricsLog, Progress
 from lm.train.models import MADE_FILE
@@ -56,9 +54,10 @@ def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Score
     assert isinstance(o, Collect)
     folder = run.folder.stage_folder(stage.name)
     in_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    costs = Costs(began, {}, 0.0)
+    spent = reached(folder) if first() else 0.0
+    costs = Costs(began, {"seconds": spent, "sample_seconds": spent}, spent)  # what was sampled before is not lost
     with costs.of("sample_seconds"):
-        _sample(run, index, model, scorers, folder / ANSWERS)
+        _sample(run, index, model, scorers, folder / ANSWERS, costs)
     in_first(lambda: MAKERS[o.make](folder, stage.name, o))
     report = in_first(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
     summarise(run.folder, stage, 0, num_params(model), str(report), costs)
@@ -66,7 +65,7 @@ def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Score
         print(f"{stage.name}: {report}", flush=True)
 
 
-def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path) -> None:
+def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs) -> None:
     """Write the answers of every step that is not there yet, each with its score by the judge, unless people are."""
     stage = run.experiment.stages[index]
     environment = make_environment(stage, run.tokenizer, run.experiment.seed)
@@ -80,7 +79,7 @@ def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...
             run.watchdog.expect(f"step {step + 1} of stage {stage.name}", PATIENCE)
             rows, line, tokens = _answer(run, index, model, scorers, environment, step)
             in_first(functools.partial(_append, path, rows))
-            log.metrics({"step": step + 1, **line})
+            log.metrics({"step": step + 1, "time": costs.total()["seconds"], **line})
             progress.update(step + 1, line, tokens)
     progress.close()
 
@@ -89,44 +88,30 @@ def _answer(
     run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], environment: Environment, step: int
 ) -> tuple[list[Row], dict[str, float], int]:
     """The rows of a step, what is reported of them, and how many tokens they are."""
-    o, tokenizer = run.experiment.stages[index].objective, run.tokenizer
+    stage = run.experiment.stages[index]
+    o = stage.objective
     assert isinstance(o, Collect)
     prompts = environment.prompts(step)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.experiment.seed), index), step)
-    samples = fetch(
-        generate(
-            model, prompts.tokens, prompts.lengths, key, o.temperature, group_size=o.answers,
-            max_new_tokens=o.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-        )
-    )  # fmt: skip
-    answers = decode_rows(tokenizer, samples.tokens, samples.mask)
-    line = {"eos_rate": float(np.mean([answer.eos for answer in answers]))}
-    line["completion_length"] = float(samples.mask.sum(1).mean())
+    said = ask(model, prompts, o, run.tokenizer, key, o.answers)
+    line = said.metrics()
     scores: list[list[float] | None] = [None] * len(prompts.rows)
     if o.judge != PEOPLE:
-        judged = _judged(run, o, scorers, environment, prompts, samples, answers)
+        judged = _judged(run, scorers, environment, said)
+        check_finite(judged, said.asked(), f"{stage.name}, step {step + 1}")
         line["reward"] = float(judged.mean())
         scores = list(judged.reshape(-1, o.answers).astype(float).tolist())
-    texts = np.array([answer.text for answer in answers], object).reshape(-1, o.answers)
-    made = [_row(row, said.tolist(), own) for row, said, own in zip(prompts.rows, texts, scores, strict=True)]
-    return made, line, int(samples.mask.sum())
+    texts = np.array([answer.text for answer in said.answers], object).reshape(-1, o.answers)
+    made = [_row(row, own.tolist(), marks) for row, own, marks in zip(prompts.rows, texts, scores, strict=True)]
+    return made, line, int(said.samples.mask.sum())
 
 
-def _judged(
-    run: Run,
-    o: Collect,
-    scorers: tuple[Scorer, ...],
-    environment: Environment,
-    prompts: Prompts,
-    samples: Samples,
-    answers: list[Answer],
-) -> Float[np.ndarray, " B"]:
-    """The judge's number of each answer."""
+def _judged(run: Run, scorers: tuple[Scorer, ...], environment: Environment, said: Said) -> Float[np.ndarray, " B"]:
+    """The judge's number of each answer: the reward model's, else the verifier's."""
     if not scorers:
-        return judge(environment, [row for row in prompts.rows for _ in range(o.answers)], answers)
-    tokens, lengths = (np.repeat(x, o.answers, axis=0) for x in (prompts.tokens, prompts.lengths))
-    batch = as_batch(tokens, lengths, samples, np.zeros(len(answers), np.float32))
-    return np.asarray(fetch(score_rows(scorers, to_devices(batch, batch_sharding(run.mesh), None, len(answers)))))
+        return judge(environment, said.rows, said.answers)
+    batch = to_devices(said.batch(), batch_sharding(run.mesh), None, len(said.answers))
+    return np.asarray(fetch(score_rows(scorers, batch)))
 
 
 def _row(row: Row, answers: Sequence[str], scores: list[float] | None) -> Row:
@@ -163,7 +148,7 @@ def make_pairs(folder: Path, name: str, o: Collect) -> None:
     exported = preferences(read_log(folder / LABELS).records)
     if not exported.rows:
         raise UserError(f"{name}: of {len(task.pairs)} pairs none was decided: there is nothing to learn from")
-    write_preferences(folder / MADE_FILE, exported)
+    write_rows(folder / MADE_FILE, exported.rows)
 
 
 def _decide(folder: Path, o: Collect, pairs: Sequence[Pair]) -> None:
@@ -199,9 +184,7 @@ def make_best(folder: Path, name: str, o: Collect) -> None:
     for row in _rows_of(folder / ANSWERS):
         best = row["answers"][int(np.argmax(row["scores"]))]
         rows.append({"messages": [*as_messages(row["prompt"]), {"role": "assistant", "content": best}]})
-    half = folder / f"{MADE_FILE}.tmp"
-    half.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    half.replace(folder / MADE_FILE)
+    write_rows(folder / MADE_FILE, rows)
 
 
 def _rows_of(path: Path) -> list[Row]:

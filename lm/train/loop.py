@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import PRNGKeyArray
 
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import PPO, Experiment, RewardModel, Stage, UserError, updates_per_step
+from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops, update_flops_per_token
-from lm.model.scorer import ScoreHead, Scorer, policy_of
+from lm.model.scorer import Scorer, policy_of
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import first
 from lm.parallel.rules import abstract, batch_sharding, shardings
-from lm.steps import STEPS, Step, forward_only, needs_reference, trained
+from lm.steps import STEPS, Step, first_state, forward_only, trained
 from lm.train import goodput
 from lm.train.batches import Batches
 from lm.train.checkpoint import Checkpoints
@@ -89,7 +89,8 @@ def train_stage(
     """
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
-    state, step_fn = start_state(stage, model, run.mesh, scorers, run.experiment.seed * 1009 + index)
+    key = jax.random.fold_in(jax.random.key(run.experiment.seed), index)
+    state, step_fn = start_state(stage, model, run.mesh, scorers, key)
     with (
         contextlib.closing(batches),
         MetricsLog(folder) as log,
@@ -251,48 +252,18 @@ def _count_tokens(batch: Batch) -> jax.Array:
 
 
 def start_state(
-    stage: Stage, model: Transformer, mesh: Mesh, scorers: tuple[Scorer, ...] = (), seed: int = 0
+    stage: Stage, model: Transformer, mesh: Mesh, scorers: tuple[Scorer, ...] = (), key: PRNGKeyArray | None = None
 ) -> tuple[TrainState, Step]:
     """The state at step 0 of a stage, born sharded, and its step, which compiles for the mesh on first use.
 
     Args:
         scorers: the reward models that the stage reads.
-        seed: of what is new in it, a head.
+        key: of what is new in it, a reward model's head.
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
     init = functools.partial(first_state, stage, optimizer)
-    places = shardings(jax.eval_shape(init, model, scorers, seed), mesh)
-    return jax.jit(init, out_shardings=places)(model, scorers, seed), jit_step(stage, optimizer, places, mesh)
-
-
-def first_state(
-    stage: Stage,
-    optimizer: optax.GradientTransformation,
-    model: Transformer,
-    scorers: tuple[Scorer, ...] = (),
-    seed: int | Int[Array, ""] = 0,
-) -> TrainState:
-    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
-    o = stage.objective
-    model, scorers = jax.tree.map(jnp.copy, (model, scorers))
-    frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if needs_reference(stage) else {}
-    params: Any = model
-    if isinstance(o, RewardModel):
-        params = Scorer(model, jax.random.key(seed))
-    if isinstance(o, PPO):
-        params = {"policy": model, "critic": _critic(o, model, scorers)}
-        frozen["scorers"] = scorers
-    opt_state = optimizer.init(params)
-    if isinstance(o, PPO):
-        opt_state = {"optimizer": opt_state, "kl_coef": jnp.float32(o.kl_coef)}
-    return TrainState(jnp.int32(0), params, opt_state, frozen)
-
-
-def _critic(o: PPO, model: Transformer, scorers: tuple[Scorer, ...]) -> Scorer | ScoreHead:
-    """What judges states at first: as the reward model does, or all alike."""
-    if o.critic == "head":
-        return ScoreHead(model.config, None)
-    return jax.tree.map(jnp.copy, scorers[0] if scorers else Scorer(model, None))
+    places = shardings(jax.eval_shape(init, model, scorers, key), mesh)
+    return jax.jit(init, out_shardings=places)(model, scorers, key), jit_step(stage, optimizer, places, mesh)
 
 
 def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:

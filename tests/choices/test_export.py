@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lm.choices.desk import Desk
-from lm.choices.export import preferences, write_preferences
+from lm.choices.export import preferences
+from lm.choices.export import write_rows as write_exported
 from lm.choices.log import open_log
 from lm.cli.main import main
 from lm.data.chat import preference_messages
@@ -29,7 +30,7 @@ def test_what_was_chosen_is_trained_on(tmp_path):
             desk.choose("Ann", view.pair.key, longer)
         exported = preferences(desk.records())
     assert {record["choice"] for record in desk.records()} == {"left", "right"}
-    write_preferences(tmp_path / "preferences.jsonl", exported)
+    write_exported(tmp_path / "preferences.jsonl", exported.rows)
     loaded = load_rows(str(tmp_path / "preferences.jsonl"))
     assert len(loaded) == 11 and exported[1:] == (0, 0)
     for row in loaded:

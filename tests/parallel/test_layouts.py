@@ -11,8 +11,7 @@ from lm.model.scorer import Scorer
 from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
-from lm.steps import STEPS, needs_reference
-from lm.train.loop import first_state
+from lm.steps import STEPS, first_state, needs_reference
 from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
 PLAIN = ({}, {}, {})

@@ -209,7 +209,7 @@ def test_a_reward_that_is_no_number_stops_the_run(folder, monkeypatch):
     monkeypatch.setitem(VERIFIERS, "brevity", lambda row, text: float("nan"))
     whole = experiment(folder)
     stage = dataclasses.replace(whole.stages[5], steps=1)
-    with pytest.raises(UserError, match="head: the reward of 8 of 8 answers is nan at step 1, the first to 'Tell"):
+    with pytest.raises(UserError, match="head, step 1: the reward of 8 of 8 answers is nan, the first to 'Tell"):
         run(only(folder, stage), folder / "nan")
 
 
@@ -261,7 +261,7 @@ def test_a_stage_that_cannot_judge_is_refused(folder, stage, message):
 
 def test_the_best_of_many_answers_is_chosen_by_the_reward_model(folder):
     loaded = load_run(folder / "whole", "sft")
-    given = {"seed": 0, "raw": False, "temperature": 1.0, "max_new_tokens": 8}
+    given = {"seed": 0, "temperature": 1.0, "max_new_tokens": 8}
     (one,), first = best_answers(loaded, folder / "whole", ["Tell abcd"], 1, "reward", **given)
     (best,), score = best_answers(loaded, folder / "whole", ["Tell abcd"], 16, "reward", **given)
     assert score[0] >= first[0] and isinstance(best.text, str) and isinstance(one.text, str)
