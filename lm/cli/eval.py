@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def pairs_text(judged: Any) -> str:
         + (f", {judged.scored.left_out:,} left out" if judged.scored.left_out else "")
         + (f", {judged.scored.ties:,} ties" if judged.scored.ties else ""),
         "",
-        f"accuracy            {_interval(worth.accuracy)}   95 % by bootstrap",
+        f"accuracy            {_interval(worth.accuracy)}   95 % by bootstrap over prompts",
     ]
     if len(judged.members) > 1:
         lines.append(f"  of each           {', '.join(f'{100 * one:.1f} %' for one in judged.members)}")
@@ -92,7 +93,7 @@ def pairs_text(judged: Any) -> str:
         "chosen longer by    right    pairs",
     ]
     lines += [f"{one.mean:>+9.0f} tokens   {100 * one.right:5.1f} %   {one.pairs:,}" for one in worth.by_length]
-    return "\n".join(lines)
+    return "\n".join([*lines, *textwrap.wrap(judged.remark, 80)])
 
 
 def _interval(found: Any) -> str:

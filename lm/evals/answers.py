@@ -62,7 +62,7 @@ def reward(item: Eval, subject: Subject) -> Measured:
 def best_of_n(item: Eval, subject: Subject) -> Measured:
     """Mean reward, by the verifier, of the answer that the reward models like best among n, for n = 1, 2, 4, … best_of.
 
-    All ways to take n of a prompt's answers count the same (WebGPT, arXiv:2112.09332, appendix I). Its KL from the model
+    All ways to take n of a prompt's answers count the same (as in WebGPT, arXiv:2112.09332). Its KL from the model
     that samples is at most log n - (n - 1)/n (arXiv:2401.01879).
     """
     if not subject.scorers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ Numbers = Float[np.ndarray, " N"]
 
 
 class Estimate(NamedTuple):
-    """A mean over pairs, and the ends of its 95 % interval by bootstrap."""
+    """A mean over pairs, and the ends of its 95 % interval by bootstrap over prompts."""
 
     mean: float
     low: float
@@ -45,23 +46,24 @@ class Worth(NamedTuple):
     lead: Estimate
 
 
-def worth(gaps: Numbers, longer: Numbers, shorter: bool, seed: int = 0) -> Worth:
+def worth(gaps: Numbers, longer: Numbers, shorter: bool, prompts: Sequence[str], seed: int = 0) -> Worth:
     """Measures of pairs, given the gap of scores and of lengths (chosen less rejected) in each.
 
     Args:
+        prompts: of each pair; what is said of one prompt's pairs hangs together, so intervals resample prompts.
         shorter: whether the length-only baseline takes the shorter answer; to be decided on other pairs than these.
     """
     right, by_length = outcomes(gaps), outcomes(-longer if shorter else longer)
     table = calibration(gaps)
     return Worth(
-        accuracy=bootstrap(right, seed),
+        accuracy=bootstrap(right, prompts, seed),
         log_loss=float(np.logaddexp(0, -gaps).mean()),
         calibration_error=sum(one.pairs * abs(one.mean - one.right) for one in table) / len(gaps),
         calibration=table,
         by_length=length_bins(gaps, longer),
-        baseline=bootstrap(by_length, seed),
+        baseline=bootstrap(by_length, prompts, seed),
         shorter=shorter,
-        lead=bootstrap(right - by_length, seed),
+        lead=bootstrap(right - by_length, prompts, seed),
     )
 
 
@@ -70,11 +72,14 @@ def outcomes(gaps: Numbers) -> Numbers:
     return (gaps > 0) + 0.5 * (gaps == 0)
 
 
-def bootstrap(values: Numbers, seed: int = 0) -> Estimate:
-    """Mean and the 2.5 and 97.5 percentiles of the means of RESAMPLES samples of the values, each as many, with replacement."""
+def bootstrap(values: Numbers, groups: Sequence[str], seed: int = 0) -> Estimate:
+    """Mean, and the 2.5 and 97.5 percentiles of RESAMPLES means, each over as many groups, drawn with replacement."""
+    _, place = np.unique(np.asarray(groups), return_inverse=True)
+    totals, sizes = np.bincount(place, values), np.bincount(place)
     rng, means = np.random.default_rng(seed), []
     for _ in range(0, RESAMPLES, 100):
-        means.append(values[rng.integers(0, len(values), (100, len(values)))].mean(1))
+        drawn = rng.integers(0, len(sizes), (100, len(sizes)))
+        means.append(totals[drawn].sum(1) / sizes[drawn].sum(1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high))
 

@@ -18,7 +18,7 @@ class ScoreHead(nnx.Module):
 
     def __init__(self, config: Model, key: PRNGKeyArray | None):
         dtype, width = jnp.dtype(config.param_dtype), config.embed_dim
-        # arXiv:2009.01325, section B.1: the first scores have a deviation of about 1.
+        # Of normed hidden states the first scores have a deviation of about 1.
         std = 0.0 if key is None else (width + 1) ** -0.5
         value = jnp.zeros(width) if key is None else jax.random.normal(key, (width,)) * std
         self.weight = nnx.Param(value.astype(dtype), out_sharding=("norm",))

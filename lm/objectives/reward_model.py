@@ -18,7 +18,7 @@ def _split(gap: Pairs, width: float) -> Pairs:
 
 
 def _rao_kupper_tie(gap: Pairs, width: float) -> Pairs:
-    """P(tie) = (θ² - 1) · P(first) · P(second), with θ = e^width (Rao and Kupper 1967, eq. 2.5)."""
+    """P(tie) = (θ² - 1) · P(first) · P(second), with θ = e^width (Rao and Kupper 1967, doi:10.1080/01621459.1967.10482901)."""
     return -(log_sigmoid(gap - width) + log_sigmoid(-gap - width) + jnp.log(jnp.expm1(2 * width)))
 
 
@@ -40,7 +40,7 @@ def reward_model(
 
     Bradley-Terry (arXiv:1706.03741, eq. 1; margin: arXiv:2307.09288, eq. 2; centering: arXiv:2312.09244, eq. 2). Score 2i is
     of pair i's chosen answer, score 2i + 1 of its rejected. A pair without any weight is padding. With ties "rao_kupper" the
-    one who wins does so by tie_width (Rao and Kupper 1967, eq. 2.4).
+    one who wins does so by tie_width (Rao and Kupper 1967).
 
     Args:
         margins: by how much the chosen answer should win, of each pair.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lm.data.selection import select
-from lm.data.sources import load_rows
+from lm.data.sources import load_rows, split_key
 from lm.data.tokenizer import Tokenizer
 from lm.evals.pairs import Scored, score_pairs, share_right, text
 from lm.evals.preferences import Worth, prefers_shorter, worth
@@ -23,7 +23,7 @@ from lm.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Judged:
-    """What was found; `members` are the accuracies of each run alone, `what` and `baseline_of` are for people."""
+    """What was found; `members` are the accuracies of each run alone. `what`, `baseline_of` and `remark` are for people."""
 
     what: str
     path: str
@@ -31,6 +31,7 @@ class Judged:
     worth: Worth
     members: list[float]
     baseline_of: str
+    remark: str
 
     def to_json(self) -> dict[str, Any]:
         """One plain object."""
@@ -45,7 +46,9 @@ class Judged:
             "left_out": self.scored.left_out,
             "ties": self.scored.ties,
         }
-        return {"model": self.what, "file": self.path, **counts, **found, "members": self.members}
+        return {
+            "model": self.what, "file": self.path, **counts, **found, "members": self.members, "remark": self.remark,
+        }  # fmt: skip
 
 
 def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: float | None) -> Judged:
@@ -73,10 +76,22 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
         train = select(Source(path, holdout=holdout), "train")[1]
         longer, of = _lengths([rows[i] for i in train], subjects[0][1]), "the pairs not held out"
     name = subjects[0][0] if len(runs) == 1 else f"{len(runs)} reward models together"
+    prompts = [split_key(row) or "" for row in scored.rows]
     return Judged(
-        name, path, scored, worth(scored.gaps, scored.longer, prefers_shorter(longer)),
-        [share_right(one.gaps) for one in found], of,
+        name, path, scored, worth(scored.gaps, scored.longer, prefers_shorter(longer), prompts),
+        [share_right(one.gaps) for one in found], of, "; ".join(filter(None, (_seen(run, path, holdout) for run in runs))),
     )  # fmt: skip
+
+
+def _seen(run_dir: Path, path: str, holdout: float | None) -> str:
+    """What to say where pairs that are scored have been trained on; "" where none has."""
+    folder = RunFolder(run_dir)
+    experiment = located(from_dict(folder.read_experiment()), folder)
+    sources = [source for stage in experiment.stages for source in stage.sources]
+    same = [source.holdout for source in sources if Path(source.path).resolve() == Path(path).resolve()]
+    if not same or (holdout is not None and holdout <= min(same)):
+        return ""
+    return f"{run_dir} was trained on pairs of this file: --heldout {min(same):g} takes those that it has not seen"
 
 
 def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:

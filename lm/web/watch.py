@@ -29,7 +29,6 @@ class Compared:
     """Answers to one held-out prompt before a stage and after it (or as late as there is one)."""
 
     prompt: str
-    expected: str
     sides: list[Said]
 
 
@@ -132,10 +131,7 @@ def compared(stage: StageFiles, name: str, limit: int = 6) -> list[Compared]:
     later = [line for line in lines if line["when"] != "before"]
     last = {line["prompt"]: line for line in later if place(line) == place(later[-1])}
     both = [prompt for prompt in before if prompt in last][:limit]
-    return [
-        Compared(prompt, before[prompt].get("expected", ""), [_said(before[prompt]), _said(last[prompt])])
-        for prompt in both
-    ]
+    return [Compared(prompt, [_said(before[prompt]), _said(last[prompt])]) for prompt in both]
 
 
 def _said(line: Line) -> Said:

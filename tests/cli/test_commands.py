@@ -202,7 +202,13 @@ def test_pairs_are_told_in_80_columns(capsys):
     gaps, longer = np.array([1.0, -0.5, 2.0, 0.3]), np.array([3.0, 2.0, -4.0, 1.0])
     scored = Scored([{}] * 4, gaps, longer, cut=3, left_out=2, ties=1)
     judged = Judged(
-        "runs/x, reward", "pairs.jsonl", scored, worth(gaps, longer, False), [0.75, 0.5], "these pairs themselves"
+        "runs/x, reward",
+        "pairs.jsonl",
+        scored,
+        worth(gaps, longer, False, ["a", "a", "b", "c"]),
+        [0.75, 0.5],
+        "these pairs themselves",
+        "seen " * 20,
     )
     text = pairs_text(judged)
     assert max(map(len, text.splitlines())) <= 80

@@ -242,8 +242,10 @@ def test_pairs_of_a_file_are_scored_by_one_reward_model_or_by_several(folder, re
     one = judge_pairs([folder / "whole"], "reward", str(folder / "pairs.jsonl"), 0.2)
     (line,) = evals(folder / "whole", "reward", "pairs")
     assert one.worth.accuracy.mean == line["pair_accuracy"] == 1.0 and not one.worth.shorter
+    assert one.remark == ""
     both = judge_pairs([folder / "whole", folder / "resumed"], "reward", str(folder / "pairs.jsonl"), None)
     assert len(both.scored.gaps) == 60 and both.members[0] == both.members[1] == both.worth.accuracy.mean
+    assert "--heldout 0.2 takes those that it has not seen" in both.remark
     implicit = judge_pairs([folder / "whole"], "dpo", str(folder / "pairs.jsonl"), None)
     assert "implicit reward" in implicit.what
     page = write_pairs_page(both, folder / "pairs.html").read_text()
@@ -274,6 +276,6 @@ def test_a_batch_in_which_no_answer_ends_is_learnt_from_and_told(folder, capsys)
     stage = dataclasses.replace(whole.stages[5], objective=objective, steps=2, batch_size=4)
     run(only(folder, stage), folder / "endless")
     lines = metrics(folder / "endless", "head")
-    if all(line["eos_rate"] == 0 for line in lines):
-        assert "head: none of 4 answers of step 1 ended by itself" in capsys.readouterr().out
+    assert [line["eos_rate"] for line in lines] == [0.0, 0.0]
+    assert capsys.readouterr().out.count("of 4 answers of step 1 ended by itself") == 1
     assert all(np.isfinite(list(line.values())).all() for line in lines)
