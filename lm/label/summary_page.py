@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import jinja2
-
 from lm.label.statistics import Share
 from lm.label.summary import Summary
 from lm.web.numbers import duration, percent, signed
+from lm.web.templates import templates
 from lm.web.text import visible
 
 HERE = Path(__file__).parent
@@ -17,13 +16,7 @@ HERE = Path(__file__).parent
 
 def render_summary(summary: Summary) -> str:
     """HTML of the summary; every value is escaped."""
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    page = templates(HERE)
     page.filters |= {"visible": visible, "share": _share, "figure": _figure, "percent": percent, "duration": _duration}
     return page.get_template("summary.html.j2").render(summary=summary)
 

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import markupsafe
 
 from lm import __version__
 from lm.web import charts, story, watch
 from lm.web.numbers import count, duration, plain, signed
 from lm.web.run_files import Run, read_run
+from lm.web.templates import templates
 from lm.web.text import beginning, visible
 
 HERE = Path(__file__).parent
@@ -71,13 +71,7 @@ def render(run: Run) -> str:
 
 def fill(template: str, **values: Any) -> str:
     """A page of this folder as HTML: every value is escaped but the drawings and the style sheet."""
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    page = templates(HERE)
     page.filters |= {"visible": visible, "beginning": beginning, "plain": plain, "signed": _signed, "leaf": _leaf}
     css = markupsafe.Markup((HERE / "report.css").read_text("utf-8"))
     return page.get_template(template).render(version=__version__, css=css, **values)

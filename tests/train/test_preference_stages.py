@@ -14,6 +14,7 @@ from lm.experiment import CPO, DPO, KTO, ORPO, Eval, Experiment, Mesh, Model, Op
 from lm.train.metrics import read_lines
 from lm.train.models import load_run
 from lm.train.stages import run
+from tests.train.runs import forget_last_checkpoint, metrics
 
 # One worker has the runs: they are made once.
 pytestmark = pytest.mark.xdist_group("preference_stages")
@@ -62,11 +63,6 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def metrics(run_dir: Path, stage: str) -> list[dict]:
-    lines = read_lines(run_dir / "stages" / stage / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_preferred_answers_win(folder, stage):
     lines = metrics(folder / "whole", stage)
@@ -82,11 +78,7 @@ def resumed(folder) -> Path:
     again = folder / "resumed"
     shutil.copytree(folder / "whole", again)
     for stage in STAGES:
-        here = again / "stages" / stage
-        (here / "summary.json").unlink()
-        saved = sorted(path for path in (here / "checkpoints").iterdir() if path.is_dir())
-        assert len(saved) == STEPS // SAVED
-        shutil.rmtree(saved[-1])
+        forget_last_checkpoint(again, stage, STEPS // SAVED)
     run(experiment(folder), again)
     return again
 

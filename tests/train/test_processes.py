@@ -13,6 +13,7 @@ from lm.train.metrics import read_lines
 from lm.train.models import load_run
 from lm.train.run_folder import read_json
 from tests import processes
+from tests.train.runs import CLOCKS, metrics
 
 # One worker has the runs: they are made once.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
@@ -61,7 +62,6 @@ STAGES = ("pretrain", "sft", "preference", "judged", "scored", "asked", "again",
 LM = ("-m", "lm.cli.main", "run", "smoke.py")
 LONG = ("-m", "lm.cli.main", "run", "alone.py")
 STEPS = 80
-TIMES = ("time", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,6 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def metrics(run: Path, stage: str) -> list[dict]:
-    lines = read_lines(run / "stages" / stage / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
 def numbers(run: Path, stage: str, file: str) -> dict:
     """Every number of a file's lines, by line and name, but how often a margin is positive: at first it is a rounded 0."""
     lines = read_lines(run / "stages" / stage / f"{file}.jsonl")
@@ -88,7 +83,7 @@ def numbers(run: Path, stage: str, file: str) -> dict:
         (i, k): v
         for i, line in enumerate(lines)
         for k, v in line.items()
-        if k not in (*TIMES, "reward_accuracy") and isinstance(v, (int, float))
+        if k not in (*CLOCKS, "reward_accuracy") and isinstance(v, (int, float))
     }
 
 

@@ -33,6 +33,7 @@ from lm.train.models import load_run, load_scorer
 from lm.train.run_folder import RunFolder
 from lm.train.stages import run
 from lm.web.pairs_page import write_pairs_page
+from tests.train.runs import forget_last_checkpoint, metrics
 
 # One worker has the runs: they are made once.
 pytestmark = pytest.mark.xdist_group("rlhf_stages")
@@ -90,11 +91,6 @@ def _whole_run(tmp_path_factory) -> Path:
     return root
 
 
-def metrics(run_dir: Path, stage: str) -> list[dict]:
-    lines = read_lines(run_dir / "stages" / stage / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
-
-
 def evals(run_dir: Path, stage: str, name: str) -> list[dict]:
     return [line for line in read_lines(run_dir / "stages" / stage / "eval.jsonl") if line["eval"] == name]
 
@@ -149,11 +145,7 @@ def resumed(folder) -> Path:
     again = folder / "resumed"
     shutil.copytree(folder / "whole", again)
     for stage in RESUMED:
-        here = again / "stages" / stage
-        (here / "summary.json").unlink()
-        saved = sorted(path for path in (here / "checkpoints").iterdir() if path.is_dir())
-        assert len(saved) == STEPS // SAVED
-        shutil.rmtree(saved[-1])
+        forget_last_checkpoint(again, stage, STEPS // SAVED)
     here = again / "stages" / "collect"
     for name in ("summary.json", "made.jsonl"):
         (here / name).unlink()

@@ -1,0 +1,18 @@
+"""Templates of pages, read the same way wherever they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+
+def templates(folder: Path) -> jinja2.Environment:
+    """The templates of a folder: every value is escaped, and one that is missing is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
