@@ -144,3 +144,11 @@ def number(low: float, high: float):
         return value
 
     return parse
+
+
+def page_path(text: str) -> Path:
+    """An argparse type: a page to write; its folder is made if there is none."""
+    path = Path(text)
+    if path.suffix != ".html":
+        raise argparse.ArgumentTypeError(f"{text!r} should end in .html")
+    return path

@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from lm.cli.arguments import RUN_HELP, add_cache, find_run, find_stage, number
+from lm.cli.arguments import RUN_HELP, add_cache, find_run, find_stage, number, page_path
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--heldout", metavar="X", type=number(0, 1), help="with --pairs: only what a source with this holdout holds out"
     )
     parser.add_argument("--json", action="store_true", help="with --pairs: one object")
-    parser.add_argument("--page", metavar="FILE", type=Path, help="with --pairs: a page with the calibration")
+    parser.add_argument("--page", metavar="FILE", type=page_path, help="with --pairs: a page with the calibration")
     add_cache(parser)
 
 

@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lm.cli.arguments import RUN_HELP, find_run
+from lm.cli.arguments import RUN_HELP, find_run, page_path
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -20,7 +20,10 @@ TAKES_OVERRIDES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="+", help=f"{RUN_HELP}; several: seeds of one experiment")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="page over several runs; else frontier.html beside them (with a .png)"
+        "--out",
+        metavar="FILE",
+        type=page_path,
+        help="page over several runs; else frontier.html beside them (with a .png)",
     )
 
 
@@ -28,8 +31,6 @@ def call(arguments: argparse.Namespace) -> int:
     run_dirs = [find_run(name) for name in arguments.run]
     if arguments.out is not None and len(run_dirs) == 1:
         raise UserError("--out is for the page over several runs; the report of one is report.html in its folder")
-    if arguments.out is not None and arguments.out.suffix != ".html":
-        raise UserError(f"--out {arguments.out} should end in .html: a page is written there, and a .png beside it")
 
     from lm.web.frontier import write_frontier
     from lm.web.report import write_report

@@ -88,7 +88,6 @@ def write_frontier(run_dirs: Sequence[Path], path: Path) -> tuple[Path, Path]:
             f"{', '.join(map(str, run_dirs))}: no held-out reward with its KL; add an eval of metric reward at temperature 1, "
             "and name it in the evals of a preference stage with eval_every"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     png = path.with_suffix(".png")
     frontier_charts.save_png(panels, png)
     return write_page(path, render(runs, panels)), png

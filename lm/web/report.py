@@ -79,6 +79,7 @@ def fill(template: str, **values: Any) -> str:
 
 def write_page(path: Path, page: str) -> Path:
     """Puts a page in its place at once, so that nobody reads half of it, and returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(path.name + ".tmp")
     half.write_text(page, "utf-8")
     os.replace(half, path)

@@ -220,3 +220,8 @@ def test_pairs_are_told_in_80_columns(capsys):
 def test_what_is_for_pairs_is_refused_without_them(run_dir, words, capsys):
     assert main(["eval", "small", *words]) == 2
     assert "are for --pairs FILE" in capsys.readouterr().err
+
+
+def test_a_page_of_another_kind_is_refused_before_anything_is_scored(run_dir, capsys):
+    assert main(["eval", "small", "--pairs", "pairs.jsonl", "--page", "page.txt"]) == 2
+    assert "should end in .html" in capsys.readouterr().err

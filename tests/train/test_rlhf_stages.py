@@ -240,7 +240,7 @@ def test_pairs_of_a_file_are_scored_by_one_reward_model_or_by_several(folder, re
     assert "--heldout 0.2 takes those that it has not seen" in both.remark
     implicit = judge_pairs([folder / "whole"], "dpo", str(folder / "pairs.jsonl"), None)
     assert "implicit reward" in implicit.what
-    page = write_pairs_page(both, folder / "pairs.html").read_text()
+    page = write_pairs_page(both, folder / "new" / "pairs.html").read_text()
     assert page.count("<svg") == 3 and "2 reward models together" in page
 
 
