@@ -155,7 +155,7 @@ class Checkpoints:
             found = ", ".join(map(str, steps))
             raise UserError(
                 f"{self.folder}: every checkpoint (step {found}) is damaged; put back a copy of the folder, "
-                "or remove it to train this stage again from its start"
+                "or remove it, and summary.json beside it if that is there, to train this stage again from its start"
             )
         return None
 
