@@ -14,10 +14,14 @@ import json
 import math
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.cli.arguments import RUN_HELP, add_cache, find_run, find_stage, number, page_path
 from lm.experiment import UserError
+
+if TYPE_CHECKING:
+    from lm.evals.preferences import Estimate
+    from lm.train.judging import Judged
 
 TAKES_OVERRIDES = False
 
@@ -70,7 +74,7 @@ def pairs(runs: list[Path], arguments: argparse.Namespace) -> int:
     return 0
 
 
-def pairs_text(judged: Any) -> str:
+def pairs_text(judged: Judged) -> str:
     """What `judge_pairs` found, for a terminal."""
     worth = judged.worth
     lines = [
@@ -96,7 +100,7 @@ def pairs_text(judged: Any) -> str:
     return "\n".join([*lines, *textwrap.wrap(judged.remark, 80)])
 
 
-def _interval(found: Any) -> str:
+def _interval(found: Estimate) -> str:
     return f"{100 * found.mean:5.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 

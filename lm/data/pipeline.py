@@ -147,7 +147,8 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
     """
     build = SUPPLIES[type(stage.objective)]
     # Who has a use for ties is given them.
-    options = {"ties": True} if getattr(stage.objective, "ties", "drop") != "drop" else {}
+    learns_ties = isinstance(stage.objective, values.RewardModel) and stage.objective.ties != "drop"
+    options = {"ties": True} if learns_ties else {}
     supplies, contents = [], []
     for number, source in enumerate(stage.sources):
         rows, indices = select(source, split)

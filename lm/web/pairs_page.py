@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.axes
 import numpy as np
@@ -11,15 +11,19 @@ import numpy as np
 from lm.web.charts import GRID, SERIES, Chart, dress, sketch
 from lm.web.report import fill, write_page
 
+if TYPE_CHECKING:
+    from lm.evals.preferences import Worth
+    from lm.train.judging import Judged
+
 SHOWN = 10  # pairs that it gets most wrong
 
 
-def write_pairs_page(judged: Any, path: Path) -> Path:
+def write_pairs_page(judged: Judged, path: Path) -> Path:
     """Writes the page about what lm.train.judging.judge_pairs found, and returns its path."""
     return write_page(path, render(judged))
 
 
-def render(judged: Any) -> str:
+def render(judged: Judged) -> str:
     """The page as HTML."""
     worst = np.argsort(judged.scored.gaps)[:SHOWN]
     wrong = [(judged.scored.rows[i], float(judged.scored.gaps[i])) for i in worst if judged.scored.gaps[i] < 0]
@@ -33,7 +37,7 @@ def render(judged: Any) -> str:
     )
 
 
-def calibration(worth: Any) -> Chart:
+def calibration(worth: Worth) -> Chart:
     """How often the model is right, by how sure it is; a calibrated one follows the diagonal."""
 
     def paint(axes: matplotlib.axes.Axes) -> None:
@@ -47,7 +51,7 @@ def calibration(worth: Any) -> Chart:
     return Chart("Right, by how sure it is", svg, [(0, "error", f"{worth.calibration_error:.3f}")])
 
 
-def by_length(worth: Any) -> Chart:
+def by_length(worth: Worth) -> Chart:
     """Accuracy by how much longer the chosen answer is."""
 
     def paint(axes: matplotlib.axes.Axes) -> None:
