@@ -43,16 +43,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in order of steps (or of n); `rewards` are those of each point by run, for differences within a seed.
-
-    `seeds` are the (KL, reward) of each run by itself, in the same order.
-    """
+    """Points in order of steps (or of n); `by_run` are (KL, reward) of each point in each run."""
 
     name: str
     points: list[Point]
-    rewards: list[dict[int, float]]
+    by_run: list[dict[int, tuple[float, float]]]
     joined: bool
-    seeds: list[list[tuple[float, float]]]
+
+    @property
+    def seeds(self) -> list[list[tuple[float, float]]]:
+        """(KL, reward) of each run by itself, in the order of the points."""
+        runs = sorted({run for found in self.by_run for run in found})
+        return [[found[run] for found in self.by_run if run in found] for run in runs]
 
     @property
     def peak(self) -> int:
@@ -61,8 +63,8 @@ class Curve:
     @property
     def fall(self) -> Estimate:
         """From the peak to the last point, as the mean of the differences within each seed."""
-        best, last = self.rewards[self.peak], self.rewards[-1]
-        return estimate([best[run] - last[run] for run in best if run in last])
+        best, last = self.by_run[self.peak], self.by_run[-1]
+        return estimate([best[run][1] - last[run][1] for run in best if run in last])
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ def write_frontier(run_dirs: Sequence[Path], path: Path) -> tuple[Path, Path]:
             f"{', '.join(map(str, run_dirs))}: no held-out reward with its KL; add an eval of metric reward at temperature 1, "
             "and name it in the evals of a preference stage with eval_every"
         )
-    png = path.with_suffix(".png")
+    page, png = write_page(path, render(runs, panels)), path.with_suffix(".png")
     frontier_charts.save_png(panels, png)
-    return write_page(path, render(runs, panels)), png
+    return page, png
 
 
 def check_seeds(runs: list[Run]) -> None:
@@ -173,12 +175,8 @@ def _curve(name: str, points: list[tuple[str, dict[int, Line]]], joined: bool) -
     return Curve(
         name,
         [_point(label, list(lines.values()), joined) for label, lines in points],
-        [{run: line["reward"] for run, line in lines.items()} for _, lines in points],
+        [{run: (line["kl"], line["reward"]) for run, line in lines.items()} for _, lines in points],
         joined,
-        [
-            [(lines[run]["kl"], lines[run]["reward"]) for _, lines in points if run in lines]
-            for run in sorted({run for _, lines in points for run in lines})
-        ],
     )
 
 
