@@ -60,11 +60,10 @@ class Curve:
     def peak(self) -> int:
         return max(range(len(self.points)), key=lambda i: self.points[i].reward.mean)
 
-    @property
-    def fall(self) -> Estimate:
-        """From the peak to the last point, as the mean of the differences within each seed."""
-        best, last = self.by_run[self.peak], self.by_run[-1]
-        return estimate([best[run][1] - last[run][1] for run in best if run in last])
+    def below_peak(self, place: int) -> Estimate:
+        """By how much the reward of a point is below the peak's, as the mean of the differences within each seed."""
+        best, other = self.by_run[self.peak], self.by_run[place]
+        return estimate([best[run][1] - other[run][1] for run in best if run in other])
 
 
 @dataclass(frozen=True)
@@ -228,14 +227,18 @@ def ending(curve: Curve) -> str:
     """Where a curve is highest, and what became of it, in a sentence."""
     best, last = curve.points[curve.peak], curve.points[-1]
     far = f"{'' if curve.joined else 'at most '}{frontier_charts.hundredths(best.kl)} nats from the reference"
-    where = f"is highest at {best.label}, {far}: {frontier_charts.told(best.reward)}"
+    rise = f", {_points(curve.below_peak(0))} points above {curve.points[0].label}" if curve.peak else ""
+    where = f"is highest at {best.label}, {far}: {frontier_charts.told(best.reward)}{rise}"
     if best is last:
         return f"{where}, its last point."
-    fall = curve.fall
+    fall = curve.below_peak(-1)
     if math.isnan(fall.half):
-        return f"{where}. At {last.label} it is {100 * fall.mean:.1f} points lower."
+        return f"{where}. At {last.label} it is {_points(fall)} points lower."
     sure = "" if abs(fall.mean) > fall.half else ", which the seeds do not tell from none"
-    return (
-        f"{where}. From there to {last.label} it falls by {100 * fall.mean:.1f} ± {100 * fall.half:.1f} points (differences "
-        f"within each seed){sure}."
-    )
+    return f"{where}. From there to {last.label} it falls by {_points(fall)} points{sure}. Differences are within each seed."
+
+
+def _points(change: Estimate) -> str:
+    """A difference of rewards in points, with its interval where there is one: 20.0 ± 6.5."""
+    half = "" if math.isnan(change.half) else f" ± {100 * change.half:.1f}"
+    return f"{100 * change.mean:.1f}{half}"

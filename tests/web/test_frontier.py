@@ -75,10 +75,12 @@ def test_the_peak_and_the_fall_after_it_are_of_the_mean_and_within_seeds(seeds):
     rewards = np.array([[line["reward"] for line in evals(run, "ppo") if line["eval"] == "manners"] for run in seeds])
     assert curve.peak == rewards.mean(0).argmax()
     falls = rewards[:, curve.peak] - rewards[:, -1]
-    assert curve.fall.mean == pytest.approx(falls.mean())
-    assert curve.fall.half == pytest.approx(falls.std(ddof=1) / math.sqrt(3) * T_975[2], rel=1e-6)
+    assert curve.below_peak(-1).mean == pytest.approx(falls.mean())
+    assert curve.below_peak(-1).half == pytest.approx(falls.std(ddof=1) / math.sqrt(3) * T_975[2], rel=1e-6)
     told = frontier.ending(curve)
     assert f"highest at step {20 * curve.peak}," in told and f"falls by {100 * falls.mean():.1f} ±" in told
+    rises = rewards[:, curve.peak] - rewards[:, 0]
+    assert (f"{100 * rises.mean():.1f} ±" in told) == bool(curve.peak)
     assert "its last point" in frontier.ending(curves(seeds)["dpo"])
 
 
