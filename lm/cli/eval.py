@@ -48,8 +48,8 @@ def call(arguments: argparse.Namespace) -> int:
     stage = find_stage(run_dir, arguments.stage)
 
     from lm.data.cache import cache_at
+    from lm.train.run_files import read_run
     from lm.train.stages import evaluate_run
-    from lm.web.run_files import read_run
 
     own = next(files.evals for files in read_run(run_dir).stages if files.name == stage)
     print(f"{run_dir}, after stage {stage}\n")

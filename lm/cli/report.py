@@ -32,9 +32,9 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and len(run_dirs) == 1:
         raise UserError("--out is for the page over several runs; the report of one is report.html in its folder")
 
+    from lm.train.run_files import read_run
     from lm.web.frontier import write_frontier
     from lm.web.report import write_report
-    from lm.web.run_files import read_run
     from lm.web.watch import warnings
 
     if len(run_dirs) == 1:

@@ -92,7 +92,7 @@ def call(arguments: argparse.Namespace) -> int:
             if first():
                 print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
             return EXIT_INTERRUPT
-        from lm.web.run_files import read_run
+        from lm.train.run_files import read_run
         from lm.web.watch import warnings
 
         if report(run_dir):

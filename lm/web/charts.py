@@ -14,8 +14,8 @@ import matplotlib.axes
 import matplotlib.figure
 import matplotlib.ticker
 
+from lm.train.run_files import Line, StageFiles
 from lm.web.numbers import percent, plain
-from lm.web.run_files import Line, StageFiles
 from lm.web.story import METRICS
 
 # Colours that matplotlib writes and the page replaces, so that one drawing serves light and dark.

@@ -13,9 +13,9 @@ from scipy.special import stdtrit
 
 from lm import experiment as experiments
 from lm.experiment import UserError
+from lm.train.run_files import Line, Run, finite, read_run
 from lm.web import frontier_charts
 from lm.web.report import fill, write_page
-from lm.web.run_files import Line, Run, finite, read_run
 from lm.web.watch import measured
 
 # What may differ between the runs: the seed and what goes with it, the devices, and where their files are.

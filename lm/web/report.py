@@ -11,9 +11,9 @@ from typing import Any
 import markupsafe
 
 from lm import __version__
+from lm.train.run_files import Run, read_run
 from lm.web import charts, story, watch
 from lm.web.numbers import count, duration, plain, signed
-from lm.web.run_files import Run, read_run
 from lm.web.templates import templates
 from lm.web.text import beginning, visible
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from lm import experiment as experiments
 from lm.overrides import knobs
+from lm.train.run_files import Line, Run, StageFiles, place
 from lm.web.numbers import count, duration, percent, signed
-from lm.web.run_files import Line, Run, StageFiles, place
 
 T = TypeVar("T")
 SPEECHLESS = {kind.__name__ for kind in typing.get_args(experiments.Speechless)}

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lm.train.run_files import Line, Run, StageFiles, finite, place
 from lm.web import watch_charts
 from lm.web.charts import Chart
 from lm.web.numbers import percent, signed
-from lm.web.run_files import Line, Run, StageFiles, finite, place
 
 JUDGED = ("reward", "reward_stderr", "score", "score_stderr")
 

@@ -7,10 +7,10 @@ import math
 import matplotlib.axes
 import matplotlib.ticker
 
+from lm.train.run_files import Line, StageFiles, finite
 from lm.web import charts
 from lm.web.charts import INK, SERIES, Chart, Series, draw, dress, sketch
 from lm.web.numbers import percent, plain
-from lm.web.run_files import Line, StageFiles, finite
 from lm.web.story import METRICS
 
 JUDGE, PROXY = 0, 1  # indices of their colours

@@ -13,8 +13,8 @@ from run_folder import BEST_OF, write_json, write_lines, write_watched_run
 
 from lm.cli.main import main
 from lm.experiment import UserError
+from lm.train.run_files import read_run
 from lm.web import frontier, frontier_charts
-from lm.web.run_files import read_run
 
 T_975 = {1: 12.706205, 2: 4.302653, 9: 2.262157}  # quantiles of Student's t by degrees of freedom, from printed tables
 

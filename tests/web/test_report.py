@@ -9,9 +9,9 @@ import pytest
 from run_folder import ANSWERS, DONE, PROMPTS, write_lines, write_run
 
 from lm.experiment import UserError
+from lm.train.run_files import read_run
 from lm.web import charts, numbers, story
 from lm.web.report import render, write_report
-from lm.web.run_files import read_run
 from lm.web.text import visible
 
 

@@ -10,9 +10,9 @@ import pytest
 from run_folder import DONE, WATCHED, write_lines, write_run, write_watched_run
 
 from lm.cli.main import main
+from lm.train.run_files import read_run
 from lm.web import charts, watch
 from lm.web.report import render, write_report
-from lm.web.run_files import read_run
 
 
 @pytest.fixture(scope="module")
