@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lm.experiment import Experiment, UserError, describe, nearest, resolve_sources
+from lm.experiment import Experiment, UserError, describe, from_dict, nearest, resolve_sources, to_dict
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,24 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
         path, kind, _, _ = leaves[name]
         experiment = _replace(experiment, path, _parse(words.pop(0), kind, flag))
     return resolve_sources(experiment)
+
+
+def replaced(experiment: Experiment, name: str, value: Any) -> Experiment:
+    """The experiment with the leaf of that dotted name replaced; sources that others name are not resolved.
+
+    Raises:
+        UserError: no such leaf (names the nearest ones), or a value of the wrong type.
+    """
+    kind, _ = leaf(experiment, name)
+    return _replace(experiment, _leaves(experiment)[name][0], from_dict(to_dict(value), kind, name))
+
+
+def leaf(experiment: Experiment, name: str) -> tuple[Any, Any]:
+    """(type, value) of the leaf of that dotted name; UserError, with the nearest names, where there is none."""
+    leaves = _leaves(experiment)
+    if name not in leaves:
+        raise UserError(f"no field {name!r}{nearest(name, leaves)}")
+    return leaves[name][1:3]
 
 
 def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[tuple, Any, Any, str]]:

@@ -4,7 +4,7 @@
 #   scripts/lock.sh PYTHON3.11
 #
 # Then run scripts/test.sh, and see that the same versions exist for newer Pythons:
-#   python3.13 -m pip install --dry-run --ignore-installed -c constraints.txt '.[dev,parquet]'
+#   python3.13 -m pip install --dry-run --ignore-installed -c constraints.txt '.[dev]'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +13,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 "$python" -m venv "$scratch/venv"
-"$scratch/venv/bin/python" -m pip install --quiet --dry-run --report "$scratch/report.json" '.[dev,parquet]'
+"$scratch/venv/bin/python" -m pip install --quiet --dry-run --report "$scratch/report.json" '.[dev]'
 {
     sed -n '/^#/p' constraints.txt
     "$python" - "$scratch/report.json" <<'PYTHON'

@@ -9,7 +9,7 @@ import lm
 
 ROOT = Path(lm.__file__).parent
 FLOORS = (
-    "cli", "label", "web", "launch", "plan", "train", "choices", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer",
+    "cli", "label", "web", "sweep", "launch", "plan", "train", "choices", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer",
     "model", "parallel", "check", "types", "overrides", "experiment",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

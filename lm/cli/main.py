@@ -24,6 +24,7 @@ COMMANDS = {
     "label": "compare answers on a page, and collect preferences",
     "eval": "take the held-out numbers again, from a checkpoint",
     "plan": "does it fit on these TPUs, how fast is it, which layout",
+    "sweep": "run every trial of a sweep, by any number of workers",
     "report": "write report.html, the story of a run",
     "launch": "start a run on a pod, on a cluster, or in processes here",
 }

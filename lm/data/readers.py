@@ -234,13 +234,9 @@ def _unzipped(name: str, file: Path) -> Iterator[bytes]:
 
 
 def _parquet(name: str, file: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"{name}: reading parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
-        ) from error
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         return pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:

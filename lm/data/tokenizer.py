@@ -35,7 +35,7 @@ class Tokenizer:
     """A sentencepiece model with ChatML's special tokens, given as its serialised bytes."""
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
-        self._model = model
+        self.model = model
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._sp.vocab_size()
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
@@ -59,7 +59,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         """For other processes: the model, read again there."""
-        return Tokenizer, (self._model,)
+        return Tokenizer, (self.model,)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text; `decode` gives the text back. Never a special token.
@@ -93,7 +93,7 @@ class Tokenizer:
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        draft.write_bytes(self._model)
+        draft.write_bytes(self.model)
         os.replace(draft, path)
         return path
 

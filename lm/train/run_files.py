@@ -56,16 +56,20 @@ def read_run(folder: Path) -> Run:
     experiment = _read_json(folder / "experiment.json")
     environment = folder / "environment.json"
     sessions = _read_json(environment)["runs"] if environment.is_file() else []
-    stages = tuple(_read_stage(folder / "stages" / stage["name"], stage) for stage in experiment["stages"])
+    stages = tuple(
+        read_stage(folder, stage["name"], stage["objective"]["kind"], stage["steps"]) for stage in experiment["stages"]
+    )
     return Run(folder, experiment, sessions, stages)
 
 
-def _read_stage(folder: Path, stage: dict[str, Any]) -> StageFiles:
+def read_stage(run_dir: Path, name: str, kind: str, steps: int) -> StageFiles:
+    """The files of one stage of a run, begun or not. Raises UserError where a line of one is not JSON."""
+    folder = run_dir / "stages" / name
     summary = folder / "summary.json"
     return StageFiles(
-        name=stage["name"],
-        kind=stage["objective"]["kind"],
-        steps=stage["steps"],
+        name=name,
+        kind=kind,
+        steps=steps,
         metrics=_last_of_each(_numbers(folder / "metrics.jsonl"), "step"),
         evals=_last_of_each(_numbers(folder / "eval.jsonl"), "step", "when", "eval"),
         samples=_last_of_each(

@@ -17,6 +17,7 @@ from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import check_files
 from lm.data.sources import load_rows
 from lm.data.tokenizer import FILE_NAME, Tokenizer
+from lm.data.vocabulary import learnt
 from lm.experiment import (
     MADE,
     Collect,
@@ -188,7 +189,7 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(experiment.tokenizer.path)
         tokenizer.save(folder)
         return tokenizer
-    return Tokenizer.train(tokenizer_texts(experiment), experiment.tokenizer.vocab_size, folder)
+    return learnt(tokenizer_texts(experiment), experiment.tokenizer.vocab_size, folder)
 
 
 def say(text: str) -> None:

@@ -71,8 +71,8 @@ def test_rows_are_found_by_their_place_in_pieces_of_any_size(tmp_path, monkeypat
 
 
 def test_parquet_is_read_by_row_group(tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
+    import pyarrow.parquet as parquet
 
     monkeypatch.setattr(readers, "PARQUET_ROWS", 3)
     rows = [{"text": f"row {i}"} for i in range(100)]

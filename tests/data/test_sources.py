@@ -40,8 +40,8 @@ def test_blank_lines_do_not_shift_line_numbers(tmp_path):
 
 
 def test_parquet(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
+    import pyarrow.parquet as parquet
 
     rows = [{"question": f"{i}?", "answer": str(i)} for i in range(3)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")

@@ -1,0 +1,29 @@
+"""A vocabulary learnt once: runs whose texts are the same share it, as they share their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from lm.data.cache import Writer, current_cache
+from lm.data.tokenizer import FILE_NAME, Tokenizer
+
+
+def learnt(texts: list[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """`Tokenizer.train`, or what it gave for the same texts before; saved into `folder`."""
+    hashed = hashlib.sha256()
+    for text in texts:
+        hashed.update(text.encode(errors="surrogatepass") + b"\0")
+
+    def build(writer: Writer) -> None:
+        model = Tokenizer.train(texts, vocab_size, folder)
+        writer.append("model", np.frombuffer(model.model, np.uint8))
+
+    made_of = {"texts": hashed.hexdigest(), "vocab_size": vocab_size, "sentencepiece": sentencepiece.__version__}
+    entry = current_cache().entry("vocabulary", made_of, build, "the vocabulary")
+    if not (folder / FILE_NAME).is_file():
+        Tokenizer(entry.path("model").read_bytes()).save(folder)
+    return Tokenizer.load(folder)

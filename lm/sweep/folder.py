@@ -1,0 +1,156 @@
+"""The folder of a sweep: its layout, what it belongs to, and locks that end with the process that holds them.
+
+sweeps/NAME/  sweep.json  journal.log  lock  compare.html
+              trials/KEY/         the folder of a run, with trial.json, claim and log.txt
+              shared/KEY/         a stage that several runs have in common; theirs are links to it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.experiment import UserError, diff, to_dict
+from lm.sweep.sweep import Range, Sweep
+from lm.sweep.trials import Trial, apply
+from lm.train.run_folder import read_json, write_json_atomic
+
+MOST_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Paths of one sweep. Nothing is made on disk before `claim`."""
+
+    path: Path
+
+    @property
+    def description(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.log"
+
+    def trial(self, key: str) -> Path:
+        return self.path / "trials" / key
+
+    def record(self, key: str) -> Path:
+        """What is known of a trial beside its run: {"settings", "seed", "wanted", "failed"}."""
+        return self.trial(key) / "trial.json"
+
+    def shared(self, stage_key: str) -> Path:
+        return self.path / "shared" / stage_key
+
+    def claim(self, sweep: Sweep) -> None:
+        """Make this the folder of a sweep, or of the same one with other axes, values or seeds: what is done stays.
+
+        Raises:
+            UserError: the folder belongs to a sweep of another base or another search (says which), or to nothing.
+        """
+        wanted = json.loads(json.dumps(describe(sweep)))
+        if not self.description.exists():
+            if self.path.exists() and any(path.name != "lock" for path in self.path.iterdir()):
+                raise UserError(f"{self.path} has files but no sweep.json: name another folder (--folder DIR)")
+            self.path.mkdir(parents=True, exist_ok=True)
+        else:
+            self._refuse_another(read_json(self.description), wanted)
+        write_json_atomic(self.description, wanted)
+
+    def _refuse_another(self, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+        different = [
+            f"{name}: {old!r} → {new!r}" for name, old, new in diff(there["base"], wanted["base"]) if name != "name"
+        ]
+        if there["search"]["kind"] != wanted["search"]["kind"]:
+            different.insert(0, f"search: {there['search']['kind']} → {wanted['search']['kind']}")
+        if wanted["search"]["kind"] in ("Random", "TPE", "Halving"):
+            for name, axis in wanted["axes"].items():
+                old = there["axes"].get(name, axis)
+                if isinstance(axis, list) and axis != old:
+                    different.append(f"axis {name}: {old} → {axis}, and a search keeps the values of its choices")
+        if different:
+            more = len(different) - MOST_DIFFERENCES
+            shown = "\n".join(f"  {line}" for line in different[:MOST_DIFFERENCES])
+            raise UserError(
+                f"{self.path} belongs to another sweep; what differs (there → now):\n{shown}"
+                + (f"\n  … and {more} more" if more > 0 else "")
+                + "\nGive this one its own folder: --folder DIR, or another name."
+            )
+
+    def write_trial(self, trial: Trial, stage_keys: list[str]) -> None:
+        """Make the folder of a trial's run, its shared stages being links, or bring its settings up to date."""
+        path = self.trial(trial.key)
+        (path / "stages").mkdir(parents=True, exist_ok=True)
+        for stage, key in zip(trial.experiment.stages[:-1], stage_keys, strict=False):
+            self.shared(key).mkdir(parents=True, exist_ok=True)
+            link = path / "stages" / stage.name
+            if not link.is_symlink():
+                link.symlink_to(Path("../../..") / "shared" / key, target_is_directory=True)
+        if not (path / "experiment.json").exists():
+            write_json_atomic(path / "experiment.json", to_dict(trial.experiment))
+        self.update(trial.key, settings=trial.settings, seed=trial.experiment.seed, wanted=True)
+
+    def update(self, key: str, **changes: Any) -> None:
+        """Add to what is known of a trial."""
+        file = self.record(key)
+        known = read_json(file) if file.exists() else {}
+        if known | changes != known:
+            write_json_atomic(file, known | changes)
+
+    def want_only(self, keys: set[str]) -> None:
+        """Mark every trial that the sweep asks for no more; its run stays."""
+        for file in (self.path / "trials").glob("*/trial.json"):
+            if file.parent.name not in keys:
+                self.update(file.parent.name, wanted=False)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other worker looks for a trial."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def try_lock(file: Path) -> int | None:
+    """A lock as a file descriptor, None where somebody has it; a child process that inherits it holds it too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def describe(sweep: Sweep) -> dict[str, Any]:
+    """A sweep as a plain value: what of it can be written down."""
+    search = {"kind": type(sweep.search).__name__} | vars(sweep.search)
+    return {
+        "name": sweep.name,
+        "search": search,
+        "seeds": list(sweep.seeds),
+        "metric": sweep.metric,
+        "axes": {name: _described(sweep, name) for name in sweep.axes},
+        "baseline": dict(sweep.baseline),
+        "base": to_dict(sweep.base),
+    }
+
+
+def _described(sweep: Sweep, name: str) -> Any:
+    values = sweep.axes[name]
+    if isinstance(values, Range):
+        return {"kind": type(values).__name__} | vars(values)
+    if isinstance(values, Mapping):
+        return list(values)
+    return [apply(sweep.base, name, values, place)[1] for place in range(len(values))]

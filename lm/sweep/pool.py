@@ -1,0 +1,72 @@
+"""Several workers on this machine, each with its share of the cores; one that dies is replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from lm.experiment import UserError
+from lm.sweep.worker import EXIT_INTERRUPT, Stopped
+
+MOST_DEATHS = 10  # of workers, in all
+LOOK_SECONDS = 0.2
+
+
+def pool(words: list[str], count: int) -> None:
+    """Run `lm WORDS --join I` in `count` processes until all have ended.
+
+    Raises:
+        Stopped: a signal came, and all have ended after it.
+        UserError: workers keep dying.
+    """
+    stopping = False
+
+    def stop(number: int, _: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for child in children.values():
+            child.send_signal(signal.SIGTERM)
+
+    children: dict[int, subprocess.Popen] = {}
+    deaths = 0
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for place in range(count):
+            children[place] = _start(words, place, count)
+        while children:
+            time.sleep(LOOK_SECONDS)
+            for place, child in list(children.items()):
+                if child.poll() is None:
+                    continue
+                del children[place]
+                if child.returncode not in (0, EXIT_INTERRUPT) and not stopping:
+                    deaths += 1
+                    if deaths > MOST_DEATHS:
+                        stop(0, None)
+                        raise UserError(f"workers died {deaths} times, the last with code {child.returncode}")
+                    print(f"worker {place + 1} died with code {child.returncode}; another takes its place", flush=True)
+                    children[place] = _start(words, place, count)
+    finally:
+        for child in children.values():
+            child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopping:
+        raise Stopped
+
+
+def _start(words: list[str], place: int, count: int) -> subprocess.Popen:
+    """One worker, on its share of the cores where there are enough for all."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lm.cli.main", *words, "--join", str(place + 1)],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) >= count:
+            os.sched_setaffinity(child.pid, cores[place * len(cores) // count : (place + 1) * len(cores) // count])
+    return child

@@ -1,0 +1,233 @@
+"""Which trial is next, and how each ended: an Optuna study in a journal file, which workers on any host share.
+
+A grid's trials are queued by name; a search's are suggested by Optuna, the base's own settings first, and each is run
+with every seed. Who holds a trial is told by a lock in its folder, which ends with its process: one that has begun and is
+held by nobody is taken up again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lm.overrides import leaf
+from lm.sweep.folder import SweepFolder, try_lock
+from lm.sweep.results import better, metric_name
+from lm.sweep.shared import stage_keys
+from lm.sweep.sweep import TPE, Halving, LogUniform, Range, Suggested, Sweep
+from lm.sweep.trials import Point, Trial, own_point, told, trial_at, trials
+from lm.train.run_folder import read_json
+
+LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A trial that this process alone holds; `handle` is its lock, which the processes that it starts inherit."""
+
+    number: int
+    key: str
+    settings: dict[str, str]
+    seed: int
+    handle: int
+
+
+class Study:
+    """The Optuna study of a sweep. Every method may be called by many processes at the same time."""
+
+    def __init__(self, sweep: Sweep, folder: SweepFolder):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.sweep, self.folder = sweep, folder
+        _, field = metric_name(sweep.base, sweep.metric) if sweep.base.evals else ("", "loss")
+        with folder.alone():
+            self._study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(folder.journal))),
+                study_name="sweep",
+                pruner=_pruner(sweep),
+                direction="maximize" if better(field) > 0 else "minimize",
+                load_if_exists=True,
+            )
+
+    def queue(self, retry_failed: bool = False) -> None:
+        """Ask for every trial that the sweep wants and that is not there yet; what is done stays.
+
+        Args:
+            retry_failed: also for those that failed.
+        """
+        with self.folder.alone():
+            known = self._study.get_trials(deepcopy=False)
+            if isinstance(self.sweep.search, Suggested):
+                return self._queue_seeds(known)
+            live = {one.user_attrs["key"] for one in known if not retry_failed or one.state in LIVE}
+            wanted = trials(self.sweep)
+            for trial in _breadth_first(wanted):
+                self.folder.write_trial(trial, stage_keys(trial.experiment))
+                if trial.key not in live:
+                    self._enqueue(_attributes(trial))
+            self.folder.want_only({trial.key for trial in wanted})
+
+    def take(self) -> Claimed | None:
+        """The next trial, held by this process; None if there is none now: look at `open` for whether there will be."""
+        with self.folder.alone():
+            for one in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                key = one.user_attrs.get("key")
+                if key is None:  # its worker was killed between two lines of the journal
+                    self._study.tell(one.number, state=TrialState.FAIL)
+                elif (handle := try_lock(self.folder.trial(key) / "claim")) is not None:
+                    return _claimed(one, handle)
+            waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            if not waiting and not self._may_suggest():
+                return None
+            return self._ask()
+
+    def open(self) -> bool:
+        """Whether any trial is still to be run, or is being run."""
+        states = (TrialState.WAITING, TrialState.RUNNING)
+        return bool(self._study.get_trials(deepcopy=False, states=states)) or self._may_suggest()
+
+    def report(self, claimed: Claimed, step: int, value: float) -> bool:
+        """Tell a number on the way; whether the trial is to end here, because others were better at this step."""
+        found = self._study.get_trials(deepcopy=False)[claimed.number]
+        trial = optuna.trial.Trial(self._study, found._trial_id)
+        if step not in found.intermediate_values:
+            trial.report(value, step)
+        return trial.should_prune()
+
+    def tell(self, claimed: Claimed, value: float | None = None, failed: str = "", pruned: bool = False) -> None:
+        """How a trial ended: with its number, with a reason, or early."""
+        self.folder.update(claimed.key, failed=failed, pruned=pruned)
+        state = TrialState.FAIL if failed else TrialState.PRUNED if pruned else TrialState.COMPLETE
+        self._study.tell(claimed.number, value if state == TrialState.COMPLETE else None, state)
+
+    def counts(self) -> tuple[int, int]:
+        """(trials that have ended, trials known so far)."""
+        known = self._study.get_trials(deepcopy=False)
+        return sum(one.state in ENDED for one in known), len(known)
+
+    def failures(self) -> list[str]:
+        """A line for each trial that failed: its settings and why."""
+        failed = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        keys = dict.fromkeys(one.user_attrs["key"] for one in failed if "key" in one.user_attrs)
+        records = [read_json(self.folder.record(key)) for key in keys]
+        return [f"{told(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in records if one["failed"]]
+
+    # ---- a search --------------------------------------------------------------------------------------------
+
+    def _queue_seeds(self, known: list[FrozenTrial]) -> None:
+        """The base's own settings, where nothing has begun; and every setting with every seed."""
+        first, *rest = self.sweep.seeds
+        if not known and (own := own_point(self.sweep)) is not None:
+            self._study.enqueue_trial(_parameters(self.sweep, own), user_attrs={"seed": first})
+            for seed in rest:
+                self._study.enqueue_trial(_parameters(self.sweep, own), user_attrs={"seed": seed})
+        for params, seeds in _seeds_of(known):
+            for seed in self.sweep.seeds:
+                if seed not in seeds:
+                    self._study.enqueue_trial(params, user_attrs={"seed": seed})
+
+    def _may_suggest(self) -> bool:
+        search = self.sweep.search
+        if not isinstance(search, Suggested):
+            return False
+        known = self._study.get_trials(deepcopy=False)
+        return sum(one.user_attrs.get("seed") == self.sweep.seeds[0] for one in known) < search.trials
+
+    def _ask(self) -> Claimed | None:
+        distributions = {}
+        if isinstance(self.sweep.search, Suggested):
+            self._study.sampler = _sampler(self.sweep, len(self._study.get_trials(deepcopy=False)))
+            distributions = {name: _distribution(self.sweep, name) for name in self.sweep.axes}
+        asked = self._study.ask(distributions)
+        if isinstance(self.sweep.search, Suggested):
+            if "seed" not in asked.user_attrs:
+                asked.set_user_attr("seed", self.sweep.seeds[0])
+                for seed in self.sweep.seeds[1:]:
+                    self._study.enqueue_trial(asked.params, user_attrs={"seed": seed})
+            trial = trial_at(self.sweep, _point(self.sweep, asked.params), asked.user_attrs["seed"])
+            if trial is None:
+                self._study.tell(asked, state=TrialState.PRUNED)
+                return None
+            self.folder.write_trial(trial, stage_keys(trial.experiment))
+            for name, value in _attributes(trial).items():
+                asked.set_user_attr(name, value)
+        handle = try_lock(self.folder.trial(asked.user_attrs["key"]) / "claim")
+        if handle is None:  # the same experiment twice, and the other one runs: whoever is free next looks again
+            return None
+        return _claimed(self._study.get_trials(deepcopy=False)[asked.number], handle)
+
+    def _enqueue(self, attributes: dict[str, Any]) -> None:
+        self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes))
+
+
+def _attributes(trial: Trial) -> dict[str, Any]:
+    return {"key": trial.key, "settings": trial.settings, "seed": trial.experiment.seed}
+
+
+def _claimed(one: FrozenTrial, handle: int) -> Claimed:
+    return Claimed(one.number, one.user_attrs["key"], one.user_attrs["settings"], one.user_attrs["seed"], handle)
+
+
+def _breadth_first(wanted: list[Trial]) -> list[Trial]:
+    """The first trial of every different start, then the others, so that workers do not wait for one another's stages."""
+    seen: set[str] = set()
+    early: list[Trial] = []
+    late: list[Trial] = []
+    for trial in wanted:
+        start = stage_keys(trial.experiment)[0]
+        (late if start in seen else early).append(trial)
+        seen.add(start)
+    return early + late
+
+
+def _seeds_of(known: list[FrozenTrial]) -> list[tuple[dict[str, Any], set[int]]]:
+    found: dict[str, tuple[dict[str, Any], set[int]]] = {}
+    for one in known:
+        params = one.params or one.system_attrs.get("fixed_params", {})
+        found.setdefault(repr(sorted(params.items())), (params, set()))[1].add(one.user_attrs.get("seed", -1))
+    return list(found.values())
+
+
+def _distribution(sweep: Sweep, name: str) -> BaseDistribution:
+    values = sweep.axes[name]
+    if not isinstance(values, Range):
+        return CategoricalDistribution(list(range(len(values))))
+    log = isinstance(values, LogUniform)
+    if leaf(sweep.base, name)[0] is int:
+        return IntDistribution(int(values.low), int(values.high), log=log)
+    return FloatDistribution(values.low, values.high, log=log)
+
+
+def _parameters(sweep: Sweep, point: Point) -> dict[str, Any]:
+    return {name: point[name] for name in sweep.axes}
+
+
+def _point(sweep: Sweep, params: dict[str, Any]) -> Point:
+    return {name: params[name] for name in sweep.axes}
+
+
+def _sampler(sweep: Sweep, asked: int) -> optuna.samplers.BaseSampler:
+    """Its own seed for every suggestion, so that one does not depend on which worker asks."""
+    search: Any = sweep.search
+    if isinstance(search, TPE):
+        return optuna.samplers.TPESampler(
+            seed=1000 * search.seed + asked,
+            n_startup_trials=search.startup * len(sweep.seeds),
+            multivariate=True,
+            constant_liar=True,
+        )
+    return optuna.samplers.RandomSampler(seed=1000 * search.seed + asked)
+
+
+def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    if isinstance(sweep.search, Halving):
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=sweep.search.first, reduction_factor=sweep.search.reduction
+        )
+    return optuna.pruners.NopPruner()

@@ -1,0 +1,220 @@
+"""The trials of a sweep: every experiment that its axes make of the base, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lm.check import check
+from lm.experiment import Experiment, UserError, nearest, resolve_sources, to_dict
+from lm.overrides import leaf, replaced
+from lm.sweep.sweep import Grid, LogUniform, Range, Suggested, Sweep, Uniform, Values, Zip
+
+KEY_LENGTH = 12  # hexadecimal digits: of a million trials two have the same with a chance of 2e-3
+MOST_TRIALS = 100_000
+
+Point = dict[str, Any]
+"""By axis: the place of the value among the axis's own (an integer), or the number drawn from its distribution."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: which experiment, and by which settings (axis → as it is shown) it came about."""
+
+    settings: dict[str, str]
+    experiment: Experiment
+    key: str
+
+
+def trials(sweep: Sweep) -> list[Trial]:
+    """Every trial of a grid or a zip, in order, each experiment once; the base's own settings first.
+
+    Raises:
+        UserError: an axis or a value that cannot work, or an experiment that cannot.
+    """
+    check_sweep(sweep)
+    if isinstance(sweep.search, Suggested):
+        raise ValueError("the trials of a search are not known before it runs")
+    found: dict[str, Trial] = {}
+    for point in _points(sweep):
+        for seed in sweep.seeds:
+            if (trial := trial_at(sweep, point, seed)) is not None:
+                found.setdefault(trial.key, trial)
+    if not found:
+        raise UserError(f"sweep {sweep.name} has no trial: `keep` holds of none of its experiments")
+    own = {key_of(with_seed(sweep.base, seed)) for seed in sweep.seeds}
+    return sorted(found.values(), key=lambda trial: trial.key not in own)
+
+
+def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
+    """The trial at one point of the axes, None where `keep` does not hold of it; UserError where it cannot work."""
+    experiment, settings = with_seed(sweep.base, seed), {}
+    for name, place in point.items():
+        if name in sweep.conditions and not sweep.conditions[name](experiment):
+            continue
+        experiment, settings[name] = apply(experiment, name, sweep.axes[name], place)
+    experiment = resolve_sources(experiment)
+    if not sweep.keep(experiment):
+        return None
+    try:
+        check(experiment)
+    except UserError as error:
+        raise UserError(f"sweep {sweep.name}, trial {told(settings)}: {error}") from None
+    key = key_of(experiment)
+    return Trial(settings, dataclasses.replace(experiment, name=f"{sweep.name}-{key}"), key)
+
+
+def apply(experiment: Experiment, name: str, values: Values, place: Any) -> tuple[Experiment, str]:
+    """The experiment with one axis set, and how the setting is shown."""
+    if isinstance(values, Range):
+        number = round(place) if leaf(experiment, name)[0] is int else place
+        return replaced(experiment, name, number), shown(number)
+    if isinstance(values, Mapping):
+        label = list(values)[place]
+        return _variant(experiment, f"{name}, {label}", values[label]), label
+    value = values[place](experiment) if callable(values[place]) else values[place]
+    return replaced(experiment, name, value), shown(value)
+
+
+def _variant(experiment: Experiment, where: str, variant: Any) -> Experiment:
+    if variant is None:
+        return experiment
+    if isinstance(variant, Mapping):
+        for name, value in variant.items():
+            experiment = replaced(experiment, name, value(experiment) if callable(value) else value)
+        return experiment
+    changed = variant(experiment)
+    if not isinstance(changed, Experiment):
+        raise UserError(f"axis {where}: the function gives {type(changed).__name__}; it should give an Experiment")
+    return changed
+
+
+def with_seed(experiment: Experiment, seed: int) -> Experiment:
+    return dataclasses.replace(experiment, seed=seed)
+
+
+def key_of(experiment: Experiment) -> str:
+    """What tells an experiment from every other: a digest of its value, but for its name."""
+    return digest({k: v for k, v in to_dict(resolve_sources(experiment)).items() if k != "name"})
+
+
+def digest(value: Any) -> str:
+    """A short digest of a plain value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def shown(value: Any) -> str:
+    """A value of an axis as tables show it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return json.dumps(to_dict(value), ensure_ascii=False) if not isinstance(value, str) else value
+
+
+def told(settings: Mapping[str, str]) -> str:
+    """Settings in one line; names by their last part where that says which."""
+    ends = [name.rsplit(".", 1)[-1] for name in settings]
+    short = ends if len(set(ends)) == len(ends) else list(settings)
+    return ", ".join(f"{name} {value}" for name, value in zip(short, settings.values(), strict=True)) or "the base"
+
+
+# ---- points ------------------------------------------------------------------------------------------------------
+
+
+def _points(sweep: Sweep) -> Iterator[Point]:
+    lengths = [len(typing.cast(tuple | Mapping, values)) for values in sweep.axes.values()]
+    if isinstance(sweep.search, Zip):
+        places: Any = zip(*(range(length) for length in lengths), strict=True)
+    else:
+        places = itertools.product(*(range(length) for length in lengths))
+    return (dict(zip(sweep.axes, place, strict=True)) for place in places)
+
+
+def own_point(sweep: Sweep) -> Point | None:
+    """The point of the axes at which the experiment is the base itself; None where there is none."""
+    point: Point = {}
+    for name, values in sweep.axes.items():
+        if isinstance(values, Range):
+            _, value = leaf(sweep.base, name)
+            if not values.low <= value <= values.high:
+                return None
+            point[name] = value
+        else:
+            own = (place for place in range(len(values)) if apply(sweep.base, name, values, place)[0] == sweep.base)
+            place = next(own, None)
+            if place is None:
+                return None
+            point[name] = place
+    return point
+
+
+# ---- what can be wrong -------------------------------------------------------------------------------------------
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Everything about a sweep that can be wrong without running it, but for its single experiments.
+
+    Raises:
+        UserError: names the axis, its value and what would work.
+    """
+    where = f"sweep {sweep.name}"
+    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
+        raise UserError(f"{where}: seeds are {sweep.seeds}; they should be distinct, at least one")
+    for name, values in sweep.axes.items():
+        try:
+            _check_axis(sweep, name, values)
+        except UserError as error:
+            raise UserError(f"{where}, axis {name!r}: {error}") from None
+    for kind, names in (("conditions", sweep.conditions), ("baseline", sweep.baseline)):
+        for name in names:
+            if name not in sweep.axes:
+                raise UserError(f"{where}: {kind} names no axis {name!r}{nearest(name, sweep.axes)}")
+    _check_search(sweep, where)
+
+
+def _check_axis(sweep: Sweep, name: str, values: Values) -> None:
+    if name == "seed":
+        raise UserError("seeds are no axis: `seeds` has them, and what differs is compared within each")
+    if isinstance(values, Range):
+        kind, _ = leaf(sweep.base, name)
+        low = 0.0 if isinstance(values, LogUniform) else -float("inf")
+        if kind not in (int, float) or not low < values.low < values.high:
+            raise UserError(f"a distribution is for a number, from low to a larger high, above {low:g}; it is {values}")
+        return
+    if not isinstance(values, tuple | Mapping) or not len(values):
+        raise UserError(f"has {values!r}; it should have a tuple of values, variants by name, or a distribution")
+    if isinstance(values, tuple) and not any(map(callable, values)):
+        for value in values:
+            replaced(sweep.base, name, value)
+    elif isinstance(values, tuple):
+        leaf(sweep.base, name)
+    labels = [apply(with_seed(sweep.base, sweep.seeds[0]), name, values, place)[1] for place in range(len(values))]
+    if len(set(labels)) < len(labels) and name not in sweep.conditions:
+        raise UserError(f"has a value twice: {', '.join(labels)}")
+
+
+def _check_search(sweep: Sweep, where: str) -> None:
+    ranged = [name for name, values in sweep.axes.items() if isinstance(values, Uniform | LogUniform)]
+    if isinstance(sweep.search, Suggested):
+        if sweep.search.trials < 1 or not sweep.axes:
+            raise UserError(f"{where}: a search needs an axis and at least one trial")
+        if not sweep.base.evals:
+            raise UserError(f"{where}: a search needs a held-out measurement to make better; the base has no evals")
+        return
+    if ranged:
+        raise UserError(
+            f"{where}: {type(sweep.search).__name__} needs values, and axis {ranged[0]!r} has a distribution"
+        )
+    lengths = {name: len(typing.cast(tuple | Mapping, values)) for name, values in sweep.axes.items()}
+    if isinstance(sweep.search, Zip) and len(set(lengths.values())) > 1:
+        raise UserError(f"{where}: Zip needs as many values on every axis; there are {lengths}")
+    total = len(sweep.seeds)
+    for length in lengths.values():
+        total *= length
+    if isinstance(sweep.search, Grid) and total > MOST_TRIALS:
+        raise UserError(f"{where}: the grid has {total:,} trials; search it (Random, TPE) instead")

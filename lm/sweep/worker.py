@@ -1,0 +1,223 @@
+"""A worker: takes one trial after another, runs each as `lm run` in processes of its own, and tells how it ended.
+
+A worker may die at any moment, and so may what it started: whoever looks next finds the trial held by nobody and goes on
+with it from its newest checkpoint. A stage that several trials share is trained by the first of them that comes to it, under
+a lock; the others wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lm.data.cache import current_cache
+from lm.experiment import Experiment, load
+from lm.sweep.folder import SweepFolder, try_lock
+from lm.sweep.results import final, measurements, metric_name, read_stages
+from lm.sweep.shared import pieces, stage_keys
+from lm.sweep.study import Claimed, Study
+from lm.sweep.sweep import Halving, Range, Suggested, Sweep
+from lm.sweep.trials import told, trial_at, trials
+from lm.train.run_files import read_stage
+from lm.train.run_folder import RunFolder
+
+LOOK_SECONDS = 1.0
+MOST_DEATHS = 3  # of a trial's process in a row, without a new checkpoint
+EXIT_USER, EXIT_INTERRUPT = 2, 130
+
+
+class Stopped(Exception):
+    """The worker was asked to end; what it ran has saved, and the next worker goes on with it."""
+
+
+@dataclass
+class Worker:
+    """One process that runs trials of a sweep, one at a time."""
+
+    sweep: Sweep
+    folder: SweepFolder
+    study: Study
+    name: str
+    stopping: bool = False
+    held: list[int] = field(default_factory=list)  # locks that what is started now inherits
+
+    def work(self) -> None:
+        """Run trials until all have ended, wherever they run.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        everybody = _known_keys(self.sweep)
+        with self._signals():
+            while True:
+                if self.stopping:
+                    raise Stopped
+                claimed = self.study.take()
+                if claimed is None:
+                    if not self.study.open():
+                        return
+                    time.sleep(LOOK_SECONDS)
+                    continue
+                with self._holding(claimed.handle):
+                    self._trial(claimed, everybody)
+
+    def _trial(self, claimed: Claimed, everybody: list[list[str]]) -> None:
+        began = time.monotonic()
+        run_dir = self.folder.trial(claimed.key)
+        experiment = load(str(run_dir / "experiment.json"))
+        keys = stage_keys(experiment)
+        failed, pruned = "", False
+        for piece in pieces(keys, everybody if keys in everybody else [*everybody, keys]):
+            with self._stages(keys, piece, len(keys) - 1):
+                failed, pruned = self._piece(claimed, experiment, run_dir, piece)
+            if failed or pruned:
+                break
+        value = math.nan
+        if not failed and not pruned and experiment.evals:
+            name, field = metric_name(experiment, self.sweep.metric)
+            value = final(read_stages(run_dir, experiment), name, field)
+            if not math.isfinite(value):
+                failed = f"{name}.{field} after the last stage is no number"
+        self.study.tell(claimed, value if math.isfinite(value) else 0.0, failed, pruned)
+        done, of = self.study.counts()
+        how = failed or ("ended early, others were better" if pruned else "")
+        result = how or (f"{self.sweep.metric or experiment.evals[0].name} {value:.4g}" if experiment.evals else "done")
+        self.say(f"[{done}/{of}] {told(claimed.settings)}, seed {claimed.seed}: {result}, {_clock(began)}")
+
+    def _piece(self, claimed: Claimed, experiment: Experiment, run_dir: Path, piece: range) -> tuple[str, bool]:
+        """Train some stages of a trial: (why it failed, whether it was ended because others were better)."""
+        names = [experiment.stages[i].name for i in piece]
+        deaths, saved = 0, -1
+        while not all(RunFolder(run_dir).finished(name) for name in names):
+            code, pruned = self._process(claimed, experiment, run_dir, names[-1])
+            if pruned:
+                return "", True
+            if self.stopping:
+                raise Stopped
+            if code == EXIT_USER:
+                return reason(run_dir / "log.txt"), False
+            if code not in (0, EXIT_INTERRUPT):
+                now = len(list(run_dir.glob("stages/*/checkpoints/*/manifest.json")))
+                deaths, saved = (deaths + 1 if now == saved else 1), now
+                if deaths >= MOST_DEATHS:
+                    return f"its process died {deaths} times with code {code}: {reason(run_dir / 'log.txt')}", False
+                self.say(f"{told(claimed.settings)}, seed {claimed.seed}: died with code {code}; goes on")
+        return "", False
+
+    def _process(self, claimed: Claimed, experiment: Experiment, run_dir: Path, until: str) -> tuple[int, bool]:
+        """One `lm run` to its end: (exit code, whether it was asked to end because others were better)."""
+        pruned = False
+        command = [sys.executable, "-m", "lm.cli.main", "run", str(run_dir / "experiment.json")]
+        words = [*command, "--run-dir", str(run_dir), "--until", until, "--cache", str(current_cache().folder)]
+        with (run_dir / "log.txt").open("ab") as log:
+            # A kill of the worker leaves its locks with the child, until that ends too.
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(current_cache().folder),
+                pass_fds=self.held,
+                start_new_session=True,
+            )
+            while child.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(LOOK_SECONDS)
+                if self.stopping:
+                    child.send_signal(signal.SIGTERM)
+                    child.wait()
+                if not pruned and until == experiment.stages[-1].name and self._worse(claimed, experiment, run_dir):
+                    pruned = True
+                    child.send_signal(signal.SIGTERM)
+        return child.returncode, pruned
+
+    def _worse(self, claimed: Claimed, experiment: Experiment, run_dir: Path) -> bool:
+        """Whether a trial of a search that ends some early has been worse than others at a step that it has measured."""
+        if not isinstance(self.sweep.search, Halving):
+            return False
+        name, field = metric_name(experiment, self.sweep.metric)
+        last = experiment.stages[-1]
+        measured = measurements(read_stage(run_dir, last.name, "", last.steps), name, field)
+        told = [self.study.report(claimed, step, value) for step, value in measured if step < last.steps]
+        return any(told)
+
+    @contextlib.contextmanager
+    def _stages(self, keys: list[str], piece: range, last: int) -> Iterator[None]:
+        """Inside, no other trial trains these stages; the last of a trial is its own anyway."""
+        with contextlib.ExitStack() as inside:
+            for index in piece:
+                if index != last:
+                    inside.enter_context(self._holding(self._wait_for(keys[index])))
+            yield
+
+    def _wait_for(self, key: str) -> int:
+        """The lock of a shared stage, when nobody else has it."""
+        shared = self.folder.shared(key)
+        while (handle := try_lock(shared.with_name(f"{shared.name}.lock"))) is None:
+            if self.stopping:
+                raise Stopped
+            time.sleep(LOOK_SECONDS)
+        return handle
+
+    @contextlib.contextmanager
+    def _holding(self, handle: int) -> Iterator[None]:
+        self.held.append(handle)
+        try:
+            yield
+        finally:
+            self.held.remove(handle)
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(*_: object) -> None:
+            self.stopping = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def say(self, text: str) -> None:
+        print(f"{self.name}{text}", flush=True)
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Of a trial's process: what is compiled for one trial is there for the next; what is set already stays."""
+    own = {"JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return own | os.environ
+
+
+def reason(log: Path) -> str:
+    """Why a run ended, from the last lines that it printed."""
+    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("lm: error:")]
+    return (told or lines or ["it printed nothing"])[-1].removeprefix("lm: error: ")
+
+
+def _known_keys(sweep: Sweep) -> list[list[str]]:
+    """Keys of the stages of every trial of a grid; of a search those of the ends of its axes, which show what is common."""
+    if not isinstance(sweep.search, Suggested):
+        return [stage_keys(trial.experiment) for trial in trials(sweep)]
+    low = {name: values.low if isinstance(values, Range) else 0 for name, values in sweep.axes.items()}
+    found = []
+    for name, values in sweep.axes.items():
+        ends = (values.low, values.high) if isinstance(values, Range) else range(len(values))
+        for seed in sweep.seeds:
+            found += [trial_at(sweep, low | {name: end}, seed) for end in ends]
+    return [stage_keys(trial.experiment) for trial in found if trial is not None]
+
+
+def _clock(began: float) -> str:
+    seconds = time.monotonic() - began
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
