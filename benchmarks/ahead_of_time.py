@@ -29,7 +29,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from lm.experiment import DPO, GRPO, Experiment, load
+from lm.experiment import DPO, GRPO, Experiment
+from lm.files import load
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.plan.plan import Plan, by_compiler

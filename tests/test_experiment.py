@@ -26,9 +26,9 @@ from lm.experiment import (
     diff,
     flatten,
     from_dict,
-    load,
     to_dict,
 )  # fmt: skip
+from lm.files import load
 from lm.overrides import knobs, override
 
 DOCS = Source("gen:docs")

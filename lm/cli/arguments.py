@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lm import experiment as experiments
 from lm.check import check
 from lm.experiment import Experiment, Speechless, UserError
+from lm.files import load
 from lm.overrides import override
 
 SPEECHLESS = {kind.__name__ for kind in typing.get_args(Speechless)}
@@ -27,7 +27,7 @@ def resolve(name: str, overrides: list[str]) -> Experiment:
     Raises:
         UserError: no such experiment or knob, or a value that cannot work.
     """
-    experiment = override(experiments.load(name), overrides)
+    experiment = override(load(name), overrides)
     check(experiment)
     return experiment
 

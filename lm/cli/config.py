@@ -16,6 +16,7 @@ from typing import Any
 from lm import experiment as experiments
 from lm.cli.arguments import EXPERIMENT_HELP, resolve
 from lm.experiment import Experiment, UserError
+from lm.files import load
 from lm.overrides import knobs, override
 
 TAKES_OVERRIDES = True
@@ -37,7 +38,7 @@ def call(arguments: argparse.Namespace) -> int:
         arguments.show_help()
         if arguments.experiment:
             print(f"\nknobs of {arguments.experiment}:\n")
-            print(knob_help(override(experiments.load(arguments.experiment), arguments.overrides)))
+            print(knob_help(override(load(arguments.experiment), arguments.overrides)))
         return 0
     if not arguments.experiment:
         raise UserError("which EXPERIMENT? (`lm config --help` shows what there is)")
@@ -45,7 +46,7 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(experiments.to_dict(experiment), indent=2, ensure_ascii=False))
     else:
-        print(listing(experiments.load(arguments.experiment), experiment))
+        print(listing(load(arguments.experiment), experiment))
     return 0
 
 

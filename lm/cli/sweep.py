@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least
 from lm.experiment import UserError
+from lm.sweep.sweep import Sweep, folder_of, load
 
 TAKES_OVERRIDES = False
 SWEEP_HELP = "a name in experiments/ (ablations.qk_norm), or the path of a .py file that defines `sweep`"
@@ -44,7 +45,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def call(arguments: argparse.Namespace) -> int:
     from lm.data.cache import cache_at
-    from lm.sweep.sweep import folder_of, load
     from lm.sweep.trials import check_sweep
 
     sweep = load(arguments.sweep)
@@ -63,34 +63,20 @@ def call(arguments: argparse.Namespace) -> int:
         return _work(arguments, sweep, folder)
 
 
-def _work(arguments: argparse.Namespace, sweep, folder: Path) -> int:
-    from lm.sweep.folder import SweepFolder
-    from lm.sweep.pool import pool
-    from lm.sweep.study import Study
-    from lm.sweep.worker import Stopped, Worker
+def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
+    from lm.sweep.run import join, run_sweep
+    from lm.sweep.worker import Stopped
 
-    place = SweepFolder(folder)
-    if arguments.join is None:
-        place.claim(sweep)
-    study = Study(sweep, place)
-    if arguments.join is None:
-        study.queue(arguments.retry_failed)
-        done, known = study.counts()
-        print(f"{folder}: {known} trials, {done} of them done", flush=True)
     try:
-        if arguments.workers > 1:
-            words = ["sweep", arguments.sweep, "--folder", str(folder)]
-            pool([*words, *(["--cache", str(arguments.cache)] if arguments.cache else [])], arguments.workers)
-        else:
-            Worker(sweep, place, study, f"worker {arguments.join}: " if arguments.join else "").work()
+        if arguments.join is not None:
+            join(sweep, folder, arguments.join)
+            return 0
+        failed = run_sweep(sweep, arguments.sweep, folder, arguments.workers, arguments.retry_failed, arguments.cache)
     except Stopped:
         if arguments.join is None:
             print(f"lm: stopped and saved. To go on: lm sweep {arguments.sweep}", file=sys.stderr)
         return EXIT_INTERRUPT
-    if arguments.join is None:
-        failed = study.failures()
-        for line in failed:
-            print(f"failed: {line}")
-        print(f"to compare: lm compare {folder}")
-        return EXIT_FAILED if failed else 0
-    return 0
+    for line in failed:
+        print(f"failed: {line}")
+    print(f"to compare: lm compare {folder}")
+    return EXIT_FAILED if failed else 0

@@ -1,12 +1,18 @@
-"""What runs have measured, by name: `EVAL.FIELD` held out, `STAGE:FIELD` of the training itself."""
+"""What runs have measured: `EVAL.FIELD` held out, and the fields of the training's own lines, of one run or of many."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lm.experiment import Experiment, UserError, nearest
-from lm.train.run_files import Line, StageFiles, read_stage
+from lm.train.run_files import StageFiles, read_stage
+from lm.train.run_folder import read_json
 
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss"})
 MAIN_FIELD = {"best_of_n": "reward"}  # of a metric whose main number has another name than it
@@ -18,7 +24,12 @@ def metric_name(experiment: Experiment, metric: str) -> tuple[str, str]:
     name, _, field = (metric or next(iter(names), "")).partition(".")
     if name not in names:
         raise UserError(f"metric {metric!r} names no eval of {experiment.name}{nearest(name, names)}")
-    return name, field or MAIN_FIELD.get(names[name], names[name])
+    return name, field or main_field(names[name])
+
+
+def main_field(metric: str) -> str:
+    """The field that is the number of a metric."""
+    return MAIN_FIELD.get(metric, metric)
 
 
 def better(field: str) -> int:
@@ -26,7 +37,51 @@ def better(field: str) -> int:
     return -1 if field in LOWER_IS_BETTER else 1
 
 
-def final(stages: list[StageFiles], name: str, field: str) -> float:
+@dataclass(frozen=True)
+class Result:
+    """One run: what it was, and what it has measured. `settings` are a sweep's axes, as they are shown."""
+
+    folder: Path
+    experiment: dict[str, Any]
+    settings: dict[str, str] = field(default_factory=dict)
+    failed: str = ""
+    pruned: bool = False
+
+    @property
+    def seed(self) -> int:
+        return int(self.experiment["seed"])
+
+    @functools.cached_property
+    def stages(self) -> dict[str, StageFiles]:
+        """The files of every stage, by its name; read when they are first asked for, without the samples."""
+        return {
+            stage["name"]: read_stage(
+                self.folder, stage["name"], stage["objective"]["kind"], stage["steps"], texts=False
+            )
+            for stage in self.experiment["stages"]
+        }
+
+    @property
+    def finished(self) -> bool:
+        last = self.experiment["stages"][-1]["name"]
+        return (self.folder / "stages" / last / "summary.json").is_file()
+
+    def final(self, name: str, field: str) -> float:
+        """A field of an eval after the last stage that measured it; nan where none did, or where it is no number."""
+        return final(self.stages.values(), name, field)
+
+    def best(self, name: str, field: str) -> float:
+        """The best of a field of an eval during and after the stages that measured it; nan where none did."""
+        found = [value for stage in self.stages.values() for _, value in measurements(stage, name, field)]
+        found = [value for value in found if math.isfinite(value)]
+        return max(found, key=lambda value: better(field) * value, default=math.nan)
+
+    def training(self, stage: str, field: str) -> list[tuple[int, float]]:
+        """(step, value) of a field of the training's own lines, in order."""
+        return [(int(line["step"]), float(line[field])) for line in self.stages[stage].metrics if field in line]
+
+
+def final(stages: Iterable[StageFiles], name: str, field: str) -> float:
     """A field of an eval after the last stage that measured it; nan where none did, or where it is no number."""
     lines = [line for stage in stages for line in stage.evals if line["eval"] == name and line["when"] == "after"]
     value = lines[-1].get(field) if lines else None
@@ -35,10 +90,29 @@ def final(stages: list[StageFiles], name: str, field: str) -> float:
 
 def measurements(stage: StageFiles, name: str, field: str) -> list[tuple[int, float]]:
     """(step, value) of every measurement of an eval during and after a stage, in order."""
-    lines: list[Line] = [line for line in stage.evals if line["eval"] == name and line["when"] != "before"]
+    lines = [line for line in stage.evals if line["eval"] == name and line["when"] != "before"]
     return [(int(line["step"]), float(line[field])) for line in lines if isinstance(line.get(field), int | float)]
 
 
-def read_stages(run_dir: Path, experiment: Experiment) -> list[StageFiles]:
-    """The files of every stage of a run."""
-    return [read_stage(run_dir, stage.name, type(stage.objective).__name__, stage.steps) for stage in experiment.stages]
+def read_result(folder: Path) -> Result:
+    """One run. Raises UserError where the folder is none."""
+    if not (folder / "experiment.json").is_file():
+        raise UserError(f"{folder} is not a run: it has no experiment.json")
+    return Result(folder, read_json(folder / "experiment.json"))
+
+
+def read_sweep(folder: Path) -> list[Result]:
+    """Every trial of a sweep that the sweep still asks for, in the order of settings and seeds.
+
+    Raises:
+        UserError: the folder is no sweep's.
+    """
+    if not (folder / "sweep.json").is_file():
+        raise UserError(f"{folder} is not the folder of a sweep: it has no sweep.json")
+    found = []
+    for file in sorted((folder / "trials").glob("*/trial.json")):
+        known = read_json(file)
+        if known["wanted"]:
+            extra = {name: known[name] for name in ("settings", "failed", "pruned") if name in known}
+            found.append(dataclasses.replace(read_result(file.parent), **extra))
+    return sorted(found, key=lambda result: (list(result.settings.items()), result.seed))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm.experiment import Experiment, defined_in, file_of
+from lm.experiment import Experiment
+from lm.files import defined_in, file_of
 
 Change = Callable[[Experiment], Any]
 
@@ -112,12 +113,13 @@ class Sweep:
 
 
 def load(name: str) -> Sweep:
-    """The `sweep` that a file defines: a path, or a name or dotted name below `experiments/`.
+    """The `sweep` that a file defines: a path, or a name or dotted name below `experiments/`; FILE:NAME another value.
 
     Raises:
-        UserError: no such file (lists what is there), or it defines no `sweep`.
+        UserError: no such file (lists what is there), or it defines no such value.
     """
-    return defined_in(file_of(name), "sweep", Sweep)
+    file, _, value = name.partition(":")
+    return defined_in(file_of(file), value or "sweep", Sweep)
 
 
 def folder_of(sweep: Sweep) -> Path:

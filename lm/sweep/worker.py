@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lm.data.cache import current_cache
-from lm.experiment import Experiment, load
+from lm.experiment import Experiment
+from lm.files import load
 from lm.sweep.folder import SweepFolder, try_lock
-from lm.sweep.results import final, measurements, metric_name, read_stages
+from lm.sweep.results import measurements, metric_name, read_result
 from lm.sweep.shared import pieces, stage_keys
 from lm.sweep.study import Claimed, Study
 from lm.sweep.sweep import Halving, Range, Suggested, Sweep
@@ -83,7 +84,7 @@ class Worker:
         value = math.nan
         if not failed and not pruned and experiment.evals:
             name, field = metric_name(experiment, self.sweep.metric)
-            value = final(read_stages(run_dir, experiment), name, field)
+            value = read_result(run_dir).final(name, field)
             if not math.isfinite(value):
                 failed = f"{name}.{field} after the last stage is no number"
         self.study.tell(claimed, value if math.isfinite(value) else 0.0, failed, pruned)

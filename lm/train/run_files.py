@@ -62,8 +62,8 @@ def read_run(folder: Path) -> Run:
     return Run(folder, experiment, sessions, stages)
 
 
-def read_stage(run_dir: Path, name: str, kind: str, steps: int) -> StageFiles:
-    """The files of one stage of a run, begun or not. Raises UserError where a line of one is not JSON."""
+def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = True) -> StageFiles:
+    """The files of one stage of a run, begun or not; `texts`: also the samples. Raises UserError where a line is not JSON."""
     folder = run_dir / "stages" / name
     summary = folder / "summary.json"
     return StageFiles(
@@ -73,7 +73,14 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int) -> StageFiles:
         metrics=_last_of_each(_numbers(folder / "metrics.jsonl"), "step"),
         evals=_last_of_each(_numbers(folder / "eval.jsonl"), "step", "when", "eval"),
         samples=_last_of_each(
-            _read_lines(folder / "samples.jsonl"), "kind", "step", "when", "eval", "prompt", "chosen", "rejected"
+            _read_lines(folder / "samples.jsonl") if texts else [],
+            "kind",
+            "step",
+            "when",
+            "eval",
+            "prompt",
+            "chosen",
+            "rejected",
         ),
         summary=_read_json(summary) if summary.is_file() else None,
         checkpoints=tuple(sorted(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/manifest.json"))),

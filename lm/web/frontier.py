@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
-
 from lm import experiment as experiments
 from lm.experiment import UserError
+from lm.sweep.statistics import Estimate, estimate
 from lm.train.run_files import Line, Run, finite, read_run
 from lm.web import frontier_charts
 from lm.web.report import fill, write_page
@@ -20,15 +18,6 @@ from lm.web.watch import measured
 
 # What may differ between the runs: the seed and what goes with it, the devices, and where their files are.
 FREE = ("name", "seed", "mesh", "path", "reward_models", "judge")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds; half the width of its 95 % interval, nan for one seed; and how many seeds."""
-
-    mean: float
-    half: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -188,15 +177,6 @@ def _point(label: str, lines: list[Line], measured_kl: bool) -> Point:
         estimate([line["reward"] for line in lines]),
         estimate(scores) if scores else None,
     )
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent values and half its 95 % interval by Student's t, s t(0.975, n - 1) / √n; nan for n = 1."""
-    count = len(values)
-    mean = statistics.fmean(values) if values else math.nan
-    if count < 2:
-        return Estimate(mean, math.nan, count)
-    return Estimate(mean, statistics.stdev(values) * float(stdtrit(count - 1, 0.975)) / math.sqrt(count), count)
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------

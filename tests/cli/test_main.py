@@ -148,7 +148,8 @@ def test_config_shows_the_resolved_value_and_what_changed(here, capsys):
 
 
 def test_config_as_json_is_what_a_run_saves(here, capsys):
-    from lm.experiment import from_dict, load
+    from lm.experiment import from_dict
+    from lm.files import load
     from lm.overrides import override
 
     assert main(["config", "experiments/small.py", "--json", "--seed", "5"]) == 0
@@ -157,7 +158,7 @@ def test_config_as_json_is_what_a_run_saves(here, capsys):
 
 
 def test_config_help_lists_every_knob_with_its_help(here, capsys):
-    from lm.experiment import load
+    from lm.files import load
     from lm.overrides import knobs
 
     assert main(["config", "small", "--help"]) == 0

@@ -6,7 +6,8 @@ import typing
 import jax
 import pytest
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, UserError, load
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, UserError
+from lm.files import load
 from lm.model.flops import update_flops_per_token
 from lm.overrides import override
 from lm.plan.advise import largest_batch, plan_stage, ways_to_fit

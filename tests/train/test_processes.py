@@ -52,7 +52,7 @@ experiment = Experiment(
 # One stage that measures nothing, with enough steps that a signal comes in time.
 ALONE = """
 import dataclasses
-from lm.experiment import load
+from lm.files import load
 
 few = load("smoke.py")
 stage = dataclasses.replace(few.stages[0], steps=80, save_every=5)

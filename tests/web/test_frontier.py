@@ -38,14 +38,14 @@ def curves(folders: list[Path]) -> dict[str, frontier.Curve]:
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_an_interval_is_students_t(count):
     values = np.random.default_rng(count).normal(size=count)
-    found = frontier.estimate(values.tolist())
+    found = estimate(values.tolist())
     assert found.mean == pytest.approx(values.mean())
     assert found.half == pytest.approx(values.std(ddof=1) / math.sqrt(count) * T_975[count - 1], rel=1e-6)
     assert found.count == count
 
 
 def test_one_seed_has_a_mean_and_no_interval():
-    found = frontier.estimate([0.5])
+    found = estimate([0.5])
     assert (
         found.mean == 0.5 and math.isnan(found.half) and frontier_charts.told(found) == "50.0\N{NARROW NO-BREAK SPACE}%"
     )

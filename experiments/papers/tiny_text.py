@@ -1,0 +1,34 @@
+"""A small model of the Python documentation: what the papers about pretraining change one thing at a time of."""
+
+from lm.experiment import Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
+
+DOCS = Source("gen:docs", holdout=0.05)
+
+experiment = Experiment(
+    name="tiny_text",
+    prompts=(),
+    tokenizer=Tokenizer(vocab_size=1024),
+    model=Model(
+        num_layers=4,
+        embed_dim=128,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        mlp_dim=352,
+        max_len=128,
+        scan_unroll=4,
+    ),
+    stages=(
+        Stage(
+            name="pretrain",
+            objective=Pretrain(),
+            sources=(DOCS,),
+            steps=300,
+            batch_size=8,
+            seq_len=128,
+            optimizer=Optimizer(peak_lr=3e-3, warmup_steps=30, weight_decay=0.1),
+            save_every=1000,
+        ),
+    ),
+    evals=(Eval("docs", DOCS, "bits_per_byte", count=192),),
+)
