@@ -1,10 +1,79 @@
 """Learning-rate sensitivity with and without QK-norm (Wortsman et al. 2023, arXiv:2309.14322)."""
 
-from tiny_text import experiment as base
+import dataclasses
 
+from tiny_text import experiment as base
+from tiny_text import quick as small
+
+from lm.papers.paper import (
+    Chart,
+    Curve,
+    Evidence,
+    Finding,
+    Paper,
+    by_seed,
+    curve_point,
+    difference,
+    where,
+    with_interval,
+)
+from lm.sweep.statistics import estimate, paired
 from lm.sweep.sweep import Sweep
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 NORM = {"QK-norm": None, "no QK-norm": {"model.qk_norm": False}}
+AXES = {"norm": NORM, "pretrain.optimizer.peak_lr": RATES}
 
-sweep = Sweep("qk_norm", base, {"norm": NORM, "pretrain.optimizer.peak_lr": RATES}, seeds=(0, 1, 2))
+sweep = Sweep("qk_norm", base, AXES, seeds=(0, 1, 2))
+quick = Sweep("qk_norm_quick", small, {"norm": NORM, "pretrain.optimizer.peak_lr": (1e-3, 1e-1)})
+
+
+def bits(result) -> float:
+    """Held-out bits per byte; of a run that diverged those before it began, which the paper counts too."""
+    if result.failed:
+        return result.stages["pretrain"].evals[0]["bits_per_byte"]
+    return result.final("docs", "bits_per_byte")
+
+
+def sensitivity(by_rate: dict[str, float]) -> float:
+    """Mean over the learning rates of how much worse than at the best one it is (the paper's equation 1)."""
+    return sum(by_rate.values()) / len(by_rate) - min(by_rate.values())
+
+
+def judge(evidence: Evidence) -> Finding:
+    runs = [
+        dataclasses.replace(r, failed="") if r.failed else r
+        for r in evidence.runs["quick" if evidence.quick else "sweep"]
+    ]
+    rates = sorted({r.settings["pretrain.optimizer.peak_lr"] for r in runs}, key=float)
+    table = {(norm, rate): by_seed(where(runs, norm=norm, peak_lr=rate), bits) for norm in NORM for rate in rates}
+    seeds = sorted(set.intersection(*(set(found) for found in table.values())))
+    of = {n: {s: sensitivity({rate: table[n, rate][s] for rate in rates}) for s in seeds} for n in NORM}
+    gain = paired(of["QK-norm"], of["no QK-norm"])
+    sure = gain.high < 0, gain.low > 0
+    return Finding(
+        verdict="holds" if sure[0] else "does not hold" if sure[1] else "undecided",
+        reason=f"Sensitivity (mean excess over the best rate, bits a byte, {rates[0]} to {rates[-1]}): with "
+        f"{with_interval(estimate(list(of['QK-norm'].values())))}, without "
+        f"{with_interval(estimate(list(of['no QK-norm'].values())))}; difference {difference(gain)}.",
+        columns=("peak learning rate", *NORM),
+        rows=[(rate, *(with_interval(estimate(list(table[n, rate].values()))) for n in NORM)) for rate in rates],
+        charts=[
+            Chart(
+                "Held out, by learning rate",
+                "peak learning rate",
+                "bits per byte",
+                [Curve(n, [curve_point(float(rate), table[n, rate]) for rate in rates]) for n in NORM],
+                log_x=True,
+            )
+        ],
+    )
+
+
+paper = Paper(
+    "QK-norm makes training less sensitive to the learning rate",
+    "M. Wortsman et al., Small-scale proxies for large-scale Transformer training instabilities, arXiv:2309.14322, 2023",
+    judge,
+    sweeps=("sweep",),
+    quick=("quick",),
+)

@@ -1,5 +1,7 @@
 """A small model of the Python documentation: what the papers about pretraining change one thing at a time of."""
 
+import dataclasses
+
 from lm.experiment import Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
 DOCS = Source("gen:docs", holdout=0.05)
@@ -31,4 +33,15 @@ experiment = Experiment(
         ),
     ),
     evals=(Eval("docs", DOCS, "bits_per_byte", count=192),),
+)
+
+# A minute's worth, to see that a claim's code still works.
+quick = dataclasses.replace(
+    experiment,
+    tokenizer=Tokenizer(vocab_size=512),
+    model=dataclasses.replace(
+        experiment.model, num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, max_len=64
+    ),
+    stages=(dataclasses.replace(experiment.stages[0], steps=4, batch_size=4, seq_len=64),),
+    evals=(dataclasses.replace(experiment.evals[0], count=8),),
 )

@@ -13,6 +13,7 @@ from run_folder import BEST_OF, write_json, write_lines, write_watched_run
 
 from lm.cli.main import main
 from lm.experiment import UserError
+from lm.sweep.statistics import estimate
 from lm.train.run_files import read_run
 from lm.web import frontier, frontier_charts
 

@@ -1,0 +1,75 @@
+"""Test a claim of a paper: run what it needs, judge it, and write the verdict.
+
+  lm reproduce                          what there is, and how it came out
+  lm reproduce NAME --workers 2         run it (or go on) and write the verdict
+  lm reproduce NAME --quick             a minute, to see that it still works
+  lm reproduce --page docs/papers.html  draw all results that are kept
+
+A claim is experiments/papers/NAME.py, and NAME.md says what it is, what is
+scaled down, and how it would be refuted. The verdict goes into NAME.md and
+results/NAME.json beside it; the runs stay in sweeps/NAME."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, page_path
+from lm.experiment import UserError
+
+TAKES_OVERRIDES = False
+HOME = Path("experiments") / "papers"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="of a claim; left out: list them all")
+    parser.add_argument("--quick", action="store_true", help="the small variant; decides nothing, writes nothing down")
+    parser.add_argument(
+        "--workers", metavar="N", type=at_least(1), default=1, help="runs at the same time (%(default)s)"
+    )
+    parser.add_argument("--folder", metavar="DIR", type=Path, help="folder of the runs; else sweeps/NAME")
+    parser.add_argument("--page", metavar="FILE", type=page_path, help="draw all kept results into a page")
+    add_cache(parser)
+
+
+def call(arguments: argparse.Namespace) -> int:
+    if arguments.page is not None:
+        from lm.web.papers import write_papers
+
+        print(write_papers(HOME, arguments.page))
+        return 0
+    if arguments.name is None:
+        print(listing())
+        return 0
+
+    from lm.data.cache import cache_at
+    from lm.papers.paper import load
+    from lm.papers.reproduce import reproduce, words, write
+    from lm.sweep.worker import Stopped
+
+    paper = load(arguments.name)
+    name = Path(arguments.name).stem if arguments.name.endswith(".py") else arguments.name.removeprefix("papers.")
+    folder = arguments.folder or Path("sweeps") / (f"{name}-quick" if arguments.quick else name)
+    try:
+        with cache_at(arguments.cache):
+            outcome = reproduce(name, paper, folder, arguments.quick, arguments.workers, arguments.cache)
+    except Stopped:
+        print(f"lm: stopped and saved. To go on: lm reproduce {arguments.name}", file=sys.stderr)
+        return EXIT_INTERRUPT
+    print(words(outcome))
+    if not arguments.quick:
+        home = Path(arguments.name).parent if arguments.name.endswith(".py") else HOME
+        print(*write(outcome, home), sep="\n")
+    return 0
+
+
+def listing() -> str:
+    """Every claim here with its verdict, where it has one."""
+    from lm.papers.kept import claims
+
+    found = claims(HOME)
+    if not found:
+        raise UserError(f"there are no claims in {HOME}: start in the repository's root, or name a file")
+    width = max(len(one.name) for one in found)
+    return "\n".join(f"{one.name:<{width}}  {one.verdict:<13}  {one.title}" for one in found)

@@ -1,0 +1,36 @@
+"""What came out before: the results that are kept beside the claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.papers.paper import load
+from lm.train.run_folder import read_json
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and the result that is kept of it, None before there is one."""
+
+    name: str
+    title: str
+    source: str
+    result: dict[str, Any] | None
+
+    @property
+    def verdict(self) -> str:
+        return self.result["verdict"] if self.result else "not run yet"
+
+
+def claims(home: Path) -> list[Claim]:
+    """Every NAME.py that has a NAME.md, by name."""
+    found = []
+    for page in sorted(home.glob("*.md")):
+        file, kept = page.with_suffix(".py"), home / "results" / f"{page.stem}.json"
+        if file.is_file():
+            paper = load(str(file))
+            result = read_json(kept) if kept.is_file() else None
+            found.append(Claim(page.stem, paper.title, paper.source, result))
+    return found

@@ -1,0 +1,145 @@
+"""Run what a claim needs, judge it, and keep what came out: a small file of data, and its words in the paper's page."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from lm.experiment import UserError
+from lm.files import defined_in, file_of
+from lm.papers.paper import Evidence, Finding, Paper, spec
+from lm.sweep.results import Result, read_sweep
+from lm.sweep.run import run_sweep
+from lm.sweep.sweep import Sweep
+from lm.train.provenance import environment
+from lm.train.run_folder import read_json, write_json_atomic
+
+BEGIN, END = "<!-- result: written by `lm reproduce` -->", "<!-- end of the result -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came out, and where from."""
+
+    name: str
+    paper: Paper
+    finding: Finding
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain value, numbers that are none as null."""
+        found = {"name": self.name, "title": self.paper.title, "source": self.paper.source}
+        return plain(found | dataclasses.asdict(self.finding) | {"provenance": self.provenance})
+
+
+def reproduce(
+    name: str, paper: Paper, folder: Path, quick: bool = False, workers: int = 1, cache: Path | None = None
+) -> Outcome:
+    """Run the sweeps of a paper that are not done, in folders below `folder`, and judge.
+
+    Raises:
+        UserError: a sweep cannot work, or some of its runs failed in a way that a diverged loss does not explain.
+        Stopped: a signal came; what ran has saved.
+    """
+    began = time.monotonic()
+    file = file_of(spec(name))
+    runs: dict[str, list[Result]] = {}
+    for value in paper.quick if quick else paper.sweeps:
+        place = folder / value
+        run_sweep(defined_in(file, value, Sweep), f"{file}:{value}", place, workers, cache=cache)
+        runs[value] = read_sweep(place)
+        _check(runs[value], place)
+    finding = paper.judge(Evidence(runs, quick))
+    return Outcome(name, paper, finding, provenance(runs, time.monotonic() - began))
+
+
+def _check(results: list[Result], folder: Path) -> None:
+    """A run that diverged is a result; one that was refused or died is a mistake."""
+    for result in results:
+        if result.failed and "not finite" not in result.failed:
+            raise UserError(
+                f"{result.folder}: {result.failed}; put it right, then: lm sweep … --retry-failed ({folder})"
+            )
+    if not any(result.finished for result in results):
+        raise UserError(f"{folder}: no run has finished")
+
+
+def provenance(runs: dict[str, list[Result]], seconds: float) -> dict[str, Any]:
+    """Where the numbers come from: commits, machines and data of the runs, as they wrote them down themselves."""
+    everything = [result for found in runs.values() for result in found]
+    sessions = [
+        session
+        for result in everything
+        if (result.folder / "environment.json").is_file()
+        for session in read_json(result.folder / "environment.json")["runs"]
+    ] or [environment({})]
+    git = [session["git"] or {} for session in sessions]
+    return {
+        "commits": sorted({str(one.get("commit")) for one in git}),
+        "dirty": any(one.get("dirty") for one in git),
+        "cpu": sorted({session["cpu"] for session in sessions}),
+        "cores": sorted({session["cores"] for session in sessions}),
+        "devices": sorted({session["devices"]["kind"] for session in sessions}),
+        "versions": sessions[-1]["versions"],
+        "date": max(session["started"] for session in sessions),
+        "seeds": sorted({result.seed for result in everything}),
+        "runs": len(everything),
+        "failed": sum(bool(result.failed) for result in everything),
+        "run_seconds": round(sum(_seconds(result) for result in everything)) or round(seconds),
+        "experiments": sorted(result.folder.name for result in everything),
+    }
+
+
+def _seconds(result: Result) -> float:
+    return sum(stage.summary["seconds"] for stage in result.stages.values() if stage.summary)
+
+
+def write(outcome: Outcome, beside: Path) -> list[Path]:
+    """Keep the outcome in results/NAME.json, and put its words into NAME.md, between the two marks; gives both paths.
+
+    Raises:
+        UserError: the page has no marks.
+    """
+    data, page = beside / "results" / f"{outcome.name}.json", beside / f"{outcome.name}.md"
+    data.parent.mkdir(exist_ok=True)
+    write_json_atomic(data, outcome.to_dict())
+    text = page.read_text("utf-8") if page.is_file() else ""
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{page} has no place for the result: the lines {BEGIN} and {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{words(outcome)}\n{END}{after}", "utf-8")
+    return [data, page]
+
+
+def words(outcome: Outcome) -> str:
+    """The outcome in Markdown."""
+    finding, where = outcome.finding, outcome.provenance
+    lines = [f"**Verdict: {finding.verdict}.** {finding.reason}", ""]
+    if finding.rows:
+        lines += [_row(finding.columns), _row(["---"] * len(finding.columns)), *map(_row, finding.rows), ""]
+    return "\n".join([*lines, source_line(where)])
+
+
+def source_line(where: dict[str, Any]) -> str:
+    """Where a result comes from, in a sentence."""
+    minutes = where["run_seconds"] / 60
+    runs = f"{where['runs']} runs of {minutes:.0f} minutes in all, " if where["runs"] else ""
+    seeds = f"seeds {', '.join(map(str, where['seeds']))}, " if where["seeds"] else ""
+    commits = ", ".join(commit[:10] for commit in where["commits"]) + (" with changes" if where["dirty"] else "")
+    return f"{runs}{seeds}commit {commits}, {', '.join(where['cpu'])}, jax {where['versions']['jax']}, {where['date'][:10]}."
+
+
+def _row(cells: Any) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: nan and infinities as null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
