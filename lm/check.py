@@ -83,6 +83,11 @@ def check(experiment: Experiment) -> None:
                 f"evals.{item.name} is best_of_n with temperature {item.temperature} and best_of {item.best_of}; it should have "
                 "temperature 1, of which the KL is known, and best_of of at least 1"
             )
+        if item.metric == "pass_at_k" and (item.temperature == 0 or item.best_of < 1):
+            raise UserError(
+                f"evals.{item.name} is pass_at_k with temperature {item.temperature} and best_of {item.best_of}; it should have "
+                "a temperature above 0, or all answers are the same, and best_of of at least 1"
+            )
         if item.max_new_tokens >= m.max_len:
             raise UserError(
                 f"evals.{item.name}.max_new_tokens {item.max_new_tokens} leaves no room for a prompt in model.max_len {m.max_len}"

@@ -109,6 +109,8 @@ class Pretrain:
 @dataclass(frozen=True)
 class SFT:
     z_loss: float = knob(0.0, "weight of the squared log-normaliser")
+    loss_on: Literal["answers", "all"] = knob("answers", "whose tokens are learnt: the assistant's, or everybody's")
+    learn_end: bool = knob(True, "also learn the token that ends a turn")
 
 
 DPOLoss = Literal[
@@ -266,12 +268,14 @@ class Stage:
 class Eval:
     name: str = knob(help="name of the column in tables")
     source: Source = knob(help="where the held-out examples come from")
-    metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n"] = knob("reward", "what is measured")
+    metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n", "pass_at_k"] = knob(
+        "reward", "what is measured"
+    )
     verifier: str = knob("answer", "row of the verifier table, for metric reward")
     count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)")
     max_new_tokens: int = knob(64, "longest answer")
     temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy")
-    best_of: int = knob(16, "answers sampled for each prompt, for metric best_of_n")
+    best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
 
     try:
         if arguments.join is not None:
-            join(sweep, folder, arguments.join)
+            join(sweep, folder, arguments.store, arguments.join)
             return 0
         failed = run_sweep(sweep, arguments.sweep, folder, arguments.workers, arguments.retry_failed, arguments.cache)
     except Stopped:

@@ -140,6 +140,20 @@ def _stacked(rows: list[packing.Row]) -> Batch:
     return Batch(**stacked)
 
 
+def relearnt(supply: Supply, o: values.SFT, eos_id: int) -> Supply:
+    """The same rows with weights on what the objective says is learnt; the first token of an example never is."""
+
+    def changed(row: packing.Row) -> packing.Row:
+        weights = row.weights
+        if o.loss_on == "all":
+            weights = ((row.segments > 0) & (row.positions > 0)).astype(np.float32)
+        if not o.learn_end:
+            weights = np.where(row.tokens == eos_id, np.float32(0), weights)
+        return row._replace(weights=weights)
+
+    return replace(supply, row=lambda epoch, place: list(map(changed, supply.row(epoch, place))))
+
+
 def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split = "train") -> Feed:
     """The batches of a stage that does not sample, from its training or its held-out examples.
 
@@ -153,7 +167,11 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
     for number, source in enumerate(stage.sources):
         rows, indices = select(source, split)
         order = Order(None if split == "heldout" else order_key(seed, stage.name, number))
-        supplies.append(build(rows, indices, stage.seq_len, tokenizer, order, **options))
+        supply: Supply = build(rows, indices, stage.seq_len, tokenizer, order, **options)
+        o = stage.objective
+        if isinstance(o, values.SFT) and (o.loss_on, o.learn_end) != ("answers", True):
+            supply = relearnt(supply, o, tokenizer.eos_id)
+        supplies.append(supply)
         contents.append(rows)
     return Feed(
         names=tuple(source.path for source in stage.sources),

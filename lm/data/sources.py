@@ -271,6 +271,7 @@ GENERATORS: dict[str, Callable[[int], Row]] = {
     "instruct": curriculum.instruct_row,
     "arithmetic": curriculum.arithmetic_row,
     "preferences": curriculum.preference_row,
+    "chains": curriculum.chain_row,
 }
 
 

@@ -49,6 +49,9 @@ def reward(item: Eval, subject: Subject) -> Measured:
         "length": float(np.mean([one.numbers["length"] for one in found])),
         "distinct_2": distinct_bigrams([one.answer.text for one in found]),
     }
+    wrong = [one.numbers["length"] for one, score in zip(found, rewards, strict=True) if score < 1]
+    if wrong:
+        values["length_wrong"] = float(np.mean(wrong))
     tokens = sum(one.numbers["length"] for one in found)
     if "entropy" in found[0].numbers:
         values["entropy"] = sum(one.numbers["entropy"] for one in found) / max(tokens, 1)
@@ -82,6 +85,25 @@ def best_of_n(item: Eval, subject: Subject) -> Measured:
         means = [mean_of(name, best_of(scores, numbers, n)) for n in sizes]
         values |= {key: [mean[key] for mean in means] for key in means[0]}
     return Measured(values, count)
+
+
+def pass_at_k(item: Eval, subject: Subject) -> Measured:
+    """The part of the prompts of which at least one answer in k gets the whole reward, for k = 1, 2, 4, … best_of.
+
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right answers in n (arXiv:2107.03374, eq. 1).
+    """
+    found = answers_of(item, subject, item.best_of)
+    right = np.array([VERIFIERS[item.verifier](one.row, one.answer.text) >= 1 for one in found])
+    counts = right.reshape(-1, item.best_of).sum(1)
+    sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
+    values: dict[str, Any] = {}
+    for k in sizes:
+        values |= mean_of(
+            f"pass_at_{k}", [1 - math.comb(item.best_of - c, k) / math.comb(item.best_of, k) for c in counts.tolist()]
+        )
+    last = f"pass_at_{sizes[-1]}"
+    values |= {"k": sizes[-1], "pass_at_k": values[last], "pass_at_k_stderr": values[f"{last}_stderr"]}
+    return Measured(values, len(counts))
 
 
 def best_of(scores: Float[np.ndarray, "P N"], numbers: Float[np.ndarray, "P N"], n: int) -> Float[np.ndarray, " P"]:

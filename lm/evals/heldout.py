@@ -9,7 +9,7 @@ from collections.abc import Callable
 from lm.data.chat import render, training_messages
 from lm.data.pipeline import heldout_rows, heldout_texts
 from lm.data.tokenizer import Tokenizer
-from lm.evals.answers import best_of_n, reward
+from lm.evals.answers import best_of_n, pass_at_k, reward
 from lm.evals.pairs import pair_accuracy
 from lm.evals.rows import Measured, Row, Subject, row_logp
 from lm.experiment import Eval, UserError
@@ -80,4 +80,5 @@ METRICS: dict[str, Callable[[Eval, Subject], Measured]] = {
     "reward": reward,
     "pair_accuracy": pair_accuracy,
     "best_of_n": best_of_n,
+    "pass_at_k": pass_at_k,
 }

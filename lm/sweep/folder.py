@@ -2,7 +2,7 @@
 
 sweeps/NAME/  sweep.json  journal.log  lock  compare.html
               trials/KEY/         the folder of a run, with trial.json, claim and log.txt
-              shared/KEY/         a stage that several runs have in common; theirs are links to it
+sweeps/shared/KEY/  a stage that several runs have in common, of this sweep or of others; theirs are links to it
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ MOST_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """Paths of one sweep. Nothing is made on disk before `claim`."""
+    """Paths of one sweep. Nothing is made on disk before `claim`.
+
+    Args:
+        store: folder of the shared stages, which several sweeps may have in common.
+    """
 
     path: Path
+    store: Path
 
     @property
     def description(self) -> Path:
@@ -46,7 +51,7 @@ class SweepFolder:
         return self.trial(key) / "trial.json"
 
     def shared(self, stage_key: str) -> Path:
-        return self.path / "shared" / stage_key
+        return self.store / stage_key
 
     def claim(self, sweep: Sweep) -> None:
         """Make this the folder of a sweep, or of the same one with other axes, values or seeds: what is done stays.
@@ -91,7 +96,8 @@ class SweepFolder:
             self.shared(key).mkdir(parents=True, exist_ok=True)
             link = path / "stages" / stage.name
             if not link.is_symlink():
-                link.symlink_to(Path("../../..") / "shared" / key, target_is_directory=True)
+                target = os.path.relpath(self.shared(key).resolve(), link.parent.resolve())
+                link.symlink_to(target, target_is_directory=True)
         if not (path / "experiment.json").exists():
             write_json_atomic(path / "experiment.json", to_dict(trial.experiment))
         self.update(trial.key, settings=trial.settings, seed=trial.experiment.seed, wanted=True)

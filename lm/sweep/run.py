@@ -7,24 +7,31 @@ from pathlib import Path
 from lm.sweep.folder import SweepFolder
 from lm.sweep.pool import pool
 from lm.sweep.study import Study
-from lm.sweep.sweep import Sweep
+from lm.sweep.sweep import STORE, Sweep
 from lm.sweep.worker import Worker
 
 
 def run_sweep(
-    sweep: Sweep, name: str, folder: Path, workers: int = 1, retry_failed: bool = False, cache: Path | None = None
+    sweep: Sweep,
+    name: str,
+    folder: Path,
+    workers: int = 1,
+    retry_failed: bool = False,
+    cache: Path | None = None,
+    store: Path = STORE,
 ) -> list[str]:
     """Run every trial that is not done; gives a line for each that failed.
 
     Args:
         name: of the file (and value) that defines the sweep, which several workers read for themselves.
+        store: folder of the stages that trials share, also with other sweeps.
         cache: folder of tokenised data, for the workers; None: where it is by default.
 
     Raises:
         UserError: the folder belongs to another sweep, or the sweep cannot work.
         Stopped: a signal came; what ran has saved.
     """
-    place = SweepFolder(folder)
+    place = SweepFolder(folder, store)
     place.claim(sweep)
     study = Study(sweep, place)
     study.queue(retry_failed)
@@ -32,13 +39,13 @@ def run_sweep(
     print(f"{folder}: {known} trials, {done} of them done", flush=True)
     if workers > 1:
         extra = [] if cache is None else ["--cache", str(cache)]
-        pool(["sweep", name, "--folder", str(folder), *extra], workers)
+        pool(["sweep", name, "--folder", str(folder), "--store", str(store), *extra], workers)
     else:
         Worker(sweep, place, study, "").work()
     return study.failures()
 
 
-def join(sweep: Sweep, folder: Path, name: str) -> None:
+def join(sweep: Sweep, folder: Path, store: Path, name: str) -> None:
     """Be one of several workers, until all trials have ended. Raises Stopped when a signal came."""
-    place = SweepFolder(folder)
+    place = SweepFolder(folder, store)
     Worker(sweep, place, Study(sweep, place), f"worker {name}: ").work()

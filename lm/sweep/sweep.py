@@ -122,6 +122,10 @@ def load(name: str) -> Sweep:
     return defined_in(file_of(file), value or "sweep", Sweep)
 
 
+STORE = Path("sweeps") / "shared"
+"""Where stages are that trials share, unless something else is said."""
+
+
 def folder_of(sweep: Sweep) -> Path:
     """Where a sweep's results are, unless something else is said."""
     return Path("sweeps") / sweep.name

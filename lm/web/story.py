@@ -69,6 +69,14 @@ METRICS = {
         _points,
         (("margin, nats", "margin", _bits), ("if the longer answer were taken", "longer_accuracy", percent)),
     ),
+    "pass_at_k": Metric(
+        "solved by one answer in k",
+        "prompts",
+        +1,
+        percent,
+        _points,
+        (("k", "k", lambda value: f"{value:.0f}"), ("by one answer", "pass_at_1", percent)),
+    ),
 }
 
 
@@ -180,7 +188,7 @@ def standard_error(line: Line) -> float:
     if line["metric"] == "pair_accuracy":
         rate = line["pair_accuracy"]
         return math.sqrt(max(rate * (1 - rate), 0.0) / max(line["count"], 1))
-    return line.get("reward_stderr", 0.0025)
+    return line.get(f"{line['metric']}_stderr", 0.0025)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lm.data.curriculum.arithmetic import arithmetic_row
+from lm.data.curriculum.chains import chain_row
 from lm.data.curriculum.drills import ROWS as DRILLS
 from lm.data.curriculum.drills import drill_row
 from lm.data.curriculum.instruct import instruct_row
@@ -10,4 +11,4 @@ from lm.data.curriculum.preferences import preference_row
 
 LENGTH = 1 << 40  # rows there are; they are made when asked for
 
-__all__ = ["DRILLS", "LENGTH", "arithmetic_row", "drill_row", "instruct_row", "preference_row"]
+__all__ = ["DRILLS", "LENGTH", "arithmetic_row", "chain_row", "drill_row", "instruct_row", "preference_row"]
