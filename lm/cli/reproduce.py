@@ -7,7 +7,7 @@
 
 A claim is experiments/papers/NAME.py, and NAME.md says what it is, what is
 scaled down, and how it would be refuted. The verdict goes into NAME.md and
-results/NAME.json beside it; the runs stay in sweeps/NAME."""
+results/NAME.json beside it; the runs stay in sweeps/NAME-…"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", metavar="N", type=at_least(1), default=1, help="runs at the same time (%(default)s)"
     )
-    parser.add_argument("--folder", metavar="DIR", type=Path, help="folder of the runs; else sweeps/NAME")
+    parser.add_argument("--folder", metavar="DIR", type=Path, help="begins the folders of the runs; else sweeps/NAME")
     parser.add_argument("--page", metavar="FILE", type=page_path, help="draw all kept results into a page")
     add_cache(parser)
 
@@ -50,7 +50,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     paper = load(arguments.name)
     name = Path(arguments.name).stem if arguments.name.endswith(".py") else arguments.name.removeprefix("papers.")
-    folder = arguments.folder or Path("sweeps") / (f"{name}-quick" if arguments.quick else name)
+    folder = arguments.folder or Path("sweeps") / name
     try:
         with cache_at(arguments.cache):
             outcome = reproduce(name, paper, folder, arguments.quick, arguments.workers, arguments.cache)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least
 from lm.experiment import UserError
-from lm.sweep.sweep import Sweep, folder_of, load
+from lm.sweep.sweep import STORE, Sweep, folder_of, load
 
 TAKES_OVERRIDES = False
 SWEEP_HELP = "a name in experiments/ (ablations.qk_norm), or the path of a .py file that defines `sweep`"
@@ -36,6 +36,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--workers", metavar="N", type=at_least(1), default=1, help="trials at the same time (%(default)s)"
     )
     parser.add_argument("--folder", metavar="DIR", type=Path, help="folder of the sweep; else sweeps/NAME")
+    parser.add_argument(
+        "--store",
+        metavar="DIR",
+        type=Path,
+        default=STORE,
+        help="of stages that trials share, also with other sweeps (%(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and do nothing")
     parser.add_argument("--topology", metavar="CHIP:SHAPE", help="with --dry-run: cost in hours of these TPUs")
     parser.add_argument("--retry-failed", action="store_true", help="run the trials again that failed")
@@ -51,9 +58,10 @@ def call(arguments: argparse.Namespace) -> int:
     check_sweep(sweep)
     folder = arguments.folder or folder_of(sweep)
     if arguments.dry_run:
+        from lm.sweep.folder import SweepFolder
         from lm.sweep.show import dry_run
 
-        print(dry_run(sweep, folder, arguments.topology))
+        print(dry_run(sweep, SweepFolder(folder, arguments.store), arguments.topology))
         return 0
     if arguments.topology:
         raise UserError(
@@ -71,7 +79,9 @@ def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
         if arguments.join is not None:
             join(sweep, folder, arguments.store, arguments.join)
             return 0
-        failed = run_sweep(sweep, arguments.sweep, folder, arguments.workers, arguments.retry_failed, arguments.cache)
+        failed = run_sweep(
+            sweep, arguments.sweep, folder, arguments.workers, arguments.retry_failed, arguments.cache, arguments.store
+        )
     except Stopped:
         if arguments.join is None:
             print(f"lm: stopped and saved. To go on: lm sweep {arguments.sweep}", file=sys.stderr)

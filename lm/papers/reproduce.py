@@ -38,7 +38,7 @@ class Outcome:
 def reproduce(
     name: str, paper: Paper, folder: Path, quick: bool = False, workers: int = 1, cache: Path | None = None
 ) -> Outcome:
-    """Run the sweeps of a paper that are not done, in folders below `folder`, and judge.
+    """Run the sweeps of a paper that are not done, in folders whose names begin with `folder`, and judge.
 
     Raises:
         UserError: a sweep cannot work, or some of its runs failed in a way that a diverged loss does not explain.
@@ -48,7 +48,7 @@ def reproduce(
     file = file_of(spec(name))
     runs: dict[str, list[Result]] = {}
     for value in paper.quick if quick else paper.sweeps:
-        place = folder / value
+        place = folder.with_name(f"{folder.name}-{value}")
         run_sweep(defined_in(file, value, Sweep), f"{file}:{value}", place, workers, cache=cache)
         runs[value] = read_sweep(place)
         _check(runs[value], place)

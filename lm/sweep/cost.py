@@ -11,6 +11,7 @@ from lm.model.flops import update_flops_per_token
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.steps import forward_only, trained
+from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import Suggested, Sweep
 from lm.sweep.trials import Trial, own_point, trial_at, trials
@@ -42,7 +43,7 @@ class Row:
     has: tuple[str, ...]
 
 
-def estimate(sweep: Sweep, folder: Path, topology: str | None) -> list[Row]:
+def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> list[Row]:
     """Every trial of a grid with its cost; of a search one trial for each seed, which stands for all that come.
 
     Args:
@@ -60,7 +61,7 @@ def estimate(sweep: Sweep, folder: Path, topology: str | None) -> list[Row]:
                 had.append(trial.experiment.stages[index].name)
                 continue
             known.add(key)
-            new += _stage(trial, index, folder / "shared" / key, folder / "trials" / trial.key, topology)
+            new += _stage(trial, index, folder.shared(key), folder.trial(trial.key), topology)
         rows.append(Row(trial, new, tuple(had)))
     return rows
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lm.sweep.cost import Cost, estimate, times, total
+from lm.sweep.folder import SweepFolder
 from lm.sweep.sweep import Suggested, Sweep
 from lm.sweep.trials import told
 
 MOST_ROWS = 60
 
 
-def dry_run(sweep: Sweep, folder: Path, topology: str | None) -> str:
+def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
     """Every trial with its cost beyond what it shares, and the sum. Raises UserError where the sweep cannot work."""
     rows = estimate(sweep, folder, topology)
     lines = [
