@@ -18,7 +18,7 @@ from lm.papers.paper import (
 from lm.sweep.statistics import estimate, paired
 from lm.sweep.sweep import Sweep
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 RULES = ("adamw", "muon")
 AXES = {"pretrain.optimizer.kind": RULES, "pretrain.optimizer.peak_lr": RATES}
 

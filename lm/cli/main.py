@@ -25,6 +25,8 @@ COMMANDS = {
     "eval": "take the held-out numbers again, from a checkpoint",
     "plan": "does it fit on these TPUs, how fast is it, which layout",
     "sweep": "run every trial of a sweep, by any number of workers",
+    "compare": "runs or trials over seeds: what differs, by how much, and whether it is chance",
+    "rerun": "run the value of a run again, and check that it comes out the same to the bit",
     "reproduce": "test a claim of a paper, and write the verdict",
     "report": "write report.html, the story of a run",
     "launch": "start a run on a pod, on a cluster, or in processes here",

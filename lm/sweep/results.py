@@ -102,7 +102,7 @@ def read_result(folder: Path) -> Result:
 
 
 def read_sweep(folder: Path) -> list[Result]:
-    """Every trial of a sweep that the sweep still asks for, in the order of settings and seeds.
+    """Every trial of a sweep that the sweep still asks for, in the order of its axes' values and its seeds.
 
     Raises:
         UserError: the folder is no sweep's.
@@ -115,4 +115,10 @@ def read_sweep(folder: Path) -> list[Result]:
         if known["wanted"]:
             extra = {name: known[name] for name in ("settings", "failed", "pruned") if name in known}
             found.append(dataclasses.replace(read_result(file.parent), **extra))
-    return sorted(found, key=lambda result: (list(result.settings.items()), result.seed))
+    axes = read_json(folder / "sweep.json")["axes"]
+    return sorted(found, key=lambda result: ([_place(axes[n], v) for n, v in result.settings.items()], result.seed))
+
+
+def _place(axis: Any, value: str) -> float:
+    """Where a value stands on its axis: its place among the values, or itself."""
+    return float(axis.index(value) if isinstance(axis, list) and value in axis else value)

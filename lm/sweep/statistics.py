@@ -42,7 +42,7 @@ class Difference:
     """Mean difference to a baseline over the seeds that both have, its 95 % interval, and the p-value of none.
 
     `detectable` is the smallest true difference that so many seeds with this spread would show, at the 5 % level, with a
-    power of 80 %. All but `mean` and `count` are nan for one seed.
+    power of 80 %; `error` is the standard error. All but `mean` and `count` are nan for one seed.
     """
 
     mean: float
@@ -51,9 +51,10 @@ class Difference:
     p: float
     count: int
     detectable: float
+    error: float
 
 
-NO_DIFFERENCE = Difference(math.nan, math.nan, math.nan, math.nan, 0, math.nan)
+NO_DIFFERENCE = Difference(math.nan, math.nan, math.nan, math.nan, 0, math.nan, math.nan)
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
@@ -69,10 +70,10 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
         return NO_DIFFERENCE
     mean = float(differences.mean())
     if count == 1:
-        return Difference(mean, math.nan, math.nan, math.nan, 1, math.nan)
+        return Difference(mean, math.nan, math.nan, math.nan, 1, math.nan, math.nan)
     error = _standard_error(differences)
     if error == 0:  # the same in every seed: nothing to estimate a spread from
-        return Difference(mean, mean, mean, 0.0 if mean else 1.0, count, 0.0)
+        return Difference(mean, mean, mean, 0.0 if mean else 1.0, count, 0.0, 0.0)
     if count < FEWEST_RESAMPLED:
         low_t = high_t = _t(count - 1, LEVEL)
         p = 2 * float(scipy.stats.t.sf(abs(mean) / error, count - 1))
@@ -80,7 +81,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
         drawn = _studentised(differences)
         high_t, low_t = -np.quantile(drawn, (1 - LEVEL) / 2), np.quantile(drawn, (1 + LEVEL) / 2)
         p = _two_sided(drawn, mean / error)
-    return Difference(mean, mean - low_t * error, mean + high_t * error, p, count, detectable(error, count))
+    return Difference(mean, mean - low_t * error, mean + high_t * error, p, count, detectable(error, count), error)
 
 
 def _standard_error(values: Float[np.ndarray, " N"]) -> float:

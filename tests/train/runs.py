@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from lm.train.metrics import read_lines
-
-CLOCKS = ("time", "tokens_per_second")  # what no two runs have in common
+from lm.train.rerun import CLOCKS
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:

@@ -1,0 +1,78 @@
+"""Compare runs, or the trials of a sweep: over seeds, with a baseline.
+
+  lm compare sweeps/qk_norm
+  lm compare runs/a0 runs/a1 runs/b0 runs/b1
+  lm compare sweeps/qk_norm --baseline norm=QK-norm --csv qk_norm.csv
+
+Runs that differ in their seed only are one group. Every group is compared with
+the baseline within each seed: the mean difference, its 95 % interval (Student's
+t, from six seeds on a bootstrap), and a p-value that is corrected for all the
+comparisons (Holm). Where no difference is seen, it says which could have been.
+The page compare.html has curves, importance and where every number is from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from lm.cli.arguments import find_run, page_path
+from lm.experiment import UserError
+
+TAKES_OVERRIDES = False
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN | SWEEP", nargs="+", help="folders of runs, or of sweeps; or their names")
+    parser.add_argument(
+        "--baseline", metavar="NAME=VALUE", action="append", default=[], help="settings of the group to compare with"
+    )
+    parser.add_argument("--eval", metavar="NAME", action="append", default=[], help="only this eval")
+    parser.add_argument("--page", metavar="FILE", type=page_path, help="the page; else compare.html in the sweep")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="a row for every run")
+    parser.add_argument("--parquet", metavar="FILE", type=Path, help="a row for every run")
+
+
+def call(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lm.sweep.compare import compare
+    from lm.sweep.results import read_result, read_sweep
+    from lm.sweep.table import show, write
+    from lm.web.compare import write_comparison
+
+    results, sweeps = [], []
+    for name in arguments.runs:
+        folder = sweep_folder(name)
+        sweeps += [folder] if folder else []
+        results += read_sweep(folder) if folder else [read_result(find_run(name))]
+    comparison = compare(results, baseline(arguments.baseline, sweeps), arguments.eval)
+    show(comparison, Console())
+    for path in filter(None, (arguments.csv, arguments.parquet)):
+        print(write(comparison, path))
+    print(write_comparison(comparison, arguments.page or default_page([result.folder for result in results], sweeps)))
+    return 0
+
+
+def sweep_folder(name: str) -> Path | None:
+    """The folder of a sweep, given as a path or as a name in sweeps/; None where it is none."""
+    return next((path for path in (Path(name), Path("sweeps") / name) if (path / "sweep.json").is_file()), None)
+
+
+def baseline(given: list[str], sweeps: list[Path]) -> dict[str, str]:
+    """The settings asked for, else those that the sweep names. Raises UserError for what is no NAME=VALUE."""
+    from lm.train.run_folder import read_json
+
+    for text in given:
+        if "=" not in text:
+            raise UserError(f"--baseline is {text!r}; it should be NAME=VALUE")
+    if given or not sweeps:
+        return dict(text.split("=", 1) for text in given)
+    return read_json(sweeps[0] / "sweep.json")["baseline"]
+
+
+def default_page(runs: list[Path], sweeps: list[Path]) -> Path:
+    """compare.html in the sweep, or beside the runs."""
+    if sweeps:
+        return sweeps[0] / "compare.html"
+    return Path(os.path.relpath(os.path.commonpath([folder.resolve().parent for folder in runs]))) / "compare.html"

@@ -1,0 +1,66 @@
+"""Run the same value again, and check that the numbers come out the same to the bit.
+
+  lm rerun runs/quickstart
+
+The run's experiment.json is trained anew into runs/quickstart.rerun. First it
+says what is not as it was: versions, commit, device, data. On the same kind of
+device, with the same code and versions, every loss and every measurement must
+be the same; exits with 1 and names the first that is not."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lm.cli.arguments import RUN_HELP, add_cache, check_stage, find_run
+from lm.experiment import UserError
+
+TAKES_OVERRIDES = False
+EXIT_DIFFERS = 1
+LONGEST = 60
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the new run; else RUN.rerun")
+    parser.add_argument("--until", metavar="STAGE", help="only up to and with this stage")
+    parser.add_argument("--same", action="store_true", help="refuse to run where anything is not as it was")
+    add_cache(parser)
+
+
+def call(arguments: argparse.Namespace) -> int:
+    run_dir = find_run(arguments.run)
+
+    from lm.data.cache import cache_at
+    from lm.files import load
+    from lm.train.rerun import conditions, first_difference
+    from lm.train.run_folder import RunFolder
+    from lm.train.stages import fingerprints, run
+
+    experiment = load(str(run_dir / "experiment.json"))
+    names = [stage.name for stage in experiment.stages]
+    check_stage(arguments.until, names, str(run_dir))
+    names = names[: names.index(arguments.until or names[-1]) + 1]
+    unfinished = [name for name in names if not RunFolder(run_dir).finished(name)]
+    if unfinished:
+        raise UserError(f"{run_dir} has not finished stage {unfinished[0]}: run it to its end, or name --until STAGE")
+    out = arguments.out or run_dir.with_name(f"{run_dir.name}.rerun")
+    with cache_at(arguments.cache):
+        changes = conditions(run_dir, fingerprints(experiment))
+        for name, then, now in changes:
+            print(f"not as it was: {name}: {_short(then)} → {_short(now)}", flush=True)
+        if changes and arguments.same:
+            raise UserError(f"{len(changes)} things are not as they were (above); without --same it runs all the same")
+        run(experiment, out, until=names[-1])
+    found = first_difference(run_dir, out, names)
+    if found:
+        print(f"different: {found}")
+        return EXIT_DIFFERS
+    print(f"the same to the bit: every number of {', '.join(names)}")
+    return 0
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -1,0 +1,280 @@
+"""Runs side by side: what differs between them, how they ended over seeds, and what of the differences is more than chance.
+
+Runs of the same experiment but for the seed are one group. Everything is compared with one of the groups, the baseline,
+within each seed; of several comparisons p-values are corrected. Numbers are averaged only where they were measured on the
+same held-out data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.experiment import UserError, flatten, nearest
+from lm.sweep.results import Result, better, main_field
+from lm.sweep.statistics import Difference, Estimate, detectable, estimate, holm, paired
+from lm.sweep.trials import shown, told
+from lm.train.run_folder import read_json
+
+FREE = ("name", "seed")  # what may differ within a group
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds only."""
+
+    label: str
+    settings: dict[str, str]
+    results: tuple[Result, ...]
+
+    @property
+    def ended(self) -> list[Result]:
+        """The runs that have something to say at their end."""
+        return [result for result in self.results if result.finished and not result.failed]
+
+    @property
+    def note(self) -> str:
+        """What became of the runs that have nothing to say."""
+        states = {
+            "failed": sum(bool(result.failed) for result in self.results),
+            "ended early": sum(result.pruned for result in self.results),
+            "not finished": sum(not (r.finished or r.failed or r.pruned) for r in self.results),
+        }
+        return ", ".join(f"{count} {state}" for state, count in states.items() if count)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a held-out measurement; `name` is the eval's."""
+
+    name: str
+    field: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.field.replace('_', ' ')}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A group in one metric: over seeds the last number, the best on the way, and the last less the baseline's.
+
+    `corrected` is Holm's p-value over all comparisons of the metric; `difference` is None for the baseline.
+    """
+
+    final: Estimate
+    best: Estimate
+    difference: Difference | None = None
+    corrected: float = math.nan
+    comparisons: int = 1  # of the metric, in all
+    excluded: str = ""  # why the group is not compared
+
+    @property
+    def differs(self) -> bool:
+        return self.corrected < LEVEL
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is shown; `cells` by (label of the group, metric)."""
+
+    groups: tuple[Group, ...]
+    metrics: tuple[Metric, ...]
+    baseline: Group
+    cells: Mapping[tuple[str, Metric], Cell]
+    changed: tuple[str, ...]  # fields in which the groups differ
+    notes: tuple[str, ...]
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for group in self.groups for result in group.results]
+
+
+def compare(
+    results: Sequence[Result], baseline: Mapping[str, str] | None = None, only: Sequence[str] = ()
+) -> Comparison:
+    """Group the runs, and compare every group with the baseline.
+
+    Args:
+        baseline: settings, or values of differing fields, of the group to compare with; None: the first group.
+        only: names of evals; empty: all that some run has.
+
+    Raises:
+        UserError: no run has finished, or there is no such group or eval.
+    """
+    if not any(result.finished for result in results):
+        raise UserError("no run has finished: there is nothing to compare yet")
+    groups = group(results)
+    base = _baseline(groups, baseline or {})
+    metrics = _metrics(results, only)
+    cells: dict[tuple[str, Metric], Cell] = {}
+    notes: list[str] = []
+    for metric in metrics:
+        cells |= _column(groups, base, metric, notes)
+    seeds = {len({result.seed for result in one.ended}) for one in groups}
+    if seeds == {1}:
+        notes.append("one seed each: no interval, and no saying whether a difference is more than chance")
+    return Comparison(groups, metrics, base, cells, changed_fields(results), tuple(dict.fromkeys(notes)))
+
+
+def group(results: Sequence[Result]) -> tuple[Group, ...]:
+    """Runs of the same experiment but for the seed together, in the order in which they come."""
+    names = changed_fields(results)
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        leaves = _leaves(result)
+        found.setdefault(json.dumps([leaves.get(name) for name in names]), []).append(result)
+    groups = []
+    for same in found.values():
+        leaves = _leaves(same[0])
+        settings = same[0].settings or {name: shown(leaves.get(name)) for name in names}
+        groups.append(Group(_label(settings), settings, tuple(same)))
+    labels = [one.label for one in groups]
+    return tuple(
+        dataclasses.replace(one, label=f"{one.label} ({place})") if labels.count(one.label) > 1 else one
+        for place, one in enumerate(groups, start=1)
+    )
+
+
+def _label(settings: Mapping[str, str]) -> str:
+    """Settings in one line; of a single axis of variants their names say all."""
+    names = list(settings.values())
+    if len(names) == 1 and not names[0].replace(".", "").replace("e-", "").isalnum():
+        return names[0]
+    return told(settings) if settings else "all runs"
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat(text: str) -> dict[str, Any]:
+    return {name: value for name, value in flatten(json.loads(text)).items() if name not in FREE}
+
+
+def _leaves(result: Result) -> dict[str, Any]:
+    return _flat(json.dumps(result.experiment))
+
+
+def changed_fields(results: Iterable[Result]) -> tuple[str, ...]:
+    """Names of the fields in which some runs differ, but for name and seed."""
+    first, *rest = map(_leaves, results)
+    changed: dict[str, None] = {}
+    for other in rest:
+        if other is not first:
+            changed |= dict.fromkeys(n for n in {**first, **other} if first.get(n) != other.get(n))
+    return tuple(changed)
+
+
+def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
+    for name, value in wanted.items():
+        known = {one.settings.get(name) for one in groups}
+        if value not in known:
+            values = [str(v) for v in known if v is not None]
+            raise UserError(
+                f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {', '.join(values) or 'none'}"
+            )
+    found = [one for one in groups if all(one.settings.get(n) == v for n, v in wanted.items())]
+    if not found:
+        raise UserError(f"baseline: no run has {told(dict(wanted))}")
+    return found[0]
+
+
+def _metrics(results: Sequence[Result], only: Sequence[str]) -> tuple[Metric, ...]:
+    found: dict[Metric, None] = {}
+    for result in results:
+        for item in result.experiment["evals"]:
+            if item["metric"] != "best_of_n":  # a list of numbers: `lm report RUN RUN` draws it
+                found.setdefault(Metric(item["name"], main_field(item["metric"])))
+    names = {metric.name for metric in found}
+    for name in only:
+        if name not in names:
+            raise UserError(f"no run has an eval {name!r}{nearest(name, names)}; there are {', '.join(sorted(names))}")
+    return tuple(metric for metric in found if not only or metric.name in only)
+
+
+def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[str]) -> dict[tuple[str, Metric], Cell]:
+    """One metric of every group, compared with the baseline where it is measured on the same data."""
+    own = measured_on(base.results[0], metric.name)
+    of_base = _by_seed(base, metric)
+    cells: dict[str, Cell] = {}
+    for one in groups:
+        values = _by_seed(one, metric)
+        bests = [value for result in one.ended if math.isfinite(value := result.best(metric.name, metric.field))]
+        cell = Cell(estimate(list(values.values())), estimate(bests))
+        other = measured_on(one.results[0], metric.name)
+        if one is not base and values and other != own:
+            what = difference_of(own, other)
+            notes.append(f"{metric.label}: {one.label} is not compared, its held-out data are others ({what})")
+            cell = dataclasses.replace(cell, excluded=what)
+        elif one is not base:
+            cell = dataclasses.replace(cell, difference=paired(values, of_base))
+        missing = len(one.ended) - len(values)
+        if missing:
+            notes.append(f"{metric.label}: missing in {missing} of {len(one.ended)} runs of {one.label}")
+        cells[one.label] = cell
+    tested = [label for label, cell in cells.items() if cell.difference is not None]
+    corrected = holm([cells[label].difference.p for label in tested])  # type: ignore[union-attr]
+    for label, p in zip(tested, corrected, strict=True):
+        cells[label] = dataclasses.replace(cells[label], corrected=p, comparisons=len(tested))
+    return {(label, metric): cell for label, cell in cells.items()}
+
+
+def _by_seed(one: Group, metric: Metric) -> dict[int, float]:
+    found = {result.seed: result.final(metric.name, metric.field) for result in one.ended}
+    return {seed: value for seed, value in found.items() if math.isfinite(value)}
+
+
+def measured_on(result: Result, name: str) -> dict[str, Any] | None:
+    """All that two measurements must have in common to compare: the eval, and the content of its data."""
+    item = next((item for item in result.experiment["evals"] if item["name"] == name), None)
+    if item is None:
+        return None
+    path = item["source"]["path"]
+    found = {key: value for key, value in flatten(item).items() if key not in ("name", "source.weight")}
+    if item["metric"] == "bits_per_byte":  # longer windows know more of what came before
+        found["model.max_len"] = result.experiment["model"]["max_len"]
+    return found | {"content": last_session(result).get("data_fingerprint", {}).get(path)}
+
+
+def difference_of(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """In words, in what two measurements differ."""
+    if own is None or other is None:
+        return "one has none"
+    return ", ".join(
+        f"{name} {own.get(name)} and {other.get(name)}" for name in own if own.get(name) != other.get(name)
+    )
+
+
+@functools.lru_cache(maxsize=8192)
+def _session(path: str) -> dict[str, Any]:
+    return read_json(Path(path))["runs"][-1]
+
+
+def last_session(result: Result) -> dict[str, Any]:
+    """What the last session of a run wrote down of itself: commit, versions, devices, fingerprints of its data."""
+    file = result.folder / "environment.json"
+    return _session(str(file)) if file.is_file() else {}
+
+
+def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:
+    """What may be said of a group against the baseline, in so many words."""
+    found = cell.difference
+    if cell.excluded:
+        return f"not compared: {cell.excluded}"
+    if found is None:
+        return "the baseline"
+    if found.count == 0:
+        return "no seed in common with the baseline"
+    if math.isnan(found.p):
+        return f"{found.mean:+.{digits}f} in the one seed that both have"
+    interval = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    if cell.differs:
+        return f"{interval}, {'better' if found.mean * better(metric.field) > 0 else 'worse'}"
+    least = detectable(found.error, found.count, LEVEL / cell.comparisons) if found.error else 0.0
+    many = "" if found.low <= 0 <= found.high else f" beyond the chance of {cell.comparisons} comparisons"
+    return f"{interval}, no difference seen{many}; {least:.{digits}f} could have been"

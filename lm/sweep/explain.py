@@ -1,0 +1,90 @@
+"""Which axes matter, and how a number goes with size or tokens: what a comparison of many settings is asked next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+
+from lm.sweep.compare import Comparison, Group, Metric
+from lm.sweep.results import Result, better
+from lm.sweep.statistics import PowerLaw, power_law
+
+FEWEST_GROUPS = 4  # of which importance says something
+FEWEST_SIZES = 3  # of which a fit has a doubt
+
+
+def varied(comparison: Comparison) -> list[str]:
+    """The axes on which the groups have more than one setting, in their order."""
+    names = dict.fromkeys(name for group in comparison.groups for name in group.settings)
+    return [name for name in names if len({group.settings.get(name) for group in comparison.groups}) > 1]
+
+
+def importance(comparison: Comparison, metric: Metric) -> dict[str, float]:
+    """The share of each axis in what makes settings good (PED-ANOVA, Watanabe et al. 2023, as in Optuna); {} for few.
+
+    It looks at the better half of the groups.
+    """
+    names = varied(comparison)
+    measured = [group for group in comparison.groups if comparison.cells[group.label, metric].final.count]
+    if len(names) < 2 or len(measured) < FEWEST_GROUPS:
+        return {}
+    choices = {name: sorted({str(group.settings.get(name, "–")) for group in measured}) for name in names}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize" if better(metric.field) > 0 else "minimize")
+    for group in measured:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={name: str(group.settings.get(name, "–")) for name in names},
+                distributions={name: optuna.distributions.CategoricalDistribution(choices[name]) for name in names},
+                value=comparison.cells[group.label, metric].final.mean,
+            )
+        )
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(
+        target_quantile=0.5, region_quantile=1.0, evaluate_on_local=False
+    )
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A metric that is better when it is less, against what was spent: points (x, y) of groups, and the fit."""
+
+    what: str
+    metric: Metric
+    points: tuple[tuple[float, float], ...]
+    fit: PowerLaw
+
+
+def scalings(comparison: Comparison, metric: Metric) -> list[Scaling]:
+    """Power laws over parameters and over tokens, where the groups differ in the one and not in the other."""
+    if better(metric.field) > 0:
+        return []
+    sizes = {what: _spent(comparison.groups, what) for what in ("num_params", "tokens")}
+    found = []
+    for what, other in (("num_params", "tokens"), ("tokens", "num_params")):
+        points = [
+            (sizes[what][group.label], comparison.cells[group.label, metric].final.mean)
+            for group in comparison.groups
+            if group.label in sizes[what] and comparison.cells[group.label, metric].final.mean > 0
+        ]
+        alone = len({round(math.log(value), 1) for value in sizes[other].values()}) == 1
+        if alone and len({x for x, _ in points}) >= FEWEST_SIZES:
+            label = "parameters" if what == "num_params" else "tokens"
+            found.append(Scaling(label, metric, tuple(sorted(points)), power_law(*zip(*points, strict=True))))
+    return found
+
+
+def _spent(groups: Sequence[Group], what: str) -> Mapping[str, float]:
+    found = {group.label: [_of_run(result, what) for result in group.ended] for group in groups}
+    return {label: sum(values) / len(values) for label, values in found.items() if values and min(values) > 0}
+
+
+def _of_run(result: Result, what: str) -> float:
+    """Parameters of the model at the end, or tokens of all stages."""
+    summaries = [stage.summary for stage in result.stages.values() if stage.summary]
+    if not summaries:
+        return 0.0
+    return float(summaries[-1][what] if what == "num_params" else sum(one[what] for one in summaries))

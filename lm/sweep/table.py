@@ -1,0 +1,104 @@
+"""A comparison for the terminal, and as rows of numbers for other programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+from rich.console import Console
+from rich.table import Table
+
+from lm.experiment import UserError
+from lm.sweep.compare import Comparison, Metric, last_session, sentence
+from lm.sweep.results import Result
+from lm.sweep.statistics import Estimate
+from lm.sweep.trials import digest
+
+MOST_FIELDS = 12
+DIGITS = 4  # figures of a number
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print a table for each metric, what differs, and what has to be known besides."""
+    names = comparison.changed
+    if names:
+        more = f", … and {len(names) - MOST_FIELDS} more" if len(names) > MOST_FIELDS else ""
+        console.print(f"What differs: {', '.join(names[:MOST_FIELDS])}{more}", highlight=False)
+    for metric in comparison.metrics:
+        console.print(_table(comparison, metric))
+    for note in comparison.notes:
+        console.print(note, highlight=False)
+
+
+def _table(comparison: Comparison, metric: Metric) -> Table:
+    table = Table(title=metric.label, title_justify="left", box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in ("seeds", "last", "best", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("against the baseline", overflow="fold")
+    for group in comparison.groups:
+        cell = comparison.cells[group.label, metric]
+        note = f" ({group.note})" if group.note else ""
+        p = "" if math.isnan(cell.corrected) else f"{cell.corrected:.2g}"
+        said = sentence(cell, metric)
+        table.add_row(group.label + note, str(cell.final.count), number(cell.final), number(cell.best), p, said)
+    return table
+
+
+def number(found: Estimate) -> str:
+    """1.234 ± 0.012; without an interval where there is one seed; – where there is none."""
+    if not found.count:
+        return "–"
+    if math.isnan(found.half):
+        return f"{found.mean:.{DIGITS}g}"
+    return f"{found.mean:.{DIGITS}g} ± {found.half:.2g}"
+
+
+def rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for every run: where it is, what it was, where it comes from, and its numbers."""
+    return [_row(result, group.label, comparison.metrics) for group in comparison.groups for result in group.results]
+
+
+def _row(result: Result, label: str, metrics: Iterable[Metric]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    for metric in metrics:
+        name = f"{metric.name}.{metric.field}"
+        numbers |= {
+            name: result.final(metric.name, metric.field),
+            f"{name}.best": result.best(metric.name, metric.field),
+        }
+    return {"group": label, "seed": result.seed, **result.settings, **numbers, **origin(result)}
+
+
+def origin(result: Result) -> dict[str, Any]:
+    """Where the numbers of a run come from."""
+    session = last_session(result)
+    git, state = session.get("git") or {}, "finished" if result.finished else "not finished"
+    return {
+        "state": f"failed: {result.failed}" if result.failed else "ended early" if result.pruned else state,
+        "folder": str(result.folder),
+        "experiment": digest({k: v for k, v in result.experiment.items() if k != "name"}),
+        "commit": git.get("commit"),
+        "changed": bool(git.get("dirty")),
+        "data": digest(session.get("data_fingerprint", {})),
+        "versions": ", ".join(f"{name} {version}" for name, version in session.get("versions", {}).items()),
+        "device": session.get("devices", {}).get("kind"),
+        "started": session.get("started"),
+    }
+
+
+WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}
+
+
+def write(comparison: Comparison, path: Path) -> Path:
+    """A row for every run, as .csv or .parquet. Raises UserError for another ending."""
+    if path.suffix not in WRITERS:
+        raise UserError(f"{path} should end in {' or '.join(WRITERS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    WRITERS[path.suffix](pyarrow.Table.from_pylist(rows(comparison)), path)
+    return path

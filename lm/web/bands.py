@@ -1,0 +1,121 @@
+"""Curves with their intervals, parallel coordinates and fits, as inline SVG in the page's colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib.axes
+import matplotlib.ticker
+
+from lm.web.charts import GRID, INK, SERIES, Chart, dress, sketch, tick
+from lm.web.numbers import plain
+
+WIDE = (6.4, 3.0)  # inches
+LARGE = (8.6, 3.4)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Points (x, mean, low, high) of one curve; low and high are nan where there is no interval."""
+
+    label: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+def bands(
+    title: str, curves: Sequence[Band], x: str = "steps", y: str = "", log_x: bool = False, log_y: bool = False
+) -> Chart:
+    """At most five curves, each a line through its means with its interval shaded."""
+    curves = curves[: len(SERIES)]
+    few = all(len(curve.points) <= 12 for curve in curves)
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        for curve, colour in zip(curves, SERIES[: len(curves)], strict=True):
+            across, mean, low, high = zip(*curve.points, strict=True)
+            axes.plot(across, mean, color=colour, linewidth=1.6, marker="o" if few else "", markersize=3.5)
+            axes.fill_between(across, low, high, color=colour, alpha=0.16, linewidth=0)
+        dress(axes)
+        _scales(axes, log_x, log_y)
+        axes.set_xlabel(x, color=INK)
+        axes.set_ylabel(y, color=INK)
+
+    svg = sketch(f"bands {title}", f"{title}: {y} over {x}", paint, WIDE)
+    legend = [(i, curve.label, plain(curve.points[-1][1])) for i, curve in enumerate(curves)]
+    return Chart(title, svg, legend)
+
+
+def _scales(axes: matplotlib.axes.Axes, log_x: bool, log_y: bool) -> None:
+    for log, axis, set_scale in ((log_x, axes.xaxis, axes.set_xscale), (log_y, axes.yaxis, axes.set_yscale)):
+        if log:
+            set_scale("log")
+            axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 3.0)))
+            axis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axis.set_major_formatter(lambda value, _: tick(value))
+
+
+def fitted(title: str, points: Sequence[tuple[float, float]], factor: float, exponent: float, x: str, y: str) -> Chart:
+    """Points and the power law through them, on logarithmic axes."""
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        across, up = zip(*points, strict=True)
+        ends = (min(across), max(across))
+        axes.plot(ends, [factor * end**exponent for end in ends], color=SERIES[1], linewidth=1.4)
+        axes.plot(across, up, color=SERIES[0], marker="o", markersize=4, linestyle="")
+        dress(axes)
+        _scales(axes, True, True)
+        axes.set_xlabel(x, color=INK)
+        axes.set_ylabel(y, color=INK)
+
+    return Chart(title, sketch(f"fit {title}", f"{title}: {y} over {x}", paint, WIDE), [])
+
+
+def parallel(
+    title: str, names: Sequence[str], settings: Sequence[Sequence[str]], values: Sequence[float], up: int
+) -> Chart:
+    """A line for each setting through its place on every axis, ending at its value; the best tenth, at least one, in colour."""
+    choices = [_ordered({row[i] for row in settings}) for i in range(len(names))]
+    low, high = min(values), max(values)
+    best = sorted(range(len(values)), key=lambda i: -up * values[i])[: max(1, len(values) // 10)]
+
+    def height(i: int, row: Sequence[str]) -> float:
+        return choices[i].index(row[i]) / max(1, len(choices[i]) - 1)
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        for k, (row, value) in enumerate(zip(settings, values, strict=True)):
+            line = [height(i, row) for i in range(len(names))] + [(value - low) / ((high - low) or 1)]
+            chosen = k in best
+            axes.plot(
+                line, color=SERIES[0] if chosen else INK, linewidth=1.8 if chosen else 0.7, alpha=1 if chosen else 0.35
+            )
+        dress(axes)
+        axes.set_yticks([])
+        axes.set_xticks(range(len(names) + 1), [*names, title], color=INK)
+        for i, options in enumerate(choices):
+            for place, option in enumerate(options[:: max(1, len(options) // 8)]):
+                where = place * max(1, len(options) // 8) / max(1, len(options) - 1)
+                axes.text(i + 0.03, where, option, color=INK, fontsize=8, va="center")
+        for value, where in ((low, 0.0), (high, 1.0)):
+            axes.text(len(names) + 0.03, where, plain(value), color=INK, fontsize=8, va="center")
+        for i in range(len(names) + 1):
+            axes.axvline(i, color=GRID, linewidth=0.8)
+        axes.set_xlim(-0.1, len(names) + 0.4)
+
+    return Chart(title, sketch(f"parallel {title}", f"{title} by {', '.join(names)}", paint, LARGE), [])
+
+
+def _ordered(options: set[str]) -> list[str]:
+    """By size where all are numbers, else by name."""
+    try:
+        return sorted(options, key=float)
+    except ValueError:
+        return sorted(options)
+
+
+def finite(points: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float, float, float]]:
+    """Points whose mean is a number; an interval that is none becomes the mean."""
+    kept = [p for p in points if math.isfinite(p[1])]
+    return [
+        (x, mean, mean if math.isnan(low) else low, mean if math.isnan(high) else high) for x, mean, low, high in kept
+    ]

@@ -1,0 +1,128 @@
+"""compare.html: runs side by side, as one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from lm import experiment as experiments
+from lm.sweep.compare import Comparison, Group, Metric, sentence
+from lm.sweep.explain import importance, scalings, varied
+from lm.sweep.results import Result, better, measurements
+from lm.sweep.statistics import estimate
+from lm.sweep.table import number, origin
+from lm.sweep.trials import shown
+from lm.web.bands import Band, bands, finite, fitted, parallel
+from lm.web.charts import MAX_POINTS, SERIES, Chart
+from lm.web.report import fill, write_page
+
+Points = list[tuple[int, float]]  # (step, value)
+TRAINED = ("reward", "loss")  # of the last stage's own lines: the first that is there is drawn
+
+
+def write_comparison(comparison: Comparison, path: Path) -> Path:
+    """Writes the page, and returns its path."""
+    return write_page(path, render(comparison))
+
+
+def render(comparison: Comparison) -> str:
+    """The page as HTML."""
+    return fill(
+        "compare.html.j2",
+        comparison=comparison,
+        metrics=[(metric, _table(comparison, metric), _charts(comparison, metric)) for metric in comparison.metrics],
+        differences=[(group.label, _differences(comparison, group)) for group in comparison.groups],
+        importances=importances,
+        training=_training(comparison),
+        origins=[(group.label, result.seed, origin(result)) for group in comparison.groups for result in group.results],
+    )
+
+
+def _table(comparison: Comparison, metric: Metric) -> list[tuple[Group, str, str, str, str]]:
+    """(group, last, best, against the baseline in words, tone) of every group."""
+    rows = []
+    for group in comparison.groups:
+        cell = comparison.cells[group.label, metric]
+        tone = "even"
+        if cell.differs and cell.difference:
+            tone = "better" if cell.difference.mean * better(metric.field) > 0 else "worse"
+        rows.append((group, number(cell.final), number(cell.best), sentence(cell, metric), tone))
+    return rows
+
+
+def _differences(comparison: Comparison, group: Group) -> list[tuple[str, str, str]]:
+    """Fields in which a group's experiment is another than the baseline's: (name, there, here)."""
+    base, own = comparison.baseline.results[0].experiment, group.results[0].experiment
+    return [
+        (name, shown(old), shown(new)) for name, old, new in experiments.diff(base, own) if name not in ("name", "seed")
+    ]
+
+
+def _chosen(comparison: Comparison, metric: Metric) -> list[Group]:
+    """The groups of which curves are drawn: the baseline, and the best of the others."""
+    others = [
+        group
+        for group in comparison.groups
+        if group is not comparison.baseline and comparison.cells[group.label, metric].final.count
+    ]
+    others.sort(key=lambda group: -better(metric.field) * comparison.cells[group.label, metric].final.mean)
+    return [comparison.baseline, *others[: len(SERIES) - 1]]
+
+
+def _charts(comparison: Comparison, metric: Metric) -> list[Chart]:
+    """Curves, parallel coordinates, fits: those that there is something for."""
+    found = []
+
+    def held_out(result: Result) -> list[tuple[int, float]]:
+        last = next((s for s in reversed(result.stages.values()) if measurements(s, metric.name, metric.field)), None)
+        return measurements(last, metric.name, metric.field) if last else []
+
+    curves = _curves(_chosen(comparison, metric), held_out)
+    if any(len(curve.points) > 1 for curve in curves):
+        found.append(bands(f"{metric.label}, on the way", curves))
+    names = varied(comparison)
+    measured = [group for group in comparison.groups if comparison.cells[group.label, metric].final.count]
+    if len(names) > 1 and len(measured) > 2:
+        settings = [[str(group.settings.get(name, "–")) for name in names] for group in measured]
+        values = [comparison.cells[group.label, metric].final.mean for group in measured]
+        found.append(
+            parallel(metric.label, [n.rsplit(".", 1)[-1] for n in names], settings, values, better(metric.field))
+        )
+    for law in scalings(comparison, metric):
+        told = f"{metric.label} ∝ {law.what}^{law.fit.exponent:.3f} [{law.fit.low:.3f}, {law.fit.high:.3f}]"
+        found.append(fitted(told, law.points, law.fit.factor, law.fit.exponent, law.what, metric.label))
+    return found
+
+
+def importances(comparison: Comparison, metric: Metric) -> list[tuple[str, float]]:
+    """Axes and their shares, the largest first; none where there are few settings."""
+    return sorted(importance(comparison, metric).items(), key=lambda item: -item[1])
+
+
+def _training(comparison: Comparison) -> list[Chart]:
+    """The last stage's own curve, of the groups that the first metric would choose."""
+    if not comparison.metrics:
+        return []
+    groups = _chosen(comparison, comparison.metrics[0])
+    found = [(field, _curves(groups, functools.partial(_trained, field))) for field in TRAINED]
+    drawn = next(((field, curves) for field, curves in found if curves), None)
+    return [bands(f"Training {drawn[0]} of the last stage", drawn[1])] if drawn else []
+
+
+def _trained(field: str, result: Result) -> Points:
+    return result.training(list(result.stages)[-1], field)
+
+
+def _curves(groups: list[Group], of_run: Callable[[Result], Points]) -> list[Band]:
+    """Means over seeds and their intervals at every step that all runs of a group have."""
+    found = []
+    for group in groups:
+        runs = [dict(measured) for result in group.ended if (measured := of_run(result))]
+        steps = sorted(set.intersection(*map(set, runs))) if runs else []
+        steps = steps[:: -(-len(steps) // MAX_POINTS)] if steps else []
+        means = [(step, estimate([run[step] for run in runs])) for step in steps]
+        points = finite([(step, e.mean, e.mean - e.half, e.mean + e.half) for step, e in means])
+        if points:
+            found.append(Band(group.label, points))
+    return found
