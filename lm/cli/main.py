@@ -25,8 +25,8 @@ COMMANDS = {
     "eval": "take the held-out numbers again, from a checkpoint",
     "plan": "does it fit on these TPUs, how fast is it, which layout",
     "sweep": "run every trial of a sweep, by any number of workers",
-    "compare": "runs or trials over seeds: what differs, by how much, and whether it is chance",
-    "rerun": "run the value of a run again, and check that it comes out the same to the bit",
+    "compare": "compare runs over seeds: how they differ, and whether it is chance",
+    "rerun": "run a run again, and see whether it comes out the same",
     "reproduce": "test a claim of a paper, and write the verdict",
     "report": "write report.html, the story of a run",
     "launch": "start a run on a pod, on a cluster, or in processes here",
@@ -142,7 +142,7 @@ def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], l
 
 
 def _overview() -> str:
-    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lm COMMAND …",

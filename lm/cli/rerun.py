@@ -1,4 +1,4 @@
-"""Run the same value again, and check that the numbers come out the same to the bit.
+"""Run the same value again, and check that it comes out the same to the bit.
 
   lm rerun runs/quickstart
 

@@ -82,7 +82,11 @@ REFUSED = {
     "a condition of nothing": ({"sft.steps": (3,)}, {"conditions": {"sft.step": bool}}, "did you mean sft.steps"),
     "seeds twice": ({"sft.steps": (3,)}, {"seeds": (0, 0)}, "distinct"),
     "no seed": ({"sft.steps": (3,)}, {"seeds": ()}, "at least one"),
-    "too many": ({"sft.steps": tuple(range(1, 400)), "pretrain.steps": tuple(range(1, 400))}, {}, "159,201 trials"),
+    "too many": (
+        {name: tuple(range(1, 51)) for name in ("sft.steps", "pretrain.steps", "sft.eval_every")},
+        {},
+        "125,000 trials",
+    ),
     "a search over nothing": ({}, {"search": TPE(3)}, "a search needs an axis"),
     "a function that gives nothing": ({"what": {"a": lambda e: 3}}, {}, "gives int; it should give an Experiment"),
 }
@@ -97,7 +101,7 @@ def test_what_cannot_work_is_refused_in_a_line(case):
 
 
 def test_an_experiment_that_cannot_work_names_its_trial():
-    with pytest.raises(UserError, match=r"trial num_heads 3: .*num_heads"):
+    with pytest.raises(UserError, match=r"trial num_heads 3, num_kv_heads 2: model.num_heads 3 is not"):
         trials(Sweep("s", base, {"model.num_heads": (2, 3), "model.num_kv_heads": (2,)}, search=Grid()))
 
 

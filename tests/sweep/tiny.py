@@ -26,6 +26,6 @@ base = Experiment(
             save_every=2,
         ),
     ),
-    evals=(Eval("text", DRILLS, "bits_per_byte", count=4),),
+    evals=(Eval("text", DRILLS, "bits_per_byte", count=4, max_new_tokens=8),),
 )
 sweep = Sweep("tiny", base, {"sft.optimizer.peak_lr": (1e-3, 3e-3)}, seeds=(0, 1))
