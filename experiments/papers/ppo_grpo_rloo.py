@@ -6,6 +6,20 @@ from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
 from lm.experiment import PPO, Experiment
+from lm.papers.paper import (
+    Chart,
+    Curve,
+    Evidence,
+    Finding,
+    Paper,
+    by_seed,
+    difference,
+    over_steps,
+    where,
+    with_interval,
+)
+from lm.sweep.results import Result, measurements
+from lm.sweep.statistics import estimate, holm, paired
 from lm.sweep.sweep import Sweep
 
 
@@ -33,3 +47,51 @@ RULE = {
 
 sweep = Sweep("ppo_grpo_rloo", base, {"rule": RULE}, seeds=(0, 1, 2, 3))
 quick = Sweep("ppo_grpo_rloo_quick", small, {"rule": RULE})
+
+ALIKE = 0.05  # rewards whose difference is surely less than this are called alike
+
+
+def judge(evidence: Evidence) -> Finding:
+    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    rewards = {name: by_seed(where(runs, rule=name), lambda r: r.final("chains", "reward")) for name in RULE}
+    lengths = {name: by_seed(where(runs, rule=name), lambda r: r.final("chains", "length")) for name in RULE}
+    pairs = [("GRPO", "RLOO"), ("GRPO", "PPO"), ("RLOO", "PPO")]
+    found = {pair: paired(rewards[pair[0]], rewards[pair[1]]) for pair in pairs}
+    corrected = holm([one.p for one in found.values()])
+    alike = all(one.low > -ALIKE and one.high < ALIKE for one in found.values())
+    differ = [pair for pair, p in zip(pairs, corrected, strict=True) if p < 0.05]
+    told = "; ".join(f"{a} less {b} {difference(found[a, b])}" for a, b in pairs)
+    return Finding(
+        verdict="holds" if alike else "does not hold" if differ else "undecided",
+        reason=f"Held-out reward after the same number of answers: {told}.",
+        columns=("rule", "reward held out", "tokens an answer"),
+        rows=[
+            (
+                name,
+                with_interval(estimate(list(rewards[name].values()))),
+                with_interval(estimate(list(lengths[name].values())), 1),
+            )
+            for name in RULE
+        ],
+        charts=[
+            Chart(
+                "Held-out reward",
+                "steps",
+                "reward",
+                [Curve(name, over_steps(where(runs, rule=name), _measured)) for name in RULE],
+            )
+        ],
+    )
+
+
+def _measured(result: Result) -> list[tuple[int, float]]:
+    return measurements(result.stages["reason"], "chains", "reward")
+
+
+paper = Paper(
+    "PPO, GRPO and RLOO end alike from the same start with the same number of answers",
+    "A. Ahmadian et al., Back to Basics: Revisiting REINFORCE Style Optimization, arXiv:2402.14740, 2024",
+    judge,
+    sweeps=("sweep",),
+    quick=("quick",),
+)

@@ -126,3 +126,19 @@ def difference(found: Difference, digits: int = 3) -> str:
     if found.low <= 0 <= found.high:
         return f"{interval}, no difference seen (smallest that would have been: {found.detectable:.{digits}f})"
     return interval
+
+
+def over_steps(
+    results: Sequence[Result], points: Callable[[Result], Sequence[tuple[int, float]]]
+) -> list[tuple[float, float, float, float]]:
+    """Means over seeds and their intervals at every step that all runs have."""
+    runs = [dict(points(result)) for result in results if not result.failed]
+    steps = sorted(set.intersection(*map(set, runs))) if runs else []
+    return [curve_point(step, dict(enumerate(run[step] for run in runs))) for step in steps]
+
+
+def late(result: Result, stage: str, field: str, part: float = 0.1) -> float:
+    """The mean of a field of the training's own lines over the last tenth of a stage."""
+    values = [value for _, value in result.training(stage, field)]
+    last = values[-max(1, round(part * len(values))) :]
+    return math.fsum(last) / len(last) if last else math.nan
