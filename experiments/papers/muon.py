@@ -70,7 +70,7 @@ def judge(evidence: Evidence) -> Finding:
 
 
 paper = Paper(
-    "Muon needs fewer steps than AdamW: at the same number of steps and tries its loss is lower",
+    "Muon ends lower than AdamW after the same steps, with as many learning rates tried",
     "K. Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024; J. Liu et al., arXiv:2502.16982, 2025",
     judge,
     sweeps=("sweep",),

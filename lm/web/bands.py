@@ -25,9 +25,15 @@ class Band:
 
 
 def bands(
-    title: str, curves: Sequence[Band], x: str = "steps", y: str = "", log_x: bool = False, log_y: bool = False
+    title: str,
+    curves: Sequence[Band],
+    x: str = "steps",
+    y: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    salt: str = "",
 ) -> Chart:
-    """At most five curves, each a line through its means with its interval shaded."""
+    """At most five curves, each a line through its means with its interval shaded; `salt` keeps drawings of one title apart."""
     curves = curves[: len(SERIES)]
     few = all(len(curve.points) <= 12 for curve in curves)
 
@@ -41,7 +47,7 @@ def bands(
         axes.set_xlabel(x, color=INK)
         axes.set_ylabel(y, color=INK)
 
-    svg = sketch(f"bands {title}", f"{title}: {y} over {x}", paint, WIDE)
+    svg = sketch(f"bands {salt} {title}", f"{title}: {y} over {x}", paint, WIDE)
     legend = [(i, curve.label, plain(curve.points[-1][1])) for i, curve in enumerate(curves)]
     return Chart(title, svg, legend)
 

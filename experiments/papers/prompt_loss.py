@@ -1,0 +1,35 @@
+"""Is it better to learn the prompts too (Shi et al. 2024, arXiv:2405.14394)?"""
+
+from learn_end import only_sft
+from small_reasoner import experiment as base
+from small_reasoner import quick as small
+
+from lm.papers.paper import Evidence, Finding, Paper, by_seed, difference, where, with_interval
+from lm.sweep.statistics import estimate, paired
+from lm.sweep.sweep import Sweep
+
+LEARNT = {"answers": None, "prompts too": {"sft.objective.loss_on": "all"}}
+
+sweep = Sweep("prompt_loss", only_sft(base), {"learnt": LEARNT}, seeds=(0, 1, 2, 3, 4, 5))
+quick = Sweep("prompt_loss_quick", only_sft(small), {"learnt": LEARNT})
+
+
+def judge(evidence: Evidence) -> Finding:
+    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    rewards = {name: by_seed(where(runs, learnt=name), lambda r: r.final("chains", "reward")) for name in LEARNT}
+    gain = paired(rewards["prompts too"], rewards["answers"])
+    return Finding(
+        verdict="holds" if gain.low > 0 else "does not hold" if gain.high < 0 else "undecided",
+        reason=f"Held-out reward with the prompts learnt too, less without: {difference(gain)}.",
+        columns=("learnt", "reward held out"),
+        rows=[(name, with_interval(estimate(list(rewards[name].values())))) for name in LEARNT],
+    )
+
+
+paper = Paper(
+    "To learn the prompts as well as the answers makes instruction tuning better",
+    "Z. Shi et al., Instruction Tuning With Loss Over Instructions, arXiv:2405.14394, 2024",
+    judge,
+    sweeps=("sweep",),
+    quick=("quick",),
+)

@@ -1,0 +1,69 @@
+"""papers.html: every claim with its verdict, its numbers and its drawing, from the results that are kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import markdown_it
+
+from lm.papers.kept import Claim, claims
+from lm.papers.reproduce import source_line
+from lm.web.bands import Band, bands, finite
+from lm.web.charts import Chart
+from lm.web.report import fill, write_page
+
+TONES = {"holds": "better", "does not hold": "worse"}
+PARTS = ("Claim.", "The same.", "Scaled down.", "Refuted if")
+
+
+def write_papers(home: Path, path: Path) -> Path:
+    """Writes the page from `home`'s claims and results, and returns its path."""
+    return write_page(path, render(claims(home), home))
+
+
+def render(found: list[Claim], home: Path) -> str:
+    """The page as HTML: the claims that have a result, then those that have none."""
+    ran = [claim for claim in found if claim.result]
+    return fill(
+        "papers.html.j2",
+        ran=[
+            (claim, paragraphs(home / f"{claim.name}.md"), _charts(claim), source_line(_source(claim))) for claim in ran
+        ],
+        waiting=[claim for claim in found if not claim.result],
+        tones=TONES,
+        counts={
+            verdict: sum(claim.verdict == verdict for claim in ran)
+            for verdict in ("holds", "does not hold", "undecided")
+        },
+    )
+
+
+def _source(claim: Claim) -> dict[str, Any]:
+    assert claim.result is not None
+    return claim.result["provenance"]
+
+
+def paragraphs(page: Path) -> list[str]:
+    """What a claim's page says of it before the result, as HTML: the claim, what is the same, what is smaller, what refutes it."""
+    text = page.read_text("utf-8").split("## Result")[0]
+    kept = [part for part in text.split("\n\n") if part.startswith(tuple(f"**{name}" for name in PARTS))]
+    markdown = markdown_it.MarkdownIt("commonmark", {"html": False})
+    return [markdown.render(part) for part in kept]
+
+
+def _charts(claim: Claim) -> list[Chart]:
+    assert claim.result is not None
+    drawn = []
+    for number, chart in enumerate(claim.result["charts"]):
+        curves = [Band(curve["label"], _points(curve["points"])) for curve in chart["curves"]]
+        curves = [curve for curve in curves if curve.points]
+        if curves:
+            options = {name: chart[name] for name in ("x", "y", "log_x", "log_y")}
+            drawn.append(bands(f"{chart['title']}", curves, salt=f"{claim.name} {number}", **options))
+    return drawn
+
+
+def _points(points: list[list[float | None]]) -> list[tuple[float, float, float, float]]:
+    return finite([tuple(math.nan if value is None else value for value in point) for point in points])  # type: ignore[misc]
