@@ -1,0 +1,210 @@
+"""Comparisons of run folders that were written by hand, so that what they should say is known."""
+
+import copy
+import json
+import math
+import time
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from lm.cli.main import main
+from lm.experiment import UserError, to_dict
+from lm.sweep import table
+from lm.sweep.compare import Metric, compare, sentence
+from lm.sweep.explain import importance, scalings, varied
+from lm.sweep.results import read_result, read_sweep
+from lm.web.compare import render
+from tests.sweep.tiny import base
+
+BITS = Metric("text", "bits_per_byte")
+PLAIN = json.loads(json.dumps(to_dict(base)))
+SESSION = {
+    "versions": {"jax": "1"},
+    "git": {"commit": "c0ffee" * 6, "dirty": False},
+    "devices": {"kind": "cpu"},
+    "data_fingerprint": {"gen:drills": "abc"},
+    "started": "2026-01-01",
+}
+
+
+def written(folder, value, seed=0, session=SESSION, steps=(2, 4, 6), finished=True, **changes):
+    """The folder of a run that ended at `value` bits per byte; `changes` by dotted name, __ for a dot."""
+    plain = copy.deepcopy(PLAIN) | {"seed": seed}
+    for name, new in changes.items():
+        where = plain
+        *path, last = name.split("__")
+        for part in path:
+            where = where[int(part)] if part.isdigit() else where[part]
+        where[last] = new
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_text(json.dumps(plain))
+    (folder / "environment.json").write_text(json.dumps({"runs": [session]}))
+    for stage in plain["stages"]:
+        here = folder / "stages" / stage["name"]
+        here.mkdir(parents=True)
+        lines = [
+            {"step": s, "when": "during", "eval": "text", "metric": "bits_per_byte", "count": 4, "bits_per_byte": 9 - s}
+            for s in steps
+        ]
+        lines.append(lines[-1] | {"when": "after", "bits_per_byte": value})
+        (here / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if value is not None))
+        (here / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": 5 / s}) + "\n" for s in range(1, 7)))
+        if finished:
+            (here / "summary.json").write_text(
+                json.dumps({"steps": 6, "tokens": 100, "num_params": 1000, "seconds": 1})
+            )
+    return read_result(folder)
+
+
+def runs(tmp_path, effect, seeds=5, noise=0.01):
+    random = np.random.default_rng(0)
+    found = []
+    for name, shift, norm in (("a", 0.0, True), ("b", effect, False)):
+        for seed in range(seeds):
+            value = 2 + 0.5 * seed + shift + noise * random.normal()  # seeds differ more than the settings
+            found.append(written(tmp_path / f"{name}{seed}", value, seed, model__qk_norm=norm))
+    return found
+
+
+def test_a_difference_is_found_within_each_seed(tmp_path):
+    found = compare(runs(tmp_path, effect=-0.1))
+    assert [group.label for group in found.groups] == ["qk_norm true", "qk_norm false"]
+    assert found.changed == ("model.qk_norm",)
+    cell = found.cells["qk_norm false", BITS]
+    assert cell.differs and cell.difference.low < -0.1 < cell.difference.high
+    assert sentence(cell, BITS).endswith("better")
+    assert cell.final.count == 5 and cell.final.half > 0.5, "over seeds alone it would not have been found"
+
+
+def test_no_difference_is_said_with_what_could_have_been_seen(tmp_path):
+    found = compare(runs(tmp_path, effect=0.0))
+    said = sentence(found.cells["qk_norm false", BITS], BITS)
+    assert "no difference seen" in said and "could have been" in said
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    found = compare(runs(tmp_path, effect=-0.1, seeds=1))
+    cell = found.cells["qk_norm false", BITS]
+    assert math.isnan(cell.final.half) and math.isnan(cell.corrected) and not cell.differs
+    assert "in the one seed that both have" in sentence(cell, BITS)
+    assert any("one seed each: no interval" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "session", "why"),
+    [
+        ({"evals__0__source__holdout": 0.2}, SESSION, "source.holdout 0.1 and 0.2"),
+        ({"evals__0__count": 8}, SESSION, "count 4 and 8"),
+        ({"model__max_len": 128}, SESSION, "model.max_len 64 and 128"),
+        ({"model__qk_norm": False}, SESSION | {"data_fingerprint": {"gen:drills": "xyz"}}, "content abc and xyz"),
+    ],
+)
+def test_what_was_measured_on_other_data_is_not_compared(tmp_path, changes, session, why):
+    results = [written(tmp_path / f"a{seed}", 2.0 + seed, seed) for seed in range(3)]
+    results += [written(tmp_path / f"b{seed}", 1.0 + seed, seed, session, **changes) for seed in range(3)]
+    found = compare(results)
+    cell = found.cells[found.groups[1].label, BITS]
+    assert cell.difference is None and not cell.differs
+    assert any(f"held-out data are others ({why})" in note for note in found.notes)
+
+
+def test_what_is_missing_or_failed_is_counted_and_not_averaged(tmp_path):
+    results = [written(tmp_path / f"a{seed}", 2.0, seed) for seed in range(2)]
+    results.append(written(tmp_path / "a2", None, 2))
+    failed = written(tmp_path / "a3", 9.0, 3, finished=False)
+    object.__setattr__(failed, "failed", "step 3: the loss is not finite")
+    found = compare([*results, failed])
+    (group,) = found.groups
+    assert group.note == "1 failed" and found.cells[group.label, BITS].final.count == 2
+    assert any("missing in 1 of 3 runs" in note for note in found.notes)
+    with pytest.raises(UserError, match="no run has finished"):
+        compare([failed])
+
+
+def test_a_baseline_is_chosen_by_its_settings(tmp_path):
+    results = runs(tmp_path, effect=-0.1)
+    assert compare(results, {"model.qk_norm": "false"}).baseline.label == "qk_norm false"
+    with pytest.raises(UserError, match="there are"):
+        compare(results, {"model.qk_norm": "maybe"})
+    with pytest.raises(UserError, match="no run has an eval 'txt'; did you mean text"):
+        compare(results, only=["txt"])
+
+
+def test_rows_tell_where_each_number_is_from(tmp_path):
+    found = compare(runs(tmp_path, effect=-0.1))
+    path = table.write(found, tmp_path / "rows.parquet")
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert len(rows) == 10
+    one = rows[0]
+    assert one["commit"] == SESSION["git"]["commit"] and one["versions"] == "jax 1" and one["seed"] == 0
+    assert one["folder"] == str(tmp_path / "a0") and one["text.bits_per_byte"] == pytest.approx(2, abs=0.05)
+    assert one["data"] and one["experiment"] != rows[-1]["experiment"]
+    with pytest.raises(UserError, match=r"\.csv or \.parquet"):
+        table.write(found, tmp_path / "rows.xlsx")
+
+
+def grid(tmp_path, count=8):
+    """Settings of which the learning rate matters and the warmup does not."""
+    results = []
+    for i in range(count):
+        rate, warmup = 10.0 ** (i // 2 - 4), i % 2
+        settings = {"rate": f"{rate:g}", "warmup": str(warmup)}
+        one = written(
+            tmp_path / f"r{i}",
+            2 + abs(i // 2 - 1) + 0.001 * warmup,
+            0,
+            model__rope_theta=rate,
+            model__norm_eps=float(warmup),
+        )
+        object.__setattr__(one, "settings", settings)
+        results.append(one)
+    return results
+
+
+def test_the_axis_that_matters_is_called_important(tmp_path):
+    found = compare(grid(tmp_path))
+    assert varied(found) == ["rate", "warmup"]
+    shares = importance(found, BITS)
+    assert shares["rate"] > shares["warmup"] and sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_law_is_fitted_where_only_size_or_only_tokens_differ(tmp_path):
+    results = []
+    for i, size in enumerate((1e4, 1e5, 1e6)):
+        one = written(tmp_path / f"s{i}", 5 * size**-0.1, 0, model__num_layers=i + 1)
+        for file in one.folder.glob("stages/*/summary.json"):
+            file.write_text(json.dumps({"steps": 6, "tokens": 100, "num_params": size, "seconds": 1}))
+        results.append(one)
+    (law,) = scalings(compare(results), BITS)
+    assert law.what == "parameters" and law.fit.exponent == pytest.approx(-0.1)
+
+
+def test_a_page_escapes_what_it_shows(tmp_path):
+    results = [written(tmp_path / f"r{i}", 2.0 + i, 0, model__norm_eps=1e-5 * i) for i in range(2)]
+    object.__setattr__(results[1], "settings", {"what": "<script>alert(1)</script>"})
+    page = render(compare(results))
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_a_thousand_runs_are_compared_within_seconds(tmp_path, capsys):
+    for i in range(1000):
+        written(tmp_path / f"r{i}", 2 + 0.001 * i, i % 5, model__norm_eps=1e-6 * (1 + i // 5), steps=range(1, 6))
+    began = time.monotonic()
+    names = [str(tmp_path / f"r{i}") for i in range(1000)]
+    assert main(["compare", *names, "--page", str(tmp_path / "page.html")]) == 0
+    assert time.monotonic() - began < 60, "it takes four seconds on one quiet core; the limit is for noisy ones"
+    assert "200 settings, 1000 runs" in (tmp_path / "page.html").read_text()
+    capsys.readouterr()
+
+
+def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["compare", str(tmp_path / "empty")]) == 2
+    assert "is not a run" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not the folder of a sweep"):
+        read_sweep(tmp_path / "empty")
+    written(tmp_path / "one", 2.0)
+    assert main(["compare", str(tmp_path / "one"), "--baseline", "norm"]) == 2
+    assert "should be NAME=VALUE" in capsys.readouterr().err
