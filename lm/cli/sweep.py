@@ -18,16 +18,23 @@ claim; no bucket)."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least
+from lm.cli.launch import OPTIONS, needed
 from lm.experiment import UserError
 from lm.sweep.sweep import STORE, Sweep, folder_of, load
 
 TAKES_OVERRIDES = False
 SWEEP_HELP = "a name in experiments/ (ablations.qk_norm), or the path of a .py file that defines `sweep`"
 EXIT_FAILED = 1  # some trial did
+CLUSTER_FLAGS = (
+    "--topology", "--volume", "--image", "--namespace", "--queue", "--secret", "--service-account", "--spot", "--gpus-per-node", "--time",
+    "--partition", "--account",
+)  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +51,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of stages that trials share, also with other sweeps (%(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and do nothing")
-    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="with --dry-run: cost in hours of these TPUs")
+    parser.add_argument("--on", choices=("slurm", "gke"), help="hand --workers jobs over to a cluster; see above")
+    for flag in CLUSTER_FLAGS:
+        option = OPTIONS[flag]
+        kind: dict[str, Any] = {"action": "store_true"}
+        if option.metavar:
+            kind = {"metavar": option.metavar, "type": option.type, "action": "append" if option.repeated else "store"}
+        extra = "; of --dry-run: cost in hours of these TPUs" if flag == "--topology" else ""
+        parser.add_argument(flag, help=f"{', '.join(where(flag))}: {option.help}{extra}", **kind)
     parser.add_argument("--retry-failed", action="store_true", help="run the trials again that failed")
     parser.add_argument("--join", metavar="NAME", help=argparse.SUPPRESS)  # one of several workers, started by this one
     add_cache(parser)
@@ -57,18 +71,62 @@ def call(arguments: argparse.Namespace) -> int:
     sweep = load(arguments.sweep)
     check_sweep(sweep)
     folder = arguments.folder or folder_of(sweep)
-    if arguments.dry_run:
+    if arguments.dry_run and arguments.on is None:
         from lm.sweep.folder import SweepFolder
         from lm.sweep.show import dry_run
 
         print(dry_run(sweep, SweepFolder(folder, arguments.store), arguments.topology))
         return 0
-    if arguments.topology:
-        raise UserError(
-            "--topology is for --dry-run: where a trial runs is its experiment's mesh and this machine's matter"
-        )
+    for flag in CLUSTER_FLAGS:
+        if value_of(arguments, flag) and (arguments.on is None or arguments.on not in where(flag)):
+            raise UserError(f"{flag} is for --on {' and '.join(where(flag))}")
+    if arguments.on:
+        return hand_over_workers(arguments, sweep, folder)
     with cache_at(arguments.cache):
         return _work(arguments, sweep, folder)
+
+
+def where(flag: str) -> tuple[str, ...]:
+    """Which clusters have a use for a flag."""
+    return tuple(name for name in OPTIONS[flag].of if name in ("slurm", "gke"))
+
+
+def hand_over_workers(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
+    """Jobs of one worker each; a dry run prints what would be handed over."""
+    from lm.launch import gke, slurm, workers
+    from lm.launch.job import check_travels, hand_over, job_name, warn_of_local
+    from lm.launch.topology import parse_topology
+    from lm.launch.volumes import parse_volume
+
+    words = ["sweep", arguments.sweep, "--folder", str(folder), "--store", str(arguments.store)]
+    words += ["--cache", str(arguments.cache)] if arguments.cache else []
+    name = job_name(dataclasses.replace(sweep.base, name=sweep.name), None)
+    if arguments.on == "slurm":
+        nodes = slurm.Nodes(1, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account)
+        if warning := warn_of_local(str(folder)):
+            print(f"lm sweep: {warning}", file=sys.stderr)
+        handover = workers.on_slurm(name, words, arguments.workers, nodes)
+    else:
+        check_travels(arguments.sweep, "the files of the image only")
+        cluster = gke.Cluster(
+            topology=parse_topology(needed(arguments, "--topology")),
+            slices=1,
+            image=needed(arguments, "--image"),
+            volumes=tuple(map(parse_volume, arguments.volume or ())),
+            namespace=arguments.namespace,
+            queue=arguments.queue,
+            service_account=arguments.service_account,
+            secret=arguments.secret,
+            spot=arguments.spot,
+        )
+        handover = workers.on_gke(name, words, arguments.workers, (str(folder), str(arguments.store)), cluster)
+    if arguments.dry_run:
+        print(handover.text, end="")
+        return 0
+    hand_over(handover)
+    for line in handover.next:
+        print(f"lm sweep: {line}")
+    return 0
 
 
 def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:

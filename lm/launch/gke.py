@@ -98,17 +98,20 @@ def _job_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
     hosts = cluster.topology.hosts
     on_exit = {"containerName": CONTAINER, "operator": "In", "values": [EXIT_USER]}
     metadata = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}} if _buckets(cluster) else {}
+    environment, wrapper = _joining(job, cluster)
+    words = [*wrapper, *(literal(word) for word in job.command("lm"))]
     return {
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": on_exit}]},
-        "template": metadata | {"spec": _pod_spec(job, cluster)},
+        "template": metadata | {"spec": pod_spec(words, environment, job.grace, cluster)},
     }
 
 
-def _pod_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
+def pod_spec(command: list[str], environment: list[dict[str, Any]], grace: int, cluster: Cluster) -> dict[str, Any]:
+    """A pod that runs a command with all chips of one host, and has `grace` seconds to end in."""
     topology = cluster.topology
     selector = {
         "cloud.google.com/gke-tpu-accelerator": topology.generation.label,
@@ -116,23 +119,25 @@ def _pod_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
     }
     if cluster.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-    spec: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": job.grace}
+    spec: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": grace}
     if cluster.slices > 1:  # the data-centre network between slices, without a layer in between
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     if cluster.service_account:
         spec["serviceAccountName"] = cluster.service_account
-    spec |= {"nodeSelector": selector, "containers": [_container(job, cluster)]}
+    spec |= {"nodeSelector": selector, "containers": [_container(command, environment, cluster)]}
     return spec | {"volumes": [_volume(i, cluster) for i in range(len(cluster.volumes))]}
 
 
-def _container(job: Job, cluster: Cluster) -> dict[str, Any]:
-    # Kubernetes reads $(NAME) in these words; a doubled $ is one.
-    words = [word.replace("$", "$$") for word in job.command("lm")]
-    environment, wrapper = _joining(job, cluster)
+def literal(word: str) -> str:
+    """Kubernetes reads $(NAME) in the words of a command; a doubled $ is one."""
+    return word.replace("$", "$$")
+
+
+def _container(command: list[str], environment: list[dict[str, Any]], cluster: Cluster) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": cluster.image,
-        "command": [*wrapper, *words],
+        "command": command,
         "resources": {"limits": {"google.com/tpu": cluster.topology.chips_per_host}},
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of TPU hosts among themselves, and of slices
     }
