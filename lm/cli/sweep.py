@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least
-from lm.cli.launch import OPTIONS, needed
+from lm.cli.launch import OPTIONS, needed, value_of
 from lm.experiment import UserError
 from lm.sweep.sweep import STORE, Sweep, folder_of, load
 
