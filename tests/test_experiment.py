@@ -28,8 +28,11 @@ from lm.experiment import (
     from_dict,
     to_dict,
 )  # fmt: skip
-from lm.files import load
+from lm.files import defined_in, load
 from lm.overrides import knobs, override
+from lm.papers import paper as papers
+from lm.sweep.sweep import Sweep
+from lm.sweep.trials import trials
 
 DOCS = Source("gen:docs")
 OBJECTIVES = {
@@ -156,8 +159,13 @@ def test_flatten_names_stages_at_the_top():
 
 def test_experiments_that_ship_are_sound():
     root = Path(__file__).parent.parent / "experiments"
-    for path in sorted(root.rglob("*.py")):
+    claims = {page.with_suffix(".py") for page in (root / "papers").glob("*.md")}
+    for path in sorted(set(root.rglob("*.py")) - claims):
         check(load(str(path)))
+    for path in sorted(claims):
+        paper = papers.load(str(path))
+        for name in (*paper.sweeps, *paper.quick):
+            assert trials(defined_in(path, name, Sweep))
 
 
 def test_a_file_that_is_not_there_or_defines_nothing_is_said(tmp_path):
