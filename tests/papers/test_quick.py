@@ -1,5 +1,6 @@
 """Every claim still works: its small sweeps run, it is judged, and its words and drawings come out."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,10 @@ def test_the_kept_results_are_drawn_into_one_page(tmp_path):
 
 
 def test_a_verdict_is_written_between_its_marks(tmp_path):
-    import dataclasses
 
     file = str(HOME / "kl_estimators.py")
     outcome = dataclasses.replace(reproduce(file, load(file), tmp_path / "kl"), name="kl")
-    (tmp_path / "kl.md").write_text(f"# KL\n\n{BEGIN}\nold\n{END}\nafter\n")
+    (tmp_path / "kl.md").write_text(f"# KL\n\n{BEGIN}\nnot run yet\n{END}\nafter\n")
     data, page = write(outcome, tmp_path)
     text = page.read_text()
-    assert data.is_file() and "old" not in text and "**Verdict: holds.**" in text and text.endswith("after\n")
+    assert data.is_file() and "not run yet" not in text and "**Verdict: holds.**" in text and text.endswith("after\n")
