@@ -31,7 +31,9 @@ from lm.experiment import (
 from lm.files import defined_in, load
 from lm.overrides import knobs, override
 from lm.papers import paper as papers
+from lm.sweep.cost import representatives
 from lm.sweep.sweep import Sweep
+from lm.sweep.sweep import load as load_sweep
 from lm.sweep.trials import trials
 
 DOCS = Source("gen:docs")
@@ -160,8 +162,11 @@ def test_flatten_names_stages_at_the_top():
 def test_experiments_that_ship_are_sound():
     root = Path(__file__).parent.parent / "experiments"
     claims = {page.with_suffix(".py") for page in (root / "papers").glob("*.md")}
-    for path in sorted(set(root.rglob("*.py")) - claims):
+    sweeps = set((root / "ablations").glob("*.py"))
+    for path in sorted(set(root.rglob("*.py")) - claims - sweeps):
         check(load(str(path)))
+    for path in sorted(sweeps):
+        representatives(load_sweep(str(path)))
     for path in sorted(claims):
         paper = papers.load(str(path))
         for name in (*paper.sweeps, *paper.quick):

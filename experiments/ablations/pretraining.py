@@ -1,0 +1,21 @@
+"""A hand-written ablation: the quickstart's language model as it is, and with one thing taken away at a time."""
+
+import dataclasses
+
+from lm.files import load
+from lm.sweep.sweep import Sweep
+
+quickstart = load("quickstart")
+pretraining = dataclasses.replace(
+    quickstart, name="pretraining", stages=quickstart.stages[:1], evals=quickstart.evals[:1]
+)
+
+WITHOUT = {
+    "baseline": None,
+    "no QK-norm": {"model.qk_norm": False},
+    "no z-loss": {"pretrain.objective.z_loss": 0.0},
+    "tied head": {"model.tied_head": True},
+    "AdamW": {"pretrain.optimizer.kind": "adamw"},
+}
+
+sweep = Sweep("pretraining", pretraining, {"without": WITHOUT}, seeds=(0, 1, 2), metric="docs")
