@@ -1,6 +1,6 @@
 """A sweep whose trials take some seconds: two stages, of which the trials share the first."""
 
-from lm.experiment import SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
+from lm.experiment import SFT, Eval, Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 from lm.sweep.sweep import Sweep
 
 FAST = Optimizer(peak_lr=1e-3, warmup_steps=2)
@@ -9,6 +9,7 @@ DRILLS = Source("gen:drills", holdout=0.1)
 base = Experiment(
     name="tiny",
     prompts=(),
+    mesh=Mesh(data=1),
     tokenizer=Tokenizer(vocab_size=400),
     model=Model(num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64, max_len=64),
     stages=(

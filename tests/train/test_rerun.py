@@ -1,0 +1,62 @@
+"""A run again: the same to the bit, and what is said where it is not."""
+
+import json
+
+import pytest
+
+from lm.cli.main import main
+from lm.experiment import UserError, to_dict
+from lm.train.rerun import conditions, first_difference
+from lm.train.run_folder import read_json
+from lm.train.stages import fingerprints, run
+from tests.sweep.tiny import base
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rerun") / "run"
+    run(base, folder)
+    return folder
+
+
+def test_a_run_again_is_the_same_to_the_bit(finished, capsys):
+    assert main(["rerun", str(finished)]) == 0
+    said = capsys.readouterr().out
+    assert "the same to the bit: every number of pretrain, sft" in said and "not as it was" not in said
+    assert read_json(finished.with_name("run.rerun") / "experiment.json") == json.loads(json.dumps(to_dict(base)))
+
+
+def test_the_first_number_that_differs_is_named(finished, tmp_path, capsys):
+    out = tmp_path / "again"
+    assert main(["rerun", str(finished), "--until", "pretrain", "--out", str(out)]) == 0
+    file = out / "stages" / "pretrain" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[2]["loss"] += 1e-7
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert first_difference(finished, out, ["pretrain"]).startswith("pretrain, metrics.jsonl, step 3: loss was")
+    assert main(["rerun", str(finished), "--until", "pretrain", "--out", str(out)]) == 1
+    assert "different: pretrain" in capsys.readouterr().out
+
+
+def test_what_is_not_as_it_was_is_said_and_may_be_refused(finished, tmp_path, capsys):
+    file = finished / "environment.json"
+    kept = file.read_text()
+    record = json.loads(kept)
+    record["runs"][-1]["versions"]["jax"] = "0.0.1"
+    record["runs"][-1]["data_fingerprint"] = {"gen:drills": "other"}
+    try:
+        file.write_text(json.dumps(record))
+        names = [name for name, _, _ in conditions(finished, fingerprints(base))]
+        assert "versions.jax" in names and any(name.startswith("data") for name in names)
+        assert main(["rerun", str(finished), "--same", "--out", str(tmp_path / "never")]) == 2
+        assert "not as it was: versions.jax: 0.0.1 →" in capsys.readouterr().out
+        assert not (tmp_path / "never").exists()
+    finally:
+        file.write_text(kept)
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path):
+    run(base, tmp_path / "half", until="pretrain")
+    assert main(["rerun", str(tmp_path / "half")]) == 2
+    with pytest.raises(UserError, match="never began"):
+        conditions(tmp_path, {})
