@@ -1,0 +1,127 @@
+"""Reward against KL of DPO and PPO, judged by a program (Rafailov et al. 2023, arXiv:2305.18290, figure 2)."""
+
+import dataclasses
+import math
+
+from lm.experiment import Experiment
+from lm.files import load
+from lm.overrides import override
+from lm.papers.paper import Chart, Curve, Evidence, Finding, Paper, difference, with_interval
+from lm.sweep.results import Result
+from lm.sweep.statistics import estimate, paired
+from lm.sweep.sweep import Sweep
+
+LIMITS = (1.0, 2.0, 4.0, 8.0)  # nats an answer
+
+rlhf = load("rlhf")
+
+
+def ending_with(name: str):
+    """The path to this preference stage and no other."""
+
+    def change(e: Experiment) -> Experiment:
+        others = {"ppo", "dpo"} - {name}
+        return dataclasses.replace(e, stages=tuple(stage for stage in e.stages if stage.name not in others))
+
+    return change
+
+
+RULE = {
+    **{
+        f"DPO, β {beta}": (lambda e, b=beta: override(ending_with("dpo")(e), ["--dpo.objective.beta", str(b)]))
+        for beta in (0.05, 0.2)
+    },
+    **{
+        f"PPO, KL {coef}": (lambda e, c=coef: override(ending_with("ppo")(e), ["--ppo.objective.kl_coef", str(c)]))
+        for coef in (0.02, 0.1)
+    },
+}
+base = dataclasses.replace(
+    rlhf, prompts=(), evals=tuple(item for item in rlhf.evals if item.name in ("judge", "instruct"))
+)
+
+sweep = Sweep("dpo_ppo", base, {"rule": RULE}, seeds=(0, 1, 2))
+quick = Sweep(
+    "dpo_ppo_quick",
+    override(
+        base,
+        [word for stage in base.stages for word in (f"--{stage.name}.steps", "2", f"--{stage.name}.batch_size", "8")]
+        + ["--ppo.eval_every", "1", "--dpo.eval_every", "1", "--evals.judge.count", "16", "--evals.instruct.count", "8"]
+        + ["--model.num_layers", "1", "--model.embed_dim", "32", "--model.mlp_dim", "64", "--collect.steps", "8"],
+    ),
+    {"rule": {name: RULE[name] for name in ("DPO, β 0.05", "PPO, KL 0.02")}},
+)
+
+
+def points(result: Result) -> list[tuple[float, float]]:
+    """(KL, gold reward) of every measurement of the preference stage, the start among them."""
+    stage = list(result.stages.values())[-1]
+    lines = [line for line in stage.evals if line["eval"] == "judge" and math.isfinite(line.get("kl", math.nan))]
+    return sorted((line["kl"], line["reward"]) for line in lines)
+
+
+def best_within(results: list[Result], limit: float) -> dict[int, float]:
+    """By seed, the highest gold reward of a rule at a KL of at most so much, over its settings and steps."""
+    found: dict[int, float] = {}
+    for result in results:
+        for kl, reward in points(result):
+            if kl <= limit:
+                found[result.seed] = max(found.get(result.seed, -math.inf), reward)
+    return found
+
+
+def judge(evidence: Evidence) -> Finding:
+    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    of = {kind: [r for r in runs if r.settings["rule"].startswith(kind)] for kind in ("DPO", "PPO")}
+    table = {(kind, limit): best_within(found, limit) for kind, found in of.items() for limit in LIMITS}
+    gains = {limit: paired(table["DPO", limit], table["PPO", limit]) for limit in LIMITS}
+    never_below = all(gains[limit].high >= 0 for limit in LIMITS)
+    above = any(gains[limit].low > 0 for limit in LIMITS)
+    below = any(gains[limit].high < 0 for limit in LIMITS)
+    return Finding(
+        verdict="holds" if above and never_below else "does not hold" if below else "undecided",
+        reason="Best gold reward within a KL, DPO less PPO: "
+        + "; ".join(f"{limit:g} nats {difference(gains[limit])}" for limit in LIMITS)
+        + ".",
+        columns=("KL at most", "DPO", "PPO"),
+        rows=[
+            (
+                f"{limit:g} nats",
+                *(with_interval(estimate(list(table[kind, limit].values()))) for kind in ("DPO", "PPO")),
+            )
+            for limit in LIMITS
+        ],
+        charts=[
+            Chart(
+                "Gold reward against KL, seed by seed's mean at each measurement",
+                "KL, nats an answer",
+                "gold reward",
+                [
+                    Curve(name, _mean([r for r in runs if r.settings["rule"] == name]))
+                    for name in RULE
+                    if any(r.settings["rule"] == name for r in runs)
+                ],
+            )
+        ],
+    )
+
+
+def _mean(results: list[Result]) -> list[tuple[float, float, float, float]]:
+    """Means of KL and of reward over the seeds at each measurement, in the order of the steps."""
+    by_place = list(zip(*(points(result) for result in results), strict=False))
+    found = []
+    for same in by_place:
+        reward = estimate([r for _, r in same])
+        found.append(
+            (sum(kl for kl, _ in same) / len(same), reward.mean, reward.mean - reward.half, reward.mean + reward.half)
+        )
+    return found
+
+
+paper = Paper(
+    "DPO's reward is above PPO's at every KL to the reference",
+    "R. Rafailov et al., Direct Preference Optimization, arXiv:2305.18290, 2023, figure 2",
+    judge,
+    sweeps=("sweep",),
+    quick=("quick",),
+)
