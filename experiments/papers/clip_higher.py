@@ -12,7 +12,7 @@ from lm.sweep.sweep import Sweep
 SEVERAL = ["--reason.objective.updates_per_rollout", "4", "--reason.optimizer.peak_lr", "2e-4"]
 CLIP = {"0.2": None, "0.28": {"reason.objective.clip_high": 0.28}}
 
-sweep = Sweep("clip_higher", override(base, SEVERAL), {"upper clip": CLIP}, seeds=(0, 1, 2, 3))
+sweep = Sweep("clip_higher", override(base, SEVERAL), {"upper clip": CLIP}, seeds=(0, 1, 2, 3, 4, 5))
 quick = Sweep(
     "clip_higher_quick", override(small, ["--reason.objective.updates_per_rollout", "2"]), {"upper clip": CLIP}
 )

@@ -26,7 +26,7 @@ KIND = {
     "Dr. GRPO": {"reason.objective.aggregation": "constant", "reason.objective.scale_advantages": False},
 }
 
-sweep = Sweep("dr_grpo", base, {"loss": KIND}, seeds=(0, 1, 2))
+sweep = Sweep("dr_grpo", base, {"loss": KIND}, seeds=(0, 1, 2, 3, 4, 5))
 quick = Sweep("dr_grpo_quick", small, {"loss": {name: KIND[name] for name in ("GRPO", "Dr. GRPO")}})
 
 

@@ -18,7 +18,7 @@ SAMPLES = Eval("samples", CHAINS, "pass_at_k", count=128, max_new_tokens=64, tem
 # Taught less, and practised longer: 64 samples of a model that was taught 800 steps solve every prompt, and leave nothing to add.
 weak = override(base, ["--sft.steps", "350", "--reason.steps", "240"])
 
-sweep = Sweep("pass_at_k", dataclasses.replace(weak, evals=(*base.evals, SAMPLES)), seeds=(0, 1, 2))
+sweep = Sweep("pass_at_k", dataclasses.replace(weak, evals=(*base.evals, SAMPLES)), seeds=(0, 1, 2, 3, 4, 5))
 quick = Sweep(
     "pass_at_k_quick",
     dataclasses.replace(

@@ -45,7 +45,7 @@ RULE = {
     "PPO": ppo,
 }
 
-sweep = Sweep("ppo_grpo_rloo", base, {"rule": RULE}, seeds=(0, 1, 2, 3))
+sweep = Sweep("ppo_grpo_rloo", base, {"rule": RULE}, seeds=(0, 1, 2, 3, 4, 5))
 quick = Sweep("ppo_grpo_rloo_quick", small, {"rule": RULE})
 
 ALIKE = 0.05  # rewards whose difference is surely less than this are called alike
