@@ -1,8 +1,8 @@
 """Compare runs, or the trials of a sweep: over seeds, with a baseline.
 
-  lm compare sweeps/qk_norm
+  lm compare sweeps/pretraining
   lm compare runs/a0 runs/a1 runs/b0 runs/b1
-  lm compare sweeps/qk_norm --baseline norm=QK-norm --csv qk_norm.csv
+  lm compare sweeps/pretraining --baseline without=baseline --csv rows.csv
 
 Runs that differ in their seed only are one group. Every group is compared with
 the baseline within each seed: the mean difference, its 95 % interval (Student's

@@ -1,8 +1,8 @@
 """Run a sweep: every trial that its axes make of the base, each an `lm run`.
 
-  lm sweep ablations.qk_norm --dry-run
-  lm sweep ablations.qk_norm --workers 2
-  lm compare sweeps/qk_norm
+  lm sweep ablations.pretraining --dry-run
+  lm sweep ablations.pretraining --workers 2
+  lm compare sweeps/pretraining
 
 Any number of workers work together, here and on other hosts that share the
 sweep's folder: start the same command there. One that dies is replaced, and its
@@ -29,7 +29,7 @@ from lm.experiment import UserError
 from lm.sweep.sweep import STORE, Sweep, folder_of, load
 
 TAKES_OVERRIDES = False
-SWEEP_HELP = "a name in experiments/ (ablations.qk_norm), or the path of a .py file that defines `sweep`"
+SWEEP_HELP = "a name in experiments/ (ablations.pretraining), or the path of a .py file that defines `sweep`"
 EXIT_FAILED = 1  # some trial did
 CLUSTER_FLAGS = (
     "--topology", "--volume", "--image", "--namespace", "--queue", "--secret", "--service-account", "--spot", "--gpus-per-node", "--time",
