@@ -1,7 +1,5 @@
 """Learning-rate sensitivity with and without QK-norm (Wortsman et al. 2023, arXiv:2309.14322)."""
 
-import dataclasses
-
 from tiny_text import experiment as base
 from tiny_text import quick as small
 
@@ -11,7 +9,6 @@ from lm.papers.paper import (
     Evidence,
     Finding,
     Paper,
-    by_seed,
     curve_point,
     difference,
     where,
@@ -30,7 +27,7 @@ quick = Sweep("qk_norm_quick", small, {"norm": NORM, "pretrain.optimizer.peak_lr
 
 def bits(result) -> float:
     """Held-out bits per byte; of a run that diverged those before it began, which the paper counts too."""
-    if result.failed:
+    if result.diverged:
         return result.stages["pretrain"].evals[0]["bits_per_byte"]
     return result.final("docs", "bits_per_byte")
 
@@ -41,12 +38,11 @@ def sensitivity(by_rate: dict[str, float]) -> float:
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = [
-        dataclasses.replace(r, failed="") if r.failed else r
-        for r in evidence.runs["quick" if evidence.quick else "sweep"]
-    ]
+    runs = evidence.runs["quick" if evidence.quick else "sweep"]
     rates = sorted({r.settings["pretrain.optimizer.peak_lr"] for r in runs}, key=float)
-    table = {(norm, rate): by_seed(where(runs, norm=norm, peak_lr=rate), bits) for norm in NORM for rate in rates}
+    table = {
+        (norm, rate): {r.seed: bits(r) for r in where(runs, norm=norm, peak_lr=rate)} for norm in NORM for rate in rates
+    }
     seeds = sorted(set.intersection(*(set(found) for found in table.values())))
     of = {n: {s: sensitivity({rate: table[n, rate][s] for rate in rates}) for s in seeds} for n in NORM}
     gain = paired(of["QK-norm"], of["no QK-norm"])

@@ -59,7 +59,7 @@ def reproduce(
 def _check(results: list[Result], folder: Path) -> None:
     """A run that diverged is a result; one that was refused or died is a mistake."""
     for result in results:
-        if result.failed and "not finite" not in result.failed:
+        if result.failed and not result.diverged:
             raise UserError(
                 f"{result.folder}: {result.failed}; put it right, then: lm sweep … --retry-failed ({folder})"
             )

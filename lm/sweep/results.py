@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from lm.train.run_files import StageFiles, read_stage
 from lm.train.run_folder import read_json
 
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss"})
+DIVERGED = re.compile(r"\b(loss|grad_norm) is (nan|-?inf) at step")  # as a run says it
 MAIN_FIELD = {"best_of_n": "reward"}  # of a metric whose main number has another name than it
 
 
@@ -60,6 +62,11 @@ class Result:
             )
             for stage in self.experiment["stages"]
         }
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it failed because its loss or its gradient was no number."""
+        return DIVERGED.search(self.failed) is not None
 
     @property
     def finished(self) -> bool:

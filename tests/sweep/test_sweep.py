@@ -247,6 +247,16 @@ def test_halving_ends_what_is_worse_at_a_rung(tmp_path):
     assert ended == [False, True, True, False]
 
 
+def test_a_run_that_diverges_is_counted_as_failed_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    value = Sweep("s", base, {"pretrain.optimizer.peak_lr": (1e30,), "pretrain.optimizer.clip_norm": (1e30,)})
+    study, folder = opened(tmp_path, value)
+    Worker(value, folder, study, "").work()
+    (result,) = read_sweep(folder.path)
+    assert result.diverged and not result.finished
+    assert study.counts() == (1, 1) and "nan at step" in study.failures()[0]
+
+
 def test_a_run_that_is_refused_fails_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     (tmp_path / "text.txt").write_text("words\n" * 3000)
