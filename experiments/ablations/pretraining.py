@@ -1,11 +1,12 @@
 """A hand-written ablation: the quickstart's language model as it is, and with one thing taken away at a time."""
 
 import dataclasses
+from pathlib import Path
 
 from lm.files import load
 from lm.sweep.sweep import Sweep
 
-quickstart = load("quickstart")
+quickstart = load(str(Path(__file__).parent.parent / "quickstart.py"))
 pretraining = dataclasses.replace(
     quickstart, name="pretraining", stages=quickstart.stages[:1], evals=quickstart.evals[:1]
 )

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
-from lm.experiment import Experiment
+from lm.experiment import Experiment, Source
 from lm.files import load
 from lm.overrides import override
 from lm.papers.paper import Chart, Curve, Evidence, Finding, Paper, difference, with_interval
@@ -13,7 +14,7 @@ from lm.sweep.sweep import Sweep
 
 LIMITS = (1.0, 2.0, 4.0, 8.0)  # nats an answer
 
-rlhf = load("rlhf")
+rlhf = load(str(Path(__file__).parent.parent / "rlhf.py"))
 
 
 def ending_with(name: str):
@@ -41,14 +42,34 @@ base = dataclasses.replace(
 )
 
 sweep = Sweep("dpo_ppo", base, {"rule": RULE}, seeds=(0, 1, 2))
+
+
+def made_up(e: Experiment) -> Experiment:
+    """Without answers of its own, of which a model that has learnt nothing has none to prefer: generated pairs instead."""
+    pairs = (Source("gen:preferences", holdout=0.05),)
+    kept = (stage for stage in e.stages if stage.name != "collect")
+    stages = tuple(dataclasses.replace(s, sources=pairs) if s.sources[0].path.startswith("made:") else s for s in kept)
+    return dataclasses.replace(e, stages=stages)
+
+
+SMALL = [
+    "--model.num_layers",
+    "1",
+    "--model.embed_dim",
+    "32",
+    "--model.mlp_dim",
+    "64",
+    "--ppo.eval_every",
+    "1",
+    "--dpo.eval_every",
+    "1",
+]
+FEW = ["--evals.judge.count", "16", "--evals.instruct.count", "8"]
+little = made_up(base)
+SHORT = [word for stage in little.stages for word in (f"--{stage.name}.steps", "2", f"--{stage.name}.batch_size", "8")]
 quick = Sweep(
     "dpo_ppo_quick",
-    override(
-        base,
-        [word for stage in base.stages for word in (f"--{stage.name}.steps", "2", f"--{stage.name}.batch_size", "8")]
-        + ["--ppo.eval_every", "1", "--dpo.eval_every", "1", "--evals.judge.count", "16", "--evals.instruct.count", "8"]
-        + ["--model.num_layers", "1", "--model.embed_dim", "32", "--model.mlp_dim", "64", "--collect.steps", "8"],
-    ),
+    override(little, [*SMALL, *FEW, *SHORT]),
     {"rule": {name: RULE[name] for name in ("DPO, β 0.05", "PPO, KL 0.02")}},
 )
 
