@@ -4,9 +4,9 @@ from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
 from lm.overrides import override
-from lm.papers.paper import Chart, Curve, Evidence, Finding, Paper, by_seed, difference, late, over_steps, with_interval
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, by_sign, difference, late, over_seeds, over_steps
 from lm.sweep.results import Result
-from lm.sweep.statistics import estimate, paired
+from lm.sweep.statistics import Curve, estimate, paired
 from lm.sweep.sweep import Sweep
 
 SEVERAL = ["--reason.objective.updates_per_rollout", "4", "--reason.optimizer.peak_lr", "2e-4"]
@@ -19,23 +19,23 @@ quick = Sweep(
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     of = {bound: [r for r in runs if r.settings["upper clip"] == bound] for bound in CLIP}
     entropy = {bound: by_seed(of[bound], lambda r: late(r, "reason", "entropy")) for bound in CLIP}
     reward = {bound: by_seed(of[bound], lambda r: r.final("chains", "reward")) for bound in CLIP}
     clipped = {bound: by_seed(of[bound], lambda r: late(r, "reason", "clip_high_frac", 1.0)) for bound in CLIP}
     kept, gained = paired(entropy["0.28"], entropy["0.2"]), paired(reward["0.28"], reward["0.2"])
     return Finding(
-        verdict="holds" if kept.low > 0 else "does not hold" if kept.high < 0 else "undecided",
+        verdict=by_sign(kept, +1),
         reason=f"Entropy over the last tenth of the training, 0.28 less 0.2: {difference(kept, 4)} nats a token; held-out "
         f"reward: {difference(gained)}.",
         columns=("upper clip", "entropy, nats a token", "tokens clipped above", "reward held out"),
         rows=[
             (
                 bound,
-                with_interval(estimate(list(entropy[bound].values())), 4),
+                over_seeds(entropy[bound], 4),
                 f"{100 * estimate(list(clipped[bound].values())).mean:.3f} %",
-                with_interval(estimate(list(reward[bound].values()))),
+                over_seeds(reward[bound]),
             )
             for bound in CLIP
         ],

@@ -7,9 +7,9 @@ from pathlib import Path
 from lm.experiment import Experiment, Source
 from lm.files import load
 from lm.overrides import override
-from lm.papers.paper import Chart, Curve, Evidence, Finding, Paper, difference, with_interval
+from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, over_seeds
 from lm.sweep.results import Result
-from lm.sweep.statistics import estimate, paired
+from lm.sweep.statistics import Curve, estimate, paired
 from lm.sweep.sweep import Sweep
 
 LIMITS = (1.0, 2.0, 4.0, 8.0)  # nats an answer
@@ -92,7 +92,7 @@ def best_within(results: list[Result], limit: float) -> dict[int, float]:
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     of = {kind: [r for r in runs if r.settings["rule"].startswith(kind)] for kind in ("DPO", "PPO")}
     table = {(kind, limit): best_within(found, limit) for kind, found in of.items() for limit in LIMITS}
     gains = {limit: paired(table["DPO", limit], table["PPO", limit]) for limit in LIMITS}
@@ -108,7 +108,7 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 f"{limit:g} nats",
-                *(with_interval(estimate(list(table[kind, limit].values()))) for kind in ("DPO", "PPO")),
+                *(over_seeds(table[kind, limit]) for kind in ("DPO", "PPO")),
             )
             for limit in LIMITS
         ],

@@ -3,20 +3,9 @@
 from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
-from lm.papers.paper import (
-    Chart,
-    Curve,
-    Evidence,
-    Finding,
-    Paper,
-    by_seed,
-    difference,
-    over_steps,
-    where,
-    with_interval,
-)
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, over_seeds, over_steps, where
 from lm.sweep.results import Result, measurements
-from lm.sweep.statistics import estimate, holm, paired
+from lm.sweep.statistics import Curve, holm, paired
 from lm.sweep.sweep import Sweep
 
 KIND = {
@@ -36,7 +25,7 @@ def wrong_length(result: Result) -> float:
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     losses = [name for name in KIND if where(runs, loss=name)]
     lengths = {name: by_seed(where(runs, loss=name), wrong_length) for name in losses}
     rewards = {name: by_seed(where(runs, loss=name), lambda r: r.final("chains", "reward")) for name in losses}
@@ -53,9 +42,9 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 name,
-                with_interval(estimate(list(lengths[name].values())), 1),
+                over_seeds(lengths[name], 1),
                 difference(shorter[name], 1) if name in shorter else "",
-                with_interval(estimate(list(rewards[name].values()))),
+                over_seeds(rewards[name]),
             )
             for name in losses
         ],

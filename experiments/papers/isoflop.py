@@ -9,8 +9,9 @@ from tiny_text import quick as small
 
 from lm.experiment import Experiment
 from lm.model.flops import forward_flops_per_token
-from lm.papers.paper import Chart, Curve, Evidence, Finding, Paper, by_seed, curve_point, where, with_interval
-from lm.sweep.statistics import estimate, power_law, resampled
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, over_seeds, where
+from lm.sweep.results import Result
+from lm.sweep.statistics import Curve, curve_point, estimate, power_law
 from lm.sweep.sweep import Sweep
 
 CLAIMED, RIVAL = 0.5, 0.73  # exponents of the size: Hoffmann et al., Kaplan et al. 2020
@@ -60,7 +61,24 @@ SIZES = {
 }
 BUDGETS = {f"{c:.0e}": spend(c) for c in (1e12, 2e12, 4e12)}
 
+RATES = {"half": 0.5, "double": 2.0}
+
+
+def times_rate(factor: float):
+    """The learning rate times so much, to see whether an untuned one moves the minimum."""
+    return {"pretrain.optimizer.peak_lr": lambda e: factor * e.stages[0].optimizer.peak_lr}
+
+
 sweep = Sweep("isoflop", base, {"size": SIZES, "budget": BUDGETS}, seeds=(0, 1, 2))
+rates = Sweep(
+    "isoflop_rates",
+    base,
+    {
+        "size": SIZES,
+        "budget": {c: BUDGETS[c] for c in (min(BUDGETS, key=float), max(BUDGETS, key=float))},
+        "rate": {name: times_rate(factor) for name, factor in RATES.items()},
+    },
+)
 quick = Sweep(
     "isoflop_quick",
     small,
@@ -77,41 +95,56 @@ def optimum(sizes: list[float], losses: list[float]) -> float:
     return float(np.exp(-b / (2 * a))) if a > 0 else math.nan
 
 
+def bits(result: Result) -> float:
+    return result.final("docs", "bits_per_byte")
+
+
+def exponent(budgets: list[str], best: list[float]) -> float:
+    """Of the power law through the minima; nan where one is not there."""
+    return math.nan if any(map(math.isnan, best)) else power_law([float(c) for c in budgets], best).exponent
+
+
+def _tuned(evidence: Evidence, labels: list[str], sizes: list[float]) -> str:
+    """The exponent where each size has the best of three learning rates, of one seed and two budgets, in a sentence."""
+    tried = evidence.runs.get("rates", [])
+    if not tried:
+        return ""
+    budgets = sorted({r.settings["budget"] for r in tried}, key=float)
+    one = [r for r in (*evidence.results, *tried) if r.seed == tried[0].seed]
+    best = [optimum(sizes, [min(bits(r) for r in where(one, size=n, budget=c)) for n in labels]) for c in budgets]
+    return (
+        f" With the best of three rates for each size and budget (half, one and double; one seed, the budgets {' and '.join(budgets)}) "
+        f"it is {exponent(budgets, best):.2f}."
+    )
+
+
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     budgets = sorted({r.settings["budget"] for r in runs}, key=float)
     labels = sorted({r.settings["size"] for r in runs}, key=lambda label: size(where(runs, size=label)[0].experiment))
     sizes = [size(where(runs, size=label)[0].experiment) for label in labels]
 
-    def bits(label: str, budget: str) -> dict[int, float]:
-        return by_seed(where(runs, size=label, budget=budget), lambda r: r.final("docs", "bits_per_byte"))
-
-    table = {(label, budget): bits(label, budget) for label in labels for budget in budgets}
-    seeds = set.intersection(*(set(found) for found in table.values()))
+    table = {(n, c): by_seed(where(runs, size=n, budget=c), bits) for n in labels for c in budgets}
+    seeds = sorted(set.intersection(*(set(found) for found in table.values())))
 
     def optima(chosen: list[int]) -> list[float]:
         return [optimum(sizes, [np.mean([table[n, c][s] for s in chosen]) for n in labels]) for c in budgets]
 
-    def exponent(chosen: list[int]) -> float:
-        best = optima(chosen)
-        return math.nan if any(map(math.isnan, best)) else power_law([float(c) for c in budgets], best).exponent
-
-    found, low, high = resampled(dict.fromkeys(seeds), exponent)
-    inside = low <= CLAIMED <= high
-    verdict = (
-        "does not hold" if high < CLAIMED or low > CLAIMED else "holds" if inside and high < RIVAL else "undecided"
-    )
-    best = optima(sorted(seeds))
+    found = estimate([exponent(budgets, optima([seed])) for seed in seeds])
+    low, high = found.mean - found.half, found.mean + found.half
+    excluded = high < CLAIMED or low > CLAIMED
+    verdict = "does not hold" if excluded else "holds" if high < RIVAL else "undecided"
+    best = optima(seeds)
     outside = [c for c, n in zip(budgets, best, strict=True) if not sizes[0] <= n <= sizes[-1]]
     doubt = f" The minimum of {', '.join(outside)} lies outside the sizes that were tried." if outside else ""
     return Finding(
         verdict=verdict,
-        reason=f"The size at the minimum grows as FLOPs^{found:.2f} [{low:.2f}, {high:.2f}] (bootstrap over {len(seeds)} seeds); "
-        f"claimed is {CLAIMED}, Kaplan et al. have {RIVAL}.{doubt}",
+        reason=f"The size at the minimum grows as FLOPs^{found.mean:.2f} [{low:.2f}, {high:.2f}] (Student's t over the exponents of "
+        f"{len(seeds)} seeds); claimed is {CLAIMED}, Kaplan et al. have {RIVAL}.{doubt}{_tuned(evidence, labels, sizes)}",
         columns=("parameters", *(f"{c} FLOPs" for c in budgets)),
         rows=[
             *(
-                (f"{n:,.0f} ({label})", *(with_interval(estimate(list(table[label, c].values()))) for c in budgets))
+                (f"{n:,.0f} ({label})", *(over_seeds(table[label, c]) for c in budgets))
                 for n, label in zip(sizes, labels, strict=True)
             ),
             ("minimum at", *(f"{n:,.0f}" for n in best)),
@@ -123,7 +156,11 @@ def judge(evidence: Evidence) -> Finding:
                 "bits per byte",
                 [
                     Curve(
-                        f"{c} FLOPs", [curve_point(n, table[label, c]) for n, label in zip(sizes, labels, strict=True)]
+                        f"{c} FLOPs",
+                        [
+                            curve_point(n, list(table[label, c].values()))
+                            for n, label in zip(sizes, labels, strict=True)
+                        ],
                     )
                     for c in budgets
                 ],
@@ -137,6 +174,6 @@ paper = Paper(
     "The best size of a model grows as the square root of the compute",
     "J. Hoffmann et al., Training Compute-Optimal Large Language Models, arXiv:2203.15556, 2022",
     judge,
-    sweeps=("sweep",),
+    sweeps=("sweep", "rates"),
     quick=("quick",),
 )

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.objectives.ppo import KL_ESTIMATORS
-from lm.papers.paper import Chart, Curve, Evidence, Finding, Paper
+from lm.papers.paper import Chart, Evidence, Finding, Paper
+from lm.sweep.statistics import Curve
 
 VOCABULARY, POLICIES, STEPS, RATE = 16, 200, 300, 0.5
 EXACT = 1e-9  # relative, in double precision

@@ -6,8 +6,8 @@ from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
 from lm.experiment import Experiment
-from lm.papers.paper import Evidence, Finding, Paper, by_seed, difference, where, with_interval
-from lm.sweep.statistics import estimate, paired
+from lm.papers.paper import Evidence, Finding, Paper, by_seed, difference, over_seeds, where
+from lm.sweep.statistics import paired
 from lm.sweep.sweep import Sweep
 
 
@@ -22,7 +22,7 @@ quick = Sweep("learn_end_quick", only_sft(small), {"end": END})
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     fields = {"ended by themselves": "eos_rate", "reward held out": "reward", "tokens an answer": "length"}
     table = {
         (end, field): by_seed(where(runs, end=end), lambda r, f=field: r.final("chains", f))
@@ -39,10 +39,7 @@ def judge(evidence: Evidence) -> Finding:
         reason=f"Not learning the end changes the part of answers that end by themselves by {difference(ended)}, and the "
         f"reward by {difference(worth)}.",
         columns=("end of the answer", *fields),
-        rows=[
-            (end, *(with_interval(estimate(list(table[end, field].values()))) for field in fields.values()))
-            for end in END
-        ],
+        rows=[(end, *(over_seeds(table[end, field]) for field in fields.values())) for end in END],
     )
 
 

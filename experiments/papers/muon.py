@@ -3,19 +3,8 @@
 from tiny_text import experiment as base
 from tiny_text import quick as small
 
-from lm.papers.paper import (
-    Chart,
-    Curve,
-    Evidence,
-    Finding,
-    Paper,
-    by_seed,
-    curve_point,
-    difference,
-    where,
-    with_interval,
-)
-from lm.sweep.statistics import estimate, paired
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, by_sign, difference, over_seeds, where
+from lm.sweep.statistics import Curve, curve_point, paired
 from lm.sweep.sweep import Sweep
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
@@ -39,7 +28,7 @@ def tuned(table: dict[str, dict[int, float]]) -> tuple[dict[int, float], dict[in
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     rates = sorted({r.settings["pretrain.optimizer.peak_lr"] for r in runs}, key=float)
 
     def bits(rule: str, rate: str) -> dict[int, float]:
@@ -51,18 +40,21 @@ def judge(evidence: Evidence) -> Finding:
     edges = [rule for rule in RULES if set(best[rule][1].values()) & {rates[0], rates[-1]}] if len(rates) > 1 else []
     edge = f" The best rate of {' and '.join(edges)} is at the edge of the grid." if edges else ""
     return Finding(
-        verdict="holds" if gain.high < 0 else "does not hold" if gain.low > 0 else "undecided",
+        verdict=by_sign(gain, -1),
         reason=f"At the rate that the other seeds choose, bits per byte held out: Muon "
-        f"{with_interval(estimate(list(best['muon'][0].values())))}, AdamW "
-        f"{with_interval(estimate(list(best['adamw'][0].values())))}; difference {difference(gain)}.{edge}",
+        f"{over_seeds(best['muon'][0])}, AdamW "
+        f"{over_seeds(best['adamw'][0])}; difference {difference(gain)}.{edge}",
         columns=("peak learning rate", *RULES),
-        rows=[(rate, *(with_interval(estimate(list(table[rule][rate].values()))) for rule in RULES)) for rate in rates],
+        rows=[(rate, *(over_seeds(table[rule][rate]) for rule in RULES)) for rate in rates],
         charts=[
             Chart(
                 "Held out, by learning rate",
                 "peak learning rate",
                 "bits per byte",
-                [Curve(rule, [curve_point(float(rate), table[rule][rate]) for rate in rates]) for rule in RULES],
+                [
+                    Curve(rule, [curve_point(float(rate), list(table[rule][rate].values())) for rate in rates])
+                    for rule in RULES
+                ],
                 log_x=True,
             )
         ],

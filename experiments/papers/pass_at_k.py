@@ -8,9 +8,9 @@ from small_reasoner import quick as small
 
 from lm.experiment import Eval
 from lm.overrides import override
-from lm.papers.paper import Chart, Curve, Evidence, Finding, Paper, curve_point, difference, with_interval
+from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, over_seeds
 from lm.sweep.results import Result
-from lm.sweep.statistics import estimate, paired
+from lm.sweep.statistics import Curve, curve_point, paired
 from lm.sweep.sweep import Sweep
 
 SAMPLES = Eval("samples", CHAINS, "pass_at_k", count=128, max_new_tokens=64, temperature=1.0, best_of=64)
@@ -38,7 +38,7 @@ def passed(result: Result, stage: str, k: int) -> float:
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     most = int(max(line["k"] for line in runs[0].stages["sft"].evals if line["eval"] == "samples"))
     sizes = [2**i for i in range(most.bit_length()) if 2**i <= most]
     table = {(stage, k): {r.seed: passed(r, stage, k) for r in runs} for stage in ("sft", "reason") for k in sizes}
@@ -54,8 +54,8 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 str(k),
-                with_interval(estimate(list(table["sft", k].values()))),
-                with_interval(estimate(list(table["reason", k].values()))),
+                over_seeds(table["sft", k]),
+                over_seeds(table["reason", k]),
                 difference(gains[k]),
             )
             for k in sizes
@@ -66,7 +66,7 @@ def judge(evidence: Evidence) -> Finding:
                 "k",
                 "solved by one of k",
                 [
-                    Curve(label, [curve_point(k, table[stage, k]) for k in sizes])
+                    Curve(label, [curve_point(k, list(table[stage, k].values())) for k in sizes])
                     for stage, label in (("sft", "before"), ("reason", "after"))
                 ],
                 log_x=True,

@@ -4,8 +4,8 @@ from learn_end import only_sft
 from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
-from lm.papers.paper import Evidence, Finding, Paper, by_seed, difference, where, with_interval
-from lm.sweep.statistics import estimate, paired
+from lm.papers.paper import Evidence, Finding, Paper, by_seed, by_sign, difference, over_seeds, where
+from lm.sweep.statistics import paired
 from lm.sweep.sweep import Sweep
 
 LEARNT = {"answers": None, "prompts too": {"sft.objective.loss_on": "all"}}
@@ -15,14 +15,14 @@ quick = Sweep("prompt_loss_quick", only_sft(small), {"learnt": LEARNT})
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     rewards = {name: by_seed(where(runs, learnt=name), lambda r: r.final("chains", "reward")) for name in LEARNT}
     gain = paired(rewards["prompts too"], rewards["answers"])
     return Finding(
-        verdict="holds" if gain.low > 0 else "does not hold" if gain.high < 0 else "undecided",
+        verdict=by_sign(gain, +1),
         reason=f"Held-out reward with the prompts learnt too, less without: {difference(gain)}.",
         columns=("learnt", "reward held out"),
-        rows=[(name, with_interval(estimate(list(rewards[name].values())))) for name in LEARNT],
+        rows=[(name, over_seeds(rewards[name])) for name in LEARNT],
     )
 
 

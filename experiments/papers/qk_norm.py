@@ -3,18 +3,8 @@
 from tiny_text import experiment as base
 from tiny_text import quick as small
 
-from lm.papers.paper import (
-    Chart,
-    Curve,
-    Evidence,
-    Finding,
-    Paper,
-    curve_point,
-    difference,
-    where,
-    with_interval,
-)
-from lm.sweep.statistics import estimate, paired
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_sign, difference, over_seeds, where
+from lm.sweep.statistics import Curve, curve_point, paired
 from lm.sweep.sweep import Sweep
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -38,7 +28,7 @@ def sensitivity(by_rate: dict[str, float]) -> float:
 
 
 def judge(evidence: Evidence) -> Finding:
-    runs = evidence.runs["quick" if evidence.quick else "sweep"]
+    runs = evidence.results
     rates = sorted({r.settings["pretrain.optimizer.peak_lr"] for r in runs}, key=float)
     table = {
         (norm, rate): {r.seed: bits(r) for r in where(runs, norm=norm, peak_lr=rate)} for norm in NORM for rate in rates
@@ -46,20 +36,19 @@ def judge(evidence: Evidence) -> Finding:
     seeds = sorted(set.intersection(*(set(found) for found in table.values())))
     of = {n: {s: sensitivity({rate: table[n, rate][s] for rate in rates}) for s in seeds} for n in NORM}
     gain = paired(of["QK-norm"], of["no QK-norm"])
-    sure = gain.high < 0, gain.low > 0
     return Finding(
-        verdict="holds" if sure[0] else "does not hold" if sure[1] else "undecided",
+        verdict=by_sign(gain, -1),
         reason=f"Sensitivity (mean excess over the best rate, bits a byte, {rates[0]} to {rates[-1]}): with "
-        f"{with_interval(estimate(list(of['QK-norm'].values())))}, without "
-        f"{with_interval(estimate(list(of['no QK-norm'].values())))}; difference {difference(gain)}.",
+        f"{over_seeds(of['QK-norm'])}, without "
+        f"{over_seeds(of['no QK-norm'])}; difference {difference(gain)}.",
         columns=("peak learning rate", *NORM),
-        rows=[(rate, *(with_interval(estimate(list(table[n, rate].values()))) for n in NORM)) for rate in rates],
+        rows=[(rate, *(over_seeds(table[n, rate]) for n in NORM)) for rate in rates],
         charts=[
             Chart(
                 "Held out, by learning rate",
                 "peak learning rate",
                 "bits per byte",
-                [Curve(n, [curve_point(float(rate), table[n, rate]) for rate in rates]) for n in NORM],
+                [Curve(n, [curve_point(float(rate), list(table[n, rate].values())) for rate in rates]) for n in NORM],
                 log_x=True,
             )
         ],

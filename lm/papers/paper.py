@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lm.files import defined_in, file_of
 from lm.sweep.results import Result
-from lm.sweep.statistics import Difference, Estimate, estimate
+from lm.sweep.statistics import Curve, Difference, Point, curve_points, estimate
 
 Verdict = Literal["holds", "does not hold", "undecided"]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points (x, mean, low, high); low and high are nan where there is no interval."""
-
-    label: str
-    points: Sequence[tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,11 @@ class Evidence:
     runs: Mapping[str, list[Result]]
     quick: bool = False
 
+    @property
+    def results(self) -> list[Result]:
+        """The runs of the first sweep."""
+        return next(iter(self.runs.values()))
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -68,7 +65,7 @@ class Paper:
     source: str
     judge: Callable[[Evidence], Finding]
     sweeps: tuple[str, ...] = ()
-    quick: tuple[str, ...] = field(default=())
+    quick: tuple[str, ...] = ()
 
 
 def load(name: str) -> Paper:
@@ -97,25 +94,22 @@ def where(results: Sequence[Result], **settings: str) -> list[Result]:
     ]
 
 
-def setting(result: Result, name: str) -> str:
-    """How one axis is set, by the last part of its name."""
-    return dict(_short(result))[name]
-
-
 def _short(result: Result) -> list[tuple[str, str]]:
     return [(name.rsplit(".", 1)[-1], value) for name, value in result.settings.items()]
 
 
-def curve_point(x: float, values: Mapping[int, float]) -> tuple[float, float, float, float]:
-    """(x, mean over seeds, ends of its 95 % interval)."""
+def over_seeds(values: Mapping[int, float], digits: int = 3) -> str:
+    """1.234 ± 0.056 (n = 3): the mean of a number over seeds."""
     found = estimate(list(values.values()))
-    return x, found.mean, found.mean - found.half, found.mean + found.half
-
-
-def with_interval(found: Estimate, digits: int = 3) -> str:
-    """1.234 ± 0.056 (n = 3)."""
     half = "" if math.isnan(found.half) else f" ± {found.half:.{digits}f}"
     return f"{found.mean:.{digits}f}{half} (n = {found.count})"
+
+
+def by_sign(found: Difference, claimed: int) -> Verdict:
+    """Whether a difference has the sign that is claimed, as far as its interval tells."""
+    if not (found.low > 0 or found.high < 0):
+        return "undecided"
+    return "holds" if found.mean * claimed > 0 else "does not hold"
 
 
 def difference(found: Difference, digits: int = 3) -> str:
@@ -128,13 +122,9 @@ def difference(found: Difference, digits: int = 3) -> str:
     return interval
 
 
-def over_steps(
-    results: Sequence[Result], points: Callable[[Result], Sequence[tuple[int, float]]]
-) -> list[tuple[float, float, float, float]]:
-    """Means over seeds and their intervals at every step that all runs have."""
-    runs = [dict(points(result)) for result in results if not result.failed]
-    steps = sorted(set.intersection(*map(set, runs))) if runs else []
-    return [curve_point(step, dict(enumerate(run[step] for run in runs))) for step in steps]
+def over_steps(results: Sequence[Result], points: Callable[[Result], Sequence[tuple[int, float]]]) -> list[Point]:
+    """Means over seeds at every step that all runs have."""
+    return curve_points([dict(points(result)) for result in results if not result.failed])
 
 
 def late(result: Result, stage: str, field: str, part: float = 0.1) -> float:

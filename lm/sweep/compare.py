@@ -172,9 +172,8 @@ def changed_fields(results: Iterable[Result]) -> tuple[str, ...]:
 
 def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
     for name, value in wanted.items():
-        known = {one.settings.get(name) for one in groups}
-        if value not in known:
-            values = [str(v) for v in known if v is not None]
+        values = list(dict.fromkeys(one.settings[name] for one in groups if name in one.settings))
+        if value not in values:
             raise UserError(
                 f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {', '.join(values) or 'none'}"
             )

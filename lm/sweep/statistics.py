@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,30 @@ def estimate(values: Sequence[float]) -> Estimate:
     if count < 2:
         return Estimate(mean, math.nan, count)
     return Estimate(mean, _standard_error(np.asarray(values)) * _t(count - 1, LEVEL), count)
+
+
+Point = tuple[float, float, float, float]
+"""x, the mean over seeds of a number there, and the ends of its 95 % interval, nan for one seed."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number over something else, with its doubt."""
+
+    label: str
+    points: Sequence[Point]
+
+
+def curve_point(x: float, values: Sequence[float]) -> Point:
+    """A point of a curve from the values of the seeds there."""
+    found = estimate(values)
+    return x, found.mean, found.mean - found.half, found.mean + found.half
+
+
+def curve_points(runs: Sequence[Mapping[float, float]]) -> list[Point]:
+    """A point at every x that all runs have, in order."""
+    shared = sorted(set.intersection(*map(set, runs))) if runs else []
+    return [curve_point(x, [run[x] for run in runs]) for x in shared]
 
 
 @dataclass(frozen=True)
@@ -145,20 +169,3 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     fit = scipy.stats.linregress(np.log(x), np.log(y))
     half = _t(len(x) - 2, LEVEL) * fit.stderr if len(x) > 2 else math.nan
     return PowerLaw(math.exp(fit.intercept), fit.slope, fit.slope - half, fit.slope + half)
-
-
-def resampled(
-    values: Mapping[int, object], statistic: Callable[[list[int]], float], resamples: int = 999
-) -> tuple[float, float, float]:
-    """(of all seeds, low, high) of a statistic of a list of seeds, by the percentile bootstrap over seeds.
-
-    For what no formula covers (a fitted exponent, an area). With few seeds it is too narrow; nan for fewer than three.
-    """
-    seeds = sorted(values)
-    whole = statistic(seeds)
-    if len(seeds) < 3:
-        return whole, math.nan, math.nan
-    random = np.random.default_rng(0)
-    drawn = [statistic([seeds[i] for i in random.integers(0, len(seeds), len(seeds))]) for _ in range(resamples)]
-    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return whole, float(low), float(high)

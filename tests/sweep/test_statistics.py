@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.sweep.statistics import detectable, estimate, holm, paired, power_law, resampled
+from lm.sweep.statistics import curve_points, detectable, estimate, holm, paired, power_law
 
 TRIES = 2000
 # Of 2000 tries a true 95 % stays within ±1.5 points of it with a chance of 99.8 %: what is asked for is 92 to 98 %.
@@ -97,8 +97,8 @@ def test_power_laws_are_found_with_their_doubt():
         power_law([1.0, 1.0], [2.0, 3.0])
 
 
-def test_a_statistic_of_seeds_is_resampled_with_its_seeds():
-    values = seeds(np.random.default_rng(0).normal(2, 1, size=20))
-    whole, low, high = resampled(values, lambda chosen: float(np.mean([values[seed] for seed in chosen])))
-    assert whole == pytest.approx(np.mean(list(values.values()))) and low < whole < high
-    assert math.isnan(resampled(seeds([1.0, 2.0]), lambda chosen: 1.0)[1])
+def test_a_curve_has_a_point_where_all_seeds_have_one():
+    points = curve_points([{1: 2.0, 2: 3.0, 3: 9.0}, {1: 4.0, 2: 3.0}])
+    assert [(x, mean) for x, mean, _, _ in points] == [(1, 3.0), (2, 3.0)]
+    assert points[0][2] < 3 < points[0][3] and points[1][2:] == (3.0, 3.0)
+    assert curve_points([]) == [] and math.isnan(curve_points([{1: 2.0}])[0][2])
