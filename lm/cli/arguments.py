@@ -6,7 +6,7 @@ import argparse
 import difflib
 import json
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,16 @@ def number(low: float, high: float):
     return parse
 
 
-def page_path(text: str) -> Path:
-    """An argparse type: a page to write; its folder is made if there is none."""
-    path = Path(text)
-    if path.suffix != ".html":
-        raise argparse.ArgumentTypeError(f"{text!r} should end in .html")
-    return path
+def ending_in(suffix: str) -> Callable[[str], Path]:
+    """An argparse type: a file to write, whose name ends in `suffix`; its folder is made if there is none."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.suffix != suffix:
+            raise argparse.ArgumentTypeError(f"{text!r} should end in {suffix}")
+        return path
+
+    return parse
+
+
+page_path = ending_in(".html")

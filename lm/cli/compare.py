@@ -16,7 +16,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lm.cli.arguments import find_run, page_path
+from lm.cli.arguments import ending_in, find_run, page_path
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -29,8 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eval", metavar="NAME", action="append", default=[], help="only this eval")
     parser.add_argument("--page", metavar="FILE", type=page_path, help="the page; else compare.html in the sweep")
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="a row for every run")
-    parser.add_argument("--parquet", metavar="FILE", type=Path, help="a row for every run")
+    parser.add_argument("--csv", metavar="FILE", type=ending_in(".csv"), help="a row for every run")
+    parser.add_argument("--parquet", metavar="FILE", type=ending_in(".parquet"), help="a row for every run")
 
 
 def call(arguments: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def call(arguments: argparse.Namespace) -> int:
     for name in arguments.runs:
         folder = sweep_folder(name)
         sweeps += [folder] if folder else []
-        results += read_sweep(folder) if folder else [read_result(find_run(name))]
+        results += read_sweep(folder) if folder else [read_result(one_run(name))]
     comparison = compare(results, baseline(arguments.baseline, sweeps), arguments.eval)
     show(comparison, Console())
     for path in filter(None, (arguments.csv, arguments.parquet)):
@@ -57,6 +57,15 @@ def call(arguments: argparse.Namespace) -> int:
 def sweep_folder(name: str) -> Path | None:
     """The folder of a sweep, given as a path or as a name in sweeps/; None where it is none."""
     return next((path for path in (Path(name), Path("sweeps") / name) if (path / "sweep.json").is_file()), None)
+
+
+def one_run(name: str) -> Path:
+    """The folder of a run. Raises UserError where there is none, which names the sweeps too."""
+    try:
+        return find_run(name)
+    except UserError as error:
+        known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/sweep.json")))
+        raise UserError(f"{error}; sweeps/ here has: {known or 'nothing'}") from None
 
 
 def baseline(given: list[str], sweeps: list[Path]) -> dict[str, str]:

@@ -114,10 +114,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how long processes wait for each other at a start; gke, tpu-vm: 3600; else as of lm run",
     )
     for flag, option in OPTIONS.items():
-        kind: dict[str, Any] = {"action": "store_true"}
-        if option.metavar:
-            kind = {"metavar": option.metavar, "type": option.type, "action": "append" if option.repeated else "store"}
-        parser.add_argument(flag, help=f"{', '.join(option.of)}: {option.help}", **kind)
+        add_option(parser, flag, f"{', '.join(option.of)}: {option.help}")
+
+
+def add_option(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
+    """A flag of some launchers, for a command that hands over to them."""
+    option = OPTIONS[flag]
+    kind: dict[str, Any] = {"action": "store_true"}
+    if option.metavar:
+        kind = {"metavar": option.metavar, "type": option.type, "action": "append" if option.repeated else "store"}
+    parser.add_argument(flag, help=help, **kind)
 
 
 def call(arguments: argparse.Namespace) -> int:

@@ -21,10 +21,9 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least
-from lm.cli.launch import OPTIONS, needed, value_of
+from lm.cli.launch import OPTIONS, add_option, needed, value_of
 from lm.experiment import UserError
 from lm.sweep.sweep import STORE, Sweep, folder_of, load
 
@@ -53,12 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and do nothing")
     parser.add_argument("--on", choices=("slurm", "gke"), help="hand --workers jobs over to a cluster; see above")
     for flag in CLUSTER_FLAGS:
-        option = OPTIONS[flag]
-        kind: dict[str, Any] = {"action": "store_true"}
-        if option.metavar:
-            kind = {"metavar": option.metavar, "type": option.type, "action": "append" if option.repeated else "store"}
         extra = "; of --dry-run: cost in hours of these TPUs" if flag == "--topology" else ""
-        parser.add_argument(flag, help=f"{', '.join(where(flag))}: {option.help}{extra}", **kind)
+        add_option(parser, flag, f"{', '.join(where(flag))}: {OPTIONS[flag].help}{extra}")
     parser.add_argument("--retry-failed", action="store_true", help="run the trials again that failed")
     parser.add_argument("--join", metavar="NAME", help=argparse.SUPPRESS)  # one of several workers, started by this one
     add_cache(parser)

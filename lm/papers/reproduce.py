@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lm.papers.paper import Evidence, Finding, Paper, spec
 from lm.sweep.results import Result, read_sweep
 from lm.sweep.run import run_sweep
 from lm.sweep.sweep import Sweep
+from lm.train.metrics import plain
 from lm.train.provenance import environment
 from lm.train.run_folder import read_json, write_json_atomic
 
@@ -134,12 +134,3 @@ def source_line(where: dict[str, Any]) -> str:
 
 def _row(cells: Any) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: nan and infinities as null."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,14 +13,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lm.experiment import UserError, flatten, nearest
 from lm.sweep.results import Result, better, main_field
 from lm.sweep.statistics import Difference, Estimate, detectable, estimate, holm, paired
 from lm.sweep.trials import shown, told
-from lm.train.run_folder import read_json
 
 FREE = ("name", "seed")  # what may differ within a group
 LEVEL = 0.05
@@ -144,10 +142,10 @@ def group(results: Sequence[Result]) -> tuple[Group, ...]:
 
 
 def _label(settings: Mapping[str, str]) -> str:
-    """Settings in one line; of a single axis of variants their names say all."""
-    names = list(settings.values())
-    if len(names) == 1 and not names[0].replace(".", "").replace("e-", "").isalnum():
-        return names[0]
+    """Settings in one line; a single axis of variants has names that say all."""
+    names = [name for name in settings if "." not in name]
+    if len(settings) == 1 and names:
+        return settings[names[0]]
     return told(settings) if settings else "all runs"
 
 
@@ -171,11 +169,16 @@ def changed_fields(results: Iterable[Result]) -> tuple[str, ...]:
 
 
 def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
+    axes = list(dict.fromkeys(name for one in groups for name in one.settings))
     for name, value in wanted.items():
+        if name not in axes:
+            raise UserError(
+                f"baseline: nothing called {name!r} differs between the runs{nearest(name, axes)}; it is {', '.join(axes) or 'nothing'}"
+            )
         values = list(dict.fromkeys(one.settings[name] for one in groups if name in one.settings))
         if value not in values:
             raise UserError(
-                f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {', '.join(values) or 'none'}"
+                f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {', '.join(values)}"
             )
     found = [one for one in groups if all(one.settings.get(n) == v for n, v in wanted.items())]
     if not found:
@@ -237,7 +240,7 @@ def measured_on(result: Result, name: str) -> dict[str, Any] | None:
     found = {key: value for key, value in flatten(item).items() if key not in ("name", "source.weight")}
     if item["metric"] == "bits_per_byte":  # longer windows know more of what came before
         found["model.max_len"] = result.experiment["model"]["max_len"]
-    return found | {"content": last_session(result).get("data_fingerprint", {}).get(path)}
+    return found | {"content": result.session.get("data_fingerprint", {}).get(path)}
 
 
 def difference_of(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
@@ -247,17 +250,6 @@ def difference_of(own: dict[str, Any] | None, other: dict[str, Any] | None) -> s
     return ", ".join(
         f"{name} {own.get(name)} and {other.get(name)}" for name in own if own.get(name) != other.get(name)
     )
-
-
-@functools.lru_cache(maxsize=8192)
-def _session(path: str) -> dict[str, Any]:
-    return read_json(Path(path))["runs"][-1]
-
-
-def last_session(result: Result) -> dict[str, Any]:
-    """What the last session of a run wrote down of itself: commit, versions, devices, fingerprints of its data."""
-    file = result.folder / "environment.json"
-    return _session(str(file)) if file.is_file() else {}
 
 
 def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:

@@ -74,11 +74,6 @@ def representatives(sweep: Sweep) -> list[Trial]:
     return [trial for seed in sweep.seeds if (trial := trial_at(sweep, point, seed)) is not None]
 
 
-def times(sweep: Sweep) -> int:
-    """How often the rows of `estimate` come: once, but for a search its number of settings."""
-    return sweep.search.trials if isinstance(sweep.search, Suggested) else 1
-
-
 def total(costs: Iterable[Cost]) -> Cost:
     first, *rest = costs
     return sum(rest, first)

@@ -11,13 +11,14 @@ import contextlib
 import fcntl
 import json
 import os
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm.experiment import UserError, diff, to_dict
-from lm.sweep.sweep import Range, Sweep
+from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, apply
 from lm.train.run_folder import read_json, write_json_atomic
 
@@ -74,7 +75,7 @@ class SweepFolder:
         ]
         if there["search"]["kind"] != wanted["search"]["kind"]:
             different.insert(0, f"search: {there['search']['kind']} → {wanted['search']['kind']}")
-        if wanted["search"]["kind"] in ("Random", "TPE", "Halving"):
+        if wanted["search"]["kind"] in [kind.__name__ for kind in typing.get_args(Suggested)]:
             for name, axis in wanted["axes"].items():
                 old = there["axes"].get(name, axis)
                 if isinstance(axis, list) and axis != old:

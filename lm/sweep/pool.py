@@ -9,7 +9,7 @@ import sys
 import time
 
 from lm.experiment import UserError
-from lm.sweep.worker import EXIT_INTERRUPT, Stopped
+from lm.sweep.worker import EXIT_INTERRUPT, EXIT_USER, Stopped
 
 MOST_DEATHS = 10  # of workers, in all
 LOOK_SECONDS = 0.2
@@ -20,7 +20,7 @@ def pool(words: list[str], count: int) -> None:
 
     Raises:
         Stopped: a signal came, and all have ended after it.
-        UserError: workers keep dying.
+        UserError: a worker cannot work, or they keep dying.
     """
     stopping = False
 
@@ -44,6 +44,9 @@ def pool(words: list[str], count: int) -> None:
                 del children[place]
                 if child.returncode not in (0, EXIT_INTERRUPT) and not stopping:
                     deaths += 1
+                    if child.returncode == EXIT_USER:  # it has said why, and another would say the same
+                        stop(0, None)
+                        raise UserError(f"worker {place + 1} cannot work: see above")
                     if deaths > MOST_DEATHS:
                         stop(0, None)
                         raise UserError(f"workers died {deaths} times, the last with code {child.returncode}")

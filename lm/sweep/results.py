@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm.experiment import Experiment, UserError, nearest
+from lm.train.provenance import last_session
 from lm.train.run_files import StageFiles, read_stage
 from lm.train.run_folder import read_json
 
@@ -63,6 +63,11 @@ class Result:
             for stage in self.experiment["stages"]
         }
 
+    @functools.cached_property
+    def session(self) -> dict[str, Any]:
+        """What its last session wrote down of itself: commit, versions, devices, fingerprints of its data; {} before it."""
+        return last_session(self.folder)
+
     @property
     def diverged(self) -> bool:
         """Whether it failed because its loss or its gradient was no number."""
@@ -75,7 +80,10 @@ class Result:
 
     def final(self, name: str, field: str) -> float:
         """A field of an eval after the last stage that measured it; nan where none did, or where it is no number."""
-        return final(self.stages.values(), name, field)
+        stages = self.stages.values()
+        lines = [line for stage in stages for line in stage.evals if line["eval"] == name and line["when"] == "after"]
+        value = lines[-1].get(field) if lines else None
+        return float(value) if isinstance(value, int | float) else math.nan
 
     def best(self, name: str, field: str) -> float:
         """The best of a field of an eval during and after the stages that measured it; nan where none did."""
@@ -86,13 +94,6 @@ class Result:
     def training(self, stage: str, field: str) -> list[tuple[int, float]]:
         """(step, value) of a field of the training's own lines, in order."""
         return [(int(line["step"]), float(line[field])) for line in self.stages[stage].metrics if field in line]
-
-
-def final(stages: Iterable[StageFiles], name: str, field: str) -> float:
-    """A field of an eval after the last stage that measured it; nan where none did, or where it is no number."""
-    lines = [line for stage in stages for line in stage.evals if line["eval"] == name and line["when"] == "after"]
-    value = lines[-1].get(field) if lines else None
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def measurements(stage: StageFiles, name: str, field: str) -> list[tuple[int, float]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from lm.sweep.folder import SweepFolder
 from lm.sweep.pool import pool
 from lm.sweep.study import Study
-from lm.sweep.sweep import STORE, Sweep
-from lm.sweep.worker import Worker
+from lm.sweep.sweep import STORE, Suggested, Sweep
+from lm.sweep.trials import trials
+from lm.sweep.worker import Stopped, Worker
 
 
 def run_sweep(
@@ -31,6 +32,8 @@ def run_sweep(
         UserError: the folder belongs to another sweep, or the sweep cannot work.
         Stopped: a signal came; what ran has saved.
     """
+    if not isinstance(sweep.search, Suggested):
+        trials(sweep)  # what cannot work says so before anything is made on disk
     place = SweepFolder(folder, store)
     place.claim(sweep)
     study = Study(sweep, place)
@@ -40,6 +43,8 @@ def run_sweep(
     if workers > 1:
         extra = [] if cache is None else ["--cache", str(cache)]
         pool(["sweep", name, "--folder", str(folder), "--store", str(store), *extra], workers)
+        if study.open():  # the workers were asked to end one by one
+            raise Stopped
     else:
         Worker(sweep, place, study, "").work()
     return study.failures()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm.sweep.cost import Cost, estimate, times, total
+from lm.sweep.cost import Cost, estimate, total
 from lm.sweep.folder import SweepFolder
 from lm.sweep.sweep import Suggested, Sweep
 from lm.sweep.trials import told
@@ -20,14 +20,12 @@ def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
     ]
     if len(lines) > MOST_ROWS:
         lines[MOST_ROWS:] = [f"… and {len(lines) - MOST_ROWS} more"]
-    count = times(sweep)
-    whole = total([row.cost for row in rows])
     if isinstance(sweep.search, Suggested):
         lines.append(
-            f"of such settings there will be {count}, of which those stages are trained once that no axis changes"
+            f"of such settings there will be {sweep.search.trials}, of which those stages are trained once that no axis changes"
         )
     else:
-        lines.append(f"{len(rows)} trials: {_cost(whole)}")
+        lines.append(f"{len(rows)} trials: {_cost(total([row.cost for row in rows]))}")
     return "\n".join(lines)
 
 

@@ -116,18 +116,17 @@ class Study:
         failed = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         keys = dict.fromkeys(one.user_attrs["key"] for one in failed if "key" in one.user_attrs)
         records = [read_json(self.folder.record(key)) for key in keys]
-        return [f"{told(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in records if one["failed"]]
+        failing = [one for one in records if one["wanted"] and one["failed"]]
+        return [f"{told(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in failing]
 
     # ---- a search --------------------------------------------------------------------------------------------
 
     def _queue_seeds(self, known: list[FrozenTrial]) -> None:
         """The base's own settings, where nothing has begun; and every setting with every seed."""
-        first, *rest = self.sweep.seeds
-        if not known and (own := own_point(self.sweep)) is not None:
-            self._study.enqueue_trial(_parameters(self.sweep, own), user_attrs={"seed": first})
-            for seed in rest:
-                self._study.enqueue_trial(_parameters(self.sweep, own), user_attrs={"seed": seed})
-        for params, seeds in _seeds_of(known):
+        settings = _seeds_of(known)
+        if not settings and (own := own_point(self.sweep)) is not None:
+            settings = [(_on_axes(self.sweep, own), set())]
+        for params, seeds in settings:
             for seed in self.sweep.seeds:
                 if seed not in seeds:
                     self._study.enqueue_trial(params, user_attrs={"seed": seed})
@@ -150,7 +149,7 @@ class Study:
                 asked.set_user_attr("seed", self.sweep.seeds[0])
                 for seed in self.sweep.seeds[1:]:
                     self._study.enqueue_trial(asked.params, user_attrs={"seed": seed})
-            trial = trial_at(self.sweep, _point(self.sweep, asked.params), asked.user_attrs["seed"])
+            trial = trial_at(self.sweep, _on_axes(self.sweep, asked.params), asked.user_attrs["seed"])
             if trial is None:
                 self._study.tell(asked, state=TrialState.PRUNED)
                 return None
@@ -204,12 +203,9 @@ def _distribution(sweep: Sweep, name: str) -> BaseDistribution:
     return FloatDistribution(values.low, values.high, log=log)
 
 
-def _parameters(sweep: Sweep, point: Point) -> dict[str, Any]:
-    return {name: point[name] for name in sweep.axes}
-
-
-def _point(sweep: Sweep, params: dict[str, Any]) -> Point:
-    return {name: params[name] for name in sweep.axes}
+def _on_axes(sweep: Sweep, values: Point) -> Point:
+    """In the order of the axes, which conditions need."""
+    return {name: values[name] for name in sweep.axes}
 
 
 def _sampler(sweep: Sweep, asked: int) -> optuna.samplers.BaseSampler:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.experiment import UserError
-from lm.sweep.compare import Comparison, Metric, last_session, sentence
+from lm.sweep.compare import Comparison, Metric, sentence
 from lm.sweep.results import Result
 from lm.sweep.statistics import Estimate
 from lm.sweep.trials import digest
@@ -77,7 +77,7 @@ def _row(result: Result, label: str, metrics: Iterable[Metric]) -> dict[str, Any
 
 def origin(result: Result) -> dict[str, Any]:
     """Where the numbers of a run come from."""
-    session = last_session(result)
+    session = result.session
     git, state = session.get("git") or {}, "finished" if result.finished else "not finished"
     return {
         "state": f"failed: {result.failed}" if result.failed else "ended early" if result.pruned else state,

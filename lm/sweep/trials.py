@@ -14,6 +14,7 @@ from typing import Any
 from lm.check import check
 from lm.experiment import Experiment, UserError, nearest, resolve_sources, to_dict
 from lm.overrides import leaf, replaced
+from lm.sweep.results import metric_name
 from lm.sweep.sweep import Grid, LogUniform, Range, Suggested, Sweep, Uniform, Values, Zip
 
 KEY_LENGTH = 12  # hexadecimal digits: of a million trials two have the same with a chance of 2e-3
@@ -165,6 +166,8 @@ def check_sweep(sweep: Sweep) -> None:
     where = f"sweep {sweep.name}"
     if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         raise UserError(f"{where}: seeds are {sweep.seeds}; they should be distinct, at least one")
+    if sweep.metric:
+        metric_name(sweep.base, sweep.metric)
     for name, values in sweep.axes.items():
         try:
             _check_axis(sweep, name, values)

@@ -55,6 +55,12 @@ def record_environment(folder: RunFolder, data_fingerprint: Any) -> None:
     write_json_atomic(folder.environment, {"runs": [*runs, environment(data_fingerprint)]})
 
 
+def last_session(run_dir: Path) -> dict[str, Any]:
+    """What the last session of a run wrote down of itself; {} where none has begun."""
+    file = RunFolder(run_dir).environment
+    return read_json(file)["runs"][-1] if file.is_file() else {}
+
+
 def without_secrets(arguments: list[str]) -> list[str]:
     """The command line with `***` for the value of every flag or assignment whose name sounds like a secret."""
     shown: list[str] = []

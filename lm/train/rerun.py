@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from lm.experiment import UserError, diff
 from lm.train.metrics import read_lines
-from lm.train.provenance import environment
-from lm.train.run_folder import read_json
+from lm.train.provenance import environment, last_session
 
 CLOCKS = ("time", "tokens_per_second", "mfu")  # what no two runs have in common
 NUMBERS = ("metrics.jsonl", "eval.jsonl")
 
 
-def recorded(run_dir: Path) -> dict[str, Any]:
-    """What the last session of a run wrote down of itself. Raises UserError where there is none."""
-    file = run_dir / "environment.json"
-    if not file.is_file():
-        raise UserError(f"{run_dir} has no environment.json: it never began, and there is nothing to run again")
-    return read_json(file)["runs"][-1]
-
-
 def conditions(run_dir: Path, data_fingerprint: Any) -> list[tuple[str, Any, Any]]:
-    """(what, then, now) of everything that differs here and could change a number: versions, code, devices, data."""
-    then, now = recorded(run_dir), environment(data_fingerprint)
+    """(what, then, now) of everything that differs here and could change a number: versions, code, devices, data.
+
+    Raises:
+        UserError: the run never began.
+    """
+    then = last_session(run_dir)
+    if not then:
+        raise UserError(f"{run_dir} has no environment.json: it never began, and there is nothing to run again")
+    now = environment(data_fingerprint)
     return diff(_essential(then), _essential(now))
 
 
@@ -50,7 +47,7 @@ def first_difference(old: Path, new: Path, stages: list[str]) -> str:
             before, after = (_lines(folder / "stages" / stage / file) for folder in (old, new))
             for one, two in zip(before, after, strict=False):
                 for name in one:
-                    if not _same(one[name], two.get(name)):
+                    if one[name] != two.get(name):
                         return f"{stage}, {file}, step {one['step']}: {name} was {one[name]}, and is {two.get(name)}"
             if len(before) != len(after):
                 return f"{stage}, {file}: {len(before)} lines, and now {len(after)}"
@@ -59,8 +56,3 @@ def first_difference(old: Path, new: Path, stages: list[str]) -> str:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_lines(file)]
-
-
-def _same(one: Any, two: Any) -> bool:
-    both_nan = isinstance(one, float) and isinstance(two, float) and math.isnan(one) and math.isnan(two)
-    return both_nan or one == two

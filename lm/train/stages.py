@@ -199,8 +199,9 @@ def say(text: str) -> None:
 
 
 def fingerprints(experiment: Experiment) -> dict[str, str]:
-    """SHA-256 of every source's content, by path."""
-    paths = {source.path for stage in experiment.stages for source in stage.sources}
+    """SHA-256 of the content of every source that is trained or measured on, by path."""
+    measured = {item.source.path for item in experiment.evals}
+    paths = measured | {source.path for stage in experiment.stages for source in stage.sources}
     return {path: load_rows(path).fingerprint for path in sorted(paths) if not path.startswith(MADE)}
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import matplotlib.axes
 import matplotlib.ticker
 
+from lm.sweep.statistics import Curve, Point
 from lm.web.charts import GRID, INK, SERIES, Chart, dress, sketch, tick
 from lm.web.numbers import plain
 
@@ -16,17 +16,9 @@ WIDE = (6.4, 3.0)  # inches
 LARGE = (8.6, 3.4)
 
 
-@dataclass(frozen=True)
-class Band:
-    """Points (x, mean, low, high) of one curve; low and high are nan where there is no interval."""
-
-    label: str
-    points: Sequence[tuple[float, float, float, float]]
-
-
 def bands(
     title: str,
-    curves: Sequence[Band],
+    curves: Sequence[Curve],
     x: str = "steps",
     y: str = "",
     log_x: bool = False,
@@ -119,7 +111,7 @@ def _ordered(options: set[str]) -> list[str]:
         return sorted(options)
 
 
-def finite(points: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float, float, float]]:
+def finite(points: Sequence[Point]) -> list[Point]:
     """Points whose mean is a number; an interval that is none becomes the mean."""
     kept = [p for p in points if math.isfinite(p[1])]
     return [

@@ -10,10 +10,10 @@ from lm import experiment as experiments
 from lm.sweep.compare import Comparison, Group, Metric, sentence
 from lm.sweep.explain import importance, scalings, varied
 from lm.sweep.results import Result, better, measurements
-from lm.sweep.statistics import estimate
+from lm.sweep.statistics import Curve, curve_points
 from lm.sweep.table import number, origin
 from lm.sweep.trials import shown
-from lm.web.bands import Band, bands, finite, fitted, parallel
+from lm.web.bands import bands, finite, fitted, parallel
 from lm.web.charts import MAX_POINTS, SERIES, Chart
 from lm.web.report import fill, write_page
 
@@ -114,15 +114,12 @@ def _trained(field: str, result: Result) -> Points:
     return result.training(list(result.stages)[-1], field)
 
 
-def _curves(groups: list[Group], of_run: Callable[[Result], Points]) -> list[Band]:
+def _curves(groups: list[Group], of_run: Callable[[Result], Points]) -> list[Curve]:
     """Means over seeds and their intervals at every step that all runs of a group have."""
     found = []
     for group in groups:
-        runs = [dict(measured) for result in group.ended if (measured := of_run(result))]
-        steps = sorted(set.intersection(*map(set, runs))) if runs else []
-        steps = steps[:: -(-len(steps) // MAX_POINTS)] if steps else []
-        means = [(step, estimate([run[step] for run in runs])) for step in steps]
-        points = finite([(step, e.mean, e.mean - e.half, e.mean + e.half) for step, e in means])
+        measured = filter(None, map(of_run, group.ended))
+        points = finite(curve_points([dict(points) for points in measured]))
         if points:
-            found.append(Band(group.label, points))
+            found.append(Curve(group.label, points[:: -(-len(points) // MAX_POINTS)]))
     return found

@@ -10,7 +10,8 @@ import markdown_it
 
 from lm.papers.kept import Claim, claims
 from lm.papers.reproduce import source_line
-from lm.web.bands import Band, bands, finite
+from lm.sweep.statistics import Curve, Point
+from lm.web.bands import bands, finite
 from lm.web.charts import Chart
 from lm.web.report import fill, write_page
 
@@ -57,7 +58,7 @@ def _charts(claim: Claim) -> list[Chart]:
     assert claim.result is not None
     drawn = []
     for number, chart in enumerate(claim.result["charts"]):
-        curves = [Band(curve["label"], _points(curve["points"])) for curve in chart["curves"]]
+        curves = [Curve(curve["label"], _points(curve["points"])) for curve in chart["curves"]]
         curves = [curve for curve in curves if curve.points]
         if curves:
             options = {name: chart[name] for name in ("x", "y", "log_x", "log_y")}
@@ -65,5 +66,5 @@ def _charts(claim: Claim) -> list[Chart]:
     return drawn
 
 
-def _points(points: list[list[float | None]]) -> list[tuple[float, float, float, float]]:
+def _points(points: list[list[float | None]]) -> list[Point]:
     return finite([tuple(math.nan if value is None else value for value in point) for point in points])  # type: ignore[misc]

@@ -128,6 +128,8 @@ def test_a_baseline_is_chosen_by_its_settings(tmp_path):
     assert compare(results, {"model.qk_norm": "false"}).baseline.label == "qk_norm false"
     with pytest.raises(UserError, match="there are"):
         compare(results, {"model.qk_norm": "maybe"})
+    with pytest.raises(UserError, match=r"'qk_norm' differs between the runs; did you mean model.qk_norm\?"):
+        compare(results, {"qk_norm": "false"})
     with pytest.raises(UserError, match="no run has an eval 'txt'; did you mean text"):
         compare(results, only=["txt"])
 
@@ -208,3 +210,7 @@ def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path, capsys):
     written(tmp_path / "one", 2.0)
     assert main(["compare", str(tmp_path / "one"), "--baseline", "norm"]) == 2
     assert "should be NAME=VALUE" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "one"), "--csv", "rows.txt"]) == 2
+    assert "should end in .csv" in capsys.readouterr().err
+    assert main(["compare", "nowhere"]) == 2
+    assert "sweeps/ here has: nothing" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import pytest
 from lm.cli.main import main
 from lm.experiment import UserError, to_dict
 from lm.sweep.folder import SweepFolder, try_lock
+from lm.sweep.pool import pool
 from lm.sweep.results import read_sweep
 from lm.sweep.run import run_sweep
 from lm.sweep.study import Study
@@ -173,10 +174,21 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
 
 def test_a_sweep_that_cannot_work_leaves_no_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("wrong.py").write_text(TINY.read_text().replace("sft.optimizer.peak_lr", "sft.optimizer.peek_lr"))
-    assert main(["sweep", "wrong.py"]) == 2
-    assert "did you mean sft.optimizer.peak_lr" in capsys.readouterr().err
-    assert not Path("sweeps").exists()
+    axis = '"sft.optimizer.peak_lr": (1e-3, 3e-3)'
+    for wrong, message in (
+        ('"sft.optimizer.peek_lr": (1e-3,)', "did you mean sft.optimizer.peak_lr"),
+        ('"model.num_heads": (2, 3)', "trial num_heads 3: model.num_heads 3 is not"),
+    ):
+        Path("wrong.py").write_text(TINY.read_text().replace(axis, wrong))
+        assert main(["sweep", "wrong.py"]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path("sweeps").exists()
+
+
+def test_a_worker_that_cannot_work_is_not_started_again(capfd):
+    with pytest.raises(UserError, match="worker 1 cannot work"):
+        pool(["sweep", "nowhere.py"], 1)
+    assert capfd.readouterr().err.count("lm: error") == 1
 
 
 def test_a_dry_run_counts_what_is_shared_once(tmp_path, monkeypatch, capsys):
