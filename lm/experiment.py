@@ -176,6 +176,16 @@ class GRPO:
     )
     scale_advantages: bool = knob(True, "divide advantages by the group's standard deviation")
     updates_per_rollout: int = knob(1, "optimizer updates that share one rollout")
+    rollouts: int = knob(
+        1, "at most so many a step, until its batch is full of groups with a preference (DAPO's dynamic sampling)"
+    )
+    sampler: Literal["same", "bfloat16", "int8", "int4"] = knob(
+        "same", "weights that sample: those that are trained, or rounded as an inference engine may hold them"
+    )
+    sampler_cap: float = knob(
+        0.0,
+        "tokens are weighed by how much likelier they are to the trainer than to the sampler, capped here (TIS); 0: not",
+    )
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Pretrain, RewardM
 from lm.model.scorer import ScoreHead, Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.cpo import cpo
-from lm.objectives.cross_entropy import cross_entropy
+from lm.objectives.cross_entropy import cross_entropy, weighted
 from lm.objectives.dpo import dpo
-from lm.objectives.grpo import grpo
+from lm.objectives.grpo import grpo, k3, sampler_correction
 from lm.objectives.kto import READS_BASELINE, kto, log_ratio_mean
 from lm.objectives.logprobs import last_scores, token_logprobs, token_values
 from lm.objectives.orpo import orpo
@@ -152,11 +152,18 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         ref_logp = None
         if o.kl_coef:
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch, o.temperature).logp)
-        return grpo(
+        correction, gap = None, {}
+        if o.sampler != "same":
+            assert batch.old_logp is not None and batch.sampler_logp is not None
+            gap = {"sampler_kl": weighted(k3(batch.old_logp - batch.sampler_logp), batch.weights)}
+            if o.sampler_cap:
+                correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.sampler_cap)
+        mean, metrics = grpo(
             stats.logp, batch.weights, batch.advantages, max_len=o.max_new_tokens,
-            old_logp=batch.old_logp, ref_logp=ref_logp, entropy=stats.entropy, aggregation=o.aggregation,
-            clip_low=o.clip_low, clip_high=o.clip_high, kl_coef=o.kl_coef,
+            old_logp=batch.old_logp, ref_logp=ref_logp, correction=correction, entropy=stats.entropy,
+            aggregation=o.aggregation, clip_low=o.clip_low, clip_high=o.clip_high, kl_coef=o.kl_coef,
         )  # fmt: skip
+        return mean, metrics | gap
 
     return make_step(loss, optimizer, stage.microbatches)
 

@@ -43,7 +43,9 @@ OBJECTIVES = {
     "ppo": PPO(max_new_tokens=8, kl_target=1.0, kl_horizon=100),
     "ppo_head": PPO(max_new_tokens=8, temperature=0.7, critic="head"),
     "grpo_token": GRPO(max_new_tokens=8, group_size=4, kl_coef=0.1, aggregation="token"),
-    "grpo_sequence": GRPO(max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence"),
+    "grpo_sequence": GRPO(
+        max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence", sampler="int8", sampler_cap=1.1
+    ),
     "grpo_constant": GRPO(max_new_tokens=8, group_size=4, aggregation="constant", clip_high=0.3),
 }
 
@@ -84,6 +86,7 @@ def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
         plain,
         advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
         old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
+        sampler_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
         desirable=jnp.asarray(rng.random(rows) < 0.5, jnp.float32),
         margins=jnp.repeat(jnp.asarray(rng.random(rows // 2), jnp.float32), 2),
         ties=jnp.repeat(jnp.asarray(rng.random(rows // 2) < 0.3, jnp.float32), 2),

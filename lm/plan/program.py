@@ -94,6 +94,8 @@ def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
     if isinstance(stage.objective, KTO):
         return dataclasses.replace(batch, desirable=judged, mismatched=batch)
+    if isinstance(stage.objective, GRPO) and stage.objective.sampler != "same":
+        return dataclasses.replace(batch, sampler_logp=real)
     if isinstance(stage.objective, Paired):
         batch = dataclasses.replace(batch, margins=judged, ties=judged)
     if isinstance(stage.objective, PPO):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from lm.data.chat import prompt_messages
 from lm.data.pipeline import PromptFeed, Prompts, make_prompt_feed
@@ -75,17 +75,45 @@ def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environme
 def roll_out(
     model: Transformer, environment: Environment, stage: Stage, tokenizer: Tokenizer, step: int, key: PRNGKeyArray
 ) -> Rollout:
-    """Sample a group of completions for each prompt of the step, reward them and compare them in their group."""
+    """Sample a group of completions for each prompt of the step, reward them and compare them in their group.
+
+    With `rollouts` above 1, further prompts are asked until there are as many groups with a preference as the step has
+    prompts, and groups without one fill what is missing after the last. What is reported is of everything sampled.
+    """
     o = stage.objective
     assert isinstance(o, GRPO)
-    said = ask(model, environment.prompts(step), o, tokenizer, key, o.group_size)
-    rewards = judge(environment, said.rows, said.answers)
+    turns: list[Said] = []
+    judged: list[np.ndarray] = []
+    for turn in range(o.rollouts):
+        prompts = environment.prompts(step * o.rollouts + turn)
+        turns.append(ask(model, prompts, o, tokenizer, jax.random.fold_in(key, turn) if turn else key, o.group_size))
+        judged.append(judge(environment, turns[-1].rows, turns[-1].answers))
+        rewards = np.concatenate(judged)
+        if has_preference(rewards, o.group_size).sum() >= stage.batch_size:
+            break
+    chosen = fill(rewards, o.group_size, stage.batch_size)
+    said = Said.joined(turns)
     advantages, means = group_advantages(
         jnp.asarray(rewards), o.group_size, scale="group" if o.scale_advantages else "none"
     )
     metrics = {name: float(mean.value()) for name, mean in means.items()} | said.metrics()
-    batches = spread(said.batch(np.asarray(advantages)), o.updates_per_rollout)
-    return Rollout(batches, said.asked(), said.answers, rewards, np.asarray(advantages), metrics)
+    if o.rollouts > 1:
+        metrics["rollouts"] = len(turns)
+    advantages, rewards, said = np.asarray(advantages)[chosen], rewards[chosen], said.take(chosen)
+    batches = spread(said.batch(advantages), o.updates_per_rollout)
+    return Rollout(batches, said.asked(), said.answers, rewards, advantages, metrics)
+
+
+def has_preference(rewards: Float[np.ndarray, " N"], group_size: int) -> Bool[np.ndarray, " P"]:
+    """Of each group whether its rewards differ."""
+    grouped = rewards.reshape(-1, group_size)
+    return grouped.min(1) < grouped.max(1)
+
+
+def fill(rewards: Float[np.ndarray, " N"], group_size: int, groups: int) -> Int[np.ndarray, " B"]:
+    """Rows of so many groups, in order: the first of those with a preference, then the first of the others."""
+    chosen = np.argsort(~has_preference(rewards, group_size), kind="stable")[:groups]
+    return (np.sort(chosen)[:, None] * group_size + np.arange(group_size)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +126,20 @@ class Said:
     samples: Samples
     answers: list[Answer]
     group_size: int
+
+    @staticmethod
+    def joined(turns: list[Said]) -> Said:
+        """What was said in several turns, one after another."""
+        arrays = [(turn.tokens, turn.lengths, turn.samples) for turn in turns]
+        tokens, lengths, samples = jax.tree.map(lambda *parts: np.concatenate(parts), *arrays)
+        rows, answers = [row for turn in turns for row in turn.rows], [one for turn in turns for one in turn.answers]
+        return Said(rows, tokens, lengths, samples, answers, turns[0].group_size)
+
+    def take(self, chosen: Int[np.ndarray, " B"]) -> Said:
+        """Some of the answers, whole groups."""
+        tokens, lengths, samples = jax.tree.map(lambda x: x[chosen], (self.tokens, self.lengths, self.samples))
+        rows, answers = ([every[i] for i in chosen] for every in (self.rows, self.answers))
+        return Said(rows, tokens, lengths, samples, answers, self.group_size)
 
     def asked(self) -> list[str]:
         """What people would call the prompt of each answer: its last turn."""

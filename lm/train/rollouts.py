@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from lm.parallel.distributed import first, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.environments import Environment, Rollout, make_environment, roll_out
 from lm.rollout.experience import score_out
+from lm.rollout.rounding import rounded
 from lm.train.batches import Batches, Referenced
 from lm.train.metrics import MetricsLog
 from lm.types import Batch, TrainState
@@ -46,16 +49,21 @@ class Rollouts(Batches):
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
-        if isinstance(self.stage.objective, PPO):
+        o = self.stage.objective
+        if isinstance(o, PPO):
             answered = score_out(state, self.environment, self.stage, self.tokenizer, step, key, self.place)
         else:
-            answered = roll_out(state.params, self.environment, self.stage, self.tokenizer, step, key)
+            assert isinstance(o, GRPO)
+            model = state.params if o.sampler == "same" else rounded(state.params, o.sampler)
+            answered = roll_out(model, self.environment, self.stage, self.tokenizer, step, key)
         self.latest = answered
         if answered.metrics["eos_rate"] == 0 and not self.warned and first():
             self.warned = True
             print(f"{self.stage.name}: {NO_END.format(step=step + 1, count=len(answered.answers))}", flush=True)
         # Every process has the whole rollout, and gives its devices their rows of it.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
+        if isinstance(o, GRPO) and o.sampler != "same":
+            batches = [seen_by_trainer(state.params, batch, o.temperature) for batch in batches]
         return batches, self.latest.metrics
 
     def show(self, log: MetricsLog, step: int) -> None:
@@ -79,6 +87,13 @@ def make_batches(experiment: Experiment, index: int, tokenizer: Tokenizer, mesh:
     if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
         return Referenced(stage, feed, count, mesh)
     return Batches(feed, count, mesh, stage.steps)
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def seen_by_trainer(model: Transformer, batch: Batch, temperature: float) -> Batch:
+    """The batch with the old policy being the trainer's, where the sampler was another."""
+    logp = token_logprobs(model, batch, temperature).logp * batch.weights
+    return dataclasses.replace(batch, old_logp=logp, sampler_logp=batch.old_logp)
 
 
 def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:
