@@ -126,7 +126,7 @@ def _check_stage(stage: Stage, model: Model) -> None:
             f"{stage.name}.seq_len {stage.seq_len}"
         )
     if isinstance(stage.objective, RewardModel):
-        _check_ranges(stage, {"tie_width": (0, None), "center_coef": (0, None)})
+        _check_ranges(stage, {"tie_width": (0, None), "center_coef": (0, None), "layers": (0, model.num_layers)})
     if isinstance(stage.objective, PPO):
         _check_ppo(stage, stage.objective)
     if isinstance(stage.objective, Collect):

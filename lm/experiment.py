@@ -198,6 +198,7 @@ class RewardModel:
         "drop", "pairs that are a `tie`: left out, half each, a third outcome"
     )
     tie_width: float = knob(0.5, "rao_kupper: answers whose scores differ by less are called equal")
+    layers: int = knob(0, "only the first so many layers of the model are read, for a smaller reward model; 0: all")
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def first_state(
     frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if needs_reference(stage) else {}
     params: Any = model
     if isinstance(o, RewardModel):
-        params = Scorer(model, key)
+        params = Scorer(model, key, o.layers)
     if isinstance(o, PPO):
         params = {"policy": model, "critic": _critic(o, model, scorers)}
         frozen["scorers"] = scorers

@@ -30,10 +30,10 @@ class ScoreHead(nnx.Module):
 
 
 class Scorer(nnx.Module):
-    """A language model's body, without its head, and a score of every token's last hidden state."""
+    """A language model's body, or its first `layers` if not 0, without its head, and a score of every token's hidden state."""
 
-    def __init__(self, model: Transformer, key: PRNGKeyArray | None):
-        self.body = jax.tree.map(lambda x: x, model)
+    def __init__(self, model: Transformer, key: PRNGKeyArray | None, layers: int = 0):
+        self.body = model.first_layers(layers or model.config.num_layers)
         self.body.head = None
         self.score = ScoreHead(model.config, key)
 

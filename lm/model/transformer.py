@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D embed, H query heads, N key heads, K head_dim, F ml
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -205,6 +206,14 @@ class Transformer(nnx.Module):
             if param is not None:
                 whole = _whole(param, jnp.dtype(self.config.compute_dtype))
                 setattr(model, name, nnx.Param(whole, out_sharding=param.get_metadata("out_sharding")))
+        return model
+
+    def first_layers(self, count: int) -> Transformer:
+        """This model without what comes after its first `count` layers."""
+        model = jax.tree.map(lambda x: x, self)
+        if count < self.config.num_layers:
+            model.config = dataclasses.replace(self.config, num_layers=count)
+            model.blocks = jax.tree.map(lambda x: x[:count], self.blocks)
         return model
 
     def for_sampling(self) -> Transformer:

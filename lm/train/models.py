@@ -88,10 +88,10 @@ def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer,
     Raises:
         UserError: there is no such stage, it is none of a reward model, or it has no checkpoint.
     """
-    _check_scorer_stage(experiment, folder, stage)
+    layers = _scorer_stage(experiment, folder, stage).layers
 
     def make() -> Scorer:
-        return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0))
+        return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0), layers)
 
     return _restored(jax.eval_shape(make), folder, mesh, stage)
 
@@ -123,7 +123,7 @@ def check_reward_models(experiment: Experiment, tokenizer: Tokenizer) -> None:
     """
     for name in dict.fromkeys(name for stage in experiment.stages for name in reward_names(stage) if ":" in name):
         run, _, stage = name.rpartition(":")
-        _check_scorer_stage(_of_same_tokens(name, tokenizer), RunFolder(Path(run)), stage)
+        _scorer_stage(_of_same_tokens(name, tokenizer), RunFolder(Path(run)), stage)
         if not Checkpoints(RunFolder(Path(run)).checkpoints(stage)).steps():
             raise UserError(f"{run} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
 
@@ -142,11 +142,13 @@ def _of_same_tokens(name: str, tokenizer: Tokenizer) -> Experiment:
     return experiment
 
 
-def _check_scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> None:
+def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> RewardModel:
     kinds = {s.name: s.objective for s in experiment.stages}
-    if not isinstance(kinds.get(stage), RewardModel):
+    found = kinds.get(stage)
+    if not isinstance(found, RewardModel):
         trained = ", ".join(name for name, kind in kinds.items() if isinstance(kind, RewardModel)) or "none"
         raise UserError(f"{folder.path} has no reward model {stage!r}; its stages of reward models are {trained}")
+    return found
 
 
 def scorers_before(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lm.model.attention import rope_frequencies
 from lm.model.transformer import num_params, rms_norm
@@ -58,6 +59,16 @@ def test_rope_sees_differences_of_positions_only():
     model, ids = tiny_model(), tokens()
     positions, segments = plain(ids)
     np.testing.assert_allclose(model(ids, positions, segments), model(ids, positions + 17, segments), atol=2e-5)
+
+
+def test_first_layers_are_the_model_whose_others_add_nothing():
+    model, ids = tiny_model(), tokens()
+    for name in ("o", "down"):
+        weight = getattr(model.blocks, name)
+        setattr(model.blocks, name, nnx.Param(weight[...].at[1:].set(0), **weight.get_metadata()))
+    few = model.first_layers(1)
+    assert few.config.num_layers == 1 and model.config.num_layers == 2
+    np.testing.assert_array_equal(few.hidden(ids, *plain(ids)), model.hidden(ids, *plain(ids)))
 
 
 def test_llama3_scaling_slows_long_waves_only():
