@@ -7,6 +7,7 @@ held by nobody is taken up again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from lm.sweep.trials import Point, Trial, own_point, told, trial_at, trials
 from lm.train.run_folder import read_json
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+DROPPED = "dropped"  # an attribute of trials that nobody ran, because the sweep asks for them no more
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -56,22 +58,24 @@ class Study:
             )
 
     def queue(self, retry_failed: bool = False) -> None:
-        """Ask for every trial that the sweep wants and that is not there yet; what is done stays.
+        """Ask for every trial that the sweep wants and that is not there yet; what is done stays, what waits unwanted goes.
 
         Args:
             retry_failed: also for those that failed.
         """
         with self.folder.alone():
-            known = self._study.get_trials(deepcopy=False)
             if isinstance(self.sweep.search, Suggested):
-                return self._queue_seeds(known)
-            live = {one.user_attrs["key"] for one in known if not retry_failed or one.state in LIVE}
+                self._drop(lambda one: one.user_attrs["seed"] not in self.sweep.seeds)
+                return self._queue_seeds(self._known())
             wanted = trials(self.sweep)
+            keys = {trial.key for trial in wanted}
+            self._drop(lambda one: one.user_attrs["key"] not in keys)
+            live = {one.user_attrs["key"] for one in self._known() if not retry_failed or one.state in LIVE}
             for trial in _breadth_first(wanted):
                 self.folder.write_trial(trial, stage_keys(trial.experiment))
                 if trial.key not in live:
                     self._enqueue(_attributes(trial))
-            self.folder.want_only({trial.key for trial in wanted})
+            self.folder.want_only(keys)
 
     def take(self) -> Claimed | None:
         """The next trial, held by this process; None if there is none now: look at `open` for whether there will be."""
@@ -108,7 +112,7 @@ class Study:
 
     def counts(self) -> tuple[int, int]:
         """(trials that have ended, trials known so far)."""
-        known = self._study.get_trials(deepcopy=False)
+        known = self._known()
         return sum(one.state in ENDED for one in known), len(known)
 
     def failures(self) -> list[str]:
@@ -118,6 +122,17 @@ class Study:
         records = [read_json(self.folder.record(key)) for key in keys]
         failing = [one for one in records if one["wanted"] and one["failed"]]
         return [f"{told(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in failing]
+
+    def _known(self) -> list[FrozenTrial]:
+        return [one for one in self._study.get_trials(deepcopy=False) if DROPPED not in one.user_attrs]
+
+    def _drop(self, unwanted: Callable[[FrozenTrial], bool]) -> None:
+        """Let no worker take a trial that waits and is not wanted any more; it may be asked for again."""
+        storage = self._study._storage  # a study cannot end what has not begun
+        for one in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            if unwanted(one):
+                storage.set_trial_user_attr(one._trial_id, DROPPED, True)
+                storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
 
     # ---- a search --------------------------------------------------------------------------------------------
 
@@ -135,7 +150,7 @@ class Study:
         search = self.sweep.search
         if not isinstance(search, Suggested):
             return False
-        known = self._study.get_trials(deepcopy=False)
+        known = self._known()
         return sum(one.user_attrs.get("seed") == self.sweep.seeds[0] for one in known) < search.trials
 
     def _ask(self) -> Claimed | None:

@@ -177,7 +177,7 @@ def test_a_sweep_that_cannot_work_leaves_no_folder(tmp_path, monkeypatch, capsys
     axis = '"sft.optimizer.peak_lr": (1e-3, 3e-3)'
     for wrong, message in (
         ('"sft.optimizer.peek_lr": (1e-3,)', "did you mean sft.optimizer.peak_lr"),
-        ('"model.num_heads": (2, 3)', "trial num_heads 3: model.num_heads 3 is not"),
+        ('"model.num_kv_heads": (1, 3)', "trial num_kv_heads 3: model.num_heads 2 is not"),
     ):
         Path("wrong.py").write_text(TINY.read_text().replace(axis, wrong))
         assert main(["sweep", "wrong.py"]) == 2
@@ -208,6 +208,30 @@ def opened(tmp_path, value):
     study = Study(value, folder)
     study.queue()
     return study, folder
+
+
+def test_what_is_asked_for_no_more_is_not_run_and_may_be_asked_for_again(tmp_path):
+    study, folder = opened(tmp_path, sweep)
+    study.tell(study.take(), value=1.0)
+    fewer = Study(dataclasses.replace(sweep, seeds=(0,)), folder)
+    fewer.queue()
+    assert fewer.counts() == (1, 2)
+    left = fewer.take()
+    assert left.seed == 0 and fewer.take() is None
+    fewer.tell(left, value=2.0)
+    assert not fewer.open() and not fewer.failures()
+    study.queue()
+    assert study.counts() == (2, 4) and {study.take().seed, study.take().seed} == {1}
+
+
+@pytest.mark.parametrize("search", [Random(2), Halving(2, first=2)], ids=lambda search: type(search).__name__)
+def test_a_search_of_fewer_seeds_runs_those_only(tmp_path, search):
+    axes = {"sft.optimizer.peak_lr": LogUniform(1e-4, 1e-2)}
+    value = Sweep("s", base, axes, seeds=(0, 1), search=search)
+    _, folder = opened(tmp_path, value)
+    fewer = Study(dataclasses.replace(value, seeds=(0,)), folder)
+    fewer.queue()
+    assert [fewer.take().seed, fewer.take().seed] == [0, 0] and fewer.take() is None
 
 
 def test_a_trial_that_nobody_holds_is_taken_up_before_a_new_one(tmp_path):

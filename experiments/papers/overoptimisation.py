@@ -1,0 +1,166 @@
+"""Gold reward against KL where a proxy of some size is followed, by best of n and by PPO (Gao et al. 2023, arXiv:2210.10760)."""
+
+import dataclasses
+import math
+
+import numpy as np
+from small_reasoner import CHAINS
+from small_reasoner import experiment as reasoner
+from small_reasoner import quick as small
+
+from lm.experiment import PPO, Collect, Eval, Experiment, Optimizer, RewardModel, Source, Stage
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, over_seeds, where
+from lm.sweep.results import Result
+from lm.sweep.statistics import Curve, curve_points, estimate, paired
+from lm.sweep.sweep import Sweep
+
+LAYERS = (1, 2, 4)  # of the proxy; the policy has as many as the largest
+SIZES = {f"{count} of {LAYERS[-1]} layers": {"reward.objective.layers": count} for count in LAYERS}
+
+
+def chosen_by_a_proxy(e: Experiment) -> Experiment:
+    """Answers of the taught model are judged by the program, a proxy learns from them, and PPO follows the proxy."""
+    sft = e.stages[0]
+    after = {"seq_len": sft.seq_len, "save_every": 200}
+    collect = Stage("collect", Collect(verifier="answer", answers=4), (CHAINS,), steps=24, batch_size=32, **after)
+    reward = Stage(
+        "reward",
+        RewardModel(center_coef=0.01),
+        (Source("made:collect", holdout=0.1),),
+        steps=150,
+        batch_size=16,
+        optimizer=Optimizer(peak_lr=3e-4, warmup_steps=15),
+        **after,
+    )
+    ppo = Stage(
+        "ppo",
+        PPO(reward_models=("reward",), verifier="answer", critic="head", kl_coef=0.0, epochs=2, minibatches=2),
+        (CHAINS,),
+        start="sft",
+        steps=100,
+        batch_size=64,
+        optimizer=Optimizer(peak_lr=1e-4, warmup_steps=5, schedule="constant", weight_decay=0.0),
+        eval_every=10,
+        evals=("gold",),
+        **after,
+    )
+    sampled = {"verifier": "answer", "max_new_tokens": 64, "temperature": 1.0}
+    evals = (
+        Eval("gold", CHAINS, count=256, **sampled),
+        Eval("best", CHAINS, "best_of_n", count=128, best_of=16, **sampled),
+    )
+    return dataclasses.replace(e, name="overoptimisation", stages=(sft, collect, reward, ppo), evals=evals)
+
+
+def deep(e: Experiment, width: int) -> Experiment:
+    """As many layers as the largest proxy, of this width."""
+    model = dataclasses.replace(e.model, num_layers=LAYERS[-1], embed_dim=width, head_dim=16, mlp_dim=11 * width // 4)
+    return dataclasses.replace(e, model=model)
+
+
+def little(e: Experiment) -> Experiment:
+    """Some steps of each, on pairs that are generated: of a model that has learnt nothing every answer is wrong."""
+    pairs = (Source("gen:preferences", holdout=0.1),)
+    kept = (dataclasses.replace(s, steps=4, batch_size=8) for s in e.stages if s.name != "collect")
+    stages = tuple(dataclasses.replace(s, sources=pairs) if s.name == "reward" else s for s in kept)
+    ppo = dataclasses.replace(stages[-1], eval_every=2)
+    evals = tuple(dataclasses.replace(item, count=8, best_of=4) for item in e.evals)
+    return dataclasses.replace(e, stages=(*stages[:-1], ppo), evals=evals)
+
+
+base = chosen_by_a_proxy(deep(reasoner, 64))
+sweep = Sweep("overoptimisation", base, {"proxy": SIZES}, seeds=(0, 1, 2))
+quick = Sweep(
+    "overoptimisation_quick",
+    little(chosen_by_a_proxy(deep(small, 32))),
+    {"proxy": {size: SIZES[size] for size in (next(iter(SIZES)), list(SIZES)[-1])}},
+)
+
+
+def by_ppo(result: Result) -> list[tuple[float, float]]:
+    """(√KL, gold reward) of every measurement of PPO, the start first."""
+    lines = [line for line in result.stages["ppo"].evals if line["eval"] == "gold" and line.get("kl") is not None]
+    return [(math.sqrt(max(0.0, line["kl"])), line["reward"]) for line in lines]
+
+
+def by_best_of_n(result: Result) -> list[tuple[float, float]]:
+    """(√KL, gold reward) of the best of 1, 2, 4, … answers."""
+    (line,) = (line for line in result.stages["reward"].evals if line["eval"] == "best")
+    return [(math.sqrt(kl), gold) for kl, gold in zip(line["kl_bound"], line["reward"], strict=True)]
+
+
+def fitted(points: list[tuple[float, float]], bend) -> tuple[float, float]:
+    """(α, β) of gold - gold at the start = d (α - β bend(d)), by least squares; the paper's equations 1 and 2."""
+    (_, start), *others = points
+    moved = [point for point in others if point[0] > 0]
+    if len(moved) < 2:
+        return math.nan, math.nan
+    d, gold = np.array(moved).T
+    (alpha, minus_beta), *_ = np.linalg.lstsq(np.stack([d, d * bend(d)], axis=1), gold - start, rcond=None)
+    return float(alpha), float(-minus_beta)
+
+
+RULES = {"PPO": (by_ppo, np.log), "best of n": (by_best_of_n, lambda d: d)}
+
+
+def judge(evidence: Evidence) -> Finding:
+    of = {size: found for size in SIZES if (found := where(evidence.results, proxy=size))}
+    fits = {
+        (rule, size): by_seed_pairs(of[size], lambda r, p=points, b=bend: fitted(p(r), b))
+        for rule, (points, bend) in RULES.items()
+        for size in of
+    }
+    end = {size: by_seed(found, lambda r: by_ppo(r)[-1][1]) for size, found in of.items()}
+    middle = {size: by_seed(found, lambda r: by_ppo(r)[len(by_ppo(r)) // 2][1]) for size, found in of.items()}
+    smallest, largest = next(iter(of)), list(of)[-1]
+    seeds = sorted(set.intersection(*(set(one) for one in end.values())))
+    bends = estimate([float(np.mean([fits["PPO", size][seed][1] for size in of])) for seed in seeds])
+    larger, later = paired(end[largest], end[smallest]), paired(end[smallest], middle[smallest])
+    low, high = bends.mean - bends.half, bends.mean + bends.half
+    refuted = high < 0 or larger.high < 0
+    return Finding(
+        verdict="holds" if low > 0 and larger.low > 0 else "does not hold" if refuted else "undecided",
+        reason=f"β of PPO's curves, mean over the proxies: {bends.mean:.3f} [{low:.3f}, {high:.3f}]; gold reward at PPO's end, "
+        f"largest proxy less smallest: {difference(larger)}; with the smallest, end less middle: {difference(later)}.",
+        columns=("proxy", *(f"{letter} of {rule}" for rule in RULES for letter in "αβ"), "gold at PPO's end"),
+        rows=[
+            (
+                size,
+                *(
+                    over_seeds({seed: pair[i] for seed, pair in fits[rule, size].items()})
+                    for rule in RULES
+                    for i in (0, 1)
+                ),
+                over_seeds(end[size]),
+            )
+            for size in of
+        ],
+        charts=[
+            Chart(
+                f"Gold reward, {rule}, by the proxy's size",
+                "√KL, nats an answer",
+                "gold reward",
+                [Curve(size, along([points(r) for r in found if r.finished])) for size, found in of.items()],
+            )
+            for rule, (points, _) in RULES.items()
+        ],
+    )
+
+
+def by_seed_pairs(results: list[Result], pair) -> dict[int, tuple[float, float]]:
+    return {result.seed: pair(result) for result in results if result.finished}
+
+
+def along(runs: list[list[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
+    """Means over seeds at each measurement: of √KL across, of gold upwards."""
+    places = [float(np.mean([d for d, _ in same])) for same in zip(*runs, strict=True)]
+    return curve_points([dict(zip(places, (gold for _, gold in run), strict=True)) for run in runs])
+
+
+paper = Paper(
+    "Following a proxy bends gold reward down as KL grows, and less so the larger the proxy",
+    "L. Gao, J. Schulman, J. Hilton, Scaling Laws for Reward Model Overoptimization, arXiv:2210.10760, 2023",
+    judge,
+    sweeps=("sweep",),
+    quick=("quick",),
+)
