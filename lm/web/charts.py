@@ -76,6 +76,8 @@ SMALL_CHARTS: tuple[Row, ...] = (
     ("Gradient norm", {"grad_norm": ""}, False),
     ("All-equal groups", {"frac_zero_std": ""}, True),
     ("Ended itself", {"eos_rate": ""}, True),
+    ("Rollouts a step", {"rollouts": ""}, False),
+    ("KL of the sampler to the trainer", {"sampler_kl": ""}, False),
     ("KL to the start", {"kl": ""}, False),
     ("Tokens/s", {"tokens_per_second": ""}, False),
     ("MFU", {"mfu": ""}, True),
