@@ -1,11 +1,12 @@
 """A run again: the same to the bit, and what is said where it is not."""
 
+import dataclasses
 import json
 
 import pytest
 
 from lm.cli.main import main
-from lm.experiment import UserError, to_dict
+from lm.experiment import Eval, Source, UserError, to_dict
 from lm.train.rerun import conditions, first_difference
 from lm.train.run_folder import read_json
 from lm.train.stages import fingerprints, run
@@ -53,6 +54,11 @@ def test_what_is_not_as_it_was_is_said_and_may_be_refused(finished, tmp_path, ca
         assert not (tmp_path / "never").exists()
     finally:
         file.write_text(kept)
+
+
+def test_a_fingerprint_covers_what_is_only_measured_on():
+    evals = (Eval("other", Source("gen:instruct", holdout=0.5)),)
+    assert set(fingerprints(dataclasses.replace(base, evals=evals))) == {"gen:drills", "gen:arithmetic", "gen:instruct"}
 
 
 def test_a_run_that_has_not_ended_is_refused(tmp_path):
