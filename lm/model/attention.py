@@ -16,7 +16,7 @@ from lm.model.linear import contract
 from lm.parallel.rules import constrain, platform
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, "half"]:
+def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, " half"]:
     """Angle per position of each pair of dimensions, in radians.
 
     Args:
@@ -34,7 +34,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = (
 
 
 def rope_angles(
-    positions: Int[Array, "B T"], frequencies: Float[Array, "half"]
+    positions: Int[Array, "B T"], frequencies: Float[Array, " half"]
 ) -> tuple[Float[Array, "B 1 T half"], Float[Array, "B 1 T half"]]:
     """cos and sin of every position's angles, shared by all heads and layers; float32."""
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies

@@ -12,6 +12,7 @@ import optax
 
 from lm.experiment import (
     DPO,
+    GRPO,
     KTO,
     PPO,
     Collect,
