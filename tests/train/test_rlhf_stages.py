@@ -56,7 +56,7 @@ def experiment(folder: Path) -> Experiment:
             Stage("sft", SFT(), (asked,), batch_size=8, **shared),
             Stage("collect", Collect(verifier="brevity", answers=3, max_new_tokens=12), (asked,), steps=4, batch_size=8, seq_len=48),
             Stage("reward", RewardModel(center_coef=0.01), (pairs,), batch_size=8, microbatches=2, **shared),
-            Stage("twin", RewardModel(layers=1), (pairs,), batch_size=8, **shared),
+            Stage("twin", RewardModel(), (pairs,), batch_size=8, **shared),
             Stage("ppo", ppo, (asked,), batch_size=8, eval_every=6, evals=("manners",), **shared),
             Stage("head", PPO(verifier="brevity", critic="head", max_new_tokens=12, epochs=1), (asked,), batch_size=8, start="sft", **shared),
             Stage("dpo", DPO(), (made,), batch_size=4, start="sft", **shared),
@@ -68,7 +68,7 @@ def experiment(folder: Path) -> Experiment:
         ),
         prompts=(),
         tokenizer=Tokenizer(vocab_size=320),
-        model=Model(num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=48),
+        model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=48),
         mesh=Mesh(data=1),
     )  # fmt: skip
 
