@@ -114,6 +114,7 @@ def grouped_batch(prompts: int = 4, group: int = 4, before: int = 7, after: int 
         positions=jnp.asarray(np.maximum(np.cumsum(real, axis=1) - 1, 0), jnp.int32),
         advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
         old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal(weights.shape), jnp.float32),
+        sampler_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal(weights.shape), jnp.float32),
         shared=SharedPrompt(group, before),
     )
 
