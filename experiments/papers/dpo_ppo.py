@@ -45,9 +45,9 @@ sweep = Sweep("dpo_ppo", base, {"rule": RULE}, seeds=(0, 1, 2))
 
 
 def made_up(e: Experiment) -> Experiment:
-    """Without answers of its own, of which a model that has learnt nothing has none to prefer: generated pairs instead."""
+    """Not pretrained, and without answers of its own, of which it would have none to prefer: generated pairs instead."""
     pairs = (Source("gen:preferences", holdout=0.05),)
-    kept = (stage for stage in e.stages if stage.name != "collect")
+    kept = (stage for stage in e.stages if stage.name not in ("pretrain", "collect"))
     stages = tuple(dataclasses.replace(s, sources=pairs) if s.sources[0].path.startswith("made:") else s for s in kept)
     return dataclasses.replace(e, stages=stages)
 
@@ -64,7 +64,8 @@ SMALL = [
     "--dpo.eval_every",
     "1",
 ]
-FEW = ["--evals.judge.count", "16", "--evals.instruct.count", "8"]
+FEW = ["--evals.judge.count", "8", "--evals.instruct.count", "8", "--ppo.objective.max_new_tokens", "8"]
+FEW += ["--evals.judge.max_new_tokens", "8", "--evals.instruct.max_new_tokens", "8"]
 little = made_up(base)
 SHORT = [word for stage in little.stages for word in (f"--{stage.name}.steps", "2", f"--{stage.name}.batch_size", "8")]
 quick = Sweep(

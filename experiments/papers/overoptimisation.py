@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
-from small_reasoner import CHAINS
+from small_reasoner import CHAINS, SHORT
 from small_reasoner import experiment as reasoner
 from small_reasoner import quick as small
 
@@ -63,8 +63,9 @@ def little(e: Experiment) -> Experiment:
     pairs = (Source("gen:preferences", holdout=0.1),)
     kept = (dataclasses.replace(s, steps=4, batch_size=8) for s in e.stages if s.name != "collect")
     stages = tuple(dataclasses.replace(s, sources=pairs) if s.name == "reward" else s for s in kept)
-    ppo = dataclasses.replace(stages[-1], eval_every=2)
-    evals = tuple(dataclasses.replace(item, count=8, best_of=4) for item in e.evals)
+    last = stages[-1]
+    ppo = dataclasses.replace(last, eval_every=2, objective=dataclasses.replace(last.objective, max_new_tokens=SHORT))
+    evals = tuple(dataclasses.replace(item, count=8, best_of=4, max_new_tokens=SHORT) for item in e.evals)
     return dataclasses.replace(e, stages=(*stages[:-1], ppo), evals=evals)
 
 

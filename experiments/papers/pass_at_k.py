@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from small_reasoner import CHAINS
+from small_reasoner import CHAINS, SHORT
 from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
@@ -25,7 +25,7 @@ quick = Sweep(
         small,
         evals=(
             *small.evals,
-            dataclasses.replace(SAMPLES, count=8, best_of=4),
+            dataclasses.replace(SAMPLES, count=8, best_of=4, max_new_tokens=SHORT),
         ),
     ),
 )

@@ -47,7 +47,8 @@ experiment = Experiment(
     evals=(Eval("chains", CHAINS, count=256, max_new_tokens=64, temperature=1.0),),
 )
 
-# A minute's worth, to see that a claim's code still works.
+# Less than a minute's worth, to see that a claim's code still works.
+SHORT = 8  # tokens of an answer
 quick = dataclasses.replace(
     experiment,
     model=dataclasses.replace(
@@ -55,7 +56,12 @@ quick = dataclasses.replace(
     ),
     stages=tuple(
         dataclasses.replace(stage, steps=4, batch_size=2, save_every=4, eval_every=2 * bool(stage.eval_every))
-        for stage in experiment.stages
+        for stage in (
+            experiment.stages[0],
+            dataclasses.replace(
+                experiment.stages[1], objective=GRPO(group_size=4, max_new_tokens=SHORT), seq_len=48 + SHORT
+            ),
+        )
     ),
-    evals=(dataclasses.replace(experiment.evals[0], count=8),),
+    evals=(dataclasses.replace(experiment.evals[0], count=8, max_new_tokens=SHORT),),
 )
