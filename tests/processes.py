@@ -14,7 +14,7 @@ DEVICES = 4  # in all, whatever the number of processes
 GLOO = re.compile(
     r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected [a-z ]+: \d+"
 )  # from two threads at once
-PATIENCE = 300  # seconds until a hanging process fails its test
+PATIENCE = 600  # seconds until a hanging process fails its test
 
 
 @dataclass

@@ -38,6 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="trace these steps of every stage into stages/NAME/profile (10:13 has three)",
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument(
+        "--no-report", action="store_true", help="leave report.html to `lm report`, which saves seconds"
+    )
     add_cache(parser)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many processes: where process 0 listens")
     parser.add_argument("--num-processes", metavar="N", type=at_least(1), help="many processes: how many")
@@ -86,12 +89,14 @@ def call(arguments: argparse.Namespace) -> int:
                 until=arguments.until,
                 profile=profile,
                 watchdog=watchdog or None,
-                after_stage=report,
+                after_stage=(lambda run_dir: None) if arguments.no_report else report,
             )
         except Interrupted as stopped:
             if first():
                 print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
             return EXIT_INTERRUPT
+        if arguments.no_report:
+            return 0
         from lm.train.run_files import read_run
         from lm.web.watch import warnings
 
@@ -118,4 +123,5 @@ def command_to_go_on(arguments: argparse.Namespace) -> str:
     names = ("run_dir", "until", "profile", "cache", "coordinator", "num_processes", "process_id", "watchdog")
     flags = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
+    given += ["--no-report"] * arguments.no_report
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

@@ -3,6 +3,7 @@
   lm sweep ablations.pretraining --dry-run
   lm sweep ablations.pretraining --workers 2
   lm compare sweeps/pretraining
+  lm report sweeps/pretraining/trials/KEY               one of them by itself
 
 Any number of workers work together, here and on other hosts that share the
 sweep's folder: start the same command there. One that dies is replaced, and its

@@ -17,7 +17,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 LONGEST = 8_000  # characters of one document
@@ -159,9 +159,15 @@ def _cut(paragraph: str, limit: int) -> Iterator[str]:
     yield paragraph
 
 
-def fingerprint() -> str:
+def made_of() -> dict[str, str]:
+    """What determines the documents: the Python that is read, and how."""
+    how = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return {"python": sys.version, "stdlib": sysconfig.get_path("stdlib"), "how": how}
+
+
+def fingerprint(rows: Iterable[Mapping[str, str]]) -> str:
     """sha256 over all documents."""
     digest = hashlib.sha256()
-    for row in documents():
+    for row in rows:
         digest.update(f"{row['key']}\0{row['text']}\0".encode(errors="replace"))
     return digest.hexdigest()

@@ -118,6 +118,7 @@ class Worker:
         pruned = False
         command = [sys.executable, "-m", "lm.cli.main", "run", str(run_dir / "experiment.json")]
         words = [*command, "--run-dir", str(run_dir), "--until", until, "--cache", str(current_cache().folder)]
+        words.append("--no-report")
         with (run_dir / "log.txt").open("ab") as log:
             # A kill of the worker leaves its locks with the child, until that ends too.
             child = subprocess.Popen(

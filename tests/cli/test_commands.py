@@ -165,6 +165,12 @@ def test_run_trains_in_the_folder_of_its_name_and_writes_the_report(trained, cap
     assert Path("runs/other/report.html").is_file()
 
 
+def test_a_run_may_leave_its_report_to_later(trained, capsys):
+    assert main(["run", "small", "--no-report"]) == 0
+    assert Path("runs/small/experiment.json").is_file() and not Path("runs/small/report.html").exists()
+    assert "report" not in capsys.readouterr().out
+
+
 def test_steps_to_profile_that_are_no_slice_are_refused_before_anything_is_trained(trained, capsys):
     assert main(["run", "small", "--profile", "4:2"]) == 2
     assert "--profile is '4:2'; it should be FIRST:END" in capsys.readouterr().err and not trained.calls

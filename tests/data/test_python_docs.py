@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.data import sources
+from lm.data.cache import cache_at
 from lm.data.python_docs import LONGEST, documents, module_paragraphs, split_paragraphs
+from lm.data.sources import load_rows
 
 
 def test_there_is_enough_text_in_documents_of_bounded_length():
@@ -16,6 +20,17 @@ def test_there_is_enough_text_in_documents_of_bounded_length():
     assert {"docs:json.decoder", "docs:builtins", "docs:topic compound", "docs:argparse"} <= {
         row["key"] for row in rows
     }
+
+
+def test_they_are_read_once_and_kept(tmp_path, monkeypatch):
+    with cache_at(tmp_path):
+        sources._documents.cache_clear()
+        first = load_rows("gen:docs")
+        monkeypatch.setattr(sources.python_docs, "documents", lambda: pytest.fail("read again"))
+        sources._documents.cache_clear()
+        again = load_rows("gen:docs")
+    assert [again[i] for i in range(len(again))] == list(documents())
+    assert first.fingerprint == again.fingerprint
 
 
 def test_long_paragraphs_occur_once():
