@@ -54,8 +54,9 @@ def test_same_logprobs_and_gradients(name, dtype, close):
         for got, want in zip(once, often, strict=True):
             np.testing.assert_allclose(got, want, atol=close)
         for got, want in zip(gradient, wanted, strict=True):
-            # Angles, and the gradients of what they turn, are float32 at any dtype.
-            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+            # Angles, and the gradients of what they turn, are float32 at any dtype: some 30 of its steps, as processors
+            # add in orders of their own.
+            np.testing.assert_allclose(got, want, rtol=0, atol=4e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
