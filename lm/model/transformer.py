@@ -216,6 +216,15 @@ class Transformer(nnx.Module):
             model.blocks = jax.tree.map(lambda x: x[:count], self.blocks)
         return model
 
+    def with_matrices(self, change: Callable[[Array], Array]) -> Transformer:
+        """This model with its matrices changed; the weights of its norms stay as they are."""
+
+        def changed(param: nnx.Variable) -> nnx.Variable:
+            norm = "norm" in param.get_metadata("out_sharding")
+            return param if norm else jax.tree.map(change, param)
+
+        return jax.tree.map(changed, self, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
     def for_sampling(self) -> Transformer:
         """This model with its matrices in the compute dtype: cast once and not for every token.
 
@@ -223,12 +232,7 @@ class Transformer(nnx.Module):
         stack at each of its turns.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
-
-        def cast(param: nnx.Variable) -> nnx.Variable:
-            norm = "norm" in param.get_metadata("out_sharding")
-            return param if norm else jax.tree.map(lambda x: x.astype(dtype), param)
-
-        model = jax.tree.map(cast, self, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        model = self.with_matrices(lambda x: x.astype(dtype))
         if platform() == "cpu":
             model.blocks = nnx.data(jax.lax.optimization_barrier(self._layers(model.blocks)))
         return model

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from lm.model.transformer import Transformer
@@ -19,7 +18,7 @@ Weights = Float[Array, "..."]
 
 
 def to_bfloat16(weights: Weights) -> Weights:
-    """8 bits of the fraction, rounded to the nearest."""
+    """Eight significant bits, rounded to the nearest."""
     return weights.astype(jnp.bfloat16).astype(weights.dtype)
 
 
@@ -43,9 +42,4 @@ ROUNDINGS: dict[str, Callable[[Weights], Weights]] = {
 @functools.partial(jax.jit, static_argnames="precision")
 def rounded(model: Transformer, precision: str) -> Transformer:
     """The model with its matrices rounded as ROUNDINGS say; the weights of its norms stay as they are."""
-
-    def change(param: nnx.Variable) -> nnx.Variable:
-        norm = "norm" in param.get_metadata("out_sharding")
-        return param if norm else jax.tree.map(ROUNDINGS[precision], param)
-
-    return jax.tree.map(change, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return model.with_matrices(ROUNDINGS[precision])

@@ -73,7 +73,7 @@ def test_prompts_are_asked_until_the_batch_is_full(tokenizer, model, monkeypatch
     # Every answer is to the prompt of its row, whichever turn asked it.
     rows = [row for turn in range(turns) for row in environment.prompts(2 * 3 + turn).rows]
     assert set(found.prompts) <= {row["question"] for row in rows}
-    assert len(found.prompts) == len([p for p in found.prompts[::GROUP] for _ in range(GROUP)])
+    assert found.prompts == [prompt for prompt in found.prompts[::GROUP] for _ in range(GROUP)]
 
 
 def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, model):
