@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lm.data.order import mixture_shares
-from lm.data.sources import Rows, load_rows, measures, split_key, split_rows, texts_of, why_missing
+from lm.data.sources import Rows, load_rows, split_key, split_rows, texts_of, why_missing
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import MADE, Experiment, Source, UserError
 
@@ -82,7 +82,7 @@ def tokenizer_texts(experiment: Experiment) -> list[str]:
 
 def _evenly(rows: Rows, indices: Int[np.ndarray, " N"], characters: int) -> list[str]:
     """Texts of the rows, evenly spread and about so many characters in all; only what is taken is read."""
-    known = measures(rows)
+    known = rows.measures
     ends = np.cumsum(known.texts[indices])
     number = int(ends[-1])
     keep = min(number, -(-number * characters // max(1, int(known.characters[indices].sum()))))

@@ -35,7 +35,6 @@ __all__ = [
     "Rows",
     "cut_text",
     "load_rows",
-    "measures",
     "split_key",
     "split_place",
     "split_rows",
@@ -116,6 +115,14 @@ class Rows(Sequence[Row]):
             raise IndexError(f"{self.path} has no row {index}")
         return self.fetch(index)
 
+    @functools.cached_property
+    def measures(self) -> Measures:
+        """What is known of every row of a source that has an end; of files by the cache, without reading them."""
+        if not self.parts:
+            return _measure(self)
+        columns = [[part.entry.array(name) for part in self.parts] for name in Measures._fields]
+        return Measures(*(found[0] if len(found) == 1 else np.concatenate(found) for found in columns))
+
 
 def load_rows(path: str, data_dir: str | Path | None = None) -> Rows:
     """The rows of a source. `data_dir` is where TFDS keeps its data, by default where TFDS itself does.
@@ -143,19 +150,11 @@ def split_rows(rows: Rows, holdout: float) -> tuple[Sequence[int], Sequence[int]
         raise UserError(f"{rows.path}: holdout is {holdout}; it is the part of the rows held out, from 0 to 1")
     if rows.generated:
         return (_Training(rows, holdout) if holdout < 1 else ()), (_HeldOut(rows, holdout) if holdout > 0 else ())
-    places = measures(rows).places
+    places = rows.measures.places
     held_out = np.flatnonzero(places < holdout)
     train: Any = np.flatnonzero(places >= holdout)
     ordered: Any = held_out[np.argsort(places[held_out], kind="stable")]
     return train, ordered
-
-
-def measures(rows: Rows) -> Measures:
-    """What is known of every row of a source that has an end; of files by the cache, without reading them."""
-    if not rows.parts:
-        return _measure(rows)
-    columns = [[part.entry.array(name) for part in rows.parts] for name in Measures._fields]
-    return Measures(*(found[0] if len(found) == 1 else np.concatenate(found) for found in columns))
 
 
 def _measure(rows: Iterable[Row]) -> Measures:
@@ -250,6 +249,7 @@ def _search_held_out(path: str, holdout: float) -> tuple[int, ...]:
     return tuple(found.values())
 
 
+@functools.cache
 def _generated(path: str) -> Rows:
     name = path.removeprefix("gen:")
     if name == "docs":
