@@ -10,8 +10,10 @@ from pathlib import Path
 # Before jax is imported, and for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# The partitioner and every pass over the graph as always; only LLVM does less, which halves the time to compile.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+# The partitioner and every pass over the graph as always; only the code for this processor is made with less care:
+# LLVM does less, and no MLIR is written for a fusion. That takes a step's compilation from 3.3 s to 0.8 s.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import pytest
 
