@@ -15,9 +15,8 @@ from lm.steps import STEPS, first_state, needs_reference
 from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
 PLAIN = ({}, {}, {})
-ROUNDING = (
-    32 * np.finfo(np.float32).eps
-)  # of the largest: what another order of a float32 sum may change in its elements
+# What another order of a float32 sum may change in its elements, of the largest of them.
+ROUNDING = 32 * np.finfo(np.float32).eps
 SPLIT = ("fsdp", "expert", "context")  # the mesh axes that split the width of parameters
 LAYOUTS = {
     "data8": ({"data": 8}, {}, {}),
@@ -42,9 +41,7 @@ LAYOUTS = {
     "remat_dots_unrolled": ({}, {}, {"remat": "dots", "scan_unroll": 2}),
 }
 # Other sums over the rows of a model whose layouts are tested with another objective.
-SUMS_ONLY = {
-    "grpo_sequence", "grpo_constant", "dpo_mixed", "dpo_ranked", "cpo", "orpo", "kto", "reward_model_ties", "ppo_head",
-}  # fmt: skip
+SUMS_ONLY = set(OBJECTIVES) - {"pretrain", "dpo", "ppo", "grpo_token"}
 RANKS = {"dpo_ranked"}  # the pairs of a batch, which microbatches would part
 CASES = [
     (name, where)
@@ -55,10 +52,9 @@ CASES = [
 ]
 
 
-def prepared(objective, mesh_sizes, stage_changes, model_changes):
-    """The mesh, the jitted step and its first arguments, on the devices, in a layout."""
-    stage = tiny_stage(objective, **stage_changes)
-    mesh = make_mesh(layout(**mesh_sizes))
+def made(objective, model_changes):
+    """The optimizer of a tiny stage, and the state that it begins with."""
+    stage = tiny_stage(objective)
     # The chain of every run, but for an eps as large as the gradient: with the usual one an element's first updates
     # are its gradient's sign, which rounding decides where the gradient is nearly 0.
     o = stage.optimizer
@@ -70,6 +66,20 @@ def prepared(objective, mesh_sizes, stage_changes, model_changes):
     state = first_state(stage, optimizer, tiny_model(**model_changes), scorers)
     if needs_reference(stage):
         state.frozen["reference"] = tiny_model(seed=1, **model_changes)
+    return optimizer, state
+
+
+@functools.cache
+def made_plain(objective):
+    optimizer, state = made(objective, {})
+    return optimizer, jax.device_get(state)
+
+
+def prepared(objective, mesh_sizes, stage_changes, model_changes):
+    """The mesh, the jitted step and its first arguments, on the devices, in a layout."""
+    stage = tiny_stage(objective, **stage_changes)
+    mesh = make_mesh(layout(**mesh_sizes))
+    optimizer, state = made(objective, model_changes) if model_changes else made_plain(objective)
     places = shardings(jax.eval_shape(lambda x: x, state), mesh)
     step = jax.jit(
         STEPS[type(objective)](stage, optimizer),
