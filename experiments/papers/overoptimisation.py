@@ -39,8 +39,8 @@ def chosen_by_a_proxy(e: Experiment) -> Experiment:
         start="sft",
         steps=100,
         batch_size=64,
-        optimizer=Optimizer(peak_lr=1e-4, warmup_steps=5, schedule="constant", weight_decay=0.0),
-        eval_every=10,
+        optimizer=Optimizer(peak_lr=2e-5, warmup_steps=5, schedule="constant", weight_decay=0.0),
+        eval_every=5,
         evals=("gold",),
         **after,
     )
