@@ -9,7 +9,7 @@ from lm.files import load
 from lm.overrides import override
 from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, over_seeds
 from lm.sweep.results import Result
-from lm.sweep.statistics import Curve, estimate, paired
+from lm.sweep.statistics import Curve, estimate, holm, paired
 from lm.sweep.sweep import Sweep
 
 LIMITS = (1.0, 2.0, 4.0, 8.0)  # nats an answer
@@ -97,14 +97,14 @@ def judge(evidence: Evidence) -> Finding:
     of = {kind: [r for r in runs if r.settings["rule"].startswith(kind)] for kind in ("DPO", "PPO")}
     table = {(kind, limit): best_within(found, limit) for kind, found in of.items() for limit in LIMITS}
     gains = {limit: paired(table["DPO", limit], table["PPO", limit]) for limit in LIMITS}
-    never_below = all(gains[limit].high >= 0 for limit in LIMITS)
-    above = any(gains[limit].low > 0 for limit in LIMITS)
-    below = any(gains[limit].high < 0 for limit in LIMITS)
+    corrected = dict(zip(LIMITS, holm([gains[limit].p for limit in LIMITS]), strict=True))
+    seen = [gains[limit].mean for limit in LIMITS if corrected[limit] < 0.05]
+    below = any(gain < 0 for gain in seen)
     return Finding(
-        verdict="holds" if above and never_below else "does not hold" if below else "undecided",
+        verdict="does not hold" if below else "holds" if seen else "undecided",
         reason="Best gold reward within a KL, DPO less PPO: "
-        + "; ".join(f"{limit:g} nats {difference(gains[limit])}" for limit in LIMITS)
-        + ".",
+        + "; ".join(f"{limit:g} nats {difference(gains[limit])}, p {corrected[limit]:.2g}" for limit in LIMITS)
+        + " (p by Holm for four).",
         columns=("KL at most", "DPO", "PPO"),
         rows=[
             (
