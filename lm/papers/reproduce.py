@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def provenance(runs: dict[str, list[Result]], seconds: float) -> dict[str, Any]:
     git = [session["git"] or {} for session in sessions]
     return {
         "commits": sorted({str(one.get("commit")) for one in git}),
-        "dirty": any(one.get("dirty") for one in git),
+        "dirty": any(changed(one) for one in git),
         "cpu": sorted({session["cpu"] for session in sessions}),
         "cores": sorted({session["cores"] for session in sessions}),
         "devices": sorted({session["devices"]["kind"] for session in sessions}),
@@ -91,6 +92,14 @@ def provenance(runs: dict[str, list[Result]], seconds: float) -> dict[str, Any]:
         "run_seconds": round(sum(_seconds(result) for result in everything)) or round(seconds),
         "experiments": sorted(result.folder.name for result in everything),
     }
+
+
+def changed(git: dict[str, Any]) -> bool:
+    """Whether there were changes of more than pages and results, which the claims before may have written."""
+    files = [*re.findall(r"^diff --git a/.* b/(.*)$", git.get("diff", ""), re.MULTILINE), *git.get("untracked", ())]
+    told = [Path(file) for file in files]
+    no_code = all(path.suffix == ".md" or "results" in path.parts for path in told)
+    return bool(git.get("dirty")) and (bool(git.get("diff_cut")) or not no_code)
 
 
 def _seconds(result: Result) -> float:

@@ -7,7 +7,7 @@ import pytest
 
 from lm.papers.kept import claims
 from lm.papers.paper import load
-from lm.papers.reproduce import BEGIN, END, reproduce, words, write
+from lm.papers.reproduce import BEGIN, END, changed, reproduce, words, write
 from lm.web.papers import write_papers
 
 HOME = Path(__file__).parent.parent.parent / "experiments" / "papers"
@@ -36,6 +36,22 @@ def test_the_kept_results_are_drawn_into_one_page(tmp_path):
     page = write_papers(HOME, tmp_path / "papers.html").read_text()
     kept = [claim for claim in claims(HOME) if claim.result]
     assert len(kept) >= 10 and all(claim.title in page or claim.title.replace("'", "&#39;") in page for claim in kept)
+
+
+@pytest.mark.parametrize(
+    ("diff", "untracked", "expected"),
+    [
+        ("", [], False),
+        ("diff --git a/experiments/papers/muon.md b/experiments/papers/muon.md\n+**Verdict", [], False),
+        ("", ["experiments/papers/results/muon.json"], False),
+        ("diff --git a/experiments/papers/muon.py b/experiments/papers/muon.py\n+lr", [], True),
+        ("", ["experiments/papers/mine.py"], True),
+    ],
+)
+def test_what_an_earlier_claim_wrote_is_no_change_of_the_code(diff, untracked, expected):
+    git = {"commit": "1" * 40, "dirty": bool(diff or untracked), "diff": diff, "untracked": untracked}
+    assert changed(git | {"diff_cut": False}) is expected
+    assert changed(git | {"dirty": True, "diff_cut": True})
 
 
 def test_a_verdict_is_written_between_its_marks(tmp_path):
