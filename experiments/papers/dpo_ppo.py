@@ -33,7 +33,11 @@ RULE = {
         for beta in (0.05, 0.2)
     },
     **{
-        f"PPO, KL {coef}": (lambda e, c=coef: override(ending_with("ppo")(e), ["--ppo.objective.kl_coef", str(c)]))
+        f"PPO, KL {coef}": (
+            lambda e, c=coef: override(
+                ending_with("ppo")(e), ["--ppo.objective.lam", "1.0", "--ppo.objective.kl_coef", str(c)]
+            )
+        )
         for coef in (0.02, 0.1)
     },
 }

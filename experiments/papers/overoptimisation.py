@@ -22,19 +22,19 @@ def chosen_by_a_proxy(e: Experiment) -> Experiment:
     """Answers of the taught model are judged by the program, a proxy learns from them, and PPO follows the proxy."""
     sft = e.stages[0]
     after = {"seq_len": sft.seq_len, "save_every": 200}
-    collect = Stage("collect", Collect(verifier="answer", answers=4), (CHAINS,), steps=24, batch_size=32, **after)
+    collect = Stage("collect", Collect(verifier="answer", answers=4), (CHAINS,), steps=96, batch_size=32, **after)
     reward = Stage(
         "reward",
         RewardModel(center_coef=0.01),
         (Source("made:collect", holdout=0.1),),
-        steps=150,
+        steps=500,
         batch_size=16,
         optimizer=Optimizer(peak_lr=3e-4, warmup_steps=15),
         **after,
     )
     ppo = Stage(
         "ppo",
-        PPO(reward_models=("reward",), verifier="answer", critic="head", kl_coef=0.0, epochs=2, minibatches=2),
+        PPO(reward_models=("reward",), verifier="answer", critic="head", kl_coef=0.0, lam=1.0, epochs=2, minibatches=2),
         (CHAINS,),
         start="sft",
         steps=100,
