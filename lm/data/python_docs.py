@@ -128,7 +128,9 @@ def _builtin_modules() -> Iterator[tuple[str, list[str]]]:
     for name in sorted(sys.builtin_module_names):
         module = importlib.import_module(name)
         paragraphs = [f"Module {name}\n\n{inspect.cleandoc(module.__doc__)}"] if module.__doc__ else []
-        for label, value in sorted(vars(module).items()):
+        for label, now in sorted(vars(module).items()):
+            # A debugger, a notebook or a test runner may have put its own in a hook's place; the first is kept so.
+            value = vars(module).get(f"__{label}__", now)
             if isinstance(value, types.BuiltinFunctionType):
                 paragraphs += _described(label, value)
             elif isinstance(value, type) and value.__module__ == name and value is not type:

@@ -68,7 +68,7 @@ def compile_step(program: Program) -> Compiled:
     state, batch = program.state(), program.batch()
     step = jit_step(program.stage, program.optimizer, shardings(state, mesh), mesh)
     began, cpu_began = time.monotonic(), time.process_time()
-    with tempfile.TemporaryDirectory() as dump, quiet(), jax.set_mesh(mesh):
+    with tempfile.TemporaryDirectory() as dump, quiet(), without_cpu_flags(), jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
@@ -103,7 +103,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
         raise UserError(f"--compile needs the TPU compiler, which is not installed: {INSTALL}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with quiet():
+    with quiet(), without_cpu_flags():
         described = topologies.get_topology_desc(
             topology_name=topology.name, platform="tpu", num_slices=topology.slices
         )
@@ -136,6 +136,20 @@ def quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def without_cpu_flags() -> Iterator[None]:
+    """Keep XLA_FLAGS for CPUs from libtpu, which ends the process, and says nothing, at a flag that it does not know."""
+    given = os.environ.get("XLA_FLAGS")
+    if given is None:
+        yield
+        return
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in given.split() if not flag.startswith("--xla_cpu_"))
+    try:
+        yield
+    finally:
+        os.environ["XLA_FLAGS"] = given
 
 
 def _text(compiled: Any, dump: Path) -> str:

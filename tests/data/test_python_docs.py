@@ -22,15 +22,28 @@ def test_there_is_enough_text_in_documents_of_bounded_length():
     }
 
 
+def read_anew():
+    """What a process that has not read them yet gets."""
+    sources._documents.cache_clear()
+    sources._generated.cache_clear()
+    return load_rows("gen:docs")
+
+
 def test_they_are_read_once_and_kept(tmp_path, monkeypatch):
     with cache_at(tmp_path):
-        sources._documents.cache_clear()
-        first = load_rows("gen:docs")
+        first = read_anew()
         monkeypatch.setattr(sources.python_docs, "documents", lambda: pytest.fail("read again"))
-        sources._documents.cache_clear()
-        again = load_rows("gen:docs")
+        again = read_anew()
     assert [again[i] for i in range(len(again))] == list(documents())
     assert first.fingerprint == again.fingerprint
+
+
+def test_a_hook_that_was_replaced_changes_nothing(monkeypatch):
+    before = documents()
+    monkeypatch.setattr("sys.unraisablehook", print)
+    monkeypatch.setattr("sys.excepthook", lambda *_: None)
+    documents.cache_clear()
+    assert documents() == before
 
 
 def test_long_paragraphs_occur_once():
