@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import math
@@ -162,16 +163,21 @@ def _curve(lines: list[Line], key: str) -> tuple[list[float], list[float]]:
 
 def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> Chart:
     """One chart of one or more series over steps; `salt` keeps the ids of two drawings on one page apart."""
+    few = ((one, *thin(one.x, one.y)) for one in series)
+    known = tuple(Series(one.label, tuple(x), tuple(y), one.points) for one, x, y in few)
+    show = percent if as_percent else plain
+    legend = [(i, one.label, show(one.y[-1])) for i, one in enumerate(series)]
+    return Chart(title, _curves(salt, title, known, as_percent, small), legend, small)
 
+
+@functools.lru_cache(maxsize=512)  # a run draws its report after every stage, those before it with it
+def _curves(salt: str, title: str, series: tuple[Series, ...], as_percent: bool, small: bool) -> str:
     def paint(axes: matplotlib.axes.Axes) -> None:
         for one, colour in zip(series, SERIES[: len(series)], strict=True):
             _plot(axes, one, colour, small)
         dress(axes, as_percent, small)
 
-    svg = sketch(salt, f"{title} over steps", paint, SMALL if small else MAIN)
-    show = percent if as_percent else plain
-    legend = [(i, one.label, show(one.y[-1])) for i, one in enumerate(series)]
-    return Chart(title, svg, legend, small)
+    return sketch(salt, f"{title} over steps", paint, SMALL if small else MAIN)
 
 
 def sketch(
@@ -193,7 +199,7 @@ def sketch(
 
 
 def _plot(axes, one: Series, colour: str, small: bool) -> None:
-    x, y = thin(one.x, one.y)
+    x, y = one.x, one.y
     width = 1.2 if small else 1.6
     if one.points:
         axes.plot(x, y, color=colour, linewidth=1, marker="o", markersize=4, markeredgewidth=0, linestyle=(0, (2, 2)))

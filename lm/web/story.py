@@ -119,9 +119,11 @@ def measurements(run: Run, name: str) -> list[Line | None]:
     What was measured before a stage also tells of the model after the stage that it starts from.
     """
     stages = measured_stages(run)
+    starts = _starts(run)
     after = [None, *(latest(stage, name) for stage in stages)]
     earlier = [
-        next((line for later in _from(run, at) if (line := before(later, name))), None) for at in (None, *stages)
+        next((line for later, start in starts if start is at and (line := before(later, name))), None)
+        for at in (None, *stages)
     ]
     return [line or other for line, other in zip(after, earlier, strict=True)]
 
@@ -136,12 +138,11 @@ def speaking_stages(run: Run) -> list[StageFiles]:
     return [stage for stage in run.stages if stage.kind not in SPEECHLESS]
 
 
-def _from(run: Run, start: StageFiles | None) -> list[StageFiles]:
-    """The stages that start from the model that `start` leaves; None: from the random one."""
+def _starts(run: Run) -> list[tuple[StageFiles, StageFiles | None]]:
+    """Every stage, and the one whose model it starts from; None: the random one."""
     experiment = experiments.from_dict(run.experiment)
     places = [experiments.start_of(experiment, index) for index in range(len(run.stages))]
-    at = None if start is None else run.stages.index(start)
-    return [stage for stage, place in zip(run.stages, places, strict=True) if place == at]
+    return [(stage, None if at is None else run.stages[at]) for stage, at in zip(run.stages, places, strict=True)]
 
 
 def columns(run: Run) -> list[str]:
