@@ -41,8 +41,9 @@ RULE = {
         for coef in (0.02, 0.1)
     },
 }
+OFTEN = ["--ppo.steps", "40", "--ppo.eval_every", "2", "--dpo.eval_every", "10"]  # both have points within a nat
 base = dataclasses.replace(
-    rlhf, prompts=(), evals=tuple(item for item in rlhf.evals if item.name in ("judge", "instruct"))
+    override(rlhf, OFTEN), prompts=(), evals=tuple(item for item in rlhf.evals if item.name in ("judge", "instruct"))
 )
 
 sweep = Sweep("dpo_ppo", base, {"rule": RULE}, seeds=(0, 1, 2))
