@@ -99,6 +99,7 @@ def fitted(points: list[tuple[float, float]], bend) -> tuple[float, float]:
     return float(alpha), float(-minus_beta)
 
 
+GOLD = ("gold at PPO's end", "gold of the best of most")
 RULES = {"PPO": (by_ppo, np.log), "best of n": (by_best_of_n, lambda d: d)}
 
 
@@ -115,13 +116,15 @@ def judge(evidence: Evidence) -> Finding:
     seeds = sorted(set.intersection(*(set(one) for one in end.values())))
     bends = estimate([float(np.mean([fits["PPO", size][seed][1] for size in of])) for seed in seeds])
     larger, later = paired(end[largest], end[smallest]), paired(end[smallest], middle[smallest])
+    most = {size: by_seed(found, lambda r: by_best_of_n(r)[-1][1]) for size, found in of.items()}
     low, high = bends.mean - bends.half, bends.mean + bends.half
     refuted = high < 0 or larger.high < 0
     return Finding(
         verdict="holds" if low > 0 and larger.low > 0 else "does not hold" if refuted else "undecided",
         reason=f"β of PPO's curves, mean over the proxies: {bends.mean:.3f} [{low:.3f}, {high:.3f}]; gold reward at PPO's end, "
-        f"largest proxy less smallest: {difference(larger)}; with the smallest, end less middle: {difference(later)}.",
-        columns=("proxy", *(f"{letter} of {rule}" for rule in RULES for letter in "αβ"), "gold at PPO's end"),
+        f"largest proxy less smallest: {difference(larger)}; with the smallest, end less middle: {difference(later)}. "
+        f"The best of the most answers, largest proxy less smallest (not part of the verdict): {difference(paired(most[largest], most[smallest]))}.",
+        columns=("proxy", *(f"{letter} of {rule}" for rule in RULES for letter in "αβ"), *GOLD),
         rows=[
             (
                 size,
@@ -131,6 +134,7 @@ def judge(evidence: Evidence) -> Finding:
                     for i in (0, 1)
                 ),
                 over_seeds(end[size]),
+                over_seeds(most[size]),
             )
             for size in of
         ],
