@@ -21,6 +21,9 @@ EXPERIMENT_HELP = "a name in experiments/ (quickstart), a dotted name below it, 
 RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
 
 
+WRITTEN = (".html", ".png", ".csv", ".parquet")  # what comparisons of runs write
+
+
 def resolve(name: str, overrides: list[str]) -> Experiment:
     """The experiment of that name with the overrides applied, and checked.
 
@@ -46,6 +49,18 @@ def find_run(name: str) -> Path:
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
     return folder
+
+
+def without_pages(names: list[str]) -> list[str]:
+    """Names of runs without the files that comparisons of them have written beside them, which `runs/*` gives too.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    left = [name for name in names if not (Path(name).suffix in WRITTEN and Path(name).is_file())]
+    if not left:
+        raise UserError(f"no run among {', '.join(names)}")
+    return left
 
 
 def find_stage(run_dir: Path, name: str | None) -> str:

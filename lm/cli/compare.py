@@ -16,7 +16,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lm.cli.arguments import ending_in, find_run, page_path
+from lm.cli.arguments import ending_in, find_run, page_path, without_pages
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -42,7 +42,7 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.web.compare import write_comparison
 
     results, sweeps = [], []
-    for name in arguments.runs:
+    for name in without_pages(arguments.runs):
         folder = sweep_folder(name)
         sweeps += [folder] if folder else []
         results += read_sweep(folder) if folder else [read_result(one_run(name))]

@@ -22,6 +22,7 @@ from lm.sweep.trials import shown, told
 
 FREE = ("name", "seed")  # what may differ within a group
 LEVEL = 0.05
+ABSENT = "–"  # what a run does not have
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Comparison:
     metrics: tuple[Metric, ...]
     baseline: Group
     cells: Mapping[tuple[str, Metric], Cell]
-    changed: tuple[str, ...]  # fields in which the groups differ
+    changed: tuple[str, ...]  # what the groups differ in; see `told_fields`
     notes: tuple[str, ...]
 
     @property
@@ -119,12 +120,12 @@ def compare(
     seeds = {len({result.seed for result in one.ended}) for one in groups}
     if seeds == {1}:
         notes.append("one seed each: no interval, and no saying whether a difference is more than chance")
-    return Comparison(groups, metrics, base, cells, changed_fields(results), tuple(dict.fromkeys(notes)))
+    return Comparison(groups, metrics, base, cells, told_fields(results), tuple(dict.fromkeys(notes)))
 
 
 def group(results: Sequence[Result]) -> tuple[Group, ...]:
     """Runs of the same experiment but for the seed together, in the order in which they come."""
-    names = changed_fields(results)
+    names, told_names = changed_fields(results), told_fields(results)
     found: dict[str, list[Result]] = {}
     for result in results:
         leaves = _leaves(result)
@@ -132,7 +133,7 @@ def group(results: Sequence[Result]) -> tuple[Group, ...]:
     groups = []
     for same in found.values():
         leaves = _leaves(same[0])
-        settings = same[0].settings or {name: shown(leaves.get(name)) for name in names}
+        settings = same[0].settings or {name: told_value(leaves, name) for name in told_names}
         groups.append(Group(_label(settings), settings, tuple(same)))
     labels = [one.label for one in groups]
     return tuple(
@@ -146,7 +147,8 @@ def _label(settings: Mapping[str, str]) -> str:
     names = [name for name in settings if "." not in name]
     if len(settings) == 1 and names:
         return settings[names[0]]
-    return told(settings) if settings else "all runs"
+    there = {name: value for name, value in settings.items() if value != ABSENT}
+    return told(there or dict(settings)) if settings else "all runs"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -166,6 +168,35 @@ def changed_fields(results: Iterable[Result]) -> tuple[str, ...]:
         if other is not first:
             changed |= dict.fromkeys(n for n in {**first, **other} if first.get(n) != other.get(n))
     return tuple(changed)
+
+
+def told_fields(results: Sequence[Result]) -> tuple[str, ...]:
+    """What the runs differ in, for a reader: a stage or an eval that some have not is named once.
+
+    Of its fields only those follow that vary between the runs that have it.
+    """
+    everything = list(dict.fromkeys(json.dumps(result.experiment) for result in results))
+    within = [(leaves, {part_of(name) for name in leaves}) for leaves in map(_flat, everything)]
+    told: dict[str, None] = {}
+    for name in changed_fields(results):
+        having = [leaves for leaves, parts in within if part_of(name) in parts]
+        if len(having) < len(within):
+            told[part_of(name)] = None
+        if any(leaves.get(name) != having[0].get(name) for leaves in having):
+            told[name] = None
+    return tuple(told)
+
+
+def told_value(leaves: Mapping[str, Any], name: str) -> str:
+    """The value of a field as it is shown, or whether a stage or an eval is there."""
+    if name not in leaves and part_of(name) == name:
+        return "is there" if any(part_of(leaf) == name for leaf in leaves) else ABSENT
+    return shown(leaves[name]) if name in leaves else ABSENT
+
+
+def part_of(name: str) -> str:
+    """The stage, the eval or the part of an experiment that a field belongs to, by dotted name."""
+    return ".".join(name.split(".")[: 2 if name.startswith("evals.") else 1])
 
 
 def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:

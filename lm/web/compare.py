@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lm import experiment as experiments
-from lm.sweep.compare import Comparison, Group, Metric, sentence
+from lm.sweep.compare import Comparison, Group, Metric, sentence, told_fields, told_value
 from lm.sweep.explain import importance, scalings, varied
 from lm.sweep.results import Result, better, measurements
 from lm.sweep.statistics import Curve, curve_points
 from lm.sweep.table import number, origin
-from lm.sweep.trials import shown
 from lm.web.bands import bands, finite, fitted, parallel
 from lm.web.charts import MAX_POINTS, SERIES, Chart
 from lm.web.report import fill, write_page
@@ -52,11 +51,13 @@ def _table(comparison: Comparison, metric: Metric) -> list[tuple[Group, str, str
 
 
 def _differences(comparison: Comparison, group: Group) -> list[tuple[str, str, str]]:
-    """Fields in which a group's experiment is another than the baseline's: (name, there, here)."""
-    base, own = comparison.baseline.results[0].experiment, group.results[0].experiment
-    return [
-        (name, shown(old), shown(new)) for name, old, new in experiments.diff(base, own) if name not in ("name", "seed")
-    ]
+    """In what a group's experiment is another than the baseline's: (name, there, here).
+
+    A stage or an eval that only one of them has is one line.
+    """
+    there, here = (experiments.flatten(one.results[0].experiment) for one in (comparison.baseline, group))
+    names = told_fields([comparison.baseline.results[0], group.results[0]])
+    return [(name, told_value(there, name), told_value(here, name)) for name in names]
 
 
 def _chosen(comparison: Comparison, metric: Metric) -> list[Group]:

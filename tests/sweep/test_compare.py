@@ -147,6 +147,18 @@ def test_rows_tell_where_each_number_is_from(tmp_path):
         table.write(found, tmp_path / "rows.xlsx")
 
 
+def test_a_stage_that_some_runs_lack_is_named_once(tmp_path):
+    more = [*copy.deepcopy(PLAIN["stages"]), copy.deepcopy(PLAIN["stages"][-1]) | {"name": "again", "steps": 3}]
+    longer = copy.deepcopy(more)
+    longer[-1]["steps"] = 5
+    of = {"short": PLAIN["stages"], "more": more, "longer": longer}
+    found = compare([written(tmp_path / name, 2.0, stages=stages) for name, stages in of.items()])
+    assert found.changed == ("again", "again.steps")
+    assert [one.settings["again"] for one in found.groups] == ["–", "is there", "is there"]
+    page = render(found)
+    assert "<td>again</td><td>– → is there</td>" in page and "again.objective" not in page
+
+
 def grid(tmp_path, count=8):
     """Settings of which the learning rate matters and the warmup does not."""
     results = []
@@ -199,6 +211,17 @@ def test_a_thousand_runs_are_compared_within_seconds(tmp_path, capsys):
     assert time.monotonic() - began < 60, "it takes four seconds on one quiet core; the limit is for noisy ones"
     assert "200 settings, 1000 runs" in (tmp_path / "page.html").read_text()
     capsys.readouterr()
+
+
+def test_all_that_lies_in_a_folder_is_compared_again_beside_the_page(tmp_path, capsys):
+    """`lm compare runs/*` the second time: the shell then gives the page, too."""
+    for i in range(2):
+        written(tmp_path / f"r{i}", 2.0, seed=i)
+    for _ in range(2):
+        names = sorted(map(str, tmp_path.iterdir()))
+        assert main(["compare", *names]) == 0, capsys.readouterr().err
+    assert [name for name in names if name.endswith("compare.html")]
+    assert main(["compare", names[0]]) == 2 and "no run among" in capsys.readouterr().err
 
 
 def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path, capsys):
