@@ -61,14 +61,18 @@ def _differences(comparison: Comparison, group: Group) -> list[tuple[str, str, s
 
 
 def _chosen(comparison: Comparison, metric: Metric) -> list[Group]:
-    """The groups of which curves are drawn: the baseline, and the best of the others."""
+    """The groups of which curves are drawn: the baseline, and the best of the others, in the order of the tables.
+
+    So a group that is drawn for every metric has one colour, as long as there are no more groups than colours.
+    """
     others = [
         group
         for group in comparison.groups
         if group is not comparison.baseline and comparison.cells[group.label, metric].final.count
     ]
     others.sort(key=lambda group: -better(metric.field) * comparison.cells[group.label, metric].final.mean)
-    return [comparison.baseline, *others[: len(SERIES) - 1]]
+    best = others[: len(SERIES) - 1]
+    return [comparison.baseline, *(group for group in comparison.groups if group in best)]
 
 
 def _charts(comparison: Comparison, metric: Metric) -> list[Chart]:
