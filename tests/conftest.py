@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # The partitioner and every pass over the graph as always; only the code for this processor is made with less care:
-# LLVM does less, and no MLIR is written for a fusion. That takes a step's compilation from 3.3 s to 0.8 s.
+# LLVM does less, and no MLIR is written for a fusion. That takes most of the time out of a step's compilation.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
