@@ -213,4 +213,5 @@ def _sampler(plan: Plan) -> dict[str, Any] | None:
         "token_network_ms": 1e3 * found.network_s,
         "tokens_per_s_per_device": found.tokens_per_s,
         "rollout_s": found.rollout_s,
+        "rollouts_per_step_at_most": found.rollouts,
     }

@@ -20,7 +20,7 @@ from lm.rollout.sampler import generate
 
 @dataclass(frozen=True)
 class Sampling:
-    """A rollout on one device; all its completions are sampled side by side."""
+    """The rollouts of a step on one device; the completions of each are sampled side by side."""
 
     rows: int
     cache_bytes: int
@@ -29,6 +29,7 @@ class Sampling:
     memory_s: float  # a token of every row, bound by what is read from HBM: parameters and cache
     network_s: float  # and by the parameters that are gathered for it
     new_tokens: int
+    rollouts: int  # a step has at most so many
 
     @property
     def token_s(self) -> float:
@@ -84,4 +85,5 @@ def sampling(program: Program) -> Sampling | None:
         memory_s=turn.moved / program.topology.chip.hbm_rate,
         network_s=gather_seconds(program, turn),
         new_tokens=objective.max_new_tokens,
+        rollouts=objective.rollouts if isinstance(objective, GRPO) else 1,
     )

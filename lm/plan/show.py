@@ -122,6 +122,7 @@ def _sampler(plan: Plan) -> list[str]:
                 ("  and by gathering parameters, ms", _ms(found.network_s)),
                 ("  tokens/s a device, at most", f"{found.tokens_per_s:,.0f}"),
                 ("  rollout of full length, s", f"{found.rollout_s:,.1f}"),
+                ("  rollouts a step, at most", str(found.rollouts)),
             ]
         ),
         "",

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lm.cli.main import main
-from lm.experiment import UserError, to_dict
+from lm.experiment import GRPO, Source, Stage, UserError, to_dict
+from lm.sweep.cost import estimate
 from lm.sweep.folder import SweepFolder, try_lock
 from lm.sweep.pool import pool
 from lm.sweep.results import read_sweep
@@ -197,6 +198,16 @@ def test_a_dry_run_counts_what_is_shared_once(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and [("has pretrain from above" in line) for line in lines[:4]] == [False, False, True, True]
     assert "device-hours" in lines[-1] and not Path("sweeps").exists()
+
+
+def test_hours_count_every_rollout_that_dynamic_sampling_may_take(tmp_path):
+    reason = Stage(
+        "reason", GRPO(group_size=4, max_new_tokens=32), (Source("gen:arithmetic"),), steps=10, batch_size=8, seq_len=64
+    )
+    alone = dataclasses.replace(base, stages=(reason,))
+    value = Sweep("dynamic", alone, {"reason.objective.rollouts": (1, 3)})
+    one, three = (row.cost for row in estimate(value, SweepFolder(tmp_path / "s", tmp_path), "v5e:1x1"))
+    assert one.hours < three.hours < 3 * one.hours and one.flops == three.flops
 
 
 # ---- which trial is next: without running any ---------------------------------------------------------------------
