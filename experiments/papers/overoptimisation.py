@@ -138,16 +138,37 @@ def judge(evidence: Evidence) -> Finding:
             )
             for size in of
         ],
-        charts=[
-            Chart(
-                f"Gold reward, {rule}, by the proxy's size",
-                "√KL, nats an answer",
-                "gold reward",
-                [Curve(size, along([points(r) for r in found if r.finished])) for size, found in of.items()],
-            )
-            for rule, (points, _) in RULES.items()
-        ],
+        charts=[chart for rule in RULES for chart in charts(rule, of, fits)],
     )
+
+
+def charts(rule: str, of: dict[str, list[Result]], fits: dict) -> list[Chart]:
+    """What was measured, and the curves of the mean α and β."""
+    points, bend = RULES[rule]
+    measured = {size: along([points(r) for r in found if r.finished]) for size, found in of.items()}
+    lines = {
+        size: fit(curve, np.mean(list(fits[rule, size].values()), axis=0), bend) for size, curve in measured.items()
+    }
+    return [
+        Chart(
+            f"Gold reward, {rule}, by the proxy's size{told}",
+            "√KL, nats an answer",
+            "gold reward",
+            [Curve(size, curve) for size, curve in curves.items()],
+        )
+        for told, curves in (("", measured), (", as fitted", lines))
+    ]
+
+
+def fit(measured: list[tuple], both: np.ndarray, bend) -> list[tuple[float, float, float, float]]:
+    """Points of start + d (α - β bend(d)), from the first measurement to the last."""
+    alpha, beta = both
+    start, far = measured[0][1], max(point[0] for point in measured)
+    if not np.isfinite(both).all() or far <= 0:
+        return []
+    places = np.linspace(far / 40, far, 40)
+    gold = start + places * (alpha - beta * bend(places))
+    return [(float(d), *[float(value)] * 3) for d, value in zip(places, gold, strict=True)]
 
 
 def by_seed_pairs(results: list[Result], pair) -> dict[int, tuple[float, float]]:
