@@ -147,7 +147,8 @@ def charts(rule: str, of: dict[str, list[Result]], fits: dict) -> list[Chart]:
     points, bend = RULES[rule]
     measured = {size: along([points(r) for r in found if r.finished]) for size, found in of.items()}
     lines = {
-        size: fit(curve, np.mean(list(fits[rule, size].values()), axis=0), bend) for size, curve in measured.items()
+        size: drawn_fit(curve, np.mean(list(fits[rule, size].values()), axis=0), bend)
+        for size, curve in measured.items()
     }
     return [
         Chart(
@@ -160,7 +161,7 @@ def charts(rule: str, of: dict[str, list[Result]], fits: dict) -> list[Chart]:
     ]
 
 
-def fit(measured: list[tuple], both: np.ndarray, bend) -> list[tuple[float, float, float, float]]:
+def drawn_fit(measured: list[tuple], both: np.ndarray, bend) -> list[tuple[float, float, float, float]]:
     """Points of start + d (α - β bend(d)), from the first measurement to the last."""
     alpha, beta = both
     start, far = measured[0][1], max(point[0] for point in measured)

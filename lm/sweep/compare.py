@@ -177,14 +177,14 @@ def told_fields(results: Sequence[Result]) -> tuple[str, ...]:
     """
     everything = list(dict.fromkeys(json.dumps(result.experiment) for result in results))
     within = [(leaves, {part_of(name) for name in leaves}) for leaves in map(_flat, everything)]
-    told: dict[str, None] = {}
+    found: dict[str, None] = {}
     for name in changed_fields(results):
         having = [leaves for leaves, parts in within if part_of(name) in parts]
         if len(having) < len(within):
-            told[part_of(name)] = None
+            found[part_of(name)] = None
         if any(leaves.get(name) != having[0].get(name) for leaves in having):
-            told[name] = None
-    return tuple(told)
+            found[name] = None
+    return tuple(found)
 
 
 def told_value(leaves: Mapping[str, Any], name: str) -> str:
