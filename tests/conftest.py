@@ -33,7 +33,9 @@ def pytest_configure(config):
     if "LM_TESTS_CACHE" not in os.environ:
         os.environ["LM_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lm-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["LM_TESTS_CACHE"], ignore_errors=True))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        kept = getattr(config, "cache", None)  # None with `-p no:cacheprovider`
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept.mkdir("jax") if kept else os.environ["LM_TESTS_CACHE"])
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
