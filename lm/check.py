@@ -26,6 +26,7 @@ from lm.experiment import (
     rows_together,
     to_dict,
 )
+from lm.user_functions import is_function_name
 
 SMOOTHED = frozenset(
     {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
@@ -151,7 +152,7 @@ def _check_smoothing(stage: Stage, o: DPO | CPO) -> None:
     if not 0 <= o.label_smoothing < 0.5:
         raise UserError(f"{stage.name}.objective.label_smoothing is {o.label_smoothing}; it should be in [0, 0.5)")
     losses, readers = ((o.loss,), {"sigmoid", "simpo"}) if isinstance(o, CPO) else (o.losses, SMOOTHED)
-    if o.label_smoothing and readers.isdisjoint(losses):
+    if o.label_smoothing and readers.isdisjoint(losses) and not any(map(is_function_name, losses)):
         raise UserError(
             f"{stage.name}.objective.label_smoothing is {o.label_smoothing}, which {', '.join(losses)} does not read; "
             f"it should be 0, or the loss one of {', '.join(sorted(readers))}"

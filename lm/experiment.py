@@ -113,15 +113,20 @@ class SFT:
     learn_end: bool = knob(True, "also learn the token that ends a turn")
 
 
+FUNCTION = "FILE:FUNCTION"
+"""Member of a Literal whose field takes a function of the user's own beside the names of a table: `my_file:loss`."""
+
 DPOLoss = Literal[
     "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "bco_pair", "aot", "aot_unpaired", "sft",
+    "discopop", "bco_pair", "aot", "aot_unpaired", "sft", "FILE:FUNCTION",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DPO:
-    losses: tuple[DPOLoss, ...] = knob(("sigmoid",), "rows of the DPO table; several are added up, as in MPO")
+    losses: tuple[DPOLoss, ...] = knob(
+        ("sigmoid",), "rows of the DPO table, or functions of your own; several are added up, as in MPO"
+    )
     loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each")
     beta: float = knob(0.1, "strength of the pull to the reference")
     label_smoothing: float = knob(0.0, "believed part of the labels that is flipped")
@@ -141,7 +146,9 @@ class DPO:
 class CPO:
     """Pairs without a reference: CPO, SimPO (`simpo`, nll_coef 0), CPO-SimPO, AlphaPO (`simpo` with an alpha)."""
 
-    loss: Literal["sigmoid", "hinge", "ipo", "simpo"] = knob("sigmoid", "row of the CPO table")
+    loss: Literal["sigmoid", "hinge", "ipo", "simpo", "FILE:FUNCTION"] = knob(
+        "sigmoid", "row of the CPO table, or a function of your own"
+    )
     beta: float = knob(0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean")
     label_smoothing: float = knob(0.0, "believed part of the labels that is flipped; sigmoid and simpo")
     gamma: float = knob(0.5, "simpo: by how much the chosen answer should win, after beta")
@@ -156,7 +163,9 @@ class ORPO:
 
 @dataclass(frozen=True)
 class KTO:
-    loss: Literal["kto", "apo_zero_unpaired"] = knob("kto", "row of the KTO table")
+    loss: Literal["kto", "apo_zero_unpaired", "FILE:FUNCTION"] = knob(
+        "kto", "row of the KTO table, or a function of your own"
+    )
     beta: float = knob(0.1, "strength of the pull to the reference")
     desirable_weight: float = knob(1.0, "weight of answers that are desirable")
     undesirable_weight: float = knob(1.0, "weight of answers that are not")
@@ -164,7 +173,9 @@ class KTO:
 
 @dataclass(frozen=True)
 class GRPO:
-    verifier: str = knob("answer", "row of the verifier table that gives the reward")
+    verifier: str = knob(
+        "answer", "verifier that gives the reward: answer, manners, helpful, or FILE:FUNCTION of your own"
+    )
     group_size: int = knob(8, "completions sampled for one prompt")
     max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this")
     temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too")
@@ -208,7 +219,8 @@ class PPO:
     )
     ensemble: Literal["mean", "min"] = knob("mean", "one score of several reward models'")
     verifier: str = knob(
-        "", "row of the verifier table: the reward where no reward model is named, else only watched; empty: none"
+        "",
+        "verifier, or FILE:FUNCTION of your own: the reward where no reward model is named, else only watched; empty: none",
     )
     critic: Literal["separate", "head"] = knob(
         "separate", "values from a model of their own (the first reward model, or this one), or a head on the policy"
@@ -237,7 +249,9 @@ class Collect:
     judge: str = knob(
         "", "stage of a reward model, as NAME or RUN:NAME; or `people`, on the label page; empty: the verifier"
     )
-    verifier: str = knob("", "row of the verifier table that judges where no reward model and nobody does")
+    verifier: str = knob(
+        "", "verifier (or FILE:FUNCTION of your own) that judges where no reward model and nobody does"
+    )
     make: Literal["pairs", "best"] = knob(
         "pairs", "preference pairs of every two answers, or conversations with the best one"
     )
@@ -282,7 +296,9 @@ class Eval:
     metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n", "pass_at_k"] = knob(
         "reward", "what is measured"
     )
-    verifier: str = knob("answer", "row of the verifier table, for metric reward")
+    verifier: str = knob(
+        "answer", "verifier, or FILE:FUNCTION of your own, of the metrics reward, best_of_n and pass_at_k"
+    )
     count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)")
     max_new_tokens: int = knob(64, "longest answer")
     temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy")
@@ -386,7 +402,7 @@ def from_dict(value: Any, kind: Any = Experiment, where: str = "experiment") -> 
     if origin is types.UnionType:
         return None if value is None else from_dict(value, args[0], where)
     if origin is Literal:
-        if value not in args:
+        if value not in args and not takes_function(value, args):
             raise UserError(f"{where} is {value!r}; it can be {', '.join(map(repr, args))}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -440,6 +456,11 @@ def resolve_sources(experiment: Experiment) -> Experiment:
         return dataclasses.replace(item, source=known.get(path, item.source))
 
     return dataclasses.replace(experiment, evals=tuple(map(resolved, experiment.evals)))
+
+
+def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
+    """Whether a value names a function of the user's own, and the Literal of these names has a place for one."""
+    return FUNCTION in names and isinstance(value, str) and ":" in value
 
 
 def describe(kind: Any) -> str:

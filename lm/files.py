@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import runpy
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from lm.experiment import Experiment, UserError, from_dict, nearest
+from lm.user_functions import beside, search_first, search_recorded
 
 Kind = TypeVar("Kind")
 
@@ -22,6 +20,7 @@ def load(name: str) -> Experiment:
         UserError: no such file (lists what is there), or it defines no `experiment`.
     """
     if Path(name).suffix == ".json":
+        search_recorded(Path(name).parent)
         try:
             return from_dict(json.loads(Path(name).read_text("utf-8")))
         except (OSError, ValueError) as error:
@@ -43,19 +42,10 @@ def file_of(name: str) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[None]:
-    """Inside, a file can import its neighbours, as a script can."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
 def defined_in(path: Path, name: str, kind: type[Kind]) -> Kind:
     """The value `name` of a type that a Python file defines; UserError where it defines none."""
-    with _beside(path.resolve().parent):
+    search_first(path.parent)
+    with beside(path.resolve().parent):
         value = runpy.run_path(str(path)).get(name)
     if not isinstance(value, kind):
         raise UserError(f"{path} defines no `{name}` (a value of {kind.__module__}.{kind.__name__})")

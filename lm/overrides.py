@@ -9,7 +9,16 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lm.experiment import Experiment, UserError, describe, from_dict, nearest, resolve_sources, to_dict
+from lm.experiment import (
+    Experiment,
+    UserError,
+    describe,
+    from_dict,
+    nearest,
+    resolve_sources,
+    takes_function,
+    to_dict,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def _parse(text: str, kind: Any, flag: str) -> Any:
             return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
         if kind is float:
             return float(text)
-        if origin is Literal and text not in args:
+        if origin is Literal and text not in args and not takes_function(text, args):
             raise ValueError(text)
         return text
     except (ValueError, KeyError):

@@ -22,7 +22,7 @@ from lm.objectives.cpo import cpo
 from lm.objectives.cross_entropy import cross_entropy, weighted
 from lm.objectives.dpo import dpo
 from lm.objectives.grpo import grpo, k3, sampler_correction
-from lm.objectives.kto import READS_BASELINE, kto, log_ratio_mean
+from lm.objectives.kto import kto, log_ratio_mean, reads_baseline
 from lm.objectives.logprobs import last_scores, token_logprobs, token_values
 from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
@@ -138,7 +138,7 @@ def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
             found = jax.tree.map(jnp.sum, jax.lax.map(estimate, _cut(batch.mismatched, stage.microbatches)))
         return {"kl": jnp.maximum(found.value(), 0.0)}
 
-    return make_step(loss, optimizer, stage.microbatches, whole if o.loss in READS_BASELINE else None)
+    return make_step(loss, optimizer, stage.microbatches, whole if reads_baseline(o.loss) else None)
 
 
 def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -268,7 +268,7 @@ def needs_reference(stage: Stage) -> bool:
 
 def forward_only(stage: Stage) -> int:
     """Forward passes over a batch's rows of which no gradient is taken, beside the one of which it is."""
-    if isinstance(stage.objective, KTO) and stage.objective.loss in READS_BASELINE:
+    if isinstance(stage.objective, KTO) and reads_baseline(stage.objective.loss):
         return 3  # the reference, and both models on the mismatched rows
     return int(needs_reference(stage) and not isinstance(stage.objective, PPO))  # whose rollout has what it needs
 

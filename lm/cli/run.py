@@ -41,6 +41,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-report", action="store_true", help="leave report.html to `lm report`, which saves seconds"
     )
+    parser.add_argument(
+        "--callback",
+        metavar="FILE:FUNCTION",
+        action="append",
+        default=[],
+        help="call your own function with (stage, kind, line) of every line that is written; may be given again",
+    )
     add_cache(parser)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many processes: where process 0 listens")
     parser.add_argument("--num-processes", metavar="N", type=at_least(1), help="many processes: how many")
@@ -90,6 +97,7 @@ def call(arguments: argparse.Namespace) -> int:
                 profile=profile,
                 watchdog=watchdog or None,
                 after_stage=(lambda run_dir: None) if arguments.no_report else report,
+                callbacks=arguments.callback,
             )
         except Interrupted as stopped:
             if first():
@@ -124,4 +132,5 @@ def command_to_go_on(arguments: argparse.Namespace) -> str:
     flags = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
     given += ["--no-report"] * arguments.no_report
+    given += [word for name in arguments.callback for word in ("--callback", name)]
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

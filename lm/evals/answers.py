@@ -23,7 +23,7 @@ from lm.parallel.distributed import fetch
 from lm.rollout.environments import as_batch
 from lm.rollout.experience import score_rows
 from lm.rollout.sampler import Answer, decode_rows, generate
-from lm.rollout.verifiers import VERIFIERS
+from lm.rollout.verifiers import find_verifier
 from lm.types import Batch
 
 
@@ -43,7 +43,7 @@ def reward(item: Eval, subject: Subject) -> Measured:
     mean of log π - log π_ref over what was sampled); with reward models their mean score.
     """
     found = answers_of(item, subject)
-    rewards = [VERIFIERS[item.verifier](one.row, one.answer.text) for one in found]
+    rewards = [find_verifier(item.verifier)(one.row, one.answer.text) for one in found]
     values = mean_of("reward", rewards) | {
         "eos_rate": float(np.mean([one.answer.eos for one in found])),
         "length": float(np.mean([one.numbers["length"] for one in found])),
@@ -77,7 +77,7 @@ def best_of_n(item: Eval, subject: Subject) -> Measured:
         return np.array(numbers).reshape(count, item.best_of)
 
     scores = table([one.numbers["score"] for one in found])
-    rewards = table([VERIFIERS[item.verifier](one.row, one.answer.text) for one in found])
+    rewards = table([find_verifier(item.verifier)(one.row, one.answer.text) for one in found])
     lengths = table([one.numbers["length"] for one in found])
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
     values: dict[str, Any] = {"best_of": sizes, "kl_bound": [math.log(n) - (n - 1) / n for n in sizes]}
@@ -93,7 +93,7 @@ def pass_at_k(item: Eval, subject: Subject) -> Measured:
     The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right answers in n (arXiv:2107.03374, eq. 1).
     """
     found = answers_of(item, subject, item.best_of)
-    right = np.array([VERIFIERS[item.verifier](one.row, one.answer.text) >= 1 for one in found])
+    right = np.array([find_verifier(item.verifier)(one.row, one.answer.text) >= 1 for one in found])
     counts = right.reshape(-1, item.best_of).sum(1)
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
     values: dict[str, Any] = {}

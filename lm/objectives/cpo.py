@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Float
 
+from lm.experiment import CPO
 from lm.objectives.pairs import (
     Pairs,
     answer_means,
@@ -21,6 +22,7 @@ from lm.objectives.pairs import (
     reward_metrics,
 )
 from lm.types import Mean
+from lm.user_functions import ARGUMENTS, is_function_name, load_function
 
 
 class Knobs(NamedTuple):
@@ -65,6 +67,17 @@ PER_TOKEN = frozenset({"ipo", "simpo"})
 """Rows that read the mean over an answer's tokens; the others read the sum."""
 
 
+def find_loss(name: str) -> tuple[Callable[[Pairs, Knobs], Pairs], bool]:
+    """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
+
+    The user's own reads means where it has an attribute `per_token` that is true.
+    """
+    if is_function_name(name):
+        own = load_function(name, "loss", ARGUMENTS[CPO]["loss"])
+        return own, bool(getattr(own, "per_token", False))
+    return LOSSES[name], name in PER_TOKEN
+
+
 def reward(logp: Float[Array, " B"], alpha: float) -> Float[Array, " B"]:
     """AlphaPO's reward (arXiv:2501.03884, section 3), (1 - p^-alpha) / alpha; at alpha 0 its limit, log p."""
     return -jnp.expm1(-alpha * logp) / alpha if alpha else logp
@@ -91,9 +104,10 @@ def cpo(
         nll_scale: `likelihood_scale` of the whole batch where these are a piece of it.
     """
     there = present(weights)
-    rewards = reward((answer_means if loss in PER_TOKEN else answer_sums)(logp, weights), alpha)
+    row, per_token = find_loss(loss)
+    rewards = reward((answer_means if per_token else answer_sums)(logp, weights), alpha)
     chosen, rejected = rewards[0::2], rewards[1::2]
-    mean = mean_over(LOSSES[loss](chosen - rejected, Knobs(beta, label_smoothing, gamma)), there)
+    mean = mean_over(row(chosen - rejected, Knobs(beta, label_smoothing, gamma)), there)
     nll = likelihood(logp, weights)
     scale = likelihood_scale(weights, weights) if nll_scale is None else nll_scale
     metrics = reward_metrics(beta * chosen, beta * rejected, there) | {"nll": nll}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
+from lm.experiment import DPO
 from lm.objectives.pairs import (
     Pairs,
     answer_means,
@@ -21,6 +22,7 @@ from lm.objectives.pairs import (
     reward_metrics,
 )
 from lm.types import Mean
+from lm.user_functions import ARGUMENTS, is_function_name, load_function
 
 
 class Knobs(NamedTuple):
@@ -117,6 +119,17 @@ LOSSES: dict[str, Callable[[Pairs, Pairs, Knobs], Pairs]] = {
 
 PER_TOKEN = frozenset({"ipo", "sigmoid_norm"})
 """Rows that read the mean over an answer's tokens; the others read the sum."""
+
+
+def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, Knobs], Pairs], bool]:
+    """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
+
+    The user's own reads means where it has an attribute `per_token` that is true.
+    """
+    if is_function_name(name):
+        own = load_function(name, "losses", ARGUMENTS[DPO]["losses"])
+        return own, bool(getattr(own, "per_token", False))
+    return LOSSES[name], name in PER_TOKEN
 
 
 # ---- losses that look at all pairs of a batch ----------------------------------------------------------------------
@@ -227,8 +240,9 @@ def dpo(
             policy, reference = answer_sums(logp, counted), answer_sums(ref_logp, counted)
             margin, ref_margin = policy[0::2] - policy[1::2], reference[0::2] - reference[1::2]
             return WHOLE_BATCH[name](Together(scores[0::2], scores[1::2], margin, ref_margin, there), knobs)
-        read = scores / jnp.maximum(lengths, 1) if name in PER_TOKEN else scores
-        return LOSSES[name](read[0::2], read[1::2], knobs)
+        loss, per_token = find_loss(name)
+        read = scores / jnp.maximum(lengths, 1) if per_token else scores
+        return loss(read[0::2], read[1::2], knobs)
 
     mixture = dict(zip(losses, loss_weights or [1.0] * len(losses), strict=True))
     per_pair = sum((weight * row(name) for name, weight in mixture.items() if name != SFT), jnp.zeros_like(there))

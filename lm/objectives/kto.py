@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax.nn import sigmoid
 from jaxtyping import Array, Float
 
+from lm.experiment import KTO
 from lm.objectives.pairs import answer_sums, mean_over
 from lm.types import Mean
+from lm.user_functions import ARGUMENTS, is_function_name, load_function
 
 Rewards = Float[Array, " B"]
 """beta times log π(y|x) - log π_ref(y|x) of each answer."""
@@ -31,6 +33,16 @@ LOSSES: dict[str, Callable[[Rewards, Rewards, Float[Array, ""]], Rewards]] = {
     "kto": _kto,
     "apo_zero_unpaired": _apo_zero,
 }
+
+
+def reads_baseline(loss: str) -> bool:
+    """Whether a loss is held against the batch's KL; the user's own always is given it."""
+    return loss in READS_BASELINE or is_function_name(loss)
+
+
+def find_loss(name: str) -> Callable[[Rewards, Rewards, Float[Array, ""]], Rewards]:
+    """A row of the table, or the user's own FILE:FUNCTION."""
+    return load_function(name, "loss", ARGUMENTS[KTO]["loss"]) if is_function_name(name) else LOSSES[name]
 
 
 def log_ratio_mean(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Mean:
@@ -58,12 +70,12 @@ def kto(
 
     Args:
         desirable: 1 for a desirable answer, 0 for an undesirable one.
-        kl: for READS_BASELINE, the estimate that the answers are held against, in nats, of the whole batch, without
+        kl: where `reads_baseline`, the estimate that the answers are held against, in nats, of the whole batch, without
             a gradient.
     """
     there = _there(weights)
     rewards = beta * answer_sums(logp - ref_logp, weights)
-    losses = LOSSES[loss](rewards, 2 * desirable - 1, jnp.zeros(()) if kl is None else beta * kl)
+    losses = find_loss(loss)(rewards, 2 * desirable - 1, jnp.zeros(()) if kl is None else beta * kl)
     losses = losses * jnp.where(desirable > 0, desirable_weight, undesirable_weight)
     metrics = {
         "reward_chosen": mean_over(rewards, there * desirable),

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from lm.data.chat import prompt_messages
 from lm.data.pipeline import PromptFeed, Prompts, make_prompt_feed
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import GRPO, PPO, Collect, Stage, UserError
+from lm.experiment import GRPO, PPO, Collect, Stage
 from lm.model.transformer import Transformer
 from lm.objectives.grpo import group_advantages
 from lm.parallel.distributed import fetch, gather
 from lm.rollout.sampler import Answer, Samples, decode_rows, generate
-from lm.rollout.verifiers import NEEDS, VERIFIERS
+from lm.rollout.verifiers import find_verifier, needed_columns
 from lm.types import Batch, SharedPrompt
 
 
@@ -35,7 +35,7 @@ class Environment:
 
     def reward(self, row: dict, completion: str) -> float:
         """How good a completion is, in [0, 1]."""
-        return VERIFIERS[self.verifier](row, completion)
+        return find_verifier(self.verifier)(row, completion)
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,6 @@ class Rollout:
     metrics: dict[str, float]
 
 
-def check_verifier(name: str, where: str) -> None:
-    """Raises UserError where there is no such verifier."""
-    if name not in VERIFIERS:
-        raise UserError(f"{where} is {name!r}; there are {', '.join(VERIFIERS)}")
-
-
 def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environment:
     """The environment of a stage that samples; without a verifier it only asks.
 
@@ -65,8 +59,8 @@ def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environme
     o = stage.objective
     assert isinstance(o, GRPO | PPO | Collect)
     if o.verifier:
-        check_verifier(o.verifier, f"{stage.name}.objective.verifier")
-    room, columns = stage.seq_len - o.max_new_tokens, NEEDS[o.verifier] if o.verifier else ()
+        find_verifier(o.verifier, f"{stage.name}.objective.verifier")
+    room, columns = stage.seq_len - o.max_new_tokens, needed_columns(o.verifier) if o.verifier else ()
     return Environment(
         make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, columns=columns), o.verifier
     )

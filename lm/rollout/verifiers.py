@@ -8,6 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 from lm.data.curriculum.style import CLOSERS, undress
+from lm.experiment import FUNCTION, UserError
+from lm.user_functions import VERIFIER, is_function_name, load_function
 
 Verifier = Callable[[Mapping[str, Any], str], float]
 
@@ -48,6 +50,24 @@ VERIFIERS: dict[str, Verifier] = {"answer": answer, "manners": manners, "helpful
 
 # the columns without which a verifier cannot judge a row
 NEEDS: dict[str, tuple[str, ...]] = {"answer": ("answer",), "manners": (), "helpful": ("answer",)}
+
+
+def find_verifier(name: str, where: str = "verifier") -> Verifier:
+    """The verifier of that name: a row of the table, or the user's own FILE:FUNCTION.
+
+    Raises:
+        UserError: there is none; `where` is the field that names it.
+    """
+    if is_function_name(name):
+        return load_function(name, where, VERIFIER)
+    if name not in VERIFIERS:
+        raise UserError(f"{where} is {name!r}; there are {', '.join(VERIFIERS)}, and {FUNCTION} of your own")
+    return VERIFIERS[name]
+
+
+def needed_columns(name: str) -> tuple[str, ...]:
+    """The columns without which a verifier cannot judge a row; of the user's own its attribute `columns`, if it has one."""
+    return tuple(getattr(find_verifier(name), "columns", ())) if is_function_name(name) else NEEDS[name]
 
 
 def _expected(row: Mapping[str, Any]) -> str:

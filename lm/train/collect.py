@@ -30,6 +30,7 @@ from lm.parallel.distributed import as_first, fetch, first, in_first, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.environments import Environment, Said, ask, judge, make_environment
 from lm.rollout.experience import check_finite, score_rows
+from lm.train.callbacks import listener
 from lm.train.goodput import Costs, reached
 from lm.train.loop import Interrupted, Run, summarise
 from lm.train.metrics import MetricsLog, Progress
@@ -71,7 +72,7 @@ def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...
     environment = make_environment(stage, run.tokenizer, run.experiment.seed)
     start = as_first(lambda: _whole_steps(path, stage.batch_size))
     progress = Progress(stage.name, stage.steps, start)
-    with MetricsLog(path.parent) as log:
+    with MetricsLog(path.parent, listener(run.callbacks, stage.name)) as log:
         log.rewind(start)
         for step in range(start, stage.steps):
             if reason := run.stop.now():

@@ -28,6 +28,7 @@ from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, first_state, forward_only, trained
 from lm.train import goodput
 from lm.train.batches import Batches
+from lm.train.callbacks import Callback, listener
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
@@ -52,6 +53,7 @@ class Run:
     watchdog: Watchdog
     started: float  # time.monotonic() when the command began
     profile: tuple[int, int] | None = None  # steps of every stage to trace: from, and before which
+    callbacks: tuple[Callback, ...] = ()  # functions of the user's own that are told every line that is written
 
 
 class Interrupted(Exception):
@@ -93,7 +95,7 @@ def train_stage(
     state, step_fn = start_state(stage, model, run.mesh, scorers, key)
     with (
         contextlib.closing(batches),
-        MetricsLog(folder) as log,
+        MetricsLog(folder, listener(run.callbacks, stage.name)) as log,
         Checkpoints(folder / "checkpoints") as checkpoints,
     ):
         batches.prepare(model, folder, functools.partial(_before, run, stage))

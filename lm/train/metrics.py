@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ class MetricsLog:
     Only process 0 writes; in the others nothing touches the disk.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, listener: Callable[[str, dict[str, Any]], None] = lambda kind, line: None) -> None:
+        """`listener` is called with (kind, line) when a line has been written."""
         self.folder = Path(folder)
+        self.listener = listener
         self.active = _first_process()
         self._files: dict[str, Any] = {}
         self._tensorboard: Any = None
@@ -96,6 +98,7 @@ class MetricsLog:
                 f"{self._path(kind)} cannot be written: {error.strerror}; put that right and run the same command "
                 "again to go on from the last checkpoint"
             ) from error
+        self.listener(kind, plain(line))
 
     def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
         if not self.active:

@@ -49,10 +49,14 @@ def environment(data_fingerprint: Any) -> dict[str, Any]:
     }
 
 
-def record_environment(folder: RunFolder, data_fingerprint: Any) -> None:
-    """Add this session to `{"runs": [...]}` in environment.json: a resumed run overwrites nothing."""
+def record_environment(folder: RunFolder, data_fingerprint: Any, functions: dict[str, str] | None = None) -> None:
+    """Add this session to `{"runs": [...]}` in environment.json: a resumed run overwrites nothing.
+
+    `functions` are the files of the functions of the user's own, by FILE:FUNCTION.
+    """
     runs = read_json(folder.environment)["runs"] if folder.environment.exists() else []
-    write_json_atomic(folder.environment, {"runs": [*runs, environment(data_fingerprint)]})
+    session = environment(data_fingerprint) | ({"functions": functions} if functions else {})
+    write_json_atomic(folder.environment, {"runs": [*runs, session]})
 
 
 def last_session(run_dir: Path) -> dict[str, Any]:

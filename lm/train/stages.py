@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first, in_first, together
 from lm.parallel.mesh import check_fits, make_mesh
-from lm.rollout.environments import check_verifier, make_environment
+from lm.rollout.environments import make_environment
+from lm.rollout.verifiers import find_verifier
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.batches import Batches
+from lm.train.callbacks import listener, load_callbacks
 from lm.train.checkpoint import Checkpoints
 from lm.train.collect import collect_stage
 from lm.train.evaluate import Evaluator
@@ -52,9 +54,10 @@ from lm.train.models import (
 )
 from lm.train.provenance import record_environment
 from lm.train.rollouts import make_batches
-from lm.train.run_folder import RunFolder
+from lm.train.run_folder import RunFolder, read_json
 from lm.train.signals import stop_on_signals
 from lm.train.watchdog import PATIENCE, Watchdog
+from lm.user_functions import check_functions, search_recorded
 
 
 def run(
@@ -65,6 +68,7 @@ def run(
     profile: tuple[int, int] | None = None,
     watchdog: float | None = None,
     after_stage: Callable[[Path], Any] = lambda run_dir: None,
+    callbacks: Sequence[str] = (),
 ) -> None:
     """Train all stages that are not finished yet, up to and with `until`. Every process of a job calls it alike.
 
@@ -73,6 +77,8 @@ def run(
         profile: steps of every stage to trace, from and before which, counted from 1.
         watchdog: seconds after which a step that has not come ends the process; None: never.
         after_stage: called with the folder when a stage is finished.
+        callbacks: functions of the user's own, FILE:FUNCTION, that process 0 calls with (stage, kind, line) of all that is
+            written: see `lm.train.callbacks`.
 
     Raises:
         UserError: whatever in the experiment, its data or the folder the user can put right.
@@ -80,6 +86,7 @@ def run(
     """
     started = time.monotonic()
     experiment, last = together(lambda: _checked(experiment, until))
+    told = together(lambda: load_callbacks(callbacks))
     check_same(experiment, {"fresh": fresh, "until": until, "profile": profile})
     folder = RunFolder(run_dir)
     mesh = together(lambda: _whole_mesh(experiment))
@@ -95,10 +102,10 @@ def run(
         say("reading the data")
         tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
         together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
-        in_first(lambda: record_environment(folder, fingerprints(experiment)))
+        in_first(lambda: record_environment(folder, fingerprints(experiment), function_files(experiment)))
         together(lambda: check_reward_models(experiment, tokenizer))
         experiment = located(experiment, folder)
-        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile)
+        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told)
         stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
         batches = together(lambda: _all_batches(context, stages))
         check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
@@ -110,6 +117,8 @@ def run(
             dog.expect(f"the start of stage {name}", PATIENCE)
             _train(context, index, batches.pop(index, None), began)
             began = time.monotonic()
+            if first():
+                listener(told, name)("summary", read_json(folder.summary(name)))
             after_stage(folder.path)
 
 
@@ -132,8 +141,9 @@ def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int
     last = check_until(experiment, until)
     check_sources(experiment)
     check_files(experiment)
+    check_functions(experiment)
     for item in experiment.evals:
-        check_verifier(item.verifier, f"evals.{item.name}.verifier")
+        find_verifier(item.verifier, f"evals.{item.name}.verifier")
     return experiment, last
 
 
@@ -199,10 +209,16 @@ def say(text: str) -> None:
 
 
 def fingerprints(experiment: Experiment) -> dict[str, str]:
-    """SHA-256 of the content of every source that is trained or measured on, by path."""
+    """SHA-256 of every source that is trained or measured on, by path, and of the files of the user's own functions."""
     measured = {item.source.path for item in experiment.evals}
     paths = measured | {source.path for stage in experiment.stages for source in stage.sources}
-    return {path: load_rows(path).fingerprint for path in sorted(paths) if not path.startswith(MADE)}
+    functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
+    return {path: load_rows(path).fingerprint for path in sorted(paths) if not path.startswith(MADE)} | functions
+
+
+def function_files(experiment: Experiment) -> dict[str, str]:
+    """The files of the user's own functions, by FILE:FUNCTION."""
+    return {name: found["file"] for name, found in check_functions(experiment).items()}
 
 
 def make_evaluator(
@@ -226,6 +242,7 @@ def make_evaluator(
 
 def evaluate_run(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
     """The held-out numbers again, from a checkpoint: lines as in eval.jsonl."""
+    search_recorded(run_dir)
     loaded = load_run(run_dir, stage)
     index = check_until(loaded.experiment, loaded.stage)
     evaluator = make_evaluator(loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh, index)

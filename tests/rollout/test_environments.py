@@ -14,7 +14,7 @@ from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import make_mesh
-from lm.rollout import environments
+from lm.rollout import verifiers
 from lm.rollout.environments import fill, has_preference, make_environment, roll_out
 from lm.rollout.rounding import rounded
 from lm.steps import first_state
@@ -60,7 +60,7 @@ def test_a_batch_is_filled_with_groups_that_have_a_preference_first():
 )
 def test_prompts_are_asked_until_the_batch_is_full(tokenizer, model, monkeypatch, groups, turns, useful):
     given = itertools.chain(*groups)
-    monkeypatch.setitem(environments.VERIFIERS, "manners", lambda row, text: next(given))
+    monkeypatch.setitem(verifiers.VERIFIERS, "manners", lambda row, text: next(given))
     one = stage(rollouts=3)
     environment = make_environment(one, tokenizer, seed=0)
     found = roll_out(model, environment, one, tokenizer, 2, jax.random.key(0))

@@ -1,0 +1,51 @@
+"""Functions of the user's own that are told what a run writes down: every line of metrics, evaluations and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.experiment import UserError
+from lm.user_functions import described, load_function
+
+ARGUMENTS = "stage, kind, line"
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A function that is called with (stage, kind, line), and the name that it was asked for by.
+
+    `kind` is metrics, eval or samples, as the files of a stage, and `line` the line that is written; when a stage is
+    finished `kind` is summary, and `line` the stage's summary.json.
+    """
+
+    name: str
+    function: Callable[[str, str, dict[str, Any]], Any]
+
+    def __call__(self, stage: str, kind: str, line: dict[str, Any]) -> None:
+        """Raises UserError with file and line where the function raises."""
+        try:
+            self.function(stage, kind, dict(line))
+        except Exception as error:
+            file = Path(self.function.__code__.co_filename) if hasattr(self.function, "__code__") else Path(self.name)
+            raise UserError(
+                f"the callback {self.name} failed on {kind} of stage {stage}: {described(error, file)}; without it the "
+                "same command goes on from the last checkpoint"
+            ) from error
+
+
+def load_callbacks(names: Sequence[str]) -> tuple[Callback, ...]:
+    """The callbacks that FILE:FUNCTION names. Raises UserError where one cannot be loaded."""
+    return tuple(Callback(name, load_function(name, "--callback", ARGUMENTS)) for name in names)
+
+
+def listener(callbacks: Sequence[Callback], stage: str) -> Callable[[str, dict[str, Any]], None]:
+    """What the log of a stage calls with (kind, line)."""
+
+    def tell(kind: str, line: dict[str, Any]) -> None:
+        for callback in callbacks:
+            callback(stage, kind, line)
+
+    return tell
