@@ -88,8 +88,15 @@ class Optimizer:
     final_lr_frac: float = knob(0.1, "last learning rate as a part of the peak")
     b2: float = knob(0.95, "AdamW decay of the second moment")
     weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only")
-    state_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype the moments are kept in")
+    state_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32", "dtype the moments are kept in, whatever the dtype of the parameters"
+    )
     clip_norm: float = knob(1.0, "largest global norm of the gradient")
+    master_weights: bool = knob(
+        True,
+        "with model.param_dtype below float32: keep float32 copies of the parameters with the moments, which take the "
+        "updates; without them most updates are rounded away",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,14 +70,18 @@ def schedule(config: experiment.Optimizer, total_updates: int) -> optax.Schedule
 def make_optimizer(
     config: experiment.Optimizer, total_updates: int, decay_mask: Callable[[Any], Any] | None = None
 ) -> optax.GradientTransformation:
-    """What `config` asks for, over `total_updates` updates. decay_mask(params) says which leaves decay."""
-    return clipped(
-        kept_in(config.state_dtype, DIRECTIONS[config.kind](config.b2)),
+    """The optimizer of `config`, over `total_updates` updates. decay_mask(params) says which leaves decay.
+
+    Use it with `apply_updates` of this module, which reads the parameters from their master weights.
+    """
+    rule = clipped(
+        with_state_dtype(config.state_dtype, DIRECTIONS[config.kind](config.b2)),
         schedule(config, total_updates),
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         decay_mask=decay_mask or matrices,
     )
+    return with_master_weights(rule) if config.master_weights else rule
 
 
 def clipped(
@@ -97,25 +101,85 @@ def clipped(
     )
 
 
-def kept_in(dtype: str, direction: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The direction with its moments rounded to `dtype` between updates; they are computed in float32 at least.
+def with_state_dtype(dtype: str, direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The direction with its moments kept in `dtype` between updates, whatever the parameters' dtype.
 
-    bfloat16 halves their memory. It has 8 bits: with b2 above about 0.99 the second moment stops moving.
+    They are computed in float32 at least, from gradients in float32 at least. bfloat16 halves their memory; it has 8
+    significant bits: with b2 above about 0.99 the second moment stops moving.
     """
-    if dtype == "float32":
-        return direction
 
-    def cast(state: Any, to: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    def kept(state: Any) -> Any:
+        if dtype == "float32":
+            return state
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
     def init(params: Any) -> Any:
-        return cast(direction.init(params), dtype)
+        return kept(direction.init(at_least_float32(params)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = direction.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
+        updates, state = direction.update(at_least_float32(updates), at_least_float32(state), params)
+        return updates, kept(state)
 
     return optax.GradientTransformation(init, update)
+
+
+class MasterWeights(NamedTuple):
+    """State of an optimizer of parameters below float32: float32 copies of them, and the state of the rule that moves these."""
+
+    master: Any
+    rule: Any
+
+
+def with_master_weights(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The rule on float32 copies of the parameters, which are kept with its state; nothing changes in float32 and above.
+
+    A bfloat16 parameter has 8 significant bits: an update below 1/512 of it is lost, and with it most of training. The
+    copies take the updates, weight decay included, and `apply_updates` rounds the parameters from them (mixed-precision
+    training, arXiv:1710.03740, section 3.1).
+    """
+
+    def init(params: Any) -> Any:
+        if not _below_float32(params):
+            return rule.init(params)
+        master = jax.tree.map(lambda x: jnp.array(x, _wide(x), copy=True), params)
+        return MasterWeights(master, rule.init(master))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if not isinstance(state, MasterWeights):
+            return rule.update(updates, state, params)
+        updates, kept = rule.update(at_least_float32(updates), state.rule, state.master)
+        master = optax.apply_updates(state.master, updates)
+        changes = jax.tree.map(lambda new, old: _rounded(new, old) - old.astype(new.dtype), master, params)
+        return changes, MasterWeights(master, kept)
+
+    def _rounded(new: Array, old: Array) -> Array:
+        return new.astype(old.dtype).astype(new.dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def apply_updates(params: Any, updates: Any, opt_state: Any) -> Any:
+    """The parameters after an update whose new optimizer state is `opt_state`.
+
+    Where that holds master weights the parameters are these, rounded, to the bit: the sum of parameter and update is not,
+    where a parameter comes close to 0.
+    """
+    if isinstance(opt_state, MasterWeights):
+        return jax.tree.map(lambda old, master: master.astype(old.dtype), params, opt_state.master)
+    return optax.apply_updates(params, updates)
+
+
+def at_least_float32(tree: Any) -> Any:
+    """The tree with every floating-point leaf below float32 in float32."""
+    return jax.tree.map(lambda x: x.astype(_wide(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _wide(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _below_float32(tree: Any) -> bool:
+    return any(_wide(x) != x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def adam(b2: float, b1: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:

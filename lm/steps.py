@@ -28,7 +28,7 @@ from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
 from lm.objectives.ppo import adapted, ppo
 from lm.objectives.reward_model import reward_model
-from lm.optimizer import global_norm
+from lm.optimizer import apply_updates, at_least_float32, global_norm
 from lm.parallel.rules import constrain
 from lm.types import Batch, Mean, TrainState
 
@@ -318,7 +318,8 @@ def make_step(
 
     def gradient(params: Any, frozen: Any, batch: Batch) -> tuple[Any, dict[str, Mean]]:
         grads, (mean, metrics) = jax.grad(total, has_aux=True)(params, frozen, batch)
-        return grads, {"loss": mean, **metrics}
+        # One pass gives them in the parameters' dtype; what is done with them afterwards, sums first, is in float32.
+        return at_least_float32(grads), {"loss": mean, **metrics}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen = state.frozen | whole(state.params, state.frozen, batch) if whole else state.frozen
@@ -338,7 +339,7 @@ def make_step(
         weight = jnp.maximum(sums["loss"].weight, 1e-30)
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates(state.params, updates, opt_state)
         metrics = {name: mean.value() for name, mean in sums.items()}
         metrics["grad_norm"] = global_norm(grads)
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics

@@ -22,12 +22,12 @@ from lm.optimizer import (
     clip_by_global_norm,
     clipped,
     global_norm,
-    kept_in,
     lr_factor,
     make_optimizer,
     matrices,
     muon,
     schedule,
+    with_state_dtype,
 )
 from tests.helpers import tiny_model
 
@@ -213,11 +213,11 @@ def test_clipping_keeps_the_dtype_and_counts_in_float32():
     assert global_norm(clipped) == pytest.approx(1.0, rel=1e-2)
 
 
-def test_moments_kept_in_bfloat16_take_half_the_memory_and_nearly_the_same_steps():
+def test_moments_with_state_dtype_bfloat16_take_half_the_memory_and_nearly_the_same_steps():
     params = {"w": jnp.zeros((4, 8))}
     paths = {}
     for dtype in ("float32", "bfloat16"):
-        rule, now = kept_in(dtype, adam(0.95)), params
+        rule, now = with_state_dtype(dtype, adam(0.95)), params
         state = rule.init(params)
         for seed in range(20):
             direction, state = rule.update({"w": jax.random.normal(jax.random.key(seed), (4, 8)) + 0.5}, state)

@@ -18,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lm.experiment import Model, Stage, rows_together
 from lm.model.transformer import Transformer
-from lm.optimizer import make_optimizer
+from lm.optimizer import at_least_float32, make_optimizer
 from lm.parallel.rules import RULES, ways
 from lm.plan.program import Program, abstract_batch, abstract_state
 from lm.plan.trace import Block, Value, block_of
@@ -87,7 +87,8 @@ def _update_block(stage: Stage, model: Model, vocab_size: int) -> Block:
     model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
     params = abstract_state(stage, optax.identity(), model_shape).params
     optimizer = make_optimizer(stage.optimizer, 1)
-    return block_of(jax.make_jaxpr(optimizer.update)(params, jax.eval_shape(optimizer.init, params), params))
+    gradients = jax.eval_shape(at_least_float32, params)
+    return block_of(jax.make_jaxpr(optimizer.update)(gradients, jax.eval_shape(optimizer.init, params), params))
 
 
 def lone_mesh(program: Program) -> AbstractMesh:

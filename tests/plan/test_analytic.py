@@ -55,6 +55,9 @@ def test_the_state_is_counted_to_the_byte():
     vectors = 2 * 2 * 256 + 256 + 2 * 2 * 128  # of norms, which every device has whole
     assert memory.parameters == 4 * ((numbers - vectors) // 4 + vectors)
     assert memory.optimizer == pytest.approx(2 * memory.parameters, abs=64)
+    narrow = plan(experiment(model={"param_dtype": "bfloat16"})).memory
+    assert narrow.parameters == memory.parameters / 2
+    assert narrow.optimizer == pytest.approx(3 * memory.parameters, abs=64)  # float32 master weights beside the moments
     assert memory.reference == 0
     assert plan(experiment(DPO())).memory.reference == memory.parameters
     assert plan(experiment(DPO(reference="cached"))).memory.reference == 0
