@@ -24,7 +24,11 @@ def knob(default: Any = dataclasses.MISSING, help: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    vocab_size: int = knob(2048, "pieces of the sentencepiece BPE vocabulary, bytes and special tokens included")
+    vocab_size: int = knob(
+        2048,
+        "most pieces of the sentencepiece BPE vocabulary, bytes and special tokens included, at least 262; fewer are learnt "
+        "where the training text has no more",
+    )
     path: str | None = knob(None, "use this sentencepiece .model and learn nothing")
 
 

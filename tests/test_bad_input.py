@@ -66,7 +66,7 @@ def run(*overrides: str) -> tuple[str, ...]:
         (["--tokenizer.path", "text.txt"], ["tokenizer.path", "text.txt is not a sentencepiece model"]),
         (["--pretrain.batch_size", "6"], ["pretrain.batch_size 6", "mesh.data 8"]),
         (["--mesh.data", "64"], ["64 devices", "there are"]),
-        (["--tokenizer.vocab_size", "30000"], ["tokenizer.vocab_size", "30000"]),
+        (["--tokenizer.vocab_size", "100"], ["tokenizer.vocab_size", "100", "at least 262"]),
         (["--model.num_kv_heads", "4"], ["num_heads 2", "num_kv_heads 4"]),
         (["--sft.seq_len", "65"], ["sft.seq_len 65", "model.max_len 64"]),
         (["--until", "stf"], ["stf", "pretrain, sft"]),
@@ -101,7 +101,7 @@ def test_broken_rows_are_named_before_anything_is_trained(work, capsys, content,
 
 
 def test_what_was_mended_runs_in_the_same_folder(work, capsys):
-    refused(capsys, *run("--tokenizer.vocab_size", "30000"))
+    refused(capsys, *run("--tokenizer.vocab_size", "100"))
     assert main(list(run("--until", "pretrain", "--pretrain.steps", "1"))) == 0
 
 

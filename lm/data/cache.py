@@ -29,7 +29,7 @@ import numpy as np
 
 from lm.experiment import UserError
 
-VERSION = 3  # of what is stored and of how a row becomes tokens: raise it when either changes
+VERSION = 4  # of what is stored and of how a row becomes tokens: raise it when either changes
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 30.0  # a lock whose heartbeat has stood still for so long belongs to nobody
 LOOK_SECONDS = 0.1

@@ -28,7 +28,8 @@ CHUNK = 4_000  # characters; the training text is made of whole chunks, evenly s
 LONGEST_LINE = 1_000  # characters; sentencepiece passes over lines longer than 4192 bytes
 SPACE = "\u2581"  # sentencepiece's own name for a space
 PROBE = " a\n\n    b\t\u00e9\u4f60 "  # comes back only from a tokenizer that keeps everything
-MIN_VOCAB = 320  # 256 bytes, 3 special tokens, unknown, newline, and room for letters
+MIN_VOCAB = 262  # 256 bytes, 3 special tokens, unknown, newline, space
+UNTRAINABLE = re.compile("[\0\r\u2585]+")  # sentencepiece drops training lines with these; they are encoded as bytes
 
 
 class Tokenizer:
@@ -111,16 +112,17 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> Tokenizer:
-        """Learn `vocab_size` pieces from about 2 MB of the texts; the same texts give the same model.
+        """Learn at most `vocab_size` pieces from about 2 MB of the texts; the same texts give the same model.
 
-        Saves it into `folder` if one is given. Raises UserError where the text cannot fill the vocabulary.
+        Fewer where the texts have no more pairs to merge. Saves the model into `folder` if one is given. Raises
+        UserError for a vocabulary too small for the bytes and special tokens, and where every text is empty.
         """
         if vocab_size < MIN_VOCAB:
             raise UserError(f"tokenizer.vocab_size is {vocab_size}; it must be at least {MIN_VOCAB}")
-        lines = list(_lines(_sample(list(texts), TRAINING_BYTES)))
-        if not lines:
+        sample = _sample(list(texts), TRAINING_BYTES)
+        if not any(sample):
             raise UserError("the tokenizer has no text to learn from: every training text is empty")
-        tokenizer = cls(_train(lines, vocab_size))
+        tokenizer = cls(_train(list(_lines(sample)), vocab_size))
         if folder is not None:
             tokenizer.save(folder)
         return tokenizer
@@ -133,38 +135,34 @@ class Tokenizer:
 
 
 def _train(lines: list[str], vocab_size: int) -> bytes:
+    """A serialised sentencepiece model of at most `vocab_size` pieces, the space and every byte always among them."""
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_common_letters(lines, most=(vocab_size - 261) // 2)),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=0.9999,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
-            pad_id=0,
-            pad_piece=END_OF_TEXT,
-            bos_id=1,
-            bos_piece=TURN_START,
-            eos_id=2,
-            eos_piece=TURN_END,
-            unk_id=3,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        limit = re.search(r"too high .* value <= (\d+)", str(error))
-        if limit is None:
-            raise
-        raise UserError(
-            f"tokenizer.vocab_size is {vocab_size}, more than this text supports; the largest that works is {limit[1]}"
-        ) from error
+    sentencepiece.SentencePieceTrainer.train(
+        # The space at the end: sentencepiece refuses to train on no letter at all.
+        sentence_iterator=iter([*_common_letters(lines, most=(vocab_size - MIN_VOCAB + 1) // 2), " "]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=min(vocab_size, TRAINING_BYTES),  # no text of so many bytes has more pieces
+        hard_vocab_limit=False,
+        required_chars=SPACE,
+        character_coverage=0.9999,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["\n"],
+        pad_id=0,
+        pad_piece=END_OF_TEXT,
+        bos_id=1,
+        bos_piece=TURN_START,
+        eos_id=2,
+        eos_piece=TURN_END,
+        unk_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -191,9 +189,9 @@ def _sample(texts: list[str], limit: int) -> list[str]:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces without newlines and short enough for sentencepiece."""
+    """Pieces without newlines or what sentencepiece cannot train on, and short enough for it."""
     for text in texts:
-        for line in _without_surrogates(text).replace(SPACE, " ").split("\n"):
+        for line in UNTRAINABLE.sub("\n", _without_surrogates(text).replace(SPACE, " ")).split("\n"):
             for at in range(0, len(line), LONGEST_LINE):  # none for an empty line
                 yield line[at : at + LONGEST_LINE]
 

@@ -199,7 +199,13 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(experiment.tokenizer.path)
         tokenizer.save(folder)
         return tokenizer
-    return learnt(tokenizer_texts(experiment), experiment.tokenizer.vocab_size, folder)
+    tokenizer = learnt(tokenizer_texts(experiment), experiment.tokenizer.vocab_size, folder)
+    if tokenizer.vocab_size < experiment.tokenizer.vocab_size:
+        say(
+            f"tokenizer: {tokenizer.vocab_size} pieces, all that the training text supports, of the "
+            f"{experiment.tokenizer.vocab_size} that tokenizer.vocab_size allows"
+        )
+    return tokenizer
 
 
 def say(text: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.curriculum.words import NOUNS
-from lm.data.tokenizer import CHUNK, SPECIALS, Tokenizer, _sample
+from lm.data.tokenizer import CHUNK, MIN_VOCAB, SPECIALS, Tokenizer, _sample
 from lm.experiment import UserError
 
 AWKWARD = [
@@ -98,12 +100,51 @@ def test_large_texts_are_sampled_evenly():
     assert max(counts) - min(counts) <= CHUNK
 
 
-def test_vocabulary_larger_than_the_text_names_the_largest_that_works():
+ALPHABETS = {
+    "chinese": "\u7684\u4e00\u662f\u4e0d\u4e86\u4eba\u6211\u5728\u6709\u4ed6\u3002\uff0c",
+    "japanese": "\u306e\u306b\u306f\u3092\u305f\u304c\u30c6\u30b9\u30c8\u65e5\u672c\u3002",
+    "thai": "\u0e01\u0e32\u0e23\u0e17\u0e35\u0e48\u0e19\u0e49\u0e33",
+    "dna": "ACGT",
+    "sums": "0123456789+-=",
+    "chess": "abcdefgh12345678 \n",
+    "emoji": "\U0001f600\U0001f469\u200d\U0001f680\U0001f3fd\ufe0f",
+    "combining": "ae\u0301\u0308\u0327",
+    "right to left": "\u0627\u0644\u0633\u0644\u0645 \u200f\u05e9\u05dc\u05d5\u05dd\u05b8",
+    "one letter": "a",
+    "white space": " \t\r\n\u3000",
+    "newlines": "\n",
+    "odd": "\0\u2585\u2581\r\ufffe\x7f",
+}
+
+
+@pytest.mark.parametrize("name", ALPHABETS)
+def test_any_alphabet_gets_a_vocabulary_that_gives_its_texts_back(name):
+    letters = ALPHABETS[name]
+    draw = random.Random(0)
+    tokenizer = Tokenizer.train(["".join(draw.choices(letters, k=400)) for _ in range(20)], 400)
+    assert 262 <= tokenizer.vocab_size <= 400
+
+    @settings(max_examples=60, deadline=None)
+    @given(text=st.text(st.sampled_from(letters) | st.characters(), max_size=60) | TEXTS)
+    def gives_back(text):
+        assert tokenizer.decode(tokenizer.encode(text)) == "".join("?" if "\ud800" <= c <= "\udfff" else c for c in text)
+
+    gives_back()
+
+
+def test_vocab_size_is_an_upper_bound_from_the_bytes_and_specials_on():
     texts = ["a short text that cannot fill a large vocabulary"]
-    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 4000.*largest that works is (\d+)") as error:
-        Tokenizer.train(texts, 4000)
-    largest = int(str(error.value).rsplit(" ", 1)[1])
-    assert Tokenizer.train([*texts], largest).vocab_size == largest
+    largest = Tokenizer.train(texts, 2**40).vocab_size
+    assert 280 < largest < 400 and Tokenizer.train(texts, largest).vocab_size == largest
+    for size in (MIN_VOCAB, MIN_VOCAB + 1, MIN_VOCAB + 2, largest - 1):
+        small = Tokenizer.train(texts, size)
+        assert MIN_VOCAB <= small.vocab_size <= size and small.decode(small.encode(texts[0])) == texts[0]
+
+
+def test_text_without_spaces_is_fewer_tokens_than_its_bytes():
+    text = ALPHABETS["chinese"] * 200
+    tokenizer = Tokenizer.train([text], 400)
+    assert len(tokenizer.encode(text)) < len(text) / 2
 
 
 def test_many_different_characters_are_left_to_bytes():
@@ -112,7 +153,7 @@ def test_many_different_characters_are_left_to_bytes():
     assert learnt.decode(learnt.encode(text)) == text
 
 
-@pytest.mark.parametrize("texts", [[], ["", "\n\n"]])
+@pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_no_text_is_a_clear_error(texts):
     with pytest.raises(UserError, match="no text"):
         Tokenizer.train(texts, 400)
