@@ -122,10 +122,21 @@ class Tokenizer:
         sample = _sample(list(texts), TRAINING_BYTES)
         if not any(sample):
             raise UserError("the tokenizer has no text to learn from: every training text is empty")
-        tokenizer = cls(_train(list(_lines(sample)), vocab_size))
+        tokenizer = cls._most_pieces(list(_lines(sample)), vocab_size)
         if folder is not None:
             tokenizer.save(folder)
         return tokenizer
+
+    @classmethod
+    def _most_pieces(cls, lines: list[str], vocab_size: int) -> Tokenizer:
+        """Half of the pieces beyond the bytes for single letters, half for longer ones; more letters where those run out."""
+        letters, most, before = len(set().union(*lines)), (vocab_size - MIN_VOCAB + 1) // 2, 0
+        while True:
+            tokenizer = cls(_train(_common_letters(lines, most), vocab_size))
+            unused = vocab_size - tokenizer.vocab_size
+            if most >= letters or unused == 0 or tokenizer.vocab_size == before:
+                return tokenizer
+            most, before = most + unused, tokenizer.vocab_size
 
     def _encode_with_space_names(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -139,7 +150,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         # The space at the end: sentencepiece refuses to train on no letter at all.
-        sentence_iterator=iter([*_common_letters(lines, most=(vocab_size - MIN_VOCAB + 1) // 2), " "]),
+        sentence_iterator=iter([*lines, " "]),
         model_writer=model,
         model_type="bpe",
         vocab_size=min(vocab_size, TRAINING_BYTES),  # no text of so many bytes has more pieces

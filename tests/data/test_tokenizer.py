@@ -127,7 +127,9 @@ def test_any_alphabet_gets_a_vocabulary_that_gives_its_texts_back(name):
     @settings(max_examples=60, deadline=None)
     @given(text=st.text(st.sampled_from(letters) | st.characters(), max_size=60) | TEXTS)
     def gives_back(text):
-        assert tokenizer.decode(tokenizer.encode(text)) == "".join("?" if "\ud800" <= c <= "\udfff" else c for c in text)
+        assert tokenizer.decode(tokenizer.encode(text)) == "".join(
+            "?" if "\ud800" <= c <= "\udfff" else c for c in text
+        )
 
     gives_back()
 
