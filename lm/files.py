@@ -7,10 +7,13 @@ import runpy
 from pathlib import Path
 from typing import TypeVar
 
+import lm
 from lm.experiment import Experiment, UserError, from_dict, nearest
 from lm.user_functions import beside, search_first, search_recorded
 
 Kind = TypeVar("Kind")
+EXPERIMENTS = (Path("experiments"), Path(lm.__file__).resolve().parent.parent / "experiments")
+"""Where names are looked for: in the current folder, then beside the package, where that is a clone."""
 
 
 def load(name: str) -> Experiment:
@@ -29,17 +32,30 @@ def load(name: str) -> Experiment:
 
 
 def file_of(name: str) -> Path:
-    """The file of a path, or of a name or dotted name below `experiments/`; UserError, with what is there, for none."""
-    path = Path(name)
-    if path.suffix != ".py":
-        path = Path("experiments", *name.removeprefix("experiments.").split(".")).with_suffix(".py")
-    if not path.is_file():
-        here = (p.relative_to("experiments").with_suffix("").parts for p in Path("experiments").rglob("*.py"))
-        names = sorted(map(".".join, here))
+    """The file of a path, or of a name or dotted name below `experiments/`, here or of the clone that `lm` is run from.
+
+    Raises:
+        UserError: there is none; says what there is.
+    """
+    if Path(name).suffix == ".py":
+        if not Path(name).is_file():
+            raise UserError(f"no experiment file {name} (from {Path.cwd()})")
+        return Path(name)
+    below = Path(*name.removeprefix("experiments.").split(".")).with_suffix(".py")
+    found = next((folder / below for folder in EXPERIMENTS if (folder / below).is_file()), None)
+    if found is None:
+        modules = (path.relative_to(folder).with_suffix("") for folder in EXPERIMENTS for path in folder.rglob("*.py"))
+        names = sorted({".".join(module.parts) for module in modules})
         raise UserError(
-            f"no experiment file {path}{nearest(name, names)}; experiments/ here has: {', '.join(names) or 'nothing'}"
+            f"no experiment {name!r}{nearest(name, names)}; there are {', '.join(names) or 'none'} in "
+            f"{' and '.join(map(str, EXPERIMENTS))}; or give the path of a .py file"
         )
-    return path
+    return found
+
+
+def experiments_folder(name: str) -> Path:
+    """A folder below `experiments/`: here, else of the clone that `lm` is run from."""
+    return next((folder / name for folder in EXPERIMENTS if (folder / name).is_dir()), EXPERIMENTS[0] / name)
 
 
 def defined_in(path: Path, name: str, kind: type[Kind]) -> Kind:

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 import pytest
 
+import lm
 from lm.cli.main import main
+from lm.experiment import UserError
 from lm.train.goodput import PARTS
 from lm.train.metrics import read_lines
 from lm.train.models import load_run
@@ -175,6 +177,24 @@ def test_a_changed_experiment_is_refused_with_the_two_ways_out(folder, undisturb
 def test_eval_says_the_runs_own_numbers_again(folder, undisturbed, stage):
     said = call(folder, "eval", "whole", "--stage", stage)
     assert said.startswith(f"whole, after stage {stage}\n") and said.endswith("\nthe same as the run's own\n"), said
+
+
+def test_a_run_is_a_model_in_a_notebook(undisturbed, monkeypatch, tmp_path):
+    model = lm.load(undisturbed)
+    prompts = ["What is an LLM?", "Repeat the word lantern."]
+    answers = model.sample(prompts, max_new_tokens=8)
+    assert model.sample(prompts[1], max_new_tokens=8) == answers[1:]
+    assert model.sample([{"role": "user", "content": prompts[0]}], max_new_tokens=8) == answers[:1]
+    [found, other] = model.logprobs([prompts[0]] * 2, [answers[0], "~"])
+    assert found[-1].text == other[-1].text == "<|im_end|>" and all(token.logprob < 0 for token in found)
+    assert found[0].logprob >= other[0].logprob  # greedy: no first token is likelier
+    monkeypatch.chdir(tmp_path)
+    for wrong, said in (
+        (lambda: lm.load("nowhere"), "no folder nowhere"),
+        (lambda: model.sample(prompts, top_p=2), "top_p is 2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            wrong()
 
 
 def test_it_answers(folder, undisturbed):

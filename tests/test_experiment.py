@@ -174,7 +174,9 @@ def test_experiments_that_ship_are_sound():
 
 
 def test_a_file_that_is_not_there_or_defines_nothing_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"no experiment file .*; experiments/ here has: .*quickstart"):
+    with pytest.raises(
+        UserError, match=r"no experiment '.*'.*; there are .*quickstart.* in experiments and .*experiments; or give"
+    ):
         load("quickstrat")
     (tmp_path / "empty.py").write_text("x = 1")
     with pytest.raises(UserError, match="defines no `experiment`"):

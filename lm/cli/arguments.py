@@ -17,7 +17,9 @@ from lm.overrides import override
 
 SPEECHLESS = {kind.__name__ for kind in typing.get_args(Speechless)}
 EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
-EXPERIMENT_HELP = "a name in experiments/ (quickstart), a dotted name below it, or the path of a .py file"
+EXPERIMENT_HELP = (
+    "a name in experiments/, here or of the clone (quickstart), a dotted name below it, or the path of a .py file"
+)
 RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
 
 

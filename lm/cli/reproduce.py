@@ -17,9 +17,9 @@ from pathlib import Path
 
 from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, page_path
 from lm.experiment import UserError
+from lm.files import experiments_folder
 
 TAKES_OVERRIDES = False
-HOME = Path("experiments") / "papers"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.page is not None:
         from lm.web.papers import write_papers
 
-        print(write_papers(HOME, arguments.page))
+        print(write_papers(experiments_folder("papers"), arguments.page))
         return 0
     if arguments.name is None:
         print(listing())
@@ -59,7 +59,7 @@ def call(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPT
     print(words(outcome))
     if not arguments.quick:
-        home = Path(arguments.name).parent if arguments.name.endswith(".py") else HOME
+        home = Path(arguments.name).parent if arguments.name.endswith(".py") else experiments_folder("papers")
         print(*write(outcome, home), sep="\n")
     return 0
 
@@ -68,8 +68,9 @@ def listing() -> str:
     """Every claim here with its verdict, where it has one."""
     from lm.papers.kept import claims
 
-    found = claims(HOME)
+    home = experiments_folder("papers")
+    found = claims(home)
     if not found:
-        raise UserError(f"there are no claims in {HOME}: start in the repository's root, or name a file")
+        raise UserError(f"there are no claims in {home}: start in the folder of a clone, or name a file")
     width = max(len(one.name) for one in found)
     return "\n".join(f"{one.name:<{width}}  {one.verdict:<13}  {one.title}" for one in found)

@@ -65,6 +65,15 @@ def test_every_command_has_its_file():
     assert files - set(COMMANDS) == {"__init__", "main", "arguments"}
 
 
+def test_an_experiment_of_the_clone_is_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "quickstart"]) == 0
+    assert "sft.steps" in capsys.readouterr().out
+    Path("experiments").mkdir()
+    Path("experiments/quickstart.py").write_text("x = 1")  # what is here comes first
+    assert "defines no `experiment`" in error_of(capsys, "config", "quickstart")
+
+
 def test_an_unknown_command_gets_the_nearest_one(capsys):
     assert "did you mean run?" in error_of(capsys, "rum", "quickstart")
     assert "there are run, config" in error_of(capsys, "frobnicate")
@@ -74,7 +83,7 @@ def test_an_unknown_command_gets_the_nearest_one(capsys):
     ("words", "told"),
     [
         (["run"], "EXPERIMENT"),
-        (["run", "nowhere"], "experiments/ here has: small"),
+        (["run", "nowhere"], "no experiment 'nowhere'; there are "),
         (["run", "small", "--sft.stps", "3"], "did you mean sft.steps"),
         (["run", "small", "--sft.steps", "many"], "an integer"),
         (["run", "small", "--sft.steps"], "needs a value"),

@@ -1,0 +1,138 @@
+"""`lm.load`: the model of a run as an object that answers prompts and gives log-probabilities, for notebooks and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.data.chat import as_messages, check_conversation, render
+from lm.data.tokenizer import TURN_END, TURN_START
+from lm.experiment import UserError
+from lm.objectives.logprobs import token_logprobs
+from lm.rollout.sampler import generate_text
+from lm.train.models import Loaded, load_run
+from lm.types import Batch
+
+Prompt = str | Sequence[dict[str, str]]
+"""One user turn, or a conversation of {"role", "content"} turns that ends with the user's."""
+
+
+class TokenLogprob(NamedTuple):
+    """A token as text, and its log-probability in nats, given all that stands before it."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model of a run after one of its stages."""
+
+    folder: Path
+    loaded: Loaded
+
+    def __repr__(self) -> str:
+        return f"TrainedModel({str(self.folder)!r}, after stage {self.loaded.stage!r})"
+
+    def sample(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        raw: bool = False,
+    ) -> list[str]:
+        """An answer to each prompt.
+
+        Args:
+            max_new_tokens: longest answer; None: 128, or half of the context where that is less.
+            temperature: 0 takes the likeliest token.
+            top_k: sample among the k likeliest tokens; 0: all.
+            top_p: sample among the likeliest tokens of this mass.
+            raw: continue the prompts as text instead of answering them.
+
+        Raises:
+            UserError: a prompt does not fit in the context with its answer, or an option is out of its range.
+        """
+        longest = self.loaded.experiment.model.max_len
+        new = min(128, longest // 2) if max_new_tokens is None else max_new_tokens
+        ranges = {
+            "max_new_tokens": (new, 1, longest),
+            "temperature": (temperature, 0, 100),
+            "top_k": (top_k, 0, 2**31 - 1),
+            "top_p": (top_p, 0, 1),
+            "seed": (seed, 0, 2**31 - 1),
+        }
+        for name, (value, low, high) in ranges.items():
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}; it should be from {low} to {high}")
+        given = _listed(prompts)
+        if not given:
+            return []
+        asked = given if raw else [_asked(prompt) for prompt in given]
+        answers = generate_text(
+            self.loaded.model, self.loaded.tokenizer, asked,  # type: ignore[arg-type]
+            max_new_tokens=new, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, raw=raw,
+        )  # fmt: skip
+        return [answer.text for answer in answers]
+
+    def logprobs(self, prompts: str | Sequence[Prompt], answers: str | Sequence[str]) -> list[list[TokenLogprob]]:
+        """Of each prompt's answer the tokens, with the one that ends the turn, and the log-probability of each.
+
+        Raises:
+            UserError: as many answers as prompts are needed, or a prompt and its answer do not fit in the context.
+        """
+        given, said = _listed(prompts), [answers] if isinstance(answers, str) else list(answers)
+        if len(given) != len(said):
+            raise UserError(f"there are {len(given)} prompts and {len(said)} answers; each prompt needs its answer")
+        return [self._logprobs(prompt, answer) for prompt, answer in zip(given, said, strict=True)]
+
+    def _logprobs(self, prompt: Prompt, answer: str) -> list[TokenLogprob]:
+        tokenizer, longest = self.loaded.tokenizer, self.loaded.experiment.model.max_len
+        turns = _asked(prompt)
+        tokens, mask = render([*turns, {"role": "assistant", "content": answer}], tokenizer)
+        end = len(mask) - mask[::-1].index(1)  # behind the token that ends the answer
+        header = max(place for place in range(end) if tokens[place] == tokenizer.special_ids[TURN_START])
+        start = mask.index(1, header)
+        if end > longest:
+            raise UserError(f"a prompt and its answer have {end} tokens; model.max_len is {longest}")
+        width = min(longest, max(16, 1 << (end - 1).bit_length()))  # few widths, few compilations
+        row = np.full((1, width), tokenizer.pad_id, np.int32)
+        row[0, :end] = tokens[:end]
+        real = (np.arange(width) < end)[None].astype(np.int32)
+        batch = Batch(row, real.astype(np.float32), real, np.arange(width, dtype=np.int32)[None])
+        found = np.asarray(token_logprobs(self.loaded.model, batch).logp)[0, start:end]
+        pieces = [TURN_END if token == tokenizer.eos_id else tokenizer.decode([token]) for token in tokens[start:end]]
+        return [TokenLogprob(piece, float(value)) for piece, value in zip(pieces, found, strict=True)]
+
+
+def load(run: str | Path, stage: str | None = None) -> TrainedModel:
+    """The model of a run, by its folder or its name in runs/, after `stage` (None: the last that left a language model).
+
+    Raises:
+        UserError: no such run or stage, or nothing trained yet.
+    """
+    folder = next((path for path in (Path(run), Path("runs") / run) if path.is_dir()), None)
+    if folder is None:
+        raise UserError(f"there is no folder {run}, and no run of that name in {Path('runs').resolve()}")
+    return TrainedModel(folder, load_run(folder, stage))
+
+
+def _listed(prompts: str | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list: a string is one, and so is a single conversation."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)
+
+
+def _asked(prompt: Prompt) -> list[dict[str, str]]:
+    turns = as_messages(prompt)
+    check_conversation(turns, "a prompt", needs_answer=False)
+    return turns
