@@ -110,6 +110,8 @@ class Source:
     )
     weight: float = knob(1.0, "share of this source in the mixture")
     holdout: float = knob(0.02, "part of the examples kept out of training, chosen by hash")
+    columns: tuple[str, ...] = knob((), "columns under other names, as ours=theirs: prompt=query,completion=reply")
+    bad_rows: Literal["stop", "drop"] = knob("stop", "broken rows and prompts too long: stop at one, or drop and count")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,211 @@
+"""Layouts of rows as people have them, and the one form that the stages read.
+
+`canonical` gives every row these columns: `text` of a document; `messages` of a conversation; `prompt` (a list of turns),
+with `completion`, or with `chosen` and `rejected`. A turn is {"role", "content"} and its marks. Nothing is refused here: what
+makes no sense stays as it is, and `lm.data.chat` refuses it by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+Turn = dict[str, Any]
+
+# Names that other layouts have for roles.
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+TALK_COLUMNS = ("messages", "conversations")  # whole conversations
+ANSWER_COLUMNS = ("chosen", "rejected", "completion")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+EMPTY: tuple[Any, ...] = (None, "", [], {}, ())  # of a mark that says nothing
+EMPTY_MARKS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's helpful and harmless: a conversation in one string
+
+
+class Layout(NamedTuple):
+    """Columns that ask and that answer: `ask`, with `context` beneath it where there is one, and the first of `answers`.
+
+    `beside_messages`: also where a row has a whole conversation in another column, which then is what is imitated.
+    """
+
+    ask: str
+    context: tuple[str, ...]
+    answers: tuple[str, ...]
+    beside_messages: bool = False
+
+
+LAYOUTS = (
+    Layout("prompt", (), ("completion", "response", "answer"), beside_messages=True),
+    Layout("question", (), ("answer", "response", "completion", "output"), beside_messages=True),
+    Layout("instruction", ("input", "context"), ("output", "response", "completion", "answer")),  # Alpaca, Dolly
+    Layout("query", (), ("response", "answer", "completion", "output")),
+    Layout("input", (), ("output", "response", "completion", "answer")),
+)
+
+
+def canonical(row: Row) -> dict[str, Any]:
+    """The row in the one form that stages read; other columns stay, those of `null` are left out. Total and idempotent."""
+    found = {str(name): value for name, value in row.items() if value is not None}
+    talks = [found.pop(name) for name in TALK_COLUMNS if name in found]
+    if talks:
+        found["messages"] = _conversation(talks[0])
+    for name in ANSWER_COLUMNS:
+        if name in found:
+            found[name] = _turns_or_text(found[name])
+    layout = next(
+        (one for one in LAYOUTS if one.ask in found and (one.beside_messages or "messages" not in found)), None
+    )
+    if layout is not None:
+        found = _asked(found, layout)
+    elif talks and any(side in found for side in ANSWER_COLUMNS) and _last_role(found["messages"]) == "user":
+        found["prompt"] = found.pop("messages")  # answers beside the conversation
+    return _with_system(found)
+
+
+def as_text(value: Any) -> Any:
+    """A number as its text, as verifiers read it; everything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(value) if isinstance(value, int) or math.isfinite(value) else value
+
+
+def flag(value: Any) -> bool | None:
+    """true or false, also as 1 or 0 and spelt as in CSV; None for what is neither."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    return None
+
+
+def _last_role(turns: Any) -> Any:
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return last.get("role") if isinstance(last, Mapping) else None
+
+
+def _asked(found: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The row with `prompt` a list of turns, and with the answer, if it has one, in `completion`."""
+    ask = as_text(found.pop(layout.ask))
+    for name in layout.context:
+        context = found.get(name, "")
+        if isinstance(ask, str) and isinstance(context, str):
+            found.pop(name, None)
+            ask = f"{ask}\n\n{context}" if context.strip() else ask
+    prompt = _prompt_turns(ask) if isinstance(ask, str) else _conversation(ask)
+    if layout.ask == "instruction" and isinstance(prompt, list):
+        prompt = _conversation([*_history(found.pop("history", [])), *prompt])
+    answer = next((name for name in layout.answers if name in found), None)
+    if answer is not None and not {"chosen", "rejected"} & set(found):
+        # The column `answer` stays: verifiers read it.
+        found["completion"] = _turns_or_text(found[answer] if answer == "answer" else found.pop(answer))
+    return found | {"prompt": prompt}
+
+
+def _prompt_turns(text: str) -> Any:
+    turns = _turns_or_text(text)
+    if isinstance(turns, str):
+        return [{"role": "user", "content": turns}]
+    # "… Assistant:" at the end asks for the answer.
+    return turns[:-1] if len(turns) > 1 and turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def _history(history: Any) -> list[Any]:
+    """Alpaca's earlier turns, pairs of what was asked and answered."""
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        return [history]
+    turns: list[Any] = []
+    for pair in (pair for pair in history if pair is not None):
+        if isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2:
+            turns += [
+                {"role": role, "content": as_text(said)} for role, said in zip(("user", "assistant"), pair, strict=True)
+            ]
+        else:
+            turns.append(pair)
+    return turns
+
+
+def _with_system(found: dict[str, Any]) -> dict[str, Any]:
+    """The row with its system column as the first turn of its conversation, where that has none or the same."""
+    for name in SYSTEM_COLUMNS:
+        system = found.get(name)
+        if isinstance(system, str) and not system.strip():
+            del found[name]
+        elif isinstance(system, str):
+            holders: list[str] = [column for column in ("messages", "prompt") if column in found]
+            holders = holders or [side for side in ("chosen", "rejected") if isinstance(found.get(side), list)]
+            led: dict[str, Any] = {column: _led(found[column], system) for column in holders}
+            if led and None not in led.values():
+                del found[name]
+                found |= led
+    return found
+
+
+def _led(turns: Any, system: str) -> list[Any] | None:
+    """The turns, led by the system turn; None where they are none or have another."""
+    if not isinstance(turns, list):
+        return None
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": system}, *turns]
+    return turns if first.get("content") == system else None
+
+
+def _conversation(value: Any) -> Any:
+    """Turns as a list of {"role", "content"}, also from one turn, and from JSON or a dialogue in a string."""
+    if isinstance(value, str):
+        value = _turns_or_text(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return value
+    return [_turn(turn) for turn in value if turn is not None]
+
+
+def _turns_or_text(value: Any) -> Any:
+    """An answer or prompt: text stays, unless it spells turns; a number is its text."""
+    value = as_text(value)
+    if not isinstance(value, str):
+        return _conversation(value)
+    if value.lstrip().startswith("Human:") and "\n\nAssistant:" in value:
+        parts = HH_TURN.split("\n\n" + value.lstrip())[1:]
+        names = {"Human": "user", "Assistant": "assistant"}
+        return [
+            {"role": names[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    if re.match(r"\s*\[\s*\{", value):
+        try:
+            turns = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns):
+            return _conversation(turns)
+    return value
+
+
+def _turn(turn: Any) -> Any:
+    """{"role", "content"} and marks, without those that are null or say nothing; text parts joined."""
+    if not isinstance(turn, Mapping):
+        return turn
+    made: Turn = {str(name): value for name, value in turn.items() if value is not None}
+    for theirs, ours in (("from", "role"), ("value", "content")):
+        if theirs in made and ours not in made:
+            made[ours] = made.pop(theirs)
+    for name in EMPTY_MARKS:
+        if name in made and made[name] in EMPTY:
+            del made[name]
+    if isinstance(made.get("role"), str):
+        role = made["role"].lower()
+        made["role"] = ROLE_NAMES.get(role, role)
+    if isinstance(made.get("content"), list | tuple):
+        made["content"] = _joined(made["content"])
+    return made
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The text of parts that are all text; other parts as they are."""
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else list(parts)  # type: ignore[arg-type]
