@@ -1,25 +1,22 @@
 """An experiment is a value: frozen dataclasses, loaded from a file, overridden by name, saved, compared.
 
-A leaf: imports nothing of lm and nothing slow, so that `lm --help` answers at once.
+Imports nothing of lm but its fields, and nothing slow, so that `lm --help` answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-
-class UserError(Exception):
-    """Something the user can put right. The command line prints its one line and exits with 2."""
-
-
-def knob(default: Any = dataclasses.MISSING, help: str = "") -> Any:
-    """A dataclass field with the one line of help that the command line shows."""
-    return field(default=default, metadata={"help": help})
+from lm.fields import FUNCTION as FUNCTION
+from lm.fields import Reading, knob, nearest, read
+from lm.fields import UserError as UserError
+from lm.fields import describe as describe
+from lm.fields import diff as diff
+from lm.fields import flatten as flatten
+from lm.fields import takes_function as takes_function
 
 
 @dataclass(frozen=True)
@@ -28,24 +25,26 @@ class Tokenizer:
         2048,
         "most pieces of the sentencepiece BPE vocabulary, bytes and special tokens included, at least 262; fewer are learnt "
         "where the training text has no more",
+        least=1,
+        most=2**20,
     )
     path: str | None = knob(None, "use this sentencepiece .model and learn nothing")
 
 
 @dataclass(frozen=True)
 class Model:
-    num_layers: int = knob(6, "transformer blocks")
-    embed_dim: int = knob(256, "width of the residual stream")
-    num_heads: int = knob(4, "query heads")
-    num_kv_heads: int = knob(2, "key and value heads; must divide num_heads")
-    head_dim: int = knob(64, "width of one head")
-    mlp_dim: int = knob(704, "width of the SwiGLU hidden layer")
-    max_len: int = knob(512, "longest sequence, in tokens")
-    rope_theta: float = knob(10_000.0, "base of the rotary position frequencies")
+    num_layers: int = knob(6, "transformer blocks", least=1, most=2**14)
+    embed_dim: int = knob(256, "width of the residual stream", least=1, most=2**20)
+    num_heads: int = knob(4, "query heads", least=1, most=2**14)
+    num_kv_heads: int = knob(2, "key and value heads; must divide num_heads", least=1, most=2**14)
+    head_dim: int = knob(64, "width of one head", least=2, most=2**14)
+    mlp_dim: int = knob(704, "width of the SwiGLU hidden layer", least=1, most=2**22)
+    max_len: int = knob(512, "longest sequence, in tokens", least=2, most=2**26)
+    rope_theta: float = knob(10_000.0, "base of the rotary position frequencies", least=1, most=1e12)
     rope_scaling: tuple[float, ...] = knob(
-        (), "Llama 3.1's factor, low and high frequency factor, original length; empty: none"
+        (), "Llama 3.1's factor, low and high frequency factor, original length; empty: none", above=0, most=2**26
     )
-    norm_eps: float = knob(1e-6, "added to the mean square inside RMSNorm")
+    norm_eps: float = knob(1e-6, "added to the mean square inside RMSNorm", least=1e-12, most=1)
     qk_norm: bool = knob(True, "RMSNorm on every query and key head, before rope")
     tied_head: bool = knob(True, "the output projection is the embedding, transposed")
     attention: Literal["auto", "plain", "splash", "blocks"] = knob(
@@ -53,31 +52,56 @@ class Model:
         "kernel of training; auto: splash on a TPU for rows and heads that are multiples of 128, blocks on one CPU, "
         "else plain",
     )
-    window: int = knob(0, "how many tokens a query sees, its own among them; 0: all of its segment before it")
-    softcap: float = knob(0.0, "attention scores are squeezed to softcap * tanh(score / softcap); 0: left alone")
+    window: int = knob(
+        0, "how many tokens a query sees, its own among them; 0: all of its segment before it", least=0, most=2**26
+    )
+    softcap: float = knob(
+        0.0,
+        "attention scores are squeezed to softcap * tanh(score / softcap); 0: left alone",
+        least=1e-3,
+        most=1e6,
+        special=0,
+    )
     attention_blocks: tuple[int, ...] = knob(
-        (), "splash kernel: queries and keys of a block, forward, then backward; empty: what suits the chip"
+        (),
+        "splash kernel: queries and keys of a block, forward, then backward; empty: what suits the chip",
+        least=128,
+        most=2**16,
     )
     remat: Literal["none", "full", "minimal", "dots", "offload"] = knob(
         "none",
         "what of a block is kept for the backward pass: all, its input alone, also q, k, v and attention, also "
         "matrix products, or as minimal but in the host's memory",
     )
-    scan_unroll: int = knob(1, "blocks unrolled per iteration of the layer scan; num_layers is fastest on CPU")
+    scan_unroll: int = knob(
+        1, "blocks unrolled per iteration of the layer scan; num_layers is fastest on CPU", least=1, most=2**14
+    )
     param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype the parameters are kept in")
     compute_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of activations and matrix products")
     logits_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the logits; the softmax is float32 anyway")
-    max_logits: int = knob(2**27, "most logits on a device at a time; a loss with more makes them in pieces, and twice")
+    max_logits: int = knob(
+        2**27,
+        "most logits on a device at a time; a loss with more makes them in pieces, and twice",
+        least=1,
+        most=2**40,
+    )
 
 
 @dataclass(frozen=True)
 class Mesh:
-    slices: int = knob(1, "pods joined by the data-centre network; each holds a copy and takes its share of the batch")
-    data: int = knob(-1, "devices that hold copies and split the batch; -1 takes all that are left")
-    fsdp: int = knob(1, "devices that split the batch and the parameters")
-    expert: int = knob(1, "as fsdp; the axis that experts, where a model has them, are split over")
-    context: int = knob(1, "devices that split the tokens of a row, and the parameters")
-    tensor: int = knob(1, "devices that split heads, mlp and vocabulary")
+    slices: int = knob(
+        1,
+        "pods joined by the data-centre network; each holds a copy and takes its share of the batch",
+        least=1,
+        most=2**20,
+    )
+    data: int = knob(
+        -1, "devices that hold copies and split the batch; -1 takes all that are left", least=1, most=2**20, special=-1
+    )
+    fsdp: int = knob(1, "devices that split the batch and the parameters", least=1, most=2**20)
+    expert: int = knob(1, "as fsdp; the axis that experts, where a model has them, are split over", least=1, most=2**20)
+    context: int = knob(1, "devices that split the tokens of a row, and the parameters", least=1, most=2**20)
+    tensor: int = knob(1, "devices that split heads, mlp and vocabulary", least=1, most=2**20)
 
 
 @dataclass(frozen=True)
@@ -85,17 +109,19 @@ class Optimizer:
     kind: Literal["adamw", "muon"] = knob(
         "adamw", "rule of the update; muon: for the matrices of the blocks, else adamw"
     )
-    peak_lr: float = knob(1e-3, "learning rate after the warmup")
+    peak_lr: float = knob(1e-3, "learning rate after the warmup", least=1e-12, most=1000)
     schedule: Literal["constant", "cosine", "wsd"] = knob("cosine", "shape of the learning rate after the warmup")
-    warmup_steps: int = knob(20, "updates of linear warmup; the first update has peak_lr / warmup_steps")
-    decay_frac: float = knob(0.2, "part of the updates that wsd spends decaying")
-    final_lr_frac: float = knob(0.1, "last learning rate as a part of the peak")
-    b2: float = knob(0.95, "AdamW decay of the second moment")
-    weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only")
+    warmup_steps: int = knob(
+        20, "updates of linear warmup; the first update has peak_lr / warmup_steps", least=0, most=10**9
+    )
+    decay_frac: float = knob(0.2, "part of the updates that wsd spends decaying", least=0, most=1)
+    final_lr_frac: float = knob(0.1, "last learning rate as a part of the peak", least=0, most=1)
+    b2: float = knob(0.95, "AdamW decay of the second moment", least=0, most=0.99999)
+    weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only", least=0, most=1000)
     state_dtype: Literal["float32", "bfloat16"] = knob(
         "float32", "dtype the moments are kept in, whatever the dtype of the parameters"
     )
-    clip_norm: float = knob(1.0, "largest global norm of the gradient")
+    clip_norm: float = knob(1.0, "largest global norm of the gradient", least=1e-6, most=1e30)
     master_weights: bool = knob(
         True,
         "with model.param_dtype below float32: keep float32 copies of the parameters with the moments, which take the "
@@ -108,26 +134,23 @@ class Source:
     path: str = knob(
         help="file, folder of files, tfds:NAME/SPLIT, gen:NAME, made:STAGE of collect; of an eval also stage:NAME, that stage's"
     )
-    weight: float = knob(1.0, "share of this source in the mixture")
-    holdout: float = knob(0.02, "part of the examples kept out of training, chosen by hash")
+    weight: float = knob(1.0, "share of this source in the mixture", least=1e-9, most=1e9)
+    holdout: float = knob(0.02, "part of the examples kept out of training, chosen by hash", least=0, below=1)
     columns: tuple[str, ...] = knob((), "columns under other names, as ours=theirs: prompt=query,completion=reply")
     bad_rows: Literal["stop", "drop"] = knob("stop", "broken rows and prompts too long: stop at one, or drop and count")
 
 
 @dataclass(frozen=True)
 class Pretrain:
-    z_loss: float = knob(0.0, "weight of the squared log-normaliser")
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser", least=0, most=1000)
 
 
 @dataclass(frozen=True)
 class SFT:
-    z_loss: float = knob(0.0, "weight of the squared log-normaliser")
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser", least=0, most=1000)
     loss_on: Literal["answers", "all"] = knob("answers", "whose tokens are learnt: the assistant's, or everybody's")
     learn_end: bool = knob(True, "also learn the token that ends a turn")
 
-
-FUNCTION = "FILE:FUNCTION"
-"""Member of a Literal whose field takes a function of the user's own beside the names of a table: `my_file:loss`."""
 
 DPOLoss = Literal[
     "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
@@ -140,15 +163,17 @@ class DPO:
     losses: tuple[DPOLoss, ...] = knob(
         ("sigmoid",), "rows of the DPO table, or functions of your own; several are added up, as in MPO"
     )
-    loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each")
-    beta: float = knob(0.1, "strength of the pull to the reference")
-    label_smoothing: float = knob(0.0, "believed part of the labels that is flipped")
-    tau: float = knob(0.05, "temperature of discopop's blend")
+    loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each", least=0, most=1e6)
+    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=1000)
+    label_smoothing: float = knob(0.0, "believed part of the labels that is flipped", least=0, below=0.5)
+    tau: float = knob(0.05, "temperature of discopop's blend", least=1e-3, most=1000)
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
         "reverse_kl", "what holds the policy to the reference"
     )
-    alpha: float = knob(0.5, "of alpha_divergence; 1 is reverse_kl")
-    ld_alpha: float = knob(1.0, "LD-DPO: weight of an answer's tokens beyond the length of its partner")
+    alpha: float = knob(0.5, "of alpha_divergence; 1 is reverse_kl", least=-10, most=10)
+    ld_alpha: float = knob(
+        1.0, "LD-DPO: weight of an answer's tokens beyond the length of its partner", least=0, most=1
+    )
     reference: Literal["step", "cached"] = knob(
         "step", "its log-probabilities: in every step, or of every pair once before the first, without its memory then"
     )
@@ -162,16 +187,20 @@ class CPO:
     loss: Literal["sigmoid", "hinge", "ipo", "simpo", "FILE:FUNCTION"] = knob(
         "sigmoid", "row of the CPO table, or a function of your own"
     )
-    beta: float = knob(0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean")
-    label_smoothing: float = knob(0.0, "believed part of the labels that is flipped; sigmoid and simpo")
-    gamma: float = knob(0.5, "simpo: by how much the chosen answer should win, after beta")
-    alpha: float = knob(0.0, "AlphaPO's shape of simpo's reward; 0: the logarithm")
-    nll_coef: float = knob(1.0, "weight of cross-entropy on the chosen answers")
+    beta: float = knob(
+        0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean", least=1e-6, most=1000
+    )
+    label_smoothing: float = knob(
+        0.0, "believed part of the labels that is flipped; sigmoid and simpo", least=0, below=0.5
+    )
+    gamma: float = knob(0.5, "simpo: by how much the chosen answer should win, after beta", least=0, most=1000)
+    alpha: float = knob(0.0, "AlphaPO's shape of simpo's reward; 0: the logarithm", least=-10, most=10)
+    nll_coef: float = knob(1.0, "weight of cross-entropy on the chosen answers", least=0, most=1000)
 
 
 @dataclass(frozen=True)
 class ORPO:
-    beta: float = knob(0.1, "weight of the odds ratio beside cross-entropy")
+    beta: float = knob(0.1, "weight of the odds ratio beside cross-entropy", least=0, most=1000)
 
 
 @dataclass(frozen=True)
@@ -179,9 +208,9 @@ class KTO:
     loss: Literal["kto", "apo_zero_unpaired", "FILE:FUNCTION"] = knob(
         "kto", "row of the KTO table, or a function of your own"
     )
-    beta: float = knob(0.1, "strength of the pull to the reference")
-    desirable_weight: float = knob(1.0, "weight of answers that are desirable")
-    undesirable_weight: float = knob(1.0, "weight of answers that are not")
+    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=1000)
+    desirable_weight: float = knob(1.0, "weight of answers that are desirable", least=0, most=1e6)
+    undesirable_weight: float = knob(1.0, "weight of answers that are not", least=0, most=1e6)
 
 
 @dataclass(frozen=True)
@@ -189,19 +218,22 @@ class GRPO:
     verifier: str = knob(
         "answer", "verifier that gives the reward: answer, manners, helpful, or FILE:FUNCTION of your own"
     )
-    group_size: int = knob(8, "completions sampled for one prompt")
-    max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this")
-    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too")
-    clip_low: float = knob(0.2, "lower clip of the ratio: 1 - clip_low")
-    clip_high: float = knob(0.2, "upper clip of the ratio: 1 + clip_high")
-    kl_coef: float = knob(0.0, "weight of the k3 KL to the reference, the model before this stage")
+    group_size: int = knob(8, "completions sampled for one prompt", least=2, most=2**16)
+    max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this", least=1, most=2**26)
+    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
+    clip_low: float = knob(0.2, "lower clip of the ratio: 1 - clip_low", least=0, most=1)
+    clip_high: float = knob(0.2, "upper clip of the ratio: 1 + clip_high", least=0, most=1e6)
+    kl_coef: float = knob(0.0, "weight of the k3 KL to the reference, the model before this stage", least=0, most=1000)
     aggregation: Literal["token", "sequence", "constant"] = knob(
         "token", "how token losses add up: DAPO, GRPO, Dr. GRPO"
     )
     scale_advantages: bool = knob(True, "divide advantages by the group's standard deviation")
-    updates_per_rollout: int = knob(1, "optimizer updates that share one rollout")
+    updates_per_rollout: int = knob(1, "optimizer updates that share one rollout", least=1, most=2**16)
     rollouts: int = knob(
-        1, "at most so many a step, until its batch is full of groups with a preference (DAPO's dynamic sampling)"
+        1,
+        "at most so many a step, until its batch is full of groups with a preference (DAPO's dynamic sampling)",
+        least=1,
+        most=2**16,
     )
     sampler: Literal["same", "bfloat16", "int8", "int4"] = knob(
         "same", "weights that sample: those that are trained, or rounded as an inference engine may hold them"
@@ -209,6 +241,8 @@ class GRPO:
     sampler_cap: float = knob(
         0.0,
         "tokens are weighed by how much likelier they are to the trainer than to the sampler, capped here (TIS); 0: not",
+        least=0,
+        most=1e6,
     )
 
 
@@ -217,12 +251,19 @@ class RewardModel:
     """Bradley-Terry on pairs: the model gets a head that gives an answer a number, and loses the one for tokens."""
 
     margins: bool = knob(False, "ask for as much distance as a pair's `margin` says")
-    center_coef: float = knob(0.0, "weight of the squared sum of a pair's two scores, which keeps their mean at 0")
+    center_coef: float = knob(
+        0.0, "weight of the squared sum of a pair's two scores, which keeps their mean at 0", least=0, most=1000
+    )
     ties: Literal["drop", "split", "rao_kupper"] = knob(
         "drop", "pairs that are a `tie`: left out, half each, a third outcome"
     )
-    tie_width: float = knob(0.5, "rao_kupper: answers whose scores differ by less are called equal")
-    layers: int = knob(0, "only the first so many layers of the model are read, for a smaller reward model; 0: all")
+    tie_width: float = knob(0.5, "rao_kupper: answers whose scores differ by less are called equal", least=0, most=1000)
+    layers: int = knob(
+        0,
+        "only the first so many layers of the model are read, for a smaller reward model; 0: all",
+        least=0,
+        most=2**14,
+    )
 
 
 @dataclass(frozen=True)
@@ -238,21 +279,27 @@ class PPO:
     critic: Literal["separate", "head"] = knob(
         "separate", "values from a model of their own (the first reward model, or this one), or a head on the policy"
     )
-    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this")
-    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too")
-    kl_coef: float = knob(0.05, "weight, inside the reward, of each token's KL to the model before this stage")
+    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this", least=1, most=2**26)
+    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
+    kl_coef: float = knob(
+        0.05, "weight, inside the reward, of each token's KL to the model before this stage", least=0, most=1000
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "of that KL")
-    kl_target: float = knob(0.0, "kl_coef follows an answer's mean KL to this, in nats; 0: kl_coef is fixed")
-    kl_horizon: int = knob(10_000, "answers in which kl_coef follows")
-    gamma: float = knob(1.0, "discount of a token")
-    lam: float = knob(0.95, "λ of generalised advantage estimation")
+    kl_target: float = knob(
+        0.0, "kl_coef follows an answer's mean KL to this, in nats; 0: kl_coef is fixed", least=0, most=1000
+    )
+    kl_horizon: int = knob(10_000, "answers in which kl_coef follows", least=1, most=10**9)
+    gamma: float = knob(1.0, "discount of a token", least=0, most=1)
+    lam: float = knob(0.95, "λ of generalised advantage estimation", least=0, most=1)
     whiten_rewards: bool = knob(False, "divide rewards by their standard deviation over the rollout")
-    missing_eos_penalty: float = knob(0.0, "taken off the score of an answer that did not end by itself")
-    clip: float = knob(0.2, "ratios are clipped to 1 ± clip")
-    value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip")
-    value_coef: float = knob(0.1, "weight of the values' loss")
-    epochs: int = knob(4, "times that the rollout is gone through")
-    minibatches: int = knob(1, "optimizer updates in one time")
+    missing_eos_penalty: float = knob(
+        0.0, "taken off the score of an answer that did not end by itself", least=0, most=1e6
+    )
+    clip: float = knob(0.2, "ratios are clipped to 1 ± clip", least=0, most=1e6)
+    value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip", least=0, most=1e6)
+    value_coef: float = knob(0.1, "weight of the values' loss", least=0, most=1000)
+    epochs: int = knob(4, "times that the rollout is gone through", least=1, most=2**16)
+    minibatches: int = knob(1, "optimizer updates in one time", least=1, most=2**16)
 
 
 @dataclass(frozen=True)
@@ -268,9 +315,9 @@ class Collect:
     make: Literal["pairs", "best"] = knob(
         "pairs", "preference pairs of every two answers, or conversations with the best one"
     )
-    answers: int = knob(2, "sampled for each prompt")
-    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this")
-    temperature: float = knob(1.0, "sampling temperature")
+    answers: int = knob(2, "sampled for each prompt", least=2, most=2**16)
+    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this", least=1, most=2**26)
+    temperature: float = knob(1.0, "sampling temperature", least=0.01, most=100)
 
 
 Objective = Pretrain | SFT | DPO | CPO | ORPO | KTO | GRPO | RewardModel | PPO | Collect
@@ -282,29 +329,36 @@ Speechless = RewardModel | Collect  # leave no language model behind: a later st
 
 @dataclass(frozen=True)
 class Stage:
-    name: str = knob(help="name of the stage, and of its folder")
+    name: str = knob(help="name of the stage, and of its folder", name=True)
     objective: Objective = knob(help="what is minimised")
     sources: tuple[Source, ...] = knob(help="the mixture of data")
     optimizer: Optimizer = Optimizer()
     steps: int = knob(
-        1000, "steps; one of grpo and ppo is a rollout with its updates, one of collect a batch of prompts"
+        1000,
+        "steps; one of grpo and ppo is a rollout with its updates, one of collect a batch of prompts",
+        least=1,
+        most=10**9,
     )
     batch_size: int = knob(
         32,
         "rows (pretrain, sft), pairs (dpo, cpo, orpo, reward model), answers (kto) or prompts (grpo, ppo, collect) in a "
         "step, over all devices",
+        least=1,
+        most=2**24,
     )
-    seq_len: int = knob(256, "tokens in a row")
-    microbatches: int = knob(1, "pieces that a batch is cut into to save memory")
-    eval_every: int = knob(0, "steps between held-out evaluations with samples; 0: only before and after")
+    seq_len: int = knob(256, "tokens in a row", least=2, most=2**26)
+    microbatches: int = knob(1, "pieces that a batch is cut into to save memory", least=1, most=2**24)
+    eval_every: int = knob(
+        0, "steps between held-out evaluations with samples; 0: only before and after", least=0, most=10**9
+    )
     evals: tuple[str, ...] = knob((), "names of the evals that are taken every eval_every steps too")
-    save_every: int = knob(100, "steps between checkpoints")
+    save_every: int = knob(100, "steps between checkpoints", least=1, most=10**9)
     start: str = knob("", "stage whose model this one starts from; empty: the language model before it")
 
 
 @dataclass(frozen=True)
 class Eval:
-    name: str = knob(help="name of the column in tables")
+    name: str = knob(help="name of the column in tables", name=True)
     source: Source = knob(help="where the held-out examples come from")
     metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n", "pass_at_k"] = knob(
         "reward", "what is measured"
@@ -312,19 +366,19 @@ class Eval:
     verifier: str = knob(
         "answer", "verifier, or FILE:FUNCTION of your own, of the metrics reward, best_of_n and pass_at_k"
     )
-    count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)")
-    max_new_tokens: int = knob(64, "longest answer")
-    temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy")
-    best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k")
+    count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)", least=1, most=10**9)
+    max_new_tokens: int = knob(64, "longest answer", least=1, most=2**26)
+    temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy", least=0.01, most=100, special=0)
+    best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k", least=1, most=2**16)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    name: str = knob(help="name of the run; its folder is runs/NAME")
+    name: str = knob(help="name of the run; its folder is runs/NAME", name=True)
     stages: tuple[Stage, ...] = knob(help="stages, one after another")
     evals: tuple[Eval, ...] = knob((), "held-out measurements taken before and after every stage")
     prompts: tuple[str, ...] = knob(("What is an LLM?",), "prompts answered on every evaluation")
-    seed: int = knob(0, "seed of parameters, data order and samples")
+    seed: int = knob(0, "seed of parameters, data order and samples", least=0, most=2**32 - 1)
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     mesh: Mesh = Mesh()
@@ -388,65 +442,22 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def from_dict(value: Any, kind: Any = Experiment, where: str = "experiment") -> Any:
-    """The typed value that `to_dict` made plain.
+def from_dict(value: Any, kind: Any = Experiment, where: str = "") -> Any:
+    """The typed value that `to_dict` made plain; absent fields have their defaults.
 
     Raises:
-        UserError: a field is missing, unknown, or of the wrong type; says which.
+        UserError: a field is missing, unknown, of the wrong type or out of its range; says which.
     """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind == Objective:
-        name = value.get("kind")
-        if name not in OBJECTIVES:
-            raise UserError(f"{where}.kind is {name!r}; there are {', '.join(OBJECTIVES)}")
-        return from_dict({k: v for k, v in value.items() if k != "kind"}, OBJECTIVES[name], where)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise UserError(f"{where} has no field {sorted(unknown)[0]!r}{nearest(sorted(unknown)[0], hints)}")
-        missing = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING} - set(value)
-        if missing:
-            raise UserError(f"{where} lacks the field {sorted(missing)[0]!r}")
-        make: Any = kind
-        return make(**{k: from_dict(v, hints[k], f"{where}.{k}") for k, v in value.items()})
-    if origin is tuple:
-        return tuple(from_dict(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
-        return None if value is None else from_dict(value, args[0], where)
-    if origin is Literal:
-        if value not in args and not takes_function(value, args):
-            raise UserError(f"{where} is {value!r}; it can be {', '.join(map(repr, args))}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where} is {value!r}; it should be {describe(kind)}")
-    return value
+    return read(value, kind, where, Reading(plain=True, names=False))
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a plain value by dotted name; members of a list go by their `name` where they have one.
+def strict(experiment: Any) -> Experiment:
+    """An experiment built in Python, read as strictly as one from JSON: lists become tuples, numpy's scalars numbers.
 
-    Stages stand at the top, as on the command line: `sft.steps`.
+    Raises:
+        UserError: a leaf is of the wrong type or out of its range, or a name is none; says which.
     """
-    if isinstance(value, dict):
-        members: list[tuple[str, Any]] = list(value.items())
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        members = [(str(item.get("name", i)), item) for i, item in enumerate(value)]
-    else:
-        return {prefix: value}
-    leaves: dict[str, Any] = {}
-    for name, item in members:
-        inside = prefix if prefix == "" and name == "stages" else f"{prefix}.{name}".lstrip(".")
-        leaves |= flatten(item, inside)
-    return leaves
-
-
-def diff(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every leaf in which two plain values differ."""
-    before, after = flatten(old), flatten(new)
-    return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]
+    return read(experiment, Experiment, "", Reading(plain=False, names=True))
 
 
 def resolve_sources(experiment: Experiment) -> Experiment:
@@ -469,29 +480,3 @@ def resolve_sources(experiment: Experiment) -> Experiment:
         return dataclasses.replace(item, source=known.get(path, item.source))
 
     return dataclasses.replace(experiment, evals=tuple(map(resolved, experiment.evals)))
-
-
-def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
-    """Whether a value names a function of the user's own, and the Literal of these names has a place for one."""
-    return FUNCTION in names and isinstance(value, str) and ":" in value
-
-
-def describe(kind: Any) -> str:
-    """A type in words."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is types.UnionType:
-        return f"{describe(args[0])} or none"
-    if origin is tuple:
-        return "a list"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
-
-
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """'; did you mean …' with up to three names; a misplaced leaf is found by its last part too."""
-    names = list(names)
-    last = name.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    close += [n for n in names if n.rsplit(".", 1)[-1] == last and n not in close]
-    return f"; did you mean {', '.join(close[:3])}?" if close else ""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +34,10 @@ class Knob:
 
 def knobs(experiment: Experiment) -> list[Knob]:
     """Every leaf that the command line can override, in the order of the dataclasses."""
-    return [Knob(name, describe(kind), value, text) for name, (_, kind, value, text) in _leaves(experiment).items()]
+    return [
+        Knob(name, describe(kind, metadata.get("range")), value, metadata.get("help", ""))
+        for name, (_, kind, value, metadata) in _leaves(experiment).items()
+    ]
 
 
 def override(experiment: Experiment, arguments: list[str]) -> Experiment:
@@ -74,9 +78,9 @@ def leaf(experiment: Experiment, name: str) -> tuple[Any, Any]:
     return leaves[name][1:3]
 
 
-def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[tuple, Any, Any, str]]:
-    """dotted name → (path, type, value, help) for every leaf below a dataclass."""
-    found: dict[str, tuple[tuple, Any, Any, str]] = {}
+def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[tuple, Any, Any, Mapping[str, Any]]]:
+    """dotted name → (path, type, value, metadata of its field) for every leaf below a dataclass."""
+    found: dict[str, tuple[tuple, Any, Any, Mapping[str, Any]]] = {}
     hints = typing.get_type_hints(type(value))
     for f in dataclasses.fields(value):
         item, name, here = getattr(value, f.name), f"{prefix}{f.name}", (*path, f.name)
@@ -87,7 +91,7 @@ def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[t
                 inside = "" if f.name == "stages" else f"{name}."
                 found |= _leaves(member, f"{inside}{getattr(member, 'name', i)}.", (*here, i))
         else:
-            found[name] = (here, hints[f.name], item, f.metadata.get("help", ""))
+            found[name] = (here, hints[f.name], item, f.metadata)
     return found
 
 

@@ -1,0 +1,300 @@
+"""Fields of an experiment's dataclasses: the knob with its help and range, and the strict reading of a value by them.
+
+A leaf: imports nothing of lm and nothing slow, so that `lm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MAX_NAME = 64
+
+
+class UserError(Exception):
+    """Something the user can put right. The command line prints its one line and exits with 2."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field takes: closed bounds (least, most), open ones (above, below), and `special` outside of them."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    special: float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        if self.special is not None and value == self.special:
+            return True
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """In words that follow "an integer" or "a number": `from 0 to 1`, `above 0 and at most 100, or -1`."""
+        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        words = " and ".join(f"{word} {plain(end)}" for word, end in ends.items() if end is not None)
+        if self.least is not None and self.most is not None:
+            words = f"from {plain(self.least)} to {plain(self.most)}"
+        return words if self.special is None else f"{words}, or {plain(self.special)}"
+
+
+def knob(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    special: float | None = None,
+    name: bool = False,
+) -> Any:
+    """A dataclass field with the one line of help that the command line shows, and what it takes.
+
+    Every number has a range (of a tuple: each of its numbers): least and most belong to it, above and below do not,
+    `special` is one value outside of it, as the -1 or 0 that switches something. `name`: the text names a folder or a
+    column, by the rule of `is_name`.
+    """
+    bounds = {"least": least, "most": most, "above": above, "below": below, "special": special}
+    given = any(bound is not None for bound in bounds.values())
+    metadata = {"help": help, "range": Range(**bounds) if given else None, "name": name}
+    return field(default=default, metadata=metadata)
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a stage, a run, an eval or a sweep, all of which become folders, files or dotted names."""
+    return len(text) <= MAX_NAME and re.fullmatch(r"[^\W_](?:[\w.-]*[\w-])?", text, re.ASCII) is not None
+
+
+NAME_RULE = (
+    f"a name: letters, digits, '.', '_' and '-', a letter or digit first, no '.' last, at most {MAX_NAME} characters"
+)
+
+
+def check_name(text: str, where: str) -> str:
+    """The text, which is a name; UserError, with `where` it stands, if it is not."""
+    if not is_name(text):
+        raise UserError(f"{where} is {shown(text)}; it should be {NAME_RULE}")
+    return text
+
+
+# ---- the strict reading of a value -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a value is read: `plain`: dataclasses stand as JSON objects; `names`: names are held to their rule."""
+
+    plain: bool
+    names: bool
+
+
+def read(value: Any, kind: Any, where: str, reading: Reading, metadata: Any = types.MappingProxyType({})) -> Any:
+    """The value of a type, every leaf of it of its field's type and in its range; numpy's scalars become Python's.
+
+    Raises:
+        UserError: names the leaf as the command line does, its value, and what it takes.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        kinds = [member for member in args if member is not type(None)]
+        if len(kinds) > 1:
+            return _read_one_of(value, kinds, where, reading)
+        return None if value is None else read(value, kinds[0], where, reading, metadata)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(value, kind, where, reading)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} is {shown(value)}; it should be a list of {_members(args[0])}")
+        return tuple(read(item, args[0], _member(where, i, item), reading, metadata) for i, item in enumerate(value))
+    return _read_leaf(value, kind, where, reading, metadata)
+
+
+def _read_one_of(value: Any, kinds: list[Any], where: str, reading: Reading) -> Any:
+    """A value of one of several dataclasses: itself in Python, an object with the class's name as `kind` in JSON."""
+    names = {kind.__name__: kind for kind in kinds}
+    if not reading.plain:
+        if type(value) not in kinds:
+            raise UserError(
+                f"{where} is {shown(value)}; it should be one of {', '.join(f'{name}()' for name in names)}"
+            )
+        return _read_dataclass(value, type(value), where, reading)
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {shown(value)}; it should be an object with kind one of {', '.join(names)}")
+    name = value.get("kind")
+    if not isinstance(name, str) or name not in names:
+        raise UserError(f"{where}.kind is {shown(name)}; there are {', '.join(names)}")
+    return _read_dataclass({k: v for k, v in value.items() if k != "kind"}, names[name], where, reading)
+
+
+def _read_dataclass(value: Any, kind: Any, where: str, reading: Reading) -> Any:
+    """A dataclass of which every field is read; where a field is absent from a JSON object it has its default."""
+    hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    here = where or kind.__name__.lower()
+    if reading.plain:
+        if not isinstance(value, dict):
+            raise UserError(f"{here} is {shown(value)}; it should be an object with the fields of {kind.__name__}")
+        unknown = sorted(str(name) for name in value if name not in fields)
+        if unknown:
+            raise UserError(f"{here} has no field {shown(unknown[0])}{nearest(unknown[0], fields)}")
+        missing = sorted(name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in value)
+        if missing:
+            raise UserError(f"{here} lacks the field {missing[0]!r}")
+        members = value
+    else:
+        if type(value) is not kind:
+            raise UserError(f"{here} is {shown(value)}; it should be a value of {kind.__name__}")
+        members = {name: getattr(value, name) for name in fields}
+    inside = {name: f"{where}.{name}".lstrip(".") for name in members}
+    return kind(**{k: read(v, hints[k], inside[k], reading, fields[k].metadata) for k, v in members.items()})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _member(where: str, number: int, item: Any) -> str:
+    """Where a member of a list stands, as `flatten` says it: by its name where it has one; stages stand at the top."""
+    name = item.get("name") if isinstance(item, dict) else getattr(item, "name", None)
+    inside = name if isinstance(name, str) and is_name(name) else str(number)
+    return inside if where == "stages" and inside is name else f"{where}.{inside}"
+
+
+def _read_leaf(value: Any, kind: Any, where: str, reading: Reading, metadata: Any) -> Any:
+    span = metadata.get("range")
+    leaf = _as_python(value, kind)
+    taken = leaf is not None
+    if taken and isinstance(leaf, str) and kind is str:
+        if metadata.get("name") and reading.names:
+            return check_name(leaf, where)
+        taken = is_text(leaf)
+    elif taken and span is not None:
+        taken = leaf in span
+    elif taken and kind is float:
+        taken = math.isfinite(leaf)
+    if not taken:
+        raise UserError(f"{where} is {shown(value)}; it should be {describe(kind, span)}")
+    return leaf
+
+
+def _as_python(value: Any, kind: Any) -> Any:
+    """The value as a plain Python one of the type (numpy's numbers are taken, booleans are no numbers), or None."""
+    if typing.get_origin(kind) is Literal:
+        names = typing.get_args(kind)
+        return str(value) if isinstance(value, str) and (value in names or takes_function(value, names)) else None
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is str:
+        return str(value) if isinstance(value, str) else None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    if kind is int:
+        return int(value) if isinstance(value, numbers.Integral) else None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written: it has no null character, and no half of a surrogate pair."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+FUNCTION = "FILE:FUNCTION"
+"""Member of a Literal whose field takes a function of the user's own beside the names of a table: `my_file:loss`."""
+
+
+def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
+    """Whether a value names a function of the user's own, and the Literal of these names has a place for one."""
+    return FUNCTION in names and isinstance(value, str) and ":" in value
+
+
+# ---- in words ----------------------------------------------------------------------------------------------------
+
+
+def plain(number: float) -> str:
+    """A bound as people write it: 1, 0.5, 1e-06."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def shown(value: Any, width: int = 80) -> str:
+    """A value in one short line of an error."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes, or a value that contains itself
+        text = f"a {type(value).__name__} that is too large to show"
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 20]} … ({len(text)} characters)"
+
+
+def describe(kind: Any, span: Range | None = None) -> str:
+    """A type in words, with the range of its numbers."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is types.UnionType:
+        return f"{describe(args[0], span)} or none"
+    if origin is tuple:
+        return f"a list of {_members(args[0])}" + (f" {span}" if span else "")
+    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}.get(kind, str(kind))
+    return f"{words.replace('finite ', '')} {span}" if span else words
+
+
+def _members(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "names among " + ", ".join(map(str, typing.get_args(kind)))
+    return {int: "integers", float: "numbers", str: "texts"}.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'; did you mean …' with up to three names; a misplaced leaf is found by its last part too."""
+    names = list(names)
+    last = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close += [n for n in names if n.rsplit(".", 1)[-1] == last and n not in close]
+    return f"; did you mean {', '.join(close[:3])}?" if close else ""
+
+
+# ---- plain JSON values ------------------------------------------------------------------------------------------
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a plain value by dotted name; members of a list go by their `name` where they have one.
+
+    Stages stand at the top, as on the command line: `sft.steps`.
+    """
+    if isinstance(value, dict):
+        members: list[tuple[str, Any]] = list(value.items())
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        members = [(str(item.get("name", i)), item) for i, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for name, item in members:
+        inside = prefix if prefix == "" and name == "stages" else f"{prefix}.{name}".lstrip(".")
+        leaves |= flatten(item, inside)
+    return leaves
+
+
+def diff(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every leaf in which two plain values differ."""
+    before, after = flatten(old), flatten(new)
+    return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]
