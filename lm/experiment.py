@@ -213,6 +213,12 @@ class KTO:
     undesirable_weight: float = knob(1.0, "weight of answers that are not", least=0, most=1e6)
 
 
+def _reward_seconds() -> Any:
+    """The field that limits the time of a reward."""
+    text = "seconds that the verifier may take for one completion; then it is stopped, and the reward is 0"
+    return knob(10.0, text, above=0, most=10**6)
+
+
 @dataclass(frozen=True)
 class GRPO:
     verifier: str = knob(
@@ -244,6 +250,7 @@ class GRPO:
         least=0,
         most=1e6,
     )
+    reward_seconds: float = _reward_seconds()
 
 
 @dataclass(frozen=True)
@@ -300,6 +307,7 @@ class PPO:
     value_coef: float = knob(0.1, "weight of the values' loss", least=0, most=1000)
     epochs: int = knob(4, "times that the rollout is gone through", least=1, most=2**16)
     minibatches: int = knob(1, "optimizer updates in one time", least=1, most=2**16)
+    reward_seconds: float = _reward_seconds()
 
 
 @dataclass(frozen=True)
@@ -318,6 +326,7 @@ class Collect:
     answers: int = knob(2, "sampled for each prompt", least=2, most=2**16)
     max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this", least=1, most=2**26)
     temperature: float = knob(1.0, "sampling temperature", least=0.01, most=100)
+    reward_seconds: float = _reward_seconds()
 
 
 Objective = Pretrain | SFT | DPO | CPO | ORPO | KTO | GRPO | RewardModel | PPO | Collect
@@ -370,6 +379,7 @@ class Eval:
     max_new_tokens: int = knob(64, "longest answer", least=1, most=2**26)
     temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy", least=0.01, most=100, special=0)
     best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k", least=1, most=2**16)
+    reward_seconds: float = _reward_seconds()
 
 
 @dataclass(frozen=True)

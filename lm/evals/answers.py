@@ -22,8 +22,8 @@ from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import fetch
 from lm.rollout.environments import as_batch
 from lm.rollout.experience import score_rows
+from lm.rollout.rewards import Rewards, compute_rewards, timeouts_of
 from lm.rollout.sampler import Answer, decode_rows, generate
-from lm.rollout.verifiers import find_verifier
 from lm.types import Batch
 
 
@@ -43,12 +43,17 @@ def reward(item: Eval, subject: Subject) -> Measured:
     mean of log π - log π_ref over what was sampled); with reward models their mean score.
     """
     found = answers_of(item, subject)
-    rewards = [find_verifier(item.verifier)(one.row, one.answer.text) for one in found]
-    values = mean_of("reward", rewards) | {
-        "eos_rate": float(np.mean([one.answer.eos for one in found])),
-        "length": float(np.mean([one.numbers["length"] for one in found])),
-        "distinct_2": distinct_bigrams([one.answer.text for one in found]),
-    }
+    judged = _rewards(item, found)
+    rewards = judged.values.tolist()
+    values = (
+        mean_of("reward", rewards)
+        | timeouts_of(judged)
+        | {
+            "eos_rate": float(np.mean([one.answer.eos for one in found])),
+            "length": float(np.mean([one.numbers["length"] for one in found])),
+            "distinct_2": distinct_bigrams([one.answer.text for one in found]),
+        }
+    )
     wrong = [one.numbers["length"] for one, score in zip(found, rewards, strict=True) if score < 1]
     if wrong:
         values["length_wrong"] = float(np.mean(wrong))
@@ -77,10 +82,12 @@ def best_of_n(item: Eval, subject: Subject) -> Measured:
         return np.array(numbers).reshape(count, item.best_of)
 
     scores = table([one.numbers["score"] for one in found])
-    rewards = table([find_verifier(item.verifier)(one.row, one.answer.text) for one in found])
+    judged = _rewards(item, found)
+    rewards = table(judged.values.tolist())
     lengths = table([one.numbers["length"] for one in found])
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
     values: dict[str, Any] = {"best_of": sizes, "kl_bound": [math.log(n) - (n - 1) / n for n in sizes]}
+    values |= timeouts_of(judged)
     for name, numbers in (("reward", rewards), ("score", scores), ("length", lengths)):
         means = [mean_of(name, best_of(scores, numbers, n)) for n in sizes]
         values |= {key: [mean[key] for mean in means] for key in means[0]}
@@ -93,10 +100,10 @@ def pass_at_k(item: Eval, subject: Subject) -> Measured:
     The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right answers in n (arXiv:2107.03374, eq. 1).
     """
     found = answers_of(item, subject, item.best_of)
-    right = np.array([find_verifier(item.verifier)(one.row, one.answer.text) >= 1 for one in found])
-    counts = right.reshape(-1, item.best_of).sum(1)
+    judged = _rewards(item, found)
+    counts = (judged.values >= 1).reshape(-1, item.best_of).sum(1)
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = timeouts_of(judged)
     for k in sizes:
         values |= mean_of(
             f"pass_at_{k}", [1 - math.comb(item.best_of - c, k) / math.comb(item.best_of, k) for c in counts.tolist()]
@@ -156,6 +163,12 @@ def answers_of(item: Eval, subject: Subject, each: int = 1) -> list[Answered]:
             own = {name: float(values[place]) for name, values in numbers.items()}
             found.append(Answered(rows[part[place // each]], answered[place], own))
     return found
+
+
+def _rewards(item: Eval, found: list[Answered]) -> Rewards:
+    """The reward of each answer by the verifier of the evaluation."""
+    rows, texts = [one.row for one in found], [one.answer.text for one in found]
+    return compute_rewards(item.verifier, rows, texts, f"evals.{item.name}", item.reward_seconds)
 
 
 def _looked_at(subject: Subject, batch: Batch) -> dict[str, Float[np.ndarray, " B"]]:

@@ -16,7 +16,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import GRPO, PPO, Collect, Stage
 from lm.model.transformer import Transformer
 from lm.objectives.grpo import group_advantages
-from lm.parallel.distributed import fetch, gather
+from lm.parallel.distributed import fetch, gather, together
+from lm.rollout.rewards import Rewards, compute_rewards, timeouts_of
 from lm.rollout.sampler import Answer, Samples, decode_rows, generate
 from lm.rollout.verifiers import find_verifier, needed_columns
 from lm.types import Batch, SharedPrompt
@@ -24,18 +25,16 @@ from lm.types import Batch, SharedPrompt
 
 @dataclass(frozen=True)
 class Environment:
-    """Prompts as a pure function of the step, and a verifier that is total: a malformed completion scores."""
+    """Prompts as a pure function of the step, and a verifier. `where` names the stage in errors."""
 
     feed: PromptFeed
     verifier: str
+    where: str
+    reward_seconds: float
 
     def prompts(self, step: int) -> Prompts:
         """The batch of prompts of a step, with the rows that they came from."""
         return self.feed.batch(step)
-
-    def reward(self, row: dict, completion: str) -> float:
-        """How good a completion is, in [0, 1]."""
-        return find_verifier(self.verifier)(row, completion)
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,8 @@ def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environme
     if o.verifier:
         find_verifier(o.verifier, f"{stage.name}.objective.verifier")
     room, columns = stage.seq_len - o.max_new_tokens, needed_columns(o.verifier) if o.verifier else ()
-    return Environment(
-        make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, columns=columns), o.verifier
-    )
+    feed = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, columns=columns)
+    return Environment(feed, o.verifier, stage.name, o.reward_seconds)
 
 
 def roll_out(
@@ -77,12 +75,12 @@ def roll_out(
     o = stage.objective
     assert isinstance(o, GRPO)
     turns: list[Said] = []
-    judged: list[np.ndarray] = []
+    judged: list[Rewards] = []
     for turn in range(o.rollouts):
         prompts = environment.prompts(step * o.rollouts + turn)
         turns.append(ask(model, prompts, o, tokenizer, jax.random.fold_in(key, turn) if turn else key, o.group_size))
         judged.append(judge(environment, turns[-1].rows, turns[-1].answers))
-        rewards = np.concatenate(judged)
+        rewards = np.concatenate([some.values for some in judged])
         if has_preference(rewards, o.group_size).sum() >= stage.batch_size:
             break
     chosen = fill(rewards, o.group_size, stage.batch_size)
@@ -91,6 +89,7 @@ def roll_out(
         jnp.asarray(rewards), o.group_size, scale="group" if o.scale_advantages else "none"
     )
     metrics = {name: float(mean.value()) for name, mean in means.items()} | said.metrics()
+    metrics |= timeouts_of(*judged)
     if o.rollouts > 1:
         metrics["rollouts"] = len(turns)
     advantages, rewards, said = np.asarray(advantages)[chosen], rewards[chosen], said.take(chosen)
@@ -179,14 +178,28 @@ def spread(batch: Batch, updates: int) -> list[Batch]:
     return [jax.tree.map(lambda x, i=i: x[i::updates], batch) for i in range(updates)]
 
 
-def judge(environment: Environment, rows: list[dict], answers: list[Answer]) -> Float[np.ndarray, " N"]:
-    """The rewards of all answers, in every process; each judges its share."""
+def judge(environment: Environment, rows: list[dict], answers: list[Answer]) -> Rewards:
+    """The rewards of all answers, in every process; each judges its share.
+
+    Raises:
+        UserError: the verifier raised, or gave what is no finite number; names the prompt.
+    """
     count, number = jax.process_count(), jax.process_index()
-    own = [environment.reward(row, a.text) for row, a in list(zip(rows, answers, strict=True))[number::count]]
-    rewards = np.zeros(len(rows), np.float32)
-    for process, judged in enumerate(gather(own)):
-        rewards[process::count] = judged
-    return rewards
+    texts = [answer.text for answer in answers]
+    own = together(
+        lambda: compute_rewards(
+            environment.verifier,
+            rows[number::count],
+            texts[number::count],
+            environment.where,
+            environment.reward_seconds,
+        )
+    )
+    values, timeouts = np.zeros(len(rows), np.float32), 0
+    for process, (judged, late) in enumerate(gather([own.values.tolist(), own.timeouts])):
+        values[process::count] = judged
+        timeouts += late
+    return Rewards(values, timeouts)
 
 
 def as_batch(

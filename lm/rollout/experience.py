@@ -19,6 +19,7 @@ from lm.objectives.logprobs import last_scores, token_logprobs
 from lm.objectives.ppo import experience, explained_variance, token_rewards
 from lm.parallel.distributed import fetch, to_devices
 from lm.rollout.environments import Environment, Rollout, ask, judge
+from lm.rollout.rewards import timeouts_of
 from lm.steps import critic_values
 from lm.types import Batch, TrainState
 
@@ -49,14 +50,14 @@ def score_out(
         scores = np.asarray(fetch(score_rows(state.frozen["scorers"], batch, o.ensemble)))
     else:
         assert judged is not None
-        scores = judged
+        scores = judged.values
     check_finite(scores, said.asked(), f"{stage.name}, step {step + 1}")
     ended = np.array([answer.eos for answer in said.answers])
     counted = (scores - o.missing_eos_penalty * ~ended).astype(np.float32)
     worth, stats = fetch(_worth(state, batch, to_devices(counted, place, None, count), o))
     metrics = {name: float(value) for name, value in stats.items()} | said.metrics() | {"score": float(scores.mean())}
     if judged is not None:
-        metrics["judge"] = float(judged.mean())
+        metrics |= {"judge": float(judged.values.mean())} | timeouts_of(judged)
     advantages = worth["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
     batches = gone_through(replace(host, **worth), o, key)
     return Rollout(batches, said.asked(), said.answers, scores, advantages, metrics)

@@ -30,6 +30,7 @@ from lm.parallel.distributed import as_first, fetch, first, in_first, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.environments import Environment, Said, ask, judge, make_environment
 from lm.rollout.experience import check_finite, score_rows
+from lm.rollout.rewards import timeouts_of
 from lm.train.callbacks import listener
 from lm.train.goodput import Costs, reached
 from lm.train.loop import Interrupted, Run, summarise
@@ -98,21 +99,24 @@ def _answer(
     line = said.metrics()
     scores: list[list[float] | None] = [None] * len(prompts.rows)
     if o.judge != PEOPLE:
-        judged = _judged(run, scorers, environment, said)
+        judged, late = _judged(run, scorers, environment, said)
         check_finite(judged, said.asked(), f"{stage.name}, step {step + 1}")
-        line["reward"] = float(judged.mean())
+        line |= {"reward": float(judged.mean())} | late
         scores = list(judged.reshape(-1, o.answers).astype(float).tolist())
     texts = np.array([answer.text for answer in said.answers], object).reshape(-1, o.answers)
     made = [_row(row, own.tolist(), marks) for row, own, marks in zip(prompts.rows, texts, scores, strict=True)]
     return made, line, int(said.samples.mask.sum())
 
 
-def _judged(run: Run, scorers: tuple[Scorer, ...], environment: Environment, said: Said) -> Float[np.ndarray, " B"]:
-    """The judge's number of each answer: the reward model's, else the verifier's."""
+def _judged(
+    run: Run, scorers: tuple[Scorer, ...], environment: Environment, said: Said
+) -> tuple[Float[np.ndarray, " B"], dict[str, float]]:
+    """The judge's number of each answer, the reward model's or else the verifier's, and the metric of timeouts."""
     if not scorers:
-        return judge(environment, said.rows, said.answers)
+        rewards = judge(environment, said.rows, said.answers)
+        return rewards.values, timeouts_of(rewards)
     batch = to_devices(said.batch(), batch_sharding(run.mesh), None, len(said.answers))
-    return np.asarray(fetch(score_rows(scorers, batch)))
+    return np.asarray(fetch(score_rows(scorers, batch))), {}
 
 
 def _row(row: Row, answers: Sequence[str], scores: list[float] | None) -> Row:

@@ -30,6 +30,10 @@ NO_END = (
     "none of {count} answers of step {step} ended by itself: what is learnt of their ends is nothing; a longer max_new_tokens, "
     "or more instruction tuning before, helps (eos_rate in the metrics tells when it passes)"
 )
+TIMEOUTS = (
+    "{count} rewards of step {step} took longer than {seconds:g} s (objective.reward_seconds) and count as 0; the metric "
+    "reward_timeouts counts them"
+)
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
 
 
@@ -45,7 +49,7 @@ class Rollouts(Batches):
         self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed)
         self.report, self.fingerprint = self.environment.feed.report(), self.environment.feed.fingerprint
         self.latest: Rollout | None = None
-        self.warned = False
+        self.warned = self.told_of_timeouts = False
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
@@ -60,6 +64,12 @@ class Rollouts(Batches):
         if answered.metrics["eos_rate"] == 0 and not self.warned and first():
             self.warned = True
             print(f"{self.stage.name}: {NO_END.format(step=step + 1, count=len(answered.answers))}", flush=True)
+        if (late := answered.metrics.get("reward_timeouts", 0)) and not self.told_of_timeouts and first():
+            self.told_of_timeouts = True
+            print(
+                f"{self.stage.name}: {TIMEOUTS.format(step=step + 1, count=int(late), seconds=o.reward_seconds)}",
+                flush=True,
+            )
         # Every process has the whole rollout, and gives its devices their rows of it.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
         if isinstance(o, GRPO) and o.sampler != "same":

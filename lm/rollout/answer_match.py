@@ -1,0 +1,306 @@
+r"""Whether a completion gives the expected answer: where the answer stands in it, and when two answers are the same.
+
+The answer is marked by `\boxed{…}`, `<answer>…</answer>`, `#### …`, `answer is …` or `Answer: …`; without a mark the whole
+completion is the answer. Markdown, LaTeX delimiters, a unit, a currency and a sentence after the answer are taken off.
+Numbers are compared exactly, as fractions. `1,200` is a number with a thousands separator; `0,1` and `1,2` are not numbers
+but text, since they may as well be decimals or pairs. A sum is no number either: who repeats `94 - 7` has not worked it out.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+LONGEST = 2000  # characters of an answer that are compared as a number or as mathematics; longer ones only as text
+LARGEST_EXPONENT = 400  # of scientific notation
+
+# ---- what is taken off before anything is compared -----------------------------------------------------------------
+
+_MINUS = dict.fromkeys(map(ord, "−‐‑‒–﹣－"), "-")
+_FULL_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_SPACES = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u200a\u202f\u3000"), " ")
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"), None)
+_OTHER = {ord("٫"): ".", ord("٬"): ",", ord("。"): ".", ord("∕"): "/", ord("⁄"): "/", ord("×"): "×", ord("’"): "'"}
+_PLAIN = _FULL_WIDTH | _MINUS | _SPACES | _INVISIBLE | _OTHER
+
+_EMPHASIS = [
+    re.compile(r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])"),
+    re.compile(r"(?<!\w)(_{1,3})(?=[^\s_])([^_\n]*?[^\s_])\1(?!\w)"),
+    re.compile(r"(`{1,3})([^`\n]+)\1"),
+]
+_LATEX_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|operatorname|mbox)\s*\{([^{}]*)\}"
+)
+_LATEX_BOX = re.compile(r"\\(?:boxed|fbox|box)\s*\{([^{}]*)\}")
+_LATEX_SPACE = re.compile(r"\\(?:[,;:! ]|quad\b|qquad\b|left\b|right\b|displaystyle\b)|~")
+_DELIMITERS = re.compile(r"\\[()\[\]]|\$\$")
+_INLINE = re.compile(r"(?<![\w$])\$([^$\n]+)\$(?!\w)")
+
+
+def plain(text: str) -> str:
+    """The text with Markdown's emphasis, other scripts' digits, Unicode's minus signs and wide characters made plain."""
+    text = "".join(
+        str(unicodedata.decimal(c)) if c.isdecimal() and not c.isascii() else c for c in text.translate(_PLAIN)
+    )
+    for pattern in _EMPHASIS:
+        text = pattern.sub(lambda match: match[2], text)
+    return text
+
+
+def without_latex(text: str) -> str:
+    """The text without LaTeX's delimiters, spacing and text commands."""
+    text = text.replace("{,}", ",").replace(r"\,", " ").replace(r"\%", "%").replace(r"\$", "$")
+    text = _LATEX_SPACE.sub("", _DELIMITERS.sub("", text))
+    text = _INLINE.sub(lambda match: match[1], text)
+    for pattern in (_LATEX_TEXT, _LATEX_BOX):
+        while (shorter := pattern.sub(lambda match: match[1], text)) != text:
+            text = shorter
+    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def trimmed(text: str) -> str:
+    """The text without outer spaces, last punctuation, quotation marks, and brackets or a list mark around all of it."""
+    before = None
+    while text != before:
+        before = text
+        text = text.strip().strip("\"'“”‘").strip()
+        text = re.sub(r"[.,;:!?]+$", "", text)
+        if re.fullmatch(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}", text) and "," not in text:
+            text = text[1:-1]
+    return text
+
+
+# ---- where the answer stands -----------------------------------------------------------------------------------------
+
+_MARKS = re.compile(
+    r"(?P<box>\\(?:boxed|fbox|box)\s*\{)|(?P<tag><answer>)|(?P<rule>####)"
+    r"|(?P<words>\banswer(?:\s+(?:is|was|equals)\b|\s*[:=])\s*[:=]?)",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(
+    r"(?<=[.!?])\s+|;\s|\s-\s+(?=[A-Za-z])|,?\s+\(?(?:because|since|as|so|which|where|hence|thus)\s", re.IGNORECASE
+)
+_LEADS = re.compile(
+    r"^(?:(?:exactly|simply|just|only|equal to|equals|approximately|about|roughly|around|therefore|thus|so|then|now)\b|[:=≈~])\s*",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(r"^\(?([A-Z])[).:](?:\s|$)")  # B) Paris
+_LEFT_SIDE = re.compile(r"^[^=<>≤≥≠]*[^\d\s.,$=<>≤≥≠][^=<>≤≥≠]*=(?P<right>[^=<>≤≥≠]+)$")
+
+
+def marked_answers(text: str) -> list[str]:
+    """What a text marks as its answer, the last first."""
+    return [_marked(text, mark) for mark in reversed(list(_MARKS.finditer(text)))]
+
+
+def _marked(text: str, mark: re.Match[str]) -> str:
+    rest = re.split(r"</answer>", text[mark.end() :], maxsplit=1, flags=re.IGNORECASE)[0]
+    if mark["box"]:
+        return _inside_braces(rest)
+    return rest.strip() if mark["tag"] else rest.strip().partition("\n")[0]
+
+
+def _inside_braces(text: str) -> str:
+    """What comes before the brace that closes one already open; everything, if none does."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[:place]
+    return text
+
+
+def readings(answer: str, marked: bool = True) -> list[str]:
+    """Ways to read an answer: as it is, its first sentence, and, where it is marked, the right side of its equation."""
+    found = []
+    for text in (answer, _SENTENCE.split(answer.strip(), maxsplit=1)[0]):
+        text = trimmed(without_latex(text))
+        while (shorter := _LEADS.sub("", text)) != text:
+            text = trimmed(shorter)
+        found.append(text)
+    equation = _LEFT_SIDE.match(found[-1]) if marked else None
+    if equation:
+        found.append(trimmed(equation["right"]))
+    if choice := _CHOICE.match(found[-1]):
+        found.append(choice[1])
+    return list(dict.fromkeys(reading for reading in found if reading))
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its unit in lower case; "" is none, "%" is percent."""
+
+    value: Fraction
+    unit: str = ""
+
+
+_DIGITS = (
+    r"(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"  # 1,200.50
+    r"|[1-9]\d?(?:,\d{2})+,\d{3}(?:\.\d+)?"  # 12,34,567
+    r"|[1-9]\d{0,2}(?:[ '_]\d{3})+(?:\.\d+)?"  # 1 200 or 1'200
+    r"|[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?:,\d+)?|(?:\.\d{3})+,\d+)"  # 1.200.000,50
+    r"|\d+\.?\d*|\.\d+)"
+)
+_POWER = r"(?:[eE][+-]?\d{1,4}|\s?(?:×|\*|\\times|\\cdot|x)\s?10\s?(?:\^|\*\*)\s?\{?(?P<power>[+-]?\d{1,4})\}?)?"
+_NUMBER = re.compile(rf"(?P<digits>{_DIGITS})(?P<scale>{_POWER})")
+_FRACTION = re.compile(
+    r"(?:(?P<whole>\d{1,15}) ?)?\\frac\s*(?:\{\s*(?P<a>\d{1,15})\s*\}\s*\{\s*(?P<b>\d{1,15})\s*\}|(?P<c>\d)\s*(?P<d>\d))"
+)
+_SLASH = re.compile(r"(?:(?P<whole>\d{1,15}) )?(?P<a>\d{1,15})\s?/\s?(?P<b>\d{1,15})(?P<c>)(?P<d>)")
+_VULGAR = re.compile(r"(?P<whole>\d{0,15})\s?(?P<part>[¼-¾⅐-⅞])")
+_HEAD = re.compile(
+    r"^(?P<sign>[+-]?)\s?(?P<currency>(?:us|a|c)?[$€£¥₹]|usd|eur|gbp)?\s?(?P<sign2>[+-]?)", re.IGNORECASE
+)
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
+_UNIT = re.compile(r"[^\W\d_][^\d=<>+*\\{}$,;:?!&|]{0,60}|[°%′″'\"€£¥₹][^\d=<>+*\\{}$,;:?!&|]{0,40}")
+# Words after a number that make it another number, or no answer.
+_NO_UNIT = frozenset(
+    "or and not but nor no plus minus times over by squared cubed factorial half halves third thirds quarter quarters "
+    "remainder more less fewer than to either if except is was are were isn't be been would could should may might "
+    "wrong incorrect maybe perhaps through between until versus vs mod modulo divided multiplied root power zero one two "
+    "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+    "twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+_MOST_UNIT_WORDS = 6
+
+
+def quantity(text: str) -> Quantity | None:
+    """The number that a text says, with its unit; None where it says none, or more than one."""
+    if len(text) > LONGEST:
+        return None
+    head = _HEAD.match(text)
+    assert head is not None  # it matches nothing, too
+    if head["sign"] and head["sign2"]:
+        return None
+    rest = text[head.end() :]
+    for pattern, value_of in ((_FRACTION, _mixed), (_SLASH, _mixed), (_VULGAR, _vulgar), (_NUMBER, _decimal)):
+        match = pattern.match(rest)
+        if match and (value := value_of(match)) is not None:
+            found = _with_unit(value, rest[match.end() :], head["currency"])
+            if found is not None:
+                return Quantity(-found.value, found.unit) if "-" in (head["sign"], head["sign2"]) else found
+    return None
+
+
+def _mixed(match: re.Match[str]) -> Fraction | None:
+    groups = match.groupdict()
+    above, below = (int(groups[long] or groups[short]) for long, short in (("a", "c"), ("b", "d")))
+    return int(groups["whole"] or 0) + Fraction(above, below) if below else None
+
+
+def _vulgar(match: re.Match[str]) -> Fraction:
+    part = Fraction(unicodedata.numeric(match["part"])).limit_denominator(100)
+    return int(match["whole"] or 0) + part
+
+
+def _decimal(match: re.Match[str]) -> Fraction | None:
+    digits, scale = match["digits"], match["scale"]
+    european = digits.count(".") > 1 or ("." in digits and digits.find(",") > digits.find("."))
+    if european:
+        digits = digits.replace(".", "").replace(",", ".")
+    power = int(match["power"] or (scale[1:] if scale[:1] in ("e", "E") else 0))
+    if abs(power) > LARGEST_EXPONENT or len(digits) > LONGEST:
+        return None
+    return Fraction(re.sub(r"[, '_]", "", digits).rstrip(".")) * Fraction(10) ** power
+
+
+def _with_unit(value: Fraction, rest: str, currency: str | None) -> Quantity | None:
+    """The number with what stands behind it; None where that is more than a unit."""
+    if re.match(r"[kKMB](?!\w)", rest):
+        value, rest = value * _SUFFIXES[rest[0]], rest[1:]
+    words = rest.strip().strip(".").lower().replace("(", " ").replace(")", " ").split()
+    if words and words[0] in _SCALES:
+        value, words = value * _SCALES[words[0]], words[1:]
+    if not words:
+        return Quantity(value, (currency or "").lower())
+    unit = " ".join(words)
+    tokens = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", unit)
+    if len(words) > _MOST_UNIT_WORDS or not _UNIT.fullmatch(unit) or any(t in _NO_UNIT or t in _SCALES for t in tokens):
+        return None
+    if words[0] in ("%", "percent", "pct"):
+        return Quantity(value, "%")
+    return Quantity(value, unit if currency is None else currency.lower())
+
+
+def same_quantity(given: Quantity, expected: Quantity) -> bool:
+    """Whether two numbers are the same; a unit that only one of them has is passed over, 50 % may be written as 0.5."""
+    percent = (given.unit == "%") - (expected.unit == "%")
+    if percent:
+        scaled = (given.value / 100, expected.value) if percent > 0 else (given.value, expected.value / 100)
+        other = expected.unit if percent > 0 else given.unit
+        return other == "" and (given.value == expected.value or scaled[0] == scaled[1])
+    if given.unit and expected.unit and _unit_key(given.unit) != _unit_key(expected.unit):
+        return False
+    return given.value == expected.value
+
+
+_UNIT_NAMES = {"$": "dollar", "us$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro", "£": "pound", "gbp": "pound",
+               "°": "degree", "kilometer": "km", "kilometre": "km", "meter": "m", "metre": "m", "centimeter": "cm",
+               "centimetre": "cm", "kilogram": "kg", "gram": "g", "hour": "h", "hr": "h", "minute": "min", "second": "s",
+               "sec": "s"}  # fmt: skip
+
+
+def _unit_key(unit: str) -> str:
+    """A unit's first word in the singular, by its short name: what follows it (`per day`, `of fabric`) is said or not."""
+    word = re.split(r"[\s/]", unit, maxsplit=1)[0].strip(".")
+    if len(word) > 3 and word.endswith("s"):
+        word = word[:-2] if word.endswith(("shes", "ches", "xes")) else word[:-1]
+    return _UNIT_NAMES.get(word, word)
+
+
+# ---- the same answer -------------------------------------------------------------------------------------------------
+
+_MATHEMATICS = re.compile(r"\\[a-zA-Z{]|[\^√π∞∪∩≤≥<>±]|[\w)]\s*[+*/=-]\s*[\w(]|\b(?:sqrt|pi)\b|\d[a-z]\b|\d\(")
+_WORD = re.compile(r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|pi\b|ln\b)[a-zA-Z]{3,}")
+
+
+def matches(expected: str, completion: str, bare: str | None = None) -> tuple[bool | None, list[str]]:
+    """Whether a completion gives the expected answer; None where only mathematics can tell, and the readings to try.
+
+    Args:
+        bare: the completion without what stands around an answer that is not marked; None: the completion.
+    """
+    wanted = expected_reading(expected)
+    marked = marked_answers(plain(completion))
+    tried = [readings(answer) for answer in marked] or [readings(plain(completion if bare is None else bare), False)]
+    number = quantity(wanted)
+    for found in tried if wanted else []:
+        if any(same_text(reading, wanted) for reading in found):
+            return True, []
+        if number is not None:
+            given = next((one for reading in found if (one := quantity(reading)) is not None), None)
+            if given is not None:
+                return same_quantity(given, number), []
+        formulas = [reading for reading in found if _is_formula(reading) or quantity(reading) is not None]
+        if formulas and number is None and _is_formula(wanted):
+            return None, formulas
+        if number is None or any(re.search(r"\d|^not\b", reading) for reading in found):
+            return False, []
+    return False, []
+
+
+def expected_reading(expected: str) -> str:
+    """The expected answer, made plain: what follows the last `####`, or stands in the last box, else all of it."""
+    text = plain(expected)
+    text = text.rpartition("####")[2] if "####" in text else text
+    boxed = list(re.finditer(r"\\(?:boxed|fbox|box)\s*\{", text))
+    return trimmed(without_latex(_inside_braces(text[boxed[-1].end() :]) if boxed else text))
+
+
+def same_text(given: str, expected: str) -> bool:
+    """Whether two answers are the same letter by letter, spaces beside punctuation aside."""
+    one, other = (re.sub(r"\s*([^\w\s])\s*", r"\1", text) for text in (given, expected))
+    return one == other
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a text is mathematics and not words: a formula, a set, an interval."""
+    return len(text) <= LONGEST and not _WORD.search(text) and bool(_MATHEMATICS.search(text))

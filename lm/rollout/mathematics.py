@@ -1,0 +1,44 @@
+"""Whether two formulas are equal, by the library math-verify, in a process that is stopped where it takes too long."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+
+from lm.rollout import timed
+from lm.rollout.timed import Outcome, TimedWorker
+
+SECONDS = 5.0  # for one comparison; what takes longer is not equal
+MEMORY = 4 << 30  # bytes of address space for it: a tower of powers would take all there is
+
+
+def equal(expected: str, given: str) -> bool:
+    """Whether a given formula, in LaTeX or plain, equals the expected one; False where that cannot be told in time."""
+    if timed.in_worker:
+        return bool(_verify(expected, given))
+    return bool(_compare(expected, given).value)
+
+
+@functools.lru_cache(maxsize=4096)  # a rollout often has the same answer many times
+def _compare(expected: str, given: str) -> Outcome:
+    return _worker().call(_verify, expected, given, seconds=SECONDS)
+
+
+@functools.cache
+def _worker() -> TimedWorker:
+    worker = TimedWorker(MEMORY)
+    atexit.register(worker.close)
+    return worker
+
+
+def _verify(expected: str, given: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    config = [LatexExtractionConfig()]
+    parsed = [
+        parse(f"${text}$", extraction_config=config, parsing_timeout=None, raise_on_error=False)
+        for text in (expected, given)
+    ]
+    return all(parsed) and bool(verify(*parsed, timeout_seconds=None, raise_on_error=False))

@@ -1,0 +1,122 @@
+"""Rewards of a batch of completions by a verifier, each within a time limit; what is no reward stops the run."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from lm.data.chat import prompt_messages
+from lm.data.workers import cores
+from lm.experiment import UserError
+from lm.rollout.timed import Outcome, TimedWorker, TookTooLong, alarm, outcome_of
+from lm.rollout.verifiers import Verifier, find_verifier
+from lm.user_functions import is_function_name
+
+SECONDS = 10.0  # that a verifier may take for one completion
+LARGEST = 1e9  # beyond this the spread of a group of rewards loses its digits in float32
+SHOWN = 60  # characters of a prompt or a completion in a message
+
+
+class Rewards(NamedTuple):
+    """The reward of each completion, and how many took too long, whose reward is 0."""
+
+    values: Float32[np.ndarray, " N"]
+    timeouts: int
+
+
+def compute_rewards(
+    name: str, rows: Sequence[Mapping[str, Any]], completions: Sequence[str], where: str, seconds: float = SECONDS
+) -> Rewards:
+    """The reward of each completion by the verifier `name`, for the row that it answers.
+
+    Args:
+        where: what asks, for messages: the stage, or the evaluation.
+        seconds: that one reward may take; one that takes longer is stopped and counts as 0.
+
+    Raises:
+        UserError: the verifier raised, or returned something that is no finite number; names the prompt.
+    """
+    outcomes = _outcomes(name, list(zip(rows, completions, strict=True)), seconds)
+    for row, completion, outcome in zip(rows, completions, outcomes, strict=True):
+        if problem := _problem(outcome):
+            raise UserError(
+                f"{where}: verifier {name!r} {problem} for the completion {shortened(completion)} to the prompt "
+                f"{shortened(_prompt(row))}; a reward is a finite number"
+            )
+    values = np.array([0.0 if outcome.timed_out else outcome.value for outcome in outcomes], np.float32)
+    return Rewards(values, sum(outcome.timed_out for outcome in outcomes))
+
+
+def timeouts_of(*rewards: Rewards) -> dict[str, float]:
+    """The metric `reward_timeouts`, how many rewards took too long; none where none did."""
+    count = sum(some.timeouts for some in rewards)
+    return {"reward_timeouts": float(count)} if count else {}
+
+
+def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float) -> list[Outcome]:
+    """What became of each call. A verifier of the user's own file runs in processes that can be killed, others in this one."""
+    if not is_function_name(name):
+        return [_limited(find_verifier(name), row, completion, seconds) for row, completion in answered]
+    workers = _workers()[: len(answered)]
+
+    def share(place: int) -> list[Outcome]:
+        own = answered[place :: len(workers)]
+        return [workers[place].call(_by_name, name, dict(row), text, seconds=seconds) for row, text in own]
+
+    outcomes: list[Outcome] = [Outcome()] * len(answered)
+    with ThreadPoolExecutor(max(1, len(workers))) as threads:
+        for place, found in enumerate(threads.map(share, range(len(workers)))):
+            outcomes[place :: len(workers)] = found
+    return outcomes
+
+
+def _limited(verifier: Verifier, row: Mapping[str, Any], completion: str, seconds: float) -> Outcome:
+    try:
+        with alarm(seconds):
+            return outcome_of(verifier, row, completion)
+    except TookTooLong:
+        return Outcome(timed_out=True)
+
+
+def _by_name(name: str, row: Mapping[str, Any], completion: str) -> Any:
+    return find_verifier(name)(row, completion)
+
+
+@functools.cache
+def _workers() -> tuple[TimedWorker, ...]:
+    workers = tuple(TimedWorker() for _ in range(cores()))
+    for worker in workers:
+        atexit.register(worker.close)
+    return workers
+
+
+def shortened(text: str) -> str:
+    """A text in quotes, cut to what fits in a message."""
+    return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
+
+
+def _problem(outcome: Outcome) -> str:
+    """What is wrong with a reward, in words; empty where nothing is."""
+    value = outcome.value
+    if outcome.timed_out:
+        return ""
+    if outcome.error:
+        return f"raised {outcome.error}"
+    if not isinstance(value, bool | int | float | np.integer | np.floating | np.bool_):
+        return f"gave {value!r:.40} ({type(value).__name__})"
+    magnitude: Any = abs(value)
+    return "" if magnitude <= LARGEST else f"gave {value!r:.40}"
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    """What the row asks, for a message: its last turn."""
+    try:
+        return prompt_messages(row, "the prompt")[-1]["content"]
+    except UserError:
+        return str(dict(row))

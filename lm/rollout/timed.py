@@ -1,0 +1,145 @@
+"""Calls with a time limit: a worker process makes them, and is killed and replaced when one takes too long."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+START_SECONDS = 120.0  # in which a worker has to start, on a busy machine; the limit of a call begins after that
+
+
+class Outcome(NamedTuple):
+    """What became of a call: its value, or the error it raised in words, or neither where it took too long."""
+
+    value: Any = None
+    error: str = ""
+    timed_out: bool = False
+
+
+class TimedWorker:
+    """A process that calls functions, each within a limit of seconds. It starts with the first call and ends with this one.
+
+    Functions and arguments are sent to it and so have to be importable by name.
+    """
+
+    def __init__(self, memory_bytes: int = 0):
+        """A worker with so much address space; 0: as much as there is."""
+        self._memory = memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._lock = threading.Lock()
+
+    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> Outcome:
+        """function(*arguments), or what became of it after so many seconds at the most."""
+        with self._lock:
+            pipe = self._ready()
+            try:
+                pipe.send((function, arguments))
+                if not pipe.poll(seconds):
+                    self._kill()
+                    return Outcome(timed_out=True)
+                return pipe.recv()
+            except (EOFError, OSError):
+                self._kill()
+                return Outcome(error="the process that ran it ended (it may have run out of memory, or called exit)")
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            self._kill()
+
+    def _ready(self) -> Connection:
+        if self._process is None or self._process.poll() is not None or self._pipe is None:
+            self._kill()
+            ours, theirs = socket.socketpair()
+            # A Python of its own: forked it would inherit jax's threads, and multiprocessing's would run the script again.
+            begin = f"import sys; sys.path[:] = {sys.path!r}; from lm.rollout.timed import serve; serve({theirs.fileno()}, {self._memory})"
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", begin], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+            theirs.close()
+            self._pipe = Connection(ours.detach())
+            if not self._pipe.poll(START_SECONDS):
+                self._kill()
+                raise TimeoutError(f"a worker process did not start within {START_SECONDS:g} seconds")
+            self._pipe.recv()
+        return self._pipe
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process = self._pipe = None
+
+
+in_worker = False  # whether this process is one that is killed when a call takes too long
+
+
+def serve(descriptor: int, memory_bytes: int) -> None:
+    """In the worker: make the calls that come over the socket, until the other end is closed.
+
+    Args:
+        memory_bytes: of address space that the process may have; 0: as much as there is.
+    """
+    global in_worker
+    in_worker = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    if memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    pipe = Connection(descriptor)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            function, arguments = pipe.recv()
+            pipe.send(outcome_of(function, *arguments))
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process, whatever it is doing, when the one that started it has died."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def outcome_of(function: Callable[..., Any], *arguments: Any) -> Outcome:
+    """function(*arguments) now, without a limit; whatever it raises is an outcome."""
+    try:
+        return Outcome(function(*arguments))
+    except (Exception, SystemExit) as error:  # a function of the user's may raise anything
+        return Outcome(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
+
+
+class TookTooLong(BaseException):
+    """What `alarm` raises: no Exception, so that code which catches those does not go on."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Inside, TookTooLong is raised after so many seconds; only in the main thread, elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
