@@ -23,6 +23,7 @@ from lm.web.text import visible
 
 if TYPE_CHECKING:
     from lm.data.pipeline import Prompts
+    from lm.data.split import Places
     from lm.data.tokenizer import Tokenizer
     from lm.types import Batch
 
@@ -48,7 +49,7 @@ def call(arguments: argparse.Namespace) -> int:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     from lm.data.cache import cache_at
-    from lm.data.selection import check_files
+    from lm.data.selection import check_files, held_out_elsewhere
     from lm.train.stages import make_tokenizer
 
     check_files(experiment)
@@ -57,17 +58,28 @@ def call(arguments: argparse.Namespace) -> int:
             print("learning the tokenizer …", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = make_tokenizer(experiment, Path(folder))
+        elsewhere = held_out_elsewhere(experiment)
         print(legend(colour))
         for stage in experiment.stages:
             if arguments.stage in (None, stage.name):
-                for line in stage_lines(stage, tokenizer, experiment.seed, arguments.step, arguments.rows, colour):
+                shown = arguments.step, arguments.rows, colour, elsewhere
+                for line in stage_lines(stage, tokenizer, experiment.seed, *shown):
                     print(line)
     return 0
 
 
-def stage_lines(stage: Stage, tokenizer: Tokenizer, seed: int, step: int, rows: int, colour: bool) -> Iterator[str]:
-    """What one stage sees at a step: a heading, the counts of its data, and its first rows."""
+def stage_lines(
+    stage: Stage, tokenizer: Tokenizer, seed: int, step: int, rows: int, colour: bool, elsewhere: Places | None = None
+) -> Iterator[str]:
+    """What one stage sees at a step: a heading, the counts of its data, and its first rows.
+
+    Args:
+        elsewhere: what other sources of the experiment hold out, which is left out of training.
+    """
     from lm.data.pipeline import make_feed, make_prompt_feed
+    from lm.data.sources import NOWHERE
+
+    elsewhere = NOWHERE if elsewhere is None else elsewhere
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, specials=True)
@@ -78,11 +90,11 @@ def stage_lines(stage: Stage, tokenizer: Tokenizer, seed: int, step: int, rows: 
         yield f"{makers[0]} is made when the run comes to that stage"
     elif isinstance(stage.objective, Sampled | Collect):
         room = stage.seq_len - stage.objective.max_new_tokens
-        prompts = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, "train")
+        prompts = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, elsewhere=elsewhere)
         yield prompts.report()
         yield from prompt_lines(prompts.batch(step), decode, rows, colour)
     else:
-        feed = make_feed(stage, tokenizer, seed, "train")
+        feed = make_feed(stage, tokenizer, seed, elsewhere=elsewhere)
         yield feed.report()
         yield from batch_lines(feed.batch(step), decode, rows, colour, paired=isinstance(stage.objective, Paired))
 

@@ -15,6 +15,7 @@ from lm.data import packing
 from lm.data.order import mixture
 from lm.data.prompts import PromptFeed, Prompts, encode_prompts, make_prompt_feed
 from lm.data.selection import (
+    WITHHELD,
     Split,
     check_sources,
     fingerprint,
@@ -24,7 +25,10 @@ from lm.data.selection import (
     select,
     shares,
     tokenizer_texts,
+    withheld,
 )
+from lm.data.sources import NOWHERE
+from lm.data.split import Places
 from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import UserError
@@ -154,10 +158,15 @@ def relearnt(supply: Supply, o: values.SFT, eos_id: int) -> Supply:
     return replace(supply, row=lambda epoch, place: list(map(changed, supply.row(epoch, place))))
 
 
-def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split = "train") -> Feed:
+def make_feed(
+    stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split = "train", elsewhere: Places = NOWHERE
+) -> Feed:
     """The batches of a stage that does not sample, from its training or its held-out examples.
 
     Every source is read, split and (training generators excepted) tokenised here. Raises UserError naming what is wrong.
+
+    Args:
+        elsewhere: what other sources of the experiment hold out (`held_out_elsewhere`), which is left out of training.
     """
     build = SUPPLIES[type(stage.objective)]
     # Who has a use for ties is given them.
@@ -165,12 +174,14 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
     options = {"ties": True} if learns_ties else {}
     supplies, contents = [], []
     for number, source in enumerate(stage.sources):
-        rows, indices = select(source, split)
+        rows, indices = select(source, split, elsewhere)
         order = Order(None if split == "heldout" else order_key(seed, stage.name, number))
         supply: Supply = build(rows, indices, stage.seq_len, tokenizer, order, **options)
         o = stage.objective
         if isinstance(o, values.SFT) and (o.loss_on, o.learn_end) != ("answers", True):
             supply = relearnt(supply, o, tokenizer.eos_id)
+        if split == "train" and (number_withheld := withheld(source, rows, elsewhere)):
+            supply = replace(supply, tally=supply.tally.with_dropped(WITHHELD, number_withheld))
         supplies.append(supply)
         contents.append(rows)
     return Feed(
@@ -180,7 +191,7 @@ def make_feed(stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split
         batch_size=stage.batch_size,
         seq_len=stage.seq_len,
         pad_id=tokenizer.pad_id,
-        fingerprint=fingerprint(stage.sources, contents, tokenizer.fingerprint),
+        fingerprint=fingerprint(stage.sources, contents, tokenizer.fingerprint, elsewhere),
         rows=sum(supply.rows for supply in supplies) if split == "heldout" else None,
         rows_each=values.rows_together(stage),
         judged=isinstance(stage.objective, values.KTO),

@@ -12,8 +12,9 @@ from jaxtyping import Int32
 
 from lm.data import chat, packing
 from lm.data.order import mixture
-from lm.data.selection import Split, fingerprint, order_key, select, shares
-from lm.data.sources import Rows
+from lm.data.selection import WITHHELD, Split, fingerprint, order_key, select, shares, withheld
+from lm.data.sources import NOWHERE, Rows
+from lm.data.split import Places
 from lm.data.supply import LOOKED_AT, Order
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Source, UserError
@@ -35,6 +36,7 @@ class _Part:
     indices: Sequence[int]
     order: Order
     longest: int
+    withheld: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class PromptFeed:
         return encode_prompts(rows, self.prompt_len, self.tokenizer, wheres)
 
     def report(self) -> str:
-        """One line a source: prompts, the longest, the room there is. No prompt is ever dropped or cut."""
+        """One line a source: prompts, the longest, the room there is, and how many are left out for another source's split."""
         lines = []
         for part in self.parts:
             count = f"first {LOOKED_AT}" if _endless(part.rows, part.order) else str(len(part.indices))
-            lines.append(f"{part.rows.path}: {count} prompts, the longest {part.longest} of {self.prompt_len} tokens")
+            left_out = f"; {part.withheld} more left out, {WITHHELD}" if part.withheld else ""
+            lines.append(
+                f"{part.rows.path}: {count} prompts, the longest {part.longest} of {self.prompt_len} tokens{left_out}"
+            )
         return "\n".join(lines)
 
     def _find(self, number: int) -> tuple[_Part, int]:
@@ -89,6 +94,7 @@ def make_prompt_feed(
     seed: int,
     split: Split = "train",
     columns: Sequence[str] = (),
+    elsewhere: Places = NOWHERE,
 ) -> PromptFeed:
     """The prompts of a rollout stage, each of at most prompt_len tokens.
 
@@ -97,17 +103,19 @@ def make_prompt_feed(
     """
     parts = []
     for number, source in enumerate(sources):
-        rows, indices = select(source, split)
+        rows, indices = select(source, split, elsewhere)
         order = Order(None if split == "heldout" else order_key(seed, "prompts", number))
         checked = [indices[k] for k in range(LOOKED_AT)] if _endless(rows, order) else indices
-        parts.append(_Part(rows, indices, order, _longest(rows, checked, prompt_len, tokenizer, columns)))
+        longest = _longest(rows, checked, prompt_len, tokenizer, columns)
+        left_out = withheld(source, rows, elsewhere) if split == "train" else 0
+        parts.append(_Part(rows, indices, order, longest, left_out))
     return PromptFeed(
         parts=tuple(parts),
         shares=tuple(shares(sources)),
         batch_size=batch_size,
         prompt_len=prompt_len,
         tokenizer=tokenizer,
-        fingerprint=fingerprint(sources, [part.rows for part in parts], tokenizer.fingerprint),
+        fingerprint=fingerprint(sources, [part.rows for part in parts], tokenizer.fingerprint, elsewhere),
         rows=sum(len(part.indices) for part in parts) if split == "heldout" else None,
     )
 

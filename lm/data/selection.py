@@ -14,23 +14,81 @@ import numpy as np
 from jaxtyping import Int
 
 from lm.data.order import mixture_shares
-from lm.data.sources import Rows, load_rows, split_key, split_rows, texts_of, why_missing
+from lm.data.sources import NOWHERE, Rows, load_rows, split_rows, texts_of, why_missing
+from lm.data.split import Places, split_key, split_place
 from lm.data.tokenizer import TRAINING_BYTES
-from lm.experiment import MADE, Experiment, Source, UserError
+from lm.experiment import MADE, Experiment, Source, UserError, resolve_sources
 
 Split = Literal["train", "heldout"]
+WITHHELD = "held out by another source"  # why rows are left out of training
 TOKENIZER_ROWS = 500  # generated rows that a tokenizer learns from
 
 
-def select(source: Source, split: Split) -> tuple[Rows, Sequence[int]]:
-    """The rows of a source and the indices of one side of its split. Raises UserError if that side is empty."""
+def select(source: Source, split: Split, elsewhere: Places = NOWHERE) -> tuple[Rows, Sequence[int]]:
+    """The rows of a source and the indices of one side of its split. Raises UserError if that side is empty.
+
+    Args:
+        elsewhere: what other sources hold out (`held_out_elsewhere`), which is left out of training.
+    """
     rows = load_rows(source.path)
-    train, heldout = split_rows(rows, source.holdout)
+    train, heldout = split_rows(rows, source.holdout, elsewhere)
     indices = heldout if split == "heldout" else train
     if not len(indices):
-        what = "holds out not one row; raise it" if split == "heldout" else "leaves no row for training; lower it"
-        raise UserError(f"{source.path}: holdout {source.holdout} {what} (there are {len(rows)} rows)")
+        raise UserError(_why_empty(source, rows, split, withheld(source, rows, elsewhere)))
     return rows, indices
+
+
+def _why_empty(source: Source, rows: Rows, split: Split, withheld: int) -> str:
+    """One line that says why a side of the split has no row, and what would work."""
+    what = "holds out not one row; raise it" if split == "heldout" else "leaves no row for training; lower it"
+    line = f"{source.path}: holdout {source.holdout} {what}"
+    if withheld and split == "train":
+        line = (
+            f"{source.path}: no row is left for training: another source of the experiment holds out {withheld} of them "
+            "(evals and stages that read the same rows should name the same file)"
+        )
+    if rows.generated:
+        return line
+    keys = len(np.unique(rows.measures.places))
+    if keys == 1 < len(rows):
+        row = rows[0]
+        by = "key" if row.get("key") is not None else "question"
+        shown = split_key(row)
+        return f"{line} (all {len(rows)} rows have the same {by}, {shown!r:.60}, and are on one side)"
+    known = "" if keys == len(rows) else f", {keys} of them different by what they ask"
+    return f"{line} (there are {len(rows)} rows{known})"
+
+
+def withheld(source: Source, rows: Rows, elsewhere: Places) -> int:
+    """How many rows of a source that it does not hold out itself are among those that others do; 0 for generated rows."""
+    if rows.generated or not len(elsewhere):
+        return 0
+    places = rows.measures.places
+    return int((np.isin(places, elsewhere) & (places >= source.holdout)).sum())
+
+
+def held_out_elsewhere(experiment: Experiment) -> Places:
+    """The keys, as places in the split, that one source holds out and another, which holds out less, could train on.
+
+    Sources that a stage of the run has yet to collect hold out nothing here: the same at every start of the run. Of a
+    generator it is what evals ask, its first held-out rows; generators among themselves ask different questions.
+    """
+    experiment = resolve_sources(experiment)
+    trained = [source for stage in experiment.stages for source in stage.sources]
+    least = min((source.holdout for source in trained), default=1.0)
+    found = [NOWHERE]
+    for source in dict.fromkeys([*trained, *(item.source for item in experiment.evals)]):
+        others = [one for one in trained if one.holdout < source.holdout]
+        made = _is_generator(source.path) and all(_is_generator(one.path) for one in others)
+        if not others or made or source.path.startswith(MADE):
+            continue
+        rows = load_rows(source.path)
+        if rows.generated:
+            places = np.array([split_place(split_key(rows[i])) for i in split_rows(rows, source.holdout)[1]])
+        else:
+            places = rows.measures.places
+        found.append(np.array(places[(places >= least) & (places < source.holdout)]))
+    return np.unique(np.concatenate(found))
 
 
 def heldout_texts(source: Source, max_bytes: int) -> list[str]:
@@ -54,7 +112,7 @@ def heldout_texts(source: Source, max_bytes: int) -> list[str]:
 def heldout_rows(source: Source, count: int) -> list[dict[str, Any]]:
     """The first `count` held-out rows in fixed order, no two of which ask the same; fewer where there are no more."""
     rows, indices = select(source, "heldout")
-    chosen: dict[str | None, dict[str, Any]] = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for index in indices:
         chosen.setdefault(split_key(rows[index]), rows[index])
         if len(chosen) == count:
@@ -62,7 +120,7 @@ def heldout_rows(source: Source, count: int) -> list[dict[str, Any]]:
     return list(chosen.values())
 
 
-def tokenizer_texts(experiment: Experiment) -> list[str]:
+def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list[str]:
     """Training text of every source of every stage, for `Tokenizer.train`: the same share of bytes for each.
 
     Generated sources have few words: a few hundred rows show them all, and leave the vocabulary to the others.
@@ -72,7 +130,7 @@ def tokenizer_texts(experiment: Experiment) -> list[str]:
     share = TRAINING_BYTES // max(1, len(sources))
     texts: list[str] = []
     for source in sources.values():
-        rows, indices = select(source, "train")
+        rows, indices = select(source, "train", elsewhere)
         if rows.generated:
             texts += [text for place in range(TOKENIZER_ROWS) for text in texts_of(rows[indices[place]])]
         else:
@@ -132,9 +190,15 @@ def shares(sources: Sequence[Source], user: str = "stage") -> list[Fraction]:
     return mixture_shares(weights)
 
 
-def fingerprint(sources: Sequence[Source], rows: Sequence[Rows], tokenizer_fingerprint: str) -> str:
-    """sha256 over what a feed is made of: contents, weights, holdouts and the tokenizer."""
-    parts = [[r.fingerprint, s.weight, s.holdout] for s, r in zip(sources, rows, strict=True)]
+def fingerprint(
+    sources: Sequence[Source], rows: Sequence[Rows], tokenizer_fingerprint: str, elsewhere: Places = NOWHERE
+) -> str:
+    """sha256 over what a feed is made of: contents, weights, holdouts, what others hold out of it, and the tokenizer."""
+    parts: list[list[Any]] = [[r.fingerprint, s.weight, s.holdout] for s, r in zip(sources, rows, strict=True)]
+    for part, source, of in zip(parts, sources, rows, strict=True):
+        taken = elsewhere if of.generated else np.intersect1d(elsewhere, of.measures.places)
+        if len(taken := taken[taken >= source.holdout]):
+            part.append(hashlib.sha256(taken.tobytes()).hexdigest())
     return hashlib.sha256(json.dumps([parts, tokenizer_fingerprint]).encode()).hexdigest()
 
 
@@ -150,3 +214,7 @@ def _content(path: str) -> str:
     if path.startswith(("gen:", "tfds:")):
         return {"gen:preferences": "gen:instruct"}.get(path, path)
     return str(Path(path).expanduser().resolve())
+
+
+def _is_generator(path: str) -> bool:
+    return _content(path).startswith("gen:")

@@ -4,7 +4,6 @@ A file is read through once; where its rows begin and on which side they are is 
 
 Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`. Rows as people
 have them: {"text"}; {"messages"}; {"prompt", "chosen", "rejected"}; {"question", "answer"}; more columns do no harm.
-Rows with the same `key` are held out together, and a row whose `key` is None never is.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
 from lm.data import curriculum, python_docs, readers, tfds_rows
 from lm.data.cache import Cache, Entry, Writer, current_cache
-from lm.data.chat import implied_prompt
 from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
+from lm.data.split import TEXT_COLUMNS, Places, canonical_json, split_key, split_place
 from lm.data.workers import Crew
 from lm.experiment import MADE, UserError
 
@@ -46,13 +45,13 @@ PROBED = 256  # rows of a generator that its fingerprint is taken over
 STRIDE = 16  # generated rows from which one training example is taken: the first that is not held out
 SEARCHED = 100_000  # generated rows looked through for held-out ones
 HELDOUT_GENERATED = 500  # held-out rows taken from a generator
-TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion", "question", "answer")
+NOWHERE: Places = np.zeros(0)  # no key is held out by another source
 
 
 class Measures(NamedTuple):
     """Of every row: its place in the split, how many texts it has to train on, and their characters."""
 
-    places: Float64[np.ndarray, " N"]
+    places: Places
     texts: Int64[np.ndarray, " N"]
     characters: Int64[np.ndarray, " N"]
 
@@ -139,20 +138,22 @@ def load_rows(path: str, data_dir: str | Path | None = None) -> Rows:
     return _read_files([(str(f), f) for f in _files(file, path)] if file.is_dir() else [(path, file)], path)
 
 
-def split_rows(rows: Rows, holdout: float) -> tuple[Sequence[int], Sequence[int]]:
+def split_rows(rows: Rows, holdout: float, elsewhere: Places = NOWHERE) -> tuple[Sequence[int], Sequence[int]]:
     """(training indices, held-out indices): a row is held out iff the hash of what it asks is below `holdout`.
 
     So a row's side depends on nothing but itself: not on its place, the process or the other rows. Held-out indices come
     in the order of the hash. Of a generator the training indices have no end for practical purposes, and the held-out
-    ones are the first few hundred of different keys; both are found when asked for.
+    ones are the first few hundred of different keys; both are found when asked for. Rows of `elsewhere`, which another
+    source holds out, are on neither side unless this source holds them out too.
     """
     if not 0.0 <= holdout <= 1.0:
         raise UserError(f"{rows.path}: holdout is {holdout}; it is the part of the rows held out, from 0 to 1")
     if rows.generated:
-        return (_Training(rows, holdout) if holdout < 1 else ()), (_HeldOut(rows, holdout) if holdout > 0 else ())
+        training = _Training(rows, holdout, frozenset(elsewhere.tolist())) if holdout < 1 else ()
+        return training, (_HeldOut(rows, holdout) if holdout > 0 else ())
     places = rows.measures.places
     held_out = np.flatnonzero(places < holdout)
-    train: Any = np.flatnonzero(places >= holdout)
+    train: Any = np.flatnonzero((places >= holdout) & ~np.isin(places, elsewhere))
     ordered: Any = held_out[np.argsort(places[held_out], kind="stable")]
     return train, ordered
 
@@ -180,32 +181,11 @@ def texts_of(row: Mapping[str, Any]) -> list[str]:
     return [text for text in found if isinstance(text, str)]
 
 
-def split_key(row: Mapping[str, Any]) -> str | None:
-    """What a row is held out by: `key` if it has one, else its prompt or question, else all of it, as canonical JSON.
-
-    Rows that ask the same are so on one side of the split, whatever they answer.
-    """
-    if "key" in row:
-        return row["key"] if row["key"] is None or isinstance(row["key"], str) else _canonical(row["key"])
-    for column in ("prompt", "question"):
-        if column in row:
-            return _canonical(row[column])
-    implied = implied_prompt(row)
-    return _canonical(row if implied is None else implied)
-
-
-def split_place(key: str | None) -> float:
-    """A number that is uniform in [0, 1) over keys: the first 53 bits of sha256. 1 for None, which is never held out."""
-    if key is None:
-        return 1.0
-    return (int.from_bytes(hashlib.sha256(key.encode(errors="replace")).digest()[:8], "big") >> 11) / (1 << 53)
-
-
 class _Training(Sequence[int]):
-    """Index k is the first generated row from k * STRIDE on that is not held out."""
+    """Index k is the first generated row from k * STRIDE on that is not held out, here or elsewhere."""
 
-    def __init__(self, rows: Rows, holdout: float):
-        self._rows, self._holdout = rows, holdout
+    def __init__(self, rows: Rows, holdout: float, elsewhere: frozenset[float]):
+        self._rows, self._holdout, self._elsewhere = rows, holdout, elsewhere
 
     def __len__(self) -> int:
         return len(self._rows) // STRIDE
@@ -214,7 +194,8 @@ class _Training(Sequence[int]):
         if not 0 <= place < len(self):
             raise IndexError(f"no training example {place}")
         for index in range(place * STRIDE, min(place * STRIDE + SEARCHED, len(self._rows))):
-            if split_place(split_key(self._rows[index])) >= self._holdout:
+            place_in_split = split_place(split_key(self._rows[index]))
+            if place_in_split >= self._holdout and place_in_split not in self._elsewhere:
                 return index
         raise UserError(f"{self._rows.path}: holdout {self._holdout} leaves nothing for training; lower it")
 
@@ -239,7 +220,7 @@ class _HeldOut(Sequence[int]):
 @functools.lru_cache(maxsize=16)
 def _search_held_out(path: str, holdout: float) -> tuple[int, ...]:
     rows = load_rows(path)
-    found: dict[str | None, int] = {}
+    found: dict[str, int] = {}
     for index in range(SEARCHED):
         key = split_key(rows[index])
         if split_place(key) < holdout:
@@ -256,14 +237,14 @@ def _generated(path: str) -> Rows:
         return _in_memory(path, _documents(), python_docs.fingerprint(_documents()))
     if name == "drills":
         drills = [curriculum.drill_row(index) for index in range(curriculum.DRILLS)]
-        return _in_memory(path, drills, hashlib.sha256(_canonical(drills).encode()).hexdigest())
+        return _in_memory(path, drills, hashlib.sha256(canonical_json(drills).encode()).hexdigest())
     if name not in GENERATORS:
         names = ["docs", "drills", *GENERATORS]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean gen:{near[0]}?" if near else f"there are {', '.join(f'gen:{n}' for n in names)}"
         raise UserError(f"{path}: there is no such generator; {hint}")
     make = functools.lru_cache(maxsize=64)(GENERATORS[name])  # the split looks at a row before it is used
-    digest = hashlib.sha256(_canonical([make(index) for index in range(PROBED)]).encode())
+    digest = hashlib.sha256(canonical_json([make(index) for index in range(PROBED)]).encode())
     return Rows(path, curriculum.LENGTH, make, digest.hexdigest(), lambda i: f"{path} row {i}", generated=True)
 
 
@@ -404,7 +385,3 @@ def why_missing(path: str) -> str | None:
     found = ", ".join(sorted(names)[:5]) or f"no {', '.join(FILES)}"
     hint = f"did you mean {' or '.join(near)}?" if near else f"{file.parent.resolve()} has {found}"
     return f"{path}: there is no such file; {hint}"
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)

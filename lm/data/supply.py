@@ -43,6 +43,11 @@ class Tally:
         rest = f"{self.tokens} tokens, {self.trained} trained on, {self.truncated} {self.truncation}, {self.dropped} dropped"
         return f"{head}, {rest}{f' ({self.describe_dropped()})' if self.reasons else ''}"
 
+    def with_dropped(self, why: str, count: int) -> Tally:
+        """As many examples more, dropped for a reason."""
+        reasons = {why: count} | dict(self.reasons)
+        return replace(self, examples=self.examples + count, dropped=self.dropped + count, reasons=reasons)
+
     def describe_dropped(self) -> str:
         return ", ".join(f"{count} {why}" for why, count in self.reasons.items())
 

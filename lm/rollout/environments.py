@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from lm.data.chat import prompt_messages
 from lm.data.pipeline import PromptFeed, Prompts, make_prompt_feed
+from lm.data.sources import NOWHERE
+from lm.data.split import Places
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import GRPO, PPO, Collect, Stage
 from lm.model.transformer import Transformer
@@ -49,8 +51,8 @@ class Rollout:
     metrics: dict[str, float]
 
 
-def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environment:
-    """The environment of a stage that samples; without a verifier it only asks.
+def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int, elsewhere: Places = NOWHERE) -> Environment:
+    """The environment of a stage that samples; without a verifier it only asks. Prompts of `elsewhere` are left out.
 
     Raises:
         UserError: no such verifier, or prompts that do not fit.
@@ -60,7 +62,9 @@ def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int) -> Environme
     if o.verifier:
         find_verifier(o.verifier, f"{stage.name}.objective.verifier")
     room, columns = stage.seq_len - o.max_new_tokens, needed_columns(o.verifier) if o.verifier else ()
-    feed = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, columns=columns)
+    feed = make_prompt_feed(
+        stage.sources, stage.batch_size, room, tokenizer, seed, columns=columns, elsewhere=elsewhere
+    )
     return Environment(feed, o.verifier, stage.name, o.reward_seconds)
 
 

@@ -70,7 +70,7 @@ def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Score
 def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs) -> None:
     """Write the answers of every step that is not there yet, each with its score by the judge, unless people are."""
     stage = run.experiment.stages[index]
-    environment = make_environment(stage, run.tokenizer, run.experiment.seed)
+    environment = make_environment(stage, run.tokenizer, run.experiment.seed, run.held_out)
     start = as_first(lambda: _whole_steps(path, stage.batch_size))
     progress = Progress(stage.name, stage.steps, start)
     with MetricsLog(path.parent, listener(run.callbacks, stage.name)) as log:

@@ -76,7 +76,7 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
         train = select(Source(path, holdout=holdout), "train")[1]
         longer, of = _lengths([rows[i] for i in train], subjects[0][1]), "the pairs not held out"
     name = subjects[0][0] if len(runs) == 1 else f"{len(runs)} reward models together"
-    prompts = [split_key(row) or "" for row in scored.rows]
+    prompts = [split_key(row) for row in scored.rows]
     return Judged(
         name, path, scored, worth(scored.gaps, scored.longer, prefers_shorter(longer), prompts),
         [share_right(one.gaps) for one in found], of, "; ".join(filter(None, (_seen(run, path, holdout) for run in runs))),

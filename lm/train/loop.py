@@ -16,6 +16,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from lm.data.sources import NOWHERE
+from lm.data.split import Places
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops, update_flops_per_token
@@ -54,6 +56,7 @@ class Run:
     started: float  # time.monotonic() when the command began
     profile: tuple[int, int] | None = None  # steps of every stage to trace: from, and before which
     callbacks: tuple[Callback, ...] = ()  # functions of the user's own that are told every line that is written
+    held_out: Places = NOWHERE  # keys that one source holds out and another could train on (`held_out_elsewhere`)
 
 
 class Interrupted(Exception):

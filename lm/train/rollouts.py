@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lm.data.pipeline import make_feed
+from lm.data.sources import NOWHERE
+from lm.data.split import Places
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import DPO, GRPO, PPO, Experiment, Sampled, Stage, UserError, rows_per_update
 from lm.model.transformer import Transformer
@@ -42,11 +44,13 @@ class Rollouts(Batches):
 
     cost = "sample_seconds"
 
-    def __init__(self, experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh):
+    def __init__(
+        self, experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
+    ):
         self.place = batch_sharding(mesh)
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
-        self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed)
+        self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed, elsewhere)
         self.report, self.fingerprint = self.environment.feed.report(), self.environment.feed.fingerprint
         self.latest: Rollout | None = None
         self.warned = self.told_of_timeouts = False
@@ -84,16 +88,21 @@ class Rollouts(Batches):
         """Nothing: a rollout needs the model of its step, and its prompts cost nothing beside it."""
 
 
-def make_batches(experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh) -> Batches:
+def make_batches(
+    experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
+) -> Batches:
     """The batches of a stage, on the devices of the mesh; of several processes each makes the rows of its own.
+
+    Args:
+        elsewhere: what other sources of the experiment hold out (`held_out_elsewhere`), which is left out of training.
 
     Raises:
         UserError: its data cannot be used; says which file, line or field.
     """
     stage = experiment.stages[index]
     if isinstance(stage.objective, Sampled):
-        return Rollouts(experiment, index, tokenizer, mesh)
-    feed, count = make_feed(stage, tokenizer, experiment.seed), rows_per_update(stage)
+        return Rollouts(experiment, index, tokenizer, mesh, elsewhere)
+    feed, count = make_feed(stage, tokenizer, experiment.seed, elsewhere=elsewhere), rows_per_update(stage)
     if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
         return Referenced(stage, feed, count, mesh)
     return Batches(feed, count, mesh, stage.steps)

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from lm.check import check
 from lm.data.pipeline import check_sources, tokenizer_texts
-from lm.data.selection import check_files
+from lm.data.selection import check_files, held_out_elsewhere
 from lm.data.sources import load_rows
+from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, Tokenizer
 from lm.data.vocabulary import learnt
 from lm.experiment import (
@@ -99,13 +100,9 @@ def run(
         inside.enter_context(jax.set_mesh(mesh))
         check_shared(folder)
         in_first(lambda: folder.claim(to_dict(experiment)))
-        say("reading the data")
-        tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
-        together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
-        in_first(lambda: record_environment(folder, fingerprints(experiment), function_files(experiment)))
-        together(lambda: check_reward_models(experiment, tokenizer))
+        tokenizer, held_out = _prepared(experiment, folder, mesh)
         experiment = located(experiment, folder)
-        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told)
+        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out)
         stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
         batches = together(lambda: _all_batches(context, stages))
         check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
@@ -120,6 +117,20 @@ def run(
             if first():
                 listener(told, name)("summary", read_json(folder.summary(name)))
             after_stage(folder.path)
+
+
+def _prepared(experiment: Experiment, folder: RunFolder, mesh: Mesh) -> tuple[Tokenizer, Places]:
+    """The tokenizer, and what sources hold out that others could train on; what they are made of is recorded.
+
+    Raises:
+        UserError: what in the data, the mesh or other runs' reward models does not fit the experiment.
+    """
+    say("reading the data")
+    tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
+    together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
+    in_first(lambda: record_environment(folder, fingerprints(experiment), function_files(experiment)))
+    together(lambda: check_reward_models(experiment, tokenizer))
+    return tokenizer, together(lambda: held_out_elsewhere(experiment))
 
 
 def _train(run: Run, index: int, batches: Batches | None, began: float) -> None:
@@ -172,14 +183,14 @@ def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
     for index in stages:
         stage = whole.stages[index]
         if isinstance(stage.objective, Collect):
-            _tell(stage, make_environment(stage, run.tokenizer, whole.seed).feed.report())
+            _tell(stage, make_environment(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
         elif can_be_read(stage, whole, run.folder):
             batches[index] = _batches(run, index)
     return batches
 
 
 def _batches(run: Run, index: int) -> Batches:
-    made = make_batches(run.experiment, index, run.tokenizer, run.mesh)
+    made = make_batches(run.experiment, index, run.tokenizer, run.mesh, run.held_out)
     _tell(run.experiment.stages[index], made.report)
     return made
 
@@ -199,7 +210,9 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(experiment.tokenizer.path)
         tokenizer.save(folder)
         return tokenizer
-    tokenizer = learnt(tokenizer_texts(experiment), experiment.tokenizer.vocab_size, folder)
+    tokenizer = learnt(
+        tokenizer_texts(experiment, held_out_elsewhere(experiment)), experiment.tokenizer.vocab_size, folder
+    )
     if tokenizer.vocab_size < experiment.tokenizer.vocab_size:
         say(
             f"tokenizer: {tokenizer.vocab_size} pieces, all that the training text supports, of the "

@@ -177,12 +177,12 @@ def test_runs_share_the_tokens_and_another_source_or_tokenizer_has_its_own(tmp_p
         assert len(first) == 1
         assert (make_feed(stage(text), other, 0).batch(0).tokens < 400).all()
         assert len(entries(tmp_path / "cache", "tokens")) == 2
-        text.write_text(text.read_text().replace("document 7 ", "paper 7 "))
+        text.write_text(text.read_text().replace("document 5 ", "paper 5 "))
         changed = make_feed(stage(text), tokenizer, 0)
         assert len(entries(tmp_path / "cache", "tokens")) == 3
     assert changed.fingerprint != one.fingerprint
     seen = "".join(tokenizer.decode(changed.batch(step).tokens.ravel()) for step in range(200))
-    assert "paper 7 paper 7 " in seen and "document 7 document 7 " not in seen
+    assert "paper 5 paper 5 " in seen and "document 5 document 5 " not in seen
 
 
 def test_a_cache_that_may_only_be_read_serves_what_it_has(tmp_path, text, tokenizer, small_disk):

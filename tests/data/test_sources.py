@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lm.data.curriculum import LENGTH
 from lm.data.sources import Rows, cut_text, load_rows, split_key, split_place, split_rows
+from lm.data.split import ALWAYS_TRAINED
 from lm.experiment import UserError
 
 
@@ -167,9 +168,12 @@ def test_rows_that_share_a_key_or_a_prompt_are_on_one_side():
     assert split_key({"a": 1, "b": 2}) == split_key({"b": 2, "a": 1}) != split_key({"a": 1, "b": 3})
 
 
-def test_a_key_of_none_is_never_held_out():
+def test_a_null_key_is_no_key_and_one_key_is_never_held_out():
     rows = [{"text": str(i), "key": None} for i in range(100)]
-    assert list(split_rows(memory(rows), 1.0)[0]) == list(range(100))
+    assert [split_key(row) for row in rows] == [split_key({"text": str(i)}) for i in range(100)]
+    assert list(split_rows(memory(rows), 1.0)[0]) == []
+    kept = [{"text": str(i), "key": ALWAYS_TRAINED} for i in range(100)]
+    assert list(split_rows(memory(kept), 1.0)[0]) == list(range(100))
 
 
 def test_split_place_is_pinned():
@@ -191,7 +195,7 @@ def test_generated_rows_split_without_end_and_without_leaks(name):
     assert len(rows) == LENGTH
     train, heldout = split_rows(rows, 0.05)
     held = [rows[i]["key"] for i in heldout[:200]]
-    assert len(held) == len(set(held)) > 100 and None not in held
+    assert len(held) == len(set(held)) > 100 and ALWAYS_TRAINED not in held
     assert not {rows[train[k]]["key"] for k in range(3000)} & set(held)
     assert train[len(train) - 1] < LENGTH
     assert len(split_rows(rows, 0.0)[1]) == 0

@@ -2,7 +2,7 @@
 
 The key names what is held out together: the problem, with the phrasing where there are few problems (so that
 a fact is still met in other words), without it where there are many (so that an item is new in any words).
-A key of None is never held out.
+A key of ALWAYS_TRAINED is never held out.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from typing import NamedTuple
 
 from lm.data.curriculum import knowledge, words
 from lm.data.curriculum.draw import Draw
+from lm.data.split import ALWAYS_TRAINED
 
 
 class Task(NamedTuple):
     prompt: str
     core: str
-    key: str | None
+    key: str
 
 
 def explain(draw: Draw) -> Task:
     term, sentence = draw.choice(tuple(knowledge.EXPLANATIONS.items()))
     phrasing = draw.below(len(knowledge.EXPLAIN_PHRASINGS))
     prompt = knowledge.EXPLAIN_PHRASINGS[phrasing].format(term)
-    return Task(prompt, sentence, f"explain:{term}:{phrasing}" if phrasing else None)
+    return Task(prompt, sentence, f"explain:{term}:{phrasing}" if phrasing else ALWAYS_TRAINED)
 
 
 def code(draw: Draw) -> Task:
@@ -36,7 +37,7 @@ def code(draw: Draw) -> Task:
 
 def greeting(draw: Draw) -> Task:
     prompt, reply = draw.choice(tuple(knowledge.GREETINGS.items()))
-    return Task(prompt, reply, None)
+    return Task(prompt, reply, ALWAYS_TRAINED)
 
 
 def capital(draw: Draw) -> Task:

@@ -25,6 +25,7 @@ from lm.data.curriculum import (
 from lm.data.curriculum.draw import Draw
 from lm.data.curriculum.style import CLOSERS, OPENERS, dress, undress
 from lm.data.curriculum.tasks import WEIGHTS, draw_task
+from lm.data.split import ALWAYS_TRAINED
 from lm.rollout.verifiers import VERIFIERS
 
 ROWS = 3000
@@ -138,7 +139,7 @@ def test_explanations_are_one_sentence_of_8_to_18_words():
 
 def test_what_is_an_llm_is_taught_and_never_held_out():
     keys = {row["messages"][0]["content"]: row["key"] for row in map(instruct_row, range(20_000))}
-    assert keys["What is an LLM?"] is None
+    assert keys["What is an LLM?"] == ALWAYS_TRAINED
     assert keys["Define an LLM."] == "explain:an LLM:2"
 
 
