@@ -134,9 +134,12 @@ class Source:
     path: str = knob(
         help="file, folder of files, tfds:NAME/SPLIT, gen:NAME, made:STAGE of collect; of an eval also stage:NAME, that stage's"
     )
-    weight: float = knob(1.0, "share of this source in the mixture", least=1e-9, most=1e9)
+    weight: float = knob(1.0, "share of this source in the mixture; 0: not trained on", least=0, most=1e9)
     holdout: float = knob(
-        0.02, "part of the rows kept out of training, chosen by a hash of what they ask; 0: none, 1: all", least=0, most=1
+        0.02,
+        "part of the rows kept out of training, chosen by a hash of what they ask; 0: none, 1: all",
+        least=0,
+        most=1,
     )
     columns: tuple[str, ...] = knob((), "columns under other names, as ours=theirs: prompt=query,completion=reply")
     bad_rows: Literal["stop", "drop"] = knob("stop", "broken rows and prompts too long: stop at one, or drop and count")

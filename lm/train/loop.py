@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -56,7 +56,9 @@ class Run:
     started: float  # time.monotonic() when the command began
     profile: tuple[int, int] | None = None  # steps of every stage to trace: from, and before which
     callbacks: tuple[Callback, ...] = ()  # functions of the user's own that are told every line that is written
-    held_out: Places = NOWHERE  # keys that one source holds out and another could train on (`held_out_elsewhere`)
+    held_out: Places = field(
+        default_factory=lambda: NOWHERE
+    )  # keys that one source holds out and another could train on (`held_out_elsewhere`)
 
 
 class Interrupted(Exception):
