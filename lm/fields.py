@@ -64,16 +64,18 @@ def knob(
     below: float | None = None,
     special: float | None = None,
     name: bool = False,
+    affects_training: bool = True,
 ) -> Any:
     """A dataclass field with the one line of help that the command line shows, and what it takes.
 
     Every number has a range (of a tuple: each of its numbers): least and most belong to it, above and below do not,
     `special` is one value outside of it, as the -1 or 0 that switches something. `name`: the text names a folder or a
-    column, by the rule of `is_name`.
+    column, by the rule of `is_name`. `affects_training`: a run that goes on with another value is another run.
     """
     bounds = {"least": least, "most": most, "above": above, "below": below, "special": special}
     given = any(bound is not None for bound in bounds.values())
     metadata = {"help": help, "range": Range(**bounds) if given else None, "name": name}
+    metadata |= {"affects_training": affects_training}
     return field(default=default, metadata=metadata)
 
 

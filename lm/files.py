@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 from pathlib import Path
 from typing import TypeVar
 
 import lm
+from lm.changes import read_experiment
 from lm.experiment import Experiment, UserError, from_dict, nearest
+from lm.stored import read_json
 from lm.user_functions import beside, search_first, search_recorded
 
 Kind = TypeVar("Kind")
@@ -24,10 +25,8 @@ def load(name: str) -> Experiment:
     """
     if Path(name).suffix == ".json":
         search_recorded(Path(name).parent)
-        try:
-            return from_dict(json.loads(Path(name).read_text("utf-8")))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}") from None
+        file = Path(name)
+        return from_dict(read_experiment(file.parent) if file.name == "experiment.json" else read_json(file))
     return defined_in(file_of(name), "experiment", Experiment)
 
 

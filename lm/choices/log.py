@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.experiment import UserError
+from lm.stored import lock_file
 
 Record = dict[str, Any]
 
@@ -69,12 +69,10 @@ def open_log(path: Path) -> Iterator[Log]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(handle, path, "--labels FILE"):
             raise UserError(
                 f"{path} is in use by another `lm label`: open its page, stop it, or name another file (--labels FILE)"
-            ) from None
+            )
         _sync_folder(path.parent)
         contents = read_log(path)
         if os.fstat(handle).st_size != contents.size:

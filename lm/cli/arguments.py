@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lm.changes import read_experiment
 from lm.check import check
-from lm.experiment import Experiment, Speechless, UserError
+from lm.experiment import Experiment, Speechless, UserError, from_dict, to_dict
 from lm.files import load
 from lm.overrides import override
 
@@ -71,7 +71,7 @@ def find_stage(run_dir: Path, name: str | None) -> str:
     Raises:
         UserError: the experiment has no such stage, or no checkpoint of it is there.
     """
-    plan = json.loads((run_dir / "experiment.json").read_text("utf-8"))
+    plan = to_dict(from_dict(read_experiment(run_dir)))
     names = [stage["name"] for stage in plan["stages"]]
     check_stage(name, names, str(run_dir))
     speaks = [stage["name"] for stage in plan["stages"] if stage["objective"]["kind"] not in SPEECHLESS]

@@ -8,7 +8,6 @@ sweeps/shared/KEY/  a stage that several runs have in common, of this sweep or o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import typing
@@ -17,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm.changes import normalised, read_experiment
 from lm.experiment import UserError, diff, to_dict
+from lm.stored import lock_file
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, apply
 from lm.train.run_folder import read_json, write_json_atomic
@@ -71,7 +72,9 @@ class SweepFolder:
 
     def _refuse_another(self, there: dict[str, Any], wanted: dict[str, Any]) -> None:
         different = [
-            f"{name}: {old!r} → {new!r}" for name, old, new in diff(there["base"], wanted["base"]) if name != "name"
+            f"{name}: {old!r} → {new!r}"
+            for name, old, new in diff(normalised(there["base"]), normalised(wanted["base"]))
+            if name != "name"
         ]
         if there["search"]["kind"] != wanted["search"]["kind"]:
             different.insert(0, f"search: {there['search']['kind']} → {wanted['search']['kind']}")
@@ -101,6 +104,12 @@ class SweepFolder:
                 link.symlink_to(target, target_is_directory=True)
         if not (path / "experiment.json").exists():
             write_json_atomic(path / "experiment.json", to_dict(trial.experiment))
+        elif different := diff(normalised(read_experiment(path)), normalised(to_dict(trial.experiment))):
+            name, old, new = different[0]
+            raise UserError(
+                f"{path} holds a run with {name} {old!r}, and this trial has {new!r}, the default of this lm: name another "
+                "folder (--folder DIR)"
+            )
         self.update(trial.key, settings=trial.settings, seed=trial.experiment.seed, wanted=True)
 
     def update(self, key: str, **changes: Any) -> None:
@@ -122,7 +131,7 @@ class SweepFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_file(handle, self.path, "--folder DIR", wait=True)
             yield
         finally:
             os.close(handle)
@@ -132,12 +141,13 @@ def try_lock(file: Path) -> int | None:
     """A lock as a file descriptor, None where somebody has it; a child process that inherits it holds it too."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    taken = False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
+        taken = lock_file(handle, file.parent, "--folder DIR")
+    finally:
+        if not taken:
+            os.close(handle)
+    return handle if taken else None
 
 
 def describe(sweep: Sweep) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lm.changes import normalised, read_experiment
 from lm.experiment import Experiment, UserError, nearest
 from lm.train.provenance import last_session
 from lm.train.run_files import StageFiles, read_stage
@@ -104,9 +105,7 @@ def measurements(stage: StageFiles, name: str, field: str) -> list[tuple[int, fl
 
 def read_result(folder: Path) -> Result:
     """One run. Raises UserError where the folder is none."""
-    if not (folder / "experiment.json").is_file():
-        raise UserError(f"{folder} is not a run: it has no experiment.json")
-    return Result(folder, read_json(folder / "experiment.json"))
+    return Result(folder, normalised(read_experiment(folder)))
 
 
 def read_sweep(folder: Path) -> list[Result]:

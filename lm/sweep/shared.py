@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from lm.experiment import Experiment, resolve_sources, to_dict
+from lm.changes import without_defaults
+from lm.experiment import Experiment, Source, resolve_sources
 from lm.sweep.trials import digest
 
 
@@ -16,15 +17,16 @@ def stage_keys(experiment: Experiment) -> list[str]:
     The vocabulary, where it is learnt, is learnt from the sources of all stages. Evaluations use no randomness of the
     training, and what they write lies in the stage's folder: they belong to its key.
     """
-    plain = to_dict(resolve_sources(experiment))
+    resolved = resolve_sources(experiment)
+    plain = without_defaults(resolved)
     common = {name: value for name, value in plain.items() if name not in ("name", "stages")}
     if experiment.tokenizer.path is None:
-        common["texts"] = [_text(source) for stage in plain["stages"] for source in stage["sources"]]
+        common["texts"] = [_text(source) for stage in resolved.stages for source in stage.sources]
     return [digest([common, plain["stages"][: last + 1]]) for last in range(len(plain["stages"]))]
 
 
-def _text(source: dict[str, Any]) -> list[Any]:
-    return [source["path"], source["holdout"], source["weight"] > 0]
+def _text(source: Source) -> list[Any]:
+    return [source.path, source.holdout, source.weight > 0]
 
 
 def pieces(keys: list[str], everybody: Iterable[list[str]]) -> list[range]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lm.changes import without_defaults
 from lm.check import check
 from lm.experiment import Experiment, UserError, nearest, resolve_sources, to_dict
 from lm.overrides import leaf, replaced
@@ -102,7 +103,7 @@ def with_seed(experiment: Experiment, seed: int) -> Experiment:
 
 def key_of(experiment: Experiment) -> str:
     """What tells an experiment from every other: a digest of its value, but for its name."""
-    return digest({k: v for k, v in to_dict(resolve_sources(experiment)).items() if k != "name"})
+    return digest({k: v for k, v in without_defaults(resolve_sources(experiment)).items() if k != "name"})
 
 
 def digest(value: Any) -> str:

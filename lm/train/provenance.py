@@ -15,7 +15,9 @@ from typing import Any
 import jax
 
 import lm
-from lm.train.run_folder import RunFolder, read_json, write_json_atomic
+from lm.changes import EXPERIMENTS
+from lm.stored import write_sealed
+from lm.train.run_folder import RunFolder
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 LONGEST_DIFF = 1_000_000
@@ -54,15 +56,15 @@ def record_environment(folder: RunFolder, data_fingerprint: Any, functions: dict
 
     `functions` are the files of the functions of the user's own, by FILE:FUNCTION.
     """
-    runs = read_json(folder.environment)["runs"] if folder.environment.exists() else []
+    known = folder.read_environment()
     session = environment(data_fingerprint) | ({"functions": functions} if functions else {})
-    write_json_atomic(folder.environment, {"runs": [*runs, session]})
+    experiment = {EXPERIMENTS: [folder.read_experiment()]} if folder.experiment.exists() else {}
+    write_sealed(folder.environment, known | {"runs": [*known.get("runs", []), session]} | experiment)
 
 
 def last_session(run_dir: Path) -> dict[str, Any]:
     """What the last session of a run wrote down of itself; {} where none has begun."""
-    file = RunFolder(run_dir).environment
-    return read_json(file)["runs"][-1] if file.is_file() else {}
+    return (RunFolder(run_dir).read_environment().get("runs") or [{}])[-1]
 
 
 def without_secrets(arguments: list[str]) -> list[str]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm.changes import read_experiment
 from lm.experiment import UserError
+from lm.train.run_folder import RunFolder, read_sealed
 
 Line = dict[str, Any]
 WHEN = {"before": 0, "during": 1, "after": 2}
@@ -51,11 +53,8 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
-    if not (folder / "experiment.json").is_file():
-        raise UserError(f"{folder} is not a run: it has no experiment.json")
-    experiment = _read_json(folder / "experiment.json")
-    environment = folder / "environment.json"
-    sessions = _read_json(environment)["runs"] if environment.is_file() else []
+    experiment = read_experiment(folder)
+    sessions = RunFolder(folder).read_environment().get("runs", [])
     stages = tuple(
         read_stage(folder, stage["name"], stage["objective"]["kind"], stage["steps"]) for stage in experiment["stages"]
     )
@@ -82,16 +81,9 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
             "chosen",
             "rejected",
         ),
-        summary=_read_json(summary) if summary.is_file() else None,
+        summary=read_sealed(summary) if summary.is_file() else None,
         checkpoints=tuple(sorted(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/manifest.json"))),
     )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
 
 
 def _read_lines(path: Path) -> list[Line]:

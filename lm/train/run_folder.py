@@ -7,18 +7,21 @@ runs/NAME/  experiment.json  environment.json  tokenizer/  report.html  lock
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.experiment import UserError, diff
+from lm.changes import EXPERIMENTS, Changes, changes, normalised, read_experiment
+from lm.experiment import UserError
+from lm.stored import lock_file, read_json, read_sealed, write_json_atomic, write_sealed
+
+__all__ = ["RunFolder", "read_json", "read_sealed", "write_json_atomic", "write_sealed"]
 
 MOST_DIFFERENCES = 10
 
@@ -63,9 +66,21 @@ class RunFolder:
 
         Raises UserError if it belongs to none.
         """
-        if not self.experiment.exists():
-            raise UserError(f"{self.path} is not the folder of a run: it has no experiment.json")
-        return read_json(self.experiment)
+        return read_experiment(self.path)
+
+    def read_environment(self) -> dict[str, Any]:
+        """What environment.json says: `runs`, one a session, and what the run began with; {} before the first session.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.environment.exists():
+            return {}
+        found = read_sealed(self.environment)
+        runs = found.get("runs")
+        if not isinstance(runs, list) or not all(isinstance(session, dict) for session in runs):
+            raise UserError(f"{self.environment} is damaged: it has no list of sessions; put back a copy of it")
+        return found
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -79,11 +94,14 @@ class RunFolder:
         finally:
             os.close(handle)
 
-    def claim(self, experiment: dict[str, Any]) -> bool:
+    def claim(self, experiment: dict[str, Any], check: Callable[[Changes], None] = lambda changes: None) -> bool:
         """Make this the folder of `experiment` (a plain value); True if it was already, and the run goes on.
 
-        A folder in which no stage has begun is taken over: whoever mends a mistake runs the same command again.
-        Raises UserError that shows what differs if the folder belongs to another experiment.
+        A folder in which no stage has begun is taken over: whoever mends a mistake runs the same command again. What
+        cannot change what has been trained is taken over too, and told; `check` may refuse it.
+
+        Raises:
+            UserError: the folder belongs to another experiment; shows what differs.
         """
         experiment = json.loads(json.dumps(experiment))
         if not self.experiment.exists():
@@ -91,14 +109,22 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json_atomic(self.experiment, experiment)
             return False
-        differences = diff(self.read_experiment(), experiment)
-        if not differences:
-            return True
-        if self._begun():
-            raise UserError(self._refusal(differences))
-        shutil.rmtree(self.tokenizer, ignore_errors=True)
-        write_json_atomic(self.experiment, experiment)
-        return False
+        there = normalised(self.read_experiment())
+        begun = self._begun(there)
+        found = changes(there, experiment, begun)
+        if begun and found.refused:
+            raise UserError(self._refusal(found))
+        if begun:
+            check(found)
+        if there != experiment:
+            for name, _, _ in found.more_steps if begun else ():
+                self.summary(name).unlink(missing_ok=True)
+            if begun:
+                self._tell(found)
+            else:
+                shutil.rmtree(self.tokenizer, ignore_errors=True)
+            self._replace_experiment(there, experiment)
+        return begun > 0 or there == experiment
 
     def set_aside(self) -> Path | None:
         """Rename the folder to NAME.1 (or the first number that is free), and lose nothing. None if there is no folder.
@@ -113,8 +139,21 @@ class RunFolder:
             self.path.rename(aside)
         return aside
 
-    def _begun(self) -> bool:
-        return any(path.is_file() for path in (self.path / "stages").rglob("*"))
+    def _replace_experiment(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Either is right in between: a kill at any moment leaves what can be read."""
+        if known := self.read_environment():
+            write_sealed(self.environment, known | {EXPERIMENTS: [old, new]})
+        write_json_atomic(self.experiment, new)
+
+    def _begun(self, experiment: dict[str, Any]) -> int:
+        """How many of the experiment's stages have begun: up to the last that has a file; all, where the file is of none."""
+        folders = [self.stage_folder(stage["name"]) for stage in experiment.get("stages", ())]
+        begun = [place for place, folder in enumerate(folders, start=1) if _has_files(folder)]
+        return max(begun, default=max(len(folders), 1) if _has_files(self.path / "stages") else 0)
+
+    def _tell(self, found: Changes) -> None:
+        for name, old, new in [*found.free, *((f"{name}.steps", old, new) for name, old, new in found.more_steps)]:
+            print(f"{self.path} goes on with another {name}: {_shown(old)} → {_shown(new)}", flush=True)
 
     def _numbered(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
@@ -125,13 +164,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                taken = lock_file(handle, self.path, "--run-dir DIR")
+            except UserError:
+                os.close(handle)
+                raise
+            if not taken:
                 holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
                 os.close(handle)
                 raise UserError(
                     f"{self.path} is in use by {holder}: wait for it, stop it, or give this run its own folder (--run-dir DIR)"
-                ) from None
+                )
             if _is_open_file(handle, file):
                 break
             os.close(handle)  # the folder was set aside between open and flock
@@ -153,7 +195,8 @@ class RunFolder:
                 "name another one (--run-dir DIR)"
             )
 
-    def _refusal(self, differences: list[tuple[str, Any, Any]]) -> str:
+    def _refusal(self, found: Changes) -> str:
+        differences = found.refused
         lines = [f"  {name}: {_shown(old)} → {_shown(new)}" for name, old, new in differences[:MOST_DIFFERENCES]]
         if len(differences) > MOST_DIFFERENCES:
             lines.append(f"  … and {len(differences) - MOST_DIFFERENCES} more")
@@ -161,31 +204,15 @@ class RunFolder:
             [
                 f"{self.path} belongs to a run of another experiment; what differs (there → now):",
                 *lines,
+                *found.reasons,
                 "Two ways out: give this run its own folder (--run-dir DIR), or start it afresh "
                 "(--fresh moves the old folder aside and loses nothing).",
             ]
         )
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Write `value` so that a reader, or a kill at any moment, finds the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, allow_nan=False, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises UserError with the line where it is broken, or where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+def _has_files(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
 
 
 def _is_open_file(handle: int, file: Path) -> bool:

@@ -1,0 +1,134 @@
+"""What differs between two experiments, and what of it may differ when a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.experiment import Experiment, Stage, UserError, diff, from_dict, to_dict
+from lm.stored import read_json, read_sealed
+
+Plain = dict[str, Any]
+Difference = tuple[str, Any, Any]  # dotted name, old value, new value
+
+
+def normalised(experiment: Plain) -> Plain:
+    """The plain value of an experiment with every field that it lacks at its default, as an older lm may have written it.
+
+    A value that this lm cannot read stays as it is.
+    """
+    try:
+        return json.loads(json.dumps(to_dict(from_dict(experiment))))
+    except UserError:
+        return experiment
+
+
+def without_defaults(experiment: Experiment) -> Plain:
+    """The plain value of an experiment without the fields at their defaults: the same before and after lm has new fields."""
+    return _without_defaults(experiment)
+
+
+def _without_defaults(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_without_defaults(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    kept = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
+    return {"kind": type(value).__name__, **{name: _without_defaults(item) for name, item in kept.items()}}
+
+
+EXPERIMENTS = "experiments"
+"""Field of environment.json with the run's experiment; with the one before it too while experiment.json is replaced."""
+
+
+def read_experiment(folder: Path) -> Plain:
+    """The plain value in the experiment.json of a run's folder, held against what environment.json says of it.
+
+    Raises:
+        UserError: one of the two files is missing or damaged; names the field.
+    """
+    file, environment = folder / "experiment.json", folder / "environment.json"
+    if not file.exists():
+        raise UserError(f"{folder} is not the folder of a run: it has no experiment.json")
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object")
+    recorded = read_sealed(environment).get(EXPERIMENTS, []) if environment.exists() else []
+    if not recorded or any(normalised(found) == normalised(one) for one in recorded):
+        return found
+    name, was, is_now = next(iter(diff(normalised(recorded[-1]), normalised(found))))
+    raise UserError(
+        f"{file} is damaged: {name} is {json.dumps(is_now)}, and {environment.name} beside it says {json.dumps(was)}: put "
+        "back a copy of it"
+    )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How an experiment differs from the one that a run began with.
+
+    `free` cannot change what has been trained; `more_steps` are (stage, old, new) of stages whose schedule allows them;
+    `refused` is the rest, and `reasons` say more of some of it.
+    """
+
+    free: tuple[Difference, ...] = ()
+    more_steps: tuple[tuple[str, int, int], ...] = ()
+    refused: tuple[Difference, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+def changes(old: Plain, new: Plain, begun: int) -> Changes:
+    """What differs from plain value `old` to `new`, both normalised.
+
+    Args:
+        begun: how many stages of the run have files: the settings of a later one, its sources aside, may change.
+    """
+    if not all(isinstance(one.get("stages"), list) for one in (old, new)):
+        return Changes(refused=tuple(diff(old, new)))
+    before, after = _trained_part(old, begun), _trained_part(new, begun)
+    if old.get("tokenizer", {}).get("path") is not None:  # else the vocabulary is learnt from the text of all stages
+        after["stages"] = after["stages"][: max(begun, len(before["stages"]))]
+        before["stages"] = before["stages"][: max(begun, len(after["stages"]))]
+    more, reasons = [], []
+    for ours, theirs in zip(before["stages"], after["stages"], strict=False):
+        if "steps" not in ours or ours["steps"] == theirs.get("steps") or ours["name"] != theirs["name"]:
+            continue
+        if reason := _why_not(ours, theirs):
+            reasons.append(reason)
+        else:
+            more.append((ours["name"], ours["steps"], theirs["steps"]))
+            theirs["steps"] = ours["steps"]
+    refused = tuple(diff(before, after))
+    told = {name for name, _, _ in refused} | {f"{name}.steps" for name, _, _ in more}
+    return Changes(tuple(one for one in diff(old, new) if one[0] not in told), tuple(more), refused, tuple(reasons))
+
+
+def _why_not(old: Plain, new: Plain) -> str:
+    """Why a stage that has begun cannot go on to another number of steps; "" where it can."""
+    name, schedule = old["name"], old.get("optimizer", {}).get("schedule")
+    if new["steps"] < old["steps"]:
+        return f"the steps of {name} can only become more."
+    if schedule == "constant" or old.get("objective", {}).get("kind") == "Collect":
+        return ""
+    return (
+        f"The learning rate of {name} ({schedule}) falls over all of its steps: with more of them the past ones would have "
+        f"been others. To keep the stages before it: copy the folder, remove stages/{name} and those after it from the copy, "
+        "and give the copy as --run-dir."
+    )
+
+
+def _trained_part(experiment: Plain, begun: int) -> Plain:
+    """The fields that can change what has been trained; of a stage that has not begun its name and its sources."""
+    stages = [
+        _affecting(Stage, stage) if place < begun else {name: stage.get(name) for name in ("name", "sources")}
+        for place, stage in enumerate(experiment["stages"])
+    ]
+    return _affecting(Experiment, experiment) | {"stages": stages}
+
+
+def _affecting(kind: type, value: Plain) -> Plain:
+    free = {f.name for f in dataclasses.fields(kind) if not f.metadata.get("affects_training", True)}
+    return {name: item for name, item in value.items() if name not in free}

@@ -1,0 +1,100 @@
+"""Files that a run leaves and reads again: written whole or not at all, sealed with a checksum, locked against others."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lm.fields import UserError
+
+SEAL = "sha256"
+"""The field of a sealed JSON object that has the SHA-256 of the rest of it."""
+
+# What a file system without locks answers to flock(): Lustre without `-o flock`, NFS without a lock daemon, some FUSE ones.
+ENOTSUPP = 524  # of the Linux kernel; Python's errno has no name for it
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, ENOTSUPP)
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The object with its seal, which stands first."""
+    return {SEAL: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), **content}
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any] | None:
+    """A sealed object without its seal; None where the seal is missing or of something else."""
+    rest = {name: value for name, value in content.items() if name != SEAL}
+    return rest if sealed(rest)[SEAL] == content.get(SEAL) else None
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `value` so that a reader, or a kill at any moment, finds the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, allow_nan=False, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """`write_json_atomic` of an object with its seal."""
+    write_json_atomic(path, sealed(json.loads(json.dumps(content))))
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises UserError with the line where it is broken, or where there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error or type(error).__name__}") from error
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object in a file of `write_sealed`, without its seal. One that never had a seal, of an older lm, is taken.
+
+    Raises:
+        UserError: there is no such file, it holds no object, or not the one that was written.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; put back a copy of it")
+    if SEAL not in content:
+        return content
+    rest = unsealed(content)
+    if rest is None:
+        raise UserError(f"{path} is damaged: it does not match its own checksum; put back a copy of it")
+    return rest
+
+
+def lock_file(handle: int, path: Path, flag: str, wait: bool = False) -> bool:
+    """Take the lock of an open file, which dies with the process; False where another process has it.
+
+    Args:
+        flag: with which the user names another folder or file, for the error.
+        wait: until the other process gives it back.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        reason = error.strerror if error.errno != ENOTSUPP else "Operation not supported"
+        raise UserError(
+            f"{path} cannot be locked ({reason}): its file system has no file locks; name a place on another one ({flag})"
+        ) from error
+    return True
