@@ -9,7 +9,8 @@ Any number of workers work together, here and on other hosts that share the
 sweep's folder: start the same command there. One that dies is replaced, and its
 trial goes on from the newest checkpoint. The same command again continues; with
 more seeds or values on the axes it adds what is missing. Stages that trials
-have in common are trained once.
+have in common are trained once. A setting that cannot work, diverges or dies is
+a failed trial: the others go on, and it is run again with --retry-failed only.
 
 On a cluster, `--on` hands --workers jobs over, each of which is one worker:
 slurm by sbatch, gke by kubectl. The sweep's folder must be on a file system

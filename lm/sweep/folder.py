@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import typing
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from lm.changes import normalised, read_experiment
 from lm.experiment import UserError, diff, to_dict
 from lm.stored import lock_file
 from lm.sweep.sweep import Range, Suggested, Sweep
-from lm.sweep.trials import Trial, apply
+from lm.sweep.trials import Trial, label_on
 from lm.train.run_folder import read_json, write_json_atomic
 
 MOST_DIFFERENCES = 5
@@ -93,8 +94,16 @@ class SweepFolder:
             )
 
     def write_trial(self, trial: Trial, stage_keys: list[str]) -> None:
-        """Make the folder of a trial's run, its shared stages being links, or bring its settings up to date."""
+        """Make the folder of a trial's run, its shared stages being links, or bring its settings up to date.
+
+        Of a trial that cannot run the folder has what was asked for, and why not.
+        """
         path = self.trial(trial.key)
+        record = {"settings": trial.settings, "seed": trial.experiment.seed, "wanted": True}
+        if trial.impossible:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(path / "experiment.json", _finite(to_dict(trial.experiment)))
+            return self.update(trial.key, **record, failed=trial.impossible)
         (path / "stages").mkdir(parents=True, exist_ok=True)
         for stage, key in zip(trial.experiment.stages[:-1], stage_keys, strict=False):
             self.shared(key).mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,7 @@ class SweepFolder:
                 f"{path} holds a run with {name} {old!r}, and this trial has {new!r}, the default of this lm: name another "
                 "folder (--folder DIR)"
             )
-        self.update(trial.key, settings=trial.settings, seed=trial.experiment.seed, wanted=True)
+        self.update(trial.key, **record)
 
     def update(self, key: str, **changes: Any) -> None:
         """Add to what is known of a trial."""
@@ -118,6 +127,11 @@ class SweepFolder:
         known = read_json(file) if file.exists() else {}
         if known | changes != known:
             write_json_atomic(file, known | changes)
+
+    def failed(self, key: str) -> str:
+        """Why a trial has failed; "" where it has not, or has not ended."""
+        file = self.record(key)
+        return read_json(file).get("failed", "") if file.exists() else ""
 
     def want_only(self, keys: set[str]) -> None:
         """Mark every trial that the sweep asks for no more; its run stays."""
@@ -164,10 +178,19 @@ def describe(sweep: Sweep) -> dict[str, Any]:
     }
 
 
+def _finite(value: Any) -> Any:
+    """A plain value in which numbers that JSON has no word for are texts."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _described(sweep: Sweep, name: str) -> Any:
     values = sweep.axes[name]
     if isinstance(values, Range):
         return {"kind": type(values).__name__} | vars(values)
     if isinstance(values, Mapping):
         return list(values)
-    return [apply(sweep.base, name, values, place)[1] for place in range(len(values))]
+    return [label_on(sweep.base, name, values, place) for place in range(len(values))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lm.experiment import UserError
 from lm.sweep.folder import SweepFolder
 from lm.sweep.pool import pool
 from lm.sweep.study import Study
@@ -21,7 +22,7 @@ def run_sweep(
     cache: Path | None = None,
     store: Path = STORE,
 ) -> list[str]:
-    """Run every trial that is not done; gives a line for each that failed.
+    """Run every trial that is not done; gives a line for each that failed, and the rest goes on.
 
     Args:
         name: of the file (and value) that defines the sweep, which several workers read for themselves.
@@ -29,7 +30,7 @@ def run_sweep(
         cache: folder of tokenised data, for the workers; None: where it is by default.
 
     Raises:
-        UserError: the folder belongs to another sweep, or the sweep cannot work.
+        UserError: the folder belongs to another sweep, the sweep cannot work, or every trial has failed.
         Stopped: a signal came; what ran has saved.
     """
     if not isinstance(sweep.search, Suggested):
@@ -38,8 +39,12 @@ def run_sweep(
     place.claim(sweep)
     study = Study(sweep, place)
     study.queue(retry_failed)
+    if study.remark:
+        print(f"lm sweep: {study.remark}", flush=True)
     done, known = study.counts()
-    print(f"{folder}: {known} trials, {done} of them done", flush=True)
+    failed = study.failures()
+    some = f", {len(failed)} of these failed (--retry-failed runs them again)" if failed else ""
+    print(f"{folder}: {known} trials, {done} of them done{some}", flush=True)
     if workers > 1:
         extra = [] if cache is None else ["--cache", str(cache)]
         pool(["sweep", name, "--folder", str(folder), "--store", str(store), *extra], workers)
@@ -47,7 +52,10 @@ def run_sweep(
             raise Stopped
     else:
         Worker(sweep, place, study, "").work()
-    return study.failures()
+    failed = study.failures()
+    if study.all_failed():
+        raise UserError(f"every trial of sweep {sweep.name} failed ({len(failed)}); the first: {failed[0]}")
+    return failed
 
 
 def join(sweep: Sweep, folder: Path, store: Path, name: str) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lm.overrides import leaf
+from lm.sweep import journal
 from lm.sweep.folder import SweepFolder, try_lock
 from lm.sweep.results import better, metric_name
 from lm.sweep.shared import stage_keys
@@ -27,6 +26,8 @@ from lm.train.run_folder import read_json
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 DROPPED = "dropped"  # an attribute of trials that nobody ran, because the sweep asks for them no more
+AGAIN = "again"  # an attribute of trials of a search that failed before and are asked for once more
+_COMPLETE = {"key", "settings", "seed"}  # attributes of a trial that is written down whole
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -42,15 +43,22 @@ class Claimed:
 
 
 class Study:
-    """The Optuna study of a sweep. Every method may be called by many processes at the same time."""
+    """The Optuna study of a sweep. Every method may be called by many processes at the same time.
+
+    Attributes:
+        remark: a line about a journal that was damaged; "" where it was not.
+        refused: a line for each trial that `take` found impossible, until somebody has said them.
+    """
 
     def __init__(self, sweep: Sweep, folder: SweepFolder):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.folder = sweep, folder
         _, field = metric_name(sweep.base, sweep.metric) if sweep.base.evals else ("", "loss")
+        self.refused: list[str] = []
         with folder.alone():
+            self.remark = journal.recover(folder.journal)
             self._study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(folder.journal))),
+                storage=journal.storage(folder.journal),
                 study_name="sweep",
                 pruner=_pruner(sweep),
                 direction="maximize" if better(field) > 0 else "minimize",
@@ -60,36 +68,54 @@ class Study:
     def queue(self, retry_failed: bool = False) -> None:
         """Ask for every trial that the sweep wants and that is not there yet; what is done stays, what waits unwanted goes.
 
+        A trial that cannot run is there as a failed one.
+
         Args:
             retry_failed: also for those that failed.
         """
         with self.folder.alone():
             if isinstance(self.sweep.search, Suggested):
                 self._drop(lambda one: one.user_attrs["seed"] not in self.sweep.seeds)
-                return self._queue_seeds(self._known())
+                self._queue_seeds(self._known())
+                if retry_failed:
+                    self._queue_failed()
+                return
             wanted = trials(self.sweep)
             keys = {trial.key for trial in wanted}
             self._drop(lambda one: one.user_attrs["key"] not in keys)
-            live = {one.user_attrs["key"] for one in self._known() if not retry_failed or one.state in LIVE}
+            states = {one.user_attrs["key"]: one.state for one in self._known()}  # the newest of each
             for trial in _breadth_first(wanted):
-                self.folder.write_trial(trial, stage_keys(trial.experiment))
-                if trial.key not in live:
-                    self._enqueue(_attributes(trial))
+                self.folder.write_trial(trial, _stages_of(trial))
+                again = retry_failed and not trial.impossible
+                if states.get(trial.key) in (LIVE if again else (*LIVE, TrialState.FAIL)):
+                    continue
+                failed = self.folder.failed(trial.key) and not again
+                self._add(_attributes(trial), TrialState.FAIL if failed else TrialState.WAITING)
             self.folder.want_only(keys)
 
     def take(self) -> Claimed | None:
         """The next trial, held by this process; None if there is none now: look at `open` for whether there will be."""
         with self.folder.alone():
             for one in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                key = one.user_attrs.get("key")
-                if key is None:  # its worker was killed between two lines of the journal
-                    self._study.tell(one.number, state=TrialState.FAIL)
-                elif (handle := try_lock(self.folder.trial(key) / "claim")) is not None:
+                if _COMPLETE - set(one.user_attrs):  # its worker was killed between two lines of the journal
+                    self._drop_half(one)
+                elif (handle := try_lock(self.folder.trial(one.user_attrs["key"]) / "claim")) is not None:
                     return _claimed(one, handle)
-            waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting and not self._may_suggest():
-                return None
-            return self._ask()
+            while self._more():
+                if (claimed := self._ask()) is not None:
+                    return claimed
+            return None
+
+    def _more(self) -> bool:
+        """Whether a trial waits, or a search has more to suggest; seeds that a killed worker left out are queued first."""
+        if self._waiting() or self._may_suggest():
+            return True
+        if isinstance(self.sweep.search, Suggested):
+            self._queue_seeds(self._known())
+        return self._waiting()
+
+    def _waiting(self) -> bool:
+        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def open(self) -> bool:
         """Whether any trial is still to be run, or is being run."""
@@ -115,11 +141,16 @@ class Study:
         known = self._known()
         return sum(one.state in ENDED for one in known), len(known)
 
+    def all_failed(self) -> bool:
+        """Whether trials have ended, and none with a number."""
+        ended = [one for one in self._known() if one.state in ENDED]
+        return bool(ended) and all(one.state == TrialState.FAIL for one in ended)
+
     def failures(self) -> list[str]:
         """A line for each trial that failed: its settings and why."""
         failed = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         keys = dict.fromkeys(one.user_attrs["key"] for one in failed if "key" in one.user_attrs)
-        records = [read_json(self.folder.record(key)) for key in keys]
+        records = [read_json(self.folder.record(key)) for key in keys if self.folder.record(key).exists()]
         failing = [one for one in records if one["wanted"] and one["failed"]]
         return [f"{told(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in failing]
 
@@ -134,6 +165,15 @@ class Study:
                 storage.set_trial_user_attr(one._trial_id, DROPPED, True)
                 storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
 
+    def _drop_half(self, one: FrozenTrial) -> None:
+        """End a trial that was asked for and not written down whole; what it was asked for with is asked for again."""
+        self._study._storage.set_trial_user_attr(one._trial_id, DROPPED, True)
+        self._study.tell(one.number, state=TrialState.FAIL)
+        asked = {name: one.user_attrs[name] for name in ("seed", AGAIN) if name in one.user_attrs}
+        params = one.system_attrs.get("fixed_params", one.params)
+        if "seed" in asked and set(params) == set(self.sweep.axes):
+            self._study.enqueue_trial(params, user_attrs=asked)
+
     # ---- a search --------------------------------------------------------------------------------------------
 
     def _queue_seeds(self, known: list[FrozenTrial]) -> None:
@@ -146,42 +186,64 @@ class Study:
                 if seed not in seeds:
                     self._study.enqueue_trial(params, user_attrs={"seed": seed})
 
+    def _queue_failed(self) -> None:
+        """Every setting that has failed and is wanted, once more."""
+        failed = {one.user_attrs["key"]: one for one in self._known() if one.state == TrialState.FAIL}
+        for key, one in failed.items():
+            if self.folder.failed(key) and one.user_attrs["seed"] in self.sweep.seeds:
+                self._study.enqueue_trial(one.params, user_attrs={"seed": one.user_attrs["seed"], AGAIN: True})
+
     def _may_suggest(self) -> bool:
         search = self.sweep.search
         if not isinstance(search, Suggested):
             return False
-        known = self._known()
-        return sum(one.user_attrs.get("seed") == self.sweep.seeds[0] for one in known) < search.trials
+        attributes = [one.user_attrs for one in self._known()]
+        return sum(a.get("seed") == self.sweep.seeds[0] and AGAIN not in a for a in attributes) < search.trials
 
     def _ask(self) -> Claimed | None:
+        """The next trial; None where it has ended at once, or somebody runs the same experiment."""
         distributions = {}
         if isinstance(self.sweep.search, Suggested):
             self._study.sampler = _sampler(self.sweep, len(self._study.get_trials(deepcopy=False)))
             distributions = {name: _distribution(self.sweep, name) for name in self.sweep.axes}
         asked = self._study.ask(distributions)
-        if isinstance(self.sweep.search, Suggested):
-            if "seed" not in asked.user_attrs:
-                asked.set_user_attr("seed", self.sweep.seeds[0])
-                for seed in self.sweep.seeds[1:]:
-                    self._study.enqueue_trial(asked.params, user_attrs={"seed": seed})
-            trial = trial_at(self.sweep, _on_axes(self.sweep, asked.params), asked.user_attrs["seed"])
-            if trial is None:
-                self._study.tell(asked, state=TrialState.PRUNED)
-                return None
-            self.folder.write_trial(trial, stage_keys(trial.experiment))
-            for name, value in _attributes(trial).items():
-                asked.set_user_attr(name, value)
+        if isinstance(self.sweep.search, Suggested) and not self._placed(asked):
+            return None
         handle = try_lock(self.folder.trial(asked.user_attrs["key"]) / "claim")
         if handle is None:  # the same experiment twice, and the other one runs: whoever is free next looks again
             return None
         return _claimed(self._study.get_trials(deepcopy=False)[asked.number], handle)
 
-    def _enqueue(self, attributes: dict[str, Any]) -> None:
-        self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes))
+    def _placed(self, asked: optuna.trial.Trial) -> bool:
+        """Give a suggestion its seed, experiment and folder; False where there is nothing to run, and it has ended."""
+        if "seed" not in asked.user_attrs:
+            asked.set_user_attr("seed", self.sweep.seeds[0])
+            for seed in self.sweep.seeds[1:]:
+                self._study.enqueue_trial(asked.params, user_attrs={"seed": seed})
+        trial = trial_at(self.sweep, _on_axes(self.sweep, asked.params), asked.user_attrs["seed"])
+        if trial is None:
+            self._study.tell(asked, state=TrialState.PRUNED)
+            return False
+        self.folder.write_trial(trial, _stages_of(trial))
+        for name, value in _attributes(trial).items():
+            asked.set_user_attr(name, value)
+        failed = trial.impossible or ("" if AGAIN in asked.user_attrs else self.folder.failed(trial.key))
+        if failed:  # impossible, or a search that came to the same setting again
+            self.refused.append(f"{told(trial.settings)}, seed {trial.experiment.seed}: {failed}")
+            self._study.tell(asked, state=TrialState.FAIL)
+        return not failed
+
+    def _add(self, attributes: dict[str, Any], state: TrialState) -> None:
+        self._study.add_trial(create_trial(state=state, user_attrs=attributes))
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:
     return {"key": trial.key, "settings": trial.settings, "seed": trial.experiment.seed}
+
+
+def _stages_of(trial: Trial) -> list[str]:
+    """Keys of the stages of a trial; of one that cannot run none."""
+    return [] if trial.impossible else stage_keys(trial.experiment)
 
 
 def _claimed(one: FrozenTrial, handle: int) -> Claimed:
@@ -194,7 +256,7 @@ def _breadth_first(wanted: list[Trial]) -> list[Trial]:
     early: list[Trial] = []
     late: list[Trial] = []
     for trial in wanted:
-        start = stage_keys(trial.experiment)[0]
+        start = "".join(_stages_of(trial)[:1])
         (late if start in seen else early).append(trial)
         seen.add(start)
     return early + late

@@ -27,18 +27,22 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: which experiment, and by which settings (axis → as it is shown) it came about."""
+    """One run of a sweep: which experiment, and by which settings (axis → as it is shown) it came about.
+
+    `impossible` is why the trial cannot run; its experiment then is as far as the axes could be applied.
+    """
 
     settings: dict[str, str]
     experiment: Experiment
     key: str
+    impossible: str = ""
 
 
 def trials(sweep: Sweep) -> list[Trial]:
     """Every trial of a grid or a zip, in order, each experiment once; the base's own settings first.
 
     Raises:
-        UserError: an axis or a value that cannot work, or an experiment that cannot.
+        UserError: an axis or a value that cannot work, or no trial that can run.
     """
     check_sweep(sweep)
     if isinstance(sweep.search, Suggested):
@@ -50,26 +54,59 @@ def trials(sweep: Sweep) -> list[Trial]:
                 found.setdefault(trial.key, trial)
     if not found:
         raise UserError(f"sweep {sweep.name} has no trial: `keep` holds of none of its experiments")
+    first = next(iter(found.values()))
+    if all(trial.impossible for trial in found.values()):
+        which = "its trial" if len(found) == 1 else f"none of its {len(found)} trials can run; the first"
+        raise UserError(f"sweep {sweep.name}: {which}, {told(first.settings)}: {first.impossible}")
     own = {key_of(with_seed(sweep.base, seed)) for seed in sweep.seeds}
     return sorted(found.values(), key=lambda trial: trial.key not in own)
 
 
 def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
-    """The trial at one point of the axes, None where `keep` does not hold of it; UserError where it cannot work."""
-    experiment, settings = with_seed(sweep.base, seed), {}
-    for name, place in point.items():
-        if name in sweep.conditions and not sweep.conditions[name](experiment):
-            continue
-        experiment, settings[name] = apply(experiment, name, sweep.axes[name], place)
-    experiment = resolve_sources(experiment)
-    if not sweep.keep(experiment):
-        return None
+    """The trial at one point of the axes, None where `keep` does not hold of it; `impossible` says why it cannot run."""
+    experiment, settings, impossible = with_seed(sweep.base, seed), dict[str, str](), ""
+    try:
+        for name, place in point.items():
+            if name in sweep.conditions and not sweep.conditions[name](experiment):
+                continue
+            settings[name] = _name_of(sweep.axes[name], place)
+            experiment, settings[name] = apply(experiment, name, sweep.axes[name], place)
+        experiment = resolve_sources(experiment)
+        if not sweep.keep(experiment):
+            return None
+    except Exception as error:  # of a function of the sweep's file, whatever that does: this point alone has failed
+        impossible = why(error)
+        settings |= {name: _name_of(sweep.axes[name], point[name]) for name in point if name not in settings}
+        return Trial(settings, experiment, digest([sweep.name, settings, seed]), impossible)
     try:
         check(experiment)
     except UserError as error:
-        raise UserError(f"sweep {sweep.name}, trial {told(settings)}: {error}") from None
+        impossible = str(error)
     key = key_of(experiment)
-    return Trial(settings, dataclasses.replace(experiment, name=f"{sweep.name}-{key}"), key)
+    return Trial(settings, dataclasses.replace(experiment, name=f"{sweep.name}-{key}"), key, impossible)
+
+
+def why(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _name_of(values: Values, place: Any) -> str:
+    """How a setting is shown before it is known whether it can be applied."""
+    if isinstance(values, Range):
+        return shown(float(place))
+    if isinstance(values, Mapping):
+        return list(values)[place]
+    return f"value {place + 1}" if callable(values[place]) else shown(values[place])
+
+
+def label_on(experiment: Experiment, name: str, values: Values, place: Any) -> str:
+    """How a setting of an axis is shown; by its place where a function of the sweep's file fails."""
+    try:
+        return apply(experiment, name, values, place)[1]
+    except Exception:  # the trials at this value fail, and say why
+        return _name_of(values, place)
 
 
 def apply(experiment: Experiment, name: str, values: Values, place: Any) -> tuple[Experiment, str]:
@@ -147,12 +184,20 @@ def own_point(sweep: Sweep) -> Point | None:
                 return None
             point[name] = value
         else:
-            own = (place for place in range(len(values)) if apply(sweep.base, name, values, place)[0] == sweep.base)
-            place = next(own, None)
+            place = next(
+                (place for place in range(len(values)) if _changes_nothing(sweep.base, name, values, place)), None
+            )
             if place is None:
                 return None
             point[name] = place
     return point
+
+
+def _changes_nothing(base: Experiment, name: str, values: Values, place: int) -> bool:
+    try:
+        return apply(base, name, values, place)[0] == base
+    except Exception:  # a function of the sweep's file that fails leaves nothing as it is; its trials say why
+        return False
 
 
 # ---- what can be wrong -------------------------------------------------------------------------------------------
@@ -197,9 +242,27 @@ def _check_axis(sweep: Sweep, name: str, values: Values) -> None:
             replaced(sweep.base, name, value)
     elif isinstance(values, tuple):
         leaf(sweep.base, name)
-    labels = [apply(with_seed(sweep.base, sweep.seeds[0]), name, values, place)[1] for place in range(len(values))]
+    first = with_seed(sweep.base, sweep.seeds[0])
+    _refuse_if_all_fail(first, name, values)
+    labels = [label_on(first, name, values, place) for place in range(len(values))]
     if len(set(labels)) < len(labels) and name not in sweep.conditions:
         raise UserError(f"has a value twice: {', '.join(labels)}")
+
+
+def _refuse_if_all_fail(experiment: Experiment, name: str, values: tuple | Mapping) -> None:
+    """An axis none of whose values can be applied is a mistake of the sweep's file; a single one is a failed trial."""
+    refused: UserError | None = None
+    for place in range(len(values)):
+        try:
+            apply(experiment, name, values, place)
+        except UserError as error:
+            refused = refused or error
+        except Exception:  # of a function that may need what earlier axes set: its trials say why
+            return
+        else:
+            return
+    if refused is not None:
+        raise refused
 
 
 def _check_search(sweep: Sweep, where: str) -> None:

@@ -19,19 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lm.data.cache import current_cache
-from lm.experiment import Experiment
+from lm.experiment import Experiment, UserError
 from lm.files import load
 from lm.sweep.folder import SweepFolder, try_lock
 from lm.sweep.results import measurements, metric_name, read_result
 from lm.sweep.shared import pieces, stage_keys
 from lm.sweep.study import Claimed, Study
 from lm.sweep.sweep import Halving, Range, Suggested, Sweep
-from lm.sweep.trials import told, trial_at, trials
+from lm.sweep.trials import told, trial_at, trials, why
 from lm.train.run_files import read_stage
 from lm.train.run_folder import RunFolder
 
 LOOK_SECONDS = 1.0
-MOST_DEATHS = 3  # of a trial's process in a row, without a new checkpoint
+MOST_DEATHS = 3  # ends of a trial's process in a row, unfinished and without a new checkpoint
 EXIT_USER, EXIT_INTERRUPT = 2, 130
 
 
@@ -62,6 +62,8 @@ class Worker:
                 if self.stopping:
                     raise Stopped
                 claimed = self.study.take()
+                while self.study.refused:
+                    self.say(f"cannot run: {self.study.refused.pop(0)}")
                 if claimed is None:
                     if not self.study.open():
                         return
@@ -71,7 +73,22 @@ class Worker:
                     self._trial(claimed, everybody)
 
     def _trial(self, claimed: Claimed, everybody: list[list[str]]) -> None:
+        """Run a trial and tell how it ended; what cannot be run or read is a failure of this trial alone."""
         began = time.monotonic()
+        value, failed, pruned = math.nan, "", False
+        try:
+            value, failed, pruned = self._outcome(claimed, everybody)
+        except UserError as error:
+            failed = why(error)
+        self.study.tell(claimed, value if math.isfinite(value) else 0.0, failed, pruned)
+        done, of = self.study.counts()
+        how = failed or ("ended early, others were better" if pruned else "")
+        metric = self.sweep.metric or next((item.name for item in self.sweep.base.evals), "the first eval")
+        result = how or (f"{metric} {value:.4g}" if math.isfinite(value) else "done")
+        self.say(f"[{done}/{of}] {told(claimed.settings)}, seed {claimed.seed}: {result}, {_clock(began)}")
+
+    def _outcome(self, claimed: Claimed, everybody: list[list[str]]) -> tuple[float, str, bool]:
+        """(the number of the metric, why it failed, whether it was ended because others were better) of a trial, run."""
         run_dir = self.folder.trial(claimed.key)
         experiment = load(str(run_dir / "experiment.json"))
         keys = stage_keys(experiment)
@@ -87,16 +104,12 @@ class Worker:
             value = read_result(run_dir).final(name, field)
             if not math.isfinite(value):
                 failed = f"{name}.{field} after the last stage is no number"
-        self.study.tell(claimed, value if math.isfinite(value) else 0.0, failed, pruned)
-        done, of = self.study.counts()
-        how = failed or ("ended early, others were better" if pruned else "")
-        result = how or (f"{self.sweep.metric or experiment.evals[0].name} {value:.4g}" if experiment.evals else "done")
-        self.say(f"[{done}/{of}] {told(claimed.settings)}, seed {claimed.seed}: {result}, {_clock(began)}")
+        return value, failed, pruned
 
     def _piece(self, claimed: Claimed, experiment: Experiment, run_dir: Path, piece: range) -> tuple[str, bool]:
         """Train some stages of a trial: (why it failed, whether it was ended because others were better)."""
         names = [experiment.stages[i].name for i in piece]
-        deaths, saved = 0, -1
+        deaths, saved = 0, set[Path]()
         while not all(RunFolder(run_dir).finished(name) for name in names):
             code, pruned = self._process(claimed, experiment, run_dir, names[-1])
             if pruned:
@@ -105,12 +118,13 @@ class Worker:
                 raise Stopped
             if code == EXIT_USER:
                 return reason(run_dir / "log.txt"), False
-            if code not in (0, EXIT_INTERRUPT):
-                now = len(list(run_dir.glob("stages/*/checkpoints/*/manifest.json")))
-                deaths, saved = (deaths + 1 if now == saved else 1), now
-                if deaths >= MOST_DEATHS:
-                    return f"its process died {deaths} times with code {code}: {reason(run_dir / 'log.txt')}", False
-                self.say(f"{told(claimed.settings)}, seed {claimed.seed}: died with code {code}; goes on")
+            if all(RunFolder(run_dir).finished(name) for name in names):
+                break
+            now = set(run_dir.glob("stages/*/checkpoints/*/manifest.json"))
+            deaths, saved = (1 if now - saved else deaths + 1), now
+            if deaths >= MOST_DEATHS:
+                return f"its process died {deaths} times with code {code}: {reason(run_dir / 'log.txt')}", False
+            self.say(f"{told(claimed.settings)}, seed {claimed.seed}: died with code {code}; goes on")
         return "", False
 
     def _process(self, claimed: Claimed, experiment: Experiment, run_dir: Path, until: str) -> tuple[int, bool]:
@@ -148,7 +162,8 @@ class Worker:
         name, field = metric_name(experiment, self.sweep.metric)
         last = experiment.stages[-1]
         measured = measurements(read_stage(run_dir, last.name, "", last.steps), name, field)
-        told = [self.study.report(claimed, step, value) for step, value in measured if step < last.steps]
+        numbers = [(step, value) for step, value in measured if step < last.steps and math.isfinite(value)]
+        told = [self.study.report(claimed, step, value) for step, value in numbers]
         return any(told)
 
     @contextlib.contextmanager
@@ -210,14 +225,14 @@ def reason(log: Path) -> str:
 def _known_keys(sweep: Sweep) -> list[list[str]]:
     """Keys of the stages of every trial of a grid; of a search those of the ends of its axes, which show what is common."""
     if not isinstance(sweep.search, Suggested):
-        return [stage_keys(trial.experiment) for trial in trials(sweep)]
+        return [stage_keys(trial.experiment) for trial in trials(sweep) if not trial.impossible]
     low = {name: values.low if isinstance(values, Range) else 0 for name, values in sweep.axes.items()}
     found = []
     for name, values in sweep.axes.items():
         ends = (values.low, values.high) if isinstance(values, Range) else range(len(values))
         for seed in sweep.seeds:
             found += [trial_at(sweep, low | {name: end}, seed) for end in ends]
-    return [stage_keys(trial.experiment) for trial in found if trial is not None]
+    return [stage_keys(trial.experiment) for trial in found if trial is not None and not trial.impossible]
 
 
 def _clock(began: float) -> str:

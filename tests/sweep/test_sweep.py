@@ -19,7 +19,7 @@ from lm.sweep.pool import pool
 from lm.sweep.results import read_sweep
 from lm.sweep.run import run_sweep
 from lm.sweep.study import Study
-from lm.sweep.sweep import Halving, LogUniform, Random, Sweep
+from lm.sweep.sweep import TPE, Grid, Halving, LogUniform, Random, Sweep
 from lm.sweep.worker import Worker
 from lm.train.run_folder import read_json
 from tests.sweep.tiny import base, sweep
@@ -178,7 +178,7 @@ def test_a_sweep_that_cannot_work_leaves_no_folder(tmp_path, monkeypatch, capsys
     axis = '"sft.optimizer.peak_lr": (1e-3, 3e-3)'
     for wrong, message in (
         ('"sft.optimizer.peek_lr": (1e-3,)', "did you mean sft.optimizer.peak_lr"),
-        ('"model.num_kv_heads": (1, 3)', "trial num_kv_heads 3: model.num_heads 2 is not"),
+        ('"model.num_kv_heads": (3, 4)', "num_kv_heads 3: model.num_heads 2 is not"),
     ):
         Path("wrong.py").write_text(TINY.read_text().replace(axis, wrong))
         assert main(["sweep", "wrong.py"]) == 2
@@ -316,3 +316,121 @@ def test_a_run_that_is_refused_fails_with_its_reason(tmp_path, monkeypatch):
     assert "gone.txt" in line and read_json(folder.path / "sweep.json")["base"] == json.loads(
         json.dumps(to_dict(value.base))
     )
+
+
+# ---- points that fail, and journals that were cut ------------------------------------------------------------------
+
+HEADS = {"model.num_heads": (2, 3, 4), "model.num_kv_heads": (1, 3)}
+POSSIBLE = {("2", "1"), ("3", "1"), ("3", "3"), ("4", "1")}
+
+
+def run_out(study, worse=lambda settings: False):
+    """Take every trial and tell it a number, or that it failed: the settings that were run."""
+    run = []
+    while (claimed := study.take()) is not None:
+        run.append(tuple(claimed.settings.values()))
+        study.tell(claimed, value=1.0, failed="diverged" if worse(claimed.settings) else "")
+        os.close(claimed.handle)
+    return run
+
+
+@pytest.mark.parametrize("search", [Grid(), Random(12), TPE(12, startup=4), Halving(12, first=2)], ids=str)
+def test_points_that_cannot_work_are_failed_trials_and_the_rest_is_run(tmp_path, search):
+    value = Sweep("s", base, HEADS, search=search)
+    study, folder = opened(tmp_path, value)
+    run = set(run_out(study))
+    assert run <= POSSIBLE and len(run) >= (4 if search == Grid() else 2)
+    known = 6 if search == Grid() else 12
+    assert study.counts() == (known, known) and not study.open() and not study.all_failed()
+    assert study.failures() and all("is not a multiple of" in line for line in study.failures())
+    again = Study(value, folder)
+    again.queue()
+    assert run_out(again) == [] and again.counts() == (known, known), "the same command again tries nothing again"
+
+
+@pytest.mark.parametrize("search", [Grid(), Random(6)], ids=str)
+def test_a_trial_that_failed_is_run_again_only_if_asked(tmp_path, search):
+    value = Sweep("s", base, {"sft.steps": (2, 3, 4)}, seeds=(0, 1), search=search)
+    study, folder = opened(tmp_path, value)
+    run_out(study, worse=lambda settings: settings["sft.steps"] == "3")
+    failed = study.failures()
+    assert failed == ["steps 3, seed 0: diverged", "steps 3, seed 1: diverged"]
+    again = Study(value, folder)
+    again.queue()
+    assert run_out(again) == [] and again.failures() == failed
+    again.queue(retry_failed=True)
+    assert sorted(run_out(again)) == [("3",), ("3",)] and again.failures() == []
+
+
+def test_a_sweep_of_which_every_trial_fails_says_so_and_ends_with_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    axis, of_tiny = '"sft.optimizer.peak_lr": (1e-3, 3e-3)', TINY.read_text()
+    Path("grid.py").write_text(of_tiny.replace(axis, '"model.num_kv_heads": (3, 5)'))
+    assert main(["sweep", "grid.py"]) == 2 and main(["sweep", "grid.py", "--dry-run"]) == 2
+    assert "none of its 4 trials can run; the first, num_kv_heads 3" in capsys.readouterr().err
+    assert not Path("sweeps").exists()
+    search = of_tiny.replace(axis, '"model.num_kv_heads": (3, 5)').replace("seeds=(0, 1))", "search=Random(3))")
+    Path("search.py").write_text(search.replace("import Sweep", "import Random, Sweep"))
+    assert main(["sweep", "search.py"]) == 2
+    said = capsys.readouterr()
+    assert "every trial of sweep tiny failed (" in said.err and said.out.count("cannot run: num_kv_heads") == 3
+
+
+def test_settings_that_json_has_no_word_for_fail_and_are_shown(tmp_path):
+    study, folder = opened(tmp_path, Sweep("s", base, {"sft.optimizer.peak_lr": (1e-3, float("nan"))}))
+    assert run_out(study) == [("0.001",)]
+    assert "peak_lr nan, seed 0" in study.failures()[0] and len(read_sweep(folder.path)) == 2
+
+
+@pytest.fixture(scope="module")
+def journals(tmp_path_factory):
+    """The journal of a search with a failed trial, and its sweep."""
+    place = tmp_path_factory.mktemp("journal")
+    value = Sweep("s", base, HEADS, seeds=(0, 1), search=Random(4, seed=2))
+    study, folder = opened(place, value)
+    run_out(study, worse=lambda settings: settings["model.num_heads"] == "4")
+    assert study.counts() == (8, 8)
+    return value, folder, folder.journal.read_bytes()
+
+
+DAMAGE = {
+    "empty": lambda good, at: b"",
+    "cut": lambda good, at: good[:at],
+    "garbage in the middle": lambda good, at: good[:at] + b"\x00\xff\n\r{" + good[at:],
+    "two writers": lambda good, at: good[:at] + good[at // 2 :],
+    "bytes lost": lambda good, at: good[: at // 2] + good[at:],
+    "no object": lambda good, at: b"5\n" + good,
+    "no operation": lambda good, at: good + b'{"op_code": 99}\n',
+    "deep": lambda good, at: good + b"[" * 100_000 + b"\n",
+    "other fields": lambda good, at: good + b'{"op_code": 4, "worker_id": "x", "study_id": []}\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_journal_cut_anywhere_goes_on(journals, damage):
+    value, folder, good = journals
+    ends = range(0, len(good) + 1, len(good) // {"cut": 12, "two writers": 6, "bytes lost": 6}.get(damage, 2))
+    for at in ends:
+        bad = DAMAGE[damage](good, at)
+        folder.journal.write_bytes(bad)
+        study = Study(value, folder)
+        joined = damage in ("two writers", "bytes lost")  # of which some leave lines that could have been written
+        if not joined:
+            whole = good.startswith(bad) and (bad.endswith(b"\n") or not bad)
+            assert bool(study.remark) == (not whole and bad != good), (at, study.remark)
+        if study.remark:
+            assert "journal.log is damaged from line" in study.remark and "\n" not in study.remark
+            assert folder.journal.with_name("journal.log.damaged").read_bytes() == bad
+        study.queue()
+        assert not any("4" in settings[0] for settings in run_out(study)), "what failed is not run again"
+        done, known = study.counts()
+        assert done == known >= (0 if joined else 6) and not study.open(), "two of the four settings may be the same"
+        assert Study(value, folder).remark == ""
+
+
+def test_a_journal_that_a_killed_worker_was_writing_is_not_held(tmp_path):
+    study, folder = opened(tmp_path, sweep)
+    folder.journal.with_name("journal.log.lock").symlink_to("journal.log")  # Optuna's own lock, of a killed process
+    began = time.monotonic()
+    study.tell(study.take(), value=1.0)
+    assert Study(sweep, folder).counts() == (1, 4) and time.monotonic() - began < 5

@@ -7,7 +7,7 @@ import pytest
 from lm.experiment import GRPO, UserError
 from lm.overrides import leaf
 from lm.sweep.shared import pieces, stage_keys
-from lm.sweep.sweep import TPE, Grid, LogUniform, Random, Sweep, Uniform, Zip, load
+from lm.sweep.sweep import TPE, LogUniform, Random, Sweep, Uniform, Zip, load
 from lm.sweep.trials import apply, check_sweep, key_of, own_point, told, trial_at, trials
 from tests.sweep.tiny import base
 
@@ -101,9 +101,32 @@ def test_what_cannot_work_is_refused_in_a_line(case):
     assert "\n" not in str(refused.value)
 
 
-def test_an_experiment_that_cannot_work_names_its_trial():
-    with pytest.raises(UserError, match=r"trial num_heads 3, num_kv_heads 2: model.num_heads 3 is not"):
-        trials(Sweep("s", base, {"model.num_heads": (2, 3), "model.num_kv_heads": (2,)}, search=Grid()))
+def test_a_trial_that_cannot_run_says_why_and_the_others_stay():
+    found = trials(Sweep("s", base, {"model.num_heads": (2, 3), "model.num_kv_heads": (2,)}))
+    assert [trial.impossible for trial in found if trial.settings["model.num_heads"] == "2"] == [""]
+    (impossible,) = (trial for trial in found if trial.settings["model.num_heads"] == "3")
+    assert impossible.impossible.startswith("model.num_heads 3 is not")
+    with pytest.raises(UserError, match=r"its trial, num_heads 3, num_kv_heads 2: model.num_heads 3 is not"):
+        trials(Sweep("s", base, {"model.num_heads": (3,), "model.num_kv_heads": (2,)}))
+
+
+def fails_of_three(experiment):
+    return 3 // (experiment.stages[1].steps - 3)
+
+
+def test_a_function_that_fails_at_one_point_fails_that_point_only():
+    variants = {"plain": None, "broken": lambda e: 1 // 0}
+    found = trials(Sweep("s", base, {"what": variants, "sft.steps": (3, 4)}))
+    assert sorted(bool(trial.impossible) for trial in found) == [False, False, True, True]
+    assert {t.impossible for t in found} == {"", "ZeroDivisionError: integer division or modulo by zero"}
+    assert len({trial.key for trial in found}) == 4
+    of_others = Sweep("s", base, {"sft.steps": (3, 4), "pretrain.steps": (fails_of_three,)})
+    assert [(t.settings["pretrain.steps"], bool(t.impossible)) for t in trials(of_others)] == [
+        ("value 1", True),
+        ("3", False),
+    ]
+    kept = Sweep("s", base, {"sft.steps": (3, 4)}, keep=fails_of_three)
+    assert sorted(bool(trial.impossible) for trial in trials(kept)) == [False, True]
 
 
 def test_a_searchs_own_point_is_the_base_where_it_lies_within():
