@@ -7,6 +7,7 @@ held by nobody is taken up again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from lm.train.run_folder import read_json
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 DROPPED = "dropped"  # an attribute of trials that nobody ran, because the sweep asks for them no more
-AGAIN = "again"  # an attribute of trials of a search that failed before and are asked for once more
+AGAIN = "again"  # an attribute of trials that are run although they failed before
 _COMPLETE = {"key", "settings", "seed"}  # attributes of a trial that is written down whole
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -90,7 +91,8 @@ class Study:
                 if states.get(trial.key) in (LIVE if again else (*LIVE, TrialState.FAIL)):
                     continue
                 failed = self.folder.failed(trial.key) and not again
-                self._add(_attributes(trial), TrialState.FAIL if failed else TrialState.WAITING)
+                attributes = _attributes(trial) | ({AGAIN: True} if again else {})
+                self._add(attributes, TrialState.FAIL if failed else TrialState.WAITING)
             self.folder.want_only(keys)
 
     def take(self) -> Claimed | None:
@@ -100,7 +102,12 @@ class Study:
                 if _COMPLETE - set(one.user_attrs):  # its worker was killed between two lines of the journal
                     self._drop_half(one)
                 elif (handle := try_lock(self.folder.trial(one.user_attrs["key"]) / "claim")) is not None:
-                    return _claimed(one, handle)
+                    if AGAIN in one.user_attrs or not self.folder.failed(one.user_attrs["key"]):
+                        return _claimed(one, handle)
+                    os.close(handle)
+                    self._study.tell(
+                        one.number, state=TrialState.FAIL
+                    )  # as it did before its end in the journal was lost
             while self._more():
                 if (claimed := self._ask()) is not None:
                     return claimed

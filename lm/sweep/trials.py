@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -239,7 +240,8 @@ def _check_axis(sweep: Sweep, name: str, values: Values) -> None:
         raise UserError(f"has {values!r}; it should have a tuple of values, variants by name, or a distribution")
     if isinstance(values, tuple) and not any(map(callable, values)):
         for value in values:
-            replaced(sweep.base, name, value)
+            if not isinstance(value, float) or math.isfinite(value):  # else a failed trial, as what is out of range is
+                replaced(sweep.base, name, value)
     elif isinstance(values, tuple):
         leaf(sweep.base, name)
     first = with_seed(sweep.base, sweep.seeds[0])
