@@ -83,11 +83,16 @@ class Mesh:
         "pods joined by the data-centre network; each holds a copy and takes its share of the batch",
         least=1,
         most=2**20,
+        special=-1,
     )
     data: int = knob(
         -1, "devices that hold copies and split the batch; -1 takes all that are left", least=1, most=2**20, special=-1
     )
-    fsdp: int = knob(1, "devices that split the batch and the parameters", least=1, most=2**20)
-    expert: int = knob(1, "as fsdp; the axis that experts, where a model has them, are split over", least=1, most=2**20)
-    context: int = knob(1, "devices that split the tokens of a row, and the parameters", least=1, most=2**20)
-    tensor: int = knob(1, "devices that split heads, mlp and vocabulary", least=1, most=2**20)
+    fsdp: int = knob(1, "devices that split the batch and the parameters", least=1, most=2**20, special=-1)
+    expert: int = knob(
+        1, "as fsdp; the axis that experts, where a model has them, are split over", least=1, most=2**20, special=-1
+    )
+    context: int = knob(
+        1, "devices that split the tokens of a row, and the parameters", least=1, most=2**20, special=-1
+    )
+    tensor: int = knob(1, "devices that split heads, mlp and vocabulary", least=1, most=2**20, special=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from lm.experiment import (
     CPO,
@@ -13,6 +12,7 @@ from lm.experiment import (
     MADE,
     PPO,
     Collect,
+    Eval,
     Experiment,
     Model,
     RewardModel,
@@ -20,11 +20,11 @@ from lm.experiment import (
     Speechless,
     Stage,
     UserError,
-    flatten,
     reward_names,
     rows_per_update,
     rows_together,
-    to_dict,
+    strict,
+    updates_per_step,
 )
 from lm.user_functions import is_function_name
 
@@ -34,38 +34,16 @@ SMOOTHED = frozenset(
 WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})  # they rank the pairs of a batch
 
 
-def check(experiment: Experiment) -> None:
-    """Everything about an experiment that can be wrong without looking at data or devices.
+def check(experiment: Experiment) -> Experiment:
+    """The experiment, read strictly, if nothing is wrong with it that shows without looking at data or devices.
 
     Raises:
         UserError: names the field, its value and what would work.
     """
+    experiment = strict(experiment)
     m = experiment.model
-    names = [stage.name for stage in experiment.stages]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"stages need distinct names, at least one; there are {names}")
-    clash = set(names) & {f.name for f in dataclasses.fields(Experiment)}
-    if clash:
-        raise UserError(f"stage name {clash.pop()!r} is taken by a field of the experiment: choose another")
-    for name, value in flatten(to_dict(experiment)).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name} is {value}; it should be a finite number")
-    for name, value in vars(m).items():
-        least = 0 if name == "window" else 1
-        if type(value) is int and value < least:
-            raise UserError(f"model.{name} is {value}; it should be at least {least}")
-    if len(m.attention_blocks) not in (0, 4) or any(size < 128 or size % 128 for size in m.attention_blocks):
-        raise UserError(f"model.attention_blocks is {m.attention_blocks}; it should be four multiples of 128, or empty")
-    if len(m.rope_scaling) not in (0, 4):
-        raise UserError(f"model.rope_scaling has {len(m.rope_scaling)} numbers; it should have 4, or none")
-    if m.num_heads % m.num_kv_heads:
-        raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
-    if m.head_dim % 2:
-        raise UserError(f"model.head_dim {m.head_dim} is odd; rope turns pairs")
-    sizes = {"model.head_dim": m.head_dim} | {f"{stage.name}.seq_len": stage.seq_len for stage in experiment.stages}
-    for name, size in sizes.items():
-        if m.attention == "splash" and size % 128:
-            raise UserError(f"{name} is {size}; model.attention splash needs a multiple of 128 (auto, plain take any)")
+    _check_names(experiment)
+    _check_model(m, experiment.stages)
     known = [item.name for item in experiment.evals]
     for number, stage in enumerate(experiment.stages):
         _check_stage(stage, m)
@@ -76,33 +54,89 @@ def check(experiment: Experiment) -> None:
             )
     makers = [stage.name for stage in experiment.stages if isinstance(stage.objective, Collect)]
     for item in experiment.evals:
-        _check_made(
-            f"evals.{item.name}.source.path is {item.source.path!r}; stages that make rows are", item.source, makers
+        _check_eval(item, m, makers)
+    return experiment
+
+
+def _check_names(experiment: Experiment) -> None:
+    names = [stage.name for stage in experiment.stages]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"stages need distinct names, at least one; there are {names}")
+    clash = set(names) & {f.name for f in dataclasses.fields(Experiment)}
+    if clash:
+        raise UserError(f"stage name {clash.pop()!r} is taken by a field of the experiment: choose another")
+    evals = [item.name for item in experiment.evals]
+    if len(set(evals)) < len(evals):
+        raise UserError(f"evals need distinct names; there are {evals}")
+
+
+def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
+    if len(m.attention_blocks) not in (0, 4) or any(size % 128 for size in m.attention_blocks):
+        raise UserError(f"model.attention_blocks is {m.attention_blocks}; it should be four multiples of 128, or empty")
+    if len(m.rope_scaling) not in (0, 4):
+        raise UserError(f"model.rope_scaling has {len(m.rope_scaling)} numbers; it should have 4, or none")
+    if m.rope_scaling and m.rope_scaling[1] >= m.rope_scaling[2]:
+        raise UserError(
+            f"model.rope_scaling is {list(m.rope_scaling)}; its second number, the low frequency factor, should be below "
+            "the third, the high one"
         )
-        if item.metric == "best_of_n" and (item.temperature != 1 or item.best_of < 1):
-            raise UserError(
-                f"evals.{item.name} is best_of_n with temperature {item.temperature} and best_of {item.best_of}; it should have "
-                "temperature 1, of which the KL is known, and best_of of at least 1"
-            )
-        if item.metric == "pass_at_k" and (item.temperature == 0 or item.best_of < 1):
-            raise UserError(
-                f"evals.{item.name} is pass_at_k with temperature {item.temperature} and best_of {item.best_of}; it should have "
-                "a temperature above 0, or all answers are the same, and best_of of at least 1"
-            )
-        if item.max_new_tokens >= m.max_len:
-            raise UserError(
-                f"evals.{item.name}.max_new_tokens {item.max_new_tokens} leaves no room for a prompt in model.max_len {m.max_len}"
-            )
+    if m.num_heads % m.num_kv_heads:
+        raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
+    if m.head_dim % 2:
+        raise UserError(f"model.head_dim {m.head_dim} is odd; rope turns pairs")
+    sizes = {"model.head_dim": m.head_dim} | {f"{stage.name}.seq_len": stage.seq_len for stage in stages}
+    for name, size in sizes.items():
+        if m.attention == "splash" and size % 128:
+            raise UserError(f"{name} is {size}; model.attention splash needs a multiple of 128 (auto, plain take any)")
+
+
+def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
+    _check_made(
+        f"evals.{item.name}.source.path is {item.source.path!r}; stages that make rows are", item.source, makers
+    )
+    if item.metric == "best_of_n" and item.temperature != 1:
+        raise UserError(
+            f"evals.{item.name}.temperature is {item.temperature}; it should be 1 for best_of_n, of which the KL is known"
+        )
+    if item.metric == "pass_at_k" and item.temperature == 0:
+        raise UserError(
+            f"evals.{item.name}.temperature is {item.temperature}; it should be above 0 for pass_at_k, or all answers are "
+            "the same"
+        )
+    if item.max_new_tokens >= m.max_len:
+        raise UserError(
+            f"evals.{item.name}.max_new_tokens {item.max_new_tokens} leaves no room for a prompt in model.max_len {m.max_len}"
+        )
+
+
+def _check_schedule(stage: Stage) -> None:
+    """The warm-up, and the decay of wsd after it, fit into the stage's updates."""
+    if isinstance(stage.objective, Collect):
+        return
+    o, updates = stage.optimizer, stage.steps * updates_per_step(stage)
+    whose = f"the updates of {stage.name}.steps {stage.steps}"
+    if o.warmup_steps > updates:
+        raise UserError(
+            f"{stage.name}.optimizer.warmup_steps is {o.warmup_steps}; it should be from 0 to {updates}, {whose}"
+        )
+    decay = round(o.decay_frac * updates) if o.schedule == "wsd" else 0
+    if o.warmup_steps + decay > updates:
+        raise UserError(
+            f"{stage.name}.optimizer.warmup_steps is {o.warmup_steps} and decay_frac {o.decay_frac}, {decay} updates of wsd's "
+            f"decay; together they should be at most {updates}, {whose}"
+        )
 
 
 def _check_stage(stage: Stage, model: Model) -> None:
-    for name in ("steps", "batch_size", "seq_len", "microbatches", "save_every"):
-        if getattr(stage, name) < 1:
-            raise UserError(f"{stage.name}.{name} is {getattr(stage, name)}; it should be at least 1")
     if stage.seq_len > model.max_len:
         raise UserError(f"{stage.name}.seq_len {stage.seq_len} is longer than model.max_len {model.max_len}")
     if not stage.sources:
         raise UserError(f"{stage.name}.sources is empty: name at least one source of data")
+    if not any(source.weight for source in stage.sources):
+        raise UserError(f"{stage.name}.sources all have weight 0: at least one should be above 0")
+    if len(set(stage.evals)) < len(stage.evals):
+        raise UserError(f"{stage.name}.evals is {list(stage.evals)}; it should have each name once")
+    _check_schedule(stage)
     rows, together = rows_per_update(stage), rows_together(stage)
     if rows % (together * stage.microbatches):
         what = "pairs" if together == 2 else "rows"
@@ -121,26 +155,31 @@ def _check_stage(stage: Stage, model: Model) -> None:
             f"{stage.name}.batch_size is {stage.batch_size}; KTO pairs each prompt with another answer of its batch: "
             "it should be at least 2"
         )
+    if isinstance(stage.objective, KTO) and not stage.objective.desirable_weight + stage.objective.undesirable_weight:
+        raise UserError(
+            f"{stage.name}.objective has desirable_weight 0 and undesirable_weight 0: one of them should be above 0"
+        )
     if isinstance(stage.objective, GRPO | PPO | Collect) and stage.objective.max_new_tokens >= stage.seq_len:
         raise UserError(
             f"{stage.name}.objective.max_new_tokens {stage.objective.max_new_tokens} leaves no room for a prompt in "
             f"{stage.name}.seq_len {stage.seq_len}"
         )
     if isinstance(stage.objective, RewardModel):
-        _check_ranges(stage, {"tie_width": (0, None), "center_coef": (0, None), "layers": (0, model.num_layers)})
+        layers = stage.objective.layers
+        if layers > model.num_layers:
+            raise UserError(
+                f"{stage.name}.objective.layers is {layers}; it should be from 0 to model.num_layers {model.num_layers}"
+            )
     if isinstance(stage.objective, PPO):
         _check_ppo(stage, stage.objective)
     if isinstance(stage.objective, Collect):
         _check_collect(stage, stage.objective)
     if isinstance(stage.objective, GRPO):
         o = stage.objective
-        if o.group_size < 2:
-            raise UserError(f"{stage.name}.objective.group_size is {o.group_size}; a group needs at least 2 to compare")
         if stage.batch_size * o.group_size % o.updates_per_rollout:
             raise UserError(
                 f"{stage.name}.objective.updates_per_rollout {o.updates_per_rollout} does not divide its {stage.batch_size * o.group_size} completions"
             )
-        _check_ranges(stage, {"rollouts": (1, None), "sampler_cap": (0, None)})
         if o.sampler_cap and o.sampler == "same":
             raise UserError(
                 f"{stage.name}.objective.sampler_cap is {o.sampler_cap} and sampler is same: there is nothing to weigh; "
@@ -149,8 +188,6 @@ def _check_stage(stage: Stage, model: Model) -> None:
 
 
 def _check_smoothing(stage: Stage, o: DPO | CPO) -> None:
-    if not 0 <= o.label_smoothing < 0.5:
-        raise UserError(f"{stage.name}.objective.label_smoothing is {o.label_smoothing}; it should be in [0, 0.5)")
     losses, readers = ((o.loss,), {"sigmoid", "simpo"}) if isinstance(o, CPO) else (o.losses, SMOOTHED)
     if o.label_smoothing and readers.isdisjoint(losses) and not any(map(is_function_name, losses)):
         raise UserError(
@@ -168,8 +205,8 @@ def _check_dpo(stage: Stage, o: DPO) -> None:
             f"{where}.loss_weights has {len(o.loss_weights)} numbers and losses {len(o.losses)} rows; "
             "it should have one for each, or none"
         )
-    if not 0 <= o.ld_alpha <= 1:
-        raise UserError(f"{where}.ld_alpha is {o.ld_alpha}; it should be in [0, 1]")
+    if o.loss_weights and not any(o.loss_weights):
+        raise UserError(f"{where}.loss_weights is {list(o.loss_weights)}; at least one should be above 0")
     ranked = sorted(WHOLE_BATCH.intersection(o.losses))
     if ranked and stage.microbatches > 1:
         raise UserError(
@@ -206,24 +243,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _check_ranges(stage: Stage, ranges: dict[str, tuple[float | None, float | None]]) -> None:
-    """Fields of the objective that lie from one number to another; None: no end."""
-    for name, (low, high) in ranges.items():
-        value = getattr(stage.objective, name)
-        if (low is not None and value < low) or (high is not None and value > high):
-            wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise UserError(f"{stage.name}.objective.{name} is {value}; it should be {wanted}")
-
-
 def _check_ppo(stage: Stage, o: PPO) -> None:
-    ranges: dict[str, tuple[float | None, float | None]] = {
-        **dict.fromkeys(("gamma", "lam"), (0, 1)),
-        **dict.fromkeys(("clip", "value_clip", "value_coef", "kl_coef", "kl_target", "missing_eos_penalty"), (0, None)),
-        **dict.fromkeys(("epochs", "minibatches", "kl_horizon"), (1, None)),
-    }
-    _check_ranges(stage, ranges)
-    if o.temperature <= 0:
-        raise UserError(f"{stage.name}.objective.temperature is {o.temperature}; PPO samples: it should be above 0")
     if not o.reward_models and not o.verifier:
         raise UserError(
             f"{stage.name}.objective has neither reward_models nor a verifier: name a reward model's stage, or a row of the "
@@ -237,7 +257,6 @@ def _check_ppo(stage: Stage, o: PPO) -> None:
 
 def _check_collect(stage: Stage, o: Collect) -> None:
     where = f"{stage.name}.objective"
-    _check_ranges(stage, {"answers": (2, None), "temperature": (0, None)})
     if not o.judge and not o.verifier:
         raise UserError(f"{where} has nobody who judges: name judge, a reward model's stage or people, or a verifier")
     if o.judge == "people" and o.make == "best":

@@ -1,6 +1,6 @@
 """An experiment is a value: frozen dataclasses, loaded from a file, overridden by name, saved, compared.
 
-Imports nothing of lm but its fields, and nothing slow, so that `lm --help` answers at once.
+Imports nothing of lm but fields, and nothing slow, so that `lm --help` answers at once.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class GRPO:
     group_size: int = knob(8, "completions sampled for one prompt", least=2, most=2**16)
     max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this", least=1, most=2**26)
     temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
-    clip_low: float = knob(0.2, "lower clip of the ratio: 1 - clip_low", least=0, most=1)
-    clip_high: float = knob(0.2, "upper clip of the ratio: 1 + clip_high", least=0, most=1e6)
+    clip_low: float = knob(0.2, "lower clip of the ratio: 1 - clip_low", least=1e-4, most=1)
+    clip_high: float = knob(0.2, "upper clip of the ratio: 1 + clip_high", least=1e-4, most=1e6)
     kl_coef: float = knob(0.0, "weight of the k3 KL to the reference, the model before this stage", least=0, most=1000)
     aggregation: Literal["token", "sequence", "constant"] = knob(
         "token", "how token losses add up: DAPO, GRPO, Dr. GRPO"
@@ -170,8 +170,9 @@ class GRPO:
     sampler_cap: float = knob(
         0.0,
         "tokens are weighed by how much likelier they are to the trainer than to the sampler, capped here (TIS); 0: not",
-        least=0,
+        least=1e-3,
         most=1e6,
+        special=0,
     )
     reward_seconds: float = _reward_seconds()
 
@@ -187,7 +188,9 @@ class RewardModel:
     ties: Literal["drop", "split", "rao_kupper"] = knob(
         "drop", "pairs that are a `tie`: left out, half each, a third outcome"
     )
-    tie_width: float = knob(0.5, "rao_kupper: answers whose scores differ by less are called equal", least=0, most=1000)
+    tie_width: float = knob(
+        0.5, "rao_kupper: answers whose scores differ by less are called equal", least=1e-3, most=1000
+    )
     layers: int = knob(
         0,
         "only the first so many layers of the model are read, for a smaller reward model; 0: all",
@@ -225,8 +228,8 @@ class PPO:
     missing_eos_penalty: float = knob(
         0.0, "taken off the score of an answer that did not end by itself", least=0, most=1e6
     )
-    clip: float = knob(0.2, "ratios are clipped to 1 ± clip", least=0, most=1e6)
-    value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip", least=0, most=1e6)
+    clip: float = knob(0.2, "ratios are clipped to 1 ± clip", least=1e-4, most=1e6)
+    value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip", least=1e-4, most=1e6)
     value_coef: float = knob(0.1, "weight of the values' loss", least=0, most=1000)
     epochs: int = knob(4, "times that the rollout is gone through", least=1, most=2**16)
     minibatches: int = knob(1, "optimizer updates in one time", least=1, most=2**16)

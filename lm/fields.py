@@ -47,7 +47,7 @@ class Range:
 
     def __str__(self) -> str:
         """In words that follow "an integer" or "a number": `from 0 to 1`, `above 0 and at most 100, or -1`."""
-        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        ends = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         words = " and ".join(f"{word} {plain(end)}" for word, end in ends.items() if end is not None)
         if self.least is not None and self.most is not None:
             words = f"from {plain(self.least)} to {plain(self.most)}"

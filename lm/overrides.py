@@ -109,8 +109,9 @@ def _parse(text: str, kind: Any, flag: str) -> Any:
         return None if text.lower() == "none" else _parse(text, args[0], flag)
     try:
         if origin is tuple:
-            items = json.loads(text) if text.startswith("[") else [part for part in text.split(",") if part.strip()]
-            return tuple(_parse(str(item).strip(), args[0], flag) for item in items)
+            if text.startswith("["):
+                return tuple(_parse(_as_text(item), args[0], flag) for item in json.loads(text))
+            return tuple(_parse(part.strip(), args[0], flag) for part in text.split(",") if part.strip())
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
         if kind is int:
@@ -120,5 +121,12 @@ def _parse(text: str, kind: Any, flag: str) -> Any:
         if origin is Literal and text not in args and not takes_function(text, args):
             raise ValueError(text)
         return text
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError, RecursionError):
         raise UserError(f"{flag} is {text!r}; it should be {describe(kind)}") from None
+
+
+def _as_text(item: Any) -> str:
+    """A member of a JSON list as it would be typed; ValueError for what nobody can type."""
+    if isinstance(item, bool) or not isinstance(item, str | int | float):
+        raise ValueError(item)
+    return str(item)

@@ -38,7 +38,7 @@ experiment = Experiment(
     model=Model(num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64, max_len=128),
     stages=(
         Stage("pretrain", Pretrain(z_loss=1e-4), (text,), seq_len=64, microbatches=2, **often),
-        Stage("sft", SFT(), (instruct, arithmetic), seq_len=64, **often | {"optimizer": Optimizer(kind="muon")}),
+        Stage("sft", SFT(), (instruct, arithmetic), seq_len=64, **often | {"optimizer": Optimizer(kind="muon", warmup_steps=2)}),
         Stage("preference", DPO(), (preferences,), seq_len=128, **often),
         Stage(
             "reason",

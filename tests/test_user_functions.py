@@ -59,7 +59,7 @@ def experiment(**changes) -> Experiment:
     prompts = (Source("gen:arithmetic", holdout=0.05),)
     return Experiment(
         name="own",
-        stages=(Stage("reason", GRPO(verifier="judges:score"), prompts, steps=1, **changes),),
+        stages=(Stage("reason", GRPO(verifier="judges:score"), prompts, steps=20, **changes),),
         evals=(Eval("right", prompts[0], verifier="judges:score"),),
     )
 

@@ -72,7 +72,8 @@ SMALL = [
 FEW = ["--evals.judge.count", "8", "--evals.instruct.count", "8", "--ppo.objective.max_new_tokens", "8"]
 FEW += ["--evals.judge.max_new_tokens", "8", "--evals.instruct.max_new_tokens", "8"]
 little = made_up(base)
-SHORT = [word for stage in little.stages for word in (f"--{stage.name}.steps", "2", f"--{stage.name}.batch_size", "8")]
+BRIEF = {"steps": "2", "batch_size": "8", "optimizer.warmup_steps": "1"}
+SHORT = [word for stage in little.stages for name, value in BRIEF.items() for word in (f"--{stage.name}.{name}", value)]
 quick = Sweep(
     "dpo_ppo_quick",
     override(little, [*SMALL, *FEW, *SHORT]),

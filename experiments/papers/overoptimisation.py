@@ -61,7 +61,11 @@ def deep(e: Experiment, width: int) -> Experiment:
 def little(e: Experiment) -> Experiment:
     """Some steps of each, on pairs that are generated: of a model that has learnt nothing every answer is wrong."""
     pairs = (Source("gen:preferences", holdout=0.1),)
-    kept = (dataclasses.replace(s, steps=4, batch_size=8) for s in e.stages if s.name != "collect")
+    kept = (
+        dataclasses.replace(s, steps=4, batch_size=8, optimizer=dataclasses.replace(s.optimizer, warmup_steps=2))
+        for s in e.stages
+        if s.name != "collect"
+    )
     stages = tuple(dataclasses.replace(s, sources=pairs) if s.name == "reward" else s for s in kept)
     last = stages[-1]
     ppo = dataclasses.replace(last, eval_every=2, objective=dataclasses.replace(last.objective, max_new_tokens=SHORT))

@@ -55,7 +55,14 @@ quick = dataclasses.replace(
         experiment.model, num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64
     ),
     stages=tuple(
-        dataclasses.replace(stage, steps=4, batch_size=2, save_every=4, eval_every=2 * bool(stage.eval_every))
+        dataclasses.replace(
+            stage,
+            steps=4,
+            batch_size=2,
+            save_every=4,
+            eval_every=2 * bool(stage.eval_every),
+            optimizer=dataclasses.replace(stage.optimizer, warmup_steps=2),
+        )
         for stage in (
             experiment.stages[0],
             dataclasses.replace(

@@ -42,6 +42,14 @@ quick = dataclasses.replace(
     model=dataclasses.replace(
         experiment.model, num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, max_len=64
     ),
-    stages=(dataclasses.replace(experiment.stages[0], steps=4, batch_size=4, seq_len=64),),
+    stages=(
+        dataclasses.replace(
+            experiment.stages[0],
+            steps=4,
+            batch_size=4,
+            seq_len=64,
+            optimizer=dataclasses.replace(experiment.stages[0].optimizer, warmup_steps=2),
+        ),
+    ),
     evals=(dataclasses.replace(experiment.evals[0], count=8, max_new_tokens=8),),
 )

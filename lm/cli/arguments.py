@@ -32,9 +32,7 @@ def resolve(name: str, overrides: list[str]) -> Experiment:
     Raises:
         UserError: no such experiment or knob, or a value that cannot work.
     """
-    experiment = override(load(name), overrides)
-    check(experiment)
-    return experiment
+    return check(override(load(name), overrides))
 
 
 def find_run(name: str) -> Path:

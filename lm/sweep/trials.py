@@ -80,7 +80,7 @@ def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
         settings |= {name: _name_of(sweep.axes[name], point[name]) for name in point if name not in settings}
         return Trial(settings, experiment, digest([sweep.name, settings, seed]), impossible)
     try:
-        check(experiment)
+        experiment = check(experiment)
     except UserError as error:
         impossible = str(error)
     key = key_of(experiment)

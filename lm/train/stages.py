@@ -28,6 +28,7 @@ from lm.experiment import (
     UserError,
     resolve_sources,
     reward_names,
+    strict,
     to_dict,
 )
 from lm.model.scorer import Scorer
@@ -147,8 +148,7 @@ def _train(run: Run, index: int, batches: Batches | None, began: float) -> None:
 
 def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
     """The experiment with its sources resolved, and the index of the last stage to train; before anything slow."""
-    experiment = resolve_sources(experiment)
-    check(experiment)
+    experiment = check(resolve_sources(strict(experiment)))
     last = check_until(experiment, until)
     check_sources(experiment)
     check_files(experiment)

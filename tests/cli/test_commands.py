@@ -158,9 +158,9 @@ def trained(tmp_path, monkeypatch) -> types.SimpleNamespace:
 
 
 def test_run_trains_in_the_folder_of_its_name_and_writes_the_report(trained, capsys):
-    assert main(["run", "small", "--sft.steps", "7", "--name", "other", "--fresh", "--profile", "2:4"]) == 0
+    assert main(["run", "small", "--sft.steps", "70", "--name", "other", "--fresh", "--profile", "2:4"]) == 0
     experiment, *given = trained.calls[0]
-    assert experiment.stages[0].steps == 7 and given == [Path("runs/other"), True, None, (2, 4), None]
+    assert experiment.stages[0].steps == 70 and given == [Path("runs/other"), True, None, (2, 4), None]
     assert "report: runs/other/report.html" in capsys.readouterr().out
     assert Path("runs/other/report.html").is_file()
 
@@ -178,10 +178,10 @@ def test_steps_to_profile_that_are_no_slice_are_refused_before_anything_is_train
 
 def test_an_interrupted_run_says_how_to_go_on(trained, capsys):
     trained.interrupt = True
-    assert main(["run", "small", "--fresh", "--run-dir", "my run", "--sft.steps=7", "--until", "sft"]) == 130
+    assert main(["run", "small", "--fresh", "--run-dir", "my run", "--sft.steps=70", "--until", "sft"]) == 130
     error = capsys.readouterr().err
     assert "SIGINT at step 3 of stage sft: saved" in error and error.count("\n") == 1
-    assert error.endswith("lm run small --run-dir 'my run' --until sft --sft.steps=7\n")
+    assert error.endswith("lm run small --run-dir 'my run' --until sft --sft.steps=70\n")
 
 
 def test_eval_says_where_numbers_differ():

@@ -12,14 +12,14 @@ from lm.cli.main import ALLOCATOR, COMMANDS, main, split_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = """
-from lm.experiment import Experiment, Pretrain, SFT, Source, Stage
+from lm.experiment import Experiment, Optimizer, Pretrain, SFT, Source, Stage
 
-text = Source(path="text.txt")
+text, few = Source(path="text.txt"), Optimizer(warmup_steps=2)
 experiment = Experiment(
     name="small",
     stages=(
-        Stage(name="pretrain", objective=Pretrain(), sources=(text,), steps=3),
-        Stage(name="sft", objective=SFT(), sources=(text,), steps=2),
+        Stage(name="pretrain", objective=Pretrain(), sources=(text,), optimizer=few, steps=3),
+        Stage(name="sft", objective=SFT(), sources=(text,), optimizer=few, steps=2),
     ),
 )
 """

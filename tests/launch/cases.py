@@ -18,14 +18,14 @@ GOLDEN = Path(__file__).with_name("golden")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 EXPERIMENT = """
-from lm.experiment import Experiment, Mesh, Model, Pretrain, Source, Stage, Tokenizer
+from lm.experiment import Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
 experiment = Experiment(
     name="pod_run",
     tokenizer=Tokenizer(vocab_size=512),
     model=Model(num_layers=2, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=256),
     mesh=Mesh(data=1, fsdp=-1),
-    stages=(Stage("pretrain", Pretrain(), (Source("text.txt"),), steps=8, batch_size=64, seq_len=128),),
+    stages=(Stage("pretrain", Pretrain(), (Source("text.txt"),), Optimizer(warmup_steps=2), steps=8, batch_size=64, seq_len=128),),
 )
 """
 

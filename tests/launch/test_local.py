@@ -125,11 +125,11 @@ def test_an_error_of_the_users_is_not_tried_again(work):
 def test_several_processes_begin_with_a_folder_that_is_the_runs(work, capsys):
     """Before anything is started: a folder of another experiment, or one in use, is refused with one line."""
     folder = RunFolder(work / "out")
-    assert main(["run", "small.py", "--run-dir", "out", "--pretrain.steps", "1"]) == 0
+    assert main(["run", "small.py", "--run-dir", "out", "--pretrain.steps", "2"]) == 0
     capsys.readouterr()
     words = ["launch", "small.py", "--on", "local", "--processes", "2", "--run-dir", "out"]
     assert main(words) == 2
-    assert "pretrain.steps: 1 → 60" in capsys.readouterr().err
+    assert "pretrain.steps: 2 → 60" in capsys.readouterr().err
     with folder.lock():
         assert main(words) == 2
     assert "in use by process" in capsys.readouterr().err
