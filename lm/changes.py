@@ -56,6 +56,9 @@ def read_experiment(folder: Path) -> Plain:
     found = read_json(file)
     if not isinstance(found, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object")
+    stages = found.get("stages")
+    if not isinstance(stages, list) or not stages or not all(map(_is_stage, stages)):
+        raise UserError(f"{file} is damaged: it has no list of stages, each with its name and its objective")
     recorded = read_sealed(environment).get(EXPERIMENTS, []) if environment.exists() else []
     if not recorded or any(normalised(found) == normalised(one) for one in recorded):
         return found
@@ -64,6 +67,14 @@ def read_experiment(folder: Path) -> Plain:
         f"{file} is damaged: {name} is {json.dumps(is_now)}, and {environment.name} beside it says {json.dumps(was)}: put "
         "back a copy of it"
     )
+
+
+def _is_stage(value: Any) -> bool:
+    """Whether a plain value has what tells of a stage's files: a name that is one of a folder, and the kind of objective."""
+    if not isinstance(value, dict) or not isinstance(value.get("objective"), dict):
+        return False
+    name, kind = value.get("name"), value["objective"].get("kind")
+    return isinstance(name, str) and Path(name).name == name and "\0" not in name and isinstance(kind, str)
 
 
 @dataclass(frozen=True)

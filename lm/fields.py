@@ -192,7 +192,8 @@ def _read_leaf(value: Any, kind: Any, where: str, reading: Reading, metadata: An
     elif taken and kind is float:
         taken = math.isfinite(leaf)
     if not taken:
-        raise UserError(f"{where} is {shown(value)}; it should be {describe(kind, span)}")
+        wanted = NAME_RULE if metadata.get("name") else describe(kind, span)
+        raise UserError(f"{where} is {shown(value)}; it should be {wanted}")
     return leaf
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lm
 from lm.changes import read_experiment
-from lm.experiment import Experiment, UserError, from_dict, nearest
+from lm.experiment import Experiment, UserError, from_dict, nearest, strict
+from lm.fields import shown
 from lm.stored import read_json
-from lm.user_functions import beside, search_first, search_recorded
+from lm.user_functions import beside, described, search_first, search_recorded
 
 Kind = TypeVar("Kind")
 EXPERIMENTS = (Path("experiments"), Path(lm.__file__).resolve().parent.parent / "experiments")
@@ -27,7 +28,7 @@ def load(name: str) -> Experiment:
         search_recorded(Path(name).parent)
         file = Path(name)
         return from_dict(read_experiment(file.parent) if file.name == "experiment.json" else read_json(file))
-    return defined_in(file_of(name), "experiment", Experiment)
+    return strict(defined_in(file_of(name), "experiment", Experiment))
 
 
 def file_of(name: str) -> Path:
@@ -40,8 +41,9 @@ def file_of(name: str) -> Path:
         if not Path(name).is_file():
             raise UserError(f"no experiment file {name} (from {Path.cwd()})")
         return Path(name)
-    below = Path(*name.removeprefix("experiments.").split(".")).with_suffix(".py")
-    found = next((folder / below for folder in EXPERIMENTS if (folder / below).is_file()), None)
+    parts = name.removeprefix("experiments.").split(".")
+    below = Path(*parts[:-1], f"{parts[-1]}.py")
+    found = next((folder / below for folder in EXPERIMENTS if all(parts) and (folder / below).is_file()), None)
     if found is None:
         modules = (path.relative_to(folder).with_suffix("") for folder in EXPERIMENTS for path in folder.rglob("*.py"))
         names = sorted({".".join(module.parts) for module in modules})
@@ -58,10 +60,28 @@ def experiments_folder(name: str) -> Path:
 
 
 def defined_in(path: Path, name: str, kind: type[Kind]) -> Kind:
-    """The value `name` of a type that a Python file defines; UserError where it defines none."""
+    """The value `name` of a type that a Python file defines.
+
+    Raises:
+        UserError: the file cannot be read or run (says the line), or defines no such value.
+    """
+    wanted = f"a value of {kind.__module__}.{kind.__name__}"
+    values = run_file(path)
+    if name not in values:
+        raise UserError(f"{path} defines no `{name}` ({wanted})")
+    if type(values[name]) is not kind:
+        raise UserError(f"{path}: `{name}` is {shown(values[name])}; it should be {wanted}")
+    return values[name]
+
+
+def run_file(path: Path) -> dict[str, Any]:
+    """What a Python file of the user's defines. Whatever it raises, `sys.exit` too, is a UserError with file and line."""
     search_first(path.parent)
-    with beside(path.resolve().parent):
-        value = runpy.run_path(str(path)).get(name)
-    if not isinstance(value, kind):
-        raise UserError(f"{path} defines no `{name}` (a value of {kind.__module__}.{kind.__name__})")
-    return value
+    try:
+        compile(path.read_bytes(), str(path), "exec")  # runpy would take a compiled file too
+        with beside(path.resolve().parent):
+            return runpy.run_path(str(path))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(described(error, path)) from error

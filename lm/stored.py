@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lm.fields import UserError
+from lm.fields import UserError, shown
 
 SEAL = "sha256"
 """The field of a sealed JSON object that has the SHA-256 of the rest of it."""
@@ -47,9 +47,28 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     write_json_atomic(path, sealed(json.loads(json.dumps(content))))
 
 
+def make_folder(path: Path, flag: str) -> None:
+    """Make a folder, and those above it, where they are not there.
+
+    Args:
+        flag: with which the user names another one, for the error.
+
+    Raises:
+        UserError: a file stands in its place or above it, its name is too long, or the system refuses it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {shown(str(path))} cannot be made: {error.strerror}; name another one ({flag})"
+        ) from error
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises UserError with the line where it is broken, or where there is no such file."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error

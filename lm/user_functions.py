@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import os
 import sys
 import traceback
@@ -22,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from lm.experiment import CPO, DPO, FUNCTION, GRPO, KTO, PPO, Collect, Experiment, UserError, nearest
+from lm.stored import read_sealed
 
 SEARCH_PATH = "LM_FUNCTIONS"
 """Environment variable with the folders that are searched first, joined like PATH; child processes inherit it."""
@@ -111,8 +111,12 @@ def function_names(experiment: Experiment) -> list[tuple[str, str, str]]:
 def search_recorded(run_dir: Path) -> None:
     """Look for FILE first where the last session of a run found it, as its environment.json says."""
     file = run_dir / "environment.json"
-    sessions = json.loads(file.read_text("utf-8"))["runs"] if file.is_file() else []
-    for name, found in (sessions[-1].get("functions", {}) if sessions else {}).items():
+    sessions = read_sealed(file).get("runs") if file.is_file() else []
+    session = sessions[-1] if isinstance(sessions, list) and sessions else {}
+    functions = session.get("functions", {}) if isinstance(session, dict) else None
+    if not isinstance(functions, dict) or not all(isinstance(found, str) for found in functions.values()):
+        raise UserError(f"{file} is damaged: its last session has no functions by name; put back a copy of it")
+    for name, found in functions.items():
         path = _as_path(name.rpartition(":")[0])
         search_first(Path(found).parents[0 if ".." in path.parts else len(path.parts) - 1])
 
@@ -185,12 +189,15 @@ def _import(file: str) -> ModuleType:
 
 def described(error: BaseException, path: Path) -> str:
     """An error that a user's file raised in one line: FILE:LINE: what was raised."""
-    line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
-    if line is None:
-        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    place, line = str(path), None
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        place, line = error.filename or place, error.lineno
+    else:
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
         line = frames[-1] if frames else None
     said = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
-    return f"{path}{f':{line}' if line else ''}: {type(error).__name__}{f': {said}' if said else ''}"
+    what = said if isinstance(error, UserError) else f"{type(error).__name__}{f': {said}' if said else ''}"
+    return f"{place}{f':{line}' if line else ''}: {what}"
 
 
 @contextlib.contextmanager

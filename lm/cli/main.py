@@ -49,8 +49,12 @@ ALLOCATOR = {
     )
 }
 
-# What the operating system refuses: a full disk, a folder of somebody else's. Any other OSError is a bug.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What the operating system refuses: a full disk, a folder of somebody else's, a path that cannot be. Any other OSError is
+# a bug.
+REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST,
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        print(f"lm: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        name = str(error.filename or "a file")
+        print(f"lm: error: {name if len(name) < 120 else name[:100] + ' …'}: {error.strerror}", file=sys.stderr)
         return EXIT_USER
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from lm.experiment import UserError
+from lm.stored import make_folder
 
 VERSION = 4  # of what is stored and of how a row becomes tokens: raise it when either changes
 BEAT_SECONDS = 2.0
@@ -42,7 +43,9 @@ _folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache fol
 
 @contextlib.contextmanager
 def cache_at(folder: Path | None) -> Iterator[None]:
-    """Inside, the cache is kept in `folder`; None: where it is by default."""
+    """Inside, the cache is kept in `folder`; None: where it is by default. UserError where it cannot be a folder."""
+    if folder is not None:
+        make_folder(folder.expanduser(), "--cache DIR")
     token = _folder.set(folder)
     try:
         yield

@@ -19,7 +19,7 @@ from typing import Any
 
 from lm.changes import normalised, read_experiment
 from lm.experiment import UserError, diff, to_dict
-from lm.stored import lock_file
+from lm.stored import lock_file, make_folder
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, label_on
 from lm.train.run_folder import read_json, write_json_atomic
@@ -66,7 +66,7 @@ class SweepFolder:
         if not self.description.exists():
             if self.path.exists() and any(path.name != "lock" for path in self.path.iterdir()):
                 raise UserError(f"{self.path} has files but no sweep.json: name another folder (--folder DIR)")
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path, "--folder DIR")
         else:
             self._refuse_another(read_json(self.description), wanted)
         write_json_atomic(self.description, wanted)
@@ -142,7 +142,7 @@ class SweepFolder:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, no other worker looks for a trial."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, "--folder DIR")
         handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             lock_file(handle, self.path, "--folder DIR", wait=True)
@@ -153,7 +153,7 @@ class SweepFolder:
 
 def try_lock(file: Path) -> int | None:
     """A lock as a file descriptor, None where somebody has it; a child process that inherits it holds it too."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent, "--folder DIR")
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     taken = False
     try:

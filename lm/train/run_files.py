@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.changes import read_experiment
-from lm.experiment import UserError
+from lm.experiment import UserError, from_dict, to_dict
 from lm.train.run_folder import RunFolder, read_sealed
 
 Line = dict[str, Any]
@@ -53,7 +53,7 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
-    experiment = read_experiment(folder)
+    experiment = to_dict(from_dict(read_experiment(folder)))
     sessions = RunFolder(folder).read_environment().get("runs", [])
     stages = tuple(
         read_stage(folder, stage["name"], stage["objective"]["kind"], stage["steps"]) for stage in experiment["stages"]

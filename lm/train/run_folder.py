@@ -19,7 +19,7 @@ from typing import Any
 
 from lm.changes import EXPERIMENTS, Changes, changes, normalised, read_experiment
 from lm.experiment import UserError
-from lm.stored import lock_file, read_json, read_sealed, write_json_atomic, write_sealed
+from lm.stored import lock_file, make_folder, read_json, read_sealed, write_json_atomic, write_sealed
 
 __all__ = ["RunFolder", "read_json", "read_sealed", "write_json_atomic", "write_sealed"]
 
@@ -106,7 +106,7 @@ class RunFolder:
         experiment = json.loads(json.dumps(experiment))
         if not self.experiment.exists():
             self._refuse_foreign_files()
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path, "--run-dir DIR")
             write_json_atomic(self.experiment, experiment)
             return False
         there = normalised(self.read_experiment())
@@ -161,7 +161,7 @@ class RunFolder:
     def _take_lock(self) -> int:
         file = self.path / "lock"
         while True:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path, "--run-dir DIR")
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 taken = lock_file(handle, self.path, "--run-dir DIR")

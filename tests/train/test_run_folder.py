@@ -23,7 +23,14 @@ with RunFolder(Path(sys.argv[1])).lock():
 
 
 def experiment(steps=100, seed=0) -> dict:
-    return {"name": "x", "seed": seed, "stages": ({"name": "sft", "steps": steps}, {"name": "dpo", "steps": 5})}
+    return {
+        "name": "x",
+        "seed": seed,
+        "stages": (
+            {"name": "sft", "objective": {"kind": "SFT"}, "steps": steps},
+            {"name": "dpo", "objective": {"kind": "DPO"}, "steps": 5},
+        ),
+    }
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def test_the_same_experiment_goes_on(folder):
     with folder.lock():
         assert folder.claim(experiment()) is False
         assert folder.claim(experiment()) is True
-    assert folder.read_experiment()["stages"][0] == {"name": "sft", "steps": 100}
+    assert folder.read_experiment()["stages"][0]["steps"] == 100
 
 
 def begin(folder: RunFolder) -> None:
