@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lm.experiment import Model, UserError
+from lm.interop.config import FAMILIES, read_config, write_config
+from lm.interop.tensors import INDEX, READ, Tensor, listed, read_folder
 from lm.model.transformer import Transformer
 from lm.parallel.rules import shardings
+from lm.stored import read_json
 
-# model_type -> what the family fixes that its config does not say
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {"qk_norm": False}, "qwen3": {"qk_norm": True}}
+__all__ = ["FAMILIES", "LAYER_NAMES", "OTHER_NAMES", "read", "read_config", "write", "write_config"]
 
 # Ours, below `blocks` -> theirs, below `model.layers.N`
 LAYER_NAMES = {
@@ -38,97 +40,31 @@ LAYER_NAMES = {
     "down": "mlp.down_proj.weight",
 }
 OTHER_NAMES = {"embed": "model.embed_tokens.weight", "norm/scale": "model.norm.weight", "head": "lm_head.weight"}
-
-
-def read_config(config: dict[str, Any]) -> tuple[Model, int]:
-    """Our Model and the vocabulary size that a config.json describes; older field names are read too.
-
-    Raises:
-        UserError: a family or a feature that the model does not have.
-    """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"config.json: model_type is {family!r}; there are {', '.join(FAMILIES)}")
-    for field in ("attention_bias", "mlp_bias"):
-        if config.get(field):
-            raise UserError(f"config.json: {field} is set; the model has no biases")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act is {config['hidden_act']!r}; the model has 'silu'")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    heads = config["num_attention_heads"]
-    model = Model(
-        num_layers=config["num_hidden_layers"],
-        embed_dim=config["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        mlp_dim=config["intermediate_size"],
-        max_len=config["max_position_embeddings"],
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        rope_scaling=_rope_scaling(rope),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        **FAMILIES[family],
-    )
-    return model, config["vocab_size"]
-
-
-def write_config(model: Model, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a model, in both the current and the older field names of rope.
-
-    Raises:
-        UserError: the model has what no family here has.
-    """
-    for field in ("window", "softcap"):
-        if getattr(model, field):
-            raise UserError(f"model.{field} is {getattr(model, field)}; no family here has it: {', '.join(FAMILIES)}")
-    family = next(name for name, fixed in FAMILIES.items() if fixed["qk_norm"] == model.qk_norm)
-    architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if model.rope_scaling:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope = {"rope_type": "llama3", **dict(zip(names, model.rope_scaling, strict=True))}
-        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
-    return {
-        "architectures": [architecture],
-        "model_type": family,
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.embed_dim,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.mlp_dim,
-        "max_position_embeddings": model.max_len,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": rope if model.rope_scaling else None,
-        "rope_parameters": {"rope_theta": model.rope_theta, **rope},
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tied_head,
-        "vocab_size": vocab_size,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": model.param_dtype,
-    }
+EMBED, HEAD = OTHER_NAMES["embed"], OTHER_NAMES["head"]
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
+FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # which old checkpoints of Llama have in every layer
 
 
 def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
-    """The model in a folder with config.json and *.safetensors.
+    """The model in a folder with config.json and *.safetensors: all of its tensors, and nothing that would be left out.
 
     Args:
         changes: fields of Model to set otherwise, such as compute_dtype.
 
     Raises:
-        UserError: a file is missing, or a tensor is missing or has another shape.
+        UserError: a file is missing or damaged, config.json has what the model has not, a tensor is missing, unexpected, of
+            another shape or dtype, or not finite.
     """
-    path = Path(folder) / "config.json"
+    folder = Path(folder)
+    path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: a folder with config.json and *.safetensors is needed")
-    config, vocab_size = read_config(json.loads(path.read_text()))
-    config = dataclasses.replace(config, **changes)
+    described, vocab_size = read_config(read_json(path), str(path))
+    tensors = read_folder(folder)
+    _refuse_other_tensors(folder, tensors, described, vocab_size)
+    config = dataclasses.replace(described, **changes)
     make = functools.partial(Transformer, config, vocab_size)
     wanted = jax.eval_shape(lambda: make(jax.random.key(0)))
-    tensors = _read_tensors(Path(folder))
     leaves = {name: _stack(name, tensors, config, leaf) for name, leaf in _named(wanted).items()}
     model = jax.tree.unflatten(jax.tree.structure(wanted), list(leaves.values()))
     places = shardings(wanted, mesh) if mesh is not None else None
@@ -136,10 +72,18 @@ def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
 
 
 def write(model: Transformer, folder: Path) -> None:
-    """Write config.json and model.safetensors, names and layout as transformers has them."""
+    """Write config.json and model.safetensors, names and layout as transformers has them.
+
+    Raises:
+        UserError: the model has what no family here has, or the folder has other weights, which would be read with these.
+    """
     config = write_config(model.config, model.embed.shape[0])  # what cannot be written is said before anything is
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    others = [file.name for file in folder.glob("*.safetensors") if file.name != "model.safetensors"]
+    others += [INDEX] if (folder / INDEX).exists() else []
+    if others:
+        raise UserError(f"{folder} has {listed(sorted(others))} of another model: name an empty folder")
     tensors: dict[str, np.ndarray] = {}
     for name, leaf in _named(model).items():
         value = np.asarray(jax.device_get(leaf))
@@ -154,14 +98,77 @@ def write(model: Transformer, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _rope_scaling(rope: dict[str, Any]) -> tuple[float, ...]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return ()
-    if kind != "llama3":
-        raise UserError(f"config.json: rope scaling {kind!r}; there are default and llama3")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return tuple(float(rope[name]) for name in names)
+def layer_shapes(m: Model) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's tensors by their names: matrices are [out, in]."""
+    queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm/scale": (m.embed_dim,),
+        "q": (queries, m.embed_dim),
+        "k": (keys, m.embed_dim),
+        "v": (keys, m.embed_dim),
+        "o": (m.embed_dim, queries),
+        "mlp_norm/scale": (m.embed_dim,),
+        "gate": (m.mlp_dim, m.embed_dim),
+        "up": (m.mlp_dim, m.embed_dim),
+        "down": (m.embed_dim, m.mlp_dim),
+    }
+    if m.qk_norm:
+        shapes |= {"q_norm/scale": (m.head_dim,), "k_norm/scale": (m.head_dim,)}
+    return {LAYER_NAMES[name]: shape for name, shape in shapes.items()}
+
+
+def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Model, vocab_size: int) -> None:
+    """Raise, in one line that names all kinds of it, where the tensors are not those that config.json describes."""
+    layers = {int(found[1]) for name in tensors if (found := LAYER.fullmatch(name)) and len(found[1]) < 10}
+    count = max(layers, default=-1) + 1
+    if config.num_layers != count:
+        raise UserError(
+            f"{folder}: config.json has num_hidden_layers {config.num_layers}, and the files have {count} layers"
+        )
+    if len(layers) < count:
+        raise UserError(f"{folder}: the files lack {count - len(layers)} of the {count} layers of config.json")
+    wanted = dict(_expected(config, vocab_size))
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted and not _is_known(name, tensors, config)]
+    shapes = [
+        f"{name} {list(tensors[name].shape)} (config.json makes it {list(shape)})"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    dtypes = [f"{name} {tensors[name].dtype}" for name in wanted if name in tensors and tensors[name].dtype not in READ]
+    faults = {
+        "missing": missing,
+        "unexpected, which the model does not have": unexpected,
+        "of another shape": shapes,
+        f"of a dtype other than {', '.join(READ)}": dtypes,
+    }
+    said = [f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what}: {listed(names)}"
+            for what, names in faults.items() if names]  # fmt: skip
+    if said:
+        raise UserError(f"{folder}: {'; '.join(said)}")
+
+
+def _expected(config: Model, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a checkpoint, with its shape."""
+    yield EMBED, (vocab_size, config.embed_dim)
+    shapes = layer_shapes(config)
+    for layer in range(config.num_layers):
+        yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in shapes.items())
+    yield OTHER_NAMES["norm/scale"], (config.embed_dim,)
+    if not config.tied_head:
+        yield HEAD, (vocab_size, config.embed_dim)
+
+
+def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
+    """Whether a tensor only repeats what the model has anyway: a tied head, or the frequencies of rope."""
+    if name == HEAD and EMBED in tensors:
+        same = tensors[name].shape == tensors[EMBED].shape and tensors[name].dtype == tensors[EMBED].dtype
+        return same and tensors[name].dtype in READ and np.array_equal(tensors[name].read(), tensors[EMBED].read())
+    found = LAYER.fullmatch(name)
+    if found is None or found[2] != FREQUENCIES or config.rope_scaling or tensors[name].dtype not in READ:
+        return False
+    own = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    return tensors[name].shape == own.shape and np.allclose(tensors[name].read().astype(float), own, rtol=1e-2)
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -170,35 +177,27 @@ def _named(tree: Any) -> dict[str, Any]:
     return {"/".join(k.name for k in path if k.name != "value"): leaf for path, leaf in paths}
 
 
-def _read_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no *.safetensors file")
-    found: dict[str, Callable[[], np.ndarray]] = {}
-    for path in files:
-        opened = safe_open(path, framework="numpy")
-        found |= {name: functools.partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
-    return found
-
-
-def _stack(name: str, tensors: dict[str, Callable[[], np.ndarray]], config: Model, wanted: Any) -> np.ndarray:
+def _stack(name: str, tensors: dict[str, Tensor], config: Model, wanted: Any) -> np.ndarray:
     """One parameter of ours from theirs, all layers stacked."""
-
-    def get(theirs: str) -> np.ndarray:
-        if theirs not in tensors:
-            raise UserError(f"the checkpoint has no tensor {theirs!r}")
-        return tensors[theirs]()
-
+    dtype = jnp.dtype(wanted.dtype)
     if name in OTHER_NAMES:
-        value = get(OTHER_NAMES[name])
-        value = value.T if name == "head" else value
-    else:
-        inside = name.removeprefix("blocks/")
-        each = (get(f"model.layers.{i}.{LAYER_NAMES[inside]}") for i in range(config.num_layers))
-        value = np.stack([_to_ours(inside, tensor, wanted.shape[1:]) for tensor in each])
-    if value.shape != wanted.shape:
-        raise UserError(f"the checkpoint's {name} has shape {value.shape}; config.json says {wanted.shape}")
-    return value.astype(jnp.dtype(wanted.dtype))
+        value = _finite(OTHER_NAMES[name], tensors, dtype)
+        return value.T if name == "head" else value
+    inside = name.removeprefix("blocks/")
+    each = (_finite(f"model.layers.{i}.{LAYER_NAMES[inside]}", tensors, dtype) for i in range(config.num_layers))
+    return np.stack([_to_ours(inside, tensor, wanted.shape[1:]) for tensor in each])
+
+
+def _finite(name: str, tensors: dict[str, Tensor], dtype: Any) -> np.ndarray:
+    """A tensor in the dtype that it is kept in. Raises UserError where some of it is no number."""
+    given = tensors[name].read()
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted below
+        value = given.astype(dtype)
+    if broken := int(value.size - np.isfinite(value).sum()):
+        raise UserError(
+            f"{tensors[name].file}: {name} has {broken} values of {value.size} that are no finite {dtype} numbers"
+        )
+    return value
 
 
 def _to_ours(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""Tensors of a folder of safetensors files: which there are, with shape and dtype, and that the files are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lm.experiment import UserError
+from lm.stored import read_json
+
+INDEX = "model.safetensors.index.json"
+READ = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are read; others hold whole numbers or need scales, which the model does not have."""
+LFS = b"version https://git-lfs"
+MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file, which `read` reads."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by name: of the files that its index names, else of all its *.safetensors.
+
+    Raises:
+        UserError: there is no file, one is missing, damaged or not named by the index, or a tensor is in two files.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / INDEX
+    places = _read_index(index) if index.exists() or index.is_symlink() else None
+    if places is not None:
+        files = _indexed(folder, places, files)
+    if not files:
+        other = next((name for name in ("pytorch_model.bin", "consolidated.00.pth") if (folder / name).exists()), "")
+        raise UserError(
+            f"{folder} has no *.safetensors file"
+            + (f"; {other} is not read: convert it to safetensors" if other else "")
+        )
+    found: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in _read_file(file).items():
+            if name in found:
+                raise UserError(
+                    f"{folder}: {name} is in {found[name].file.name} and in {file.name}: one of them is to be removed"
+                )
+            if places is not None and places.get(name) != file.name:
+                where = f"says {places[name]}" if name in places else "does not name it"
+                raise UserError(f"{file} has {name}, and {INDEX} {where}: they do not belong together")
+            found[name] = tensor
+    missing = [name for name in places or () if name not in found]
+    if missing:
+        raise UserError(f"{folder / INDEX} names {listed(missing)}, which the files do not have")
+    return found
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in one line, the first ten and how many more."""
+    names = list(names)
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(f"{name if name.isprintable() else repr(name):.120}" for name in names[:MOST_NAMED]) + more
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    content = read_json(path)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise UserError(f"{path} has no weight_map of tensors and their files: put back a copy of it, or remove it")
+    return places
+
+
+def _indexed(folder: Path, places: dict[str, str], files: list[Path]) -> list[Path]:
+    """The files that an index names; UserError where one is outside the folder or missing, or where there are others."""
+    names = sorted(set(places.values()))
+    outside = [name for name in names if Path(name).name != name or "\\" in name or "\0" in name]
+    if outside:
+        raise UserError(f"{folder / INDEX} names {outside[0]!r:.80}; it should be a file of the same folder")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise UserError(f"{folder} lacks {listed(missing)}, which {INDEX} names")
+    stale = [file.name for file in files if file.name not in names]
+    if stale:
+        raise UserError(
+            f"{folder} has {listed(stale)}, which {INDEX} does not name: move what is not part of the model away"
+        )
+    return [folder / name for name in names]
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path} is no file that can be read")
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(LFS))
+        if start == LFS:
+            raise UserError(f"{path} is a pointer of git-lfs and not the file itself: `git lfs pull` fetches it")
+        opened = safe_open(path, framework="numpy")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        shapes = {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, OverflowError, ValueError, MemoryError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} is not a whole safetensors file: {why:.200}: fetch it again") from error
+
+    def reading(name: str) -> Callable[[], np.ndarray]:
+        return lambda: opened.get_tensor(name)
+
+    return {name: Tensor(path, shape, dtype, reading(name)) for name, (shape, dtype) in shapes.items()}
