@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.data import chat
+from lm.data.layouts import canonical
 from lm.data.sources import Rows
 from lm.experiment import UserError
 
@@ -121,7 +122,9 @@ def _checked(row: Mapping[str, Any], where: str) -> tuple[Turns, list[Answer]]:
         raise UserError(f"{where}: {len(sources)} sources for {len(answers)} answers; each answer needs its own")
     for answer in answers:
         chat.preference_messages({"prompt": prompt, "chosen": answer, "rejected": answers[0]}, f"{where}, answers")
-    return prompt, [Answer(answer, source) for answer, source in zip(answers, sources, strict=True)]
+    plain = [canonical({"prompt": prompt, "chosen": answer})["chosen"] for answer in answers]
+    asked = prompt if isinstance(prompt, str) else chat.prompt_messages({"prompt": prompt}, where)
+    return asked, [Answer(answer, source) for answer, source in zip(plain, sources, strict=True)]
 
 
 def _canonical(turns: Turns) -> str:

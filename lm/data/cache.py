@@ -30,7 +30,7 @@ import numpy as np
 from lm.experiment import UserError
 from lm.stored import make_folder
 
-VERSION = 4  # of what is stored and of how a row becomes tokens: raise it when either changes
+VERSION = 5  # of what is stored and of how a row becomes tokens: raise it when either changes
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 30.0  # a lock whose heartbeat has stood still for so long belongs to nobody
 LOOK_SECONDS = 0.1

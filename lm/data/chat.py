@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+from lm.data import bad_rows
+from lm.data.bad_rows import BadRow, Unreadable
+from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, canonical, flag
 from lm.data.tokenizer import TURN_END, TURN_START
-from lm.experiment import UserError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role and content, and `train` false where a mark takes the turn out of the loss
 ROLES = ("system", "user", "assistant")
 LARGEST_MARGIN = 3e38  # of a float32
 SHOWN_BEFORE = 20  # characters shown before the place where two prompts part
+TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call")
+TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+MARKS = ("weight", "train", "loss")  # of a turn: 0 takes it out of the loss
+READ_KEYS = frozenset(
+    ("role", "content", "from", "value", *MARKS, *TOOL_KEYS, *REASONING_KEYS, "type", "text", "train_detail")
+)
+TOOL_COLUMNS = ("tools", "functions")
+NO_TOOLS = "the chat format of lm has none; leave such conversations out"
 
 
 class Codec(Protocol):
@@ -33,11 +46,18 @@ class Rendered(NamedTuple):
     mask: list[int]
 
 
-def render(messages: Sequence[Message], tokenizer: Codec, generation_prompt: bool = False) -> Rendered:
+def render(
+    messages: Sequence[Message],
+    tokenizer: Codec,
+    generation_prompt: bool = False,
+    loss_on: Literal["answers", "all"] = "answers",
+    learn_end: bool = True,
+) -> Rendered:
     """ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n` for each message, then the assistant's header if asked for.
 
     The text between two special tokens is encoded as one string. The mask covers an assistant's content and
-    its `<|im_end|>`; a token that straddles the header and the content is inside. Validates nothing.
+    its `<|im_end|>` (`loss_on` all: every token of every turn), without `learn_end` no `<|im_end|>`, and of a turn whose
+    `train` is false nothing; a token that straddles the header and the content is inside. Validates nothing.
     """
     start, end = tokenizer.special_ids[TURN_START], tokenizer.special_ids[TURN_END]
     newline = tokenizer.encode("\n")
@@ -45,15 +65,17 @@ def render(messages: Sequence[Message], tokenizer: Codec, generation_prompt: boo
     mask: list[int] = []
     for message in messages:
         header, content = message["role"] + "\n", message["content"]
-        if message["role"] == "assistant":
+        learnt = message.get("train", True)
+        if learnt and loss_on == "answers" and message["role"] == "assistant":
             ids, starts = tokenizer.encode_offsets(header + content)
             ends = [*starts[1:], len(header) + len(content)]
             inside = [int(s >= len(header) or e > len(header)) for s, e in zip(starts, ends, strict=True)]
+            mask += [0, *inside, int(learn_end), *([0] * len(newline))]
         else:
             ids = tokenizer.encode(header + content)
-            inside = [0] * len(ids)
+            all_of_it = int(learnt and loss_on == "all")
+            mask += [all_of_it] * (1 + len(ids)) + [all_of_it and int(learn_end)] + [all_of_it] * len(newline)
         tokens += [start, *ids, end, *newline]
-        mask += [0, *inside, int(message["role"] == "assistant"), *([0] * len(newline))]
     if generation_prompt:
         header_ids = [start, *tokenizer.encode("assistant\n")]
         tokens += header_ids
@@ -62,28 +84,53 @@ def render(messages: Sequence[Message], tokenizer: Codec, generation_prompt: boo
 
 
 def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> None:
-    """Raise UserError, naming `where` and the turn, unless this is [system] user assistant user assistant ….
+    """Raise BadRow, naming `where` and the turn, unless this is [system] user assistant user assistant ….
 
     With `needs_answer` the last turn must be the assistant's; without, the user's.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: a conversation must be a list of turns with at least one, found {messages!r:.60}")
+        raise BadRow(
+            f"{where}: a conversation must be a list of turns with at least one, found {messages!r:.60}", bad_rows.TURNS
+        )
     expected: tuple[str, ...] = ("system", "user")
     for number, turn in enumerate(messages, start=1):
         spot = f"{where}, turn {number}"
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-            raise UserError(f'{spot}: a turn must be {{"role": …, "content": …}}, found {turn!r:.60}')
-        role, content = turn["role"], turn["content"]
-        if role not in ROLES:
-            raise UserError(f"{spot}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"{spot}: the content must be a string, found {content!r:.60}")
+        _check_turn(turn, spot)
+        role = turn["role"]
         if role not in expected:
-            raise UserError(f"{spot}: {_misplaced(role, number)}")
+            raise BadRow(f"{spot}: {_misplaced(role, number)}", bad_rows.TURNS)
         expected = ("assistant",) if role == "user" else ("user",)
     last, wanted = messages[-1]["role"], "assistant" if needs_answer else "user"
     if last != wanted:
-        raise UserError(f"{where}, turn {len(messages)}: the last turn must be the {wanted}'s, found the {last}'s")
+        raise BadRow(
+            f"{where}, turn {len(messages)}: the last turn must be the {wanted}'s, found the {last}'s", bad_rows.TURNS
+        )
+
+
+def _check_turn(turn: Any, spot: str) -> None:
+    """Raise BadRow unless this is a role and a text, with no mark that cannot be honoured."""
+    found: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
+    if found.get("role") in TOOL_ROLES or any(found.get(key) for key in TOOL_KEYS):
+        name = next((key for key in TOOL_KEYS if found.get(key)), f"role {found.get('role')!r}")
+        raise BadRow(f"{spot}: {name} is of a tool, and {NO_TOOLS}", bad_rows.TOOLS)
+    for key in REASONING_KEYS:
+        if found.get(key):
+            raise BadRow(
+                f"{spot}: {key} is not learnt beside the content; put the reasoning into the content, or remove the key",
+                bad_rows.REASONING,
+            )
+    if not {"role", "content"} <= set(found):
+        raise BadRow(f'{spot}: a turn must be {{"role": …, "content": …}}, found {turn!r:.60}', bad_rows.TURNS)
+    role, content = found["role"], found["content"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRow(f"{spot}: unknown role {role!r:.60}; the roles are {', '.join(ROLES)}", bad_rows.TURNS)
+    if not isinstance(content, str):
+        raise BadRow(f"{spot}: the content must be a string, or text parts, found {content!r:.60}", bad_rows.CONTENT)
+    for key in MARKS:
+        if key in found and found[key] is not None and flag(found[key]) is None:
+            raise BadRow(f"{spot}: {key} must be 0 or 1, found {found[key]!r:.60}", bad_rows.FLAG)
+    if found.get("train_detail"):
+        raise BadRow(f"{spot}: train_detail is not known; a whole turn is learnt or not (train 0 or 1)", bad_rows.FLAG)
 
 
 def _misplaced(role: str, number: int) -> str:
@@ -96,36 +143,64 @@ def _misplaced(role: str, number: int) -> str:
     return "an assistant turn must follow a user turn"
 
 
-def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[dict[str, str]]:
-    """A string becomes one turn of `role`; a message list stays, as plain dicts."""
+def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[dict[str, Any]]:
+    """A string becomes one turn of `role`; checked turns become plain dicts, `train` false where a mark says so."""
     if isinstance(prompt, str):
         return [{"role": role, "content": prompt}]
-    return [dict(turn) for turn in prompt]
+    return [
+        {"role": turn["role"], "content": turn["content"]} | ({} if _marked_to_learn(turn) else {"train": False})
+        for turn in prompt
+    ]
 
 
-def training_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """The conversation to imitate: `messages`, or `question` and `answer` as a user and an assistant turn."""
-    if "messages" in row:
-        messages = row["messages"]
-    elif "question" in row and "answer" in row:
-        messages = [*as_messages(row["question"]), *as_messages(row["answer"], "assistant")]
-    else:
-        raise _missing(row, where, "messages, or question and answer")
-    check_conversation(messages, where)
-    return as_messages(messages)
+def _marked_to_learn(turn: Message) -> bool:
+    return all(flag(turn[key]) is not False for key in MARKS if turn.get(key) is not None)
 
 
-def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+def training_messages(row: Mapping[str, Any], where: str, loss_on: str = "answers") -> list[dict[str, Any]]:
+    """The conversation to imitate: `messages`, or `prompt` and `completion`, or what `lm.data.layouts` reads as these.
+
+    Of a completion only its own turns are learnt, unless `loss_on` is all.
+    """
+    found = _read(row, where)
+    if "messages" in found:
+        check_conversation(found["messages"], where)
+        messages = as_messages(found["messages"])
+        _check_learnt(found["messages"], where, loss_on)
+        return messages
+    if not {"prompt", "completion"} <= set(found):
+        raise _missing(row, where, "messages, or question and answer, or prompt and completion")
+    prompt = _turns(found["prompt"], "user", where, _name_of("prompt", row))
+    messages = _answered(prompt, found["completion"], where, _name_of("completion", row))
+    if loss_on == "answers":
+        for turn in messages[: min(len(prompt), len(messages) - 1)]:
+            if turn["role"] == "assistant":
+                turn["train"] = False
+    return messages
+
+
+def _check_learnt(turns: Sequence[Message], where: str, loss_on: str) -> None:
+    """Raise BadRow where a mark asks for a turn to be learnt that the stage does not learn."""
+    for number, turn in enumerate(turns, start=1):
+        asked = [key for key in ("train", "loss") if flag(turn.get(key))]
+        if asked and turn["role"] != "assistant" and loss_on == "answers":
+            raise BadRow(
+                f"{where}, turn {number}: {asked[0]} asks for a {turn['role']} turn to be learnt, and the stage learns the "
+                "assistant's only; objective.loss_on all learns every turn that is not marked 0",
+                bad_rows.FLAG,
+            )
+
+
+def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """What the model is asked: `prompt`, `question`, or `messages` (or a `chosen` conversation) without the last answer."""
-    if "prompt" in row:
-        messages = _turns(row["prompt"], "user", where, "prompt")
-    elif "question" in row:
-        messages = _turns(row["question"], "user", where, "question")
-    elif "messages" in row:
-        messages = row["messages"]
-        if isinstance(messages, Sequence) and messages and _role(messages[-1]) == "assistant":
+    found = _read(row, where)
+    if "prompt" in found:
+        messages: Any = _turns(found["prompt"], "user", where, _name_of("prompt", row))
+    elif "messages" in found:
+        messages = found["messages"]
+        if isinstance(messages, list) and messages and _role(messages[-1]) == "assistant":
             messages = messages[:-1]
-    elif (implied := implied_prompt(row)) is not None:
+    elif (implied := implied_prompt(found)) is not None:
         messages = implied
     else:
         raise _missing(row, where, "prompt, question or messages")
@@ -133,87 +208,156 @@ def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     return as_messages(messages)
 
 
-def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The chosen and the rejected conversation of a row with `prompt`, `chosen`, `rejected`: they differ in the last turn.
 
     An answer may be a whole conversation, which begins with the prompt; where both are, there need be no `prompt`.
     """
-    if not {"chosen", "rejected"} <= set(row) or ("prompt" not in row and implied_prompt(row) is None):
+    found = _read(row, where)
+    if not {"chosen", "rejected"} <= set(found) or ("prompt" not in found and implied_prompt(found) is None):
         raise _missing(row, where, "prompt, chosen and rejected")
-    prompt = prompt_messages(row, where) if "prompt" in row else []
-    chosen, rejected = (_answered(prompt, row[side], where, side) for side in ("chosen", "rejected"))
+    prompt = prompt_messages(row, where) if "prompt" in found else []
+    chosen, rejected = (_answered(prompt, found[side], where, side) for side in ("chosen", "rejected"))
     _check_same(chosen[:-1], rejected[:-1], where, ("chosen", "rejected"))
     return chosen, rejected
 
 
-def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, str]], bool]:
+def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], bool]:
     """The conversation of a row with `prompt`, `completion`, `label`, and whether its answer is desirable."""
-    if not {"prompt", "completion", "label"} <= set(row):
+    found = _read(row, where)
+    if not {"prompt", "completion", "label"} <= set(found):
         raise _missing(row, where, "prompt, completion and label, or prompt, chosen and rejected")
-    if not isinstance(row["label"], bool):
-        raise UserError(f"{where}: label must be true (desirable) or false, found {row['label']!r:.60}")
-    return _answered(prompt_messages(row, where), row["completion"], where, "completion"), row["label"]
+    label = flag(found["label"])
+    if label is None:
+        raise BadRow(
+            f"{where}: label must be true (desirable) or false (or 1 or 0), found {found['label']!r:.60}", bad_rows.FLAG
+        )
+    return _answered(prompt_messages(row, where), found["completion"], where, _name_of("completion", row)), label
 
 
 def margin_of(row: Mapping[str, Any], where: str) -> float:
     """By how much the chosen answer of a row is better: its `margin`, 0 where it has none."""
     margin = row.get("margin")
-    if margin is None:
+    if margin is None or margin == "":
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= LARGEST_MARGIN:
-        raise UserError(f"{where}: margin must be a finite number of 0 or more, found {margin!r:.60}")
-    return float(margin)
+    try:
+        value = math.nan if isinstance(margin, bool) or not isinstance(margin, int | float | str) else float(margin)
+    except (ValueError, OverflowError):
+        value = math.nan
+    if not 0 <= value <= LARGEST_MARGIN:
+        raise BadRow(f"{where}: margin must be a finite number of 0 or more, found {margin!r:.60}", bad_rows.FLAG)
+    return value
 
 
 def is_tie(row: Mapping[str, Any], where: str) -> bool:
     """Whether neither answer of a row is better: its `tie`, false where it has none."""
     tie = row.get("tie")
-    if tie is not None and not isinstance(tie, bool):
-        raise UserError(f"{where}: tie must be true or false, found {tie!r:.60}")
-    return bool(tie)
+    if tie is None or tie == "":
+        return False
+    if (found := flag(tie)) is None:
+        raise BadRow(f"{where}: tie must be true or false (or 1 or 0), found {tie!r:.60}", bad_rows.FLAG)
+    return found
 
 
 def implied_prompt(row: Mapping[str, Any]) -> list[Any] | None:
     """What whole conversations in `chosen` and `rejected` ask, unchecked; None where a column says it, or they are answers."""
-    if "prompt" in row or not all(isinstance(row.get(side), list) for side in ("chosen", "rejected")):
+    if row.get("prompt") is not None or not all(isinstance(row.get(side), list) for side in ("chosen", "rejected")):
         return None
     return row["chosen"][:-1] or None
 
 
-def _answered(prompt: list[dict[str, str]], answer: Any, where: str, column: str) -> list[dict[str, str]]:
-    """The prompt and then the answer, which may begin with the prompt again."""
+def _read(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The canonical row. Raises BadRow for a row that is none, and for columns that mean something and cannot be honoured."""
+    if isinstance(row, Unreadable):
+        raise row.error
+    found = canonical(row)
+    for name in SYSTEM_COLUMNS:
+        if name in found:
+            raise BadRow(
+                f"{where}: the column {name} must be a text, and the same as the conversation's own system turn, found "
+                f"{found[name]!r:.60}",
+                bad_rows.SYSTEM,
+            )
+    for name in TOOL_COLUMNS:
+        if _names_tools(found.get(name)):
+            raise BadRow(
+                f"{where}: the column {name} has tools for the conversation, and {NO_TOOLS}, or the column",
+                bad_rows.TOOLS,
+            )
+    return found
+
+
+def _names_tools(value: Any) -> bool:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list) and any(value)
+
+
+def _answered(prompt: list[dict[str, Any]], answer: Any, where: str, column: str) -> list[dict[str, Any]]:
+    """The prompt and then the answer, which may begin with the prompt again.
+
+    A system turn that only one of them has is of both; white space around what the prompt's turns say does not count.
+    """
     turns = _turns(answer, "assistant", where, column)
-    again = bool(prompt and turns) and _role(turns[0]) != "assistant"
-    conversation = turns if again else [*prompt, *turns]
-    check_conversation(conversation, f"{where}, {column}")
-    _check_same(prompt, conversation[: len(prompt)], where, ("prompt", column))
-    return as_messages(conversation)
+    if not (prompt and turns) or _role(turns[0]) == "assistant":
+        conversation = [*prompt, *turns]
+        check_conversation(conversation, f"{where}, {column}" if column in ("chosen", "rejected") else where)
+        return as_messages(conversation)
+    if _role(prompt[0]) == "system" != _role(turns[0]):
+        turns = [prompt[0], *turns]
+    elif _role(turns[0]) == "system" != _role(prompt[0]):
+        prompt = [turns[0], *prompt]
+    check_conversation(turns, f"{where}, {column}")
+    _check_same(prompt, turns[: len(prompt)], where, ("prompt", column), strip=True)
+    return as_messages(turns)
 
 
-def _check_same(one: Sequence[Message], other: Sequence[Message], where: str, names: tuple[str, str]) -> None:
-    """Raise UserError where two prompts part, naming the turn and what each says from there on."""
+def _check_same(
+    one: Sequence[Message], other: Sequence[Message], where: str, names: tuple[str, str], strip: bool = False
+) -> None:
+    """Raise BadRow where two prompts part, naming the turn and what each says from there on."""
     for number, turns in enumerate(zip_longest(one, other), start=1):
-        said = [(turn["role"], turn["content"]) if turn else ("", "") for turn in turns]
+        said = [
+            (turn["role"], turn["content"].strip() if strip else turn["content"]) if turn else ("", "")
+            for turn in turns
+        ]
         if said[0] != said[1]:
             letters = enumerate(zip_longest(*(content for _, content in said)))
             at = max(0, next((place for place, (a, b) in letters if a != b), 0) - SHOWN_BEFORE)
             shown = [f"{role} {content[at:]!r:.60}" if role else "no such turn" for role, content in said]
             found = f"{names[0]} has {shown[0]}, {names[1]} has {shown[1]}"
-            raise UserError(f"{where}, turn {number}: {found}; both answers must be to the same prompt")
+            raise BadRow(f"{where}, turn {number}: {found}; both answers must be to the same prompt", bad_rows.PROMPTS)
 
 
-def _turns(value: Any, role: str, where: str, column: str) -> list[dict[str, str]]:
+def _turns(value: Any, role: str, where: str, column: str) -> list[dict[str, Any]]:
+    """The turns of a column, unchecked."""
     if isinstance(value, str):
         return as_messages(value, role)
-    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise UserError(f"{where}: {column} must be a string or a list of turns, found {value!r:.60}")
-    return as_messages(value)
+    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
+        raise BadRow(
+            f"{where}: {column} must be a string, a number or a list of turns, found {value!r:.60}", bad_rows.CONTENT
+        )
+    return [dict(turn) for turn in value]
 
 
 def _role(turn: Any) -> Any:
     return turn.get("role") if isinstance(turn, Mapping) else None
 
 
-def _missing(row: Mapping[str, Any], where: str, needed: str) -> UserError:
-    found = ", ".join(map(str, row)) or "none"
-    return UserError(f"{where}: this stage needs the columns {needed}; the columns found are {found}")
+def _name_of(column: str, row: Mapping[str, Any]) -> str:
+    """How the row itself calls what is canonically `prompt` or `completion`."""
+    names = [layout.ask for layout in LAYOUTS] if column == "prompt" else ("completion", "response", "output", "answer")
+    return next((name for name in names if row.get(name) is not None), column)
+
+
+def _missing(row: Mapping[str, Any], where: str, needed: str) -> BadRow:
+    found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
+    null = [str(name) for name, value in row.items() if value is None]
+    empty = f" ({', '.join(null)} {'is' if len(null) == 1 else 'are'} null)" if null else ""
+    return BadRow(
+        f"{where}: this stage needs the columns {needed}; the columns found are {found:.200}{empty:.100}",
+        bad_rows.COLUMNS,
+    )

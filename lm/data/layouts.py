@@ -7,11 +7,12 @@ makes no sense stays as it is, and `lm.data.chat` refuses it by name.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Row = Mapping[str, Any]
 Turn = dict[str, Any]
@@ -46,6 +47,11 @@ LAYOUTS = (
     Layout("input", (), ("output", "response", "completion", "answer")),
 )
 
+READ_COLUMNS = frozenset((
+    "text", "label", "tie", "margin", "history", "answer", "final", *TALK_COLUMNS, *ANSWER_COLUMNS, *SYSTEM_COLUMNS,
+    *(name for layout in LAYOUTS for name in (layout.ask, *layout.context, *layout.answers)),
+))  # fmt: skip
+
 
 def canonical(row: Row) -> dict[str, Any]:
     """The row in the one form that stages read; other columns stay, those of `null` are left out. Total and idempotent."""
@@ -64,6 +70,29 @@ def canonical(row: Row) -> dict[str, Any]:
     elif talks and any(side in found for side in ANSWER_COLUMNS) and _last_role(found["messages"]) == "user":
         found["prompt"] = found.pop("messages")  # answers beside the conversation
     return _with_system(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def read_columns(
+    names: frozenset[str], kind: Literal["documents", "conversations", "pairs", "judged", "prompts"]
+) -> frozenset[str]:
+    """Which of a row's columns (those that are not null) the stages of a kind read, by `canonical`'s rules."""
+    if kind == "documents":
+        return names & {"text"}
+    talk = frozenset([name for name in TALK_COLUMNS if name in names][:1])
+    layout = next((one for one in LAYOUTS if one.ask in names and (one.beside_messages or not talk)), None)
+    ask, answer = frozenset[str](), frozenset[str]()
+    if layout is not None:
+        history = ("history",) if layout.ask == "instruction" else ()
+        ask = frozenset((layout.ask, *layout.context, *history))
+        answer = frozenset([name for name in layout.answers if name in names][:1])
+    read = {
+        "conversations": talk or ask | answer,
+        "pairs": (ask or talk) | {"chosen", "rejected", "tie", "margin"},
+        "judged": (ask or talk) | answer | {"completion", "label"},
+        "prompts": ask or talk or frozenset(("chosen", "rejected")),
+    }[kind]
+    return names & (read | set(SYSTEM_COLUMNS))
 
 
 def as_text(value: Any) -> Any:

@@ -31,6 +31,7 @@ from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
 from lm.data.tokenizer import Tokenizer
+from lm.data.tokens import conversation_kind
 from lm.experiment import UserError
 from lm.types import Batch
 
@@ -116,12 +117,17 @@ class Feed:
         return found
 
     def report(self) -> str:
-        """One line a source: examples, tokens, what was truncated and dropped, rows in an epoch."""
+        """One line a source: examples, tokens, what was truncated and dropped, rows in an epoch; then its remarks."""
         lines = []
         for name, supply in zip(self.names, self.supplies, strict=True):
             rows = "" if supply.tally.partial else f", {supply.rows} rows of {self.seq_len}"
             lines.append(f"{name}: {supply.tally.describe(supply.unit)}{rows}")
+            lines += [f"{name}: {remark}" for remark in supply.tally.remarks()]
         return "\n".join(lines)
+
+    def sources(self) -> list[dict[str, Any]]:
+        """The counts of `report` as plain objects, one a source."""
+        return [supply.tally.to_json(name, supply.unit) for name, supply in zip(self.names, self.supplies, strict=True)]
 
     def _rows_at(self, number: int) -> list[packing.Row]:
         if self.rows is None:
@@ -144,18 +150,11 @@ def _stacked(rows: list[packing.Row]) -> Batch:
     return Batch(**stacked)
 
 
-def relearnt(supply: Supply, o: values.SFT, eos_id: int) -> Supply:
-    """The same rows with weights on what the objective says is learnt; the first token of an example never is."""
-
-    def changed(row: packing.Row) -> packing.Row:
-        weights = row.weights
-        if o.loss_on == "all":
-            weights = ((row.segments > 0) & (row.positions > 0)).astype(np.float32)
-        if not o.learn_end:
-            weights = np.where(row.tokens == eos_id, np.float32(0), weights)
-        return row._replace(weights=weights)
-
-    return replace(supply, row=lambda epoch, place: list(map(changed, supply.row(epoch, place))))
+def _options(o: values.Objective) -> dict[str, Any]:
+    """What an objective wants of its supply that others do not."""
+    if isinstance(o, values.SFT):
+        return {"kind": conversation_kind(o.loss_on, o.learn_end)}
+    return {"ties": o.ties != "drop", "margins": o.margins} if isinstance(o, values.RewardModel) else {}
 
 
 def make_feed(
@@ -169,17 +168,12 @@ def make_feed(
         elsewhere: what other sources of the experiment hold out (`held_out_elsewhere`), which is left out of training.
     """
     build = SUPPLIES[type(stage.objective)]
-    # Who has a use for ties is given them.
-    learns_ties = isinstance(stage.objective, values.RewardModel) and stage.objective.ties != "drop"
-    options = {"ties": True} if learns_ties else {}
+    options = _options(stage.objective)
     supplies, contents = [], []
     for number, source in enumerate(stage.sources):
         rows, indices = select(source, split, elsewhere)
         order = Order(None if split == "heldout" else order_key(seed, stage.name, number))
         supply: Supply = build(rows, indices, stage.seq_len, tokenizer, order, **options)
-        o = stage.objective
-        if isinstance(o, values.SFT) and (o.loss_on, o.learn_end) != ("answers", True):
-            supply = relearnt(supply, o, tokenizer.eos_id)
         if split == "train" and (number_withheld := withheld(source, rows, elsewhere)):
             supply = replace(supply, tally=supply.tally.with_dropped(WITHHELD, number_withheld))
         supplies.append(supply)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
-from lm.data import chat, packing
+from lm.data import bad_rows, chat, packing
+from lm.data.bad_rows import ADVICE, REASONS, BadRow
 from lm.data.order import mixture
 from lm.data.selection import WITHHELD, Split, fingerprint, order_key, select, shares, withheld
 from lm.data.sources import NOWHERE, Rows
 from lm.data.split import Places
-from lm.data.supply import LOOKED_AT, Order
+from lm.data.supply import LOOKED_AT, Order, Tally, excerpt
 from lm.data.tokenizer import Tokenizer
+from lm.data.tokens import unread_columns
 from lm.experiment import Source, UserError
 
 
@@ -30,13 +32,13 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """One source of prompts: which of its rows, in which order, and the longest prompt seen."""
+    """One source of prompts: which of its rows, in which order, the longest prompt seen, and what became of all."""
 
     rows: Rows
     indices: Sequence[int]
     order: Order
     longest: int
-    withheld: int = 0
+    tally: Tally
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,19 @@ class PromptFeed:
         return encode_prompts(rows, self.prompt_len, self.tokenizer, wheres)
 
     def report(self) -> str:
-        """One line a source: prompts, the longest, the room there is, and how many are left out for another source's split."""
+        """One line a source: prompts, the longest, the room there is, what was dropped; then its remarks. None is cut."""
         lines = []
         for part in self.parts:
-            count = f"first {LOOKED_AT}" if _endless(part.rows, part.order) else str(len(part.indices))
-            left_out = f"; {part.withheld} more left out, {WITHHELD}" if part.withheld else ""
-            lines.append(
-                f"{part.rows.path}: {count} prompts, the longest {part.longest} of {self.prompt_len} tokens{left_out}"
-            )
+            count = f"first {part.tally.examples}" if part.tally.partial else str(len(part.indices))
+            line = f"{part.rows.path}: {count} prompts, the longest {part.longest} of {self.prompt_len} tokens"
+            why = f", {part.tally.dropped} dropped ({part.tally.describe_dropped()})" if part.tally.dropped else ""
+            lines.append(line + why)
+            lines += [f"{part.rows.path}: {remark}" for remark in part.tally.remarks()]
         return "\n".join(lines)
+
+    def sources(self) -> list[dict[str, Any]]:
+        """The counts of `report` as plain objects, one a source."""
+        return [part.tally.to_json(part.rows.path, "prompts") for part in self.parts]
 
     def _find(self, number: int) -> tuple[_Part, int]:
         if self.rows is None:
@@ -95,20 +101,28 @@ def make_prompt_feed(
     split: Split = "train",
     columns: Sequence[str] = (),
     elsewhere: Places = NOWHERE,
+    max_new_tokens: int = 0,
 ) -> PromptFeed:
     """The prompts of a rollout stage, each of at most prompt_len tokens.
 
-    `columns` are what every row must carry (`lm.rollout.verifiers.NEEDS`). Every row of a file is looked at here, of a
-    generator the first few hundred. Raises UserError if a prompt is too long or a column is missing.
+    `columns` are what every row must carry (`lm.rollout.verifiers.NEEDS`), and `max_new_tokens` what is sampled after a
+    prompt, for advice. Every row of a file is looked at here, of a
+    generator the first few hundred. Raises UserError if a prompt is too long or a column is missing, unless the source
+    drops such rows.
     """
     parts = []
     for number, source in enumerate(sources):
         rows, indices = select(source, split, elsewhere)
         order = Order(None if split == "heldout" else order_key(seed, "prompts", number))
-        checked = [indices[k] for k in range(LOOKED_AT)] if _endless(rows, order) else indices
-        longest = _longest(rows, checked, prompt_len, tokenizer, columns)
-        left_out = withheld(source, rows, elsewhere) if split == "train" else 0
-        parts.append(_Part(rows, indices, order, longest, left_out))
+        endless = _endless(rows, order)
+        checked = [indices[k] for k in range(LOOKED_AT)] if endless else indices
+        found = _look_at(rows, checked, tokenizer, columns)
+        kept, tally = _fitting(rows, checked, found, prompt_len, max_new_tokens)
+        tally = replace(tally, partial=endless)
+        if split == "train" and (number_withheld := withheld(source, rows, elsewhere)):
+            tally = tally.with_dropped(WITHHELD, number_withheld)
+        longest = int(max(found.lengths[found.lengths <= prompt_len]))
+        parts.append(_Part(rows, indices if endless else kept, order, longest, tally))
     return PromptFeed(
         parts=tuple(parts),
         shares=tuple(shares(sources)),
@@ -138,28 +152,83 @@ def _tokens(row: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> list[in
     return chat.render(chat.prompt_messages(row, where), tokenizer, generation_prompt=True).tokens
 
 
-def _longest(rows: Rows, indices: Sequence[int], prompt_len: int, tokenizer: Tokenizer, columns: Sequence[str]) -> int:
-    lengths = []
-    for index in indices:
+class _Found(NamedTuple):
+    """Of every row looked at: tokens of its prompt (0 for a bad row), and a place in REASONS; what no prompt shows."""
+
+    lengths: Int64[np.ndarray, " N"]
+    flaws: Int64[np.ndarray, " N"]
+    errors: dict[int, str]
+    unread: tuple[str, ...]
+
+
+def _look_at(rows: Rows, indices: Sequence[int], tokenizer: Tokenizer, columns: Sequence[str]) -> _Found:
+    """Raises BadRow for the first row that is no prompt or lacks a column, unless the source drops such rows."""
+    lengths, flaws = np.zeros((2, len(indices)), np.int64)
+    errors, unread = dict[int, str](), dict[str, None]()
+    for number, index in enumerate(indices):
         row, where = rows[index], rows.where(index)
-        for column in columns:
-            if row.get(column) is None:
-                raise UserError(
-                    f"{where}: the verifier needs the column {column}; the columns found are {', '.join(row)}"
-                )
-        lengths.append(len(_tokens(row, where, tokenizer)))
-    _check_lengths(lengths, [rows.where(index) for index in indices], prompt_len)
-    return max(lengths)
+        try:
+            lengths[number] = len(_tokens(row, where, tokenizer))
+            for column in columns:
+                if row.get(column) is None:
+                    found = ", ".join(map(str, row))
+                    raise BadRow(
+                        f"{where}: the verifier needs the column {column}; the columns found are {found:.200}",
+                        bad_rows.COLUMNS,
+                    )
+        except BadRow as error:
+            if not rows.drop:
+                raise BadRow(f"{error}{ADVICE}", error.reason) from error
+            lengths[number], flaws[number] = 0, error.reason
+            errors.setdefault(error.reason, str(error))
+        else:
+            if rows.parts:
+                unread |= dict.fromkeys(unread_columns(row, "prompts", columns))
+    return _Found(lengths, flaws, errors, tuple(unread))
 
 
-def _check_lengths(lengths: Sequence[int], wheres: Sequence[str], prompt_len: int) -> None:
+def _fitting(
+    rows: Rows, indices: Sequence[int], found: _Found, prompt_len: int, max_new_tokens: int
+) -> tuple[Any, Tally]:
+    """The rows whose prompts fit, and what became of all. Raises UserError where one does not and the source keeps all."""
+    if not rows.drop:
+        _check_lengths(found.lengths.tolist(), [rows.where(i) for i in indices], prompt_len, max_new_tokens, ADVICE)
+    long = found.lengths > prompt_len
+    left = (found.flaws == 0) & ~long
+    counts = {REASONS[flaw]: int((found.flaws == flaw).sum()) for flaw in np.unique(found.flaws).tolist() if flaw}
+    firsts = {REASONS[flaw]: first for flaw, first in found.errors.items()}
+    if long.any():
+        why = f"longer than the {prompt_len} tokens that there are for a prompt"
+        index = int(indices[int(np.argmax(long))])
+        counts[why], firsts[why] = int(long.sum()), excerpt(rows[index], rows.where(index))
+    tally = Tally(
+        len(indices), int(found.lengths[left].sum()), 0, 0, int((~left).sum()), reasons=counts, firsts=firsts,
+        unread=found.unread, notes=rows.notes,
+    )  # fmt: skip
+    if not left.any():
+        raise UserError(
+            f"{rows.path}: none of {len(indices)} prompts is left: {tally.describe_dropped()}; the first: "
+            f"{next(iter(firsts.values()))}"
+        )
+    kept = (
+        [indices[number] for number in np.flatnonzero(left).tolist()] if rows.generated else np.asarray(indices)[left]
+    )
+    return kept, tally
+
+
+def _check_lengths(
+    lengths: Sequence[int], wheres: Sequence[str], prompt_len: int, max_new_tokens: int = 0, advice: str = ""
+) -> None:
     too_long = sum(length > prompt_len for length in lengths)
     if too_long:
         longest = max(lengths)
+        excess = longest - prompt_len
+        lower = ", or lower max_new_tokens by as much" if excess < max_new_tokens else ""
+        more = f"; bad_rows drop leaves {'it' if too_long == 1 else 'them'} out, counted" if advice else ""
         raise UserError(
-            f"{too_long} of {len(lengths)} prompts are longer than the {prompt_len} tokens that there are for them; the "
-            f"longest has {longest} ({wheres[lengths.index(longest)]}): raise seq_len by {longest - prompt_len}, or lower "
-            "max_new_tokens by as much"
+            f"{too_long} of {len(lengths)} prompts {'is' if too_long == 1 else 'are'} longer than the {prompt_len} tokens "
+            f"that there are for them; the longest has {longest} ({wheres[lengths.index(longest)]}): raise seq_len by "
+            f"{excess}{lower}{more}"
         )
 
 

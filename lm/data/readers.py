@@ -7,9 +7,13 @@ cannot be read from the middle (gzip, TFDS, line ends of other systems) is unpac
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import gzip
 import json
+import os
+import re
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from lm.data import bad_rows, tables
+from lm.data.bad_rows import ADVICE, BadRow, Unreadable
+from lm.data.layouts import READ_COLUMNS
 from lm.experiment import UserError
 
 DOCUMENT = 4_000  # characters of a document cut from a text file, roughly
@@ -27,6 +34,8 @@ PIECE_BYTES = 2 << 20  # text of a piece; rows are not divided
 PARQUET_ROWS = 256  # rows of parquet that are Python values at the same time
 GROUP = 1 << 32  # a row of parquet begins at group * GROUP + place in the group
 BOM = codecs.BOM_UTF8
+DEEPEST = 100  # of JSON, what is nested deeper is left out: no column that stages read is so deep
+JSON_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 Row = dict[str, Any]
 Spans = Int64[np.ndarray, "N 3"]
@@ -43,6 +52,8 @@ class Piece(NamedTuple):
     kind: str
     first: int
     spans: Spans
+    columns: tuple[str, ...] = ()  # as `Source.columns`
+    drop: bool = False  # a row that cannot be read comes out as Unreadable instead of raising BadRow
 
     @property
     def text_bytes(self) -> int:
@@ -69,13 +80,52 @@ def kind_of(file: Path) -> str | None:
 
 
 def read(piece: Piece) -> Iterator[Row]:
-    """The rows of a piece. Raises UserError naming the line that is broken, or the file that has gone."""
+    """The rows of a piece, columns named as stages know them. Raises UserError naming the line that is broken, or the
+    file that has gone."""
+    theirs = names_of(piece.columns)
     try:
-        yield from FORMATS[piece.kind].read(piece)
+        for row in FORMATS[piece.kind].read(piece):
+            yield renamed(row, theirs) if theirs else row
     except FileNotFoundError as error:
         raise UserError(
             f"{piece.file} was there and has been removed; run the same command again to go on with what is there now"
         ) from error
+
+
+def names_of(columns: Iterable[str]) -> dict[str, str]:
+    """`Source.columns` as {theirs: ours}. Raises UserError for what is not ours=theirs."""
+    pairs = [column.split("=", 1) for column in columns]
+    names = {pair[-1].strip(): pair[0].strip() for pair in pairs}
+    if not all(len(pair) == 2 and all(map(str.strip, pair)) for pair in pairs) or len(set(names.values())) < len(pairs):
+        raise UserError(
+            f"columns is {', '.join(columns)!r}; it has ours=theirs, each name once: prompt=query,completion=reply"
+        )
+    return names
+
+
+def renamed(row: Row, theirs: dict[str, str]) -> Row:
+    """The row with columns called as stages know them, from {theirs: ours}."""
+    if isinstance(row, Unreadable):
+        return row
+    given = {ours: row[name] for name, ours in theirs.items() if name in row}
+    return {name: value for name, value in row.items() if name not in theirs and name not in given} | given
+
+
+def why_not_a_file(path: str) -> str | None:
+    """One line for a path that leads to no file or folder that can be read, but to something; None for what is missing."""
+    try:
+        file = Path(path).expanduser()
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        return f"{path!r:.80}: cannot be read: {why}"
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kinds = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
+        what = next((name for check, name in kinds if check(mode)), "a device")
+        return f"{path}: is {what}, not a file; a source can be read again and again"
+    return None if os.access(file, os.R_OK) else f"{path}: cannot be read: Permission denied"
 
 
 def cuts(spans: Spans, kind: str) -> Iterator[tuple[int, int]]:
@@ -204,17 +254,67 @@ def _read_lines(piece: Piece) -> Iterator[Row]:
     with piece.file.open("rb") as stream:
         for place, (start, size, _) in enumerate(piece.spans.tolist()):
             stream.seek(start)
-            yield _parse(stream.read(size), piece.where(place))
+            line = stream.read(size)
+            try:
+                row = _parse(line, piece.where(place))
+            except BadRow as error:
+                if not piece.drop:
+                    raise BadRow(f"{error}{ADVICE}", error.reason) from error
+                row = Unreadable(error, line.decode(errors="replace"))
+            yield row
 
 
 def _parse(line: bytes, where: str) -> Row:
+    if line.startswith(tables.BAD):
+        why = _loads(line[1:].decode(), where)
+        raise BadRow(f"{where}: {why}", bad_rows.FIELDS)
     try:
-        row = json.loads(line.removeprefix(BOM))
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from error
+        text = line.removeprefix(BOM).decode()
+    except UnicodeDecodeError as error:
+        raise BadRow(
+            f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file, for instance with iconv",
+            bad_rows.JSON,
+        ) from error
+    row = _loads(text, where)
     if not isinstance(row, dict):
-        raise UserError(f"{where}: every line must be a JSON object, found {line.strip().decode(errors='replace'):.40}")
+        raise BadRow(f"{where}: every line must be a JSON object, found {text.strip():.40}", bad_rows.JSON)
     return row
+
+
+def _loads(text: str, where: str) -> Any:
+    if text.count("{") + text.count("[") > DEEPEST:
+        text = _cut_at_depth(text, DEEPEST)
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(
+            f"{where}: not valid JSON ({error!s:.150}); every line must be one JSON object", bad_rows.JSON
+        ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.40} stands twice in one object")
+    return made
+
+
+def _cut_at_depth(text: str, depth: int) -> str:
+    """The JSON with `null` for what lies deeper."""
+    kept, at, here = [], 0, 0
+    for mark in JSON_MARK.finditer(text):
+        if mark[0] in "[{":
+            here += 1
+            if here == depth:
+                kept.append(text[at : mark.start()])
+        elif mark[0] in "]}":
+            if here == depth:
+                kept.append("null")
+                at = mark.end()
+            here -= 1
+    return "".join(kept) + text[at:] if here <= 0 else text
 
 
 def _unzipped(name: str, file: Path) -> Iterator[bytes]:
@@ -237,41 +337,89 @@ def _parquet(name: str, file: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _damaged(name, "not a parquet file"):
         return pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{name}: not a parquet file ({error})") from error
+
+
+@contextlib.contextmanager
+def _damaged(name: str, what: str) -> Iterator[None]:
+    """Inside, what pyarrow says of a damaged file is one line."""
+    import pyarrow
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise UserError(f"{name}: {what} ({' '.join(str(error).split()):.150})") from error
 
 
 def _locate_parquet(name: str, file: Path) -> Iterator[Spans]:
-    metadata = _parquet(name, file).metadata
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        spans = np.zeros((group.num_rows, 3), np.int64)
-        spans[:, 0] = number * GROUP + np.arange(group.num_rows)
-        spans[:, 1] = group.total_byte_size // max(1, group.num_rows)
-        yield spans
+    with _damaged(name, "not a whole parquet file"):
+        metadata = _parquet(name, file).metadata
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            spans = np.zeros((group.num_rows, 3), np.int64)
+            spans[:, 0] = number * GROUP + np.arange(group.num_rows)
+            spans[:, 1] = group.total_byte_size // max(1, group.num_rows)
+            yield spans
 
 
 @functools.lru_cache(maxsize=2)
-def _row_group(file: Path, changed: int, number: int) -> Any:
-    return _parquet(str(file), file).read_row_group(number)
+def _row_group(name: str, file: Path, changed: int, number: int) -> Any:
+    with _damaged(name, f"damaged in row group {number}"):
+        return _parquet(name, file).read_row_group(number)
 
 
 def _read_parquet(piece: Piece) -> Iterator[Row]:
-    changed = piece.file.stat().st_mtime_ns
+    changed, done = piece.file.stat().st_mtime_ns, 0
     for start in range(0, len(piece.spans), PARQUET_ROWS):
         places = piece.spans[start : start + PARQUET_ROWS, 0]
         for number in np.unique(places // GROUP).tolist():
             within = places[places // GROUP == number] % GROUP
-            yield from _row_group(piece.file, changed, number).slice(int(within[0]), len(within)).to_pylist()
+            table = _row_group(piece.name, piece.file, changed, number).slice(int(within[0]), len(within))
+            yield from _python_rows(table, piece, done)
+            done += len(within)
+
+
+def _python_rows(table: Any, piece: Piece, first: int) -> Iterator[Row]:
+    """The rows of a table. Of one with a value that cannot be read only columns that no stage reads are left out."""
+    try:
+        rows = table.to_pylist()
+    except (ValueError, OverflowError, ArithmeticError):
+        rows = None
+    for place in range(len(table)):
+        yield _python_row(table, place, piece, first + place) if rows is None else rows[place]
+
+
+def _python_row(table: Any, place: int, piece: Piece, number: int) -> Row:
+    row: Row = {}
+    for name in table.column_names:
+        try:
+            row[name] = table.column(name)[place].as_py()
+        except (ValueError, OverflowError, ArithmeticError) as error:
+            if names_of(piece.columns).get(name, name) not in READ_COLUMNS:
+                continue
+            bad = BadRow(f"{piece.where(number)}: {name} cannot be read ({error!s:.100})", bad_rows.VALUE)
+            if not piece.drop:
+                raise BadRow(f"{bad}{ADVICE}", bad.reason) from error
+            return Unreadable(bad, f"{name} {error}")
+    return row
+
+
+def _csv(delimiter: str) -> Callable[[str, Path], Iterator[bytes]]:
+    return lambda name, file: tables.csv_lines(name, _decoded(name, file), delimiter)
 
 
 FORMATS = {
     ".txt": Format(_locate_documents, _read_documents, _plain_line_ends, ".txt"),
     ".jsonl": Format(_locate_lines, _read_lines),
     ".jsonl.gz": Format(_locate_lines, _read_lines, _unzipped),
+    ".json": Format(_locate_rows, _read_lines, tables.json_lines, "unpacked rows"),
+    ".csv": Format(_locate_lines, _read_lines, _csv(",")),
+    ".tsv": Format(_locate_lines, _read_lines, _csv("\t")),
     ".parquet": Format(_locate_parquet, _read_parquet),
+    "unpacked rows": Format(_locate_rows, _read_lines),
     "tfds": Format(_locate_rows, _read_lines),
 }
 FILES = tuple(suffix for suffix in FORMATS if suffix.startswith("."))

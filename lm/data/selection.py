@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from lm.data.order import mixture_shares
-from lm.data.sources import NOWHERE, Rows, load_rows, split_rows, texts_of, why_missing
+from lm.data.sources import NOWHERE, Rows, rows_of, split_rows, texts_of, why_missing
 from lm.data.split import Places, split_key, split_place
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import MADE, Experiment, Source, UserError, resolve_sources
@@ -30,7 +30,7 @@ def select(source: Source, split: Split, elsewhere: Places = NOWHERE) -> tuple[R
     Args:
         elsewhere: what other sources hold out (`held_out_elsewhere`), which is left out of training.
     """
-    rows = load_rows(source.path)
+    rows = rows_of(source)
     train, heldout = split_rows(rows, source.holdout, elsewhere)
     indices = heldout if split == "heldout" else train
     if not len(indices):
@@ -82,7 +82,7 @@ def held_out_elsewhere(experiment: Experiment) -> Places:
         made = _is_generator(source.path) and all(_is_generator(one.path) for one in others)
         if not others or made or source.path.startswith(MADE):
             continue
-        rows = load_rows(source.path)
+        rows = rows_of(source)
         if rows.generated:
             places = np.array([split_place(split_key(rows[i])) for i in split_rows(rows, source.holdout)[1]])
         else:
@@ -199,6 +199,7 @@ def fingerprint(
         taken = elsewhere if of.generated else np.intersect1d(elsewhere, of.measures.places)
         if len(taken := taken[taken >= source.holdout]):
             part.append(hashlib.sha256(taken.tobytes()).hexdigest())
+        part += [of.reading()] if of.reading() else []
     return hashlib.sha256(json.dumps([parts, tokenizer_fingerprint]).encode()).hexdigest()
 
 
@@ -213,7 +214,7 @@ def _content(path: str) -> str:
         return "gen:docs"
     if path.startswith(("gen:", "tfds:")):
         return {"gen:preferences": "gen:instruct"}.get(path, path)
-    return str(Path(path).expanduser().resolve())
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _is_generator(path: str) -> bool:

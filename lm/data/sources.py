@@ -2,8 +2,8 @@
 
 A file is read through once; where its rows begin and on which side they are is kept in the cache.
 
-Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`. Rows as people
-have them: {"text"}; {"messages"}; {"prompt", "chosen", "rejected"}; {"question", "answer"}; more columns do no harm.
+Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`.
+Rows as people have them: `lm.data.layouts` knows which columns; more columns do no harm, and are named once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -21,11 +21,13 @@ import numpy as np
 from jaxtyping import Int64
 
 from lm.data import curriculum, python_docs, readers, tfds_rows
+from lm.data.bad_rows import Unreadable
 from lm.data.cache import Cache, Entry, Writer, current_cache
+from lm.data.layouts import canonical
 from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
 from lm.data.split import TEXT_COLUMNS, Places, canonical_json, split_key, split_place
 from lm.data.workers import Crew
-from lm.experiment import MADE, UserError
+from lm.experiment import MADE, Source, UserError
 
 __all__ = [
     "Measures",
@@ -34,6 +36,7 @@ __all__ = [
     "Rows",
     "cut_text",
     "load_rows",
+    "rows_of",
     "split_key",
     "split_place",
     "split_rows",
@@ -44,6 +47,7 @@ __all__ = [
 PROBED = 256  # rows of a generator that its fingerprint is taken over
 STRIDE = 16  # generated rows from which one training example is taken: the first that is not held out
 SEARCHED = 100_000  # generated rows looked through for held-out ones
+NO_SPANS = np.zeros((0, 3), np.int64)
 HELDOUT_GENERATED = 500  # held-out rows taken from a generator
 NOWHERE: Places = np.zeros(0)  # no key is held out by another source
 
@@ -65,6 +69,9 @@ class Part:
     kind: str
     entry: Entry
     fingerprint: str
+    packed: str  # the kind of the file before it was unpacked
+    columns: tuple[str, ...] = ()
+    drop: bool = False
 
     def __len__(self) -> int:
         return self.entry.length("spans")
@@ -75,7 +82,8 @@ class Part:
         return int(self.entry.array("spans")[:, 1].sum()) if self.kind == ".parquet" else self.file.stat().st_size
 
     def piece(self, start: int, stop: int) -> Piece:
-        return Piece(self.name, self.file, self.kind, start, np.array(self.entry.array("spans")[start:stop]))
+        spans = np.array(self.entry.array("spans")[start:stop])
+        return Piece(self.name, self.file, self.kind, start, spans, self.columns, self.drop)
 
     def pieces(self) -> Iterator[Piece]:
         """All rows, in pieces to work on."""
@@ -89,7 +97,8 @@ class Part:
 class Rows(Sequence[Row]):
     """Random access to the rows of a source. `where(i)` names row i for a person; `generated` rows are made on demand.
 
-    `parts` are the files that they are in, one after another; none of rows that are in memory or generated.
+    `parts` are the files that they are in, one after another; none of rows that are in memory or generated. `columns` and
+    `drop` are as of `load_rows`; `notes` say what of a folder is not read.
     """
 
     path: str
@@ -99,6 +108,9 @@ class Rows(Sequence[Row]):
     where: Callable[[int], str]
     generated: bool = False
     parts: tuple[Part, ...] = ()
+    columns: tuple[str, ...] = ()
+    drop: bool = False
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.length
@@ -114,6 +126,10 @@ class Rows(Sequence[Row]):
             raise IndexError(f"{self.path} has no row {index}")
         return self.fetch(index)
 
+    def reading(self) -> dict[str, Any]:
+        """What of the way rows are read makes others of them, for keys of the cache."""
+        return _reading(self.columns, self.drop)
+
     @functools.cached_property
     def measures(self) -> Measures:
         """What is known of every row of a source that has an end; of files by the cache, without reading them."""
@@ -123,19 +139,60 @@ class Rows(Sequence[Row]):
         return Measures(*(found[0] if len(found) == 1 else np.concatenate(found) for found in columns))
 
 
-def load_rows(path: str, data_dir: str | Path | None = None) -> Rows:
-    """The rows of a source. `data_dir` is where TFDS keeps its data, by default where TFDS itself does.
+def load_rows(path: str, data_dir: str | Path | None = None, columns: tuple[str, ...] = (), drop: bool = False) -> Rows:
+    """The rows of a source.
 
-    Raises UserError for what is missing, unknown, empty or broken, naming file and line.
+    Args:
+        data_dir: where TFDS keeps its data; None: where TFDS itself does.
+        columns: names of columns, as ours=theirs.
+        drop: rows that cannot be read come out as `Unreadable` instead of raising.
+
+    Raises:
+        UserError: what is missing, unknown, empty or broken, naming file and line.
     """
+    readers.names_of(columns)
     if path.startswith("gen:"):
-        return _generated(path)
+        rows = _generated(path)
+        return replace(rows, fetch=lambda i: _renamed(rows.fetch(i), columns), columns=columns) if columns else rows
     if path.startswith("tfds:"):
-        return _read_tfds(path, data_dir)
+        return _check_columns(_read_tfds(path, data_dir, columns, drop))
     if missing := why_missing(path):
         raise UserError(missing)
     file = Path(path).expanduser()
-    return _read_files([(str(f), f) for f in _files(file, path)] if file.is_dir() else [(path, file)], path)
+    files, notes = _files(file, path) if file.is_dir() else ([file], ())
+    named = [(str(f), f) for f in files] if file.is_dir() else [(path, file)]
+    return _check_columns(replace(_read_files(named, path, columns, drop), notes=notes))
+
+
+def rows_of(source: Source) -> Rows:
+    """The rows of a source, its columns renamed, and bad rows taken as it says."""
+    return load_rows(source.path, columns=source.columns, drop=source.bad_rows == "drop")
+
+
+def _renamed(row: Row, columns: tuple[str, ...]) -> Row:
+    return readers.renamed(row, readers.names_of(columns))
+
+
+def _reading(columns: tuple[str, ...], drop: bool) -> dict[str, Any]:
+    return ({"columns": list(columns)} if columns else {}) | ({"bad_rows": "drop"} if drop else {})
+
+
+def _check_columns(rows: Rows) -> Rows:
+    """Raises UserError for a column that is to be read under another name, and that no row has."""
+    missing, found = set(readers.names_of(rows.columns)), dict[str, None]()
+    if not missing:
+        return rows
+    for part in rows.parts:
+        for piece in part.pieces():
+            for row in readers.read(piece._replace(columns=())):
+                found |= dict.fromkeys(map(str, row))
+                missing -= set(row)
+                if not missing:
+                    return rows
+    raise UserError(
+        f"{rows.path}: columns names {sorted(missing)[0]!r:.60}, which no row has; the columns found are "
+        f"{', '.join(found):.200}"
+    )
 
 
 def split_rows(rows: Rows, holdout: float, elsewhere: Places = NOWHERE) -> tuple[Sequence[int], Sequence[int]]:
@@ -159,12 +216,17 @@ def split_rows(rows: Rows, holdout: float, elsewhere: Places = NOWHERE) -> tuple
 
 
 def _measure(rows: Iterable[Row]) -> Measures:
-    found = [(split_place(split_key(row)), texts_of(row)) for row in rows]
+    found = [(split_place(_key(row)), texts_of(row)) for row in rows]
     return Measures(
         np.array([place for place, _ in found], np.float64),
         np.array([len(texts) for _, texts in found], np.int64),
         np.array([sum(map(len, texts)) for _, texts in found], np.int64),
     )
+
+
+def _key(row: Row) -> str:
+    """The key of a row; of one that cannot be read what is there."""
+    return row.raw if isinstance(row, Unreadable) else split_key(row)
 
 
 def _measure_piece(_: None, piece: Piece) -> tuple[Piece, Measures]:
@@ -174,6 +236,7 @@ def _measure_piece(_: None, piece: Piece) -> tuple[Piece, Measures]:
 def texts_of(row: Mapping[str, Any]) -> list[str]:
     """Every text of a row that a stage may train on."""
     found: list[Any] = []
+    row = canonical(row)
     for column in TEXT_COLUMNS:
         value = row.get(column)
         turns = value if isinstance(value, list) else [{"content": value}]
@@ -267,24 +330,38 @@ GENERATORS: dict[str, Callable[[int], Row]] = {
 }
 
 
-def _files(folder: Path, path: str) -> list[Path]:
-    """Every file in it that has one of our endings, by name."""
-    files = sorted(file for file in folder.iterdir() if readers.kind_of(file) and file.is_file())
+def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
+    """Every file in it that has one of our endings, by name, and a line on what else is there and is not read.
+
+    A `.json` file beside files of other kinds is not: it may be anything.
+    """
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    files = [file for file in there if readers.kind_of(file) and not file.is_dir()]
+    files = [file for file in files if readers.kind_of(file) != ".json"] or files
+    for file in files:
+        if why := why_missing(str(file)):
+            raise UserError(why)
     if not files:
         raise UserError(f"{path}: there is no {', '.join(FILES)} file in this folder")
-    return files
+    others = [f"{file.name}/" if file.is_dir() else file.name for file in there if file not in files]
+    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    note = f"{len(files)} files are read; not read: {shown}"
+    return files, (note,) if others else ()
 
 
-def _read_files(files: Sequence[tuple[str, Path]], path: str) -> Rows:
+def _read_files(files: Sequence[tuple[str, Path]], path: str, columns: tuple[str, ...], drop: bool) -> Rows:
     """The rows of files, one file after another; `files` are names for people, and paths."""
     cache = current_cache()
     with Crew(f"{path}: reading", "rows", sum(file.stat().st_size for _, file in files)) as crew:
-        parts = crew.each(lambda named: _read_file(*named, cache, crew), files)
+        parts = crew.each(lambda named: _read_file(*named, cache, crew, columns, drop), files)
     whole = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
     return _of_parts(path, parts, parts[0].fingerprint if files[0][0] == path else whole)
 
 
-def _read_file(name: str, file: Path, cache: Cache, crew: Crew) -> Part:
+def _read_file(name: str, file: Path, cache: Cache, crew: Crew, columns: tuple[str, ...], drop: bool) -> Part:
     kind = readers.kind_of(file)
     if kind is None:
         raise UserError(
@@ -294,28 +371,30 @@ def _read_file(name: str, file: Path, cache: Cache, crew: Crew) -> Part:
     content = cache.digest(file)
 
     def build(writer: Writer) -> None:
-        _index(writer, name, file, kind, FORMATS[kind].unpack(name, file), crew)
+        _index(writer, Piece(name, file, kind, 0, NO_SPANS, columns, drop), FORMATS[kind].unpack(name, file), crew)
 
-    entry = cache.entry("rows", {"content": content, "format": kind}, build, name)
-    return _part(name, file, kind, entry, content)
+    entry = cache.entry("rows", {"content": content, "format": kind} | _reading(columns, drop), build, name)
+    return _part(name, file, kind, entry, content, columns, drop)
 
 
-def _read_tfds(path: str, data_dir: str | Path | None) -> Rows:
+def _read_tfds(path: str, data_dir: str | Path | None, columns: tuple[str, ...], drop: bool) -> Rows:
     """The rows of a TFDS split, unpacked as JSON lines; the fingerprint is over these."""
     cache = current_cache()
     files, lines = tfds_rows.find(path.removeprefix("tfds:"), data_dir)
 
     def build(writer: Writer) -> None:
-        _index(writer, path, files[0], "tfds", lines(), crew)
+        _index(writer, Piece(path, files[0], "tfds", 0, NO_SPANS, columns, drop), lines(), crew)
 
     with Crew(f"{path}: reading", "rows", sum(file.stat().st_size for file in files)) as crew:
-        made_of = {"content": [cache.digest(file) for file in files], "format": "tfds"}
+        made_of = {"content": [cache.digest(file) for file in files], "format": "tfds"} | _reading(columns, drop)
         entry = cache.entry("rows", made_of, build, path)
-    return _of_parts(path, [_part(path, files[0], "tfds", entry, entry.files["unpacked"]["sha256"])], None)
+    part = _part(path, files[0], "tfds", entry, entry.files["unpacked"]["sha256"], columns, drop)
+    return _of_parts(path, [part], None)
 
 
-def _index(writer: Writer, name: str, file: Path, kind: str, unpacked: Iterator[bytes] | None, crew: Crew) -> None:
-    """Write down where the rows of a file begin, and the measures of each."""
+def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, crew: Crew) -> None:
+    """Write down where the rows of a file begin, and the measures of each. `whole` says how to read it."""
+    name, file, kind = whole.name, whole.file, whole.kind
     if unpacked is not None:
         for block in unpacked:
             writer.append("unpacked", np.frombuffer(block, np.uint8))
@@ -327,7 +406,7 @@ def _index(writer: Writer, name: str, file: Path, kind: str, unpacked: Iterator[
         first = 0
         for spans in FORMATS[kind].locate(name, file):
             for low, high in readers.cuts(spans, kind):
-                yield Piece(name, file, kind, first + low, spans[low:high])
+                yield whole._replace(file=file, kind=kind, first=first + low, spans=spans[low:high])
             first += len(spans)
 
     for piece, found in crew.map(_measure_piece, pieces()):
@@ -340,10 +419,13 @@ def _index(writer: Writer, name: str, file: Path, kind: str, unpacked: Iterator[
         raise UserError(f"{name}: empty, there is not one row in it")
 
 
-def _part(name: str, file: Path, kind: str, entry: Entry, fingerprint: str) -> Part:
+def _part(
+    name: str, file: Path, packed: str, entry: Entry, fingerprint: str, columns: tuple[str, ...], drop: bool
+) -> Part:
+    kind = packed
     if "unpacked" in entry.files:
-        file, kind = entry.path("unpacked"), _kind_unpacked(kind)
-    return Part(name, file, kind, entry, fingerprint)
+        file, kind = entry.path("unpacked"), _kind_unpacked(packed)
+    return Part(name, file, kind, entry, fingerprint, packed, columns, drop)
 
 
 def _kind_unpacked(kind: str) -> str:
@@ -366,7 +448,8 @@ def _of_parts(path: str, parts: Sequence[Part], fingerprint: str | None) -> Rows
         return part.piece(place, place + 1).where(0)
 
     own = fingerprint or parts[0].fingerprint
-    return Rows(path, int(bounds[-1]), fetch, own, where, parts=tuple(parts))
+    how = parts[0]
+    return Rows(path, int(bounds[-1]), fetch, own, where, parts=tuple(parts), columns=how.columns, drop=how.drop)
 
 
 def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
@@ -374,9 +457,15 @@ def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
 
 
 def why_missing(path: str) -> str | None:
-    """One line that says that the file of a source is not there, and what is; None for what is no file or is there."""
+    """One line that says that the file of a source is not there or cannot be read, and what is there; None if it can."""
+    if path.startswith(("gen:", "tfds:", MADE)):
+        return None
+    if not path.strip():
+        return "a source has an empty path; name a file, a folder, tfds:NAME/SPLIT or gen:NAME"
+    if why := readers.why_not_a_file(path):
+        return why
     file = Path(path).expanduser()
-    if path.startswith(("gen:", "tfds:", MADE)) or file.exists():
+    if file.exists():
         return None
     if not file.parent.is_dir():
         return f"{path}: there is no folder {file.parent}"

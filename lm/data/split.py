@@ -14,13 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion", "question", "answer")
-ASKING_COLUMNS = (
-    "prompt",
-    "question",
-    "messages",
-    "chosen",
-)  # of a conversation in `chosen` what its first user turn asks
+from lm.data.layouts import canonical
+
+TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion")  # of canonical rows
+ASKING_COLUMNS = ("prompt", "messages", "chosen")  # of a conversation in `chosen` what its first user turn asks
 
 ALWAYS_TRAINED = "never held out"  # a key of rows that no split holds out
 
@@ -35,6 +32,7 @@ def split_key(row: Mapping[str, Any]) -> str:
     key = row.get("key")
     if key is not None:
         return key if isinstance(key, str) else canonical_json(key)
+    row = canonical(row)
     if asked := asked_of(row):
         return asked
     texts = {column: _plain(row[column]) for column in TEXT_COLUMNS if row.get(column) is not None}
@@ -42,17 +40,13 @@ def split_key(row: Mapping[str, Any]) -> str:
 
 
 def asked_of(row: Mapping[str, Any]) -> str:
-    """The turns up to the first answer, without the system turn, as normalised text; "" for a row that asks nothing.
+    """Of a canonical row, the turns up to the first answer, without the system turn, as normalised text, or "".
 
     The same for `question`, for `prompt` as a string or as turns, for `messages`, and for whole conversations in `chosen`.
     """
     for column in ASKING_COLUMNS:
         value = row.get(column)
-        if isinstance(value, str) and column in ("prompt", "question"):
-            asked = normalised(value)
-        else:
-            asked = _asked_in(value) if isinstance(value, list | tuple) else ""
-        if asked:
+        if isinstance(value, list) and (asked := _asked_in(value)):
             return asked
     return ""
 

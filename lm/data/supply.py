@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Bool, Int, Int64
 
 from lm.data import packing
+from lm.data.bad_rows import BadRow
 from lm.data.curriculum.draw import mix64
+from lm.data.layouts import canonical
 from lm.data.order import permutation, permute
 from lm.data.packing import Example, Row
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import FLAWS, KINDS, Store, store_in_memory, store_of
+from lm.data.tokens import KINDS, Store, flawed, left_out, store_in_memory, store_of
 from lm.experiment import UserError
 
 EXAMPLES_A_ROW = 64  # generated examples set aside for one packed row; those that do not fit are passed over
+UNREAD_SHOWN = 12  # names of what is not read in one line
 LOOKED_AT = 256  # generated examples that a tally is taken over
 
 
@@ -26,7 +31,9 @@ LOOKED_AT = 256  # generated examples that a tally is taken over
 class Tally:
     """What became of a source's examples; `partial`: only of the first ones, the source has no end.
 
-    `truncated` ones lost their end, or what `truncation` says; `reasons`: of those dropped how many, by why.
+    `truncated` ones lost their end, or what `truncation` says, `lost` tokens in all; `reasons`: of those dropped how many, by
+    why, and `firsts` the first of each: where it is, and what is wrong with it or what it says. `unread`: columns, and keys
+    of turns, that no example shows; `notes`: what else there is to say of the files.
     """
 
     examples: int
@@ -37,11 +44,16 @@ class Tally:
     partial: bool = False
     reasons: Mapping[str, int] = field(default_factory=dict)
     truncation: str = "truncated"
+    lost: int = 0
+    firsts: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def describe(self, unit: str) -> str:
         head = f"first {self.examples} {unit}" if self.partial else f"{self.examples} {unit}"
         rest = f"{self.tokens} tokens, {self.trained} trained on, {self.truncated} {self.truncation}, {self.dropped} dropped"
-        return f"{head}, {rest}{f' ({self.describe_dropped()})' if self.reasons else ''}"
+        why = f" ({self.describe_dropped()})" if self.reasons else ""
+        return f"{head}, {rest}{why}{f', {self.lost} tokens cut off' if self.lost else ''}"
 
     def with_dropped(self, why: str, count: int) -> Tally:
         """As many examples more, dropped for a reason."""
@@ -50,6 +62,31 @@ class Tally:
 
     def describe_dropped(self) -> str:
         return ", ".join(f"{count} {why}" for why, count in self.reasons.items())
+
+    def remarks(self) -> list[str]:
+        """A line for the first example of each reason, one for what is not read, and what else there is to say."""
+        lines = [f"{self.reasons[why]} dropped {why}, the first: {first}" for why, first in self.firsts.items()]
+        if self.unread:
+            shown = ", ".join(self.unread[:UNREAD_SHOWN])
+            more = f" and {len(self.unread) - UNREAD_SHOWN} more" if len(self.unread) > UNREAD_SHOWN else ""
+            lines.append(f"not read by this stage: {shown}{more}")
+        return [*lines, *self.notes]
+
+    def to_json(self, source: str, unit: str) -> dict[str, Any]:
+        """One plain object, as in a stage's summary."""
+        return {
+            "source": source,
+            "unit": unit,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained,
+            "truncated": self.truncated,
+            "truncated_tokens": self.lost,
+            "dropped": dict(self.reasons),
+            "first": dict(self.firsts),
+            "partial": self.partial,
+            "unread": list(self.unread),
+        }
 
 
 @dataclass(frozen=True)
@@ -93,7 +130,7 @@ def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokeniz
 
     Held-out documents are cut once, from the first token on. The first token of a window is not predicted.
     """
-    store, numbers = _examples(rows, indices, "documents", tokenizer)
+    store, numbers, tally = _keep_documents(rows, indices, tokenizer)
     stream = Ring.of(store, numbers[order.places(0, len(numbers))], seq_len if order.key is not None else 0)
     total = stream.total
     number = -(-total // seq_len)
@@ -104,7 +141,7 @@ def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokeniz
             start = (start + mix64(order.key ^ mix64(epoch)) % seq_len) % total
         return [packing.window(stream, stream.bounds, start, seq_len, tokenizer.pad_id)]
 
-    return Supply(number, row, Tally(len(numbers), total, total - number, 0, 0), "documents")
+    return Supply(number, row, replace(tally, tokens=total, trained=total - number), "documents")
 
 
 @dataclass(frozen=True)
@@ -139,11 +176,13 @@ class Ring:
             start, document = end, document + 1
 
 
-def conversations(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
-    """Conversations packed into rows, trained on the assistant's turns; which share a row is settled once."""
+def conversations(
+    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, kind: str = "conversations"
+) -> Supply:
+    """Conversations packed into rows, trained on what their kind says; which share a row is settled once."""
     if rows.generated and order.key is not None:
-        return _generated_conversations(rows, indices, seq_len, tokenizer, order)
-    store, groups, tally = _keep(rows, indices, seq_len, tokenizer)
+        return _generated_conversations(rows, indices, seq_len, tokenizer, order, kind)
+    store, groups, tally = _keep(rows, indices, seq_len, tokenizer, kind)
     numbers = groups[:, 0]
     plan = packing.pack(np.minimum(store.lengths[numbers], seq_len).tolist(), seq_len)
 
@@ -155,14 +194,14 @@ def conversations(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: T
 
 
 def _generated_conversations(
-    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order
+    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, kind: str
 ) -> Supply:
     """Each row is filled from a run of examples of its own, so that any row can be made without the ones before."""
     number = len(indices) // EXAMPLES_A_ROW
 
     def examples(first: int) -> Iterator[Example]:
         for k in range(first, first + EXAMPLES_A_ROW):
-            (example,) = _made(rows, indices[k], "conversations", seq_len, tokenizer)
+            (example,) = _made(rows, indices[k], kind, seq_len, tokenizer)
             if packing.is_trained(example):
                 yield example
 
@@ -177,18 +216,25 @@ def _generated_conversations(
         return [packing.join(members, seq_len, tokenizer.pad_id)]
 
     looked_at = [indices[k] for k in range(LOOKED_AT)]
-    tally = _keep(rows, looked_at, seq_len, tokenizer).tally
+    tally = _keep(rows, looked_at, seq_len, tokenizer, kind).tally
     return Supply(number, row, replace(tally, partial=True), "conversations")
 
 
 def pairs(
-    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, ties: bool = False
+    rows: Rows,
+    indices: Sequence[int],
+    seq_len: int,
+    tokenizer: Tokenizer,
+    order: Order,
+    ties: bool = False,
+    margins: bool = False,
 ) -> Supply:
     """Preference pairs: the chosen conversation in one row, the rejected in the next, trained on the last answer.
 
-    Pairs that are a tie are left out unless `ties`.
+    Pairs that are a tie are left out unless `ties`; without `margins` those of the rows are not looked at, and are 0.
     """
-    groups = _answer_groups(rows, indices, "pairs", seq_len, tokenizer, order, ties)
+    kind = "pairs, with margins" if margins else "pairs"
+    groups = _answer_groups(rows, indices, kind, seq_len, tokenizer, order, ties)
 
     def example(epoch: int, place: int) -> int:
         return order.place(epoch, place, groups.number)
@@ -205,7 +251,7 @@ def pairs(
 
 def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
     """Judged answers, one a row: of rows that have a label, or both sides of preference pairs, the chosen one desirable."""
-    kind = "pairs" if "chosen" in rows[indices[0]] else "judged"
+    kind = "pairs" if _has_pairs(rows, indices) else "judged"
     groups = _answer_groups(rows, indices, kind, seq_len, tokenizer, order)
     size = KINDS[kind].examples_a_row
 
@@ -217,6 +263,12 @@ def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokeniz
         return [joined._replace(desirable=np.float32(label))]
 
     return Supply(groups.number * size, row, groups.tally, kind)
+
+
+def _has_pairs(rows: Rows, indices: Sequence[int]) -> bool:
+    """Whether the first row that can be read is a preference pair."""
+    found = (canonical(rows[indices[k]]) for k in range(min(LOOKED_AT, len(indices))))
+    return any("chosen" in row for row in itertools.islice((row for row in found if row), 1))
 
 
 class Groups(NamedTuple):
@@ -238,7 +290,7 @@ def _answer_groups(
 
     def find(place: int) -> tuple[Store, Int64[np.ndarray, " K"]]:
         index = indices[place]
-        made = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer)
+        made = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer, rows.drop)
         return made, np.arange(len(made))
 
     return Groups(len(indices), find, replace(tally, partial=True))
@@ -249,25 +301,98 @@ def _examples(
 ) -> tuple[Store, Int64[np.ndarray, " N"]]:
     """The examples of some rows: where they are stored, and the numbers of their rows there."""
     if rows.generated:
-        return store_in_memory(((rows[i], rows.where(i)) for i in indices), kind, tokenizer), np.arange(len(indices))
+        named = ((rows[i], rows.where(i)) for i in indices)
+        return store_in_memory(named, kind, tokenizer, rows.drop), np.arange(len(indices))
     return store_of(rows, kind, tokenizer), np.asarray(indices)
 
 
 def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: Tokenizer) -> list[Example]:
     """The examples of one row, made now."""
-    store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer)
+    store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer, rows.drop)
     return [store.example(number, seq_len) for number in range(len(store))]
 
 
-def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer) -> Kept:
+class Dropped(NamedTuple):
+    """Which examples are `left`, and of the others how many and which is the first, by why."""
+
+    left: Bool[np.ndarray, " N"]
+    counts: dict[str, int]
+    firsts: dict[str, str]
+
+
+def _drop(rows: Rows, indices: Sequence[int], kind: str, reasons: Mapping[str, Bool[np.ndarray, " N"]]) -> Dropped:
+    """Leave out the rows that any reason speaks against; each is counted for the first that does."""
+    left = np.ones(len(indices), bool)
+    counts, firsts = {}, {}
+    for why, those in reasons.items():
+        if (gone := left & those).any():
+            counts[why] = int(gone.sum())
+            firsts[why] = show_row(rows, int(indices[int(np.argmax(gone))]), kind)
+        left &= ~those
+    return Dropped(left, counts, firsts)
+
+
+def show_row(rows: Rows, index: int, kind: str) -> str:
+    """A line on a row: where it is, and what is wrong with it, or how it begins."""
+    row, where = rows[index], rows.where(index)
+    try:
+        KINDS[kind].make(row, where, KINDS[kind].rendering)
+    except BadRow as error:
+        return str(error)
+    return excerpt(row, where)
+
+
+def excerpt(row: Mapping[str, Any], where: str) -> str:
+    """Where a row is, and how it begins, on one line."""
+    return f"{where}: {json.dumps(row, ensure_ascii=True, default=str):.120}"
+
+
+def _notes(rows: Rows, store: Store) -> dict[str, Any]:
+    return {"unread": () if rows.generated or not rows.parts else store.unread, "notes": rows.notes}
+
+
+def _none_left(rows: Rows, what: str, dropped: Dropped) -> UserError:
+    reasons = ", ".join(f"{count} {why}" for why, count in dropped.counts.items())
+    first = next(iter(dropped.firsts.values()))
+    return UserError(f"{rows.path}: none of {what} is left to learn from: {reasons}; the first: {first}")
+
+
+def _keep_documents(
+    rows: Rows, indices: Sequence[int], tokenizer: Tokenizer
+) -> tuple[Store, Int64[np.ndarray, " N"], Tally]:
+    """The documents that have a text."""
+    store, numbers = _examples(rows, indices, "documents", tokenizer)
+    dropped = _drop(rows, indices, "documents", flawed(store, numbers))
+    if not dropped.left.any():
+        raise _none_left(rows, f"{len(numbers)} documents", dropped)
+    tally = Tally(
+        len(numbers),
+        0,
+        0,
+        0,
+        int((~dropped.left).sum()),
+        reasons=dropped.counts,
+        firsts=dropped.firsts,
+        **_notes(rows, store),
+    )
+    return store, numbers[dropped.left], tally
+
+
+def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, kind: str) -> Kept:
     """The conversations that still have a trained token when cut to seq_len, and what became of all."""
-    store, numbers = _examples(rows, indices, "conversations", tokenizer)
+    store, numbers = _examples(rows, indices, kind, tokenizer)
     assert store.firsts is not None and store.trained is not None
-    kept = numbers[store.firsts[numbers] < seq_len]
+    reasons = flawed(store, numbers)
+    reasons[f"with no token to train on in seq_len {seq_len}"] = store.firsts[numbers] >= seq_len
+    dropped = _drop(rows, indices, kind, reasons)
+    kept = numbers[dropped.left]
     if not len(kept):
-        raise UserError(
-            f"{rows.path}: cut to seq_len {seq_len}, none of {len(numbers)} examples has a token to train on; raise seq_len"
-        )
+        if (store.flaws[numbers] == 0).all():
+            raise UserError(
+                f"{rows.path}: cut to seq_len {seq_len}, none of {len(numbers)} examples has a token to train on; raise "
+                "seq_len"
+            )
+        raise _none_left(rows, f"{len(numbers)} conversations", dropped)
     lengths = store.lengths[kept]
     cut = lengths > seq_len
     trained = int(store.trained[kept[~cut]].sum())
@@ -278,6 +403,10 @@ def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer
         trained=trained,
         truncated=int(cut.sum()),
         dropped=len(numbers) - len(kept),
+        lost=int((lengths[cut] - seq_len).sum()),
+        reasons=dropped.counts,
+        firsts=dropped.firsts,
+        **_notes(rows, store),
     )
     return Kept(store, kept[:, None], tally)
 
@@ -287,26 +416,26 @@ def _keep_answers(
 ) -> Kept:
     """The answers, or pairs of them, that something can be learned from, and what became of all."""
     store, numbers = _examples(rows, indices, kind, tokenizer)
-    assert store.flaws is not None and store.trained is not None
+    assert store.trained is not None
     groups = numbers[:, None] * KINDS[kind].examples_a_row + np.arange(KINDS[kind].examples_a_row)
-    of_prompts, of_answers = store.losses(groups, seq_len)
-    reasons = {why: store.flaws[groups[:, 0]] == flaw for flaw, why in enumerate(FLAWS) if flaw}
-    if store.ties is not None and not ties:
-        reasons["tied"] = store.ties[groups[:, 0]] > 0
-    reasons[f"with no room for an answer in seq_len {seq_len}"] = (of_answers >= store.trained[groups]).any(axis=1)
-    left, dropped = np.ones(len(groups), bool), {}
-    for why, those in reasons.items():
-        dropped[why] = int((left & those).sum())
-        left &= ~those
+    tied = store.ties[groups[:, 0]] > 0 if store.ties is not None and not ties else np.zeros(len(groups), bool)
+    reasons = {"tied": tied} | left_out(store, groups, seq_len)
+    dropped = _drop(rows, indices, kind, reasons)
+    left = dropped.left
+    of_prompts, of_answers = store.losses(groups[left], seq_len)
+    lost = of_prompts[:, None] + of_answers
     tally = Tally(
         examples=len(groups),
-        tokens=int((store.lengths[groups] - of_prompts[:, None] - of_answers)[left].sum()),
-        trained=int((store.trained[groups] - of_answers)[left].sum()),
-        truncated=int(((of_prompts > 0) | (of_answers > 0).any(axis=1))[left].sum()),
+        tokens=int((store.lengths[groups[left]] - lost).sum()),
+        trained=int((store.trained[groups[left]] - of_answers).sum()),
+        truncated=int((lost > 0).any(axis=1).sum()),
         dropped=int((~left).sum()),
-        reasons={why: count for why, count in dropped.items() if count},
+        lost=int(lost.sum()),
+        reasons=dropped.counts,
         truncation="cut",
+        firsts=dropped.firsts,
+        **_notes(rows, store),
     )
     if not left.any():
-        raise UserError(f"{rows.path}: none of {len(groups)} {kind} is left to learn from: {tally.describe_dropped()}")
+        raise _none_left(rows, f"{len(groups)} {kind.partition(',')[0]}", dropped)
     return Kept(store, groups[left], tally)

@@ -9,42 +9,61 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Bool, Float32, Int, Int64
 
-from lm.data import chat, readers
+from lm.data import bad_rows, chat, layouts, readers
+from lm.data.bad_rows import ADVICE, REASONS, BadRow, Unreadable
 from lm.data.cache import Entry, Writer, current_cache
 from lm.data.packing import Example
 from lm.data.readers import Row
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
 from lm.data.workers import Crew
-from lm.experiment import UserError
 
 NEVER = np.iinfo(np.int32).max  # where an example is first trained on that never is
 ENCODED_AT_ONCE = 256  # documents, or rows that are in memory, whose tokens are Python integers at the same time
 
 Named = tuple[Row, str]  # a row, and how it is named for a person
 Columns = dict[str, np.ndarray]
-# Why nothing can be learned from an answer or a pair of them, by number; 0 is none.
-FLAWS = ("", "with an empty answer", "with equal answers")
 ANSWERED = ("firsts", "trained", "prompts", "flaws", "margins", "ties", "labels")  # columns that only some kinds have
-Encode = Callable[[Tokenizer, Iterable[Named]], Columns]
+Reads = Literal["documents", "conversations", "pairs", "judged", "prompts"]
+
+
+class Rendering(NamedTuple):
+    """How conversations become tokens: what is learnt of them, and whether pairs have margins."""
+
+    loss_on: Literal["answers", "all"] = "answers"
+    learn_end: bool = True
+    margins: bool = False
+
+
+class Made(NamedTuple):
+    """The examples of one row, and what is known of it: numbers by column, and a place in REASONS."""
+
+    examples: tuple[Any, ...]
+    numbers: Mapping[str, float] = {}
+    flaw: int = bad_rows.WHOLE
 
 
 class Kind(NamedTuple):
     """How rows become examples: so many a row, in these columns.
 
-    tokens [tokens], lengths [examples]; of conversations and pairs also mask [tokens] (1 where the model learns to predict
-    the token), firsts [examples] (the first such place past the first token, or NEVER) and trained [examples] (how many);
-    of pairs and judged answers also prompts [examples] (where the last turn begins) and flaws [examples] (a place in FLAWS);
-    of pairs margins and ties [examples], of judged answers labels [examples] (1 for a desirable one).
+    tokens [tokens], lengths [examples], flaws [examples] (a place in REASONS: of one that has any, nothing is to be learned);
+    of conversations and pairs also mask [tokens] (1 where the model learns to predict the token), firsts [examples] (the
+    first such place past the first token, or NEVER) and trained [examples] (how many); of pairs and judged answers also
+    prompts [examples] (where the last turn begins); of pairs margins and ties [examples], of judged answers labels
+    [examples] (1 for a desirable one). `unread` has the columns and keys that were not read, a line each.
     """
 
-    encode: Encode
-    examples_a_row: int
+    make: Callable[[Row, str, Rendering], Made]
+    encode: Callable[[Tokenizer, Sequence[Any], Rendering], Columns]
+    reads: Reads
+    rendering: Rendering = Rendering()
+    examples_a_row: int = 1
+    numbers: Mapping[str, type] = {}
 
 
 @dataclass(frozen=True)
@@ -58,13 +77,14 @@ class Store:
     lengths: Int[np.ndarray, " N"]
     parts: Int[np.ndarray, " N"]
     starts: Int64[np.ndarray, " N"]
+    flaws: Int[np.ndarray, " N"]
     firsts: Int[np.ndarray, " N"] | None = None
     trained: Int[np.ndarray, " N"] | None = None
     prompts: Int[np.ndarray, " N"] | None = None
-    flaws: Int[np.ndarray, " N"] | None = None
     margins: Float32[np.ndarray, " N"] | None = None
     ties: Int[np.ndarray, " N"] | None = None
     labels: Int[np.ndarray, " N"] | None = None
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -112,17 +132,18 @@ class Store:
 def store_of(rows: Rows, kind: str, tokenizer: Tokenizer) -> Store:
     """The examples of every row of a source that has an end, from the cache or made now."""
     cache = current_cache()
-    made_of = {"kind": kind, "tokenizer": tokenizer.fingerprint}
+    made_of = {"kind": kind, "tokenizer": tokenizer.fingerprint} | rows.reading()
     label = f"{rows.path}: tokenising"
     if not rows.parts:
         # Rows that are in memory are few.
         def build(writer: Writer) -> None:
             named = ((rows[i], rows.where(i)) for i in range(len(rows)))
-            for columns in _in_pieces(named, kind, tokenizer):
+            for columns in _in_pieces(named, kind, tokenizer, rows.drop):
                 _append(writer, columns)
 
         return _store([cache.entry("tokens", made_of | {"content": rows.fingerprint}, build, rows.path)])
-    with Crew(label, "tokens", sum(part.text_bytes for part in rows.parts), (kind, tokenizer)) as crew:
+    shared = kind, tokenizer, rows.drop
+    with Crew(label, "tokens", sum(part.text_bytes for part in rows.parts), shared) as crew:
 
         def entry(part: Any) -> Entry:
             def build(writer: Writer) -> None:
@@ -130,17 +151,39 @@ def store_of(rows: Rows, kind: str, tokenizer: Tokenizer) -> Store:
                     _append(writer, columns)
                     crew.progress.advance(size, len(columns["tokens"]))
 
-            content = {"content": part.fingerprint, "format": part.kind}
+            content = {"content": part.fingerprint, "format": part.packed}
             return cache.entry("tokens", made_of | content, build, part.name)
 
         return _store(crew.each(entry, rows.parts))
 
 
-def store_in_memory(named: Iterable[Named], kind: str, tokenizer: Tokenizer) -> Store:
-    """The examples of a few rows, which are kept nowhere."""
-    pieces = list(_in_pieces(named, kind, tokenizer))
+def store_in_memory(named: Iterable[Named], kind: str, tokenizer: Tokenizer, drop: bool = False) -> Store:
+    """The examples of a few rows, which are kept nowhere; `drop` keeps bad rows as flaws instead of raising."""
+    pieces = list(_in_pieces(named, kind, tokenizer, drop))
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     return _assembled([columns.__getitem__], [columns])
+
+
+def left_out(store: Store, groups: Int64[np.ndarray, "G K"], seq_len: int) -> dict[str, Bool[np.ndarray, " G"]]:
+    """Which answers, or pairs of them, teach nothing when cut to seq_len, by reason; a group may have several reasons."""
+    assert store.trained is not None and store.prompts is not None
+    reasons = flawed(store, groups[:, 0])
+    of_prompts, of_answers = store.losses(groups, seq_len)
+    room = f"in seq_len {seq_len}"
+    reasons[f"with no room for an answer {room}"] = (of_answers >= store.trained[groups]).any(axis=1)
+    equal = np.zeros(len(groups), bool)
+    for number in np.flatnonzero((of_answers > 0).any(axis=1)) if groups.shape[1] == 2 else ():
+        chosen, rejected = store.ends(groups[number], seq_len)
+        equal[number] = np.array_equal(chosen.tokens, rejected.tokens)
+    reasons[f"with answers that are equal once cut, {room}"] = equal
+    reasons[f"whose prompt is cut away whole, {room}"] = (of_prompts > 0) & (of_prompts >= store.prompts[groups[:, 0]])
+    return reasons
+
+
+def flawed(store: Store, numbers: Int64[np.ndarray, " N"]) -> dict[str, Bool[np.ndarray, " N"]]:
+    """Which examples have each of REASONS that any has."""
+    flaws = store.flaws[numbers]
+    return {REASONS[flaw]: flaws == flaw for flaw in np.unique(flaws).tolist() if flaw}
 
 
 def _store(entries: Sequence[Entry]) -> Store:
@@ -159,6 +202,7 @@ def _assembled(blocks: Sequence[Callable[[str], np.ndarray]], columns: Sequence[
         lengths=whole("lengths"),
         parts=np.repeat(np.arange(len(lengths), dtype=np.int32), [len(some) for some in lengths]),
         starts=np.concatenate([np.cumsum(some, dtype=np.int64) - some for some in lengths]),
+        unread=tuple(dict.fromkeys(whole("unread").tobytes().decode().split("\0")[:-1])),
         **{name: whole(name) for name in ANSWERED if name in columns[0]},
     )
 
@@ -168,62 +212,123 @@ def _append(writer: Writer, columns: Columns) -> None:
         writer.append(name, values)
 
 
-def _in_pieces(named: Iterable[Named], kind: str, tokenizer: Tokenizer) -> Iterator[Columns]:
+def _in_pieces(named: Iterable[Named], kind: str, tokenizer: Tokenizer, drop: bool) -> Iterator[Columns]:
     todo = iter(named)
     while some := list(islice(todo, ENCODED_AT_ONCE)):
-        yield KINDS[kind].encode(tokenizer, some)
+        yield encode(KINDS[kind], tokenizer, some, drop)
 
 
-def _encode_piece(shared: tuple[str, Tokenizer], piece: readers.Piece) -> tuple[int, Columns]:
+def _encode_piece(shared: tuple[str, Tokenizer, bool], piece: readers.Piece) -> tuple[int, Columns]:
     """(bytes of text, columns) of a piece of a file."""
-    kind, tokenizer = shared
+    kind, tokenizer, drop = shared
     named = ((row, piece.where(place)) for place, row in enumerate(readers.read(piece)))
-    return piece.text_bytes, KINDS[kind].encode(tokenizer, named)
+    return piece.text_bytes, encode(KINDS[kind], tokenizer, named, drop)
+
+
+def encode(kind: Kind, tokenizer: Tokenizer, named: Iterable[Named], drop: bool) -> Columns:
+    """The examples of rows, as columns. A bad row raises, with advice; with `drop` it is an example without tokens."""
+    todo, unread = iter(named), dict[str, None]()
+    parts: list[Columns] = []
+    while some := list(islice(todo, ENCODED_AT_ONCE)):
+        made = [_made(kind, row, where, drop) for row, where in some]
+        for row, _ in some:
+            unread |= dict.fromkeys(unread_columns(row, kind.reads))
+        each = kind.examples_a_row
+        columns = kind.encode(tokenizer, [example for one in made for example in one.examples], kind.rendering)
+        columns["flaws"] = np.repeat(np.array([one.flaw for one in made], np.int8), each)
+        for name, dtype in kind.numbers.items():
+            columns[name] = np.repeat(np.array([one.numbers.get(name, 0) for one in made], dtype), each)
+        parts.append(columns)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return joined | {
+        "unread": np.frombuffer("".join(f"{name}\0" for name in unread).encode(errors="replace"), np.uint8)
+    }
+
+
+def _made(kind: Kind, row: Row, where: str, drop: bool) -> Made:
+    try:
+        return kind.make(row, where, kind.rendering)
+    except BadRow as error:
+        if not drop:
+            raise BadRow(f"{error}{ADVICE}", error.reason) from error
+        return Made((None,) * kind.examples_a_row, flaw=error.reason)
+
+
+def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterator[str]:
+    """Columns of a row, and keys of its turns, that examples of this kind do not show; `others` are read too."""
+    if isinstance(row, Unreadable):
+        return
+    names = frozenset(str(name) for name, value in row.items() if value is not None and name not in ("key", *others))
+    used = layouts.read_columns(names, reads)
+    yield from sorted(names - used)
+    for name in sorted(used):
+        if isinstance(row[name], list):
+            for turn in row[name]:
+                if isinstance(turn, Mapping):
+                    yield from (f"{name}[].{key}" for key, value in turn.items() if key not in chat.READ_KEYS and value)
 
 
 def _dtype(tokenizer: Tokenizer) -> type:
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
 
 
-def _encode_documents(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
+def _make_document(row: Row, where: str, _: Rendering) -> Made:
+    text = _text(row, where)
+    return Made((text,)) if text.strip() else Made((None,), flaw=bad_rows.EMPTY_TEXT)
+
+
+def _encode_documents(tokenizer: Tokenizer, texts: Sequence[str | None], _: Rendering) -> Columns:
     """Documents, an end-of-text token before and after each."""
     dtype, pad = _dtype(tokenizer), tokenizer.pad_id
-    pieces: list[np.ndarray] = []
-    todo = (_text(row, where) for row, where in named)
-    while some := list(islice(todo, ENCODED_AT_ONCE)):
-        pieces += [np.array([pad, *ids, pad], dtype) for ids in tokenizer.encode_batch(some)]
+    encoded = iter(tokenizer.encode_batch([text for text in texts if text is not None]))
+    pieces: list[np.ndarray] = [np.array([] if text is None else [pad, *next(encoded), pad], dtype) for text in texts]
     return {"tokens": np.concatenate(pieces), "lengths": np.array([len(piece) for piece in pieces], np.int32)}
 
 
-def _encode_conversations(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
-    """Conversations, trained on the assistant's turns."""
-    examples = [chat.render(chat.training_messages(row, where), tokenizer) for row, where in named]
-    return _examples(tokenizer, examples)
+def _make_conversation(row: Row, where: str, how: Rendering) -> Made:
+    """A conversation, trained on the assistant's turns or on all, but those that a mark takes out."""
+    messages = chat.training_messages(row, where, how.loss_on)
+    learnt = [turn for turn in messages if turn.get("train", True)]
+    answers = [turn for turn in learnt if turn["role"] == "assistant"]
+    if not (answers if how.loss_on == "answers" else learnt):
+        return Made((messages,), flaw=bad_rows.UNMARKED)
+    return Made((messages,), flaw=0 if all(turn["content"].strip() for turn in answers) else bad_rows.EMPTY_ANSWER)
 
 
-def _encode_pairs(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
-    """Preference pairs, the chosen conversation and then the rejected, trained on the last answer."""
-    sides, margins, ties, flaws = [], [], [], []
-    for row, where in named:
-        chosen, rejected = chat.preference_messages(row, where)
-        tie = chat.is_tie(row, where)
-        sides += [chosen, rejected]
-        margins.append(chat.margin_of(row, where))
-        ties.append(tie)
-        flaws.append(0 if tie else _flaw(chosen, rejected))
-    of_pairs: Columns = {
-        "flaws": np.array(flaws, np.int8), "margins": np.array(margins, np.float32), "ties": np.array(ties, np.int8)
-    }  # fmt: skip
-    return _answers(tokenizer, sides) | {name: np.repeat(column, 2) for name, column in of_pairs.items()}
+def _make_pair(row: Row, where: str, how: Rendering) -> Made:
+    """A preference pair, the chosen conversation and then the rejected, trained on the last answer."""
+    sides = chat.preference_messages(row, where)
+    numbers = {"ties": float(chat.is_tie(row, where)), "margins": chat.margin_of(row, where) if how.margins else 0.0}
+    return Made(sides, numbers, 0 if numbers["ties"] else _flaw(*sides))
 
 
-def _encode_judged(tokenizer: Tokenizer, named: Iterable[Named]) -> Columns:
-    """Answers with a label each, trained on."""
-    judged = [chat.judged_messages(row, where) for row, where in named]
-    return _answers(tokenizer, [messages for messages, _ in judged]) | {
-        "flaws": np.array([_flaw(messages) for messages, _ in judged], np.int8),
-        "labels": np.array([label for _, label in judged], np.int8),
-    }
+def _make_judged(row: Row, where: str, _: Rendering) -> Made:
+    """An answer with a label, trained on."""
+    messages, label = chat.judged_messages(row, where)
+    return Made((messages,), {"labels": label}, _flaw(messages))
+
+
+def _encode_conversations(tokenizer: Tokenizer, conversations: Sequence[Any], how: Rendering) -> Columns:
+    return _examples(
+        tokenizer,
+        [
+            chat.Rendered([], [])
+            if messages is None
+            else chat.render(messages, tokenizer, loss_on=how.loss_on, learn_end=how.learn_end)
+            for messages in conversations
+        ],
+    )
+
+
+def _encode_answers(tokenizer: Tokenizer, conversations: Sequence[Any], _: Rendering) -> Columns:
+    """Conversations, trained on the last turn only."""
+    examples, prompts = [], []
+    for messages in conversations:
+        tokens, mask = chat.render(messages or [], tokenizer)
+        start = len(tokens) - 1 - tokens[::-1].index(tokenizer.special_ids[chat.TURN_START]) if tokens else 0
+        examples.append(chat.Rendered(tokens, [0] * start + mask[start:]))
+        prompts.append(start)
+    return _examples(tokenizer, examples) | {"prompts": np.array(prompts, np.int32)}
 
 
 def _examples(tokenizer: Tokenizer, examples: Sequence[chat.Rendered]) -> Columns:
@@ -238,36 +343,43 @@ def _examples(tokenizer: Tokenizer, examples: Sequence[chat.Rendered]) -> Column
     }
 
 
-def _answers(tokenizer: Tokenizer, conversations: Sequence[Sequence[chat.Message]]) -> Columns:
-    """Conversations, trained on the last turn only."""
-    examples, prompts = [], []
-    for messages in conversations:
-        tokens, mask = chat.render(messages, tokenizer)
-        start = len(tokens) - 1 - tokens[::-1].index(tokenizer.special_ids[chat.TURN_START])
-        examples.append(chat.Rendered(tokens, [0] * start + mask[start:]))
-        prompts.append(start)
-    return _examples(tokenizer, examples) | {"prompts": np.array(prompts, np.int32)}
-
-
 def _flaw(*conversations: Sequence[chat.Message]) -> int:
-    """What is wrong with an answer, or the two of a pair: a place in FLAWS."""
-    answers = [messages[-1]["content"] for messages in conversations]
-    if not all(answer.strip() for answer in answers):
-        return 1
-    return 2 if len(set(answers)) < len(answers) else 0
+    """What is wrong with an answer, or the two of a pair: a place in REASONS."""
+    last = [messages[-1] for messages in conversations]
+    if not all(turn.get("train", True) for turn in last):
+        return bad_rows.UNMARKED
+    if not all(turn["content"].strip() for turn in last):
+        return bad_rows.EMPTY_ANSWER
+    return bad_rows.EQUAL_ANSWERS if len({turn["content"] for turn in last}) < len(last) else bad_rows.WHOLE
 
 
 def _text(row: Row, where: str) -> str:
-    if "text" not in row:
-        raise UserError(f"{where}: this stage needs the column text; the columns found are {', '.join(row)}")
+    if isinstance(row, Unreadable):
+        raise row.error
+    if row.get("text") is None:
+        found = ", ".join(map(str, row)) or "none"
+        raise BadRow(f"{where}: this stage needs the column text; the columns found are {found:.200}", bad_rows.COLUMNS)
     if not isinstance(row["text"], str):
-        raise UserError(f"{where}: text must be a string, found {row['text']!r:.40}")
+        raise BadRow(f"{where}: text must be a string, found {row['text']!r:.40}", bad_rows.CONTENT)
     return row["text"]
 
 
+def conversation_kind(loss_on: str, learn_end: bool) -> str:
+    """The kind of example that an SFT stage learns from."""
+    return "conversations" + ("" if loss_on == "answers" else ", all turns") + ("" if learn_end else ", without ends")
+
+
+_PAIRS = Kind(_make_pair, _encode_answers, "pairs", examples_a_row=2, numbers={"margins": np.float32, "ties": np.int8})
 KINDS = {
-    "documents": Kind(_encode_documents, 1),
-    "conversations": Kind(_encode_conversations, 1),
-    "pairs": Kind(_encode_pairs, 2),
-    "judged": Kind(_encode_judged, 1),
+    "documents": Kind(_make_document, _encode_documents, "documents"),
+    **{
+        conversation_kind(loss_on, learn_end): Kind(
+            _make_conversation, _encode_conversations, "conversations", Rendering(loss_on, learn_end)
+        )
+        for loss_on in ("answers", "all")
+        for learn_end in (True, False)
+    },
+    "pairs": _PAIRS,
+    "pairs, with margins": _PAIRS._replace(rendering=Rendering(margins=True)),
+    "judged": Kind(_make_judged, _encode_answers, "judged", numbers={"labels": np.int8}),
 }

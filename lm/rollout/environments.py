@@ -63,7 +63,14 @@ def make_environment(stage: Stage, tokenizer: Tokenizer, seed: int, elsewhere: P
         find_verifier(o.verifier, f"{stage.name}.objective.verifier")
     room, columns = stage.seq_len - o.max_new_tokens, needed_columns(o.verifier) if o.verifier else ()
     feed = make_prompt_feed(
-        stage.sources, stage.batch_size, room, tokenizer, seed, columns=columns, elsewhere=elsewhere
+        stage.sources,
+        stage.batch_size,
+        room,
+        tokenizer,
+        seed,
+        columns=columns,
+        elsewhere=elsewhere,
+        max_new_tokens=o.max_new_tokens,
     )
     return Environment(feed, o.verifier, stage.name, o.reward_seconds)
 

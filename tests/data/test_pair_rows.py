@@ -40,7 +40,7 @@ def answers_in(batch, tokenizer):
 def test_both_rows_of_a_pair_have_its_margin_and_tie(tmp_path, tokenizer):
     rows = [{**row, "margin": i / 4} for i, row in enumerate(GOOD[:3])]
     rows += [{**GOOD[3], "tie": True}, {**GOOD[4], "tie": False, "margin": None}, GOOD[5]]
-    feed = feed_of(tmp_path, rows, RewardModel(ties="split"), tokenizer, batch_size=6)
+    feed = feed_of(tmp_path, rows, RewardModel(ties="split", margins=True), tokenizer, batch_size=6)
     batch = feed.batch(0)
     assert batch.margins.dtype == batch.ties.dtype == np.float32 and batch.margins.shape == (12,)
     numbers = [int(text.split()[1].removesuffix(TURN_END)) for text in answers_in(batch, tokenizer)]
@@ -88,7 +88,9 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path, tokenizer, 
     assert "11 pairs" in feed.report() and "5 dropped (3 with an empty answer, 2 with equal answers)" in feed.report()
     assert feed.supplies[0].rows == (12 if isinstance(objective, KTO) else 6)
     for rows, why in ((EQUAL, "2 with equal answers"), (EMPTY, "2 with an empty answer")):
-        with pytest.raises(UserError, match=rf"a\.jsonl: none of 2 pairs is left to learn from: {why}$"):
+        with pytest.raises(
+            UserError, match=rf"a\.jsonl: none of 2 pairs is left to learn from: {why}; the first: .*line 1"
+        ):
             feed_of(tmp_path, rows, objective, tokenizer)
 
 
@@ -99,16 +101,27 @@ def test_judged_answers_that_are_empty_are_left_out_and_counted(tmp_path, tokeni
         feed_of(tmp_path, rows[1:], KTO(), tokenizer)
 
 
-@pytest.mark.parametrize("values", [{"margin": v} for v in (-1, "2", True, float("inf"), float("nan"), 10**400)])
+@pytest.mark.parametrize("values", [{"margin": v} for v in (-1, "two", True, float("inf"), float("nan"), 10**400)])
 def test_a_margin_is_a_finite_number_that_is_not_negative(tmp_path, tokenizer, values):
     with pytest.raises(UserError, match=r"a\.jsonl line 2: margin must be a finite number of 0 or more, found"):
-        feed_of(tmp_path, [GOOD[0], {**GOOD[1], **values}], RewardModel(), tokenizer)
+        feed_of(tmp_path, [GOOD[0], {**GOOD[1], **values}], RewardModel(margins=True), tokenizer)
+    for objective in (RewardModel(), DPO()):  # which do not read it
+        assert "2 pairs" in feed_of(tmp_path, [GOOD[0], {**GOOD[1], **values}], objective, tokenizer).report()
 
 
-@pytest.mark.parametrize("tie", [1, "yes", 0.0, []])
+@pytest.mark.parametrize("tie", [2, "yes", 0.5, [], float("nan")])
 def test_a_tie_is_true_or_false(tmp_path, tokenizer, tie):
-    with pytest.raises(UserError, match=r"a\.jsonl line 2: tie must be true or false, found"):
+    with pytest.raises(UserError, match=r"a\.jsonl line 2: tie must be true or false \(or 1 or 0\), found"):
         feed_of(tmp_path, [GOOD[0], {**GOOD[1], "tie": tie}], DPO(), tokenizer)
+
+
+@pytest.mark.parametrize("true", [True, 1, 1.0, "true", "1"])
+def test_flags_may_be_numbers_as_other_tools_write_them(tmp_path, tokenizer, true):
+    rows = [*GOOD, {**GOOD[0], "tie": true}, {**GOOD[0], "tie": 0}, {**GOOD[0], "tie": None}]
+    assert "1 dropped (1 tied)" in feed_of(tmp_path, rows, DPO(), tokenizer).report()
+    judged = [{"prompt": "Ask", "completion": "a", "label": label} for label in (true, 0)]
+    batch = feed_of(tmp_path, judged, KTO(), tokenizer, batch_size=2).batch(0)
+    assert sorted(batch.desirable.tolist()) == [0.0, 1.0]
 
 
 def turns(*contents):
@@ -212,19 +225,24 @@ def test_what_is_cut_is_counted_and_what_has_no_room_left_out(tmp_path, tokenize
     long = [
         {"prompt": "ask " * 100, "chosen": "yes", "rejected": "no"},
         {"prompt": "Ask", "chosen": "yes " * 100, "rejected": "no"},
+        {"prompt": "Ask", "chosen": "so " + "yes " * 100, "rejected": "no " + "yes " * 100},
     ]
     feed = feed_of(tmp_path, [*GOOD, *long], objective, tokenizer, batch_size=16)
-    assert "8 pairs" in feed.report() and "2 cut, 0 dropped," in feed.report()
+    assert "9 pairs" in feed.report() and "1 cut, 2 dropped (" in feed.report()
+    gone = "whose prompt is cut away whole, in seq_len 64"
+    equal = "with answers that are equal once cut, in seq_len 64"
+    assert feed.supplies[0].tally.reasons == {gone: 1, equal: 1}
+    assert f"1 dropped {gone}, the first: {tmp_path}/a.jsonl line 8: " in feed.report()
     batch = feed.batch(0)
     texts = answers_in(batch, tokenizer)
     assert all(text.endswith(TURN_END) for text in texts) and f"yes{TURN_END}" in texts
     tally = feed.supplies[0].tally
     if not isinstance(objective, KTO):
-        seen = [feed.supplies[0].row(0, place) for place in range(8)]
+        seen = [feed.supplies[0].row(0, place) for place in range(7)]
         rows = [row for pair in seen for row in pair]
         assert tally.tokens == sum(int((row.segments > 0).sum()) for row in rows)
         assert tally.trained == sum(int(row.weights.sum()) for row in rows)
-    with pytest.raises(UserError, match=r"none of 8 pairs is left .*: 8 with no room for an answer in seq_len 4"):
+    with pytest.raises(UserError, match=r"none of 9 pairs is left .*: 9 with no room for an answer in seq_len 4"):
         feed_of(tmp_path, [*GOOD, *long], objective, tokenizer, seq_len=4)
 
 

@@ -244,8 +244,8 @@ def test_mixtures_give_their_shares_of_rows(tokenizer, tmp_path):
         (CPO(), {"prompt": "x"}, "needs the columns prompt, chosen and rejected"),
         (ORPO(), {"prompt": "x"}, "needs the columns prompt, chosen and rejected"),
         (KTO(), {"prompt": "x"}, "needs the columns prompt, completion and label, or prompt, chosen and rejected"),
-        (KTO(), {"prompt": "x", "completion": "y", "label": 1}, r"line 1: label must be true .* or false, found 1"),
-        (KTO(), {"prompt": "x", "completion": 3, "label": True}, "completion must be a string or a list of turns"),
+        (KTO(), {"prompt": "x", "completion": "y", "label": 2}, r"line 1: label must be true .* found 2"),
+        (KTO(), {"prompt": "x", "completion": [3], "label": True}, "completion must be a string, a number or a list"),
     ],
 )
 def test_rows_that_do_not_fit_the_stage_are_named(tokenizer, tmp_path, objective, row, message):

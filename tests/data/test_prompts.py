@@ -63,7 +63,7 @@ def test_prompts_too_long_are_an_error_that_counts_them(tokenizer, tmp_path):
         UserError, match=r"2 of 3 prompts are longer than the 32 tokens.*a\.jsonl line 3.*raise seq_len by \d+"
     ) as error:
         make_prompt_feed((Source(path, holdout=0.0),), 2, 32, tokenizer, 0)
-    missing = int(str(error.value).split("raise seq_len by ")[1].split(",")[0])
+    missing = int(str(error.value).split("raise seq_len by ")[1].split(";")[0])
     feed = make_prompt_feed((Source(path, holdout=0.0),), 3, 32 + missing, tokenizer, 0)
     assert feed.batch(0).lengths.max() == 32 + missing and f"the longest {32 + missing}" in feed.report()
     with pytest.raises(UserError, match="1 of 1 prompts"):

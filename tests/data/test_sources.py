@@ -67,7 +67,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     [
         (b'{"text": "a"}\n{"text": \n', "bad.jsonl line 2: not valid JSON"),
         (b'{"text": "a"}\n[1, 2]\n', r"bad.jsonl line 2: every line must be a JSON object, found \[1, 2\]"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl line 2: not valid JSON"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl line 2: not UTF-8 text"),
         (b"", "bad.jsonl: empty"),
         (b"\n\n", "bad.jsonl: empty"),
     ],
@@ -116,9 +116,9 @@ def test_missing_and_unknown_sources_suggest_what_is_there(tmp_path):
         load_rows("gen:arithmetics")
     with pytest.raises(UserError, match="say which split"):
         load_rows("tfds:python_docs")
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.xlsx").write_text("x")
     with pytest.raises(UserError, match=r"cannot read this kind of file; a source is \.txt, \.jsonl"):
-        load_rows(str(tmp_path / "a.csv"))
+        load_rows(str(tmp_path / "a.xlsx"))
 
 
 LINES = st.lists(st.text(alphabet="abc d", max_size=40), max_size=60).map("\n".join)

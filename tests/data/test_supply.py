@@ -67,7 +67,7 @@ def test_windows_are_cut_from_all_documents_end_to_end(tmp_path, tokenizer, coun
 
 def talk(number):
     turns = [{"role": "user", "content": f"ask {number} " * (number % 12)}]
-    return [*turns, {"role": "assistant", "content": "yes " * (number % 50)}]
+    return [*turns, {"role": "assistant", "content": "yes " * (number % 50 + 1)}]
 
 
 def test_conversations_are_those_that_the_renderer_gives(tmp_path, tokenizer):
