@@ -180,11 +180,6 @@ def _check_stage(stage: Stage, model: Model) -> None:
             raise UserError(
                 f"{stage.name}.objective.updates_per_rollout {o.updates_per_rollout} does not divide its {stage.batch_size * o.group_size} completions"
             )
-        if o.sampler_cap and o.sampler == "same":
-            raise UserError(
-                f"{stage.name}.objective.sampler_cap is {o.sampler_cap} and sampler is same: there is nothing to weigh; "
-                "it should be 0, or sampler another"
-            )
 
 
 def _check_smoothing(stage: Stage, o: DPO | CPO) -> None:

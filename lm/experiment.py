@@ -169,7 +169,8 @@ class GRPO:
     )
     sampler_cap: float = knob(
         0.0,
-        "tokens are weighed by how much likelier they are to the trainer than to the sampler, capped here (TIS); 0: not",
+        "importance correction (TIS) of what sampler and trainer differ by, rounding too: tokens are weighed by how much "
+        "likelier they are to the trainer, at most this; 2 is usual; 0: none",
         least=1e-3,
         most=1e6,
         special=0,
@@ -234,6 +235,14 @@ class PPO:
     epochs: int = knob(4, "times that the rollout is gone through", least=1, most=2**16)
     minibatches: int = knob(1, "optimizer updates in one time", least=1, most=2**16)
     reward_seconds: float = _reward_seconds()
+    sampler_cap: float = knob(
+        0.0,
+        "importance correction (TIS) of what sampler and trainer differ by, of rounding: tokens are weighed by how much "
+        "likelier they are to the trainer, at most this; 2 is usual; 0: none",
+        least=1e-3,
+        most=1e6,
+        special=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -360,6 +369,11 @@ def rows_per_update(stage: Stage) -> int:
     if isinstance(o, PPO):
         return stage.batch_size // o.minibatches
     return stage.batch_size * rows_together(stage)
+
+
+def corrects_sampler(o: Sampled) -> bool:
+    """Whether the old policy of a rollout is the trainer's, with the sampler's log-probabilities kept beside it."""
+    return o.sampler_cap > 0 or (isinstance(o, GRPO) and o.sampler != "same")
 
 
 def updates_per_step(stage: Stage) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Pretrain, RewardModel, Stage
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Pretrain, RewardModel, Stage, corrects_sampler
 from lm.model.scorer import ScoreHead, Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.cpo import cpo
@@ -153,7 +153,7 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         if o.kl_coef:
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch, o.temperature).logp)
         correction, gap = None, {}
-        if o.sampler != "same":
+        if corrects_sampler(o):
             assert batch.old_logp is not None and batch.sampler_logp is not None
             gap = {"sampler_kl": weighted(k3(batch.old_logp - batch.sampler_logp), batch.weights)}
             if o.sampler_cap:
@@ -193,13 +193,17 @@ def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         assert batch.advantages is not None and batch.returns is not None
         assert batch.old_logp is not None and batch.values is not None
+        correction = None
+        if corrects_sampler(o):
+            assert batch.sampler_logp is not None
+            correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.sampler_cap)
         policy = params["policy"].with_whole_tables()
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)
         stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)
         return ppo(
             stats.logp, critic_values(params["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
-            batch.old_logp, batch.values, entropy=stats.entropy, clip=o.clip, value_clip=o.value_clip,
-            value_coef=o.value_coef,
+            batch.old_logp, batch.values, correction=correction, entropy=stats.entropy, clip=o.clip,
+            value_clip=o.value_clip, value_coef=o.value_coef,
         )  # fmt: skip
 
     update = make_step(loss, optimizer, stage.microbatches)

@@ -109,6 +109,7 @@ def ppo(
     old_logp: Tokens,
     old_values: Tokens,
     *,
+    correction: Tokens | None = None,
     entropy: Tokens | None = None,
     value_mask: Tokens | None = None,
     clip: float = 0.2,
@@ -122,6 +123,7 @@ def ppo(
     place; `mask` is 1 on the tokens that the policy chose.
 
     Args:
+        correction: weighs the policy's loss of tokens where the sampler's policy was not the old one (sampler_correction).
         entropy: only reported.
         value_mask: where values are learnt, if it is not on `mask`; the batch must then be whole.
     """
@@ -130,6 +132,7 @@ def ppo(
     ratio = jnp.exp(log_ratio)
     advantages = jnp.where(on, advantages, 0.0)
     policy = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
+    policy = policy if correction is None else policy * jnp.where(on, correction, 0.0)
     judged = mask if value_mask is None else value_mask
     values, returns, old_values = (jnp.where(judged > 0, x, 0.0) for x in (values, returns, old_values))
     near = jnp.clip(values, old_values - value_clip, old_values + value_clip)

@@ -12,7 +12,6 @@ import optax
 
 from lm.experiment import (
     DPO,
-    GRPO,
     KTO,
     PPO,
     Collect,
@@ -23,6 +22,7 @@ from lm.experiment import (
     Sampled,
     Stage,
     UserError,
+    corrects_sampler,
     reward_names,
     rows_per_update,
     updates_per_step,
@@ -95,8 +95,8 @@ def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
     if isinstance(stage.objective, KTO):
         return dataclasses.replace(batch, desirable=judged, mismatched=batch)
-    if isinstance(stage.objective, GRPO) and stage.objective.sampler != "same":
-        return dataclasses.replace(batch, sampler_logp=real)
+    if isinstance(stage.objective, Sampled) and corrects_sampler(stage.objective):
+        batch = dataclasses.replace(batch, sampler_logp=real)
     if isinstance(stage.objective, Paired):
         batch = dataclasses.replace(batch, margins=judged, ties=judged)
     if isinstance(stage.objective, PPO):

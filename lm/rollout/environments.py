@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray
 
 from lm.data.chat import prompt_messages
 from lm.data.pipeline import PromptFeed, Prompts, make_prompt_feed
@@ -108,10 +108,14 @@ def roll_out(
     return Rollout(batches, said.asked(), said.answers, rewards, advantages, metrics)
 
 
-def has_preference(rewards: Float[np.ndarray, " N"], group_size: int) -> Bool[np.ndarray, " P"]:
-    """Of each group whether its rewards differ."""
-    grouped = rewards.reshape(-1, group_size)
-    return grouped.min(1) < grouped.max(1)
+def has_preference(rewards: Num[np.ndarray, " N"], group_size: int) -> Bool[np.ndarray, " P"]:
+    """Of each group whether its rewards differ, as float32 numbers; missing ones (NaN) do not count.
+
+    It is so exactly where `group_advantages` has advantages other than 0.
+    """
+    grouped = np.asarray(rewards, np.float32).reshape(-1, group_size)
+    missing = np.isnan(grouped)
+    return np.where(missing, np.inf, grouped).min(1) < np.where(missing, -np.inf, grouped).max(1)
 
 
 def fill(rewards: Float[np.ndarray, " N"], group_size: int, groups: int) -> Int[np.ndarray, " B"]:

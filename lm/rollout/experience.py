@@ -13,13 +13,14 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import PPO, Stage, UserError
+from lm.experiment import PPO, Stage, UserError, corrects_sampler
 from lm.model.scorer import Scorer
 from lm.objectives.logprobs import last_scores, token_logprobs
 from lm.objectives.ppo import experience, explained_variance, token_rewards
 from lm.parallel.distributed import fetch, to_devices
 from lm.rollout.environments import Environment, Rollout, ask, judge
 from lm.rollout.rewards import timeouts_of
+from lm.rollout.sampler_gap import trainer_view
 from lm.steps import critic_values
 from lm.types import Batch, TrainState
 
@@ -45,6 +46,10 @@ def score_out(
     said = ask(state.params["policy"], environment.prompts(step), o, tokenizer, key)
     host, count = said.batch(), len(said.answers)
     batch = to_devices(host, place, None, count)
+    if corrects_sampler(o):  # what tokens are worth, and where ratios begin, is then the trainer's
+        view = trainer_view(state.params["policy"], batch, o.temperature, stage.microbatches)
+        host = replace(host, sampler_logp=host.old_logp, old_logp=np.asarray(fetch(view.logp)))
+        batch = to_devices(host, place, None, count)
     judged = judge(environment, said.rows, said.answers) if o.verifier else None
     if o.reward_models:
         scores = np.asarray(fetch(score_rows(state.frozen["scorers"], batch, o.ensemble)))
@@ -56,6 +61,8 @@ def score_out(
     counted = (scores - o.missing_eos_penalty * ~ended).astype(np.float32)
     worth, stats = fetch(_worth(state, batch, to_devices(counted, place, None, count), o))
     metrics = {name: float(value) for name, value in stats.items()} | said.metrics() | {"score": float(scores.mean())}
+    if count > 1:
+        metrics["score_range"] = float(scores.max() - scores.min())
     if judged is not None:
         metrics |= {"judge": float(judged.values.mean())} | timeouts_of(judged)
     advantages = worth["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)

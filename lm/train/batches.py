@@ -79,6 +79,9 @@ class Batches:
     cost = "data_seconds"  # under which name the time that the loop waits for it is accounted
 
     def __init__(self, feed: Feed, count: int, mesh: Mesh, steps: int):
+        self.notes: dict[
+            str, str
+        ] = {}  # what people should know of the batches made last: kind -> text; the loop takes it
         self.count, self.place = count, batch_sharding(mesh)
         self.rows = own_rows(self.place, count)
         self.feed = feed

@@ -36,9 +36,9 @@ from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
 from lm.train.profile import Trace
-from lm.train.rollouts import check_sampler
 from lm.train.run_folder import RunFolder, write_json_atomic
 from lm.train.signals import Stop
+from lm.train.stage_warnings import Warnings
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.types import Batch, TrainState
 
@@ -185,6 +185,8 @@ class _Loop:
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
         """(steps done, state) after each step from `start`; saves where it should, and when a signal came."""
         self.progress = Progress(self.stage.name, self.stage.steps, start)
+        folder = self.run.folder.stage_folder(self.stage.name)
+        self.warnings = Warnings(self.run.experiment, self.stage, folder, self.log, self.progress.say)
         pending: Pending | None = None
         try:
             for step in range(start, self.stage.steps):
@@ -216,8 +218,9 @@ class _Loop:
     def _step(self, state: TrainState, step: int, step_fn: Step, new: bool) -> tuple[TrainState, Pending]:
         with self.costs.of(self.batches.cost):
             batches, extra = self.batches(step, state)
-        if new:
-            check_sampler(policy_of(state.params), batches[0], self.stage, self.run.experiment.model.compute_dtype)
+        for kind, text in self.batches.notes.items():
+            self.warnings.add(kind, text, step + 1)
+        self.batches.notes.clear()
         began = time.monotonic()
         for batch in batches:
             state, metrics = step_fn(state, batch)
@@ -243,6 +246,7 @@ class _Loop:
         if self.mfu_per_rate is not None:
             line["mfu"] = line["tokens_per_second"] * self.mfu_per_rate
         self.log.metrics(line | values)
+        self.warnings.see(line | values)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
         if bad:
             name = self.stage.name

@@ -16,14 +16,14 @@ from typing import Any
 
 from lm.experiment import UserError
 
-KINDS = ("metrics", "eval", "samples")
+KINDS = ("metrics", "eval", "samples", "warnings")
 PLAIN_EVERY_SECONDS = 10.0
 PACE_STEPS = 20
 SHOWN = ("loss", "reward", "reward_accuracy")
 
 
 class MetricsLog:
-    """The three JSON-lines files of a stage's folder, and TensorBoard's scalars in its `tensorboard/`.
+    """The JSON-lines files of a stage's folder, and TensorBoard's scalars in its `tensorboard/`.
 
     A line is one write, so a kill leaves at most the last one cut; it is dropped when the file is opened again.
     Only process 0 writes; in the others nothing touches the disk.
@@ -51,6 +51,10 @@ class MetricsLog:
     def sample(self, line: dict[str, Any]) -> None:
         """{"kind": …, "step": …, "when": …, …}."""
         self._write("samples", line)
+
+    def warning(self, line: dict[str, Any]) -> None:
+        """{"step": …, "kind": …, "text": …}: what people should know of the stage."""
+        self._write("warnings", line)
 
     def rewind(self, step: int) -> None:
         """Forget every line of a later step: the run goes on from `step`. Call it before the first line is written."""

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lm.data.pipeline import make_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import DPO, GRPO, PPO, Experiment, Sampled, Stage, UserError, rows_per_update
-from lm.model.transformer import Transformer
-from lm.objectives.logprobs import token_logprobs
-from lm.parallel.distributed import first, to_devices
+from lm.experiment import (
+    DPO,
+    GRPO,
+    PPO,
+    Experiment,
+    Model,
+    Sampled,
+    Stage,
+    UserError,
+    corrects_sampler,
+    rows_per_update,
+)
+from lm.model.scorer import policy_of
+from lm.parallel.distributed import to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.environments import Environment, Rollout, make_environment, roll_out
 from lm.rollout.experience import score_out
 from lm.rollout.rounding import rounded
+from lm.rollout.sampler_gap import (
+    Agreement,
+    SamplerGap,
+    TrainerView,
+    agreement,
+    is_suspicious,
+    precision,
+    sampler_gap,
+    trainer_view,
+)
 from lm.train.batches import Batches, Referenced
 from lm.train.metrics import MetricsLog
 from lm.types import Batch, TrainState
 
-SAMPLER_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # largest |log p(sampler) - log p(trainer)|, in nats
-NO_END = (
-    "none of {count} answers of step {step} ended by itself: what is learnt of their ends is nothing; a longer max_new_tokens, "
-    "or more instruction tuning before, helps (eos_rate in the metrics tells when it passes)"
-)
-TIMEOUTS = (
-    "{count} rewards of step {step} took longer than {seconds:g} s (objective.reward_seconds) and count as 0; the metric "
-    "reward_timeouts counts them"
-)
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
 
 
@@ -47,13 +56,13 @@ class Rollouts(Batches):
     def __init__(
         self, experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
     ):
-        self.place = batch_sharding(mesh)
+        self.place, self.notes = batch_sharding(mesh), {}
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
         self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed, elsewhere)
         self.report, self.fingerprint = self.environment.feed.report(), self.environment.feed.fingerprint
         self.latest: Rollout | None = None
-        self.warned = self.told_of_timeouts = False
+        self.agreement: Agreement | None = None  # of sampler and trainer, when they were last compared with float32
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
@@ -65,20 +74,36 @@ class Rollouts(Batches):
             model = state.params if o.sampler == "same" else rounded(state.params, o.sampler)
             answered = roll_out(model, self.environment, self.stage, self.tokenizer, step, key)
         self.latest = answered
-        if answered.metrics["eos_rate"] == 0 and not self.warned and first():
-            self.warned = True
-            print(f"{self.stage.name}: {NO_END.format(step=step + 1, count=len(answered.answers))}", flush=True)
-        if (late := answered.metrics.get("reward_timeouts", 0)) and not self.told_of_timeouts and first():
-            self.told_of_timeouts = True
-            print(
-                f"{self.stage.name}: {TIMEOUTS.format(step=step + 1, count=int(late), seconds=o.reward_seconds)}",
-                flush=True,
-            )
         # Every process has the whole rollout, and gives its devices their rows of it.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
-        if isinstance(o, GRPO) and o.sampler != "same":
-            batches = [seen_by_trainer(state.params, batch, o.temperature) for batch in batches]
-        return batches, self.latest.metrics
+        once = batches[: o.minibatches] if isinstance(o, PPO) else batches  # each row of the rollout
+        model, pieces = policy_of(state.params), self.stage.microbatches
+        views = [trainer_view(model, batch, o.temperature, pieces) for batch in once]
+        gap = sampler_gap(views, once, precision(model.config))
+        if (isinstance(o, PPO) or o.sampler == "same") and is_suspicious(gap, self.agreement):
+            self.agreement = agreement(model, views, once, gap, o.temperature, pieces)
+            self._check(gap, self.agreement, step, model.config)
+        if isinstance(o, GRPO) and corrects_sampler(o):
+            batches = [as_trainer_sees(batch, view) for batch, view in zip(batches, views, strict=True)]
+        return batches, self.latest.metrics | gap.metrics()
+
+    def _check(self, gap: SamplerGap, found: Agreement, step: int, config: Model) -> None:
+        """Stop where rounding does not explain the gap between sampler and trainer; with importance correction note it."""
+        if found.holds:
+            return
+        where, o = self.stage.name, self.stage.objective
+        assert isinstance(o, Sampled)
+        told = (
+            f"the sampler's log-probabilities of the tokens of step {step + 1} differ from the trainer's by {gap.mean:.2g} nats "
+            f"on average (99th percentile {gap.p99:.2g}, largest {gap.largest:.2g}), {found.found / found.allowed:.1f} times as "
+            f"much as rounding in {config.compute_dtype} at temperature {o.temperature:g} may make"
+        )
+        if not o.sampler_cap:
+            raise UserError(
+                f"{where}: {told}: gradients would be of another policy. {where}.objective.sampler_cap 2 corrects for it by "
+                "importance weights, model.compute_dtype float32 makes rounding small"
+            )
+        self.notes["sampler_gap"] = f"{told}: importance weights up to {o.sampler_cap:g} (sampler_cap) correct for it"
 
     def show(self, log: MetricsLog, step: int) -> None:
         for line in _groups(self.latest, self.stage, step) if self.latest else ():
@@ -108,11 +133,9 @@ def make_batches(
     return Batches(feed, count, mesh, stage.steps)
 
 
-@functools.partial(jax.jit, static_argnames="temperature")
-def seen_by_trainer(model: Transformer, batch: Batch, temperature: float) -> Batch:
-    """The batch with the old policy being the trainer's, where the sampler was another."""
-    logp = token_logprobs(model, batch, temperature).logp * batch.weights
-    return dataclasses.replace(batch, old_logp=logp, sampler_logp=batch.old_logp)
+def as_trainer_sees(batch: Batch, view: TrainerView) -> Batch:
+    """The batch with the old policy being the trainer's, and the sampler's log-probabilities beside it."""
+    return dataclasses.replace(batch, old_logp=view.logp, sampler_logp=batch.old_logp)
 
 
 def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:
@@ -135,31 +158,3 @@ def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any
             "prompt": rollout.prompts[start],
             "completions": completions,
         }
-
-
-def check_sampler(model: Transformer, batch: Batch, stage: Stage, dtype: str) -> None:
-    """Stop unless the sampler's log-probabilities are the trainer's, on the same tokens; other stages pass.
-
-    Raises:
-        UserError: says by how much they differ.
-    """
-    if not isinstance(stage.objective, Sampled):
-        return
-    gap = sampler_gap(model, batch, stage.objective.temperature)
-    if not gap <= SAMPLER_TOLERANCE[dtype]:
-        raise UserError(
-            f"{stage.name}: sampler and trainer disagree by {gap:.2g} nats on a token's log-probability "
-            f"({SAMPLER_TOLERANCE[dtype]:g} is allowed in {dtype}): the gradient would be of another policy"
-        )
-
-
-def sampler_gap(model: Transformer, batch: Batch, temperature: float) -> float:
-    """Largest |log p(sampler) - log p(trainer)| over the sampled tokens, in nats."""
-
-    @jax.jit
-    def largest(model: Transformer, batch: Batch, old_logp: jax.Array) -> jax.Array:
-        logp = token_logprobs(model, batch, temperature).logp
-        return jnp.max(jnp.where(batch.weights > 0, jnp.abs(logp - old_logp), 0.0))
-
-    assert batch.old_logp is not None
-    return float(largest(model, batch, batch.old_logp))

@@ -4,13 +4,15 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import GRPO, Experiment, Source
+from lm.experiment import GRPO, Experiment, Source, UserError
 from lm.model.transformer import Transformer
+from lm.objectives.grpo import group_advantages
 from lm.objectives.logprobs import token_logprobs
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import make_mesh
@@ -48,6 +50,21 @@ def test_a_batch_is_filled_with_groups_that_have_a_preference_first():
     assert fill(rewards, 2, 2).tolist() == [2, 3, 6, 7]
     assert fill(rewards, 2, 3).tolist() == [0, 1, 2, 3, 6, 7]
     assert fill(rewards, 2, 5).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_has_a_preference_where_it_has_advantages(scale):
+    """Missing rewards, whole numbers, and differences that float32 does not hold."""
+    nan = np.nan
+    rows = [[nan, 0, 1, 1], [nan, nan, 1, 1], [nan] * 4, [nan, nan, nan, 1], [0, 0, 0, 1], [5, 5, 5, 5]]
+    close = [[1.0, 1.0 + 1e-12, 1.0, 1.0], [2.0**24, 2.0**24 + 1, 2.0**24, 2.0**24]]
+    whole = np.array([[0, 0, 0, 1], [7, 7, 7, 7], [2**24, 2**24 + 1, 2**24, 2**24]])
+    for rewards in (np.array(rows + close), np.array(rows, np.float32), whole, whole.astype(np.int8)):
+        advantages, _ = group_advantages(jnp.asarray(rewards.reshape(-1)), 4, scale=scale)
+        assert advantages.dtype == jnp.float32 and np.isfinite(advantages).all()
+        moved = (np.asarray(advantages).reshape(-1, 4) != 0).any(1)
+        np.testing.assert_array_equal(has_preference(rewards.reshape(-1), 4), moved)
+    assert has_preference(np.array([nan, 0, 1, 1]), 4).tolist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -88,3 +105,55 @@ def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, m
     for policy, said in ((model, batch.old_logp), (rounded(model, "int4"), batch.sampler_logp)):
         np.testing.assert_allclose(said, logprobs(policy, batch), atol=1e-4)
     assert np.abs(batch.old_logp - batch.sampler_logp).max() > 1e-3
+
+
+def rollouts_of(tokenizer, mesh, **changes):
+    one = stage(**changes)
+    value = Experiment("tiny", (one,), model=dataclasses.replace(MODEL, compute_dtype="bfloat16"))
+    return Rollouts(value, 0, tokenizer, mesh)
+
+
+def state_of(rollouts, tokenizer):
+    narrow = Transformer(dataclasses.replace(MODEL, compute_dtype="bfloat16"), tokenizer.vocab_size, jax.random.key(0))
+    return first_state(rollouts.stage, make_optimizer(rollouts.stage.optimizer, 10), narrow)
+
+
+def wrong_sampler(monkeypatch):
+    """Rollouts whose log-probabilities are another policy's."""
+
+    def off(*args):
+        found = roll_out(*args)
+        noise = np.random.default_rng(0).normal(size=found.batches[0].weights.shape).astype(np.float32)
+        batches = [dataclasses.replace(b, old_logp=b.old_logp + 0.1 * noise * b.weights) for b in found.batches]
+        return dataclasses.replace(found, batches=batches)
+
+    monkeypatch.setattr("lm.train.rollouts.roll_out", off)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_a_right_sampler_in_bfloat16_is_reported_and_passes(tokenizer, temperature):
+    mesh = make_mesh(layout())
+    with jax.set_mesh(mesh):
+        rollouts = rollouts_of(tokenizer, mesh, temperature=temperature, updates_per_rollout=2)
+        (one, two), metrics = rollouts(0, state_of(rollouts, tokenizer))
+    assert 0 < metrics["sampler_gap_mean"] <= metrics["sampler_gap_p99"] <= metrics["sampler_gap_max"]
+    assert one.sampler_logp is None and len(one.tokens) == len(two.tokens)
+    assert rollouts.notes == {} and rollouts.agreement.holds
+
+
+def test_a_sampler_of_another_policy_is_refused_and_told_how_to_correct_for_it(tokenizer, monkeypatch):
+    mesh = make_mesh(layout())
+    with jax.set_mesh(mesh):
+        rollouts = rollouts_of(tokenizer, mesh)
+        state = state_of(rollouts, tokenizer)
+        rollouts(0, state)
+        wrong_sampler(monkeypatch)
+        with pytest.raises(
+            UserError, match=r"tiny: the sampler's log-probabilities .* in bfloat16 .*\.sampler_cap 2"
+        ) as told:
+            rollouts(1, state)  # at any step, not at the first alone
+        assert "\n" not in str(told.value)
+        corrected = rollouts_of(tokenizer, mesh, sampler_cap=2.0)
+        (batch,), _ = corrected(0, state_of(corrected, tokenizer))
+    assert "importance weights up to 2" in corrected.notes["sampler_gap"]
+    assert jnp.abs(batch.old_logp - batch.sampler_logp).max() > 0.1

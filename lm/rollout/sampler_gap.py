@@ -1,0 +1,168 @@
+"""How far the sampler's log-probabilities are from the trainer's, and whether that is more than rounding explains.
+
+Sampler and trainer compute the same numbers in another order, so that they differ by rounding: in proportion to the spread
+of the logits, to 1 / temperature, and to how unsure a token was. In float32 each token has to be within some units of that.
+In bfloat16 how much it is for a model is measured and not assumed: a float32 pass over a rollout gives what both should
+have found. The trainer's mean distance from that is rounding; a sampler that is much further away is of another policy.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lm.experiment import Model
+from lm.objectives.logprobs import token_logprobs
+from lm.parallel.rules import constrain, platform
+from lm.types import Batch, pytree
+
+LARGEST_RATIO = 1.7
+"""bfloat16: largest mean distance of the sampler from float32 over the trainer's, of many tokens; right ones have about 1."""
+LEAST_DISTANCE = 0.06
+"""bfloat16: a smaller distance of the trainer counts as this, in rounding units: where all tokens are sure it is chance."""
+LARGEST_UNITS = 8.0
+"""float32: largest gap of a token, in its rounding units; right samplers have up to 0.8."""
+FLOAT32 = 2.0**-24  # half a unit in the last place of 1
+
+
+@pytree
+class TrainerView:
+    """What the trainer finds for the tokens of a batch: log-probabilities, and how much rounding may move each, in nats."""
+
+    logp: Float[Array, "B T"]
+    unit: Float[Array, "B T"]  # rounding unit of each token
+
+
+@dataclass(frozen=True)
+class SamplerGap:
+    """|log p(sampler) - log p(trainer)| over the sampled tokens of a rollout, in nats.
+
+    `relative` is in rounding units of each token: the mean, so that no token decides it; of float32 the largest.
+    """
+
+    mean: float
+    p99: float
+    largest: float
+    relative: float
+
+    def metrics(self) -> dict[str, float]:
+        """What is reported at every rollout."""
+        return {"sampler_gap_mean": self.mean, "sampler_gap_p99": self.p99, "sampler_gap_max": self.largest}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a sampler is from what it should have found, and how far rounding may take it; both in rounding units."""
+
+    found: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether rounding explains the sampler's distance; not where that is NaN."""
+        return self.found <= self.allowed
+
+
+def precision(config: Model) -> str:
+    """What logits are rounded to, about: the narrowest of the model's dtypes, bfloat16 where float32 products are narrower."""
+    narrow = "bfloat16" in (config.compute_dtype, config.logits_dtype)
+    return "bfloat16" if narrow or platform() != "cpu" else "float32"
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "pieces"))
+def trainer_view(model: Any, batch: Batch, temperature: float, pieces: int = 1) -> TrainerView:
+    """The trainer's log-probabilities of a batch, 0 where nothing is weighed; in as many pieces as its step has microbatches."""
+    unit = 2.0**-9 if precision(model.config) == "bfloat16" else FLOAT32
+
+    def view(piece: Batch) -> TrainerView:
+        stats = token_logprobs(model, piece, temperature, want_mean_logp=True)
+        assert stats.mean_logp is not None
+        # The logit's error counts as far as the token is not sure; what is left then is float32's in the log-softmax.
+        moved = unit * (1 - jnp.exp(stats.logp)) * -stats.mean_logp
+        return TrainerView(stats.logp * piece.weights, moved + 16 * FLOAT32 * (1 + jnp.abs(stats.lse)))
+
+    if pieces == 1:
+        return view(batch)
+    cut = jax.tree.map(lambda x: constrain(x.reshape(pieces, -1, *x.shape[1:]), None, "batch"), batch)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(view, cut))
+
+
+def sampled_logp(batch: Batch) -> Float[Array, "B T"]:
+    """What the sampler said of its tokens: its own field where the old policy is the trainer's."""
+    logp = batch.old_logp if batch.sampler_logp is None else batch.sampler_logp
+    assert logp is not None
+    return logp
+
+
+def sampler_gap(views: list[TrainerView], batches: list[Batch], dtype: str) -> SamplerGap:
+    """The gap over all tokens of the batches of a rollout, of a model of this precision."""
+    mean, p99, largest, mean_units, largest_units = map(float, _gap(views, batches))
+    return SamplerGap(mean, p99, largest, largest_units if dtype == "float32" else mean_units)
+
+
+@jax.jit
+def _gap(views: list[TrainerView], batches: list[Batch]) -> tuple[Array, ...]:
+    on = _flat([batch.weights for batch in batches]) > 0
+    gap = jnp.abs(_flat(list(map(sampled_logp, batches))) - _flat([view.logp for view in views]))
+    units = gap / _flat([view.unit for view in views])
+    ordered = jnp.sort(jnp.where(on, gap, -1.0))  # those that were sampled come last
+    count = jnp.maximum(on.sum(), 1)
+    rank = jnp.ceil(0.99 * count).astype(jnp.int32)
+    p99, largest = (jnp.maximum(ordered[len(ordered) - count - 1 + place], 0.0) for place in (rank, count))
+    return _mean(gap, on), p99, largest, _mean(units, on), jnp.where(on, units, 0.0).max()
+
+
+def is_suspicious(gap: SamplerGap, known: Agreement | None) -> bool:
+    """Whether a rollout's gap has to be compared with rounding: the first has, and one larger than was allowed."""
+    return known is None or not gap.relative <= known.allowed
+
+
+def agreement(
+    model: Any,
+    views: list[TrainerView],
+    batches: list[Batch],
+    gap: SamplerGap,
+    temperature: float,
+    pieces: int = 1,
+) -> Agreement:
+    """Whether a rollout's gap is rounding; in bfloat16 by a float32 pass over it."""
+    if precision(model.config) == "float32":
+        return Agreement(gap.relative, LARGEST_UNITS)
+    with jax.default_matmul_precision("highest"):
+        exact = [_float32_logp(model, batch, temperature, pieces) for batch in batches]
+    sampler, trainer, tokens = map(float, _distances(views, batches, exact))
+    # Of few tokens more may be chance.
+    return Agreement(sampler, LARGEST_RATIO * (1 + 2 / max(tokens, 1.0) ** 0.5) * max(trainer, LEAST_DISTANCE))
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "pieces"))
+def _float32_logp(model: Any, batch: Batch, temperature: float, pieces: int) -> Float[Array, "B T"]:
+    exact = jax.tree.map(lambda x: x, model)
+    exact.config = dataclasses.replace(model.config, compute_dtype="float32", logits_dtype="float32")
+    return trainer_view(exact, batch, temperature, pieces).logp
+
+
+@jax.jit
+def _distances(views: list[TrainerView], batches: list[Batch], exact: list[Array]) -> tuple[Array, Array, Array]:
+    on, unit = _flat([batch.weights for batch in batches]) > 0, _flat([view.unit for view in views])
+    sampler, trainer = (
+        _mean(jnp.abs(_flat(logp) - _flat(exact)) / unit, on)
+        for logp in (list(map(sampled_logp, batches)), [view.logp for view in views])
+    )
+    return sampler, trainer, on.sum()
+
+
+def _flat(arrays: list[Array]) -> Float[Array, " N"]:
+    return jnp.concatenate([x.reshape(-1) for x in arrays])
+
+
+def _mean(x: Array, on: Array) -> Float[Array, ""]:
+    return jnp.where(on, x, 0.0).sum() / jnp.maximum(on.sum(), 1)

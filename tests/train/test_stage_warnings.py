@@ -1,0 +1,77 @@
+"""What a stage warns of: once, after so many steps in a row, across resumes; shown, and written down for the report."""
+
+import dataclasses
+
+import pytest
+
+from lm.experiment import GRPO, PPO, SFT, Experiment, Optimizer
+from lm.train.metrics import MetricsLog, read_lines
+from lm.train.stage_warnings import STEPS, Warnings
+from tests.helpers import TINY, tiny_stage
+
+FLAT = {"frac_zero_std": 1.0, "reward": 0.25, "eos_rate": 0.5}
+GOOD = FLAT | {"frac_zero_std": 0.5}
+ONE = {"score_range": 0.0, "score": 2.0, "eos_rate": 1.0}
+
+
+def warned(folder, objective, lines, first=1, **changes):
+    """What is shown while a stage's metrics are these lines."""
+    shown = []
+    stage = tiny_stage(objective, steps=changes.pop("steps", 100))
+    with MetricsLog(folder) as log:
+        log.rewind(first - 1)
+        watch = Warnings(Experiment("tiny", (stage,), model=TINY), stage, folder, log, shown.append)
+        for step, line in enumerate(lines, first):
+            log.metrics({"step": step} | line)
+            watch.see({"step": step} | line)
+    return shown
+
+
+def test_equal_rewards_are_said_once_after_some_steps(tmp_path):
+    shown = warned(tmp_path, GRPO(), [GOOD, *[FLAT] * (STEPS - 1), GOOD, *[FLAT] * (2 * STEPS), GOOD, *[FLAT] * STEPS])
+    (text,) = shown
+    assert text.startswith(
+        f"tiny: for {STEPS} steps up to step {2 * STEPS + 1} the answers to each prompt had the same reward"
+    )
+    (line,) = read_lines(tmp_path / "warnings.jsonl")
+    assert line["kind"] == "equal_rewards" and line["step"] == 2 * STEPS + 1 and line["text"] in text
+
+
+def test_a_stage_shorter_than_that_is_warned_of_at_its_end(tmp_path):
+    assert len(warned(tmp_path, GRPO(), [FLAT] * 2, steps=2)) == 1
+
+
+def test_ppo_answers_that_all_score_the_same_are_said(tmp_path):
+    (text,) = warned(tmp_path, PPO(verifier="answer"), [ONE] * (STEPS + 3))
+    assert "all answers had the same reward (2)" in text
+
+
+def test_answers_that_are_all_truncated_are_said_once(tmp_path):
+    cut = GOOD | {"eos_rate": 0.0}
+    (text,) = warned(tmp_path, GRPO(), [GOOD, cut, GOOD, cut, cut])
+    assert "none of the answers of step 2 ended by itself" in text
+
+
+def test_a_resumed_stage_goes_on_counting_and_says_nothing_twice(tmp_path):
+    assert warned(tmp_path, GRPO(), [FLAT] * (STEPS - 1)) == []
+    assert len(warned(tmp_path, GRPO(), [FLAT], first=STEPS)) == 1
+    assert warned(tmp_path, GRPO(), [FLAT] * (STEPS + 1), first=STEPS + 1) == []
+    # what is forgotten, because the run goes on from before it, is said again
+    assert len(warned(tmp_path, GRPO(), [FLAT] * STEPS, first=STEPS - 1)) == 1
+    assert len(read_lines(tmp_path / "warnings.jsonl")) == 1
+
+
+@pytest.mark.parametrize("objective", [SFT(), GRPO()])
+def test_a_stage_that_learns_warns_of_nothing(tmp_path, objective):
+    assert warned(tmp_path, objective, [GOOD] * 20) == []
+    assert not (tmp_path / "warnings.jsonl").exists()
+
+
+def test_narrow_parameters_without_master_weights_are_said(tmp_path):
+    shown = []
+    narrow = dataclasses.replace(TINY, param_dtype="bfloat16")
+    for master in (True, False):
+        stage = tiny_stage(SFT(), optimizer=Optimizer(master_weights=master))
+        with MetricsLog(tmp_path) as log:
+            Warnings(Experiment("tiny", (stage,), model=narrow), stage, tmp_path, log, shown.append)
+    assert len(shown) == 1 and "tiny.optimizer.master_weights is false" in shown[0]
