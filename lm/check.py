@@ -15,6 +15,7 @@ from lm.experiment import (
     Eval,
     Experiment,
     Model,
+    Preference,
     RewardModel,
     Source,
     Speechless,
@@ -55,6 +56,7 @@ def check(experiment: Experiment) -> Experiment:
     makers = [stage.name for stage in experiment.stages if isinstance(stage.objective, Collect)]
     for item in experiment.evals:
         _check_eval(item, m, makers)
+        _check_compared(item, experiment.stages)
     return experiment
 
 
@@ -124,6 +126,22 @@ def _check_schedule(stage: Stage) -> None:
         raise UserError(
             f"{stage.name}.optimizer.warmup_steps is {o.warmup_steps} and decay_frac {o.decay_frac}, {decay} updates of wsd's "
             f"decay; together they should be at most {updates}, {whose}"
+        )
+
+
+def _check_compared(item: Eval, stages: tuple[Stage, ...]) -> None:
+    """Raise UserError for an eval that no stage gives what it compares with: it would never be measured."""
+    scorers = any(isinstance(stage.objective, RewardModel) for stage in stages)
+    references = any(isinstance(stage.objective, Preference) for stage in stages)
+    if item.metric == "best_of_n" and not scorers:
+        raise UserError(
+            f"evals.{item.name}.metric is best_of_n, and no stage trains the reward model that chooses: add one, or take "
+            "metric reward or pass_at_k"
+        )
+    if item.metric == "pair_accuracy" and not (scorers or references):
+        raise UserError(
+            f"evals.{item.name}.metric is pair_accuracy, and no stage trains a reward model or learns preferences: there is "
+            "no reward to compare the answers by; add such a stage, or remove the eval"
         )
 
 

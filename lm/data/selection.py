@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lm.data.order import mixture_shares
-from lm.data.sources import NOWHERE, Rows, rows_of, split_rows, texts_of, why_missing
+from lm.data.sources import NOWHERE, Row, Rows, rows_of, split_rows, texts_of, why_missing
 from lm.data.split import Places, split_key, split_place
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import MADE, Experiment, Source, UserError, resolve_sources
@@ -91,33 +91,11 @@ def held_out_elsewhere(experiment: Experiment) -> Places:
     return np.unique(np.concatenate(found))
 
 
-def heldout_texts(source: Source, max_bytes: int) -> list[str]:
-    """Held-out documents in fixed order, max_bytes of UTF-8 in all (the last one may be cut): for bits per byte."""
+def heldout_rows(source: Source) -> Iterator[tuple[Row, str]]:
+    """Held-out rows in fixed order, and how each is named for a person. Raises UserError where there are none."""
     rows, indices = select(source, "heldout")
-    texts: list[str] = []
-    room = max_bytes
     for index in indices:
-        text = rows[index].get("text")
-        if not isinstance(text, str):
-            raise UserError(f"{rows.where(index)}: bits per byte need the column text; found {', '.join(rows[index])}")
-        encoded = text.encode(errors="replace")
-        if piece := encoded[: max(0, room)].decode(errors="ignore"):
-            texts.append(piece)
-        room -= len(encoded)
-        if room <= 0:
-            break
-    return texts
-
-
-def heldout_rows(source: Source, count: int) -> list[dict[str, Any]]:
-    """The first `count` held-out rows in fixed order, no two of which ask the same; fewer where there are no more."""
-    rows, indices = select(source, "heldout")
-    chosen: dict[str, dict[str, Any]] = {}
-    for index in indices:
-        chosen.setdefault(split_key(rows[index]), rows[index])
-        if len(chosen) == count:
-            break
-    return list(chosen.values())
+        yield rows[index], rows.where(index)
 
 
 def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list[str]:

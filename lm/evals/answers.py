@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lm.data.chat import prompt_messages, render
 from lm.data.packing import left_pad
-from lm.data.pipeline import heldout_rows
+from lm.evals.examples import read_examples
 from lm.evals.rows import ROWS, SHOWN, Measured, Subject, last_turn, mean_of, rounded
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
@@ -129,19 +128,14 @@ def distinct_bigrams(texts: list[str]) -> float:
 
 
 def answers_of(item: Eval, subject: Subject, each: int = 1) -> list[Answered]:
-    """`each` answers to every held-out prompt that fits, neighbours."""
+    """`each` answers to every held-out prompt, neighbours."""
     model, tokenizer = subject.model, subject.tokenizer
     assert isinstance(model, Transformer)
-    rows = heldout_rows(item.source, item.count)
-    prompts = [render(prompt_messages(row, item.source.path), tokenizer, generation_prompt=True).tokens for row in rows]
     room = model.config.max_len - item.max_new_tokens
-    kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not kept:
-        raise UserError(
-            f"evals.{item.name}: none of {len(rows)} held-out prompts fits in model.max_len {model.config.max_len} "
-            f"less {item.max_new_tokens} new tokens"
-        )
-    width = rounded(max(len(prompts[i]) for i in kept), room)
+    asked = read_examples(item, tokenizer, model.config.max_len)
+    rows, prompts = asked.rows, asked.encoded
+    kept = list(range(len(prompts)))
+    width = rounded(max(map(len, prompts)), room)
     at_once = max(1, ROWS // each)
     found = []
     for start in range(0, len(kept), at_once):

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from lm.data.chat import is_tie
-from lm.data.pipeline import heldout_rows
-from lm.data.tokens import store_in_memory
+from lm.evals.examples import TIED, encode_pair, read_examples
 from lm.evals.rows import SHOWN, Measured, Row, Subject, last_turn, rounded, row_logp, row_scores
-from lm.experiment import Eval, UserError
+from lm.experiment import Eval
 from lm.model.scorer import Scorer
 
 
@@ -37,26 +35,30 @@ def score_pairs(rows: Sequence[dict[str, Any]], wheres: Sequence[str], subject: 
     Of a language model the reward is implicit, log π(y) - log π_ref(y) (DPO, arXiv 2305.18290, eq. 5); a reward model says
     it.
     """
-    most, both = subject.model.config.max_len, np.arange(2)
-    kept, sides, ties, cut = [], [], 0, 0
+    most = subject.model.config.max_len
+    kept: list[dict[str, Any]] = []
+    sides: list[Row] = []
+    ties, cut = 0, 0
     for row, where in zip(rows, wheres, strict=True):
-        if is_tie(row, where):
-            ties += 1
-            continue
-        store = store_in_memory([(row, where)], "pairs", subject.tokenizer)
-        assert store.flaws is not None
-        pair = [(side.tokens.tolist(), side.mask.tolist()) for side in store.ends(both, most)]
-        if store.flaws.any() or not all(any(mask[1:]) for _, mask in pair):
+        pair = encode_pair(row, where, subject.tokenizer, most)
+        if isinstance(pair, str):
+            ties += pair == TIED
             continue
         kept.append(row)
-        sides += pair
-        cut += int(store.lengths.max() > most)
+        sides += pair[0]
+        cut += pair[1]
     left_out = len(rows) - ties - len(kept)
     if not kept:
         return Scored([], np.zeros(0), np.zeros(0), cut, left_out, ties)
+    return Scored(kept, *_gaps(subject, sides), cut, left_out, ties)
+
+
+def _gaps(subject: Subject, sides: list[Row]) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """By how much the first of every two rows is liked better, and is longer."""
+    most = subject.model.config.max_len
     rewards = _rewards(subject, sides, rounded(max(len(ids) for ids, _ in sides), most))
     lengths = np.array([sum(mask) for _, mask in sides], np.float64)
-    return Scored(kept, rewards[0::2] - rewards[1::2], lengths[0::2] - lengths[1::2], cut, left_out, ties)
+    return rewards[0::2] - rewards[1::2], lengths[0::2] - lengths[1::2]
 
 
 def pair_accuracy(item: Eval, subject: Subject) -> Measured:
@@ -64,26 +66,21 @@ def pair_accuracy(item: Eval, subject: Subject) -> Measured:
 
     A reward model is held against taking the longer answer.
     """
-    rows = heldout_rows(item.source, item.count)
-    found = score_pairs(rows, [item.source.path] * len(rows), subject)
-    if not found.rows:
-        raise UserError(
-            f"evals.{item.name}: none of {len(rows)} held-out pairs can be compared in model.max_len "
-            f"{subject.model.config.max_len}"
-        )
-    examples = [
+    found = read_examples(item, subject.tokenizer, subject.model.config.max_len)
+    gaps, longer = _gaps(subject, [side for pair in found.encoded for side in pair])
+    shown = [
         {
             "prompt": last_turn(row),
             "chosen": text(row["chosen"]),
             "rejected": text(row["rejected"]),
             "margin": float(gap),
         }
-        for row, gap in zip(found.rows[:SHOWN], found.gaps, strict=False)
+        for row, gap in zip(found.rows[:SHOWN], gaps, strict=False)
     ]
-    values = {"pair_accuracy": share_right(found.gaps), "margin": float(found.gaps.mean())}
+    values = {"pair_accuracy": share_right(gaps), "margin": float(gaps.mean())}
     if isinstance(subject.model, Scorer):
-        values["longer_accuracy"] = share_right(found.longer)
-    return Measured(values, len(found.rows), examples)
+        values["longer_accuracy"] = share_right(longer)
+    return Measured(values, len(found.rows), shown)
 
 
 def share_right(margin: Float[np.ndarray, " N"]) -> float:

@@ -37,7 +37,8 @@ class Measured:
 class Subject:
     """What is measured: a language model or a scorer; `reference` is what preferences and KL are held against.
 
-    `scorers` are the reward models whose mean score answers get, if any; `seed` is of the samples.
+    `scorers` are the reward models whose mean score answers get, if any; `seed` is of the samples; `talks` are the paths of
+    sources that are trained on as conversations.
     """
 
     model: Transformer | Scorer
@@ -45,6 +46,7 @@ class Subject:
     reference: Transformer | None = None
     scorers: tuple[Scorer, ...] = ()
     seed: int = 0
+    talks: frozenset[str] = frozenset()
 
 
 @jax.jit

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.tokenizer import Tokenizer
+from lm.evals.examples import read_examples, talks_of
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
-from lm.experiment import Eval, Experiment, RewardModel, start_of
+from lm.experiment import Eval, Experiment, RewardModel, UserError, start_of
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
-from lm.parallel.distributed import as_first
-from lm.rollout.sampler import generate_text
+from lm.parallel.distributed import as_first, first
+from lm.rollout.sampler import encode_prompt, generate_text
 from lm.train.metrics import MetricsLog, read_lines
 from lm.train.models import MADE_FILE
 from lm.train.run_folder import RunFolder
@@ -41,6 +42,7 @@ class Evaluator:
     ):
         self.experiment, self.folder, self.tokenizer = experiment, folder, tokenizer
         self.reference, self.scorers = reference, scorers
+        self.told: set[str] = set()
 
     def before(self, index: int, model: Transformer, log: MetricsLog) -> None:
         """The model that enters a stage: what the stage before measured at its end, and what is new.
@@ -94,9 +96,7 @@ class Evaluator:
         self._measure(list(self.experiment.evals), model, log, step, "after")
         if isinstance(model, Scorer):
             chosen = [item for item in self.experiment.evals if item.metric == "best_of_n"]
-            self._write(
-                chosen, Subject(entering, self.tokenizer, None, (model,), self.experiment.seed), log, step, "after"
-            )
+            self._write(chosen, self._subject(entering, None, (model,)), log, step, "after")
 
     def _measure(self, items: list[Eval], model: Transformer | Scorer, log: MetricsLog, step: int, when: str) -> None:
         for item in items:
@@ -117,24 +117,42 @@ class Evaluator:
 
         A reward model is only asked for pairs. Best of n is measured when the reward model that chooses is made.
         """
-        if item.metric == "best_of_n" or as_first(lambda: not_there(item)):
+        if item.metric == "best_of_n" or as_first(lambda: not_there(item)) or self._nothing_in(item):
             return []
         if isinstance(model, Scorer):
             if item.metric != "pair_accuracy":
                 return []
-            return [_lines(item, Subject(model, self.tokenizer), step, when)]
+            return [_lines(item, self._subject(model), step, when)]
         sampled = item.metric == "reward" and item.temperature == 1
         reference = self.reference() if sampled or item.metric == "pair_accuracy" else None
         if item.metric == "pair_accuracy" and reference is None:
             return []
         scorers = self.scorers() if sampled else ()
-        return [_lines(item, Subject(model, self.tokenizer, reference, scorers, self.experiment.seed), step, when)]
+        return [_lines(item, self._subject(model, reference, scorers), step, when)]
+
+    def _nothing_in(self, item: Eval) -> bool:
+        """Whether of what a stage has collected since the run began nothing can be measured; says so once."""
+        if not _is_collected(item):
+            return False
+        try:
+            read_examples(item, self.tokenizer, self.experiment.model.max_len, talks_of(self.experiment))
+        except UserError as error:
+            if item.name not in self.told and first():
+                print(f"evals.{item.name} is not measured: {error}", flush=True)
+            self.told.add(item.name)
+            return True
+        return False
+
+    def _subject(
+        self, model: Transformer | Scorer, reference: Transformer | None = None, scorers: tuple[Scorer, ...] = ()
+    ) -> Subject:
+        return Subject(model, self.tokenizer, reference, scorers, self.experiment.seed, talks_of(self.experiment))
 
     def _answer_prompts(self, model: Transformer | Scorer, log: MetricsLog, step: int, when: str) -> None:
         prompts = list(self.experiment.prompts)
         if not prompts or isinstance(model, Scorer):
             return
-        room = min(ANSWER_TOKENS, self.experiment.model.max_len // 2)
+        room = _answer_tokens(self.experiment.model.max_len)
         for prompt, answer in zip(
             prompts, generate_text(model, self.tokenizer, prompts, max_new_tokens=room), strict=True
         ):
@@ -152,7 +170,38 @@ class Evaluator:
 
 def not_there(item: Eval) -> bool:
     """Whether the file that an eval reads has yet to be made by a stage."""
-    return item.source.path.endswith(f"/{MADE_FILE}") and not Path(item.source.path).exists()
+    return _is_collected(item) and not Path(item.source.path).exists()
+
+
+def _is_collected(item: Eval) -> bool:
+    return item.source.path.endswith(f"/{MADE_FILE}")
+
+
+def check_evals(experiment: Experiment, tokenizer: Tokenizer) -> list[str]:
+    """A line for every eval whose examples are there: how many it measures, and what it passes over.
+
+    Raises:
+        UserError: an eval has nothing to measure, or a row that is broken or lacks a column; or a prompt is too long.
+    """
+    max_len, talks = experiment.model.max_len, talks_of(experiment)
+    room = max_len - _answer_tokens(max_len)
+    for number, prompt in enumerate(experiment.prompts):
+        size = len(encode_prompt(tokenizer, prompt))
+        if size > room:
+            raise UserError(
+                f"prompts.{number} has {size} tokens; model.max_len {max_len} less {max_len - room} for the answer leaves "
+                f"{room}: shorten the prompt, or raise model.max_len"
+            )
+    return [
+        read_examples(item, tokenizer, max_len, talks).describe(item)
+        for item in experiment.evals
+        if not not_there(item)
+    ]
+
+
+def _answer_tokens(max_len: int) -> int:
+    """The longest answer to one of the experiment's prompts."""
+    return min(ANSWER_TOKENS, max_len // 2)
 
 
 def _lines(item: Eval, subject: Subject, step: int, when: str) -> tuple[Line, list[Line]]:

@@ -42,7 +42,7 @@ from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
 from lm.train.checkpoint import Checkpoints
 from lm.train.collect import collect_stage
-from lm.train.evaluate import Evaluator
+from lm.train.evaluate import Evaluator, check_evals
 from lm.train.loop import Interrupted, Run, train_stage
 from lm.train.models import (
     can_be_read,
@@ -106,6 +106,9 @@ def run(
         context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out)
         stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
         batches = together(lambda: _all_batches(context, stages))
+        if stages:
+            for line in together(lambda: check_evals(experiment, tokenizer)):
+                say(line)
         check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
         began = started
         for index in stages:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from lm.data.tokenizer import Tokenizer
-from lm.evals.heldout import measure, windows
+from lm.evals.examples import windows
+from lm.evals.heldout import measure
 from lm.evals.rows import Subject
 from lm.experiment import Eval, Source, UserError
 from lm.model.transformer import Transformer
@@ -69,7 +70,9 @@ def test_a_conversation_that_does_not_fit_is_not_counted(tmp_path, tokenizer, cl
         item(tmp_path, [{"messages": TALK}, {"messages": long}], metric="bits_per_byte"), Subject(clueless, tokenizer)
     )
     assert both.count == 1
-    with pytest.raises(UserError, match=r"evals\.it: no held-out conversation fits in model\.max_len 64"):
+    with pytest.raises(
+        UserError, match=r"evals\.it: nothing .* can be measured: 1 longer than the 64 tokens of model\.max_len"
+    ):
         measure(item(tmp_path, [{"messages": long}], metric="bits_per_byte"), Subject(clueless, tokenizer))
 
 

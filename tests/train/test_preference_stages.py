@@ -52,7 +52,7 @@ def experiment(folder: Path) -> Experiment:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("preferences")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(9)
     words = ["".join(rng.choice(list("abdeghiklmnoprstu"), 4)) for _ in range(60)]
     pairs = [{"prompt": f"Say {w}", "chosen": f"{w} yes", "rejected": "no"} for w in words]
     answers = [("yes", True), ("no", False)]

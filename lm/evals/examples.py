@@ -1,0 +1,233 @@
+"""The held-out examples of an eval, read, checked and encoded: before a run trains anything, and again where it measures.
+
+An eval takes the first `count` rows of the held-out side that can be measured. What cannot be (too long, empty, tied, the
+same as one before) is passed over and counted; a row that is broken or lacks a column stops it, or is counted too where
+the source says `bad_rows drop`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lm.data.bad_rows import ADVICE, COLUMNS, EMPTY_ANSWER, EMPTY_TEXT, REASONS, BadRow, Unreadable
+from lm.data.chat import is_tie, prompt_messages, render, training_messages
+from lm.data.selection import heldout_rows
+from lm.data.tokenizer import Tokenizer
+from lm.data.tokens import store_in_memory
+from lm.evals.rows import Row
+from lm.experiment import Eval, Experiment, Pretrain, UserError
+from lm.rollout.verifiers import needed_columns
+
+BYTES_A_TOKEN = 8  # most of a document that is encoded for a row of tokens
+REPEATED = "asking what another asks"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples that can be measured: `rows` as they are in the file, `encoded` as the metric reads them.
+
+    encoded: of prompts token ids; of documents and conversations one (tokens, mask) row; of pairs two. `left_out` counts rows
+    by reason; `cut` pairs lost the beginning of their prompt; `texts` are the bytes that bits per byte are taken over.
+    """
+
+    unit: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    encoded: list[Any] = field(default_factory=list)
+    texts: list[bytes] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+
+    @property
+    def documents(self) -> bool:
+        return self.unit == DOCUMENTS
+
+    def describe(self, item: Eval) -> str:
+        """One line: how many examples are measured, of how many asked for, and what was passed over."""
+        count = len(self.encoded)
+        line = f"evals.{item.name}: {count} {self.unit} held out of {item.source.path}"
+        if count < item.count:
+            line += f", fewer than the {item.count} of evals.{item.name}.count: it holds out no more"
+        if self.left_out:
+            line += f"; passed over: {', '.join(f'{number} {why}' for why, number in self.left_out.items())}"
+        return line + (f"; {self.cut} lose the beginning of their prompt" if self.cut else "")
+
+
+def read_examples(item: Eval, tokenizer: Tokenizer, max_len: int, talks: Collection[str] = ()) -> Examples:
+    """The examples of an eval for a model with a context of `max_len` tokens.
+
+    Args:
+        talks: paths of sources whose conversations are trained on, also where their rows have a `text` too (`talks_of`).
+
+    Raises:
+        UserError: a row is broken or lacks a column, naming it; or nothing can be measured, saying why.
+    """
+    found = READERS[item.metric](item, tokenizer, max_len, item.source.path in talks)
+    if not found.encoded:
+        reasons = ", ".join(f"{number} {why}" for why, number in found.left_out.items())
+        raise UserError(
+            f"evals.{item.name}: nothing of what {item.source.path} holds out can be measured: {reasons} "
+            f"(evals.{item.name}.source.path names another file, holdout takes more rows)"
+        )
+    return found
+
+
+def talks_of(experiment: Experiment) -> frozenset[str]:
+    """The paths of sources that stages train on as conversations, prompts or pairs, and none as documents."""
+    read = {True: set[str](), False: set[str]()}
+    for stage in experiment.stages:
+        read[isinstance(stage.objective, Pretrain)] |= {source.path for source in stage.sources}
+    return frozenset(read[False] - read[True])
+
+
+def _bits(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
+    """Windows of documents where rows have a `text` and are not trained on as conversations, else conversations."""
+    first = next(iter(heldout_rows(item.source)), None)
+    documents = first is not None and isinstance(first[0].get("text"), str) and not talks
+    return (_documents if documents else _conversations)(item, tokenizer, max_len)
+
+
+def _documents(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
+    """`count` windows of documents or a few more; the last document may be cut."""
+    found = Examples(DOCUMENTS)
+
+    def add(row: dict[str, Any], where: str) -> str:
+        if isinstance(row, Unreadable):
+            raise row.error
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise _missing(row, where, "bits per byte need the column text")
+        most = (item.count - len(found.encoded)) * max_len * BYTES_A_TOKEN
+        data = text.encode(errors="replace")[:most].decode(errors="ignore")
+        if not data.strip():
+            return REASONS[EMPTY_TEXT]
+        found.encoded.extend(windows([tokenizer.pad_id, *tokenizer.encode(data), tokenizer.pad_id], max_len))
+        found.texts.append(data.encode(errors="replace"))
+        return ""
+
+    return _filled(item, found, add)
+
+
+def _conversations(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
+    """Conversations that fit in the context, with the mask of their answers."""
+    found, seen = Examples("conversations"), set[tuple[int, ...]]()
+
+    def add(row: dict[str, Any], where: str) -> str:
+        messages = training_messages(row, where)
+        tokens, mask = render(messages, tokenizer)
+        answers = [turn["content"] for turn in messages if turn["role"] == "assistant" and turn.get("train", True)]
+        if not any(answer.strip() for answer in answers):
+            return REASONS[EMPTY_ANSWER]
+        if len(tokens) > max_len:
+            return f"longer than the {max_len} tokens of model.max_len"
+        if tuple(tokens) in seen:
+            return "the same as one before"
+        seen.add(tuple(tokens))
+        found.encoded.append((tokens, mask))
+        found.texts.extend(answer.encode(errors="replace") for answer in answers)
+        return ""
+
+    return _filled(item, found, add)
+
+
+def _prompts(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
+    """Different prompts that leave room for an answer, of rows that have what the verifier needs."""
+    found, seen = Examples("prompts"), set[tuple[int, ...]]()
+    room, needs = max_len - item.max_new_tokens, needed_columns(item.verifier)
+
+    def add(row: dict[str, Any], where: str) -> str:
+        for column in needs if not isinstance(row, Unreadable) else ():
+            if row.get(column) is None or not str(row[column]).strip():
+                raise _missing(row, where, f"the verifier {item.verifier} needs the column {column}")
+        tokens = render(prompt_messages(row, where), tokenizer, generation_prompt=True).tokens
+        if len(tokens) > room:
+            return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
+        if tuple(tokens) in seen:
+            return REPEATED
+        seen.add(tuple(tokens))
+        found.rows.append(row)
+        found.encoded.append(tokens)
+        return ""
+
+    return _filled(item, found, add)
+
+
+def _pairs(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
+    """Different pairs in which one answer is better and something of both is left in the context."""
+    found, seen = Examples("pairs"), set[tuple[tuple[int, ...], ...]]()
+    cut = 0
+
+    def add(row: dict[str, Any], where: str) -> str:
+        nonlocal cut
+        pair = encode_pair(row, where, tokenizer, max_len)
+        if isinstance(pair, str):
+            return pair
+        sides, shortened = pair
+        key = tuple(tuple(tokens) for tokens, _ in sides)
+        if key in seen:
+            return "the same as one before"
+        seen.add(key)
+        cut += shortened
+        found.rows.append(row)
+        found.encoded.append(sides)
+        return ""
+
+    _filled(item, found, add)
+    return Examples(found.unit, found.rows, found.encoded, found.texts, found.left_out, cut)
+
+
+def encode_pair(row: Mapping[str, Any], where: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Row], bool] | str:
+    """The two sides of a pair, cut as a preference stage cuts them, and whether they were; or why nothing can be compared."""
+    if is_tie(row, where):
+        return TIED
+    store = store_in_memory([(dict(row), where)], "pairs", tokenizer)
+    assert store.flaws is not None
+    if store.flaws.any():
+        return REASONS[int(store.flaws.max())]
+    sides = [(side.tokens.tolist(), side.mask.tolist()) for side in store.ends(np.arange(2), max_len)]
+    if not all(any(mask[1:]) for _, mask in sides):
+        return f"with no room for an answer in {max_len} tokens"
+    if sides[0] == sides[1]:
+        return f"with answers that are equal in {max_len} tokens"
+    return sides, bool(store.lengths.max() > max_len)
+
+
+def windows(ids: list[int], width: int) -> list[Row]:
+    """Rows of at most `width` tokens in which every token but the first is predicted exactly once."""
+    return [(ids[i : i + width], [0] + [1] * (len(ids[i : i + width]) - 1)) for i in range(0, len(ids) - 1, width - 1)]
+
+
+def _filled(item: Eval, found: Examples, add: Callable[[dict[str, Any], str], str]) -> Examples:
+    """`found` after `add` has seen rows until there are enough; it says why it takes a row not."""
+    for row, where in heldout_rows(item.source):
+        try:
+            why = add(row, where)
+        except BadRow as error:
+            if item.source.bad_rows != "drop":
+                raise UserError(f"evals.{item.name}: {str(error).removesuffix(ADVICE)}{ADVICE}") from error
+            why = REASONS[error.reason]
+        if why:
+            found.left_out[why] += 1
+        if len(found.encoded) >= item.count:
+            break
+    return found
+
+
+def _missing(row: Mapping[str, Any], where: str, what: str) -> BadRow:
+    found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
+    return BadRow(f"{where}: {what}; the columns found are {found:.200}", COLUMNS)
+
+
+DOCUMENTS = "rows of tokens of documents"
+TIED = "tied"
+READERS: dict[str, Callable[[Eval, Tokenizer, int, bool], Examples]] = {
+    "bits_per_byte": _bits,
+    "reward": _prompts,
+    "best_of_n": _prompts,
+    "pass_at_k": _prompts,
+    "pair_accuracy": _pairs,
+}
