@@ -78,25 +78,28 @@ def stage_lines(
     """
     from lm.data.pipeline import make_feed, make_prompt_feed
     from lm.data.sources import NOWHERE
+    from lm.rollout.verifiers import needed_columns
 
     elsewhere = NOWHERE if elsewhere is None else elsewhere
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, specials=True)
 
     yield _paint(f"\n=== {stage.name}, step {step} ===", BOLD, colour)
     makers = [source.path for source in stage.sources if source.path.startswith(MADE)]
     if makers:
         yield f"{makers[0]} is made when the run comes to that stage"
     elif isinstance(stage.objective, Sampled | Collect):
-        room = stage.seq_len - stage.objective.max_new_tokens
-        prompts = make_prompt_feed(stage.sources, stage.batch_size, room, tokenizer, seed, elsewhere=elsewhere)
+        o = stage.objective
+        prompts = make_prompt_feed(
+            stage.sources, stage.batch_size, stage.seq_len - o.max_new_tokens, tokenizer, seed, elsewhere=elsewhere,
+            columns=needed_columns(o.verifier) if o.verifier else (), max_new_tokens=o.max_new_tokens,
+        )  # fmt: skip
         yield prompts.report()
-        yield from prompt_lines(prompts.batch(step), decode, rows, colour)
+        yield from prompt_lines(prompts.batch(step), tokenizer.show, rows, colour)
     else:
         feed = make_feed(stage, tokenizer, seed, elsewhere=elsewhere)
         yield feed.report()
-        yield from batch_lines(feed.batch(step), decode, rows, colour, paired=isinstance(stage.objective, Paired))
+        yield from batch_lines(
+            feed.batch(step), tokenizer.show, rows, colour, paired=isinstance(stage.objective, Paired)
+        )
 
 
 def batch_lines(batch: Batch, decode: Decode, rows: int, colour: bool, paired: bool = False) -> Iterator[str]:
@@ -146,7 +149,8 @@ def render_row(
 def legend(colour: bool) -> str:
     """What the marks mean."""
     trained, read = _mark("trained on", True, colour), _mark("only read", False, colour)
-    return f"{trained}  {read}  (padding left out; ··· between packed examples)"
+    spelt = "text that only spells a control token has a backslash in it: <\\|im_end|\\>"
+    return f"{trained}  {read}  (padding left out; ··· between packed examples; {spelt})"
 
 
 def _mark(text: str, trained: bool, colour: bool) -> str:

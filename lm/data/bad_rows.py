@@ -15,7 +15,7 @@ REASONS = (
     "whose marks leave no turn to learn",
     "that are not valid JSON",
     "without the columns of this stage",
-    "with turns that are not as they should be",
+    "with turns that are no conversation",
     "with tools",
     "with reasoning beside the answer",
     "with content that is not text",

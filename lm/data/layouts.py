@@ -88,7 +88,7 @@ def read_columns(
         answer = frozenset([name for name in layout.answers if name in names][:1])
     read = {
         "conversations": talk or ask | answer,
-        "pairs": (ask or talk) | {"chosen", "rejected", "tie", "margin"},
+        "pairs": (ask or talk) | {"chosen", "rejected", "tie"},
         "judged": (ask or talk) | answer | {"completion", "label"},
         "prompts": ask or talk or frozenset(("chosen", "rejected")),
     }[kind]

@@ -285,11 +285,23 @@ def _loads(text: str, where: str) -> Any:
     if text.count("{") + text.count("[") > DEEPEST:
         text = _cut_at_depth(text, DEEPEST)
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _decoded_json(text)
     except (ValueError, RecursionError) as error:
         raise BadRow(
             f"{where}: not valid JSON ({error!s:.150}); every line must be one JSON object", bad_rows.JSON
         ) from error
+
+
+def _decoded_json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        # Longer than Python makes an integer of: its text, which nothing that stages read needs to be more than.
+        return json.loads(
+            text, object_pairs_hook=_object, parse_int=lambda digits: int(digits) if len(digits) < 4_000 else digits
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

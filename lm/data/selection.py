@@ -104,7 +104,7 @@ def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list
     Generated sources have few words: a few hundred rows show them all, and leave the vocabulary to the others.
     """
     used = [source for stage in experiment.stages for source in stage.sources if source.weight > 0]
-    sources = {source.path: source for source in used if not source.path.startswith(MADE)}
+    sources = {(source.path, source.columns): source for source in used if not source.path.startswith(MADE)}
     share = TRAINING_BYTES // max(1, len(sources))
     texts: list[str] = []
     for source in sources.values():

@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -467,6 +468,8 @@ def why_missing(path: str) -> str | None:
     file = Path(path).expanduser()
     if file.exists():
         return None
+    if file.is_symlink():
+        return f"{path}: is a link to {os.readlink(file)}, which is not there"
     if not file.parent.is_dir():
         return f"{path}: there is no folder {file.parent}"
     names = [entry.name for entry in file.parent.iterdir() if entry.name.endswith(FILES)]

@@ -65,7 +65,7 @@ class Tally:
 
     def remarks(self) -> list[str]:
         """A line for the first example of each reason, one for what is not read, and what else there is to say."""
-        lines = [f"{self.reasons[why]} dropped {why}, the first: {first}" for why, first in self.firsts.items()]
+        lines = [f"{self.reasons[why]} dropped ({why}), the first: {first}" for why, first in self.firsts.items()]
         if self.unread:
             shown = ", ".join(self.unread[:UNREAD_SHOWN])
             more = f" and {len(self.unread) - UNREAD_SHOWN} more" if len(self.unread) > UNREAD_SHOWN else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections import Counter
@@ -47,6 +48,7 @@ class Tokenizer:
                     f"{name}: {piece} is not a control piece of this sentencepiece model; "
                     f"train it with control symbols {' '.join(SPECIALS)}"
                 )
+        self._special_names = {index: piece.encode() for piece, index in self.special_ids.items()}
         self.pad_id = self.special_ids[END_OF_TEXT]
         self.eos_id = self.special_ids[TURN_END]
         self._bytes = [_piece_bytes(self._sp, index) for index in range(self.vocab_size)]
@@ -86,8 +88,17 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """The text of the ids; broken UTF-8 becomes U+FFFD. Special tokens are left out, or spelt if asked for."""
-        names = {index: piece.encode() for piece, index in self.special_ids.items()} if specials else {}
+        names = self._special_names if specials else {}
         return b"".join(names.get(int(i)) or self._bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
+
+    def show(self, ids: Iterable[int]) -> str:
+        """The text of the ids with special tokens spelt, in which no other text looks like one: `<|` is shown as `<\\|`
+        and `|>` as `|\\>`."""
+        parts: list[str] = []
+        for special, run in itertools.groupby(map(int, ids), key=self._special_names.__contains__):
+            text = self.decode(run, specials=special)
+            parts.append(text if special else text.replace("<|", "<\\|").replace("|>", "|\\>"))
+        return "".join(parts)
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/tokenizer.model`, all or nothing; gives its path."""

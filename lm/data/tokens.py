@@ -232,7 +232,7 @@ def encode(kind: Kind, tokenizer: Tokenizer, named: Iterable[Named], drop: bool)
     while some := list(islice(todo, ENCODED_AT_ONCE)):
         made = [_made(kind, row, where, drop) for row, where in some]
         for row, _ in some:
-            unread |= dict.fromkeys(unread_columns(row, kind.reads))
+            unread |= dict.fromkeys(unread_columns(row, kind.reads, ("margin",) if kind.rendering.margins else ()))
         each = kind.examples_a_row
         columns = kind.encode(tokenizer, [example for one in made for example in one.examples], kind.rendering)
         columns["flaws"] = np.repeat(np.array([one.flaw for one in made], np.int8), each)

@@ -86,7 +86,7 @@ class Batches:
         self.rows = own_rows(self.place, count)
         self.feed = feed
         self.batch = Ahead(self.make, steps)
-        self.report, self.fingerprint = feed.report(), feed.fingerprint
+        self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         """What has to be known before the first step, of the model that enters the stage.

@@ -59,16 +59,21 @@ def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Score
     spent = reached(folder) if first() else 0.0
     costs = Costs(began, {"seconds": spent, "sample_seconds": spent}, spent)  # what was sampled before is not lost
     with costs.of("sample_seconds"):
-        _sample(run, index, model, scorers, folder / ANSWERS, costs)
+        sources = _sample(run, index, model, scorers, folder / ANSWERS, costs)
     in_first(lambda: MAKERS[o.make](folder, stage.name, o))
     report = in_first(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
-    summarise(run.folder, stage, 0, num_params(model), str(report), costs)
+    summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs)
     if first():
         print(f"{stage.name}: {report}", flush=True)
 
 
-def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs) -> None:
-    """Write the answers of every step that is not there yet, each with its score by the judge, unless people are."""
+def _sample(
+    run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs
+) -> list[dict[str, Any]]:
+    """Write the answers of every step that is not there yet, each with its score by the judge, unless people are.
+
+    Returns the counts of the prompts, a source each.
+    """
     stage = run.experiment.stages[index]
     environment = make_environment(stage, run.tokenizer, run.experiment.seed, run.held_out)
     start = as_first(lambda: _whole_steps(path, stage.batch_size))
@@ -84,6 +89,7 @@ def _sample(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...
             log.metrics({"step": step + 1, "time": costs.total()["seconds"], **line})
             progress.update(step + 1, line, tokens)
     progress.close()
+    return environment.feed.sources()
 
 
 def _answer(

@@ -129,13 +129,16 @@ def train_stage(
             batches.show(log, stage.steps)
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
-    summarise(run.folder, stage, loop.tokens, num_params(state.params), batches.report, loop.costs)
+    summarise(run.folder, stage, loop.tokens, num_params(state.params), batches.report, batches.sources, loop.costs)
 
 
-def summarise(folder: RunFolder, stage: Stage, tokens: int, size: int, data: str, costs: Costs) -> None:
-    """Write, last of all, what says that the stage is finished: steps, tokens, parameters, its data in words, its costs."""
+def summarise(
+    folder: RunFolder, stage: Stage, tokens: int, size: int, data: str, sources: list[dict[str, Any]], costs: Costs
+) -> None:
+    """Write, last of all, what says that the stage is finished: steps, tokens, parameters, its costs, and its data, in words
+    and as the counts of each source (`Tally.to_json`)."""
     if first():
-        counts = {"steps": stage.steps, "tokens": tokens, "num_params": size, "data": data}
+        counts = {"steps": stage.steps, "tokens": tokens, "num_params": size, "data": data, "sources": sources}
         write_json_atomic(folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | costs.total())
 
 

@@ -60,7 +60,8 @@ class Rollouts(Batches):
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
         self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed, elsewhere)
-        self.report, self.fingerprint = self.environment.feed.report(), self.environment.feed.fingerprint
+        feed = self.environment.feed
+        self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
         self.agreement: Agreement | None = None  # of sampler and trainer, when they were last compared with float32
 

@@ -232,7 +232,7 @@ def test_what_is_cut_is_counted_and_what_has_no_room_left_out(tmp_path, tokenize
     gone = "whose prompt is cut away whole, in seq_len 64"
     equal = "with answers that are equal once cut, in seq_len 64"
     assert feed.supplies[0].tally.reasons == {gone: 1, equal: 1}
-    assert f"1 dropped {gone}, the first: {tmp_path}/a.jsonl line 8: " in feed.report()
+    assert f"1 dropped ({gone}), the first: {tmp_path}/a.jsonl line 8: " in feed.report()
     batch = feed.batch(0)
     texts = answers_in(batch, tokenizer)
     assert all(text.endswith(TURN_END) for text in texts) and f"yes{TURN_END}" in texts

@@ -169,3 +169,19 @@ def test_too_small_a_vocabulary_and_missing_or_broken_model_are_clear_errors(tmp
     (tmp_path / "broken.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
         Tokenizer.load(tmp_path / "broken.model")
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([*SPECIALS, "<", "|", ">", "\\", "<|", "|>", "im_end", "<|im_end|>"]) | TEXTS, max_size=6)
+)
+def test_shown_text_never_looks_like_a_special_token(tokenizer, pieces):
+    ids, real = [], 0
+    for number, piece in enumerate(pieces):
+        if piece in SPECIALS and number % 2:
+            ids.append(tokenizer.special_ids[piece])
+            real += 1
+        else:
+            ids += tokenizer.encode(piece)
+    shown = tokenizer.show(ids)
+    assert sum(shown.count(piece) for piece in SPECIALS) == real
