@@ -114,10 +114,10 @@ def test_a_folder_where_nothing_was_trained_yet_follows_the_experiment(folder):
 
 
 def test_a_long_difference_is_cut(folder):
-    folder.claim({f"knob{i}": 0 for i in range(30)})
+    folder.claim(experiment() | {f"knob{i}": 0 for i in range(30)})
     begin(folder)
     with pytest.raises(UserError) as refusal:
-        folder.claim({f"knob{i}": 1 for i in range(30)})
+        folder.claim(experiment() | {f"knob{i}": 1 for i in range(30)})
     assert str(refusal.value).count("→") == 10 + 1  # the heading has one
     assert "and 20 more" in str(refusal.value)
 
