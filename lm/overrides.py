@@ -20,6 +20,7 @@ from lm.experiment import (
     takes_function,
     to_dict,
 )
+from lm.fields import shown
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,15 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
         if not flag.startswith("--") or name not in leaves:
             raise UserError(f"no knob {flag!r}{nearest(name, leaves)} (`lm config EXPERIMENT --help` lists all)")
         if not words:
-            raise UserError(f"{flag} needs a value: {describe(leaves[name][1])}")
-        path, kind, _, _ = leaves[name]
-        experiment = _replace(experiment, path, _parse(words.pop(0), kind, flag))
+            raise UserError(f"{flag} needs a value: {describe(leaves[name][1], leaves[name][3].get('range'))}")
+        path, kind, _, metadata = leaves[name]
+        text = words.pop(0)
+        try:
+            value = _parse(text, kind)
+        except (ValueError, KeyError, OverflowError, RecursionError):
+            wanted = describe(kind, metadata.get("range"))
+            raise UserError(f"{flag} is {shown(text)}; it should be {wanted}") from None
+        experiment = _replace(experiment, path, value)
     return resolve_sources(experiment)
 
 
@@ -103,26 +110,24 @@ def _replace(value: Any, path: tuple, leaf: Any) -> Any:
     return dataclasses.replace(value, **{path[0]: _replace(getattr(value, path[0]), path[1:], leaf)})
 
 
-def _parse(text: str, kind: Any, flag: str) -> Any:
+def _parse(text: str, kind: Any) -> Any:
+    """What a text on the command line says of a type; ValueError, KeyError, OverflowError, RecursionError for nonsense."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if text.lower() == "none" else _parse(text, args[0], flag)
-    try:
-        if origin is tuple:
-            if text.startswith("["):
-                return tuple(_parse(_as_text(item), args[0], flag) for item in json.loads(text))
-            return tuple(_parse(part.strip(), args[0], flag) for part in text.split(",") if part.strip())
-        if kind is bool:
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        if kind is int:
-            return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
-        if kind is float:
-            return float(text)
-        if origin is Literal and text not in args and not takes_function(text, args):
-            raise ValueError(text)
-        return text
-    except (ValueError, KeyError, OverflowError, RecursionError):
-        raise UserError(f"{flag} is {text!r}; it should be {describe(kind)}") from None
+        return None if text.lower() == "none" else _parse(text, args[0])
+    if origin is tuple:
+        if text.startswith("["):
+            return tuple(_parse(_as_text(item), args[0]) for item in json.loads(text))
+        return tuple(_parse(part.strip(), args[0]) for part in text.split(",") if part.strip())
+    if kind is bool:
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+    if kind is int:
+        return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
+    if kind is float:
+        return float(text)
+    if origin is Literal and text not in args and not takes_function(text, args):
+        raise ValueError(text)
+    return text
 
 
 def _as_text(item: Any) -> str:

@@ -79,7 +79,10 @@ def test_an_override_changes_its_leaf_and_no_other(words, name, value):
         (["--sft.steps", "many"], "--sft.steps is 'many'; it should be an integer"),
         (["--sft.steps"], "--sft.steps needs a value: an integer"),
         (["--model.remat", "some"], "one of none, full, minimal, dots, offload"),
-        (["--dpo.objective.losses", "sigmoid,stf"], "--dpo.objective.losses is 'stf'; it should be one of sigmoid, "),
+        (
+            ["--dpo.objective.losses", "sigmoid,stf"],
+            "--dpo.objective.losses is 'sigmoid,stf'; it should be a list of names among sigmoid, ",
+        ),
         (["--prompts", "[1"], "--prompts is '\\[1'; it should be a list"),
         (["sft.steps", "2"], "no knob 'sft.steps'"),
     ],

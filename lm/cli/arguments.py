@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from lm.changes import read_experiment
 from lm.check import check
 from lm.experiment import Experiment, Speechless, UserError, from_dict, to_dict
+from lm.fields import Range, describe, shown
 from lm.files import load
 from lm.overrides import override
 
@@ -98,14 +100,18 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new
     """The options of every command that samples."""
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=at_least(1), default=max_new_tokens, help="longest answer (%(default)s)"
+        "--max-new-tokens",
+        metavar="N",
+        type=at_least(1, 2**26),
+        default=max_new_tokens,
+        help="longest answer (%(default)s)",
     )
     parser.add_argument(
         "--temperature",
         metavar="X",
-        type=number(0, 100),
+        type=number(0.01, 100, special=0),
         default=temperature,
-        help="0 takes the likeliest token (%(default)s)",
+        help="from 0.01 to 100; 0 takes the likeliest token (%(default)s)",
     )
     parser.add_argument(
         "--top-k", metavar="K", type=at_least(0), default=0, help="sample among the K likeliest; 0: all (%(default)s)"
@@ -117,7 +123,9 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new
         default=1.0,
         help="sample among the likeliest of mass P (%(default)s)",
     )
-    parser.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="seed of the samples (%(default)s)")
+    parser.add_argument(
+        "--seed", metavar="N", type=at_least(0, 2**32 - 1), default=0, help="seed of the samples (%(default)s)"
+    )
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +133,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         metavar="DIR",
-        type=Path,
+        type=folder_path,
         help="folder for tokenised data, shared by all runs; else lm in $XDG_CACHE_HOME or in ~/.cache",
     )
 
@@ -135,30 +143,34 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
 
-def at_least(low: int):
-    """An argparse type: an integer from `low` on."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} should be an integer, at least {low}")
-        return int(text)
-
-    return parse
+def at_least(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """An argparse type: an integer of this range."""
+    return _in_range(int, Range(least=least, most=most))
 
 
-def number(low: float, high: float):
-    """An argparse type: a number in [low, high]."""
+def number(least: float, most: float, special: float | None = None) -> Callable[[str], float]:
+    """An argparse type: a number from `least` to `most`, or `special`."""
+    return _in_range(float, Range(least=least, most=most, special=special))
 
-    def parse(text: str) -> float:
+
+def _in_range(kind: Callable[[str], Any], span: Range) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} should be a number from {low} to {high}")
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if value not in span:
+            raise argparse.ArgumentTypeError(f"it is {shown(text)}; it should be {describe(kind, span)}")
         return value
 
     return parse
+
+
+def folder_path(text: str) -> Path:
+    """An argparse type: the path of a folder that may be made."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it should be the path of a folder")
+    return Path(text)
 
 
 def ending_in(suffix: str) -> Callable[[str], Path]:

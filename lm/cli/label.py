@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--stage", metavar="NAME", nargs="+", help="the models after these stages; else after the last one trained"
     )
     parser.add_argument(
-        "--temperature", metavar="X", type=number(0, 100), nargs="+", default=[1.0],
+        "--temperature", metavar="X", type=number(0.01, 100, special=0), nargs="+", default=[1.0],
         help="of the samples; several are taken in turn for the answers to a prompt (1.0)",
     )  # fmt: skip
     parser.add_argument("--against", metavar="RUN[:STAGE]", nargs="+", default=[], help="other runs that answer, too")
@@ -49,7 +49,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--limit", metavar="N", type=at_least(1), default=100, help="take at most N prompts (%(default)s)"
     )
     parser.add_argument(
-        "--answers", metavar="K", type=at_least(1), help="answers of each model to a prompt (2, or 1 of several models)"
+        "--answers",
+        metavar="K",
+        type=at_least(1, 1000),
+        help="answers of each model to a prompt (2, or 1 of several models)",
     )
     parser.add_argument(
         "--answers-file", metavar="FILE", type=Path, help="where samples are kept (RUN/label/answers.jsonl)"
@@ -59,7 +62,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--annotators-per-pair", metavar="N", type=at_least(1), default=1, help="people who judge a pair (%(default)s)"
     )
     parser.add_argument("--host", default=LOCALHOST, help="address to serve on (%(default)s: this machine only)")
-    parser.add_argument("--port", metavar="N", type=at_least(0), default=8000, help="0: any that is free (%(default)s)")
+    parser.add_argument(
+        "--port", metavar="N", type=at_least(0, 65_535), default=8000, help="0: any that is free (%(default)s)"
+    )
     parser.add_argument("--token-file", metavar="FILE", type=Path, help="holds the token to ask for; else one is made")
     parser.add_argument(
         "--export",

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, page_path
+from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, folder_path, page_path
 from lm.experiment import UserError
 from lm.files import experiments_folder
 
@@ -26,9 +26,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="of a claim; left out: list them all")
     parser.add_argument("--quick", action="store_true", help="the small variant; decides nothing, writes nothing down")
     parser.add_argument(
-        "--workers", metavar="N", type=at_least(1), default=1, help="runs at the same time (%(default)s)"
+        "--workers", metavar="N", type=at_least(1, 1000), default=1, help="runs at the same time (%(default)s)"
     )
-    parser.add_argument("--folder", metavar="DIR", type=Path, help="begins the folders of the runs; else sweeps/NAME")
+    parser.add_argument(
+        "--folder", metavar="DIR", type=folder_path, help="begins the folders of the runs; else sweeps/NAME"
+    )
     parser.add_argument("--page", metavar="FILE", type=page_path, help="draw all kept results into a page")
     add_cache(parser)
 

@@ -10,10 +10,9 @@ be the same; exits with 1 and names the first that is not."""
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from lm.cli.arguments import RUN_HELP, add_cache, check_stage, find_run
+from lm.cli.arguments import RUN_HELP, add_cache, check_stage, find_run, folder_path
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -23,7 +22,7 @@ LONGEST = 60
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the new run; else RUN.rerun")
+    parser.add_argument("--out", metavar="DIR", type=folder_path, help="folder of the new run; else RUN.rerun")
     parser.add_argument("--until", metavar="STAGE", help="only up to and with this stage")
     parser.add_argument("--same", action="store_true", help="refuse to run where anything is not as it was")
     add_cache(parser)

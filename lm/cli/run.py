@@ -22,7 +22,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, EXPERIMENT_HELP, add_cache, at_least, check_stage, number, resolve
+from lm.cli.arguments import (
+    EXIT_INTERRUPT,
+    EXPERIMENT_HELP,
+    add_cache,
+    at_least,
+    check_stage,
+    folder_path,
+    number,
+    resolve,
+)
 
 TAKES_OVERRIDES = True
 
@@ -30,7 +39,7 @@ TAKES_OVERRIDES = True
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lm run EXPERIMENT [options] [--a.b.c VALUE ...]"
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
-    parser.add_argument("--run-dir", metavar="DIR", type=Path, help="folder of the run; else runs/NAME")
+    parser.add_argument("--run-dir", metavar="DIR", type=folder_path, help="folder of the run; else runs/NAME")
     parser.add_argument("--fresh", action="store_true", help="set an earlier run in the folder aside, and begin anew")
     parser.add_argument(
         "--profile",
@@ -82,7 +91,7 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.train.stages import run
     from lm.train.watchdog import DEFAULT_SECONDS
 
-    profile = parse_steps(arguments.profile) if arguments.profile else None
+    profile = parse_steps(arguments.profile) if arguments.profile is not None else None
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     job = find_job(*where, arguments.join_timeout)
     with joined(job), cache_at(arguments.cache):

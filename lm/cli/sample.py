@@ -24,7 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--raw", action="store_true", help="continue the text instead of asking as in a chat")
     parser.add_argument(
-        "--best-of", metavar="N", type=at_least(1), default=1, help="show the best of N answers by a reward model"
+        "--best-of",
+        metavar="N",
+        type=at_least(1, 2**16),
+        default=1,
+        help="show the best of N answers by a reward model",
     )
     parser.add_argument("--reward", metavar="NAME", help="that reward model's stage, or RUN:STAGE; else the run's last")
     add_sampling(parser, temperature=0.0, max_new_tokens=128)

@@ -24,7 +24,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least
+from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, folder_path
 from lm.cli.launch import OPTIONS, add_option, needed, value_of
 from lm.experiment import UserError
 from lm.sweep.sweep import STORE, Sweep, folder_of, load
@@ -41,13 +41,13 @@ CLUSTER_FLAGS = (
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", help=SWEEP_HELP)
     parser.add_argument(
-        "--workers", metavar="N", type=at_least(1), default=1, help="trials at the same time (%(default)s)"
+        "--workers", metavar="N", type=at_least(1, 1000), default=1, help="trials at the same time (%(default)s)"
     )
-    parser.add_argument("--folder", metavar="DIR", type=Path, help="folder of the sweep; else sweeps/NAME")
+    parser.add_argument("--folder", metavar="DIR", type=folder_path, help="folder of the sweep; else sweeps/NAME")
     parser.add_argument(
         "--store",
         metavar="DIR",
-        type=Path,
+        type=folder_path,
         default=STORE,
         help="of stages that trials share, also with other sweeps (%(default)s)",
     )

@@ -117,7 +117,7 @@ def test_rows_are_taken_as_they_are_and_choices_go_beside_them(served, tmp_path)
         (["mine.jsonl", "--prompts", "mine.jsonl"], ["--prompts is for answers that are sampled from a run"]),
         (["mine.jsonl", "--stage", "sft"], ["--stage is for answers that are sampled"]),
         (["mine.jsonl", "--answers-file", "x"], ["--answers-file is for answers that are sampled"]),
-        (["mine.jsonl", "--annotators-per-pair", "0"], ["--annotators-per-pair", "at least 1"]),
+        (["mine.jsonl", "--annotators-per-pair", "0"], ["--annotators-per-pair", "from 1 to"]),
         (["mine.jsonl", "--token-file", "none"], ["--token-file none: there is no such file"]),
         (["mine.jsonl", "--token-file", "short"], ["--token-file short must hold 16 or more letters"]),
         (["wrong.jsonl"], ["wrong.jsonl line 2", "prompt and answers", "the columns found are text, id"]),

@@ -53,7 +53,7 @@ def test_without_a_stage_the_one_that_needs_the_most_is_planned(capsys):
     [
         (["--topology", "v5e:3x3"], "there are 1x1, 2x2"),
         (["--stage", "sft"], "has no stage 'sft'; it has train"),
-        (["--slices", "0"], "at least 1"),
+        (["--slices", "0"], "from 1 to"),
         (["--hlo", "x.txt"], "needs --compile"),
         (["--mesh.fsdp", "3"], "3 of the 4 devices"),
         (["--train.batch_size", "6"], "6 rows"),

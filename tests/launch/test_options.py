@@ -50,7 +50,7 @@ def launch(*words: str) -> int:
     (f"{TPU_VM} --image lm:1", ["--image is for --on gke; this is --on tpu-vm"]),
     (TPU_VM, ["this folder is in no git repository"]),
     ("--on slurm --nodes 2 --pretrain.batch_size 3", ["--nodes 2", "mesh.fsdp"]),
-    ("--on slurm --nodes 0", ["at least 1"]),
+    ("--on slurm --nodes 0", ["from 1 to"]),
     ("--on local --processes 2 --devices-per-process 3", ["mesh.fsdp 6"]),
     ("--on local --grace soon", ["'soon'", "an integer"]),
 ])  # fmt: skip
