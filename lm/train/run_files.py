@@ -19,7 +19,10 @@ WHEN = {"before": 0, "during": 1, "after": 2}
 
 @dataclass(frozen=True)
 class StageFiles:
-    """One stage of a run: what it should do, what it has written so far, and the steps of which a checkpoint is there."""
+    """One stage of a run: what it should do, what it has written so far, and the steps of which a checkpoint is there.
+
+    `warnings` are lines of a step and a text, each written once in a run.
+    """
 
     name: str
     kind: str
@@ -29,6 +32,7 @@ class StageFiles:
     samples: list[Line]
     summary: Line | None
     checkpoints: tuple[int, ...]
+    warnings: tuple[Line, ...] = ()
 
     @property
     def steps_done(self) -> int:
@@ -83,6 +87,7 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
         ),
         summary=read_sealed(summary) if summary.is_file() else None,
         checkpoints=tuple(sorted(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/manifest.json"))),
+        warnings=tuple(_last_of_each(_read_lines(folder / "warnings.jsonl"), "text")),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib.axes
 import matplotlib.ticker
 
 from lm.sweep.statistics import Curve, Point
 from lm.web.charts import GRID, INK, SERIES, Chart, dress, sketch, tick
+from lm.web.hover import Hovered
 from lm.web.numbers import plain
 
 WIDE = (6.4, 3.0)  # inches
@@ -39,9 +40,27 @@ def bands(
         axes.set_xlabel(x, color=INK)
         axes.set_ylabel(y, color=INK)
 
-    svg = sketch(f"bands {salt} {title}", f"{title}: {y} over {x}", paint, WIDE)
+    hovered = [
+        Hovered(i, curve.label, *_columns(curve.points), [interval(*point[1:]) for point in curve.points])
+        for i, curve in enumerate(curves)
+    ]
+    svg = sketch(f"bands {salt} {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x))
     legend = [(i, curve.label, plain(curve.points[-1][1])) for i, curve in enumerate(curves)]
     return Chart(title, svg, legend)
+
+
+def place_on(name: str) -> Callable[[float], str]:
+    """The words for a place on an x axis of that name."""
+    return lambda x: f"step {x:,.0f}" if name == "steps" else f"{name} {plain(x)}"
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    """A mean with its interval, which is left out where there is none."""
+    return plain(mean) if low == high == mean else f"{plain(mean)} [{plain(low)}, {plain(high)}]"
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [point[0] for point in points], [point[1] for point in points]
 
 
 def _scales(axes: matplotlib.axes.Axes, log_x: bool, log_y: bool) -> None:
@@ -66,7 +85,8 @@ def fitted(title: str, points: Sequence[tuple[float, float]], factor: float, exp
         axes.set_xlabel(x, color=INK)
         axes.set_ylabel(y, color=INK)
 
-    return Chart(title, sketch(f"fit {title}", f"{title}: {y} over {x}", paint, WIDE), [])
+    hovered = [Hovered(0, y, *_columns(points), [plain(value) for _, value in points])]  # type: ignore[arg-type]
+    return Chart(title, sketch(f"fit {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x)), [])
 
 
 def parallel(

@@ -16,8 +16,9 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from lm.train.run_files import Line, StageFiles
+from lm.web.hover import STRIPS, Hovered, layer
 from lm.web.numbers import percent, plain
-from lm.web.story import METRICS
+from lm.web.story import METRICS, Mixture
 
 # Colours that matplotlib writes and the page replaces, so that one drawing serves light and dark.
 INK, GRID, SERIES = "#010101", "#020202", ("#030301", "#030302", "#030303", "#030304", "#030305")
@@ -25,6 +26,8 @@ PAGE_COLOURS = {INK: "var(--muted)", GRID: "var(--line)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)
 }
 MAX_POINTS = 300
+UNKNOWN = Mixture()
+SMALL_STRIPS = 24  # of a small chart that answer to the pointer
 MAIN, SMALL = (4.3, 2.35), (2.6, 1.15)  # inches
 
 
@@ -64,7 +67,7 @@ MAIN_CHARTS: tuple[Row, ...] = (
 )
 MAIN_CHARTS_OF: dict[str, tuple[Row, ...]] = {
     "PPO": (
-        ("Reward", {"score": "score", "reward": "less the KL penalty"}, False),
+        ("Reward", {"score": "score", "reward": "score less the KL penalty"}, False),
         ("Judge", {"judge": "mean of the rollouts"}, True),
         ("KL to the start", {"kl": "nats an answer"}, False),
         LENGTH,
@@ -97,37 +100,71 @@ SMALL_CHARTS_OF: dict[str, tuple[Row, ...]] = {
 }
 
 
-def stage_charts(stage: StageFiles) -> list[Chart]:
-    """The charts of one stage, those that matter most first; none before its first step."""
+def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[Chart]:
+    """The charts of one stage, those that matter most first; none before its first step.
+
+    The loss on held-out text is drawn beside the training loss only where both are of the same data.
+    """
     if not stage.metrics:
         return []
     reasons = any("reward" in line for line in stage.metrics)
-    loss = _metric_chart(stage, "Loss", {"loss": "" if reasons else "training"}, False, small=reasons)
+    loss = _loss_chart(stage, mixture, small=reasons)
     main = [_metric_chart(stage, *row) for row in MAIN_CHARTS_OF.get(stage.kind, MAIN_CHARTS)]
     small = [_metric_chart(stage, *row, small=True) for row in SMALL_CHARTS_OF.get(stage.kind, SMALL_CHARTS)]
     drawn = (
-        [*main, *_heldout_charts(stage), loss, *small] if reasons else [loss, *main, *_heldout_charts(stage), *small]
+        [*main, *_heldout_charts(stage), loss, *small]
+        if reasons
+        else [loss, *_other_losses(stage, mixture), *main, *_heldout_charts(stage), *small]
     )
     return [chart for chart in drawn if chart]
+
+
+def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> Chart | None:
+    """The training loss, which says of what it is, and with it the held-out losses of the same data."""
+    found = _series(stage, {"loss": "" if small else "training"})
+    if not found or small:
+        return _metric_chart(stage, "Loss", {"loss": ""}, False, small)
+    held_out = [
+        Series(f"held out, {name}", *_curve(points, "loss"), points=True)
+        for name, points in _text_evals(stage).items()
+        if mixture.is_of_all(name)
+    ]
+    of = f" on {mixture.words()}" if mixture.parts else ""
+    return draw(f"{stage.name} Loss", f"Loss{of}", [*found, *held_out])
+
+
+def _other_losses(stage: StageFiles, mixture: Mixture) -> list[Chart]:
+    """The loss on held-out text that is only a part of what is trained on, or something else: a chart of its own each."""
+    return [
+        draw(
+            f"{stage.name} Loss {name}",
+            f"Held-out loss on {mixture.source_of(name)} alone",
+            [Series(name, *_curve(points, "loss"), points=True)],
+        )
+        for name, points in _text_evals(stage).items()
+        if not mixture.is_of_all(name) and len(points) > 1
+    ]
+
+
+def _text_evals(stage: StageFiles) -> dict[str, list[Line]]:
+    return by_eval(stage, "bits_per_byte") if stage.kind == "Pretrain" else {}
+
+
+def _series(stage: StageFiles, labels: dict[str, str]) -> list[Series]:
+    lines = stage.metrics
+    return [
+        Series(label, [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
+        for key, label in labels.items()
+        if any(key in line for line in lines)
+    ]
 
 
 def _metric_chart(
     stage: StageFiles, title: str, labels: dict[str, str], as_percent: bool, small: bool = False
 ) -> Chart | None:
-    lines = stage.metrics
-    series = [
-        Series(label, [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
-        for key, label in labels.items()
-        if any(key in line for line in lines)
-    ]
+    series = _series(stage, labels)
     if not series or (small and not any(value for one in series for value in one.y)):
         return None
-    if title == "Loss" and not small:
-        series += [
-            Series(f"held out, {name}", *_curve(points, "loss"), points=True)
-            for name, points in by_eval(stage, "bits_per_byte").items()
-            if stage.kind == "Pretrain"
-        ]
     return draw(f"{stage.name} {title}", title, series, as_percent and _parts(series), small)
 
 
@@ -162,12 +199,27 @@ def _curve(lines: list[Line], key: str) -> tuple[list[float], list[float]]:
 
 
 def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> Chart:
-    """One chart of one or more series over steps; `salt` keeps the ids of two drawings on one page apart."""
+    """One chart of one or more series over steps; `salt` keeps the ids of two drawings on one page apart.
+
+    The legend gives the last value of points and of small charts, and of a curve the mean of its last steps.
+    """
     few = ((one, *thin(one.x, one.y)) for one in series)
     known = tuple(Series(one.label, tuple(x), tuple(y), one.points) for one, x, y in few)
     show = percent if as_percent else plain
-    legend = [(i, one.label, show(one.y[-1])) for i, one in enumerate(series)]
+    legend = [(i, *_headline(one, show, small)) for i, one in enumerate(series)]
     return Chart(title, _curves(salt, title, known, as_percent, small), legend, small)
+
+
+def _headline(one: Series, show: Callable[[float], str], small: bool) -> tuple[str, str]:
+    last = [value for value in one.y[len(one.y) - last_steps(len(one.y)) :] if math.isfinite(value)]
+    if one.points or small or len(last) < 2 or not math.isfinite(one.y[-1]):
+        return one.label, show(one.y[-1])
+    return f"{one.label}, mean of the last {len(last)} steps".removeprefix(", "), show(sum(last) / len(last))
+
+
+def last_steps(count: int) -> int:
+    """Over how many of its last steps a curve's headline is a mean: a tenth, but 8 where that is a fifth or less."""
+    return max(1, min(count // 5, max(8, count // 10)))
 
 
 @functools.lru_cache(maxsize=512)  # a run draws its report after every stage, those before it with it
@@ -177,7 +229,9 @@ def _curves(salt: str, title: str, series: tuple[Series, ...], as_percent: bool,
             _plot(axes, one, colour, small)
         dress(axes, as_percent, small)
 
-    return sketch(salt, f"{title} over steps", paint, SMALL if small else MAIN)
+    show = percent if as_percent else plain
+    hovered = [Hovered(i, one.label, one.x, one.y, [show(value) for value in one.y]) for i, one in enumerate(series)]
+    return sketch(salt, f"{title} over steps", paint, SMALL if small else MAIN, hovered)
 
 
 def sketch(
@@ -185,8 +239,15 @@ def sketch(
     label: str,
     paint: Callable[[matplotlib.axes.Axes], None],
     size: tuple[float, float] = MAIN,
+    hovered: Sequence[Hovered] = (),
+    where: Callable[[float], str] = lambda x: f"step {x:,.0f}",
 ) -> str:
-    """What `paint` draws on empty axes, as an <svg> element of `size` inches; `label` says it to those who do not see."""
+    """What `paint` draws on empty axes, as an <svg> element of `size` inches; `label` says it to those who do not see.
+
+    Args:
+        hovered: the series whose values are shown under the pointer.
+        where: the words for a place on the x axis.
+    """
     font = 9.5 if size == SMALL else 10
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": font}):
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
@@ -195,7 +256,8 @@ def sketch(
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    return _inline(file.getvalue(), label)
+    over = layer(figure.axes, hovered, where, SMALL_STRIPS if size == SMALL else STRIPS)
+    return _inline(file.getvalue(), label).replace("</svg>", f"{over}</svg>")
 
 
 def _plot(axes, one: Series, colour: str, small: bool) -> None:

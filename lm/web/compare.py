@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +24,11 @@ TRAINED = ("reward", "loss")  # of the last stage's own lines: the first that is
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:
     """Writes the page, and returns its path."""
-    return write_page(path, render(comparison))
+    return write_page(path, render(comparison, path.parent))
 
 
-def render(comparison: Comparison) -> str:
-    """The page as HTML."""
+def render(comparison: Comparison, home: Path = Path()) -> str:
+    """The page as HTML, for a file in the folder `home`: its links to the runs are relative to it."""
     return fill(
         "compare.html.j2",
         comparison=comparison,
@@ -34,8 +36,16 @@ def render(comparison: Comparison) -> str:
         differences=[(group.label, _differences(comparison, group)) for group in comparison.groups],
         importances=importances,
         training=_training(comparison),
+        links={str(result.folder): link(result.folder, home) for result in comparison.results},
         origins=[(group.label, result.seed, origin(result)) for group in comparison.groups for result in group.results],
     )
+
+
+def link(run: Path, home: Path) -> str:
+    """The address of a run's report from a page in `home`; of its folder where there is no report yet."""
+    report = run / "report.html"
+    target = report if report.is_file() else run
+    return urllib.parse.quote(Path(os.path.relpath(target.resolve(), home.resolve())).as_posix())
 
 
 def _table(comparison: Comparison, metric: Metric) -> list[tuple[Group, str, str, str, str]]:

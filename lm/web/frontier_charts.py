@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lm.web.charts import GRID, INK, SERIES, Chart, dress, sketch, tick
+from lm.web.hover import Hovered
 from lm.web.numbers import percent, signed
 from lm.web.watch_charts import as_percent, rises_from, tell
 
@@ -37,6 +38,17 @@ def chart(panel: Panel) -> Chart:
         "Gold reward against KL from the reference, means over seeds",
         lambda axes: paint(axes, panel, dict(zip(LIGHT, LIGHT, strict=True))),
         SIZE,
+        [
+            Hovered(
+                i % len(SERIES),
+                curve.name,
+                [point.kl.mean for point in curve.points],
+                [point.reward.mean for point in curve.points],
+                [f"{percent(point.reward.mean)} ({point.label})" for point in curve.points],
+            )
+            for i, curve in enumerate(panel.curves)
+        ],
+        lambda x: f"KL {hundredths_of(x)}",
     )
     legend = [
         (i % len(SERIES), curve.name, percent(curve.points[curve.peak].reward.mean))
@@ -135,7 +147,12 @@ def told(value: Estimate) -> str:
     )
 
 
+def hundredths_of(value: float) -> str:
+    """A KL without an interval: 7.69."""
+    return signed(f"{value:z.2f}")
+
+
 def hundredths(value: Estimate) -> str:
     """A KL or a score with its interval: 7.69 ± 0.19."""
     half = "" if math.isnan(value.half) else f" ± {value.half:.2f}"
-    return signed(f"{value.mean:z.2f}") + half
+    return hundredths_of(value.mean) + half

@@ -9,6 +9,8 @@ import matplotlib.axes
 import numpy as np
 
 from lm.web.charts import GRID, SERIES, Chart, dress, sketch
+from lm.web.hover import Hovered
+from lm.web.numbers import percent
 from lm.web.report import fill, write_page
 
 if TYPE_CHECKING:
@@ -47,7 +49,15 @@ def calibration(worth: Worth) -> Chart:
         dress(axes)
         axes.set_xlim(0.49, 1.01)
 
-    svg = sketch("calibration", "how often it is right, by how sure it is", paint)
+    told = [f"{percent(one.right)} right of {one.pairs:,}" for one in worth.calibration]
+    hovered = Hovered(0, "", [one.mean for one in worth.calibration], [one.right for one in worth.calibration], told)
+    svg = sketch(
+        "calibration",
+        "how often it is right, by how sure it is",
+        paint,
+        hovered=[hovered],
+        where=lambda x: f"sure {percent(x)}",
+    )
     return Chart("Right, by how sure it is", svg, [(0, "error", f"{worth.calibration_error:.3f}")])
 
 
@@ -61,19 +71,30 @@ def by_length(worth: Worth) -> Chart:
         dress(axes)
         axes.set_xticks(list(places), [f"{one.mean:+.0f}" for one in worth.by_length])
 
-    svg = sketch("by length", "accuracy by how many tokens the chosen answer is longer", paint)
+    bins = worth.by_length
+    told = [f"{percent(one.right)} right of {one.pairs:,}" for one in bins]
+    hovered = Hovered(1, "", list(range(len(bins))), [one.right for one in bins], told)
+    svg = sketch(
+        "by length", "accuracy by how many tokens the chosen answer is longer", paint,
+        hovered=[hovered], where=lambda x: f"{bins[int(x)].mean:+.0f} tokens",
+    )  # fmt: skip
     return Chart("Right, by tokens that the chosen answer is longer", svg, [])
 
 
 def gaps(found: np.ndarray) -> Chart:
     """How far apart the scores of a pair are."""
 
+    counts, edges = np.histogram(found, bins=30)
+    middles = ((edges[1:] + edges[:-1]) / 2).tolist()
+
     def paint(axes: matplotlib.axes.Axes) -> None:
-        axes.hist(found, bins=30, color=SERIES[2])
+        axes.bar(middles, counts, width=edges[1] - edges[0], color=SERIES[2])
         axes.axvline(0, color=GRID, linewidth=1)
         dress(axes)
 
-    svg = sketch("gaps", "histogram of the chosen answer's score less the rejected one's", paint)
+    hovered = Hovered(2, "", middles, counts.tolist(), [f"{count:,} pairs" for count in counts])
+    label = "histogram of the chosen answer's score less the rejected one's"
+    svg = sketch("gaps", label, paint, hovered=[hovered], where=lambda x: f"about {x:+.2f}")
     return Chart("Chosen less rejected", svg, [(2, "mean", f"{found.mean():+.2f}")])
 
 

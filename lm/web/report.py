@@ -12,23 +12,24 @@ import markupsafe
 
 from lm import __version__
 from lm.train.run_files import Run, read_run
-from lm.web import charts, story, watch
+from lm.web import charts, costs, story, watch
+from lm.web.data_counts import data_counts
 from lm.web.numbers import count, duration, plain, signed
 from lm.web.templates import templates
-from lm.web.text import beginning, visible
+from lm.web.text import beginning, shown, visible
 
 HERE = Path(__file__).parent
 LESSONS = {
-    "Pretrain": "has read text, and predicts what comes next.",
-    "SFT": "has seen conversations, and answers.",
-    "DPO": "has seen which of two answers is preferred.",
-    "CPO": "has seen which of two answers is preferred.",
-    "ORPO": "has seen which of two answers is preferred.",
-    "KTO": "has seen which answers are good and which are not.",
-    "GRPO": "has tried, was checked, and does more of what was right.",
-    "RewardModel": "beside it, gives numbers: what people prefer gets the higher one.",
-    "PPO": "has tried, was given a number by the reward model, and does more of what got a high one.",
-    "Collect": "was asked, and its answers were compared; it is as it was.",
+    "Pretrain": "is trained on text, to predict the next token.",
+    "SFT": "is trained on conversations, to answer.",
+    "DPO": "is trained on pairs of answers, to prefer the chosen one.",
+    "CPO": "is trained on pairs of answers, to prefer the chosen one.",
+    "ORPO": "is trained on pairs of answers, to prefer the chosen one.",
+    "KTO": "is trained on answers that are marked as good or bad.",
+    "GRPO": "is trained by reinforcement learning: sampled answers that the verifier rewards become more likely.",
+    "RewardModel": "is a reward model, which gives preferred answers the higher score.",
+    "PPO": "is trained by reinforcement learning: sampled answers of a high reward become more likely.",
+    "Collect": "samples answers and has them judged; the model stays the same.",
 }
 
 
@@ -55,16 +56,21 @@ def render(run: Run) -> str:
         lessons=[(stage.name, LESSONS[stage.kind]) for stage in run.stages],
         prompts=story.prompt_table(run),
         heldout=story.heldout_table(run),
-        curves=[(stage, found) for stage in run.stages if (found := charts.stage_charts(stage))],
+        curves=[
+            (stage, found)
+            for index, stage in enumerate(run.stages)
+            if (found := charts.stage_charts(stage, story.mixture(run, index)))
+        ],
+        data=data_counts(run),
         watches=watch.watches(run),
         pairs=story.preference_pairs(run),
         choices=story.choices,
         rollouts=story.rollouts(run),
         examples=story.heldout_examples(run),
         knobs=story.knob_table(run),
-        costs=story.costs(run),
-        cost_names=[*(label for label, _ in story.COSTS.values()), "tokens a second"],
-        goodput=story.goodput(run),
+        costs=costs.costs(run),
+        cost_names=[*(label for label, _ in costs.COSTS.values()), "tokens a second"],
+        goodput=costs.goodput(run),
         environment=story.environment_table(run),
     )
 
@@ -72,7 +78,14 @@ def render(run: Run) -> str:
 def fill(template: str, **values: Any) -> str:
     """A page of this folder as HTML: every value is escaped but the drawings and the style sheet."""
     page = templates(HERE)
-    page.filters |= {"visible": visible, "beginning": beginning, "plain": plain, "signed": _signed, "leaf": _leaf}
+    page.filters |= {
+        "visible": visible,
+        "shown": shown,
+        "beginning": beginning,
+        "plain": plain,
+        "signed": _signed,
+        "leaf": _leaf,
+    }
     css = markupsafe.Markup((HERE / "report.css").read_text("utf-8"))
     return page.get_template(template).render(version=__version__, css=css, **values)
 
@@ -95,7 +108,7 @@ def _sentence(run: Run) -> str:
     machine = story.machine(run)
     taken = f" in {duration(seconds)}" if seconds and not _unfinished(run) else ""
     taken += f" on {machine}" if taken and machine else ""
-    return f"{model}, taken from random weights through {through}{taken}."
+    return f"{model}, trained from random weights by {through}{taken}."
 
 
 def _unfinished(run: Run) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import statistics
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 from lm import experiment as experiments
 from lm.overrides import knobs
 from lm.train.run_files import Line, Run, StageFiles, place
-from lm.web.numbers import count, duration, percent, signed
+from lm.web.numbers import percent, signed
 
 T = TypeVar("T")
 SPEECHLESS = {kind.__name__ for kind in typing.get_args(experiments.Speechless)}
@@ -194,30 +193,70 @@ def standard_error(line: Line) -> float:
 
 @dataclass(frozen=True)
 class Headline:
+    """A held-out number of the last model there is: of which eval, what it is, and what to hold it against."""
+
     name: str
     value: str
     notes: list[str]
 
 
 def headlines(run: Run) -> list[Headline]:
-    """One number an eval: the best bits per byte, and the last reward and pair accuracy."""
+    """One number an eval: the last model's own, with the best of any stage, the random model's and xz's beside it."""
     found = []
     for name in eval_names(run):
         lines = measurements(run, name)
         after = [(stage, line) for stage, line in zip(columns(run)[1:], lines[1:], strict=True) if line]
         if not after:
             continue
-        metric = after[-1][1]["metric"]
-        bits = metric == "bits_per_byte"
-        stage, line = min(after, key=lambda pair: pair[1]["bits_per_byte"]) if bits else after[-1]
-        notes = [f"after {stage}" if line["when"] == "after" else f"{stage}, step {line['step']:,}"]
+        key = after[-1][1]["metric"]
+        metric = METRICS[key]
+        stage, line = after[-1]
+        best_stage, best = max(after, key=lambda pair: _rank(metric.sign * pair[1].get(key, math.nan)))
+        notes = [f"model after {stage}" if line["when"] == "after" else f"model of {stage}, step {line['step']:,}"]
+        if best_stage != stage and metric.show(best[key]) != metric.show(line[key]):
+            notes.append(f"best {metric.show(best[key])}, after {best_stage}")
         if lines[0]:
-            notes.append(f"{METRICS[metric].show(lines[0][metric])} at random")
+            notes.append(f"random {metric.show(lines[0][key])}")
         if "xz_bits_per_byte" in line:
             notes.append(f"xz -9e {_bits(line['xz_bits_per_byte'])}")
-        label = f"{name}, bits per byte" if bits else name
-        found.append(Headline(label, METRICS[metric].show(line[metric]), notes))
+        found.append(Headline(f"{name}: {metric.label.split(',')[0]}", metric.show(line[key]), notes))
     return found
+
+
+def _rank(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a stage trains on, as (source, its share), and the source of every eval by name."""
+
+    parts: tuple[tuple[str, float], ...] = ()
+    evals: tuple[tuple[str, str], ...] = ()
+
+    def words(self) -> str:
+        """`50 % gen:docs, 50 % gen:drills`; a source alone is its name."""
+        whole = sum(weight for _, weight in self.parts) or 1.0
+        if len(self.parts) == 1:
+            return self.parts[0][0]
+        return ", ".join(f"{100 * weight / whole:.0f} % {path}" for path, weight in self.parts)
+
+    def is_of_all(self, name: str) -> bool:
+        """Whether an eval measures what is trained on: the one source of the stage."""
+        source = dict(self.evals).get(name)
+        return not self.parts or [path for path, _ in self.parts] == [source]
+
+    def source_of(self, name: str) -> str:
+        return dict(self.evals).get(name, "")
+
+
+def mixture(run: Run, index: int) -> Mixture:
+    """The mixture of stage `index`, and what the evals of the run read."""
+    sources = run.experiment["stages"][index]["sources"]
+    return Mixture(
+        tuple((source["path"], float(source["weight"])) for source in sources),
+        tuple((item["name"], item["source"]["path"]) for item in run.experiment["evals"]),
+    )
 
 
 # ---- what the model said -----------------------------------------------------------------------------------------
@@ -287,16 +326,43 @@ def choices(margins: Iterable[float | None]) -> str:
     return f"{sum(margin > 0 for margin in measured)} of {len(measured)}" if any(measured) else ""
 
 
-def rollouts(run: Run, limit: int = 3) -> tuple[str, list[tuple[int, list[Line]]]] | None:
-    """The stage, and (step, groups) of the first and the last step of which rollouts were kept."""
+@dataclass(frozen=True)
+class Rollouts:
+    """The rollouts of a stage that are in its samples.jsonl: groups of answers to one prompt, by step.
+
+    `first_and_last` are some groups of these two steps, to compare; `steps` all of them, as far as `CHARACTERS` go;
+    `left_out` how many groups they do not reach, `taken` how many steps the stage has taken.
+    """
+
+    stage: str
+    first_and_last: list[tuple[int, list[Line]]]
+    steps: list[tuple[int, list[Line]]]
+    left_out: int
+    taken: int
+
+
+CHARACTERS = 500_000  # of all rollouts on a page
+
+
+def rollouts(run: Run, limit: int = 3, characters: int = CHARACTERS) -> Rollouts | None:
+    """The rollouts of the last stage that has some; None where none has."""
     stage = _last_stage(run, "rollout")
     if stage is None:
         return None
-    kept = _of(stage, "rollout")
-    steps = sorted({line["step"] for line in kept})
-    return stage.name, [
-        (step, [line for line in kept if line["step"] == step][:limit]) for step in dict.fromkeys((steps[0], steps[-1]))
-    ]
+    steps: dict[int, list[Line]] = {}
+    for line in _of(stage, "rollout"):
+        steps.setdefault(int(line["step"]), []).append(line)
+    ends = [(step, steps[step][:limit]) for step in dict.fromkeys((min(steps), max(steps)))]
+    kept: dict[int, list[Line]] = {}
+    left_out = 0
+    for step in sorted(steps):
+        for group in steps[step]:
+            characters -= len(group["prompt"]) + sum(len(one["text"]) for one in group["completions"])
+            if characters >= 0:
+                kept.setdefault(step, []).append(group)
+            else:
+                left_out += 1
+    return Rollouts(stage.name, ends, list(kept.items()), left_out, stage.steps_done)
 
 
 def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line]]]:
@@ -313,70 +379,6 @@ def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line
 
 
 # ---- what it took ------------------------------------------------------------------------------------------------
-
-
-COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "seconds": ("time", duration),
-    "tokens": ("tokens", count),
-    "compile_seconds": ("compiling", duration),
-    "first_step_seconds": ("first step at", duration),
-    "eval_seconds": ("evaluating", duration),
-    "sample_seconds": ("sampling", duration),
-    "peak_memory_mb": ("peak memory", lambda value: f"{value / 1000:.2f} GB"),
-}
-
-
-def costs(run: Run) -> list[tuple[str, str, list[str | None]]]:
-    """(stage, steps, a value for every row of COSTS and the median tokens per second) for each stage that began."""
-    rows = []
-    for stage in run.stages:
-        if not stage.metrics and not stage.summary:
-            continue
-        summary = stage.summary or {"seconds": stage.metrics[-1].get("time")}
-        values = [show(summary[key]) if summary.get(key) is not None else None for key, (_, show) in COSTS.items()]
-        speeds = [line["tokens_per_second"] for line in stage.metrics if "tokens_per_second" in line]
-        steps = f"{stage.steps_done:,}" if stage.summary else f"{stage.steps_done:,} of {stage.steps:,}"
-        rows.append((stage.name, steps, [*values, count(statistics.median(speeds)) if speeds else None]))
-    return rows
-
-
-@dataclass(frozen=True)
-class Share:
-    """A part of a stage's time: the name of its colour, what it was spent on, how long, and of all in percent."""
-
-    color: str
-    label: str
-    value: str
-    percent: float
-
-
-TIME: dict[str, str] = {
-    "step_seconds": "training",
-    "sample_seconds": "sampling",
-    "data_seconds": "waiting for data",
-    "compile_seconds": "compiling",
-    "eval_seconds": "evaluating",
-    "save_seconds": "saving",
-    "start_seconds": "starting",
-    "lost_seconds": "lost to restarts",
-}
-USEFUL = ("step_seconds", "sample_seconds")
-
-
-def goodput(run: Run) -> list[tuple[str, str, list[Share]]]:
-    """(stage, the useful part of its time in percent, where all of it went) for each stage that is finished."""
-    rows = []
-    for stage in run.stages:
-        spent = stage.summary or {}
-        total = sum(spent.get(key, 0.0) for key in TIME)
-        if "step_seconds" not in spent or not total:
-            continue
-        shares = [
-            Share(key.removesuffix("_seconds"), label, duration(spent.get(key, 0.0)), 100 * spent.get(key, 0.0) / total)
-            for key, label in TIME.items()
-        ]
-        rows.append((stage.name, percent(sum(spent.get(key, 0.0) for key in USEFUL) / total), shares))
-    return rows
 
 
 def total_seconds(run: Run) -> float:

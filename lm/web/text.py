@@ -14,6 +14,14 @@ def visible(text: str) -> str:
     return re.sub(r"[\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
+def shown(text: str) -> str:
+    """The text as `visible`; one that is nothing but white space as signs for it: ⏎ a new line, ␣ a space, ⇥ a tab."""
+    found = visible(text)
+    if found.strip() or not found:
+        return found
+    return "".join({"\n": "⏎", "\t": "⇥"}.get(letter, "␣") for letter in found)
+
+
 def beginning(text: str, characters: int, lines: int = 20) -> str:
     """At most so many lines and about so many characters of a text; all of it where little would be cut."""
     short = text if len(text) <= 1.2 * characters else text[:characters]

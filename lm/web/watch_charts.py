@@ -10,6 +10,7 @@ import matplotlib.ticker
 from lm.train.run_files import Line, StageFiles, finite
 from lm.web import charts
 from lm.web.charts import INK, SERIES, Chart, Series, draw, dress, sketch
+from lm.web.hover import Hovered
 from lm.web.numbers import percent, plain
 from lm.web.story import METRICS
 
@@ -47,7 +48,14 @@ def judge_against_kl(salt: str, lines: list[Line]) -> Chart:
             told = f"step {lines[place]['step']:,}"
             tell(axes, kl[place], reward[place], told, colour, ring=place == best, below=rises_from(reward, place))
 
-    svg = sketch(salt, "The judge's reward against the KL from the reference, points joined in order of steps", paint)
+    told = [f"{percent(line['reward'])} at step {line['step']:,}" for line in lines]
+    svg = sketch(
+        salt,
+        "The judge's reward against the KL from the reference, points joined in order of steps",
+        paint,
+        hovered=[Hovered(JUDGE, "judge", kl, reward, told)],
+        where=lambda x: f"KL {plain(x)}",
+    )
     return Chart(
         "Judge's reward against KL", svg, [(JUDGE, "best", percent(reward[best])), (JUDGE, "last", percent(reward[-1]))]
     )
@@ -70,7 +78,14 @@ def proxy_and_judge(salt: str, lines: list[Line]) -> Chart:
             side.tick_params(axis="y", colors=colour)
             side.yaxis.set_major_formatter(ticks)
 
-    svg = sketch(salt, "The judge's reward and the reward model's score over steps, each on its own axis", paint)
+    hovered = [
+        Hovered(JUDGE, "judge", steps, _column(lines, "reward"), [percent(line["reward"]) for line in lines]),
+        Hovered(
+            PROXY, "reward model", steps, _column(lines, "score"), [plain(line["score"]) for line in lines], axes=1
+        ),
+    ]
+    label = "The judge's reward and the reward model's score over steps, each on its own axis"
+    svg = sketch(salt, label, paint, hovered=hovered)
     legend = [
         (JUDGE, "judge, left axis", percent(lines[-1]["reward"])),
         (PROXY, "reward model, right axis", plain(lines[-1]["score"])),

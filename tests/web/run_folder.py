@@ -202,7 +202,12 @@ def session() -> dict[str, Any]:
 def summary(steps: int) -> dict[str, Any]:
     costs = {"compile_seconds": 9.3, "first_step_seconds": 11.0, "eval_seconds": 14.2, "sample_seconds": 6.0}
     costs |= {"step_seconds": 0.15 * steps, "lost_seconds": 4.5}
-    sizes = {"tokens": steps * 4096, "peak_memory_mb": 2311.0, "num_params": 4_300_000}
+    sizes = {
+        "data": f"gen:docs: {steps} documents, 0 dropped",
+        "tokens": steps * 4096,
+        "peak_memory_mb": 2311.0,
+        "num_params": 4_300_000,
+    }
     return {"steps": steps, "seconds": 0.19 * steps + 20, **costs, **sizes}
 
 

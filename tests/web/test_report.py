@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from run_folder import ANSWERS, DONE, PROMPTS, write_lines, write_run
 
 from lm.experiment import UserError
 from lm.train.run_files import read_run
-from lm.web import charts, numbers, story
+from lm.web import charts, costs, numbers, story
 from lm.web.report import render, write_report
 from lm.web.text import visible
 
@@ -59,7 +60,7 @@ def test_every_link_on_the_page_has_its_section(finished):
 
 def test_sections_stand_in_the_order_of_the_story(finished):
     headings = re.findall(r"<h2>(.*?)</h2>", render(read_run(finished)))
-    words = ("prompts", "Held-out numbers", "curves", "pairs", "Rollouts", "examples", "experiment", "took")
+    words = ("prompts", "Held-out numbers", "curves", "pairs", "Rollouts", "examples", "data", "experiment", "took")
     assert len(headings) == len(words)
     assert all(word in heading for word, heading in zip(words, headings, strict=True))
 
@@ -110,11 +111,19 @@ def test_held_out_changes_are_judged_against_their_noise(finished):
     assert docs.cells[1].note == "below xz -9e" and docs.cells[0].note == ""
 
 
-def test_headlines_take_the_best_compression_and_the_last_of_the_rest(finished):
+def test_headlines_are_the_last_models_own_numbers_with_the_best_beside_them(finished):
     values = {line.name: (line.value, line.notes) for line in story.headlines(read_run(finished))}
-    assert values["docs, bits per byte"][0] == "1.842"
-    assert "after pretrain" in values["docs, bits per byte"][1] and "xz -9e 2.011" in values["docs, bits per byte"][1]
-    assert values["curriculum"][0].startswith("72.5") and "after reason" in values["curriculum"][1]
+    value, notes = values["docs: bits per byte"]
+    assert value == "1.949" and notes == [
+        "model after reason",
+        "best 1.842, after pretrain",
+        "random 8.113",
+        "xz -9e 2.011",
+    ]
+    value, notes = values["curriculum: mean reward"]
+    assert value.startswith("72.5") and notes[0] == "model after reason" and notes[1].startswith("best 74.0")
+    value, notes = values["arithmetic: mean reward"]
+    assert value.startswith("61.0") and not any("best" in note for note in notes)  # the last is the best
 
 
 def test_a_number_taken_only_before_the_next_stage_fills_the_column(tmp_path):
@@ -156,15 +165,15 @@ def test_a_finished_run_says_what_it_took(finished):
     page = page_of(finished)
     assert "Not finished" not in page.text
     assert "A language model with 4.3" in page.text
-    assert [row[0] for row in story.costs(run)] == list(DONE)
-    assert story.costs(run)[0][2][:2] == ["3 min 11 s", "3.7\N{NO-BREAK SPACE}M"]
+    assert [row[0] for row in costs.costs(run)] == list(DONE)
+    assert costs.costs(run)[0][2][:2] == ["3 min 11 s", "3.7\N{NO-BREAK SPACE}M"]
     assert "on 2 CPU cores" in page.text
     assert "3f9c2d1e with uncommitted changes" in page.text
     assert "python lm run quickstart" in page.text and "2 sessions" in page.text
 
 
 def test_a_finished_run_says_where_its_time_went(finished):
-    rows = story.goodput(read_run(finished))
+    rows = costs.goodput(read_run(finished))
     assert [name for name, _, _ in rows] == list(DONE)
     _, useful, shares = rows[0]
     assert useful == "83.4\N{NARROW NO-BREAK SPACE}%"  # 135 s of steps and 6 s of sampling in 169 s
@@ -197,9 +206,18 @@ def test_choices_are_counted_only_where_there_are_any():
     assert story.choices([0.0, 0.0]) == story.choices([None]) == story.choices([]) == ""
 
 
-def test_rollouts_are_shown_early_and_late(finished):
-    stage, steps = story.rollouts(read_run(finished))
-    assert stage == "reason" and [step for step, _ in steps] == [1, 200]
+def test_rollouts_are_shown_early_and_late_and_all_that_were_kept_on_demand(finished):
+    run = read_run(finished)
+    found = story.rollouts(run)
+    kept = [line for line in run.stages[-1].samples if line["kind"] == "rollout"]
+    assert found.stage == "reason" and [step for step, _ in found.first_and_last] == [1, 200]
+    assert [group for _, groups in found.steps for group in groups] == kept and not found.left_out
+    page = page_of(finished)
+    texts = [one["text"] for group in kept for one in group["completions"]]
+    assert all(page.text.count(visible(text)) for text in texts)
+    some = story.rollouts(run, characters=200)
+    shown = sum(len(groups) for _, groups in some.steps)
+    assert 0 < some.left_out == len(kept) - shown
 
 
 def test_each_stage_has_the_curves_of_its_objective(finished):
@@ -209,7 +227,77 @@ def test_each_stage_has_the_curves_of_its_objective(finished):
     assert titles["preference"] == {"Loss", "Pairs ranked right", "Implicit reward", "Margin", "Held out"}
     assert titles["reason"] == {"Reward", "Completion length", "Entropy", "Held out"}
     legend = next(c for c in charts.stage_charts(run.stages[0]) if c.title == "Loss").legend
-    assert [label for _, label, _ in legend] == ["training", "held out, docs"]
+    assert [label for _, label, _ in legend] == ["training, mean of the last 90 steps", "held out, docs"]
+
+
+def test_the_loss_of_a_mixture_does_not_stand_beside_that_of_one_part(finished):
+    run = read_run(finished)
+    mixed = story.Mixture((("gen:docs", 1.0), ("gen:drills", 3.0)), (("docs", "gen:docs"),))
+    drawn = [c for c in charts.stage_charts(run.stages[0], mixed) if "oss" in c.title]
+    assert [c.title for c in drawn] == ["Loss on 25 % gen:docs, 75 % gen:drills", "Held-out loss on gen:docs alone"]
+    assert [len(c.legend) for c in drawn] == [1, 1]
+    alone = story.Mixture((("gen:docs", 1.0),), (("docs", "gen:docs"),))
+    drawn = [c for c in charts.stage_charts(run.stages[0], alone) if "oss" in c.title]
+    assert [(c.title, len(c.legend)) for c in drawn] == [("Loss on gen:docs", 2)]
+
+
+def test_the_headline_of_a_curve_is_the_mean_of_its_last_steps():
+    noisy = charts.Series("reward", list(range(1, 49)), [0.0] * 40 + [0.0, 1.0] * 4)
+    assert charts.draw("x", "Reward", [noisy], True).legend == [
+        (0, "reward, mean of the last 8 steps", numbers.percent(0.5))
+    ]
+    assert charts.draw("x", "Reward", [noisy], True, small=True).legend == [(0, "reward", numbers.percent(1.0))]
+    points = charts.Series("docs", [0, 10], [1.0, 2.0], points=True)
+    assert charts.draw("x", "Held out", [points]).legend == [(0, "docs", "2")]
+    assert [charts.last_steps(n) for n in (1, 4, 10, 48, 300)] == [1, 1, 2, 8, 30]
+
+
+def test_values_stand_under_the_pointer_without_a_script():
+    curve = charts.Series("training", list(range(1, 301)), [step / 100 for step in range(1, 301)])
+    points = charts.Series("held <out>", [7, 151], [5.5, math.nan], points=True)
+    svg = charts.draw("x", "Loss", [curve, points]).svg
+    texts = re.findall(r"<text[^>]* text-anchor[^>]*>(.*?)</text>", svg[svg.index('class="hover"') :])
+    assert 40 < len(texts) <= 60 and texts[0].startswith("step 1: ") and ">0.010<" in texts[0]
+    both = next(text for text in texts if text.startswith("step 7<"))  # few points have a strip of their own
+    assert "training 0.070" in both and "held &lt;out&gt; 5.500" in both
+    assert "not finite" not in svg and "<script" not in svg
+
+
+def test_an_answer_of_white_space_alone_is_shown_by_signs(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "stages" / "pretrain" / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    for line in lines:
+        if line["kind"] == "prompt":
+            line["answer"] = "\n" * 70 + " \t"
+    write_lines(path, lines)
+    assert "⏎" * 70 + "␣⇥" in page_of(folder).text
+    assert "max-height" in (Path(charts.__file__).parent / "report.css").read_text("utf-8")
+
+
+def test_data_counts_and_warnings_of_a_stage_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    stage = folder / "stages" / "sft"
+    summary = json.loads((stage / "summary.json").read_text("utf-8"))
+    source = {
+        "source": "chat.jsonl",
+        "unit": "conversations",
+        "examples": 1234,
+        "tokens": 56789,
+        "trained_tokens": 4321,
+    }
+    source |= {
+        "truncated": 7,
+        "dropped": {"empty answer": 3},
+        "first": {"empty answer": "chat.jsonl:12"},
+        "partial": True,
+    }
+    (stage / "summary.json").write_text(json.dumps(summary | {"sources": [source]}), "utf-8")
+    write_lines(stage / "warnings.jsonl", [{"step": 4, "text": "all <rewards> are equal"}] * 2)
+    page = page_of(folder)
+    for word in ("chat.jsonl", "1,234 conversations", "56,789", "4,321", "3 empty answer, the first chat.jsonl:12"):
+        assert word in page.text
+    assert page.text.count("Stage sft, step 4: all <rewards> are equal") == 1
 
 
 def test_drawings_take_their_colours_from_the_page():

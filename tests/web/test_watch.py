@@ -193,7 +193,7 @@ def test_ppo_and_reward_models_have_curves_of_their_own_in_their_own_units(watch
     main_titles = [chart.title for chart in stages["ppo"] if not chart.small]
     assert main_titles == ["Reward", "Judge", "KL to the start", "Completion length", "Entropy", "Held out"]
     reward, judge = stages["ppo"][:2]
-    assert [label for _, label, _ in reward.legend] == ["score", "less the KL penalty"]
+    assert [label.split(",")[0] for _, label, _ in reward.legend] == ["score", "score less the KL penalty"]
     assert not any("%" in value for _, _, value in reward.legend) and judge.legend[0][2].endswith("%")
     assert {"Values' loss", "Variance explained", "KL coefficient"} <= {c.title for c in stages["ppo"] if c.small}
     assert [c.title for c in stages["reward"] if not c.small] == ["Loss", "Pairs ranked right", "Score", "Margin"]

@@ -1,0 +1,67 @@
+"""What a run read: of every stage and source how many examples and tokens, what was cut and what was left out, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lm.train.run_files import Line, Run, StageFiles
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """One source of a stage; numbers as text. `partial`: what was read of it so far, of a source without an end."""
+
+    source: str
+    examples: str
+    tokens: str
+    trained: str
+    truncated: str
+    dropped: str
+    reasons: list[str]
+    partial: bool
+
+
+@dataclass(frozen=True)
+class StageCounts:
+    """The sources of a stage; of a run from before they were counted one by one only what it said of its data."""
+
+    stage: str
+    sources: list[SourceCounts]
+    said: list[str]
+
+
+def data_counts(run: Run) -> list[StageCounts]:
+    """The counts of every stage that is finished."""
+    found = [_stage(stage, stage.summary) for stage in run.stages if stage.summary]
+    return [one for one in found if one.sources or one.said]
+
+
+def _stage(stage: StageFiles, summary: Line) -> StageCounts:
+    sources = [_source(one) for one in summary.get("sources") or [] if isinstance(one, dict)]
+    said = [] if sources else [line for line in str(summary.get("data") or "").splitlines() if line.strip()]
+    return StageCounts(stage.name, sources, said)
+
+
+def _source(one: dict[str, Any]) -> SourceCounts:
+    dropped = {str(reason): int(count) for reason, count in (one.get("dropped") or {}).items() if count}
+    first = one.get("first") or {}
+    reasons = [
+        f"{count:,} {reason}" + (f", the first {first[reason]}" if first.get(reason) else "")
+        for reason, count in dropped.items()
+    ]
+    unit = one.get("unit") or "examples"
+    return SourceCounts(
+        source=str(one.get("source", "")),
+        examples=f"{_number(one.get('examples'))} {unit}",
+        tokens=_number(one.get("tokens")),
+        trained=_number(one.get("trained_tokens")),
+        truncated=_number(one.get("truncated")),
+        dropped=_number(sum(dropped.values())),
+        reasons=reasons,
+        partial=bool(one.get("partial")),
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else "–"
