@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm.choices.log import CHOICES, Log, Record
+from lm.choices.log import CHOICES, Log, Record, excerpt, is_strength
 from lm.choices.pairs import Answer, Pair, on_the_left, shuffled
 from lm.experiment import UserError
 
-STRENGTHS = (1, 2, 3)  # slightly, clearly, much better
 LONGEST_COMMENT = 4_000
 LONGEST_NAME = 60
 LEASE = 15 * 60.0  # seconds for which a pair that somebody looks at is kept for them
+LEASES_PER_ADDRESS = 20  # pairs kept at a time for people at one address, whatever names they give
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class View:
 class _Lease:
     since: float
     until: float
+    address: str
 
 
 def standing(records: Iterable[Record]) -> list[Record]:
@@ -67,7 +68,7 @@ def clean_name(name: Any) -> str:
     """
     cleaned = " ".join(unicodedata.normalize("NFC", name).split()) if isinstance(name, str) else ""
     if not 0 < len(cleaned) <= LONGEST_NAME or not cleaned.isprintable():
-        raise UserError(f"the name is {name!r:.80}; it must have 1 to {LONGEST_NAME} letters")
+        raise UserError(f"the name is {excerpt(name)}; it must have 1 to {LONGEST_NAME} letters")
     return cleaned
 
 
@@ -76,6 +77,9 @@ class Desk:
 
     A pair that is handed out is kept for that person for LEASE seconds. Later it may go to somebody else; a choice that
     still comes is taken, so a pair can have more judgements than asked for but never one that is lost.
+
+    A person has one pair at a time, and an address at most LEASES_PER_ADDRESS: the oldest is then free again. Where all
+    pairs are with others, one goes on to a person of another address from the address that has most, if that has several.
     """
 
     def __init__(
@@ -111,12 +115,14 @@ class Desk:
         with self._mutex:
             return list(self.log.records)
 
-    def show(self, annotator: str) -> View:
-        """The pair that this person is at, else the next one for them."""
+    def show(self, annotator: str, address: str = "") -> View:
+        """The pair that this person, at this address, is at, else the next one for them."""
         with self._mutex:
-            return self._show(annotator)
+            return self._show(annotator, address)
 
-    def choose(self, annotator: str, pair: Any, choice: Any, strength: Any = None, comment: Any = "") -> View:
+    def choose(
+        self, annotator: str, pair: Any, choice: Any, strength: Any = None, comment: Any = "", address: str = ""
+    ) -> View:
         """Write down a choice; what comes next. The same choice sent again changes nothing.
 
         Raises:
@@ -126,7 +132,7 @@ class Desk:
         _check(choice, strength, comment)
         with self._mutex:
             if not isinstance(pair, str) or pair not in self._pairs:
-                raise UserError(f"there is no pair {pair!r:.40} in this task: load the page again")
+                raise UserError(f"there is no pair {excerpt(pair)} in this task: load the page again")
             known = self._chosen.get(annotator, {}).get(pair)
             given = {"choice": choice, "strength": strength, "comment": comment}
             if known is None:
@@ -136,7 +142,7 @@ class Desk:
                 raise UserError(
                     f"{annotator} has already judged this pair ({known['choice']}): undo it to judge it again"
                 )
-            return self._show(annotator)
+            return self._show(annotator, address)
 
     def decide(self, annotator: str, judge: Callable[[Pair, Answer, Answer], str]) -> None:
         """A program chooses, as people do, in every pair that it has not judged yet: judge(pair, left, right) -> choice.
@@ -153,26 +159,28 @@ class Desk:
                     self.log.append(self._record(annotator, pair, {"choice": choice, "strength": None, "comment": ""}))
                 )
 
-    def undo(self, annotator: str, of: Any) -> View:
+    def undo(self, annotator: str, of: Any, address: str = "") -> View:
         """Take back the choice with the id `of`, and show its pair again. What is taken back already stays so.
 
         Raises:
             UserError: the choice is not this person's last one.
             OSError: it could not be written; nothing has changed.
         """
+        if type(of) is not int:
+            raise UserError(f"the choice to undo is {excerpt(of)}; it must be the number of one")
         with self._mutex:
             last = self._last(annotator)
             if any(record["kind"] == "undo" and record["of"] == of for record in reversed(self.log.records)):
-                return self._show(annotator)
+                return self._show(annotator, address)
             if last is None or last["id"] != of:
-                raise UserError(f"choice {of!r:.40} is not the last one of {annotator}: load the page again")
+                raise UserError(f"choice {excerpt(of)} is not the last one of {annotator}: load the page again")
             self.log.append({"kind": "undo", "time": _now(), "annotator": annotator, "of": of})
             del self._chosen[annotator][last["pair"]]
             self._votes[last["pair"]] -= last["choice"] != "skip"
             self._release(annotator)
             if last["pair"] in self._pairs:
-                self._lease(annotator, last["pair"])
-            return self._show(annotator)
+                self._lease(annotator, last["pair"], address)
+            return self._show(annotator, address)
 
     def _record(self, annotator: str, pair: Pair, given: Mapping[str, Any]) -> Record:
         lease = self._leases.get(pair.key, {}).get(annotator)
@@ -192,11 +200,11 @@ class Desk:
             "right": sides[1],
         }
 
-    def _show(self, annotator: str) -> View:
-        pair = self._current(annotator) or self._next(annotator)
+    def _show(self, annotator: str, address: str) -> View:
+        pair = self._current(annotator) or self._next(annotator) or self._passed_on(annotator, address)
         sides: tuple[Answer | None, Answer | None] = (None, None)
         if pair is not None:
-            self._lease(annotator, pair.key)
+            self._lease(annotator, pair.key, address)
             sides = self._sides(annotator, pair)
         mine = self._chosen.get(annotator, {})
         open_to_me = sum(key not in mine and self._votes[key] < self.per_pair for key in self._pairs)
@@ -225,16 +233,43 @@ class Desk:
                 return pair
         return None
 
+    def _passed_on(self, annotator: str, address: str) -> Pair | None:
+        """Of the pairs that others look at the one kept longest for the address that has most, if that has several."""
+        held = self._held()
+        most = max(
+            (holder for holder in held if holder != address), key=lambda holder: len(held[holder]), default=address
+        )
+        if most == address or len(held[most]) < 2:
+            return None
+        mine = self._chosen.get(annotator, {})
+        for _, key, holder in sorted(held[most]):
+            if key not in mine and self._votes[key] < self.per_pair:
+                self._release(holder)
+                return self._pairs[key]
+        return None
+
+    def _held(self) -> dict[str, list[tuple[float, str, str]]]:
+        """(since when, pair, person) of what is kept, by address."""
+        found: dict[str, list[tuple[float, str, str]]] = {}
+        for key, kept in self._leases.items():
+            for person, lease in kept.items():
+                found.setdefault(lease.address, []).append((lease.since, key, person))
+        return found
+
     def _sides(self, annotator: str, pair: Pair) -> tuple[Answer, Answer]:
         """Left and right, as this person sees the pair."""
         if on_the_left(pair, annotator, self._seed):
             return pair.first, pair.second
         return pair.second, pair.first
 
-    def _lease(self, annotator: str, key: str) -> None:
+    def _lease(self, annotator: str, key: str, address: str) -> None:
         now = self._clock()
         kept = self._leases.setdefault(key, {})
-        kept.setdefault(annotator, _Lease(now, now)).until = now + LEASE
+        lease = kept.setdefault(annotator, _Lease(now, now, address))
+        lease.until, lease.address = now + LEASE, address
+        others = sorted(one for one in self._held()[address] if one[2] != annotator)
+        for _, _, person in others[: max(0, len(others) + 1 - LEASES_PER_ADDRESS)]:
+            self._release(person)
 
     def _release(self, annotator: str) -> None:
         for key in [key for key, kept in self._leases.items() if annotator in kept]:
@@ -252,9 +287,9 @@ class Desk:
 
 def _check(choice: Any, strength: Any, comment: Any) -> None:
     if choice not in CHOICES:
-        raise UserError(f"the choice is {choice!r:.40}; it must be one of {', '.join(CHOICES)}")
-    if strength is not None and (strength not in STRENGTHS or isinstance(strength, bool)):
-        raise UserError(f"the strength is {strength!r:.40}; it must be one of 1, 2, 3, or none")
+        raise UserError(f"the choice is {excerpt(choice)}; it must be one of {', '.join(CHOICES)}")
+    if not is_strength(strength):
+        raise UserError(f"the strength is {excerpt(strength)}; it must be one of 1, 2, 3, or none")
     if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT:
         raise UserError(f"the comment must be a text of at most {LONGEST_COMMENT} characters")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,11 @@ from lm.choices.desk import standing
 from lm.choices.log import Record
 
 SIDES = ("left", "right")
-TIE = "tie"
+TIE, SKIP = "tie", "skip"
 
 
 class Exported(NamedTuple):
-    """Rows of preferences, and of how many judged pairs none was made: nobody preferred one, or as many the other."""
+    """Rows of preferences, and how many judged pairs have none: most judges prefer no answer, or no answer has most votes."""
 
     rows: list[dict[str, Any]]
     undecided: int
@@ -24,31 +25,37 @@ class Exported(NamedTuple):
 
 
 def preferences(records: Iterable[Record], ties: bool = False) -> Exported:
-    """One row for each pair of which more people prefer one answer, in the order in which pairs were first judged.
+    """One row for each pair of which more than half of the votes prefer one answer, in the order of their first votes.
+
+    A vote is every choice but a skip: left, right, tie and both bad all count, so one vote for an answer does not outweigh
+    two ties, nor one.
 
     Columns `prompt`, `chosen`, `rejected`, and `pair`; `votes` for each choice, ties and both bad among them;
     `strength`, the mean of those given with the choices of the chosen one, or null, and the same as `margin`, only where
-    one was given; `sources` of both, if any. Ties, both bad and skipped ones decide nothing: a pair with no other choice
-    has no row.
+    one was given; `sources` of both, if any.
 
-    With `ties` there is also a row, with `tie` true, for each pair of which as many people (or nobody) prefer either answer
-    and somebody says tie: chosen is what the first who says so had on the left.
+    With `ties` there is also a row, with `tie` true, for each pair that is not decided, about which somebody says tie, and of
+    which as many votes prefer either answer or more than half say tie or both bad: chosen is what the first who says tie had
+    on the left.
     """
     by_pair: dict[str, list[Record]] = {}
     for record in standing(records):
         by_pair.setdefault(record["pair"], []).append(record)
     rows, undecided, even = [], 0, 0
     for pair, choices in by_pair.items():
-        liked = [_text(_preferred(record)) for record in choices if record["choice"] in SIDES]
-        tied = next((record for record in choices if record["choice"] == TIE), None)
-        if liked and 2 * liked.count(liked[0]) != len(liked):
-            rows.append(_decided(pair, choices, max(liked, key=liked.count)))
-        elif ties and tied is not None:
+        votes = [record for record in choices if record["choice"] != SKIP]
+        liked = Counter(_text(_preferred(record)) for record in votes if record["choice"] in SIDES)
+        best, count = max(liked.items(), key=lambda item: item[1], default=("", 0))
+        neither = len(votes) - liked.total()
+        tied = next((record for record in votes if record["choice"] == TIE), None)
+        if 2 * count > len(votes):
+            rows.append(_decided(pair, choices, best))
+        elif ties and tied is not None and (2 * count == liked.total() or 2 * neither > len(votes)):
             rows.append(_row(pair, choices, tied["left"], tied["right"]) | {"tie": True})
-        elif liked:
-            even += 1
-        else:
+        elif 2 * neither > len(votes) or not votes:
             undecided += 1
+        else:
+            even += 1
     return Exported(rows, undecided, even)
 
 
@@ -64,7 +71,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _decided(pair: str, choices: list[Record], liked: str) -> dict[str, Any]:
-    """The row of a pair of which more people prefer the answer that is `liked`."""
+    """The row of a pair of which most votes prefer the answer that is `liked`."""
     winners = [record for record in choices if record["choice"] in SIDES and _text(_preferred(record)) == liked]
     strengths = [record["strength"] for record in winners if record.get("strength") is not None]
     row = _row(pair, choices, _preferred(winners[0]), _other(winners[0]))
@@ -82,7 +89,7 @@ def _row(pair: str, choices: list[Record], chosen: dict[str, Any], rejected: dic
         "chosen": chosen["answer"],
         "rejected": rejected["answer"],
         "pair": pair,
-        "votes": votes | {kind.replace(" ", "_"): kinds.count(kind) for kind in (TIE, "both bad", "skip")},
+        "votes": votes | {kind.replace(" ", "_"): kinds.count(kind) for kind in (TIE, "both bad", SKIP)},
         "strength": None,
     }
     if "source" in chosen and "source" in rejected:

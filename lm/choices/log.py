@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,82 @@ Record = dict[str, Any]
 
 CHOICES = ("left", "right", "tie", "both bad", "skip")
 
-# What a record must have, by its kind. A choice also has the `prompt`; `left` and `right` are {"answer", "source"}.
-FIELDS: dict[str, dict[str, type]] = {
-    "choice": {"id": int, "annotator": str, "pair": str, "left": dict, "right": dict, "choice": str},
-    "undo": {"id": int, "annotator": str, "of": int},
-}
+STRENGTHS = (1, 2, 3)  # slightly, clearly, much better
+
+Check = Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a value is a prompt or an answer: a text, or turns of a conversation, each with a role and a content."""
+    if isinstance(value, str):
+        return True
+    parts = ("role", "content")
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(t, dict) and all(is_text(t.get(p)) for p in parts) for t in value)
+    )
+
+
+def is_strength(value: Any) -> bool:
+    """Whether a value is one of STRENGTHS, or none; True and 1.0 are not."""
+    return value is None or (type(value) is int and value in STRENGTHS)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, dict) and is_turns(value.get("answer")) and _is_text_or_none(value.get("source"))
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_seconds(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+
+
+# The fields of a record that mean something, by its kind; one that may be missing is then None.
+FIELDS: dict[str, dict[str, Check]] = {
+    "choice": {
+        "id": _is_id, "annotator": _is_name, "pair": _is_name, "prompt": is_turns, "left": _is_side, "right": _is_side,
+        "choice": lambda value: value in CHOICES, "strength": is_strength, "comment": _is_text_or_none, "seconds": _is_seconds,
+        "time": _is_text_or_none,
+    },
+    "undo": {"id": _is_id, "annotator": _is_name, "of": _is_id, "time": _is_text_or_none},
+}  # fmt: skip
+
+
+def fault_of(record: Any) -> str:
+    """The field in which a value is no record, of those that are read and of those to be written; "" where it is one."""
+    if not isinstance(record, dict):
+        return "it is no JSON object"
+    kind = record.get("kind")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        return f"kind is {excerpt(kind)}"
+    return next(
+        (f"{name} is {excerpt(record.get(name))}" for name, good in FIELDS[kind].items() if not good(record.get(name))),
+        "",
+    )
+
+
+def excerpt(value: Any) -> str:
+    """A value from anywhere in at most 60 characters."""
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, a list in a list in a list …
+        return f"a {type(value).__name__} too long to show"
 
 
 class Contents(NamedTuple):
@@ -44,11 +116,14 @@ class Log:
     def append(self, record: Mapping[str, Any]) -> Record:
         """Add a record with its `id`, one more than the last one's, and wait until the disk has it.
 
-        A record that could not be written whole leaves the file as it was. Raises OSError (a full disk).
+        A record that could not be written whole leaves the file as it was. Raises OSError (a full disk), and UserError for
+        a record that `read_log` would refuse.
         """
-        last = self.records[-1]["id"] if self.records else 0
-        numbered = {"id": last + 1, **record}
+        numbered = {"id": max((one["id"] for one in self.records[-1:]), default=0) + 1, **record}
         line = (json.dumps(numbered) + "\n").encode()
+        fault = fault_of(numbered)
+        if fault or _parse(line) != (numbered, ""):
+            raise UserError(f"this cannot be written down: {fault or 'it would be read as another choice'}")
         try:
             _write(self._handle, line, self._size)
         except OSError:
@@ -66,6 +141,7 @@ def open_log(path: Path) -> Iterator[Log]:
     The lock dies with the process, however it dies. Raises UserError while another process holds the file, and where
     a line of it is no record.
     """
+    _refuse_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -86,40 +162,58 @@ def open_log(path: Path) -> Iterator[Log]:
 def read_log(path: Path) -> Contents:
     """The records of a file that somebody may be writing. A last line that is no whole record is passed over.
 
-    Raises UserError where any other line is no record.
+    Raises UserError where any other line is no record, or has the number of an earlier one.
     """
+    _refuse_no_file(path)
     content = path.read_bytes()
     records: list[Record] = []
+    numbers: set[int] = set()
     size = 0
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        record = _parse(line)
-        if record is None and line.strip():
+        record, fault = _parse(line)
+        if fault:
             if size + len(line) == len(content) and not line.endswith(b"\n"):
                 start = line.decode(errors="replace")
                 return Contents(
                     records, size, f"{path} line {number} was cut while it was written and is dropped: {start!r:.60}"
                 )
-            raise UserError(f"{path} line {number} is not a record of a choice: mend or remove that line")
+            raise UserError(f"{path} line {number} is not a record of a choice ({fault}): mend or remove that line")
         size += len(line)
         if record is not None:
+            if record["id"] in numbers:
+                raise UserError(
+                    f"{path} line {number} has the id {record['id']} of an earlier line: two files were joined?"
+                )
+            numbers.add(record["id"])
             records.append(record)
     return Contents(records, size, "")
 
 
-def _parse(line: bytes) -> Record | None:
-    """A record, or None: a line that is none, or only the beginning of one."""
+def _refuse_no_file(path: Path) -> None:
+    """A folder is no file of choices, and of a pipe or a device the reading would not end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file; choices need one (--labels FILE)")
+
+
+def _parse(line: bytes) -> tuple[Record | None, str]:
+    """(the record, "") of a line, (None, why not) where it is none or only the beginning of one, (None, "") for a blank."""
+    if not line.strip():
+        return None, ""
     try:
         record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or record.get("kind") not in FIELDS:
-        return None
-    if not all(isinstance(record.get(name), kind) for name, kind in FIELDS[record["kind"]].items()):
-        return None
-    if record["kind"] == "choice":
-        whole = record["choice"] in CHOICES and "prompt" in record and all("answer" in record[s] for s in CHOICES[:2])
-        return record if whole else None
-    return record
+    except (ValueError, RecursionError):
+        return None, "it is not JSON"
+    record = _with_whole_numbers(record)
+    fault = fault_of(record)
+    return (None, fault) if fault else (record, "")
+
+
+def _with_whole_numbers(record: Any) -> Any:
+    """A record in which 3.0 is 3 where a whole number has to be: earlier versions took both from a request."""
+    if not isinstance(record, dict):
+        return record
+    given = {name: record.get(name) for name in ("id", "of", "strength")}
+    return record | {name: int(value) for name, value in given.items() if type(value) is float and value.is_integer()}
 
 
 def _end_last_line(handle: int, size: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lm.choices.log import is_turns
 from lm.data import chat
 from lm.data.layouts import canonical
 from lm.data.sources import Rows
@@ -124,6 +125,9 @@ def _checked(row: Mapping[str, Any], where: str) -> tuple[Turns, list[Answer]]:
         chat.preference_messages({"prompt": prompt, "chosen": answer, "rejected": answers[0]}, f"{where}, answers")
     plain = [canonical({"prompt": prompt, "chosen": answer})["chosen"] for answer in answers]
     asked = prompt if isinstance(prompt, str) else chat.prompt_messages({"prompt": prompt}, where)
+    for column, value in (("prompt", asked), *(("answers", answer) for answer in plain)):
+        if not is_turns(value):
+            raise UserError(f"{where}: {column} must be text, or turns with role and content, found {value!r:.60}")
     return asked, [Answer(answer, source) for answer, source in zip(plain, sources, strict=True)]
 
 

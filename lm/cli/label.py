@@ -10,8 +10,9 @@ names), or are sampled from a run:
 The last is blind: which stage answers better? Choices go to a file beside the
 answers, each before the page moves on, and the same command goes on where it
 was. With --export they become rows of `prompt`, `chosen`, `rejected`, which a
-preference stage trains on; ties, both bad and skipped pairs are left out
-(--ties keeps ties, which a reward model can learn from).
+preference stage trains on: of a pair that several people have judged the answer
+that more than half of the votes prefer, ties and both bad being votes. Other
+pairs are left out (--ties keeps ties, which a reward model can learn from).
 
 The page is for this machine. `--host 0.0.0.0` opens it to others: they need the
 link that is printed, with its token. It is plain HTTP: on a network that you do
@@ -129,15 +130,15 @@ def export(labels: Path, target: Path, ties: bool = False) -> int:
     contents = read_log(labels)
     exported = preferences(contents.records, ties)
     if not exported.rows:
-        why = "no pair of which more people prefer one answer" + (", and no tie" if ties else "")
+        why = "no pair of which most votes prefer one answer" + (", and no tie" if ties else "")
         raise UserError(f"{labels} has {why}: nothing to export")
     write_rows(target, exported.rows)
     if contents.remark:
         print(contents.remark)
     tied = f", {sum('tie' in row for row in exported.rows)} of them ties" if ties else ""
     print(f"{target}: {len(exported.rows)} preferences{tied}")
-    undecided = f"{exported.undecided} pairs with only {'' if ties else 'ties, '}both bad or skipped"
-    print(f"left out: {undecided}, {exported.even} with as many for either")
+    undecided = f"{exported.undecided} pairs of which most say {'' if ties else 'tie or '}both bad, or all skipped"
+    print(f"left out: {undecided}, {exported.even} of which no answer has more than half of the votes")
     return 0
 
 

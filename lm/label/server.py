@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import json
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
@@ -19,6 +21,7 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 from lm.choices.desk import Desk, View, clean_name
 from lm.choices.pairs import Answer, Turns, text_of
 from lm.experiment import UserError
+from lm.label.connections import BoundedServer
 from lm.label.safe_markdown import to_html
 from lm.label.summary import summarise
 from lm.label.summary_page import render_summary
@@ -27,6 +30,7 @@ from lm.web.text import visible
 HERE = Path(__file__).parent
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LARGEST_BODY = 1 << 16
+LINGER_SECONDS = 0.5  # for what comes after a request whose body is not read
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -52,13 +56,11 @@ class Reply:
     headers: Mapping[str, str]
 
 
-class Server(ThreadingHTTPServer):
-    """A thread for each connection; `token` None: only this machine is served, and nobody is asked for one.
+class Server(BoundedServer):
+    """`token` None: only this machine is served, and nobody is asked for one.
 
     Raises UserError where the port is taken or the host is no address of this machine.
     """
-
-    daemon_threads = True
 
     def __init__(self, desk: Desk, host: str = "localhost", port: int = 0, token: str | None = None):
         if host not in LOCAL and token is None:
@@ -89,6 +91,14 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # a reply is two writes, and the second would wait for the first's receipt
     timeout = 60
 
+    def parse_request(self) -> bool:
+        self.server.begin(self.connection)
+        return super().parse_request()
+
+    def handle_one_request(self) -> None:
+        super().handle_one_request()
+        self.server.rest(self.connection)
+
     def do_GET(self) -> None:
         path = _split(self.path)
         given = parse_qs(path.query).get("token", [""])[0]
@@ -109,33 +119,41 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         size = self.headers.get("Content-Length", "")
-        if not size.isdecimal() or int(size) > LARGEST_BODY:
+        refused = self._refused()
+        if refused is None and not (size.isdecimal() and len(size) < 10 and int(size) <= LARGEST_BODY):
+            refused = _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {LARGEST_BODY} bytes")
+        if refused is not None:
             self.close_connection = True  # the body stays unread
-            self._send(_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {LARGEST_BODY} bytes"))
+            self._send(refused)
+            self._linger()
             return
         body = self.rfile.read(int(size))
-        self._send(self._refused() or self._answer(body))
+        if len(body) < int(size):  # the other end has gone, or its time is up
+            self.close_connection = True
+            return
+        self._send(answer(self.server.desk, self.path, body, self.client_address[0]))
 
-    def _answer(self, body: bytes) -> Reply:
-        action = ACTIONS.get(self.path)
-        if action is None:
-            return _error(HTTPStatus.NOT_FOUND, "there is no such action")
-        try:
-            asked = json.loads(body)
-            if not isinstance(asked, dict):
-                raise UserError("a request must be a JSON object")
-            view = action(self.server.desk, clean_name(asked.get("name")), asked)
-        except (ValueError, RecursionError) as error:
-            return _error(HTTPStatus.BAD_REQUEST, f"a request must be JSON: {error}")
-        except UserError as error:
-            return _error(HTTPStatus.CONFLICT, str(error))
-        except OSError as error:
-            print(f"lm label: {self.server.desk.log.path}: {error.strerror}", file=sys.stderr)
-            return _error(HTTPStatus.INSUFFICIENT_STORAGE, f"not saved: {error.strerror}")
-        return Reply(HTTPStatus.OK, "application/json", json.dumps(shown(view)).encode(), {})
+    def _linger(self) -> None:
+        """Take for a moment what still comes of a body that nobody reads, or the system would drop the answer, too."""
+        until, left = time.monotonic() + LINGER_SECONDS, LARGEST_BODY
+        self.wfile.flush()
+        with contextlib.suppress(OSError):  # also where the other end has gone
+            self.connection.shutdown(socket.SHUT_WR)
+            while left > 0 and (wait := until - time.monotonic()) > 0:
+                self.connection.settimeout(wait)
+                data = self.connection.recv(LARGEST_BODY)
+                if not data:
+                    break
+                left -= len(data)
 
     def _refused(self) -> Reply | None:
-        """Why this request is not answered: without the token, from another site's page, or for another host's name."""
+        """Why this request is not answered, which tells whether the connection may wait for more of them."""
+        refused = self._reason_against()
+        self.server.trust(self.connection, refused is None)
+        return refused
+
+    def _reason_against(self) -> Reply | None:
+        """Without the token, from another site's page, or for another host's name; looked at before any body is read."""
         token = self.server.token
         if token is not None:
             if not (_same(self._cookie(), token) or _same(self.headers.get("Authorization", ""), f"Bearer {token}")):
@@ -168,6 +186,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(reply.status)
         for name, value in {**HEADERS, **reply.headers}.items():
             self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.send_header("Content-Type", reply.kind)
         self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
@@ -177,14 +197,36 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: an address may carry the token."""
 
 
-def _choose(desk: Desk, name: str, asked: Mapping[str, Any]) -> View:
-    return desk.choose(name, asked.get("pair"), asked.get("choice"), asked.get("strength"), asked.get("comment", ""))
+def answer(desk: Desk, path: str, body: bytes, address: str) -> Reply:
+    """What an action of the page gives, for a body that may be anything; `address` is where it comes from."""
+    action = ACTIONS.get(path)
+    if action is None:
+        return _error(HTTPStatus.NOT_FOUND, "there is no such action")
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        return _error(HTTPStatus.BAD_REQUEST, f"a request must be JSON: {error}")
+    try:
+        if not isinstance(asked, dict):
+            raise UserError("a request must be a JSON object")
+        view = action(desk, clean_name(asked.get("name")), asked, address)
+    except UserError as error:
+        return _error(HTTPStatus.CONFLICT, str(error))
+    except OSError as error:
+        print(f"lm label: {desk.log.path}: {error.strerror}", file=sys.stderr)
+        return _error(HTTPStatus.INSUFFICIENT_STORAGE, f"not saved: {error.strerror}")
+    return Reply(HTTPStatus.OK, "application/json", json.dumps(shown(view)).encode(), {})
 
 
-ACTIONS: dict[str, Callable[[Desk, str, Mapping[str, Any]], View]] = {
-    "/api/show": lambda desk, name, asked: desk.show(name),
+def _choose(desk: Desk, name: str, asked: Mapping[str, Any], address: str) -> View:
+    pair, choice, strength, comment = (asked.get(field) for field in ("pair", "choice", "strength", "comment"))
+    return desk.choose(name, pair, choice, strength, "" if comment is None else comment, address)
+
+
+ACTIONS: dict[str, Callable[[Desk, str, Mapping[str, Any], str], View]] = {
+    "/api/show": lambda desk, name, asked, address: desk.show(name, address),
     "/api/choose": _choose,
-    "/api/undo": lambda desk, name, asked: desk.undo(name, asked.get("of")),
+    "/api/undo": lambda desk, name, asked, address: desk.undo(name, asked.get("of"), address),
 }
 
 

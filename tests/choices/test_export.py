@@ -49,35 +49,67 @@ def test_what_was_chosen_is_trained_on(tmp_path):
     assert all("longer" in good and "longer" not in bad for good, bad in zip(texts[::2], texts[1::2], strict=True))
 
 
-def test_more_people_decide_and_what_nobody_prefers_is_left_out():
+def votes(name, *choices):
+    """Choices of different people about one pair, x on the left."""
+    return [chosen(f"{name}{place}", name, "x", "y", choice) for place, choice in enumerate(choices)]
+
+
+VOTES = {
+    # votes: (the row without ties, the row with ties); L and R are decided, T a tie, "" none
+    ("left",): ("L", "L"),
+    ("left", "left", "right"): ("L", "L"),
+    ("right", "right", "tie"): ("R", "R"),
+    ("left", "left", "tie", "both bad", "left"): ("L", "L"),
+    ("left", "skip", "skip"): ("L", "L"),
+    ("left", "tie"): ("", ""),
+    ("left", "both bad"): ("", ""),
+    ("left", "left", "right", "both bad"): ("", ""),
+    ("left", "left", "right", "tie"): ("", ""),
+    ("left", "tie", "tie"): ("", "T"),
+    ("left", "tie", "both bad"): ("", "T"),
+    ("left", "both bad", "both bad"): ("", ""),
+    ("left", "right", "tie"): ("", "T"),
+    ("left", "right"): ("", ""),
+    ("tie",): ("", "T"),
+    ("tie", "both bad"): ("", "T"),
+    ("both bad",): ("", ""),
+    ("skip", "skip"): ("", ""),
+    ("tie", "skip"): ("", "T"),
+}
+
+
+@pytest.mark.parametrize("choices", VOTES, ids=" ".join)
+def test_more_than_half_of_the_votes_decide_and_ties_are_votes(choices):
+    for ties, want in zip((False, True), VOTES[choices], strict=True):
+        exported = preferences(votes("q", *choices), ties)
+        assert len(exported.rows) + exported.undecided + exported.even == 1
+        got = ["T" if row.get("tie") else "L" if row["chosen"] == "x" else "R" for row in exported.rows]
+        assert got == [want][: len(want)]
+        for row in exported.rows:
+            counted = [choices.count(kind) for kind in ("left", "right", "tie", "both bad", "skip")]
+            assert list(row["votes"].values()) == (counted if row["chosen"] == "x" else [*counted[1::-1], *counted[2:]])
+
+
+def test_a_row_has_strength_and_sources_of_those_who_chose_it():
     records = [
         chosen("Ann", "majority", "x", "y", "left", strength=3, left_source="sft", right_source="dpo"),
         chosen("Bob", "majority", "y", "x", "right", strength=2, left_source="dpo", right_source="sft"),
         chosen("Cy", "majority", "x", "y", "right", strength=1, left_source="sft", right_source="dpo"),
-        chosen("Dan", "majority", "x", "y", "both bad"),
         chosen("Ann", "even", "x", "y", "left"),
         chosen("Bob", "even", "x", "y", "right"),
-        chosen("Ann", "tie", "x", "y", "tie"),
         chosen("Ann", "bad", "x", "y", "both bad"),
-        chosen("Ann", "skipped", "x", "y", "skip"),
     ]
     rows, undecided, even = preferences(records)
-    assert (undecided, even) == (3, 1)
+    assert (undecided, even) == (1, 1)
     (row,) = rows
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("majority", "x", "y")
-    assert row["votes"] == {"chosen": 2, "rejected": 1, "tie": 0, "both_bad": 1, "skip": 0}
+    assert row["votes"] == {"chosen": 2, "rejected": 1, "tie": 0, "both_bad": 0, "skip": 0}
     assert row["strength"] == row["margin"] == 2.5 and row["sources"] == ["sft", "dpo"]
-    with_ties = preferences(records, ties=True)
-    assert with_ties[1:] == (2, 1) and with_ties.rows[0] == row
-    (tie,) = with_ties.rows[1:]
-    assert (tie["prompt"], tie["chosen"], tie["rejected"], tie["tie"]) == ("tie", "x", "y", True)
-    assert tie["votes"] == {"chosen": 0, "rejected": 0, "tie": 1, "both_bad": 0, "skip": 0}
 
 
-def test_a_margin_is_written_only_where_a_strength_was_given_and_the_winner_of_a_vote_is_no_tie():
+def test_a_margin_is_written_only_where_a_strength_was_given_and_a_tie_has_none():
     records = [
         chosen("Ann", "a", "x", "y", "left"),
-        chosen("Bob", "a", "x", "y", "tie"),
         chosen("Ann", "b", "x", "y", "left", strength=2),
         chosen("Bob", "b", "y", "x", "left", strength=1),
         chosen("Cy", "b", "y", "x", "tie", left_source="sft", right_source="dpo"),
@@ -98,7 +130,7 @@ def test_strengths_and_ties_become_margins_and_ties_of_a_batch(tmp_path, capsys)
             desk.choose("Ann", desk.show("Ann").pair.key, choice, strength)
     assert main(["label", str(answers), "--export", "--ties"]) == 0
     said = capsys.readouterr().out
-    assert "3 preferences, 1 of them ties" in said and "1 pairs with only both bad or skipped" in said
+    assert "3 preferences, 1 of them ties" in said and "1 pairs of which most say both bad, or all skipped" in said
     texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
     tokenizer = Tokenizer.train([*texts, answers.read_text("utf-8")], 400)
     source = Source(str(tmp_path / "answers.preferences.jsonl"), holdout=0.0)
@@ -130,7 +162,11 @@ def test_the_command_writes_the_rows_while_a_page_is_open_and_passes_over_a_cut_
     labels.write_bytes(labels.read_bytes()[:-30])
     assert main(["label", str(answers), "--export", str(tmp_path / "mine.jsonl")]) == 0
     said = capsys.readouterr().out
-    assert "line 4 was cut" in said and "mine.jsonl: 2 preferences" in said and "1 pairs with only ties" in said
+    assert (
+        "line 4 was cut" in said
+        and "mine.jsonl: 2 preferences" in said
+        and "1 pairs of which most say tie or both bad" in said
+    )
     lines = (tmp_path / "mine.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 2 and {"prompt", "chosen", "rejected"} <= json.loads(lines[0]).keys()
 

@@ -1,6 +1,7 @@
 """The file of choices: it only grows, one process holds it, and what is cut is dropped with a word."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from lm.choices import log as log_module
+from lm.choices.desk import standing
 from lm.choices.log import open_log, read_log
 from lm.experiment import UserError
 
@@ -66,6 +68,55 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
     with pytest.raises(UserError, match=r"labels.jsonl line 4 is not a record"), open_log(path):
         pass
     assert path.read_bytes() == content + line + content
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"right": {"answer": None}}, {"right": None}, {"left": {"answer": 5}}, {"prompt": None}, {"prompt": []},
+        {"left": {"answer": [{"role": "assistant"}]}}, {"choice": "lefty"}, {"choice": ["left"]}, {"strength": 2.0},
+        {"strength": True}, {"annotator": ""}, {"pair": 3}, {"id": 1.0}, {"id": True}, {"seconds": float("nan")},
+        {"left": {"answer": "1", "source": 3}}, {"comment": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_would_not_be_read_is_not_written_and_is_named_where_it_stands(tmp_path, wrong):
+    path = tmp_path / "labels.jsonl"
+    content = filled(path, 1)
+    with open_log(path) as log, pytest.raises(UserError, match=f"cannot be written down: {next(iter(wrong))} is"):
+        log.append({**CHOICE, **wrong})
+    assert path.read_bytes() == content
+    if wrong in ({"strength": 2.0}, {"id": 1.0}):
+        return
+    path.write_bytes(content + json.dumps({"id": 2, **CHOICE, **wrong}).encode() + b"\n")
+    with pytest.raises(UserError, match=rf"line 2 is not a record of a choice \({next(iter(wrong))} is"):
+        read_log(path)
+
+
+def test_whole_numbers_that_an_earlier_version_took_as_fractions_are_read(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    filled(path, 1)
+    older = [{"id": 2, **CHOICE, "strength": 1.0}, {"id": 3, "kind": "undo", "annotator": "Ann", "of": 2.0}]
+    with path.open("a") as stream:
+        stream.writelines(json.dumps(record) + "\n" for record in older)
+    with open_log(path) as log:
+        assert [type(log.records[1]["strength"]), type(log.records[2]["of"])] == [int, int]
+        assert standing(log.records) == log.records[:1] and log.append(CHOICE)["id"] == 4
+
+
+def test_odd_files_are_refused_in_a_line(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    content = filled(path, 1)
+    path.write_bytes(content + content)
+    with pytest.raises(UserError, match="line 2 has the id 1 of an earlier line"):
+        read_log(path)
+    path.write_bytes(content + b"[" * 100_000 + b"\n" + content)
+    with pytest.raises(UserError, match="line 2 is not a record of a choice"):
+        read_log(path)
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="is not a file"), open_log(odd):
+            pass
 
 
 def test_a_second_holder_is_refused_and_a_killed_one_holds_nothing(tmp_path):

@@ -2,15 +2,21 @@
 
 import http.client
 import json
+import socket
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lm.choices.desk import LEASE, LEASES_PER_ADDRESS
 from lm.choices.log import read_log
 from lm.experiment import UserError
-from lm.label.server import Server
+from lm.label import connections
+from lm.label.server import Server, answer
 from tests.label.label_rows import desk_of, questions
 
 TOKEN = "a-token-of-the-test-0123"
@@ -200,3 +206,161 @@ def test_a_full_disk_is_told_and_the_choice_can_be_sent_again(tmp_path, small_di
         assert client.post("choose", **given)[0] == 200
     assert "labels.jsonl: No space left on device" in capfd.readouterr().err
     assert len(read_log(small_disk / "labels.jsonl").records) == 1
+
+
+# ---- what is accepted can be read back -----------------------------------------------------------------------------
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 5) | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=8), inside, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.deferred(lambda: st.sampled_from(["PAIR", "OTHER"])) | PLAIN
+BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["Ann", " Ann  B", "Zoe\u0308"]) | PLAIN,
+        "pair": KEYS,
+        "choice": st.sampled_from(["left", "right", "tie", "both bad", "skip"]) | PLAIN,
+        "strength": st.sampled_from([None, 1, 2, 3, 1.0, 2.0, True, 3.5]) | PLAIN,
+        "comment": st.sampled_from(["", "\ud800", "\u2028\r\n"]) | PLAIN,
+        "of": st.sampled_from([1, 1.0, True, "1", 2, 3.0]) | PLAIN,
+        "kind": PLAIN,
+        "id": PLAIN,
+    },
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["show", "choose", "undo"]), BODIES | PLAIN), min_size=1, max_size=6))
+def test_whatever_is_sent_is_refused_or_can_be_read_back(tmp_path_factory, requests):
+    with desk_of(tmp_path_factory.mktemp("desk"), questions(2)) as desk:
+        keys = dict(zip(("PAIR", "OTHER"), desk._pairs, strict=True))
+        for action, body in requests:
+            if isinstance(body, dict) and isinstance(body.get("pair"), str):
+                body = body | {"pair": keys.get(body["pair"], body["pair"])}
+            before = len(desk.records())
+            reply = answer(desk, f"/api/{action}", json.dumps(body).encode(), "here")
+            assert reply.status == 200 or (400 <= reply.status < 500 and json.loads(reply.body)["error"])
+            records = read_log(desk.log.path).records
+            assert records == desk.records() and len(records) - before <= (reply.status == 200)
+
+
+@pytest.mark.parametrize("of", [1.0, True, "1", [1], None, {}, 10**30])
+def test_only_the_number_of_a_choice_undoes_it(tmp_path, of):
+    with desk_of(tmp_path, questions(2)) as desk:
+        desk.choose("Ann", desk.show("Ann").pair.key, "left")
+        with pytest.raises(UserError, match="choice"):
+            desk.undo("Ann", of)
+        with pytest.raises(UserError, match=r"the strength is 2\.0"):
+            desk.choose("Ann", desk.show("Ann").pair.key, "left", 2.0)
+        assert len(read_log(desk.log.path).records) == 1
+
+
+# ---- nobody holds the server ---------------------------------------------------------------------------------------
+
+SLOW = b"POST /api/show HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n"
+FRIEND = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def held(server: Server, count: int, start: bytes) -> list[socket.socket]:
+    found = []
+    for _ in range(count):
+        found.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=30))
+        found[-1].sendall(start)
+    return found
+
+
+def is_closed(one: socket.socket) -> bool:
+    """Whether the server ends a connection without waiting for more of its request."""
+    try:
+        while one.recv(4096):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_without_the_token_no_body_is_waited_for(tmp_path):
+    with serving(tmp_path, questions(1), TOKEN, "127.0.0.1") as server:
+        began = time.monotonic()
+        (one,) = held(server, 1, SLOW + b"\r\n{")
+        assert one.recv(4096).startswith(b"HTTP/1.1 401") and is_closed(one)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"POST /api/show HTTP/1.1\r\nHost:", SLOW + f"Authorization: Bearer {TOKEN}\r\n\r\n{{".encode()]
+)
+def test_a_request_that_does_not_come_is_ended_whoever_sends_it(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
+    with serving(tmp_path, questions(1), TOKEN, "127.0.0.1") as server:
+        (one,) = held(server, 1, start)
+        dripping = threading.Event()
+
+        def drip():
+            while not dripping.wait(0.2):
+                try:
+                    one.sendall(b" ")
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        assert is_closed(one) and time.monotonic() - began < 5
+        dripping.set()
+        thread.join()
+        assert Client(server, **FRIEND).post("show")[0] == 200
+
+
+def test_slow_connections_take_a_bounded_number_of_threads_and_nobody_elses_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 20)
+    with serving(tmp_path, questions(2), TOKEN, "127.0.0.1") as server:
+        friend = Client(server, **FRIEND)
+        assert friend.post("show")[0] == 200
+        slow = held(server, 60, b"POST /api/show HTTP/1.1\r\nHost:")
+        began = time.monotonic()
+        assert Client(server, **FRIEND).post("show")[0] == 200 and time.monotonic() - began < 5
+        assert len(server._open) <= 20
+        connection = friend.connection.sock
+        assert friend.post("show")[0] == 200 and friend.connection.sock is connection, "who may ask is not cut off"
+        for one in slow:
+            one.close()
+
+
+def test_many_requests_at_once_are_all_answered(tmp_path):
+    failed, answered = [], []
+
+    def ask(server, place):
+        for _ in range(20):
+            try:
+                answered.append(Client(server, f"n{place % 5}", **FRIEND).post("show")[0])
+            except OSError as error:
+                failed.append(error)
+
+    with serving(tmp_path, questions(20), TOKEN, "127.0.0.1") as server:
+        threads = [threading.Thread(target=ask, args=(server, place)) for place in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed and answered == [200] * 1000
+
+
+def test_one_address_does_not_keep_all_pairs_under_many_names(tmp_path):
+    now = [0.0]
+    with desk_of(tmp_path, questions(LEASES_PER_ADDRESS + 5), clock=lambda: now[0]) as desk:
+        for place in range(100):
+            now[0] += 1
+            assert desk.show(f"n{place}", "far").pair is not None
+        assert len(desk._leases) == LEASES_PER_ADDRESS and sum(map(len, desk._leases.values())) == LEASES_PER_ADDRESS
+        assert len({desk.show(f"honest {place}", "near").pair.key for place in range(5)}) == 5
+    with desk_of(tmp_path, questions(3), clock=lambda: now[0]) as desk:
+        for place in range(4):
+            now[0] += 1
+            desk.show(f"n{place}", "far")
+        pair = desk.show("honest", "near").pair
+        assert pair is not None and desk.choose("honest", pair.key, "left", address="near").progress.yours == 1
+        now[0] += LEASE + 1
+        assert desk.show("n0", "far").pair is not None
