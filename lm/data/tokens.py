@@ -258,7 +258,8 @@ def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterat
     """Columns of a row, and keys of its turns, that examples of this kind do not show; `others` are read too."""
     if isinstance(row, Unreadable):
         return
-    names = frozenset(str(name) for name, value in row.items() if value is not None and name not in ("key", *others))
+    known = ("key", *chat.TOOL_COLUMNS, *others)
+    names = frozenset(str(name) for name, value in row.items() if value is not None and name not in known)
     used = layouts.read_columns(names, reads)
     yield from sorted(names - used)
     for name in sorted(used):

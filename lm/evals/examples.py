@@ -18,7 +18,7 @@ from lm.data.bad_rows import ADVICE, COLUMNS, EMPTY_ANSWER, EMPTY_TEXT, REASONS,
 from lm.data.chat import is_tie, prompt_messages, render, training_messages
 from lm.data.selection import heldout_rows
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import store_in_memory
+from lm.data.tokens import left_out, store_in_memory
 from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, Pretrain, UserError
 from lm.rollout.verifiers import needed_columns
@@ -185,14 +185,10 @@ def encode_pair(row: Mapping[str, Any], where: str, tokenizer: Tokenizer, max_le
     if is_tie(row, where):
         return TIED
     store = store_in_memory([(dict(row), where)], "pairs", tokenizer)
-    assert store.flaws is not None
-    if store.flaws.any():
-        return REASONS[int(store.flaws.max())]
-    sides = [(side.tokens.tolist(), side.mask.tolist()) for side in store.ends(np.arange(2), max_len)]
-    if not all(any(mask[1:]) for _, mask in sides):
-        return f"with no room for an answer in {max_len} tokens"
-    if sides[0] == sides[1]:
-        return f"with answers that are equal in {max_len} tokens"
+    both = np.arange(2)
+    if why := next((why for why, those in left_out(store, both[None], max_len).items() if those.any()), ""):
+        return why
+    sides = [(side.tokens.tolist(), side.mask.tolist()) for side in store.ends(both, max_len)]
     return sides, bool(store.lengths.max() > max_len)
 
 

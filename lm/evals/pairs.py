@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from lm.data.chat import preference_messages
 from lm.evals.examples import TIED, encode_pair, read_examples
-from lm.evals.rows import SHOWN, Measured, Row, Subject, last_turn, rounded, row_logp, row_scores
+from lm.evals.rows import SHOWN, Measured, Row, Subject, rounded, row_logp, row_scores
 from lm.experiment import Eval
 from lm.model.scorer import Scorer
 
@@ -69,12 +70,7 @@ def pair_accuracy(item: Eval, subject: Subject) -> Measured:
     found = read_examples(item, subject.tokenizer, subject.model.config.max_len)
     gaps, longer = _gaps(subject, [side for pair in found.encoded for side in pair])
     shown = [
-        {
-            "prompt": last_turn(row),
-            "chosen": text(row["chosen"]),
-            "rejected": text(row["rejected"]),
-            "margin": float(gap),
-        }
+        dict(zip(("prompt", "chosen", "rejected"), texts_of_pair(row), strict=True)) | {"margin": float(gap)}
         for row, gap in zip(found.rows[:SHOWN], gaps, strict=False)
     ]
     values = {"pair_accuracy": share_right(gaps), "margin": float(gaps.mean())}
@@ -95,9 +91,10 @@ def _rewards(subject: Subject, sides: list[Row], width: int) -> Float[np.ndarray
     return logp - (row_logp(subject.reference, sides, width) if subject.reference is not None else 0.0)
 
 
-def text(answer: str | list[dict]) -> str:
-    """An answer's words."""
-    return answer if isinstance(answer, str) else answer[-1]["content"]
+def texts_of_pair(row: dict[str, Any], where: str = "row") -> tuple[str, str, str]:
+    """What a pair asks last, and the words of its two answers."""
+    chosen, rejected = preference_messages(row, where)
+    return chosen[-2]["content"], chosen[-1]["content"], rejected[-1]["content"]
 
 
 def last_span(mask: list[int]) -> list[int]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lm.data.chat import is_tie
+from lm.data.layouts import canonical
 from lm.data.selection import select
-from lm.data.sources import load_rows, split_key
+from lm.data.sources import Rows, load_rows, split_key
 from lm.data.tokenizer import Tokenizer
-from lm.evals.pairs import Scored, score_pairs, share_right, text
+from lm.evals.pairs import Scored, score_pairs, share_right, texts_of_pair
 from lm.evals.preferences import Worth, prefers_shorter, worth
 from lm.evals.rows import Subject
 from lm.experiment import Preference, RewardModel, Source, Speechless, UserError, from_dict
@@ -59,7 +61,7 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
     """
     rows = load_rows(path)
     indices = range(len(rows)) if holdout is None else select(Source(path, holdout=holdout), "heldout")[1]
-    pairs = [rows[i] for i in indices]
+    pairs = [canonical(rows[i]) for i in indices]
     wheres = [rows.where(i) for i in indices]
     subjects = [_subject(run, stage) for run in runs]
     if len({subject.tokenizer.fingerprint for _, subject in subjects}) > 1:
@@ -74,7 +76,7 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
         longer, of = scored.longer, "these pairs themselves"
     else:
         train = select(Source(path, holdout=holdout), "train")[1]
-        longer, of = _lengths([rows[i] for i in train], subjects[0][1]), "the pairs not held out"
+        longer, of = _lengths(rows, train, subjects[0][1]), "the pairs not held out"
     name = subjects[0][0] if len(runs) == 1 else f"{len(runs)} reward models together"
     prompts = [split_key(row) for row in scored.rows]
     return Judged(
@@ -121,12 +123,12 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     return f"{run_dir}, {name} (implicit reward)", Subject(model, tokenizer, reference)
 
 
-def _lengths(rows: Sequence[dict[str, Any]], subject: Subject) -> np.ndarray:
+def _lengths(rows: Rows, indices: Sequence[int], subject: Subject) -> np.ndarray:
     """By how many tokens the chosen answer is longer, without looking at any score."""
     sizes = [
-        [len(subject.tokenizer.encode(text(row[side]))) for side in ("chosen", "rejected")]
-        for row in rows
-        if not row.get("tie")
+        [len(subject.tokenizer.encode(text)) for text in texts_of_pair(rows[i], rows.where(i))[1:]]
+        for i in indices
+        if not is_tie(rows[i], rows.where(i))
     ]
     chosen, rejected = np.array(sizes, np.float64).reshape(-1, 2).T
     return chosen - rejected
