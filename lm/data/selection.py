@@ -24,6 +24,10 @@ WITHHELD = "held out by another source"  # why rows are left out of training
 TOKENIZER_ROWS = 500  # generated rows that a tokenizer learns from
 
 
+class EmptySplit(UserError):
+    """A side of a source's split that is asked for has no row."""
+
+
 def select(source: Source, split: Split, elsewhere: Places = NOWHERE) -> tuple[Rows, Sequence[int]]:
     """The rows of a source and the indices of one side of its split. Raises UserError if that side is empty.
 
@@ -34,7 +38,7 @@ def select(source: Source, split: Split, elsewhere: Places = NOWHERE) -> tuple[R
     train, heldout = split_rows(rows, source.holdout, elsewhere)
     indices = heldout if split == "heldout" else train
     if not len(indices):
-        raise UserError(_why_empty(source, rows, split, withheld(source, rows, elsewhere)))
+        raise EmptySplit(_why_empty(source, rows, split, withheld(source, rows, elsewhere)))
     return rows, indices
 
 
@@ -113,6 +117,12 @@ def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list
             texts += [text for place in range(TOKENIZER_ROWS) for text in texts_of(rows[indices[place]])]
         else:
             texts += _evenly(rows, np.asarray(indices), share)
+    if not any(texts) and sources:
+        first = rows_of(next(iter(sources.values())))
+        found = ", ".join(map(str, first[0])) or "none"
+        raise UserError(
+            f"{first.where(0)}: no text to train a tokenizer or a model on; the columns found are {found:.200}"
+        )
     return texts
 
 

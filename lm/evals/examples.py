@@ -49,9 +49,9 @@ class Examples:
     def describe(self, item: Eval) -> str:
         """One line: how many examples are measured, of how many asked for, and what was passed over."""
         count = len(self.encoded)
-        line = f"evals.{item.name}: {count} {self.unit} held out of {item.source.path}"
-        if count < item.count:
-            line += f", fewer than the {item.count} of evals.{item.name}.count: it holds out no more"
+        asked = f"{count} of {item.count}" if count < item.count else f"{count}"
+        line = f"evals.{item.name}: {item.source.path}: {asked} held-out {self.unit}"
+        line += ", there are no more" if count < item.count else ""
         if self.left_out:
             line += f"; passed over: {', '.join(f'{number} {why}' for why, number in self.left_out.items())}"
         return line + (f"; {self.cut} lose the beginning of their prompt" if self.cut else "")
@@ -70,8 +70,7 @@ def read_examples(item: Eval, tokenizer: Tokenizer, max_len: int, talks: Collect
     if not found.encoded:
         reasons = ", ".join(f"{number} {why}" for why, number in found.left_out.items())
         raise UserError(
-            f"evals.{item.name}: nothing of what {item.source.path} holds out can be measured: {reasons} "
-            f"(evals.{item.name}.source.path names another file, holdout takes more rows)"
+            f"evals.{item.name}: {item.source.path}: not one of the held-out {found.unit} can be measured: {reasons}"
         )
     return found
 
@@ -218,7 +217,7 @@ def _missing(row: Mapping[str, Any], where: str, what: str) -> BadRow:
     return BadRow(f"{where}: {what}; the columns found are {found:.200}", COLUMNS)
 
 
-DOCUMENTS = "rows of tokens of documents"
+DOCUMENTS = "rows of tokens"
 TIED = "tied"
 READERS: dict[str, Callable[[Eval, Tokenizer, int, bool], Examples]] = {
     "bits_per_byte": _bits,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lm.data.selection import EmptySplit
 from lm.data.tokenizer import Tokenizer
 from lm.evals.examples import read_examples, talks_of
 from lm.evals.heldout import measure
@@ -192,11 +193,22 @@ def check_evals(experiment: Experiment, tokenizer: Tokenizer) -> list[str]:
                 f"prompts.{number} has {size} tokens; model.max_len {max_len} less {max_len - room} for the answer leaves "
                 f"{room}: shorten the prompt, or raise model.max_len"
             )
-    return [
-        read_examples(item, tokenizer, max_len, talks).describe(item)
-        for item in experiment.evals
-        if not not_there(item)
-    ]
+    lines = []
+    for item in experiment.evals:
+        if not not_there(item):
+            try:
+                lines.append(read_examples(item, tokenizer, max_len, talks).describe(item))
+            except EmptySplit as error:
+                raise UserError(f"evals.{item.name}: {error}: --{_field(experiment, item)}.holdout") from error
+    return lines
+
+
+def _field(experiment: Experiment, item: Eval) -> str:
+    """Where the source of an eval is named: by the stage whose source the eval reads too, else by the eval itself."""
+    of_stages = {
+        source: f"{stage.name}.sources.{i}" for stage in experiment.stages for i, source in enumerate(stage.sources)
+    }
+    return of_stages.get(item.source, f"evals.{item.name}.source")
 
 
 def _answer_tokens(max_len: int) -> int:

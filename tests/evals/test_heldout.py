@@ -71,7 +71,8 @@ def test_a_conversation_that_does_not_fit_is_not_counted(tmp_path, tokenizer, cl
     )
     assert both.count == 1
     with pytest.raises(
-        UserError, match=r"evals\.it: nothing .* can be measured: 1 longer than the 64 tokens of model\.max_len"
+        UserError,
+        match=r"evals\.it: .*: not one of the held-out conversations can be measured: 1 longer than the 64 tokens of model\.max_len",
     ):
         measure(item(tmp_path, [{"messages": long}], metric="bits_per_byte"), Subject(clueless, tokenizer))
 
