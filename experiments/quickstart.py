@@ -39,6 +39,7 @@ experiment = Experiment(
             seq_len=256,
             optimizer=Optimizer(kind="muon", peak_lr=4e-3, schedule="wsd", warmup_steps=50, decay_frac=0.3),
             save_every=300,
+            keep_moments=False,
         ),
         Stage(
             name="sft",
@@ -51,6 +52,7 @@ experiment = Experiment(
             eval_every=1000,
             evals=("instruct",),
             save_every=500,
+            keep_moments=False,
         ),
         Stage(
             name="preference",
@@ -61,6 +63,7 @@ experiment = Experiment(
             seq_len=96,
             optimizer=Optimizer(peak_lr=4e-5, warmup_steps=10, weight_decay=0.0),
             save_every=50,
+            keep_moments=False,
         ),
         Stage(
             name="reason",
@@ -74,6 +77,7 @@ experiment = Experiment(
             eval_every=16,
             evals=("reasoning",),
             save_every=16,
+            keep_moments=False,
         ),
     ),
     evals=(

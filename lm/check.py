@@ -15,6 +15,7 @@ from lm.experiment import (
     Eval,
     Experiment,
     Model,
+    Optimizer,
     Preference,
     RewardModel,
     Source,
@@ -112,8 +113,8 @@ def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
 
 
 def _check_schedule(stage: Stage) -> None:
-    """The warm-up, and the decay of wsd after it, fit into the stage's updates."""
-    if isinstance(stage.objective, Collect):
+    """The warm-up, and the decay of wsd after it, fit into the stage's updates; a short run may end within the default one."""
+    if isinstance(stage.objective, Collect) or stage.optimizer.warmup_steps == Optimizer().warmup_steps:
         return
     o, updates = stage.optimizer, stage.steps * updates_per_step(stage)
     whose = f"the updates of {stage.name}.steps {stage.steps}"

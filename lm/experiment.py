@@ -304,20 +304,14 @@ class Stage:
     )
     save_every: int = knob(100, "steps between checkpoints", least=1, most=10**9, affects_training=False)
     start: str = knob("", "stage whose model this one starts from; empty: the language model before it")
-    keep_last: int = knob(
-        2,
-        "newest checkpoints kept while the stage trains; of a finished stage its last",
-        least=1,
-        most=10**6,
-        affects_training=False,
-    )
+    keep_last: int = knob(2, "newest checkpoints kept", least=1, most=10**6, affects_training=False)
     keep_every: int = knob(
         0, "checkpoints of every so many steps are kept for good; 0: none", least=0, most=10**9, affects_training=False
     )
-    keep_moments: Literal["auto", "yes", "no"] = knob(
-        "auto",
-        "whether the last checkpoint of a finished stage keeps the optimizer's moments, without which no steps can be added; "
-        "auto: where optimizer.schedule is constant",
+    keep_moments: bool = knob(
+        True,
+        "keep the optimizer's moments (of ppo also the critic) when the stage is finished: without them its last checkpoint "
+        "and those of keep_every have the model alone, the others are removed, and no steps can be added",
         affects_training=False,
     )
 

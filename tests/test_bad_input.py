@@ -182,21 +182,26 @@ def flip_a_bit(checkpoint) -> str:
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    return f"{largest.name} does not match its checksum: passed over, trying the checkpoint before it"
+    return f"{largest.name} does not match its checksum"
 
 
 def cut_it_short(checkpoint) -> str:
     (checkpoint / "manifest.json").unlink()
-    return f"{checkpoint.name} was not finished when its run stopped: passed over"
+    return f"{checkpoint.name}"
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_it_short])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(work, capsys, damage):
+def test_a_finished_stage_is_read_at_its_last_step_and_another_at_its_newest_sound_one(work, capsys, damage):
     assert main(list(run("--until", "pretrain", "--pretrain.save_every", "1"))) == 0
     told = damage(RunFolder(work / "out").checkpoints("pretrain") / "00000004")
-    capsys.readouterr()
-    assert main(["sample", "out", "--prompt", "the", "--max-new-tokens", "2"]) == 0
-    assert told in "".join(capsys.readouterr())
+    sample = ("sample", "out", "--prompt", "the", "--max-new-tokens", "2")
+    said = refused(capsys, *sample)
+    assert told in said and "last checkpoint of a finished stage" in said and "trains that stage again" in said
+    assert told in refused(capsys, "run", "bad.py", "--run-dir", "out", "--pretrain.save_every", "1")
+    RunFolder(work / "out").summary("pretrain").unlink()  # as if it had been killed before its end
+    assert main(list(sample)) == 0
+    said = "".join(capsys.readouterr())
+    assert told in said and "passed over" in said
     assert "leaves 62: shorten it" in refused(capsys, "sample", "out", "--prompt", "the " * 90, "--max-new-tokens", "2")
 
 

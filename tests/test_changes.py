@@ -62,7 +62,7 @@ def test_a_key_does_not_depend_on_fields_at_their_defaults():
 @pytest.mark.parametrize(
     "changed",
     [
-        with_stage(0, save_every=7, eval_every=5, evals=("x",), keep_last=1, keep_every=10, keep_moments="yes"),
+        with_stage(0, save_every=7, eval_every=5, evals=("x",), keep_last=1, keep_every=10, keep_moments=False),
         plain(dataclasses.replace(PLAN, prompts=("Why?",), evals=(Eval("x", DATA),), name="other")),
         plain(dataclasses.replace(PLAN, mesh=dataclasses.replace(PLAN.mesh, data=1, fsdp=2))),
     ],

@@ -76,7 +76,12 @@ def find_stage(run_dir: Path, name: str | None) -> str:
     check_stage(name, names, str(run_dir))
     speaks = [stage["name"] for stage in plan["stages"] if stage["objective"]["kind"] not in SPEECHLESS]
     candidates = speaks if name is None else names
-    saved = [stage for stage in candidates if any((run_dir / "stages" / stage / "checkpoints").glob("*"))]
+    folders = {stage: run_dir / "stages" / stage for stage in candidates}
+    saved = [
+        stage
+        for stage, folder in folders.items()
+        if (folder / "summary.json").exists() or any(folder.glob("checkpoints/*"))
+    ]
     if not saved:
         raise UserError(f"{run_dir} has no checkpoint yet in stages/*/checkpoints: train it with `lm run` first")
     if name is not None and name not in saved:

@@ -48,6 +48,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with other data, tokenizer, collected files or versions than the run began with",
+    )
+    parser.add_argument(
         "--no-report", action="store_true", help="leave report.html to `lm report`, which saves seconds"
     )
     parser.add_argument(
@@ -102,6 +107,7 @@ def call(arguments: argparse.Namespace) -> int:
                 experiment,
                 run_dir,
                 fresh=arguments.fresh,
+                accept=arguments.accept_changes,
                 until=arguments.until,
                 profile=profile,
                 watchdog=watchdog or None,

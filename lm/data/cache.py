@@ -1,7 +1,8 @@
 """Work on data that is done once: folders of arrays, found by what they are made of, shared by runs and by hosts.
 
-An entry is made in a draft folder and renamed when it is whole, its manifest of sizes and checksums written last: a
-kill at any moment leaves no entry that counts. One process makes an entry while the others wait for it; its lock
+An entry is made in a draft folder and renamed when it is whole, its sealed manifest of sizes and checksums written last: a
+kill at any moment leaves no entry that counts. Its content is held against the checksums when a process opens it first, so
+that a bit that has rotted is found; one that is damaged is made anew. One process makes an entry while the others wait for it; its lock
 carries a heartbeat. Should two make the same one after all, both make the same and one is kept: the lock saves work, and
 nothing depends on it.
 """
@@ -28,12 +29,13 @@ from typing import Any
 import numpy as np
 
 from lm.experiment import UserError
-from lm.stored import make_folder
+from lm.stored import make_folder, read_json, sealed, unsealed
 
-VERSION = 5  # of what is stored and of how a row becomes tokens: raise it when either changes
+VERSION = 6  # of what is stored and of how a row becomes tokens: raise it when either changes
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 30.0  # a lock whose heartbeat has stood still for so long belongs to nobody
 LOOK_SECONDS = 0.1
+ABANDONED_SECONDS = 86_400.0
 SETTLED_SECONDS = 2.0  # a file written later than this may change again without a new time of change
 MAPPED = 512  # files mapped at the same time; each takes a file descriptor
 MANIFEST = "manifest.json"
@@ -125,8 +127,9 @@ class Writer:
                 size = stream.tell()
                 dtype, shape = self._kinds[name]
                 files[name] = {"dtype": dtype, "shape": shape, "bytes": size, "sha256": self._hashes[name].hexdigest()}
+            content = json.loads(json.dumps({"version": VERSION, "made_of": made_of, "files": files}))
             with (self._folder / MANIFEST).open("w", encoding="utf-8") as manifest:
-                json.dump({"version": VERSION, "made_of": made_of, "files": files}, manifest, indent=1)
+                json.dump(sealed(content), manifest, indent=1)
                 manifest.flush()
                 os.fsync(manifest.fileno())
         return files
@@ -155,7 +158,7 @@ class Cache:
         while True:
             if (found := self._open(folder)) is not None:
                 return found
-            draft = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.draft")
+            draft = _draft(folder)
             if not self._claim(lock, draft):
                 _wait(lock, label)
                 continue
@@ -165,14 +168,14 @@ class Cache:
                 return self._build(folder, draft, made_of, build)
 
     def digest(self, file: Path) -> str:
-        """sha256 of a file's content. A file whose size, time of change and inode are known is not read again."""
+        """sha256 of a file's content. A file whose size, times of change and inode are known is not read again."""
         file = file.absolute()
         known, now = self._known(file), _stamp(file)
         if known is not None and known[:-1] == now:
             return known[-1]
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if time.time() - now[1] / 1e9 > SETTLED_SECONDS and _stamp(file) == now:
+        if time.time() - max(now[1], now[2]) / 1e9 > SETTLED_SECONDS and _stamp(file) == now:
             with contextlib.suppress(UserError):  # a cache that may only be read: the file is read again next time
                 self._remember(file, found)
         return found
@@ -190,29 +193,31 @@ class Cache:
 
     def _open(self, folder: Path) -> Entry | None:
         """The entry if it is there and sound. One that is damaged is told and set aside."""
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        except FileNotFoundError:
+        if not folder.exists():
             return None
-        except ValueError:
-            manifest = {"files": {MANIFEST: {"bytes": -1}}}  # as one whose size is wrong
-        if damage := self._damage(folder, manifest["files"]):
-            print(f"lm: {folder / damage} is damaged: it is made anew", file=sys.stderr, flush=True)
-            aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.draft")
-            with self.writing():
-                folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-            _mapped.cache_clear()  # it may have been mapped before
-            return None
-        return Entry(folder, manifest["files"])
-
-    def _damage(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-        """The first file of an entry that is not what it was when it was written."""
-        for name, file in files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != file["bytes"] or self.digest(path) != file["sha256"]:
-                return name
+        damage, files = _damage(folder)
+        if not damage:
+            return Entry(folder, files)
+        print(f"lm: {folder / damage} is damaged: it is made anew", file=sys.stderr, flush=True)
+        aside = _draft(folder)
+        with self.writing():
+            folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        _mapped.cache_clear()  # it may have been mapped before
         return None
+
+    def sweep(self) -> None:
+        """Remove drafts and locks of processes of this host that have ended, and drafts that nobody has touched for a day."""
+        for lock in self.folder.glob("*.lock"):
+            owner = _owner(lock)
+            if _is_dead(owner):
+                lock.unlink(missing_ok=True)
+                if isinstance(owner.get("draft"), str):
+                    shutil.rmtree(self.folder / Path(owner["draft"]).name, ignore_errors=True)
+        for draft in [*self.folder.glob("*.draft"), *self.folder.glob("checksums/*.draft")]:
+            if _is_abandoned(draft):
+                with contextlib.suppress(OSError):  # of somebody else: theirs to remove
+                    shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
     def _build(self, folder: Path, draft: Path, made_of: Mapping[str, Any], build: Callable[[Writer], None]) -> Entry:
         with self.writing():
@@ -230,8 +235,7 @@ class Cache:
         finally:
             writer.close()
             shutil.rmtree(draft, ignore_errors=True)  # gone already where all went well
-        for name, file in files.items():
-            self._remember(folder / name, file["sha256"])
+        _verified[folder] = _stamps(folder, files)
         return Entry(folder, files)
 
     def _claim(self, lock: Path, draft: Path) -> bool:
@@ -273,19 +277,79 @@ class Cache:
         return self.folder / "checksums" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:40]}.json"
 
     def _known(self, file: Path) -> list[Any] | None:
-        """[size, time of change, inode, sha256] as it was recorded."""
+        """[size, times of change, inode, sha256] as it was recorded."""
         try:
-            return json.loads(self._record(file).read_text("utf-8"))[1:]
-        except (FileNotFoundError, ValueError):
+            record = json.loads(self._record(file).read_text("utf-8"))
+            return record["of"][1:] if unsealed(record) is not None else None
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
             return None
 
     def _remember(self, file: Path, digest: str) -> None:
         record = self._record(file)
-        draft = record.with_name(f"{record.name}.{secrets.token_hex(4)}.draft")
+        draft = _draft(record)
         with self.writing():
             record.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps([str(file), *_stamp(file), digest]), "utf-8")
-            draft.rename(record)
+            try:
+                draft.write_text(json.dumps(sealed({"of": [str(file), *_stamp(file), digest]})), "utf-8")
+                draft.rename(record)
+            finally:
+                draft.unlink(missing_ok=True)
+
+
+_verified: dict[Path, list[list[int]]] = {}
+"""By the folder of an entry whose content this process has held against its checksums, the stamps of its files then."""
+
+
+def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
+    """(the first file of an entry that is not what it was when it was written, "" for none; what its manifest says)."""
+    try:
+        content = read_json(folder / MANIFEST)
+    except UserError:
+        return MANIFEST, {}
+    manifest = unsealed(content) if isinstance(content, dict) else None
+    if manifest is None:
+        return MANIFEST, {}
+    files = manifest["files"]
+    for name, file in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != file["bytes"]:
+            return name, files
+    stamps = _stamps(folder, files)
+    if _verified.get(folder) != stamps:
+        for name, file in files.items():
+            try:
+                with (folder / name).open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError:
+                found = ""
+            if found != file["sha256"]:
+                return name, files
+        _verified[folder] = stamps
+    return "", files
+
+
+def _stamps(folder: Path, files: Mapping[str, Any]) -> list[list[int]]:
+    return [_stamp(folder / name) for name in files]
+
+
+def _here() -> str:
+    """This process, in the name of a draft: its host, and its number there."""
+    return f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-{os.getpid()}"
+
+
+def _draft(path: Path) -> Path:
+    """A name beside the path that no other process has."""
+    return path.with_name(f"{path.name}.{_here()}.{secrets.token_hex(4)}.draft")
+
+
+def _is_abandoned(draft: Path) -> bool:
+    """Whether nobody writes a draft any more: its process, if its name has one of this host, has ended; or a day has passed."""
+    host, _, number = draft.suffixes[-3].removeprefix(".").partition("-") if len(draft.suffixes) > 2 else ("", "", "")
+    if f"{host}-{os.getpid()}" == _here() and number.isdecimal():
+        return _is_dead({"host": socket.gethostname(), "process": int(number)})
+    try:
+        return time.time() - draft.stat().st_mtime > ABANDONED_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _wait(lock: Path, label: str) -> None:
@@ -303,8 +367,8 @@ def _wait(lock: Path, label: str) -> None:
             last, since = beat, now
         if _is_dead(owner) or now - since > DEAD_SECONDS:
             lock.unlink(missing_ok=True)
-            if "draft" in owner:
-                shutil.rmtree(lock.with_name(owner["draft"]), ignore_errors=True)
+            if owner:
+                shutil.rmtree(lock.with_name(Path(owner["draft"]).name), ignore_errors=True)
             return
         if not told and now - began > 1:
             told = True
@@ -314,11 +378,13 @@ def _wait(lock: Path, label: str) -> None:
 
 
 def _owner(lock: Path) -> dict[str, Any]:
-    """Who holds a lock; {} where it is free, or has just been taken."""
+    """Who holds a lock; {} where it is free, has just been taken, or does not say."""
     try:
-        return json.loads(lock.read_text("utf-8") or "{}")
-    except FileNotFoundError:
+        owner = json.loads(lock.read_text("utf-8") or "{}")
+    except (OSError, ValueError, RecursionError):
         return {}
+    whole = isinstance(owner, dict) and isinstance(owner.get("process"), int) and isinstance(owner.get("draft"), str)
+    return owner if whole else {}
 
 
 def _is_dead(owner: Mapping[str, Any]) -> bool:
@@ -329,11 +395,11 @@ def _is_dead(owner: Mapping[str, Any]) -> bool:
         os.kill(owner["process"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # somebody else's, and alive
+    except (PermissionError, OverflowError):  # somebody else's, and alive; or no number of a process
         return False
     return False
 
 
 def _stamp(file: Path) -> list[int]:
     stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from lm.data.packing import left_pad
 from lm.evals.examples import read_examples
-from lm.evals.rows import ROWS, SHOWN, Measured, Subject, last_turn, mean_of, rounded
+from lm.evals.rows import ROWS, SHOWN, Measured, Subject, between_batches, last_turn, mean_of, rounded
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
@@ -139,6 +139,7 @@ def answers_of(item: Eval, subject: Subject, each: int = 1) -> list[Answered]:
     at_once = max(1, ROWS // each)
     found = []
     for start in range(0, len(kept), at_once):
+        between_batches()
         part = kept[start : start + at_once]
         filled = part + part[-1:] * (at_once - len(part))
         tokens, sizes = left_pad([prompts[i] for i in filled], width, tokenizer.pad_id)

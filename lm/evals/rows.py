@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,24 @@ from lm.types import Batch
 ROWS = 64  # rows in one forward pass or one batch of samples: bounds memory, and one shape compiles once
 SHOWN = 12  # examples kept for people to read
 
+_between: contextvars.ContextVar[Callable[[], None]] = contextvars.ContextVar("between batches")
+
 Row = tuple[list[int], list[int]]  # token ids, and for each 1 where it is to be predicted
+
+
+@contextlib.contextmanager
+def calling_between_batches(check: Callable[[], None]) -> Iterator[None]:
+    """Inside, every measurement calls `check` before each of its batches; what it raises ends the measurement."""
+    token = _between.set(check)
+    try:
+        yield
+    finally:
+        _between.reset(token)
+
+
+def between_batches() -> None:
+    """What `calling_between_batches` asked for."""
+    _between.get(lambda: None)()
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,7 @@ def row_scores(scorer: Scorer, rows: Sequence[Row], width: int) -> Float[np.ndar
 def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, Batch]]:
     """(how many rows are real, ROWS of them)."""
     for start in range(0, len(rows), ROWS):
+        between_batches()
         part = rows[start : start + ROWS]
         tokens, weights, segments = (np.zeros((ROWS, width), kind) for kind in (np.int32, np.float32, np.int32))
         for i, (ids, mask) in enumerate(part):

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ import numpy as np
 
 from lm.experiment import UserError
 from lm.parallel.distributed import as_first, first
-from lm.train.run_folder import write_json_atomic
+from lm.stored import read_json, sealed, unsealed, write_json_atomic
 
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"\d{8,}")
@@ -54,11 +54,16 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """The checkpoints in one folder; `keep` newest ones are kept. Every process of a run makes the same calls."""
+    """The checkpoints in one folder. Every process of a run makes the same calls.
 
-    def __init__(self, folder: Path | str, keep: int = 2) -> None:
+    Args:
+        keep: how many of the newest are kept.
+        keep_every: those of every so many steps are kept for good; 0: none.
+    """
+
+    def __init__(self, folder: Path | str, keep: int = 2, keep_every: int = 0) -> None:
         self.folder = Path(folder).absolute()
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._swept = False
@@ -108,36 +113,74 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def restore(self, abstract: dict[str, PyTree], warn: Callable[[str], None] = print) -> Restored | None:
+    def restore(
+        self,
+        abstract: dict[str, PyTree],
+        warn: Callable[[str], None] = print,
+        only: int | None = None,
+        optional: Collection[str] = (),
+    ) -> Restored | None:
         """The newest sound checkpoint, or None where none was ever finished.
 
         `abstract` names the items that are wanted, each a pytree of jax.ShapeDtypeStruct; arrays come back on the
         sharding that it carries (without one: on the first device), whatever they were saved from. Every unfinished or
-        damaged checkpoint that is passed over is told to `warn` in one line. Raises UserError where checkpoints exist
-        but none is sound, and where names, shapes or dtypes are not those of `abstract`.
+        damaged checkpoint that is passed over is told to `warn` in one line.
+
+        Args:
+            only: the step of the one checkpoint that will do, of a finished stage its last.
+            optional: items that may have been dropped; they are missing from what comes back.
+
+        Raises:
+            UserError: checkpoints exist but none is sound, or not the one of step `only`; names, shapes or dtypes are not
+                those of `abstract`.
         """
         self.wait()
-        step = as_first(lambda: self._newest_sound(warn))
+        step = as_first(lambda: self._newest_sound(warn) if only is None else self._sound_one(only))
         if step is None:
             return None
         path = self.folder / f"{step:08d}"
         manifest = _read_manifest(path)
-        wanted = {item: named_leaves(tree) for item, tree in abstract.items()}
+        there = [item for item in abstract if item in manifest["items"] or item not in optional]
+        wanted = {item: named_leaves(abstract[item]) for item in there}
         for item, named in wanted.items():
             _check_same(path, item, _signature(named), manifest["items"])
         ocp = _orbax()
         targets = {item: _nest({k: _target(v) for k, v in named.items()}) for item, named in wanted.items() if named}
         loaded = ocp.load_checkpointables(path, targets) if targets else {}
-        items = {item: _rebuild(tree, loaded.get(item, {})) for item, tree in abstract.items()}
+        items = {item: _rebuild(abstract[item], loaded.get(item, {})) for item in there}
         return Restored(manifest["step"], items, manifest["meta"])
+
+    def finish(self, step: int, items: Collection[str]) -> None:
+        """Keep of a finished stage the checkpoint of its last step and those that are kept for good, with these items.
+
+        Nothing is done where the last one is missing or its manifest damaged.
+        """
+        self.wait()
+        if not first() or not self.has(step, next(iter(items))):
+            return
+        for other in self.steps():
+            path = self.folder / f"{other:08d}"
+            if other == step or _for_good(other, self.keep_every):
+                _drop_items(path, items)
+            else:
+                _remove(path)
+        for name in _unfinished(self.folder):
+            _remove(self.folder / name)
+
+    def has(self, step: int, item: str) -> bool:
+        """Whether the checkpoint of that step is there and holds an item."""
+        try:
+            return item in _read_manifest(self.folder / f"{step:08d}")["items"]
+        except Damaged:
+            return False
 
     def _finish(self, path: Path, manifest: dict[str, Any], response: Any) -> None:
         """Behind the training loop: wait for orbax, seal the checkpoint, drop the ones that it replaces."""
         with self._guard(path):
             response.result()
             if first():
-                write_json_atomic(path / MANIFEST, _sealed({**manifest, "files": _checksums(path)}))
-                for step in _superseded(self.steps(), manifest["step"], self.keep):
+                write_json_atomic(path / MANIFEST, sealed({**manifest, "files": _checksums(path)}))
+                for step in _superseded(self.steps(), manifest["step"], self.keep, self.keep_every):
                     _remove(self.folder / f"{step:08d}")
 
     def _newest_sound(self, warn: Callable[[str], None]) -> int | None:
@@ -158,6 +201,17 @@ class Checkpoints:
                 "or remove it, and summary.json beside it if that is there, to train this stage again from its start"
             )
         return None
+
+    def _sound_one(self, step: int) -> int:
+        path = self.folder / f"{step:08d}"
+        again = f"put back a copy of it, or remove {self.folder.parent} and `lm run` trains that stage again"
+        if not (path / MANIFEST).exists():
+            raise UserError(f"{path}, the last checkpoint of a finished stage, is not there: {again}")
+        try:
+            _verify(path)
+        except Damaged as damage:
+            raise UserError(f"{damage}: this is the last checkpoint of a finished stage: {again}") from damage
+        return step
 
     def _sound(self, path: Path) -> bool:
         """Whether the checkpoint is there and verified, as the first process sees it."""
@@ -285,10 +339,31 @@ def _unfinished(folder: Path) -> list[str]:
     return steps + sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
 
 
-def _superseded(steps: list[int], saved: int, keep: int) -> list[int]:
+def _superseded(steps: list[int], saved: int, keep: int, keep_every: int = 0) -> list[int]:
     """Steps to drop after `saved`: all but the `keep` newest up to it, and later ones, which the run went back behind."""
-    kept = [step for step in steps if step <= saved][-keep:]
+    before = [step for step in steps if step <= saved]
+    kept = {*before[-keep:], *(step for step in before if _for_good(step, keep_every))}
     return [step for step in steps if step not in kept]
+
+
+def _for_good(step: int, keep_every: int) -> bool:
+    return keep_every > 0 and step % keep_every == 0
+
+
+def _drop_items(path: Path, items: Collection[str]) -> None:
+    """Only these items of a checkpoint; its manifest goes first, so that a kill at any moment leaves what is sound."""
+    try:
+        manifest = _read_manifest(path)
+    except Damaged:
+        return
+    kept = {name: value for name, value in manifest["items"].items() if name in items}
+    dropped = manifest["items"].keys() - kept.keys()
+    if dropped:
+        files = {name: seal for name, seal in manifest["files"].items() if name.split("/")[0] not in dropped}
+        write_json_atomic(path / MANIFEST, sealed({**manifest, "items": kept, "files": files}))
+    for part in path.iterdir():  # also of what a kill left half removed
+        if part.is_dir() and part.name not in kept:
+            shutil.rmtree(part)
 
 
 def _checksums(path: Path) -> dict[str, str]:
@@ -302,20 +377,16 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sealed(content: dict[str, Any]) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), **content}
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises Damaged if it is not, to the byte, what was written."""
     try:
-        content = json.loads((path / MANIFEST).read_text())
-        seal = content.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise Damaged(f"{path / MANIFEST} cannot be read ({error})") from error
-    if _sealed(content)["sha256"] != seal:
+        content = read_json(path / MANIFEST)
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    found = unsealed(content) if isinstance(content, dict) else None
+    if found is None:
         raise Damaged(f"{path / MANIFEST} does not match its own checksum")
-    return content
+    return found
 
 
 def _verify(path: Path) -> None:

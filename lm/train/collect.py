@@ -24,6 +24,7 @@ from lm.choices.pairs import Pair, make_task, text_of
 from lm.data.chat import as_messages, prompt_messages
 from lm.data.sources import load_rows
 from lm.experiment import Collect, UserError
+from lm.json_lines import JsonLines, read_json_lines, rewrite_json_lines
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer, num_params
 from lm.parallel.distributed import as_first, fetch, first, in_first, to_devices
@@ -36,10 +37,12 @@ from lm.train.goodput import Costs, reached
 from lm.train.loop import Interrupted, Run, summarise
 from lm.train.metrics import MetricsLog, Progress
 from lm.train.models import MADE_FILE
+from lm.train.resume import file_sha256
 from lm.train.watchdog import PATIENCE
 
 ANSWERS, LABELS = "answers.jsonl", "labels.jsonl"
 PEOPLE = "people"
+ANSWER_FIELDS = {"answers": list}
 
 Row = dict[str, Any]
 
@@ -62,7 +65,8 @@ def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Score
         sources = _sample(run, index, model, scorers, folder / ANSWERS, costs)
     in_first(lambda: MAKERS[o.make](folder, stage.name, o))
     report = in_first(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
-    summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs)
+    files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, MADE_FILE) if (folder / name).exists()}
+    summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs, files)
     if first():
         print(f"{stage.name}: {report}", flush=True)
 
@@ -85,8 +89,9 @@ def _sample(
                 raise Interrupted(f"{reason}: kept the answers of {step} of {stage.steps} steps of stage {stage.name}")
             run.watchdog.expect(f"step {step + 1} of stage {stage.name}", PATIENCE)
             rows, line, tokens = _answer(run, index, model, scorers, environment, step)
-            in_first(functools.partial(_append, path, rows))
+            # The metrics first: of a step whose answers are not there they are rewound.
             log.metrics({"step": step + 1, "time": costs.total()["seconds"], **line})
+            in_first(functools.partial(_append, path, rows))
             progress.update(step + 1, line, tokens)
     progress.close()
     return environment.feed.sources()
@@ -134,16 +139,23 @@ def _row(row: Row, answers: Sequence[str], scores: list[float] | None) -> Row:
 
 def _whole_steps(path: Path, batch_size: int) -> int:
     """How many steps' answers the file has; what is left of a step that was cut is taken away."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = sum(line.endswith(b"\n") for line in lines) // batch_size
-    if len(lines) != whole * batch_size:
-        path.write_bytes(b"".join(lines[: whole * batch_size]))
+    lines = [raw for raw, _ in read_json_lines(path, ANSWER_FIELDS)]
+    whole = len(lines) // batch_size
+    if path.exists():
+        rewrite_json_lines(path, lines[: whole * batch_size])
     return whole
 
 
 def _append(path: Path, rows: list[Row]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(row) + "\n" for row in rows))
+    file = JsonLines(path)
+    try:
+        file.append([json.dumps(row).encode() for row in rows])
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; put that right and run the same command again to go on"
+        ) from error
+    finally:
+        file.close()
 
 
 # ---- what is made of the answers -----------------------------------------------------------------------------------
@@ -200,7 +212,7 @@ def make_best(folder: Path, name: str, o: Collect) -> None:
 
 def _rows_of(path: Path) -> list[Row]:
     """The rows of a file of JSON lines that this stage wrote."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [row for _, row in read_json_lines(path, ANSWER_FIELDS)]
 
 
 MAKERS = {"pairs": make_pairs, "best": make_best}

@@ -66,18 +66,24 @@ class Evaluator:
         """
         evals, samples = (read_lines(log.folder / f"{kind}.jsonl") for kind in ("eval", "samples"))
         known = {line["eval"] for line in evals if line["when"] == "before"}
-        answered = any(line["when"] == "before" and line["kind"] == "prompt" for line in samples)
+        prompts = {line.get("prompt") for line in samples if line["when"] == "before" and line["kind"] == "prompt"}
+        answered = set(self.experiment.prompts) <= prompts
         start = start_of(self.experiment, index)
         if start is not None and not known:
             last = self.folder.stage_folder(self.experiment.stages[start].name)
-            for line in read_lines(last / "samples.jsonl"):
-                if line["when"] == "after" and line["kind"] != "rollout":
-                    log.sample(line | {"step": 0, "when": "before"})
-                    answered = True
-            for line in read_lines(last / "eval.jsonl"):
-                if line["when"] == "after" and (line["eval"] not in newly or "kl" in line):
-                    log.evaluation(line | {"step": 0, "when": "before"})
-                    known.add(line["eval"])
+            after = [line for line in read_lines(last / "eval.jsonl") if line["when"] == "after"]
+            after = [line for line in after if line["eval"] not in newly or "kl" in line]
+            known = {line["eval"] for line in after}
+            copied = [
+                line | {"step": 0, "when": "before"}
+                for line in read_lines(last / "samples.jsonl")
+                if line["when"] == "after" and (not answered if line["kind"] == "prompt" else line.get("eval") in known)
+            ]
+            log.samples(copied)
+            prompts |= {line.get("prompt") for line in copied if line["kind"] == "prompt"}
+            answered = set(self.experiment.prompts) <= prompts
+            for line in after:
+                log.evaluation(line | {"step": 0, "when": "before"})
         return sorted(known), answered
 
     def _sees_more(self, item: Eval) -> bool:
@@ -109,9 +115,9 @@ class Evaluator:
             self._log(log, *_lines(item, subject, step, when))
 
     def _log(self, log: MetricsLog, line: Line, examples: list[Line]) -> None:
+        """The examples first: the line of eval.jsonl says that the measurement is written whole."""
+        log.samples(examples)
         log.evaluation(line)
-        for example in examples:
-            log.sample(example)
 
     def lines(self, item: Eval, model: Transformer | Scorer, step: int, when: str) -> list[tuple[Line, list[Line]]]:
         """The line of eval.jsonl and those of samples.jsonl; none where there is nothing to measure or compare with yet.
@@ -154,10 +160,9 @@ class Evaluator:
         if not prompts or isinstance(model, Scorer):
             return
         room = _answer_tokens(self.experiment.model.max_len)
-        for prompt, answer in zip(
-            prompts, generate_text(model, self.tokenizer, prompts, max_new_tokens=room), strict=True
-        ):
-            log.sample(
+        answers = generate_text(model, self.tokenizer, prompts, max_new_tokens=room)
+        log.samples(
+            [
                 {
                     "kind": "prompt",
                     "step": step,
@@ -166,7 +171,9 @@ class Evaluator:
                     "answer": answer.text,
                     "eos": answer.eos,
                 }
-            )
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+        )
 
 
 def not_there(item: Eval) -> bool:

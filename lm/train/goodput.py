@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lm.experiment import UserError
 from lm.train.metrics import read_lines
-from lm.train.run_folder import read_json, write_json_atomic
+from lm.train.run_folder import read_sealed, write_sealed
 
 # What is not a step, each a number of seconds of the summary; `step_seconds` is the rest.
 PARTS = (
@@ -63,14 +64,16 @@ class Costs:
 
 def reached(folder: Path) -> float:
     """Seconds that earlier sessions are known to have spent on the stage in `folder`. Ask before its lines are rewound."""
-    kept = read_json(_file(folder))["seconds"] if _file(folder).exists() else 0.0
+    kept = read_sealed(_file(folder)).get("seconds", 0.0) if _file(folder).exists() else 0.0
+    if not isinstance(kept, int | float):
+        raise UserError(f"{_file(folder)} is damaged: its seconds are {kept!r}; remove it")
     return max([kept, *(line.get("time", 0.0) for line in read_lines(folder / "metrics.jsonl"))])
 
 
 def keep(folder: Path, seconds: float) -> None:
     """Write down what rewinding makes forget."""
     if seconds:
-        write_json_atomic(_file(folder), {"seconds": seconds})
+        write_sealed(_file(folder), {"seconds": seconds})
 
 
 def _file(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ from jaxtyping import PRNGKeyArray
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.tokenizer import Tokenizer
+from lm.evals.rows import calling_between_batches
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops, update_flops_per_token
 from lm.model.scorer import Scorer, policy_of
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
-from lm.parallel.distributed import first
+from lm.parallel.distributed import first, in_first
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import STEPS, Step, first_state, forward_only, trained
 from lm.train import goodput
@@ -36,7 +37,9 @@ from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
 from lm.train.profile import Trace
-from lm.train.run_folder import RunFolder, write_json_atomic
+from lm.train.provenance import package_versions
+from lm.train.resume import check_checkpoint
+from lm.train.run_folder import RunFolder, write_sealed
 from lm.train.signals import Stop
 from lm.train.stage_warnings import Warnings
 from lm.train.watchdog import PATIENCE, Watchdog
@@ -59,6 +62,11 @@ class Run:
     held_out: Places = field(
         default_factory=lambda: NOWHERE
     )  # keys that one source holds out and another could train on (`held_out_elsewhere`)
+    accept: bool = False  # go on with other data, tokenizer or versions than a checkpoint names
+
+
+class Stopped(Exception):
+    """A signal came while the run measured itself."""
 
 
 class Interrupted(Exception):
@@ -101,45 +109,80 @@ def train_stage(
     with (
         contextlib.closing(batches),
         MetricsLog(folder, listener(run.callbacks, stage.name)) as log,
-        Checkpoints(folder / "checkpoints") as checkpoints,
+        Checkpoints(folder / "checkpoints", stage.keep_last, stage.keep_every) as checkpoints,
     ):
         batches.prepare(model, folder, functools.partial(_before, run, stage))
-        state, start, meta = restore(state, checkpoints, run.mesh)
+        state, start, meta = restore(state, checkpoints, run.mesh, stage)
+        now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
+        check_checkpoint(f"stage {stage.name}", meta, now, run.accept)
         spent = goodput.reached(folder) if first() else 0.0
         if first():
             goodput.keep(folder, spent)
-        log.rewind(start)
-        loop = _Loop(run, stage, batches, log, checkpoints, meta, Costs(began, meta.get("costs", {}), spent))
+        in_first(lambda: log.rewind(start, functools.partial(_taken_again, stage, start)))
+        in_first(lambda: log.check_steps(start))
+        costs = Costs(began, meta.get("costs", {}), spent)
+        loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
         if due(stage, start):  # it may have been stopped before it measured what it saved
-            with loop.evaluating(start):
+            with loop.evaluating(start, start, state):
                 evaluator.during(index, policy_of(state.params), log, start)
         for done, current in loop.steps(state, start, step_fn):
             state = current
             if done == start + 1:  # after a first step, which shows within seconds that the run works
-                with loop.evaluating(0):
+                with loop.evaluating(0, done, state):
                     evaluator.before(index, model, log)
-                    if done == 1:
-                        batches.show(log, done)
             if due(stage, done):
-                with loop.evaluating(done):
+                with loop.evaluating(done, done, state):
                     evaluator.during(index, policy_of(state.params), log, done)
-                    batches.show(log, done)
-        with loop.evaluating(stage.steps):
+        with loop.evaluating(stage.steps, stage.steps, state):
+            if start == stage.steps:  # it may have been stopped in its only step
+                evaluator.before(index, model, log)
             evaluator.after(index, policy_of(state.params), log, model)
-            batches.show(log, stage.steps)
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
-    summarise(run.folder, stage, loop.tokens, num_params(state.params), batches.report, batches.sources, loop.costs)
+        summarise(run.folder, stage, loop.tokens, num_params(state.params), batches.report, batches.sources, loop.costs)
+        in_first(lambda: tidy(run.folder, stage))
 
 
 def summarise(
-    folder: RunFolder, stage: Stage, tokens: int, size: int, data: str, sources: list[dict[str, Any]], costs: Costs
+    folder: RunFolder,
+    stage: Stage,
+    tokens: int,
+    size: int,
+    data: str,
+    sources: list[dict[str, Any]],
+    costs: Costs,
+    files: dict[str, str | None] | None = None,
 ) -> None:
     """Write, last of all, what says that the stage is finished: steps, tokens, parameters, its costs, and its data, in words
-    and as the counts of each source (`Tally.to_json`)."""
+    and as the counts of each source (`Tally.to_json`).
+
+    Args:
+        files: SHA-256 of what the stage wrote for later ones, by name.
+    """
     if first():
-        counts = {"steps": stage.steps, "tokens": tokens, "num_params": size, "data": data, "sources": sources}
-        write_json_atomic(folder.summary(stage.name), counts | {"peak_memory_mb": peak_memory_mb()} | costs.total())
+        counts: dict[str, Any] = {"steps": stage.steps, "final_step": stage.steps, "tokens": tokens, "num_params": size}
+        counts |= {"data": data, "sources": sources}
+        more = {"files": files} if files else {}
+        content = counts | more | {"peak_memory_mb": peak_memory_mb()} | costs.total()
+        write_sealed(folder.summary(stage.name), content)
+
+
+def tidy(folder: RunFolder, stage: Stage) -> None:
+    """Drop what a finished stage does not keep: the optimizer's moments, and checkpoints that could only be gone on from.
+
+    A kill may have come before this: it is done again whenever the run goes on.
+    """
+    step, checkpoints = folder.final_step(stage.name), folder.checkpoints(stage.name)
+    if step is not None and checkpoints.is_dir() and not stage.keep_moments:
+        with Checkpoints(checkpoints, stage.keep_last, stage.keep_every) as found:
+            found.finish(step, ("params",))
+
+
+def _taken_again(stage: Stage, start: int, kind: str, line: dict[str, Any]) -> bool:
+    """Whether a line is of a measurement that is taken again when a stage goes on from step `start`."""
+    if kind not in ("eval", "samples") or line.get("kind") == "rollout":
+        return False
+    return line["when"] == "after" or (line["when"] == "during" and line["step"] == start and due(stage, start))
 
 
 def _before(run: Run, stage: Stage, what: str) -> None:
@@ -164,11 +207,13 @@ class _Loop:
         batches: Batches,
         log: MetricsLog,
         checkpoints: Checkpoints,
-        meta: dict[str, Any],
+        tokens: int,
+        now: dict[str, Any],
         costs: Costs,
     ):
         self.run, self.stage, self.batches, self.log, self.checkpoints = run, stage, batches, log, checkpoints
-        self.costs, self.tokens = costs, int(meta.get("tokens", 0))
+        self.costs, self.tokens, self.now = costs, int(tokens), now
+        self.pending: Pending | None = None
         self.updates = updates_per_step(stage)
         self.rate = schedule(stage.optimizer, stage.steps * self.updates)
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
@@ -179,41 +224,58 @@ class _Loop:
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     @contextlib.contextmanager
-    def evaluating(self, step: int) -> Iterator[None]:
-        """Inside, the run measures itself: for that it takes its time, which is accounted."""
+    def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
+        """Inside, the run measures itself: for that it takes its time, which is accounted.
+
+        A signal ends it between two batches: the state after step `done` is saved at once, and what was measured of `step`
+        is measured again when the run goes on.
+        """
         what = f"the evaluation after step {step} of stage {self.stage.name}"
-        with self.costs.of("eval_seconds"), self.run.watchdog.patiently(what):
-            yield
+
+        def check() -> None:
+            if reason := self.run.stop.now():
+                raise Stopped(reason)
+
+        try:
+            with self.costs.of("eval_seconds"), self.run.watchdog.patiently(what), calling_between_batches(check):
+                yield
+        except Stopped as stopped:
+            if self.pending is not None:
+                self._report(self.pending)
+            self._save(state, done)
+            self._interrupt(str(stopped), done)
 
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
         """(steps done, state) after each step from `start`; saves where it should, and when a signal came."""
         self.progress = Progress(self.stage.name, self.stage.steps, start)
         folder = self.run.folder.stage_folder(self.stage.name)
         self.warnings = Warnings(self.run.experiment, self.stage, folder, self.log, self.progress.say)
-        pending: Pending | None = None
         try:
             for step in range(start, self.stage.steps):
                 self.trace.before(step + 1)
-                if pending is None:
+                if self.pending is None:
                     self._expect(step + 1, PATIENCE if step == start else 1.0)
                 state, latest = self._step(state, step, step_fn, new=step == start)
                 self.trace.after(step + 1, latest.metrics)
-                if pending is not None:
-                    self._report(pending)
+                if self.pending is not None:
+                    self._report(self.pending)
                     self._expect(latest.step)
-                pending, stopping = latest, self.run.stop.now()
+                self.pending, stopping = latest, self.run.stop.now()
+                if latest.step in (1, self.stage.steps) or due(self.stage, latest.step):
+                    self.batches.show(self.log, latest.step)  # before it is saved: a step that is not made again has it
                 if latest.step % self.stage.save_every == 0 or latest.step == self.stage.steps or stopping:
                     self._report(latest)  # raises where the state is not finite: such a one is never saved
-                    pending = None
                     self._save(state, latest.step)
                 if stopping:
-                    self.checkpoints.wait()
-                    where = f"step {latest.step} of {self.stage.steps} of stage {self.stage.name}"
-                    raise Interrupted(f"{stopping}: saved at {where}")
+                    self._interrupt(stopping, latest.step)
                 yield latest.step, state
         finally:
             self.trace.close()
             self.progress.close()
+
+    def _interrupt(self, reason: str, step: int) -> NoReturn:
+        self.checkpoints.wait()
+        raise Interrupted(f"{reason}: saved at step {step} of {self.stage.steps} of stage {self.stage.name}")
 
     def _expect(self, step: int, patience: float = 1.0) -> None:
         self.run.watchdog.expect(f"step {step} of stage {self.stage.name}", patience)
@@ -235,7 +297,9 @@ class _Loop:
 
     def _save(self, state: TrainState, step: int) -> None:
         with self.costs.of("save_seconds"):
-            meta = {"costs": self.costs.total(), "tokens": self.tokens}
+            if first():
+                self.log.sync()
+            meta = {"costs": self.costs.total(), "tokens": self.tokens, **self.now}
             self.checkpoints.save(step, saved_of(state), meta)
 
     def _report(self, pending: Pending) -> None:
@@ -243,6 +307,8 @@ class _Loop:
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
         tokens = sum(map(int, jax.device_get(pending.tokens)))
         self.tokens += tokens
+        if self.pending is pending:
+            self.pending = None
         line: dict[str, Any] = {"step": pending.step, "time": self.costs.total()["seconds"]}
         line["lr"] = float(self.rate(pending.step * self.updates - 1))
         line["tokens_per_second"] = self.progress.rate(pending.step, tokens)
@@ -291,20 +357,34 @@ def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any,
     )
 
 
-def restore(state: TrainState, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, int, dict[str, Any]]:
+def restore(
+    state: TrainState, checkpoints: Checkpoints, mesh: Mesh, stage: Stage
+) -> tuple[TrainState, int, dict[str, Any]]:
     """The newest sound checkpoint's state, its step and notes; the state as it is where there is none.
 
-    `frozen` is not in checkpoints: it is the model that entered the stage, which the stage before has saved.
+    `frozen` is not in checkpoints: it is the model that entered the stage, which the stage before has saved. At the
+    stage's last step only the model is needed, of which nothing but a measurement is left to make.
+
+    Raises:
+        UserError: steps are left, and the checkpoint has no optimizer's moments.
     """
     wanted = saved_of(state)
-    found = checkpoints.restore({k: abstract(jax.eval_shape(lambda x: x, tree), mesh) for k, tree in wanted.items()})
+    shapes = {k: abstract(jax.eval_shape(lambda x: x, tree), mesh) for k, tree in wanted.items()}
+    found = checkpoints.restore(shapes, optional=("opt_state", "critic"))
     if found is None:
         return state, 0, {}
+    items = wanted | found.items
+    if len(found.items) < len(wanted) and found.step < stage.steps:
+        raise UserError(
+            f"stage {stage.name} cannot go on from step {found.step}: its checkpoint has lost "
+            f"{', '.join(sorted(wanted.keys() - found.items.keys()))} when the stage was finished ({stage.name}.keep_moments); "
+            f"remove {checkpoints.folder.parent} to train it from its start"
+        )
     # The optimizer counts updates; a step may have had several.
-    params = found.items["params"]
-    if "critic" in found.items:
-        params = {"policy": params, "critic": found.items["critic"]}
-    state = TrainState(jnp.int32(found.step), params, found.items["opt_state"], state.frozen)
+    params = items["params"]
+    if "critic" in items:
+        params = {"policy": params, "critic": items["critic"]}
+    state = TrainState(jnp.int32(found.step), params, items["opt_state"], state.frozen)
     return state, found.step, found.meta
 
 

@@ -10,13 +10,20 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm.experiment import UserError
+from lm.json_lines import JsonLines, checksums, read_json_lines, rewrite_json_lines
 
 KINDS = ("metrics", "eval", "samples", "warnings")
+FIELDS: dict[str, dict[str, type]] = {
+    "metrics": {"step": int},
+    "eval": {"step": int, "when": str, "eval": str},
+    "samples": {"step": int, "when": str, "kind": str},
+    "warnings": {"step": int, "kind": str, "text": str},
+}
 PLAIN_EVERY_SECONDS = 10.0
 PACE_STEPS = 20
 SHOWN = ("loss", "reward", "reward_accuracy")
@@ -25,7 +32,8 @@ SHOWN = ("loss", "reward", "reward_accuracy")
 class MetricsLog:
     """The JSON-lines files of a stage's folder, and TensorBoard's scalars in its `tensorboard/`.
 
-    A line is one write, so a kill leaves at most the last one cut; it is dropped when the file is opened again.
+    Lines that belong together are one write, so a kill leaves at most the last one cut; it is dropped when the file is
+    opened again. Every line has a checksum in a file beside it (`lm/json_lines.py`).
     Only process 0 writes; in the others nothing touches the disk.
     """
 
@@ -34,41 +42,70 @@ class MetricsLog:
         self.folder = Path(folder)
         self.listener = listener
         self.active = _first_process()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, JsonLines] = {}
         self._tensorboard: Any = None
         self._purge_from: int | None = None
 
     def metrics(self, line: dict[str, Any]) -> None:
         """{"step": …, "time": …, "loss": …, …}: every number but the step becomes a curve."""
-        self._write("metrics", line)
+        self._write("metrics", [line])
         self._scalars("train", line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """{"step": …, "when": …, "eval": NAME, …}: every number but the step becomes a curve of NAME."""
-        self._write("eval", line)
+        self._write("eval", [line])
         self._scalars(f"eval/{line['eval']}", line)
 
     def sample(self, line: dict[str, Any]) -> None:
-        """{"kind": …, "step": …, "when": …, …}."""
-        self._write("samples", line)
+        """One of `samples`."""
+        self.samples([line])
 
     def warning(self, line: dict[str, Any]) -> None:
         """{"step": …, "kind": …, "text": …}: what people should know of the stage."""
-        self._write("warnings", line)
+        self._write("warnings", [line])
 
-    def rewind(self, step: int) -> None:
-        """Forget every line of a later step: the run goes on from `step`. Call it before the first line is written."""
+    def samples(self, lines: Sequence[dict[str, Any]]) -> None:
+        """{"kind": …, "step": …, "when": …, …} each, in one piece: a kill leaves all of them or none."""
+        self._write("samples", lines)
+
+    def rewind(self, step: int, again: Callable[[str, dict[str, Any]], bool] = lambda kind, line: False) -> None:
+        """Forget every line of a later step: the run goes on from `step`. Call it before the first line is written.
+
+        Args:
+            again: whether a line of (kind, line) of an earlier step is forgotten too, since it will be written again.
+
+        Raises:
+            UserError: a file is damaged.
+        """
         if not self.active:
             return
         self.close()
         self._purge_from = step + 1
         for kind in KINDS:
             file = self._path(kind)
-            if file.exists():
-                kept = [raw for raw, line in _parse(file) if line["step"] <= step]
-                temporary = file.with_name(file.name + ".tmp")
-                temporary.write_bytes(b"".join(raw + b"\n" for raw in kept))
-                temporary.replace(file)
+            if file.exists() or checksums(file).exists():
+                lines = read_json_lines(file, FIELDS[kind])
+                kept = [raw for raw, line in lines if line["step"] <= step and not again(kind, line)]
+                if len(kept) != len(lines) or not checksums(file).exists() or not file.read_bytes().endswith(b"\n"):
+                    rewrite_json_lines(file, kept)
+
+    def check_steps(self, step: int) -> None:
+        """Raises UserError unless the metrics are those of steps 1 … `step`, each once."""
+        if not self.active:
+            return
+        file = self._path("metrics")
+        found = [line["step"] for line in read_lines(file)]
+        wrong = next((n for n, has in enumerate(found, start=1) if n != has), len(found) + 1)
+        if found != list(range(1, step + 1)):
+            raise UserError(
+                f"{file} should have a line of each step from 1 to {step}, which the checkpoint is of; that of step {wrong} is "
+                f"missing: put back a copy of the file, or remove {self.folder} to train the stage again"
+            )
+
+    def sync(self) -> None:
+        """Wait until the disk has every line."""
+        for file in self._files.values():
+            file.sync()
 
     def close(self) -> None:
         for stream in self._files.values():
@@ -87,22 +124,21 @@ class MetricsLog:
     def _path(self, kind: str) -> Path:
         return self.folder / f"{kind}.jsonl"
 
-    def _write(self, kind: str, line: dict[str, Any]) -> None:
-        if not self.active:
+    def _write(self, kind: str, lines: Sequence[dict[str, Any]]) -> None:
+        if not self.active or not lines:
             return
-        text = json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n"
+        texts = [json.dumps(plain(line), ensure_ascii=False, allow_nan=False) for line in lines]
         try:
             if kind not in self._files:
-                self._files[kind] = _open_at_line_end(self._path(kind))
-            rest = text.encode("utf-8", errors="replace")
-            while rest:  # a disk that is nearly full takes a part
-                rest = rest[self._files[kind].write(rest) :]
+                self._files[kind] = JsonLines(self._path(kind))
+            self._files[kind].append([text.encode("utf-8", errors="replace") for text in texts])
         except OSError as error:
             raise UserError(
                 f"{self._path(kind)} cannot be written: {error.strerror}; put that right and run the same command "
                 "again to go on from the last checkpoint"
             ) from error
-        self.listener(kind, plain(line))
+        for line in lines:
+            self.listener(kind, plain(line))
 
     def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
         if not self.active:
@@ -185,11 +221,11 @@ class Progress:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; none if there is no file. A cut last line is dropped.
+    """The lines of one of a stage's files; none if there is no file. A cut last line is dropped.
 
     Raises UserError with file and line number if another one is broken.
     """
-    return [line for _, line in _parse(path)] if path.exists() else []
+    return [line for _, line in read_json_lines(path, FIELDS.get(path.stem))]
 
 
 def plain(value: Any) -> Any:
@@ -215,27 +251,6 @@ def _first_process() -> bool:
     import jax  # not at the top: those who only read lines do without
 
     return jax.process_index() == 0
-
-
-def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(raw line, value); what follows the last newline is a line that was cut."""
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    for number, raw in enumerate(whole.split(b"\n") if whole else [], start=1):
-        try:
-            line = json.loads(raw)
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not valid JSON ({error}); remove that line") from error
-        if not isinstance(line, dict) or "step" not in line:
-            raise UserError(f"{path}:{number} is not an object with a step; remove that line")
-        yield raw, line
-
-
-def _open_at_line_end(path: Path) -> Any:
-    """Unbuffered, for appending, without the cut line that a kill may have left at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = path.open("ab", buffering=0)
-    stream.truncate(path.read_bytes().rfind(b"\n") + 1)
-    return stream
 
 
 def _rich_bar(label: str, total: int, start: int) -> tuple[Any, Any]:

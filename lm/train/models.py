@@ -28,7 +28,7 @@ from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
-from lm.train.checkpoint import Checkpoints
+from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
 
 MADE_FILE = "made.jsonl"  # in that stage's folder
@@ -74,16 +74,21 @@ def model_before(
 
 
 def load_model(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Transformer:
-    """The newest sound checkpoint of a stage that leaves a language model.
+    """The model that a stage left: of its last step where it is finished, else of its newest sound checkpoint.
 
     Raises:
-        UserError: the stage has none.
+        UserError: the stage has no checkpoint, or its last one is damaged.
     """
-    return _restored(jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size)), folder, mesh, stage)
+    return _load(experiment, folder, tokenizer, mesh, stage).items["params"]
+
+
+def _load(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Restored:
+    shape = jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size))
+    return _restored(shape, folder, tokenizer, mesh, stage)
 
 
 def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Scorer:
-    """The newest sound checkpoint of a reward model's stage.
+    """The reward model that a stage left: of its last step where it is finished, else of its newest sound checkpoint.
 
     Raises:
         UserError: there is no such stage, it is none of a reward model, or it has no checkpoint.
@@ -93,7 +98,7 @@ def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer,
     def make() -> Scorer:
         return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0), layers)
 
-    return _restored(jax.eval_shape(make), folder, mesh, stage)
+    return _restored(jax.eval_shape(make), folder, tokenizer, mesh, stage).items["params"]
 
 
 def scorers_for(
@@ -161,13 +166,27 @@ def scorers_before(
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 
-def _restored(shape: Any, folder: RunFolder, mesh: Mesh, stage: str) -> Any:
+def _restored(shape: Any, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Restored:
+    """A finished stage is read at its last step; one that is not, at its newest sound checkpoint."""
     wanted = abstract(shape, mesh)
-    with Checkpoints(folder.stage_folder(stage) / "checkpoints") as checkpoints:
-        found = checkpoints.restore({"params": wanted})
+    final = as_first(lambda: folder.final_step(stage))
+    with Checkpoints(folder.checkpoints(stage)) as checkpoints:
+        found = checkpoints.restore({"params": wanted}, only=final)
     if found is None:
         raise UserError(f"{folder.path} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
-    return found.items["params"]
+    check_tokenizer(found.meta, tokenizer, folder, stage)
+    return found
+
+
+def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, folder: RunFolder, stage: str) -> None:
+    """Raises UserError unless a checkpoint with these notes was trained with the tokenizer; older ones do not name it."""
+    theirs = meta.get("tokenizer", tokenizer.fingerprint)
+    accepted = folder.read_environment().get("began", {}).get("tokenizer")
+    if tokenizer.fingerprint not in (theirs, accepted):
+        raise UserError(
+            f"{folder.tokenizer / FILE_NAME} is not the tokenizer that stage {stage} was trained with (SHA-256 "
+            f"{tokenizer.fingerprint[:16]}, then {theirs[:16]}): put back a copy of it"
+        )
 
 
 def check_until(experiment: Experiment, stage: str | None) -> int:
@@ -193,6 +212,7 @@ class Loaded:
     model: Transformer
     mesh: Mesh
     stage: str
+    step: int
 
 
 def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
@@ -208,11 +228,12 @@ def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
     tokenizer = Tokenizer.load(folder.tokenizer)
     speaks = [s.name for s in experiment.stages if not isinstance(s.objective, Speechless)]
     if stage is None:
-        trained = [name for name in speaks if Checkpoints(folder.checkpoints(name)).steps()]
+        trained = [name for name in speaks if folder.finished(name) or Checkpoints(folder.checkpoints(name)).steps()]
         if not trained:
             raise UserError(f"{run_dir} has no checkpoint yet: `lm run` trains it")
         stage = trained[-1]
     check_until(experiment, stage)
     if stage not in speaks:
         raise UserError(f"stage {stage} of {run_dir} leaves no language model; those that do are {', '.join(speaks)}")
-    return Loaded(experiment, tokenizer, load_model(experiment, folder, tokenizer, mesh, stage), mesh, stage)
+    found = _load(experiment, folder, tokenizer, mesh, stage)
+    return Loaded(experiment, tokenizer, found.items["params"], mesh, stage, found.step)

@@ -45,10 +45,15 @@ def environment(data_fingerprint: Any) -> dict[str, Any]:
             "count": jax.device_count(),
             "processes": jax.process_count(),
         },
-        "versions": {**{name: _version(name) for name in PACKAGES}, "lm": lm.__version__},
+        "versions": package_versions(),
         "git": git_state(Path(lm.__file__).parent) or git_state(Path.cwd()),
         "data_fingerprint": data_fingerprint,
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions of lm and of what it computes with, by name."""
+    return {**{name: _version(name) for name in PACKAGES}, "lm": lm.__version__}
 
 
 def record_environment(folder: RunFolder, data_fingerprint: Any, functions: dict[str, str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +23,7 @@ from lm.train.metrics import Progress
 from lm.types import Batch
 
 REFERENCE = "reference.npz"  # in a stage's folder
+SEAL_BYTES = 64
 Example = tuple[int, int]  # (source, number of the example in it)
 Known = dict[
     Example, list[Float32[np.ndarray, " N"]]
@@ -34,10 +37,11 @@ def known_of(
 
     Every process has all of it. `before` is called with what comes next, and may raise.
     """
-    if as_first(lambda: _readable(path, feed.fingerprint)):
+    fingerprint = f"{feed.fingerprint} of {stage.steps} steps"
+    if as_first(lambda: _readable(path, fingerprint)):
         return _read(path)
     known = _measure(feed, model, stage, place, before)
-    in_first(lambda: _write(path, feed.fingerprint, known))
+    in_first(lambda: _write(path, fingerprint, known))
     return known
 
 
@@ -79,31 +83,39 @@ def _logp(model: Transformer, batch: Batch) -> Float[Array, "B T"]:
 
 
 def _write(path: Path, fingerprint: str, known: Known) -> None:
-    """So that a kill at any moment leaves the whole file or none."""
+    """Sealed by its SHA-256 as the comment of the archive, and so that a kill at any moment leaves the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     rows = [row for one in known.values() for row in one]
-    with temporary.open("wb") as stream:
-        np.savez(
-            stream,
-            fingerprint=np.array(fingerprint),
-            examples=np.array(list(known), np.int64),
-            lengths=np.array([len(row) for row in rows], np.int64).reshape(len(known), -1),
-            logp=np.concatenate(rows),
-        )
+    stream = io.BytesIO()
+    np.savez(
+        stream,
+        fingerprint=np.array(fingerprint),
+        examples=np.array(list(known), np.int64),
+        lengths=np.array([len(row) for row in rows], np.int64).reshape(len(known), -1),
+        logp=np.concatenate(rows),
+    )
+    with zipfile.ZipFile(stream, "a") as archive:
+        archive.comment = bytes(SEAL_BYTES)
+    content = stream.getvalue()[:-SEAL_BYTES]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content + _seal(content))
     temporary.replace(path)
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _readable(path: Path, fingerprint: str) -> bool:
     """Whether the file is there, whole, and of the same data."""
     if not path.exists():
         return False
-    try:
-        with np.load(path) as arrays:
-            return str(arrays["fingerprint"]) == fingerprint and all(arrays[name].size for name in arrays.files)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
+    content = path.read_bytes()
+    if _seal(content[:-SEAL_BYTES]) != content[-SEAL_BYTES:]:
         print(f"{path} is damaged: the reference's log-probabilities are made anew", flush=True)
         return False
+    with np.load(path) as arrays:
+        return str(arrays["fingerprint"]) == fingerprint
 
 
 def _read(path: Path) -> Known:

@@ -107,8 +107,7 @@ class Rollouts(Batches):
         self.notes["sampler_gap"] = f"{told}: importance weights up to {o.sampler_cap:g} (sampler_cap) correct for it"
 
     def show(self, log: MetricsLog, step: int) -> None:
-        for line in _groups(self.latest, self.stage, step) if self.latest else ():
-            log.sample(line)
+        log.samples(list(_groups(self.latest, self.stage, step)) if self.latest else [])
 
     def close(self) -> None:
         """Nothing: a rollout needs the model of its step, and its prompts cost nothing beside it."""

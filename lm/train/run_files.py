@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from lm.changes import read_experiment
 from lm.experiment import UserError, from_dict, to_dict
+from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder, read_sealed
 
 Line = dict[str, Any]
@@ -76,7 +76,7 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
         metrics=_last_of_each(_numbers(folder / "metrics.jsonl"), "step"),
         evals=_last_of_each(_numbers(folder / "eval.jsonl"), "step", "when", "eval"),
         samples=_last_of_each(
-            _read_lines(folder / "samples.jsonl") if texts else [],
+            read_lines(folder / "samples.jsonl") if texts else [],
             "kind",
             "step",
             "when",
@@ -87,27 +87,13 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
         ),
         summary=read_sealed(summary) if summary.is_file() else None,
         checkpoints=tuple(sorted(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/manifest.json"))),
-        warnings=tuple(_last_of_each(_read_lines(folder / "warnings.jsonl"), "text")),
+        warnings=tuple(_last_of_each(read_lines(folder / "warnings.jsonl"), "text")),
     )
-
-
-def _read_lines(path: Path) -> list[Line]:
-    """The objects of a JSONL file; none where it is not there. A last line that is still being written is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    *whole, _unfinished = path.read_text("utf-8").split("\n")
-    for number, text in enumerate(whole, start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg}") from None
-    return lines
 
 
 def _numbers(path: Path) -> list[Line]:
     """Lines of measurements, in which null stands for what was not finite."""
-    return [{key: math.nan if value is None else value for key, value in line.items()} for line in _read_lines(path)]
+    return [{key: math.nan if value is None else value for key, value in line.items()} for line in read_lines(path)]
 
 
 def _last_of_each(lines: list[Line], *names: str) -> list[Line]:

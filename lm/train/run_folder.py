@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,20 @@ class RunFolder:
     def finished(self, stage: str) -> bool:
         """Whether the stage has run to its end: its summary is written last."""
         return self.summary(stage).exists()
+
+    def read_summary(self, stage: str) -> dict[str, Any]:
+        """What a finished stage wrote last of all. Raises UserError where the file is damaged."""
+        found = read_sealed(self.summary(stage))
+        if not isinstance(found.get("final_step", found.get("steps")), int):
+            raise UserError(f"{self.summary(stage)} is damaged: it does not say at which step the stage ended")
+        return found
+
+    def final_step(self, stage: str) -> int | None:
+        """The step at which a stage was finished, None where it is not. Raises UserError where its summary is damaged."""
+        if not self.finished(stage):
+            return None
+        found = self.read_summary(stage)
+        return found.get("final_step", found["steps"])
 
     def read_experiment(self) -> dict[str, Any]:
         """The plain value of the experiment that the folder belongs to.
@@ -125,6 +139,17 @@ class RunFolder:
                 shutil.rmtree(self.tokenizer, ignore_errors=True)
             self._replace_experiment(there, experiment)
         return begun > 0 or there == experiment
+
+    def sweep(self, stages: Iterable[str]) -> None:
+        """Remove what a kill left of files that were being written. Call it inside `lock`.
+
+        A stage that is a link is shared with other runs, one of which may be writing.
+        """
+        folders = [self.stage_folder(name) for name in stages]
+        for folder in [self.path, self.tokenizer, *(one for one in folders if not one.is_symlink())]:
+            for draft in folder.glob("*.tmp"):
+                if draft.is_file() and draft.name != f"{self.report.name}.tmp":  # which `lm report` may be writing
+                    draft.unlink(missing_ok=True)
 
     def set_aside(self) -> Path | None:
         """Rename the folder to NAME.1 (or the first number that is free), and lose nothing. None if there is no folder.

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from lm.check import check
+from lm.data.cache import current_cache
 from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import check_files, held_out_elsewhere
 from lm.data.sources import load_rows
@@ -40,10 +41,9 @@ from lm.rollout.verifiers import find_verifier
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
-from lm.train.checkpoint import Checkpoints
 from lm.train.collect import collect_stage
 from lm.train.evaluate import Evaluator, check_evals
-from lm.train.loop import Interrupted, Run, train_stage
+from lm.train.loop import Interrupted, Run, tidy, train_stage
 from lm.train.models import (
     can_be_read,
     check_reward_models,
@@ -55,8 +55,9 @@ from lm.train.models import (
     scorers_for,
 )
 from lm.train.provenance import record_environment
+from lm.train.resume import beginning, check_beginning, check_collected, check_more_steps, record_beginning
 from lm.train.rollouts import make_batches
-from lm.train.run_folder import RunFolder, read_json
+from lm.train.run_folder import RunFolder
 from lm.train.signals import stop_on_signals
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.user_functions import check_functions, search_recorded
@@ -71,6 +72,7 @@ def run(
     watchdog: float | None = None,
     after_stage: Callable[[Path], Any] = lambda run_dir: None,
     callbacks: Sequence[str] = (),
+    accept: bool = False,
 ) -> None:
     """Train all stages that are not finished yet, up to and with `until`. Every process of a job calls it alike.
 
@@ -81,6 +83,7 @@ def run(
         after_stage: called with the folder when a stage is finished.
         callbacks: functions of the user's own, FILE:FUNCTION, that process 0 calls with (stage, kind, line) of all that is
             written: see `lm.train.callbacks`.
+        accept: go on with other data, tokenizer, collected files or versions than the run began with.
 
     Raises:
         UserError: whatever in the experiment, its data or the folder the user can put right.
@@ -89,7 +92,7 @@ def run(
     started = time.monotonic()
     experiment, last = together(lambda: _checked(experiment, until))
     told = together(lambda: load_callbacks(callbacks))
-    check_same(experiment, {"fresh": fresh, "until": until, "profile": profile})
+    check_same(experiment, {"fresh": fresh, "until": until, "profile": profile, "accept": accept})
     folder = RunFolder(run_dir)
     mesh = together(lambda: _whole_mesh(experiment))
     if fresh:
@@ -100,39 +103,72 @@ def run(
         dog = inside.enter_context(Watchdog(watchdog))
         inside.enter_context(jax.set_mesh(mesh))
         check_shared(folder)
-        in_first(lambda: folder.claim(to_dict(experiment)))
-        tokenizer, held_out = _prepared(experiment, folder, mesh)
-        experiment = located(experiment, folder)
-        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out)
+        in_first(lambda: _claim(experiment, folder))
         stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
+        tokenizer, held_out = _prepared(experiment, folder, mesh, accept, bool(stages))
+        experiment = located(experiment, folder)
+        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out, accept)
         batches = together(lambda: _all_batches(context, stages))
         if stages:
             for line in together(lambda: check_evals(experiment, tokenizer)):
                 say(line)
         check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
-        began = started
-        for index in stages:
-            name = experiment.stages[index].name
-            if reason := stop.now():
-                raise Interrupted(f"{reason}: stopped before stage {name}")
-            dog.expect(f"the start of stage {name}", PATIENCE)
-            _train(context, index, batches.pop(index, None), began)
-            began = time.monotonic()
-            if first():
-                listener(told, name)("summary", read_json(folder.summary(name)))
-            after_stage(folder.path)
+        _train_all(context, stages, batches, after_stage)
 
 
-def _prepared(experiment: Experiment, folder: RunFolder, mesh: Mesh) -> tuple[Tokenizer, Places]:
+def _train_all(run: Run, stages: list[int], batches: dict[int, Batches], after_stage: Callable[[Path], Any]) -> None:
+    """These stages, one after another."""
+    began = run.started
+    for index in stages:
+        name = run.experiment.stages[index].name
+        if reason := run.stop.now():
+            raise Interrupted(f"{reason}: stopped before stage {name}")
+        run.watchdog.expect(f"the start of stage {name}", PATIENCE)
+        _train(run, index, batches.pop(index, None), began)
+        began = time.monotonic()
+        if first():
+            listener(run.callbacks, name)("summary", run.folder.read_summary(name))
+        after_stage(run.folder.path)
+
+
+def _claim(experiment: Experiment, folder: RunFolder) -> None:
+    """Make the folder the experiment's, and remove what a kill left behind in it."""
+    names = [stage.name for stage in experiment.stages]
+    later = {name: names[place + 1 :] for place, name in enumerate(names)}
+    folder.claim(to_dict(experiment), lambda found: check_more_steps(folder, found, later))
+    folder.sweep(names)
+    current_cache().sweep()
+    for stage in experiment.stages:
+        tidy(folder, stage)
+
+
+def _prepared(
+    experiment: Experiment, folder: RunFolder, mesh: Mesh, accept: bool, trains: bool
+) -> tuple[Tokenizer, Places]:
     """The tokenizer, and what sources hold out that others could train on; what they are made of is recorded.
 
+    Args:
+        trains: whether anything is left to train, and what the run began with matters.
+
     Raises:
-        UserError: what in the data, the mesh or other runs' reward models does not fit the experiment.
+        UserError: what in the data, the mesh or other runs' reward models does not fit the experiment, or is not what the
+            run began with.
     """
     say("reading the data")
     tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
     together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
-    in_first(lambda: record_environment(folder, fingerprints(experiment), function_files(experiment)))
+
+    def record() -> None:
+        found = fingerprints(experiment)
+        now = beginning(tokenizer, found)
+        if trains:
+            accepted = check_beginning(folder, now, accept)
+            check_collected(experiment, folder, accept)
+        record_environment(folder, found, function_files(experiment))
+        if trains:
+            record_beginning(folder, now, accepted)
+
+    in_first(record)
     together(lambda: check_reward_models(experiment, tokenizer))
     return tokenizer, together(lambda: held_out_elsewhere(experiment))
 
@@ -266,10 +302,10 @@ def evaluate_run(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]
     """The held-out numbers again, from a checkpoint: lines as in eval.jsonl."""
     search_recorded(run_dir)
     loaded = load_run(run_dir, stage)
+    check_collected(loaded.experiment, RunFolder(run_dir))
     index = check_until(loaded.experiment, loaded.stage)
     evaluator = make_evaluator(loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh, index)
-    step = Checkpoints(RunFolder(run_dir).checkpoints(loaded.stage)).steps()[-1]
     lines = []
     for item in loaded.experiment.evals:
-        lines += [line for line, _ in evaluator.lines(item, loaded.model, step, "after")]
+        lines += [line for line, _ in evaluator.lines(item, loaded.model, loaded.step, "after")]
     return lines

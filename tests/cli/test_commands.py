@@ -144,7 +144,7 @@ def trained(tmp_path, monkeypatch) -> types.SimpleNamespace:
     class Interrupted(Exception):
         pass
 
-    def run(experiment, run_dir, fresh, until, profile, watchdog, after_stage, callbacks):
+    def run(experiment, run_dir, fresh, until, profile, watchdog, after_stage, callbacks, accept):
         seen.calls.append((experiment, run_dir, fresh, until, profile, watchdog))
         run_dir.mkdir(parents=True)
         (run_dir / "experiment.json").write_text(json.dumps(to_dict(experiment)), "utf-8")

@@ -76,16 +76,31 @@ def damage_by_a_bit(file: Path):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [damage_by_cutting, damage_by_a_bit, Path.unlink])
+def damage_as_a_disk_does(file: Path):
+    """A bit that rots changes no time; what another process has verified before says nothing."""
+    damage_by_a_bit(file)
+    caches._verified[file.parent] = caches._verified[file.parent] if file.name == caches.MANIFEST else []
+
+
+@pytest.mark.parametrize("damage", [damage_by_cutting, damage_by_a_bit, damage_as_a_disk_does, Path.unlink])
 def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, damage):
     entry = Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers")
     damage(entry.path("numbers"))
     assert Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers").array("numbers").sum() == 499_500
     said = capsys.readouterr().err
     assert said.splitlines() == [f"lm: {entry.path('numbers')} is damaged: it is made anew"]
-    (entry.folder / "manifest.json").write_text('{"files"')
-    Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers")
-    assert "manifest.json is damaged" in capsys.readouterr().err
+    manifest = entry.folder / "manifest.json"
+    whole = manifest.read_text()
+    for change in (
+        lambda: manifest.write_text('{"files"'),
+        lambda: manifest.write_text(whole.replace("1000", "0997")),
+        lambda: manifest.write_text(whole.replace('"shape"', '"shapf"')),
+        lambda: manifest.write_text("[" * 100_000),
+        manifest.unlink,
+    ):
+        change()
+        assert Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers").length("numbers") == 1000
+        assert "manifest.json is damaged" in capsys.readouterr().err and manifest.read_text() == whole
 
 
 def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
@@ -136,20 +151,44 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 def test_checksums_are_taken_once_of_files_that_have_settled(tmp_path, monkeypatch):
     file, cache = tmp_path / "a", Cache(tmp_path / "cache")
     file.write_text("one")
-    os.utime(file, (1e9, 1e9))
     one = cache.digest(file)
-    monkeypatch.setattr(caches.hashlib, "file_digest", None)  # it is not read again
+    assert not list((tmp_path / "cache").glob("checksums/*"))  # it may change again within the same tick of the clock
+    monkeypatch.setattr(caches, "SETTLED_SECONDS", -1.0)
     assert cache.digest(file) == one
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(caches.hashlib, "file_digest", None)  # it is not read again
+        assert cache.digest(file) == one
+    time.sleep(0.02)
+    stamps = file.stat().st_atime_ns, file.stat().st_mtime_ns
     file.write_text("two")
-    assert cache.digest(file) != one
-    other = tmp_path / "b"  # of the same size and time
-    other.write_text("six")
-    os.utime(file, (1e9, 1e9))
-    known = cache.digest(file)
-    os.utime(other, (1e9, 1e9))
-    other.replace(file)
-    assert cache.digest(file) != known
+    os.utime(file, ns=stamps)  # of the same size, inode and time of change: the inode's own time tells
+    two = cache.digest(file)
+    assert two != one
+    (record,) = (tmp_path / "cache").glob("checksums/*.json")
+    record.write_text(record.read_text().replace(two[:8], one[:8]))
+    assert cache.digest(file) == two
+
+
+def test_drafts_of_processes_that_have_ended_are_swept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    cache, entry = Cache(tmp_path), Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers")
+    host, _, _ = caches._here().partition("-")
+    (tmp_path / "checksums").mkdir(exist_ok=True)
+    for gone, process in ((True, dead.pid), (False, os.getpid())):
+        (tmp_path / f"{'gone' if gone else 'kept'}.{host}-{process}.abcd.draft").mkdir()
+        (tmp_path / "checksums" / f"{'gone' if gone else 'kept'}.json.{host}-{process}.abcd.draft").write_text("")
+    old, foreign = tmp_path / "gone.draft", tmp_path / "kept.0123abcd-1.abcd.draft"
+    old.mkdir()
+    foreign.mkdir()
+    os.utime(old, (1e9, 1e9))
+    owner = {"host": caches.socket.gethostname(), "process": dead.pid, "draft": "gone.x.draft"}
+    (tmp_path / "gone.lock").write_text(json.dumps(owner))
+    (tmp_path / "gone.x.draft").mkdir()
+    cache.sweep()
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.name.endswith((".draft", ".lock")))
+    assert len(left) == 3 and all(name.startswith("kept") for name in left)
+    assert entry.array("numbers").sum() == 499_500
 
 
 def stage(path) -> Stage:

@@ -287,7 +287,7 @@ KILLED_SAVE = """
     checkpoints.wait()
     big = {"w": jax.block_until_ready(jax.random.normal(jax.random.key(0), (40, 1 << 20)))}
     if moment == "sealing":
-        checkpoint._sealed = lambda content: os.kill(os.getpid(), signal.SIGKILL)
+        checkpoint.sealed = lambda content: os.kill(os.getpid(), signal.SIGKILL)
     checkpoints.save(2, {"params": big}, {})
     if moment == "writing":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,10 @@
 """Where the time went survives kills: parts add up to the whole, and what was done again is lost."""
 
-import json
 import time
 
 import pytest
 
+from lm.stored import read_sealed
 from lm.train import goodput
 from lm.train.goodput import PARTS, Costs
 from lm.train.metrics import MetricsLog
@@ -52,4 +52,4 @@ def test_a_stage_that_has_not_begun_leaves_no_file(tmp_path):
     goodput.keep(tmp_path, 0.0)
     assert not list(tmp_path.iterdir())
     goodput.keep(tmp_path, 3.0)
-    assert json.loads((tmp_path / "time.json").read_text()) == {"seconds": 3.0}
+    assert read_sealed(tmp_path / "time.json") == {"seconds": 3.0}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lm.experiment import UserError
+from lm.json_lines import JsonLines, checksums, read_json_lines, rewrite_json_lines
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb, plain, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ def steps_of(folder, kind="metrics") -> list[int]:
 def test_lines_come_back_and_are_there_before_the_log_is_closed(tmp_path):
     log = MetricsLog(tmp_path)
     log.metrics({"step": 1, "loss": jnp.float32(0.5), "count": np.int64(3)})
-    log.sample({"kind": "prompt", "step": 1, "answer": "zwei\nZeilen ✓", "eos": True})
+    log.sample({"kind": "prompt", "step": 1, "when": "during", "answer": "zwei\nZeilen ✓", "eos": True})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "count": 3}]
     assert read_lines(tmp_path / "samples.jsonl")[0]["answer"] == "zwei\nZeilen ✓"
     log.close()
@@ -49,7 +50,7 @@ def test_rewind_forgets_later_lines_in_every_file_and_appends_after_them(tmp_pat
             log.metrics({"step": step, "loss": 1.0})
         for step in (0, 2, 4):
             log.evaluation({"step": step, "when": "during", "eval": "held_out", "reward": 0.5})
-            log.sample({"step": step, "kind": "prompt"})
+            log.sample({"step": step, "kind": "prompt", "when": "during"})
     with MetricsLog(tmp_path) as log:
         log.rewind(3)
         assert steps_of(tmp_path) == [1, 2, 3]
@@ -66,10 +67,11 @@ def test_a_cut_last_line_is_dropped_by_reading_rewinding_and_appending(tmp_path)
     with MetricsLog(tmp_path) as log:
         log.metrics({"step": 2, "loss": 0.5})
     assert steps_of(tmp_path) == [1, 2]
+    checksums(file).unlink()
     file.write_text(cut)
     with MetricsLog(tmp_path) as log:
         log.rewind(9)
-    assert file.read_text() == '{"step": 1, "loss": 1.0}\n'
+    assert file.read_text() == '{"step": 1, "loss": 1.0}\n' and checksums(file).read_bytes().count(b"\n") == 1
 
 
 def test_a_cut_line_that_is_valid_by_chance_does_not_count(tmp_path):
@@ -79,10 +81,56 @@ def test_a_cut_line_that_is_valid_by_chance_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("broken", ['{"step": 1,', "[1]", '{"loss": 1}', ""])
 def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
-    file = tmp_path / "eval.jsonl"
+    file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 0}}\n{broken}\n{{"step": 2}}\n')
     with pytest.raises(UserError, match=rf"{file}:2 "):
         read_lines(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda raw: raw.replace(b"1.5", b"1.7"), 2),
+        (lambda raw: raw[: raw.index(b"1.5")], 2),
+        (lambda raw: raw[: raw.rindex(b"{")], 3),
+        (lambda raw: b"", 1),
+    ],
+)
+def test_a_line_that_is_not_what_was_written_or_gone_is_named(tmp_path, damage, line):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.metrics({"step": step, "loss": step - 0.5})
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(damage(file.read_bytes()))
+    for read in (lambda: read_lines(file), lambda: MetricsLog(tmp_path).rewind(3)):
+        with pytest.raises(UserError, match=rf"{file}:{line} (does not match its checksum|is gone)"):
+            read()
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{file}:1 is gone"):
+        MetricsLog(tmp_path).rewind(3)
+
+
+def test_a_kill_between_a_line_and_its_checksum_loses_nothing(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = JsonLines(file)
+    lines.append([b'{"step": 1}', b'{"step": 2}'])
+    lines.close()
+    sums = checksums(file).read_bytes()
+    for left in (sums[:9], sums[:13], b""):
+        checksums(file).write_bytes(left)
+        assert steps_of(tmp_path) == [1, 2]
+        JsonLines(file).close()
+        assert checksums(file).read_bytes() == sums
+    rewrite_json_lines(file, [b'{"step": 9}'])
+    assert read_json_lines(file) == [(b'{"step": 9}', {"step": 9})]
+
+
+def test_the_steps_must_be_all_up_to_the_checkpoint(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 3):
+            log.metrics({"step": step})
+        with pytest.raises(UserError, match="that of step 2 is missing"):
+            log.check_steps(3)
 
 
 def test_no_file_has_no_lines(tmp_path):
@@ -95,7 +143,7 @@ import os, signal, sys
 from lm.train.metrics import MetricsLog
 log = MetricsLog(sys.argv[1])
 for step in range(50):
-    log.sample({"step": step, "text": "x" * 20_000})
+    log.sample({"step": step, "kind": "prompt", "when": "during", "text": "x" * 20_000})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60)
@@ -106,7 +154,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_refused_write_is_one_clear_line(tmp_path):
     log = MetricsLog(tmp_path)
     log.sample({"step": 1})
-    os.dup2(os.open("/dev/full", os.O_WRONLY), log._files["samples"].fileno())
+    os.dup2(os.open("/dev/full", os.O_WRONLY), log._files["samples"]._lines.fileno())
     with pytest.raises(UserError, match=r"samples\.jsonl cannot be written: No space left on device"):
         log.sample({"step": 2})
     log.close()

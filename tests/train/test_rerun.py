@@ -7,6 +7,9 @@ import pytest
 
 from lm.cli.main import main
 from lm.experiment import Eval, Source, UserError, to_dict
+from lm.json_lines import rewrite_json_lines
+from lm.stored import read_sealed, write_sealed
+from lm.train.metrics import read_lines
 from lm.train.rerun import conditions, first_difference
 from lm.train.run_folder import read_json
 from lm.train.stages import fingerprints, run
@@ -31,9 +34,9 @@ def test_the_first_number_that_differs_is_named(finished, tmp_path, capsys):
     out = tmp_path / "again"
     assert main(["rerun", str(finished), "--until", "pretrain", "--out", str(out)]) == 0
     file = out / "stages" / "pretrain" / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = read_lines(file)
     lines[2]["loss"] += 1e-7
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rewrite_json_lines(file, [json.dumps(line).encode() for line in lines])
     assert first_difference(finished, out, ["pretrain"]).startswith("pretrain, metrics.jsonl, step 3: loss was")
     assert main(["rerun", str(finished), "--until", "pretrain", "--out", str(out)]) == 1
     assert "different: pretrain" in capsys.readouterr().out
@@ -42,11 +45,11 @@ def test_the_first_number_that_differs_is_named(finished, tmp_path, capsys):
 def test_what_is_not_as_it_was_is_said_and_may_be_refused(finished, tmp_path, capsys):
     file = finished / "environment.json"
     kept = file.read_text()
-    record = json.loads(kept)
+    record = read_sealed(file)
     record["runs"][-1]["versions"]["jax"] = "0.0.1"
     record["runs"][-1]["data_fingerprint"] = {"gen:drills": "other"}
     try:
-        file.write_text(json.dumps(record))
+        write_sealed(file, record)
         names = [name for name, _, _ in conditions(finished, fingerprints(base))]
         assert "versions.jax" in names and any(name.startswith("data") for name in names)
         assert main(["rerun", str(finished), "--same", "--out", str(tmp_path / "never")]) == 2

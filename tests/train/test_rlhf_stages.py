@@ -25,6 +25,7 @@ from lm.experiment import (
     Tokenizer,
     UserError,
 )
+from lm.json_lines import checksums
 from lm.rollout.verifiers import NEEDS, VERIFIERS
 from lm.train.answers import best_answers
 from lm.train.judging import judge_pairs
@@ -151,6 +152,9 @@ def resumed(folder) -> Path:
         (here / name).unlink()
     answers = (here / "answers.jsonl").read_bytes()
     (here / "answers.jsonl").write_bytes(answers[: len(answers) * 2 // 3])
+    with pytest.raises(UserError, match=r"answers\.jsonl:\d+ is gone: 32 lines were written"):
+        run(experiment(folder), again)
+    checksums(here / "answers.jsonl").unlink()  # as if it had never been longer
     run(experiment(folder), again)
     return again
 

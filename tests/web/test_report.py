@@ -368,5 +368,5 @@ def test_a_broken_line_is_named(tmp_path):
     folder = write_run(tmp_path / "run", {"pretrain": 3})
     path = folder / "stages" / "pretrain" / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n', "utf-8")
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not valid JSON"):
         write_report(folder)

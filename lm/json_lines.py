@@ -1,0 +1,141 @@
+"""Files of JSON lines that grow, with the checksum of every line in a file beside them: NAME.jsonl and NAME.jsonl.crc32.
+
+A line is written before its checksum, so a kill leaves at most lines without one, which are taken. A line that does not
+match its checksum, or is gone, is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm.fields import UserError
+
+RETRY_SECONDS = 0.2  # a reader that came while the file was replaced looks again after so long
+
+
+class JsonLines:
+    """The end of a file of lines, for appending."""
+
+    def __init__(self, path: Path):
+        """Opens the file, made if there is none, without the cut line that a kill may have left at its end."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        sums = _checksums_of(whole)
+        if not checksums(path).exists() or len(checksums(path).read_bytes()) != len(sums):
+            checksums(path).write_bytes(sums)
+        self._lines, self._sums = (file.open("ab", buffering=0) for file in (path, checksums(path)))
+        self._lines.truncate(len(whole))
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Add lines, each without its newline, in one piece. Raises OSError (a full disk)."""
+        data = b"".join(line + b"\n" for line in lines)
+        _write(self._lines, data)
+        _write(self._sums, _checksums_of(data))
+
+    def sync(self) -> None:
+        """Wait until the disk has all of it."""
+        for stream in (self._lines, self._sums):
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        self._lines.close()
+        self._sums.close()
+
+
+def checksums(path: Path) -> Path:
+    """The file with the checksums of a file of lines."""
+    return path.with_name(f"{path.name}.crc32")
+
+
+def read_json_lines(path: Path, fields: Mapping[str, type] | None = None) -> list[tuple[bytes, dict[str, Any]]]:
+    """(raw line, object) of a file of JSON lines; none where there is no file. What follows the last newline is left out.
+
+    Args:
+        fields: that every object has, with their types.
+
+    Raises:
+        UserError: a line is not what was written, is gone, is not JSON, or lacks a field; names file and line.
+    """
+    sums, lines = _read(path)
+    if _first_difference(sums, lines) is not None:
+        time.sleep(RETRY_SECONDS)
+        sums, lines = _read(path)
+    place = _first_difference(sums, lines)
+    if place is not None:
+        what = "does not match its checksum" if place < len(lines) else f"is gone: {len(sums)} lines were written"
+        raise UserError(
+            f"{path}:{place + 1} {what}; put back a copy of the file, or remove {path.parent} to make it anew"
+        )
+    found = []
+    for number, raw in enumerate(lines, start=1):
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number} is not valid JSON ({error}); remove that line") from error
+        missing = [name for name, kind in (fields or {}).items() if not _has(value, name, kind)]
+        if not isinstance(value, dict) or missing:
+            what = f"no {missing[0]!r}" if missing else "no fields"
+            raise UserError(f"{path}:{number} is not an object that was written here: it has {what}; remove that line")
+        found.append((raw, value))
+    return found
+
+
+def rewrite_json_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Replace the content of the file; a kill at any moment leaves the old lines or the new ones, all of them."""
+    checksums(path).unlink(missing_ok=True)
+    data = b"".join(line + b"\n" for line in lines)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+    temporary = checksums(path).with_name(checksums(path).name + ".tmp")
+    temporary.write_bytes(_checksums_of(data))
+    temporary.replace(checksums(path))
+
+
+def _has(value: Any, name: str, kind: type) -> bool:
+    found = value.get(name) if isinstance(value, dict) else None
+    return isinstance(found, kind) and not (kind is int and isinstance(found, bool))
+
+
+def _read(path: Path) -> tuple[list[bytes], list[bytes]]:
+    """(checksums, lines); the checksums are read first: a line has come before its own."""
+    sums = b""
+    with contextlib.suppress(FileNotFoundError):
+        sums = checksums(path).read_bytes()
+    try:
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+    except FileNotFoundError:
+        whole = b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return sums.split(b"\n")[:-1], whole.split(b"\n") if whole else []
+
+
+def _first_difference(sums: list[bytes], lines: list[bytes]) -> int | None:
+    """Index of the first line that is gone or does not match its checksum."""
+    for place, expected in enumerate(sums):
+        if place >= len(lines) or _crc32(lines[place]) != expected:
+            return place
+    return None
+
+
+def _checksums_of(data: bytes) -> bytes:
+    return b"".join(_crc32(line) + b"\n" for line in data.split(b"\n")[:-1])
+
+
+def _crc32(line: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(line)
+
+
+def _write(stream: Any, data: bytes) -> None:
+    while data:  # a disk that is nearly full takes a part
+        data = data[stream.write(data) :]
