@@ -241,7 +241,8 @@ def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
     for name in reward_names(stage):
         if ":" not in name and name not in scorers:
             raise UserError(
-                f"{where} reads the reward model {name!r}; those before it are {_listed(scorers)}; RUN:NAME is another run's"
+                f"{where}.objective.{'reward_models' if isinstance(stage.objective, PPO) else 'judge'} names the reward model "
+                f"{name!r}; those before it are {_listed(scorers)}; RUN:NAME is another run's"
             )
     makers = [name for name, kind in kinds.items() if isinstance(kind, Collect)]
     for source in stage.sources:

@@ -38,7 +38,7 @@ class Range:
         if self.special is not None and value == self.special:
             return True
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
@@ -84,9 +84,7 @@ def is_name(text: str) -> bool:
     return len(text) <= MAX_NAME and re.fullmatch(r"[^\W_](?:[\w.-]*[\w-])?", text, re.ASCII) is not None
 
 
-NAME_RULE = (
-    f"a name: letters, digits, '.', '_' and '-', a letter or digit first, no '.' last, at most {MAX_NAME} characters"
-)
+NAME_RULE = f"a name: letters a to z, digits, '.', '_' and '-', a letter or digit first, no '.' last, at most {MAX_NAME} characters"
 
 
 def check_name(text: str, where: str) -> str:

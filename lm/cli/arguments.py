@@ -7,6 +7,7 @@ import difflib
 import math
 import typing
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,27 +149,32 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
 
-def at_least(least: int, most: int = 10**9) -> Callable[[str], int]:
-    """An argparse type: an integer of this range."""
-    return _in_range(int, Range(least=least, most=most))
+@dataclass(frozen=True)
+class NumberIn:
+    """An argparse type: an int or a float of a range."""
 
+    kind: type
+    range: Range
 
-def number(least: float, most: float, special: float | None = None) -> Callable[[str], float]:
-    """An argparse type: a number from `least` to `most`, or `special`."""
-    return _in_range(float, Range(least=least, most=most, special=special))
-
-
-def _in_range(kind: Callable[[str], Any], span: Range) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
+    def __call__(self, text: str) -> Any:
+        """The number; argparse's error, with text and range, where it is none or out of the range."""
         try:
-            value = kind(text)
+            value = self.kind(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if value not in span:
-            raise argparse.ArgumentTypeError(f"it is {shown(text)}; it should be {describe(kind, span)}")
+        if value not in self.range:
+            raise argparse.ArgumentTypeError(f"it is {shown(text)}; it should be {describe(self.kind, self.range)}")
         return value
 
-    return parse
+
+def at_least(least: int, most: int = 10**9) -> NumberIn:
+    """An integer of this range."""
+    return NumberIn(int, Range(least=least, most=most))
+
+
+def number(least: float, most: float, special: float | None = None) -> NumberIn:
+    """A number from `least` to `most`, or `special`."""
+    return NumberIn(float, Range(least=least, most=most, special=special))
 
 
 def folder_path(text: str) -> Path:
