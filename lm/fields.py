@@ -240,8 +240,8 @@ def shown(value: Any, width: int = 80) -> str:
     """A value in one short line of an error."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python writes, or a value that contains itself
-        text = f"a {type(value).__name__} that is too large to show"
+    except Exception:  # more digits than Python writes, or a __repr__ of the user's own, whatever that raises
+        text = f"a {type(value).__name__} that cannot be shown"
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 20]} … ({len(text)} characters)"
 

@@ -69,13 +69,24 @@ def read_json(path: Path) -> Any:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error or type(error).__name__}") from error
+
+
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a key stands twice, of which json would take the last."""
+    found = dict(members)
+    if len(found) < len(members):
+        keys = [key for key, _ in members]
+        raise ValueError(
+            f"the key {shown(next(key for key in found if keys.count(key) > 1))} stands twice in an object"
+        )
+    return found
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,10 +46,10 @@ def find_run(name: str) -> Path:
         UserError: there is none (lists those in runs/), or the folder is not a run (says what is missing).
     """
     tried = [Path(name), Path("runs") / name]
-    folder = next((path for path in tried if path.is_dir()), None)
+    folder = next((path for path in tried if os.path.isdir(path)), None)
     if folder is None:
         known = sorted(path.parent.name for path in Path("runs").glob("*/experiment.json"))
-        raise UserError(f"no run {name!r}; runs/ here has: {', '.join(known) or 'nothing'}{nearest(name, known)}")
+        raise UserError(f"no run {shown(name)}; runs/ here has: {', '.join(known) or 'nothing'}{nearest(name, known)}")
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
     return folder

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lm.experiment import Experiment
+from lm.experiment import Experiment, UserError, strict
+from lm.fields import MAX_NAME, Reading, check_name, read, shown
 from lm.files import defined_in, file_of
 
+MOST_NAME = MAX_NAME - 13  # the name of a trial has a dash and a key behind the sweep's
 Change = Callable[[Experiment], Any]
 
 
@@ -119,7 +121,33 @@ def load(name: str) -> Sweep:
         UserError: no such file (lists what is there), or it defines no such value.
     """
     file, _, value = name.partition(":")
-    return defined_in(file_of(file), value or "sweep", Sweep)
+    return _strict(defined_in(file_of(file), value or "sweep", Sweep))
+
+
+TYPES: dict[str, tuple[Any, str]] = {
+    "name": (str, "text"),
+    "axes": (Mapping, "a mapping"),
+    "seeds": (tuple | list, "a tuple of integers"),
+    "search": (Search, "a search, such as Grid()"),
+    "metric": (str, "text"),
+    "baseline": (Mapping, "a mapping"),
+    "conditions": (Mapping, "a mapping"),
+    "keep": (Callable, "a function"),
+}
+"""What the fields of a sweep are, its base aside."""
+
+
+def _strict(sweep: Sweep) -> Sweep:
+    """The sweep with its base and its seeds read as strictly as an experiment; UserError names the field."""
+    for name, (kind, words) in TYPES.items():
+        if not isinstance(value := getattr(sweep, name), kind):
+            raise UserError(f"sweep {name} is {shown(value)}; it should be {words}")
+    check_name(sweep.name, "sweep name")
+    if len(sweep.name) > MOST_NAME:
+        raise UserError(f"sweep name is {shown(sweep.name)}; it should have at most {MOST_NAME} characters")
+    reading, seed = Reading(plain=False, names=True), Experiment.__dataclass_fields__["seed"].metadata
+    seeds = (read(value, int, f"sweep seeds.{place}", reading, seed) for place, value in enumerate(sweep.seeds))
+    return replace(sweep, base=strict(sweep.base), seeds=tuple(seeds))
 
 
 STORE = Path("sweeps") / "shared"

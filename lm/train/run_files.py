@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from lm.changes import read_experiment
 from lm.experiment import UserError, from_dict, to_dict
+from lm.fields import shown
 from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder, read_sealed
 
@@ -55,8 +57,8 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: the folder is no run (says which file is missing), or a line of a file is not JSON.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no run folder {folder}")
+    if not os.path.isdir(folder):  # False for a name that is too long, where a Path raises
+        raise UserError(f"there is no run folder {shown(str(folder))}")
     experiment = to_dict(from_dict(read_experiment(folder)))
     sessions = RunFolder(folder).read_environment().get("runs", [])
     stages = tuple(
