@@ -14,6 +14,7 @@ from lm.data.tokenizer import TURN_END, TURN_START
 from lm.experiment import UserError
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.sampler import generate_text
+from lm.train.compilations import keep_compilations
 from lm.train.models import Loaded, load_run
 from lm.types import Batch
 
@@ -122,6 +123,7 @@ def load(run: str | Path, stage: str | None = None) -> TrainedModel:
     folder = next((path for path in (Path(run), Path("runs") / run) if path.is_dir()), None)
     if folder is None:
         raise UserError(f"there is no folder {run}, and no run of that name in {Path('runs').resolve()}")
+    keep_compilations()
     return TrainedModel(folder, load_run(folder, stage))
 
 

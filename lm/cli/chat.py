@@ -1,9 +1,14 @@
-"""Talk to the model of a run. An empty line or Ctrl-D ends the conversation."""
+"""Talk to the model of a run.
+
+Ctrl-C stops an answer; at the prompt it ends the conversation, and so do
+Ctrl-D and an empty line. /clear begins a new conversation, /help says this."""
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import re
 import sys
 from typing import Any
 
@@ -13,6 +18,8 @@ from lm.web.text import visible
 
 TAKES_OVERRIDES = False
 Messages = list[dict[str, str]]
+HELP = "/clear begins a new conversation, /help says this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
+COMMAND = re.compile(r"/[a-z]+")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,22 +33,46 @@ def call(arguments: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):  # line editing and history, where the system has them
         import readline  # noqa: F401
 
+    from lm.rollout.sampler import compile_stream
+    from lm.train.compilations import keep_compilations
     from lm.train.models import load_run
 
+    keep_compilations()
     loaded = load_run(run_dir, stage)
-    print(f"{run_dir}, after stage {stage}; an empty line ends the conversation")
+    print(f"{run_dir}, after stage {stage}; {HELP}", flush=True)
+    # While the first question is typed; the first answer waits for it.
+    compiler = concurrent.futures.ThreadPoolExecutor(1)
+    compiled = compiler.submit(compile_stream, loaded.model, arguments.top_k, arguments.top_p)
     messages: Messages = []
     turn = 0
     while text := _ask():
-        answer(
-            loaded, [*messages, {"role": "user", "content": text}], messages, sampling(arguments), arguments.seed + turn
-        )
+        if COMMAND.fullmatch(text):
+            print(command(text, messages))
+            continue
+        try:
+            compiled.result()
+        except KeyboardInterrupt:
+            print(" [stopped]")
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        answer(loaded, asked, messages, sampling(arguments), arguments.seed + turn)
         turn += 1
     return 0
 
 
+def command(text: str, messages: Messages) -> str:
+    """What a line that begins with / does to the conversation, in words."""
+    if text == "/clear":
+        messages.clear()
+        return "[a new conversation]"
+    return f"[{HELP}]" if text == "/help" else f"[no command {text}; {HELP}]"
+
+
 def answer(loaded: Any, asked: Messages, messages: Messages, options: dict[str, Any], seed: int) -> None:
-    """Streams the answer to `asked` and makes `messages` the conversation so far; empty where the context is full."""
+    """Streams the answer to `asked` and makes `messages` the conversation so far; empty where the context is full.
+
+    Ctrl-C ends the answer where it is; what there is of it stays in the conversation.
+    """
     from lm.data.chat import render
     from lm.rollout.sampler import stream
 
@@ -52,14 +83,19 @@ def answer(loaded: Any, asked: Messages, messages: Messages, options: dict[str, 
             print(visible(piece), end="", flush=True)
     except UserError as error:
         messages.clear()
-        print(f"[the context is full: {error}; the conversation begins anew]")
+        print(f"[the context is full: {error}; a new conversation]")
         return
-    print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+        if not said:
+            return
+    else:
+        print()
     messages[:] = [*asked, {"role": "assistant", "content": said}]
     used, room = len(render(messages, loaded.tokenizer).tokens), loaded.experiment.model.max_len
     if used >= room:
         messages.clear()
-        print(f"[the context of {room} tokens is full; the conversation begins anew]")
+        print(f"[the context of {room} tokens is full; a new conversation]")
 
 
 def _ask() -> str:

@@ -39,8 +39,10 @@ def call(arguments: argparse.Namespace) -> int:
     stage = find_stage(run_dir, arguments.stage)
 
     from lm.rollout.sampler import generate_text
+    from lm.train.compilations import keep_compilations
     from lm.train.models import load_run
 
+    keep_compilations()
     loaded = load_run(run_dir, stage)
     prompts = arguments.prompt or list(loaded.experiment.prompts)
     given = {"seed": arguments.seed} | sampling(arguments)

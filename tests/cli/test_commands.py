@@ -56,13 +56,18 @@ def asked(monkeypatch) -> list:
         calls.append(([dict(message) for message in messages], options["seed"]))
         if len(messages) > 3:
             raise UserError("the conversation has 600 tokens; model.max_len is 512")
-        yield from ("so ", "it is")
+        yield "so "
+        if messages[-1]["content"] == "slowly":
+            raise KeyboardInterrupt
+        yield "it is"
 
     def render(messages, tokenizer, generation_prompt=False):
         return types.SimpleNamespace(tokens=[0] * (len(messages) * 10))
 
     monkeypatch.setitem(sys.modules, "lm.train.models", types.SimpleNamespace(load_run=load_run))
-    sampler = types.SimpleNamespace(generate_text=generate_text, stream=stream)
+    sampler = types.SimpleNamespace(
+        generate_text=generate_text, stream=stream, compile_stream=lambda model, top_k, top_p: None
+    )
     monkeypatch.setitem(sys.modules, "lm.rollout.sampler", sampler)
     monkeypatch.setitem(sys.modules, "lm.data.chat", types.SimpleNamespace(render=render))
     return calls
@@ -123,6 +128,22 @@ def test_chat_keeps_the_conversation_until_an_empty_line(run_dir, asked, capsys,
     assert [message["role"] for message in asked[2][0]] == ["user", "assistant", "user"]
     assert len(asked) == 3
     assert capsys.readouterr().out.count("so it is\n") == 2
+
+
+def test_ctrl_c_stops_the_answer_alone_and_clear_begins_anew(run_dir, asked, capsys, monkeypatch):
+    assert chat(monkeypatch, "slowly", "more", "/clear", "/help", "/nothing", "hello", "") == 0
+    said = capsys.readouterr().out
+    assert "so  [stopped]\n" in said and "[no command /nothing; " in said and said.count("Ctrl-C stops an answer") == 3
+    assert [message["content"] for message in asked[2][0]] == ["slowly", "so ", "more"]
+    assert asked[3][0] == [{"role": "user", "content": "hello"}]
+
+
+def test_ctrl_c_at_the_prompt_ends_the_conversation(run_dir, asked, monkeypatch):
+    def interrupted(prompt: str = "") -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert main(["chat", "small"]) == 130
 
 
 def test_chat_says_when_the_context_is_full_and_begins_anew(run_dir, asked, capsys, monkeypatch):
