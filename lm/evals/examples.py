@@ -186,7 +186,7 @@ def encode_pair(row: Mapping[str, Any], where: str, tokenizer: Tokenizer, max_le
     store = store_in_memory([(dict(row), where)], "pairs", tokenizer)
     both = np.arange(2)
     if why := next((why for why, those in left_out(store, both[None], max_len).items() if those.any()), ""):
-        return why
+        return why.replace("seq_len", "model.max_len")
     sides = [(side.tokens.tolist(), side.mask.tolist()) for side in store.ends(both, max_len)]
     return sides, bool(store.lengths.max() > max_len)
 

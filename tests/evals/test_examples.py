@@ -72,7 +72,7 @@ PASSED_OVER = [
         "pair_accuracy",
         PAIRS,
         [{"prompt": "a", "chosen": f"yes {LONG}", "rejected": f"no {LONG}"}],
-        ["1 with answers that are equal in 64 tokens"],
+        ["1 with answers that are equal once cut, in model.max_len 64"],
     ),
     (
         "bits_per_byte",
