@@ -32,11 +32,16 @@ REASONS = (
 ADVICE = "; bad_rows drop leaves such rows out, counted"
 
 
+def one_line(text: str) -> str:
+    """The text with control characters, line ends among them, written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class BadRow(UserError):
     """A row that is no example of the stage; `reason` is the number of one of REASONS."""
 
     def __init__(self, message: str, reason: int):
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, int]]:

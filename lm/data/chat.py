@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, Protocol
 
-from lm.data import bad_rows
+from lm.data import bad_rows, json_text
 from lm.data.bad_rows import BadRow, Unreadable
 from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, canonical, flag
 from lm.data.tokenizer import TURN_END, TURN_START
@@ -290,8 +289,8 @@ def _read(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _names_tools(value: Any) -> bool:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = json_text.loads(value)
+        except ValueError:
             return False
     return isinstance(value, list) and any(value)
 

@@ -8,11 +8,12 @@ makes no sense stays as it is, and `lm.data.chat` refuses it by name.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+
+from lm.data import json_text
 
 Row = Mapping[str, Any]
 Turn = dict[str, Any]
@@ -207,8 +208,8 @@ def _turns_or_text(value: Any) -> Any:
         ]
     if re.match(r"\s*\[\s*\{", value):
         try:
-            turns = json.loads(value)
-        except (ValueError, RecursionError):
+            turns = json_text.loads(value)
+        except ValueError:
             return value
         if all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns):
             return _conversation(turns)

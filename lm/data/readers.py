@@ -10,9 +10,7 @@ import codecs
 import contextlib
 import functools
 import gzip
-import json
 import os
-import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from lm.data import bad_rows, tables
+from lm.data import bad_rows, json_text, tables
 from lm.data.bad_rows import ADVICE, BadRow, Unreadable
 from lm.data.layouts import READ_COLUMNS
 from lm.experiment import UserError
@@ -34,8 +32,7 @@ PIECE_BYTES = 2 << 20  # text of a piece; rows are not divided
 PARQUET_ROWS = 256  # rows of parquet that are Python values at the same time
 GROUP = 1 << 32  # a row of parquet begins at group * GROUP + place in the group
 BOM = codecs.BOM_UTF8
-DEEPEST = 100  # of JSON, what is nested deeper is left out: no column that stages read is so deep
-JSON_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+
 
 Row = dict[str, Any]
 Spans = Int64[np.ndarray, "N 3"]
@@ -266,8 +263,8 @@ def _read_lines(piece: Piece) -> Iterator[Row]:
 
 def _parse(line: bytes, where: str) -> Row:
     if line.startswith(tables.BAD):
-        why = _loads(line[1:].decode(), where)
-        raise BadRow(f"{where}: {why}", bad_rows.FIELDS)
+        why, reason = tables.why_bad(line)
+        raise BadRow(f"{where}: {why}", reason)
     try:
         text = line.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
@@ -282,51 +279,12 @@ def _parse(line: bytes, where: str) -> Row:
 
 
 def _loads(text: str, where: str) -> Any:
-    if text.count("{") + text.count("[") > DEEPEST:
-        text = _cut_at_depth(text, DEEPEST)
     try:
-        return _decoded_json(text)
+        return json_text.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRow(
             f"{where}: not valid JSON ({error!s:.150}); every line must be one JSON object", bad_rows.JSON
         ) from error
-
-
-def _decoded_json(text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except ValueError as error:
-        if "integer string conversion" not in str(error):
-            raise
-        # Longer than Python makes an integer of: its text, which nothing that stages read needs to be more than.
-        return json.loads(
-            text, object_pairs_hook=_object, parse_int=lambda digits: int(digits) if len(digits) < 4_000 else digits
-        )
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.40} stands twice in one object")
-    return made
-
-
-def _cut_at_depth(text: str, depth: int) -> str:
-    """The JSON with `null` for what lies deeper."""
-    kept, at, here = [], 0, 0
-    for mark in JSON_MARK.finditer(text):
-        if mark[0] in "[{":
-            here += 1
-            if here == depth:
-                kept.append(text[at : mark.start()])
-        elif mark[0] in "]}":
-            if here == depth:
-                kept.append("null")
-                at = mark.end()
-            here -= 1
-    return "".join(kept) + text[at:] if here <= 0 else text
 
 
 def _unzipped(name: str, file: Path) -> Iterator[bytes]:

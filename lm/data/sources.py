@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -397,7 +398,7 @@ def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, crew:
     """Write down where the rows of a file begin, and the measures of each. `whole` says how to read it."""
     name, file, kind = whole.name, whole.file, whole.kind
     if unpacked is not None:
-        for block in unpacked:
+        for block in itertools.chain([b""], unpacked):
             writer.append("unpacked", np.frombuffer(block, np.uint8))
         packed, file, kind = file, writer.flushed("unpacked"), _kind_unpacked(kind)
         crew.progress.expect(file.stat().st_size - packed.stat().st_size)

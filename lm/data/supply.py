@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 
 from lm.data import packing
-from lm.data.bad_rows import BadRow
+from lm.data.bad_rows import BadRow, one_line
 from lm.data.curriculum.draw import mix64
 from lm.data.layouts import canonical
 from lm.data.order import permutation, permute
@@ -67,7 +67,7 @@ class Tally:
         """A line for the first example of each reason, one for what is not read, and what else there is to say."""
         lines = [f"{self.reasons[why]} dropped ({why}), the first: {first}" for why, first in self.firsts.items()]
         if self.unread:
-            shown = ", ".join(self.unread[:UNREAD_SHOWN])
+            shown = ", ".join(one_line(f"{name:.60}") for name in self.unread[:UNREAD_SHOWN])
             more = f" and {len(self.unread) - UNREAD_SHOWN} more" if len(self.unread) > UNREAD_SHOWN else ""
             lines.append(f"not read by this stage: {shown}{more}")
         return [*lines, *self.notes]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lm.data import bad_rows, json_text
 from lm.experiment import UserError
 
 BAD = b"!"  # begins a line that says why there is no row
@@ -18,9 +19,21 @@ LIST_NAMES = ("data", "rows", "examples", "instances", "train")  # under which a
 LARGEST_FIELD = 1 << 30  # characters
 
 
-def bad_line(why: str) -> bytes:
-    """A line that stands for a row that cannot be read."""
-    return BAD + json.dumps(why).encode() + b"\n"
+def bad_line(why: str, reason: int) -> bytes:
+    """A line that stands for a row that cannot be read; `reason` is a number of `bad_rows.REASONS`."""
+    return BAD + json.dumps([why, reason]).encode() + b"\n"
+
+
+def why_bad(line: bytes) -> tuple[str, int]:
+    """What a line of `bad_line` says, and its reason; a line of somebody else's is no JSON."""
+    try:
+        value = json_text.loads(line.removeprefix(BAD).decode())
+    except ValueError:
+        value = None
+    match value:
+        case [str(why), int(reason)] if 0 < reason < len(bad_rows.REASONS):
+            return why, reason
+    return "not valid JSON; every line must be one JSON object", bad_rows.JSON
 
 
 def csv_lines(name: str, texts: Iterable[str], delimiter: str) -> Iterator[bytes]:
@@ -46,7 +59,7 @@ def csv_lines(name: str, texts: Iterable[str], delimiter: str) -> Iterator[bytes
                     + b"\n"
                 )
             else:
-                line = bad_line(f"{len(record)} fields, and the header has {len(header)}")
+                line = bad_line(f"{len(record)} fields, and the header has {len(header)}", bad_rows.FIELDS)
             yield b"\n" * (begun - 1 - written) + line
             written, begun = begun, ended
     except csv.Error as error:
@@ -67,33 +80,31 @@ def _lines_of(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _header(name: str, record: list[str], delimiter: str) -> list[str]:
-    names = [field.strip() for field in record]
+    names = [field.strip() or f"column {number}" for number, field in enumerate(record, start=1)]
     other = next((mark for mark in ",;\t|" if mark != delimiter and len(names) == 1 and mark in names[0]), None)
     if other:
         raise UserError(f"{name} line 1: the header has no {delimiter!r}, and {other!r}; .csv has commas, .tsv tabs")
-    if not all(names):
-        raise UserError(f"{name} line 1: the header must give every column a name, found {', '.join(record)!r:.80}")
     if twice := sorted({field for field in names if names.count(field) > 1}):
-        raise UserError(f"{name} line 1: the header has the column {twice[0]} twice")
+        raise UserError(f"{name} line 1: the header has the column {twice[0]!r:.60} twice")
     return names
 
 
 def json_lines(name: str, file: Path) -> Iterator[bytes]:
     """The objects of a JSON list, or of the one list in a JSON object, a line each. The file is read as a whole."""
     try:
-        value = json.loads(file.read_bytes().decode("utf-8-sig"))
+        value = json_text.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv") from error
-    except RecursionError as error:
-        raise UserError(f"{name}: the JSON is nested too deep to be read") from error
     except ValueError as error:
         more = "; a file of one object a line is called .jsonl" if "Extra data" in str(error) else ""
-        raise UserError(f"{name}: not valid JSON ({error}){more}") from error
+        raise UserError(f"{name}: not valid JSON ({error!s:.150}){more}") from error
     for number, row in enumerate(_rows_in(name, value)):
         if isinstance(row, dict):
             yield json.dumps(row).encode() + b"\n"
         else:
-            yield bad_line(f"every item must be a JSON object, found {json.dumps(row):.40} as item {number}")
+            yield bad_line(
+                f"every item must be a JSON object, found {json.dumps(row):.40} as item {number}", bad_rows.JSON
+            )
 
 
 def _rows_in(name: str, value: Any) -> list[Any]:
@@ -102,7 +113,7 @@ def _rows_in(name: str, value: Any) -> list[Any]:
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list)} if isinstance(value, dict) else {}
     named = [key for key in LIST_NAMES if key in lists] if len(lists) > 1 else list(lists)
     if len(named) != 1:
-        keys = f" with the keys {', '.join(value)}"[:100] if isinstance(value, dict) else ""
+        keys = f" with the keys {list(value)}"[:100] if isinstance(value, dict) else ""
         raise UserError(
             f"{name}: a .json source is a list of objects, or an object with one such list, under {', '.join(LIST_NAMES)}; "
             f"found {type(value).__name__}{keys}"

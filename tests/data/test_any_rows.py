@@ -209,6 +209,7 @@ def feed(path, objective, tokenizer, **changes):
 
 BAD_LINES = [
     ("{", "that are not valid JSON"),
+    ('!"x"', "that are not valid JSON"),
     ('{"question": "a", "question": "b", "answer": "c"}', "that are not valid JSON"),
     ('{"question": "a"}', "without the columns of this stage"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "with turns that are no conversation"),
@@ -290,6 +291,8 @@ def test_tables_and_lists_are_read_with_their_lines(tmp_path, tokenizer):
     (tmp_path / "c.tsv").write_text('question\tanswer\n"a\nb"\t"say ""c"""\nd\te')
     for name in ("a.json", "b.csv", "c.tsv"):
         assert list(load_rows(str(tmp_path / name))) == rows
+    (tmp_path / "pandas.csv").write_text(",question,answer\n0,d,e\n")
+    assert list(load_rows(str(tmp_path / "pandas.csv"))) == [{"column 1": "0", **rows[1]}]
     (tmp_path / "d.csv").write_text("question,answer\na,b\nc\n")
     with pytest.raises(UserError, match=r"d\.csv line 3: 1 fields, and the header has 2"):
         feed(tmp_path / "d.csv", SFT(), tokenizer)
@@ -298,7 +301,7 @@ def test_tables_and_lists_are_read_with_their_lines(tmp_path, tokenizer):
     }
     for name, content, words in (
         ("e.csv", "a;b\n1;2\n", "the header has no ','"),
-        ("f.csv", "a,a\n1,2\n", "the column a twice"),
+        ("f.csv", "a,a\n1,2\n", "the column 'a' twice"),
         ("g.json", '{"a": 1}', "a .json source is a list of objects"),
         ("h.json", '{"text": "a"}\n{"text": "b"}\n', "one object a line is called .jsonl"),
     ):
