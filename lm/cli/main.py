@@ -69,6 +69,12 @@ class Parser(argparse.ArgumentParser):
         self.flags |= {name for name in names if name.startswith("-")}
         return super().add_argument(*names, **options)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The value of an option; of `--option=--` some versions of argparse make an empty list, whatever its type."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            raise UserError(f"argument {action.option_strings[-1]}: '--' is no value")
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+
     def error(self, message: str):
         raise UserError(f"{message} (`{self.prog} --help` shows what there is)")
 

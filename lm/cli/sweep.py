@@ -75,7 +75,7 @@ def call(arguments: argparse.Namespace) -> int:
         print(dry_run(sweep, SweepFolder(folder, arguments.store), arguments.topology))
         return 0
     for flag in CLUSTER_FLAGS:
-        if value_of(arguments, flag) and (arguments.on is None or arguments.on not in where(flag)):
+        if value_of(arguments, flag) not in (None, False) and (arguments.on is None or arguments.on not in where(flag)):
             raise UserError(f"{flag} is for --on {' and '.join(where(flag))}")
     if arguments.on:
         return hand_over_workers(arguments, sweep, folder)
@@ -93,7 +93,8 @@ def hand_over_workers(arguments: argparse.Namespace, sweep: Sweep, folder: Path)
     from lm.launch import gke, slurm, workers
     from lm.launch.job import check_travels, hand_over, job_name, warn_of_local
     from lm.launch.topology import parse_topology
-    from lm.launch.volumes import parse_volume
+    from lm.launch.values import OBJECT, check_value
+    from lm.launch.volumes import parse_volumes
 
     words = ["sweep", arguments.sweep, "--folder", str(folder), "--store", str(arguments.store)]
     words += ["--cache", str(arguments.cache)] if arguments.cache else []
@@ -109,10 +110,10 @@ def hand_over_workers(arguments: argparse.Namespace, sweep: Sweep, folder: Path)
             topology=parse_topology(needed(arguments, "--topology")),
             slices=1,
             image=needed(arguments, "--image"),
-            volumes=tuple(map(parse_volume, arguments.volume or ())),
+            volumes=parse_volumes(arguments.volume or ()),
             namespace=arguments.namespace,
             queue=arguments.queue,
-            service_account=arguments.service_account,
+            service_account=check_value("--service-account", arguments.service_account, OBJECT),
             secret=arguments.secret,
             spot=arguments.spot,
         )

@@ -183,9 +183,9 @@ def _buckets(cluster: Cluster) -> bool:
 
 
 def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
-    """The command for those whose clusters are xpk's; it knows hosts of four chips, and a comment has no line breaks."""
+    """The command for those whose clusters are xpk's; it knows hosts of four chips, and a comment has no line breaks, of any alphabet."""
     command = shlex.join(job.command("lm"))
-    if cluster.topology.chips_per_host != 4 or cluster.topology.chips == 4 or "\n" in command:
+    if cluster.topology.chips_per_host != 4 or cluster.topology.chips == 4 or not command.isprintable():
         return []
     options = {
         "workload": job.name,

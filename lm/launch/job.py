@@ -6,10 +6,12 @@ import math
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm.experiment import Experiment, UserError
+from lm.launch.values import word_problem
 
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 MOST_CHARACTERS = 39  # of 63 for a name in DNS: what JobSet appends needs the rest; and the most that xpk takes
@@ -75,9 +77,9 @@ def job_name(experiment: Experiment, given: str | None) -> str:
     Raises:
         UserError: it is no name in DNS, or too long for what is appended to it.
     """
-    name = given or re.sub(r"[^a-z0-9]+", "-", experiment.name.lower()).strip("-")
+    name = given if given is not None else re.sub(r"[^a-z0-9]+", "-", experiment.name.lower()).strip("-")
     if not NAME.fullmatch(name) or len(name) > MOST_CHARACTERS:
-        where = "--job-name" if given else f"--job-name, from the experiment's name {experiment.name!r},"
+        where = "--job-name" if given is not None else f"--job-name, from the experiment's name {experiment.name!r},"
         raise UserError(
             f"{where} is {name!r}; it should be lowercase letters, digits and hyphens, begin with a letter, end with a "
             f"letter or digit, and have at most {MOST_CHARACTERS} characters"
@@ -128,6 +130,14 @@ def check_travels(experiment: str, how: str) -> None:
     path = Path(experiment)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{experiment}: the machines of the job have {how}, so name a file below this folder")
+
+
+def check_words(words: Iterable[str]) -> None:
+    """Raises UserError at a word that no command can be given, whatever quotes are around it."""
+    for word in words:
+        wrong = word_problem(word)
+        if wrong:
+            raise UserError(f"{word!r} {wrong}")
 
 
 def warn_of_local(run_dir: str) -> str | None:

@@ -10,7 +10,9 @@ import shlex
 import sys
 from dataclasses import dataclass
 
+from lm.experiment import UserError
 from lm.launch.job import Handover, Job
+from lm.launch.values import slurm_seconds
 
 TEMPLATE = """\
 #!/bin/bash
@@ -77,7 +79,12 @@ class Nodes:
 
 
 def render(job: Job, nodes: Nodes) -> Handover:
-    """The script, for `sbatch`."""
+    """The script, for `sbatch`.
+
+    Raises:
+        UserError: the time limit is over before the job could save.
+    """
+    check_time(nodes.time, job.grace)
     options = {
         "job-name": job.name,
         "nodes": nodes.nodes,
@@ -108,3 +115,12 @@ def render(job: Job, nodes: Nodes) -> Handover:
         tools=("sbatch",),
         next=(f"watch: tail -F {job.name}-JOB.log", "stop: scancel JOB"),
     )
+
+
+def check_time(limit: str | None, grace: int) -> None:
+    """Raises UserError unless there is time to train in before the signal to save."""
+    seconds = slurm_seconds(limit) if limit else None
+    if seconds is not None and seconds <= grace:
+        raise UserError(
+            f"--time {limit} is {seconds} seconds, and the last {grace} of them are for saving (--grace): give more time"
+        )

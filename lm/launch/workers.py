@@ -15,7 +15,7 @@ import yaml
 from lm.experiment import UserError
 from lm.launch import gke
 from lm.launch.job import Handover
-from lm.launch.slurm import Nodes
+from lm.launch.slurm import Nodes, check_time
 from lm.launch.volumes import check_run_dir
 
 GRACE = 300  # seconds to save in
@@ -42,7 +42,12 @@ exit $code
 
 
 def on_slurm(name: str, words: list[str], count: int, nodes: Nodes) -> Handover:
-    """An array of `count` jobs for `sbatch`, a node each."""
+    """An array of `count` jobs for `sbatch`, a node each.
+
+    Raises:
+        UserError: the time limit is over before a trial could save.
+    """
+    check_time(nodes.time, GRACE)
     options = {
         "job-name": name,
         "array": f"1-{count}",

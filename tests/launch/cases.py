@@ -40,7 +40,7 @@ CASES = {
     "tpu_vm_one_slice.sh": f"""--on tpu-vm --topology v5e:4x4 --zone us-west4-a --project my-project --spot
         {BUCKET} --prompts "it's\ntwo lines" """,
     "tpu_vm_two_slices.sh": f"""--on tpu-vm --topology v4:2x2x4 --slices 2 --mesh.slices 2 --zone us-central2-b
-        --reserved --runtime-version v2-alpha-tpuv4 --service-account trainer {BUCKET}""",
+        --reserved --runtime-version v2-alpha-tpuv4 --service-account trainer@my-project.iam.gserviceaccount.com {BUCKET}""",
     "slurm.sh": """--on slurm --nodes 2 --gpus-per-node 4 --time 1-00:00:00 --partition gpu --account lab
         --run-dir '/shared/my runs/pod' --pretrain.steps 16""",
     "local.txt": "--on local --processes 2 --devices-per-process 4 --until pretrain --pretrain.steps=16",

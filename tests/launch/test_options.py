@@ -10,7 +10,7 @@ from lm.cli.main import main
 from tests.launch.cases import EXPERIMENT
 
 GKE = "--on gke --topology v5e:4x4 --image lm:1 --volume gs://my-runs:/mnt/runs --run-dir /mnt/runs/pod"
-TPU_VM = "--on tpu-vm --topology v5e:4x4 --zone z --volume gs://my-runs:/mnt/runs --run-dir /mnt/runs/pod"
+TPU_VM = "--on tpu-vm --topology v5e:4x4 --zone us-west4-a --volume gs://my-runs:/mnt/runs --run-dir /mnt/runs/pod"
 
 
 @pytest.fixture(autouse=True)

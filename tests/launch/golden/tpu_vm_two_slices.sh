@@ -5,7 +5,7 @@ set -euo pipefail
 place=(--zone=us-central2-b)
 nodes=(pod-run-0 pod-run-1)
 gcloud compute tpus queued-resources create pod-run "${place[@]}" \
-    --accelerator-type=v4-32 --runtime-version=v2-alpha-tpuv4 --node-count=2 --node-prefix=pod-run --service-account=trainer --reserved
+    --accelerator-type=v4-32 --runtime-version=v2-alpha-tpuv4 --node-count=2 --node-prefix=pod-run --service-account=trainer@my-project.iam.gserviceaccount.com --reserved
 
 state=
 while [[ "$state" != ACTIVE ]]; do
