@@ -6,8 +6,10 @@ There are no threads and no polling: the kernel wakes it for the end of a proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+from lm.parent_death import with_parent
 
 FINISHED, DIED, POINTLESS, STOPPED = 0, 1, 2, 130  # exit codes; the last two are those of `lm run` too
 SIGNALS = {  # what asks to stop, and what the processes get for it
@@ -228,10 +232,16 @@ class _Group:
 
 
 def _start(worker: Worker) -> subprocess.Popen:
-    """A process in a session of its own: Ctrl-C reaches it through this one only, once, and not twice."""
+    """A process in a session of its own: Ctrl-C reaches it through this one only, once, and not twice.
+
+    Raises:
+        FileNotFoundError: there is no such program.
+    """
+    if shutil.which(worker.command[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), worker.command[0])
     with _output(worker.log) as output:
         return subprocess.Popen(
-            worker.command,
+            with_parent(worker.command),  # a supervisor that is killed leaves nobody behind who holds the run's folder
             env=os.environ | worker.environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

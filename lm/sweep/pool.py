@@ -9,6 +9,7 @@ import sys
 import time
 
 from lm.experiment import UserError
+from lm.parent_death import with_parent
 from lm.sweep.worker import EXIT_INTERRUPT, EXIT_USER, Stopped
 
 MOST_DEATHS = 10  # of workers, in all
@@ -64,7 +65,7 @@ def pool(words: list[str], count: int) -> None:
 def _start(words: list[str], place: int, count: int) -> subprocess.Popen:
     """One worker, on its share of the cores where there are enough for all."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "lm.cli.main", *words, "--join", str(place + 1)],
+        with_parent([sys.executable, "-m", "lm.cli.main", *words, "--join", str(place + 1)]),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from lm.data.cache import current_cache
 from lm.experiment import Experiment, UserError
 from lm.files import load
+from lm.parent_death import with_parent
 from lm.sweep.folder import SweepFolder, try_lock
 from lm.sweep.results import measurements, metric_name, read_result
 from lm.sweep.shared import pieces, stage_keys
@@ -134,9 +135,9 @@ class Worker:
         words = [*command, "--run-dir", str(run_dir), "--until", until, "--cache", str(current_cache().folder)]
         words.append("--no-report")
         with (run_dir / "log.txt").open("ab") as log:
-            # A kill of the worker leaves its locks with the child, until that ends too.
+            # A kill of the worker ends the child too, which has its locks until then.
             child = subprocess.Popen(
-                words,
+                with_parent(words),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

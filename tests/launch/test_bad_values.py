@@ -20,7 +20,7 @@ RIGHT = {
 }
 LINE_BREAKS = ["\n", "x\n#SBATCH --wrap=x", "a\rb", "a\x1b[31mb", "a\u2028b", "\x00", "a\udc80b"]
 NEVER = ["", " ", "-", "--", "a b", "Bad_Name!", "../x", "'", '"', "$(id)", "`id`", "a;b", "x" * 300, "é", *LINE_BREAKS]
-COUNTS = ["-1", "0", "1.5", "nan", "inf", str(2**63), "9" * 5000, "1e3", "0x10", "one", "1_0", "--1"]
+COUNTS = ["-1", "0", "1.5", "nan", "inf", str(2**63), "9" * 5000, "1e3", "0x10", "one", "--1"]
 VALUED = [flag for flag, option in OPTIONS.items() if option.metavar]
 COMMON = ["--max-restarts", "--grace", "--join-timeout", "--run-dir", "--until"]
 

@@ -11,6 +11,7 @@ import pytest
 
 from lm.launch import supervisor
 from lm.launch.supervisor import Limits, Worker, supervise
+from lm.parent_death import with_parent
 
 # Each program has the folder, its index and the number of its start.
 PRELUDE = """
@@ -224,3 +225,52 @@ def test_a_command_that_does_not_exist_leaves_nothing_running(tmp_path):
             lambda: [first, Worker(("/nowhere/program",), {}, None)], program.newest, Limits(1, 1), program.said.append
         )
     assert subprocess.run(["pgrep", "-f", str(tmp_path / "program.py")], capture_output=True).stdout == b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends processes at their parent's death")
+def test_the_death_of_the_supervisor_ends_its_processes(tmp_path):
+    """Killed, it can pass nothing on; processes that hear no signal end all the same, and nobody holds their files."""
+    deaf = """
+import fcntl
+held = open(folder / f"lock-{index}", "w")
+fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+(folder / f"ready-{start}-{index}").touch()
+(folder / f"ready-{index}").touch()
+wait_for("end")
+"""
+    process = supervised(tmp_path, deaf)
+    for index in (0, 1):
+        appears(tmp_path / f"ready-{index}")
+    pids = [(tmp_path / f"pid-1-{index}").read_text() for index in (0, 1)]
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until, "a process of a killed supervisor goes on"
+        time.sleep(0.01)
+    for path in tmp_path.glob("ready-*"):
+        path.unlink()
+    again = supervised(tmp_path, deaf)  # the locks are free: it would end with code 1 and be started again
+    for index in (0, 1):
+        appears(tmp_path / f"ready-{index}")
+    (tmp_path / "end").touch()
+    assert again.communicate(timeout=60)[0] == "" and again.returncode == 0
+
+
+def test_what_ends_with_its_parent_keeps_words_descriptors_and_its_exit_code(tmp_path):
+    reader, writer = os.pipe()
+    code = f"import os, sys; os.write({writer}, ' '.join(sys.argv[1:]).encode()); sys.exit(7)"
+    words = with_parent([sys.executable, "-c", code, "a b", "--", "$x"])
+    done = subprocess.run(words, pass_fds=[writer])
+    assert done.returncode == 7 and os.read(reader, 100) == b"a b -- $x"
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends processes at their parent's death")
+def test_what_begins_after_its_parents_death_ends(tmp_path):
+    words = with_parent([sys.executable, "-c", "print('began')"])
+    words[4] = "1" if os.getpid() != 1 else "2"  # started by another process than the one that is named
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stdout == ""

@@ -73,7 +73,7 @@ def finished(tmp_path_factory):
     os.kill(run, signal.SIGKILL)
     wait_for(lambda: any((place / "shared").glob("*/summary.json")))
     killed = wait_for(lambda: processes(folder))[0]
-    os.kill(killed[1], signal.SIGKILL)  # the worker; what it started goes on and keeps its locks
+    os.kill(killed[1], signal.SIGKILL)  # the worker; what it started ends with it, and another goes on from there
     said, _ = sweeping.communicate(timeout=240)
     assert sweeping.returncode == 0, said
     return folder, said
