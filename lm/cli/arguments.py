@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -65,6 +66,17 @@ def without_pages(names: list[str]) -> list[str]:
     if not left:
         raise UserError(f"no run among {', '.join(names)}")
     return left
+
+
+def find_runs(names: Iterable[str]) -> list[Path]:
+    """The folders of runs, each once: one that is named again, also through a link, is left out with a line."""
+    found: dict[Path, Path] = {}
+    for name in names:
+        folder = find_run(name)
+        if folder.resolve() in found:
+            print(f"lm: {name} is {found[folder.resolve()]}, which is named already: it counts once", file=sys.stderr)
+        found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def find_stage(run_dir: Path, name: str | None) -> str:

@@ -3,11 +3,14 @@
   lm compare sweeps/pretraining
   lm compare runs/a0 runs/a1 runs/b0 runs/b1
   lm compare sweeps/pretraining --baseline without=baseline --csv rows.csv
+  lm compare runs/* --baseline a0
 
-Runs that differ in their seed only are one group. Every group is compared with
-the baseline within each seed: the mean difference, its 95 % interval (Student's
-t, from six seeds on a bootstrap), and a p-value that is corrected for all the
-comparisons (Holm). Where no difference is seen, it says which could have been.
+Runs that differ in their seed only are one group; a run that is named twice,
+or copied, counts once. Every group is compared with the baseline (the sweep's
+own, else the first that has finished, or --baseline) within each seed: the mean
+difference, its 95 % interval (Student's t, from six seeds on a bootstrap), and
+a p-value that is corrected for all the comparisons (Holm). Where no difference
+is seen, it says which could have been; where all seeds are equal, nothing.
 The page compare.html has curves, importance and where every number is from."""
 
 from __future__ import annotations
@@ -25,7 +28,11 @@ TAKES_OVERRIDES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN | SWEEP", nargs="+", help="folders of runs, or of sweeps; or their names")
     parser.add_argument(
-        "--baseline", metavar="NAME=VALUE", action="append", default=[], help="settings of the group to compare with"
+        "--baseline",
+        metavar="NAME | NAME=VALUE",
+        action="append",
+        default=[],
+        help="the group to compare with: its name in the table, one of its runs, or settings of it",
     )
     parser.add_argument("--eval", metavar="NAME", action="append", default=[], help="only this eval")
     parser.add_argument("--page", metavar="FILE", type=page_path, help="the page; else compare.html in the sweep")
@@ -46,7 +53,8 @@ def call(arguments: argparse.Namespace) -> int:
         folder = sweep_folder(name)
         sweeps += [folder] if folder else []
         results += read_sweep(folder) if folder else [read_result(one_run(name))]
-    comparison = compare(results, baseline(arguments.baseline, sweeps), arguments.eval)
+    wanted, why = baseline(arguments.baseline, sweeps)
+    comparison = compare(results, wanted, arguments.eval, why)
     show(comparison, Console())
     for path in filter(None, (arguments.csv, arguments.parquet)):
         print(write(comparison, path))
@@ -68,16 +76,19 @@ def one_run(name: str) -> Path:
         raise UserError(f"{error}; sweeps/ here has: {known or 'nothing'}") from None
 
 
-def baseline(given: list[str], sweeps: list[Path]) -> dict[str, str]:
-    """The settings asked for, else those that the sweep names. Raises UserError for what is no NAME=VALUE."""
+def baseline(given: list[str], sweeps: list[Path]) -> tuple[dict[str, str] | str | None, str]:
+    """(what is asked for, else what the sweep names, why that). Raises UserError for several names of groups."""
     from lm.train.run_folder import read_json
 
-    for text in given:
-        if "=" not in text:
-            raise UserError(f"--baseline is {text!r}; it should be NAME=VALUE")
-    if given or not sweeps:
-        return dict(text.split("=", 1) for text in given)
-    return read_json(sweeps[0] / "sweep.json")["baseline"]
+    if len(given) > 1 and (names := [text for text in given if "=" not in text]):
+        raise UserError(f"--baseline {names[0]!r} beside others; it should be one name, or several NAME=VALUE")
+    if given:
+        settings = dict(text.split("=", 1) for text in given if "=" in text)
+        return settings or given[0], "asked for with --baseline"
+    if not sweeps:
+        return None, ""
+    named = read_json(sweeps[0] / "sweep.json")["baseline"]
+    return named, f"{sweeps[0]} names it" if named else "the first value of every axis"
 
 
 def default_page(runs: list[Path], sweeps: list[Path]) -> Path:

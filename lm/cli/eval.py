@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm.cli.arguments import RUN_HELP, add_cache, find_run, find_stage, number, page_path
+from lm.cli.arguments import RUN_HELP, add_cache, find_runs, find_stage, number, page_path
 from lm.experiment import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    runs = [find_run(name) for name in arguments.run]
+    runs = find_runs(arguments.run)
     if arguments.pairs is not None:
         return pairs(runs, arguments)
     if len(runs) > 1 or arguments.heldout is not None or arguments.json or arguments.page:

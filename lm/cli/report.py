@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lm.cli.arguments import RUN_HELP, find_run, page_path, without_pages
+from lm.cli.arguments import RUN_HELP, find_runs, page_path, without_pages
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    run_dirs = [find_run(name) for name in without_pages(arguments.run)]
+    run_dirs = find_runs(without_pages(arguments.run))
     if arguments.out is not None and len(run_dirs) == 1:
         raise UserError("--out is for the page over several runs; the report of one is report.html in its folder")
 

@@ -115,7 +115,7 @@ def by_sign(found: Difference, claimed: int) -> Verdict:
 def difference(found: Difference, digits: int = 3) -> str:
     """+0.123 [0.045, 0.201], or that none was seen, with the smallest that would have been."""
     if math.isnan(found.low):
-        return f"{found.mean:+.{digits}f} (one seed)"
+        return f"{found.mean:+.{digits}f} ({'one seed' if found.count < 2 else f'the same in {found.count} seeds'})"
     interval = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
     if found.low <= 0 <= found.high:
         return f"{interval}, no difference seen (smallest that would have been: {found.detectable:.{digits}f})"

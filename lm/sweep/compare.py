@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lm.experiment import UserError, flatten, nearest
@@ -23,6 +24,9 @@ from lm.sweep.trials import shown, told
 FREE = ("name", "seed")  # what may differ within a group
 LEVEL = 0.05
 ABSENT = "–"  # what a run does not have
+MOST_IN_LABEL = 6  # fields in which runs differ that their labels can tell; with more a run goes by its folder's name
+MOST_NAMED = 10
+MOST_FAILURES = 5
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Group:
     @property
     def ended(self) -> list[Result]:
         """The runs that have something to say at their end."""
-        return [result for result in self.results if result.finished and not result.failed]
+        return [result for result in self.results if result.measured]
 
     @property
     def note(self) -> str:
@@ -87,6 +91,7 @@ class Comparison:
     groups: tuple[Group, ...]
     metrics: tuple[Metric, ...]
     baseline: Group
+    why_baseline: str  # why it is this group
     cells: Mapping[tuple[str, Metric], Cell]
     changed: tuple[str, ...]  # what the groups differ in; see `told_fields`
     notes: tuple[str, ...]
@@ -97,30 +102,77 @@ class Comparison:
 
 
 def compare(
-    results: Sequence[Result], baseline: Mapping[str, str] | None = None, only: Sequence[str] = ()
+    results: Sequence[Result], baseline: Mapping[str, str] | str | None = None, only: Sequence[str] = (), why: str = ""
 ) -> Comparison:
-    """Group the runs, and compare every group with the baseline.
+    """Group the runs, and compare every group with the baseline. A run that is named twice, or copied, counts once.
 
     Args:
-        baseline: settings, or values of differing fields, of the group to compare with; None: the first group.
+        baseline: the group to compare with: its label, the folder or the folder's name of one of its runs, or settings
+            (values of differing fields) by name; None: the first group in which a run has finished.
         only: names of evals; empty: all that some run has.
+        why: why that baseline was asked for, for people.
 
     Raises:
         UserError: no run has finished, or there is no such group or eval.
     """
+    results, notes = _once(results)
     if not any(result.finished for result in results):
-        raise UserError("no run has finished: there is nothing to compare yet")
+        raise UserError("no run has finished: there is nothing to compare yet" + _first_failure(results))
     groups = group(results)
-    base = _baseline(groups, baseline or {})
+    base = _named(groups, baseline) if isinstance(baseline, str) else _baseline(groups, baseline or {})
+    if not baseline:
+        why = (
+            why
+            if base is groups[0] and why
+            else "the first " + ("of those named" if base is groups[0] else "that has finished")
+        )
     metrics = _metrics(results, only)
     cells: dict[tuple[str, Metric], Cell] = {}
-    notes: list[str] = []
+    notes += _failures(groups)
     for metric in metrics:
         cells |= _column(groups, base, metric, notes)
-    seeds = {len({result.seed for result in one.ended}) for one in groups}
+    seeds = {len({result.seed for result in one.ended}) for one in groups if one.ended}
     if seeds == {1}:
         notes.append("one seed each: no interval, and no saying whether a difference is more than chance")
-    return Comparison(groups, metrics, base, cells, told_fields(results), tuple(dict.fromkeys(notes)))
+    return Comparison(groups, metrics, base, why, cells, told_fields(results), tuple(dict.fromkeys(notes)))
+
+
+def _once(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
+    """The results without those of a folder that is there already, or of the same experiment with the same seed."""
+    folders = {result.folder.resolve(): result for result in reversed(results)}
+    kept: dict[str, Result] = {}
+    notes = []
+    if again := len(results) - len(folders):
+        notes.append(f"{again} {'run is' if again == 1 else 'runs are'} named again, and counted once")
+    for result in reversed(folders.values()):
+        of_it = [str(result.folder)] if result.impossible else [json.dumps(_leaves(result)), str(result.seed)]
+        key = "\n".join(of_it)
+        other = kept.get(key)
+        if other is None:
+            kept[key] = result
+            continue
+        better_one = result if result.measured and not other.measured else other
+        left = other if better_one is result else result
+        kept[key] = better_one
+        notes.append(f"{left.folder} is the same experiment with the same seed as {better_one.folder}: counted once")
+    return list(kept.values()), notes
+
+
+def _failures(groups: Sequence[Group]) -> list[str]:
+    """A line for each run that has failed, with its reason; of many the first and a count."""
+    lines = [
+        f"{one.label}, seed {result.seed} failed: {result.failed}"
+        for one in groups
+        for result in one.results
+        if result.failed
+    ]
+    more = len(lines) - MOST_FAILURES
+    return [*lines[:MOST_FAILURES], f"and {more} more failed: --csv has the reason of each"] if more > 0 else lines
+
+
+def _first_failure(results: Sequence[Result]) -> str:
+    failed = [result.failed for result in results if result.failed]
+    return f"; {len(failed)} of {len(results)} failed, the first: {failed[0]}" if failed else ""
 
 
 def group(results: Sequence[Result]) -> tuple[Group, ...]:
@@ -129,12 +181,14 @@ def group(results: Sequence[Result]) -> tuple[Group, ...]:
     found: dict[str, list[Result]] = {}
     for result in results:
         leaves = _leaves(result)
-        found.setdefault(json.dumps([leaves.get(name) for name in names]), []).append(result)
+        own = result.settings if result.impossible else {}  # its experiment is not what its settings would have made
+        found.setdefault(json.dumps([[leaves.get(name) for name in names], own]), []).append(result)
     groups = []
     for same in found.values():
         leaves = _leaves(same[0])
         settings = same[0].settings or {name: told_value(leaves, name) for name in told_names}
-        groups.append(Group(_label(settings), settings, tuple(same)))
+        many = not same[0].settings and len(told_names) > MOST_IN_LABEL
+        groups.append(Group(same[0].folder.name if many else _label(settings), settings, tuple(same)))
     labels = [one.label for one in groups]
     return tuple(
         dataclasses.replace(one, label=f"{one.label} ({place})") if labels.count(one.label) > 1 else one
@@ -199,22 +253,41 @@ def part_of(name: str) -> str:
     return ".".join(name.split(".")[: 2 if name.startswith("evals.") else 1])
 
 
+def _named(groups: Sequence[Group], name: str) -> Group:
+    """The group with this label, or of the run in this folder."""
+    here = Path(name).resolve()
+    for one in groups:
+        if one.label == name:
+            return one
+    for one in groups:
+        if any(result.folder.resolve() == here or result.folder.name == name for result in one.results):
+            return one
+    labels = [one.label for one in groups]
+    raise UserError(
+        f"baseline: nothing is called {name!r}{nearest(name, labels)}; there are {_some(labels)}, or NAME=VALUE of what differs"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first ten names, and how many more."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{', '.join(names[:MOST_NAMED])}{more}"
+
+
 def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
     axes = list(dict.fromkeys(name for one in groups for name in one.settings))
     for name, value in wanted.items():
         if name not in axes:
             raise UserError(
-                f"baseline: nothing called {name!r} differs between the runs{nearest(name, axes)}; it is {', '.join(axes) or 'nothing'}"
+                f"baseline: nothing called {name!r} differs between the runs{nearest(name, axes)}; it is {_some(axes) or 'nothing'}"
             )
         values = list(dict.fromkeys(one.settings[name] for one in groups if name in one.settings))
         if value not in values:
-            raise UserError(
-                f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {', '.join(values)}"
-            )
+            raise UserError(f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {_some(values)}")
     found = [one for one in groups if all(one.settings.get(n) == v for n, v in wanted.items())]
     if not found:
         raise UserError(f"baseline: no run has {told(dict(wanted))}")
-    return found[0]
+    return next((one for one in found if one.ended), found[0])
 
 
 def _metrics(results: Sequence[Result], only: Sequence[str]) -> tuple[Metric, ...]:
@@ -235,9 +308,11 @@ def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[st
     own = measured_on(base.results[0], metric.name)
     of_base = _by_seed(base, metric)
     cells: dict[str, Cell] = {}
+    everything: list[float] = []
     for one in groups:
         values = _by_seed(one, metric)
         bests = [value for result in one.ended if math.isfinite(value := result.best(metric.name, metric.field))]
+        everything += values.values()
         cell = Cell(estimate(list(values.values())), estimate(bests))
         other = measured_on(one.results[0], metric.name)
         if one is not base and values and other != own:
@@ -250,6 +325,11 @@ def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[st
         if missing:
             notes.append(f"{metric.label}: missing in {missing} of {len(one.ended)} runs of {one.label}")
         cells[one.label] = cell
+    if len(everything) > 1 and len(set(everything)) == 1:
+        notes.append(
+            f"{metric.label}: all equal ({everything[0]:.4g} in {len(everything)} runs), as at a floor or a ceiling: nothing "
+            "can be told apart, and no power is claimed"
+        )
     tested = [label for label, cell in cells.items() if cell.difference is not None]
     corrected = holm([cells[label].difference.p for label in tested])  # type: ignore[union-attr]
     for label, p in zip(tested, corrected, strict=True):
@@ -292,11 +372,15 @@ def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:
         return "the baseline"
     if found.count == 0:
         return "no seed in common with the baseline"
-    if math.isnan(found.p):
+    if found.count == 1:
         return f"{found.mean:+.{digits}f} in the one seed that both have"
+    if math.isnan(found.p):
+        if found.mean == 0:
+            return f"all equal to the baseline in {found.count} seeds: no spread, so no interval and no power"
+        return f"{found.mean:+.{digits}f} in each of {found.count} seeds: no spread, so no interval and no p-value"
     interval = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
     if cell.differs:
         return f"{interval}, {'better' if found.mean * better(metric.field) > 0 else 'worse'}"
-    least = detectable(found.error, found.count, LEVEL / cell.comparisons) if found.error else 0.0
+    least = detectable(found.error, found.count, LEVEL / cell.comparisons)
     many = "" if found.low <= 0 <= found.high else f" beyond the chance of {cell.comparisons} comparisons"
     return f"{interval}, no difference seen{many}; {least:.{digits}f} could have been"

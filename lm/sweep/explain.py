@@ -13,6 +13,7 @@ from lm.sweep.results import Result, better
 from lm.sweep.statistics import PowerLaw, power_law
 
 FEWEST_GROUPS = 4  # of which importance says something
+MOST_AXES = 12  # with more, the runs have too little in common
 FEWEST_SIZES = 3  # of which a fit has a doubt
 
 
@@ -23,13 +24,14 @@ def varied(comparison: Comparison) -> list[str]:
 
 
 def importance(comparison: Comparison, metric: Metric) -> dict[str, float]:
-    """The share of each axis in what makes settings good (PED-ANOVA, Watanabe et al. 2023, as in Optuna); {} for few.
+    """The share of each axis in what makes settings good (PED-ANOVA, Watanabe et al. 2023, as in Optuna); {} for few or equal ones.
 
     It looks at the better half of the groups.
     """
     names = varied(comparison)
     measured = [group for group in comparison.groups if comparison.cells[group.label, metric].final.count]
-    if len(names) < 2 or len(measured) < FEWEST_GROUPS:
+    means = {comparison.cells[group.label, metric].final.mean for group in measured}
+    if not 2 <= len(names) <= MOST_AXES or len(measured) < FEWEST_GROUPS or len(means) < 2:
         return {}
     choices = {name: sorted({str(group.settings.get(name, "–")) for group in measured}) for name in names}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -71,7 +73,7 @@ def scalings(comparison: Comparison, metric: Metric) -> list[Scaling]:
             if group.label in sizes[what] and comparison.cells[group.label, metric].final.mean > 0
         ]
         alone = len({round(math.log(value), 1) for value in sizes[other].values()}) == 1
-        if alone and len({x for x, _ in points}) >= FEWEST_SIZES:
+        if alone and len({x for x, _ in points}) >= FEWEST_SIZES and len({y for _, y in points}) > 1:
             label = "parameters" if what == "num_params" else "tokens"
             found.append(Scaling(label, metric, tuple(sorted(points)), power_law(*zip(*points, strict=True))))
     return found

@@ -100,6 +100,7 @@ class SweepFolder:
         """
         path = self.trial(trial.key)
         record = {"settings": trial.settings, "seed": trial.experiment.seed, "wanted": True}
+        record["impossible"] = bool(trial.impossible)
         if trial.impossible:
             path.mkdir(parents=True, exist_ok=True)
             write_json_atomic(path / "experiment.json", _finite(to_dict(trial.experiment)))

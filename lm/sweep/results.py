@@ -42,13 +42,22 @@ def better(field: str) -> int:
 
 @dataclass(frozen=True)
 class Result:
-    """One run: what it was, and what it has measured. `settings` are a sweep's axes, as they are shown."""
+    """One run: what it was, and what it has measured. `settings` are a sweep's axes, as they are shown.
+
+    Of an `impossible` trial the experiment is as far as the settings could be applied.
+    """
 
     folder: Path
     experiment: dict[str, Any]
     settings: dict[str, str] = field(default_factory=dict)
     failed: str = ""
     pruned: bool = False
+    impossible: bool = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has something to say at its end."""
+        return self.finished and not self.failed
 
     @property
     def seed(self) -> int:
@@ -120,7 +129,7 @@ def read_sweep(folder: Path) -> list[Result]:
     for file in sorted((folder / "trials").glob("*/trial.json")):
         known = read_json(file)
         if known["wanted"]:
-            extra = {name: known[name] for name in ("settings", "failed", "pruned") if name in known}
+            extra = {name: known[name] for name in ("settings", "failed", "pruned", "impossible") if name in known}
             found.append(dataclasses.replace(read_result(file.parent), **extra))
     axes = read_json(folder / "sweep.json")["axes"]
     return sorted(found, key=lambda result: ([_place(axes[n], v) for n, v in result.settings.items()], result.seed))

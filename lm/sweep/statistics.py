@@ -34,6 +34,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = math.fsum(values) / count if values else math.nan
     if count < 2:
         return Estimate(mean, math.nan, count)
+    if _without_spread(values):
+        return Estimate(values[0], 0.0, count)
     return Estimate(mean, _standard_error(np.asarray(values)) * _t(count - 1, LEVEL), count)
 
 
@@ -66,7 +68,8 @@ class Difference:
     """Mean difference to a baseline over the seeds that both have, its 95 % interval, and the p-value of none.
 
     `detectable` is the smallest true difference that so many seeds with this spread would show, at the 5 % level, with a
-    power of 80 %; `error` is the standard error. All but `mean` and `count` are nan for one seed.
+    power of 80 %; `error` is the standard error. All but `mean` and `count` are nan for one seed, and where the difference
+    is the same in all of them, as at the floor or the ceiling of a metric: without a spread nothing is known of chance.
     """
 
     mean: float
@@ -93,11 +96,9 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     if count == 0:
         return NO_DIFFERENCE
     mean = float(differences.mean())
-    if count == 1:
-        return Difference(mean, math.nan, math.nan, math.nan, 1, math.nan, math.nan)
+    if count == 1 or _without_spread(differences, max(abs(values[seed]) for seed in both)):
+        return Difference(mean, math.nan, math.nan, math.nan, count, math.nan, math.nan)
     error = _standard_error(differences)
-    if error == 0:  # the same in every seed: nothing to estimate a spread from
-        return Difference(mean, mean, mean, 0.0 if mean else 1.0, count, 0.0, 0.0)
     if count < FEWEST_RESAMPLED:
         low_t = high_t = _t(count - 1, LEVEL)
         p = 2 * float(scipy.stats.t.sf(abs(mean) / error, count - 1))
@@ -106,6 +107,11 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
         high_t, low_t = -np.quantile(drawn, (1 - LEVEL) / 2), np.quantile(drawn, (1 + LEVEL) / 2)
         p = _two_sided(drawn, mean / error)
     return Difference(mean, mean - low_t * error, mean + high_t * error, p, count, detectable(error, count), error)
+
+
+def _without_spread(values: Sequence[float] | Float[np.ndarray, " N"], scale: float = 0.0) -> bool:
+    """Whether values are all equal but for rounding; `scale` is the size of the numbers whose differences they are."""
+    return float(np.ptp(values)) <= 1e-12 * max(scale, *np.abs(values))
 
 
 def _standard_error(values: Float[np.ndarray, " N"]) -> float:

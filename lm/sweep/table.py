@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.experiment import UserError
-from lm.sweep.compare import Comparison, Metric, sentence
+from lm.sweep.compare import Comparison, Metric, part_of, sentence
 from lm.sweep.results import Result
 from lm.sweep.statistics import Estimate
 from lm.sweep.trials import digest
@@ -25,14 +26,31 @@ DIGITS = 4  # figures of a number
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print a table for each metric, what differs, and what has to be known besides."""
-    names = comparison.changed
-    if names:
-        more = f", … and {len(names) - MOST_FIELDS} more" if len(names) > MOST_FIELDS else ""
-        console.print(f"What differs: {', '.join(names[:MOST_FIELDS])}{more}", highlight=False)
+    for line in (differences(comparison), baseline(comparison)):
+        console.print(line, highlight=False, soft_wrap=True)
     for metric in comparison.metrics:
         console.print(_table(comparison, metric))
     for note in comparison.notes:
         console.print(note, highlight=False)
+
+
+def differences(comparison: Comparison) -> str:
+    """The fields that differ, in a line; of many how many there are in each part of the experiment."""
+    names = comparison.changed
+    if not names:
+        return "What differs: nothing but the seed"
+    if len(names) <= MOST_FIELDS:
+        return f"What differs: {', '.join(names)}"
+    parts = Counter(map(part_of, names)).most_common()
+    some = ", ".join(f"{part} ({count})" for part, count in parts[:MOST_FIELDS])
+    more = f" and {len(parts) - MOST_FIELDS} more" if len(parts) > MOST_FIELDS else ""
+    return f"What differs: {len(names)} fields, too many for labels, so runs go by their folders: in {some}{more}; the page has them"
+
+
+def baseline(comparison: Comparison) -> str:
+    """With what is compared, why with that, and how to choose."""
+    why = f" ({comparison.why_baseline})" if comparison.why_baseline else ""
+    return f"Baseline: {comparison.baseline.label}{why}; --baseline NAME takes another"
 
 
 def _table(comparison: Comparison, metric: Metric) -> Table:
@@ -56,6 +74,8 @@ def number(found: Estimate) -> str:
         return "–"
     if math.isnan(found.half):
         return f"{found.mean:.{DIGITS}g}"
+    if found.half == 0:
+        return f"{found.mean:.{DIGITS}g} (all equal)"
     return f"{found.mean:.{DIGITS}g} ± {found.half:.2g}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lm import experiment as experiments
 from lm.sweep.compare import Comparison, Group, Metric, sentence, told_fields, told_value
-from lm.sweep.explain import importance, scalings, varied
+from lm.sweep.explain import MOST_AXES, importance, scalings, varied
 from lm.sweep.results import Result, better, measurements
 from lm.sweep.statistics import Curve, curve_points
 from lm.sweep.table import number, origin
@@ -98,7 +98,7 @@ def _charts(comparison: Comparison, metric: Metric) -> list[Chart]:
         found.append(bands(f"{metric.label}, on the way", curves))
     names = varied(comparison)
     measured = [group for group in comparison.groups if comparison.cells[group.label, metric].final.count]
-    if len(names) > 1 and len(measured) > 2:
+    if 1 < len(names) <= MOST_AXES and len(measured) > 2:
         settings = [[str(group.settings.get(name, "–")) for name in names] for group in measured]
         values = [comparison.cells[group.label, metric].final.mean for group in measured]
         found.append(

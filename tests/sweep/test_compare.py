@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -232,8 +233,101 @@ def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path, capsys):
         read_sweep(tmp_path / "empty")
     written(tmp_path / "one", 2.0)
     assert main(["compare", str(tmp_path / "one"), "--baseline", "norm"]) == 2
-    assert "should be NAME=VALUE" in capsys.readouterr().err
+    assert "nothing is called 'norm'; there are all runs, or NAME=VALUE" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "one"), "--baseline", "norm", "--baseline", "a=b"]) == 2
+    assert "should be one name, or several NAME=VALUE" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "one"), "--csv", "rows.txt"]) == 2
     assert "should end in .csv" in capsys.readouterr().err
     assert main(["compare", "nowhere"]) == 2
     assert "sweeps/ here has: nothing" in capsys.readouterr().err
+
+
+# ---- what is no evidence -------------------------------------------------------------------------------------------
+
+
+def test_the_same_run_named_twice_by_a_link_or_copied_counts_once(tmp_path, capsys):
+    found = runs(tmp_path, effect=-0.1, seeds=3)
+    once = compare(found)
+    (tmp_path / "link").symlink_to(tmp_path / "a0")
+    shutil.copytree(tmp_path / "b1", tmp_path / "copy")
+    again = [
+        *found,
+        found[0],
+        read_result(tmp_path / "link"),
+        read_result(tmp_path / "a1" / ".." / "b2"),
+        read_result(tmp_path / "copy"),
+    ]
+    twice = compare(again)
+    assert {key: cell.final for key, cell in twice.cells.items()} == {
+        key: cell.final for key, cell in once.cells.items()
+    }
+    assert twice.cells["qk_norm false", BITS].best.count == 3
+    assert "3 runs are named again, and counted once" in twice.notes
+    assert any("copy is the same experiment with the same seed as" in note for note in twice.notes)
+    assert main(["compare", str(tmp_path / "a0"), f"{tmp_path}/./a0", "--page", str(tmp_path / "p.html")]) == 0
+    said = capsys.readouterr().out
+    assert "1 run is named again, and counted once" in said and "1 settings, 1 runs" not in said
+
+
+def test_of_copies_the_one_that_has_finished_counts(tmp_path):
+    half = written(tmp_path / "half", 2.0, finished=False)
+    (group,) = compare([half, written(tmp_path / "whole", 3.0)]).groups
+    assert [result.folder.name for result in group.results] == ["whole"]
+
+
+@pytest.mark.parametrize(("value", "other"), [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+def test_where_all_runs_are_equal_no_power_is_claimed(tmp_path, value, other):
+    results = [written(tmp_path / f"a{seed}", value, seed) for seed in range(3)]
+    results += [written(tmp_path / f"b{seed}", other, seed, model__qk_norm=False) for seed in range(3)]
+    found = compare(results)
+    cell = found.cells[found.groups[1].label, BITS]
+    said = sentence(cell, BITS)
+    assert math.isnan(cell.corrected) and not cell.differs and "could have been" not in said
+    if value == other:
+        assert said == "all equal to the baseline in 3 seeds: no spread, so no interval and no power"
+        assert any("all equal" in note and "no power is claimed" in note for note in found.notes)
+    else:
+        assert said == "+1.000 in each of 3 seeds: no spread, so no interval and no p-value"
+    assert table.number(cell.final).endswith("(all equal)") and importance(found, BITS) == {}
+    render(found)
+
+
+def test_the_baseline_is_explained_and_chosen_by_name(tmp_path, capsys):
+    results = runs(tmp_path, effect=-0.1, seeds=2)
+    assert table.baseline(compare(results)) == (
+        "Baseline: qk_norm true (the first of those named); --baseline NAME takes another"
+    )
+    for name in ("qk_norm false", "b1", str(tmp_path / "b0")):
+        assert compare(results, name).baseline.label == "qk_norm false"
+    with pytest.raises(UserError, match="nothing is called 'qk_norm fals'; did you mean qk_norm false"):
+        compare(results, "qk_norm fals")
+    folders = [str(result.folder) for result in results]
+    assert main(["compare", *folders, "--baseline", "b0"]) == 0
+    said = capsys.readouterr().out
+    assert "Baseline: qk_norm false (asked for with --baseline)" in said
+
+
+def test_the_first_that_has_finished_is_the_baseline(tmp_path):
+    failed = written(tmp_path / "a", 9.0, model__qk_norm=False, finished=False)
+    object.__setattr__(failed, "failed", "diverged")
+    found = compare([failed, written(tmp_path / "b", 2.0)])
+    assert found.baseline.label == "qk_norm true" and found.why_baseline == "the first that has finished"
+    assert "qk_norm false, seed 0 failed: diverged" in found.notes
+
+
+def test_runs_with_little_in_common_have_short_labels_and_a_count_of_fields(tmp_path, capsys):
+    written(tmp_path / "one", 2.0)
+    other = {
+        f"model__{name}": value
+        for name, value in (("num_layers", 3), ("embed_dim", 8), ("mlp_dim", 9), ("max_len", 99))
+    }
+    other |= {
+        f"stages__{i}__{name}": 7
+        for i in range(2)
+        for name in ("steps", "batch_size", "seq_len", "save_every", "eval_every")
+    }
+    written(tmp_path / "two", 3.0, **other)
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    said = capsys.readouterr().out
+    assert "What differs: 14 fields" in said and "pretrain (" in said and "num_layers" not in said
+    assert "Baseline: one (" in said and len(said.splitlines()) < 20

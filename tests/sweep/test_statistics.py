@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.sweep.statistics import curve_points, detectable, estimate, holm, paired, power_law
+from lm.sweep.statistics import Estimate, curve_points, detectable, estimate, holm, paired, power_law
 
 TRIES = 2000
 # Of 2000 tries a true 95 % stays within ±1.5 points of it with a chance of 99.8 %: what is asked for is 92 to 98 %.
@@ -80,10 +80,17 @@ def test_one_seed_has_no_interval_and_none_no_difference():
     assert math.isnan(estimate([1.0]).half) and math.isnan(estimate([]).mean)
 
 
-def test_a_difference_that_never_varies_is_itself():
-    same = paired(seeds([1.0, 2.0, 3.0]), seeds([0.0, 1.0, 2.0]))
-    assert (same.mean, same.low, same.high, same.p) == (1.0, 1.0, 1.0, 0.0)
-    assert paired(seeds([1.0, 2.0]), seeds([1.0, 2.0])).p == 1.0
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize(("level", "shift"), [(0.0, 0.0), (1.0, 0.0), (0.1, 0.2), (0.0, 1.0)])
+def test_without_a_spread_nothing_is_claimed(count, level, shift):
+    """At a floor or a ceiling, whatever rounding makes of it: no interval, no p-value, no power."""
+    same = paired(seeds([level + shift] * count), seeds([level] * count))
+    assert same.mean == pytest.approx(shift) and same.count == count
+    assert all(map(math.isnan, (same.low, same.high, same.p, same.detectable, same.error)))
+    assert estimate([level] * count) == Estimate(level, 0.0, count)
+    offset = {seed: 0.1 * seed for seed in range(count)}  # what a seed does to both
+    moved = paired({seed: 0.3 + value for seed, value in offset.items()}, offset)
+    assert moved.mean == pytest.approx(0.3) and math.isnan(moved.p)
 
 
 def test_power_laws_are_found_with_their_doubt():
