@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +53,13 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.train.stages import evaluate_run
 
     own = next(files.evals for files in read_run(run_dir).stages if files.name == stage)
-    print(f"{run_dir}, after stage {stage}\n")
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    print(f"{run_dir}, after stage {stage}\n", flush=True)
     with cache_at(arguments.cache):
-        print(table(evaluate_run(run_dir, stage), own))
+        print(table(evaluate_run(run_dir, stage, tell), own))
     return 0
 
 

@@ -82,6 +82,7 @@ def _sample(
     environment = make_environment(stage, run.tokenizer, run.experiment.seed, run.held_out)
     start = as_first(lambda: _whole_steps(path, stage.batch_size))
     progress = Progress(stage.name, stage.steps, start)
+    progress.doing("compiling")
     with MetricsLog(path.parent, listener(run.callbacks, stage.name)) as log:
         log.rewind(start)
         for step in range(start, stage.steps):

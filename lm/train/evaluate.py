@@ -44,6 +44,7 @@ class Evaluator:
         self.experiment, self.folder, self.tokenizer = experiment, folder, tokenizer
         self.reference, self.scorers = reference, scorers
         self.told: set[str] = set()
+        self.tell: Callable[[str], None] = lambda text: None  # what is measured now, in words
 
     def before(self, index: int, model: Transformer, log: MetricsLog) -> None:
         """The model that enters a stage: what the stage before measured at its end, and what is new.
@@ -106,7 +107,8 @@ class Evaluator:
             self._write(chosen, self._subject(entering, None, (model,)), log, step, "after")
 
     def _measure(self, items: list[Eval], model: Transformer | Scorer, log: MetricsLog, step: int, when: str) -> None:
-        for item in items:
+        for number, item in enumerate(items, start=1):
+            self.tell(f"evaluating {number}/{len(items)}: {item.name}")
             for line, examples in self.lines(item, model, step, when):
                 self._log(log, line, examples)
 
@@ -159,6 +161,7 @@ class Evaluator:
         prompts = list(self.experiment.prompts)
         if not prompts or isinstance(model, Scorer):
             return
+        self.tell("evaluating: answers to the prompts")
         room = _answer_tokens(self.experiment.model.max_len)
         answers = generate_text(model, self.tokenizer, prompts, max_new_tokens=room)
         log.samples(

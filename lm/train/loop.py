@@ -122,6 +122,7 @@ def train_stage(
         in_first(lambda: log.check_steps(start))
         costs = Costs(began, meta.get("costs", {}), spent)
         loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
+        evaluator.tell = loop.doing
         if due(stage, start):  # it may have been stopped before it measured what it saved
             with loop.evaluating(start, start, state):
                 evaluator.during(index, policy_of(state.params), log, start)
@@ -214,6 +215,7 @@ class _Loop:
         self.run, self.stage, self.batches, self.log, self.checkpoints = run, stage, batches, log, checkpoints
         self.costs, self.tokens, self.now = costs, int(tokens), now
         self.pending: Pending | None = None
+        self.progress: Progress | None = None  # from the first step on
         self.updates = updates_per_step(stage)
         self.rate = schedule(stage.optimizer, stage.steps * self.updates)
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
@@ -222,6 +224,13 @@ class _Loop:
         model, vocab_size = run.experiment.model, run.tokenizer.vocab_size
         cost = update_flops_per_token(model, vocab_size, stage.seq_len, forward_only(stage), *trained(stage))
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
+
+    def doing(self, text: str) -> None:
+        """Show what is done between two steps, also before the first one."""
+        if self.progress is not None:
+            self.progress.doing(text)
+        elif first():
+            print(f"{self.stage.name}  {text}", flush=True)
 
     @contextlib.contextmanager
     def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
@@ -247,9 +256,9 @@ class _Loop:
 
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
         """(steps done, state) after each step from `start`; saves where it should, and when a signal came."""
-        self.progress = Progress(self.stage.name, self.stage.steps, start)
+        self.progress = progress = Progress(self.stage.name, self.stage.steps, start)
         folder = self.run.folder.stage_folder(self.stage.name)
-        self.warnings = Warnings(self.run.experiment, self.stage, folder, self.log, self.progress.say)
+        self.warnings = Warnings(self.run.experiment, self.stage, folder, self.log, progress.say)
         try:
             for step in range(start, self.stage.steps):
                 self.trace.before(step + 1)
@@ -271,7 +280,7 @@ class _Loop:
                 yield latest.step, state
         finally:
             self.trace.close()
-            self.progress.close()
+            progress.close()
 
     def _interrupt(self, reason: str, step: int) -> NoReturn:
         self.checkpoints.wait()
@@ -281,6 +290,8 @@ class _Loop:
         self.run.watchdog.expect(f"step {step} of stage {self.stage.name}", patience)
 
     def _step(self, state: TrainState, step: int, step_fn: Step, new: bool) -> tuple[TrainState, Pending]:
+        if new:
+            self.doing("compiling")
         with self.costs.of(self.batches.cost):
             batches, extra = self.batches(step, state)
         for kind, text in self.batches.notes.items():
@@ -304,6 +315,7 @@ class _Loop:
 
     def _report(self, pending: Pending) -> None:
         """Read a step's metrics, write and show them, and stop the run where the loss is not finite."""
+        assert self.progress is not None
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
         tokens = sum(map(int, jax.device_get(pending.tokens)))
         self.tokens += tokens

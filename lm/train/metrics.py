@@ -24,7 +24,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "samples": {"step": int, "when": str, "kind": str},
     "warnings": {"step": int, "kind": str, "text": str},
 }
-PLAIN_EVERY_SECONDS = 10.0
+PLAIN_EVERY_SECONDS, CHANGE_SECONDS = 10.0, 2.0
 PACE_STEPS = 20
 SHOWN = ("loss", "reward", "reward_accuracy")
 
@@ -164,7 +164,8 @@ class Progress:
         self.active = _first_process()
         self._seen: deque[tuple[int, float]] = deque([(start, time.monotonic())], maxlen=PACE_STEPS + 1)
         self._first: tuple[int, float] | None = None
-        self._printed = -math.inf
+        self._printed = self._said = -math.inf  # when the last plain line was printed, of a step and of another thing
+        self._doing = ""
         self._bar: Any = None
         self._task: Any = None
         if self.active and sys.stdout.isatty():
@@ -202,6 +203,20 @@ class Progress:
             self._printed = time.monotonic()
             print(f"{self.label}  step {step}/{self.total}  {numbers}", flush=True)
 
+    def doing(self, text: str) -> None:
+        """Show what is done between two steps: `compiling`, `evaluating 3/12: docs`.
+
+        Without a terminal a line when another thing begins, at most every two seconds, and else every ten.
+        """
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=text, refresh=True)
+            return
+        kind, now = text.split()[0].rstrip(":"), time.monotonic()
+        wait = PLAIN_EVERY_SECONDS if kind == self._doing else CHANGE_SECONDS
+        if self.active and now - self._said >= wait:
+            self._doing, self._said = kind, now
+            print(f"{self.label}  {text}", flush=True)
+
     def say(self, text: str) -> None:
         """A line of its own, above the progress."""
         if self._bar is not None:
@@ -210,8 +225,10 @@ class Progress:
             print(text, flush=True)
 
     def close(self) -> None:
+        """End the line that moves; what is shown after is plain."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
     def _tick(self, step: int) -> None:
         if step > self._seen[-1][0]:

@@ -298,14 +298,17 @@ def make_evaluator(
     return Evaluator(experiment, folder, tokenizer, reference, scorers)
 
 
-def evaluate_run(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    """The held-out numbers again, from a checkpoint: lines as in eval.jsonl."""
+def evaluate_run(
+    run_dir: Path, stage: str | None = None, tell: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
+    """The held-out numbers again, from a checkpoint: lines as in eval.jsonl. `tell` is called before each measurement."""
     search_recorded(run_dir)
     loaded = load_run(run_dir, stage)
     check_collected(loaded.experiment, RunFolder(run_dir))
     index = check_until(loaded.experiment, loaded.stage)
     evaluator = make_evaluator(loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh, index)
     lines = []
-    for item in loaded.experiment.evals:
+    for number, item in enumerate(loaded.experiment.evals, start=1):
+        tell(f"evaluating {number}/{len(loaded.experiment.evals)}: {item.name}")
         lines += [line for line, _ in evaluator.lines(item, loaded.model, loaded.step, "after")]
     return lines

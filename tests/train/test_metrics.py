@@ -187,6 +187,26 @@ def test_plain_progress_shows_the_first_and_last_step_and_where_it_stands(capsys
     assert last.startswith("sft  step 4/4") and "tokens/s" in last and "0:00 left" in last
 
 
+def test_compiling_and_evaluating_are_plain_lines_at_a_bounded_rate(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress("sft", total=100)
+    progress.doing("compiling")
+    for _ in range(2):
+        for number in range(1, 13):
+            progress.doing(f"evaluating {number}/12: docs")  # two evaluations of 12 s
+            now[0] += 1.0
+        now[0] += 6.0
+        progress.update(1, {"loss": 1.0}, 10)
+    for number in range(50):  # many short ones
+        progress.doing(f"{('compiling', 'evaluating')[number % 2]} {number}")
+        now[0] += 0.1
+    lines = [line.removeprefix("sft  ") for line in capsys.readouterr().out.splitlines()]
+    assert [line.split(":")[0] for line in lines[:2]] == ["compiling", "evaluating 3/12"]
+    told = [line for line in lines if not line.startswith("step")]
+    assert 4 <= len(told) <= 8, told
+
+
 def test_rate_is_that_of_a_usual_step_and_asking_twice_changes_nothing(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -203,6 +223,7 @@ def test_progress_on_a_terminal_is_one_line_that_moves(tmp_path):
     code = """
 from lm.train.metrics import Progress
 progress = Progress("dpo", total=2, start=0)
+progress.doing("evaluating 3/12: docs")
 progress.update(1, {"loss": 2.5}, 10)
 progress.say("a line [above] it")
 progress.update(2, {"loss": 1.5}, 10)
@@ -215,6 +236,7 @@ progress.close()
     shown = os.read(main, 65536).decode()
     os.close(main)
     assert run.returncode == 0
+    assert "compiling" in shown and "evaluating 3/12: docs" in shown
     assert "2/2" in shown and "loss 1.5" in shown and "a line [above] it" in shown
 
 
