@@ -35,6 +35,7 @@ from lm.experiment import (
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first, in_first, together
+from lm.parallel.memory import check_memory
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.environments import make_environment
 from lm.rollout.verifiers import find_verifier
@@ -157,6 +158,7 @@ def _prepared(
     say("reading the data")
     tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
     together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
+    together(lambda: check_memory(experiment, dict(mesh.shape), tokenizer.vocab_size))
 
     def record() -> None:
         found = fingerprints(experiment)
