@@ -22,7 +22,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "metrics": {"step": int},
     "eval": {"step": int, "when": str, "eval": str},
     "samples": {"step": int, "when": str, "kind": str},
-    "warnings": {"step": int, "kind": str, "text": str},
+    "warnings": {"step": int, "text": str},
 }
 PLAIN_EVERY_SECONDS, CHANGE_SECONDS = 10.0, 2.0
 PACE_STEPS = 20

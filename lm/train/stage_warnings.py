@@ -73,7 +73,7 @@ class Warnings:
         self.signs = {kind: (sign, min(sign.steps, stage.steps)) for kind, sign in signs.items()}
         lines = read_lines(folder / "metrics.jsonl") if self.signs and log.active else []
         self.recent: deque[Line] = deque(lines[-STEPS:], maxlen=STEPS)
-        self.told = {line["kind"] for line in read_lines(folder / "warnings.jsonl")} if log.active else set()
+        self.told = {line.get("kind") for line in read_lines(folder / "warnings.jsonl")} if log.active else set()
         if experiment.model.param_dtype != "float32" and not stage.optimizer.master_weights:
             self.add(
                 "master_weights",
