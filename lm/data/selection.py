@@ -95,6 +95,27 @@ def held_out_elsewhere(experiment: Experiment) -> Places:
     return np.unique(np.concatenate(found))
 
 
+def held_out_but_trained(
+    collected: Source, asked: Sequence[Source], trained: Sequence[Source], elsewhere: Places
+) -> tuple[int, int]:
+    """(different questions that a collected source holds out, those of them that earlier stages train on).
+
+    Args:
+        asked: the sources whose prompts were answered, of which generated questions are known again.
+        trained: the sources of stages that train before the collected one is read.
+    """
+    places = rows_of(collected).measures.places
+    held_out = np.unique(places[places < collected.holdout])
+    known, contents = np.zeros(len(held_out), bool), {_content(one.path) for one in asked}
+    for source in trained:
+        rows = rows_of(source)
+        if rows.generated:
+            known |= (held_out >= source.holdout) & (_content(source.path) in contents)
+        else:
+            known |= np.isin(held_out, rows.measures.places[np.asarray(split_rows(rows, source.holdout, elsewhere)[0])])
+    return len(held_out), int(known.sum())
+
+
 def heldout_rows(source: Source) -> Iterator[tuple[Row, str]]:
     """Held-out rows in fixed order, and how each is named for a person. Raises UserError where there are none."""
     rows, indices = select(source, "heldout")

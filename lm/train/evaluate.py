@@ -17,7 +17,7 @@ from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first
 from lm.rollout.sampler import encode_prompt, generate_text
 from lm.train.metrics import MetricsLog, read_lines
-from lm.train.models import MADE_FILE
+from lm.train.models import is_collected
 from lm.train.run_folder import RunFolder
 
 Line = dict[str, Any]
@@ -141,7 +141,7 @@ class Evaluator:
 
     def _nothing_in(self, item: Eval) -> bool:
         """Whether of what a stage has collected since the run began nothing can be measured; says so once."""
-        if not _is_collected(item):
+        if not is_collected(item.source):
             return False
         try:
             read_examples(item, self.tokenizer, self.experiment.model.max_len, talks_of(self.experiment))
@@ -181,11 +181,7 @@ class Evaluator:
 
 def not_there(item: Eval) -> bool:
     """Whether the file that an eval reads has yet to be made by a stage."""
-    return _is_collected(item) and not Path(item.source.path).exists()
-
-
-def _is_collected(item: Eval) -> bool:
-    return item.source.path.endswith(f"/{MADE_FILE}")
+    return is_collected(item.source) and not Path(item.source.path).exists()
 
 
 def check_evals(experiment: Experiment, tokenizer: Tokenizer) -> list[str]:
@@ -230,5 +226,6 @@ def _lines(item: Eval, subject: Subject, step: int, when: str) -> tuple[Line, li
     found = measure(item, subject)
     where = {"step": step, "when": when, "eval": item.name}
     kind = "pair" if item.metric == "pair_accuracy" else "heldout"
-    line = where | {"metric": item.metric, "count": found.count} | found.values
+    asked = {"asked": item.count} if found.count < item.count else {}
+    line = where | {"metric": item.metric, "count": found.count} | asked | found.values
     return line, [{"kind": kind} | where | example for example in found.examples]

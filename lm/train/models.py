@@ -47,6 +47,11 @@ def located(experiment: Experiment, folder: RunFolder) -> Experiment:
     return replace(experiment, stages=stages, evals=evals)
 
 
+def is_collected(source: Source) -> bool:
+    """Whether a source (of a located experiment) is what a stage of Collect writes."""
+    return source.path.endswith(f"/{MADE_FILE}")
+
+
 def can_be_read(stage: Stage, experiment: Experiment, folder: RunFolder) -> bool:
     """Whether all that the stage (of a located experiment) reads is there, and no earlier one has yet to write some of it."""
     makers = {str(folder.stage_folder(s.name) / MADE_FILE): s.name for s in experiment.stages}

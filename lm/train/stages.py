@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lm.check import check
 from lm.data.cache import current_cache
 from lm.data.pipeline import check_sources, tokenizer_texts
-from lm.data.selection import check_files, held_out_elsewhere
+from lm.data.selection import check_files, held_out_but_trained, held_out_elsewhere
 from lm.data.sources import load_rows
 from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, Tokenizer
@@ -49,6 +49,7 @@ from lm.train.models import (
     can_be_read,
     check_reward_models,
     check_until,
+    is_collected,
     load_run,
     located,
     model_before,
@@ -233,7 +234,24 @@ def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
 def _batches(run: Run, index: int) -> Batches:
     made = make_batches(run.experiment, index, run.tokenizer, run.mesh, run.held_out)
     _tell(run.experiment.stages[index], made.report)
+    _tell_known(run, index)
     return made
+
+
+def _tell_known(run: Run, index: int) -> None:
+    """Say how many questions that collected data hold out were trained on: its answers are new, its prompts need not be."""
+    stages = run.experiment.stages
+    trained = [one for stage in stages[:index] if not isinstance(stage.objective, Collect) for one in stage.sources]
+    asked = [one for stage in stages[:index] if isinstance(stage.objective, Collect) for one in stage.sources]
+    for source in filter(is_collected, stages[index].sources):
+        every = [one for one in trained if not is_collected(one)]
+        count, known = held_out_but_trained(source, asked, every, run.held_out)
+        if known:
+            _tell(
+                stages[index],
+                f"{source.path}: of the {count} questions that it holds out, stages before {stages[index].name} train on "
+                f"{known}; the answers to them are new",
+            )
 
 
 def _tell(stage: Stage, report: str) -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from lm.data.cache import cache_at
 from lm.data.pipeline import make_feed, make_prompt_feed
-from lm.data.selection import held_out_elsewhere, select
-from lm.data.split import split_key
+from lm.data.selection import held_out_but_trained, held_out_elsewhere, select
+from lm.data.sources import NOWHERE
+from lm.data.split import ALWAYS_TRAINED, split_key, split_place
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Source, Stage, UserError
 
 QUESTIONS = [f"What is caf\u00e9 number {n}, and why?" for n in range(40)]
@@ -161,3 +162,21 @@ def test_generated_rows_leave_out_what_a_file_holds_out():
     assert len(elsewhere) == 1
     rows, indices = select(Source("gen:arithmetic", holdout=0.05), "train", elsewhere)
     assert asked["key"] not in {rows[indices[k]]["key"] for k in range(200)}
+
+
+def test_questions_that_collected_rows_hold_out_and_stages_train_on_are_counted(tmp_path):
+    made = Source(
+        write(tmp_path / "made.jsonl", [{"prompt": q, "chosen": "a", "rejected": "b"} for q in QUESTIONS]), holdout=1.0
+    )
+    talks = Source(
+        write(tmp_path / "talks.jsonl", [{"messages": [user(q), said("a")]} for q in QUESTIONS[:7]]), holdout=0.0
+    )
+    assert held_out_but_trained(made, (), (talks,), NOWHERE) == (40, 7)
+    rows, indices = select(Source("gen:preferences", holdout=0.05), "train")
+    asked = [rows[indices[k]] for k in range(50)]
+    places = {split_place(row["key"]) for row in asked if row["key"] != ALWAYS_TRAINED}
+    made = Source(write(tmp_path / "made.jsonl", asked), holdout=0.5)
+    held = {place for place in places if place < 0.5}
+    prompts, instruct = Source("gen:preferences", holdout=0.05), Source("gen:instruct", holdout=0.05)
+    assert held_out_but_trained(made, (prompts,), (instruct,), NOWHERE) == (len(held), len(held))
+    assert held_out_but_trained(made, (prompts,), (Source("gen:arithmetic"),), NOWHERE) == (len(held), 0)
