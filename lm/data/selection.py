@@ -48,8 +48,8 @@ def _why_empty(source: Source, rows: Rows, split: Split, withheld: int) -> str:
     line = f"{source.path}: holdout {source.holdout} {what}"
     if withheld and split == "train":
         line = (
-            f"{source.path}: no row is left for training: another source of the experiment holds out {withheld} of them "
-            "(evals and stages that read the same rows should name the same file)"
+            f"{source.path}: no row is left for training: of those that holdout {source.holdout} leaves another source of the "
+            f"experiment holds out all {withheld}; where both are to read the same rows, name the same file in both"
         )
     if rows.generated:
         return line

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from lm.check import check
 from lm.data.cache import current_cache
 from lm.data.pipeline import check_sources, tokenizer_texts
-from lm.data.selection import check_files, held_out_but_trained, held_out_elsewhere
-from lm.data.sources import load_rows
+from lm.data.selection import WITHHELD, check_files, held_out_but_trained, held_out_elsewhere, withheld
+from lm.data.sources import load_rows, rows_of
 from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, Tokenizer
 from lm.data.vocabulary import learnt
@@ -112,10 +112,24 @@ def run(
         context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out, accept)
         batches = together(lambda: _all_batches(context, stages))
         if stages:
-            for line in together(lambda: check_evals(experiment, tokenizer)):
-                say(line)
+            _tell_evals(context, stages)
         check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
         _train_all(context, stages, batches, after_stage)
+
+
+def _tell_evals(run: Run, stages: list[int]) -> None:
+    """Say what the evals measure, and what of it the stages that are finished trained on: evals may be new since then."""
+    for line in together(lambda: check_evals(run.experiment, run.tokenizer)):
+        say(line)
+    for index in range(min(stages)):
+        stage = run.experiment.stages[index]
+        if first() and not isinstance(stage.objective, Collect):
+            counted = run.folder.read_summary(stage.name).get("sources") or [{}] * len(stage.sources)
+            for source, then in zip(stage.sources, counted, strict=True):
+                left_out = then.get("dropped", {}).get(WITHHELD, 0)
+                trained = withheld(source, rows_of(source), run.held_out) - left_out
+                if trained > 0:
+                    _tell(stage, f"finished, and trained on {trained} rows of {source.path} that are held out now")
 
 
 def _train_all(run: Run, stages: list[int], batches: dict[int, Batches], after_stage: Callable[[Path], Any]) -> None:

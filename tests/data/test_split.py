@@ -133,7 +133,7 @@ def test_rows_that_another_source_holds_out_are_counted_and_change_the_fingerpri
     places = held_out_elsewhere(
         Experiment("x", (ask,), (Eval("e", Source(str(tmp_path / "talks.jsonl"), holdout=1.0)),))
     )
-    with pytest.raises(UserError, match="another source of the experiment holds out 5"):
+    with pytest.raises(UserError, match="another source of the experiment holds out all 5"):
         make_prompt_feed(ask.sources, 2, 64, tokenizer, 0, elsewhere=places)
 
 
