@@ -167,6 +167,13 @@ class Checkpoints:
         for name in _unfinished(self.folder):
             _remove(self.folder / name)
 
+    def newest_meta(self) -> dict[str, Any]:
+        """The notes of the newest finished checkpoint, without looking at its arrays; {} where there is none that can be read."""
+        try:
+            return _read_manifest(self.folder / f"{self.steps()[-1]:08d}")["meta"]
+        except (Damaged, IndexError):
+            return {}
+
     def has(self, step: int, item: str) -> bool:
         """Whether the checkpoint of that step is there and holds an item."""
         try:

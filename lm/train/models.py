@@ -186,8 +186,8 @@ def _restored(shape: Any, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, s
 def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, folder: RunFolder, stage: str) -> None:
     """Raises UserError unless a checkpoint with these notes was trained with the tokenizer; older ones do not name it."""
     theirs = meta.get("tokenizer", tokenizer.fingerprint)
-    accepted = folder.read_environment().get("began", {}).get("tokenizer")
-    if tokenizer.fingerprint not in (theirs, accepted):
+    accepted = [note.get("tokenizer") for note in folder.read_environment().get("accepted", ())]
+    if tokenizer.fingerprint not in (theirs, *accepted):
         raise UserError(
             f"{folder.tokenizer / FILE_NAME} is not the tokenizer that stage {stage} was trained with (SHA-256 "
             f"{tokenizer.fingerprint[:16]}, then {theirs[:16]}): put back a copy of it"

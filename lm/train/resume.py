@@ -39,7 +39,7 @@ def check_beginning(folder: RunFolder, now: Began, accept: bool) -> list[str]:
         UserError: there are some, and they are not.
     """
     known = folder.read_environment()
-    then = known.get("began") or _of_last_session(known)
+    then = known.get("began") or _of_last_session(known) | _of_checkpoints(folder)
     if "python" in then and then["python"] != now["python"]:
         print(f"note: {folder.path} began with Python {then['python']}; this is {now['python']}", flush=True)
     found = differences(then, now)
@@ -60,7 +60,7 @@ def record_beginning(folder: RunFolder, now: Began, accepted: Sequence[str]) -> 
     notes = known.get("accepted", [])
     if accepted:
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        notes = [*notes, {"time": time, "differences": list(accepted)}]
+        notes = [*notes, {"time": time, "differences": list(accepted), "tokenizer": now["tokenizer"]}]
     write_sealed(folder.environment, known | {"began": now | {"data": data}, "accepted": notes})
 
 
@@ -151,6 +151,15 @@ def _of_last_session(environment: Mapping[str, Any]) -> Began:
         "data": data if isinstance(data, dict) else {},
         "versions": versions if isinstance(versions, dict) else {},
     }
+
+
+def _of_checkpoints(folder: RunFolder) -> Began:
+    """What the newest checkpoint of a stage says, for a run that has lost its environment.json."""
+    for checkpoints in sorted((folder.path / "stages").glob("*/checkpoints")):
+        meta = Checkpoints(checkpoints).newest_meta()
+        if "tokenizer" in meta:
+            return {name: meta[name] for name in ("tokenizer", "versions") if name in meta}
+    return {}
 
 
 def _refusal(what: str, found: Sequence[str]) -> str:

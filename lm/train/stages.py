@@ -45,6 +45,7 @@ from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
 from lm.train.evaluate import Evaluator, check_evals
 from lm.train.loop import Interrupted, Run, tidy, train_stage
+from lm.train.metrics import KINDS, read_lines
 from lm.train.models import (
     can_be_read,
     check_reward_models,
@@ -155,6 +156,8 @@ def _claim(experiment: Experiment, folder: RunFolder) -> None:
     folder.sweep(names)
     current_cache().sweep()
     for stage in experiment.stages:
+        for kind in KINDS:  # that they are whole: the report would find it after hours of training
+            read_lines(folder.stage_folder(stage.name) / f"{kind}.jsonl")
         tidy(folder, stage)
 
 
