@@ -117,12 +117,12 @@ def test_a_damaged_cache_of_the_reference_is_made_anew(folder, capsys):
         with np.load(folder / "damaged" / "stages" / "cached" / "reference.npz") as arrays:
             return dict(arrays)
 
-    run(alone(folder, "cached", steps=1), folder / "damaged")
+    run(alone(folder, "cached", steps=2), folder / "damaged")
     before, path = known(), folder / "damaged" / "stages" / "cached"
     (path / "reference.npz").write_bytes((path / "reference.npz").read_bytes()[:-30])
     (path / "summary.json").unlink()
     capsys.readouterr()
-    run(alone(folder, "cached", steps=1), folder / "damaged")
+    run(alone(folder, "cached", steps=2), folder / "damaged")
     assert "reference.npz is damaged" in capsys.readouterr().out
     assert all(np.array_equal(before[name], found) for name, found in known().items())
 
