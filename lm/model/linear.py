@@ -1,4 +1,4 @@
-"""The matrix products of the model, in the form that is fastest on the devices they are for.
+"""The matrix products of the model and its table look-up, in the form that is fastest on the devices they are for.
 
 On CPU both operands are matrices: with two batch dimensions the gradient of w contracts both, for which XLA leaves its
 fast matrix product (half the speed of a SwiGLU layer). On TPU and GPU dimensions stay as they are, so that a projection
@@ -11,10 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from lm.parallel.rules import one_device, platform
+from lm.parallel.rules import constrain, one_device, platform
 
 
 def project(
@@ -45,6 +46,35 @@ def from_heads(x: Float[Array, "B H T K"], w: Float[Array, "H K D"]) -> Float[Ar
         merged = x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
         return project(merged, w.reshape(-1, w.shape[-1]))
     return jnp.einsum("bhtk,hkd->btd", x, w)
+
+
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the table. The gradients of a row, one for each of its tokens, are added up in float32 at least.
+
+    In bfloat16 a sum stops growing after some hundred terms, and common tokens have thousands.
+    """
+    if table.dtype == jnp.promote_types(table.dtype, jnp.float32):
+        return table[tokens]
+    return _look_up(table, tokens)
+
+
+@jax.custom_vjp
+def _look_up(table: Array, tokens: Array) -> Array:
+    return table[tokens]
+
+
+def _look_up_forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[tokens], (table, tokens)
+
+
+def _look_up_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, np.ndarray]:
+    table, tokens = kept
+    start = constrain(jnp.zeros(table.shape, jnp.float32), "vocab", "act_embed")
+    summed = constrain(start.at[tokens].add(dy.astype(jnp.float32)), "vocab", "act_embed")
+    return summed.astype(table.dtype), np.zeros(tokens.shape, jax.dtypes.float0)
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 # ---- the product of two matrices on CPU --------------------------------------------------------------------------

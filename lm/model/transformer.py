@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
 from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
-from lm.model.linear import from_heads, project, to_heads
+from lm.model.linear import from_heads, look_up, project, to_heads
 from lm.model.shared_prompt import shared_attention_of
 from lm.parallel.row_order import WHOLE, balance, cut_of, restore
 from lm.parallel.rules import constrain, gathered, platform, row_major
@@ -282,7 +282,7 @@ class Transformer(nnx.Module):
         c = self.config
         # Gathered over fsdp first: the rows that are looked up then leave in the layout of the batch.
         table = constrain(self.embed[...].astype(jnp.dtype(c.compute_dtype)), "vocab", "act_embed")
-        x = table[constrain(tokens, "batch", "length")]
+        x = look_up(table, constrain(tokens, "batch", "length"))
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         return constrain(x, "batch", "length", "act_embed"), rope_angles(positions, frequencies)
 

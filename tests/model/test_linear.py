@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.model.linear import from_heads, project, to_heads, transposed
+from lm.model.linear import from_heads, look_up, project, to_heads, transposed
 
 
 def operands(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -61,3 +61,18 @@ def test_heads_lie_as_the_einsum_says():
 def test_transposed_is_the_transpose(shape):
     x = jnp.arange(np.prod(shape)).reshape(shape)
     assert jnp.array_equal(jax.jit(transposed)(x), jnp.swapaxes(x, -1, -2))
+
+
+def test_a_row_that_is_looked_up_often_has_the_gradient_of_float32():
+    """In bfloat16 a sum of thousands of like terms would stop at some hundreds."""
+    tokens = jnp.arange(8 * 512).reshape(8, 512) % 3
+    table, dy = jnp.ones((5, 4)), jax.random.uniform(jax.random.key(0), (8, 512, 4))
+
+    def gradient(dtype):
+        loss = lambda t: (look_up(t, tokens).astype(jnp.float32) * dy).sum()  # noqa: E731
+        return jax.grad(loss)(table.astype(dtype))
+
+    narrow, exact = gradient(jnp.bfloat16), gradient(jnp.float32)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.astype(jnp.float32), exact, rtol=2**-8)
+    np.testing.assert_array_equal(exact[3:], 0)
