@@ -87,7 +87,7 @@ class DPO:
         ("sigmoid",), "rows of the DPO table, or functions of your own; several are added up, as in MPO"
     )
     loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each", least=0, most=1e6)
-    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=1000)
+    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=100)
     label_smoothing: float = knob(0.0, "believed part of the labels that is flipped", least=0, below=0.5)
     tau: float = knob(0.05, "temperature of discopop's blend", least=1e-3, most=1000)
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
@@ -111,7 +111,7 @@ class CPO:
         "sigmoid", "row of the CPO table, or a function of your own"
     )
     beta: float = knob(
-        0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean", least=1e-6, most=1000
+        0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean", least=1e-6, most=100
     )
     label_smoothing: float = knob(
         0.0, "believed part of the labels that is flipped; sigmoid and simpo", least=0, below=0.5
@@ -131,7 +131,7 @@ class KTO:
     loss: Literal["kto", "apo_zero_unpaired", "FILE:FUNCTION"] = knob(
         "kto", "row of the KTO table, or a function of your own"
     )
-    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=1000)
+    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=100)
     desirable_weight: float = knob(1.0, "weight of answers that are desirable", least=0, most=1e6)
     undesirable_weight: float = knob(1.0, "weight of answers that are not", least=0, most=1e6)
 

@@ -70,6 +70,12 @@ def run(*overrides: str) -> tuple[str, ...]:
         (["--model.num_kv_heads", "4"], ["num_heads 2", "num_kv_heads 4"]),
         (["--sft.seq_len", "65"], ["sft.seq_len 65", "model.max_len 64"]),
         (["--until", "stf"], ["stf", "pretrain, sft"]),
+        (["--name", ""], ["name is ''", "letters a to z"]),
+        (["--pretrain.optimizer.clip_norm", "-1"], ["pretrain.optimizer.clip_norm is -1.0", "from 1e-06"]),
+        (["--pretrain.optimizer.warmup_steps", "100"], ["warmup_steps is 100; it should be from 0 to 4"]),
+        (["--pretrain.batch_size", "16777216"], ["pretrain needs at least", "rows of 32 tokens"]),
+        (["--run-dir", "text.txt/x"], ["'text.txt/x' cannot be made", "--run-dir DIR"]),
+        (["--cache", "text.txt"], ["'text.txt' cannot be made", "--cache DIR"]),
     ],
 )  # fmt: skip
 def test_a_wrong_run_is_refused(work, capsys, overrides, words):

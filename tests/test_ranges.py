@@ -297,3 +297,31 @@ def test_a_flag_takes_numbers_of_its_range_only(command, flag, kind):
             parser.parse_args([f"{flag}={text}"])
         said = one_line(refusal)
         assert flag in said and str(kind.range) in said and repr(text)[:40] in said
+
+
+def ends(kind: type) -> list[tuple[str, float]]:
+    """(field, value) of both ends of every range of a dataclass, and of its special value."""
+    spans = [(f.name, f.metadata["range"], f.default) for f in dataclasses.fields(kind) if f.metadata["range"]]
+    return [
+        (name, type(default)(end))
+        for name, span, default in spans
+        for end in (span.least, span.most, span.special)
+        if end is not None
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_an_optimizer_at_the_ends_of_its_ranges_makes_finite_updates(schedule):
+    import jax
+    import jax.numpy as jnp
+
+    from lm.optimizer import apply_updates, make_optimizer
+
+    params = {"kernel": jnp.ones((3, 2)), "scale": jnp.ones(3)}
+    for name, value in ends(Optimizer):
+        config = dataclasses.replace(Optimizer(schedule=schedule, warmup_steps=1), **{name: value})
+        optimizer = make_optimizer(config, 10)
+        state = optimizer.init(params)
+        updates, state = optimizer.update(jax.tree.map(lambda x: 0.5 * x, params), state, params)
+        leaves = jax.tree.leaves(apply_updates(params, updates, state))
+        assert all(jnp.isfinite(leaf).all() for leaf in leaves), (name, value)
