@@ -81,7 +81,7 @@ def test_an_override_changes_its_leaf_and_no_other(words, name, value):
         (["--model.remat", "some"], "one of none, full, minimal, dots, offload"),
         (
             ["--dpo.objective.losses", "sigmoid,stf"],
-            "--dpo.objective.losses is 'sigmoid,stf'; it should be a list of names among sigmoid, ",
+            "--dpo.objective.losses is 'sigmoid,stf'; it should be a list of names among .*sigmoid, ",
         ),
         (["--prompts", "[1"], "--prompts is '\\[1'; it should be a list"),
         (["sft.steps", "2"], "no knob 'sft.steps'"),

@@ -53,7 +53,7 @@ def render(run: Run) -> str:
         headlines=story.headlines(run),
         columns=story.columns(run),
         speakers=["random", *(stage.name for stage in story.speaking_stages(run))],
-        lessons=[(stage.name, LESSONS[stage.kind]) for stage in run.stages],
+        lessons=[(stage.name, LESSONS.get(stage.kind, f"is trained by {stage.kind}.")) for stage in run.stages],
         prompts=story.prompt_table(run),
         heldout=story.heldout_table(run),
         curves=[

