@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from lm.experiment import UserError
@@ -47,6 +49,15 @@ class BadRow(UserError):
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, int]]:
         """For other processes."""
         return BadRow, (str(self), self.reason)
+
+
+@contextlib.contextmanager
+def with_advice() -> Iterator[None]:
+    """Inside, a bad row of a source is told with what leaves it out."""
+    try:
+        yield
+    except BadRow as error:
+        raise BadRow(f"{error}{ADVICE}", error.reason) from error
 
 
 class Unreadable(dict[str, Any]):

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from lm.data import bad_rows, json_text, tables
-from lm.data.bad_rows import ADVICE, BadRow, Unreadable
+from lm.data.bad_rows import BadRow, Unreadable
 from lm.data.layouts import READ_COLUMNS
 from lm.experiment import UserError
 
@@ -256,7 +256,7 @@ def _read_lines(piece: Piece) -> Iterator[Row]:
                 row = _parse(line, piece.where(place))
             except BadRow as error:
                 if not piece.drop:
-                    raise BadRow(f"{error}{ADVICE}", error.reason) from error
+                    raise
                 row = Unreadable(error, line.decode(errors="replace"))
             yield row
 
@@ -372,7 +372,7 @@ def _python_row(table: Any, place: int, piece: Piece, number: int) -> Row:
                 continue
             bad = BadRow(f"{piece.where(number)}: {name} cannot be read ({error!s:.100})", bad_rows.VALUE)
             if not piece.drop:
-                raise BadRow(f"{bad}{ADVICE}", bad.reason) from error
+                raise bad from error
             return Unreadable(bad, f"{name} {error}")
     return row
 

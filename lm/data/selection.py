@@ -223,7 +223,7 @@ def _content(path: str) -> str:
         return "gen:docs"
     if path.startswith(("gen:", "tfds:")):
         return {"gen:preferences": "gen:instruct"}.get(path, path)
-    return os.path.realpath(os.path.expanduser(path))
+    return path if "\0" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def _is_generator(path: str) -> bool:

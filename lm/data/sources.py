@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from lm.data import curriculum, python_docs, readers, tfds_rows
-from lm.data.bad_rows import Unreadable
+from lm.data.bad_rows import Unreadable, with_advice
 from lm.data.cache import Cache, Entry, Writer, current_cache
 from lm.data.layouts import canonical
 from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
@@ -155,7 +155,9 @@ def load_rows(path: str, data_dir: str | Path | None = None, columns: tuple[str,
     readers.names_of(columns)
     if path.startswith("gen:"):
         rows = _generated(path)
-        return replace(rows, fetch=lambda i: _renamed(rows.fetch(i), columns), columns=columns) if columns else rows
+        if columns:
+            return replace(rows, fetch=lambda i: _renamed(rows.fetch(i), columns), columns=columns, drop=drop)
+        return replace(rows, drop=True) if drop else rows
     if path.startswith("tfds:"):
         return _check_columns(_read_tfds(path, data_dir, columns, drop))
     if missing := why_missing(path):
@@ -168,7 +170,8 @@ def load_rows(path: str, data_dir: str | Path | None = None, columns: tuple[str,
 
 def rows_of(source: Source) -> Rows:
     """The rows of a source, its columns renamed, and bad rows taken as it says."""
-    return load_rows(source.path, columns=source.columns, drop=source.bad_rows == "drop")
+    with with_advice():
+        return load_rows(source.path, columns=source.columns, drop=source.bad_rows == "drop")
 
 
 def _renamed(row: Row, columns: tuple[str, ...]) -> Row:
@@ -350,7 +353,7 @@ def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
         raise UserError(f"{path}: there is no {', '.join(FILES)} file in this folder")
     others = [f"{file.name}/" if file.is_dir() else file.name for file in there if file not in files]
     shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-    note = f"{len(files)} files are read; not read: {shown}"
+    note = f"{len(files)} {'file is' if len(files) == 1 else 'files are'} read; not read: {shown}"
     return files, (note,) if others else ()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 
 from lm.data import packing
-from lm.data.bad_rows import BadRow, one_line
+from lm.data.bad_rows import BadRow, one_line, with_advice
 from lm.data.curriculum.draw import mix64
 from lm.data.layouts import canonical
 from lm.data.order import permutation, permute
@@ -300,10 +300,11 @@ def _examples(
     rows: Rows, indices: Sequence[int], kind: str, tokenizer: Tokenizer
 ) -> tuple[Store, Int64[np.ndarray, " N"]]:
     """The examples of some rows: where they are stored, and the numbers of their rows there."""
-    if rows.generated:
-        named = ((rows[i], rows.where(i)) for i in indices)
-        return store_in_memory(named, kind, tokenizer, rows.drop), np.arange(len(indices))
-    return store_of(rows, kind, tokenizer), np.asarray(indices)
+    with with_advice():
+        if rows.generated:
+            named = ((rows[i], rows.where(i)) for i in indices)
+            return store_in_memory(named, kind, tokenizer, rows.drop), np.arange(len(indices))
+        return store_of(rows, kind, tokenizer), np.asarray(indices)
 
 
 def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: Tokenizer) -> list[Example]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64
 
 from lm.data import bad_rows, chat, layouts, readers
-from lm.data.bad_rows import ADVICE, REASONS, BadRow, Unreadable
+from lm.data.bad_rows import REASONS, BadRow, Unreadable
 from lm.data.cache import Entry, Writer, current_cache
 from lm.data.packing import Example
 from lm.data.readers import Row
@@ -226,7 +226,7 @@ def _encode_piece(shared: tuple[str, Tokenizer, bool], piece: readers.Piece) -> 
 
 
 def encode(kind: Kind, tokenizer: Tokenizer, named: Iterable[Named], drop: bool) -> Columns:
-    """The examples of rows, as columns. A bad row raises, with advice; with `drop` it is an example without tokens."""
+    """The examples of rows, as columns. A bad row raises; with `drop` it is an example without tokens."""
     todo, unread = iter(named), dict[str, None]()
     parts: list[Columns] = []
     while some := list(islice(todo, ENCODED_AT_ONCE)):
@@ -250,7 +250,7 @@ def _made(kind: Kind, row: Row, where: str, drop: bool) -> Made:
         return kind.make(row, where, kind.rendering)
     except BadRow as error:
         if not drop:
-            raise BadRow(f"{error}{ADVICE}", error.reason) from error
+            raise
         return Made((None,) * kind.examples_a_row, flaw=error.reason)
 
 

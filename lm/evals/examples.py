@@ -203,7 +203,7 @@ def _filled(item: Eval, found: Examples, add: Callable[[dict[str, Any], str], st
             why = add(row, where)
         except BadRow as error:
             if item.source.bad_rows != "drop":
-                raise UserError(f"evals.{item.name}: {str(error).removesuffix(ADVICE)}{ADVICE}") from error
+                raise UserError(f"evals.{item.name}: {error}{ADVICE}") from error
             why = REASONS[error.reason]
         if why:
             found.left_out[why] += 1

@@ -16,7 +16,7 @@ from lm.check import check
 from lm.data.cache import current_cache
 from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import WITHHELD, check_files, held_out_but_trained, held_out_elsewhere, withheld
-from lm.data.sources import load_rows, rows_of
+from lm.data.sources import rows_of
 from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, Tokenizer
 from lm.data.vocabulary import learnt
@@ -305,10 +305,12 @@ def say(text: str) -> None:
 
 def fingerprints(experiment: Experiment) -> dict[str, str]:
     """SHA-256 of every source that is trained or measured on, by path, and of the files of the user's own functions."""
-    measured = {item.source.path for item in experiment.evals}
-    paths = measured | {source.path for stage in experiment.stages for source in stage.sources}
+    sources = [source for stage in experiment.stages for source in stage.sources]
+    read = {source.path: source for source in [*sources, *(item.source for item in experiment.evals)]}
     functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
-    return {path: load_rows(path).fingerprint for path in sorted(paths) if not path.startswith(MADE)} | functions
+    return {
+        path: rows_of(source).fingerprint for path, source in sorted(read.items()) if not path.startswith(MADE)
+    } | functions
 
 
 def function_files(experiment: Experiment) -> dict[str, str]:

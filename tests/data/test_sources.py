@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import socket
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data.curriculum import LENGTH
+from lm.data.selection import check_files, check_sources
 from lm.data.sources import Rows, cut_text, load_rows, split_key, split_place, split_rows
 from lm.data.split import ALWAYS_TRAINED
-from lm.experiment import UserError
+from lm.experiment import Experiment, Pretrain, Source, Stage, UserError
 
 
 def write_jsonl(path, rows):
@@ -199,3 +202,47 @@ def test_generated_rows_split_without_end_and_without_leaks(name):
     assert not {rows[train[k]]["key"] for k in range(3000)} & set(held)
     assert train[len(train) - 1] < LENGTH
     assert len(split_rows(rows, 0.0)[1]) == 0
+
+
+def test_what_is_no_file_is_refused_in_one_line_and_nothing_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing.txt")
+    (tmp_path / "a.txt").write_text("a")
+    address = str(tmp_path / "s.txt")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(address)
+        for path, words in (
+            (tmp_path / "fifo.jsonl", "is a FIFO, not a file"),
+            (tmp_path / "loop.txt", "Too many levels of symbolic links"),
+            (tmp_path / "zero.txt", "is a device, not a file"),
+            (tmp_path / "gone.txt", "is a link to .*nothing.txt, which is not there"),
+            (tmp_path / "a.txt" / "b.txt", "Not a directory"),
+            (tmp_path / ("x" * 300 + ".txt"), "File name too long"),
+            (address, "is a socket, not a file"),
+            ("a\0b.txt", "null byte"),
+            ("~nobody-of-this-name/a.txt", "home directory"),
+            (" ", "empty path"),
+            (tmp_path, "FIFO"),
+        ):
+            with pytest.raises(UserError, match=words) as raised:
+                load_rows(str(path))
+            assert "\n" not in str(raised.value)
+            source = Source(str(path))
+            stage = Stage("here", Pretrain(), (source,))
+            with pytest.raises(UserError):
+                check_sources(Experiment("x", (stage,)))
+                check_files(Experiment("x", (stage,)))
+                load_rows(str(path))
+
+
+def test_a_folder_says_what_it_does_not_read(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    (tmp_path / "info.json").write_text("{}")
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "more").mkdir()
+    assert load_rows(str(tmp_path)).notes == ("1 file is read; not read: README.md, info.json, more/",)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "info.json").write_text('[{"text": "y"}]')
+    assert [row["text"] for row in load_rows(str(tmp_path))] == ["y"]
