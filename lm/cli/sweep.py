@@ -51,7 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=STORE,
         help="of stages that trials share, also with other sweeps (%(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and do nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the trials, what cannot run, and time and disk that they take, evals included; do nothing",
+    )
     parser.add_argument("--on", choices=("slurm", "gke"), help="hand --workers jobs over to a cluster; see above")
     for flag in CLUSTER_FLAGS:
         extra = "; of --dry-run: cost in hours of these TPUs" if flag == "--topology" else ""

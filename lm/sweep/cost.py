@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.experiment import Collect, Experiment, rows_per_update, updates_per_step
-from lm.model.flops import update_flops_per_token
+import numpy as np
+
+from lm.experiment import GRPO, PPO, Collect, Experiment, Stage, rows_per_update, updates_per_step
+from lm.interop.hf import layer_shapes
+from lm.model.flops import forward_flops_per_token, update_flops_per_token
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.steps import forward_only, trained
 from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
-from lm.sweep.sweep import Suggested, Sweep
+from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, own_point, trial_at, trials
 from lm.train.run_folder import read_json
+
+START_SECONDS = 20.0  # of a stage: a process, its imports, reading data, compilation
+USED = 0.2  # of the speed of a large matrix product, by a training step
+TIMED = 768  # rows and columns of the matrices that are timed
+TIMED_SECONDS = 0.2
+MOST_TRIED = 200  # corners of a search's axes, for one that can run
+BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of the training (sampling is not among them); hours of all devices of a topology; seconds measured before."""
+    """What stages cost, summed.
 
-    flops: float
+    Args:
+        flops: of the training.
+        other_flops: of evaluations and of answers that are sampled, at most.
+        bytes: of checkpoints, when the stages are finished, by what is kept of them.
+        hours: of all devices of a topology.
+        seconds: measured before, of stages that are finished.
+        ahead: seconds that the other stages will take, about.
+    """
+
+    flops: float = 0.0
+    other_flops: float = 0.0
+    bytes: float = 0.0
     hours: float | None = None
-    seconds: float | None = None
+    seconds: float = 0.0
+    ahead: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flops + other.flops,
-            None if self.hours is None or other.hours is None else self.hours + other.hours,
-            None if self.seconds is None or other.seconds is None else self.seconds + other.seconds,
-        )
+        def summed(name: str) -> float | None:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            return None if ours is None or theirs is None else ours + theirs
+
+        return Cost(**{field.name: summed(field.name) for field in dataclasses.fields(self)})  # type: ignore[arg-type]
+
+    def times(self, count: int) -> Cost:
+        return total([self] * count)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOPs a second, seconds of a stage beside them, and in words where both are from."""
+
+    flops: float
+    start: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +81,7 @@ class Row:
     has: tuple[str, ...]
 
 
-def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> list[Row]:
+def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[list[Row], Speed]:
     """Every trial of a grid with its cost; of a search one trial for each seed, which stands for all that come.
 
     Args:
@@ -53,25 +91,62 @@ def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> list[Ro
         UserError: the sweep cannot work, or the experiment does not fit the topology.
     """
     known: set[str] = set()
-    rows = []
-    for trial in representatives(sweep):
-        new, had = Cost(0.0, None if topology is None else 0.0, 0.0), []
-        for index, key in enumerate(stage_keys(trial.experiment)):
+    found: list[tuple[Trial, list[Cost], tuple[str, ...]]] = []
+    for trial in map(folder.placed, representatives(sweep)):
+        new, had = list[Cost](), list[str]()
+        for index, key in enumerate([] if trial.impossible else stage_keys(trial.experiment)):
             if key in known:
                 had.append(trial.experiment.stages[index].name)
                 continue
             known.add(key)
-            new += _stage(trial, index, folder.shared(key), folder.trial(trial.key), topology)
-        rows.append(Row(trial, new, tuple(had)))
-    return rows
+            new.append(_stage(trial, index, folder.shared(key), folder.trial(trial.key), topology))
+        found.append((trial, new, tuple(had)))
+    speed = _speed([cost for _, costs, _ in found for cost in costs])
+    nothing = Cost(hours=None if topology is None else 0.0)
+    return [Row(trial, sum((_timed(c, speed) for c in costs), nothing), had) for trial, costs, had in found], speed
+
+
+def _speed(costs: Iterable[Cost]) -> Speed:
+    """By the stages that are finished; else by a matrix product of this machine."""
+    done = [cost for cost in costs if cost.seconds]
+    if done:
+        whole = sum((cost.flops + cost.other_flops) / cost.seconds for cost in done) / len(done)
+        if whole:
+            return Speed(whole, 0.0, f"by the {len(done)} stages that are finished")
+    a = np.ones((TIMED, TIMED), np.float32)
+    a @ a  # the first one wakes threads
+    count, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < TIMED_SECONDS:
+        a @ a
+        count += 1
+    return Speed(
+        USED * count * 2 * TIMED**3 / passed,
+        START_SECONDS,
+        f"by a matrix product on this machine's CPU, of whose speed {USED:.0%} are counted on, and {START_SECONDS:.0f} s to "
+        "start a stage; better known when a stage is finished",
+    )
+
+
+def _timed(cost: Cost, speed: Speed) -> Cost:
+    seconds = speed.start + (cost.flops + cost.other_flops) / speed.flops
+    return dataclasses.replace(cost, ahead=0.0 if cost.seconds else seconds)
 
 
 def representatives(sweep: Sweep) -> list[Trial]:
-    """The trials of a grid; of a search the first setting, with every seed."""
+    """The trials of a grid; of a search the first setting that can run, with every seed."""
     if not isinstance(sweep.search, Suggested):
         return trials(sweep)
-    point = own_point(sweep) or {name: getattr(values, "low", 0) for name, values in sweep.axes.items()}
-    return [trial for seed in sweep.seeds if (trial := trial_at(sweep, point, seed)) is not None]
+    ends = [(v.low, v.high) if isinstance(v, Range) else range(len(v)) for v in sweep.axes.values()]
+    corners = (dict(zip(sweep.axes, corner, strict=True)) for corner in itertools.product(*ends))
+    own = own_point(sweep)
+    points = itertools.chain([own] if own else [], itertools.islice(corners, MOST_TRIED))
+    first: list[Trial] = []
+    for point in points:
+        found = [trial for seed in sweep.seeds if (trial := trial_at(sweep, point, seed)) is not None]
+        if found and not any(trial.impossible for trial in found):
+            return found
+        first = first or found
+    return first
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -83,9 +158,10 @@ def _stage(trial: Trial, index: int, shared: Path, run_dir: Path, topology: str 
     experiment = trial.experiment
     stage = experiment.stages[index]
     summaries = [shared / "summary.json", run_dir / "stages" / stage.name / "summary.json"]
-    measured = next((read_json(path)["seconds"] for path in summaries if path.is_file()), None)
+    measured = next((read_json(path).get("seconds", 0.0) for path in summaries if path.is_file()), 0.0)
     hours = None if topology is None else _hours(experiment, stage.name, topology)
-    return Cost(flops(experiment, index), hours, measured)
+    other = evaluation_flops(experiment, stage) + sampling_flops(experiment, stage)
+    return Cost(flops(experiment, index), other, checkpoint_bytes(experiment, stage), hours, measured)
 
 
 def flops(experiment: Experiment, index: int) -> float:
@@ -97,6 +173,57 @@ def flops(experiment: Experiment, index: int) -> float:
         experiment.model, experiment.tokenizer.vocab_size, stage.seq_len, forward_only(stage), *trained(stage)
     )
     return stage.steps * updates_per_step(stage) * rows_per_update(stage) * stage.seq_len * per_token
+
+
+def evaluation_flops(experiment: Experiment, stage: Stage) -> float:
+    """At most, of the evals before, during and after a stage: every row as long as the model reads."""
+    during = stage.steps // stage.eval_every if stage.eval_every else 0
+    rows = 0
+    for item in experiment.evals:
+        each = {"pair_accuracy": 2, "best_of_n": item.best_of, "pass_at_k": item.best_of}.get(item.metric, 1)
+        rows += item.count * each * (2 + (during if item.name in stage.evals else 0))
+    rows += len(experiment.prompts) * (2 + during)
+    return rows * experiment.model.max_len * _forward(experiment, experiment.model.max_len)
+
+
+def sampling_flops(experiment: Experiment, stage: Stage) -> float:
+    """At most, of the completions that a stage samples: every row as long as its own."""
+    o = stage.objective
+    each = o.group_size * o.rollouts if isinstance(o, GRPO) else o.answers if isinstance(o, Collect) else 1
+    if not isinstance(o, GRPO | PPO | Collect):
+        return 0.0
+    return stage.steps * stage.batch_size * each * stage.seq_len * _forward(experiment, stage.seq_len)
+
+
+def _forward(experiment: Experiment, length: int) -> float:
+    return forward_flops_per_token(experiment.model, experiment.tokenizer.vocab_size, length)
+
+
+def parameters(experiment: Experiment) -> int:
+    """Of a language model of the experiment."""
+    m = experiment.model
+    vocabulary = experiment.tokenizer.vocab_size * m.embed_dim * (1 if m.tied_head else 2)
+    return m.num_layers * sum(map(math.prod, layer_shapes(m).values())) + vocabulary + m.embed_dim
+
+
+def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
+    """Of the checkpoints that are kept when the stage is finished; of muon's matrices one moment too many is counted."""
+    if isinstance(stage.objective, Collect):
+        return 0.0
+    kind = experiment.model.param_dtype
+    model = parameters(experiment) * BYTES[kind]
+    masters = 4 if kind != "float32" and stage.optimizer.master_weights else 0
+    moments = parameters(experiment) * (2 * BYTES[stage.optimizer.state_dtype] + masters)
+    models = sum(trained(stage))  # of PPO a critic of its own, too
+    for_good = stage.steps // stage.keep_every if stage.keep_every else 0
+    newest = min(stage.keep_last, math.ceil(stage.steps / stage.save_every))
+    if not stage.keep_moments:
+        return (1 + for_good) * model
+    return (
+        (newest + max(0, for_good - (newest if stage.keep_every == stage.save_every else 0)))
+        * models
+        * (model + moments)
+    )
 
 
 def _hours(experiment: Experiment, name: str, topology: str) -> float:

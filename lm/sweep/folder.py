@@ -8,6 +8,8 @@ sweeps/shared/KEY/  a stage that several runs have in common, of this sweep or o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from lm.changes import normalised, read_experiment
-from lm.experiment import UserError, diff, to_dict
+from lm.experiment import UserError, diff, from_dict, to_dict
 from lm.stored import lock_file, make_folder
 from lm.sweep.sweep import Range, Suggested, Sweep
-from lm.sweep.trials import Trial, label_on
+from lm.sweep.trials import Trial, key_of, label_on
 from lm.train.run_folder import read_json, write_json_atomic
 
 MOST_DIFFERENCES = 5
@@ -48,6 +50,23 @@ class SweepFolder:
 
     def trial(self, key: str) -> Path:
         return self.path / "trials" / key
+
+    @functools.cached_property
+    def _older(self) -> dict[str, str]:
+        """By today's key the folders of trials that an lm with other fields has named."""
+        found = {}
+        for path in (self.path / "trials").glob("*/experiment.json"):
+            try:
+                key = key_of(from_dict(read_json(path)))
+            except UserError:  # of a trial that cannot run, or of an lm with fields that this one lacks
+                continue
+            if key != path.parent.name:
+                found[key] = path.parent.name
+        return found
+
+    def placed(self, trial: Trial) -> Trial:
+        """The trial with the key under which it is there already."""
+        return dataclasses.replace(trial, key=self._older.get(trial.key, trial.key))
 
     def record(self, key: str) -> Path:
         """What is known of a trial beside its run: {"settings", "seed", "wanted", "failed"}."""

@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
-from lm.sweep.cost import Cost, estimate, total
+from lm.sweep.cost import Cost, Row, estimate, total
 from lm.sweep.folder import SweepFolder
 from lm.sweep.sweep import Suggested, Sweep
 from lm.sweep.trials import told
 
 MOST_ROWS = 60
+UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
     """Every trial with its cost beyond what it shares, and the sum. Raises UserError where the sweep cannot work."""
-    rows = estimate(sweep, folder, topology)
-    lines = [
-        f"{told(row.trial.settings)}, seed {row.trial.experiment.seed}: {_cost(row.cost)}"
-        + (f"; has {', '.join(row.has)} from above" if row.has else "")
-        for row in rows
-    ]
+    rows, speed = estimate(sweep, folder, topology)
+    lines = [_line(row) for row in rows]
     if len(lines) > MOST_ROWS:
         lines[MOST_ROWS:] = [f"… and {len(lines) - MOST_ROWS} more"]
+    whole = total([row.cost for row in rows])
     if isinstance(sweep.search, Suggested):
         lines.append(
-            f"of such settings there will be {sweep.search.trials}, of which those stages are trained once that no axis changes"
+            f"of such settings there will be {sweep.search.trials}, of which those stages are trained once that no axis changes; "
+            f"at most {_cost(whole.times(sweep.search.trials))}; time {speed.source}"
         )
     else:
-        lines.append(f"{len(rows)} trials: {_cost(total([row.cost for row in rows]))}")
+        impossible = sum(bool(row.trial.impossible) for row in rows)
+        which = f"{len(rows)} trials" + (f", {impossible} of which cannot run" if impossible else "")
+        lines.append(f"{which}: {_cost(whole)} for one worker; time {speed.source}")
     return "\n".join(lines)
 
 
+def _line(row: Row) -> str:
+    name = f"{told(row.trial.settings)}, seed {row.trial.experiment.seed}"
+    if row.trial.impossible:
+        return f"{name}: cannot run: {row.trial.impossible}"
+    return f"{name}: {_cost(row.cost)}" + (f"; has {', '.join(row.has)} from above" if row.has else "")
+
+
 def _cost(cost: Cost) -> str:
-    """As far as it is known: training FLOPs, hours of the devices, seconds that it has taken."""
-    parts = [f"{cost.flops:.2g} FLOPs of training"]
+    """As far as it is known: FLOPs of training and of all else, hours of the devices, seconds, bytes."""
+    parts = [f"{cost.flops:.2g} FLOPs of training", f"{cost.other_flops:.2g} of evals and samples"]
     if cost.hours is not None:
         parts.append(f"{cost.hours:.2g} device-hours")
     if cost.seconds:
-        parts.append(f"done in {cost.seconds:.0f} s")
+        parts.append(f"done in {_duration(cost.seconds)}")
+    if cost.ahead:
+        parts.append(f"about {_duration(cost.ahead)}{' more' if cost.seconds else ''}")
+    parts.append(f"{size(cost.bytes)} of checkpoints")
     return ", ".join(parts)
+
+
+def size(count: float) -> str:
+    """Bytes in two figures."""
+    unit = 0
+    while count >= 1000 and unit < len(UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.2g} {UNITS[unit]}" if count < 100 else f"{count:.0f} {UNITS[unit]}"
+
+
+def _duration(seconds: float) -> str:
+    """Of the order that an estimate has: 40 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.2g} h"

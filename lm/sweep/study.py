@@ -81,7 +81,7 @@ class Study:
                 if retry_failed:
                     self._queue_failed()
                 return
-            wanted = trials(self.sweep)
+            wanted = [self.folder.placed(trial) for trial in trials(self.sweep)]
             keys = {trial.key for trial in wanted}
             self._drop(lambda one: one.user_attrs["key"] not in keys)
             states = {one.user_attrs["key"]: one.state for one in self._known()}  # the newest of each
@@ -231,6 +231,7 @@ class Study:
         if trial is None:
             self._study.tell(asked, state=TrialState.PRUNED)
             return False
+        trial = self.folder.placed(trial)
         self.folder.write_trial(trial, _stages_of(trial))
         for name, value in _attributes(trial).items():
             asked.set_user_attr(name, value)

@@ -94,6 +94,18 @@ def test_every_trial_ends_once_whatever_is_killed(finished):
 
 
 @pytest.mark.slow
+def test_what_a_dry_run_says_of_the_disk_is_what_there_is(finished):
+    folder, _ = finished
+    rows, speed = estimate(sweep, SweepFolder(folder, folder.parent / "shared"), None)
+    there = sum(
+        f.stat().st_size for f in folder.parent.glob("**/checkpoints/**/*") if f.is_file() and "trials" not in f.parts
+    )
+    there += sum(f.stat().st_size for f in folder.glob("trials/*/stages/sft/checkpoints/**/*") if f.is_file())
+    assert 0.8 < sum(row.cost.bytes for row in rows) / there < 1.1
+    assert all(row.cost.ahead == 0 < row.cost.seconds for row in rows) and "that are finished" in speed.source
+
+
+@pytest.mark.slow
 def test_a_stage_that_trials_share_is_trained_once(finished):
     folder, _ = finished
     assert len(list((folder.parent / "shared").glob("*/summary.json"))) == 2, "one pretraining for each seed"
@@ -196,6 +208,7 @@ def test_a_dry_run_counts_what_is_shared_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", str(TINY), "--dry-run", "--topology", "v5e:1x1"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "MB of checkpoints for one worker; time by a matrix product" in lines[-1] and "about 2 min, " in lines[-1]
     assert len(lines) == 5 and [("has pretrain from above" in line) for line in lines[:4]] == [False, False, True, True]
     assert "device-hours" in lines[-1] and not Path("sweeps").exists()
 
@@ -206,8 +219,57 @@ def test_hours_count_every_rollout_that_dynamic_sampling_may_take(tmp_path):
     )
     alone = dataclasses.replace(base, stages=(reason,))
     value = Sweep("dynamic", alone, {"reason.objective.rollouts": (1, 3)})
-    one, three = (row.cost for row in estimate(value, SweepFolder(tmp_path / "s", tmp_path), "v5e:1x1"))
+    one, three = (row.cost for row in estimate(value, SweepFolder(tmp_path / "s", tmp_path), "v5e:1x1")[0])
     assert one.hours < three.hours < 3 * one.hours and one.flops == three.flops
+
+
+def cost_of(tmp_path, experiment, index=0, **changes):
+    """Of one trial of an experiment with a stage or the evals changed."""
+    stages = tuple(dataclasses.replace(s, **changes) if i == index else s for i, s in enumerate(experiment.stages))
+    value = Sweep("s", dataclasses.replace(experiment, stages=stages))
+    (row,), _ = estimate(value, SweepFolder(tmp_path / "s", tmp_path), None)
+    return row.cost
+
+
+def test_a_dry_run_counts_evals_samples_time_and_what_is_kept_on_disk(tmp_path):
+    plain = cost_of(tmp_path, base)
+    more = dataclasses.replace(base, evals=(dataclasses.replace(base.evals[0], count=4000),), prompts=("a", "b"))
+    evaluated = cost_of(tmp_path, more)
+    assert evaluated.other_flops > 100 * plain.other_flops and evaluated.flops == plain.flops
+    assert cost_of(tmp_path, more, 1, eval_every=1).other_flops > evaluated.other_flops
+    assert cost_of(tmp_path, base, steps=600_000).ahead > plain.ahead >= 40
+    sampled = dataclasses.replace(
+        base, stages=(Stage("r", GRPO(max_new_tokens=32), (Source("gen:arithmetic"),), steps=50, seq_len=64),)
+    )
+    assert (
+        cost_of(tmp_path, sampled, objective=GRPO(max_new_tokens=32, rollouts=3)).other_flops
+        > cost_of(tmp_path, sampled).other_flops
+    )
+    kept = {"save_every": 1, "keep_last": 1}
+    one = cost_of(tmp_path, base, **kept).bytes
+    assert cost_of(tmp_path, base, **kept | {"keep_last": 2}).bytes > one
+    assert (
+        cost_of(tmp_path, base, **kept, keep_every=2).bytes
+        > one
+        > cost_of(tmp_path, base, **kept, keep_moments=False).bytes
+    )
+
+
+def test_trials_that_an_older_lm_has_named_are_found_again(tmp_path):
+    study, _ = opened(tmp_path, sweep)
+    study.tell(claimed := study.take(), value=1.0)
+    os.close(claimed.handle)
+    older = SweepFolder(tmp_path / "older", tmp_path / "shared")
+    (tmp_path / "s").rename(older.path)
+    for path in list((older.path / "trials").iterdir()):
+        path.rename(path.with_name(path.name[::-1]))
+    text = older.journal.read_text()
+    older.journal.write_text(text.replace(claimed.key, claimed.key[::-1]))
+    for path in (older.path / "trials").iterdir():
+        older.journal.write_text(older.journal.read_text().replace(path.name[::-1], path.name))
+    again = Study(sweep, older)
+    again.queue()
+    assert again.counts() == (1, 4) and len(list((older.path / "trials").iterdir())) == 4
 
 
 # ---- which trial is next: without running any ---------------------------------------------------------------------
