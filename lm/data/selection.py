@@ -95,6 +95,16 @@ def held_out_elsewhere(experiment: Experiment) -> Places:
     return np.unique(np.concatenate(found))
 
 
+def trained_places(sources: Sequence[Source], elsewhere: Places) -> Places:
+    """The keys, as places in the split, of the rows that these sources train on, generated ones left out."""
+    found = [NOWHERE]
+    for source in sources:
+        rows = rows_of(source)
+        if not rows.generated:
+            found.append(rows.measures.places[np.asarray(split_rows(rows, source.holdout, elsewhere)[0], np.int64)])
+    return np.unique(np.concatenate(found))
+
+
 def held_out_but_trained(
     collected: Source, asked: Sequence[Source], trained: Sequence[Source], elsewhere: Places
 ) -> tuple[int, int]:
@@ -106,13 +116,10 @@ def held_out_but_trained(
     """
     places = rows_of(collected).measures.places
     held_out = np.unique(places[places < collected.holdout])
-    known, contents = np.zeros(len(held_out), bool), {_content(one.path) for one in asked}
+    known, contents = np.isin(held_out, trained_places(trained, elsewhere)), {_content(one.path) for one in asked}
     for source in trained:
-        rows = rows_of(source)
-        if rows.generated:
-            known |= (held_out >= source.holdout) & (_content(source.path) in contents)
-        else:
-            known |= np.isin(held_out, rows.measures.places[np.asarray(split_rows(rows, source.holdout, elsewhere)[0])])
+        if rows_of(source).generated and _content(source.path) in contents:
+            known |= held_out >= source.holdout
     return len(held_out), int(known.sum())
 
 

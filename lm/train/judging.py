@@ -11,8 +11,8 @@ import numpy as np
 
 from lm.data.chat import is_tie
 from lm.data.layouts import canonical
-from lm.data.selection import select
-from lm.data.sources import Rows, load_rows, split_key
+from lm.data.selection import held_out_elsewhere, select, trained_places
+from lm.data.sources import Rows, load_rows, split_key, why_missing
 from lm.data.tokenizer import Tokenizer
 from lm.evals.pairs import Scored, score_pairs, share_right, texts_of_pair
 from lm.evals.preferences import Worth, prefers_shorter, worth
@@ -81,19 +81,23 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
     prompts = [split_key(row) for row in scored.rows]
     return Judged(
         name, path, scored, worth(scored.gaps, scored.longer, prefers_shorter(longer), prompts),
-        [share_right(one.gaps) for one in found], of, "; ".join(filter(None, (_seen(run, path, holdout) for run in runs))),
+        [share_right(one.gaps) for one in found], of, "; ".join(filter(None, (_seen(run, rows, indices, holdout) for run in runs))),
     )  # fmt: skip
 
 
-def _seen(run_dir: Path, path: str, holdout: float | None) -> str:
-    """What to say where pairs that are scored have been trained on; "" where none has."""
+def _seen(run_dir: Path, rows: Rows, indices: Sequence[int], holdout: float | None) -> str:
+    """What to say where pairs that are scored, or their questions, have been trained on; "" where none has."""
     folder = RunFolder(run_dir)
     experiment = located(from_dict(folder.read_experiment()), folder)
     sources = [source for stage in experiment.stages for source in stage.sources]
-    same = [source.holdout for source in sources if Path(source.path).resolve() == Path(path).resolve()]
-    if not same or (holdout is not None and holdout <= min(same)):
+    same = [source.holdout for source in sources if Path(source.path).resolve() == Path(rows.path).resolve()]
+    if same and (holdout is None or holdout > min(same)):
+        return f"{run_dir} was trained on pairs of this file: --heldout {min(same):g} takes those that it has not seen"
+    if rows.generated or any(why_missing(source.path) for source in sources):
         return ""
-    return f"{run_dir} was trained on pairs of this file: --heldout {min(same):g} takes those that it has not seen"
+    trained = trained_places(sources, held_out_elsewhere(experiment))
+    known = int(np.isin(rows.measures.places[np.asarray(indices)], trained).sum())
+    return f"{run_dir} was trained on rows that ask what {known} of the {len(indices)} pairs ask" if known else ""
 
 
 def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
