@@ -5,6 +5,7 @@ which needs no TPU either:
 
   lm plan quickstart --topology v5e:2x2
   lm plan EXPERIMENT --topology v5p:2x4x4 --compile --hlo step.hlo.txt.gz
+  lm plan EXPERIMENT --topology v5p:2x4x4 --compile --libtpu DIR
   lm plan EXPERIMENT --topology v5p:2x4x4 --search --model.num-layers 32
 
 Any knob of the experiment can be changed; tokenizer.vocab_size says the size of
@@ -41,6 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", metavar="NAME", help="this stage; else the one that needs the most memory")
     parser.add_argument("--compile", action="store_true", help="ask the TPU compiler: minutes, memory to the byte")
+    parser.add_argument(
+        "--libtpu",
+        metavar="PATH",
+        help="compiler of --compile: a libtpu.so, or a folder with one (pip install --no-deps --target DIR "
+        "libtpu==VERSION); else the one that the installed jax runs on TPU hosts",
+    )
     parser.add_argument("--search", action="store_true", help="try every layout, and plan the fastest that fits")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--hlo", metavar="FILE", type=Path, help="save the compiled text (.gz: compressed)")
@@ -51,14 +58,19 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     if arguments.hlo and not arguments.compile:
         raise UserError("--hlo saves what the compiler makes: it needs --compile")
+    if arguments.libtpu is not None and not arguments.compile:
+        raise UserError("--libtpu names the compiler that is asked: it needs --compile")
     os.environ.update(ENVIRONMENT)
 
     from lm.plan.advise import largest_batch, plan_stage, ways_to_fit, with_mesh
     from lm.plan.chips import parse_topology
+    from lm.plan.libtpu import find_libtpu
     from lm.plan.plan import by_compiler
     from lm.plan.search import layouts
     from lm.plan.show import advice, layout, overview, show
 
+    if arguments.compile:
+        find_libtpu(arguments.libtpu)  # what is missing is told before minutes of work
     topology = parse_topology(arguments.topology, arguments.slices)
     names = [arguments.stage] if arguments.stage else [stage.name for stage in experiment.stages]
     plans = [plan_stage(experiment, name, topology) for name in names]
@@ -68,7 +80,7 @@ def call(arguments: argparse.Namespace) -> int:
         plan = found[0]
         experiment = with_mesh(experiment, plan)
     if arguments.compile:
-        plan = by_compiler(plan, arguments.hlo)
+        plan = by_compiler(plan, arguments.hlo, arguments.libtpu)
     largest = largest_batch(plan, experiment)
     changes = [] if plan.fits else ways_to_fit(plan, experiment, largest)
     if arguments.json:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import jax
 
 from lm.model.flops import update_flops_per_token
 from lm.plan.kernels import HOST_RATE
-from lm.plan.one_device import analysis_of, gradient_block, parameter_bytes, update_block
+from lm.plan.one_device import analysis_of, cast_bytes, gradient_block, parameter_bytes, update_block
 from lm.plan.program import Program
 from lm.plan.traffic import NETWORK, Traffic, traffic
 from lm.plan.usage import Usage
@@ -23,6 +24,7 @@ class Memory:
     optimizer: int
     reference: int
     batch: int
+    casts: int
     gathered: int
     gradients: int
     activations: int
@@ -71,7 +73,7 @@ def estimate(program: Program) -> Estimate:
         optimizer=parameter_bytes(state.opt_state, program),
         reference=parameter_bytes(state.frozen, program),
         batch=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch())) // program.topology.devices,
-        **_peak(gradient, update),
+        **_peak(gradient, update, cast_bytes(state.params, program)),
     )
     wires = traffic(program, gradient)
     chip = program.topology.chip
@@ -103,7 +105,13 @@ def model_flops(program: Program) -> float:
     return per_token * program.tokens_per_device
 
 
-def _peak(gradient: Usage, update: Usage) -> dict[str, int]:
-    """Kinds of memory at the moment when most is in use; the optimizer's moment has the gradients in memory too."""
-    largest = max((gradient.peak, update.peak), key=lambda kinds: sum(kinds.values()))
-    return {kind: largest.get(kind, 0) for kind in ("gathered", "gradients", "activations", "logits", "working")}
+def _peak(gradient: Usage, update: Usage, casts: int) -> dict[str, int]:
+    """Kinds of memory at the moment when most is in use; the optimizer's moment has the gradients in memory too.
+
+    Args:
+        casts: bytes of the narrow copies of the layers' weights, which live as long as the loops over layers.
+    """
+    largest = max((gradient.peak + Counter(casts=casts), update.peak), key=lambda kinds: sum(kinds.values()))
+    return {
+        kind: largest.get(kind, 0) for kind in ("casts", "gathered", "gradients", "activations", "logits", "working")
+    }

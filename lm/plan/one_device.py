@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -115,6 +117,23 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
         shapes = [shape, shape[1:]] if names[0] == "layers" else [shape]
         found |= {tuple(sorted(sizes)): count for sizes in shapes if len(sizes) >= 2}
     return found
+
+
+def cast_bytes(params: Any, program: Program) -> int:
+    """Bytes of what one device has of the layers' matrices in the dtype of the computation, where that is narrower.
+
+    The compiler casts all layers' shares once, before the loop over layers, and keeps them until the backward loop has
+    ended; what it gathers of a layer is made from them.
+    """
+    dtype = jnp.dtype(program.model.compute_dtype)
+
+    def one(leaf: Any) -> int:
+        value, names = leaf.get_value(), leaf.get_metadata("out_sharding")
+        if names[0] != "layers" or value.ndim < 3 or value.dtype.itemsize <= dtype.itemsize:
+            return 0
+        return value.size * dtype.itemsize // math.prod(ways(name, program.sizes) for name in names if name in RULES)
+
+    return sum(map(one, jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))))
 
 
 def parameter_bytes(tree: Any, program: Program) -> int:

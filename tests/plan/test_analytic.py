@@ -58,7 +58,9 @@ def test_the_state_is_counted_to_the_byte():
     narrow = plan(experiment(model={"param_dtype": "bfloat16"})).memory
     assert narrow.parameters == memory.parameters / 2
     assert narrow.optimizer == pytest.approx(3 * memory.parameters, abs=64)  # float32 master weights beside the moments
-    assert memory.reference == 0
+    assert memory.reference == 0 and narrow.casts == 0  # nothing is cast
+    assert memory.casts == 2 * ((numbers - 1024 * 256 - vectors) // 4)  # the layers' matrices in bfloat16
+    assert plan(experiment(model={"compute_dtype": "float32"})).memory.casts == 0
     assert plan(experiment(DPO())).memory.reference == memory.parameters
     assert plan(experiment(DPO(reference="cached"))).memory.reference == 0
 

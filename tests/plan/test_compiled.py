@@ -11,7 +11,7 @@ import pytest
 
 from lm.cli.main import main
 from lm.experiment import UserError
-from lm.plan import analytic, compiled
+from lm.plan import analytic, compiled, libtpu
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.plan.hlo_cost import estimate
@@ -24,7 +24,7 @@ from tests.plan.test_hlo_cost import OTHER, other_estimate
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = parse_topology("v5e:2x2")
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason=f"no TPU compiler here: {compiled.INSTALL}"
+    importlib.util.find_spec("libtpu") is None, reason=f"no TPU compiler here: {libtpu.INSTALL}"
 )
 EXPERIMENT = "from tests.plan.plan_helpers import experiment as make\nexperiment = make()\n"
 
@@ -63,6 +63,7 @@ def test_the_command_gives_the_compilers_answer(planned):
     assert result["source"] == "compiled" and result["fits"] and result["devices"] == 4
     assert result["compile_s"] > 0 and result["compiler"].startswith("libtpu")
     assert 0 < result["bound_ms"] <= result["step_ms"] and 0 < result["mfu"] < 1
+    assert result["compiler"] == libtpu.find_libtpu(None).name
     state = sum(result["memory_bytes"][name] for name in ("parameters", "optimizer", "batch"))
     assert result["hbm_bytes_per_device"] > state
 
@@ -87,6 +88,7 @@ def test_the_other_estimator_agrees_on_the_compiled_text(planned):
 
 
 def test_without_the_compiler_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.delenv(libtpu.VARIABLE, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'lm\[plan\]'"):
         by_compiler(plan_stage(experiment(), "train", TOPOLOGY))
@@ -98,10 +100,13 @@ def test_what_the_compiler_says_of_too_large_a_program_is_understood(monkeypatch
     assert found.needed == int(21.5 * 2**30) and str(found) == words
     assert compiled._out_of_memory("INTERNAL: something else") is None
 
-    def refuse(program):
+    def refuse(program, libtpu=None):
         raise found
 
     monkeypatch.setattr("lm.plan.plan.compile_step", refuse)
+    monkeypatch.setattr(
+        "lm.plan.plan.find_libtpu", lambda given: libtpu.Libtpu(Path("x"), "0.0.42.1", libtpu.asked_by_jax())
+    )
     arithmetic = plan_stage(experiment(), "train", TOPOLOGY)
     plan = by_compiler(arithmetic)
     assert not plan.fits and plan.source == "compiled"
@@ -112,3 +117,53 @@ def test_the_text_needs_a_folder(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         compiled.save_text("", tmp_path / "nowhere" / "step.txt")
     assert main(["plan", "quickstart", "--topology", "v5e:2x2", "--hlo", "step.txt"]) == 2
+
+
+def package(folder: Path, version: str) -> Path:
+    """What `pip install --no-deps --target FOLDER libtpu==VERSION` leaves, without its library's content."""
+    (folder / "libtpu").mkdir(parents=True)
+    (folder / "libtpu" / "libtpu.so").touch()
+    (folder / f"libtpu-{version}.dist-info").mkdir()
+    (folder / f"libtpu-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: libtpu\nVersion: {version}\n"
+    )
+    return folder
+
+
+def test_another_compiler_is_named_and_told_from_the_one_that_hosts_run(tmp_path, monkeypatch):
+    monkeypatch.delenv(libtpu.VARIABLE, raising=False)
+    assert str(libtpu.asked_by_jax()) == "==0.0.42.*"
+    right, newer = package(tmp_path / "a", "0.0.42.1"), package(tmp_path / "b", "0.0.52")
+    assert libtpu.find_libtpu(str(right)).name == "libtpu 0.0.42.1" and libtpu.find_libtpu(str(right)).note is None
+    for place in (newer, newer / "libtpu", newer / "libtpu" / "libtpu.so"):
+        found = libtpu.find_libtpu(str(place))
+        assert found.name == "libtpu 0.0.52" and "hosts with jax" in found.note and "libtpu ==0.0.42.*" in found.note
+    monkeypatch.setenv(libtpu.VARIABLE, str(newer / "libtpu" / "libtpu.so"))  # jax would load this one
+    assert libtpu.find_libtpu(None).version == "0.0.52"
+    assert libtpu.find_libtpu(str(right)).version == "0.0.42.1"
+    alone = tmp_path / "libtpu.so"
+    alone.touch()
+    assert libtpu.find_libtpu(str(alone)).version is None and libtpu.find_libtpu(str(alone)).note
+
+
+def test_a_compiler_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
+    words = ["plan", "tiny", "--topology", "v5e:2x2", "--libtpu", str(tmp_path)]
+    assert main([*words, "--compile"]) == 2
+    assert "--libtpu" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "needs --compile" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_program_is_what_is_allocated_in_hbm(tmp_path):
+    assert compiled.allocated_bytes(tmp_path) is None
+    text = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <2 x @0> (size=512,offset=0): f32[]
+allocation 1: size 4096, parameter 12, shape |f32[32,32]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 1000, preallocated-temp:
+allocation 3: size 76, color 2, preallocated-temp:
+allocation 4: size 77, color 1, page 0, preallocated-temp:
+allocation 5: size 10, page 0, constant:
+"""
+    (tmp_path / "module_0000.jit_step.after_optimizations-buffer-assignment.txt").write_text(text)
+    assert compiled.allocated_bytes(tmp_path) == 512 + 4096 + 1000 + 10
