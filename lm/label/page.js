@@ -63,6 +63,7 @@ function show(next) {
   find("undo").hidden = !next.last;
   find("last").textContent = next.last ? ` (${SAID[next.last.choice]})` : "";
   find("task").hidden = next.pair === null;
+  find("end").hidden = next.pair !== null || next.busy;
   if (next.pair === null) return finish(next.busy);
   if (fresh) {
     draw();
@@ -134,7 +135,7 @@ function mark(value) {
 function askName() {
   view = null;
   clearTimeout(waiting);
-  for (const id of ["task", "who", "undo", "done"]) find(id).hidden = true;
+  for (const id of ["task", "end", "who", "undo", "done"]) find(id).hidden = true;
   find("count").textContent = "";
   find("enter").hidden = false;
   find("name").value = name;

@@ -135,6 +135,7 @@ def test_a_session_of_two_with_reload_undo_and_a_killed_server(tmp_path, browser
             while person.page.is_visible("#task"):
                 chosen[name].append(person.press("both bad" if person.yours() == 4 else "left"))
             assert "That was all there is for you" in person.page.inner_text("#status")
+            assert "--export" in person.page.inner_text("#end"), "the end says how to export"
         bob.page.click("text=Summary")
         assert "Krippendorff" in bob.page.inner_text("main") and "6 pairs judged" in bob.page.inner_text("main")
         assert not ann.wrong and not bob.wrong
@@ -229,6 +230,10 @@ def test_it_is_readable_and_in_reach_in_small_and_in_the_dark(tmp_path, browser,
         assert (left["y"] == right["y"]) == (width == 1200), "side by side where there is room"
         page.click("[data-choice='left']")
         person.wait_for(1)
+        page.wait_for_selector("#end:not([hidden])")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.goto(f"{serving.url.rstrip('/')}/summary")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert [record["choice"] for record in read_log(tmp_path / "answers.labels.jsonl").records] == ["left"]
 
 
