@@ -138,9 +138,9 @@ def agreement(
         return Agreement(gap.relative, LARGEST_UNITS)
     with jax.default_matmul_precision("highest"):
         exact = [_float32_logp(model, batch, temperature, pieces) for batch in batches]
-    sampler, trainer, tokens = map(float, _distances(views, batches, exact))
-    # Of few tokens more may be chance.
-    return Agreement(sampler, LARGEST_RATIO * (1 + 2 / max(tokens, 1.0) ** 0.5) * max(trainer, LEAST_DISTANCE))
+    sampler, trainer, effective = map(float, _distances(views, batches, exact))
+    # Of few tokens more may be chance, and where most are sure the others are few.
+    return Agreement(sampler, LARGEST_RATIO * (1 + 2 / max(effective, 1.0) ** 0.5) * max(trainer, LEAST_DISTANCE))
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "pieces"))
@@ -152,12 +152,14 @@ def _float32_logp(model: Any, batch: Batch, temperature: float, pieces: int) -> 
 
 @jax.jit
 def _distances(views: list[TrainerView], batches: list[Batch], exact: list[Array]) -> tuple[Array, Array, Array]:
+    """Mean of the sampler, of the trainer, and how many tokens make up the latter: (Σx)² / Σx² (Kish's effective size)."""
     on, unit = _flat([batch.weights for batch in batches]) > 0, _flat([view.unit for view in views])
     sampler, trainer = (
-        _mean(jnp.abs(_flat(logp) - _flat(exact)) / unit, on)
+        jnp.where(on, jnp.abs(_flat(logp) - _flat(exact)) / unit, 0.0)
         for logp in (list(map(sampled_logp, batches)), [view.logp for view in views])
     )
-    return sampler, trainer, on.sum()
+    effective = jnp.square(trainer.sum()) / jnp.maximum(jnp.square(trainer).sum(), 1e-30)
+    return _mean(sampler, on), _mean(trainer, on), effective
 
 
 def _flat(arrays: list[Array]) -> Float[Array, " N"]:
