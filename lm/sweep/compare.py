@@ -139,12 +139,14 @@ def compare(
 
 def _once(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     """The results without those of a folder that is there already, or of the same experiment with the same seed."""
-    folders = {result.folder.resolve(): result for result in reversed(results)}
+    folders: dict[Path, Result] = {}
+    for result in results:
+        folders.setdefault(result.folder.resolve(), result)
     kept: dict[str, Result] = {}
     notes = []
     if again := len(results) - len(folders):
         notes.append(f"{again} {'run is' if again == 1 else 'runs are'} named again, and counted once")
-    for result in reversed(folders.values()):
+    for result in folders.values():
         of_it = [str(result.folder)] if result.impossible else [json.dumps(_leaves(result)), str(result.seed)]
         key = "\n".join(of_it)
         other = kept.get(key)
@@ -264,14 +266,14 @@ def _named(groups: Sequence[Group], name: str) -> Group:
             return one
     labels = [one.label for one in groups]
     raise UserError(
-        f"baseline: nothing is called {name!r}{nearest(name, labels)}; there are {_some(labels)}, or NAME=VALUE of what differs"
+        f"baseline: nothing is called {name!r}{nearest(name, labels)}; there are {_some(labels, '; ')}, or NAME=VALUE of what differs"
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str], between: str = ", ") -> str:
     """The first ten names, and how many more."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{', '.join(names[:MOST_NAMED])}{more}"
+    return f"{between.join(names[:MOST_NAMED])}{more}"
 
 
 def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
@@ -371,7 +373,7 @@ def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:
     if found is None:
         return "the baseline"
     if found.count == 0:
-        return "no seed in common with the baseline"
+        return "no seed in common with the baseline" if cell.final.count else "no number to compare"
     if found.count == 1:
         return f"{found.mean:+.{digits}f} in the one seed that both have"
     if math.isnan(found.p):

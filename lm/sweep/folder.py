@@ -91,11 +91,7 @@ class SweepFolder:
         write_json_atomic(self.description, wanted)
 
     def _refuse_another(self, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-        different = [
-            f"{name}: {old!r} → {new!r}"
-            for name, old, new in diff(normalised(there["base"]), normalised(wanted["base"]))
-            if name != "name"
-        ]
+        different = [f"{name}: {old!r} → {new!r}" for name, old, new in _different(there["base"], wanted["base"])]
         if there["search"]["kind"] != wanted["search"]["kind"]:
             different.insert(0, f"search: {there['search']['kind']} → {wanted['search']['kind']}")
         if wanted["search"]["kind"] in [kind.__name__ for kind in typing.get_args(Suggested)]:
@@ -133,7 +129,7 @@ class SweepFolder:
                 link.symlink_to(target, target_is_directory=True)
         if not (path / "experiment.json").exists():
             write_json_atomic(path / "experiment.json", to_dict(trial.experiment))
-        elif different := diff(normalised(read_experiment(path)), normalised(to_dict(trial.experiment))):
+        elif different := _different(read_experiment(path), to_dict(trial.experiment)):
             name, old, new = different[0]
             raise UserError(
                 f"{path} holds a run with {name} {old!r}, and this trial has {new!r}, the default of this lm: name another "
@@ -169,6 +165,11 @@ class SweepFolder:
             yield
         finally:
             os.close(handle)
+
+
+def _different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """In what two plain experiments differ, but for their names."""
+    return [one for one in diff(normalised(old), normalised(new)) if one[0] != "name"]
 
 
 def try_lock(file: Path) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from lm.sweep.cost import Cost, Row, estimate, total
 from lm.sweep.folder import SweepFolder
 from lm.sweep.sweep import Suggested, Sweep
@@ -19,9 +21,10 @@ def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
         lines[MOST_ROWS:] = [f"… and {len(lines) - MOST_ROWS} more"]
     whole = total([row.cost for row in rows])
     if isinstance(sweep.search, Suggested):
+        each = dataclasses.replace(whole, seconds=0.0, ahead=whole.ahead + whole.seconds)
         lines.append(
             f"of such settings there will be {sweep.search.trials}, of which those stages are trained once that no axis changes; "
-            f"at most {_cost(whole.times(sweep.search.trials))}; time {speed.source}"
+            f"at most {_cost(each.times(sweep.search.trials))}; time {speed.source}"
         )
     else:
         impossible = sum(bool(row.trial.impossible) for row in rows)

@@ -262,6 +262,7 @@ def test_the_same_run_named_twice_by_a_link_or_copied_counts_once(tmp_path, caps
         key: cell.final for key, cell in once.cells.items()
     }
     assert twice.cells["qk_norm false", BITS].best.count == 3
+    assert compare([*found, found[0]]).baseline.label == once.baseline.label, "the first stays the first"
     assert "3 runs are named again, and counted once" in twice.notes
     assert any("copy is the same experiment with the same seed as" in note for note in twice.notes)
     assert main(["compare", str(tmp_path / "a0"), f"{tmp_path}/./a0", "--page", str(tmp_path / "p.html")]) == 0

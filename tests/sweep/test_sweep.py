@@ -262,6 +262,8 @@ def test_trials_that_an_older_lm_has_named_are_found_again(tmp_path):
     older = SweepFolder(tmp_path / "older", tmp_path / "shared")
     (tmp_path / "s").rename(older.path)
     for path in list((older.path / "trials").iterdir()):
+        plain = json.loads((path / "experiment.json").read_text())
+        (path / "experiment.json").write_text(json.dumps(plain | {"name": f"tiny-{path.name[::-1]}"}))
         path.rename(path.with_name(path.name[::-1]))
     text = older.journal.read_text()
     older.journal.write_text(text.replace(claimed.key, claimed.key[::-1]))
