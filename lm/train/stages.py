@@ -122,11 +122,14 @@ def _tell_evals(run: Run, stages: list[int]) -> None:
     """Say what the evals measure, and what of it the stages that are finished trained on: evals may be new since then."""
     for line in together(lambda: check_evals(run.experiment, run.tokenizer)):
         say(line)
-    for index in range(min(stages)):
-        stage = run.experiment.stages[index]
-        if first() and not isinstance(stage.objective, Collect):
+    in_first(lambda: _tell_finished(run, run.experiment.stages[: min(stages)]))
+
+
+def _tell_finished(run: Run, stages: tuple[Stage, ...]) -> None:
+    for stage in stages:
+        if not isinstance(stage.objective, Collect):
             counted = run.folder.read_summary(stage.name).get("sources") or [{}] * len(stage.sources)
-            for source, then in zip(stage.sources, counted, strict=True):
+            for source, then in zip(stage.sources, counted, strict=False):
                 left_out = then.get("dropped", {}).get(WITHHELD, 0)
                 trained = withheld(source, rows_of(source), run.held_out) - left_out
                 if trained > 0:
