@@ -130,6 +130,19 @@ def _check_schedule(stage: Stage) -> None:
         )
 
 
+def short_warmups(experiment: Experiment) -> list[str]:
+    """A line for every stage whose learning rate never reaches its peak: of the default warm-up, which is not refused."""
+    lines = []
+    for stage in experiment.stages:
+        warmup, updates = stage.optimizer.warmup_steps, stage.steps * updates_per_step(stage)
+        if warmup > updates and not isinstance(stage.objective, Collect):
+            lines.append(
+                f"{stage.name}: its {updates} updates end within the warm-up, {stage.name}.optimizer.warmup_steps {warmup}: "
+                f"the learning rate reaches {stage.optimizer.peak_lr * updates / warmup:g} of peak_lr {stage.optimizer.peak_lr:g}"
+            )
+    return lines
+
+
 def _check_compared(item: Eval, stages: tuple[Stage, ...]) -> None:
     """Raise UserError for an eval that no stage gives what it compares with: it would never be measured."""
     scorers = any(isinstance(stage.objective, RewardModel) for stage in stages)

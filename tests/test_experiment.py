@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.check import check
+from lm.check import check, short_warmups
 from lm.experiment import (
     CPO,
     DPO,
@@ -146,6 +146,15 @@ def test_what_cannot_be_is_refused_before_anything_runs(words, message):
 def test_a_wrong_json_value_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         from_dict(to_dict(EXPERIMENT) | change)
+
+
+def test_a_run_that_ends_within_the_default_warmup_is_told():
+    short = override(EXPERIMENT, ["--sft.steps", "5"])
+    assert check(short) == short and not short_warmups(EXPERIMENT)
+    assert short_warmups(short) == [
+        "sft: its 5 updates end within the warm-up, sft.optimizer.warmup_steps 20: the learning rate reaches 0.00025 of "
+        "peak_lr 0.001"
+    ]
 
 
 def test_every_knob_has_a_line_of_help():

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm.check import check
+from lm.check import check, short_warmups
 from lm.data.cache import current_cache
 from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import WITHHELD, check_files, held_out_but_trained, held_out_elsewhere, withheld
@@ -176,6 +176,8 @@ def _prepared(
         UserError: what in the data, the mesh or other runs' reward models does not fit the experiment, or is not what the
             run began with.
     """
+    for line in short_warmups(experiment):
+        say(line)
     say("reading the data")
     tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
     together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
