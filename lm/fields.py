@@ -191,6 +191,8 @@ def _read_leaf(value: Any, kind: Any, where: str, reading: Reading, metadata: An
         taken = math.isfinite(leaf)
     if not taken:
         wanted = NAME_RULE if metadata.get("name") else describe(kind, span)
+        if isinstance(leaf, str) and kind is str:
+            wanted = "text without null characters and halves of surrogate pairs"
         raise UserError(f"{where} is {shown(value)}; it should be {wanted}")
     return leaf
 
