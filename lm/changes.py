@@ -62,11 +62,11 @@ def read_experiment(folder: Path) -> Plain:
     recorded = read_sealed(environment).get(EXPERIMENTS, []) if environment.exists() else []
     if not recorded or any(normalised(found) == normalised(one) for one in recorded):
         return found
-    name, was, is_now = next(iter(diff(normalised(recorded[-1]), normalised(found))))
-    raise UserError(
-        f"{file} is damaged: {name} is {json.dumps(is_now)}, and {environment.name} beside it says {json.dumps(was)}: put "
-        "back a copy of it"
-    )
+    different = [
+        f"{name} is {json.dumps(now):.80}, and {environment.name} beside it says {json.dumps(was):.80}"
+        for name, was, now in diff(normalised(recorded[-1]), normalised(found))
+    ]
+    raise UserError(f"{file} is damaged: {(different or ['it has other fields'])[0]}: put back a copy of it")
 
 
 def _is_stage(value: Any) -> bool:

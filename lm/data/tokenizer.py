@@ -116,10 +116,13 @@ class Tokenizer:
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"tokenizer.path: there is no file {file}; name a sentencepiece .model file or its folder")
+        model = file.read_bytes()
         try:
-            return cls(file.read_bytes(), name=str(file))
-        except RuntimeError as error:
+            if model:  # else sentencepiece says it only when it is asked for a piece
+                return cls(model, name=str(file))
+        except (RuntimeError, IndexError, ValueError, OverflowError) as error:
             raise UserError(f"tokenizer.path: {file} is not a sentencepiece model") from error
+        raise UserError(f"tokenizer.path: {file} is empty; name a sentencepiece .model file or its folder")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> Tokenizer:

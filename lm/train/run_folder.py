@@ -73,7 +73,7 @@ class RunFolder:
         if not self.finished(stage):
             return None
         found = self.read_summary(stage)
-        return found.get("final_step", found["steps"])
+        return found.get("final_step", found.get("steps"))
 
     def read_experiment(self) -> dict[str, Any]:
         """The plain value of the experiment that the folder belongs to.

@@ -1,0 +1,150 @@
+"""Whatever is in a file of a run or of the cache, its reader gives a value or one line that names the file."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm import json_lines
+from lm.changes import read_experiment
+from lm.choices.log import read_log
+from lm.data.cache import Cache
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import SFT, Experiment, Source, Stage, UserError, from_dict, to_dict
+from lm.json_lines import checksums, read_json_lines
+from lm.stored import read_sealed, write_json_atomic, write_sealed
+from lm.train import goodput
+from lm.train.checkpoint import Checkpoints
+from lm.train.metrics import MetricsLog, read_lines
+from lm.train.provenance import last_session
+from lm.train.run_files import read_run
+from lm.train.run_folder import RunFolder
+
+TIMES = 60
+PLAN = Experiment("plan", (Stage("sft", SFT(), (Source("gen:drills"),), steps=3),))
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """The bytes with a few of them flipped, cut out, doubled, or replaced by pieces that parsers stumble over."""
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 3))):
+        at = draw.randrange(len(changed) + 1)
+        end = min(len(changed), at + draw.choice((1, 1, 8, 1000)))
+        piece = changed[at:end]
+        changed[at:end] = draw.choice(
+            (
+                bytes(byte ^ (1 << draw.randrange(8)) for byte in piece[:1]) + piece[1:],
+                b"",
+                piece * 2,
+                draw.choice(
+                    (b"[" * 5000, b'"', b"{}", b"null", b"\xff\xfe", b"\x00", b"1e999", b"-1", b"9" * 5000, b"\n")
+                ),
+            )
+        )
+    return bytes(changed)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(json_lines, "RETRY_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run's folder with a file of every kind."""
+    run = RunFolder(tmp_path_factory.mktemp("damage") / "run")
+    run.path.mkdir()
+    write_json_atomic(run.experiment, to_dict(PLAN))
+    write_sealed(run.environment, {"runs": [{"versions": {}, "started": "now"}], "experiments": [to_dict(PLAN)]})
+    stage = run.stage_folder("sft")
+    with MetricsLog(stage) as log:
+        for step in (1, 2, 3):
+            log.metrics({"step": step, "time": 1.0, "loss": 0.5})
+            log.evaluation({"step": step, "when": "during", "eval": "asked", "reward": 0.25})
+            log.samples([{"kind": "prompt", "step": step, "when": "during", "prompt": "a", "answer": "b"}])
+    write_sealed(run.summary("sft"), {"steps": 3, "final_step": 3, "tokens": 7, "seconds": 1.0})
+    write_sealed(stage / "time.json", {"seconds": 3.0})
+    with Checkpoints(run.checkpoints("sft")) as checkpoints:
+        checkpoints.save(3, {"params": {"w": np.arange(4.0)}}, {"tokens": 7})
+    choice = {"id": 1, "kind": "choice", "annotator": "x", "pair": "p", "prompt": "a", "choice": "left"}
+    sides = {side: {"answer": side, "source": "s"} for side in ("left", "right")}
+    (stage / "labels.jsonl").write_text(
+        json.dumps(choice | sides) + "\n" + json.dumps({"id": 2, "kind": "undo", "annotator": "x", "of": 1}) + "\n"
+    )
+    Tokenizer.train(["some text to learn pieces from"] * 9, 320, run.tokenizer)
+    Cache(run.path / "cache").entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
+    return run.path
+
+
+def cached(run: Path) -> None:
+    Cache(run / "cache").entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
+
+
+STAGE = "stages/sft"
+READERS = {
+    "experiment.json": [read_experiment, lambda run: from_dict(read_experiment(run)), read_run],
+    "environment.json": [read_experiment, last_session, read_run],
+    "tokenizer/tokenizer.model": [lambda run: Tokenizer.load(run / "tokenizer")],
+    f"{STAGE}/metrics.jsonl": [read_run, lambda run: MetricsLog(run / STAGE).check_steps(3), lambda run: goodput.reached(run / STAGE)],
+    f"{STAGE}/metrics.jsonl.crc32": [read_run],
+    f"{STAGE}/eval.jsonl": [read_run],
+    f"{STAGE}/samples.jsonl": [read_run],
+    f"{STAGE}/summary.json": [read_run, lambda run: RunFolder(run).final_step("sft")],
+    f"{STAGE}/time.json": [lambda run: goodput.reached(run / STAGE)],
+    f"{STAGE}/labels.jsonl": [lambda run: read_log(run / STAGE / "labels.jsonl")],
+    f"{STAGE}/checkpoints/00000003/manifest.json": [
+        lambda run: Checkpoints(run / STAGE / "checkpoints").restore({"params": {"w": np.arange(4.0)}}, only=3),
+        lambda run: Checkpoints(run / STAGE / "checkpoints").newest_meta(),
+    ],
+    "cache/test-*/manifest.json": [cached],
+    "cache/test-*/numbers": [cached],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_reader_is_total(folder, name, sealed):
+    (file,) = folder.glob(name)
+    if not sealed and file.suffix not in (".json", ".jsonl"):
+        return
+    whole, draw = file.read_bytes(), random.Random(name)
+    beside = checksums(file)
+    sums = beside.read_bytes() if beside.exists() else None
+    start = whole
+    if not sealed:  # as an older lm wrote it
+        if sums is not None:
+            beside.unlink()
+        elif b'"sha256"' in whole:
+            start = json.dumps(read_sealed(file)).encode() if name.endswith(".json") else whole
+    try:
+        for number in range(TIMES):
+            data = (b"", b"[]", b"{}", b"\n")[number] if number < 4 else mutated(start, draw)
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(data)
+            for read in READERS[name]:
+                try:
+                    read(folder)
+                except UserError as error:
+                    assert "\n" not in str(error)
+    finally:
+        file.write_bytes(whole)
+        if sums is not None:
+            beside.write_bytes(sums)
+
+
+def test_a_flipped_bit_of_a_sealed_line_is_always_found(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.metrics({"step": step, "loss": 0.5})
+    file, draw = tmp_path / "metrics.jsonl", random.Random(0)
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        with pytest.raises(UserError):
+            read_lines(file)
+    file.write_bytes(whole)
+    assert len(read_json_lines(file)) == 3
