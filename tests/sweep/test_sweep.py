@@ -165,7 +165,7 @@ def test_a_comparison_of_a_sweep_has_a_table_a_page_and_rows(finished, tmp_path,
     assert "What differs: sft.optimizer.peak_lr" in said and "the baseline" in said
     lines = rows.read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith('"group","seed"')
-    assert "Where the numbers are from" in page.read_text()
+    assert "Each run is a link to its report" in page.read_text()
     assert main(["compare", str(folder), "--baseline", "sft.optimizer.peak_lr=0.004"]) == 2
     assert "there are 0.001, 0.003" in capsys.readouterr().err
 
