@@ -71,6 +71,8 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    if path.exists() and not path.is_file():  # of a pipe the reading would not end
+        raise UserError(f"{path} is no file that can be read")
     content = read_json(path)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):

@@ -1,6 +1,7 @@
 """What a checkpoint has that the model has not, what it lacks and what is damaged is refused, each in one clear line."""
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -185,6 +186,7 @@ FOLDERS = {
     "an index of files elsewhere": (elsewhere, "'../../etc/passwd'; it should be a file of the same folder"),
     "a missing shard": (no_shard, "lacks model-00002-of-00002.safetensors"),
     "shards that were swapped": (swapped, "says model-00002-of-00002.safetensors: they do not belong"),
+    "a pipe for an index": (lambda f: os.mkfifo(f / INDEX), "is no file that can be read"),
     "an index of nothing": (lambda f: (f / INDEX).write_text("[]"), "has no weight_map"),
     "a config that is none": (lambda f: (f / "config.json").write_text("[" * 100_000), "is not valid JSON"),
     "a config of a list": (lambda f: (f / "config.json").write_text("[1]"), "should be a JSON object"),
