@@ -7,6 +7,7 @@ the source says `bad_rows drop`.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.bad_rows import ADVICE, COLUMNS, EMPTY_ANSWER, EMPTY_TEXT, REASONS, BadRow, Unreadable
+from lm.data.bad_rows import ADVICE, COLUMNS, EMPTY_ANSWER, EMPTY_TEXT, REASONS, UNMARKED, BadRow, Unreadable
 from lm.data.chat import is_tie, prompt_messages, render, training_messages
 from lm.data.selection import heldout_rows
 from lm.data.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, Pretrain, UserError
 from lm.rollout.verifiers import needed_columns
 
+LOOKED_AT = 100  # rows that say whether a file is of documents or of conversations
 BYTES_A_TOKEN = 8  # most of a document that is encoded for a row of tokens
 REPEATED = "asking what another asks"
 
@@ -85,8 +87,8 @@ def talks_of(experiment: Experiment) -> frozenset[str]:
 
 def _bits(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
     """Windows of documents where rows have a `text` and are not trained on as conversations, else conversations."""
-    first = next(iter(heldout_rows(item.source)), None)
-    documents = first is not None and isinstance(first[0].get("text"), str) and not talks
+    looked_at = itertools.islice(heldout_rows(item.source), LOOKED_AT)
+    documents = not talks and any(isinstance(row.get("text"), str) for row, _ in looked_at)
     return (_documents if documents else _conversations)(item, tokenizer, max_len)
 
 
@@ -119,6 +121,8 @@ def _conversations(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
         messages = training_messages(row, where)
         tokens, mask = render(messages, tokenizer)
         answers = [turn["content"] for turn in messages if turn["role"] == "assistant" and turn.get("train", True)]
+        if not answers:
+            return REASONS[UNMARKED]
         if not any(answer.strip() for answer in answers):
             return REASONS[EMPTY_ANSWER]
         if len(tokens) > max_len:

@@ -47,6 +47,7 @@ BROKEN = [  # metric, good rows, a row that is none, what is said of it
     ("pass_at_k", PROBLEMS, {"answer": "1"}, "needs the columns prompt, question or messages|columns found"),
     ("pair_accuracy", PAIRS, {"prompt": "Say what", "chosen": "yes"}, "chosen and rejected"),
     ("bits_per_byte", [{"text": f"one {n}"} for n in range(5)], {"txet": "one"}, "need the column text; .* txet"),
+    ("bits_per_byte", [{"text": f"one {n}"} for n in range(5)], talk("Say what", "one"), "need the column text"),
     ("bits_per_byte", [talk(f"Say {n}", "one") for n in range(5)], {"id": 1}, "columns"),
 ]
 
