@@ -19,7 +19,7 @@ from lm.data.order import permutation, permute
 from lm.data.packing import Example, Row
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import KINDS, Store, flawed, left_out, store_in_memory, store_of
+from lm.data.tokens import KINDS, UNREAD_KEPT, Store, flawed, left_out, store_in_memory, store_of
 from lm.experiment import UserError
 
 EXAMPLES_A_ROW = 64  # generated examples set aside for one packed row; those that do not fit are passed over
@@ -85,7 +85,7 @@ class Tally:
             "dropped": dict(self.reasons),
             "first": dict(self.firsts),
             "partial": self.partial,
-            "unread": list(self.unread),
+            "unread": list(self.unread[:UNREAD_KEPT]),
         }
 
 

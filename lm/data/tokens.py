@@ -24,6 +24,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.data.workers import Crew
 
 NEVER = np.iinfo(np.int32).max  # where an example is first trained on that never is
+UNREAD_KEPT = 100  # names of what is not read that are remembered of a piece, about
 ENCODED_AT_ONCE = 256  # documents, or rows that are in memory, whose tokens are Python integers at the same time
 
 Named = tuple[Row, str]  # a row, and how it is named for a person
@@ -231,7 +232,7 @@ def encode(kind: Kind, tokenizer: Tokenizer, named: Iterable[Named], drop: bool)
     parts: list[Columns] = []
     while some := list(islice(todo, ENCODED_AT_ONCE)):
         made = [_made(kind, row, where, drop) for row, where in some]
-        for row, _ in some:
+        for row, _ in some if len(unread) < UNREAD_KEPT else ():
             unread |= dict.fromkeys(unread_columns(row, kind.reads, ("margin",) if kind.rendering.margins else ()))
         each = kind.examples_a_row
         columns = kind.encode(tokenizer, [example for one in made for example in one.examples], kind.rendering)
