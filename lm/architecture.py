@@ -46,7 +46,7 @@ class Model:
     )
     softcap: float = knob(
         0.0,
-        "attention scores are squeezed to softcap * tanh(score / softcap); 0: left alone",
+        "attention scores become softcap * tanh(score / softcap); 0 disables it",
         least=1e-3,
         most=1e6,
         special=0,

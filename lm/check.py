@@ -248,7 +248,7 @@ def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
     speaks = [name for name, kind in kinds.items() if not isinstance(kind, Speechless)]
     if stage.start and stage.start not in speaks:
         raise UserError(
-            f"{where}.start is {stage.start!r}; stages before it that leave a language model are {_listed(speaks)}"
+            f"{where}.start is {stage.start!r}; earlier stages that train a language model are {_listed(speaks)}"
         )
     scorers = [name for name, kind in kinds.items() if isinstance(kind, RewardModel)]
     for name in reward_names(stage):
@@ -286,6 +286,6 @@ def _check_ppo(stage: Stage, o: PPO) -> None:
 def _check_collect(stage: Stage, o: Collect) -> None:
     where = f"{stage.name}.objective"
     if not o.judge and not o.verifier:
-        raise UserError(f"{where} has nobody who judges: name judge, a reward model's stage or people, or a verifier")
+        raise UserError(f"{where} has no judge: set judge to a reward model's stage or to people, or name a verifier")
     if o.judge == "people" and o.make == "best":
         raise UserError(f"{where}.make is best and judge people, who compare answers and give no numbers: make pairs")

@@ -71,8 +71,8 @@ class Pretrain:
 @dataclass(frozen=True)
 class SFT:
     z_loss: float = knob(0.0, "weight of the squared log-normaliser", least=0, most=1000)
-    loss_on: Literal["answers", "all"] = knob("answers", "whose tokens are learnt: the assistant's, or everybody's")
-    learn_end: bool = knob(True, "also learn the token that ends a turn")
+    loss_on: Literal["answers", "all"] = knob("answers", "tokens the loss covers: assistant turns only, or all")
+    learn_end: bool = knob(True, "the loss also covers the token that ends a turn")
 
 
 DPOLoss = Literal[
@@ -87,20 +87,26 @@ class DPO:
         ("sigmoid",), "rows of the DPO table, or functions of your own; several are added up, as in MPO"
     )
     loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each", least=0, most=1e6)
-    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=100)
-    label_smoothing: float = knob(0.0, "believed part of the labels that is flipped", least=0, below=0.5)
+    beta: float = knob(
+        0.1,
+        "scale of the implicit reward; the larger, the closer the policy stays to the reference",
+        least=1e-6,
+        most=100,
+    )
+    label_smoothing: float = knob(0.0, "label smoothing: assumed fraction of flipped preferences", least=0, below=0.5)
     tau: float = knob(0.05, "temperature of discopop's blend", least=1e-3, most=1000)
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
-        "reverse_kl", "what holds the policy to the reference"
+        "reverse_kl", "f-divergence between policy and reference"
     )
     alpha: float = knob(0.5, "of alpha_divergence; 1 is reverse_kl", least=-10, most=10)
     ld_alpha: float = knob(
         1.0, "LD-DPO: weight of an answer's tokens beyond the length of its partner", least=0, most=1
     )
     reference: Literal["step", "cached"] = knob(
-        "step", "its log-probabilities: in every step, or of every pair once before the first, without its memory then"
+        "step",
+        "log-probabilities of the reference: computed in every step, or once before the first step, so that the reference needs no memory",
     )
-    weighting: bool = knob(False, "WPO: weigh a pair by how likely the policy itself would give its answers")
+    weighting: bool = knob(False, "WPO: weight each pair by the probability of its answers under the policy")
 
 
 @dataclass(frozen=True)
@@ -114,16 +120,18 @@ class CPO:
         0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean", least=1e-6, most=100
     )
     label_smoothing: float = knob(
-        0.0, "believed part of the labels that is flipped; sigmoid and simpo", least=0, below=0.5
+        0.0, "label smoothing: assumed fraction of flipped preferences; sigmoid and simpo", least=0, below=0.5
     )
-    gamma: float = knob(0.5, "simpo: by how much the chosen answer should win, after beta", least=0, most=1000)
-    alpha: float = knob(0.0, "AlphaPO's shape of simpo's reward; 0: the logarithm", least=-10, most=10)
+    gamma: float = knob(
+        0.5, "simpo: target margin between the rewards of chosen and rejected answer, after beta", least=0, most=1000
+    )
+    alpha: float = knob(0.0, "AlphaPO: shape of simpo's reward; 0: the log-probability", least=-10, most=10)
     nll_coef: float = knob(1.0, "weight of cross-entropy on the chosen answers", least=0, most=1000)
 
 
 @dataclass(frozen=True)
 class ORPO:
-    beta: float = knob(0.1, "weight of the odds ratio beside cross-entropy", least=0, most=1000)
+    beta: float = knob(0.1, "weight of the odds-ratio term, added to cross-entropy", least=0, most=1000)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,12 @@ class KTO:
     loss: Literal["kto", "apo_zero_unpaired", "FILE:FUNCTION"] = knob(
         "kto", "row of the KTO table, or a function of your own"
     )
-    beta: float = knob(0.1, "strength of the pull to the reference", least=1e-6, most=100)
+    beta: float = knob(
+        0.1,
+        "scale of the implicit reward; the larger, the closer the policy stays to the reference",
+        least=1e-6,
+        most=100,
+    )
     desirable_weight: float = knob(1.0, "weight of answers that are desirable", least=0, most=1e6)
     undesirable_weight: float = knob(1.0, "weight of answers that are not", least=0, most=1e6)
 
@@ -152,20 +165,22 @@ class GRPO:
     temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
     clip_low: float = knob(0.2, "lower clip of the ratio: 1 - clip_low", least=1e-4, most=1)
     clip_high: float = knob(0.2, "upper clip of the ratio: 1 + clip_high", least=1e-4, most=1e6)
-    kl_coef: float = knob(0.0, "weight of the k3 KL to the reference, the model before this stage", least=0, most=1000)
+    kl_coef: float = knob(
+        0.0, "KL penalty coefficient (k3, to the model before this stage); 0 disables it", least=0, most=1000
+    )
     aggregation: Literal["token", "sequence", "constant"] = knob(
-        "token", "how token losses add up: DAPO, GRPO, Dr. GRPO"
+        "token", "aggregation of token losses, as in DAPO, GRPO, Dr. GRPO"
     )
     scale_advantages: bool = knob(True, "divide advantages by the group's standard deviation")
     updates_per_rollout: int = knob(1, "optimizer updates that share one rollout", least=1, most=2**16)
     rollouts: int = knob(
         1,
-        "at most so many a step, until its batch is full of groups with a preference (DAPO's dynamic sampling)",
+        "most rollouts in a step, sampled until the batch is full of groups with unequal rewards (DAPO's dynamic sampling)",
         least=1,
         most=2**16,
     )
     sampler: Literal["same", "bfloat16", "int8", "int4"] = knob(
-        "same", "weights that sample: those that are trained, or rounded as an inference engine may hold them"
+        "same", "weights of the sampler: the trained ones, or quantised as in an inference engine"
     )
     sampler_cap: float = knob(
         0.0,
@@ -180,9 +195,9 @@ class GRPO:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Bradley-Terry on pairs: the model gets a head that gives an answer a number, and loses the one for tokens."""
+    """Bradley-Terry reward model on pairs: a scalar head replaces the language-model head."""
 
-    margins: bool = knob(False, "ask for as much distance as a pair's `margin` says")
+    margins: bool = knob(False, "require the scores of a pair to differ by its `margin`")
     center_coef: float = knob(
         0.0, "weight of the squared sum of a pair's two scores, which keeps their mean at 0", least=0, most=1000
     )
@@ -194,7 +209,7 @@ class RewardModel:
     )
     layers: int = knob(
         0,
-        "only the first so many layers of the model are read, for a smaller reward model; 0: all",
+        "layers of the reward model, the first of the language model; 0: all",
         least=0,
         most=2**14,
     )
@@ -205,24 +220,24 @@ class PPO:
     reward_models: tuple[str, ...] = knob(
         (), "stages whose models score the answers, as NAME, or RUN:NAME of another run; empty: the verifier does"
     )
-    ensemble: Literal["mean", "min"] = knob("mean", "one score of several reward models'")
+    ensemble: Literal["mean", "min"] = knob("mean", "how the scores of several reward models are combined")
     verifier: str = knob(
         "",
-        "verifier, or FILE:FUNCTION of your own: the reward where no reward model is named, else only watched; empty: none",
+        "verifier, or FILE:FUNCTION of your own: the reward where no reward model is named, else only logged; empty: none",
     )
     critic: Literal["separate", "head"] = knob(
-        "separate", "values from a model of their own (the first reward model, or this one), or a head on the policy"
+        "separate", "critic: a separate model (from the first reward model, or this one), or a value head on the policy"
     )
     max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this", least=1, most=2**26)
     temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
     kl_coef: float = knob(
         0.05, "weight, inside the reward, of each token's KL to the model before this stage", least=0, most=1000
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "of that KL")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "estimator of that KL")
     kl_target: float = knob(
         0.0, "kl_coef follows an answer's mean KL to this, in nats; 0: kl_coef is fixed", least=0, most=1000
     )
-    kl_horizon: int = knob(10_000, "answers in which kl_coef follows", least=1, most=10**9)
+    kl_horizon: int = knob(10_000, "answers over which kl_coef adapts", least=1, most=10**9)
     gamma: float = knob(1.0, "discount of a token", least=0, most=1)
     lam: float = knob(0.95, "λ of generalised advantage estimation", least=0, most=1)
     whiten_rewards: bool = knob(False, "divide rewards by their standard deviation over the rollout")
@@ -231,9 +246,9 @@ class PPO:
     )
     clip: float = knob(0.2, "ratios are clipped to 1 ± clip", least=1e-4, most=1e6)
     value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip", least=1e-4, most=1e6)
-    value_coef: float = knob(0.1, "weight of the values' loss", least=0, most=1000)
-    epochs: int = knob(4, "times that the rollout is gone through", least=1, most=2**16)
-    minibatches: int = knob(1, "optimizer updates in one time", least=1, most=2**16)
+    value_coef: float = knob(0.1, "weight of the value loss", least=0, most=1000)
+    epochs: int = knob(4, "epochs over each rollout", least=1, most=2**16)
+    minibatches: int = knob(1, "minibatches in an epoch, an optimizer update each", least=1, most=2**16)
     reward_seconds: float = _reward_seconds()
     sampler_cap: float = knob(
         0.0,
@@ -247,14 +262,12 @@ class PPO:
 
 @dataclass(frozen=True)
 class Collect:
-    """Trains nothing: samples answers, has them judged, and writes what the source `made:STAGE` of later stages reads."""
+    """Trains nothing: samples answers, has them judged, and writes the rows that later stages read as the source `made:STAGE`."""
 
     judge: str = knob(
         "", "stage of a reward model, as NAME or RUN:NAME; or `people`, on the label page; empty: the verifier"
     )
-    verifier: str = knob(
-        "", "verifier (or FILE:FUNCTION of your own) that judges where no reward model and nobody does"
-    )
+    verifier: str = knob("", "verifier (or FILE:FUNCTION of your own) that judges where judge is empty")
     make: Literal["pairs", "best"] = knob(
         "pairs", "preference pairs of every two answers, or conversations with the best one"
     )

@@ -68,7 +68,7 @@ OPTIONS = {
     "--project": Option(
         POD, "PROJECT", "else gcloud's own; of gke for the xpk command only", of(values.PROJECT.problem)
     ),
-    "--spot": Option(POD, None, "machines that may be taken away"),
+    "--spot": Option(POD, None, "preemptible (spot) machines"),
     "--service-account": Option(POD, "NAME", "what the hosts are allowed to do; of tpu-vm an e-mail address"),
     "--skip-memory-check": Option(POD, None, "launch although a stage does not fit into memory (lm plan)"),
     "--image": Option(("gke",), "IMAGE", "container image that holds this repository", of(values.image_problem)),

@@ -18,18 +18,18 @@ from lm.experiment import UserError
 COMMANDS = {
     "run": "train an experiment, or go on where it was stopped",
     "config": "show the resolved value of an experiment, and every knob",
-    "data": "show decoded batches, with what is trained on in colour",
+    "data": "show decoded batches, with the loss mask in colour",
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
     "label": "compare answers on a page, and collect preferences",
-    "eval": "take the held-out numbers again, from a checkpoint",
-    "plan": "does it fit on these TPUs, how fast is it, which layout",
-    "sweep": "run every trial of a sweep, by any number of workers",
-    "compare": "compare runs over seeds: how they differ, and whether it is chance",
-    "rerun": "run a run again, and see whether it comes out the same",
+    "eval": "evaluate a checkpoint on the held-out data again",
+    "plan": "estimate memory and step time on TPUs, and choose a mesh",
+    "sweep": "run the trials of a sweep with any number of workers",
+    "compare": "compare runs over seeds, with intervals and p-values",
+    "rerun": "train a run again and check that every number is the same",
     "reproduce": "test a claim of a paper, and write the verdict",
-    "report": "write report.html, the story of a run",
-    "launch": "start a run on a pod, on a cluster, or in processes here",
+    "report": "write report.html: samples, held-out numbers and curves of a run",
+    "launch": "start a run on a TPU pod, a cluster, or in local processes",
 }
 
 # What must be set before jax and its libraries are imported; a value that is already there stays.

@@ -42,7 +42,7 @@ def overview(plans: Sequence[Plan], first: str, names: Iterable[str]) -> str:
 def advice(changes: Sequence[Change], limit: int) -> str:
     """The changes that make it fit, as they are typed."""
     if not changes:
-        return "nothing that was tried makes it fit: a larger chip, or a smaller model"
+        return "no change that was tried makes it fit: use larger chips, or a smaller model"
     heads = ("what makes it fit", "what makes it fit, on more devices", "what makes it fit, with a smaller batch")
     lines = []
     for rank, head in enumerate(heads):
@@ -78,14 +78,16 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def _memory(plan: Plan, largest_batch: int | None) -> list[str]:
     compiled = plan.source == "compiled"
     shown = {name: size for name, size in vars(plan.memory).items() if size}
-    rows = [("memory of a device, GB", "by arithmetic")]
+    rows = [("memory per device, GB", "by arithmetic")]
     rows += [(f"  {name}", f"{size / GB:.3f}") for name, size in shown.items()]
-    rows += [("  in all", f"{plan.memory.total / GB:.3f}")]
-    rows += [("  in all, the compiler", f"{plan.update_bytes / GB:.3f}")] if compiled else []
+    rows += [("  total", f"{plan.memory.total / GB:.3f}")]
+    rows += [("  total, by the compiler", f"{plan.update_bytes / GB:.3f}")] if compiled else []
     rows += (
-        [("  while it samples", f"{(plan.memory.state + plan.sampling.peak_bytes) / GB:.3f}")] if plan.sampling else []
+        [("  total while sampling", f"{(plan.memory.state + plan.sampling.peak_bytes) / GB:.3f}")]
+        if plan.sampling
+        else []
     )
-    rows += [("  there is", f"{plan.limit / GB:.3f}")]
+    rows += [("  available", f"{plan.limit / GB:.3f}")]
     batch = f"{plan.program.stage.name}.batch_size {plan.program.stage.batch_size}"
     most = f"largest that fits: {largest_batch}" if largest_batch else "not even the smallest fits"
     verdict = f"fits: {_yes(plan.fits)}; {batch}, {most}"
@@ -93,15 +95,15 @@ def _memory(plan: Plan, largest_batch: int | None) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    rows = [("time of an update, ms", "")]
+    rows = [("time per update, ms", "")]
     rows += [(f"  {name}", _ms(seconds)) for name, seconds in plan.parts_s.items() if seconds]
-    rows += [("  step", _ms(plan.step_s)), ("  bound, if all overlapped", _ms(plan.bound_s))]
+    rows += [("  step", _ms(plan.step_s)), ("  lower bound, all overlapped", _ms(plan.bound_s))]
     compiled = f", compiled in {plan.compile_s:.0f} s" if plan.compile_s else ""
-    return [*table(rows), f"MFU {plan.mfu:.1%}, {plan.tokens_per_s:,.0f} tokens/s a device{compiled}"]
+    return [*table(rows), f"MFU {plan.mfu:.1%}, {plan.tokens_per_s:,.0f} tokens/s per device{compiled}"]
 
 
 def _collectives(plan: Plan) -> list[str]:
-    rows = [("collectives of an update", "devices", "MB", "ms")]
+    rows = [("collectives per update", "devices", "MB", "ms")]
     for item in plan.collectives:
         over = f" over {'+'.join(item['axes'])}" if "axes" in item else (" beside the rest" if item["beside"] else "")
         name = f"  {item.get('what', '')} {item['kind']}{over}" if "what" in item else f"  {item['kind']}{over}"
@@ -116,13 +118,13 @@ def _sampler(plan: Plan) -> list[str]:
         *table(
             [
                 ("sampler, by arithmetic", ""),
-                ("  rows side by side", str(found.rows)),
+                ("  rows at a time", str(found.rows)),
                 ("  cache, GB", f"{found.cache_bytes / GB:.3f}"),
-                ("  a token of every row, bound by HBM, ms", _ms(found.memory_s)),
-                ("  and by gathering parameters, ms", _ms(found.network_s)),
-                ("  tokens/s a device, at most", f"{found.tokens_per_s:,.0f}"),
+                ("  a token of every row, by HBM bandwidth, ms", _ms(found.memory_s)),
+                ("  a token of every row, by gathering parameters, ms", _ms(found.network_s)),
+                ("  tokens/s per device, at most", f"{found.tokens_per_s:,.0f}"),
                 ("  rollout of full length, s", f"{found.rollout_s:,.1f}"),
-                ("  rollouts a step, at most", str(found.rollouts)),
+                ("  rollouts per step, at most", str(found.rollouts)),
             ]
         ),
         "",

@@ -239,6 +239,6 @@ def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
         stage = trained[-1]
     check_until(experiment, stage)
     if stage not in speaks:
-        raise UserError(f"stage {stage} of {run_dir} leaves no language model; those that do are {', '.join(speaks)}")
+        raise UserError(f"stage {stage} of {run_dir} trains no language model; those that do are {', '.join(speaks)}")
     found = _load(experiment, folder, tokenizer, mesh, stage)
     return Loaded(experiment, tokenizer, found.items["params"], mesh, stage, found.step)

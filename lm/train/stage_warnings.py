@@ -30,7 +30,7 @@ SIGNS: dict[type, dict[str, Sign]] = {
         "equal_rewards": Sign(
             lambda line: line.get("frac_zero_std") == 1,
             "for {steps} steps up to step {step} the answers to each prompt had the same reward (mean {reward:.3g}): advantages "
-            "are 0 and nothing is learnt; prompts that the model gets right now and then, a reward with more levels, a higher "
+            "are 0 and the policy does not change; prompts that the model gets right now and then, a reward with more levels, a higher "
             "temperature or a larger group_size help",
         ),
     },
@@ -45,7 +45,7 @@ SIGNS: dict[type, dict[str, Sign]] = {
 OF_ALL = {
     "truncated": Sign(
         lambda line: line.get("eos_rate") == 0,
-        "none of the answers of step {step} ended by itself: what is learnt of their ends is nothing; a longer max_new_tokens, or "
+        "none of the answers of step {step} ended by itself: the policy gets no signal to end its answers; a longer max_new_tokens, or "
         "more instruction tuning before, helps (eos_rate in the metrics tells when it passes)",
         steps=1,
     ),
