@@ -30,6 +30,7 @@ class JsonLines:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         sums = _checksums_of(whole)
+        path.touch()  # before its checksums, which without it would say that it is gone
         if not checksums(path).exists() or len(checksums(path).read_bytes()) != len(sums):
             checksums(path).write_bytes(sums)
         self._lines, self._sums = (file.open("ab", buffering=0) for file in (path, checksums(path)))

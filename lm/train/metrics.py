@@ -86,7 +86,7 @@ class MetricsLog:
             if file.exists() or checksums(file).exists():
                 lines = read_json_lines(file, FIELDS[kind])
                 kept = [raw for raw, line in lines if line["step"] <= step and not again(kind, line)]
-                if len(kept) != len(lines) or not checksums(file).exists() or not file.read_bytes().endswith(b"\n"):
+                if len(kept) != len(lines) or not checksums(file).exists() or not _ends_whole(file):
                     rewrite_json_lines(file, kept)
 
     def check_steps(self, step: int) -> None:
@@ -235,6 +235,11 @@ class Progress:
             self._seen.append((step, time.monotonic()))
         if self._first is None:
             self._first = self._seen[-1]
+
+
+def _ends_whole(file: Path) -> bool:
+    """Whether a file of lines is there, and ends with one that was not cut."""
+    return file.exists() and file.read_bytes()[-1:] in (b"", b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

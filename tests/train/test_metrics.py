@@ -121,6 +121,10 @@ def test_a_kill_between_a_line_and_its_checksum_loses_nothing(tmp_path):
         assert steps_of(tmp_path) == [1, 2]
         JsonLines(file).close()
         assert checksums(file).read_bytes() == sums
+    file.unlink()
+    checksums(file).write_bytes(b"")
+    MetricsLog(tmp_path).rewind(3)
+    assert steps_of(tmp_path) == []
     rewrite_json_lines(file, [b'{"step": 9}'])
     assert read_json_lines(file) == [(b'{"step": 9}', {"step": 9})]
 
