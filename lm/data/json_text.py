@@ -5,36 +5,51 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Container, Mapping
 from typing import Any
 
 DEEPEST = 100  # what is nested deeper is left out: no column that stages read is so deep
 LONGEST = 4_000  # digits of an integer; of a longer one the text is taken
 MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
+Twice = dict[int, tuple[dict[str, Any], str]]  # by their ids: objects in which a key stands twice, and that key
 
-def loads(text: str, deepest: int = DEEPEST) -> Any:
-    """The value of a JSON text. Raises ValueError for what is none, and for a key that stands twice in one object."""
+
+def loads(text: str, twice: Twice | None = None, deepest: int = DEEPEST) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none.
+
+    Args:
+        twice: is given the objects in which a key stands twice.
+    """
     if text.count("{") + text.count("[") > deepest:
         text = cut_at_depth(text, deepest)
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if twice is not None and len(value) < len(pairs):
+            twice[id(value)] = value, Counter(name for name, _ in pairs).most_common(1)[0][0]
+        return value
+
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=made)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     except ValueError as error:
         if "integer string conversion" not in str(error):
             raise
-        return json.loads(
-            text, object_pairs_hook=_object, parse_int=lambda digits: int(digits) if len(digits) < LONGEST else digits
-        )
+        shortened: dict[str, Any] = {"parse_int": lambda digits: int(digits) if len(digits) < LONGEST else digits}
+        return json.loads(text, object_pairs_hook=made, **shortened)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        twice = counts.most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r:.40} stands twice in one object")
-    return made
+def key_twice(row: Mapping[str, Any], twice: Twice, columns: Container[str]) -> str | None:
+    """A key that stands twice in what is read of a row: among its `columns`, or in a turn of one of them."""
+    if not twice:
+        return None
+    if id(row) in twice and twice[id(row)][1] in columns:
+        return twice[id(row)][1]
+    read = [value for name, value in row.items() if name in columns]
+    turns = [turn for value in read for turn in (value if isinstance(value, list) else [value])]
+    return next((twice[id(turn)][1] for turn in turns if id(turn) in twice), None)
 
 
 def cut_at_depth(text: str, depth: int) -> str:

@@ -13,7 +13,7 @@ import gzip
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,12 +248,13 @@ def _locate_rows(name: str, file: Path) -> Iterator[Spans]:
 
 
 def _read_lines(piece: Piece) -> Iterator[Row]:
+    columns = READ_COLUMNS | names_of(piece.columns).keys()
     with piece.file.open("rb") as stream:
         for place, (start, size, _) in enumerate(piece.spans.tolist()):
             stream.seek(start)
             line = stream.read(size)
             try:
-                row = _parse(line, piece.where(place))
+                row = _parse(line, piece.where(place), columns)
             except BadRow as error:
                 if not piece.drop:
                     raise
@@ -261,7 +262,7 @@ def _read_lines(piece: Piece) -> Iterator[Row]:
             yield row
 
 
-def _parse(line: bytes, where: str) -> Row:
+def _parse(line: bytes, where: str, columns: Container[str]) -> Row:
     if line.startswith(tables.BAD):
         why, reason = tables.why_bad(line)
         raise BadRow(f"{where}: {why}", reason)
@@ -272,19 +273,18 @@ def _parse(line: bytes, where: str) -> Row:
             f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file, for instance with iconv",
             bad_rows.JSON,
         ) from error
-    row = _loads(text, where)
-    if not isinstance(row, dict):
-        raise BadRow(f"{where}: every line must be a JSON object, found {text.strip():.40}", bad_rows.JSON)
-    return row
-
-
-def _loads(text: str, where: str) -> Any:
+    twice: json_text.Twice = {}
     try:
-        return json_text.loads(text)
-    except (ValueError, RecursionError) as error:
+        row = json_text.loads(text, twice)
+    except ValueError as error:
         raise BadRow(
             f"{where}: not valid JSON ({error!s:.150}); every line must be one JSON object", bad_rows.JSON
         ) from error
+    if not isinstance(row, dict):
+        raise BadRow(f"{where}: every line must be a JSON object, found {text.strip():.40}", bad_rows.JSON)
+    if (name := json_text.key_twice(row, twice, columns)) is not None:
+        raise BadRow(f"{where}: the key {name!r:.40} stands twice in one object", bad_rows.JSON)
+    return row
 
 
 def _unzipped(name: str, file: Path) -> Iterator[bytes]:

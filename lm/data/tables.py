@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data import bad_rows, json_text
+from lm.data.layouts import READ_COLUMNS
 from lm.experiment import UserError
 
 BAD = b"!"  # begins a line that says why there is no row
@@ -91,15 +92,18 @@ def _header(name: str, record: list[str], delimiter: str) -> list[str]:
 
 def json_lines(name: str, file: Path) -> Iterator[bytes]:
     """The objects of a JSON list, or of the one list in a JSON object, a line each. The file is read as a whole."""
+    twice: json_text.Twice = {}
     try:
-        value = json_text.loads(file.read_bytes().decode("utf-8-sig"))
+        value = json_text.loads(file.read_bytes().decode("utf-8-sig"), twice)
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv") from error
     except ValueError as error:
         more = "; a file of one object a line is called .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{name}: not valid JSON ({error!s:.150}){more}") from error
     for number, row in enumerate(_rows_in(name, value)):
-        if isinstance(row, dict):
+        if isinstance(row, dict) and (key := json_text.key_twice(row, twice, READ_COLUMNS)) is not None:
+            yield bad_line(f"the key {key!r:.40} stands twice in one object", bad_rows.JSON)
+        elif isinstance(row, dict):
             yield json.dumps(row).encode() + b"\n"
         else:
             yield bad_line(

@@ -211,6 +211,7 @@ BAD_LINES = [
     ("{", "that are not valid JSON"),
     ('!"x"', "that are not valid JSON"),
     ('{"question": "a", "question": "b", "answer": "c"}', "that are not valid JSON"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}', "that are not valid JSON"),
     ('{"question": "a"}', "without the columns of this stage"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "with turns that are no conversation"),
     ('{"question": "a", "answer": ["b"]}', "with content that is not text"),
@@ -312,10 +313,10 @@ def test_tables_and_lists_are_read_with_their_lines(tmp_path, tokenizer):
 
 def test_columns_that_no_stage_reads_cannot_refuse_a_row(tmp_path, tokenizer):
     deep = "[" * 50_000 + "]" * 50_000
-    odd = ["NaN", "1e400", "9" * 5_000, deep, '"\\ud800"', '{"a": {"b": null}}']
+    odd = ["NaN", "1e400", '{"x": 1, "x": 2}', '1, "meta": 2', "9" * 5_000, deep, '"\\ud800"', '{"a": {"b": null}}']
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "so", "meta": {value}}}\n' for value in odd))
     (tmp_path / "b.jsonl").write_bytes('{"text": "a\u2028b", "x": 1}\r\n\r\n'.encode())
-    assert feed(tmp_path / "a.jsonl", Pretrain(), tokenizer).sources()[0]["examples"] == 6
+    assert feed(tmp_path / "a.jsonl", Pretrain(), tokenizer).sources()[0]["examples"] == 8
     assert load_rows(str(tmp_path / "b.jsonl"))[0]["text"] == "a\u2028b"
     table = pyarrow.table(
         {"text": ["a", "b"], "when": pyarrow.array([2**62, 0], pyarrow.timestamp("us")), "raw": [b"\xff", b""]}
