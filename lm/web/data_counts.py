@@ -47,9 +47,13 @@ def _source(one: dict[str, Any]) -> SourceCounts:
     dropped = {str(reason): int(count) for reason, count in (one.get("dropped") or {}).items() if count}
     first = one.get("first") or {}
     reasons = [
-        f"{count:,} {reason}" + (f", the first {first[reason]}" if first.get(reason) else "")
+        f"{count:,} {reason}" + (f", the first: {first[reason]}" if first.get(reason) else "")
         for reason, count in dropped.items()
     ]
+    if one.get("truncated_tokens"):
+        reasons.append(f"{_number(one['truncated_tokens'])} tokens cut off")
+    if one.get("unread"):
+        reasons.append(f"columns not read: {', '.join(map(str, one['unread']))}")
     unit = one.get("unit") or "examples"
     return SourceCounts(
         source=str(one.get("source", "")),
