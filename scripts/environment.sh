@@ -1,4 +1,5 @@
-# Read by the other scripts: goes to the repository's root, and gives `prepare EXTRA`, which makes .venv ready.
+# Read by the other scripts: goes to the repository's root, and gives `prepare EXTRAS`, which makes .venv ready, and
+# `accelerator_extra`.
 # shellcheck shell=bash
 
 CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +19,37 @@ find_python() {
     return 1
 }
 
-# Install the package with the extra ("" for none) in the versions of constraints.txt, unless that has been done.
+# The extra for the accelerator of this machine, "" where there is none; says in one line why one stays unused.
+# ACCELERATOR_ROOT: where /sys is looked for; else the root.
+accelerator_extra() {
+    local driver devices=${ACCELERATOR_ROOT:-}/sys/bus/pci/devices file id tpu="" gpu="" machine
+    machine=$(uname -sm)
+    if [[ "${JAX_PLATFORMS:-}" == cpu ]]; then return; fi
+    for file in "$devices"/*/vendor; do
+        [[ -r "$file" ]] || continue
+        id=$(cat "$file" "${file%vendor}device" 2>/dev/null | tr '\n' ' ')
+        case $id in
+            "0x1ae0 0x0027 "* | "0x1ae0 0x005e "* | "0x1ae0 0x0062 "* | "0x1ae0 0x0063 "* | "0x1ae0 0x006f "* | "0x1ae0 0x0076 "*) tpu=yes ;;
+            "0x10de "*) if [[ "$(cat "${file%vendor}class" 2>/dev/null)" == 0x03* ]]; then gpu=yes; fi ;;
+        esac
+    done
+    if [[ -n "$tpu" ]]; then
+        if [[ "$machine" == "Linux x86_64" ]]; then echo tpu; else echo "A TPU is here, and its software is for Linux x86_64, not $machine: on the CPU." >&2; fi
+        return
+    fi
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || driver=
+    if [[ ! "$driver" =~ ^[0-9]+(\.[0-9]+)*$ ]]; then
+        if [[ -n "$gpu" ]]; then echo "An NVIDIA GPU is here without a driver that works (nvidia-smi): on the CPU." >&2; fi
+    elif [[ "$machine" != "Linux x86_64" ]]; then
+        echo "An NVIDIA GPU is here, and constraints.txt has CUDA for Linux x86_64, not $machine: on the CPU." >&2
+    elif ((${driver%%.*} < 580)); then
+        echo "The NVIDIA driver is $driver, and CUDA 13 needs 580 or newer: on the CPU." >&2
+    else
+        echo cuda
+    fi
+}
+
+# Install the package with the extras ("" for none, commas between them) in the versions of constraints.txt, unless that has been done.
 # The folder belongs to the stamp: an environment that was moved is put right.
 prepare() {
     local extra=$1 python=.venv/bin/python stamp wanted

@@ -3,8 +3,8 @@
 #
 #   scripts/quickstart.sh [--tiny] [arguments of `lm run`, for instance --seed 1 --name seed1]
 #
-# Makes .venv and installs the package if that has not been done, then trains all stages of
-# experiments/quickstart.py (--tiny: of the smaller experiments/tiny.py). Needs no data.
+# Makes .venv and installs the package if that has not been done, with what an NVIDIA GPU or a TPU of this machine
+# needs, then trains all stages of experiments/quickstart.py (--tiny: of the smaller experiments/tiny.py). Needs no data.
 # Stop it when you like: the same command goes on where it was.
 set -euo pipefail
 
@@ -34,7 +34,7 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
 done
 folder=${folder:-runs/$name}
 
-prepare ""
+prepare "$(accelerator_extra)"
 
 code=0
 .venv/bin/lm run "$experiment" ${arguments[@]+"${arguments[@]}"} || code=$?

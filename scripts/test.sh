@@ -8,7 +8,8 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-prepare dev
+extra=$(accelerator_extra)  # what is installed fits the machine; the tests run on the CPU
+prepare "dev${extra:+,$extra}"
 export JAX_PLATFORMS=cpu
 
 run() {

@@ -3,7 +3,7 @@
 With --dry-run it prints exactly what would be handed over, and does nothing.
 
   gke     a JobSet, by kubectl. The image holds this repository: its working
-          folder is the root, `lm` is on its PATH
+          folder is the root, `lm` is on its PATH (the Dockerfile makes it)
   tpu-vm  queued resources, by gcloud. The hosts get a git bundle of the
           current commit, and install it
   slurm   a batch script, by sbatch. This folder and its Python are on a file
