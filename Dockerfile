@@ -15,7 +15,7 @@ WORKDIR /lm
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY lm lm
 COPY experiments experiments
-RUN python -m pip install --no-cache-dir --disable-pip-version-check -c constraints.txt -e ".[$EXTRA]"
-RUN lm --version
+RUN python -m pip install --no-cache-dir --disable-pip-version-check -c constraints.txt -e ".[$EXTRA]" \
+    && lm --version
 
 CMD ["lm", "--help"]

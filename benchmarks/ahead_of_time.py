@@ -38,7 +38,6 @@ from lm.plan.plan import Plan, by_compiler
 SMALL, LARGE = "qwen3_0_6b_v5e", "llama3_8b_v5p"
 SQUARES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16")
 CUBES = ("v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x4", "v5p:8x8x8")
-SOURCES = ("analytic", "compiled")
 
 
 @dataclass(frozen=True)
@@ -118,22 +117,24 @@ KEPT = (
 )  # fmt: skip
 
 
-def tables(names: Sequence[str] = tuple(TABLES), compiled: bool = False, only: str = "") -> str:
+def tables(
+    names: Sequence[str] = tuple(TABLES), compiled: bool = False, only: str = "", libtpu: str | None = None
+) -> str:
     """Make the rows anew (those whose name contains `only`), keep them, and give the tables as Markdown."""
-    return "\n\n".join(f"### {name}\n\n{markdown(name, _made(name, compiled, only))}" for name in names)
+    return "\n\n".join(f"### {name}\n\n{markdown(name, _made(name, compiled, only, libtpu))}" for name in names)
 
 
-def _made(table: str, compiled: bool, only: str) -> dict[str, dict[str, Any]]:
-    """row -> source -> what was planned, with what was kept before."""
+def _made(table: str, compiled: bool, only: str, libtpu: str | None) -> dict[str, dict[str, Any]]:
+    """row -> "analytic" or a compiler's name -> what was planned, with what was kept before."""
     file = RESULTS / f"ahead_of_time_{table}.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     for row in TABLES[table]:
         if only not in row.name:
             continue
         plan = row.plan()
-        for found in [plan, by_compiler(plan)] if compiled else [plan]:
+        for found in [plan, by_compiler(plan, libtpu=libtpu)] if compiled else [plan]:
             described = found.to_json()
-            results.setdefault(row.name, {})[found.source] = {name: described[name] for name in KEPT}
+            results.setdefault(row.name, {})[found.compiler or found.source] = {name: described[name] for name in KEPT}
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n")  # after each row: one may take ten minutes
     return results
@@ -148,10 +149,7 @@ def markdown(table: str, results: dict[str, dict[str, Any]]) -> str:
 
 def _lines(table: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
     for row in TABLES[table]:
-        for source in SOURCES:
-            r = results.get(row.name, {}).get(source)
-            if r is None:
-                continue
+        for source, r in sorted(results.get(row.name, {}).items()):
             growth = _growth(table, row, r, results, source)
             compiling = f"{r['compile_cpu_s']:.0f}" if r["compile_cpu_s"] else ""
             yield (
@@ -181,8 +179,9 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", metavar="TABLE", choices=[[], *TABLES], help="all, if none is named")
     parser.add_argument("--compile", action="store_true", help="ask the TPU compiler too")
     parser.add_argument("--row", default="", metavar="SUBSTRING", help="only rows whose name contains it")
+    parser.add_argument("--libtpu", metavar="PATH", help="another compiler than the one that jax runs, as of lm plan")
     arguments = parser.parse_args()
-    print(tables(arguments.tables or tuple(TABLES), arguments.compile, arguments.row))
+    print(tables(arguments.tables or tuple(TABLES), arguments.compile, arguments.row, arguments.libtpu))
 
 
 if __name__ == "__main__":
