@@ -292,10 +292,19 @@ def test_data_counts_and_warnings_of_a_stage_are_shown(tmp_path):
         "first": {"empty answer": "chat.jsonl:12"},
         "partial": True,
     }
+    source |= {"unread": ["mood"], "truncated_tokens": 99}
     (stage / "summary.json").write_text(json.dumps(summary | {"sources": [source]}), "utf-8")
     write_lines(stage / "warnings.jsonl", [{"step": 4, "text": "all <rewards> are equal"}] * 2)
     page = page_of(folder)
-    for word in ("chat.jsonl", "1,234 conversations", "56,789", "4,321", "3 empty answer, the first chat.jsonl:12"):
+    for word in (
+        "chat.jsonl",
+        "1,234 conversations",
+        "56,789",
+        "4,321",
+        "3 empty answer, the first: chat.jsonl:12",
+        "columns not read: mood",
+        "99 tokens cut off",
+    ):
         assert word in page.text
     assert page.text.count("Stage sft, step 4: all <rewards> are equal") == 1
 
