@@ -76,15 +76,15 @@ class Study:
         """
         with self.folder.alone():
             if isinstance(self.sweep.search, Suggested):
-                self._drop(lambda one: one.user_attrs["seed"] not in self.sweep.seeds)
+                self._drop(lambda one: one.user_attrs.get("seed") not in self.sweep.seeds)
                 self._queue_seeds(self._known())
                 if retry_failed:
                     self._queue_failed()
                 return
             wanted = [self.folder.placed(trial) for trial in trials(self.sweep)]
             keys = {trial.key for trial in wanted}
-            self._drop(lambda one: one.user_attrs["key"] not in keys)
-            states = {one.user_attrs["key"]: one.state for one in self._known()}  # the newest of each
+            self._drop(lambda one: one.user_attrs.get("key") not in keys)
+            states = {one.user_attrs.get("key"): one.state for one in self._known()}  # the newest of each
             for trial in _breadth_first(wanted):
                 self.folder.write_trial(trial, _stages_of(trial))
                 again = retry_failed and not trial.impossible
@@ -195,7 +195,11 @@ class Study:
 
     def _queue_failed(self) -> None:
         """Every setting that has failed and is wanted, once more."""
-        failed = {one.user_attrs["key"]: one for one in self._known() if one.state == TrialState.FAIL}
+        failed = {
+            one.user_attrs["key"]: one
+            for one in self._known()
+            if one.state == TrialState.FAIL and set(one.user_attrs) >= _COMPLETE
+        }
         for key, one in failed.items():
             if self.folder.failed(key) and one.user_attrs["seed"] in self.sweep.seeds:
                 self._study.enqueue_trial(one.params, user_attrs={"seed": one.user_attrs["seed"], AGAIN: True})
