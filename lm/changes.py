@@ -44,13 +44,13 @@ EXPERIMENTS = "experiments"
 """Field of environment.json with the run's experiment; with the one before it too while experiment.json is replaced."""
 
 
-def read_experiment(folder: Path) -> Plain:
-    """The plain value in the experiment.json of a run's folder, held against what environment.json says of it.
+def stored_experiment(folder: Path) -> Plain:
+    """The plain value in the experiment.json of a run's folder, as it stands there.
 
     Raises:
-        UserError: one of the two files is missing or damaged; names the field.
+        UserError: the file is missing, or is not the value of an experiment.
     """
-    file, environment = folder / "experiment.json", folder / "environment.json"
+    file = folder / "experiment.json"
     if not file.exists():
         raise UserError(f"{folder} is not the folder of a run: it has no experiment.json")
     found = read_json(file)
@@ -59,14 +59,35 @@ def read_experiment(folder: Path) -> Plain:
     stages = found.get("stages")
     if not isinstance(stages, list) or not stages or not all(map(_is_stage, stages)):
         raise UserError(f"{file} is damaged: it has no list of stages, each with its name and its objective")
+    return found
+
+
+def read_experiment(folder: Path) -> Plain:
+    """The plain value in the experiment.json of a run's folder, held against what environment.json says of it.
+
+    Raises:
+        UserError: one of the two files is missing or damaged; names the field.
+    """
+    found = stored_experiment(folder)
+    if difference := edited(folder, found):
+        raise UserError(
+            f"{folder / 'experiment.json'} is damaged: {difference}: put back a copy of it (if you changed it, "
+            f"`lm run {folder / 'experiment.json'} --run-dir {folder}` goes on with it)"
+        )
+    return found
+
+
+def edited(folder: Path, experiment: Plain) -> str:
+    """What differs between an experiment and the one that environment.json of the run's folder names; "" where nothing does."""
+    environment = folder / "environment.json"
     recorded = read_sealed(environment).get(EXPERIMENTS, []) if environment.exists() else []
-    if not recorded or any(normalised(found) == normalised(one) for one in recorded):
-        return found
+    if not recorded or any(normalised(experiment) == normalised(one) for one in recorded):
+        return ""
     different = [
         f"{name} is {json.dumps(now):.80}, and {environment.name} beside it says {json.dumps(was):.80}"
-        for name, was, now in diff(normalised(recorded[-1]), normalised(found))
+        for name, was, now in diff(normalised(recorded[-1]), normalised(experiment))
     ]
-    raise UserError(f"{file} is damaged: {(different or ['it has other fields'])[0]}: put back a copy of it")
+    return (different or ["it has other fields"])[0]
 
 
 def _is_stage(value: Any) -> bool:

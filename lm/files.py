@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lm
-from lm.changes import read_experiment
+from lm.changes import stored_experiment
 from lm.experiment import Experiment, UserError, from_dict, nearest, strict
 from lm.fields import shown
 from lm.stored import read_json
@@ -27,7 +27,7 @@ def load(name: str) -> Experiment:
     if Path(name).suffix == ".json":
         search_recorded(Path(name).parent)
         file = Path(name)
-        return from_dict(read_experiment(file.parent) if file.name == "experiment.json" else read_json(file))
+        return from_dict(stored_experiment(file.parent) if file.name == "experiment.json" else read_json(file))
     return strict(defined_in(file_of(name), "experiment", Experiment))
 
 

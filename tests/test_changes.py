@@ -113,6 +113,19 @@ def test_a_changed_experiment_file_is_found_by_the_environment_beside_it(tmp_pat
         read_experiment(tmp_path)
 
 
+def test_an_experiment_file_that_was_changed_is_taken_where_the_command_names_it(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.claim(plain(PLAN))
+    write_sealed(folder.environment, {"runs": [], "experiments": [plain(PLAN)]})
+    changed = copy.deepcopy(plain(PLAN)) | {"seed": 1}
+    write_json_atomic(folder.experiment, changed)
+    with pytest.raises(UserError, match="damaged: seed is 1"):
+        folder.claim(plain(PLAN))
+    folder.claim(changed)
+    assert "was changed, and the run goes on with it: seed is 1" in capsys.readouterr().out
+    assert folder.read_experiment() == changed
+
+
 def test_a_sealed_file_that_changed_is_refused(tmp_path):
     file = tmp_path / "summary.json"
     write_sealed(file, {"steps": 6, "tokens": (1, 2)})

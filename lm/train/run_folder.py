@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.changes import EXPERIMENTS, Changes, changes, normalised, read_experiment
+from lm.changes import EXPERIMENTS, Changes, changes, edited, normalised, read_experiment, stored_experiment
 from lm.experiment import UserError
 from lm.stored import lock_file, make_folder, read_json, read_sealed, write_json_atomic, write_sealed
 
@@ -123,6 +123,7 @@ class RunFolder:
             make_folder(self.path, "--run-dir DIR")
             write_json_atomic(self.experiment, experiment)
             return False
+        self._take_edited(experiment)
         there = normalised(self.read_experiment())
         begun = self._begun(there)
         found = changes(there, experiment, begun)
@@ -163,6 +164,12 @@ class RunFolder:
             aside = next(p for n in itertools.count(1) if not (p := self._numbered(n)).exists())
             self.path.rename(aside)
         return aside
+
+    def _take_edited(self, wanted: dict[str, Any]) -> None:
+        """Take over an experiment.json that somebody has changed, where the command wants what it says: told in a line."""
+        if normalised(stored_experiment(self.path)) == wanted and (difference := edited(self.path, wanted)):
+            print(f"{self.experiment} was changed, and the run goes on with it: {difference}", flush=True)
+            write_sealed(self.environment, self.read_environment() | {EXPERIMENTS: [wanted]})
 
     def _replace_experiment(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Either is right in between: a kill at any moment leaves what can be read."""
