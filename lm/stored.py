@@ -12,6 +12,7 @@ from typing import Any
 
 from lm.fields import UserError, shown
 
+LONGEST_PATH = 400  # characters of a path that an error shows
 SEAL = "sha256"
 """The field of a sealed JSON object that has the SHA-256 of the rest of it."""
 
@@ -60,7 +61,7 @@ def make_folder(path: Path, flag: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the folder {shown(str(path))} cannot be made: {error.strerror}; name another one ({flag})"
+            f"the folder {shown(str(path), LONGEST_PATH)} cannot be made: {error.strerror}; name another one ({flag})"
         ) from error
 
 

@@ -11,9 +11,12 @@ KEPT = json.loads((RESULTS / "ahead_of_time_memory.json").read_text())
 
 
 @pytest.mark.parametrize("row", TABLES["memory"], ids=lambda row: row.name)
-def test_memory_by_arithmetic_is_within_15_percent_of_the_compilers(row):
-    """Of the compiler's numbers kept in benchmarks/results; `ahead_of_time.py memory --compile` asks it again."""
-    assert row.plan().bytes == pytest.approx(KEPT[row.name]["compiled"]["hbm_bytes_per_device"], rel=0.15)
+def test_memory_by_arithmetic_is_within_5_percent_of_the_compilers(row):
+    """Of the compilers' numbers kept in benchmarks/results; `ahead_of_time.py memory --compile` asks one again."""
+    compilers = {name: found["hbm_bytes_per_device"] for name, found in KEPT[row.name].items() if name != "analytic"}
+    assert compilers
+    planned = row.plan().bytes
+    assert dict.fromkeys(compilers, planned) == pytest.approx(compilers, rel=0.05)
 
 
 def test_rows_are_made_kept_and_shown(tmp_path, monkeypatch):
