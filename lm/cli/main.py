@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -81,12 +82,19 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
-    if argv is None:
-        _start_with_allocator()
+    if argv is not None:
+        return _run(list(argv))
+    _start_with_allocator()
+    code = _run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python ends would show a traceback
+    return code
+
+
+def _run(words: list[str]) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(words)
         sys.stdout.flush()
         return code
     except UserError as error:
