@@ -167,7 +167,7 @@ _NO_UNIT = frozenset(
     "remainder more less fewer than to either if except is was are were isn't be been would could should may might "
     "wrong incorrect maybe perhaps through between until versus vs mod modulo divided multiplied root power zero one two "
     "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "twenty thirty forty fifty sixty seventy eighty ninety x y z n".split()
 )
 _MOST_UNIT_WORDS = 6
 
