@@ -7,7 +7,7 @@ import functools
 import logging
 
 from lm.rollout import timed
-from lm.rollout.timed import Outcome, TimedWorker
+from lm.rollout.timed import CallOutcome, TimedWorker
 
 SECONDS = 5.0  # for one comparison; what takes longer is not equal
 MEMORY = 4 << 30  # bytes of address space for it: a tower of powers would take all there is
@@ -21,7 +21,7 @@ def equal(expected: str, given: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)  # a rollout often has the same answer many times
-def _compare(expected: str, given: str) -> Outcome:
+def _compare(expected: str, given: str) -> CallOutcome:
     return _worker().call(_verify, expected, given, seconds=SECONDS)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from lm.data.chat import prompt_messages
 from lm.data.workers import cores
 from lm.experiment import UserError
-from lm.rollout.timed import Outcome, TimedWorker, TookTooLong, alarm, outcome_of
+from lm.rollout.timed import CallOutcome, TimedWorker, TookTooLong, alarm, outcome_of
 from lm.rollout.verifiers import Verifier, find_verifier
 from lm.user_functions import is_function_name
 
@@ -59,29 +59,29 @@ def timeouts_of(*rewards: Rewards) -> dict[str, float]:
     return {"reward_timeouts": float(count)} if count else {}
 
 
-def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float) -> list[Outcome]:
+def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float) -> list[CallOutcome]:
     """What became of each call. A verifier of the user's own file runs in processes that can be killed, others in this one."""
     if not is_function_name(name):
         return [_limited(find_verifier(name), row, completion, seconds) for row, completion in answered]
     workers = _workers()[: len(answered)]
 
-    def share(place: int) -> list[Outcome]:
+    def share(place: int) -> list[CallOutcome]:
         own = answered[place :: len(workers)]
         return [workers[place].call(_by_name, name, dict(row), text, seconds=seconds) for row, text in own]
 
-    outcomes: list[Outcome] = [Outcome()] * len(answered)
+    outcomes: list[CallOutcome] = [CallOutcome()] * len(answered)
     with ThreadPoolExecutor(max(1, len(workers))) as threads:
         for place, found in enumerate(threads.map(share, range(len(workers)))):
             outcomes[place :: len(workers)] = found
     return outcomes
 
 
-def _limited(verifier: Verifier, row: Mapping[str, Any], completion: str, seconds: float) -> Outcome:
+def _limited(verifier: Verifier, row: Mapping[str, Any], completion: str, seconds: float) -> CallOutcome:
     try:
         with alarm(seconds):
             return outcome_of(verifier, row, completion)
     except TookTooLong:
-        return Outcome(timed_out=True)
+        return CallOutcome(timed_out=True)
 
 
 def _by_name(name: str, row: Mapping[str, Any], completion: str) -> Any:
@@ -101,7 +101,7 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
 
 
-def _problem(outcome: Outcome) -> str:
+def _problem(outcome: CallOutcome) -> str:
     """What is wrong with a reward, in words; empty where nothing is."""
     value = outcome.value
     if outcome.timed_out:

@@ -59,7 +59,7 @@ class SamplerGap:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class GapBound:
     """How far a sampler is from what it should have found, and how far rounding may take it; both in rounding units."""
 
     found: float
@@ -120,7 +120,7 @@ def _gap(views: list[TrainerView], batches: list[Batch]) -> tuple[Array, ...]:
     return _mean(gap, on), p99, largest, _mean(units, on), jnp.where(on, units, 0.0).max()
 
 
-def is_suspicious(gap: SamplerGap, known: Agreement | None) -> bool:
+def is_suspicious(gap: SamplerGap, known: GapBound | None) -> bool:
     """Whether a rollout's gap has to be compared with rounding: the first has, and one larger than was allowed."""
     return known is None or not gap.relative <= known.allowed
 
@@ -132,15 +132,15 @@ def agreement(
     gap: SamplerGap,
     temperature: float,
     pieces: int = 1,
-) -> Agreement:
+) -> GapBound:
     """Whether a rollout's gap is rounding; in bfloat16 by a float32 pass over it."""
     if precision(model.config) == "float32":
-        return Agreement(gap.relative, LARGEST_UNITS)
+        return GapBound(gap.relative, LARGEST_UNITS)
     with jax.default_matmul_precision("highest"):
         exact = [_float32_logp(model, batch, temperature, pieces) for batch in batches]
     sampler, trainer, effective = map(float, _distances(views, batches, exact))
     # Of few tokens more may be chance, and where most are sure the others are few.
-    return Agreement(sampler, LARGEST_RATIO * (1 + 2 / max(effective, 1.0) ** 0.5) * max(trainer, LEAST_DISTANCE))
+    return GapBound(sampler, LARGEST_RATIO * (1 + 2 / max(effective, 1.0) ** 0.5) * max(trainer, LEAST_DISTANCE))
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "pieces"))

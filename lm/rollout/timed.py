@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 START_SECONDS = 120.0  # in which a worker has to start, on a busy machine; the limit of a call begins after that
 
 
-class Outcome(NamedTuple):
+class CallOutcome(NamedTuple):
     """What became of a call: its value, or the error it raised in words, or neither where it took too long."""
 
     value: Any = None
@@ -39,7 +39,7 @@ class TimedWorker:
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
 
-    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> Outcome:
+    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> CallOutcome:
         """function(*arguments), or what became of it after so many seconds at the most."""
         with self._lock:
             pipe = self._ready()
@@ -47,11 +47,13 @@ class TimedWorker:
                 pipe.send((function, arguments))
                 if not pipe.poll(seconds):
                     self._kill()
-                    return Outcome(timed_out=True)
+                    return CallOutcome(timed_out=True)
                 return pipe.recv()
             except (EOFError, OSError):
                 self._kill()
-                return Outcome(error="the process that ran it ended (it may have run out of memory, or called exit)")
+                return CallOutcome(
+                    error="the process that ran it ended (it may have run out of memory, or called exit)"
+                )
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -114,12 +116,12 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def outcome_of(function: Callable[..., Any], *arguments: Any) -> Outcome:
+def outcome_of(function: Callable[..., Any], *arguments: Any) -> CallOutcome:
     """function(*arguments) now, without a limit; whatever it raises is an outcome."""
     try:
-        return Outcome(function(*arguments))
+        return CallOutcome(function(*arguments))
     except (Exception, SystemExit) as error:  # a function of the user's may raise anything
-        return Outcome(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        return CallOutcome(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
 class TookTooLong(BaseException):

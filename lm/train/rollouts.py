@@ -32,7 +32,7 @@ from lm.rollout.environments import Environment, Rollout, make_environment, roll
 from lm.rollout.experience import score_out
 from lm.rollout.rounding import rounded
 from lm.rollout.sampler_gap import (
-    Agreement,
+    GapBound,
     SamplerGap,
     TrainerView,
     agreement,
@@ -63,7 +63,7 @@ class Rollouts(Batches):
         feed = self.environment.feed
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
-        self.agreement: Agreement | None = None  # of sampler and trainer, when they were last compared with float32
+        self.agreement: GapBound | None = None  # of sampler and trainer, when they were last compared with float32
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
@@ -88,7 +88,7 @@ class Rollouts(Batches):
             batches = [as_trainer_sees(batch, view) for batch, view in zip(batches, views, strict=True)]
         return batches, self.latest.metrics | gap.metrics()
 
-    def _check(self, gap: SamplerGap, found: Agreement, step: int, config: Model) -> None:
+    def _check(self, gap: SamplerGap, found: GapBound, step: int, config: Model) -> None:
         """Stop where rounding does not explain the gap between sampler and trainer; with importance correction note it."""
         if found.holds:
             return

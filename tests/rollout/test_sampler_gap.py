@@ -13,7 +13,7 @@ from lm.data.packing import left_pad
 from lm.rollout.environments import as_batch
 from lm.rollout.sampler import generate
 from lm.rollout.sampler_gap import (
-    Agreement,
+    GapBound,
     agreement,
     is_suspicious,
     precision,
@@ -139,4 +139,4 @@ def test_a_gap_that_is_no_number_is_found():
     batch = rollout(model, 1.0, 0)
     batch = dataclasses.replace(batch, old_logp=sampled_logp(batch).at[0, WIDTH].set(jnp.nan))
     gap, found = compared(model, batch, 1.0)
-    assert not found.holds and is_suspicious(gap, Agreement(0.1, 1e9))
+    assert not found.holds and is_suspicious(gap, GapBound(0.1, 1e9))
