@@ -14,10 +14,17 @@ MEMORY = 4 << 30  # bytes of address space for it: a tower of powers would take 
 
 
 def equal(expected: str, given: str) -> bool:
-    """Whether a given formula, in LaTeX or plain, equals the expected one; False where that cannot be told in time."""
+    """Whether a given formula, in LaTeX or plain, equals the expected one; False where that cannot be told in time.
+
+    Raises:
+        ImportError: math-verify is not installed: every formula would count as wrong.
+    """
     if timed.in_worker:
         return bool(_verify(expected, given))
-    return bool(_compare(expected, given).value)
+    outcome = _compare(expected, given)
+    if outcome.error.startswith(("ImportError", "ModuleNotFoundError")):
+        raise ImportError(f"math-verify cannot be imported: {outcome.error}")
+    return bool(outcome.value)
 
 
 @functools.lru_cache(maxsize=4096)  # a rollout often has the same answer many times

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.rollout import mathematics
+from lm.rollout.timed import CallOutcome
 from lm.rollout.verifiers import answer
 
 # expected answer, completion, reward
@@ -370,3 +371,10 @@ def test_mathematics_that_takes_too_long_is_not_equal(monkeypatch):
     monkeypatch.setattr(mathematics, "SECONDS", 1.0)
     assert not mathematics.equal("2^{3}", "9^{9^{9^{9}}}")
     assert mathematics.equal("2^{3}", "8")  # the process that was killed is replaced
+
+
+def test_mathematics_without_its_library_is_an_error_and_no_wrong_answer(monkeypatch):
+    missing = CallOutcome(error="ModuleNotFoundError: No module named 'math_verify'")
+    monkeypatch.setattr(mathematics, "_compare", lambda expected, given: missing)
+    with pytest.raises(ImportError, match="math-verify"):
+        mathematics.equal("x^2", "x^2")
