@@ -10,6 +10,7 @@ from lm.data.cache import cache_at
 from lm.experiment import SFT, Experiment, Source, Stage, UserError, to_dict
 from lm.files import defined_in, load
 from lm.papers.paper import Paper
+from lm.stored import LONGEST_PATH
 from lm.sweep.sweep import Sweep
 from lm.sweep.sweep import load as load_sweep
 from lm.train.run_files import read_run
@@ -179,7 +180,7 @@ def test_what_cannot_be_a_folder_of_a_run_or_the_cache_is_told(work, name):
         RunFolder(work / name).lock(),
     ):
         pass
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < LONGEST_PATH + 200
     with pytest.raises(UserError, match=r"cannot be made: .*; name another one \(--cache DIR"), cache_at(work / name):
         pass
     with pytest.raises(UserError):
