@@ -5,7 +5,7 @@
 #
 # All extras are resolved together, on Linux x86_64, so that every combination of them fits. Then run scripts/test.sh,
 # and see that the same versions exist for newer Pythons:
-#   python3.13 -m pip install --dry-run --ignore-installed -c constraints.txt '.[tpu,cuda,plan,dev]'
+#   python3.13 -m pip install --dry-run --ignore-installed -c constraints.txt '.[tpu,cuda,plan,docs,dev]'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +14,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 "$python" -m venv "$scratch/venv"
-"$scratch/venv/bin/python" -m pip install --quiet --dry-run --report "$scratch/report.json" '.[tpu,cuda,plan,dev]'
+"$scratch/venv/bin/python" -m pip install --quiet --dry-run --report "$scratch/report.json" '.[tpu,cuda,plan,docs,dev]'
 {
     sed -n '/^#/p' constraints.txt
     "$python" - "$scratch/report.json" <<'PYTHON'

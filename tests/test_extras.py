@@ -14,8 +14,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = ("tpu", "cuda", "plan", "dev")
-COMBINATIONS = [names for count in range(5) for names in itertools.combinations(EXTRAS, count)]
+EXTRAS = ("tpu", "cuda", "plan", "docs", "dev")
+COMBINATIONS = [names for count in range(len(EXTRAS) + 1) for names in itertools.combinations(EXTRAS, count)]
 # Of packages that a machine without a GPU does not have installed: what version 0.10.2 of the plugin asks for.
 NOT_INSTALLED = {
     "jax-cuda13-plugin": [
@@ -102,5 +102,5 @@ def test_a_package_that_has_no_version_would_be_found():
 def test_all_extras_of_the_project_are_tried():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     assert set(table) == set(EXTRAS)
-    assert "[tpu,cuda,plan,dev]" in (ROOT / "scripts" / "lock.sh").read_text("utf-8"), "the lock covers them all"
+    assert "[tpu,cuda,plan,docs,dev]" in (ROOT / "scripts" / "lock.sh").read_text("utf-8"), "the lock covers them all"
     assert os.access(ROOT / "scripts" / "lock.sh", os.X_OK)
