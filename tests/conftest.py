@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--golden", default=str(ROOT.parent / "shared" / "golden"), help="folder of golden numbers")
+    parser.addoption(
+        "--fast", action="store_true", help="leave out what is marked slow: layouts, whole runs, processes"
+    )
 
 
 def pytest_configure(config):
@@ -42,6 +45,13 @@ def pytest_configure(config):
         kept = getattr(config, "cache", None)  # None with `-p no:cacheprovider`
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept.mkdir("jax") if kept else os.environ["LM_TESTS_CACHE"])
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture

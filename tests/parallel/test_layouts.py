@@ -14,6 +14,8 @@ from lm.parallel.rules import batch_sharding, shardings
 from lm.steps import STEPS, first_state, needs_reference
 from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
+pytestmark = pytest.mark.slow
+
 PLAIN = ({}, {}, {})
 # What another order of a float32 sum may change in its elements, of the largest of them.
 ROUNDING = 32 * np.finfo(np.float32).eps

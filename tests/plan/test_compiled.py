@@ -21,6 +21,8 @@ from lm.plan.program import resolve
 from tests.plan.plan_helpers import experiment
 from tests.plan.test_hlo_cost import OTHER, other_estimate
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = parse_topology("v5e:2x2")
 needs_compiler = pytest.mark.skipif(

@@ -24,7 +24,7 @@ from lm.sweep.worker import Worker
 from lm.train.run_folder import read_json
 from tests.sweep.tiny import base, sweep
 
-pytestmark = pytest.mark.xdist_group("sweep")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep")]
 
 TINY = Path(__file__).parent / "tiny.py"
 ROOT = TINY.parent.parent.parent

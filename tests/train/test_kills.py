@@ -16,6 +16,8 @@ from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder
 from tests.train.runs import metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = """
 from lm.experiment import GRPO, SFT, Collect, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer

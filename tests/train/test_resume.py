@@ -22,7 +22,7 @@ from lm.train.signals import Stop
 from lm.train.stages import evaluate_run, run
 from tests.train.runs import forget_last_checkpoint, metrics
 
-pytestmark = pytest.mark.xdist_group("resume")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
 CONSTANT = Optimizer(peak_lr=3e-3, warmup_steps=1, schedule="constant")
 
