@@ -10,16 +10,16 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lm.architecture import Mesh as Mesh
-from lm.architecture import Model as Model
-from lm.architecture import Tokenizer as Tokenizer
-from lm.fields import FUNCTION as FUNCTION
-from lm.fields import Reading, knob, nearest, read
-from lm.fields import UserError as UserError
-from lm.fields import describe as describe
-from lm.fields import diff as diff
-from lm.fields import flatten as flatten
-from lm.fields import takes_function as takes_function
+from lm.config.field import FUNCTION as FUNCTION
+from lm.config.field import Reading, knob, nearest, read
+from lm.config.field import UserError as UserError
+from lm.config.field import describe as describe
+from lm.config.field import diff as diff
+from lm.config.field import flatten as flatten
+from lm.config.field import takes_function as takes_function
+from lm.config.model import Mesh as Mesh
+from lm.config.model import Model as Model
+from lm.config.model import Tokenizer as Tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import lm
 from lm.changes import stored_experiment
+from lm.config.field import shown
 from lm.experiment import Experiment, UserError, from_dict, nearest, strict
-from lm.fields import shown
 from lm.stored import read_json
 from lm.user_functions import beside, described, search_first, search_recorded
 

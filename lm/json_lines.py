@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.fields import UserError
+from lm.config.field import UserError
 
 RETRY_SECONDS = 0.2  # a reader that came while the file was replaced looks again after so long
 

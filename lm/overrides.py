@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lm.config.field import shown
 from lm.experiment import (
     Experiment,
     UserError,
@@ -20,7 +21,6 @@ from lm.experiment import (
     takes_function,
     to_dict,
 )
-from lm.fields import shown
 
 
 @dataclass(frozen=True)

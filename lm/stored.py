@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lm.fields import UserError, shown
+from lm.config.field import UserError, shown
 
 LONGEST_PATH = 400  # characters of a path that an error shows
 SEAL = "sha256"

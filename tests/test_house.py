@@ -10,7 +10,7 @@ import lm
 ROOT = Path(lm.__file__).parent
 FLOORS = (
     "cli", "label", "web", "papers", "sweep", "launch", "plan", "trained_model", "train", "choices", "evals", "rollout", "data", "interop", "steps", "objectives", "optimizer",
-    "model", "parallel", "check", "types", "overrides", "files", "user_functions", "changes", "experiment", "architecture", "json_lines", "stored", "fields", "parent_death",
+    "model", "parallel", "check", "types", "overrides", "files", "user_functions", "changes", "experiment", "json_lines", "stored", "config", "parent_death",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

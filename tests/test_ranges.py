@@ -11,6 +11,7 @@ import pytest
 from lm.check import check
 from lm.cli.arguments import NumberIn
 from lm.cli.main import COMMANDS, Parser
+from lm.config.field import Range, is_name
 from lm.experiment import (
     CPO,
     DPO,
@@ -33,7 +34,6 @@ from lm.experiment import (
     from_dict,
     to_dict,
 )
-from lm.fields import Range, is_name
 from lm.overrides import _leaves, _replace
 
 OBJECTIVES = {
@@ -78,7 +78,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 def fits(value: object, kind: object, metadata: typing.Mapping) -> bool:
-    """Whether a value is of a leaf's type and range, told apart from how `lm.fields` does it: by its JSON and plain words."""
+    """Whether a value is of a leaf's type and range, told apart from how `lm.config.field` does it: by its JSON and plain words."""
     span = metadata["range"]
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple | list) and all(fits(item, typing.get_args(kind)[0], metadata) for item in value)

@@ -15,8 +15,8 @@ from typing import Any
 
 from lm.changes import read_experiment
 from lm.check import check
+from lm.config.field import Range, describe, shown
 from lm.experiment import Experiment, Speechless, UserError, from_dict, to_dict
-from lm.fields import Range, describe, shown
 from lm.files import load
 from lm.overrides import override
 

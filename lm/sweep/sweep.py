@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lm.config.field import MAX_NAME, Reading, check_name, read, shown
 from lm.experiment import Experiment, UserError, strict
-from lm.fields import MAX_NAME, Reading, check_name, read, shown
 from lm.files import defined_in, file_of
 
 MOST_NAME = MAX_NAME - 13  # the name of a trial has a dash and a key behind the sweep's

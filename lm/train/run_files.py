@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lm.changes import read_experiment
+from lm.config.field import shown
 from lm.experiment import UserError, from_dict, to_dict
-from lm.fields import shown
 from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder, read_sealed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lm.fields import knob
+from lm.config.field import knob
 
 
 @dataclass(frozen=True)
