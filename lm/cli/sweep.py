@@ -25,17 +25,18 @@ import sys
 from pathlib import Path
 
 from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, folder_path
-from lm.cli.launch import OPTIONS, add_option, needed, value_of
+from lm.cli.launch import add_flag, check_required
 from lm.experiment import UserError
+from lm.launch.job import hand_over, job_name
+from lm.launch.launcher import value_of
+from lm.launch.table import FLAGS, LAUNCHERS
 from lm.sweep.sweep import STORE, Sweep, folder_of, load
 
 TAKES_OVERRIDES = False
 SWEEP_HELP = "a name in experiments/ (ablations.pretraining), or the path of a .py file that defines `sweep`"
 EXIT_FAILED = 1  # some trial did
-CLUSTER_FLAGS = (
-    "--topology", "--volume", "--image", "--namespace", "--queue", "--secret", "--service-account", "--spot", "--gpus-per-node", "--time",
-    "--partition", "--account",
-)  # fmt: skip
+CLUSTERS = {name: launcher.workers for name, launcher in LAUNCHERS.items() if launcher.workers}
+CLUSTER_FLAGS = {flag: None for workers in CLUSTERS.values() for flag in workers.flags}  # each once, in order
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +57,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the trials, what cannot run, and time and disk that they take, evals included; do nothing",
     )
-    parser.add_argument("--on", choices=("slurm", "gke"), help="hand --workers jobs over to a cluster; see above")
+    parser.add_argument("--on", choices=list(CLUSTERS), help="hand --workers jobs over to a cluster; see above")
     for flag in CLUSTER_FLAGS:
         extra = "; of --dry-run: cost in hours of these TPUs" if flag == "--topology" else ""
-        add_option(parser, flag, f"{', '.join(where(flag))}: {OPTIONS[flag].help}{extra}")
+        add_flag(parser, flag, f"{', '.join(where(flag))}: {FLAGS[flag].help}{extra}")
     parser.add_argument("--retry-failed", action="store_true", help="run the trials again that failed")
     parser.add_argument("--join", metavar="NAME", help=argparse.SUPPRESS)  # one of several workers, started by this one
     add_cache(parser)
@@ -87,41 +88,18 @@ def call(arguments: argparse.Namespace) -> int:
         return _work(arguments, sweep, folder)
 
 
-def where(flag: str) -> tuple[str, ...]:
-    """Which clusters have a use for a flag."""
-    return tuple(name for name in OPTIONS[flag].of if name in ("slurm", "gke"))
+def where(flag: str) -> list[str]:
+    """The clusters whose workers have a use for a flag."""
+    return [name for name, workers in CLUSTERS.items() if flag in workers.flags]
 
 
 def hand_over_workers(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
     """Jobs of one worker each; a dry run prints what would be handed over."""
-    from lm.launch import gke, slurm, workers
-    from lm.launch.job import check_travels, hand_over, job_name, warn_of_local
-    from lm.launch.topology import parse_topology
-    from lm.launch.values import OBJECT, check_value
-    from lm.launch.volumes import parse_volumes
-
     words = ["sweep", arguments.sweep, "--folder", str(folder), "--store", str(arguments.store)]
     words += ["--cache", str(arguments.cache)] if arguments.cache else []
     name = job_name(dataclasses.replace(sweep.base, name=sweep.name), None)
-    if arguments.on == "slurm":
-        nodes = slurm.Nodes(1, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account)
-        if warning := warn_of_local(str(folder)):
-            print(f"lm sweep: {warning}", file=sys.stderr)
-        handover = workers.on_slurm(name, words, arguments.workers, nodes)
-    else:
-        check_travels(arguments.sweep, "the files of the image only")
-        cluster = gke.Cluster(
-            topology=parse_topology(needed(arguments, "--topology")),
-            slices=1,
-            image=needed(arguments, "--image"),
-            volumes=parse_volumes(arguments.volume or ()),
-            namespace=arguments.namespace,
-            queue=arguments.queue,
-            service_account=check_value("--service-account", arguments.service_account, OBJECT),
-            secret=arguments.secret,
-            spot=arguments.spot,
-        )
-        handover = workers.on_gke(name, words, arguments.workers, (str(folder), str(arguments.store)), cluster)
+    check_required(arguments, LAUNCHERS[arguments.on])
+    handover = CLUSTERS[arguments.on].hand_over(arguments, name, words, (str(folder), str(arguments.store)))
     if arguments.dry_run:
         print(handover.text, end="")
         return 0

@@ -2,26 +2,32 @@
 
 The JobSet controller makes a headless service, so that pods have names in DNS. GKE sets `TPU_WORKER_ID`,
 `TPU_WORKER_HOSTNAMES`, and, where there are several slices, the `MEGASCALE_…` variables in every pod of a JobSet.
-Sources: the JobSet API (jobset.x-k8s.io/v1alpha2); GKE's pages on TPUs, Multislice and Cloud Storage FUSE.
+Sources: the JobSet API (jobset.x-k8s.io/v1alpha2); GKE's pages on TPUs, Multislice and Cloud Storage FUSE; the Job API of Kubernetes
+(batch/v1).
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from lm.experiment import UserError
-from lm.launch.job import COORDINATOR_PORT, Handover, Job
-from lm.launch.topology import Topology
-from lm.launch.volumes import Volume, check_run_dir
+from lm.experiment import Experiment, UserError
+from lm.launch import pod, values
+from lm.launch.job import COORDINATOR_PORT, SWEEP_GRACE, Handover, Job, check_travels
+from lm.launch.launcher import Flag, Launch, Launcher, SweepWorkers, handing_over
+from lm.launch.topology import Topology, parse_topology
+from lm.launch.volumes import Volume, check_run_dir, parse_volumes
 
 REPLICATED_JOB = "slice"
 CONTAINER = "lm"
 EXIT_USER = 2  # of `lm run`: a mistake of the user's, which a restart does not mend
 MOST_LETTERS = 63  # of a pod's name
+FILES = "the files of the image only"
 
 
 @dataclass(frozen=True)
@@ -205,3 +211,115 @@ def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
         "# The same by xpk, on a cluster that has the storage attached (xpk storage attach):",
         f"#   xpk workload create {shlex.join(words)}",
     ]
+
+
+def sweep_workers(name: str, words: list[str], count: int, folders: tuple[str, ...], cluster: Cluster) -> Handover:
+    """A Job of `count` pods for `kubectl apply -f -`, each with all chips of one host.
+
+    Raises:
+        UserError: a slice has several hosts, or the folders are not on a volume on which files can be locked.
+    """
+    if cluster.topology.hosts > 1:
+        raise UserError(
+            f"--topology of {cluster.topology.shape} has {cluster.topology.hosts} hosts, and a worker is one: take a slice of one "
+            "host, or start each trial by itself with lm launch"
+        )
+    locked = tuple(volume for volume in cluster.volumes if volume.claim)
+    for folder in folders:
+        check_run_dir(folder, locked, "is on no volume claim (pvc:), and in a bucket files cannot be locked")
+    body = yaml.safe_dump(_workers_manifest(name, words, count, cluster), sort_keys=False, width=1000)
+    where = f" -n {cluster.namespace}" if cluster.namespace else ""
+    return Handover(
+        text="# Workers of a sweep, for `kubectl apply -f -`.\n" + body,
+        command=("kubectl", "apply", "-f", "-"),
+        tools=("kubectl",),
+        next=(f"watch: kubectl logs -f job/{name} --all-pods{where}", f"stop: kubectl delete job {name}{where}"),
+    )
+
+
+def _workers_manifest(name: str, words: list[str], count: int, cluster: Cluster) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"name": name}
+    if cluster.namespace:
+        metadata["namespace"] = cluster.namespace
+    if cluster.queue:
+        metadata["labels"] = {"kueue.x-k8s.io/queue-name": cluster.queue}
+    refused = {"containerName": CONTAINER, "operator": "In", "values": [EXIT_USER]}
+    environment = [{"name": "JAX_NUM_PROCESSES", "value": "1"}]
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata,
+        "spec": {
+            "parallelism": count,
+            "completions": count,
+            "backoffLimit": 20 * count,  # machines are taken away more often than workers die
+            "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": refused}]},
+            "template": {"spec": pod_spec(["lm", *map(literal, words)], environment, SWEEP_GRACE, cluster)},
+        },
+    }
+
+
+def _asked(arguments: argparse.Namespace, topology: Topology, slices: int) -> Cluster:
+    """What the flags that launches and sweeps share ask for."""
+    return Cluster(
+        topology=topology,
+        slices=slices,
+        image=arguments.image,
+        volumes=parse_volumes(arguments.volume or ()),
+        namespace=arguments.namespace,
+        queue=arguments.queue,
+        service_account=values.check_value("--service-account", arguments.service_account, values.OBJECT),
+        secret=arguments.secret,
+        spot=arguments.spot,
+    )
+
+
+def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
+    topology, slices = pod.slices_of_tpus(arguments, experiment, job.experiment, FILES)
+    xpk = {"cluster": arguments.cluster, "project": arguments.project, "zone": arguments.zone}
+    handover = render(job, dataclasses.replace(_asked(arguments, topology, slices), **xpk))
+    pod.check_fits_memory(arguments, experiment, topology, slices)
+    return handing_over(handover)
+
+
+def _hand_over_workers(
+    arguments: argparse.Namespace, name: str, words: list[str], folders: tuple[str, ...]
+) -> Handover:
+    check_travels(arguments.sweep, FILES)
+    cluster = _asked(arguments, parse_topology(arguments.topology), 1)
+    return sweep_workers(name, words, arguments.workers, folders, cluster)
+
+
+LAUNCHER = Launcher(
+    name="gke",
+    help="""\
+a JobSet, by kubectl. The image holds this repository: its working
+folder is the root, `lm` is on its PATH (the Dockerfile makes it)""",
+    flags=pod.FLAGS
+    | {
+        "--image": Flag("IMAGE", "container image that holds this repository", values.image_problem),
+        "--namespace": Flag("NAME", "of Kubernetes; else kubectl's own", values.NAMESPACE.problem),
+        "--queue": Flag("NAME", "LocalQueue of Kueue", values.QUEUE.problem),
+        "--secret": Flag(
+            "NAME", "Secret of Kubernetes whose entries become environment variables", values.OBJECT.problem
+        ),
+        "--cluster": Flag("NAME", "for the xpk command only", values.CLUSTER.problem),
+    },
+    launch=_launch,
+    required=("--topology", "--image"),
+    max_restarts=20,
+    join_timeout=pod.JOIN_TIMEOUT,
+    workers=SweepWorkers(
+        flags=(
+            "--topology",
+            "--volume",
+            "--image",
+            "--namespace",
+            "--queue",
+            "--secret",
+            "--service-account",
+            "--spot",
+        ),
+        hand_over=_hand_over_workers,
+    ),
+)

@@ -16,6 +16,7 @@ from lm.launch.values import word_problem
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 MOST_CHARACTERS = 39  # of 63 for a name in DNS: what JobSet appends needs the rest; and the most that xpk takes
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+SWEEP_GRACE = 300  # seconds in which a worker of a sweep saves
 COORDINATOR_PORT = 8482  # the one that jax takes on TPUs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import socket
 import sys
@@ -9,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lm.config.field import Range
 from lm.experiment import Experiment, to_dict
-from lm.launch.job import Job
+from lm.launch.job import Job, check_mesh
+from lm.launch.launcher import Flag, Launch, Launcher
 from lm.launch.supervisor import Limits, Worker, supervise
 from lm.train.run_folder import RunFolder
+
+MOST = Range(least=1, most=1024)  # of one machine
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
+    processes = Processes(arguments.processes or 1, arguments.devices_per_process)
+    if processes.devices:  # else it is not known before jax has looked
+        asked = f"--processes {processes.count} --devices-per-process {processes.devices}"
+        check_mesh(experiment, processes.count * processes.devices, 1, asked, "cpu")
+    return Launch(script(job, processes), lambda: run(job, processes, experiment))
+
+
+LAUNCHER = Launcher(
+    name="local",
+    help="processes on this machine, under a supervisor",
+    flags={
+        "--processes": Flag("N", "processes that make one job (1)", range=MOST),
+        "--devices-per-process": Flag("N", "simulated CPU devices of each", range=MOST),
+    },
+    launch=_launch,
+)

@@ -6,13 +6,17 @@ one device, whatever the node has. Source: the manual pages of sbatch, srun, sca
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lm.experiment import UserError
-from lm.launch.job import Handover, Job
-from lm.launch.values import slurm_seconds
+from lm.config.field import Range
+from lm.experiment import Experiment, UserError
+from lm.launch import values
+from lm.launch.job import SWEEP_GRACE, Handover, Job, check_mesh, warn_of_local
+from lm.launch.launcher import COUNT, JOB_NAME, Flag, Launch, Launcher, SweepWorkers, handing_over
 
 TEMPLATE = """\
 #!/bin/bash
@@ -61,6 +65,27 @@ echo "lm launch: a process ended with code $code; restart $((restarts + 1)) of {
 exec scontrol requeue "$SLURM_JOB_ID"
 """
 
+WORKERS = """\
+#!/bin/bash
+# Workers for `sbatch`. The folder that it is submitted from, with its Python, must be one that all nodes see.
+{directives}
+set -u
+export JAX_NUM_PROCESSES=1  # every worker is by itself
+
+# Shortly before the time is up the trial saves, and this worker is queued again.
+time_is_up=
+trap 'time_is_up=yes; kill -TERM "$worker"' USR1
+{command} &
+worker=$!
+code=0
+wait "$worker" || code=$?
+if [[ -n "$time_is_up" ]]; then
+    wait "$worker"
+    exec scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -99,9 +124,8 @@ def render(job: Job, nodes: Nodes) -> Handover:
         "open-mode": "append",
         "output": f"{job.name}-%j.log",
     }
-    given = {name: value for name, value in options.items() if value is not None}
     text = TEMPLATE.format(
-        directives="\n".join(f"#SBATCH --{name}={value}".removesuffix("=") for name, value in given.items()),
+        directives=_directives(options),
         nodes=nodes.nodes,
         devices=f" JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(nodes.gpus)))}" if nodes.gpus else "",
         command=shlex.join(job.command(sys.executable, "-m", "lm.cli.main")),
@@ -119,8 +143,84 @@ def render(job: Job, nodes: Nodes) -> Handover:
 
 def check_time(limit: str | None, grace: int) -> None:
     """Raises UserError unless there is time to train in before the signal to save."""
-    seconds = slurm_seconds(limit) if limit else None
+    seconds = values.slurm_seconds(limit) if limit else None
     if seconds is not None and seconds <= grace:
         raise UserError(
             f"--time {limit} is {seconds} seconds, and the last {grace} of them are for saving (--grace): give more time"
         )
+
+
+def _directives(options: Mapping[str, object]) -> str:
+    """Lines for sbatch of the options that are given; one without a value is a switch."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return "\n".join(f"#SBATCH --{name}={value}".removesuffix("=") for name, value in given.items())
+
+
+def sweep_workers(name: str, words: list[str], count: int, nodes: Nodes) -> Handover:
+    """An array of `count` jobs for `sbatch`, a node each.
+
+    Raises:
+        UserError: the time limit is over before a trial could save.
+    """
+    check_time(nodes.time, SWEEP_GRACE)
+    options = {
+        "job-name": name,
+        "array": f"1-{count}",
+        "nodes": 1,
+        "ntasks": 1,
+        "gpus-per-node": nodes.gpus,
+        "time": nodes.time,
+        "partition": nodes.partition,
+        "account": nodes.account,
+        "signal": f"B:USR1@{SWEEP_GRACE}",
+        "requeue": "",
+        "open-mode": "append",
+        "output": f"{name}-%A_%a.log",
+    }
+    text = WORKERS.format(
+        directives=_directives(options),
+        command=shlex.join([sys.executable, "-m", "lm.cli.main", *words]),
+    )
+    watch = f"watch: tail -F {name}-JOB_1.log"
+    return Handover(text=text, command=("sbatch",), tools=("sbatch",), next=(watch, "stop: scancel JOB"))
+
+
+def _asked(arguments: argparse.Namespace, nodes: int) -> Nodes:
+    return Nodes(nodes, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account)
+
+
+def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
+    nodes = _asked(arguments, arguments.nodes or 1)
+    gpus = f" --gpus-per-node {nodes.gpus}" if nodes.gpus else ""
+    check_mesh(experiment, nodes.devices, 1, f"--nodes {nodes.nodes}{gpus}", "gpu" if nodes.gpus else "cpu")
+    handover = render(job, nodes)
+    warning = warn_of_local(job.run_dir)
+    if warning:
+        print(f"lm launch: {warning}", file=sys.stderr)
+    return handing_over(handover)
+
+
+def _hand_over_workers(
+    arguments: argparse.Namespace, name: str, words: list[str], folders: tuple[str, ...]
+) -> Handover:
+    if warning := warn_of_local(folders[0]):
+        print(f"lm sweep: {warning}", file=sys.stderr)
+    return sweep_workers(name, words, arguments.workers, _asked(arguments, 1))
+
+
+LAUNCHER = Launcher(
+    name="slurm",
+    help="""\
+a batch script, by sbatch. This folder and its Python are on a file
+system that all nodes see""",
+    flags=JOB_NAME
+    | {
+        "--nodes": Flag("N", "nodes, a process each (1)", range=COUNT),
+        "--gpus-per-node": Flag("N", "else a node is one CPU device", range=Range(least=1, most=64)),
+        "--time": Flag("TIME", "limit, such as 1-00:00:00; the job is queued again when it is up", values.time_problem),
+        "--partition": Flag("NAME", "else the cluster's own", values.PARTITION.problem),
+        "--account": Flag("NAME", "which pays", values.ACCOUNT.problem),
+    },
+    launch=_launch,
+    workers=SweepWorkers(("--gpus-per-node", "--time", "--partition", "--account"), _hand_over_workers),
+)

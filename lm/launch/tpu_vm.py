@@ -7,14 +7,17 @@ supervisor (`lm launch --on local`) starts each again. Source: `gcloud compute t
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 from dataclasses import dataclass
 
-from lm.experiment import UserError
+from lm.experiment import Experiment, UserError
+from lm.launch import pod, values
 from lm.launch.job import Handover, Job
+from lm.launch.launcher import Flag, Launch, Launcher, handing_over
 from lm.launch.topology import Topology
-from lm.launch.volumes import Volume, check_run_dir
+from lm.launch.volumes import Volume, check_run_dir, parse_volumes
 
 TEMPLATE = """\
 #!/bin/bash
@@ -184,3 +187,38 @@ def _options(**values: str | int | bool | None) -> str:
         elif value is not None and value is not False:
             words.append(f"{flag}={value}")
     return shlex.join(words)
+
+
+def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
+    topology, slices = pod.slices_of_tpus(arguments, experiment, job.experiment, "the files of the commit only")
+    asked = Slices(
+        topology=topology,
+        slices=slices,
+        zone=arguments.zone,
+        volumes=parse_volumes(arguments.volume or ()),
+        commit=current_commit(),
+        project=arguments.project,
+        runtime=arguments.runtime_version,
+        service_account=values.check_value("--service-account", arguments.service_account, values.ACCOUNT_EMAIL),
+        spot=arguments.spot,
+        reserved=arguments.reserved,
+    )
+    handover = render(job, asked)
+    pod.check_fits_memory(arguments, experiment, topology, slices)
+    return handing_over(handover)
+
+
+LAUNCHER = Launcher(
+    name="tpu-vm",
+    help="""\
+queued resources, by gcloud. The hosts get a git bundle of the
+current commit, and install it""",
+    flags=pod.FLAGS
+    | {
+        "--runtime-version": Flag("NAME", "software of the hosts; else the usual one", values.RUNTIME.problem),
+        "--reserved": Flag(None, "machines of the project's reservation"),
+    },
+    launch=_launch,
+    required=("--topology", "--zone"),
+    join_timeout=pod.JOIN_TIMEOUT,
+)

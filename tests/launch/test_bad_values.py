@@ -6,22 +6,16 @@ import subprocess
 import pytest
 import yaml
 
-from lm.cli.launch import LAUNCHERS, OPTIONS
 from lm.cli.main import main
 from lm.launch import tpu_vm, values
+from lm.launch.table import FLAGS, LAUNCHERS, launchers_with
 from tests.launch.cases import COMMIT, EXPERIMENT
 
-POD = ["--topology", "v5e:4x4", "--volume", "gs://my-runs:/mnt/runs", "--run-dir", "/mnt/runs/pod"]
-RIGHT = {
-    "gke": ["--image", "lm:1", *POD],
-    "tpu-vm": ["--zone", "us-west4-a", *POD],
-    "slurm": [],
-    "local": ["--processes", "2"],
-}
+MOUNTED = ["--volume", "gs://my-runs:/mnt/runs", "--run-dir", "/mnt/runs/pod"]
 LINE_BREAKS = ["\n", "x\n#SBATCH --wrap=x", "a\rb", "a\x1b[31mb", "a\u2028b", "\x00", "a\udc80b"]
 NEVER = ["", " ", "-", "--", "a b", "Bad_Name!", "../x", "'", '"', "$(id)", "`id`", "a;b", "x" * 300, "é", *LINE_BREAKS]
 COUNTS = ["-1", "0", "1.5", "nan", "inf", str(2**63), "9" * 5000, "1e3", "0x10", "one", "--1"]
-VALUED = [flag for flag, option in OPTIONS.items() if option.metavar]
+VALUED = [flag for flag, option in FLAGS.items() if option.metavar]
 COMMON = ["--max-restarts", "--grace", "--join-timeout", "--run-dir", "--until"]
 
 
@@ -34,7 +28,10 @@ def work(tmp_path, monkeypatch):
 
 
 def launch(on: str, *words: str) -> int:
-    return main(["launch", "pod.py", "--on", on, *RIGHT[on], *words, "--dry-run"])
+    launcher = LAUNCHERS[on]
+    given = [word for flag in launcher.required for word in (flag, right(flag, on))]
+    given += MOUNTED if "--volume" in launcher.flags else []
+    return main(["launch", "pod.py", "--on", on, *given, *words, "--dry-run"])
 
 
 def refused(capsys, on: str, *words: str) -> str:
@@ -46,8 +43,8 @@ def refused(capsys, on: str, *words: str) -> str:
 
 @pytest.mark.parametrize("flag", VALUED)
 def test_no_flag_takes_what_no_far_side_takes(capsys, flag):
-    number = OPTIONS[flag].metavar == "N"
-    for on in OPTIONS[flag].of:
+    number = FLAGS[flag].metavar == "N"
+    for on in launchers_with(flag):
         for value in [*NEVER, *(COUNTS if number else [])]:
             assert flag in refused(capsys, on, f"{flag}={value}")
 
@@ -60,10 +57,10 @@ def test_no_common_flag_takes_what_would_end_a_line(capsys, on, flag):
         refused(capsys, on, f"{flag}={value}")
 
 
-@pytest.mark.parametrize("flag", OPTIONS)
+@pytest.mark.parametrize("flag", FLAGS)
 def test_a_flag_of_another_launcher_is_refused_whatever_its_value(capsys, flag):
-    for on in set(LAUNCHERS) - set(OPTIONS[flag].of):
-        refused(capsys, on, *([f"{flag}={right(flag, on)}"] if OPTIONS[flag].metavar else [flag]))
+    for on in set(LAUNCHERS) - set(launchers_with(flag)):
+        refused(capsys, on, *([f"{flag}={right(flag, on)}"] if FLAGS[flag].metavar else [flag]))
 
 
 def right(flag: str, on: str) -> str:
@@ -73,13 +70,18 @@ def right(flag: str, on: str) -> str:
         "--image": "lm:1", "--service-account": "a@b.iam.gserviceaccount.com" if on == "tpu-vm" else "trainer",
         "--runtime-version": "v2-alpha-tpuv5", "--time": "1-00:00:00",
     }  # fmt: skip
-    return known.get(flag, "1" if OPTIONS[flag].metavar == "N" else "name")
+    return known.get(flag, "1" if FLAGS[flag].metavar == "N" else "name")
+
+
+def test_a_flag_of_two_launchers_is_one_value():
+    for name, flag in FLAGS.items():
+        assert all(LAUNCHERS[on].flags[name] == flag for on in launchers_with(name)), name
 
 
 @pytest.mark.parametrize("on", LAUNCHERS)
 def test_right_values_are_taken(capsys, on):
-    for flag, option in OPTIONS.items():
-        if option.metavar and on in option.of and flag != "--slices":
+    for flag, option in FLAGS.items():
+        if option.metavar and on in launchers_with(flag) and flag != "--slices":
             assert launch(on, flag, right(flag, on)) == 0, capsys.readouterr().err
 
 
