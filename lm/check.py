@@ -5,21 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from lm.experiment import (
-    CPO,
-    DPO,
-    GRPO,
-    KTO,
     MADE,
-    PPO,
-    Collect,
     Eval,
     Experiment,
     Model,
     Optimizer,
-    Preference,
-    RewardModel,
     Source,
-    Speechless,
     Stage,
     UserError,
     reward_names,
@@ -28,12 +19,6 @@ from lm.experiment import (
     strict,
     updates_per_step,
 )
-from lm.user_functions import is_function_name
-
-SMOOTHED = frozenset(
-    {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
-)  # they read label_smoothing
-WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})  # they rank the pairs of a batch
 
 
 def check(experiment: Experiment) -> Experiment:
@@ -54,7 +39,7 @@ def check(experiment: Experiment) -> Experiment:
             raise UserError(
                 f"{stage.name}.evals names {name!r}; the experiment's evals are {', '.join(known) or 'none'}"
             )
-    makers = [stage.name for stage in experiment.stages if isinstance(stage.objective, Collect)]
+    makers = [stage.name for stage in experiment.stages if stage.objective.produces == "rows"]
     for item in experiment.evals:
         _check_eval(item, m, makers)
         _check_compared(item, experiment.stages)
@@ -114,7 +99,7 @@ def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
 
 def _check_schedule(stage: Stage) -> None:
     """The warm-up, and the decay of wsd after it, fit into the stage's updates; a short run may end within the default one."""
-    if isinstance(stage.objective, Collect) or stage.optimizer.warmup_steps == Optimizer().warmup_steps:
+    if not stage.objective.trains or stage.optimizer.warmup_steps == Optimizer().warmup_steps:
         return
     o, updates = stage.optimizer, stage.steps * updates_per_step(stage)
     whose = f"the updates of {stage.name}.steps {stage.steps}"
@@ -135,7 +120,7 @@ def short_warmups(experiment: Experiment) -> list[str]:
     lines = []
     for stage in experiment.stages:
         warmup, updates = stage.optimizer.warmup_steps, stage.steps * updates_per_step(stage)
-        if warmup > updates and not isinstance(stage.objective, Collect):
+        if warmup > updates and stage.objective.trains:
             lines.append(
                 f"{stage.name}: its {updates} updates end within the warm-up, {stage.name}.optimizer.warmup_steps {warmup}: "
                 f"the learning rate reaches {stage.optimizer.peak_lr * updates / warmup:g} of peak_lr {stage.optimizer.peak_lr:g}"
@@ -145,8 +130,8 @@ def short_warmups(experiment: Experiment) -> list[str]:
 
 def _check_compared(item: Eval, stages: tuple[Stage, ...]) -> None:
     """Raise UserError for an eval that no stage gives what it compares with: it would never be measured."""
-    scorers = any(isinstance(stage.objective, RewardModel) for stage in stages)
-    references = any(isinstance(stage.objective, Preference) for stage in stages)
+    scorers = any(stage.objective.produces == "scorer" for stage in stages)
+    references = any(stage.objective.learns_preferences for stage in stages)
     if item.metric == "best_of_n" and not scorers:
         raise UserError(
             f"evals.{item.name}.metric is best_of_n, and no stage trains the reward model that chooses: add one, or take "
@@ -173,91 +158,30 @@ def _check_stage(stage: Stage, model: Model) -> None:
     if rows % (together * stage.microbatches):
         what = "pairs" if together == 2 else "rows"
         raise UserError(f"{stage.name}.microbatches {stage.microbatches} does not divide its {rows // together} {what}")
-    if isinstance(stage.objective, DPO | CPO):
-        _check_smoothing(stage, stage.objective)
-    if isinstance(stage.objective, DPO):
-        _check_dpo(stage, stage.objective)
-    if isinstance(stage.objective, CPO) and stage.objective.alpha and stage.objective.loss != "simpo":
-        raise UserError(
-            f"{stage.name}.objective.alpha is {stage.objective.alpha} and loss is {stage.objective.loss}; "
-            "alpha shapes the reward of simpo: it should be 0, or loss simpo"
-        )
-    if isinstance(stage.objective, KTO) and stage.batch_size < 2:
-        raise UserError(
-            f"{stage.name}.batch_size is {stage.batch_size}; KTO pairs each prompt with another answer of its batch: "
-            "it should be at least 2"
-        )
-    if isinstance(stage.objective, KTO) and not stage.objective.desirable_weight + stage.objective.undesirable_weight:
-        raise UserError(
-            f"{stage.name}.objective has desirable_weight 0 and undesirable_weight 0: one of them should be above 0"
-        )
-    if isinstance(stage.objective, GRPO | PPO | Collect) and stage.objective.max_new_tokens >= stage.seq_len:
+    if stage.objective.samples and stage.objective.max_new_tokens >= stage.seq_len:
         raise UserError(
             f"{stage.name}.objective.max_new_tokens {stage.objective.max_new_tokens} leaves no room for a prompt in "
             f"{stage.name}.seq_len {stage.seq_len}"
         )
-    if isinstance(stage.objective, RewardModel):
-        layers = stage.objective.layers
-        if layers > model.num_layers:
-            raise UserError(
-                f"{stage.name}.objective.layers is {layers}; it should be from 0 to model.num_layers {model.num_layers}"
-            )
-    if isinstance(stage.objective, PPO):
-        _check_ppo(stage, stage.objective)
-    if isinstance(stage.objective, Collect):
-        _check_collect(stage, stage.objective)
-    if isinstance(stage.objective, GRPO):
-        o = stage.objective
-        if stage.batch_size * o.group_size % o.updates_per_rollout:
-            raise UserError(
-                f"{stage.name}.objective.updates_per_rollout {o.updates_per_rollout} does not divide its {stage.batch_size * o.group_size} completions"
-            )
-
-
-def _check_smoothing(stage: Stage, o: DPO | CPO) -> None:
-    losses, readers = ((o.loss,), {"sigmoid", "simpo"}) if isinstance(o, CPO) else (o.losses, SMOOTHED)
-    if o.label_smoothing and readers.isdisjoint(losses) and not any(map(is_function_name, losses)):
-        raise UserError(
-            f"{stage.name}.objective.label_smoothing is {o.label_smoothing}, which {', '.join(losses)} does not read; "
-            f"it should be 0, or the loss one of {', '.join(sorted(readers))}"
-        )
-
-
-def _check_dpo(stage: Stage, o: DPO) -> None:
-    where = f"{stage.name}.objective"
-    if not o.losses or len(set(o.losses)) < len(o.losses):
-        raise UserError(f"{where}.losses is {list(o.losses)}; it should be rows of the DPO table, each once")
-    if o.loss_weights and len(o.loss_weights) != len(o.losses):
-        raise UserError(
-            f"{where}.loss_weights has {len(o.loss_weights)} numbers and losses {len(o.losses)} rows; "
-            "it should have one for each, or none"
-        )
-    if o.loss_weights and not any(o.loss_weights):
-        raise UserError(f"{where}.loss_weights is {list(o.loss_weights)}; at least one should be above 0")
-    ranked = sorted(WHOLE_BATCH.intersection(o.losses))
-    if ranked and stage.microbatches > 1:
-        raise UserError(
-            f"{stage.name}.microbatches is {stage.microbatches}, and {ranked[0]} ranks all pairs of a batch: "
-            "it should be 1, or the loss another"
-        )
+    stage.objective.check(stage, model)
 
 
 def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
     """What a stage names of those before it: where it starts, reward models, what others have collected."""
     where, kinds = stage.name, {s.name: s.objective for s in earlier}
-    speaks = [name for name, kind in kinds.items() if not isinstance(kind, Speechless)]
+    speaks = [name for name, kind in kinds.items() if kind.produces == "policy"]
     if stage.start and stage.start not in speaks:
         raise UserError(
             f"{where}.start is {stage.start!r}; earlier stages that train a language model are {_listed(speaks)}"
         )
-    scorers = [name for name, kind in kinds.items() if isinstance(kind, RewardModel)]
+    scorers = [name for name, kind in kinds.items() if kind.produces == "scorer"]
     for name in reward_names(stage):
         if ":" not in name and name not in scorers:
             raise UserError(
-                f"{where}.objective.{'reward_models' if isinstance(stage.objective, PPO) else 'judge'} names the reward model "
+                f"{where}.objective.{stage.objective.reward_model_field} names the reward model "
                 f"{name!r}; those before it are {_listed(scorers)}; RUN:NAME is another run's"
             )
-    makers = [name for name, kind in kinds.items() if isinstance(kind, Collect)]
+    makers = [name for name, kind in kinds.items() if kind.produces == "rows"]
     for source in stage.sources:
         _check_made(f"{where} reads {source.path}; the stages before it that make rows are", source, makers)
 
@@ -269,23 +193,3 @@ def _check_made(what: str, source: Source, makers: list[str]) -> None:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none"
-
-
-def _check_ppo(stage: Stage, o: PPO) -> None:
-    if not o.reward_models and not o.verifier:
-        raise UserError(
-            f"{stage.name}.objective has neither reward_models nor a verifier: name a reward model's stage, or a row of the "
-            "verifier table"
-        )
-    if stage.batch_size % o.minibatches:
-        raise UserError(
-            f"{stage.name}.objective.minibatches {o.minibatches} does not divide its {stage.batch_size} answers"
-        )
-
-
-def _check_collect(stage: Stage, o: Collect) -> None:
-    where = f"{stage.name}.objective"
-    if not o.judge and not o.verifier:
-        raise UserError(f"{where} has no judge: set judge to a reward model's stage or to people, or name a verifier")
-    if o.judge == "people" and o.make == "best":
-        raise UserError(f"{where}.make is best and judge people, who compare answers and give no numbers: make pairs")

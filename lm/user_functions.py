@@ -20,16 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lm.experiment import CPO, DPO, FUNCTION, GRPO, KTO, PPO, Collect, Experiment, UserError, nearest
+from lm.config.field import FUNCTION, is_function_name
+from lm.config.objective import VERIFIER_ARGUMENTS
+from lm.experiment import Experiment, UserError, nearest
 from lm.stored import read_sealed
 
 SEARCH_PATH = "LM_FUNCTIONS"
 """Environment variable with the folders that are searched first, joined like PATH; child processes inherit it."""
-
-
-def is_function_name(name: Any) -> bool:
-    """Whether the value of a field names a function of the user's own."""
-    return isinstance(name, str) and ":" in name
 
 
 def search_first(folder: Path) -> None:
@@ -80,26 +77,14 @@ def _check_arguments(function: Callable[..., Any], arguments: str, what: str) ->
         pass
 
 
-VERIFIER = "row, completion"
-ARGUMENTS: dict[type, dict[str, str]] = {
-    GRPO: {"verifier": VERIFIER},
-    PPO: {"verifier": VERIFIER},
-    Collect: {"verifier": VERIFIER},
-    DPO: {"losses": "chosen, rejected, knobs"},
-    CPO: {"loss": "margin, knobs"},
-    KTO: {"loss": "rewards, sign, baseline"},
-}
-"""What a function is called with, by the objective and its field that names it."""
-
-
 def function_names(experiment: Experiment) -> list[tuple[str, str, str]]:
     """(field, FILE:FUNCTION, what it is called with) of every field that names a function of the user's own."""
     fields = [
         (f"{stage.name}.objective.{field}", getattr(stage.objective, field), arguments)
         for stage in experiment.stages
-        for field, arguments in ARGUMENTS.get(type(stage.objective), {}).items()
+        for field, arguments in stage.objective.functions.items()
     ]
-    fields += [(f"evals.{item.name}.verifier", item.verifier, VERIFIER) for item in experiment.evals]
+    fields += [(f"evals.{item.name}.verifier", item.verifier, VERIFIER_ARGUMENTS) for item in experiment.evals]
     return [
         (where, name, arguments)
         for where, value, arguments in fields

@@ -167,7 +167,11 @@ def _read_dataclass(value: Any, kind: Any, where: str, reading: Reading) -> Any:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+    """Types of the fields; of a generic dataclass what its type variable is bound to."""
+    return {
+        name: hint.__bound__ if isinstance(hint, typing.TypeVar) else hint
+        for name, hint in typing.get_type_hints(kind).items()
+    }
 
 
 def _member(where: str, number: int, item: Any) -> str:
@@ -228,6 +232,11 @@ FUNCTION = "FILE:FUNCTION"
 def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
     """Whether a value names a function of the user's own, and the Literal of these names has a place for one."""
     return FUNCTION in names and isinstance(value, str) and ":" in value
+
+
+def is_function_name(name: Any) -> bool:
+    """Whether the value of a field names a function of the user's own."""
+    return isinstance(name, str) and ":" in name
 
 
 # ---- in words ----------------------------------------------------------------------------------------------------

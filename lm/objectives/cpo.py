@@ -22,7 +22,7 @@ from lm.objectives.pairs import (
     reward_metrics,
 )
 from lm.types import Mean
-from lm.user_functions import ARGUMENTS, is_function_name, load_function
+from lm.user_functions import is_function_name, load_function
 
 
 class Knobs(NamedTuple):
@@ -73,7 +73,7 @@ def find_loss(name: str) -> tuple[Callable[[Pairs, Knobs], Pairs], bool]:
     The user's own reads means where it has an attribute `per_token` that is true.
     """
     if is_function_name(name):
-        own = load_function(name, "loss", ARGUMENTS[CPO]["loss"])
+        own = load_function(name, "loss", CPO.functions["loss"])
         return own, bool(getattr(own, "per_token", False))
     return LOSSES[name], name in PER_TOKEN
 

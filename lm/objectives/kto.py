@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from lm.experiment import KTO
 from lm.objectives.pairs import answer_sums, mean_over
 from lm.types import Mean
-from lm.user_functions import ARGUMENTS, is_function_name, load_function
+from lm.user_functions import is_function_name, load_function
 
 Rewards = Float[Array, " B"]
 """beta times log π(y|x) - log π_ref(y|x) of each answer."""
@@ -42,7 +42,7 @@ def reads_baseline(loss: str) -> bool:
 
 def find_loss(name: str) -> Callable[[Rewards, Rewards, Float[Array, ""]], Rewards]:
     """A row of the table, or the user's own FILE:FUNCTION."""
-    return load_function(name, "loss", ARGUMENTS[KTO]["loss"]) if is_function_name(name) else LOSSES[name]
+    return load_function(name, "loss", KTO.functions["loss"]) if is_function_name(name) else LOSSES[name]
 
 
 def log_ratio_mean(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Mean:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lm.config.objective import VERIFIER_ARGUMENTS
 from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
 from lm.rollout import mathematics
 from lm.rollout.answer_match import expected_reading, matches
-from lm.user_functions import VERIFIER, is_function_name, load_function
+from lm.user_functions import is_function_name, load_function
 
 Verifier = Callable[[Mapping[str, Any], str], float]
 
@@ -55,7 +56,7 @@ def find_verifier(name: str, where: str = "verifier") -> Verifier:
         UserError: there is none; `where` is the field that names it.
     """
     if is_function_name(name):
-        return load_function(name, where, VERIFIER)
+        return load_function(name, where, VERIFIER_ARGUMENTS)
     if name not in VERIFIERS:
         raise UserError(f"{where} is {name!r}; there are {', '.join(VERIFIERS)}, and {FUNCTION} of your own")
     return VERIFIERS[name]

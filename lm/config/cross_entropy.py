@@ -1,0 +1,27 @@
+"""Configs of the objectives that maximise likelihood: pretraining on text, SFT on conversations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lm.config.field import knob
+from lm.config.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Pretrain(ObjectiveConfig):
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser", least=0, most=1000)
+
+    data = "text"
+    caption = "is trained on text, to predict the next token."
+
+
+@dataclass(frozen=True)
+class SFT(ObjectiveConfig):
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser", least=0, most=1000)
+    loss_on: Literal["answers", "all"] = knob("answers", "tokens the loss covers: assistant turns only, or all")
+    learn_end: bool = knob(True, "the loss also covers the token that ends a turn")
+
+    data = "conversations"
+    caption = "is trained on conversations, to answer."

@@ -1,0 +1,78 @@
+"""Config of the DPO family: pairs of answers against a reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from lm.config.field import UserError, knob
+from lm.config.model import Model
+from lm.config.objective import PAIR_CHARTS, ObjectiveConfig, check_label_smoothing
+
+if TYPE_CHECKING:
+    from lm.config.stage import Stage
+
+READS_LABEL_SMOOTHING = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
+RANKS_BATCH = frozenset({"aot", "aot_unpaired"})  # a pair's loss depends on the other pairs of the batch
+
+DPOLoss = Literal[
+    "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "bco_pair", "aot", "aot_unpaired", "sft", "FILE:FUNCTION",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DPO(ObjectiveConfig):
+    losses: tuple[DPOLoss, ...] = knob(
+        ("sigmoid",), "rows of the DPO table, or functions of your own; several are added up, as in MPO"
+    )
+    loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each", least=0, most=1e6)
+    beta: float = knob(
+        0.1,
+        "scale of the implicit reward; the larger, the closer the policy stays to the reference",
+        least=1e-6,
+        most=100,
+    )
+    label_smoothing: float = knob(0.0, "label smoothing: assumed fraction of flipped preferences", least=0, below=0.5)
+    tau: float = knob(0.05, "temperature of discopop's blend", least=1e-3, most=1000)
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
+        "reverse_kl", "f-divergence between policy and reference"
+    )
+    alpha: float = knob(0.5, "of alpha_divergence; 1 is reverse_kl", least=-10, most=10)
+    ld_alpha: float = knob(
+        1.0, "LD-DPO: weight of an answer's tokens beyond the length of its partner", least=0, most=1
+    )
+    reference: Literal["step", "cached"] = knob(
+        "step",
+        "log-probabilities of the reference: computed in every step, or once before the first step, so that the reference needs no memory",
+    )
+    weighting: bool = knob(False, "WPO: weight each pair by the probability of its answers under the policy")
+
+    data = "pairs"
+    learns_preferences = True
+    functions: ClassVar = {"losses": "chosen, rejected, knobs"}
+    caption = "is trained on pairs of answers, to prefer the chosen one."
+    charts = PAIR_CHARTS
+
+    @property
+    def caches_reference(self) -> bool:
+        return self.reference == "cached"
+
+    def check(self, stage: Stage, model: Model) -> None:
+        where = f"{stage.name}.objective"
+        check_label_smoothing(where, self.label_smoothing, self.losses, READS_LABEL_SMOOTHING)
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            raise UserError(f"{where}.losses is {list(self.losses)}; it should be rows of the DPO table, each once")
+        if self.loss_weights and len(self.loss_weights) != len(self.losses):
+            raise UserError(
+                f"{where}.loss_weights has {len(self.loss_weights)} numbers and losses {len(self.losses)} rows; "
+                "it should have one for each, or none"
+            )
+        if self.loss_weights and not any(self.loss_weights):
+            raise UserError(f"{where}.loss_weights is {list(self.loss_weights)}; at least one should be above 0")
+        ranked = sorted(RANKS_BATCH.intersection(self.losses))
+        if ranked and stage.microbatches > 1:
+            raise UserError(
+                f"{stage.name}.microbatches is {stage.microbatches}, and {ranked[0]} ranks all pairs of a batch: "
+                "it should be 1, or the loss another"
+            )

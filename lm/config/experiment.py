@@ -1,0 +1,104 @@
+"""An experiment: model, tokenizer, mesh, stages one after another, and what is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lm.config.field import UserError, knob, nearest
+from lm.config.model import Mesh, Model, Tokenizer
+from lm.config.objective import reward_seconds_knob
+from lm.config.stage import Source, Stage
+
+
+@dataclass(frozen=True)
+class Eval:
+    name: str = knob(help="name of the column in tables", name=True)
+    source: Source = knob(help="where the held-out examples come from")
+    metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n", "pass_at_k"] = knob(
+        "reward", "what is measured"
+    )
+    verifier: str = knob(
+        "answer", "verifier, or FILE:FUNCTION of your own, of the metrics reward, best_of_n and pass_at_k"
+    )
+    count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)", least=1, most=10**9)
+    max_new_tokens: int = knob(64, "longest answer", least=1, most=2**26)
+    temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy", least=0.01, most=100, special=0)
+    best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k", least=1, most=2**16)
+    reward_seconds: float = reward_seconds_knob()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str = knob(help="name of the run; its folder is runs/NAME", name=True, affects_training=False)
+    stages: tuple[Stage, ...] = knob(help="stages, one after another")
+    evals: tuple[Eval, ...] = knob(
+        (), "held-out measurements taken before and after every stage", affects_training=False
+    )
+    prompts: tuple[str, ...] = knob(
+        ("What is an LLM?",), "prompts answered on every evaluation", affects_training=False
+    )
+    seed: int = knob(0, "seed of parameters, data order and samples", least=0, most=2**32 - 1)
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model = Model()
+    mesh: Mesh = knob(Mesh(), affects_training=False)
+
+
+MADE = "made:"
+"""How the path of a source begins whose rows an earlier stage of Collect writes; its name follows."""
+
+
+def rows_per_update(stage: Stage) -> int:
+    """Rows of tokens in one optimizer update, over all devices."""
+    return stage.objective.rows_per_update(stage.batch_size)
+
+
+def corrects_sampler(o: Any) -> bool:
+    """Whether the old policy of a rollout is the trainer's, with the sampler's log-probabilities kept beside it."""
+    return o.corrects_sampler
+
+
+def updates_per_step(stage: Stage) -> int:
+    """Optimizer updates in one step of the loop: several only where they share a rollout."""
+    return stage.objective.updates_per_step
+
+
+def start_of(experiment: Experiment, index: int) -> int | None:
+    """The stage whose model enters stage `index`: its `start`, else the nearest before that leaves a language model."""
+    earlier = list(enumerate(experiment.stages[:index]))
+    name = experiment.stages[index].start
+    speaks = [i for i, s in earlier if s.objective.produces == "policy" and name in ("", s.name)]
+    return speaks[-1] if speaks else None
+
+
+def reward_names(stage: Stage) -> tuple[str, ...]:
+    """The reward models that a stage reads, as NAME or RUN:NAME."""
+    return stage.objective.reward_model_names
+
+
+def rows_together(stage: Stage) -> int:
+    """Rows that no microbatch may part: the two of a pair."""
+    return stage.objective.rows_per_example
+
+
+def resolve_sources(experiment: Experiment) -> Experiment:
+    """The experiment with every eval's `stage:NAME` (or `stage:NAME.2`) replaced by that stage's first (or third) source.
+
+    Raises:
+        UserError: there is no such stage, or no such source of it.
+    """
+    known = {
+        name: source
+        for stage in experiment.stages
+        for number, source in enumerate(stage.sources)
+        for name in ((f"stage:{stage.name}",) if number == 0 else ()) + (f"stage:{stage.name}.{number}",)
+    }
+
+    def resolved(item: Eval) -> Eval:
+        path = item.source.path
+        if path.startswith("stage:") and path not in known:
+            raise UserError(f"evals.{item.name}.source.path is {path!r}{nearest(path, known)}")
+        return dataclasses.replace(item, source=known.get(path, item.source))
+
+    return dataclasses.replace(experiment, evals=tuple(map(resolved, experiment.evals)))

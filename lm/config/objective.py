@@ -1,0 +1,151 @@
+"""What every objective's config says of its algorithm to code that imports no jax: data, checks, plan, sweep and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lm.config.field import UserError, is_function_name, knob
+from lm.config.model import Model
+
+if TYPE_CHECKING:
+    from lm.config.stage import Stage
+
+DataKind = Literal["text", "conversations", "pairs", "labelled", "prompts"]
+VERIFIER_ARGUMENTS = "row, completion"
+
+
+@dataclass(frozen=True)
+class MetricChart:
+    """A chart of metrics over the steps of a stage: its title, {name in metrics.jsonl: label of its curve}, its axis."""
+
+    title: str
+    curves: Mapping[str, str]
+    percent: bool = False  # the axis is in percent where all values are parts of 1
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A warning that the metrics of `steps` steps in a row give; `text` is filled from the last of them and the objective."""
+
+    shows: Callable[[Mapping[str, Any]], bool]
+    text: str
+    steps: int = 5
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """An objective's fields, and what is asked of its algorithm without jax; a class states what differs from these answers.
+
+    data: kind of the examples that a stage reads.
+    produces: what a stage leaves: a language model, a reward model (scorer), or rows for later stages.
+    learns_preferences: held-out pairs are compared with the model that entered the first stage of this kind.
+    functions: fields that take a function of the user's own, with the arguments it is called with.
+    reward_model_field: the field that names reward models.
+    caption: what the report says after the stage's name.
+    charts, small_charts: what the report draws beside loss, learning rate, gradient norm and speed.
+    signs: warnings that its metrics may give, by kind.
+    """
+
+    data: ClassVar[DataKind]
+    produces: ClassVar[Literal["policy", "scorer", "rows"]] = "policy"
+    learns_preferences: ClassVar[bool] = False
+    functions: ClassVar[Mapping[str, str]] = {}
+    reward_model_field: ClassVar[str] = ""
+    caption: ClassVar[str]
+    charts: ClassVar[tuple[MetricChart, ...]] = ()
+    small_charts: ClassVar[tuple[MetricChart, ...]] = ()
+    signs: ClassVar[Mapping[str, Sign]] = {}
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage has training steps."""
+        return self.produces != "rows"
+
+    @property
+    def samples(self) -> bool:
+        """Whether the stage samples completions of its prompts."""
+        return self.data == "prompts"
+
+    @property
+    def rows_per_example(self) -> int:
+        """Rows of a batch that no microbatch may part: the two of a pair."""
+        return 2 if self.data == "pairs" else 1
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates in one step of the loop: several only where they share a rollout."""
+        return 1
+
+    def rows_per_update(self, batch_size: int) -> int:
+        """Rows of tokens in one optimizer update, over all devices."""
+        return batch_size * self.rows_per_example
+
+    @property
+    def completions_per_prompt(self) -> int:
+        """Completions sampled for one prompt; neighbouring rows of a rollout."""
+        return 1
+
+    @property
+    def max_rollouts(self) -> int:
+        """Most rollouts in one step."""
+        return 1
+
+    @property
+    def reward_model_names(self) -> tuple[str, ...]:
+        """Reward models that the stage reads, as NAME or RUN:NAME."""
+        return ()
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed before the first step and put into the batches."""
+        return False
+
+    def trained_model(self, model: Model) -> Model:
+        """The config of the model that is trained, where a language model of config `model` enters."""
+        return model
+
+    def check(self, stage: Stage, model: Model) -> None:
+        """Raises UserError, with the field, its value and what would work, for what the ranges of single fields allow."""
+
+
+def reward_seconds_knob() -> Any:
+    """The field that limits the time of a reward."""
+    text = "seconds that the verifier may take for one completion; then it is stopped, and the reward is 0"
+    return knob(10.0, text, above=0, most=10**6)
+
+
+def check_label_smoothing(where: str, smoothing: float, losses: tuple[str, ...], readers: frozenset[str]) -> None:
+    """Raises UserError where label smoothing is set and no loss reads it; `where` is the objective in dotted form."""
+    if smoothing and readers.isdisjoint(losses) and not any(map(is_function_name, losses)):
+        raise UserError(
+            f"{where}.label_smoothing is {smoothing}, which {', '.join(losses)} does not read; "
+            f"it should be 0, or the loss one of {', '.join(sorted(readers))}"
+        )
+
+
+# ---- charts and signs that several objectives share ----------------------------------------------------------------
+
+COMPLETION_LENGTH = MetricChart("Completion length", {"completion_length": "tokens"})
+ENTROPY = MetricChart("Entropy", {"entropy": "nats a token"})
+ENDED = MetricChart("Ended itself", {"eos_rate": ""}, percent=True)
+PAIR_CHARTS = (
+    MetricChart("Pairs ranked right", {"reward_accuracy": "training pairs"}, percent=True),
+    MetricChart("Implicit reward", {"reward_chosen": "chosen", "reward_rejected": "rejected"}),
+    MetricChart("Margin", {"reward_margin": "chosen less rejected"}),
+)
+SAMPLING_SIGNS: dict[str, Sign] = {
+    "truncated": Sign(
+        lambda line: line.get("eos_rate") == 0,
+        "none of the answers of step {step} ended by itself: the policy gets no signal to end its answers; a longer max_new_tokens, or "
+        "more instruction tuning before, helps (eos_rate in the metrics tells when it passes)",
+        steps=1,
+    ),
+    "reward_timeouts": Sign(
+        lambda line: line.get("reward_timeouts", 0) > 0,
+        "{reward_timeouts:.0f} rewards of step {step} took longer than {reward_seconds:g} s (objective.reward_seconds) and count "
+        "as 0; the metric reward_timeouts counts them",
+        steps=1,
+    ),
+}

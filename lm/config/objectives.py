@@ -1,0 +1,23 @@
+"""Every objective that a stage can have: the union that an experiment is read by, and the same by name."""
+
+from __future__ import annotations
+
+import typing
+
+from lm.config.collect import Collect
+from lm.config.cpo import CPO
+from lm.config.cross_entropy import SFT, Pretrain
+from lm.config.dpo import DPO
+from lm.config.grpo import GRPO
+from lm.config.kto import KTO
+from lm.config.objective import ObjectiveConfig
+from lm.config.orpo import ORPO
+from lm.config.ppo import PPO
+from lm.config.reward_model import RewardModel
+
+Objective = Pretrain | SFT | DPO | CPO | ORPO | KTO | GRPO | RewardModel | PPO | Collect
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {kind.__name__: kind for kind in typing.get_args(Objective)}
+Paired = DPO | CPO | ORPO | RewardModel  # learn from pairs: a chosen answer in one row, the rejected one in the next
+Preference = DPO | CPO | ORPO | KTO | PPO  # the policy learns what people prefer
+Sampled = GRPO | PPO  # learn from what the model itself answers
+Speechless = RewardModel | Collect  # leave no language model behind: a later stage starts from the one before them
