@@ -166,6 +166,7 @@ def summarise(
         more = {"files": files} if files else {}
         content = counts | more | {"peak_memory_mb": peak_memory_mb()} | costs.total()
         write_sealed(folder.summary(stage.name), content)
+        folder.record_finished()
 
 
 def tidy(folder: RunFolder, stage: Stage) -> None:

@@ -55,11 +55,12 @@ def read_run(folder: Path) -> Run:
     """Every file of a run folder that the report needs; a run may be unfinished or not even begun.
 
     Raises:
-        UserError: the folder is no run (says which file is missing), or a line of a file is not JSON.
+        UserError: the folder is no run (says which file is missing), a line of a file is not JSON, or a file is gone.
     """
     if not os.path.isdir(folder):  # False for a name that is too long, where a Path raises
         raise UserError(f"there is no run folder {shown(str(folder))}")
     experiment = to_dict(from_dict(read_experiment(folder)))
+    RunFolder(folder).check_whole(stage["name"] for stage in experiment["stages"])
     sessions = RunFolder(folder).read_environment().get("runs", [])
     stages = tuple(
         read_stage(folder, stage["name"], stage["objective"]["kind"], stage["steps"]) for stage in experiment["stages"]

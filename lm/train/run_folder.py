@@ -24,6 +24,8 @@ from lm.stored import lock_file, make_folder, read_json, read_sealed, write_json
 __all__ = ["RunFolder", "read_json", "read_sealed", "write_json_atomic", "write_sealed"]
 
 MOST_DIFFERENCES = 10
+FINISHED = "finished"
+"""Field of environment.json with the names of the stages that have a summary, so that one that is removed is missed."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,25 @@ class RunFolder:
         runs = found.get("runs")
         if not isinstance(runs, list) or not all(isinstance(session, dict) for session in runs):
             raise UserError(f"{self.environment} is damaged: it has no list of sessions; put back a copy of it")
+        if not isinstance(found.get(FINISHED, []), list):
+            raise UserError(f"{self.environment} is damaged: {FINISHED!r} is no list of stages; put back a copy of it")
         return found
+
+    def record_finished(self) -> None:
+        """Write down in environment.json which stages are finished, where that has changed."""
+        known, now = self.read_environment(), self._finished()
+        if known and known.get(FINISHED) != now:
+            write_sealed(self.environment, known | {FINISHED: now})
+
+    def check_whole(self, stages: Iterable[str]) -> None:
+        """Raises UserError where environment.json, or the summary of a stage that it calls finished, has been removed."""
+        again = "put back a copy of it, or `lm run` makes it anew"
+        if not self.environment.exists() and _has_files(self.path / "stages"):
+            raise UserError(f"{self.environment} is gone: {again}")
+        recorded = self.read_environment().get(FINISHED, [])
+        for name in stages:
+            if name in recorded and not self.finished(name):
+                raise UserError(f"{self.summary(name)} is gone, and stage {name} was finished: {again}")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -174,8 +194,11 @@ class RunFolder:
     def _replace_experiment(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Either is right in between: a kill at any moment leaves what can be read."""
         if known := self.read_environment():
-            write_sealed(self.environment, known | {EXPERIMENTS: [old, new]})
+            write_sealed(self.environment, known | {EXPERIMENTS: [old, new], FINISHED: self._finished()})
         write_json_atomic(self.experiment, new)
+
+    def _finished(self) -> list[str]:
+        return sorted(path.parent.name for path in self.path.glob("stages/*/summary.json"))
 
     def _begun(self, experiment: dict[str, Any]) -> int:
         """How many of the experiment's stages have begun: up to the last that has a file; all, where the file is of none."""

@@ -192,6 +192,7 @@ def _prepared(
         record_environment(folder, found, function_files(experiment))
         if trains:
             record_beginning(folder, now, accepted)
+        folder.record_finished()
 
     in_first(record)
     together(lambda: check_reward_models(experiment, tokenizer))

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from lm.experiment import SFT, Collect, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer
 from lm.train.metrics import read_lines
 from lm.train.rerun import CLOCKS
+
+CONSTANT = Optimizer(peak_lr=3e-3, warmup_steps=1, schedule="constant")
+
+
+def experiment(root: Path, **sft) -> Experiment:
+    """Collect and then SFT, of few steps, on `write_questions`; `sft` changes fields of the second stage."""
+    asked = Source(str(root / "asked.jsonl"), holdout=0.2)
+    few = {"batch_size": 4, "seq_len": 48}
+    return Experiment(
+        name="resume",
+        prompts=("Tell abcd",),
+        tokenizer=Tokenizer(vocab_size=320),
+        model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64),
+        mesh=Mesh(data=1),
+        stages=(
+            Stage("collect", Collect(verifier="manners", max_new_tokens=4, make="best"), (asked,), steps=1, **few),
+            Stage("sft", SFT(), (Source("made:collect", holdout=0.0), asked), CONSTANT, **few | {"steps": 4, "save_every": 2} | sft),
+        ),
+        evals=(Eval("asked", asked, verifier="manners", count=4, max_new_tokens=4),),
+    )  # fmt: skip
+
+
+def write_questions(root: Path) -> None:
+    words = [a + b + c for a in "bdgk" for b in "aeio" for c in "lmn"]
+    rows = [{"question": f"Tell {word}", "answer": f"Gladly. {word} no"} for word in words]
+    (root / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:

@@ -1,7 +1,11 @@
-"""Whatever is in a file of a run or of the cache, its reader gives a value or one line that names the file."""
+"""Whatever is in a file of a run or of the cache, its reader gives a value or one line that names the file, and a command the
+same numbers or one line."""
 
 import json
+import os
 import random
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 from lm import json_lines
 from lm.changes import read_experiment
 from lm.choices.log import read_log
+from lm.cli.main import main
 from lm.data.cache import Cache
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import SFT, Experiment, Source, Stage, UserError, from_dict, to_dict
@@ -17,10 +22,11 @@ from lm.json_lines import checksums, read_json_lines
 from lm.stored import read_sealed, write_json_atomic, write_sealed
 from lm.train import goodput
 from lm.train.checkpoint import Checkpoints
-from lm.train.metrics import MetricsLog, read_lines
+from lm.train.metrics import KINDS, MetricsLog, read_lines
 from lm.train.provenance import last_session
 from lm.train.run_files import read_run
 from lm.train.run_folder import RunFolder
+from tests.train.runs import experiment, write_questions
 
 TIMES = 60
 PLAN = Experiment("plan", (Stage("sft", SFT(), (Source("gen:drills"),), steps=3),))
@@ -148,3 +154,75 @@ def test_a_flipped_bit_of_a_sealed_line_is_always_found(tmp_path):
             read_lines(file)
     file.write_bytes(whole)
     assert len(read_json_lines(file)) == 3
+
+
+def flipped(data: bytes, draw: random.Random) -> bytes:
+    changed = bytearray(data)
+    changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+DAMAGES = {
+    "flipped": flipped,
+    "cut": lambda data, draw: data[: len(data) // 2],
+    "emptied": lambda data, draw: b"",
+    "removed": lambda data, draw: None,
+}
+CLOCKS = re.compile(r"[\d.,]+\s*(µs|ms|s|min|h|MB|GB|kB)\b|[\d,.]+ tokens/s")
+DAMAGED = (
+    "experiment.json", "environment.json", "tokenizer/tokenizer.model", "stages/collect/made.jsonl",
+    "stages/collect/answers.jsonl", "stages/collect/summary.json", "stages/sft/eval.jsonl", "stages/sft/metrics.jsonl",
+    "stages/sft/metrics.jsonl.crc32",
+    "stages/sft/samples.jsonl", "stages/sft/summary.json", "stages/sft/checkpoints/*4/manifest.json",
+    "stages/sft/checkpoints/*4/params/_METADATA", "stages/sft/checkpoints/*4/params/ocdbt.process_0/d/*",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("damaged")
+    write_questions(root)
+    write_json_atomic(root / "plan.json", to_dict(experiment(root)))
+    assert main(["run", str(root / "plan.json"), "--run-dir", str(root / "run"), "--cache", str(root / "cache")]) == 0
+    return root
+
+
+def outcome(root: Path, command: str, capsys) -> tuple[int, str, list[str]]:
+    """Exit code, the numbers that the command gives, and the lines of its error."""
+    run, cache = str(root / "run"), ["--cache", str(root / "cache")]
+    words = {
+        "run": ["run", str(root / "plan.json"), "--run-dir", run, "--no-report", *cache],
+        "sample": ["sample", run, "--max-new-tokens", "4"],
+        "eval": ["eval", run, *cache],
+        "report": ["report", run],
+    }
+    capsys.readouterr()
+    code = main(words[command])
+    told = capsys.readouterr()
+    stage = root / "run" / "stages" / "sft"
+    files = {"run": [stage / f"{kind}.jsonl" for kind in KINDS], "report": [root / "run" / "report.html"]}
+    numbers = told.out if command != "run" else ""
+    numbers += "".join(file.read_text() for file in files.get(command, ()) if code == 0 and file.exists())
+    return code, CLOCKS.sub("", numbers), [line for line in told.err.splitlines() if line.startswith("lm: error")]
+
+
+@pytest.mark.parametrize("command", ["run", "sample", "eval", "report"])
+def test_a_damaged_file_gives_the_same_numbers_or_one_line(whole, command, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "kept")
+    code, numbers, _ = outcome(whole, command, capsys)
+    assert code == 0
+    wrong = []
+    for place, name in enumerate(DAMAGED):
+        for damage in ("removed", ("flipped", "cut", "emptied")[place % 3]):
+            (file,) = whole.glob(f"run/{name}")
+            content, times = DAMAGES[damage](file.read_bytes(), random.Random(name)), file.stat()
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+                os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+            code, now, lines = outcome(whole, command, capsys)
+            if not (now == numbers if code == 0 else code == 2 and len(lines) == 1):
+                wrong.append((name, damage, code, lines))
+            shutil.rmtree(whole / "run")
+            shutil.copytree(tmp_path / "kept" / "run", whole / "run")
+    assert not wrong

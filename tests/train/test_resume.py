@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm.evals.rows import between_batches
-from lm.experiment import SFT, Collect, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer, UserError
+from lm.experiment import UserError
 from lm.files import load
 from lm.json_lines import checksums
 from lm.stored import read_sealed, write_sealed
@@ -20,36 +20,15 @@ from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop
 from lm.train.stages import evaluate_run, run
-from tests.train.runs import forget_last_checkpoint, metrics
+from tests.train.runs import experiment, forget_last_checkpoint, metrics, write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
-
-CONSTANT = Optimizer(peak_lr=3e-3, warmup_steps=1, schedule="constant")
-
-
-def experiment(root: Path, **sft) -> Experiment:
-    asked = Source(str(root / "asked.jsonl"), holdout=0.2)
-    few = {"batch_size": 4, "seq_len": 48}
-    return Experiment(
-        name="resume",
-        prompts=("Tell abcd",),
-        tokenizer=Tokenizer(vocab_size=320),
-        model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64),
-        mesh=Mesh(data=1),
-        stages=(
-            Stage("collect", Collect(verifier="manners", max_new_tokens=4, make="best"), (asked,), steps=1, **few),
-            Stage("sft", SFT(), (Source("made:collect", holdout=0.0), asked), CONSTANT, **few | {"steps": 4, "save_every": 2} | sft),
-        ),
-        evals=(Eval("asked", asked, verifier="manners", count=4, max_new_tokens=4),),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("resume")
-    words = [a + b + c for a in "bdgk" for b in "aeio" for c in "lmn"]
-    rows = [{"question": f"Tell {word}", "answer": f"Gladly. {word} no"} for word in words]
-    (root / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(root)
     run(experiment(root), root / "whole")
     return root
 
