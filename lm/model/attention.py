@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Bool, Float, Int
 
 from lm.experiment import Model
-from lm.model import attention_cpu, splash
+from lm.model.kernels import attention_cpu, splash
 from lm.model.linear import contract
 from lm.parallel.rules import constrain, platform
 

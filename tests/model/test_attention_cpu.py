@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm.model.attention import attend, visible
-from lm.model.attention_cpu import attend_in_blocks
+from lm.model.kernels.attention_cpu import attend_in_blocks
 
 
 def packed(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:

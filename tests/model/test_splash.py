@@ -1,4 +1,4 @@
-"""lm/model/splash.py against plain attention, values and gradients, the kernel interpreted."""
+"""lm/model/kernels/splash.py against plain attention, values and gradients, the kernel interpreted."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 from lm.check import check
 from lm.experiment import SFT, Experiment, Mesh, Model, Source, Stage, UserError
 from lm.model.attention import attend, visible
-from lm.model.splash import block_size, fits, splash
+from lm.model.kernels.splash import block_size, fits, splash
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import axis_sizes, check_fits, make_mesh
 from lm.parallel.row_order import balance, cut_of, restore
@@ -60,7 +60,7 @@ def backward(request, monkeypatch):
     """Both ways to the gradients: of devices whose vector memory holds the sums of a row, and of others."""
     row = 3 * LENGTH * WIDTH * 4
     memory = {"cpu": 2 * row if request.param == "a whole row" else row}
-    monkeypatch.setattr("lm.model.splash_kernels.VECTOR_MEMORY", memory)
+    monkeypatch.setattr("lm.model.kernels.splash_kernels.VECTOR_MEMORY", memory)
 
 
 def test_packed_rows_and_grouped_heads(backward):
@@ -93,7 +93,7 @@ def test_each_device_has_an_early_and_a_late_chunk_of_a_row(window):
 
 
 def test_a_model_has_the_same_logits_and_gradients_with_it(backward, monkeypatch):
-    monkeypatch.setattr("lm.model.splash.splash", functools.partial(splash, interpret=True))
+    monkeypatch.setattr("lm.model.kernels.splash.splash", functools.partial(splash, interpret=True))
     positions, segments = packed(2)
     tokens = jax.random.randint(jax.random.key(1), positions.shape, 0, 64)
     found = {}

@@ -1,7 +1,7 @@
 """Attention on TPUs by Pallas kernels: blocks of queries and keys, softmax on the way, no [T, T] array in memory.
 
 The kernels know a causal mask by place and segment ids, which is what packed rows need: inside a segment positions rise
-with the place. They are in lm/model/splash_kernels.py; here is what surrounds them: block sizes, devices, gradients.
+with the place. They are in splash_kernels.py; here is what surrounds them: block sizes, devices, gradients.
 Source: FlashAttention-2, arXiv 2307.08691.
 
 Where the mesh splits the tokens of a row (`context`), every device keeps its queries and gathers all keys and values.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Float, Int
 
-from lm.model.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
+from lm.model.kernels.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
 from lm.parallel.row_order import balance, cut_of
 from lm.parallel.rules import device_kind, spec, ways
 
