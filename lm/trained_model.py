@@ -13,7 +13,7 @@ from lm.data.chat import as_messages, check_conversation, render
 from lm.data.tokenizer import TURN_END, TURN_START
 from lm.experiment import UserError
 from lm.objectives.logprobs import token_logprobs
-from lm.rollout.sampler import generate_text
+from lm.rollout.engine import generate_text
 from lm.train.compilations import keep_compilations
 from lm.train.models import Loaded, load_run
 from lm.types import Batch

@@ -38,7 +38,7 @@ def call(arguments: argparse.Namespace) -> int:
     run_dir = find_run(arguments.run)
     stage = find_stage(run_dir, arguments.stage)
 
-    from lm.rollout.sampler import generate_text
+    from lm.rollout.engine import generate_text
     from lm.train.compilations import keep_compilations
     from lm.train.models import load_run
 

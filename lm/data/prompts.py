@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -20,6 +20,9 @@ from lm.data.supply import LOOKED_AT, Order, Tally, excerpt
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import unread_columns
 from lm.experiment import Source, UserError
+
+# (row, where it stands, for errors) -> the turns that it asks
+MessagesOf = Callable[[Mapping[str, Any], str], list[dict[str, Any]]]
 
 
 class Prompts(NamedTuple):
@@ -52,6 +55,7 @@ class PromptFeed:
     tokenizer: Tokenizer
     fingerprint: str
     rows: int | None
+    messages: MessagesOf = chat.prompt_messages
 
     def batch(self, step: int) -> Prompts:
         """Prompts step * batch_size … of the mixture; held-out ones in fixed order, and after the last the first again."""
@@ -61,7 +65,7 @@ class PromptFeed:
             part, index = self._find(number)
             rows.append(part.rows[index])
             wheres.append(part.rows.where(index))
-        return encode_prompts(rows, self.prompt_len, self.tokenizer, wheres)
+        return encode_prompts(rows, self.prompt_len, self.tokenizer, wheres, self.messages)
 
     def report(self) -> str:
         """One line a source: prompts, the longest, the room there is, what was dropped; then its remarks. None is cut."""
@@ -102,11 +106,12 @@ def make_prompt_feed(
     columns: Sequence[str] = (),
     elsewhere: Places = NOWHERE,
     max_new_tokens: int = 0,
+    messages: MessagesOf = chat.prompt_messages,
 ) -> PromptFeed:
     """The prompts of a rollout stage, each of at most prompt_len tokens.
 
     `columns` are what every row must carry (`lm.rollout.verifiers.NEEDS`), and `max_new_tokens` what is sampled after a
-    prompt, for advice. Every row of a file is looked at here, of a
+    prompt, for advice. `messages` gives the turns that a row asks (row, where it stands). Every row of a file is looked at here, of a
     generator the first few hundred. Raises UserError if a prompt is too long or a column is missing, unless the source
     drops such rows.
     """
@@ -116,7 +121,7 @@ def make_prompt_feed(
         order = Order(None if split == "heldout" else order_key(seed, "prompts", number))
         endless = _endless(rows, order)
         checked = [indices[k] for k in range(LOOKED_AT)] if endless else indices
-        found = _look_at(rows, checked, tokenizer, columns)
+        found = _look_at(rows, checked, tokenizer, columns, messages)
         kept, tally = _fitting(rows, checked, found, prompt_len, max_new_tokens)
         tally = replace(tally, partial=endless)
         if split == "train" and (number_withheld := withheld(source, rows, elsewhere)):
@@ -131,25 +136,30 @@ def make_prompt_feed(
         tokenizer=tokenizer,
         fingerprint=fingerprint(sources, [part.rows for part in parts], tokenizer.fingerprint, elsewhere),
         rows=sum(len(part.indices) for part in parts) if split == "heldout" else None,
+        messages=messages,
     )
 
 
 def encode_prompts(
-    rows: Sequence[Mapping[str, Any]], prompt_len: int, tokenizer: Tokenizer, wheres: Sequence[str] | None = None
+    rows: Sequence[Mapping[str, Any]],
+    prompt_len: int,
+    tokenizer: Tokenizer,
+    wheres: Sequence[str] | None = None,
+    messages: MessagesOf = chat.prompt_messages,
 ) -> Prompts:
     """The prompts of rows, rendered up to the assistant's header and left padded to prompt_len.
 
     `wheres` name the rows in errors. Raises UserError if one is too long.
     """
     wheres = wheres or [f"prompt {number}" for number in range(1, len(rows) + 1)]
-    prompts = [_tokens(row, where, tokenizer) for row, where in zip(rows, wheres, strict=True)]
+    prompts = [_tokens(messages(row, where), tokenizer) for row, where in zip(rows, wheres, strict=True)]
     _check_lengths([len(prompt) for prompt in prompts], wheres, prompt_len)
     tokens, lengths = packing.left_pad(prompts, prompt_len, tokenizer.pad_id)
     return Prompts(tokens, lengths, [dict(row) for row in rows])
 
 
-def _tokens(row: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> list[int]:
-    return chat.render(chat.prompt_messages(row, where), tokenizer, generation_prompt=True).tokens
+def _tokens(messages: Sequence[chat.Message], tokenizer: Tokenizer) -> list[int]:
+    return chat.render(messages, tokenizer, generation_prompt=True).tokens
 
 
 class _Found(NamedTuple):
@@ -161,14 +171,16 @@ class _Found(NamedTuple):
     unread: tuple[str, ...]
 
 
-def _look_at(rows: Rows, indices: Sequence[int], tokenizer: Tokenizer, columns: Sequence[str]) -> _Found:
+def _look_at(
+    rows: Rows, indices: Sequence[int], tokenizer: Tokenizer, columns: Sequence[str], messages: MessagesOf
+) -> _Found:
     """Raises BadRow for the first row that is no prompt or lacks a column, unless the source drops such rows."""
     lengths, flaws = np.zeros((2, len(indices)), np.int64)
     errors, unread = dict[int, str](), dict[str, None]()
     for number, index in enumerate(indices):
         row, where = rows[index], rows.where(index)
         try:
-            lengths[number] = len(_tokens(row, where, tokenizer))
+            lengths[number] = len(_tokens(messages(row, where), tokenizer))
             for column in columns:
                 if row.get(column) is None:
                     found = ", ".join(map(str, row))

@@ -12,26 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lm.data.packing import left_pad
-from lm.evals.examples import read_examples
-from lm.evals.rows import ROWS, SHOWN, Measured, Subject, between_batches, last_turn, mean_of, rounded
+from lm.evals.examples import read_examples, spec_of
+from lm.evals.rows import ROWS, SHOWN, Measured, Subject, between_batches, mean_of, rounded
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import fetch
-from lm.rollout.environments import as_batch
+from lm.rollout.engine import LocalEngine, Request
+from lm.rollout.episodes import Episode, conclude, run_episodes
 from lm.rollout.experience import score_rows
-from lm.rollout.rewards import Rewards, compute_rewards, timeouts_of
-from lm.rollout.sampler import Answer, decode_rows, generate
+from lm.rollout.rewards import timeout_metric
+from lm.rollout.trajectory import Trajectory, rewards_of, trajectory_batch
 from lm.types import Batch
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A held-out row, an answer to it, and numbers of the answer by name."""
+    """An answer to a held-out row, with its reward, and numbers of it by name."""
 
-    row: dict[str, Any]
-    answer: Answer
+    trajectory: Trajectory
     numbers: dict[str, float]
 
 
@@ -41,16 +40,15 @@ def reward(item: Eval, subject: Subject) -> Measured:
     Of answers sampled at temperature 1 also their entropy (nats a token) and, with a reference, its KL (nats an answer, the
     mean of log π - log π_ref over what was sampled); with reward models their mean score.
     """
-    found = answers_of(item, subject)
-    judged = _rewards(item, found)
-    rewards = judged.values.tolist()
+    found, timeouts = answers_of(item, subject)
+    rewards = [one.trajectory.reward for one in found]
     values = (
         mean_of("reward", rewards)
-        | timeouts_of(judged)
+        | timeout_metric(timeouts)
         | {
-            "eos_rate": float(np.mean([one.answer.eos for one in found])),
+            "eos_rate": float(np.mean([one.trajectory.ended for one in found])),
             "length": float(np.mean([one.numbers["length"] for one in found])),
-            "distinct_2": distinct_bigrams([one.answer.text for one in found]),
+            "distinct_2": distinct_bigrams([one.trajectory.text for one in found]),
         }
     )
     wrong = [one.numbers["length"] for one, score in zip(found, rewards, strict=True) if score < 1]
@@ -62,8 +60,7 @@ def reward(item: Eval, subject: Subject) -> Measured:
     for name in ("kl", "score"):
         if name in found[0].numbers:
             values |= mean_of(name, [one.numbers[name] for one in found])
-    examples = [_example(one, score) for one, score in zip(found[:SHOWN], rewards, strict=False)]
-    return Measured(values, len(found), examples)
+    return Measured(values, len(found), [_example(one) for one in found[:SHOWN]])
 
 
 def best_of_n(item: Eval, subject: Subject) -> Measured:
@@ -74,19 +71,18 @@ def best_of_n(item: Eval, subject: Subject) -> Measured:
     """
     if not subject.scorers:
         raise UserError(f"evals.{item.name}: best_of_n needs a reward model to choose by, and there is none")
-    found = answers_of(item, subject, item.best_of)
+    found, timeouts = answers_of(item, subject, item.best_of)
     count = len(found) // item.best_of
 
     def table(numbers: list[float]) -> Float[np.ndarray, "P N"]:
         return np.array(numbers).reshape(count, item.best_of)
 
     scores = table([one.numbers["score"] for one in found])
-    judged = _rewards(item, found)
-    rewards = table(judged.values.tolist())
+    rewards = table([one.trajectory.reward for one in found])
     lengths = table([one.numbers["length"] for one in found])
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
     values: dict[str, Any] = {"best_of": sizes, "kl_bound": [math.log(n) - (n - 1) / n for n in sizes]}
-    values |= timeouts_of(judged)
+    values |= timeout_metric(timeouts)
     for name, numbers in (("reward", rewards), ("score", scores), ("length", lengths)):
         means = [mean_of(name, best_of(scores, numbers, n)) for n in sizes]
         values |= {key: [mean[key] for mean in means] for key in means[0]}
@@ -98,11 +94,11 @@ def pass_at_k(item: Eval, subject: Subject) -> Measured:
 
     The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right answers in n (arXiv:2107.03374, eq. 1).
     """
-    found = answers_of(item, subject, item.best_of)
-    judged = _rewards(item, found)
-    counts = (judged.values >= 1).reshape(-1, item.best_of).sum(1)
+    found, timeouts = answers_of(item, subject, item.best_of)
+    rewards = rewards_of([one.trajectory for one in found])
+    counts = (rewards >= 1).reshape(-1, item.best_of).sum(1)
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
-    values: dict[str, Any] = timeouts_of(judged)
+    values: dict[str, Any] = timeout_metric(timeouts)
     for k in sizes:
         values |= mean_of(
             f"pass_at_{k}", [1 - math.comb(item.best_of - c, k) / math.comb(item.best_of, k) for c in counts.tolist()]
@@ -127,43 +123,36 @@ def distinct_bigrams(texts: list[str]) -> float:
     return len(set(pairs)) / max(len(pairs), 1)
 
 
-def answers_of(item: Eval, subject: Subject, each: int = 1) -> list[Answered]:
-    """`each` answers to every held-out prompt, neighbours."""
+def answers_of(item: Eval, subject: Subject, each: int = 1) -> tuple[list[Answered], int]:
+    """`each` answers to every held-out prompt, neighbours, with their rewards, and how many of these took too long."""
     model, tokenizer = subject.model, subject.tokenizer
     assert isinstance(model, Transformer)
-    room = model.config.max_len - item.max_new_tokens
     asked = read_examples(item, tokenizer, model.config.max_len)
-    rows, prompts = asked.rows, asked.encoded
-    kept = list(range(len(prompts)))
-    width = rounded(max(map(len, prompts)), room)
+    width = rounded(max(map(len, asked.encoded)), model.config.max_len - item.max_new_tokens)
     at_once = max(1, ROWS // each)
-    found = []
-    for start in range(0, len(kept), at_once):
+    episodes: list[Episode] = []
+    numbers: list[dict[str, float]] = []
+    for start in range(0, len(asked.encoded), at_once):
         between_batches()
-        part = kept[start : start + at_once]
-        filled = part + part[-1:] * (at_once - len(part))
-        tokens, sizes = left_pad([prompts[i] for i in filled], width, tokenizer.pad_id)
-        out = fetch(
-            generate(
-                model, tokens, sizes, jax.random.fold_in(jax.random.key(subject.seed), start), item.temperature,
-                group_size=each, max_new_tokens=item.max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-            )
-        )  # fmt: skip
-        many, lengths = (np.repeat(x, each, axis=0) for x in (tokens, sizes))
-        numbers = {"length": out.mask.sum(1).astype(float)}
-        if item.temperature == 1:
-            numbers |= _looked_at(subject, as_batch(many, lengths, out, np.zeros(len(out.mask), np.float32)))
-        answered = decode_rows(tokenizer, out.tokens, out.mask)
-        for place in range(len(part) * each):
-            own = {name: float(values[place]) for name, values in numbers.items()}
-            found.append(Answered(rows[part[place // each]], answered[place], own))
-    return found
+        part = range(start, min(start + at_once, len(asked.encoded)))
+        filled = [*part, *[part[-1]] * (at_once - len(part))]  # one shape
+        key = jax.random.fold_in(jax.random.key(subject.seed), start)
+        prompts = [asked.encoded[i] for i in filled]
+        request = Request(prompts, key, item.max_new_tokens, item.temperature, each, width)
+        rows = [asked.rows[i] for i in filled]
+        found = run_episodes(LocalEngine(model, tokenizer), spec_of(item), rows, request, tokenizer)
+        episodes += found[: len(part) * each]
+        numbers += _numbers(item, subject, [one.trajectory({}) for one in found], width)[: len(part) * each]
+    trajectories, timeouts = conclude(spec_of(item), episodes)
+    return [Answered(*pair) for pair in zip(trajectories, numbers, strict=True)], timeouts
 
 
-def _rewards(item: Eval, found: list[Answered]) -> Rewards:
-    """The reward of each answer by the verifier of the evaluation."""
-    rows, texts = [one.row for one in found], [one.answer.text for one in found]
-    return compute_rewards(item.verifier, rows, texts, f"evals.{item.name}", item.reward_seconds)
+def _numbers(item: Eval, subject: Subject, found: list[Trajectory], width: int) -> list[dict[str, float]]:
+    """Of each answer its length in tokens and, of those sampled at temperature 1, what models say of it."""
+    numbers = {"length": np.array([one.length for one in found], float)}
+    if item.temperature == 1:
+        numbers |= _looked_at(subject, trajectory_batch(found, width, item.max_new_tokens, subject.tokenizer.pad_id))
+    return [dict(zip(numbers, own, strict=True)) for own in zip(*(x.tolist() for x in numbers.values()), strict=True)]
 
 
 def _looked_at(subject: Subject, batch: Batch) -> dict[str, Float[np.ndarray, " B"]]:
@@ -186,7 +175,8 @@ def _entropy_and_kl(model: Any, reference: Any, batch: Batch) -> dict[str, Float
     return found
 
 
-def _example(one: Answered, score: float) -> dict[str, Any]:
-    said = {"prompt": last_turn(one.row), "answer": one.answer.text, "expected": str(one.row.get("answer", ""))}
+def _example(one: Answered) -> dict[str, Any]:
+    found = one.trajectory
+    said = {"prompt": found.prompt, "answer": found.text, "expected": str(found.task.get("answer", ""))}
     proxy = {"score": one.numbers["score"]} if "score" in one.numbers else {}
-    return said | {"reward": score} | proxy
+    return said | {"reward": found.reward} | proxy

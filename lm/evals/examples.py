@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from lm.data.bad_rows import ADVICE, COLUMNS, EMPTY_ANSWER, EMPTY_TEXT, REASONS, UNMARKED, BadRow, Unreadable
-from lm.data.chat import is_tie, prompt_messages, render, training_messages
+from lm.data.chat import is_tie, render, training_messages
 from lm.data.selection import heldout_rows
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import left_out, store_in_memory
 from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, Pretrain, UserError
-from lm.rollout.verifiers import needed_columns
+from lm.rollout.episodes import EnvironmentSpec, environment_spec
 
 LOOKED_AT = 100  # rows that say whether a file is of documents or of conversations
 BYTES_A_TOKEN = 8  # most of a document that is encoded for a row of tokens
@@ -140,13 +140,13 @@ def _conversations(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
 def _prompts(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
     """Different prompts that leave room for an answer, of rows that have what the verifier needs."""
     found, seen = Examples("prompts"), set[tuple[int, ...]]()
-    room, needs = max_len - item.max_new_tokens, needed_columns(item.verifier)
+    room, spec = max_len - item.max_new_tokens, spec_of(item)
 
     def add(row: dict[str, Any], where: str) -> str:
-        for column in needs if not isinstance(row, Unreadable) else ():
+        for column in spec.columns if not isinstance(row, Unreadable) else ():
             if row.get(column) is None or not str(row[column]).strip():
                 raise _missing(row, where, f"the verifier {item.verifier} needs the column {column}")
-        tokens = render(prompt_messages(row, where), tokenizer, generation_prompt=True).tokens
+        tokens = render(spec.messages(row, where), tokenizer, generation_prompt=True).tokens
         if len(tokens) > room:
             return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
         if tuple(tokens) in seen:
@@ -157,6 +157,12 @@ def _prompts(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Exa
         return ""
 
     return _filled(item, found, add)
+
+
+def spec_of(item: Eval) -> EnvironmentSpec:
+    """The environment of an eval that samples answers, or its verifier."""
+    where = f"evals.{item.name}"
+    return environment_spec(item.verifier, getattr(item, "environment", ""), where, where, item.reward_seconds)
 
 
 def _pairs(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:

@@ -12,29 +12,24 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lm.data.tokenizer import Tokenizer
 from lm.experiment import PPO, Stage, UserError, corrects_sampler
 from lm.model.scorer import Scorer
 from lm.objectives.logprobs import last_scores, token_logprobs
 from lm.objectives.ppo import experience, explained_variance, token_rewards
 from lm.parallel.distributed import fetch, to_devices
-from lm.rollout.environments import Environment, Rollout, ask, judge
-from lm.rollout.rewards import timeouts_of
+from lm.rollout.engine import Engine
+from lm.rollout.episodes import Tasks, sample_trajectories
+from lm.rollout.rewards import timeout_metric
 from lm.rollout.sampler_gap import trainer_view
+from lm.rollout.trajectory import Rollout, rescored, rewards_of, sample_metrics, trajectory_batch
 from lm.steps import critic_values
 from lm.types import Batch, TrainState
 
 ENSEMBLES: dict[str, Callable[..., Array]] = {"mean": jnp.mean, "min": jnp.min}
 
 
-def score_out(
-    state: TrainState,
-    environment: Environment,
-    stage: Stage,
-    tokenizer: Tokenizer,
-    step: int,
-    key: PRNGKeyArray,
-    place: NamedSharding,
+def ppo_rollout(
+    engine: Engine, state: TrainState, tasks: Tasks, stage: Stage, step: int, key: PRNGKeyArray, place: NamedSharding
 ) -> Rollout:
     """Sample an answer to each prompt of the step, score it, and prepare the batches of every update.
 
@@ -43,31 +38,36 @@ def score_out(
     """
     o = stage.objective
     assert isinstance(o, PPO)
-    said = ask(state.params["policy"], environment.prompts(step), o, tokenizer, key)
-    host, count = said.batch(), len(said.answers)
+    found, timeouts = sample_trajectories(
+        engine, tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature
+    )
+    host, count = (
+        trajectory_batch(found, tasks.feed.prompt_len, o.max_new_tokens, tasks.feed.tokenizer.pad_id),
+        len(found),
+    )
     batch = to_devices(host, place, None, count)
     if corrects_sampler(o):  # what tokens are worth, and where ratios begin, is then the trainer's
         view = trainer_view(state.params["policy"], batch, o.temperature, stage.microbatches)
         host = replace(host, sampler_logp=host.old_logp, old_logp=np.asarray(fetch(view.logp)))
         batch = to_devices(host, place, None, count)
-    judged = judge(environment, said.rows, said.answers) if o.verifier else None
+    scores = judged = rewards_of(found)
     if o.reward_models:
         scores = np.asarray(fetch(score_rows(state.frozen["scorers"], batch, o.ensemble)))
-    else:
-        assert judged is not None
-        scores = judged.values
-    check_finite(scores, said.asked(), f"{stage.name}, step {step + 1}")
-    ended = np.array([answer.eos for answer in said.answers])
+    check_finite(scores, [one.prompt for one in found], f"{stage.name}, step {step + 1}")
+    ended = np.array([one.ended for one in found])
     counted = (scores - o.missing_eos_penalty * ~ended).astype(np.float32)
     worth, stats = fetch(_worth(state, batch, to_devices(counted, place, None, count), o))
-    metrics = {name: float(value) for name, value in stats.items()} | said.metrics() | {"score": float(scores.mean())}
+    metrics = (
+        {name: float(value) for name, value in stats.items()} | sample_metrics(found) | {"score": float(scores.mean())}
+    )
     if count > 1:
         metrics["score_range"] = float(scores.max() - scores.min())
-    if judged is not None:
-        metrics |= {"judge": float(judged.values.mean())} | timeouts_of(judged)
+    if o.verifier:
+        metrics |= {"judge": float(judged.mean())} | timeout_metric(timeouts)
     advantages = worth["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
     batches = gone_through(replace(host, **worth), o, key)
-    return Rollout(batches, said.asked(), said.answers, scores, advantages, metrics)
+    found = [rescored(one, score) for one, score in zip(found, scores.tolist(), strict=True)]
+    return Rollout(batches, found, advantages, np.arange(count), metrics)
 
 
 def gone_through(batch: Batch, o: PPO, key: PRNGKeyArray) -> list[Batch]:

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from lm.data.chat import prompt_messages
 from lm.data.workers import cores
 from lm.experiment import UserError
-from lm.rollout.timed import CallOutcome, TimedWorker, TookTooLong, alarm, outcome_of
-from lm.rollout.verifiers import Verifier, find_verifier
+from lm.rollout.timed import CallOutcome, TimedWorker, limited
+from lm.rollout.verifiers import find_verifier
 from lm.user_functions import is_function_name
 
 SECONDS = 10.0  # that a verifier may take for one completion
@@ -24,10 +24,15 @@ SHOWN = 60  # characters of a prompt or a completion in a message
 
 
 class Rewards(NamedTuple):
-    """The reward of each completion, and how many took too long, whose reward is 0."""
+    """The reward of each completion, and whether it took too long, whose reward is 0."""
 
     values: Float32[np.ndarray, " N"]
-    timeouts: int
+    late: Bool[np.ndarray, " N"]
+
+    @property
+    def timeouts(self) -> int:
+        """How many took too long."""
+        return int(self.late.sum())
 
 
 def compute_rewards(
@@ -44,25 +49,27 @@ def compute_rewards(
     """
     outcomes = _outcomes(name, list(zip(rows, completions, strict=True)), seconds)
     for row, completion, outcome in zip(rows, completions, outcomes, strict=True):
-        if problem := _problem(outcome):
+        problem = (
+            f"raised {outcome.error}" if outcome.error else "" if outcome.timed_out else reward_problem(outcome.value)
+        )
+        if problem:
             raise UserError(
                 f"{where}: verifier {name!r} {problem} for the completion {shortened(completion)} to the prompt "
                 f"{shortened(_prompt(row))}; a reward is a finite number"
             )
     values = np.array([0.0 if outcome.timed_out else outcome.value for outcome in outcomes], np.float32)
-    return Rewards(values, sum(outcome.timed_out for outcome in outcomes))
+    return Rewards(values, np.array([outcome.timed_out for outcome in outcomes], bool))
 
 
-def timeouts_of(*rewards: Rewards) -> dict[str, float]:
+def timeout_metric(count: int) -> dict[str, float]:
     """The metric `reward_timeouts`, how many rewards took too long; none where none did."""
-    count = sum(some.timeouts for some in rewards)
     return {"reward_timeouts": float(count)} if count else {}
 
 
 def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float) -> list[CallOutcome]:
     """What became of each call. A verifier of the user's own file runs in processes that can be killed, others in this one."""
     if not is_function_name(name):
-        return [_limited(find_verifier(name), row, completion, seconds) for row, completion in answered]
+        return [limited(seconds, find_verifier(name), row, completion) for row, completion in answered]
     workers = _workers()[: len(answered)]
 
     def share(place: int) -> list[CallOutcome]:
@@ -74,14 +81,6 @@ def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seco
         for place, found in enumerate(threads.map(share, range(len(workers)))):
             outcomes[place :: len(workers)] = found
     return outcomes
-
-
-def _limited(verifier: Verifier, row: Mapping[str, Any], completion: str, seconds: float) -> CallOutcome:
-    try:
-        with alarm(seconds):
-            return outcome_of(verifier, row, completion)
-    except TookTooLong:
-        return CallOutcome(timed_out=True)
 
 
 def _by_name(name: str, row: Mapping[str, Any], completion: str) -> Any:
@@ -101,13 +100,8 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
 
 
-def _problem(outcome: CallOutcome) -> str:
+def reward_problem(value: Any) -> str:
     """What is wrong with a reward, in words; empty where nothing is."""
-    value = outcome.value
-    if outcome.timed_out:
-        return ""
-    if outcome.error:
-        return f"raised {outcome.error}"
     if not isinstance(value, bool | int | float | np.integer | np.floating | np.bool_):
         return f"gave {value!r:.40} ({type(value).__name__})"
     magnitude: Any = abs(value)

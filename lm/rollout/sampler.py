@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.data.chat import render
-from lm.data.packing import left_pad
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Cache, Transformer, num_params
-from lm.parallel.distributed import fetch
 from lm.parallel.rules import constrain, split_ways
 from lm.types import pytree
 
@@ -29,14 +26,6 @@ class Samples:
     tokens: Int[Array, "B N"]
     logp: Float[Array, "B N"]
     mask: Bool[Array, "B N"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A completion as text, and whether the model ended it by itself."""
-
-    text: str
-    eos: bool
 
 
 def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -87,6 +76,7 @@ def generate(
     lengths: Int[Array, " P"],
     key: PRNGKeyArray,
     temperature: float | Float[Array, ""] = 1.0,
+    limits: Int[Array, " B"] | None = None,
     *,
     group_size: int = 1,
     max_new_tokens: int,
@@ -100,6 +90,7 @@ def generate(
     Args:
         tokens, lengths: prompts with their last token in the last column, and how many are real.
         temperature: 0 is greedy. A traced number: other temperatures do not compile again.
+        limits: most tokens of each completion, where fewer than max_new_tokens.
         group_size: completions of each prompt, which are neighbours. The prompt is read once.
     """
     model = model.for_sampling()
@@ -123,11 +114,14 @@ def generate(
         hidden, cache = model.extend(
             cache, width + step, token[:, None], (lengths + step)[:, None], jnp.ones((rows, 1), jnp.int32)
         )
-        return step + 1, done | (token == eos_id), model.logits(hidden[:, 0]), cache, out
+        done = done | (token == eos_id)
+        if limits is not None:
+            done = done | (step + 1 >= limits)
+        return step + 1, done, model.logits(hidden[:, 0]), cache, out
 
     empty = (rows, max_new_tokens)
     out = Samples(jnp.full(empty, pad_id), jnp.zeros(empty, jnp.float32), jnp.zeros(empty, bool))
-    done = constrain(jnp.zeros(rows, bool), "batch")
+    done = constrain(jnp.zeros(rows, bool) if limits is None else limits <= 0, "batch")
     first = (jnp.int32(0), done, model.logits(last), cache, out)
     *_, out = jax.lax.while_loop(going_on, one_more, first)
     return out
@@ -151,57 +145,12 @@ def _read(
     return repeat(found) if once else found
 
 
-def decode_rows(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[Answer]:
-    """Each row's text up to its end token."""
-    answers = []
-    for row, real in zip(np.asarray(tokens), np.asarray(mask).astype(bool), strict=True):
-        ids = row[real].tolist()
-        eos = bool(ids) and ids[-1] == tokenizer.eos_id
-        answers.append(Answer(tokenizer.decode(ids[:-1] if eos else ids), eos))
-    return answers
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
     """Tokens of a chat (or one user turn) up to where the assistant speaks; raw: of a document's beginning."""
     if raw:
         return [tokenizer.pad_id, *tokenizer.encode(str(prompt))]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return render(messages, tokenizer, generation_prompt=True).tokens
-
-
-def generate_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: list[str] | list[list[dict]],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    raw: bool = False,
-) -> list[Answer]:
-    """Answers to prompts (strings or conversations), all in one batch.
-
-    Raises:
-        UserError: a prompt does not fit in the model's context with the answer.
-    """
-    encoded = [encode_prompt(tokenizer, prompt, raw) for prompt in prompts]
-    room = model.config.max_len - max_new_tokens
-    longest = max(map(len, encoded))
-    if longest > room:
-        raise UserError(
-            f"a prompt has {longest} tokens; model.max_len {model.config.max_len} less {max_new_tokens} new tokens "
-            f"leaves {room}: shorten it or ask for fewer new tokens"
-        )
-    tokens, lengths = left_pad(encoded, min(room, _bucket(longest)), tokenizer.pad_id)
-    out = fetch(
-        generate(
-            model, tokens, lengths, jax.random.key(seed), temperature,
-            max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-        )
-    )  # fmt: skip
-    return decode_rows(tokenizer, out.tokens, out.mask)
 
 
 SMALL = 10_000_000  # parameters
@@ -313,8 +262,3 @@ def _stream_cache(model: Transformer) -> Cache:
     """For one row of the longest context, rounded up, so that the last piece of any prompt fits."""
     width = _chunk(model.config.max_len, model.config.max_len)
     return model.empty_cache(1, -(-model.config.max_len // width) * width)
-
-
-def _bucket(length: int) -> int:
-    """The next power of two from 16: few shapes, few compiles."""
-    return max(16, 1 << (length - 1).bit_length())

@@ -124,6 +124,15 @@ def outcome_of(function: Callable[..., Any], *arguments: Any) -> CallOutcome:
         return CallOutcome(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
+def limited(seconds: float, function: Callable[..., Any], *arguments: Any) -> CallOutcome:
+    """function(*arguments) in this process, or what became of it after so many seconds (see `alarm`)."""
+    try:
+        with alarm(seconds):
+            return outcome_of(function, *arguments)
+    except TookTooLong:
+        return CallOutcome(timed_out=True)
+
+
 class TookTooLong(BaseException):
     """What `alarm` raises: no Exception, so that code which catches those does not go on."""
 

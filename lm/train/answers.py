@@ -18,7 +18,7 @@ from lm.data.sources import load_rows
 from lm.evals.pairs import last_span
 from lm.evals.rows import rounded, row_scores
 from lm.experiment import RewardModel, UserError
-from lm.rollout.sampler import Answer, generate_text
+from lm.rollout.engine import Answer, generate_text
 from lm.train.checkpoint import Checkpoints
 from lm.train.models import Loaded, load_run, scorers_for
 from lm.train.run_folder import RunFolder, read_json, write_json_atomic

@@ -29,9 +29,11 @@ from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer, num_params
 from lm.parallel.distributed import as_first, fetch, first, in_first, to_devices
 from lm.parallel.rules import batch_sharding
-from lm.rollout.environments import Environment, Said, ask, judge, make_environment
+from lm.rollout.engine import LocalEngine
+from lm.rollout.episodes import Tasks, make_tasks, sample_trajectories
 from lm.rollout.experience import check_finite, score_rows
-from lm.rollout.rewards import timeouts_of
+from lm.rollout.rewards import timeout_metric
+from lm.rollout.trajectory import Trajectory, rewards_of, sample_metrics, trajectory_batch
 from lm.train.callbacks import listener
 from lm.train.goodput import Costs, reached
 from lm.train.loop import Interrupted, Run, summarise
@@ -79,7 +81,7 @@ def _sample(
     Returns the counts of the prompts, a source each.
     """
     stage = run.experiment.stages[index]
-    environment = make_environment(stage, run.tokenizer, run.experiment.seed, run.held_out)
+    tasks = make_tasks(stage, run.tokenizer, run.experiment.seed, run.held_out)
     start = as_first(lambda: _whole_steps(path, stage.batch_size))
     progress = Progress(stage.name, stage.steps, start)
     progress.doing("compiling")
@@ -89,52 +91,51 @@ def _sample(
             if reason := run.stop.now():
                 raise Interrupted(f"{reason}: kept the answers of {step} of {stage.steps} steps of stage {stage.name}")
             run.watchdog.expect(f"step {step + 1} of stage {stage.name}", PATIENCE)
-            rows, line, tokens = _answer(run, index, model, scorers, environment, step)
+            rows, line, tokens = _answer(run, index, model, scorers, tasks, step)
             # The metrics first: of a step whose answers are not there they are rewound.
             log.metrics({"step": step + 1, "time": costs.total()["seconds"], **line})
             in_first(functools.partial(_append, path, rows))
             progress.update(step + 1, line, tokens)
     progress.close()
-    return environment.feed.sources()
+    return tasks.feed.sources()
 
 
 def _answer(
-    run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], environment: Environment, step: int
+    run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], tasks: Tasks, step: int
 ) -> tuple[list[Row], dict[str, float], int]:
     """The rows of a step, what is reported of them, and how many tokens they are."""
     stage = run.experiment.stages[index]
     o = stage.objective
     assert isinstance(o, Collect)
-    prompts = environment.prompts(step)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.experiment.seed), index), step)
-    said = ask(model, prompts, o, run.tokenizer, key, o.answers)
-    line = said.metrics()
-    scores: list[list[float] | None] = [None] * len(prompts.rows)
+    found, timeouts = sample_trajectories(
+        LocalEngine(model, run.tokenizer), tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
+        group_size=o.answers, judged=not (o.judge or scorers),
+    )  # fmt: skip
+    line = sample_metrics(found)
+    groups = [found[start : start + o.answers] for start in range(0, len(found), o.answers)]
+    scores: list[list[float] | None] = [None] * len(groups)
     if o.judge != PEOPLE:
-        judged, late = _judged(run, scorers, environment, said)
-        check_finite(judged, said.asked(), f"{stage.name}, step {step + 1}")
-        line |= {"reward": float(judged.mean())} | late
+        judged = _scores(run, scorers, tasks, found, o.max_new_tokens) if scorers else rewards_of(found)
+        check_finite(judged, [one.prompt for one in found], f"{stage.name}, step {step + 1}")
+        line |= {"reward": float(judged.mean())} | timeout_metric(timeouts)
         scores = list(judged.reshape(-1, o.answers).astype(float).tolist())
-    texts = np.array([answer.text for answer in said.answers], object).reshape(-1, o.answers)
-    made = [_row(row, own.tolist(), marks) for row, own, marks in zip(prompts.rows, texts, scores, strict=True)]
-    return made, line, int(said.samples.mask.sum())
+    made = [_row(group, marks) for group, marks in zip(groups, scores, strict=True)]
+    return made, line, sum(one.length for one in found)
 
 
-def _judged(
-    run: Run, scorers: tuple[Scorer, ...], environment: Environment, said: Said
-) -> tuple[Float[np.ndarray, " B"], dict[str, float]]:
-    """The judge's number of each answer, the reward model's or else the verifier's, and the metric of timeouts."""
-    if not scorers:
-        rewards = judge(environment, said.rows, said.answers)
-        return rewards.values, timeouts_of(rewards)
-    batch = to_devices(said.batch(), batch_sharding(run.mesh), None, len(said.answers))
-    return np.asarray(fetch(score_rows(scorers, batch))), {}
+def _scores(
+    run: Run, scorers: tuple[Scorer, ...], tasks: Tasks, found: Sequence[Trajectory], width: int
+) -> Float[np.ndarray, " B"]:
+    """The reward models' score of each answer."""
+    batch = trajectory_batch(found, tasks.feed.prompt_len, width, tasks.feed.tokenizer.pad_id)
+    return np.asarray(fetch(score_rows(scorers, to_devices(batch, batch_sharding(run.mesh), None, len(found)))))
 
 
-def _row(row: Row, answers: Sequence[str], scores: list[float] | None) -> Row:
-    turns = prompt_messages(row, "the prompt")
+def _row(group: Sequence[Trajectory], scores: list[float] | None) -> Row:
+    turns = prompt_messages(group[0].task, "the prompt")
     prompt = turns[0]["content"] if len(turns) == 1 else turns
-    made: Row = {"prompt": prompt, "answers": list(answers)}
+    made: Row = {"prompt": prompt, "answers": [one.text for one in group]}
     return made if scores is None else made | {"scores": scores}
 
 

@@ -15,7 +15,8 @@ from lm.experiment import Eval, Experiment, RewardModel, UserError, start_of
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first
-from lm.rollout.sampler import encode_prompt, generate_text
+from lm.rollout.engine import generate_text
+from lm.rollout.sampler import encode_prompt
 from lm.train.metrics import MetricsLog, read_lines
 from lm.train.models import is_collected
 from lm.train.run_folder import RunFolder

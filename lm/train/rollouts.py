@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lm.data.pipeline import make_feed
@@ -28,8 +29,10 @@ from lm.experiment import (
 from lm.model.scorer import policy_of
 from lm.parallel.distributed import to_devices
 from lm.parallel.rules import batch_sharding
-from lm.rollout.environments import Environment, Rollout, make_environment, roll_out
-from lm.rollout.experience import score_out
+from lm.rollout.engine import LocalEngine
+from lm.rollout.environments import grpo_rollout
+from lm.rollout.episodes import Tasks, make_tasks
+from lm.rollout.experience import ppo_rollout
 from lm.rollout.rounding import rounded
 from lm.rollout.sampler_gap import (
     GapBound,
@@ -41,6 +44,7 @@ from lm.rollout.sampler_gap import (
     sampler_gap,
     trainer_view,
 )
+from lm.rollout.trajectory import Rollout
 from lm.train.batches import Batches, Referenced
 from lm.train.metrics import MetricsLog
 from lm.types import Batch, TrainState
@@ -59,26 +63,24 @@ class Rollouts(Batches):
         self.place, self.notes = batch_sharding(mesh), {}
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
-        self.environment: Environment = make_environment(self.stage, tokenizer, experiment.seed, elsewhere)
-        feed = self.environment.feed
+        self.tasks: Tasks = make_tasks(self.stage, tokenizer, experiment.seed, elsewhere)
+        feed = self.tasks.feed
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
         self.agreement: GapBound | None = None  # of sampler and trainer, when they were last compared with float32
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
-        o = self.stage.objective
-        if isinstance(o, PPO):
-            answered = score_out(state, self.environment, self.stage, self.tokenizer, step, key, self.place)
-        else:
-            assert isinstance(o, GRPO)
-            model = state.params if o.sampler == "same" else rounded(state.params, o.sampler)
-            answered = roll_out(model, self.environment, self.stage, self.tokenizer, step, key)
-        self.latest = answered
+        o: Any = self.stage.objective
+        model = policy_of(state.params)
+        sampler = rounded(model, o.sampler) if isinstance(o, GRPO) and o.sampler != "same" else model
+        engine = LocalEngine(sampler, self.tokenizer, step)
+        rollout = ppo_rollout if isinstance(o, PPO) else grpo_rollout
+        self.latest = rollout(engine, state, self.tasks, self.stage, step, key, self.place)
         # Every process has the whole rollout, and gives its devices their rows of it.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
         once = batches[: o.minibatches] if isinstance(o, PPO) else batches  # each row of the rollout
-        model, pieces = policy_of(state.params), self.stage.microbatches
+        pieces = self.stage.microbatches
         views = [trainer_view(model, batch, o.temperature, pieces) for batch in once]
         gap = sampler_gap(views, once, precision(model.config))
         if (isinstance(o, PPO) or o.sampler == "same") and is_suspicious(gap, self.agreement):
@@ -141,20 +143,17 @@ def as_trainer_sees(batch: Batch, view: TrainerView) -> Batch:
 def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:
     size = stage.objective.group_size if isinstance(stage.objective, GRPO) else 1
     when = "after" if step == stage.steps else "during"
-    for start in range(0, min(len(rollout.prompts), GROUPS_SHOWN * size), size):
+    for start in range(0, min(len(rollout.chosen), GROUPS_SHOWN * size), size):
+        group = rollout.chosen[start : start + size]
+        members = [rollout.trajectories[i] for i in group]
         completions = [
-            {
-                "text": rollout.answers[i].text,
-                "eos": rollout.answers[i].eos,
-                "reward": float(rollout.rewards[i]),
-                "advantage": float(rollout.advantages[i]),
-            }
-            for i in range(start, start + size)
+            {"text": one.text, "eos": one.ended, "reward": float(np.float32(one.reward)), "advantage": float(advantage)}
+            for one, advantage in zip(members, rollout.advantages[group], strict=True)
         ]
         yield {
             "kind": "rollout",
             "step": step,
             "when": when,
-            "prompt": rollout.prompts[start],
+            "prompt": members[0].prompt,
             "completions": completions,
         }

@@ -37,7 +37,7 @@ from lm.model.transformer import Transformer
 from lm.parallel.distributed import as_first, first, in_first, together
 from lm.parallel.memory import check_memory
 from lm.parallel.mesh import check_fits, make_mesh
-from lm.rollout.environments import make_environment
+from lm.rollout.episodes import make_tasks
 from lm.rollout.verifiers import find_verifier
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.batches import Batches
@@ -248,7 +248,7 @@ def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
     for index in stages:
         stage = whole.stages[index]
         if isinstance(stage.objective, Collect):
-            _tell(stage, make_environment(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
+            _tell(stage, make_tasks(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
         elif can_be_read(stage, whole, run.folder):
             batches[index] = _batches(run, index)
     return batches

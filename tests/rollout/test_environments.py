@@ -17,8 +17,11 @@ from lm.objectives.logprobs import token_logprobs
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import make_mesh
 from lm.rollout import verifiers
-from lm.rollout.environments import fill, has_preference, make_environment, roll_out
+from lm.rollout.engine import LocalEngine
+from lm.rollout.environments import fill, grpo_rollout, has_preference
+from lm.rollout.episodes import make_tasks
 from lm.rollout.rounding import rounded
+from lm.rollout.trajectory import rewards_of
 from lm.steps import first_state
 from lm.train.rollouts import Rollouts
 from tests.helpers import TINY, layout, tiny_stage
@@ -79,18 +82,21 @@ def test_prompts_are_asked_until_the_batch_is_full(tokenizer, model, monkeypatch
     given = itertools.chain(*groups)
     monkeypatch.setitem(verifiers.VERIFIERS, "manners", lambda row, text: next(given))
     one = stage(rollouts=3)
-    environment = make_environment(one, tokenizer, seed=0)
-    found = roll_out(model, environment, one, tokenizer, 2, jax.random.key(0))
+    tasks = make_tasks(one, tokenizer, seed=0)
+    found = grpo_rollout(LocalEngine(model, tokenizer), None, tasks, one, 2, jax.random.key(0), None)
     assert found.metrics["rollouts"] == turns and next(given, None) is None
     assert found.metrics["reward"] == pytest.approx(np.mean(groups))
-    assert len(found.batches[0].tokens) == len(found.answers) == len(found.prompts) == 4 * GROUP
-    assert has_preference(found.rewards, GROUP).sum() == useful
+    assert len(found.batches[0].tokens) == len(found.chosen) == 4 * GROUP
+    assert len(found.trajectories) == len(found.advantages) == turns * 4 * GROUP  # all that were sampled
+    chosen = [found.trajectories[i] for i in found.chosen]
+    assert has_preference(rewards_of(chosen), GROUP).sum() == useful
     moved = found.batches[0].advantages.reshape(4, GROUP, -1)
     assert (np.abs(moved).sum((1, 2)) > 0).sum() == useful
     # Every answer is to the prompt of its row, whichever turn asked it.
-    rows = [row for turn in range(turns) for row in environment.prompts(2 * 3 + turn).rows]
-    assert set(found.prompts) <= {row["question"] for row in rows}
-    assert found.prompts == [prompt for prompt in found.prompts[::GROUP] for _ in range(GROUP)]
+    rows = [row for turn in range(turns) for row in tasks.feed.batch(2 * 3 + turn).rows]
+    prompts = [one.prompt for one in chosen]
+    assert set(prompts) <= {row["question"] for row in rows}
+    assert prompts == [prompt for prompt in prompts[::GROUP] for _ in range(GROUP)]
 
 
 def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, model):
@@ -122,12 +128,12 @@ def wrong_sampler(monkeypatch):
     """Rollouts whose log-probabilities are another policy's."""
 
     def off(*args):
-        found = roll_out(*args)
+        found = grpo_rollout(*args)
         noise = np.random.default_rng(0).normal(size=found.batches[0].weights.shape).astype(np.float32)
         batches = [dataclasses.replace(b, old_logp=b.old_logp + 0.1 * noise * b.weights) for b in found.batches]
         return dataclasses.replace(found, batches=batches)
 
-    monkeypatch.setattr("lm.train.rollouts.roll_out", off)
+    monkeypatch.setattr("lm.train.rollouts.grpo_rollout", off)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])

@@ -10,7 +10,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Transformer
 from lm.rollout import sampler
-from lm.rollout.sampler import compile_stream, encode_prompt, generate_text, stream
+from lm.rollout.engine import generate_text
+from lm.rollout.sampler import compile_stream, encode_prompt, stream
 from tests.helpers import TINY
 
 NEW = 12

@@ -1,0 +1,140 @@
+"""An engine completes prompts: requests in, completions out, as tokens with the log-probabilities they were sampled with.
+
+`LocalEngine` is the sampler of this process, on the devices of the run. Training, evaluation and `lm sample` ask an engine
+and never a model, so that another engine (a server of its own) is another value with the same method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
+
+from lm.data.packing import left_pad
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import UserError
+from lm.model.transformer import Transformer
+from lm.parallel.distributed import fetch
+from lm.rollout.sampler import encode_prompt, generate
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts, as tokens without padding, and how to complete them.
+
+    `group_size` completions of each prompt are neighbours. `width`, in tokens, is what prompts are padded to, so that
+    requests of one width compile once (0: the longest prompt). `limits` are the most new tokens of each completion where
+    that is fewer than `max_new_tokens`; a limit of 0 leaves the prompt as it is.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    key: PRNGKeyArray
+    max_new_tokens: int
+    temperature: float = 1.0
+    group_size: int = 1
+    width: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    limits: Sequence[int] | None = None
+
+
+class Completion(NamedTuple):
+    """New tokens behind a prompt, up to and with the end token.
+
+    `logp` are the sampler's log-probabilities, `sampled` tells which tokens the model chose (others the engine put there),
+    `ended` whether the last token is the end token, and `version` the number of training steps behind the weights.
+    """
+
+    tokens: Int32[np.ndarray, " N"]
+    logp: Float32[np.ndarray, " N"]
+    sampled: Bool[np.ndarray, " N"]
+    ended: bool
+    version: int
+
+
+class Engine(Protocol):
+    """Whatever completes prompts."""
+
+    def complete(self, request: Request) -> list[Completion]:
+        """The completions of every prompt, in order, `group_size` neighbours to each; in every process all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """The sampler of this process. `version` is the number of training steps behind the model's weights."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    version: int = 0
+
+    def complete(self, request: Request) -> list[Completion]:
+        """See `Engine`; what a row samples does not depend on the other rows' prompts."""
+        width = request.width or max(map(len, request.prompts))
+        tokens, lengths = left_pad(request.prompts, width, self.tokenizer.pad_id)
+        limits = None if request.limits is None else np.asarray(request.limits, np.int32)
+        out = fetch(
+            generate(
+                self.model, tokens, lengths, request.key, request.temperature, limits, group_size=request.group_size,
+                max_new_tokens=request.max_new_tokens, top_k=request.top_k, top_p=request.top_p,
+                eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
+            )
+        )  # fmt: skip
+        return [self._completion(*row) for row in zip(out.tokens, out.logp, out.mask.sum(1).tolist(), strict=True)]
+
+    def _completion(self, tokens: np.ndarray, logp: np.ndarray, size: int) -> Completion:
+        ended = size > 0 and int(tokens[size - 1]) == self.tokenizer.eos_id
+        return Completion(tokens[:size], logp[:size], np.ones(size, bool), ended, self.version)
+
+
+def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
+    """The text of a completion, without its end token."""
+    return tokenizer.decode(completion.tokens[: len(completion.tokens) - completion.ended].tolist())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion as text, and whether the model ended it by itself."""
+
+    text: str
+    eos: bool
+
+
+def generate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str] | list[list[dict]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    raw: bool = False,
+) -> list[Answer]:
+    """Answers to prompts (strings or conversations), all in one batch.
+
+    Raises:
+        UserError: a prompt does not fit in the model's context with the answer.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, raw) for prompt in prompts]
+    room = model.config.max_len - max_new_tokens
+    longest = max(map(len, encoded))
+    if longest > room:
+        raise UserError(
+            f"a prompt has {longest} tokens; model.max_len {model.config.max_len} less {max_new_tokens} new tokens "
+            f"leaves {room}: shorten it or ask for fewer new tokens"
+        )
+    width = min(room, _bucket(longest))
+    request = Request(encoded, jax.random.key(seed), max_new_tokens, temperature, width=width, top_k=top_k, top_p=top_p)
+    completions = LocalEngine(model, tokenizer).complete(request)
+    return [Answer(completion_text(tokenizer, one), one.ended) for one in completions]
+
+
+def _bucket(length: int) -> int:
+    """The next power of two from 16: few shapes, few compiles."""
+    return max(16, 1 << (length - 1).bit_length())

@@ -1,0 +1,348 @@
+"""Episodes: an engine completes the turns of a batch of tasks and their environments reply, until every one has ended.
+
+Only the model's own tokens are learnt. A reply is encoded behind the tokens that were sampled, which are never decoded and
+encoded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from lm.data import bad_rows
+from lm.data.bad_rows import BadRow
+from lm.data.chat import check_conversation, prompt_messages, render
+from lm.data.pipeline import PromptFeed, make_prompt_feed
+from lm.data.prompts import MessagesOf
+from lm.data.sources import NOWHERE
+from lm.data.split import Places
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import Stage, UserError
+from lm.parallel.distributed import gather, together
+from lm.rollout.engine import Engine, Request, completion_text
+from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
+from lm.rollout.rewards import compute_rewards, reward_problem, shortened
+from lm.rollout.timed import limited
+from lm.rollout.trajectory import AUTHORS, ENVIRONMENT, LENGTH, MODEL, PROMPT, STOP, TIMEOUT, Trajectory, prompt_text
+from lm.rollout.verifiers import find_verifier, needed_columns
+
+TURNS = 2**30  # folded into the key of a rollout for its turns after the first: far from the number of any token
+
+Messages = list[dict[str, Any]]
+# (ended episodes and what they are of) -> the rewards of each; None where they took too long
+Judge = Callable[["EnvironmentSpec", Sequence["Episode"]], list[RewardsByName | None]]
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """What makes a row of data an episode, and gives its rewards: an environment, or a verifier of one answer.
+
+    `judge` is None where nothing here gives a reward, `columns` are what every row needs, `messages` are those that a row
+    begins with, `where` names the stage or the eval in errors, and `seconds` is the time that one call may take.
+    """
+
+    make: Callable[[], Any]
+    judge: Judge | None
+    columns: tuple[str, ...]
+    messages: MessagesOf
+    where: str
+    seconds: float
+
+
+def environment_spec(verifier: str, environment: str, where: str, field: str, seconds: float) -> EnvironmentSpec:
+    """The environment FILE:CLASS, else the verifier, else prompts that nothing here rewards.
+
+    Args:
+        field: what the names of the fields `verifier` and `environment` begin with, for errors.
+
+    Raises:
+        UserError: no such verifier or environment.
+    """
+    if environment:
+        make = find_environment(environment, f"{field}.environment")
+        columns = tuple(getattr(make, "columns", ()))
+        messages = functools.partial(first_messages, make, seconds)
+        return EnvironmentSpec(make, judge_environments, columns, messages, where, seconds)
+    if verifier:
+        find_verifier(verifier, f"{field}.verifier")
+    return EnvironmentSpec(
+        functools.partial(VerifierEnvironment, verifier),
+        judge_answers if verifier else None,
+        needed_columns(verifier) if verifier else (),
+        prompt_messages,
+        where,
+        seconds,
+    )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What a stage samples from: prompts as a pure function of the step, and their environment."""
+
+    feed: PromptFeed
+    spec: EnvironmentSpec
+
+
+def make_tasks(stage: Stage, tokenizer: Tokenizer, seed: int, elsewhere: Places = NOWHERE) -> Tasks:
+    """The tasks of a stage that samples. Prompts of `elsewhere` are left out.
+
+    Raises:
+        UserError: no such verifier or environment, or prompts that do not fit.
+    """
+    o: Any = stage.objective
+    environment = getattr(o, "environment", "")
+    spec = environment_spec(o.verifier, environment, stage.name, f"{stage.name}.objective", o.reward_seconds)
+    feed = make_prompt_feed(
+        stage.sources,
+        stage.batch_size,
+        stage.seq_len - o.max_new_tokens,
+        tokenizer,
+        seed,
+        columns=spec.columns,
+        elsewhere=elsewhere,
+        max_new_tokens=o.max_new_tokens,
+        messages=spec.messages,
+    )
+    return Tasks(feed, spec)
+
+
+def first_messages(make: Callable[[], Environment], seconds: float, task: Mapping[str, Any], where: str) -> Messages:
+    """What an environment asks first of a row. Raises BadRow where it raises, takes too long or asks nothing."""
+    return _reset(make(), seconds, task, where)
+
+
+def _reset(environment: Environment, seconds: float, task: Mapping[str, Any], where: str) -> Messages:
+    outcome = limited(seconds, environment.reset, task)
+    if outcome.timed_out or outcome.error:
+        problem = f"raised {outcome.error}" if outcome.error else f"took longer than {seconds:g} s"
+        raise BadRow(f"{where}: {type(environment).__name__}.reset {problem}", bad_rows.TURNS)
+    check_conversation(outcome.value, where, needs_answer=False)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in outcome.value]
+
+
+class Sampled(NamedTuple):
+    """The trajectories of a rollout, and how many episodes took too long somewhere, whose reward is 0."""
+
+    trajectories: list[Trajectory]
+    timeouts: int
+
+
+def sample_trajectories(
+    engine: Engine,
+    tasks: Tasks,
+    step: int,
+    key: PRNGKeyArray,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    group_size: int = 1,
+    judged: bool = True,
+) -> Sampled:
+    """Episodes of the step's tasks, `group_size` neighbours to each; in every process all of them.
+
+    Args:
+        max_new_tokens: after the prompt, of all turns together, replies included.
+        judged: whether rewards are asked for.
+
+    Raises:
+        UserError: an environment or a verifier raised, or gave what is no reply or no finite number.
+    """
+    prompts, width = tasks.feed.batch(step), tasks.feed.prompt_len
+    encoded = [row[width - length :].tolist() for row, length in zip(prompts.tokens, prompts.lengths, strict=True)]
+    request = Request(encoded, key, max_new_tokens, temperature, group_size, width)
+    return conclude(tasks.spec, run_episodes(engine, tasks.spec, prompts.rows, request, tasks.feed.tokenizer), judged)
+
+
+def run_episodes(
+    engine: Engine, spec: EnvironmentSpec, rows: Sequence[Mapping[str, Any]], request: Request, tokenizer: Tokenizer
+) -> list[Episode]:
+    """Every episode to its end, `group_size` neighbours to a row; `request` is of the first turn, with a width."""
+    episodes = [
+        Episode(spec, row, tokens)
+        for row, tokens in zip(rows, request.prompts, strict=True)
+        for _ in range(request.group_size)
+    ]
+    key, budget, width = request.key, request.max_new_tokens, request.width + request.max_new_tokens
+    for turn in itertools.count(1):
+        going = [number for number, episode in enumerate(episodes) if not episode.finish]
+        completions = engine.complete(request)
+        for number in going:
+            episodes[number].complete(completions[number], tokenizer)
+        for number, reply in _replies(spec, episodes, going).items():
+            episodes[number].proceed(reply, tokenizer, budget)
+        if all(episode.finish for episode in episodes):
+            return episodes
+        # Rows stay at their places, ended ones as they are: what a row samples does not depend on the others.
+        request = dataclasses.replace(
+            request,
+            prompts=[list(episode.tokens) for episode in episodes],
+            key=jax.random.fold_in(jax.random.fold_in(key, TURNS), turn),
+            group_size=1,
+            width=width,
+            limits=[0 if episode.finish else budget - episode.used for episode in episodes],
+        )
+    raise AssertionError("unreachable")
+
+
+def conclude(spec: EnvironmentSpec, episodes: Sequence[Episode], judged: bool = True) -> Sampled:
+    """The trajectories of ended episodes, with their rewards where these are asked for. Raises UserError as judges do."""
+    rewards = _judge(spec, spec.judge, episodes) if judged and spec.judge else [{} for _ in episodes]
+    found = [episode.trajectory(given or {}) for episode, given in zip(episodes, rewards, strict=True)]
+    return Sampled(found, sum(given is None for given in rewards))
+
+
+class Episode:
+    """An episode while it goes on: its messages, and its tokens with the author and log-probability of each."""
+
+    def __init__(self, spec: EnvironmentSpec, task: Mapping[str, Any], tokens: Sequence[int]):
+        self.environment: Any = spec.make()
+        messages = _reset(self.environment, spec.seconds, task, spec.where)
+        self.task, self.prompt_length = task, len(tokens)
+        self.messages = [turn | {"author": AUTHORS[PROMPT]} for turn in messages]
+        self.tokens: list[int] = []
+        self.authors: list[int] = []
+        self.logp: list[float] = []
+        self.text, self.finish, self.completed, self.version = "", "", False, 0
+        self._add(tokens, PROMPT)
+
+    @property
+    def first_prompt(self) -> str:
+        """The text of the turn that the model answers first."""
+        return prompt_text(self.messages)
+
+    @property
+    def used(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.prompt_length
+
+    def complete(self, completion: Any, tokenizer: Tokenizer) -> None:
+        """Add a turn of the model's."""
+        for token, logp, sampled in zip(*map(np.ndarray.tolist, completion[:3]), strict=True):
+            self._add([token], MODEL if sampled else ENVIRONMENT, logp)
+        self.text, self.completed, self.version = (
+            completion_text(tokenizer, completion),
+            completion.ended,
+            completion.version,
+        )
+        self.messages.append({"role": "assistant", "content": self.text, "author": AUTHORS[MODEL]})
+
+    def proceed(self, reply: Messages | str | None, tokenizer: Tokenizer, budget: int) -> None:
+        """Add the environment's reply, or end: where there is none, or no room for a token behind it."""
+        if not isinstance(reply, list):
+            self.finish = reply or (STOP if self.completed else LENGTH)
+            return
+        tokens = [*tokenizer.encode("\n"), *render(reply, tokenizer, generation_prompt=True).tokens]
+        if not self.completed or self.used + len(tokens) >= budget:
+            self.finish = LENGTH
+            return
+        self._add(tokens, ENVIRONMENT)
+        self.messages += [turn | {"author": AUTHORS[ENVIRONMENT]} for turn in reply]
+
+    def trajectory(self, rewards: RewardsByName) -> Trajectory:
+        """What became of it."""
+        return Trajectory(
+            task=self.task,
+            messages=tuple(self.messages),
+            tokens=np.array(self.tokens, np.int32),
+            authors=np.array(self.authors, np.int8),
+            logp=np.array(self.logp, np.float32),
+            finish=self.finish,
+            version=self.version,
+            rewards=rewards,
+            reward=float(sum(rewards.values())),
+        )
+
+    def _add(self, tokens: Sequence[int], author: int, logp: float = 0.0) -> None:
+        self.tokens += tokens
+        self.authors += [author] * len(tokens)
+        self.logp += [logp] * len(tokens)
+
+
+def _shared_out(numbers: Sequence[int], act: Callable[[list[int]], list[Any]]) -> dict[int, Any]:
+    """What `act` gives for each number, JSON values, in every process; each asks for its share of the numbers."""
+    count, number = jax.process_count(), jax.process_index()
+    own = [one for one in numbers if one % count == number]
+    shares = gather([own, together(lambda: act(own))])
+    return dict(sorted((one, value) for some in shares for one, value in zip(*some, strict=True)))
+
+
+def _replies(
+    spec: EnvironmentSpec, episodes: Sequence[Episode], going: Sequence[int]
+) -> dict[int, Messages | str | None]:
+    """The reply to each episode that goes on: messages, None where it is over, TIMEOUT where it took too long."""
+    return _shared_out(going, lambda own: [_reply(spec, episodes[number]) for number in own])
+
+
+def _reply(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
+    outcome = limited(spec.seconds, episode.environment.step, episode.text)
+    where = f"{spec.where}: {type(episode.environment).__name__}.step"
+    if outcome.error:
+        raise UserError(f"{where} raised {outcome.error} at the completion {shortened(episode.text)}")
+    if outcome.timed_out or outcome.value is None:
+        return TIMEOUT if outcome.timed_out else None
+    if not isinstance(outcome.value, list | tuple):
+        raise UserError(f"{where} gave {outcome.value!r:.40}; it returns a list of messages, or None")
+    check_conversation([*episode.messages, *outcome.value], where, needs_answer=False)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in outcome.value]
+
+
+def _judge(spec: EnvironmentSpec, judge: Judge, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
+    """The rewards of every episode; None where it took too long."""
+
+    def judged(own: list[int]) -> list[RewardsByName | None]:
+        kept = [number for number in own if episodes[number].finish != TIMEOUT]
+        found = judge(spec, [episodes[number] for number in kept])
+        by_number = dict(zip(kept, found, strict=True))
+        return [by_number.get(number) for number in own]
+
+    return list(_shared_out(range(len(episodes)), judged).values())
+
+
+def judge_answers(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
+    """What the verifier gives each answer. A verifier of the user's own runs in processes that can be killed.
+
+    Raises:
+        UserError: the verifier raised, or gave what is no finite number; names the prompt.
+    """
+    if not episodes:
+        return []
+    name = episodes[0].environment.verifier
+    rows, answers = [one.task for one in episodes], [one.text for one in episodes]
+    found = compute_rewards(name, rows, answers, spec.where, spec.seconds)
+    return [None if late else {name: value} for value, late in zip(found.values.tolist(), found.late, strict=True)]
+
+
+def judge_environments(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
+    """The rewards that the environment of each episode gives, in this process.
+
+    Raises:
+        UserError: `reward` raised, or gave what is no finite number; names the prompt.
+    """
+    return [_rewards(spec, episode) for episode in episodes]
+
+
+def _rewards(spec: EnvironmentSpec, episode: Episode) -> RewardsByName | None:
+    outcome = limited(spec.seconds, episode.environment.reward)
+    if outcome.timed_out:
+        return None
+    found = outcome.value if isinstance(outcome.value, Mapping) else {"reward": outcome.value}
+    problem = "" if found else "gave no rewards"
+    problem = (
+        f"raised {outcome.error}"
+        if outcome.error
+        else problem or next(filter(None, map(reward_problem, found.values())), "")
+    )
+    if problem:
+        raise UserError(
+            f"{spec.where}: {type(episode.environment).__name__}.reward {problem} for the completion "
+            f"{shortened(episode.text)} to the prompt {shortened(episode.first_prompt)}; rewards are finite numbers by name"
+        )
+    return {str(name): float(value) for name, value in found.items()}

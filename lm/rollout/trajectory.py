@@ -1,0 +1,137 @@
+"""A trajectory: one episode as it was sampled. Training, evaluation, the report and its files all read this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int8, Int32
+
+from lm.types import Batch, SharedPrompt
+
+AUTHORS = ("prompt", "model", "environment")
+"""Who wrote a token, by its number in `Trajectory.authors`."""
+PROMPT, MODEL, ENVIRONMENT = range(len(AUTHORS))
+
+STOP, LENGTH, TIMEOUT = "stop", "length", "timeout"
+"""Why an episode ended: it was over after a completed turn; no tokens were left; the environment took too long."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Tokens as they were sampled, never decoded and encoded again, with the author and the log-probability of each.
+
+    `logp` is the sampler's at the sampling temperature, 0 where the model did not choose the token. `messages` are the same
+    episode as text, each with its `author`. `rewards` has the rewards by name and `reward` the one that is trained on. `version` is the number of
+    training steps behind the weights that sampled it.
+    """
+
+    task: Mapping[str, Any]
+    messages: tuple[Mapping[str, Any], ...]
+    tokens: Int32[np.ndarray, " T"]
+    authors: Int8[np.ndarray, " T"]
+    logp: Float32[np.ndarray, " T"]
+    finish: str
+    version: int
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    reward: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the episode ended by itself."""
+        return self.finish == STOP
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the model's first."""
+        return int((self.authors == PROMPT).sum())
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model chose."""
+        return int((self.authors == MODEL).sum())
+
+    @property
+    def prompt(self) -> str:
+        """The text of the turn that the model answered first."""
+        return prompt_text(self.messages)
+
+    @property
+    def text(self) -> str:
+        """The text of what the model said last."""
+        return next(turn["content"] for turn in reversed(self.messages) if turn["author"] == AUTHORS[MODEL])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a step sampled: the batches of its updates, and all trajectories with the advantage of each.
+
+    `chosen` are the trajectories that are in the batches, in order.
+    """
+
+    batches: list[Batch]
+    trajectories: list[Trajectory]
+    advantages: Float[np.ndarray, " N"]
+    chosen: Int[np.ndarray, " B"]
+    metrics: dict[str, float]
+
+
+def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the turn that the model answers first."""
+    return next(turn["content"] for turn in reversed(messages) if turn["author"] == AUTHORS[PROMPT])
+
+
+def rewards_of(trajectories: Sequence[Trajectory]) -> Float32[np.ndarray, " N"]:
+    """The reward that each is trained on."""
+    return np.array([one.reward for one in trajectories], np.float32)
+
+
+def rescored(trajectory: Trajectory, score: float) -> Trajectory:
+    """The trajectory with a score, of the reward models or else the verifier, as the reward that is trained on."""
+    return replace(trajectory, rewards={**trajectory.rewards, "score": score}, reward=score)
+
+
+def sample_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What is reported of the samples themselves: their mean length in sampled tokens, and how many ended by themselves."""
+    return {
+        "completion_length": float(np.mean([one.length for one in trajectories])),
+        "eos_rate": float(np.mean([one.ended for one in trajectories])),
+    }
+
+
+def trajectory_batch(
+    trajectories: Sequence[Trajectory],
+    prompt_width: int,
+    width: int,
+    pad_id: int,
+    advantages: Float[np.ndarray, " B"] | None = None,
+    group_size: int = 1,
+) -> Batch:
+    """One row a trajectory, on the host: prompts left padded, what follows right padded; only the model's tokens have weight.
+
+    Args:
+        prompt_width: columns of the prompts; all that follows has `width` columns.
+        advantages: of each trajectory; 0 where there are none.
+        group_size: of so many neighbours the prompt is the same.
+    """
+    rows, columns = len(trajectories), prompt_width + width
+    tokens = np.full((rows, columns), pad_id, np.int32)
+    weights, logp = np.zeros((2, rows, columns), np.float32)
+    real = np.zeros((rows, columns), bool)
+    for row, one in enumerate(trajectories):
+        start = prompt_width - one.prompt_length
+        place = np.s_[row, start : start + len(one.tokens)]
+        tokens[place], logp[place], real[place] = one.tokens, one.logp, True
+        weights[place] = one.authors == MODEL
+    given = np.zeros(rows, np.float32) if advantages is None else advantages
+    return Batch(
+        tokens=tokens,
+        weights=weights,
+        segments=real.astype(np.int32),
+        positions=np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32),
+        advantages=weights * given[:, None].astype(np.float32),
+        old_logp=logp,
+        shared=SharedPrompt(group_size, prompt_width),
+    )
