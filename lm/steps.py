@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Pretrain, RewardModel, Stage, corrects_sampler
 from lm.model.scorer import ScoreHead, Scorer
-from lm.model.transformer import Transformer
 from lm.objectives.cpo import cpo
 from lm.objectives.cross_entropy import cross_entropy, weighted
 from lm.objectives.dpo import dpo
@@ -232,59 +231,6 @@ def critic_values(
     return token_values(critic.body.hidden(batch.tokens, batch.positions, batch.segments), critic.score)
 
 
-def first_state(
-    stage: Stage,
-    optimizer: optax.GradientTransformation,
-    model: Transformer,
-    scorers: tuple[Scorer, ...] = (),
-    key: PRNGKeyArray | None = None,
-) -> TrainState:
-    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
-    o = stage.objective
-    model, scorers = jax.tree.map(jnp.copy, (model, scorers))
-    frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if needs_reference(stage) else {}
-    params: Any = model
-    if isinstance(o, RewardModel):
-        params = Scorer(model, key, o.layers)
-    if isinstance(o, PPO):
-        params = {"policy": model, "critic": _critic(o, model, scorers)}
-        frozen["scorers"] = scorers
-    opt_state = optimizer.init(params)
-    if isinstance(o, PPO):
-        opt_state = {"optimizer": opt_state, "kl_coef": jnp.float32(o.kl_coef)}
-    return TrainState(jnp.int32(0), params, opt_state, frozen)
-
-
-def _critic(o: PPO, model: Transformer, scorers: tuple[Scorer, ...]) -> Scorer | ScoreHead:
-    """What judges states at first: as the reward model does, or all alike."""
-    if o.critic == "head":
-        return ScoreHead(model.config, None)
-    return jax.tree.map(jnp.copy, scorers[0] if scorers else Scorer(model, None))
-
-
-def needs_reference(stage: Stage) -> bool:
-    """Whether the step reads the model as it was before the stage, `frozen["reference"]`."""
-    o = stage.objective
-    if isinstance(o, DPO):
-        return o.reference == "step"
-    return isinstance(o, KTO | PPO) or (isinstance(o, GRPO) and o.kl_coef > 0)
-
-
-def forward_only(stage: Stage) -> int:
-    """Forward passes over a batch's rows of which no gradient is taken, beside the one of which it is."""
-    if isinstance(stage.objective, KTO) and reads_baseline(stage.objective.loss):
-        return 3  # the reference, and both models on the mismatched rows
-    return int(needs_reference(stage) and not isinstance(stage.objective, PPO))  # whose rollout has what it needs
-
-
-def trained(stage: Stage) -> tuple[int, int]:
-    """How many language models, and how many scorers with a body of their own, have a gradient in the step."""
-    o = stage.objective
-    if isinstance(o, RewardModel):
-        return 0, 1
-    return 1, int(isinstance(o, PPO) and o.critic == "separate")
-
-
 def _cross_entropy_loss(stage: Stage) -> Loss:
     o = stage.objective
     assert isinstance(o, Pretrain | SFT)
@@ -293,19 +239,6 @@ def _cross_entropy_loss(stage: Stage) -> Loss:
         return cross_entropy(token_logprobs(params, batch), batch.weights, z_loss=o.z_loss)
 
     return loss
-
-
-STEPS: dict[type, Callable[[Stage, optax.GradientTransformation], Step]] = {
-    Pretrain: pretrain_step,
-    SFT: sft_step,
-    DPO: preference_step,
-    CPO: cpo_step,
-    ORPO: orpo_step,
-    KTO: kto_step,
-    RewardModel: reward_step,
-    PPO: ppo_step,
-    GRPO: grpo_step,
-}
 
 
 def make_step(

@@ -11,12 +11,13 @@ import optax
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
+from lm.algorithms.table import first_state
 from lm.experiment import Experiment, Mesh, Optimizer, Pretrain, Source, Stage, Tokenizer
 from lm.model.transformer import num_params
 from lm.optimizer import MasterWeights, apply_updates, make_optimizer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
-from lm.steps import STEPS, first_state
+from lm.steps import pretrain_step
 from lm.train.checkpoint import Checkpoints
 from lm.train.stages import run
 from tests.helpers import OBJECTIVES, TINY, layout, random_batch, tiny_model, tiny_stage
@@ -67,7 +68,7 @@ def trained(kind, dtype, steps=8):
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model(**NARROW))
     model.config = dataclasses.replace(model.config, param_dtype=dtype)
     before = after = first_state(stage, optimizer, model)
-    step = jax.jit(STEPS[Pretrain](stage, optimizer))
+    step = jax.jit(pretrain_step(stage, optimizer))
     for seed in range(steps):
         after, _ = step(after, random_batch(seed=seed))
     return before, after
@@ -129,7 +130,7 @@ def gradient_of(microbatches, dtype="bfloat16", rows=128):
     # few distinct tokens: every row's gradient points nearly the same way, which a narrow sum stops counting
     batch = random_batch(rows)
     batch = dataclasses.replace(batch, tokens=batch.tokens % 4)
-    state, numbers = jax.jit(STEPS[Pretrain](stage, keep))(first_state(stage, keep, model), batch)
+    state, numbers = jax.jit(pretrain_step(stage, keep))(first_state(stage, keep, model), batch)
     assert dtypes(state.opt_state) == {"float32"}
     return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(state.opt_state)]), float(
         numbers["grad_norm"]
@@ -156,7 +157,7 @@ def test_masters_lie_as_their_parameters_and_are_the_same_in_any_layout(kind, wh
         for param, master in zip(jax.tree.leaves(places.params), jax.tree.leaves(places.opt_state.master), strict=True):
             assert param.spec == master.spec
         jitted = jax.jit(
-            STEPS[Pretrain](stage, optimizer), in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None)
+            pretrain_step(stage, optimizer), in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None)
         )
         with jax.set_mesh(mesh):
             state, _ = jitted(jax.device_put(state, places), jax.device_put(random_batch(), batch_sharding(mesh)))

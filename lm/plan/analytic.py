@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import jax
 
-from lm.model.flops import update_flops_per_token
+from lm.algorithms.table import flops_per_token
 from lm.plan.kernels import HOST_RATE
 from lm.plan.one_device import analysis_of, cast_bytes, gradient_block, parameter_bytes, update_block
 from lm.plan.program import Program
 from lm.plan.traffic import NETWORK, Traffic, traffic
 from lm.plan.usage import Usage
-from lm.steps import forward_only, trained
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,7 @@ def estimate(program: Program) -> Estimate:
 
 def model_flops(program: Program) -> float:
     """FLOPs of an update on one device that the model asks for, as MFU counts them."""
-    per_token = update_flops_per_token(
-        program.model, program.vocab_size, program.stage.seq_len, forward_only(program.stage), *trained(program.stage)
-    )
-    return per_token * program.tokens_per_device
+    return flops_per_token(program.stage, program.model, program.vocab_size) * program.tokens_per_device
 
 
 def _peak(gradient: Usage, update: Usage, casts: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from lm.algorithms.table import algorithm_of
 from lm.experiment import Model, Stage, rows_together
 from lm.model.transformer import Transformer
 from lm.optimizer import at_least_float32, make_optimizer
@@ -25,7 +26,6 @@ from lm.parallel.rules import RULES, ways
 from lm.plan.program import Program, abstract_batch, abstract_state
 from lm.plan.trace import Block, Value, block_of
 from lm.plan.usage import Analysis
-from lm.steps import STEPS
 
 SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that are used in parts
 
@@ -68,7 +68,7 @@ def _gradient_block(
 ) -> tuple[Block, set[Value]]:
     model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
     state = abstract_state(stage, optax.identity(), model_shape)
-    step = STEPS[type(stage.objective)](stage, optax.identity())
+    step = algorithm_of(stage).step(stage, optax.identity())
     with jax.sharding.use_abstract_mesh(mesh):
         block = block_of(jax.make_jaxpr(step)(state, abstract_batch(stage, rows, tokens)))
     first, moved, kept, frozen = (

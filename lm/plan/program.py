@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.algorithms.table import first_state
 from lm.experiment import (
     DPO,
     KTO,
@@ -32,7 +33,6 @@ from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
 from lm.plan.chips import Topology
-from lm.steps import first_state
 from lm.types import Batch, TrainState
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm.algorithms.table import algorithm_of
 from lm.parallel.rules import RULES, ways
 from lm.plan.hlo_work import RING
 from lm.plan.one_device import local_batch, one_device
 from lm.plan.program import Program
 from lm.plan.usage import Usage
-from lm.steps import forward_only
 
 NETWORK = "slices"  # the axis that goes over the data-centre network
 
@@ -82,7 +82,7 @@ def _activations(program: Program) -> list[Traffic]:
     """Sums over tensor after attention and SwiGLU, and keys and values of whole rows over context; other passes add their own."""
     model, (rows, tokens) = one_device(program).model, local_batch(program)
     itemsize = jnp.dtype(model.compute_dtype).itemsize
-    others = forward_only(program.stage)
+    others = algorithm_of(program.stage).extra_forward_passes(program.stage.objective)
     recomputed = program.model.remat != "none"
     residual = rows * tokens * model.embed_dim * itemsize / ways("length", program.sizes)
     # Two sums forward and two backward; of what is computed again the last is not needed.

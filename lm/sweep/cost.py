@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lm.algorithms.table import algorithm_of, flops_per_token
 from lm.experiment import GRPO, PPO, Collect, Experiment, Stage, rows_per_update, updates_per_step
 from lm.interop.hf import layer_shapes
-from lm.model.flops import forward_flops_per_token, update_flops_per_token
+from lm.model.flops import forward_flops_per_token
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
-from lm.steps import forward_only, trained
 from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import Range, Suggested, Sweep
@@ -169,9 +169,7 @@ def flops(experiment: Experiment, index: int) -> float:
     stage = experiment.stages[index]
     if isinstance(stage.objective, Collect):
         return 0.0
-    per_token = update_flops_per_token(
-        experiment.model, experiment.tokenizer.vocab_size, stage.seq_len, forward_only(stage), *trained(stage)
-    )
+    per_token = flops_per_token(stage, experiment.model, experiment.tokenizer.vocab_size)
     return stage.steps * updates_per_step(stage) * rows_per_update(stage) * stage.seq_len * per_token
 
 
@@ -214,7 +212,7 @@ def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
     model = parameters(experiment) * BYTES[kind]
     masters = 4 if kind != "float32" and stage.optimizer.master_weights else 0
     moments = parameters(experiment) * (2 * BYTES[stage.optimizer.state_dtype] + masters)
-    models = sum(trained(stage))  # of PPO a critic of its own, too
+    models = sum(algorithm_of(stage).trained_model_counts(stage.objective))  # of PPO a critic of its own, too
     for_good = stage.steps // stage.keep_every if stage.keep_every else 0
     newest = min(stage.keep_last, math.ceil(stage.steps / stage.save_every))
     if not stage.keep_moments:

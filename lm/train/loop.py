@@ -16,19 +16,20 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from lm.algorithms.table import algorithm_of, first_state, flops_per_token
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.tokenizer import Tokenizer
 from lm.evals.rows import calling_between_batches
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
-from lm.model.flops import peak_flops, update_flops_per_token
+from lm.model.flops import peak_flops
 from lm.model.scorer import Scorer, policy_of
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import first, in_first
 from lm.parallel.rules import abstract, batch_sharding, shardings
-from lm.steps import STEPS, Step, first_state, forward_only, trained
+from lm.steps import Step
 from lm.train import goodput
 from lm.train.batches import Batches
 from lm.train.callbacks import Callback, listener
@@ -222,8 +223,7 @@ class _Loop:
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
         # The part of the chips' peak that a token a second uses; None where the peak is not known.
         peak = peak_flops(jax.devices()[0].device_kind)
-        model, vocab_size = run.experiment.model, run.tokenizer.vocab_size
-        cost = update_flops_per_token(model, vocab_size, stage.seq_len, forward_only(stage), *trained(stage))
+        cost = flops_per_token(stage, run.experiment.model, run.tokenizer.vocab_size)
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     def doing(self, text: str) -> None:
@@ -362,7 +362,7 @@ def start_state(
 def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:
     """The step of a stage, which takes and gives a state in these places."""
     return jax.jit(
-        STEPS[type(stage.objective)](stage, optimizer),
+        algorithm_of(stage).step(stage, optimizer),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from lm.algorithms.table import algorithm_of, first_state
 from lm.model.scorer import Scorer
 from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
-from lm.steps import STEPS, first_state, needs_reference
 from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def made(objective, model_changes):
     )  # fmt: skip
     scorers = (Scorer(tiny_model(seed=2, **model_changes), jax.random.key(2)),)
     state = first_state(stage, optimizer, tiny_model(**model_changes), scorers)
-    if needs_reference(stage):
+    if "reference" in state.frozen:
         state.frozen["reference"] = tiny_model(seed=1, **model_changes)
     return optimizer, state
 
@@ -84,7 +84,7 @@ def prepared(objective, mesh_sizes, stage_changes, model_changes):
     optimizer, state = made(objective, model_changes) if model_changes else made_plain(objective)
     places = shardings(jax.eval_shape(lambda x: x, state), mesh)
     step = jax.jit(
-        STEPS[type(objective)](stage, optimizer),
+        algorithm_of(stage).step(stage, optimizer),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),
     )

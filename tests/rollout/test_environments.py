@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.algorithms.table import first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import GRPO, Experiment, Source, UserError
@@ -22,7 +23,6 @@ from lm.rollout.environments import fill, grpo_rollout, has_preference
 from lm.rollout.episodes import make_tasks
 from lm.rollout.rounding import rounded
 from lm.rollout.trajectory import rewards_of
-from lm.steps import first_state
 from lm.train.rollouts import Rollouts
 from tests.helpers import TINY, layout, tiny_stage
 

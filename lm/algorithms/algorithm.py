@@ -1,0 +1,46 @@
+"""What an algorithm is to those that train, plan and measure: functions of its objective's config, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from lm.experiment import Stage
+from lm.model.scorer import Scorer
+from lm.model.transformer import Transformer
+from lm.steps import Step
+
+Models = dict[str, Any]
+"""Models by role: `policy`, `critic`, `reward`."""
+
+
+def policy_alone(o: Any, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
+    """The language model that enters the stage."""
+    return {"policy": model}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """All that is particular to one way of training and needs jax; its config class has the rest (`lm/config/objective.py`).
+
+    step: the pure training step of a stage, which `jax.jit` compiles.
+    models: the models with a gradient, by role, from the config, the model that enters the stage, the reward models that it
+        reads and the random key of what is new; may be traced.
+    reads_reference: whether the step reads the model as it was before the stage, `frozen["reference"]`.
+    carry: what it remembers from one step to the next beside the models, at the start.
+    keeps_scorers: whether the reward models that a stage reads are frozen in its state, under `frozen["scorers"]`.
+    extra_forward_passes: forward passes over a batch's rows of which no gradient is taken.
+    trained_model_counts: how many language models, and how many scorers with a body of their own, have a gradient.
+    """
+
+    step: Callable[[Stage[Any], optax.GradientTransformation], Step]
+    models: Callable[[Any, Transformer, tuple[Scorer, ...], PRNGKeyArray | None], Models] = policy_alone
+    reads_reference: Callable[[Any], bool] = lambda o: False
+    carry: Callable[[Any], dict[str, Array]] = lambda o: {}
+    keeps_scorers: bool = False
+    extra_forward_passes: Callable[[Any], int] = lambda o: 0
+    trained_model_counts: Callable[[Any], tuple[int, int]] = lambda o: (1, 0)

@@ -1,0 +1,61 @@
+"""The table of algorithms, by the class of their config, and the state that a stage starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray
+
+from lm.algorithms import cpo, dpo, grpo, kto, orpo, ppo, pretrain, reward_model, sft
+from lm.algorithms.algorithm import Algorithm
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, Stage
+from lm.model.flops import update_flops_per_token
+from lm.model.scorer import Scorer
+from lm.model.transformer import Transformer
+from lm.types import TrainState
+
+ALGORITHMS: dict[type, Algorithm] = {
+    Pretrain: pretrain.ALGORITHM,
+    SFT: sft.ALGORITHM,
+    DPO: dpo.ALGORITHM,
+    CPO: cpo.ALGORITHM,
+    ORPO: orpo.ALGORITHM,
+    KTO: kto.ALGORITHM,
+    RewardModel: reward_model.ALGORITHM,
+    PPO: ppo.ALGORITHM,
+    GRPO: grpo.ALGORITHM,
+}
+
+
+def algorithm_of(stage: Stage) -> Algorithm:
+    """The algorithm of a stage that trains."""
+    return ALGORITHMS[type(stage.objective)]
+
+
+def first_state(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    model: Transformer,
+    scorers: tuple[Scorer, ...] = (),
+    key: PRNGKeyArray | None = None,
+) -> TrainState:
+    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
+    algorithm, o = algorithm_of(stage), stage.objective
+    model, scorers = jax.tree.map(jnp.copy, (model, scorers))
+    frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if algorithm.reads_reference(o) else {}
+    if algorithm.keeps_scorers:
+        frozen["scorers"] = scorers
+    models, carry = algorithm.models(o, model, scorers, key), algorithm.carry(o)
+    params: Any = models if len(models) > 1 else next(iter(models.values()))
+    opt_state: Any = optimizer.init(params)
+    return TrainState(jnp.int32(0), params, {"optimizer": opt_state, **carry} if carry else opt_state, frozen)
+
+
+def flops_per_token(stage: Stage, model: Model, vocab_size: int) -> float:
+    """Operations that an update of the stage does for each token of its rows."""
+    algorithm, o = algorithm_of(stage), stage.objective
+    passes, counts = algorithm.extra_forward_passes(o), algorithm.trained_model_counts(o)
+    return update_flops_per_token(model, vocab_size, stage.seq_len, passes, *counts)
