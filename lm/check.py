@@ -14,8 +14,8 @@ from lm.experiment import (
     Stage,
     UserError,
     reward_names,
+    rows_per_example,
     rows_per_update,
-    rows_together,
     strict,
     updates_per_step,
 )
@@ -154,7 +154,7 @@ def _check_stage(stage: Stage, model: Model) -> None:
     if len(set(stage.evals)) < len(stage.evals):
         raise UserError(f"{stage.name}.evals is {list(stage.evals)}; it should have each name once")
     _check_schedule(stage)
-    rows, together = rows_per_update(stage), rows_together(stage)
+    rows, together = rows_per_update(stage), rows_per_example(stage)
     if rows % (together * stage.microbatches):
         what = "pairs" if together == 2 else "rows"
         raise UserError(f"{stage.name}.microbatches {stage.microbatches} does not divide its {rows // together} {what}")

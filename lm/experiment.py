@@ -9,8 +9,8 @@ from lm.config.experiment import Experiment as Experiment
 from lm.config.experiment import corrects_sampler as corrects_sampler
 from lm.config.experiment import resolve_sources as resolve_sources
 from lm.config.experiment import reward_names as reward_names
+from lm.config.experiment import rows_per_example as rows_per_example
 from lm.config.experiment import rows_per_update as rows_per_update
-from lm.config.experiment import rows_together as rows_together
 from lm.config.experiment import start_of as start_of
 from lm.config.experiment import updates_per_step as updates_per_step
 from lm.config.field import FUNCTION as FUNCTION
@@ -30,3 +30,6 @@ from lm.config.serialize import to_dict as to_dict
 from lm.config.stage import Optimizer as Optimizer
 from lm.config.stage import Source as Source
 from lm.config.stage import Stage as Stage
+
+# Former names, for files that import them.
+rows_together = rows_per_example

@@ -75,7 +75,7 @@ def make_optimizer(
     Use it with `apply_updates` of this module, which reads the parameters from their master weights.
     """
     rule = clipped(
-        with_state_dtype(config.state_dtype, DIRECTIONS[config.kind](config.b2)),
+        with_state_dtype(config.state_dtype, OPTIMIZERS[config.kind](config.b2)),
         schedule(config, total_updates),
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
@@ -213,7 +213,7 @@ def muon(b2: float, momentum: float = 0.95) -> optax.GradientTransformation:
     return optax.partition({"muon": orthogonal, "adam": adam(b2)}, labels)
 
 
-DIRECTIONS: dict[str, Callable[[float], optax.GradientTransformation]] = {"adamw": adam, "muon": muon}
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {"adamw": adam, "muon": muon}
 """experiment.Optimizer.kind -> (b2 -> transformation of gradients to directions of about unit size)."""
 
 

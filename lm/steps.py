@@ -25,7 +25,7 @@ from lm.objectives.kto import kto, log_ratio_mean, reads_baseline
 from lm.objectives.logprobs import last_scores, token_logprobs, token_values
 from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
-from lm.objectives.ppo import adapted, ppo
+from lm.objectives.ppo import adaptive_kl_coef, ppo
 from lm.objectives.reward_model import reward_model
 from lm.optimizer import apply_updates, at_least_float32, global_norm
 from lm.parallel.rules import constrain
@@ -35,7 +35,7 @@ Metrics = dict[str, Float[Array, ""]]
 # (params, frozen, batch) -> what is minimised and what is reported, neither divided yet
 Loss = Callable[[Any, Any, Batch], tuple[Mean, dict[str, Mean]]]
 # (params, frozen, batch) -> numbers of the whole batch that a loss of a piece of it needs, by name
-Whole = Callable[[Any, Any, Batch], dict[str, Array]]
+BatchStats = Callable[[Any, Any, Batch], dict[str, Array]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -67,10 +67,10 @@ def preference_step(stage: Stage, optimizer: optax.GradientTransformation) -> St
             log_sum_sq=stats.log_sum_sq, sft_scale=frozen["sft_scale"],
         )  # fmt: skip
 
-    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"sft_scale": likelihood_scale(batch.weights, batch.weights)}
 
-    return make_step(loss, optimizer, stage.microbatches, whole)
+    return make_step(loss, optimizer, stage.microbatches, batch_stats)
 
 
 def cpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -85,10 +85,10 @@ def cpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
             nll_scale=frozen["nll_scale"],
         )  # fmt: skip
 
-    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, batch.weights)}
 
-    return make_step(loss, optimizer, stage.microbatches, whole)
+    return make_step(loss, optimizer, stage.microbatches, batch_stats)
 
 
 def orpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -104,10 +104,10 @@ def orpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         logp = token_logprobs(params, batch).logp
         return orpo(logp, batch.weights, predicted(batch), beta=o.beta, nll_scale=frozen["nll_scale"])
 
-    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, predicted(batch))}
 
-    return make_step(loss, optimizer, stage.microbatches, whole)
+    return make_step(loss, optimizer, stage.microbatches, batch_stats)
 
 
 def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -124,7 +124,7 @@ def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
             desirable_weight=o.desirable_weight, undesirable_weight=o.undesirable_weight,
         )  # fmt: skip
 
-    def whole(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         assert batch.mismatched is not None
 
         def estimate(piece: Batch) -> Mean:
@@ -137,7 +137,7 @@ def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
             found = jax.tree.map(jnp.sum, jax.lax.map(estimate, _cut(batch.mismatched, stage.microbatches)))
         return {"kl": jnp.maximum(found.value(), 0.0)}
 
-    return make_step(loss, optimizer, stage.microbatches, whole if reads_baseline(o.loss) else None)
+    return make_step(loss, optimizer, stage.microbatches, batch_stats if reads_baseline(o.loss) else None)
 
 
 def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -215,7 +215,7 @@ def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
             kl = (jnp.where(batch.weights > 0, batch.old_logp - batch.ref_logp, 0.0)).sum() / len(batch.tokens)
             # An answer counts once, however often it is gone through.
             answers = len(batch.tokens) / o.epochs
-            kl_coef = adapted(kl_coef, kl, target=o.kl_target, answers=answers, horizon=o.kl_horizon)
+            kl_coef = adaptive_kl_coef(kl_coef, kl, target=o.kl_target, answers=answers, horizon=o.kl_horizon)
         return replace(moved, opt_state={"optimizer": moved.opt_state, "kl_coef": kl_coef}), metrics
 
     return step
@@ -242,11 +242,11 @@ def _cross_entropy_loss(stage: Stage) -> Loss:
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, whole: Whole | None = None
+    loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, batch_stats: BatchStats | None = None
 ) -> Step:
     """Gradient (summed over microbatches), one division by the summed weight, clip and update.
 
-    What `whole` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
+    What `batch_stats` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
     """
 
     def total(params: Any, frozen: Any, batch: Batch) -> tuple[Float[Array, ""], tuple[Mean, dict[str, Mean]]]:
@@ -259,7 +259,7 @@ def make_step(
         return at_least_float32(grads), {"loss": mean, **metrics}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        frozen = state.frozen | whole(state.params, state.frozen, batch) if whole else state.frozen
+        frozen = state.frozen | batch_stats(state.params, state.frozen, batch) if batch_stats else state.frozen
         if microbatches == 1:
             grads, sums = gradient(state.params, frozen, batch)
         else:

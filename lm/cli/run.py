@@ -90,7 +90,7 @@ def call(arguments: argparse.Namespace) -> int:
     import jax
 
     from lm.data.cache import cache_at
-    from lm.parallel.distributed import find_job, first, gather, joined
+    from lm.parallel.distributed import find_job, gather, is_main_process, joined
     from lm.train.loop import Interrupted
     from lm.train.profile import parse_steps
     from lm.train.stages import run
@@ -115,7 +115,7 @@ def call(arguments: argparse.Namespace) -> int:
                 callbacks=arguments.callback,
             )
         except Interrupted as stopped:
-            if first():
+            if is_main_process():
                 print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
             return EXIT_INTERRUPT
         if arguments.no_report:
@@ -133,12 +133,12 @@ def call(arguments: argparse.Namespace) -> int:
 
 def report(run_dir: Path) -> bool:
     """Write the report of what there is so far, in one process of many; whether it was this one."""
-    from lm.parallel.distributed import first
+    from lm.parallel.distributed import is_main_process
     from lm.web.report import write_report
 
-    if first():
+    if is_main_process():
         write_report(run_dir)
-    return first()
+    return is_main_process()
 
 
 def command_to_go_on(arguments: argparse.Namespace) -> str:

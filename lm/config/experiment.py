@@ -77,7 +77,7 @@ def reward_names(stage: Stage) -> tuple[str, ...]:
     return stage.objective.reward_model_names
 
 
-def rows_together(stage: Stage) -> int:
+def rows_per_example(stage: Stage) -> int:
     """Rows that no microbatch may part: the two of a pair."""
     return stage.objective.rows_per_example
 

@@ -185,6 +185,6 @@ def make_feed(
         pad_id=tokenizer.pad_id,
         fingerprint=fingerprint(stage.sources, contents, tokenizer.fingerprint, elsewhere),
         rows=sum(supply.rows for supply in supplies) if split == "heldout" else None,
-        rows_each=values.rows_together(stage),
+        rows_each=values.rows_per_example(stage),
         judged=isinstance(stage.objective, values.KTO),
     )

@@ -28,7 +28,7 @@ from lm.data.cache import Cache, Entry, Writer, current_cache
 from lm.data.layouts import canonical
 from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
 from lm.data.split import TEXT_COLUMNS, Places, canonical_json, split_key, split_place
-from lm.data.workers import Crew
+from lm.data.workers import WorkerPool
 from lm.experiment import MADE, Source, UserError
 
 __all__ = [
@@ -360,13 +360,13 @@ def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
 def _read_files(files: Sequence[tuple[str, Path]], path: str, columns: tuple[str, ...], drop: bool) -> Rows:
     """The rows of files, one file after another; `files` are names for people, and paths."""
     cache = current_cache()
-    with Crew(f"{path}: reading", "rows", sum(file.stat().st_size for _, file in files)) as crew:
-        parts = crew.each(lambda named: _read_file(*named, cache, crew, columns, drop), files)
+    with WorkerPool(f"{path}: reading", "rows", sum(file.stat().st_size for _, file in files)) as pool:
+        parts = pool.each(lambda named: _read_file(*named, cache, pool, columns, drop), files)
     whole = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
     return _of_parts(path, parts, parts[0].fingerprint if files[0][0] == path else whole)
 
 
-def _read_file(name: str, file: Path, cache: Cache, crew: Crew, columns: tuple[str, ...], drop: bool) -> Part:
+def _read_file(name: str, file: Path, cache: Cache, pool: WorkerPool, columns: tuple[str, ...], drop: bool) -> Part:
     kind = readers.kind_of(file)
     if kind is None:
         raise UserError(
@@ -376,7 +376,7 @@ def _read_file(name: str, file: Path, cache: Cache, crew: Crew, columns: tuple[s
     content = cache.digest(file)
 
     def build(writer: Writer) -> None:
-        _index(writer, Piece(name, file, kind, 0, NO_SPANS, columns, drop), FORMATS[kind].unpack(name, file), crew)
+        _index(writer, Piece(name, file, kind, 0, NO_SPANS, columns, drop), FORMATS[kind].unpack(name, file), pool)
 
     entry = cache.entry("rows", {"content": content, "format": kind} | _reading(columns, drop), build, name)
     return _part(name, file, kind, entry, content, columns, drop)
@@ -388,23 +388,23 @@ def _read_tfds(path: str, data_dir: str | Path | None, columns: tuple[str, ...],
     files, lines = tfds_rows.find(path.removeprefix("tfds:"), data_dir)
 
     def build(writer: Writer) -> None:
-        _index(writer, Piece(path, files[0], "tfds", 0, NO_SPANS, columns, drop), lines(), crew)
+        _index(writer, Piece(path, files[0], "tfds", 0, NO_SPANS, columns, drop), lines(), pool)
 
-    with Crew(f"{path}: reading", "rows", sum(file.stat().st_size for file in files)) as crew:
+    with WorkerPool(f"{path}: reading", "rows", sum(file.stat().st_size for file in files)) as pool:
         made_of = {"content": [cache.digest(file) for file in files], "format": "tfds"} | _reading(columns, drop)
         entry = cache.entry("rows", made_of, build, path)
     part = _part(path, files[0], "tfds", entry, entry.files["unpacked"]["sha256"], columns, drop)
     return _of_parts(path, [part], None)
 
 
-def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, crew: Crew) -> None:
+def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, pool: WorkerPool) -> None:
     """Write down where the rows of a file begin, and the measures of each. `whole` says how to read it."""
     name, file, kind = whole.name, whole.file, whole.kind
     if unpacked is not None:
         for block in itertools.chain([b""], unpacked):
             writer.append("unpacked", np.frombuffer(block, np.uint8))
         packed, file, kind = file, writer.flushed("unpacked"), _kind_unpacked(kind)
-        crew.progress.expect(file.stat().st_size - packed.stat().st_size)
+        pool.progress.expect(file.stat().st_size - packed.stat().st_size)
     count = 0
 
     def pieces() -> Iterator[Piece]:
@@ -414,11 +414,11 @@ def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, crew:
                 yield whole._replace(file=file, kind=kind, first=first + low, spans=spans[low:high])
             first += len(spans)
 
-    for piece, found in crew.map(_measure_piece, pieces()):
+    for piece, found in pool.map(_measure_piece, pieces()):
         writer.append("spans", piece.spans)
         for column, values in zip(Measures._fields, found, strict=True):
             writer.append(column, values)
-        crew.progress.advance(piece.text_bytes, len(piece.spans))
+        pool.progress.advance(piece.text_bytes, len(piece.spans))
         count += len(piece.spans)
     if count == 0:
         raise UserError(f"{name}: empty, there is not one row in it")

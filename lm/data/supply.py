@@ -131,7 +131,7 @@ def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokeniz
     Held-out documents are cut once, from the first token on. The first token of a window is not predicted.
     """
     store, numbers, tally = _keep_documents(rows, indices, tokenizer)
-    stream = Ring.of(store, numbers[order.places(0, len(numbers))], seq_len if order.key is not None else 0)
+    stream = CircularStream.of(store, numbers[order.places(0, len(numbers))], seq_len if order.key is not None else 0)
     total = stream.total
     number = -(-total // seq_len)
 
@@ -145,7 +145,7 @@ def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokeniz
 
 
 @dataclass(frozen=True)
-class Ring:
+class CircularStream:
     """Documents end to end, in any order of theirs, and the first `overlap` tokens once more: a ring that is cut open.
 
     bounds [D+1]: where each document begins, and the last ends; the overlap counts as one.
@@ -157,7 +157,7 @@ class Ring:
     total: int
 
     @classmethod
-    def of(cls, store: Store, numbers: Int64[np.ndarray, " D"], overlap: int) -> Ring:
+    def of(cls, store: Store, numbers: Int64[np.ndarray, " D"], overlap: int) -> CircularStream:
         bounds = np.concatenate([[0], np.cumsum(store.lengths[numbers], dtype=np.int64)])
         total = int(bounds[-1])
         return cls(store, numbers, np.append(bounds, total + min(overlap, total)) if overlap else bounds, total)

@@ -21,7 +21,7 @@ from lm.data.packing import Example
 from lm.data.readers import Row
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
-from lm.data.workers import Crew
+from lm.data.workers import WorkerPool
 
 NEVER = np.iinfo(np.int32).max  # where an example is first trained on that never is
 UNREAD_KEPT = 100  # names of what is not read that are remembered of a piece, about
@@ -144,18 +144,18 @@ def store_of(rows: Rows, kind: str, tokenizer: Tokenizer) -> Store:
 
         return _store([cache.entry("tokens", made_of | {"content": rows.fingerprint}, build, rows.path)])
     shared = kind, tokenizer, rows.drop
-    with Crew(label, "tokens", sum(part.text_bytes for part in rows.parts), shared) as crew:
+    with WorkerPool(label, "tokens", sum(part.text_bytes for part in rows.parts), shared) as pool:
 
         def entry(part: Any) -> Entry:
             def build(writer: Writer) -> None:
-                for size, columns in crew.map(_encode_piece, part.pieces()):
+                for size, columns in pool.map(_encode_piece, part.pieces()):
                     _append(writer, columns)
-                    crew.progress.advance(size, len(columns["tokens"]))
+                    pool.progress.advance(size, len(columns["tokens"]))
 
             content = {"content": part.fingerprint, "format": part.packed}
             return cache.entry("tokens", made_of | content, build, part.name)
 
-        return _store(crew.each(entry, rows.parts))
+        return _store(pool.each(entry, rows.parts))
 
 
 def store_in_memory(named: Iterable[Named], kind: str, tokenizer: Tokenizer, drop: bool = False) -> Store:

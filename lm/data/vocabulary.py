@@ -1,4 +1,4 @@
-"""A vocabulary learnt once: runs whose texts are the same share it, as they share their tokens."""
+"""A vocabulary trained once: runs with the same texts share it, as they share their tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.data.cache import Writer, current_cache
 from lm.data.tokenizer import FILE_NAME, Tokenizer
 
 
-def learnt(texts: list[str], vocab_size: int, folder: Path) -> Tokenizer:
+def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> Tokenizer:
     """`Tokenizer.train`, or what it gave for the same texts before; saved into `folder`."""
     hashed = hashlib.sha256()
     for text in texts:

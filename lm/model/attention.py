@@ -60,7 +60,7 @@ def _quarter_turn(width: int) -> Float[Array, "K K"]:
     return jnp.block([[zero, eye], [-eye, zero]])
 
 
-def visible(
+def attention_mask(
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     q_segments: Int[Array, "B T"],
@@ -92,7 +92,7 @@ def attention_of(
         )
     if name == "blocks" and attention_cpu.fits() and not (config.window or config.softcap):
         return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
-    mask = visible(positions[:, first:], positions, segments[:, first:], segments, config.window)
+    mask = attention_mask(positions[:, first:], positions, segments[:, first:], segments, config.window)
     return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, config.softcap), "attention")
 
 

@@ -17,10 +17,10 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
-from lm.model.attention import attend, attention_of, rope_angles, rope_frequencies, rotate, visible
+from lm.model.attention import attend, attention_mask, attention_of, rope_angles, rope_frequencies, rotate
 from lm.model.linear import from_heads, look_up, project, to_heads
 from lm.model.shared_prompt import shared_attention_of
-from lm.parallel.row_order import WHOLE, balance, cut_of, restore
+from lm.parallel.row_order import WHOLE, from_zigzag, to_zigzag, zigzag_layout
 from lm.parallel.rules import constrain, gathered, platform, row_major
 from lm.types import SharedPrompt, pytree
 
@@ -126,7 +126,9 @@ class Block(nnx.Module):
         q, k, v = named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
         return rotate(self.q_norm(q, eps), angles), rotate(self.k_norm(k, eps), angles), v
 
-    def rest(self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float) -> Float[Array, "B T D"]:
+    def output_and_mlp(
+        self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float
+    ) -> Float[Array, "B T D"]:
         """What follows attention: the output projection and the SwiGLU (arXiv 2002.05202), each added to x."""
         x = residual(x + from_heads(heads, _whole(self.o, x.dtype)), "mid")
         y = self.mlp_norm(x, eps)
@@ -173,8 +175,8 @@ class Transformer(nnx.Module):
         Args:
             shared: the rows are folded, a prompt and all its answers each (shared_prompt.py).
         """
-        c, cut = self.config, WHOLE if shared else cut_of(tokens.shape[1])
-        tokens, positions, segments = (balance(x, cut) for x in (tokens, positions, segments))
+        c, cut = self.config, WHOLE if shared else zigzag_layout(tokens.shape[1])
+        tokens, positions, segments = (to_zigzag(x, cut) for x in (tokens, positions, segments))
         x, angles = self._start(tokens, positions)
         attention = (
             shared_attention_of(c, positions, segments, shared) if shared else attention_of(c, positions, segments)
@@ -182,12 +184,12 @@ class Transformer(nnx.Module):
 
         def body(x: Array, block: Block) -> tuple[Array, None]:
             q, k, v = block.qkv(x, angles, c.norm_eps)
-            return block.rest(x, attention(q, k, v), c.norm_eps), None
+            return block.output_and_mlp(x, attention(q, k, v), c.norm_eps), None
 
         if c.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.blocks, unroll=min(c.scan_unroll, c.num_layers))
-        return restore(self.norm(x, c.norm_eps), cut)
+        return from_zigzag(self.norm(x, c.norm_eps), cut)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every token of the vocabulary, in `config.logits_dtype` (but float64 where the model is)."""
@@ -269,12 +271,12 @@ class Transformer(nnx.Module):
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
 
         slot_positions, slot_segments = put(cache.positions, positions, 1), put(cache.segments, segments, 1)
-        mask: Bool[Array, "B T S"] = visible(positions, slot_positions, segments, slot_segments, c.window)
+        mask: Bool[Array, "B T S"] = attention_mask(positions, slot_positions, segments, slot_segments, c.window)
         keys, values = list(cache.keys), list(cache.values)
         for layer, block in enumerate(self._layers(self.blocks)):
             q, k, v = block.qkv(x, angles, c.norm_eps)
             keys[layer], values[layer] = put(keys[layer], k, 2), put(values[layer], v, 2)
-            x = block.rest(x, attend(q, keys[layer], values[layer], mask, c.softcap), c.norm_eps)
+            x = block.output_and_mlp(x, attend(q, keys[layer], values[layer], mask, c.softcap), c.norm_eps)
         cache = Cache(tuple(keys), tuple(values), slot_positions, slot_segments)
         return self.norm(x, c.norm_eps), cache
 

@@ -135,7 +135,7 @@ def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, Knobs], Pairs], bool]:
 # ---- losses that look at all pairs of a batch ----------------------------------------------------------------------
 
 
-class Together(NamedTuple):
+class PairBatchStats(NamedTuple):
     """What they see of every pair."""
 
     chosen: Pairs  # c
@@ -145,12 +145,12 @@ class Together(NamedTuple):
     there: Pairs  # 0 for padding
 
 
-def _aot(p: Together, k: Knobs) -> Pairs:
+def _aot(p: PairBatchStats, k: Knobs) -> Pairs:
     """AOT, paired (arXiv:2406.05882, section 3): the policy's margins against the reference's, rank by rank."""
     return _sigmoid(p.margin, _of_equal_rank(p.margin, p.ref_margin, p.there), k)
 
 
-def _aot_unpaired(p: Together, k: Knobs) -> Pairs:
+def _aot_unpaired(p: PairBatchStats, k: Knobs) -> Pairs:
     """AOT, unpaired (arXiv:2406.05882, section 3): chosen log-ratios against rejected ones, rank by rank."""
     return _sigmoid(p.chosen, _of_equal_rank(p.chosen, p.rejected, p.there), k)
 
@@ -162,7 +162,7 @@ def _of_equal_rank(x: Pairs, y: Pairs, there: Pairs) -> Pairs:
     return jnp.where(there > 0, matched, 0.0)
 
 
-WHOLE_BATCH: dict[str, Callable[[Together, Knobs], Pairs]] = {
+WHOLE_BATCH: dict[str, Callable[[PairBatchStats, Knobs], Pairs]] = {
     "aot": _aot,
     "aot_unpaired": _aot_unpaired,
 }
@@ -239,7 +239,7 @@ def dpo(
         if name in WHOLE_BATCH:
             policy, reference = answer_sums(logp, counted), answer_sums(ref_logp, counted)
             margin, ref_margin = policy[0::2] - policy[1::2], reference[0::2] - reference[1::2]
-            return WHOLE_BATCH[name](Together(scores[0::2], scores[1::2], margin, ref_margin, there), knobs)
+            return WHOLE_BATCH[name](PairBatchStats(scores[0::2], scores[1::2], margin, ref_margin, there), knobs)
         loss, per_token = find_loss(name)
         read = scores / jnp.maximum(lengths, 1) if per_token else scores
         return loss(read[0::2], read[1::2], knobs)

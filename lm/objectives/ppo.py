@@ -91,7 +91,7 @@ def explained_variance(values: Tokens, returns: Tokens, mask: Tokens) -> Scalar:
     return 1 - variance(returns - values) / jnp.maximum(variance(returns), EPS)
 
 
-def adapted(kl_coef: Scalar, kl: Scalar, *, target: float, answers: float, horizon: int) -> Scalar:
+def adaptive_kl_coef(kl_coef: Scalar, kl: Scalar, *, target: float, answers: float, horizon: int) -> Scalar:
     """The coefficient after so many answers whose mean KL was `kl` (arXiv:1909.08593, section 2.2: e, clipped to ±0.2)."""
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return kl_coef * (1 + error * answers / horizon)

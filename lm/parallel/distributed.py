@@ -174,7 +174,7 @@ class _Ending:
 # ---- agreeing ----------------------------------------------------------------------------------------------------
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
 
@@ -191,7 +191,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def together(act: Callable[[], T]) -> T:
+def raise_on_all(act: Callable[[], T]) -> T:
     """`act()` in every process; if it raises UserError in one, it is raised in all, so that none waits for the others."""
     result, failure = None, None
     try:
@@ -209,16 +209,16 @@ def together(act: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def in_first(act: Callable[[], T]) -> T | None:
+def run_on_main(act: Callable[[], T]) -> T | None:
     """`act()` in process 0 only, and None in the others, which wait for it; a UserError is raised in all."""
-    return together(lambda: act() if first() else None)
+    return raise_on_all(lambda: act() if is_main_process() else None)
 
 
-def as_first(find: Callable[[], T]) -> T:
+def broadcast_from_main(find: Callable[[], T]) -> T:
     """What `find()` gives in process 0, a JSON value, in every process; a UserError is raised in all."""
     if jax.process_count() == 1:
         return find()
-    return gather(in_first(find))[0]
+    return gather(run_on_main(find))[0]
 
 
 # ---- arrays ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lm.experiment import Experiment, Stage, UserError, rows_per_update, rows_together
+from lm.experiment import Experiment, Stage, UserError, rows_per_example, rows_per_update
 from lm.model.transformer import REMAT
 from lm.overrides import override
 from lm.parallel.rules import ways
@@ -84,7 +84,7 @@ def _batch_unit(stage: Stage, devices: int) -> int:
     for size in itertools.count(1):
         one = dataclasses.replace(stage, batch_size=size)
         rows, pieces = rows_per_update(one), stage.microbatches
-        if rows and rows % (devices * pieces) == 0 and rows % (rows_together(one) * pieces) == 0:
+        if rows and rows % (devices * pieces) == 0 and rows % (rows_per_example(one) * pieces) == 0:
             return size
     raise AssertionError
 

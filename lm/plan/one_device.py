@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lm.algorithms.table import algorithm_of
-from lm.experiment import Model, Stage, rows_together
+from lm.experiment import Model, Stage, rows_per_example
 from lm.model.transformer import Transformer
 from lm.optimizer import at_least_float32, make_optimizer
 from lm.parallel.rules import RULES, ways
@@ -45,7 +45,7 @@ def one_device(program: Program) -> Program:
 
 def local_batch(program: Program) -> tuple[int, int]:
     """Rows of an update that one device works on, alone or with others, and tokens of a whole row; half a pair is a pair."""
-    rows, together = program.rows // ways("batch", program.sizes), rows_together(program.stage)
+    rows, together = program.rows // ways("batch", program.sizes), rows_per_example(program.stage)
     return -(-rows // together) * together, program.stage.seq_len
 
 

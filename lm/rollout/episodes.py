@@ -26,7 +26,7 @@ from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Stage, UserError
-from lm.parallel.distributed import gather, together
+from lm.parallel.distributed import gather, raise_on_all
 from lm.rollout.engine import Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
 from lm.rollout.rewards import compute_rewards, reward_problem, shortened
@@ -270,7 +270,7 @@ def _shared_out(numbers: Sequence[int], act: Callable[[list[int]], list[Any]]) -
     """What `act` gives for each number, JSON values, in every process; each asks for its share of the numbers."""
     count, number = jax.process_count(), jax.process_index()
     own = [one for one in numbers if one % count == number]
-    shares = gather([own, together(lambda: act(own))])
+    shares = gather([own, raise_on_all(lambda: act(own))])
     return dict(sorted((one, value) for some in shares for one, value in zip(*some, strict=True)))
 
 

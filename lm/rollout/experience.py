@@ -1,4 +1,4 @@
-"""A rollout for PPO: answers sampled by the policy, scored whole, and what each of their tokens was worth."""
+"""A rollout for PPO: completions sampled by the policy, their scores, and the advantage and return of each token."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ppo_rollout(
         len(found),
     )
     batch = to_devices(host, place, None, count)
-    if corrects_sampler(o):  # what tokens are worth, and where ratios begin, is then the trainer's
+    if corrects_sampler(o):  # advantages, and where ratios begin, is then the trainer's
         view = trainer_view(state.params["policy"], batch, o.temperature, stage.microbatches)
         host = replace(host, sampler_logp=host.old_logp, old_logp=np.asarray(fetch(view.logp)))
         batch = to_devices(host, place, None, count)
@@ -56,7 +56,7 @@ def ppo_rollout(
     check_finite(scores, [one.prompt for one in found], f"{stage.name}, step {step + 1}")
     ended = np.array([one.ended for one in found])
     counted = (scores - o.missing_eos_penalty * ~ended).astype(np.float32)
-    worth, stats = fetch(_worth(state, batch, to_devices(counted, place, None, count), o))
+    per_token, stats = fetch(advantages_and_returns(state, batch, to_devices(counted, place, None, count), o))
     metrics = (
         {name: float(value) for name, value in stats.items()} | sample_metrics(found) | {"score": float(scores.mean())}
     )
@@ -64,14 +64,14 @@ def ppo_rollout(
         metrics["score_range"] = float(scores.max() - scores.min())
     if o.verifier:
         metrics |= {"judge": float(judged.mean())} | timeout_metric(timeouts)
-    advantages = worth["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
-    batches = gone_through(replace(host, **worth), o, key)
+    advantages = per_token["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
+    batches = make_minibatches(replace(host, **per_token), o, key)
     found = [rescored(one, score) for one, score in zip(found, scores.tolist(), strict=True)]
     return Rollout(batches, found, advantages, np.arange(count), metrics)
 
 
-def gone_through(batch: Batch, o: PPO, key: PRNGKeyArray) -> list[Batch]:
-    """A rollout as the batches of its updates: every row once an epoch, in an order of its own."""
+def make_minibatches(batch: Batch, o: PPO, key: PRNGKeyArray) -> list[Batch]:
+    """The minibatches of a rollout: every row once an epoch, in an order of its own."""
     batches = []
     for epoch in range(o.epochs):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.tokens)))
@@ -86,10 +86,10 @@ def score_rows(scorers: tuple[Scorer, ...], batch: Batch, ensemble: str = "mean"
 
 
 @functools.partial(jax.jit, static_argnames="o")
-def _worth(
+def advantages_and_returns(
     state: TrainState, batch: Batch, scores: Float[Array, " B"], o: PPO
 ) -> tuple[dict[str, Float[Array, "B T"]], dict[str, Array]]:
-    """What an update reads of a rollout, by the name of the batch's field, and what is reported of it."""
+    """Advantages, returns and what else an update reads of a rollout, by field of the batch, with the metrics of both."""
     policy, mask = state.params["policy"], batch.weights
     assert batch.old_logp is not None
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
@@ -98,14 +98,14 @@ def _worth(
     kl_coef = state.opt_state["kl_coef"]
     rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator)
     advantages, returns = experience(rewards, values, mask, gamma=o.gamma, lam=o.lam, whiten_rewards=o.whiten_rewards)
-    worth = {"advantages": advantages, "returns": returns * mask, "values": values, "ref_logp": ref_logp}
+    per_token = {"advantages": advantages, "returns": returns * mask, "values": values, "ref_logp": ref_logp}
     stats = {
         "kl": ((batch.old_logp - ref_logp) * mask).sum(1).mean(),
         "reward": rewards.sum(1).mean(),
         "explained_variance": explained_variance(values, returns, mask),
         "kl_coef": kl_coef,
     }
-    return worth, stats
+    return per_token, stats
 
 
 def check_finite(scores: Float[np.ndarray, " B"], asked: list[str], where: str) -> None:

@@ -13,7 +13,7 @@ import jax
 
 import lm
 from lm.experiment import Experiment, UserError, diff, to_dict
-from lm.parallel.distributed import as_first, first, gather, in_first
+from lm.parallel.distributed import broadcast_from_main, gather, is_main_process, run_on_main
 from lm.train.run_folder import RunFolder
 
 SHARED_SECONDS = 10.0  # how long a network file system may take to show a new file to the other hosts
@@ -70,14 +70,14 @@ def check_shared(folder: RunFolder, patience: float = SHARED_SECONDS) -> None:
     """
     if jax.process_count() == 1:
         return
-    nonce = as_first(lambda: secrets.token_hex(8))
+    nonce = broadcast_from_main(lambda: secrets.token_hex(8))
     file = folder.path / f".shared-{nonce}"
-    in_first(lambda: file.write_text(nonce))
+    run_on_main(lambda: file.write_text(nonce))
     until = time.monotonic() + patience
     while not file.exists() and time.monotonic() < until:
         time.sleep(0.2)
     blind = [host for host in gather(None if file.exists() else [jax.process_index(), socket.gethostname()]) if host]
-    if first():
+    if is_main_process():
         file.unlink()
     if blind:
         process, host = blind[0]

@@ -16,13 +16,13 @@ from lm.model.transformer import Transformer
 from lm.parallel.distributed import own_rows, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.train.metrics import MetricsLog
-from lm.train.reference import REFERENCE, Known, known_of, with_reference
+from lm.train.reference import REFERENCE, Known, precompute_reference_logps, with_reference
 from lm.types import Batch, TrainState
 
 AHEAD = 2  # steps whose batches are ready before they are asked for
 
 
-class Ahead:
+class Prefetcher:
     """batch(step) from a thread that has those of the next steps ready, up to `steps`; the same batches in any order.
 
     What `batch` raises is raised here, at its step. `close` ends the thread.
@@ -85,7 +85,7 @@ class Batches:
         self.count, self.place = count, batch_sharding(mesh)
         self.rows = own_rows(self.place, count)
         self.feed = feed
-        self.batch = Ahead(self.make, steps)
+        self.batch = Prefetcher(self.make, steps)
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
@@ -111,7 +111,7 @@ class Batches:
         self.batch.close()
 
 
-class Referenced(Batches):
+class CachedReferenceBatches(Batches):
     """Batches with the log-probabilities of the model that enters the stage, of every example made once."""
 
     def __init__(self, stage: Stage, feed: Feed, count: int, mesh: Mesh):
@@ -120,7 +120,7 @@ class Referenced(Batches):
         self.known: Known = {}
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
-        self.known = known_of(self.feed, model, self.stage, self.place, folder / REFERENCE, before)
+        self.known = precompute_reference_logps(self.feed, model, self.stage, self.place, folder / REFERENCE, before)
 
     def make(self, step: int) -> Batch:
         rows = range(self.count) if self.rows is None else self.rows.tolist()

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from lm.experiment import UserError
-from lm.parallel.distributed import as_first, first
+from lm.parallel.distributed import broadcast_from_main, is_main_process
 from lm.stored import read_json, sealed, unsealed, write_json_atomic
 
 MANIFEST = "manifest.json"
@@ -135,7 +135,7 @@ class Checkpoints:
                 those of `abstract`.
         """
         self.wait()
-        step = as_first(lambda: self._newest_sound(warn) if only is None else self._sound_one(only))
+        step = broadcast_from_main(lambda: self._newest_sound(warn) if only is None else self._sound_one(only))
         if step is None:
             return None
         path = self.folder / f"{step:08d}"
@@ -156,7 +156,7 @@ class Checkpoints:
         Nothing is done where the last one is missing or its manifest damaged.
         """
         self.wait()
-        if not first() or not self.has(step, next(iter(items))):
+        if not is_main_process() or not self.has(step, next(iter(items))):
             return
         for other in self.steps():
             path = self.folder / f"{other:08d}"
@@ -185,7 +185,7 @@ class Checkpoints:
         """Behind the training loop: wait for orbax, seal the checkpoint, drop the ones that it replaces."""
         with self._guard(path):
             response.result()
-            if first():
+            if is_main_process():
                 write_json_atomic(path / MANIFEST, sealed({**manifest, "files": _checksums(path)}))
                 for step in _superseded(self.steps(), manifest["step"], self.keep, self.keep_every):
                     _remove(self.folder / f"{step:08d}")
@@ -230,11 +230,11 @@ class Checkpoints:
                 return False
             return True
 
-        return as_first(check)
+        return broadcast_from_main(check)
 
     def _clear(self, path: Path) -> None:
         """Make room for `path`, and remove what earlier runs left unfinished (once: only one run may write here)."""
-        if not first():
+        if not is_main_process():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         leftovers = [] if self._swept else _unfinished(self.folder)
@@ -248,7 +248,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if first():
+            if is_main_process():
                 for name in _unfinished(self.folder):
                     _remove(self.folder / name)
             reason = _disk_reason(error)

@@ -27,7 +27,7 @@ from lm.experiment import Collect, UserError
 from lm.json_lines import JsonLines, read_json_lines, rewrite_json_lines
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer, num_params
-from lm.parallel.distributed import as_first, fetch, first, in_first, to_devices
+from lm.parallel.distributed import broadcast_from_main, fetch, is_main_process, run_on_main, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.engine import LocalEngine
 from lm.rollout.episodes import Tasks, make_tasks, sample_trajectories
@@ -60,16 +60,16 @@ def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Score
     o = stage.objective
     assert isinstance(o, Collect)
     folder = run.folder.stage_folder(stage.name)
-    in_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    spent = reached(folder) if first() else 0.0
+    run_on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    spent = reached(folder) if is_main_process() else 0.0
     costs = Costs(began, {"seconds": spent, "sample_seconds": spent}, spent)  # what was sampled before is not lost
     with costs.of("sample_seconds"):
         sources = _sample(run, index, model, scorers, folder / ANSWERS, costs)
-    in_first(lambda: MAKERS[o.make](folder, stage.name, o))
-    report = in_first(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
+    run_on_main(lambda: MAKERS[o.make](folder, stage.name, o))
+    report = run_on_main(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
     files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, MADE_FILE) if (folder / name).exists()}
     summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs, files)
-    if first():
+    if is_main_process():
         print(f"{stage.name}: {report}", flush=True)
 
 
@@ -82,7 +82,7 @@ def _sample(
     """
     stage = run.experiment.stages[index]
     tasks = make_tasks(stage, run.tokenizer, run.experiment.seed, run.held_out)
-    start = as_first(lambda: _whole_steps(path, stage.batch_size))
+    start = broadcast_from_main(lambda: _whole_steps(path, stage.batch_size))
     progress = Progress(stage.name, stage.steps, start)
     progress.doing("compiling")
     with MetricsLog(path.parent, listener(run.callbacks, stage.name)) as log:
@@ -94,7 +94,7 @@ def _sample(
             rows, line, tokens = _answer(run, index, model, scorers, tasks, step)
             # The metrics first: of a step whose answers are not there they are rewound.
             log.metrics({"step": step + 1, "time": costs.total()["seconds"], **line})
-            in_first(functools.partial(_append, path, rows))
+            run_on_main(functools.partial(_append, path, rows))
             progress.update(step + 1, line, tokens)
     progress.close()
     return tasks.feed.sources()

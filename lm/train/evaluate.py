@@ -14,7 +14,7 @@ from lm.evals.rows import Subject
 from lm.experiment import Eval, Experiment, RewardModel, UserError, start_of
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
-from lm.parallel.distributed import as_first, first
+from lm.parallel.distributed import broadcast_from_main, is_main_process
 from lm.rollout.engine import generate_text
 from lm.rollout.sampler import encode_prompt
 from lm.train.metrics import MetricsLog, read_lines
@@ -56,7 +56,7 @@ class Evaluator:
         if isinstance(self.experiment.stages[index].objective, RewardModel):
             return
         newly = [item.name for item in self.experiment.evals if self._sees_more(item)]  # all load what they look with
-        known, answered = as_first(lambda: self._known_before(index, log, newly))
+        known, answered = broadcast_from_main(lambda: self._known_before(index, log, newly))
         if not answered:
             self._answer_prompts(model, log, 0, "before")
         self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
@@ -127,7 +127,7 @@ class Evaluator:
 
         A reward model is only asked for pairs. Best of n is measured when the reward model that chooses is made.
         """
-        if item.metric == "best_of_n" or as_first(lambda: not_there(item)) or self._nothing_in(item):
+        if item.metric == "best_of_n" or broadcast_from_main(lambda: not_there(item)) or self._nothing_in(item):
             return []
         if isinstance(model, Scorer):
             if item.metric != "pair_accuracy":
@@ -147,7 +147,7 @@ class Evaluator:
         try:
             read_examples(item, self.tokenizer, self.experiment.model.max_len, talks_of(self.experiment))
         except UserError as error:
-            if item.name not in self.told and first():
+            if item.name not in self.told and is_main_process():
                 print(f"evals.{item.name} is not measured: {error}", flush=True)
             self.told.add(item.name)
             return True

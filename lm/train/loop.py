@@ -27,7 +27,7 @@ from lm.model.scorer import Scorer, policy_of
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
-from lm.parallel.distributed import first, in_first
+from lm.parallel.distributed import is_main_process, run_on_main
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.steps import Step
 from lm.train import goodput
@@ -116,11 +116,11 @@ def train_stage(
         state, start, meta = restore(state, checkpoints, run.mesh, stage)
         now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
         check_checkpoint(f"stage {stage.name}", meta, now, run.accept)
-        spent = goodput.reached(folder) if first() else 0.0
-        if first():
+        spent = goodput.reached(folder) if is_main_process() else 0.0
+        if is_main_process():
             goodput.keep(folder, spent)
-        in_first(lambda: log.rewind(start, functools.partial(_taken_again, stage, start)))
-        in_first(lambda: log.check_steps(start))
+        run_on_main(lambda: log.rewind(start, functools.partial(_taken_again, stage, start)))
+        run_on_main(lambda: log.check_steps(start))
         costs = Costs(began, meta.get("costs", {}), spent)
         loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
         evaluator.tell = loop.doing
@@ -142,7 +142,7 @@ def train_stage(
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
         summarise(run.folder, stage, loop.tokens, num_params(state.params), batches.report, batches.sources, loop.costs)
-        in_first(lambda: tidy(run.folder, stage))
+        run_on_main(lambda: tidy(run.folder, stage))
 
 
 def summarise(
@@ -161,7 +161,7 @@ def summarise(
     Args:
         files: SHA-256 of what the stage wrote for later ones, by name.
     """
-    if first():
+    if is_main_process():
         counts: dict[str, Any] = {"steps": stage.steps, "final_step": stage.steps, "tokens": tokens, "num_params": size}
         counts |= {"data": data, "sources": sources}
         more = {"files": files} if files else {}
@@ -230,7 +230,7 @@ class _Loop:
         """Show what is done between two steps, also before the first one."""
         if self.progress is not None:
             self.progress.doing(text)
-        elif first():
+        elif is_main_process():
             print(f"{self.stage.name}  {text}", flush=True)
 
     @contextlib.contextmanager
@@ -309,7 +309,7 @@ class _Loop:
 
     def _save(self, state: TrainState, step: int) -> None:
         with self.costs.of("save_seconds"):
-            if first():
+            if is_main_process():
                 self.log.sync()
             meta = {"costs": self.costs.total(), "tokens": self.tokens, **self.now}
             self.checkpoints.save(step, saved_of(state), meta)

@@ -25,7 +25,7 @@ from lm.experiment import (
 )
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
-from lm.parallel.distributed import as_first
+from lm.parallel.distributed import broadcast_from_main
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.train.checkpoint import Checkpoints, Restored
@@ -167,14 +167,14 @@ def scorers_before(
     """The reward models that stage `index` reads; else, to look at what it does, the last one trained before it, if any."""
     names = reward_names(experiment.stages[index])
     earlier = [s.name for s in experiment.stages[: index + 1] if isinstance(s.objective, RewardModel)]
-    ready = as_first(lambda: [name for name in earlier if folder.finished(name)])
+    ready = broadcast_from_main(lambda: [name for name in earlier if folder.finished(name)])
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 
 def _restored(shape: Any, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Restored:
     """A finished stage is read at its last step; one that is not, at its newest sound checkpoint."""
     wanted = abstract(shape, mesh)
-    final = as_first(lambda: folder.final_step(stage))
+    final = broadcast_from_main(lambda: folder.final_step(stage))
     with Checkpoints(folder.checkpoints(stage)) as checkpoints:
         found = checkpoints.restore({"params": wanted}, only=final)
     if found is None:

@@ -18,7 +18,7 @@ from lm.data.pipeline import Feed
 from lm.experiment import Stage
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
-from lm.parallel.distributed import as_first, fetch, in_first, to_devices
+from lm.parallel.distributed import broadcast_from_main, fetch, run_on_main, to_devices
 from lm.train.metrics import Progress
 from lm.types import Batch
 
@@ -30,7 +30,7 @@ Known = dict[
 ]  # of each row of an example: its weighed tokens' log-probabilities
 
 
-def known_of(
+def precompute_reference_logps(
     feed: Feed, model: Transformer, stage: Stage, place: NamedSharding, path: Path, before: Callable[[str], None]
 ) -> Known:
     """Of every example that the stage will see: from the file at `path`, or by a forward pass each, and written there.
@@ -38,10 +38,10 @@ def known_of(
     Every process has all of it. `before` is called with what comes next, and may raise.
     """
     fingerprint = f"{feed.fingerprint} of {stage.steps} steps"
-    if as_first(lambda: _readable(path, fingerprint)):
+    if broadcast_from_main(lambda: _readable(path, fingerprint)):
         return _read(path)
     known = _measure(feed, model, stage, place, before)
-    in_first(lambda: _write(path, fingerprint, known))
+    run_on_main(lambda: _write(path, fingerprint, known))
     return known
 
 

@@ -45,7 +45,7 @@ from lm.rollout.sampler_gap import (
     trainer_view,
 )
 from lm.rollout.trajectory import Rollout
-from lm.train.batches import Batches, Referenced
+from lm.train.batches import Batches, CachedReferenceBatches
 from lm.train.metrics import MetricsLog
 from lm.types import Batch, TrainState
 
@@ -131,7 +131,7 @@ def make_batches(
         return Rollouts(experiment, index, tokenizer, mesh, elsewhere)
     feed, count = make_feed(stage, tokenizer, experiment.seed, elsewhere=elsewhere), rows_per_update(stage)
     if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
-        return Referenced(stage, feed, count, mesh)
+        return CachedReferenceBatches(stage, feed, count, mesh)
     return Batches(feed, count, mesh, stage.steps)
 
 

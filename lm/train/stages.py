@@ -19,7 +19,7 @@ from lm.data.selection import WITHHELD, check_files, held_out_but_trained, held_
 from lm.data.sources import rows_of
 from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, Tokenizer
-from lm.data.vocabulary import learnt
+from lm.data.vocabulary import train_tokenizer
 from lm.experiment import (
     MADE,
     Collect,
@@ -34,7 +34,7 @@ from lm.experiment import (
 )
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
-from lm.parallel.distributed import as_first, first, in_first, together
+from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.memory import check_memory
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
@@ -93,25 +93,27 @@ def run(
         Interrupted: a signal came; the state is saved.
     """
     started = time.monotonic()
-    experiment, last = together(lambda: _checked(experiment, until))
-    told = together(lambda: load_callbacks(callbacks))
+    experiment, last = raise_on_all(lambda: _checked(experiment, until))
+    told = raise_on_all(lambda: load_callbacks(callbacks))
     check_same(experiment, {"fresh": fresh, "until": until, "profile": profile, "accept": accept})
     folder = RunFolder(run_dir)
-    mesh = together(lambda: _whole_mesh(experiment))
+    mesh = raise_on_all(lambda: _whole_mesh(experiment))
     if fresh:
-        in_first(folder.set_aside)
+        run_on_main(folder.set_aside)
     with contextlib.ExitStack() as inside:
-        in_first(lambda: inside.enter_context(folder.lock()))
+        run_on_main(lambda: inside.enter_context(folder.lock()))
         stop = inside.enter_context(stop_on_signals())
         dog = inside.enter_context(Watchdog(watchdog))
         inside.enter_context(jax.set_mesh(mesh))
         check_shared(folder)
-        in_first(lambda: _claim(experiment, folder))
-        stages = as_first(lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)])
+        run_on_main(lambda: _claim(experiment, folder))
+        stages = broadcast_from_main(
+            lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
+        )
         tokenizer, held_out = _prepared(experiment, folder, mesh, accept, bool(stages))
         experiment = located(experiment, folder)
         context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out, accept)
-        batches = together(lambda: _all_batches(context, stages))
+        batches = raise_on_all(lambda: _all_batches(context, stages))
         if stages:
             _tell_evals(context, stages)
         check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
@@ -120,9 +122,9 @@ def run(
 
 def _tell_evals(run: Run, stages: list[int]) -> None:
     """Say what the evals measure, and what of it the stages that are finished trained on: evals may be new since then."""
-    for line in together(lambda: check_evals(run.experiment, run.tokenizer)):
+    for line in raise_on_all(lambda: check_evals(run.experiment, run.tokenizer)):
         say(line)
-    in_first(lambda: _tell_finished(run, run.experiment.stages[: min(stages)]))
+    run_on_main(lambda: _tell_finished(run, run.experiment.stages[: min(stages)]))
 
 
 def _tell_finished(run: Run, stages: tuple[Stage, ...]) -> None:
@@ -146,7 +148,7 @@ def _train_all(run: Run, stages: list[int], batches: dict[int, Batches], after_s
         run.watchdog.expect(f"the start of stage {name}", PATIENCE)
         _train(run, index, batches.pop(index, None), began)
         began = time.monotonic()
-        if first():
+        if is_main_process():
             listener(run.callbacks, name)("summary", run.folder.read_summary(name))
         after_stage(run.folder.path)
 
@@ -179,9 +181,9 @@ def _prepared(
     for line in short_warmups(experiment):
         say(line)
     say("reading the data")
-    tokenizer = in_first(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
-    together(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
-    together(lambda: check_memory(experiment, dict(mesh.shape), tokenizer.vocab_size))
+    tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
+    raise_on_all(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
+    raise_on_all(lambda: check_memory(experiment, dict(mesh.shape), tokenizer.vocab_size))
 
     def record() -> None:
         found = fingerprints(experiment)
@@ -194,9 +196,9 @@ def _prepared(
             record_beginning(folder, now, accepted)
         folder.record_finished()
 
-    in_first(record)
-    together(lambda: check_reward_models(experiment, tokenizer))
-    return tokenizer, together(lambda: held_out_elsewhere(experiment))
+    run_on_main(record)
+    raise_on_all(lambda: check_reward_models(experiment, tokenizer))
+    return tokenizer, raise_on_all(lambda: held_out_elsewhere(experiment))
 
 
 def _train(run: Run, index: int, batches: Batches | None, began: float) -> None:
@@ -204,10 +206,10 @@ def _train(run: Run, index: int, batches: Batches | None, began: float) -> None:
     where = run.experiment, run.folder, run.tokenizer, run.mesh
     stage = run.experiment.stages[index]
     model = model_before(*where, index)
-    scorers = together(lambda: scorers_for(*where, reward_names(stage)))
+    scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage)))
     if isinstance(stage.objective, Collect):
         return collect_stage(run, index, model, scorers, began)
-    ready = batches or together(lambda: _batches(run, index))
+    ready = batches or raise_on_all(lambda: _batches(run, index))
     train_stage(run, index, ready, model, scorers, make_evaluator(*where, index), began)
 
 
@@ -292,7 +294,7 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(experiment.tokenizer.path)
         tokenizer.save(folder)
         return tokenizer
-    tokenizer = learnt(
+    tokenizer = train_tokenizer(
         tokenizer_texts(experiment, held_out_elsewhere(experiment)), experiment.tokenizer.vocab_size, folder
     )
     if tokenizer.vocab_size < experiment.tokenizer.vocab_size:
@@ -305,7 +307,7 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
 
 def say(text: str) -> None:
     """A line for people, from one process of many."""
-    if first():
+    if is_main_process():
         print(text, flush=True)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.model.attention import attend, visible
+from lm.model.attention import attend, attention_mask
 from lm.model.kernels.attention_cpu import attend_in_blocks
 
 
@@ -24,7 +24,7 @@ def test_attention_in_blocks_is_the_plain_one(length):
     keys = jax.random.split(jax.random.key(1), 4)
     q, d_out = (jax.random.normal(k, (rows, heads, length, head_dim)) for k in keys[:2])
     k, v = (jax.random.normal(k, (rows, kv_heads, length, head_dim)) for k in keys[2:])
-    mask = visible(positions, positions, segments, segments)
+    mask = attention_mask(positions, positions, segments, segments)
     real = jnp.asarray(segments > 0)[:, None, :, None]  # what padding looks at is nobody's business
 
     def plain(q, k, v):
@@ -59,7 +59,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_one(length):
     positions, segments = packed(2, length)
     keys = jax.random.split(jax.random.key(2), 3)
     q, k, v = (jax.random.normal(key, (2, n, length, 32)) for key, n in zip(keys, (4, 2, 2), strict=True))
-    mask = visible(positions, positions, segments, segments)
+    mask = attention_mask(positions, positions, segments, segments)
     exact = jax.grad(lambda *x: jnp.square(attend(*x, mask)).sum(), argnums=(0, 1, 2))(q, k, v)
     narrow = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lm.experiment import Model
-from lm.model.attention import visible
+from lm.model.attention import attention_mask
 from lm.model.flops import forward_flops_per_token, peak_flops, update_flops_per_token
 from lm.model.transformer import Transformer
 from tests.helpers import TINY
@@ -39,7 +39,7 @@ def test_an_update_is_three_passes_and_one_of_the_reference():
 def test_a_query_is_counted_with_the_keys_that_the_mask_shows_it(window):
     length = 16
     places = jnp.arange(length)[None]
-    pairs = int(visible(places, places, places * 0, places * 0, window).sum())
+    pairs = int(attention_mask(places, places, places * 0, places * 0, window).sum())
     without = forward_flops_per_token(
         dataclasses.replace(TINY, num_heads=0, num_kv_heads=TINY.num_kv_heads), VOCAB, length
     )

@@ -9,11 +9,11 @@ import pytest
 
 from lm.check import check
 from lm.experiment import SFT, Experiment, Mesh, Model, Source, Stage, UserError
-from lm.model.attention import attend, visible
+from lm.model.attention import attend, attention_mask
 from lm.model.kernels.splash import block_size, fits, splash
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import axis_sizes, check_fits, make_mesh
-from lm.parallel.row_order import balance, cut_of, restore
+from lm.parallel.row_order import from_zigzag, to_zigzag, zigzag_layout
 from tests.helpers import layout
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 256, 4, 2, 128
@@ -31,18 +31,18 @@ def packed(rows: int, length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
 
 def both(rows: int, window: int = 0, softcap: float = 0.0, length: int = LENGTH):
     """(value, gradients) of a weighted sum of the kernel's and of plain attention's result; padding has no weight."""
-    cut = cut_of(length)
+    cut = zigzag_layout(length)
     positions, segments = packed(rows, length)
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(rows, n, length, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, weights = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     weights = weights * (segments > 0)[:, None, :, None]
-    mask = visible(positions, positions, segments, segments, window)
+    mask = attention_mask(positions, positions, segments, segments, window)
 
     def by_kernel(q, k, v):
-        q, k, v = (balance(x, cut, axis=2) for x in (q, k, v))
-        out = splash(q, k, v, balance(segments, cut), (128,) * 4, window, softcap, interpret=True)
-        return (restore(out, cut, axis=2) * weights).sum()
+        q, k, v = (to_zigzag(x, cut, axis=2) for x in (q, k, v))
+        out = splash(q, k, v, to_zigzag(segments, cut), (128,) * 4, window, softcap, interpret=True)
+        return (from_zigzag(out, cut, axis=2) * weights).sum()
 
     fast = jax.value_and_grad(by_kernel, (0, 1, 2))
     slow = jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask, softcap) * weights).sum(), (0, 1, 2))
@@ -88,7 +88,7 @@ def test_devices_that_split_a_row_gather_keys_and_values(backward):
 @pytest.mark.parametrize("window", [0, 200])
 def test_each_device_has_an_early_and_a_late_chunk_of_a_row(window):
     with jax.set_mesh(make_mesh(layout(context=4, tensor=2))):
-        assert cut_of(1024) == (4, 2)
+        assert zigzag_layout(1024) == (4, 2)
         agree(*both(rows=1, length=1024, window=window))
 
 

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 
-from lm.objectives.ppo import KL_ESTIMATORS, adapted, experience, explained_variance, gae, ppo, token_rewards, whiten
+from lm.objectives.ppo import (
+    KL_ESTIMATORS,
+    adaptive_kl_coef,
+    experience,
+    explained_variance,
+    gae,
+    ppo,
+    token_rewards,
+    whiten,
+)
 
 
 def golden_logp(logits, responses):
@@ -150,7 +159,8 @@ def test_the_score_stands_at_the_last_token_and_the_kl_at_each():
 
 def test_the_coefficient_follows_the_kl():
     high, low, even = (
-        float(adapted(jnp.asarray(0.1), jnp.asarray(kl), target=2.0, answers=100, horizon=1000)) for kl in (9, 1.9, 2)
+        float(adaptive_kl_coef(jnp.asarray(0.1), jnp.asarray(kl), target=2.0, answers=100, horizon=1000))
+        for kl in (9, 1.9, 2)
     )
     assert (
         high == pytest.approx(0.1 * 1.02)

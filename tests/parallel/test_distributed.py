@@ -6,7 +6,7 @@ import pytest
 
 from lm.experiment import UserError
 from lm.parallel import distributed
-from lm.parallel.distributed import Job, as_first, find_job, gather, in_first, together
+from lm.parallel.distributed import Job, broadcast_from_main, find_job, gather, raise_on_all, run_on_main
 from tests import processes
 
 CLUSTER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -60,14 +60,17 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch):
 
 
 def test_one_process_agrees_with_itself():
-    assert gather({"a": 1}) == [{"a": 1}] and together(lambda: 3) == in_first(lambda: 3) == as_first(lambda: 3) == 3
+    assert (
+        gather({"a": 1}) == [{"a": 1}]
+        and raise_on_all(lambda: 3) == run_on_main(lambda: 3) == broadcast_from_main(lambda: 3) == 3
+    )
 
 
 # Each process makes its own rows only; what comes together is the whole, and every row is made where it is needed.
 ROWS = """
     import numpy as np
     from lm.experiment import Mesh, UserError
-    from lm.parallel.distributed import as_first, fetch, find_job, gather, in_first, joined, own_rows, to_devices, together
+    from lm.parallel.distributed import broadcast_from_main, fetch, find_job, gather, run_on_main, joined, own_rows, to_devices, raise_on_all
 
     with joined(find_job(None, None, None)):
         import jax
@@ -88,14 +91,14 @@ ROWS = """
                 raise UserError("no disk")
 
         assert gather("x" * number) == ["x" * i for i in range(count)]
-        assert as_first(lambda: {"of": number}) == {"of": 0}
+        assert broadcast_from_main(lambda: {"of": number}) == {"of": 0}
         try:
-            together(fail)
+            raise_on_all(fail)
         except UserError as error:
             assert str(error) == ("no disk" if number == 1 else "process 1: no disk"), error
         else:
             raise AssertionError("nobody said it")
-        assert in_first(lambda: 5) == (5 if number == 0 else None)
+        assert run_on_main(lambda: 5) == (5 if number == 0 else None)
 """
 
 

@@ -5,24 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.parallel.mesh import make_mesh
-from lm.parallel.row_order import Cut, balance, cut_of, restore
+from lm.parallel.row_order import ZigzagLayout, from_zigzag, to_zigzag, zigzag_layout
 from tests.helpers import layout
 
 
 def test_every_device_has_as_much_to_look_at():
-    cut = Cut(parts=4, each=2)
-    places = balance(jnp.arange(64)[None], cut)[0].reshape(4, -1)
+    cut = ZigzagLayout(parts=4, each=2)
+    places = to_zigzag(jnp.arange(64)[None], cut)[0].reshape(4, -1)
     assert len(set(places.sum(1).tolist())) == 1
     assert places[0].tolist() == [*range(8), *range(56, 64)]
 
 
 def test_it_comes_back():
     x = jax.random.normal(jax.random.key(0), (2, 3, 24, 5))
-    for cut in (Cut(1, 1), Cut(3, 1), Cut(3, 2)):
-        np.testing.assert_array_equal(restore(balance(x, cut, axis=2), cut, axis=2), x)
+    for cut in (ZigzagLayout(1, 1), ZigzagLayout(3, 1), ZigzagLayout(3, 2)):
+        np.testing.assert_array_equal(from_zigzag(to_zigzag(x, cut, axis=2), cut, axis=2), x)
 
 
 def test_rows_are_cut_in_two_chunks_a_device_where_they_can_be():
-    assert cut_of(64) == (1, 1)
+    assert zigzag_layout(64) == (1, 1)
     with jax.set_mesh(make_mesh(layout(context=4, fsdp=2))):
-        assert [cut_of(length) for length in (64, 12, 6)] == [(4, 2), (4, 1), (1, 1)]
+        assert [zigzag_layout(length) for length in (64, 12, 6)] == [(4, 2), (4, 1), (1, 1)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.experiment import UserError
-from lm.train.batches import AHEAD, Ahead
+from lm.train.batches import AHEAD, Prefetcher
 from lm.types import Batch
 
 
@@ -36,47 +36,47 @@ def number(batch: Batch) -> int:
 @pytest.mark.parametrize("start", [0, 7])
 def test_steps_come_in_order_from_where_the_run_goes_on_and_none_past_the_end(start):
     source = Source()
-    ahead = Ahead(source, 10)
-    assert [number(ahead(step)) for step in range(start, 10)] == list(range(start, 10))
-    ahead.close()
+    prefetcher = Prefetcher(source, 10)
+    assert [number(prefetcher(step)) for step in range(start, 10)] == list(range(start, 10))
+    prefetcher.close()
     assert source.asked == list(range(start, 10))
     assert source.thread is not threading.current_thread()
 
 
 def test_any_other_step_gives_its_own_batch_too():
-    ahead = Ahead(Source(), 100)
-    assert [number(ahead(step)) for step in (5, 6, 2, 3, 50, 100, 51, 51)] == [5, 6, 2, 3, 50, 100, 51, 51]
-    ahead.close()
+    prefetcher = Prefetcher(Source(), 100)
+    assert [number(prefetcher(step)) for step in (5, 6, 2, 3, 50, 100, 51, 51)] == [5, 6, 2, 3, 50, 100, 51, 51]
+    prefetcher.close()
 
 
 def test_what_is_asked_next_is_ready_and_little_more():
     source = Source()
-    ahead = Ahead(source, 100)
-    ahead(0)
+    prefetcher = Prefetcher(source, 100)
+    prefetcher(0)
     while len(source.asked) < AHEAD + 1:
         threading.Event().wait(0.001)
-    ahead.close()
+    prefetcher.close()
     assert AHEAD + 1 <= len(source.asked) <= AHEAD + 3  # taken, ready, in the making, and one while it closes
 
 
 def test_an_error_comes_out_as_itself_at_its_step():
     source = Source(wrong=3)
-    ahead = Ahead(source, 100)
-    assert [number(ahead(step)) for step in range(3)] == [0, 1, 2]
+    prefetcher = Prefetcher(source, 100)
+    assert [number(prefetcher(step)) for step in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="step 3: nothing to train on"):
-        ahead(3)
+        prefetcher(3)
     assert not source.thread.is_alive()
     with pytest.raises(UserError, match="step 3"):
-        ahead(3)
+        prefetcher(3)
 
 
 def test_closing_ends_the_thread_at_once_and_can_be_done_twice():
     source = Source()
-    ahead = Ahead(source, 10**9)
-    ahead.close()
-    ahead(0)
-    ahead.close()
+    prefetcher = Prefetcher(source, 10**9)
+    prefetcher.close()
+    prefetcher(0)
+    prefetcher.close()
     assert not source.thread.is_alive()
-    ahead.close()
-    assert number(ahead(4)) == 4
-    ahead.close()
+    prefetcher.close()
+    assert number(prefetcher(4)) == 4
+    prefetcher.close()

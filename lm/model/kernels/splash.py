@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Float, Int
 
 from lm.model.kernels.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
-from lm.parallel.row_order import balance, cut_of
+from lm.parallel.row_order import to_zigzag, zigzag_layout
 from lm.parallel.rules import device_kind, spec, ways
 
 COMPUTED = 512  # most keys of a block that are worked on at a time
@@ -53,7 +53,7 @@ def fits(rows: int, length: int, head_dim: int) -> bool:
 
     Every device must get as many rows (those of an evaluation may be too few), and whole vectors of tokens.
     """
-    mesh, cut = jax.sharding.get_abstract_mesh(), cut_of(length)
+    mesh, cut = jax.sharding.get_abstract_mesh(), zigzag_layout(length)
     divides = mesh.empty or rows % ways("batch", mesh.shape) == 0
     split = mesh.empty or cut.parts == ways("length", mesh.shape)
     return divides and split and length % (LANES * cut.parts * cut.each) == 0 and head_dim % LANES == 0
@@ -83,11 +83,11 @@ def splash(
         interpret: run the kernels as ordinary operations, on any device; slow, for tests.
     """
     sizes = Blocks(*blocks) if blocks else BLOCKS.get(device_kind(), Blocks(512, 512, 512, 512))
-    length, cut = q.shape[2], cut_of(q.shape[2])
+    length, cut = q.shape[2], zigzag_layout(q.shape[2])
     chunk = length // (cut.parts * cut.each)
     how = How(_tiles(chunk, sizes[:2]), _tiles(chunk, sizes[2:]), Shown(window, softcap), interpret)
     q = q / math.sqrt(q.shape[-1])
-    places = balance(jnp.arange(0, length, chunk, dtype=jnp.int32)[None], cut)[0]
+    places = to_zigzag(jnp.arange(0, length, chunk, dtype=jnp.int32)[None], cut)[0]
     sides = Sides(segments, segments, places, places)
     if jax.sharding.get_abstract_mesh().empty:
         return _attend(how, q, k, v, sides)
