@@ -25,7 +25,7 @@ from lm.data.cache import cache_at
 from lm.data.pipeline import make_feed
 from lm.data.selection import select
 from lm.data.supply import Order, windows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Pretrain, Source, Stage
 from lm.train.metrics import peak_memory_mb
 
@@ -35,7 +35,7 @@ ROWS, SEQ_LEN, VOCAB = 32, 2048, 8192
 STEPS = 400
 
 
-def build(data: Path, tokenizer: Tokenizer, processes: int) -> dict[str, float]:
+def build(data: Path, tokenizer: SubwordTokenizer, processes: int) -> dict[str, float]:
     """Read and tokenise a folder with so many processes, from nothing and then from what is there."""
     workers.cores = lambda: processes  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, cache_at(Path(folder)):
@@ -59,7 +59,7 @@ def build(data: Path, tokenizer: Tokenizer, processes: int) -> dict[str, float]:
     }
 
 
-def assemble(data: Path, tokenizer: Tokenizer) -> dict[str, float]:
+def assemble(data: Path, tokenizer: SubwordTokenizer) -> dict[str, float]:
     """Batches of pretraining rows from the cache: the best and the median of five runs."""
     stage = Stage("bench", Pretrain(), (Source(str(data)),), batch_size=ROWS, seq_len=SEQ_LEN)
     with tempfile.TemporaryDirectory() as folder, cache_at(Path(folder)):
@@ -111,7 +111,7 @@ def measure(data: Path, processes: list[int]) -> dict[str, Any]:
     rows, indices = select(Source(str(data)), "train")
     texts = [rows[int(i)]["text"][:20_000] for i in indices[:: max(1, len(indices) // 200)]]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Tokenizer.train(texts, VOCAB, folder)
+        tokenizer = SubwordTokenizer.train(texts, VOCAB, folder)
         model = Path(folder) / "tokenizer.model"
         builds = [_alone(build, data, model, count) for count in processes]
         return {
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.build:
-        print(json.dumps(build(arguments.data, Tokenizer.load(arguments.model), arguments.build)))
+        print(json.dumps(build(arguments.data, SubwordTokenizer.load(arguments.model), arguments.build)))
     else:
         print(tables(arguments.data, arguments.processes))
 

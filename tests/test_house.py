@@ -1,6 +1,7 @@
 """The house: a module imports from its own folder or from lower floors; files and functions stay small."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,9 @@ def test_a_file_keeps_to_its_floor_and_its_size(file):
     assert text.count("\n") < 500
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]
+
+
+def test_no_class_name_stands_twice():
+    trees = [ast.parse(file.read_text()) for file in FILES]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert not [name for name, count in names.items() if count > 1]

@@ -22,7 +22,7 @@ LEASES_PER_ADDRESS = 20  # pairs kept at a time for people at one address, whate
 
 
 @dataclass(frozen=True)
-class Progress:
+class LabelProgress:
     """Judgements: this person's, all (of a pair as many as are asked for), how many there will be; left: for them."""
 
     yours: int
@@ -39,7 +39,7 @@ class View:
     left: Answer | None
     right: Answer | None
     busy: int
-    progress: Progress
+    progress: LabelProgress
     last: Record | None
 
 
@@ -208,7 +208,7 @@ class Desk:
             sides = self._sides(annotator, pair)
         mine = self._chosen.get(annotator, {})
         open_to_me = sum(key not in mine and self._votes[key] < self.per_pair for key in self._pairs)
-        progress = Progress(
+        progress = LabelProgress(
             yours=len(mine),
             done=sum(min(self._votes[key], self.per_pair) for key in self._pairs),
             total=len(self._pairs) * self.per_pair,

@@ -37,14 +37,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Task:
+class LabelTask:
     """All pairs, in the order of the rows, and a line for people about each thing that was left out or looks odd."""
 
     pairs: tuple[Pair, ...]
     remarks: tuple[str, ...]
 
 
-def make_task(rows: Rows) -> Task:
+def make_task(rows: Rows) -> LabelTask:
     """The pairs of rows that have `prompt` and `answers`, and `sources` (a name for each answer) if they like.
 
     All answers of a row are compared with each other; where they have two sources or more, only across sources.
@@ -75,7 +75,7 @@ def make_task(rows: Rows) -> Task:
     remarks = [f"{rows.path}: {_plural(count, 'pair')} {what}" for count, what in counted if count]
     if empty:
         remarks.append(f"{rows.path}: {_plural(empty, 'answer')} without text, shown as empty")
-    return Task(tuple(pairs.values()), tuple(remarks))
+    return LabelTask(tuple(pairs.values()), tuple(remarks))
 
 
 def pair_key(prompt: Turns, *answers: Turns) -> str:

@@ -24,7 +24,7 @@ from lm.web.text import visible
 if TYPE_CHECKING:
     from lm.data.pipeline import Prompts
     from lm.data.split import Places
-    from lm.data.tokenizer import Tokenizer
+    from lm.data.tokenizer import SubwordTokenizer
     from lm.types import Batch
 
 TAKES_OVERRIDES = True
@@ -69,7 +69,13 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def stage_lines(
-    stage: Stage, tokenizer: Tokenizer, seed: int, step: int, rows: int, colour: bool, elsewhere: Places | None = None
+    stage: Stage,
+    tokenizer: SubwordTokenizer,
+    seed: int,
+    step: int,
+    rows: int,
+    colour: bool,
+    elsewhere: Places | None = None,
 ) -> Iterator[str]:
     """What one stage sees at a step: a heading, the counts of its data, and its first rows.
 

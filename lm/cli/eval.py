@@ -21,7 +21,7 @@ from lm.cli.arguments import RUN_HELP, add_cache, find_runs, find_stage, number,
 from lm.experiment import UserError
 
 if TYPE_CHECKING:
-    from lm.evals.preferences import Estimate
+    from lm.evals.preferences import BootstrapEstimate
     from lm.train.judging import Judged
 
 TAKES_OVERRIDES = False
@@ -105,7 +105,7 @@ def pairs_text(judged: Judged) -> str:
     return "\n".join([*lines, *textwrap.wrap(judged.remark, 80)])
 
 
-def _interval(found: Estimate) -> str:
+def _interval(found: BootstrapEstimate) -> str:
     return f"{100 * found.mean:5.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 

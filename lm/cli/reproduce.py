@@ -48,7 +48,7 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.data.cache import cache_at
     from lm.papers.paper import load
     from lm.papers.reproduce import reproduce, words, write
-    from lm.sweep.worker import Stopped
+    from lm.sweep.worker import WorkerStopped
 
     paper = load(arguments.name)
     name = Path(arguments.name).stem if arguments.name.endswith(".py") else arguments.name.removeprefix("papers.")
@@ -56,7 +56,7 @@ def call(arguments: argparse.Namespace) -> int:
     try:
         with cache_at(arguments.cache):
             outcome = reproduce(name, paper, folder, arguments.quick, arguments.workers, arguments.cache)
-    except Stopped:
+    except WorkerStopped:
         print(f"lm: stopped and saved. To go on: lm reproduce {arguments.name}", file=sys.stderr)
         return EXIT_INTERRUPT
     print(words(outcome))

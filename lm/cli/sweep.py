@@ -111,7 +111,7 @@ def hand_over_workers(arguments: argparse.Namespace, sweep: Sweep, folder: Path)
 
 def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
     from lm.sweep.run import join, run_sweep
-    from lm.sweep.worker import Stopped
+    from lm.sweep.worker import WorkerStopped
 
     try:
         if arguments.join is not None:
@@ -120,7 +120,7 @@ def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
         failed = run_sweep(
             sweep, arguments.sweep, folder, arguments.workers, arguments.retry_failed, arguments.cache, arguments.store
         )
-    except Stopped:
+    except WorkerStopped:
         if arguments.join is None:
             print(f"lm: stopped and saved. To go on: lm sweep {arguments.sweep}", file=sys.stderr)
         return EXIT_INTERRUPT

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """One row of a batch; `desirable` is 1 or 0 where its answer is judged by itself, a row of a pair has the others."""
 
     tokens: Int32[np.ndarray, " T"]
@@ -38,7 +38,7 @@ class Stream(Protocol):
     def __getitem__(self, where: slice, /) -> Int[np.ndarray, " N"]: ...
 
 
-def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len: int, pad_id: int) -> Row:
+def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len: int, pad_id: int) -> PackedRow:
     """Tokens start … start + seq_len of a stream of documents, padded where the stream ends.
 
     `bounds[d]` is where document d begins in the stream, `bounds[-1]` its length; each document stands
@@ -56,10 +56,10 @@ def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len:
     segments[:size] = np.repeat(np.arange(1, len(begins) + 1, dtype=np.int32), lengths)
     positions[:size] = np.arange(size) - np.repeat(begins, lengths)
     weights = (positions > 0).astype(np.float32)
-    return Row(tokens, weights, segments, positions)
+    return PackedRow(tokens, weights, segments, positions)
 
 
-def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> Row:
+def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> PackedRow:
     """Examples side by side in one row, a segment each; they must fit. The first token of each has weight 0."""
     tokens = np.full(seq_len, pad_id, np.int32)
     weights = np.zeros(seq_len, np.float32)
@@ -72,10 +72,10 @@ def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> Row:
         positions[here] = np.arange(len(ids))
         weights[at : at + 1] = 0.0
         at += len(ids)
-    return Row(tokens, weights, segments, positions)
+    return PackedRow(tokens, weights, segments, positions)
 
 
-def mismatch(row: Row, other: Row, pad_id: int) -> Row:
+def mismatch(row: PackedRow, other: PackedRow, pad_id: int) -> PackedRow:
     """The row's prompt with the other row's answer; each is a prompt and then an answer.
 
     The prompt is what stands before the first token with a weight; of one for which there is no room the beginning is

@@ -29,7 +29,7 @@ from lm.data.selection import (
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.data.tokens import conversation_kind
 from lm.experiment import UserError
 from lm.types import Batch
@@ -127,7 +127,7 @@ class Feed:
         """The counts of `report` as plain objects, one a source."""
         return [supply.tally.to_json(name, supply.unit) for name, supply in zip(self.names, self.supplies, strict=True)]
 
-    def _rows_at(self, number: int) -> list[packing.Row]:
+    def _rows_at(self, number: int) -> list[packing.PackedRow]:
         if self.rows is None:
             source, place = mixture(number, self.shares)
             supply = self.supplies[source]
@@ -142,8 +142,8 @@ class Feed:
         return [empty._replace(margins=zero, ties=zero)] * 2 if self.rows_each == 2 else [empty]
 
 
-def _stacked(rows: list[packing.Row]) -> Batch:
-    columns = zip(packing.Row._fields, zip(*rows, strict=True), strict=True)
+def _stacked(rows: list[packing.PackedRow]) -> Batch:
+    columns = zip(packing.PackedRow._fields, zip(*rows, strict=True), strict=True)
     stacked: dict[str, Any] = {name: np.stack(column) for name, column in columns if column[0] is not None}
     return Batch(**stacked)
 
@@ -156,7 +156,7 @@ def _options(o: values.Objective) -> dict[str, Any]:
 
 
 def make_feed(
-    stage: values.Stage, tokenizer: Tokenizer, seed: int, split: Split = "train", elsewhere: Places = NOWHERE
+    stage: values.Stage, tokenizer: SubwordTokenizer, seed: int, split: Split = "train", elsewhere: Places = NOWHERE
 ) -> Feed:
     """The batches of a stage that does not sample, from its training or its held-out examples.
 

@@ -17,7 +17,7 @@ from lm.data.selection import WITHHELD, Split, fingerprint, order_key, select, s
 from lm.data.sources import NOWHERE, Rows
 from lm.data.split import Places
 from lm.data.supply import LOOKED_AT, Order, Tally, excerpt
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.data.tokens import unread_columns
 from lm.experiment import Source, UserError
 
@@ -52,7 +52,7 @@ class PromptFeed:
     shares: tuple[Fraction, ...]
     batch_size: int
     prompt_len: int
-    tokenizer: Tokenizer
+    tokenizer: SubwordTokenizer
     fingerprint: str
     rows: int | None
     messages: MessagesOf = chat.prompt_messages
@@ -100,7 +100,7 @@ def make_prompt_feed(
     sources: Sequence[Source],
     batch_size: int,
     prompt_len: int,
-    tokenizer: Tokenizer,
+    tokenizer: SubwordTokenizer,
     seed: int,
     split: Split = "train",
     columns: Sequence[str] = (),
@@ -143,7 +143,7 @@ def make_prompt_feed(
 def encode_prompts(
     rows: Sequence[Mapping[str, Any]],
     prompt_len: int,
-    tokenizer: Tokenizer,
+    tokenizer: SubwordTokenizer,
     wheres: Sequence[str] | None = None,
     messages: MessagesOf = chat.prompt_messages,
 ) -> Prompts:
@@ -158,7 +158,7 @@ def encode_prompts(
     return Prompts(tokens, lengths, [dict(row) for row in rows])
 
 
-def _tokens(messages: Sequence[chat.Message], tokenizer: Tokenizer) -> list[int]:
+def _tokens(messages: Sequence[chat.Message], tokenizer: SubwordTokenizer) -> list[int]:
     return chat.render(messages, tokenizer, generation_prompt=True).tokens
 
 
@@ -172,7 +172,7 @@ class _Found(NamedTuple):
 
 
 def _look_at(
-    rows: Rows, indices: Sequence[int], tokenizer: Tokenizer, columns: Sequence[str], messages: MessagesOf
+    rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer, columns: Sequence[str], messages: MessagesOf
 ) -> _Found:
     """Raises BadRow for the first row that is no prompt or lacks a column, unless the source drops such rows."""
     lengths, flaws = np.zeros((2, len(indices)), np.int64)

@@ -16,9 +16,9 @@ from lm.data.bad_rows import BadRow, one_line, with_advice
 from lm.data.curriculum.draw import mix64
 from lm.data.layouts import canonical
 from lm.data.order import permutation, permute
-from lm.data.packing import Example, Row
+from lm.data.packing import Example, PackedRow
 from lm.data.sources import Rows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.data.tokens import KINDS, UNREAD_KEPT, Store, flawed, left_out, store_in_memory, store_of
 from lm.experiment import UserError
 
@@ -97,7 +97,7 @@ class Supply:
     """
 
     rows: int
-    row: Callable[[int, int], list[Row]]
+    row: Callable[[int, int], list[PackedRow]]
     tally: Tally
     unit: str
     example: Callable[[int, int], int] | None = None
@@ -125,7 +125,7 @@ class Kept(NamedTuple):
     tally: Tally
 
 
-def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
+def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order) -> Supply:
     """Documents one after another in a ring, cut into windows; each epoch goes round from another offset.
 
     Held-out documents are cut once, from the first token on. The first token of a window is not predicted.
@@ -135,7 +135,7 @@ def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokeniz
     total = stream.total
     number = -(-total // seq_len)
 
-    def row(epoch: int, place: int) -> list[Row]:
+    def row(epoch: int, place: int) -> list[PackedRow]:
         start = order.place(epoch, place, number) * seq_len
         if order.key is not None:
             start = (start + mix64(order.key ^ mix64(epoch)) % seq_len) % total
@@ -177,7 +177,12 @@ class CircularStream:
 
 
 def conversations(
-    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, kind: str = "conversations"
+    rows: Rows,
+    indices: Sequence[int],
+    seq_len: int,
+    tokenizer: SubwordTokenizer,
+    order: Order,
+    kind: str = "conversations",
 ) -> Supply:
     """Conversations packed into rows, trained on what their kind says; which share a row is settled once."""
     if rows.generated and order.key is not None:
@@ -186,7 +191,7 @@ def conversations(
     numbers = groups[:, 0]
     plan = packing.pack(np.minimum(store.lengths[numbers], seq_len).tolist(), seq_len)
 
-    def row(epoch: int, place: int) -> list[Row]:
+    def row(epoch: int, place: int) -> list[PackedRow]:
         members = plan[order.place(epoch, place, len(plan))]
         return [packing.join([store.example(int(numbers[i]), seq_len) for i in members], seq_len, tokenizer.pad_id)]
 
@@ -194,7 +199,7 @@ def conversations(
 
 
 def _generated_conversations(
-    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order, kind: str
+    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order, kind: str
 ) -> Supply:
     """Each row is filled from a run of examples of its own, so that any row can be made without the ones before."""
     number = len(indices) // EXAMPLES_A_ROW
@@ -205,7 +210,7 @@ def _generated_conversations(
             if packing.is_trained(example):
                 yield example
 
-    def row(epoch: int, place: int) -> list[Row]:
+    def row(epoch: int, place: int) -> list[PackedRow]:
         members: list[Example] = []
         room = seq_len
         for example in examples(order.place(epoch, place, number) * EXAMPLES_A_ROW):
@@ -224,7 +229,7 @@ def pairs(
     rows: Rows,
     indices: Sequence[int],
     seq_len: int,
-    tokenizer: Tokenizer,
+    tokenizer: SubwordTokenizer,
     order: Order,
     ties: bool = False,
     margins: bool = False,
@@ -239,7 +244,7 @@ def pairs(
     def example(epoch: int, place: int) -> int:
         return order.place(epoch, place, groups.number)
 
-    def row(epoch: int, place: int) -> list[Row]:
+    def row(epoch: int, place: int) -> list[PackedRow]:
         store, group = groups.find(example(epoch, place))
         assert store.margins is not None and store.ties is not None
         margin, tie = np.float32(store.margins[group[0]]), np.float32(store.ties[group[0]])
@@ -249,13 +254,13 @@ def pairs(
     return Supply(groups.number, row, groups.tally, "pairs", example)
 
 
-def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, order: Order) -> Supply:
+def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order) -> Supply:
     """Judged answers, one a row: of rows that have a label, or both sides of preference pairs, the chosen one desirable."""
     kind = "pairs" if _has_pairs(rows, indices) else "judged"
     groups = _answer_groups(rows, indices, kind, seq_len, tokenizer, order)
     size = KINDS[kind].examples_a_row
 
-    def row(epoch: int, place: int) -> list[Row]:
+    def row(epoch: int, place: int) -> list[PackedRow]:
         place, side = divmod(order.place(epoch, place, groups.number * size), size)
         store, group = groups.find(place)
         label = 1 - side if store.labels is None else store.labels[group[0]]
@@ -280,7 +285,13 @@ class Groups(NamedTuple):
 
 
 def _answer_groups(
-    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer, order: Order, ties: bool = False
+    rows: Rows,
+    indices: Sequence[int],
+    kind: str,
+    seq_len: int,
+    tokenizer: SubwordTokenizer,
+    order: Order,
+    ties: bool = False,
 ) -> Groups:
     if not (rows.generated and order.key is not None):
         store, groups, tally = _keep_answers(rows, indices, kind, seq_len, tokenizer, ties)
@@ -297,7 +308,7 @@ def _answer_groups(
 
 
 def _examples(
-    rows: Rows, indices: Sequence[int], kind: str, tokenizer: Tokenizer
+    rows: Rows, indices: Sequence[int], kind: str, tokenizer: SubwordTokenizer
 ) -> tuple[Store, Int64[np.ndarray, " N"]]:
     """The examples of some rows: where they are stored, and the numbers of their rows there."""
     with with_advice():
@@ -307,7 +318,7 @@ def _examples(
         return store_of(rows, kind, tokenizer), np.asarray(indices)
 
 
-def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: Tokenizer) -> list[Example]:
+def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: SubwordTokenizer) -> list[Example]:
     """The examples of one row, made now."""
     store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer, rows.drop)
     return [store.example(number, seq_len) for number in range(len(store))]
@@ -359,7 +370,7 @@ def _none_left(rows: Rows, what: str, dropped: Dropped) -> UserError:
 
 
 def _keep_documents(
-    rows: Rows, indices: Sequence[int], tokenizer: Tokenizer
+    rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer
 ) -> tuple[Store, Int64[np.ndarray, " N"], Tally]:
     """The documents that have a text."""
     store, numbers = _examples(rows, indices, "documents", tokenizer)
@@ -379,7 +390,7 @@ def _keep_documents(
     return store, numbers[dropped.left], tally
 
 
-def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer, kind: str) -> Kept:
+def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, kind: str) -> Kept:
     """The conversations that still have a trained token when cut to seq_len, and what became of all."""
     store, numbers = _examples(rows, indices, kind, tokenizer)
     assert store.firsts is not None and store.trained is not None
@@ -413,7 +424,7 @@ def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Tokenizer
 
 
 def _keep_answers(
-    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: Tokenizer, ties: bool
+    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: SubwordTokenizer, ties: bool
 ) -> Kept:
     """The answers, or pairs of them, that something can be learned from, and what became of all."""
     store, numbers = _examples(rows, indices, kind, tokenizer)

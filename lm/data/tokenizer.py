@@ -33,7 +33,7 @@ MIN_VOCAB = 262  # 256 bytes, 3 special tokens, unknown, newline, space
 UNTRAINABLE = re.compile("[\0\r\u2585]+")  # sentencepiece drops training lines with these; they are encoded as bytes
 
 
-class Tokenizer:
+class SubwordTokenizer:
     """A sentencepiece model with ChatML's special tokens, given as its serialised bytes."""
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
@@ -60,9 +60,9 @@ class Tokenizer:
                 "identity normalisation, no dummy prefix and no removal of extra whitespace"
             )
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
+    def __reduce__(self) -> tuple[type[SubwordTokenizer], tuple[bytes]]:
         """For other processes: the model, read again there."""
-        return Tokenizer, (self.model,)
+        return SubwordTokenizer, (self.model,)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text; `decode` gives the text back. Never a special token.
@@ -110,7 +110,7 @@ class Tokenizer:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path) -> SubwordTokenizer:
         """Read a sentencepiece `.model` file, or the one in a folder. Raises UserError where there is none."""
         path = Path(path).expanduser()
         file = path / FILE_NAME if path.is_dir() else path
@@ -125,7 +125,7 @@ class Tokenizer:
         raise UserError(f"tokenizer.path: {file} is empty; name a sentencepiece .model file or its folder")
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> SubwordTokenizer:
         """Learn at most `vocab_size` pieces from about 2 MB of the texts; the same texts give the same model.
 
         Fewer where the texts have no more pairs to merge. Saves the model into `folder` if one is given. Raises
@@ -142,7 +142,7 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def _most_pieces(cls, lines: list[str], vocab_size: int) -> Tokenizer:
+    def _most_pieces(cls, lines: list[str], vocab_size: int) -> SubwordTokenizer:
         """Half of the pieces beyond the bytes for single letters, half for longer ones; more letters where those run out."""
         letters, most, before = len(set().union(*lines)), (vocab_size - MIN_VOCAB + 1) // 2, 0
         while True:

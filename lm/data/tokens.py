@@ -20,7 +20,7 @@ from lm.data.cache import Entry, Writer, current_cache
 from lm.data.packing import Example
 from lm.data.readers import Row
 from lm.data.sources import Rows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.data.workers import WorkerPool
 
 NEVER = np.iinfo(np.int32).max  # where an example is first trained on that never is
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
     """
 
     make: Callable[[Row, str, Rendering], Made]
-    encode: Callable[[Tokenizer, Sequence[Any], Rendering], Columns]
+    encode: Callable[[SubwordTokenizer, Sequence[Any], Rendering], Columns]
     reads: Reads
     rendering: Rendering = Rendering()
     examples_a_row: int = 1
@@ -130,7 +130,7 @@ class Store:
         return Example(tokens, mask)
 
 
-def store_of(rows: Rows, kind: str, tokenizer: Tokenizer) -> Store:
+def store_of(rows: Rows, kind: str, tokenizer: SubwordTokenizer) -> Store:
     """The examples of every row of a source that has an end, from the cache or made now."""
     cache = current_cache()
     made_of = {"kind": kind, "tokenizer": tokenizer.fingerprint} | rows.reading()
@@ -158,7 +158,7 @@ def store_of(rows: Rows, kind: str, tokenizer: Tokenizer) -> Store:
         return _store(pool.each(entry, rows.parts))
 
 
-def store_in_memory(named: Iterable[Named], kind: str, tokenizer: Tokenizer, drop: bool = False) -> Store:
+def store_in_memory(named: Iterable[Named], kind: str, tokenizer: SubwordTokenizer, drop: bool = False) -> Store:
     """The examples of a few rows, which are kept nowhere; `drop` keeps bad rows as flaws instead of raising."""
     pieces = list(_in_pieces(named, kind, tokenizer, drop))
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -213,20 +213,20 @@ def _append(writer: Writer, columns: Columns) -> None:
         writer.append(name, values)
 
 
-def _in_pieces(named: Iterable[Named], kind: str, tokenizer: Tokenizer, drop: bool) -> Iterator[Columns]:
+def _in_pieces(named: Iterable[Named], kind: str, tokenizer: SubwordTokenizer, drop: bool) -> Iterator[Columns]:
     todo = iter(named)
     while some := list(islice(todo, ENCODED_AT_ONCE)):
         yield encode(KINDS[kind], tokenizer, some, drop)
 
 
-def _encode_piece(shared: tuple[str, Tokenizer, bool], piece: readers.Piece) -> tuple[int, Columns]:
+def _encode_piece(shared: tuple[str, SubwordTokenizer, bool], piece: readers.Piece) -> tuple[int, Columns]:
     """(bytes of text, columns) of a piece of a file."""
     kind, tokenizer, drop = shared
     named = ((row, piece.where(place)) for place, row in enumerate(readers.read(piece)))
     return piece.text_bytes, encode(KINDS[kind], tokenizer, named, drop)
 
 
-def encode(kind: Kind, tokenizer: Tokenizer, named: Iterable[Named], drop: bool) -> Columns:
+def encode(kind: Kind, tokenizer: SubwordTokenizer, named: Iterable[Named], drop: bool) -> Columns:
     """The examples of rows, as columns. A bad row raises; with `drop` it is an example without tokens."""
     todo, unread = iter(named), dict[str, None]()
     parts: list[Columns] = []
@@ -270,7 +270,7 @@ def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterat
                     yield from (f"{name}[].{key}" for key, value in turn.items() if key not in chat.READ_KEYS and value)
 
 
-def _dtype(tokenizer: Tokenizer) -> type:
+def _dtype(tokenizer: SubwordTokenizer) -> type:
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
 
 
@@ -279,7 +279,7 @@ def _make_document(row: Row, where: str, _: Rendering) -> Made:
     return Made((text,)) if text.strip() else Made((None,), flaw=bad_rows.EMPTY_TEXT)
 
 
-def _encode_documents(tokenizer: Tokenizer, texts: Sequence[str | None], _: Rendering) -> Columns:
+def _encode_documents(tokenizer: SubwordTokenizer, texts: Sequence[str | None], _: Rendering) -> Columns:
     """Documents, an end-of-text token before and after each."""
     dtype, pad = _dtype(tokenizer), tokenizer.pad_id
     encoded = iter(tokenizer.encode_batch([text for text in texts if text is not None]))
@@ -310,7 +310,7 @@ def _make_judged(row: Row, where: str, _: Rendering) -> Made:
     return Made((messages,), {"labels": label}, _flaw(messages))
 
 
-def _encode_conversations(tokenizer: Tokenizer, conversations: Sequence[Any], how: Rendering) -> Columns:
+def _encode_conversations(tokenizer: SubwordTokenizer, conversations: Sequence[Any], how: Rendering) -> Columns:
     return _examples(
         tokenizer,
         [
@@ -322,7 +322,7 @@ def _encode_conversations(tokenizer: Tokenizer, conversations: Sequence[Any], ho
     )
 
 
-def _encode_answers(tokenizer: Tokenizer, conversations: Sequence[Any], _: Rendering) -> Columns:
+def _encode_answers(tokenizer: SubwordTokenizer, conversations: Sequence[Any], _: Rendering) -> Columns:
     """Conversations, trained on the last turn only."""
     examples, prompts = [], []
     for messages in conversations:
@@ -333,7 +333,7 @@ def _encode_answers(tokenizer: Tokenizer, conversations: Sequence[Any], _: Rende
     return _examples(tokenizer, examples) | {"prompts": np.array(prompts, np.int32)}
 
 
-def _examples(tokenizer: Tokenizer, examples: Sequence[chat.Rendered]) -> Columns:
+def _examples(tokenizer: SubwordTokenizer, examples: Sequence[chat.Rendered]) -> Columns:
     masks = [np.array(example.mask, np.int8) for example in examples]
     trained = [np.flatnonzero(mask[1:]) + 1 for mask in masks]
     return {

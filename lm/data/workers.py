@@ -41,7 +41,7 @@ class WorkerPool:
     def __init__(self, label: str, unit: str, text_bytes: int, shared: Any = None, processes: int | None = None):
         self.shared = shared
         self.processes = (cores() if text_bytes >= WORTH_BYTES else 1) if processes is None else processes
-        self.progress = Progress(label, unit, text_bytes, self.processes)
+        self.progress = BuildProgress(label, unit, text_bytes, self.processes)
         self._stopped = threading.Event()
         self._pool: ProcessPoolExecutor | None = None
         if self.processes > 1:
@@ -103,7 +103,7 @@ class WorkerPool:
                 raise
 
 
-class Progress:
+class BuildProgress:
     """How far a build is: rich's line on a terminal, else a plain one every ten seconds; nothing of what is quick."""
 
     def __init__(self, label: str, unit: str, total: int, processes: int):

@@ -18,7 +18,7 @@ import numpy as np
 from lm.data.bad_rows import ADVICE, COLUMNS, EMPTY_ANSWER, EMPTY_TEXT, REASONS, UNMARKED, BadRow, Unreadable
 from lm.data.chat import is_tie, render, training_messages
 from lm.data.selection import heldout_rows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.data.tokens import left_out, store_in_memory
 from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, Pretrain, UserError
@@ -59,7 +59,7 @@ class Examples:
         return line + (f"; {self.cut} lose the beginning of their prompt" if self.cut else "")
 
 
-def read_examples(item: Eval, tokenizer: Tokenizer, max_len: int, talks: Collection[str] = ()) -> Examples:
+def read_examples(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: Collection[str] = ()) -> Examples:
     """The examples of an eval for a model with a context of `max_len` tokens.
 
     Args:
@@ -85,14 +85,14 @@ def talks_of(experiment: Experiment) -> frozenset[str]:
     return frozenset(read[False] - read[True])
 
 
-def _bits(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
+def _bits(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
     """Windows of documents where rows have a `text` and are not trained on as conversations, else conversations."""
     looked_at = itertools.islice(heldout_rows(item.source), LOOKED_AT)
     documents = not talks and any(isinstance(row.get("text"), str) for row, _ in looked_at)
     return (_documents if documents else _conversations)(item, tokenizer, max_len)
 
 
-def _documents(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
+def _documents(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Examples:
     """`count` windows of documents or a few more; the last document may be cut."""
     found = Examples(DOCUMENTS)
 
@@ -113,7 +113,7 @@ def _documents(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
     return _filled(item, found, add)
 
 
-def _conversations(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
+def _conversations(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Examples:
     """Conversations that fit in the context, with the mask of their answers."""
     found, seen = Examples("conversations"), set[tuple[int, ...]]()
 
@@ -137,7 +137,7 @@ def _conversations(item: Eval, tokenizer: Tokenizer, max_len: int) -> Examples:
     return _filled(item, found, add)
 
 
-def _prompts(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
+def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
     """Different prompts that leave room for an answer, of rows that have what the verifier needs."""
     found, seen = Examples("prompts"), set[tuple[int, ...]]()
     room, spec = max_len - item.max_new_tokens, spec_of(item)
@@ -165,7 +165,7 @@ def spec_of(item: Eval) -> EnvironmentSpec:
     return environment_spec(item.verifier, getattr(item, "environment", ""), where, where, item.reward_seconds)
 
 
-def _pairs(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examples:
+def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
     """Different pairs in which one answer is better and something of both is left in the context."""
     found, seen = Examples("pairs"), set[tuple[tuple[int, ...], ...]]()
     cut = 0
@@ -189,7 +189,9 @@ def _pairs(item: Eval, tokenizer: Tokenizer, max_len: int, talks: bool) -> Examp
     return Examples(found.unit, found.rows, found.encoded, found.texts, found.left_out, cut)
 
 
-def encode_pair(row: Mapping[str, Any], where: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Row], bool] | str:
+def encode_pair(
+    row: Mapping[str, Any], where: str, tokenizer: SubwordTokenizer, max_len: int
+) -> tuple[list[Row], bool] | str:
     """The two sides of a pair, cut as a preference stage cuts them, and whether they were; or why nothing can be compared."""
     if is_tie(row, where):
         return TIED
@@ -229,7 +231,7 @@ def _missing(row: Mapping[str, Any], where: str, what: str) -> BadRow:
 
 DOCUMENTS = "rows of tokens"
 TIED = "tied"
-READERS: dict[str, Callable[[Eval, Tokenizer, int, bool], Examples]] = {
+READERS: dict[str, Callable[[Eval, SubwordTokenizer, int, bool], Examples]] = {
     "bits_per_byte": _bits,
     "reward": _prompts,
     "best_of_n": _prompts,

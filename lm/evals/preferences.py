@@ -17,7 +17,7 @@ LENGTH_BINS = 5
 Numbers = Float[np.ndarray, " N"]
 
 
-class Estimate(NamedTuple):
+class BootstrapEstimate(NamedTuple):
     """A mean over pairs, and the ends of its 95 % interval by bootstrap over prompts."""
 
     mean: float
@@ -36,14 +36,14 @@ class Bin(NamedTuple):
 class Worth(NamedTuple):
     """A reward model on some pairs. `baseline` takes the longer (or, `shorter`, the shorter) answer; `lead` is over it."""
 
-    accuracy: Estimate
+    accuracy: BootstrapEstimate
     log_loss: float
     calibration_error: float
     calibration: list[Bin]
     by_length: list[Bin]
-    baseline: Estimate
+    baseline: BootstrapEstimate
     shorter: bool
-    lead: Estimate
+    lead: BootstrapEstimate
 
 
 def worth(gaps: Numbers, longer: Numbers, shorter: bool, prompts: Sequence[str], seed: int = 0) -> Worth:
@@ -72,7 +72,7 @@ def outcomes(gaps: Numbers) -> Numbers:
     return (gaps > 0) + 0.5 * (gaps == 0)
 
 
-def bootstrap(values: Numbers, groups: Sequence[str], seed: int = 0) -> Estimate:
+def bootstrap(values: Numbers, groups: Sequence[str], seed: int = 0) -> BootstrapEstimate:
     """Mean, and the 2.5 and 97.5 percentiles of RESAMPLES means, each over as many groups, drawn with replacement."""
     _, place = np.unique(np.asarray(groups), return_inverse=True)
     totals, sizes = np.bincount(place, values), np.bincount(place)
@@ -81,7 +81,7 @@ def bootstrap(values: Numbers, groups: Sequence[str], seed: int = 0) -> Estimate
         drawn = rng.integers(0, len(sizes), (100, len(sizes)))
         means.append(totals[drawn].sum(1) / sizes[drawn].sum(1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
+    return BootstrapEstimate(float(values.mean()), float(low), float(high))
 
 
 def calibration(gaps: Numbers) -> list[Bin]:

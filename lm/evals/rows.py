@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lm.data.chat import prompt_messages
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import last_scores, token_logprobs
@@ -61,7 +61,7 @@ class Subject:
     """
 
     model: Transformer | Scorer
-    tokenizer: Tokenizer
+    tokenizer: SubwordTokenizer
     reference: Transformer | None = None
     scorers: tuple[Scorer, ...] = ()
     seed: int = 0

@@ -27,7 +27,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Source:
+class Competitor:
     """One of those who compete: choices won, lost and neither; share of wins (neither counts half); log-odds."""
 
     name: str
@@ -48,7 +48,7 @@ class Summary:
     agreement: Agreement
     left: Share
     longer: Share
-    sources: list[Source]
+    sources: list[Competitor]
     finite: bool
 
 
@@ -97,7 +97,7 @@ def _agreement(choices: Sequence[Record], people: Sequence[str]) -> Agreement:
     return Agreement(krippendorff_alpha(ratings), shared, two)
 
 
-def _sources(choices: Sequence[Record]) -> tuple[list[Source], bool]:
+def _sources(choices: Sequence[Record]) -> tuple[list[Competitor], bool]:
     """Those who compete, the best first, and whether more than two do and have finite strengths."""
     met = [(_source(r, "left"), _source(r, "right"), r) for r in choices if r["choice"] in SCORES]
     met = [(left, right, record) for left, right, record in met if left and right and left != right]
@@ -112,7 +112,7 @@ def _sources(choices: Sequence[Record]) -> tuple[list[Source], bool]:
         mine = np.flatnonzero((left == number) | (right == number))
         own = np.where(left[mine] == number, scores[mine], 1 - scores[mine])
         sources.append(
-            Source(
+            Competitor(
                 name,
                 int((own == 1).sum()),
                 int((own == 0).sum()),

@@ -20,7 +20,7 @@ from lm.experiment import Experiment, UserError
 from lm.launch import pod, values
 from lm.launch.job import COORDINATOR_PORT, SWEEP_GRACE, Handover, Job, check_travels
 from lm.launch.launcher import Flag, Launch, Launcher, SweepWorkers, handing_over
-from lm.launch.topology import Topology, parse_topology
+from lm.launch.topology import SliceTopology, parse_topology
 from lm.launch.volumes import Volume, check_run_dir, parse_volumes
 
 REPLICATED_JOB = "slice"
@@ -34,7 +34,7 @@ FILES = "the files of the image only"
 class Cluster:
     """Where the job runs, and in what."""
 
-    topology: Topology
+    topology: SliceTopology
     slices: int
     image: str
     volumes: tuple[Volume, ...]
@@ -259,7 +259,7 @@ def _workers_manifest(name: str, words: list[str], count: int, cluster: Cluster)
     }
 
 
-def _asked(arguments: argparse.Namespace, topology: Topology, slices: int) -> Cluster:
+def _asked(arguments: argparse.Namespace, topology: SliceTopology, slices: int) -> Cluster:
     """What the flags that launches and sweeps share ask for."""
     return Cluster(
         topology=topology,

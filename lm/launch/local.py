@@ -14,7 +14,7 @@ from lm.config.field import Range
 from lm.experiment import Experiment, to_dict
 from lm.launch.job import Job, check_mesh
 from lm.launch.launcher import Flag, Launch, Launcher
-from lm.launch.supervisor import Limits, Worker, supervise
+from lm.launch.supervisor import Limits, WorkerProcess, supervise
 from lm.train.run_folder import RunFolder
 
 MOST = Range(least=1, most=1024)  # of one machine
@@ -28,16 +28,16 @@ class Processes:
     devices: int | None = None
 
 
-def workers(job: Job, processes: Processes, port: int | str) -> list[Worker]:
+def workers(job: Job, processes: Processes, port: int | str) -> list[WorkerProcess]:
     """The processes of one start: the output of the first goes on to ours, of the others into the run's folder."""
     command = job.command(sys.executable, "-m", "lm.cli.main")
     devices = {} if processes.devices is None else {"JAX_NUM_CPU_DEVICES": str(processes.devices)}
     if processes.count == 1:
-        return [Worker(command, devices, None)]
+        return [WorkerProcess(command, devices, None)]
     join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes.count)}
     logs = Path(job.run_dir) / "logs"
     return [
-        Worker(command, join | {"JAX_PROCESS_ID": str(i)} | devices, logs / f"process-{i}.log" if i else None)
+        WorkerProcess(command, join | {"JAX_PROCESS_ID": str(i)} | devices, logs / f"process-{i}.log" if i else None)
         for i in range(processes.count)
     ]
 

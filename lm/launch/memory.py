@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lm.experiment import Collect, Experiment, Stage, UserError
-from lm.launch.topology import Topology
+from lm.launch.topology import SliceTopology
 from lm.plan import chips
 from lm.plan.advise import plan_stage
 
 GB = 1e9
 
 
-def check_memory(experiment: Experiment, topology: Topology, slices: int, until: str | None) -> list[str]:
+def check_memory(experiment: Experiment, topology: SliceTopology, slices: int, until: str | None) -> list[str]:
     """Lines for the user about what could not be checked.
 
     Args:

@@ -12,7 +12,7 @@ from lm.experiment import Experiment
 from lm.launch import values
 from lm.launch.job import check_mesh, check_travels
 from lm.launch.launcher import COUNT, JOB_NAME, Flag
-from lm.launch.topology import Topology, parse_topology
+from lm.launch.topology import SliceTopology, parse_topology
 
 JOIN_TIMEOUT = (
     3600  # machines of a pod come, and come back, at different times; to give up is an error that no restart mends
@@ -32,7 +32,7 @@ FLAGS = {
 
 def slices_of_tpus(
     arguments: argparse.Namespace, experiment: Experiment, named: str, files: str
-) -> tuple[Topology, int]:
+) -> tuple[SliceTopology, int]:
     """The slices asked for, all of whose devices the experiment uses.
 
     Args:
@@ -50,7 +50,9 @@ def slices_of_tpus(
     return topology, slices
 
 
-def check_fits_memory(arguments: argparse.Namespace, experiment: Experiment, topology: Topology, slices: int) -> None:
+def check_fits_memory(
+    arguments: argparse.Namespace, experiment: Experiment, topology: SliceTopology, slices: int
+) -> None:
     """Raises UserError at a stage that needs more memory than a device has, unless that is not to be looked at."""
     if arguments.skip_memory_check:
         return

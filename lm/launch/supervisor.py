@@ -31,7 +31,7 @@ LAST_WORDS = 5.0  # seconds that the others have to end by themselves, and say w
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerProcess:
     """One process to be started."""
 
     command: tuple[str, ...]
@@ -48,7 +48,7 @@ class Limits:
 
 
 def supervise(
-    workers: Callable[[], Sequence[Worker]],
+    workers: Callable[[], Sequence[WorkerProcess]],
     newest: Callable[[], str],
     limits: Limits,
     say: Callable[[str], None],
@@ -142,7 +142,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 class _Group:
     """The processes of one start."""
 
-    def __init__(self, workers: Sequence[Worker]):
+    def __init__(self, workers: Sequence[WorkerProcess]):
         self.count = len(workers)
         self.logs = [worker.log for worker in workers]
         self.processes: list[subprocess.Popen] = []
@@ -231,7 +231,7 @@ class _Group:
         return running
 
 
-def _start(worker: Worker) -> subprocess.Popen:
+def _start(worker: WorkerProcess) -> subprocess.Popen:
     """A process in a session of its own: Ctrl-C reaches it through this one only, once, and not twice.
 
     Raises:

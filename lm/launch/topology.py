@@ -30,7 +30,7 @@ GENERATIONS = {
 
 
 @dataclass(frozen=True)
-class Topology:
+class SliceTopology:
     """One slice."""
 
     kind: str
@@ -63,10 +63,10 @@ class Topology:
         return f"{self.generation.prefix}-{self.chips * self.generation.cores}"
 
 
-def parse_topology(name: str) -> Topology:
+def parse_topology(name: str) -> SliceTopology:
     """The slice that the command line calls `v5p:2x4x4`.
 
     Raises:
         UserError: there is no such kind, or none of that shape; shows those that there are.
     """
-    return Topology(*parse_slice(name, GENERATIONS))
+    return SliceTopology(*parse_slice(name, GENERATIONS))

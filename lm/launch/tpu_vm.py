@@ -16,7 +16,7 @@ from lm.experiment import Experiment, UserError
 from lm.launch import pod, values
 from lm.launch.job import Handover, Job
 from lm.launch.launcher import Flag, Launch, Launcher, handing_over
-from lm.launch.topology import Topology
+from lm.launch.topology import SliceTopology
 from lm.launch.volumes import Volume, check_run_dir, parse_volumes
 
 TEMPLATE = """\
@@ -83,7 +83,7 @@ fi"""
 class Slices:
     """What is asked of Cloud TPU, and which commit runs there."""
 
-    topology: Topology
+    topology: SliceTopology
     slices: int
     zone: str
     volumes: tuple[Volume, ...]

@@ -82,7 +82,7 @@ class Norm(nnx.Module):
 
 
 @pytree
-class Cache:
+class KVCache:
     """Keys and values of the tokens seen so far, one array a layer, and where they stand.
 
     A slot with segment 0 is empty: no query looks at it.
@@ -244,22 +244,22 @@ class Transformer(nnx.Module):
             return blocks
         return tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(self.config.num_layers))
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
+    def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache with no token in it, for `length` tokens a row."""
         c = self.config
         shape, dtype = (batch, c.num_kv_heads, length, c.head_dim), jnp.dtype(c.compute_dtype)
         # Arrays of their own, so that a caller may donate the cache.
         keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2))
-        return Cache(keys, values, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), jnp.int32))
+        return KVCache(keys, values, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), jnp.int32))
 
     def extend(
         self,
-        cache: Cache,
+        cache: KVCache,
         start: Int[Array, ""],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Hidden states of new tokens, put into the slots from `start`, given those in the cache.
 
         Layers are unrolled, so that each layer's cache is updated in place.
@@ -277,7 +277,7 @@ class Transformer(nnx.Module):
             q, k, v = block.qkv(x, angles, c.norm_eps)
             keys[layer], values[layer] = put(keys[layer], k, 2), put(values[layer], v, 2)
             x = block.output_and_mlp(x, attend(q, keys[layer], values[layer], mask, c.softcap), c.norm_eps)
-        cache = Cache(tuple(keys), tuple(values), slot_positions, slot_segments)
+        cache = KVCache(tuple(keys), tuple(values), slot_positions, slot_segments)
         return self.norm(x, c.norm_eps), cache
 
     def _start(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, tuple[Array, Array]]:

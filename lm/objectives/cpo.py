@@ -25,7 +25,7 @@ from lm.types import Mean
 from lm.user_functions import is_function_name, load_function
 
 
-class Knobs(NamedTuple):
+class CPOParameters(NamedTuple):
     """Numbers that the rows of the table share."""
 
     beta: float  # scale of the rewards
@@ -36,27 +36,27 @@ class Knobs(NamedTuple):
 # margin: the chosen answer's reward less the rejected one's, before beta.
 
 
-def _sigmoid(margin: Pairs, k: Knobs) -> Pairs:
+def _sigmoid(margin: Pairs, k: CPOParameters) -> Pairs:
     """CPO (arXiv:2401.08417, section 3): DPO with a uniform reference."""
     return -(1 - k.label_smoothing) * log_sigmoid(k.beta * margin) - k.label_smoothing * log_sigmoid(-k.beta * margin)
 
 
-def _hinge(margin: Pairs, k: Knobs) -> Pairs:
+def _hinge(margin: Pairs, k: CPOParameters) -> Pairs:
     """SLiC's hinge (arXiv:2305.10425)."""
     return jax.nn.relu(1 - k.beta * margin)
 
 
-def _ipo(margin: Pairs, k: Knobs) -> Pairs:
+def _ipo(margin: Pairs, k: CPOParameters) -> Pairs:
     """IPO (arXiv:2310.12036, eq. 17) with a uniform reference."""
     return jnp.square(margin - 1 / (2 * k.beta))
 
 
-def _simpo(margin: Pairs, k: Knobs) -> Pairs:
+def _simpo(margin: Pairs, k: CPOParameters) -> Pairs:
     """SimPO (arXiv:2405.14734, eq. 6): the mean log-probability should be higher by gamma / beta."""
     return _sigmoid(margin - k.gamma / k.beta, k)
 
 
-LOSSES: dict[str, Callable[[Pairs, Knobs], Pairs]] = {
+LOSSES: dict[str, Callable[[Pairs, CPOParameters], Pairs]] = {
     "sigmoid": _sigmoid,
     "hinge": _hinge,
     "ipo": _ipo,
@@ -67,7 +67,7 @@ PER_TOKEN = frozenset({"ipo", "simpo"})
 """Rows that read the mean over an answer's tokens; the others read the sum."""
 
 
-def find_loss(name: str) -> tuple[Callable[[Pairs, Knobs], Pairs], bool]:
+def find_loss(name: str) -> tuple[Callable[[Pairs, CPOParameters], Pairs], bool]:
     """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
 
     The user's own reads means where it has an attribute `per_token` that is true.
@@ -107,7 +107,7 @@ def cpo(
     row, per_token = find_loss(loss)
     rewards = reward((answer_means if per_token else answer_sums)(logp, weights), alpha)
     chosen, rejected = rewards[0::2], rewards[1::2]
-    mean = mean_over(row(chosen - rejected, Knobs(beta, label_smoothing, gamma)), there)
+    mean = mean_over(row(chosen - rejected, CPOParameters(beta, label_smoothing, gamma)), there)
     nll = likelihood(logp, weights)
     scale = likelihood_scale(weights, weights) if nll_scale is None else nll_scale
     metrics = reward_metrics(beta * chosen, beta * rejected, there) | {"nll": nll}

@@ -25,7 +25,7 @@ from lm.types import Mean
 from lm.user_functions import is_function_name, load_function
 
 
-class Knobs(NamedTuple):
+class DPOParameters(NamedTuple):
     """Numbers that the rows of the table share."""
 
     beta: float  # strength of the pull to the reference
@@ -37,42 +37,42 @@ class Knobs(NamedTuple):
 # c and r: log π(y|x) - log π_ref(y|x) of the chosen and of the rejected answer, or its image under another divergence.
 
 
-def _sigmoid(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _sigmoid(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """DPO (arXiv:2305.18290, eq. 7); with label smoothing conservative DPO (Mitchell 2023, eq. 3)."""
     margin = k.beta * (c - r)
     return -(1 - k.label_smoothing) * log_sigmoid(margin) - k.label_smoothing * log_sigmoid(-margin)
 
 
-def _robust(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _robust(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """Provably robust DPO (arXiv:2403.00409): unbiased when that part of the labels is flipped."""
     margin = k.beta * (c - r)
     noisy = -(1 - k.label_smoothing) * log_sigmoid(margin) + k.label_smoothing * log_sigmoid(-margin)
     return noisy / (1 - 2 * k.label_smoothing)
 
 
-def _hinge(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _hinge(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """SLiC's hinge on the DPO margin (arXiv:2305.10425; RSO, arXiv:2309.06657)."""
     return jax.nn.relu(1 - k.beta * (c - r))
 
 
-def _ipo(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _ipo(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """IPO (arXiv:2310.12036, eq. 17), on log-ratios per token."""
     return jnp.square(c - r - 1 / (2 * k.beta))
 
 
-def _exo_pair(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _exo_pair(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """EXO (arXiv:2402.00856, eq. 16): reverse KL to the smoothed label, which must not be 0."""
     margin, flipped = k.beta * (c - r), max(k.label_smoothing, 1e-3)
     right = sigmoid(margin) * (log_sigmoid(margin) - jnp.log1p(-flipped))
     return right + sigmoid(-margin) * (log_sigmoid(-margin) - jnp.log(flipped))
 
 
-def _nca_pair(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _nca_pair(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """NCA with two answers (arXiv:2402.05369): the chosen answer's own likelihood is kept up."""
     return -log_sigmoid(k.beta * c) - 0.5 * log_sigmoid(-k.beta * c) - 0.5 * log_sigmoid(-k.beta * r)
 
 
-def _bco_pair(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _bco_pair(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """BCO on pairs (arXiv:2404.04656, section 4): each answer by itself is classified as chosen or rejected.
 
     The paper's reward shift is 0 here: it is a moving average over steps, and a step has no memory.
@@ -80,29 +80,29 @@ def _bco_pair(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
     return -log_sigmoid(k.beta * c) - log_sigmoid(-k.beta * r)
 
 
-def _sppo_hard(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _sppo_hard(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """SPPO with hard labels (arXiv:2405.00675, eq. 4.7); its η is 1/beta."""
     return jnp.square(c - 0.5 / k.beta) + jnp.square(r + 0.5 / k.beta)
 
 
-def _apo_zero(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _apo_zero(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """APO-zero (arXiv:2408.06266, eq. 7): chosen up, rejected down."""
     return sigmoid(-k.beta * c) + sigmoid(k.beta * r)
 
 
-def _apo_down(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _apo_down(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """APO-down (arXiv:2408.06266, eq. 8): both down, the rejected one further."""
     return sigmoid(k.beta * c) + sigmoid(-k.beta * (c - r))
 
 
-def _discopop(c: Pairs, r: Pairs, k: Knobs) -> Pairs:
+def _discopop(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     """DiscoPOP (arXiv:2406.08414, eq. 5): logistic and exponential loss, blended by the margin."""
     margin = k.beta * (c - r)
     blend = sigmoid(margin / k.tau)
     return -(1 - blend) * log_sigmoid(margin) + blend * jnp.exp(-margin)
 
 
-LOSSES: dict[str, Callable[[Pairs, Pairs, Knobs], Pairs]] = {
+LOSSES: dict[str, Callable[[Pairs, Pairs, DPOParameters], Pairs]] = {
     "sigmoid": _sigmoid,
     "sigmoid_norm": _sigmoid,
     "robust": _robust,
@@ -121,7 +121,7 @@ PER_TOKEN = frozenset({"ipo", "sigmoid_norm"})
 """Rows that read the mean over an answer's tokens; the others read the sum."""
 
 
-def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, Knobs], Pairs], bool]:
+def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, DPOParameters], Pairs], bool]:
     """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
 
     The user's own reads means where it has an attribute `per_token` that is true.
@@ -145,12 +145,12 @@ class PairBatchStats(NamedTuple):
     there: Pairs  # 0 for padding
 
 
-def _aot(p: PairBatchStats, k: Knobs) -> Pairs:
+def _aot(p: PairBatchStats, k: DPOParameters) -> Pairs:
     """AOT, paired (arXiv:2406.05882, section 3): the policy's margins against the reference's, rank by rank."""
     return _sigmoid(p.margin, _of_equal_rank(p.margin, p.ref_margin, p.there), k)
 
 
-def _aot_unpaired(p: PairBatchStats, k: Knobs) -> Pairs:
+def _aot_unpaired(p: PairBatchStats, k: DPOParameters) -> Pairs:
     """AOT, unpaired (arXiv:2406.05882, section 3): chosen log-ratios against rejected ones, rank by rank."""
     return _sigmoid(p.chosen, _of_equal_rank(p.chosen, p.rejected, p.there), k)
 
@@ -162,7 +162,7 @@ def _of_equal_rank(x: Pairs, y: Pairs, there: Pairs) -> Pairs:
     return jnp.where(there > 0, matched, 0.0)
 
 
-WHOLE_BATCH: dict[str, Callable[[PairBatchStats, Knobs], Pairs]] = {
+WHOLE_BATCH: dict[str, Callable[[PairBatchStats, DPOParameters], Pairs]] = {
     "aot": _aot,
     "aot_unpaired": _aot_unpaired,
 }
@@ -233,7 +233,7 @@ def dpo(
     counted = weights if ld_alpha == 1 else jnp.where(tail, ld_alpha, 1.0) * weights
     log_ratio = answer_sums(logp - ref_logp, counted)  # token by token: two long sums would leave fewer digits
     scores = DIVERGENCES[divergence](log_ratio, alpha)
-    knobs = Knobs(beta, label_smoothing, tau)
+    knobs = DPOParameters(beta, label_smoothing, tau)
 
     def row(name: str) -> Pairs:
         if name in WHOLE_BATCH:

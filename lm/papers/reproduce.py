@@ -43,7 +43,7 @@ def reproduce(
 
     Raises:
         UserError: a sweep cannot work, or some of its runs failed in a way that a diverged loss does not explain.
-        Stopped: a signal came; what ran has saved.
+        WorkerStopped: a signal came; what ran has saved.
     """
     began = time.monotonic()
     file = file_of(spec(name))

@@ -32,7 +32,7 @@ FLAGS = ("--coordinator", "--num-processes", "--process-id")
 
 
 @dataclass(frozen=True)
-class Job:
+class ProcessGroup:
     """Where the processes of a run meet, how many they are and which one this is; None: as the cluster says."""
 
     coordinator: str | None = None
@@ -43,7 +43,7 @@ class Job:
 
 def find_job(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float = JOIN_TIMEOUT
-) -> Job | None:
+) -> ProcessGroup | None:
     """The job that the flags tell of, else the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
     else the cluster around (Slurm, Open MPI, GKE, TPU VMs). None: this process is alone.
 
@@ -69,7 +69,7 @@ def find_job(
         raise UserError(f"--num-processes is {count}; it should be at least 1")
     if number is not None and count is not None and not 0 <= number < count:
         raise UserError(f"--process-id is {number}; with --num-processes {count} it should be from 0 to {count - 1}")
-    return Job(address, count, number, timeout)
+    return ProcessGroup(address, count, number, timeout)
 
 
 def in_cluster() -> bool:
@@ -87,7 +87,7 @@ def in_cluster() -> bool:
 
 
 @contextlib.contextmanager
-def joined(job: Job | None) -> Iterator[None]:
+def joined(job: ProcessGroup | None) -> Iterator[None]:
     """Inside, the processes of the job are one: `jax.devices()` are those of all. Nothing happens without a job.
 
     Begin it before jax looks for devices. When this process ends it waits for the others to end too; one that fails
@@ -111,7 +111,7 @@ def joined(job: Job | None) -> Iterator[None]:
         raise
 
 
-def _join(job: Job) -> None:
+def _join(job: ProcessGroup) -> None:
     failed: list[Exception] = []
 
     def initialize() -> None:
@@ -133,7 +133,7 @@ def _join(job: Job) -> None:
     thread.start()
     thread.join(job.timeout)
     where = job.coordinator or "the coordinator that the cluster names"
-    if failed and isinstance(failed[0], ValueError) and job == Job(timeout=job.timeout):
+    if failed and isinstance(failed[0], ValueError) and job == ProcessGroup(timeout=job.timeout):
         return  # the devices of a cluster, and no cluster: alone
     if failed:
         raise UserError(f"{where} cannot be joined: {failed[0]}") from failed[0]

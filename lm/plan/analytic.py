@@ -40,7 +40,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class DeviceEstimate:
     """An update on one device, by arithmetic; FLOPs as executed, seconds each as if alone."""
 
     memory: Memory
@@ -61,7 +61,7 @@ class Estimate:
         return max(self.compute_s, self.memory_s, self.host_s, self.network_s)
 
 
-def estimate(program: Program) -> Estimate:
+def estimate(program: Program) -> DeviceEstimate:
     """Memory and time of a stage's update."""
     state = program.state()
     analysis = analysis_of(program)
@@ -81,7 +81,7 @@ def estimate(program: Program) -> Estimate:
     moved = gradient.moved + update.moved
     host = gradient.hosted / HOST_RATE
     compute = gradient.compute_s + update.compute_s
-    return Estimate(
+    return DeviceEstimate(
         memory=memory,
         product_flops=gradient.product_flops + update.product_flops,
         kernel_flops=gradient.kernel_flops,

@@ -66,7 +66,7 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CompiledCost:
     """Seconds and FLOPs of one execution of the module on one device."""
 
     compute_s: float
@@ -116,7 +116,7 @@ class _Clock:
         self.now = max(self.now, self.flight.pop(name or "", 0.0))
 
 
-def estimate(module: Module, chip: Chip, slices: int = 1) -> Cost:
+def estimate(module: Module, chip: Chip, slices: int = 1) -> CompiledCost:
     """What one execution of the module costs on a device of this kind."""
     return _Estimate(module, chip, slices).cost()
 
@@ -139,10 +139,10 @@ class _Estimate:
             "call": self._call,
         }
 
-    def cost(self) -> Cost:
+    def cost(self) -> CompiledCost:
         schedule_s, _ = self.walk(self.module.entry, 1)
         s = self.seconds
-        return Cost(
+        return CompiledCost(
             compute_s=s["compute"], product_s=s["product"], kernel_s=s["kernel"], unpriced_s=s["unpriced"],
             sync_s=s["sync"], async_s=s["async"], host_s=s["host"], network_s=s["network"],
             schedule_s=schedule_s,

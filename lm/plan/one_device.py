@@ -24,7 +24,7 @@ from lm.model.transformer import Transformer
 from lm.optimizer import at_least_float32, make_optimizer
 from lm.parallel.rules import RULES, ways
 from lm.plan.program import Program, abstract_batch, abstract_state
-from lm.plan.trace import Block, Value, block_of
+from lm.plan.trace import TracedBlock, Value, block_of
 from lm.plan.usage import Analysis
 
 SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that are used in parts
@@ -56,7 +56,7 @@ def analysis_of(program: Program) -> Analysis:
     )
 
 
-def gradient_block(program: Program) -> tuple[Block, set[Value]]:
+def gradient_block(program: Program) -> tuple[TracedBlock, set[Value]]:
     """The step of one device, but for the optimizer: the gradient of its rows; and those of its inputs that are parameters."""
     local, (rows, tokens) = one_device(program), local_batch(program)
     return _gradient_block(local.stage, local.model, local.vocab_size, rows, tokens, lone_mesh(program))
@@ -65,7 +65,7 @@ def gradient_block(program: Program) -> tuple[Block, set[Value]]:
 @functools.lru_cache(maxsize=64)
 def _gradient_block(
     stage: Stage, model: Model, vocab_size: int, rows: int, tokens: int, mesh: AbstractMesh
-) -> tuple[Block, set[Value]]:
+) -> tuple[TracedBlock, set[Value]]:
     model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
     state = abstract_state(stage, optax.identity(), model_shape)
     step = algorithm_of(stage).step(stage, optax.identity())
@@ -78,14 +78,14 @@ def _gradient_block(
     return block, {*parameters, *block.inputs[first + moved + kept : first + moved + kept + frozen]}
 
 
-def update_block(program: Program) -> Block:
+def update_block(program: Program) -> TracedBlock:
     """What the optimizer does with (gradients, its state, parameters)."""
     local = one_device(program)
     return _update_block(local.stage, local.model, local.vocab_size)
 
 
 @functools.lru_cache(maxsize=64)
-def _update_block(stage: Stage, model: Model, vocab_size: int) -> Block:
+def _update_block(stage: Stage, model: Model, vocab_size: int) -> TracedBlock:
     model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
     params = abstract_state(stage, optax.identity(), model_shape).params
     optimizer = make_optimizer(stage.optimizer, 1)

@@ -10,7 +10,7 @@ from typing import Any
 from lm.plan import analytic
 from lm.plan.analytic import Memory, model_flops
 from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
-from lm.plan.hlo_cost import Cost, estimate
+from lm.plan.hlo_cost import CompiledCost, estimate
 from lm.plan.hlo_text import parse
 from lm.plan.kernels import KERNEL_EFFICIENCY
 from lm.plan.libtpu import Libtpu, find_libtpu
@@ -169,7 +169,7 @@ def _of_another(compiler: Libtpu) -> list[str]:
     return [compiler.note] if compiler.note else []
 
 
-def _compiled(arithmetic: Plan, compiled: Compiled, cost: Cost) -> Plan:
+def _compiled(arithmetic: Plan, compiled: Compiled, cost: CompiledCost) -> Plan:
     topology = arithmetic.program.topology
     notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
     notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []

@@ -49,26 +49,26 @@ class Op:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     params: Mapping[str, Any]
-    body: Block | None = None
+    body: TracedBlock | None = None
     turns: int = 1
     constants: int = 0
     carry: int = 0
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class TracedBlock:
     inputs: tuple[Value, ...]
     ops: tuple[Op, ...]
     outputs: tuple[Value, ...]
 
 
-def block_of(jaxpr: Any) -> Block:
+def block_of(jaxpr: Any) -> TracedBlock:
     """The operations of a (closed) jaxpr, in its order, with everything that is called in its place."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     names = {variable: _value(variable) for variable in (*jaxpr.constvars, *jaxpr.invars)}
     ops: list[Op] = []
     outputs = _inline(jaxpr, names, ops)
-    return Block(tuple(names[variable] for variable in jaxpr.invars), _needed(ops, outputs), outputs)
+    return TracedBlock(tuple(names[variable] for variable in jaxpr.invars), _needed(ops, outputs), outputs)
 
 
 def _needed(ops: list[Op], outputs: tuple[Value, ...]) -> tuple[Op, ...]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from lm.plan.chips import Chip
 from lm.plan.kernels import KERNEL_EFFICIENCY, splash_flops
-from lm.plan.trace import Block, Op, Value
+from lm.plan.trace import Op, TracedBlock, Value
 
 WRITTEN = frozenset(
     ("dot_general", "conv_general_dilated", "pallas_call", "gather", "scatter", "scatter-add", "scatter_add", "sort",
@@ -83,11 +83,11 @@ class Analysis:
     vocab_size: int
     ways: int = 1
 
-    def usage(self, block: Block, parameters: set[Value]) -> Usage:
+    def usage(self, block: TracedBlock, parameters: set[Value]) -> Usage:
         """Of one run of a block, whose inputs `parameters` are parameters or cut from them."""
         return _Run(self, block, set(parameters), whole=set()).usage()
 
-    def in_parts(self, block: Block) -> Usage:
+    def in_parts(self, block: TracedBlock) -> Usage:
         """Of a block that works on parameters as they lie, such as an optimizer's update: gradients come first."""
         run = _Run(self, block, set(), whole=set(), split=True)
         result = run.usage()
@@ -122,7 +122,7 @@ class _Run:
     """
 
     def __init__(
-        self, analysis: Analysis, block: Block, parameters: set[Value], whole: set[Value], split: bool = False
+        self, analysis: Analysis, block: TracedBlock, parameters: set[Value], whole: set[Value], split: bool = False
     ):
         self.of, self.block, self.parameters, self.split = analysis, block, parameters, split
         self.own = set(block.inputs)  # live outside, for the whole block

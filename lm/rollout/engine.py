@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
 from lm.data.packing import left_pad
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch
@@ -69,7 +69,7 @@ class LocalEngine:
     """The sampler of this process. `version` is the number of training steps behind the model's weights."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    tokenizer: SubwordTokenizer
     version: int = 0
 
     def complete(self, request: Request) -> list[Completion]:
@@ -91,13 +91,13 @@ class LocalEngine:
         return Completion(tokens[:size], logp[:size], np.ones(size, bool), ended, self.version)
 
 
-def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
+def completion_text(tokenizer: SubwordTokenizer, completion: Completion) -> str:
     """The text of a completion, without its end token."""
     return tokenizer.decode(completion.tokens[: len(completion.tokens) - completion.ended].tolist())
 
 
 @dataclass(frozen=True)
-class Answer:
+class TextCompletion:
     """A completion as text, and whether the model ended it by itself."""
 
     text: str
@@ -106,7 +106,7 @@ class Answer:
 
 def generate_text(
     model: Transformer,
-    tokenizer: Tokenizer,
+    tokenizer: SubwordTokenizer,
     prompts: list[str] | list[list[dict]],
     *,
     max_new_tokens: int = 128,
@@ -115,7 +115,7 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     raw: bool = False,
-) -> list[Answer]:
+) -> list[TextCompletion]:
     """Answers to prompts (strings or conversations), all in one batch.
 
     Raises:
@@ -132,7 +132,7 @@ def generate_text(
     width = min(room, _bucket(longest))
     request = Request(encoded, jax.random.key(seed), max_new_tokens, temperature, width=width, top_k=top_k, top_p=top_p)
     completions = LocalEngine(model, tokenizer).complete(request)
-    return [Answer(completion_text(tokenizer, one), one.ended) for one in completions]
+    return [TextCompletion(completion_text(tokenizer, one), one.ended) for one in completions]
 
 
 def _bucket(length: int) -> int:

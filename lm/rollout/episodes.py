@@ -24,7 +24,7 @@ from lm.data.pipeline import PromptFeed, make_prompt_feed
 from lm.data.prompts import MessagesOf
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
 from lm.rollout.engine import Engine, Request, completion_text
@@ -91,7 +91,7 @@ class Tasks:
     spec: EnvironmentSpec
 
 
-def make_tasks(stage: Stage, tokenizer: Tokenizer, seed: int, elsewhere: Places = NOWHERE) -> Tasks:
+def make_tasks(stage: Stage, tokenizer: SubwordTokenizer, seed: int, elsewhere: Places = NOWHERE) -> Tasks:
     """The tasks of a stage that samples. Prompts of `elsewhere` are left out.
 
     Raises:
@@ -162,7 +162,11 @@ def sample_trajectories(
 
 
 def run_episodes(
-    engine: Engine, spec: EnvironmentSpec, rows: Sequence[Mapping[str, Any]], request: Request, tokenizer: Tokenizer
+    engine: Engine,
+    spec: EnvironmentSpec,
+    rows: Sequence[Mapping[str, Any]],
+    request: Request,
+    tokenizer: SubwordTokenizer,
 ) -> list[Episode]:
     """Every episode to its end, `group_size` neighbours to a row; `request` is of the first turn, with a width."""
     episodes = [
@@ -223,7 +227,7 @@ class Episode:
         """Tokens after the prompt."""
         return len(self.tokens) - self.prompt_length
 
-    def complete(self, completion: Any, tokenizer: Tokenizer) -> None:
+    def complete(self, completion: Any, tokenizer: SubwordTokenizer) -> None:
         """Add a turn of the model's."""
         for token, logp, sampled in zip(*map(np.ndarray.tolist, completion[:3]), strict=True):
             self._add([token], MODEL if sampled else ENVIRONMENT, logp)
@@ -234,7 +238,7 @@ class Episode:
         )
         self.messages.append({"role": "assistant", "content": self.text, "author": AUTHORS[MODEL]})
 
-    def proceed(self, reply: Messages | str | None, tokenizer: Tokenizer, budget: int) -> None:
+    def proceed(self, reply: Messages | str | None, tokenizer: SubwordTokenizer, budget: int) -> None:
         """Add the environment's reply, or end: where there is none, or no room for a token behind it."""
         if not isinstance(reply, list):
             self.finish = reply or (STOP if self.completed else LENGTH)

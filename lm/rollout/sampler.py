@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.data.chat import render
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import UserError
-from lm.model.transformer import Cache, Transformer, num_params
+from lm.model.transformer import KVCache, Transformer, num_params
 from lm.parallel.rules import constrain, split_ways
 from lm.types import pytree
 
@@ -129,7 +129,7 @@ def generate(
 
 def _read(
     model: Transformer, tokens: Int[Array, "P S"], lengths: Int[Array, " P"], group_size: int, size: int
-) -> tuple[Int[Array, " B"], Float[Array, "B D"], Cache]:
+) -> tuple[Int[Array, " B"], Float[Array, "B D"], KVCache]:
     """Of each completion: its prompt's length, the hidden state of the prompt's last token, a cache for `size` tokens."""
     repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, group_size, axis=0))
     # Prompts too few for the devices are read once a completion: each then reads its own at the same time.
@@ -145,7 +145,7 @@ def _read(
     return repeat(found) if once else found
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
+def encode_prompt(tokenizer: SubwordTokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
     """Tokens of a chat (or one user turn) up to where the assistant speaks; raw: of a document's beginning."""
     if raw:
         return [tokenizer.pad_id, *tokenizer.encode(str(prompt))]
@@ -158,12 +158,12 @@ QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0, "xla_cpu_us
 """Compiler options for a small model on a CPU: compiles in a fifth of the time, and runs such a model as fast."""
 
 
-def _stream_program(model: Transformer) -> Callable[..., tuple[Int[Array, ""], Cache]]:
+def _stream_program(model: Transformer) -> Callable[..., tuple[Int[Array, ""], KVCache]]:
     return _compiled_stream(jax.default_backend() == "cpu" and num_params(model) < SMALL)
 
 
 @functools.cache
-def _compiled_stream(quick: bool) -> Callable[..., tuple[Int[Array, ""], Cache]]:
+def _compiled_stream(quick: bool) -> Callable[..., tuple[Int[Array, ""], KVCache]]:
     options = QUICK if quick else None
     return jax.jit(
         _stream_step, static_argnames=("top_k", "top_p"), donate_argnames=("cache",), compiler_options=options
@@ -172,7 +172,7 @@ def _compiled_stream(quick: bool) -> Callable[..., tuple[Int[Array, ""], Cache]]
 
 def _stream_step(
     model: Transformer,
-    cache: Cache,
+    cache: KVCache,
     start: Int[Array, ""],
     tokens: Int[Array, "1 T"],
     length: Int[Array, ""],
@@ -180,7 +180,7 @@ def _stream_step(
     temperature: Float[Array, ""],
     top_k: int,
     top_p: float,
-) -> tuple[Int[Array, ""], Cache]:
+) -> tuple[Int[Array, ""], KVCache]:
     """Add `length` real tokens (the rest is right padding) from slot `start`; the next token, sampled."""
     column = jnp.arange(tokens.shape[1])[None, :]
     hidden, cache = model.extend(cache, start, tokens, start + column, (column < length).astype(jnp.int32))
@@ -190,7 +190,7 @@ def _stream_step(
 
 def stream(
     model: Transformer,
-    tokenizer: Tokenizer,
+    tokenizer: SubwordTokenizer,
     messages: list[dict],
     *,
     max_new_tokens: int = 256,
@@ -212,7 +212,7 @@ def stream(
     cache, program = _stream_cache(model), _stream_program(model)
     key = jax.random.key(seed)
 
-    def step(start: int, tokens: np.ndarray, length: int, number: int, cache: Cache) -> tuple[int, Cache]:
+    def step(start: int, tokens: np.ndarray, length: int, number: int, cache: KVCache) -> tuple[int, KVCache]:
         token, cache = program(
             model, cache, jnp.int32(start), tokens, jnp.int32(length), jax.random.fold_in(key, number),
             jnp.float32(temperature), top_k, top_p,
@@ -258,7 +258,7 @@ def _chunk(max_len: int, length: int) -> int:
     return LONG if max_len > MOST_SHORT and length > MOST_SHORT else SHORT
 
 
-def _stream_cache(model: Transformer) -> Cache:
+def _stream_cache(model: Transformer) -> KVCache:
     """For one row of the longest context, rounded up, so that the last piece of any prompt fits."""
     width = _chunk(model.config.max_len, model.config.max_len)
     return model.empty_cache(1, -(-model.config.max_len // width) * width)

@@ -73,7 +73,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """A trial, what it costs beyond the trials before it, and the stages that it has from them."""
 
     trial: Trial
@@ -81,7 +81,7 @@ class Row:
     has: tuple[str, ...]
 
 
-def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[list[Row], Speed]:
+def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[list[TrialRow], Speed]:
     """Every trial of a grid with its cost; of a search one trial for each seed, which stands for all that come.
 
     Args:
@@ -103,7 +103,7 @@ def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[l
         found.append((trial, new, tuple(had)))
     speed = _speed([cost for _, costs, _ in found for cost in costs])
     nothing = Cost(hours=None if topology is None else 0.0)
-    return [Row(trial, sum((_timed(c, speed) for c in costs), nothing), had) for trial, costs, had in found], speed
+    return [TrialRow(trial, sum((_timed(c, speed) for c in costs), nothing), had) for trial, costs, had in found], speed
 
 
 def _speed(costs: Iterable[Cost]) -> Speed:

@@ -10,7 +10,7 @@ import time
 
 from lm.experiment import UserError
 from lm.parent_death import with_parent
-from lm.sweep.worker import EXIT_INTERRUPT, EXIT_USER, Stopped
+from lm.sweep.worker import EXIT_INTERRUPT, EXIT_USER, WorkerStopped
 
 MOST_DEATHS = 10  # of workers, in all
 LOOK_SECONDS = 0.2
@@ -20,7 +20,7 @@ def pool(words: list[str], count: int) -> None:
     """Run `lm WORDS --join I` in `count` processes until all have ended.
 
     Raises:
-        Stopped: a signal came, and all have ended after it.
+        WorkerStopped: a signal came, and all have ended after it.
         UserError: a worker cannot work, or they keep dying.
     """
     stopping = False
@@ -59,7 +59,7 @@ def pool(words: list[str], count: int) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopping:
-        raise Stopped
+        raise WorkerStopped
 
 
 def _start(words: list[str], place: int, count: int) -> subprocess.Popen:

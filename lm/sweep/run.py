@@ -10,7 +10,7 @@ from lm.sweep.pool import pool
 from lm.sweep.study import Study
 from lm.sweep.sweep import STORE, Suggested, Sweep
 from lm.sweep.trials import trials
-from lm.sweep.worker import Stopped, Worker
+from lm.sweep.worker import Worker, WorkerStopped
 
 
 def run_sweep(
@@ -31,7 +31,7 @@ def run_sweep(
 
     Raises:
         UserError: the folder belongs to another sweep, the sweep cannot work, or every trial has failed.
-        Stopped: a signal came; what ran has saved.
+        WorkerStopped: a signal came; what ran has saved.
     """
     if not isinstance(sweep.search, Suggested):
         trials(sweep)  # what cannot work says so before anything is made on disk
@@ -49,7 +49,7 @@ def run_sweep(
         extra = [] if cache is None else ["--cache", str(cache)]
         pool(["sweep", name, "--folder", str(folder), "--store", str(store), *extra], workers)
         if study.open():  # the workers were asked to end one by one
-            raise Stopped
+            raise WorkerStopped
     else:
         Worker(sweep, place, study, "").work()
     failed = study.failures()
@@ -59,6 +59,6 @@ def run_sweep(
 
 
 def join(sweep: Sweep, folder: Path, store: Path, name: str) -> None:
-    """Be one of several workers, until all trials have ended. Raises Stopped when a signal came."""
+    """Be one of several workers, until all trials have ended. Raises WorkerStopped when a signal came."""
     place = SweepFolder(folder, store)
     Worker(sweep, place, Study(sweep, place), f"worker {name}: ").work()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lm.sweep.cost import Cost, Row, estimate, total
+from lm.sweep.cost import Cost, TrialRow, estimate, total
 from lm.sweep.folder import SweepFolder
 from lm.sweep.sweep import Suggested, Sweep
 from lm.sweep.trials import told
@@ -33,7 +33,7 @@ def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Row) -> str:
+def _line(row: TrialRow) -> str:
     name = f"{told(row.trial.settings)}, seed {row.trial.experiment.seed}"
     if row.trial.impossible:
         return f"{name}: cannot run: {row.trial.impossible}"

@@ -36,7 +36,7 @@ MOST_DEATHS = 3  # ends of a trial's process in a row, unfinished and without a 
 EXIT_USER, EXIT_INTERRUPT = 2, 130
 
 
-class Stopped(Exception):
+class WorkerStopped(Exception):
     """The worker was asked to end; what it ran has saved, and the next worker goes on with it."""
 
 
@@ -55,13 +55,13 @@ class Worker:
         """Run trials until all have ended, wherever they run.
 
         Raises:
-            Stopped: a signal came.
+            WorkerStopped: a signal came.
         """
         everybody = _known_keys(self.sweep)
         with self._signals():
             while True:
                 if self.stopping:
-                    raise Stopped
+                    raise WorkerStopped
                 claimed = self.study.take()
                 while self.study.refused:
                     self.say(f"cannot run: {self.study.refused.pop(0)}")
@@ -116,7 +116,7 @@ class Worker:
             if pruned:
                 return "", True
             if self.stopping:
-                raise Stopped
+                raise WorkerStopped
             if code == EXIT_USER:
                 return reason(run_dir / "log.txt"), False
             if all(RunFolder(run_dir).finished(name) for name in names):
@@ -181,7 +181,7 @@ class Worker:
         shared = self.folder.shared(key)
         while (handle := try_lock(shared.with_name(f"{shared.name}.lock"))) is None:
             if self.stopping:
-                raise Stopped
+                raise WorkerStopped
             time.sleep(LOOK_SECONDS)
         return handle
 

@@ -18,7 +18,7 @@ from lm.data.sources import load_rows
 from lm.evals.pairs import last_span
 from lm.evals.rows import rounded, row_scores
 from lm.experiment import RewardModel, UserError
-from lm.rollout.engine import Answer, generate_text
+from lm.rollout.engine import TextCompletion, generate_text
 from lm.train.checkpoint import Checkpoints
 from lm.train.models import Loaded, load_run, scorers_for
 from lm.train.run_folder import RunFolder, read_json, write_json_atomic
@@ -151,7 +151,7 @@ def best_answers(
     count: int,
     reward: str | None,
     **given: Any,
-) -> tuple[list[Answer], Float[np.ndarray, " P"]]:
+) -> tuple[list[TextCompletion], Float[np.ndarray, " P"]]:
     """The answer to each prompt that a reward model scores highest among `count`, and its score.
 
     Args:

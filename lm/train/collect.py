@@ -36,7 +36,7 @@ from lm.rollout.rewards import timeout_metric
 from lm.rollout.trajectory import Trajectory, rewards_of, sample_metrics, trajectory_batch
 from lm.train.callbacks import listener
 from lm.train.goodput import Costs, reached
-from lm.train.loop import Interrupted, Run, summarise
+from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
 from lm.train.models import MADE_FILE
 from lm.train.resume import file_sha256
@@ -49,7 +49,7 @@ ANSWER_FIELDS = {"answers": list}
 Row = dict[str, Any]
 
 
-def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], began: float) -> None:
+def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], began: float) -> None:
     """Answers, choices and what is made of them; goes on where it was stopped.
 
     Raises:
@@ -74,7 +74,7 @@ def collect_stage(run: Run, index: int, model: Transformer, scorers: tuple[Score
 
 
 def _sample(
-    run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs
+    run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs
 ) -> list[dict[str, Any]]:
     """Write the answers of every step that is not there yet, each with its score by the judge, unless people are.
 
@@ -101,7 +101,7 @@ def _sample(
 
 
 def _answer(
-    run: Run, index: int, model: Transformer, scorers: tuple[Scorer, ...], tasks: Tasks, step: int
+    run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], tasks: Tasks, step: int
 ) -> tuple[list[Row], dict[str, float], int]:
     """The rows of a step, what is reported of them, and how many tokens they are."""
     stage = run.experiment.stages[index]
@@ -125,7 +125,7 @@ def _answer(
 
 
 def _scores(
-    run: Run, scorers: tuple[Scorer, ...], tasks: Tasks, found: Sequence[Trajectory], width: int
+    run: RunContext, scorers: tuple[Scorer, ...], tasks: Tasks, found: Sequence[Trajectory], width: int
 ) -> Float[np.ndarray, " B"]:
     """The reward models' score of each answer."""
     batch = trajectory_batch(found, tasks.feed.prompt_len, width, tasks.feed.tokenizer.pad_id)

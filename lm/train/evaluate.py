@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.selection import EmptySplit
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.examples import read_examples, talks_of
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
@@ -38,7 +38,7 @@ class Evaluator:
         self,
         experiment: Experiment,
         folder: RunFolder,
-        tokenizer: Tokenizer,
+        tokenizer: SubwordTokenizer,
         reference: Callable[[], Transformer | None],
         scorers: Callable[[], tuple[Scorer, ...]] = lambda: (),
     ):
@@ -185,7 +185,7 @@ def not_there(item: Eval) -> bool:
     return is_collected(item.source) and not Path(item.source.path).exists()
 
 
-def check_evals(experiment: Experiment, tokenizer: Tokenizer) -> list[str]:
+def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str]:
     """A line for every eval whose examples are there: how many it measures, and what it passes over.
 
     Raises:

@@ -13,7 +13,7 @@ from lm.data.chat import is_tie
 from lm.data.layouts import canonical
 from lm.data.selection import held_out_elsewhere, select, trained_places
 from lm.data.sources import Rows, load_rows, split_key, why_missing
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.pairs import Scored, score_pairs, share_right, texts_of_pair
 from lm.evals.preferences import Worth, prefers_shorter, worth
 from lm.evals.rows import Subject
@@ -104,7 +104,7 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     """The model of a run that judges, with its name: its last reward model, or what was asked for."""
     folder = RunFolder(run_dir)
     experiment = located(from_dict(folder.read_experiment()), folder)
-    tokenizer, mesh = Tokenizer.load(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
+    tokenizer, mesh = SubwordTokenizer.load(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
     if stage is not None:
         check_until(experiment, stage)
     kinds = {s.name: s.objective for s in experiment.stages}

@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray
 from lm.algorithms.table import algorithm_of, first_state, flops_per_token
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.rows import calling_between_batches
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops
@@ -48,12 +48,12 @@ from lm.types import Batch, TrainState
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """What all stages of a run share."""
 
     experiment: Experiment
     folder: RunFolder
-    tokenizer: Tokenizer
+    tokenizer: SubwordTokenizer
     mesh: Mesh
     stop: Stop
     watchdog: Watchdog
@@ -66,7 +66,7 @@ class Run:
     accept: bool = False  # go on with other data, tokenizer or versions than a checkpoint names
 
 
-class Stopped(Exception):
+class StoppedBySignal(Exception):
     """A signal came while the run measured itself."""
 
 
@@ -85,7 +85,7 @@ class Pending:
 
 
 def train_stage(
-    run: Run,
+    run: RunContext,
     index: int,
     batches: Batches,
     model: Transformer,
@@ -188,7 +188,7 @@ def _taken_again(stage: Stage, start: int, kind: str, line: dict[str, Any]) -> b
     return line["when"] == "after" or (line["when"] == "during" and line["step"] == start and due(stage, start))
 
 
-def _before(run: Run, stage: Stage, what: str) -> None:
+def _before(run: RunContext, stage: Stage, what: str) -> None:
     """Between two things that a stage does before its first step."""
     if reason := run.stop.now():
         raise Interrupted(f"{reason}: stopped before the first step of stage {stage.name}")
@@ -205,7 +205,7 @@ class _Loop:
 
     def __init__(
         self,
-        run: Run,
+        run: RunContext,
         stage: Stage,
         batches: Batches,
         log: MetricsLog,
@@ -244,12 +244,12 @@ class _Loop:
 
         def check() -> None:
             if reason := self.run.stop.now():
-                raise Stopped(reason)
+                raise StoppedBySignal(reason)
 
         try:
             with self.costs.of("eval_seconds"), self.run.watchdog.patiently(what), calling_between_batches(check):
                 yield
-        except Stopped as stopped:
+        except StoppedBySignal as stopped:
             if self.pending is not None:
                 self._report(self.pending)
             self._save(state, done)

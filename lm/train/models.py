@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm.data.tokenizer import FILE_NAME, Tokenizer
+from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import (
     MADE,
     Experiment,
@@ -69,7 +69,7 @@ def _init(experiment: Experiment, vocab_size: int) -> Transformer:
 
 
 def model_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> Transformer:
     """The model that enters stage `index`: random, or what the stage that it starts from left."""
     start = start_of(experiment, index)
@@ -78,7 +78,9 @@ def model_before(
     return load_model(experiment, folder, tokenizer, mesh, experiment.stages[start].name)
 
 
-def load_model(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Transformer:
+def load_model(
+    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str
+) -> Transformer:
     """The model that a stage left: of its last step where it is finished, else of its newest sound checkpoint.
 
     Raises:
@@ -87,12 +89,14 @@ def load_model(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, 
     return _load(experiment, folder, tokenizer, mesh, stage).items["params"]
 
 
-def _load(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Restored:
+def _load(experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
     shape = jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size))
     return _restored(shape, folder, tokenizer, mesh, stage)
 
 
-def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Scorer:
+def load_scorer(
+    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str
+) -> Scorer:
     """The reward model that a stage left: of its last step where it is finished, else of its newest sound checkpoint.
 
     Raises:
@@ -107,7 +111,7 @@ def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer,
 
 
 def scorers_for(
-    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, names: tuple[str, ...]
+    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, names: tuple[str, ...]
 ) -> tuple[Scorer, ...]:
     """Reward models by NAME, a stage of this run, or RUN:NAME, one of another run's folder.
 
@@ -125,7 +129,7 @@ def scorers_for(
     return tuple(found)
 
 
-def check_reward_models(experiment: Experiment, tokenizer: Tokenizer) -> None:
+def check_reward_models(experiment: Experiment, tokenizer: SubwordTokenizer) -> None:
     """What can be wrong with the reward models of other runs, before anything is trained.
 
     Raises:
@@ -138,11 +142,11 @@ def check_reward_models(experiment: Experiment, tokenizer: Tokenizer) -> None:
             raise UserError(f"{run} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
 
 
-def _of_same_tokens(name: str, tokenizer: Tokenizer) -> Experiment:
+def _of_same_tokens(name: str, tokenizer: SubwordTokenizer) -> Experiment:
     """The experiment of the run of a reward model RUN:NAME."""
     other = RunFolder(Path(name.rpartition(":")[0]))
     experiment = from_dict(other.read_experiment())
-    theirs = Tokenizer.load(other.tokenizer)
+    theirs = SubwordTokenizer.load(other.tokenizer)
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"the reward model {name} has another tokenizer ({theirs.vocab_size} pieces) than this run "
@@ -162,7 +166,7 @@ def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> Rewa
 
 
 def scorers_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> tuple[Scorer, ...]:
     """The reward models that stage `index` reads; else, to look at what it does, the last one trained before it, if any."""
     names = reward_names(experiment.stages[index])
@@ -171,7 +175,7 @@ def scorers_before(
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 
-def _restored(shape: Any, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Restored:
+def _restored(shape: Any, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
     """A finished stage is read at its last step; one that is not, at its newest sound checkpoint."""
     wanted = abstract(shape, mesh)
     final = broadcast_from_main(lambda: folder.final_step(stage))
@@ -183,7 +187,7 @@ def _restored(shape: Any, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, s
     return found
 
 
-def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, folder: RunFolder, stage: str) -> None:
+def check_tokenizer(meta: dict[str, Any], tokenizer: SubwordTokenizer, folder: RunFolder, stage: str) -> None:
     """Raises UserError unless a checkpoint with these notes was trained with the tokenizer; older ones do not name it."""
     theirs = meta.get("tokenizer", tokenizer.fingerprint)
     accepted = [note.get("tokenizer") for note in folder.read_environment().get("accepted", ())]
@@ -213,7 +217,7 @@ class Loaded:
     """A run's model after one of its stages, with what is needed to use it."""
 
     experiment: Experiment
-    tokenizer: Tokenizer
+    tokenizer: SubwordTokenizer
     model: Transformer
     mesh: Mesh
     stage: str
@@ -230,7 +234,7 @@ def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
     experiment = located(from_dict(folder.read_experiment()), folder)
     # A run from a larger machine is looked at on this one.
     mesh = make_mesh(type(experiment.mesh)(data=1))
-    tokenizer = Tokenizer.load(folder.tokenizer)
+    tokenizer = SubwordTokenizer.load(folder.tokenizer)
     speaks = [s.name for s in experiment.stages if not isinstance(s.objective, Speechless)]
     if stage is None:
         trained = [name for name in speaks if folder.finished(name) or Checkpoints(folder.checkpoints(name)).steps()]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.changes import Changes
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Collect, Experiment, UserError
 from lm.stored import write_sealed
 from lm.train.checkpoint import Checkpoints
@@ -25,7 +25,7 @@ SHOWN = 3
 Began = dict[str, Any]
 
 
-def beginning(tokenizer: Tokenizer, data: Mapping[str, str]) -> Began:
+def beginning(tokenizer: SubwordTokenizer, data: Mapping[str, str]) -> Began:
     """What a run begins with: fingerprints of its sources by path, of its vocabulary, and versions."""
     versions = {name: version for name, version in package_versions().items() if name in COMPARED}
     python = ".".join(platform.python_version_tuple()[:2])

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lm.data.pipeline import make_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import (
     DPO,
     GRPO,
@@ -52,13 +52,13 @@ from lm.types import Batch, TrainState
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
 
 
-class Rollouts(Batches):
+class RolloutBatches(Batches):
     """Batches that the model samples, and a verifier or reward models judge."""
 
     cost = "sample_seconds"
 
     def __init__(
-        self, experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
+        self, experiment: Experiment, index: int, tokenizer: SubwordTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
     ):
         self.place, self.notes = batch_sharding(mesh), {}
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
@@ -116,7 +116,7 @@ class Rollouts(Batches):
 
 
 def make_batches(
-    experiment: Experiment, index: int, tokenizer: Tokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
+    experiment: Experiment, index: int, tokenizer: SubwordTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
 ) -> Batches:
     """The batches of a stage, on the devices of the mesh; of several processes each makes the rows of its own.
 
@@ -128,7 +128,7 @@ def make_batches(
     """
     stage = experiment.stages[index]
     if isinstance(stage.objective, Sampled):
-        return Rollouts(experiment, index, tokenizer, mesh, elsewhere)
+        return RolloutBatches(experiment, index, tokenizer, mesh, elsewhere)
     feed, count = make_feed(stage, tokenizer, experiment.seed, elsewhere=elsewhere), rows_per_update(stage)
     if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
         return CachedReferenceBatches(stage, feed, count, mesh)

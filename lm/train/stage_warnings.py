@@ -17,7 +17,7 @@ STEPS = 5  # so many steps in a row, or all of a shorter stage, before a stage i
 
 
 @dataclass(frozen=True)
-class Sign:
+class StageSign:
     """Something that the metrics of `steps` steps in a row may show; `text` is filled from the last of them and the objective."""
 
     shows: Callable[[Line], bool]
@@ -25,9 +25,9 @@ class Sign:
     steps: int = STEPS
 
 
-SIGNS: dict[type, dict[str, Sign]] = {
+SIGNS: dict[type, dict[str, StageSign]] = {
     GRPO: {
-        "equal_rewards": Sign(
+        "equal_rewards": StageSign(
             lambda line: line.get("frac_zero_std") == 1,
             "for {steps} steps up to step {step} the answers to each prompt had the same reward (mean {reward:.3g}): advantages "
             "are 0 and the policy does not change; prompts that the model gets right now and then, a reward with more levels, a higher "
@@ -35,7 +35,7 @@ SIGNS: dict[type, dict[str, Sign]] = {
         ),
     },
     PPO: {
-        "equal_rewards": Sign(
+        "equal_rewards": StageSign(
             lambda line: line.get("score_range") == 0,
             "for {steps} steps up to step {step} all answers had the same reward ({score:.3g}): nothing tells better answers from "
             "worse; prompts that the model gets right now and then, a reward with more levels or a higher temperature help",
@@ -43,13 +43,13 @@ SIGNS: dict[type, dict[str, Sign]] = {
     },
 }
 OF_ALL = {
-    "truncated": Sign(
+    "truncated": StageSign(
         lambda line: line.get("eos_rate") == 0,
         "none of the answers of step {step} ended by itself: the policy gets no signal to end its answers; a longer max_new_tokens, or "
         "more instruction tuning before, helps (eos_rate in the metrics tells when it passes)",
         steps=1,
     ),
-    "reward_timeouts": Sign(
+    "reward_timeouts": StageSign(
         lambda line: line.get("reward_timeouts", 0) > 0,
         "{reward_timeouts:.0f} rewards of step {step} took longer than {reward_seconds:g} s (objective.reward_seconds) and count "
         "as 0; the metric reward_timeouts counts them",
@@ -97,7 +97,7 @@ class Warnings:
 
 
 def found(
-    signs: dict[str, tuple[Sign, int]], lines: Sequence[Line], objective: dict[str, Any]
+    signs: dict[str, tuple[StageSign, int]], lines: Sequence[Line], objective: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """(kind, text) of every sign that the last lines show, as many as it takes."""
     for kind, (sign, steps) in signs.items():

@@ -18,7 +18,7 @@ from lm.data.pipeline import check_sources, tokenizer_texts
 from lm.data.selection import WITHHELD, check_files, held_out_but_trained, held_out_elsewhere, withheld
 from lm.data.sources import rows_of
 from lm.data.split import Places
-from lm.data.tokenizer import FILE_NAME, Tokenizer
+from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.data.vocabulary import train_tokenizer
 from lm.experiment import (
     MADE,
@@ -44,7 +44,7 @@ from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
 from lm.train.evaluate import Evaluator, check_evals
-from lm.train.loop import Interrupted, Run, tidy, train_stage
+from lm.train.loop import Interrupted, RunContext, tidy, train_stage
 from lm.train.metrics import KINDS, read_lines
 from lm.train.models import (
     can_be_read,
@@ -112,7 +112,7 @@ def run(
         )
         tokenizer, held_out = _prepared(experiment, folder, mesh, accept, bool(stages))
         experiment = located(experiment, folder)
-        context = Run(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out, accept)
+        context = RunContext(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out, accept)
         batches = raise_on_all(lambda: _all_batches(context, stages))
         if stages:
             _tell_evals(context, stages)
@@ -120,14 +120,14 @@ def run(
         _train_all(context, stages, batches, after_stage)
 
 
-def _tell_evals(run: Run, stages: list[int]) -> None:
+def _tell_evals(run: RunContext, stages: list[int]) -> None:
     """Say what the evals measure, and what of it the stages that are finished trained on: evals may be new since then."""
     for line in raise_on_all(lambda: check_evals(run.experiment, run.tokenizer)):
         say(line)
     run_on_main(lambda: _tell_finished(run, run.experiment.stages[: min(stages)]))
 
 
-def _tell_finished(run: Run, stages: tuple[Stage, ...]) -> None:
+def _tell_finished(run: RunContext, stages: tuple[Stage, ...]) -> None:
     for stage in stages:
         if not isinstance(stage.objective, Collect):
             counted = run.folder.read_summary(stage.name).get("sources") or [{}] * len(stage.sources)
@@ -138,7 +138,9 @@ def _tell_finished(run: Run, stages: tuple[Stage, ...]) -> None:
                     _tell(stage, f"finished, and trained on {trained} rows of {source.path} that are held out now")
 
 
-def _train_all(run: Run, stages: list[int], batches: dict[int, Batches], after_stage: Callable[[Path], Any]) -> None:
+def _train_all(
+    run: RunContext, stages: list[int], batches: dict[int, Batches], after_stage: Callable[[Path], Any]
+) -> None:
     """These stages, one after another."""
     began = run.started
     for index in stages:
@@ -168,7 +170,7 @@ def _claim(experiment: Experiment, folder: RunFolder) -> None:
 
 def _prepared(
     experiment: Experiment, folder: RunFolder, mesh: Mesh, accept: bool, trains: bool
-) -> tuple[Tokenizer, Places]:
+) -> tuple[SubwordTokenizer, Places]:
     """The tokenizer, and what sources hold out that others could train on; what they are made of is recorded.
 
     Args:
@@ -181,7 +183,9 @@ def _prepared(
     for line in short_warmups(experiment):
         say(line)
     say("reading the data")
-    tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or Tokenizer.load(folder.tokenizer)
+    tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or SubwordTokenizer.load(
+        folder.tokenizer
+    )
     raise_on_all(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
     raise_on_all(lambda: check_memory(experiment, dict(mesh.shape), tokenizer.vocab_size))
 
@@ -201,7 +205,7 @@ def _prepared(
     return tokenizer, raise_on_all(lambda: held_out_elsewhere(experiment))
 
 
-def _train(run: Run, index: int, batches: Batches | None, began: float) -> None:
+def _train(run: RunContext, index: int, batches: Batches | None, began: float) -> None:
     """One stage, from the models that it needs. `batches` is None for what could not be read before."""
     where = run.experiment, run.folder, run.tokenizer, run.mesh
     stage = run.experiment.stages[index]
@@ -241,7 +245,7 @@ def _whole_mesh(experiment: Experiment) -> Mesh:
     return mesh
 
 
-def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
+def _all_batches(run: RunContext, stages: list[int]) -> dict[int, Batches]:
     """The data of every stage, read now: what is wrong with the last one's shows before the first is trained.
 
     What an earlier stage has yet to make is read when its time has come.
@@ -256,14 +260,14 @@ def _all_batches(run: Run, stages: list[int]) -> dict[int, Batches]:
     return batches
 
 
-def _batches(run: Run, index: int) -> Batches:
+def _batches(run: RunContext, index: int) -> Batches:
     made = make_batches(run.experiment, index, run.tokenizer, run.mesh, run.held_out)
     _tell(run.experiment.stages[index], made.report)
     _tell_known(run, index)
     return made
 
 
-def _tell_known(run: Run, index: int) -> None:
+def _tell_known(run: RunContext, index: int) -> None:
     """Say how many questions that collected data hold out were trained on: its answers are new, its prompts need not be."""
     stages = run.experiment.stages
     trained = [one for stage in stages[:index] if not isinstance(stage.objective, Collect) for one in stage.sources]
@@ -283,15 +287,15 @@ def _tell(stage: Stage, report: str) -> None:
     say("\n".join(f"{stage.name}: {line}" for line in report.splitlines()))
 
 
-def make_tokenizer(experiment: Experiment, folder: Path) -> Tokenizer:
+def make_tokenizer(experiment: Experiment, folder: Path) -> SubwordTokenizer:
     """The run's vocabulary: the one kept in `folder`, the file that the experiment names, or learnt now; kept there.
 
     Every stage's training text has a share, so that its words are pieces.
     """
     if (folder / FILE_NAME).is_file():
-        return Tokenizer.load(folder)
+        return SubwordTokenizer.load(folder)
     if experiment.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(experiment.tokenizer.path)
+        tokenizer = SubwordTokenizer.load(experiment.tokenizer.path)
         tokenizer.save(folder)
         return tokenizer
     tokenizer = train_tokenizer(
@@ -327,7 +331,7 @@ def function_files(experiment: Experiment) -> dict[str, str]:
 
 
 def make_evaluator(
-    experiment: Experiment, folder: RunFolder, tokenizer: Tokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> Evaluator:
     """The evaluator of stage `index`; preferences are compared with the model that entered the first preference stage."""
     first = next((i for i, stage in enumerate(experiment.stages) if isinstance(stage.objective, Preference)), None)

@@ -9,7 +9,7 @@ import matplotlib.axes
 import matplotlib.ticker
 
 from lm.sweep.statistics import Curve, Point
-from lm.web.charts import GRID, INK, SERIES, Chart, dress, sketch, tick
+from lm.web.charts import GRID, INK, SERIES, SvgChart, dress, sketch, tick
 from lm.web.hover import Hovered
 from lm.web.numbers import plain
 
@@ -25,7 +25,7 @@ def bands(
     log_x: bool = False,
     log_y: bool = False,
     salt: str = "",
-) -> Chart:
+) -> SvgChart:
     """At most five curves, each a line through its means with its interval shaded; `salt` keeps drawings of one title apart."""
     curves = curves[: len(SERIES)]
     few = all(len(curve.points) <= 12 for curve in curves)
@@ -46,7 +46,7 @@ def bands(
     ]
     svg = sketch(f"bands {salt} {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x))
     legend = [(i, curve.label, plain(curve.points[-1][1])) for i, curve in enumerate(curves)]
-    return Chart(title, svg, legend)
+    return SvgChart(title, svg, legend)
 
 
 def place_on(name: str) -> Callable[[float], str]:
@@ -72,7 +72,9 @@ def _scales(axes: matplotlib.axes.Axes, log_x: bool, log_y: bool) -> None:
             axis.set_major_formatter(lambda value, _: tick(value))
 
 
-def fitted(title: str, points: Sequence[tuple[float, float]], factor: float, exponent: float, x: str, y: str) -> Chart:
+def fitted(
+    title: str, points: Sequence[tuple[float, float]], factor: float, exponent: float, x: str, y: str
+) -> SvgChart:
     """Points and the power law through them, on logarithmic axes."""
 
     def paint(axes: matplotlib.axes.Axes) -> None:
@@ -86,12 +88,12 @@ def fitted(title: str, points: Sequence[tuple[float, float]], factor: float, exp
         axes.set_ylabel(y, color=INK)
 
     hovered = [Hovered(0, y, *_columns(points), [plain(value) for _, value in points])]  # type: ignore[arg-type]
-    return Chart(title, sketch(f"fit {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x)), [])
+    return SvgChart(title, sketch(f"fit {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x)), [])
 
 
 def parallel(
     title: str, names: Sequence[str], settings: Sequence[Sequence[str]], values: Sequence[float], up: int
-) -> Chart:
+) -> SvgChart:
     """A line for each setting through its place on every axis, ending at its value; the best tenth, at least one, in colour."""
     choices = [_ordered({row[i] for row in settings}) for i in range(len(names))]
     low, high = min(values), max(values)
@@ -120,7 +122,7 @@ def parallel(
             axes.axvline(i, color=GRID, linewidth=0.8)
         axes.set_xlim(-0.1, len(names) + 0.4)
 
-    return Chart(title, sketch(f"parallel {title}", f"{title} by {', '.join(names)}", paint, LARGE), [])
+    return SvgChart(title, sketch(f"parallel {title}", f"{title} by {', '.join(names)}", paint, LARGE), [])
 
 
 def _ordered(options: set[str]) -> list[str]:

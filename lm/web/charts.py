@@ -42,7 +42,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Chart:
+class SvgChart:
     """A drawing with its title and (colour index, label, last value) for the legend."""
 
     title: str
@@ -100,7 +100,7 @@ SMALL_CHARTS_OF: dict[str, tuple[Row, ...]] = {
 }
 
 
-def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[Chart]:
+def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[SvgChart]:
     """The charts of one stage, those that matter most first; none before its first step.
 
     The loss on held-out text is drawn beside the training loss only where both are of the same data.
@@ -119,7 +119,7 @@ def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[Chart]:
     return [chart for chart in drawn if chart]
 
 
-def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> Chart | None:
+def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> SvgChart | None:
     """The training loss, which says of what it is, and with it the held-out losses of the same data."""
     found = _series(stage, {"loss": "" if small else "training"})
     if not found or small:
@@ -133,7 +133,7 @@ def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> Chart | Non
     return draw(f"{stage.name} Loss", f"Loss{of}", [*found, *held_out])
 
 
-def _other_losses(stage: StageFiles, mixture: Mixture) -> list[Chart]:
+def _other_losses(stage: StageFiles, mixture: Mixture) -> list[SvgChart]:
     """The loss on held-out text that is only a part of what is trained on, or something else: a chart of its own each."""
     return [
         draw(
@@ -161,7 +161,7 @@ def _series(stage: StageFiles, labels: dict[str, str]) -> list[Series]:
 
 def _metric_chart(
     stage: StageFiles, title: str, labels: dict[str, str], as_percent: bool, small: bool = False
-) -> Chart | None:
+) -> SvgChart | None:
     series = _series(stage, labels)
     if not series or (small and not any(value for one in series for value in one.y)):
         return None
@@ -173,7 +173,7 @@ def _parts(series: list[Series]) -> bool:
     return all(0 <= value <= 1 for one in series for value in one.y if math.isfinite(value))
 
 
-def _heldout_charts(stage: StageFiles) -> list[Chart]:
+def _heldout_charts(stage: StageFiles) -> list[SvgChart]:
     """Rewards and accuracies on held-out examples during the stage, where it was measured on the way."""
     found = [
         Series(name, *_curve(lines, metric), points=True)
@@ -198,7 +198,7 @@ def _curve(lines: list[Line], key: str) -> tuple[list[float], list[float]]:
 # ---- drawing -----------------------------------------------------------------------------------------------------
 
 
-def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> Chart:
+def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> SvgChart:
     """One chart of one or more series over steps; `salt` keeps the ids of two drawings on one page apart.
 
     The legend gives the last value of points and of small charts, and of a curve the mean of its last steps.
@@ -207,7 +207,7 @@ def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, 
     known = tuple(Series(one.label, tuple(x), tuple(y), one.points) for one, x, y in few)
     show = percent if as_percent else plain
     legend = [(i, *_headline(one, show, small)) for i, one in enumerate(series)]
-    return Chart(title, _curves(salt, title, known, as_percent, small), legend, small)
+    return SvgChart(title, _curves(salt, title, known, as_percent, small), legend, small)
 
 
 def _headline(one: Series, show: Callable[[float], str], small: bool) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from lm.sweep.results import Result, better, measurements
 from lm.sweep.statistics import Curve, curve_points
 from lm.sweep.table import number, origin
 from lm.web.bands import bands, finite, fitted, parallel
-from lm.web.charts import MAX_POINTS, SERIES, Chart
+from lm.web.charts import MAX_POINTS, SERIES, SvgChart
 from lm.web.report import fill, write_page
 
 Points = list[tuple[int, float]]  # (step, value)
@@ -85,7 +85,7 @@ def _chosen(comparison: Comparison, metric: Metric) -> list[Group]:
     return [comparison.baseline, *(group for group in comparison.groups if group in best)]
 
 
-def _charts(comparison: Comparison, metric: Metric) -> list[Chart]:
+def _charts(comparison: Comparison, metric: Metric) -> list[SvgChart]:
     """Curves, parallel coordinates, fits: those that there is something for."""
     found = []
 
@@ -115,7 +115,7 @@ def importances(comparison: Comparison, metric: Metric) -> list[tuple[str, float
     return sorted(importance(comparison, metric).items(), key=lambda item: -item[1])
 
 
-def _training(comparison: Comparison) -> list[Chart]:
+def _training(comparison: Comparison) -> list[SvgChart]:
     """The last stage's own curve, of the groups that the first metric would choose."""
     if not comparison.metrics:
         return []

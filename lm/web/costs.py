@@ -35,7 +35,7 @@ def costs(run: Run) -> list[tuple[str, str, list[str | None]]]:
 
 
 @dataclass(frozen=True)
-class Share:
+class TimeShare:
     """A part of a stage's time: the name of its colour, what it was spent on, how long, and of all in percent."""
 
     color: str
@@ -57,7 +57,7 @@ TIME: dict[str, str] = {
 USEFUL = ("step_seconds", "sample_seconds")
 
 
-def goodput(run: Run) -> list[tuple[str, str, list[Share]]]:
+def goodput(run: Run) -> list[tuple[str, str, list[TimeShare]]]:
     """(stage, the useful part of its time in percent, where all of it went) for each stage that is finished."""
     rows = []
     for stage in run.stages:
@@ -66,7 +66,9 @@ def goodput(run: Run) -> list[tuple[str, str, list[Share]]]:
         if "step_seconds" not in spent or not total:
             continue
         shares = [
-            Share(key.removesuffix("_seconds"), label, duration(spent.get(key, 0.0)), 100 * spent.get(key, 0.0) / total)
+            TimeShare(
+                key.removesuffix("_seconds"), label, duration(spent.get(key, 0.0)), 100 * spent.get(key, 0.0) / total
+            )
             for key, label in TIME.items()
         ]
         rows.append((stage.name, percent(sum(spent.get(key, 0.0) for key in USEFUL) / total), shares))

@@ -31,7 +31,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Curve:
+class FrontierCurve:
     """Points in order of steps (or of n); `by_run` are (KL, reward) of each point in each run."""
 
     name: str
@@ -61,7 +61,7 @@ class Panel:
 
     verifier: str
     path: str
-    curves: list[Curve]
+    curves: list[FrontierCurve]
 
 
 def write_frontier(run_dirs: Sequence[Path], path: Path) -> tuple[Path, Path]:
@@ -119,7 +119,7 @@ def frontier(runs: list[Run]) -> list[Panel]:
     return panels
 
 
-def stage_curves(runs: list[Run], name: str) -> list[Curve]:
+def stage_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
     """A curve for each stage with the KL of this eval at two steps or more."""
     curves = []
     for stages in zip(*(run.stages for run in runs), strict=True):
@@ -132,7 +132,7 @@ def stage_curves(runs: list[Run], name: str) -> list[Curve]:
     return curves
 
 
-def best_of_curves(runs: list[Run], name: str) -> list[Curve]:
+def best_of_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
     """A curve of points for each stage that measured best of n with this eval, each n at its bound of KL."""
     curves = []
     for stages in zip(*(run.stages for run in runs), strict=True):
@@ -159,8 +159,8 @@ def best_of(line: Line) -> list[tuple[int, Line]]:
     return [(n, one) for n, one in found if finite([one], "kl", "reward")]
 
 
-def _curve(name: str, points: list[tuple[str, dict[int, Line]]], joined: bool) -> Curve:
-    return Curve(
+def _curve(name: str, points: list[tuple[str, dict[int, Line]]], joined: bool) -> FrontierCurve:
+    return FrontierCurve(
         name,
         [_point(label, list(lines.values()), joined) for label, lines in points],
         [{run: (line["kl"], line["reward"]) for run, line in lines.items()} for _, lines in points],
@@ -203,7 +203,7 @@ def differences(runs: Iterable[Run]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("name", "seed")]
 
 
-def ending(curve: Curve) -> str:
+def ending(curve: FrontierCurve) -> str:
     """Where a curve is highest, and what became of it, in a sentence."""
     best, last = curve.points[curve.peak], curve.points[-1]
     far = f"{'' if curve.joined else 'at most '}{frontier_charts.hundredths(best.kl)} nats from the reference"

@@ -15,13 +15,13 @@ import matplotlib.ticker
 import numpy as np
 from jaxtyping import Float
 
-from lm.web.charts import GRID, INK, SERIES, Chart, dress, sketch, tick
+from lm.web.charts import GRID, INK, SERIES, SvgChart, dress, sketch, tick
 from lm.web.hover import Hovered
 from lm.web.numbers import percent, signed
 from lm.web.watch_charts import as_percent, rises_from, tell
 
 if TYPE_CHECKING:
-    from lm.web.frontier import Curve, Estimate, Panel
+    from lm.web.frontier import Estimate, FrontierCurve, Panel
 
 SIZE = (5.6, 3.9)  # inches
 MARKS = "osD^v"
@@ -31,7 +31,7 @@ LIGHT = {INK: "#6b6b66", GRID: "#e2e2dc"} | dict(
 )
 
 
-def chart(panel: Panel) -> Chart:
+def chart(panel: Panel) -> SvgChart:
     """The drawing for the page; the legend gives the highest reward of each curve."""
     svg = sketch(
         f"{panel.verifier} {panel.path}",
@@ -54,7 +54,7 @@ def chart(panel: Panel) -> Chart:
         (i % len(SERIES), curve.name, percent(curve.points[curve.peak].reward.mean))
         for i, curve in enumerate(panel.curves)
     ]
-    return Chart(f"Reward by the verifier {panel.verifier} against KL", svg, legend)
+    return SvgChart(f"Reward by the verifier {panel.verifier} against KL", svg, legend)
 
 
 def save_png(panels: Sequence[Panel], path: Path) -> None:
@@ -93,7 +93,7 @@ def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> 
         _tell_curve(axes, curve, colours[SERIES[i % len(SERIES)]], below=i % 2 == 1)
 
 
-def _paint_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, mark: str) -> None:
+def _paint_curve(axes: matplotlib.axes.Axes, curve: FrontierCurve, colour: str, mark: str) -> None:
     kl, reward = [p.kl.mean for p in curve.points], [p.reward.mean for p in curve.points]
     for seed in curve.seeds if len(curve.seeds) > 1 else ():
         line = 0.8 if curve.joined else 0
@@ -104,7 +104,7 @@ def _paint_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, mark: st
     )  # fmt: skip
 
 
-def _tell_curve(axes: matplotlib.axes.Axes, curve: Curve, colour: str, below: bool) -> None:
+def _tell_curve(axes: matplotlib.axes.Axes, curve: FrontierCurve, colour: str, below: bool) -> None:
     """The peak (`below` it or above) and the last step of a stage; or every n, below its point."""
     rewards = [point.reward.mean for point in curve.points]
     last = len(rewards) - 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.axes
 import numpy as np
 
-from lm.web.charts import GRID, SERIES, Chart, dress, sketch
+from lm.web.charts import GRID, SERIES, SvgChart, dress, sketch
 from lm.web.hover import Hovered
 from lm.web.numbers import percent
 from lm.web.report import fill, write_page
@@ -39,7 +39,7 @@ def render(judged: Judged) -> str:
     )
 
 
-def calibration(worth: Worth) -> Chart:
+def calibration(worth: Worth) -> SvgChart:
     """How often the model is right, by how sure it is; a calibrated one follows the diagonal."""
 
     def paint(axes: matplotlib.axes.Axes) -> None:
@@ -58,10 +58,10 @@ def calibration(worth: Worth) -> Chart:
         hovered=[hovered],
         where=lambda x: f"sure {percent(x)}",
     )
-    return Chart("Right, by how sure it is", svg, [(0, "error", f"{worth.calibration_error:.3f}")])
+    return SvgChart("Right, by how sure it is", svg, [(0, "error", f"{worth.calibration_error:.3f}")])
 
 
-def by_length(worth: Worth) -> Chart:
+def by_length(worth: Worth) -> SvgChart:
     """Accuracy by how much longer the chosen answer is."""
 
     def paint(axes: matplotlib.axes.Axes) -> None:
@@ -78,10 +78,10 @@ def by_length(worth: Worth) -> Chart:
         "by length", "accuracy by how many tokens the chosen answer is longer", paint,
         hovered=[hovered], where=lambda x: f"{bins[int(x)].mean:+.0f} tokens",
     )  # fmt: skip
-    return Chart("Right, by tokens that the chosen answer is longer", svg, [])
+    return SvgChart("Right, by tokens that the chosen answer is longer", svg, [])
 
 
-def gaps(found: np.ndarray) -> Chart:
+def gaps(found: np.ndarray) -> SvgChart:
     """How far apart the scores of a pair are."""
 
     counts, edges = np.histogram(found, bins=30)
@@ -95,7 +95,7 @@ def gaps(found: np.ndarray) -> Chart:
     hovered = Hovered(2, "", middles, counts.tolist(), [f"{count:,} pairs" for count in counts])
     label = "histogram of the chosen answer's score less the rejected one's"
     svg = sketch("gaps", label, paint, hovered=[hovered], where=lambda x: f"about {x:+.2f}")
-    return Chart("Chosen less rejected", svg, [(2, "mean", f"{found.mean():+.2f}")])
+    return SvgChart("Chosen less rejected", svg, [(2, "mean", f"{found.mean():+.2f}")])
 
 
 def _asked(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from lm.papers.kept import Claim, claims
 from lm.papers.reproduce import source_line
 from lm.sweep.statistics import Curve, Point
 from lm.web.bands import bands, finite
-from lm.web.charts import Chart
+from lm.web.charts import SvgChart
 from lm.web.report import fill, write_page
 
 TONES = {"holds": "better", "does not hold": "worse"}
@@ -54,7 +54,7 @@ def paragraphs(page: Path) -> list[str]:
     return [markdown.render(part) for part in kept]
 
 
-def _charts(claim: Claim) -> list[Chart]:
+def _charts(claim: Claim) -> list[SvgChart]:
     assert claim.result is not None
     drawn = []
     for number, chart in enumerate(claim.result["charts"]):

@@ -24,7 +24,7 @@ PREFERENCE = {kind.__name__ for kind in typing.get_args(experiments.Preference)}
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricStyle:
     """How a held-out metric is shown: which way is up, how it is written, what stands below it."""
 
     label: str
@@ -44,7 +44,7 @@ def _bits(value: float) -> str:
 
 
 METRICS = {
-    "bits_per_byte": Metric(
+    "bits_per_byte": MetricStyle(
         "bits per byte, lower is better",
         "rows of text",
         -1,
@@ -52,7 +52,7 @@ METRICS = {
         lambda value: signed(f"{value:+.3f}"),
         (("loss, nats a token", "loss", _bits),),
     ),
-    "reward": Metric(
+    "reward": MetricStyle(
         "mean reward",
         "prompts",
         +1,
@@ -60,7 +60,7 @@ METRICS = {
         _points,
         (("answers that end by themselves", "eos_rate", percent), ("tokens an answer", "length", lambda v: f"{v:.1f}")),
     ),
-    "pair_accuracy": Metric(
+    "pair_accuracy": MetricStyle(
         "chosen answer preferred",
         "pairs",
         +1,
@@ -68,7 +68,7 @@ METRICS = {
         _points,
         (("margin, nats", "margin", _bits), ("if the longer answer were taken", "longer_accuracy", percent)),
     ),
-    "pass_at_k": Metric(
+    "pass_at_k": MetricStyle(
         "solved by one answer in k",
         "prompts",
         +1,
@@ -80,7 +80,7 @@ METRICS = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One number of the held-out table, with its change over the stage ('better', 'worse' or 'even')."""
 
     value: str
@@ -93,7 +93,7 @@ class Cell:
 class HeldoutRow:
     name: str
     label: str
-    cells: list[Cell | None]
+    cells: list[TableCell | None]
     extras: list[tuple[str, list[str | None]]]
 
 
@@ -168,7 +168,7 @@ def heldout_table(run: Run) -> list[HeldoutRow]:
     return rows
 
 
-def _cell(line: Line | None, old: Line | None, metric: Metric) -> Cell | None:
+def _cell(line: Line | None, old: Line | None, metric: MetricStyle) -> TableCell | None:
     if line is None:
         return None
     value = line[line["metric"]]
@@ -176,11 +176,11 @@ def _cell(line: Line | None, old: Line | None, metric: Metric) -> Cell | None:
     if "xz_bits_per_byte" in line and value < line["xz_bits_per_byte"]:
         note = "below xz -9e"
     if old is None:
-        return Cell(metric.show(value), note=note)
+        return TableCell(metric.show(value), note=note)
     change = value - old[line["metric"]]
     noise = 2 * math.hypot(standard_error(line), standard_error(old))
     tone = "even" if abs(change) <= noise else "better" if change * metric.sign > 0 else "worse"
-    return Cell(metric.show(value), metric.change(change), tone, note)
+    return TableCell(metric.show(value), metric.change(change), tone, note)
 
 
 def standard_error(line: Line) -> float:
@@ -294,7 +294,7 @@ def _last_stage(run: Run, kind: str) -> StageFiles | None:
 
 
 @dataclass(frozen=True)
-class Pair:
+class JudgedPair:
     """A preference pair, and by how many nats the model preferred the chosen answer (None: not measured)."""
 
     prompt: str
@@ -304,7 +304,7 @@ class Pair:
     after: float | None
 
 
-def preference_pairs(run: Run) -> tuple[str, list[Pair]] | None:
+def preference_pairs(run: Run) -> tuple[str, list[JudgedPair]] | None:
     """The stage that learned from pairs (or the last that was measured on them), and its held-out pairs."""
     stages = [stage for stage in run.stages if _of(stage, "pair")]
     stage = _last(stage for stage in stages if stage.kind in PREFERENCE) or _last(stages)
@@ -313,7 +313,7 @@ def preference_pairs(run: Run) -> tuple[str, list[Pair]] | None:
     lines = _of(stage, "pair")
     margins = {(*_pair(line), line["when"] == "before"): line["margin"] for line in lines}
     pairs = dict.fromkeys(map(_pair, lines))
-    return stage.name, [Pair(*pair, margins.get((*pair, True)), margins.get((*pair, False))) for pair in pairs]
+    return stage.name, [JudgedPair(*pair, margins.get((*pair, True)), margins.get((*pair, False))) for pair in pairs]
 
 
 def _pair(line: Line) -> tuple[str, str, str]:
@@ -327,7 +327,7 @@ def choices(margins: Iterable[float | None]) -> str:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class SampledGroups:
     """The rollouts of a stage that are in its samples.jsonl: groups of answers to one prompt, by step.
 
     `first_and_last` are some groups of these two steps, to compare; `steps` all of them, as far as `CHARACTERS` go;
@@ -344,7 +344,7 @@ class Rollouts:
 CHARACTERS = 500_000  # of all rollouts on a page
 
 
-def rollouts(run: Run, limit: int = 3, characters: int = CHARACTERS) -> Rollouts | None:
+def rollouts(run: Run, limit: int = 3, characters: int = CHARACTERS) -> SampledGroups | None:
     """The rollouts of the last stage that has some; None where none has."""
     stage = _last_stage(run, "rollout")
     if stage is None:
@@ -362,7 +362,7 @@ def rollouts(run: Run, limit: int = 3, characters: int = CHARACTERS) -> Rollouts
                 kept.setdefault(step, []).append(group)
             else:
                 left_out += 1
-    return Rollouts(stage.name, ends, list(kept.items()), left_out, stage.steps_done)
+    return SampledGroups(stage.name, ends, list(kept.items()), left_out, stage.steps_done)
 
 
 def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line]]]:

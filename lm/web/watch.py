@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lm.train.run_files import Line, Run, StageFiles, finite, place
 from lm.web import watch_charts
-from lm.web.charts import Chart
+from lm.web.charts import SvgChart
 from lm.web.numbers import percent, signed
 
 JUDGED = ("reward", "reward_stderr", "score", "score_stderr")
@@ -40,8 +40,8 @@ class Watch:
     kind: str
     eval: str
     verifier: str
-    charts: list[Chart]
-    small: list[Chart]
+    charts: list[SvgChart]
+    small: list[SvgChart]
     answers: list[Compared]
     warning: str | None
 

@@ -9,7 +9,7 @@ import matplotlib.ticker
 
 from lm.train.run_files import Line, StageFiles, finite
 from lm.web import charts
-from lm.web.charts import INK, SERIES, Chart, Series, draw, dress, sketch
+from lm.web.charts import INK, SERIES, Series, SvgChart, draw, dress, sketch
 from lm.web.hover import Hovered
 from lm.web.numbers import percent, plain
 from lm.web.story import METRICS
@@ -23,14 +23,14 @@ OWN = (  # key of a line, title, whether it is a part of 1
 )
 
 
-def main_charts(stage: str, name: str, lines: list[Line]) -> list[Chart]:
+def main_charts(stage: str, name: str, lines: list[Line]) -> list[SvgChart]:
     """The judge's reward against KL, and, where a reward model scored the answers, proxy and judge over steps."""
     found = [judge_against_kl(f"{stage} {name} kl", finite(lines, "reward", "kl"))]
     scored = finite(lines, "reward", "score")
     return [*found, proxy_and_judge(f"{stage} {name} proxy", scored)] if len(scored) > 1 else found
 
 
-def judge_against_kl(salt: str, lines: list[Line]) -> Chart:
+def judge_against_kl(salt: str, lines: list[Line]) -> SvgChart:
     """Points joined in order of steps, the step beside the first, the best and the last one."""
     kl, reward = _column(lines, "kl"), _column(lines, "reward")
     best = max(range(len(lines)), key=reward.__getitem__)
@@ -56,12 +56,12 @@ def judge_against_kl(salt: str, lines: list[Line]) -> Chart:
         hovered=[Hovered(JUDGE, "judge", kl, reward, told)],
         where=lambda x: f"KL {plain(x)}",
     )
-    return Chart(
+    return SvgChart(
         "Judge's reward against KL", svg, [(JUDGE, "best", percent(reward[best])), (JUDGE, "last", percent(reward[-1]))]
     )
 
 
-def proxy_and_judge(salt: str, lines: list[Line]) -> Chart:
+def proxy_and_judge(salt: str, lines: list[Line]) -> SvgChart:
     """Both over steps, each on an axis of its own that its own values fill."""
     steps = _column(lines, "step")
     curves = (("reward", JUDGE, as_percent), ("score", PROXY, lambda value, _: charts.tick(value)))
@@ -90,10 +90,10 @@ def proxy_and_judge(salt: str, lines: list[Line]) -> Chart:
         (JUDGE, "judge, left axis", percent(lines[-1]["reward"])),
         (PROXY, "reward model, right axis", plain(lines[-1]["score"])),
     ]
-    return Chart("Proxy and judge", svg, legend)
+    return SvgChart("Proxy and judge", svg, legend)
 
 
-def small_charts(stage: StageFiles, name: str, lines: list[Line]) -> list[Chart]:
+def small_charts(stage: StageFiles, name: str, lines: list[Line]) -> list[SvgChart]:
     """What else is known of these answers over the steps, then every other eval of the run, where there are two points."""
     found = [(key, title, part, finite(lines, key)) for key, title, part in OWN]
     for metric, shown in METRICS.items():

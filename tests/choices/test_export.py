@@ -14,7 +14,7 @@ from lm.data.chat import preference_messages
 from lm.data.curriculum import instruct_row
 from lm.data.pipeline import make_feed
 from lm.data.sources import load_rows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import DPO, RewardModel, Source, Stage
 from tests.label.label_rows import chosen, desk_of, questions, task_of, write_rows
 
@@ -39,7 +39,7 @@ def test_what_was_chosen_is_trained_on(tmp_path):
     assert TURNS in [row["prompt"] for row in loaded]
 
     texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
-    tokenizer = Tokenizer.train([*texts, "a longer answer"], 400)
+    tokenizer = SubwordTokenizer.train([*texts, "a longer answer"], 400)
     stage = Stage("here", DPO(), (Source(str(tmp_path / "preferences.jsonl")),), batch_size=11, seq_len=96)
     batch = make_feed(stage, tokenizer, 0).batch(0)
     assert batch.tokens.shape == (22, 96) and (np.asarray(batch.weights).sum(1) > 0).all()
@@ -132,7 +132,7 @@ def test_strengths_and_ties_become_margins_and_ties_of_a_batch(tmp_path, capsys)
     said = capsys.readouterr().out
     assert "3 preferences, 1 of them ties" in said and "1 pairs of which most say both bad, or all skipped" in said
     texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
-    tokenizer = Tokenizer.train([*texts, answers.read_text("utf-8")], 400)
+    tokenizer = SubwordTokenizer.train([*texts, answers.read_text("utf-8")], 400)
     source = Source(str(tmp_path / "answers.preferences.jsonl"), holdout=0.0)
     stage = Stage("here", RewardModel(margins=True, ties="rao_kupper"), (source,), batch_size=3, seq_len=96)
     batch = make_feed(stage, tokenizer, 0).batch(0)

@@ -11,7 +11,7 @@ from lm.choices.log import open_log
 from lm.cli import label
 from lm.cli.main import main
 from lm.data.curriculum import instruct_row
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import SFT, Experiment, Source, Stage, to_dict
 from lm.model.transformer import Transformer
 from lm.train.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ def trained(tmp_path_factory) -> Path:
     value = Experiment(name="small", stages=stages, model=TINY, prompts=("Hello?", "Who?"))
     folder.claim(to_dict(value))
     texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
-    vocab = Tokenizer.train(texts, 384, folder.tokenizer).vocab_size
+    vocab = SubwordTokenizer.train(texts, 384, folder.tokenizer).vocab_size
     for seed, stage in enumerate(stages):
         with Checkpoints(folder.checkpoints(stage.name)) as checkpoints:
             checkpoints.save(1, {"params": Transformer(TINY, vocab, jax.random.key(seed))}, {})

@@ -6,12 +6,12 @@ import pytest
 
 from lm.data.curriculum import arithmetic_row, instruct_row
 from lm.data.python_docs import documents
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def tokenizer() -> SubwordTokenizer:
     texts = [row["text"] for row in documents()[:60]]
     for make in (instruct_row, arithmetic_row):
         texts += [turn["content"] for index in range(500) for turn in make(index)["messages"]]
-    return Tokenizer.train(texts, 1024)
+    return SubwordTokenizer.train(texts, 1024)

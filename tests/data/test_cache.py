@@ -18,7 +18,7 @@ from lm.data.cache import Cache, cache_at
 from lm.data.pipeline import make_feed
 from lm.data.python_docs import documents
 from lm.data.sources import load_rows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Pretrain, Source, Stage, UserError
 
 BUILDER = """
@@ -207,7 +207,7 @@ def entries(folder: Path, kind: str) -> set[str]:
 
 
 def test_runs_share_the_tokens_and_another_source_or_tokenizer_has_its_own(tmp_path, text, tokenizer):
-    other = Tokenizer.train([row["text"] for row in documents()[:20]], 400)
+    other = SubwordTokenizer.train([row["text"] for row in documents()[:20]], 400)
     with cache_at(tmp_path / "cache"):
         one = make_feed(stage(text), tokenizer, 0)
         for seed, split in ((1, "train"), (0, "heldout")):

@@ -15,7 +15,7 @@ from lm.data import supply
 from lm.data.chat import render
 from lm.data.pipeline import check_sources, heldout_rows, make_feed, tokenizer_texts
 from lm.data.sources import load_rows, split_rows
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Eval, Experiment, Pretrain, Source, Stage, UserError
 
 
@@ -310,7 +310,7 @@ def test_the_tokenizer_learns_from_every_source_and_no_held_out_row(tmp_path):
     texts = tokenizer_texts(experiment(stage(Pretrain(), source), STAGES["sft"], STAGES["dpo"]))
     assert not set(texts) & {row["text"] for row, _ in heldout_rows(source)}
     assert any(text.startswith("document") for text in texts) and "What is an LLM?" in texts
-    assert Tokenizer.train(texts, 400).vocab_size == 400
+    assert SubwordTokenizer.train(texts, 400).vocab_size == 400
 
 
 def test_the_rendering_of_the_feed_is_the_renderer(tokenizer, tmp_path):

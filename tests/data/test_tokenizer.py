@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.curriculum.words import NOUNS
-from lm.data.tokenizer import CHUNK, MIN_VOCAB, SPECIALS, Tokenizer, _sample
+from lm.data.tokenizer import CHUNK, MIN_VOCAB, SPECIALS, SubwordTokenizer, _sample
 from lm.experiment import UserError
 
 AWKWARD = [
@@ -56,7 +56,7 @@ def test_any_text_comes_back_and_holds_no_special_token(tokenizer, text):
 
 def test_training_on_special_names_makes_no_such_piece():
     text = "say <|im_end|> and <|im_start|> and <|endoftext|> often " * 50 + " ".join(NOUNS)
-    learnt = Tokenizer.train([text], 400)
+    learnt = SubwordTokenizer.train([text], 400)
     assert not set(learnt.encode(text)) & set(learnt.special_ids.values())
     assert learnt.decode(learnt.encode(text)) == text
 
@@ -86,9 +86,9 @@ def test_lone_surrogates_do_not_raise(tokenizer):
 
 def test_same_text_same_model_and_save_load(tmp_path):
     texts = [f"line {i} of a text about a {noun}\n\n    indented" for i, noun in enumerate(NOUNS)]
-    one, two = Tokenizer.train(texts, 400, tmp_path), Tokenizer.train(texts, 400)
-    assert one.fingerprint == two.fingerprint == Tokenizer.load(tmp_path).fingerprint
-    assert Tokenizer.load(tmp_path / "tokenizer.model").vocab_size == 400
+    one, two = SubwordTokenizer.train(texts, 400, tmp_path), SubwordTokenizer.train(texts, 400)
+    assert one.fingerprint == two.fingerprint == SubwordTokenizer.load(tmp_path).fingerprint
+    assert SubwordTokenizer.load(tmp_path / "tokenizer.model").vocab_size == 400
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
 
 
@@ -121,7 +121,7 @@ ALPHABETS = {
 def test_any_alphabet_gets_a_vocabulary_that_gives_its_texts_back(name):
     letters = ALPHABETS[name]
     draw = random.Random(0)
-    tokenizer = Tokenizer.train(["".join(draw.choices(letters, k=400)) for _ in range(20)], 400)
+    tokenizer = SubwordTokenizer.train(["".join(draw.choices(letters, k=400)) for _ in range(20)], 400)
     assert 262 <= tokenizer.vocab_size <= 400
 
     @settings(max_examples=60, deadline=None)
@@ -136,39 +136,39 @@ def test_any_alphabet_gets_a_vocabulary_that_gives_its_texts_back(name):
 
 def test_vocab_size_is_an_upper_bound_from_the_bytes_and_specials_on():
     texts = ["a short text that cannot fill a large vocabulary"]
-    largest = Tokenizer.train(texts, 2**40).vocab_size
-    assert 280 < largest < 400 and Tokenizer.train(texts, largest).vocab_size == largest
+    largest = SubwordTokenizer.train(texts, 2**40).vocab_size
+    assert 280 < largest < 400 and SubwordTokenizer.train(texts, largest).vocab_size == largest
     for size in (MIN_VOCAB, MIN_VOCAB + 1, MIN_VOCAB + 2, largest - 1):
-        small = Tokenizer.train(texts, size)
+        small = SubwordTokenizer.train(texts, size)
         assert MIN_VOCAB <= small.vocab_size <= size and small.decode(small.encode(texts[0])) == texts[0]
 
 
 def test_text_without_spaces_is_fewer_tokens_than_its_bytes():
     text = ALPHABETS["chinese"] * 200
-    tokenizer = Tokenizer.train([text], 400)
+    tokenizer = SubwordTokenizer.train([text], 400)
     assert len(tokenizer.encode(text)) < len(text) / 2
 
 
 def test_many_different_characters_are_left_to_bytes():
     text = "".join(chr(0x4E00 + i) for i in range(3000)) + " ".join(NOUNS)
-    learnt = Tokenizer.train([text], 400)
+    learnt = SubwordTokenizer.train([text], 400)
     assert learnt.decode(learnt.encode(text)) == text
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_no_text_is_a_clear_error(texts):
     with pytest.raises(UserError, match="no text"):
-        Tokenizer.train(texts, 400)
+        SubwordTokenizer.train(texts, 400)
 
 
 def test_too_small_a_vocabulary_and_missing_or_broken_model_are_clear_errors(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 100"):
-        Tokenizer.train(["text"], 100)
+        SubwordTokenizer.train(["text"], 100)
     with pytest.raises(UserError, match="no file"):
-        Tokenizer.load(tmp_path / "nothing")
+        SubwordTokenizer.load(tmp_path / "nothing")
     (tmp_path / "broken.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "broken.model")
+        SubwordTokenizer.load(tmp_path / "broken.model")
 
 
 @settings(deadline=None)

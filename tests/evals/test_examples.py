@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lm.check import check
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.examples import read_examples, talks_of
 from lm.experiment import DPO, SFT, Eval, Experiment, Model, Pretrain, RewardModel, Source, Stage, UserError
 from lm.train.evaluate import check_evals
@@ -17,8 +17,8 @@ PREFERENCE = DPO()
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["Say the number of words: one, two, three. no yes"], 300)
+def tokenizer() -> SubwordTokenizer:
+    return SubwordTokenizer.train(["Say the number of words: one, two, three. no yes"], 300)
 
 
 def talk(question, answer, **more):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.examples import windows
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
@@ -25,8 +25,8 @@ TALK = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([json.dumps(TALK) * 3 + string.ascii_letters + " the cat sat on the mat"], 320)
+def tokenizer() -> SubwordTokenizer:
+    return SubwordTokenizer.train([json.dumps(TALK) * 3 + string.ascii_letters + " the cat sat on the mat"], 320)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lm.choices.desk import Desk
 from lm.choices.log import Record, open_log
-from lm.choices.pairs import Task, make_task
+from lm.choices.pairs import LabelTask, make_task
 from lm.data.sources import load_rows
 
 NUMBERS = itertools.count(1)
@@ -22,7 +22,7 @@ def questions(count: int) -> list[dict]:
     return [{"prompt": f"Question {i}?", "answers": [f"short {i}", f"a longer answer {i}"]} for i in range(count)]
 
 
-def task_of(folder: Path, rows: list[dict]) -> Task:
+def task_of(folder: Path, rows: list[dict]) -> LabelTask:
     return make_task(load_rows(str(write_rows(folder / "answers.jsonl", rows))))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lm.launch import supervisor
-from lm.launch.supervisor import Limits, Worker, supervise
+from lm.launch.supervisor import Limits, WorkerProcess, supervise
 from lm.parent_death import with_parent
 
 # Each program has the folder, its index and the number of its start.
@@ -30,11 +30,13 @@ class Program:
         self.folder, self.processes, self.starts, self.said = folder, processes, 0, []
         (folder / "program.py").write_text(PRELUDE + text)
 
-    def workers(self) -> list[Worker]:
+    def workers(self) -> list[WorkerProcess]:
         self.starts += 1
         program = (sys.executable, str(self.folder / "program.py"), str(self.folder))
         return [
-            Worker((*program, str(i), str(self.starts)), {"INDEX": str(i)}, self.folder / f"log-{i}" if i else None)
+            WorkerProcess(
+                (*program, str(i), str(self.starts)), {"INDEX": str(i)}, self.folder / f"log-{i}" if i else None
+            )
             for i in range(self.processes)
         ]
 
@@ -222,7 +224,10 @@ def test_a_command_that_does_not_exist_leaves_nothing_running(tmp_path):
     first = program.workers()[0]
     with pytest.raises(FileNotFoundError):
         supervise(
-            lambda: [first, Worker(("/nowhere/program",), {}, None)], program.newest, Limits(1, 1), program.said.append
+            lambda: [first, WorkerProcess(("/nowhere/program",), {}, None)],
+            program.newest,
+            Limits(1, 1),
+            program.said.append,
         )
     assert subprocess.run(["pgrep", "-f", str(tmp_path / "program.py")], capture_output=True).stdout == b""
 

@@ -6,7 +6,7 @@ import pytest
 
 from lm.experiment import UserError
 from lm.parallel import distributed
-from lm.parallel.distributed import Job, broadcast_from_main, find_job, gather, raise_on_all, run_on_main
+from lm.parallel.distributed import ProcessGroup, broadcast_from_main, find_job, gather, raise_on_all, run_on_main
 from tests import processes
 
 CLUSTER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -27,16 +27,16 @@ def test_without_flags_variables_or_cluster_a_process_is_alone():
 def test_flags_come_before_variables(monkeypatch):
     for name, value in zip(distributed.VARIABLES, ("a:1", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
-    assert find_job(None, None, None, 7.0) == Job("a:1", 4, 3, 7.0)
-    assert find_job("b:2", 8, 5) == Job("b:2", 8, 5)
+    assert find_job(None, None, None, 7.0) == ProcessGroup("a:1", 4, 3, 7.0)
+    assert find_job("b:2", 8, 5) == ProcessGroup("b:2", 8, 5)
 
 
 def test_a_cluster_gives_what_is_missing(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert find_job(None, None, None) is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    assert find_job(None, None, None) == Job()
-    assert find_job("a:1", None, None) == Job("a:1")
+    assert find_job(None, None, None) == ProcessGroup()
+    assert find_job("a:1", None, None) == ProcessGroup("a:1")
 
 
 @pytest.mark.parametrize(

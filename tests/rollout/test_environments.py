@@ -10,7 +10,7 @@ import pytest
 
 from lm.algorithms.table import first_state
 from lm.data.curriculum import arithmetic_row
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import GRPO, Experiment, Source, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.grpo import group_advantages
@@ -23,7 +23,7 @@ from lm.rollout.environments import fill, grpo_rollout, has_preference
 from lm.rollout.episodes import make_tasks
 from lm.rollout.rounding import rounded
 from lm.rollout.trajectory import rewards_of
-from lm.train.rollouts import Rollouts
+from lm.train.rollouts import RolloutBatches
 from tests.helpers import TINY, layout, tiny_stage
 
 GROUP = 4
@@ -34,7 +34,7 @@ FLAT, MIXED = [1.0] * GROUP, [1.0, 0.0] * (GROUP // 2)
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [turn["content"] for index in range(200) for turn in arithmetic_row(index)["messages"]]
-    return Tokenizer.train(texts, 320)
+    return SubwordTokenizer.train(texts, 320)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, m
     experiment = Experiment("tiny", (one,), model=MODEL)
     mesh = make_mesh(layout())
     with jax.set_mesh(mesh):
-        rollouts = Rollouts(experiment, 0, tokenizer, mesh)
+        rollouts = RolloutBatches(experiment, 0, tokenizer, mesh)
         state = first_state(one, make_optimizer(one.optimizer, 10), model)
         (batch,), _ = jax.device_get(rollouts(0, state))
     logprobs = jax.jit(lambda policy, batch: token_logprobs(policy, batch).logp * batch.weights)
@@ -116,7 +116,7 @@ def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, m
 def rollouts_of(tokenizer, mesh, **changes):
     one = stage(**changes)
     value = Experiment("tiny", (one,), model=dataclasses.replace(MODEL, compute_dtype="bfloat16"))
-    return Rollouts(value, 0, tokenizer, mesh)
+    return RolloutBatches(value, 0, tokenizer, mesh)
 
 
 def state_of(rollouts, tokenizer):
@@ -125,7 +125,7 @@ def state_of(rollouts, tokenizer):
 
 
 def wrong_sampler(monkeypatch):
-    """Rollouts whose log-probabilities are another policy's."""
+    """RolloutBatches whose log-probabilities are another policy's."""
 
     def off(*args):
         found = grpo_rollout(*args)

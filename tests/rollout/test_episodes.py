@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.data.packing import left_pad
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
@@ -44,7 +44,7 @@ class Guess:
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [f"user\nGuess. higher lower\nassistant\n{number}\n" for number in range(1, 21)] * 4
-    return Tokenizer.train(texts, 300)
+    return SubwordTokenizer.train(texts, 300)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lm.data.curriculum import arithmetic_row
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Transformer
 from lm.rollout import sampler
@@ -20,7 +20,7 @@ NEW = 12
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [turn["content"] for index in range(200) for turn in arithmetic_row(index)["messages"]]
-    return Tokenizer.train(texts, 320)
+    return SubwordTokenizer.train(texts, 320)
 
 
 @pytest.fixture(scope="module")

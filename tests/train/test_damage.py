@@ -16,7 +16,7 @@ from lm.changes import read_experiment
 from lm.choices.log import read_log
 from lm.cli.main import main
 from lm.data.cache import Cache
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import SFT, Experiment, Source, Stage, UserError, from_dict, to_dict
 from lm.json_lines import checksums, read_json_lines
 from lm.stored import read_sealed, write_json_atomic, write_sealed
@@ -79,7 +79,7 @@ def folder(tmp_path_factory) -> Path:
     (stage / "labels.jsonl").write_text(
         json.dumps(choice | sides) + "\n" + json.dumps({"id": 2, "kind": "undo", "annotator": "x", "of": 1}) + "\n"
     )
-    Tokenizer.train(["some text to learn pieces from"] * 9, 320, run.tokenizer)
+    SubwordTokenizer.train(["some text to learn pieces from"] * 9, 320, run.tokenizer)
     Cache(run.path / "cache").entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
     return run.path
 
@@ -92,7 +92,7 @@ STAGE = "stages/sft"
 READERS = {
     "experiment.json": [read_experiment, lambda run: from_dict(read_experiment(run)), read_run],
     "environment.json": [read_experiment, last_session, read_run],
-    "tokenizer/tokenizer.model": [lambda run: Tokenizer.load(run / "tokenizer")],
+    "tokenizer/tokenizer.model": [lambda run: SubwordTokenizer.load(run / "tokenizer")],
     f"{STAGE}/metrics.jsonl": [read_run, lambda run: MetricsLog(run / STAGE).check_steps(3), lambda run: goodput.reached(run / STAGE)],
     f"{STAGE}/metrics.jsonl.crc32": [read_run],
     f"{STAGE}/eval.jsonl": [read_run],

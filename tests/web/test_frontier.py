@@ -30,7 +30,7 @@ def evals(folder: Path, stage: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "stages" / stage / "eval.jsonl").read_text("utf-8").splitlines()]
 
 
-def curves(folders: list[Path]) -> dict[str, frontier.Curve]:
+def curves(folders: list[Path]) -> dict[str, frontier.FrontierCurve]:
     (panel,) = frontier.frontier([read_run(folder) for folder in folders])
     assert (panel.verifier, panel.path) == ("manners", "gen:preferences")
     return {curve.name: curve for curve in panel.curves}

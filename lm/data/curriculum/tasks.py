@@ -15,32 +15,32 @@ from lm.data.curriculum.draw import Draw
 from lm.data.split import ALWAYS_TRAINED
 
 
-class Task(NamedTuple):
+class Exercise(NamedTuple):
     prompt: str
     core: str
     key: str
 
 
-def explain(draw: Draw) -> Task:
+def explain(draw: Draw) -> Exercise:
     term, sentence = draw.choice(tuple(knowledge.EXPLANATIONS.items()))
     phrasing = draw.below(len(knowledge.EXPLAIN_PHRASINGS))
     prompt = knowledge.EXPLAIN_PHRASINGS[phrasing].format(term)
-    return Task(prompt, sentence, f"explain:{term}:{phrasing}" if phrasing else ALWAYS_TRAINED)
+    return Exercise(prompt, sentence, f"explain:{term}:{phrasing}" if phrasing else ALWAYS_TRAINED)
 
 
-def code(draw: Draw) -> Task:
+def code(draw: Draw) -> Exercise:
     purpose, source = draw.choice(tuple(knowledge.FUNCTIONS.items()))
     phrasing = draw.below(len(knowledge.CODE_PHRASINGS))
     prompt = knowledge.CODE_PHRASINGS[phrasing].format(purpose)
-    return Task(prompt, source, f"code:{purpose}:{phrasing}")
+    return Exercise(prompt, source, f"code:{purpose}:{phrasing}")
 
 
-def greeting(draw: Draw) -> Task:
+def greeting(draw: Draw) -> Exercise:
     prompt, reply = draw.choice(tuple(knowledge.GREETINGS.items()))
-    return Task(prompt, reply, ALWAYS_TRAINED)
+    return Exercise(prompt, reply, ALWAYS_TRAINED)
 
 
-def capital(draw: Draw) -> Task:
+def capital(draw: Draw) -> Exercise:
     country, city = draw.choice(words.CAPITALS)
     phrasing = draw.below(6)
     prompt = (
@@ -51,10 +51,10 @@ def capital(draw: Draw) -> Task:
         f"Which country has {city} as its capital?",
         f"Name the country whose capital is {city}.",
     )[phrasing]
-    return Task(prompt, city if phrasing < 3 else country, f"capital:{country}:{phrasing}")
+    return Exercise(prompt, city if phrasing < 3 else country, f"capital:{country}:{phrasing}")
 
 
-def opposite(draw: Draw) -> Task:
+def opposite(draw: Draw) -> Exercise:
     pair = draw.choice(words.OPPOSITES)
     side, phrasing = draw.below(2), draw.below(4)
     word, other = pair[side], pair[1 - side]
@@ -64,16 +64,16 @@ def opposite(draw: Draw) -> Task:
         f'Which word means the opposite of "{word}"?',
         f'Tell me the opposite of "{word}".',
     )[phrasing]
-    return Task(prompt, other, f"opposite:{word}:{phrasing}")
+    return Exercise(prompt, other, f"opposite:{word}:{phrasing}")
 
 
-def plural(draw: Draw) -> Task:
+def plural(draw: Draw) -> Exercise:
     word, phrasing = draw.choice(words.COUNTABLE), draw.below(3)
     prompt = (f'What is the plural of "{word}"?', f'Give the plural of "{word}".', f"One {word}, two what?")[phrasing]
-    return Task(prompt, word + "s", f"plural:{word}:{phrasing}")
+    return Exercise(prompt, word + "s", f"plural:{word}:{phrasing}")
 
 
-def repeat(draw: Draw) -> Task:
+def repeat(draw: Draw) -> Exercise:
     noun = draw.choice(words.NOUNS)
     adjectives = draw.sample(words.ADJECTIVES, draw.below(3))
     phrase = " ".join([*adjectives, noun])
@@ -87,10 +87,10 @@ def repeat(draw: Draw) -> Task:
             f"Copy this {thing}: {phrase}",
         )
     )
-    return Task(prompt, phrase, f"repeat:{phrase}")
+    return Exercise(prompt, phrase, f"repeat:{phrase}")
 
 
-def pick(draw: Draw) -> Task:
+def pick(draw: Draw) -> Exercise:
     items = draw.sample(words.NOUNS, draw.between(3, 4))
     place = draw.choice((0, 0, 1, 2, len(items) - 1, len(items) - 1))
     name = draw.choice(("last", words.ORDINALS[place])) if place == len(items) - 1 else words.ORDINALS[place]
@@ -103,10 +103,10 @@ def pick(draw: Draw) -> Task:
             f"Name the {name} item: {listed}",
         )
     )
-    return Task(prompt, items[place], f"pick:{place}:{listed}")
+    return Exercise(prompt, items[place], f"pick:{place}:{listed}")
 
 
-def compare(draw: Draw) -> Task:
+def compare(draw: Draw) -> Exercise:
     low, high = sorted(draw.sample(range(100), 2))
     first, second = (low, high) if draw.below(2) else (high, low)
     larger, phrasing = draw.below(2), draw.below(3)
@@ -116,10 +116,10 @@ def compare(draw: Draw) -> Task:
         f"Which is {word}, {first} or {second}?",
         f"Name the {word} number: {first} or {second}",
     )[phrasing]
-    return Task(prompt, str(high if larger else low), f"compare:{larger}:{low}:{high}")
+    return Exercise(prompt, str(high if larger else low), f"compare:{larger}:{low}:{high}")
 
 
-def follow(draw: Draw) -> Task:
+def follow(draw: Draw) -> Exercise:
     kind = draw.below(4)
     after, phrasing = draw.below(2), draw.below(3)
     relation = ("before", "after")[after]
@@ -138,23 +138,23 @@ def follow(draw: Draw) -> Task:
         f"What {what} comes right {relation} {name}?",
         f"Name the {what} {relation} {name}.",
     )[phrasing]
-    return Task(prompt, other, f"follow:{relation}:{name}:{phrasing}")
+    return Exercise(prompt, other, f"follow:{relation}:{name}:{phrasing}")
 
 
-def small_sum(draw: Draw) -> Task:
+def small_sum(draw: Draw) -> Exercise:
     a, b = draw.below(10), draw.below(10)
     phrasing = draw.below(4)
     if draw.below(2):
         prompt = (f"What is {a} + {b}?", f"Add {a} and {b}.", f"How much is {a} plus {b}?", f"{a} + {b} = ?")[phrasing]
-        return Task(prompt, str(a + b), f"small_sum:{min(a, b)}+{max(a, b)}:{phrasing}")
+        return Exercise(prompt, str(a + b), f"small_sum:{min(a, b)}+{max(a, b)}:{phrasing}")
     a, b = max(a, b), min(a, b)
     prompt = (f"What is {a} - {b}?", f"Subtract {b} from {a}.", f"How much is {a} minus {b}?", f"{a} - {b} = ?")[
         phrasing
     ]
-    return Task(prompt, str(a - b), f"small_sum:{a}-{b}:{phrasing}")
+    return Exercise(prompt, str(a - b), f"small_sum:{a}-{b}:{phrasing}")
 
 
-def parity(draw: Draw) -> Task:
+def parity(draw: Draw) -> Exercise:
     number, phrasing = draw.below(100), draw.below(4)
     prompt = (
         f"Is {number} even or odd?",
@@ -162,10 +162,10 @@ def parity(draw: Draw) -> Task:
         f"Tell me whether {number} is even or odd.",
         f"Even or odd: {number}?",
     )[phrasing]
-    return Task(prompt, "odd" if number % 2 else "even", f"parity:{number}:{phrasing}")
+    return Exercise(prompt, "odd" if number % 2 else "even", f"parity:{number}:{phrasing}")
 
 
-def count(draw: Draw) -> Task:
+def count(draw: Draw) -> Exercise:
     items = draw.sample(words.NOUNS, draw.between(2, 5))
     listed = ", ".join(items)
     prompt = draw.choice(
@@ -175,10 +175,10 @@ def count(draw: Draw) -> Task:
             f"Count the words: {listed}",
         )
     )
-    return Task(prompt, str(len(items)), f"count:{listed}")
+    return Exercise(prompt, str(len(items)), f"count:{listed}")
 
 
-def reverse(draw: Draw) -> Task:
+def reverse(draw: Draw) -> Exercise:
     items = draw.sample(words.NOUNS, draw.between(2, 3))
     listed = ", ".join(items)
     prompt = draw.choice(
@@ -188,10 +188,10 @@ def reverse(draw: Draw) -> Task:
             f"Say these words backwards: {listed}",
         )
     )
-    return Task(prompt, ", ".join(reversed(items)), f"reverse:{listed}")
+    return Exercise(prompt, ", ".join(reversed(items)), f"reverse:{listed}")
 
 
-def python(draw: Draw) -> Task:
+def python(draw: Draw) -> Exercise:
     kind = draw.below(4)
     numbers = draw.sample(range(10), draw.between(2, 4))
     if kind == 0:
@@ -212,11 +212,11 @@ def python(draw: Draw) -> Task:
     prompt = draw.choice(
         (f"What does {expression} give in Python?", f"What is {expression} in Python?", f"Evaluate {expression}")
     )
-    return Task(prompt, core, f"python:{key}")
+    return Exercise(prompt, core, f"python:{key}")
 
 
 # family → how often it is drawn, in parts of the sum
-WEIGHTS: dict[Callable[[Draw], Task], int] = {
+WEIGHTS: dict[Callable[[Draw], Exercise], int] = {
     explain: 20,
     code: 5,
     greeting: 3,
@@ -236,7 +236,7 @@ WEIGHTS: dict[Callable[[Draw], Task], int] = {
 FAMILIES = tuple(family for family, weight in WEIGHTS.items() for _ in range(weight))
 
 
-def draw_task(draw: Draw) -> tuple[str, Task]:
+def draw_task(draw: Draw) -> tuple[str, Exercise]:
     """A family by weight, and one of its tasks; gives the family's name too."""
     family = draw.choice(FAMILIES)
     return family.__name__, family(draw)
