@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 from lm import __version__
@@ -85,9 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _run(list(argv))
     _start_with_allocator()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller ignores Ctrl-C, as nohup does
+        signal.signal(signal.SIGINT, interrupt)
     code = _run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python ends would show a traceback
     return code
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handler of Ctrl-C: raises KeyboardInterrupt, but inside an import ends the process at once.
+
+    A library that is interrupted while it is imported stays half made, and then hangs or crashes.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _run(words: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,25 @@ def test_config_help_lists_every_knob_with_its_help(here, capsys):
         assert f"\n--{knob.name} " in text
     assert "      learning rate after the warmup (a number from 1e-12 to 1000)\n" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "code, returned, told", [("import interrupted", -signal.SIGINT, ""), ("kill()", 0, "caught\n")]
+)
+def test_ctrl_c_ends_the_process_inside_an_import_and_raises_elsewhere(tmp_path, code, returned, told):
+    (tmp_path / "interrupted.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", "utf-8")
+    script = f"""
+import os, signal
+from lm.cli.main import interrupt
+kill = lambda: os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, interrupt)
+try:
+    {code}
+except KeyboardInterrupt:
+    print("caught")
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (returned, told, "")
