@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.experiment import Experiment, Stage, UserError, diff, from_dict, to_dict
+from lm.experiment import OBJECTIVES, Experiment, Stage, UserError, diff, from_dict, to_dict
 from lm.stored import read_json, read_sealed
 
 Plain = dict[str, Any]
+COLLECTING = {name for name, kind in OBJECTIVES.items() if kind.produces == "rows"}
 Difference = tuple[str, Any, Any]  # dotted name, old value, new value
 
 
@@ -143,7 +144,7 @@ def _why_not(old: Plain, new: Plain) -> str:
     name, schedule = old["name"], old.get("optimizer", {}).get("schedule")
     if new["steps"] < old["steps"]:
         return f"the steps of {name} can only become more."
-    if schedule == "constant" or old.get("objective", {}).get("kind") == "Collect":
+    if schedule == "constant" or old.get("objective", {}).get("kind") in COLLECTING:
         return ""
     return (
         f"The learning rate of {name} ({schedule}) falls over all of its steps: with more of them the past ones would have "

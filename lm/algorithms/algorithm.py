@@ -7,20 +7,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray
 
 from lm.experiment import Stage
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
+from lm.rollout.engine import Engine
+from lm.rollout.episodes import Tasks
+from lm.rollout.trajectory import Rollout
 from lm.steps import Step
+from lm.types import TrainState
 
 Models = dict[str, Any]
 """Models by role: `policy`, `critic`, `reward`."""
+RolloutMaker = Callable[[Engine, TrainState, Tasks, Stage[Any], int, PRNGKeyArray, NamedSharding], Rollout]
 
 
 def policy_alone(o: Any, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
     """The language model that enters the stage."""
     return {"policy": model}
+
+
+def no_rollout(
+    engine: Engine, state: TrainState, tasks: Tasks, stage: Stage, step: int, key: PRNGKeyArray, place: NamedSharding
+) -> Rollout:
+    """Of an algorithm whose batches come from its data."""
+    raise TypeError(f"{type(stage.objective).__name__} samples nothing")
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Algorithm:
     reads_reference: whether the step reads the model as it was before the stage, `frozen["reference"]`.
     carry: what it remembers from one step to the next beside the models, at the start.
     keeps_scorers: whether the reward models that a stage reads are frozen in its state, under `frozen["scorers"]`.
+    rollout: samples the completions of a step and makes the batches of its updates, where the objective samples.
     extra_forward_passes: forward passes over a batch's rows of which no gradient is taken.
     trained_model_counts: how many language models, and how many scorers with a body of their own, have a gradient.
     """
@@ -42,5 +56,6 @@ class Algorithm:
     reads_reference: Callable[[Any], bool] = lambda o: False
     carry: Callable[[Any], dict[str, Array]] = lambda o: {}
     keeps_scorers: bool = False
+    rollout: RolloutMaker = no_rollout
     extra_forward_passes: Callable[[Any], int] = lambda o: 0
     trained_model_counts: Callable[[Any], tuple[int, int]] = lambda o: (1, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lm.algorithms.algorithm import Algorithm
 from lm.experiment import GRPO
+from lm.rollout.environments import grpo_rollout
 from lm.steps import grpo_step
 
 
@@ -12,4 +13,6 @@ def reads_reference(o: GRPO) -> bool:
     return o.kl_coef > 0
 
 
-ALGORITHM = Algorithm(grpo_step, reads_reference=reads_reference, extra_forward_passes=reads_reference)
+ALGORITHM = Algorithm(
+    grpo_step, rollout=grpo_rollout, reads_reference=reads_reference, extra_forward_passes=reads_reference
+)

@@ -10,6 +10,7 @@ from lm.algorithms.algorithm import Algorithm, Models
 from lm.experiment import PPO
 from lm.model.scorer import ScoreHead, Scorer
 from lm.model.transformer import Transformer
+from lm.rollout.experience import ppo_rollout
 from lm.steps import ppo_step
 
 
@@ -28,6 +29,7 @@ def carry(o: PPO) -> dict[str, Array]:
 ALGORITHM = Algorithm(
     ppo_step,
     models,
+    rollout=ppo_rollout,
     reads_reference=lambda o: True,  # in the rollout: the step finds its log-probabilities in the batch
     carry=carry,
     keeps_scorers=True,

@@ -7,7 +7,6 @@ import difflib
 import math
 import os
 import sys
-import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 from lm.changes import read_experiment
 from lm.check import check
 from lm.config.field import Range, describe, shown
-from lm.experiment import Experiment, Speechless, UserError, from_dict, to_dict
+from lm.experiment import OBJECTIVES, Experiment, UserError, from_dict, to_dict
 from lm.files import load
 from lm.overrides import override
 
-SPEECHLESS = {kind.__name__ for kind in typing.get_args(Speechless)}
 EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
 EXPERIMENT_HELP = (
     "a name in experiments/, here or of the clone (quickstart), a dotted name below it, or the path of a .py file"
@@ -88,7 +86,7 @@ def find_stage(run_dir: Path, name: str | None) -> str:
     plan = to_dict(from_dict(read_experiment(run_dir)))
     names = [stage["name"] for stage in plan["stages"]]
     check_stage(name, names, str(run_dir))
-    speaks = [stage["name"] for stage in plan["stages"] if stage["objective"]["kind"] not in SPEECHLESS]
+    speaks = [stage["name"] for stage in plan["stages"] if OBJECTIVES[stage["objective"]["kind"]].produces == "policy"]
     candidates = speaks if name is None else names
     folders = {stage: run_dir / "stages" / stage for stage in candidates}
     saved = [

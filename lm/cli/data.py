@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm.cli.arguments import EXPERIMENT_HELP, add_cache, at_least, check_stage, resolve
-from lm.experiment import MADE, Collect, Paired, Sampled, Stage
+from lm.experiment import MADE, Stage
 from lm.web.text import visible
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def stage_lines(
     makers = [source.path for source in stage.sources if source.path.startswith(MADE)]
     if makers:
         yield f"{makers[0]} is made when the run comes to that stage"
-    elif isinstance(stage.objective, Sampled | Collect):
+    elif stage.objective.samples:
         o = stage.objective
         prompts = make_prompt_feed(
             stage.sources, stage.batch_size, stage.seq_len - o.max_new_tokens, tokenizer, seed, elsewhere=elsewhere,
@@ -103,9 +103,7 @@ def stage_lines(
     else:
         feed = make_feed(stage, tokenizer, seed, elsewhere=elsewhere)
         yield feed.report()
-        yield from batch_lines(
-            feed.batch(step), tokenizer.show, rows, colour, paired=isinstance(stage.objective, Paired)
-        )
+        yield from batch_lines(feed.batch(step), tokenizer.show, rows, colour, paired=stage.objective.data == "pairs")
 
 
 def batch_lines(batch: Batch, decode: Decode, rows: int, colour: bool, paired: bool = False) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lm.config.field import knob
 from lm.config.objective import ObjectiveConfig
@@ -25,3 +25,7 @@ class SFT(ObjectiveConfig):
 
     data = "conversations"
     caption = "is trained on conversations, to answer."
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        return {"loss_on": self.loss_on, "learn_end": self.learn_end}

@@ -96,9 +96,12 @@ class GRPO(ObjectiveConfig):
         return self.rollouts
 
     @property
+    def samples_as_trained(self) -> bool:
+        return self.sampler == "same"
+
+    @property
     def corrects_sampler(self) -> bool:
-        """Whether the old policy of a rollout is the trainer's, with the sampler's log-probabilities kept beside it."""
-        return self.sampler_cap > 0 or self.sampler != "same"
+        return self.sampler_cap > 0 or not self.samples_as_trained
 
     def check(self, stage: Stage, model: Model) -> None:
         if stage.batch_size * self.group_size % self.updates_per_rollout:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DataKind = Literal["text", "conversations", "pairs", "labelled", "prompts"]
 VERIFIER_ARGUMENTS = "row, completion"
+SIGN_STEPS = 5  # in a row, or all of a shorter stage, before a stage is said to learn nothing
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sign:
 
     shows: Callable[[Mapping[str, Any]], bool]
     text: str
-    steps: int = 5
+    steps: int = SIGN_STEPS
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class ObjectiveConfig:
         return self.data == "prompts"
 
     @property
+    def data_options(self) -> dict[str, Any]:
+        """What makes rows of its kind of data differ, as arguments of the function in `lm/data/supply.py`."""
+        return {}
+
+    @property
     def rows_per_example(self) -> int:
         """Rows of a batch that no microbatch may part: the two of a pair."""
         return 2 if self.data == "pairs" else 1
@@ -91,6 +97,21 @@ class ObjectiveConfig:
     def max_rollouts(self) -> int:
         """Most rollouts in one step."""
         return 1
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates, the first of a step, that see each row of a rollout once."""
+        return self.updates_per_step
+
+    @property
+    def samples_as_trained(self) -> bool:
+        """Whether the sampler has the weights that are trained, not quantised ones."""
+        return True
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether the old policy of a rollout is the trainer's, with the sampler's log-probabilities kept beside it."""
+        return False
 
     @property
     def reward_model_names(self) -> tuple[str, ...]:

@@ -109,8 +109,11 @@ class PPO(ObjectiveConfig):
         return self.reward_models
 
     @property
+    def updates_per_epoch(self) -> int:
+        return self.minibatches
+
+    @property
     def corrects_sampler(self) -> bool:
-        """Whether the old policy of a rollout is the trainer's, with the sampler's log-probabilities kept beside it."""
         return self.sampler_cap > 0
 
     def check(self, stage: Stage, model: Model) -> None:

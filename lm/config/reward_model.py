@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lm.config.field import UserError, knob
 from lm.config.model import Model
@@ -43,6 +43,10 @@ class RewardModel(ObjectiveConfig):
         MetricChart("Score", {"reward_chosen": "chosen", "reward_rejected": "rejected"}),
         PAIR_CHARTS[2],
     )
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        return {"ties": self.ties != "drop", "margins": self.margins}
 
     def trained_model(self, model: Model) -> Model:
         # Without a head for tokens, and maybe without the later layers.

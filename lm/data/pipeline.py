@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -30,7 +29,6 @@ from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
 from lm.data.tokenizer import SubwordTokenizer
-from lm.data.tokens import conversation_kind
 from lm.experiment import UserError
 from lm.types import Batch
 
@@ -46,12 +44,8 @@ __all__ = [
     "tokenizer_texts",
 ]
 
-SUPPLIES = {
-    values.Pretrain: windows,
-    values.SFT: conversations,
-    **dict.fromkeys(typing.get_args(values.Paired), pairs),
-    values.KTO: answers,
-}
+SUPPLIES = {"text": windows, "conversations": conversations, "pairs": pairs, "labelled": answers}
+"""What makes rows, by the kind of data that an objective reads."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +142,6 @@ def _stacked(rows: list[packing.PackedRow]) -> Batch:
     return Batch(**stacked)
 
 
-def _options(o: values.Objective) -> dict[str, Any]:
-    """What an objective wants of its supply that others do not."""
-    if isinstance(o, values.SFT):
-        return {"kind": conversation_kind(o.loss_on, o.learn_end)}
-    return {"ties": o.ties != "drop", "margins": o.margins} if isinstance(o, values.RewardModel) else {}
-
-
 def make_feed(
     stage: values.Stage, tokenizer: SubwordTokenizer, seed: int, split: Split = "train", elsewhere: Places = NOWHERE
 ) -> Feed:
@@ -165,13 +152,12 @@ def make_feed(
     Args:
         elsewhere: what other sources of the experiment hold out (`held_out_elsewhere`), which is left out of training.
     """
-    build = SUPPLIES[type(stage.objective)]
-    options = _options(stage.objective)
+    build = SUPPLIES[stage.objective.data]
     supplies, contents = [], []
     for number, source in enumerate(stage.sources):
         rows, indices = select(source, split, elsewhere)
         order = Order(None if split == "heldout" else order_key(seed, stage.name, number))
-        supply: Supply = build(rows, indices, stage.seq_len, tokenizer, order, **options)
+        supply: Supply = build(rows, indices, stage.seq_len, tokenizer, order, **stage.objective.data_options)
         if split == "train" and (number_withheld := withheld(source, rows, elsewhere)):
             supply = replace(supply, tally=supply.tally.with_dropped(WITHHELD, number_withheld))
         supplies.append(supply)
@@ -186,5 +172,5 @@ def make_feed(
         fingerprint=fingerprint(stage.sources, contents, tokenizer.fingerprint, elsewhere),
         rows=sum(supply.rows for supply in supplies) if split == "heldout" else None,
         rows_each=values.rows_per_example(stage),
-        judged=isinstance(stage.objective, values.KTO),
+        judged=stage.objective.data == "labelled",
     )

@@ -19,7 +19,7 @@ from lm.data.order import permutation, permute
 from lm.data.packing import Example, PackedRow
 from lm.data.sources import Rows
 from lm.data.tokenizer import SubwordTokenizer
-from lm.data.tokens import KINDS, UNREAD_KEPT, Store, flawed, left_out, store_in_memory, store_of
+from lm.data.tokens import KINDS, UNREAD_KEPT, Store, conversation_kind, flawed, left_out, store_in_memory, store_of
 from lm.experiment import UserError
 
 EXAMPLES_A_ROW = 64  # generated examples set aside for one packed row; those that do not fit are passed over
@@ -182,9 +182,11 @@ def conversations(
     seq_len: int,
     tokenizer: SubwordTokenizer,
     order: Order,
-    kind: str = "conversations",
+    loss_on: str = "answers",
+    learn_end: bool = True,
 ) -> Supply:
-    """Conversations packed into rows, trained on what their kind says; which share a row is settled once."""
+    """Conversations packed into rows, with the loss mask that the options say; which share a row is settled once."""
+    kind = conversation_kind(loss_on, learn_end)
     if rows.generated and order.key is not None:
         return _generated_conversations(rows, indices, seq_len, tokenizer, order, kind)
     store, groups, tally = _keep(rows, indices, seq_len, tokenizer, kind)

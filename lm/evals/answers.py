@@ -123,10 +123,9 @@ def distinct_bigrams(texts: list[str]) -> float:
     return len(set(pairs)) / max(len(pairs), 1)
 
 
-def answers_of(item: Eval, subject: Subject, each: int = 1) -> tuple[list[Answered], int]:
+def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tuple[list[Answered], int]:
     """`each` answers to every held-out prompt, neighbours, with their rewards, and how many of these took too long."""
     model, tokenizer = subject.model, subject.tokenizer
-    assert isinstance(model, Transformer)
     asked = read_examples(item, tokenizer, model.config.max_len)
     width = rounded(max(map(len, asked.encoded)), model.config.max_len - item.max_new_tokens)
     at_once = max(1, ROWS // each)

@@ -21,7 +21,7 @@ from lm.data.selection import heldout_rows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.data.tokens import left_out, store_in_memory
 from lm.evals.rows import Row
-from lm.experiment import Eval, Experiment, Pretrain, UserError
+from lm.experiment import Eval, Experiment, UserError
 from lm.rollout.episodes import EnvironmentSpec, environment_spec
 
 LOOKED_AT = 100  # rows that say whether a file is of documents or of conversations
@@ -81,7 +81,7 @@ def talks_of(experiment: Experiment) -> frozenset[str]:
     """The paths of sources that stages train on as conversations, prompts or pairs, and none as documents."""
     read = {True: set[str](), False: set[str]()}
     for stage in experiment.stages:
-        read[isinstance(stage.objective, Pretrain)] |= {source.path for source in stage.sources}
+        read[stage.objective.data == "text"] |= {source.path for source in stage.sources}
     return frozenset(read[False] - read[True])
 
 

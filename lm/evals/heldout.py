@@ -19,7 +19,7 @@ def measure(item: Eval, subject: Subject) -> Measured:
     return METRICS[item.metric](item, subject)
 
 
-def bits_per_byte(item: Eval, subject: Subject) -> Measured:
+def bits_per_byte(item: Eval, subject: Subject[Transformer]) -> Measured:
     """Bits that the model needs for each byte of held-out text: of documents, or of the answers in conversations.
 
     Documents begin and end with the end-of-text token; the ends' bits count, their bytes do not. A document that
@@ -27,7 +27,6 @@ def bits_per_byte(item: Eval, subject: Subject) -> Measured:
     Of a conversation the assistant's turns and their ends are predicted, given all before.
     """
     model = subject.model
-    assert isinstance(model, Transformer)
     width = model.config.max_len
     found = read_examples(item, subject.tokenizer, width, subject.talks)
     nats, size = -float(row_logp(model, found.encoded, width).sum()), sum(map(len, found.texts))

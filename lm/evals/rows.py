@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ SHOWN = 12  # examples kept for people to read
 
 _between: contextvars.ContextVar[Callable[[], None]] = contextvars.ContextVar("between batches")
 
+Measurable = TypeVar("Measurable", Transformer, Scorer, Transformer | Scorer)
 Row = tuple[list[int], list[int]]  # token ids, and for each 1 where it is to be predicted
 
 
@@ -53,14 +54,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Generic[Measurable]):
     """What is measured: a language model or a scorer; `reference` is what preferences and KL are held against.
 
     `scorers` are the reward models whose mean score answers get, if any; `seed` is of the samples; `talks` are the paths of
     sources that are trained on as conversations.
     """
 
-    model: Transformer | Scorer
+    model: Measurable
     tokenizer: SubwordTokenizer
     reference: Transformer | None = None
     scorers: tuple[Scorer, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lm.experiment import Collect, Experiment, Stage, UserError
+from lm.experiment import Experiment, Stage, UserError
 from lm.launch.topology import SliceTopology
 from lm.plan import chips
 from lm.plan.advise import plan_stage
@@ -26,8 +26,8 @@ def check_memory(experiment: Experiment, topology: SliceTopology, slices: int, u
         return [f"memory is not checked: lm plan has no figures for {topology.kind}"]
     planned = chips.parse_topology(f"{topology.kind}:{topology.shape}", slices)
     for stage in _until(experiment.stages, until):
-        if isinstance(stage.objective, Collect):
-            continue  # nothing is trained: there is no step to plan
+        if not stage.objective.trains:
+            continue
         plan = plan_stage(experiment, stage.name, planned)
         if not plan.fits:
             raise UserError(

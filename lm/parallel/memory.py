@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
 from typing import Any
 
 import jax
 
-from lm.experiment import Collect, Experiment, Model, RewardModel, Sampled, Stage, UserError, rows_per_update
+from lm.experiment import Experiment, Model, Stage, UserError, rows_per_update
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -45,18 +44,17 @@ def least_bytes(model: Model, stage: Stage, sizes: dict[str, int], vocab_size: i
     Parameters are split over all axes but `slices` and `data`. Of a layer that is computed again its input is kept, and
     with remat `offload` one of them at a time.
     """
-    if isinstance(stage.objective, RewardModel):  # without a head for tokens, and maybe without the later layers
-        model = replace(model, num_layers=stage.objective.layers or model.num_layers, tied_head=True)
+    model = stage.objective.trained_model(model)
     parameters = num_parameters(model, vocab_size) / (
         sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"]
     )
-    if isinstance(stage.objective, Collect):
+    if not stage.objective.trains:
         return parameters * BYTES[model.param_dtype], 0.0
     o, weights = stage.optimizer, BYTES[model.param_dtype]
     moments = (2 if o.kind == "adamw" else 1) * BYTES[o.state_dtype]
     master = 4 if weights < 4 and o.master_weights else 0
     # The rows of a group share the activations of their prompt.
-    length = stage.objective.max_new_tokens if isinstance(stage.objective, Sampled) else stage.seq_len
+    length = stage.objective.max_new_tokens if stage.objective.samples else stage.seq_len
     tokens = rows_per_update(stage) // stage.microbatches * length / math.prod(sizes.values())
     layers = 1 if model.remat == "offload" else model.num_layers
     return parameters * (2 * weights + moments + master), tokens * model.embed_dim * layers * BYTES[model.compute_dtype]

@@ -15,7 +15,6 @@ from lm.experiment import (
     DPO,
     KTO,
     PPO,
-    Collect,
     Experiment,
     Mesh,
     Model,
@@ -112,7 +111,7 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
     Raises:
         UserError: the mesh is not one of this topology's devices, or does not divide the model or the batch.
     """
-    if isinstance(stage.objective, Collect):
+    if not stage.objective.trains:
         raise UserError(f"stage {stage.name} trains nothing: there is no step to plan; name another with --stage")
     mesh = dataclasses.replace(experiment.mesh, slices=topology.slices)
     sizes = axis_sizes(mesh, topology.devices)

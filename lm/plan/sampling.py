@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm.experiment import GRPO, PPO
 from lm.parallel.rules import ways
 from lm.plan.one_device import analysis_of, lone_mesh, one_device
 from lm.plan.program import Program
@@ -50,9 +49,9 @@ class Sampling:
 def sampling(program: Program) -> Sampling | None:
     """What the stage's rollouts need; None of a stage that samples nothing."""
     objective = program.stage.objective
-    if not isinstance(objective, GRPO | PPO):
+    if not objective.samples:
         return None
-    group = objective.group_size if isinstance(objective, GRPO) else 1
+    group = objective.completions_per_prompt
     local = one_device(program)
     params = local.parameters()
     devices, prompts = ways("batch", program.sizes), program.stage.batch_size
@@ -85,5 +84,5 @@ def sampling(program: Program) -> Sampling | None:
         memory_s=turn.moved / program.topology.chip.hbm_rate,
         network_s=gather_seconds(program, turn),
         new_tokens=objective.max_new_tokens,
-        rollouts=objective.rollouts if isinstance(objective, GRPO) else 1,
+        rollouts=objective.max_rollouts,
     )

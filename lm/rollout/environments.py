@@ -20,7 +20,13 @@ from lm.types import Batch, SharedPrompt, TrainState
 
 
 def grpo_rollout(
-    engine: Engine, state: TrainState, tasks: Tasks, stage: Stage, step: int, key: PRNGKeyArray, place: NamedSharding
+    engine: Engine,
+    state: TrainState,
+    tasks: Tasks,
+    stage: Stage[GRPO],
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
 ) -> Rollout:
     """Sample a group of completions for each prompt of the step, reward them and compare them in their group.
 
@@ -28,7 +34,6 @@ def grpo_rollout(
     prompts, and groups without one fill what is missing after the last. Metrics are of everything sampled.
     """
     o = stage.objective
-    assert isinstance(o, GRPO)
     found: list[Trajectory] = []
     timeouts, attempt = 0, 0
     for attempt in range(o.rollouts):

@@ -29,7 +29,13 @@ ENSEMBLES: dict[str, Callable[..., Array]] = {"mean": jnp.mean, "min": jnp.min}
 
 
 def ppo_rollout(
-    engine: Engine, state: TrainState, tasks: Tasks, stage: Stage, step: int, key: PRNGKeyArray, place: NamedSharding
+    engine: Engine,
+    state: TrainState,
+    tasks: Tasks,
+    stage: Stage[PPO],
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
 ) -> Rollout:
     """Sample an answer to each prompt of the step, score it, and prepare the batches of every update.
 
@@ -37,7 +43,6 @@ def ppo_rollout(
         UserError: a score is not finite; names the prompt.
     """
     o = stage.objective
-    assert isinstance(o, PPO)
     found, timeouts = sample_trajectories(
         engine, tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.algorithms.table import algorithm_of, flops_per_token
-from lm.experiment import GRPO, PPO, Collect, Experiment, Stage, rows_per_update, updates_per_step
+from lm.experiment import Experiment, Stage, rows_per_update, updates_per_step
 from lm.interop.hf import layer_shapes
 from lm.model.flops import forward_flops_per_token
 from lm.plan.advise import plan_stage
@@ -167,7 +167,7 @@ def _stage(trial: Trial, index: int, shared: Path, run_dir: Path, topology: str 
 def flops(experiment: Experiment, index: int) -> float:
     """Of a stage's updates: rows · tokens · operations a token. Nothing for a stage that trains nothing."""
     stage = experiment.stages[index]
-    if isinstance(stage.objective, Collect):
+    if not stage.objective.trains:
         return 0.0
     per_token = flops_per_token(stage, experiment.model, experiment.tokenizer.vocab_size)
     return stage.steps * updates_per_step(stage) * rows_per_update(stage) * stage.seq_len * per_token
@@ -187,10 +187,10 @@ def evaluation_flops(experiment: Experiment, stage: Stage) -> float:
 def sampling_flops(experiment: Experiment, stage: Stage) -> float:
     """At most, of the completions that a stage samples: every row as long as its own."""
     o = stage.objective
-    each = o.group_size * o.rollouts if isinstance(o, GRPO) else o.answers if isinstance(o, Collect) else 1
-    if not isinstance(o, GRPO | PPO | Collect):
+    if not o.samples:
         return 0.0
-    return stage.steps * stage.batch_size * each * stage.seq_len * _forward(experiment, stage.seq_len)
+    rows = stage.steps * stage.batch_size * o.completions_per_prompt * o.max_rollouts
+    return rows * stage.seq_len * _forward(experiment, stage.seq_len)
 
 
 def _forward(experiment: Experiment, length: int) -> float:
@@ -206,7 +206,7 @@ def parameters(experiment: Experiment) -> int:
 
 def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
     """Of the checkpoints that are kept when the stage is finished; of muon's matrices one moment too many is counted."""
-    if isinstance(stage.objective, Collect):
+    if not stage.objective.trains:
         return 0.0
     kind = experiment.model.param_dtype
     model = parameters(experiment) * BYTES[kind]

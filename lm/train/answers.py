@@ -17,7 +17,7 @@ from lm.data import chat
 from lm.data.sources import load_rows
 from lm.evals.pairs import last_span
 from lm.evals.rows import rounded, row_scores
-from lm.experiment import RewardModel, UserError
+from lm.experiment import UserError
 from lm.rollout.engine import TextCompletion, generate_text
 from lm.train.checkpoint import Checkpoints
 from lm.train.models import Loaded, load_run, scorers_for
@@ -161,7 +161,7 @@ def best_answers(
     Raises:
         UserError: there is no such reward model.
     """
-    scorers = [s.name for s in loaded.experiment.stages if isinstance(s.objective, RewardModel)]
+    scorers = [s.name for s in loaded.experiment.stages if s.objective.produces == "scorer"]
     if reward is None and not scorers:
         raise UserError(f"{run_dir} has no reward model to choose by: name one of another run, --reward RUN:STAGE")
     where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh

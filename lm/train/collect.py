@@ -23,7 +23,7 @@ from lm.choices.pairs import Answer as Answered
 from lm.choices.pairs import Pair, make_task, text_of
 from lm.data.chat import as_messages, prompt_messages
 from lm.data.sources import load_rows
-from lm.experiment import Collect, UserError
+from lm.experiment import Collect, Stage, UserError
 from lm.json_lines import JsonLines, read_json_lines, rewrite_json_lines
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer, num_params
@@ -56,9 +56,8 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
         UserError: people are to judge and have not yet (says with which command they do); nothing could be made.
         Interrupted: a signal came; what is sampled is kept.
     """
-    stage = run.experiment.stages[index]
+    stage: Stage[Collect] = run.experiment.stages[index]
     o = stage.objective
-    assert isinstance(o, Collect)
     folder = run.folder.stage_folder(stage.name)
     run_on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     spent = reached(folder) if is_main_process() else 0.0
@@ -104,9 +103,8 @@ def _answer(
     run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], tasks: Tasks, step: int
 ) -> tuple[list[Row], dict[str, float], int]:
     """The rows of a step, what is reported of them, and how many tokens they are."""
-    stage = run.experiment.stages[index]
+    stage: Stage[Collect] = run.experiment.stages[index]
     o = stage.objective
-    assert isinstance(o, Collect)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.experiment.seed), index), step)
     found, timeouts = sample_trajectories(
         LocalEngine(model, run.tokenizer), tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature,

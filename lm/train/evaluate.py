@@ -11,7 +11,7 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.examples import read_examples, talks_of
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
-from lm.experiment import Eval, Experiment, RewardModel, UserError, start_of
+from lm.experiment import Eval, Experiment, UserError, start_of
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import broadcast_from_main, is_main_process
@@ -53,7 +53,7 @@ class Evaluator:
         What is already written is left, so that a run which was killed meanwhile completes it. A reward model's stage has
         nothing to compare with.
         """
-        if isinstance(self.experiment.stages[index].objective, RewardModel):
+        if self.experiment.stages[index].objective.produces == "scorer":
             return
         newly = [item.name for item in self.experiment.evals if self._sees_more(item)]  # all load what they look with
         known, answered = broadcast_from_main(lambda: self._known_before(index, log, newly))

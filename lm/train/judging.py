@@ -17,7 +17,7 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.pairs import Scored, score_pairs, share_right, texts_of_pair
 from lm.evals.preferences import Worth, prefers_shorter, worth
 from lm.evals.rows import Subject
-from lm.experiment import Preference, RewardModel, Source, Speechless, UserError, from_dict
+from lm.experiment import Source, UserError, from_dict
 from lm.parallel.mesh import make_mesh
 from lm.train.models import check_until, load_model, load_scorer, located, model_before
 from lm.train.run_folder import RunFolder
@@ -108,16 +108,16 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     if stage is not None:
         check_until(experiment, stage)
     kinds = {s.name: s.objective for s in experiment.stages}
-    scorers = [name for name, kind in kinds.items() if isinstance(kind, RewardModel)]
+    scorers = [name for name, kind in kinds.items() if kind.produces == "scorer"]
     if stage is None and not scorers:
-        speaks = [name for name, kind in kinds.items() if not isinstance(kind, Speechless)]
+        speaks = [name for name, kind in kinds.items() if kind.produces == "policy"]
         raise UserError(
             f"{run_dir} has no reward model; --stage takes the implicit reward of one of {', '.join(speaks)}"
         )
     name = stage or scorers[-1]
     if name in scorers:
         return f"{run_dir}, {name}", Subject(load_scorer(experiment, folder, tokenizer, mesh, name), tokenizer)
-    first = next((i for i, s in enumerate(experiment.stages) if isinstance(s.objective, Preference)), None)
+    first = next((i for i, s in enumerate(experiment.stages) if s.objective.learns_preferences), None)
     if first is None or check_until(experiment, name) < first:
         raise UserError(
             f"stage {name} of {run_dir} is before any preference stage: it has no reference, and so no implicit reward"

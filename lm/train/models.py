@@ -10,13 +10,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lm.config.objective import ObjectiveConfig
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import (
     MADE,
     Experiment,
-    RewardModel,
     Source,
-    Speechless,
     Stage,
     UserError,
     from_dict,
@@ -102,7 +101,7 @@ def load_scorer(
     Raises:
         UserError: there is no such stage, it is none of a reward model, or it has no checkpoint.
     """
-    layers = _scorer_stage(experiment, folder, stage).layers
+    layers = _scorer_stage(experiment, folder, stage).trained_model(experiment.model).num_layers
 
     def make() -> Scorer:
         return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0), layers)
@@ -156,11 +155,11 @@ def _of_same_tokens(name: str, tokenizer: SubwordTokenizer) -> Experiment:
     return experiment
 
 
-def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> RewardModel:
+def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> ObjectiveConfig:
     kinds = {s.name: s.objective for s in experiment.stages}
     found = kinds.get(stage)
-    if not isinstance(found, RewardModel):
-        trained = ", ".join(name for name, kind in kinds.items() if isinstance(kind, RewardModel)) or "none"
+    if found is None or found.produces != "scorer":
+        trained = ", ".join(name for name, kind in kinds.items() if kind.produces == "scorer") or "none"
         raise UserError(f"{folder.path} has no reward model {stage!r}; its stages of reward models are {trained}")
     return found
 
@@ -170,7 +169,7 @@ def scorers_before(
 ) -> tuple[Scorer, ...]:
     """The reward models that stage `index` reads; else, to look at what it does, the last one trained before it, if any."""
     names = reward_names(experiment.stages[index])
-    earlier = [s.name for s in experiment.stages[: index + 1] if isinstance(s.objective, RewardModel)]
+    earlier = [s.name for s in experiment.stages[: index + 1] if s.objective.produces == "scorer"]
     ready = broadcast_from_main(lambda: [name for name in earlier if folder.finished(name)])
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
@@ -235,7 +234,7 @@ def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
     # A run from a larger machine is looked at on this one.
     mesh = make_mesh(type(experiment.mesh)(data=1))
     tokenizer = SubwordTokenizer.load(folder.tokenizer)
-    speaks = [s.name for s in experiment.stages if not isinstance(s.objective, Speechless)]
+    speaks = [s.name for s in experiment.stages if s.objective.produces == "policy"]
     if stage is None:
         trained = [name for name in speaks if folder.finished(name) or Checkpoints(folder.checkpoints(name)).steps()]
         if not trained:

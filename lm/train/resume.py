@@ -11,7 +11,7 @@ from typing import Any
 
 from lm.changes import Changes
 from lm.data.tokenizer import SubwordTokenizer
-from lm.experiment import Collect, Experiment, UserError
+from lm.experiment import Experiment, UserError
 from lm.stored import write_sealed
 from lm.train.checkpoint import Checkpoints
 from lm.train.models import MADE_FILE
@@ -96,7 +96,7 @@ def check_collected(experiment: Experiment, folder: RunFolder, accept: bool = Fa
     What is accepted is written down in the stage's summary.
     """
     for stage in experiment.stages:
-        if not isinstance(stage.objective, Collect) or not folder.finished(stage.name):
+        if stage.objective.produces != "rows" or not folder.finished(stage.name):
             continue
         summary, file = folder.read_summary(stage.name), folder.stage_folder(stage.name) / MADE_FILE
         old = summary.get("files", {}).get(MADE_FILE)

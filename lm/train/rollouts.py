@@ -10,29 +10,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lm.algorithms.table import algorithm_of
 from lm.data.pipeline import make_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import (
-    DPO,
-    GRPO,
-    PPO,
     Experiment,
     Model,
-    Sampled,
     Stage,
     UserError,
-    corrects_sampler,
     rows_per_update,
 )
 from lm.model.scorer import policy_of
 from lm.parallel.distributed import to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.engine import LocalEngine
-from lm.rollout.environments import grpo_rollout
 from lm.rollout.episodes import Tasks, make_tasks
-from lm.rollout.experience import ppo_rollout
 from lm.rollout.rounding import rounded
 from lm.rollout.sampler_gap import (
     GapBound,
@@ -64,6 +58,7 @@ class RolloutBatches(Batches):
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
         self.tasks: Tasks = make_tasks(self.stage, tokenizer, experiment.seed, elsewhere)
+        self.rollout = algorithm_of(self.stage).rollout
         feed = self.tasks.feed
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
@@ -71,22 +66,21 @@ class RolloutBatches(Batches):
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
-        o: Any = self.stage.objective
+        o = self.stage.objective
         model = policy_of(state.params)
-        sampler = rounded(model, o.sampler) if isinstance(o, GRPO) and o.sampler != "same" else model
+        sampler = model if o.samples_as_trained else rounded(model, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
-        rollout = ppo_rollout if isinstance(o, PPO) else grpo_rollout
-        self.latest = rollout(engine, state, self.tasks, self.stage, step, key, self.place)
+        self.latest = self.rollout(engine, state, self.tasks, self.stage, step, key, self.place)
         # Every process has the whole rollout, and gives its devices their rows of it.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
-        once = batches[: o.minibatches] if isinstance(o, PPO) else batches  # each row of the rollout
+        once = batches[: o.updates_per_epoch]  # each row of the rollout
         pieces = self.stage.microbatches
         views = [trainer_view(model, batch, o.temperature, pieces) for batch in once]
         gap = sampler_gap(views, once, precision(model.config))
-        if (isinstance(o, PPO) or o.sampler == "same") and is_suspicious(gap, self.agreement):
+        if o.samples_as_trained and is_suspicious(gap, self.agreement):
             self.agreement = agreement(model, views, once, gap, o.temperature, pieces)
             self._check(gap, self.agreement, step, model.config)
-        if isinstance(o, GRPO) and corrects_sampler(o):
+        if o.corrects_sampler and batches[0].sampler_logp is None:
             batches = [as_trainer_sees(batch, view) for batch, view in zip(batches, views, strict=True)]
         return batches, self.latest.metrics | gap.metrics()
 
@@ -95,7 +89,6 @@ class RolloutBatches(Batches):
         if found.holds:
             return
         where, o = self.stage.name, self.stage.objective
-        assert isinstance(o, Sampled)
         told = (
             f"the sampler's log-probabilities of the tokens of step {step + 1} differ from the trainer's by {gap.mean:.2g} nats "
             f"on average (99th percentile {gap.p99:.2g}, largest {gap.largest:.2g}), {found.found / found.allowed:.1f} times as "
@@ -127,10 +120,10 @@ def make_batches(
         UserError: its data cannot be used; says which file, line or field.
     """
     stage = experiment.stages[index]
-    if isinstance(stage.objective, Sampled):
+    if stage.objective.samples:
         return RolloutBatches(experiment, index, tokenizer, mesh, elsewhere)
     feed, count = make_feed(stage, tokenizer, experiment.seed, elsewhere=elsewhere), rows_per_update(stage)
-    if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
+    if stage.objective.caches_reference:
         return CachedReferenceBatches(stage, feed, count, mesh)
     return Batches(feed, count, mesh, stage.steps)
 
@@ -141,7 +134,7 @@ def as_trainer_sees(batch: Batch, view: TrainerView) -> Batch:
 
 
 def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:
-    size = stage.objective.group_size if isinstance(stage.objective, GRPO) else 1
+    size = stage.objective.completions_per_prompt
     when = "after" if step == stage.steps else "during"
     for start in range(0, min(len(rollout.chosen), GROUPS_SHOWN * size), size):
         group = rollout.chosen[start : start + size]

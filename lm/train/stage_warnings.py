@@ -4,59 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.experiment import GRPO, PPO, Experiment, Sampled, Stage
+from lm.config.objective import SIGN_STEPS, Sign
+from lm.experiment import Experiment, Stage
 from lm.train.metrics import MetricsLog, read_lines
 
 Line = dict[str, Any]
-
-STEPS = 5  # so many steps in a row, or all of a shorter stage, before a stage is said to learn nothing
-
-
-@dataclass(frozen=True)
-class StageSign:
-    """Something that the metrics of `steps` steps in a row may show; `text` is filled from the last of them and the objective."""
-
-    shows: Callable[[Line], bool]
-    text: str
-    steps: int = STEPS
-
-
-SIGNS: dict[type, dict[str, StageSign]] = {
-    GRPO: {
-        "equal_rewards": StageSign(
-            lambda line: line.get("frac_zero_std") == 1,
-            "for {steps} steps up to step {step} the answers to each prompt had the same reward (mean {reward:.3g}): advantages "
-            "are 0 and the policy does not change; prompts that the model gets right now and then, a reward with more levels, a higher "
-            "temperature or a larger group_size help",
-        ),
-    },
-    PPO: {
-        "equal_rewards": StageSign(
-            lambda line: line.get("score_range") == 0,
-            "for {steps} steps up to step {step} all answers had the same reward ({score:.3g}): nothing tells better answers from "
-            "worse; prompts that the model gets right now and then, a reward with more levels or a higher temperature help",
-        ),
-    },
-}
-OF_ALL = {
-    "truncated": StageSign(
-        lambda line: line.get("eos_rate") == 0,
-        "none of the answers of step {step} ended by itself: the policy gets no signal to end its answers; a longer max_new_tokens, or "
-        "more instruction tuning before, helps (eos_rate in the metrics tells when it passes)",
-        steps=1,
-    ),
-    "reward_timeouts": StageSign(
-        lambda line: line.get("reward_timeouts", 0) > 0,
-        "{reward_timeouts:.0f} rewards of step {step} took longer than {reward_seconds:g} s (objective.reward_seconds) and count "
-        "as 0; the metric reward_timeouts counts them",
-        steps=1,
-    ),
-}
-"""By objective, and of every one that samples: kind -> sign."""
 
 
 class Warnings:
@@ -69,10 +24,9 @@ class Warnings:
         self, experiment: Experiment, stage: Stage, folder: Path, log: MetricsLog, show: Callable[[str], None]
     ) -> None:
         self.stage, self.log, self.show = stage, log, show
-        signs = SIGNS.get(type(stage.objective), {}) | OF_ALL if isinstance(stage.objective, Sampled) else {}
-        self.signs = {kind: (sign, min(sign.steps, stage.steps)) for kind, sign in signs.items()}
+        self.signs = {kind: (sign, min(sign.steps, stage.steps)) for kind, sign in stage.objective.signs.items()}
         lines = read_lines(folder / "metrics.jsonl") if self.signs and log.active else []
-        self.recent: deque[Line] = deque(lines[-STEPS:], maxlen=STEPS)
+        self.recent: deque[Line] = deque(lines[-SIGN_STEPS:], maxlen=SIGN_STEPS)
         self.told = {line.get("kind") for line in read_lines(folder / "warnings.jsonl")} if log.active else set()
         if experiment.model.param_dtype != "float32" and not stage.optimizer.master_weights:
             self.add(
@@ -97,7 +51,7 @@ class Warnings:
 
 
 def found(
-    signs: dict[str, tuple[StageSign, int]], lines: Sequence[Line], objective: dict[str, Any]
+    signs: dict[str, tuple[Sign, int]], lines: Sequence[Line], objective: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """(kind, text) of every sign that the last lines show, as many as it takes."""
     for kind, (sign, steps) in signs.items():

@@ -22,9 +22,7 @@ from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.data.vocabulary import train_tokenizer
 from lm.experiment import (
     MADE,
-    Collect,
     Experiment,
-    Preference,
     Stage,
     UserError,
     resolve_sources,
@@ -129,7 +127,7 @@ def _tell_evals(run: RunContext, stages: list[int]) -> None:
 
 def _tell_finished(run: RunContext, stages: tuple[Stage, ...]) -> None:
     for stage in stages:
-        if not isinstance(stage.objective, Collect):
+        if stage.objective.trains:
             counted = run.folder.read_summary(stage.name).get("sources") or [{}] * len(stage.sources)
             for source, then in zip(stage.sources, counted, strict=False):
                 left_out = then.get("dropped", {}).get(WITHHELD, 0)
@@ -211,7 +209,7 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
     stage = run.experiment.stages[index]
     model = model_before(*where, index)
     scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage)))
-    if isinstance(stage.objective, Collect):
+    if not stage.objective.trains:
         return collect_stage(run, index, model, scorers, began)
     ready = batches or raise_on_all(lambda: _batches(run, index))
     train_stage(run, index, ready, model, scorers, make_evaluator(*where, index), began)
@@ -253,7 +251,7 @@ def _all_batches(run: RunContext, stages: list[int]) -> dict[int, Batches]:
     whole, batches = run.experiment, {}
     for index in stages:
         stage = whole.stages[index]
-        if isinstance(stage.objective, Collect):
+        if not stage.objective.trains:
             _tell(stage, make_tasks(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
         elif can_be_read(stage, whole, run.folder):
             batches[index] = _batches(run, index)
@@ -270,8 +268,8 @@ def _batches(run: RunContext, index: int) -> Batches:
 def _tell_known(run: RunContext, index: int) -> None:
     """Say how many questions that collected data hold out were trained on: its answers are new, its prompts need not be."""
     stages = run.experiment.stages
-    trained = [one for stage in stages[:index] if not isinstance(stage.objective, Collect) for one in stage.sources]
-    asked = [one for stage in stages[:index] if isinstance(stage.objective, Collect) for one in stage.sources]
+    trained = [one for stage in stages[:index] if stage.objective.trains for one in stage.sources]
+    asked = [one for stage in stages[:index] if not stage.objective.trains for one in stage.sources]
     for source in filter(is_collected, stages[index].sources):
         every = [one for one in trained if not is_collected(one)]
         count, known = held_out_but_trained(source, asked, every, run.held_out)
@@ -334,7 +332,7 @@ def make_evaluator(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> Evaluator:
     """The evaluator of stage `index`; preferences are compared with the model that entered the first preference stage."""
-    first = next((i for i, stage in enumerate(experiment.stages) if isinstance(stage.objective, Preference)), None)
+    first = next((i for i, stage in enumerate(experiment.stages) if stage.objective.learns_preferences), None)
 
     @functools.cache
     def reference() -> Transformer | None:

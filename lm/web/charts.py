@@ -7,7 +7,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -15,6 +15,8 @@ import matplotlib.axes
 import matplotlib.figure
 import matplotlib.ticker
 
+from lm.config.objective import MetricChart
+from lm.experiment import OBJECTIVES
 from lm.train.run_files import Line, StageFiles
 from lm.web.hover import STRIPS, Hovered, layer
 from lm.web.numbers import percent, plain
@@ -51,53 +53,9 @@ class SvgChart:
     small: bool = False
 
 
-# Rows of a table: title, {name in metrics.jsonl: label of its curve}, whether it is shown as percent (where it is a part).
-Row = tuple[str, dict[str, str], bool]
-LENGTH: Row = ("Completion length", {"completion_length": "tokens"}, False)
-ENTROPY: Row = ("Entropy", {"entropy": "nats a token"}, False)
-RANKED: Row = ("Pairs ranked right", {"reward_accuracy": "training pairs"}, True)
-MARGIN: Row = ("Margin", {"reward_margin": "chosen less rejected"}, False)
-MAIN_CHARTS: tuple[Row, ...] = (
-    ("Reward", {"reward": "mean of the rollouts"}, True),
-    LENGTH,
-    ENTROPY,
-    RANKED,
-    ("Implicit reward", {"reward_chosen": "chosen", "reward_rejected": "rejected"}, False),
-    MARGIN,
-)
-MAIN_CHARTS_OF: dict[str, tuple[Row, ...]] = {
-    "PPO": (
-        ("Reward", {"score": "score", "reward": "score less the KL penalty"}, False),
-        ("Judge", {"judge": "mean of the rollouts"}, True),
-        ("KL to the start", {"kl": "nats an answer"}, False),
-        LENGTH,
-        ENTROPY,
-    ),
-    "RewardModel": (RANKED, ("Score", {"reward_chosen": "chosen", "reward_rejected": "rejected"}, False), MARGIN),
-}
-SMALL_CHARTS: tuple[Row, ...] = (
-    ("Learning rate", {"lr": ""}, False),
-    ("Gradient norm", {"grad_norm": ""}, False),
-    ("All-equal groups", {"frac_zero_std": ""}, True),
-    ("Ended itself", {"eos_rate": ""}, True),
-    ("Rollouts a step", {"rollouts": ""}, False),
-    ("KL of the sampler to the trainer", {"sampler_kl": ""}, False),
-    ("KL to the start", {"kl": ""}, False),
-    ("Tokens/s", {"tokens_per_second": ""}, False),
-    ("MFU", {"mfu": ""}, True),
-)
-SMALL_CHARTS_OF: dict[str, tuple[Row, ...]] = {
-    "PPO": (
-        *(row for row in SMALL_CHARTS if "kl" not in row[1]),
-        ("KL coefficient", {"kl_coef": ""}, False),
-        ("Policy's loss", {"policy_loss": ""}, False),
-        ("Values' loss", {"value_loss": ""}, False),
-        ("Variance explained", {"explained_variance": ""}, False),
-        ("Ratios clipped", {"clip_frac": ""}, True),
-        ("Values clipped", {"value_clip_frac": ""}, True),
-        ("KL to the rollout", {"old_kl": ""}, False),
-    ),
-}
+BEFORE = (MetricChart("Learning rate", {"lr": ""}), MetricChart("Gradient norm", {"grad_norm": ""}))
+AFTER = (MetricChart("Tokens/s", {"tokens_per_second": ""}), MetricChart("MFU", {"mfu": ""}, percent=True))
+"""Small charts of every stage, around those of its objective."""
 
 
 def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[SvgChart]:
@@ -107,13 +65,13 @@ def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[SvgChart
     """
     if not stage.metrics:
         return []
-    reasons = any("reward" in line for line in stage.metrics)
-    loss = _loss_chart(stage, mixture, small=reasons)
-    main = [_metric_chart(stage, *row) for row in MAIN_CHARTS_OF.get(stage.kind, MAIN_CHARTS)]
-    small = [_metric_chart(stage, *row, small=True) for row in SMALL_CHARTS_OF.get(stage.kind, SMALL_CHARTS)]
+    objective = OBJECTIVES[stage.kind]
+    loss = _loss_chart(stage, mixture, small=objective.data == "prompts")
+    main = [_metric_chart(stage, chart) for chart in objective.charts]
+    small = [_metric_chart(stage, chart, small=True) for chart in (*BEFORE, *objective.small_charts, *AFTER)]
     drawn = (
         [*main, *_heldout_charts(stage), loss, *small]
-        if reasons
+        if objective.data == "prompts"
         else [loss, *_other_losses(stage, mixture), *main, *_heldout_charts(stage), *small]
     )
     return [chart for chart in drawn if chart]
@@ -123,7 +81,7 @@ def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> SvgChart | 
     """The training loss, which says of what it is, and with it the held-out losses of the same data."""
     found = _series(stage, {"loss": "" if small else "training"})
     if not found or small:
-        return _metric_chart(stage, "Loss", {"loss": ""}, False, small)
+        return _metric_chart(stage, MetricChart("Loss", {"loss": ""}), small)
     held_out = [
         Series(f"held out, {name}", *_curve(points, "loss"), points=True)
         for name, points in _text_evals(stage).items()
@@ -147,10 +105,10 @@ def _other_losses(stage: StageFiles, mixture: Mixture) -> list[SvgChart]:
 
 
 def _text_evals(stage: StageFiles) -> dict[str, list[Line]]:
-    return by_eval(stage, "bits_per_byte") if stage.kind == "Pretrain" else {}
+    return by_eval(stage, "bits_per_byte") if OBJECTIVES[stage.kind].data == "text" else {}
 
 
-def _series(stage: StageFiles, labels: dict[str, str]) -> list[Series]:
+def _series(stage: StageFiles, labels: Mapping[str, str]) -> list[Series]:
     lines = stage.metrics
     return [
         Series(label, [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
@@ -159,13 +117,11 @@ def _series(stage: StageFiles, labels: dict[str, str]) -> list[Series]:
     ]
 
 
-def _metric_chart(
-    stage: StageFiles, title: str, labels: dict[str, str], as_percent: bool, small: bool = False
-) -> SvgChart | None:
-    series = _series(stage, labels)
+def _metric_chart(stage: StageFiles, chart: MetricChart, small: bool = False) -> SvgChart | None:
+    series = _series(stage, chart.curves)
     if not series or (small and not any(value for one in series for value in one.y)):
         return None
-    return draw(f"{stage.name} {title}", title, series, as_percent and _parts(series), small)
+    return draw(f"{stage.name} {chart.title}", chart.title, series, chart.percent and _parts(series), small)
 
 
 def _parts(series: list[Series]) -> bool:

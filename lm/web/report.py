@@ -11,6 +11,7 @@ from typing import Any
 import markupsafe
 
 from lm import __version__
+from lm.experiment import OBJECTIVES
 from lm.train.run_files import Run, read_run
 from lm.web import charts, costs, story, watch
 from lm.web.data_counts import data_counts
@@ -19,18 +20,6 @@ from lm.web.templates import templates
 from lm.web.text import beginning, shown, visible
 
 HERE = Path(__file__).parent
-LESSONS = {
-    "Pretrain": "is trained on text, to predict the next token.",
-    "SFT": "is trained on conversations, to answer.",
-    "DPO": "is trained on pairs of answers, to prefer the chosen one.",
-    "CPO": "is trained on pairs of answers, to prefer the chosen one.",
-    "ORPO": "is trained on pairs of answers, to prefer the chosen one.",
-    "KTO": "is trained on answers that are marked as good or bad.",
-    "GRPO": "is trained by reinforcement learning: sampled answers that the verifier rewards become more likely.",
-    "RewardModel": "is a reward model, which gives preferred answers the higher score.",
-    "PPO": "is trained by reinforcement learning: sampled answers of a high reward become more likely.",
-    "Collect": "samples answers and has them judged; the model stays the same.",
-}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -53,7 +42,7 @@ def render(run: Run) -> str:
         headlines=story.headlines(run),
         columns=story.columns(run),
         speakers=["random", *(stage.name for stage in story.speaking_stages(run))],
-        lessons=[(stage.name, LESSONS.get(stage.kind, f"is trained by {stage.kind}.")) for stage in run.stages],
+        lessons=[(stage.name, OBJECTIVES[stage.kind].caption) for stage in run.stages],
         prompts=story.prompt_table(run),
         heldout=story.heldout_table(run),
         curves=[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from lm.train.run_files import Line, Run, StageFiles, place
 from lm.web.numbers import percent, signed
 
 T = TypeVar("T")
-SPEECHLESS = {kind.__name__ for kind in typing.get_args(experiments.Speechless)}
-PREFERENCE = {kind.__name__ for kind in typing.get_args(experiments.Preference)}
 
 
 # ---- held-out numbers --------------------------------------------------------------------------------------------
@@ -129,12 +126,12 @@ def measurements(run: Run, name: str) -> list[Line | None]:
 
 def measured_stages(run: Run) -> list[StageFiles]:
     """Those after which there is another model than before: all but those that only collect answers."""
-    return [stage for stage in run.stages if stage.kind != "Collect"]
+    return [stage for stage in run.stages if experiments.OBJECTIVES[stage.kind].produces != "rows"]
 
 
 def speaking_stages(run: Run) -> list[StageFiles]:
     """Those that leave a language model."""
-    return [stage for stage in run.stages if stage.kind not in SPEECHLESS]
+    return [stage for stage in run.stages if experiments.OBJECTIVES[stage.kind].produces == "policy"]
 
 
 def _starts(run: Run) -> list[tuple[StageFiles, StageFiles | None]]:
@@ -307,7 +304,7 @@ class JudgedPair:
 def preference_pairs(run: Run) -> tuple[str, list[JudgedPair]] | None:
     """The stage that learned from pairs (or the last that was measured on them), and its held-out pairs."""
     stages = [stage for stage in run.stages if _of(stage, "pair")]
-    stage = _last(stage for stage in stages if stage.kind in PREFERENCE) or _last(stages)
+    stage = _last(stage for stage in stages if experiments.OBJECTIVES[stage.kind].learns_preferences) or _last(stages)
     if stage is None:
         return None
     lines = _of(stage, "pair")

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from lm.config.objective import SIGN_STEPS as STEPS
 from lm.experiment import GRPO, PPO, SFT, Experiment, Optimizer
 from lm.train.metrics import MetricsLog, read_lines
-from lm.train.stage_warnings import STEPS, Warnings
+from lm.train.stage_warnings import Warnings
 from tests.helpers import TINY, tiny_stage
 
 FLAT = {"frac_zero_std": 1.0, "reward": 0.25, "eos_rate": 0.5}
