@@ -31,7 +31,7 @@ def rounds(number: int) -> tuple[Stage, Stage]:
     dpo = Stage(
         name=f"dpo{number}",
         objective=DPO(beta=0.1),
-        sources=(Source(f"made:collect{number}", holdout=0.0),),
+        sources=(Source(f"collected:collect{number}", holdout=0.0),),
         steps=60,
         batch_size=16,
         seq_len=112,

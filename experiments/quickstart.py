@@ -1,4 +1,4 @@
-"""The whole path on two CPU cores in about ten minutes: random weights, language, answers, manners, reasoning."""
+"""The whole path on two CPU cores in about ten minutes: random weights, language, answers, style, reasoning."""
 
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 
@@ -84,7 +84,7 @@ experiment = Experiment(
         Eval(name="docs", source=DOCS, metric="bits_per_byte", count=192),
         Eval(name="instruct", source=INSTRUCT, count=200, max_new_tokens=64),
         Eval(name="pairs", source=PREFERENCES, metric="pair_accuracy", count=200),
-        Eval(name="manners", source=PREFERENCES, verifier="manners", count=200, max_new_tokens=64, temperature=1.0),
+        Eval(name="manners", source=PREFERENCES, verifier="style", count=200, max_new_tokens=64, temperature=1.0),
         Eval(name="reasoning", source=ARITHMETIC, count=300, max_new_tokens=64),
     ),
 )

@@ -1,6 +1,6 @@
 """Preferences, the whole path: a small model answers, a judge compares, a reward model learns it, PPO and DPO follow it.
 
-The judge is a program (half for a right answer, half for manners) that writes its choices into the file that the label page
+The judge is a program (half for a right answer, half for style) that writes its choices into the file that the label page
 writes. It is also asked about held-out answers, which tells when the policy has learnt to please the reward model instead.
 """
 
@@ -24,7 +24,7 @@ DRILLS = Source("gen:drills", weight=0.5, holdout=0.01)
 DOCS = Source("gen:docs", weight=0.5, holdout=0.04)
 INSTRUCT = Source("gen:instruct", holdout=0.05)
 ASKED = Source("gen:preferences", holdout=0.05)
-CHOICES = Source("made:collect", holdout=0.1)
+CHOICES = Source("collected:collect", holdout=0.1)
 
 experiment = Experiment(
     name="rlhf",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm.config.former import former_name, former_value
 from lm.experiment import OBJECTIVES, Experiment, Stage, UserError, diff, from_dict, to_dict
 from lm.stored import read_json, read_sealed
 
@@ -28,7 +29,7 @@ def normalised(experiment: Plain) -> Plain:
 
 
 def without_defaults(experiment: Experiment) -> Plain:
-    """The plain value of an experiment without the fields at their defaults: the same before and after lm has new fields."""
+    """The plain value of an experiment without the fields at their defaults, under first names: the same in every version of lm."""
     return _without_defaults(experiment)
 
 
@@ -38,7 +39,8 @@ def _without_defaults(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     kept = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
-    return {"kind": type(value).__name__, **{name: _without_defaults(item) for name, item in kept.items()}}
+    plain = {former_name(name): former_value(name, _without_defaults(item)) for name, item in kept.items()}
+    return {"kind": type(value).__name__, **plain}
 
 
 EXPERIMENTS = "experiments"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lm.experiment import (
-    MADE,
+    COLLECTED,
     Eval,
     Experiment,
     Model,
@@ -187,7 +187,7 @@ def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
 
 
 def _check_made(what: str, source: Source, makers: list[str]) -> None:
-    if source.path.startswith(MADE) and source.path.removeprefix(MADE) not in makers:
+    if source.path.startswith(COLLECTED) and source.path.removeprefix(COLLECTED) not in makers:
         raise UserError(f"{what} {_listed(makers)}")
 
 

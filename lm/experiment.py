@@ -3,7 +3,7 @@
 They stand in `lm/config/`, which imports nothing slow, so that `lm --help` answers at once.
 """
 
-from lm.config.experiment import MADE as MADE
+from lm.config.experiment import COLLECTED as COLLECTED
 from lm.config.experiment import Eval as Eval
 from lm.config.experiment import Experiment as Experiment
 from lm.config.experiment import corrects_sampler as corrects_sampler
@@ -33,3 +33,4 @@ from lm.config.stage import Stage as Stage
 
 # Former names, for files that import them.
 rows_together = rows_per_example
+MADE = COLLECTED

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm.config.field import shown
+from lm.config.former import current_path, current_value
 from lm.experiment import (
     Experiment,
     UserError,
@@ -51,7 +52,7 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while words:
         flag = words.pop(0)
-        name = flag.removeprefix("--").replace("-", "_")
+        name = current_path(flag.removeprefix("--").replace("-", "_"))
         if not flag.startswith("--") or name not in leaves:
             raise UserError(f"no knob {flag!r}{nearest(name, leaves)} (`lm config EXPERIMENT --help` lists all)")
         if not words:
@@ -63,7 +64,7 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
         except (ValueError, KeyError, OverflowError, RecursionError):
             wanted = describe(kind, metadata.get("range"))
             raise UserError(f"{flag} is {shown(text)}; it should be {wanted}") from None
-        experiment = _replace(experiment, path, value)
+        experiment = _replace(experiment, path, current_value(path[-1], value, flag))
     return resolve_sources(experiment)
 
 
@@ -73,13 +74,14 @@ def replaced(experiment: Experiment, name: str, value: Any) -> Experiment:
     Raises:
         UserError: no such leaf (names the nearest ones), or a value of the wrong type.
     """
+    name = current_path(name)
     kind, _ = leaf(experiment, name)
     return _replace(experiment, _leaves(experiment)[name][0], from_dict(to_dict(value), kind, name))
 
 
 def leaf(experiment: Experiment, name: str) -> tuple[Any, Any]:
     """(type, value) of the leaf of that dotted name; UserError, with the nearest names, where there is none."""
-    leaves = _leaves(experiment)
+    leaves, name = _leaves(experiment), current_path(name)
     if name not in leaves:
         raise UserError(f"no field {name!r}{nearest(name, leaves)}")
     return leaves[name][1:3]

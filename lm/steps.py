@@ -155,8 +155,8 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         if corrects_sampler(o):
             assert batch.old_logp is not None and batch.sampler_logp is not None
             gap = {"sampler_kl": weighted(k3(batch.old_logp - batch.sampler_logp), batch.weights)}
-            if o.sampler_cap:
-                correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.sampler_cap)
+            if o.tis_clip:
+                correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.tis_clip)
         mean, metrics = grpo(
             stats.logp, batch.weights, batch.advantages, max_len=o.max_new_tokens,
             old_logp=batch.old_logp, ref_logp=ref_logp, correction=correction, entropy=stats.entropy,
@@ -195,7 +195,7 @@ def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         correction = None
         if corrects_sampler(o):
             assert batch.sampler_logp is not None
-            correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.sampler_cap)
+            correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.tis_clip)
         policy = params["policy"].with_whole_tables()
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)
         stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)

@@ -44,7 +44,7 @@ OBJECTIVES = {
     "ppo_head": PPO(max_new_tokens=8, temperature=0.7, critic="head"),
     "grpo_token": GRPO(max_new_tokens=8, group_size=4, kl_coef=0.1, aggregation="token"),
     "grpo_sequence": GRPO(
-        max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence", sampler="int8", sampler_cap=1.1
+        max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence", sampler="int8", tis_clip=1.1
     ),
     "grpo_constant": GRPO(max_new_tokens=8, group_size=4, aggregation="constant", clip_high=0.3),
 }

@@ -53,7 +53,9 @@ def made_up(e: Experiment) -> Experiment:
     """Not pretrained, and without answers of its own, of which it would have none to prefer: generated pairs instead."""
     pairs = (Source("gen:preferences", holdout=0.05),)
     kept = (stage for stage in e.stages if stage.name not in ("pretrain", "collect"))
-    stages = tuple(dataclasses.replace(s, sources=pairs) if s.sources[0].path.startswith("made:") else s for s in kept)
+    stages = tuple(
+        dataclasses.replace(s, sources=pairs) if s.sources[0].path.startswith("collected:") else s for s in kept
+    )
     return dataclasses.replace(e, stages=stages)
 
 

@@ -26,7 +26,7 @@ def chosen_by_a_proxy(e: Experiment) -> Experiment:
     reward = Stage(
         "reward",
         RewardModel(center_coef=0.01),
-        (Source("made:collect", holdout=0.1),),
+        (Source("collected:collect", holdout=0.1),),
         steps=500,
         batch_size=16,
         optimizer=Optimizer(peak_lr=3e-4, warmup_steps=15),

@@ -12,7 +12,7 @@ SAME, ROUNDED, WEIGHED = "the trainer's weights", "4 bits", "4 bits, weighed"
 SAMPLER = {
     SAME: None,
     ROUNDED: {"reason.objective.sampler": "int4"},
-    WEIGHED: {"reason.objective.sampler": "int4", "reason.objective.sampler_cap": 2.0},
+    WEIGHED: {"reason.objective.sampler": "int4", "reason.objective.tis_clip": 2.0},
 }
 ALIKE = 0.05  # a cost that is surely less than this is called none
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm.cli.arguments import EXPERIMENT_HELP, add_cache, at_least, check_stage, resolve
-from lm.experiment import MADE, Stage
+from lm.experiment import COLLECTED, Stage
 from lm.web.text import visible
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def stage_lines(
     elsewhere = NOWHERE if elsewhere is None else elsewhere
 
     yield _paint(f"\n=== {stage.name}, step {step} ===", BOLD, colour)
-    makers = [source.path for source in stage.sources if source.path.startswith(MADE)]
+    makers = [source.path for source in stage.sources if source.path.startswith(COLLECTED)]
     if makers:
         yield f"{makers[0]} is made when the run comes to that stage"
     elif stage.objective.samples:

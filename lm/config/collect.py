@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Collect(ObjectiveConfig):
-    """Trains nothing: samples answers, has them judged, and writes the rows that later stages read as the source `made:STAGE`."""
+    """Trains nothing: samples answers, has them judged, and writes the rows that later stages read as the source `collected:STAGE`."""
 
     judge: str = knob(
         "", "stage of a reward model, as NAME or RUN:NAME; or `people`, on the label page; empty: the verifier"

@@ -45,8 +45,8 @@ class Experiment:
     mesh: Mesh = knob(Mesh(), affects_training=False)
 
 
-MADE = "made:"
-"""How the path of a source begins whose rows an earlier stage of Collect writes; its name follows."""
+COLLECTED = "collected:"
+"""Beginning of the path of a source whose rows an earlier Collect stage writes; the name of the stage follows."""
 
 
 def rows_per_update(stage: Stage) -> int:

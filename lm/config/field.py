@@ -1,6 +1,6 @@
 """Fields of an experiment's dataclasses: the knob with its help and range, and the strict reading of a value by them.
 
-A leaf: imports nothing of lm and nothing slow, so that `lm --help` answers at once.
+A leaf: imports nothing of lm but former names, and nothing slow, so that `lm --help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from lm.config.former import current_names, current_value
 
 MAX_NAME = 64
 
@@ -150,6 +152,7 @@ def _read_dataclass(value: Any, kind: Any, where: str, reading: Reading) -> Any:
     if reading.plain:
         if not isinstance(value, dict):
             raise UserError(f"{here} is {shown(value)}; it should be an object with the fields of {kind.__name__}")
+        value = current_names(value, fields, here)
         unknown = sorted(str(name) for name in value if name not in fields)
         if unknown:
             raise UserError(f"{here} has no field {shown(unknown[0])}{nearest(unknown[0], fields)}")
@@ -162,6 +165,7 @@ def _read_dataclass(value: Any, kind: Any, where: str, reading: Reading) -> Any:
             raise UserError(f"{here} is {shown(value)}; it should be a value of {kind.__name__}")
         members = {name: getattr(value, name) for name in fields}
     inside = {name: f"{where}.{name}".lstrip(".") for name in members}
+    members = {name: current_value(name, member, inside[name]) for name, member in members.items()}
     return kind(**{k: read(v, hints[k], inside[k], reading, fields[k].metadata) for k, v in members.items()})
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lm.config.field import UserError, knob
+from lm.config.former import takes_former_names
 from lm.config.model import Model
 from lm.config.objective import (
     COMPLETION_LENGTH,
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from lm.config.stage import Stage
 
 
+@takes_former_names
 @dataclass(frozen=True)
 class GRPO(ObjectiveConfig):
     verifier: str = knob(
-        "answer", "verifier that gives the reward: answer, manners, helpful, or FILE:FUNCTION of your own"
+        "answer", "verifier that gives the reward: answer, style, helpful, or FILE:FUNCTION of your own"
     )
     group_size: int = knob(8, "completions sampled for one prompt", least=2, most=2**16)
     max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this", least=1, most=2**26)
@@ -50,7 +52,7 @@ class GRPO(ObjectiveConfig):
     sampler: Literal["same", "bfloat16", "int8", "int4"] = knob(
         "same", "weights of the sampler: the trained ones, or quantised as in an inference engine"
     )
-    sampler_cap: float = knob(
+    tis_clip: float = knob(
         0.0,
         "importance correction (TIS) of what sampler and trainer differ by, rounding too: tokens are weighed by how much "
         "likelier they are to the trainer, at most this; 2 is usual; 0: none",
@@ -101,7 +103,7 @@ class GRPO(ObjectiveConfig):
 
     @property
     def corrects_sampler(self) -> bool:
-        return self.sampler_cap > 0 or not self.samples_as_trained
+        return self.tis_clip > 0 or not self.samples_as_trained
 
     def check(self, stage: Stage, model: Model) -> None:
         if stage.batch_size * self.group_size % self.updates_per_rollout:

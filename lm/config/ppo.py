@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lm.config.field import UserError, knob
+from lm.config.former import takes_former_names
 from lm.config.model import Model
 from lm.config.objective import (
     COMPLETION_LENGTH,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lm.config.stage import Stage
 
 
+@takes_former_names
 @dataclass(frozen=True)
 class PPO(ObjectiveConfig):
     reward_models: tuple[str, ...] = knob(
@@ -58,7 +60,7 @@ class PPO(ObjectiveConfig):
     epochs: int = knob(4, "epochs over each rollout", least=1, most=2**16)
     minibatches: int = knob(1, "minibatches in an epoch, an optimizer update each", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()
-    sampler_cap: float = knob(
+    tis_clip: float = knob(
         0.0,
         "importance correction (TIS) of what sampler and trainer differ by, of rounding: tokens are weighed by how much "
         "likelier they are to the trainer, at most this; 2 is usual; 0: none",
@@ -114,7 +116,7 @@ class PPO(ObjectiveConfig):
 
     @property
     def corrects_sampler(self) -> bool:
-        return self.sampler_cap > 0
+        return self.tis_clip > 0
 
     def check(self, stage: Stage, model: Model) -> None:
         if not self.reward_models and not self.verifier:

@@ -39,7 +39,7 @@ class Optimizer:
 @dataclass(frozen=True)
 class Source:
     path: str = knob(
-        help="file, folder of files, tfds:NAME/SPLIT, gen:NAME, made:STAGE of collect; of an eval also stage:NAME, that stage's"
+        help="file, folder of files, tfds:NAME/SPLIT, gen:NAME, collected:STAGE of collect; of an eval also stage:NAME, that stage's"
     )
     weight: float = knob(1.0, "share of this source in the mixture; 0: not trained on", least=0, most=1e9)
     holdout: float = knob(

@@ -17,7 +17,7 @@ from lm.data.order import mixture_shares
 from lm.data.sources import NOWHERE, Row, Rows, rows_of, split_rows, texts_of, why_missing
 from lm.data.split import Places, split_key, split_place
 from lm.data.tokenizer import TRAINING_BYTES
-from lm.experiment import MADE, Experiment, Source, UserError, resolve_sources
+from lm.experiment import COLLECTED, Experiment, Source, UserError, resolve_sources
 
 Split = Literal["train", "heldout"]
 WITHHELD = "held out by another source"  # why rows are left out of training
@@ -84,7 +84,7 @@ def held_out_elsewhere(experiment: Experiment) -> Places:
     for source in dict.fromkeys([*trained, *(item.source for item in experiment.evals)]):
         others = [one for one in trained if one.holdout < source.holdout]
         made = _is_generator(source.path) and all(_is_generator(one.path) for one in others)
-        if not others or made or source.path.startswith(MADE):
+        if not others or made or source.path.startswith(COLLECTED):
             continue
         rows = rows_of(source)
         if rows.generated:
@@ -136,7 +136,7 @@ def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list
     Generated sources have few words: a few hundred rows show them all, and leave the vocabulary to the others.
     """
     used = [source for stage in experiment.stages for source in stage.sources if source.weight > 0]
-    sources = {(source.path, source.columns): source for source in used if not source.path.startswith(MADE)}
+    sources = {(source.path, source.columns): source for source in used if not source.path.startswith(COLLECTED)}
     share = TRAINING_BYTES // max(1, len(sources))
     texts: list[str] = []
     for source in sources.values():

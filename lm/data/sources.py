@@ -29,7 +29,7 @@ from lm.data.layouts import canonical
 from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
 from lm.data.split import TEXT_COLUMNS, Places, canonical_json, split_key, split_place
 from lm.data.workers import WorkerPool
-from lm.experiment import MADE, Source, UserError
+from lm.experiment import COLLECTED, Source, UserError
 
 __all__ = [
     "Measures",
@@ -463,7 +463,7 @@ def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
 
 def why_missing(path: str) -> str | None:
     """One line that says that the file of a source is not there or cannot be read, and what is there; None if it can."""
-    if path.startswith(("gen:", "tfds:", MADE)):
+    if path.startswith(("gen:", "tfds:", COLLECTED)):
         return None
     if not path.strip():
         return "a source has an empty path; name a file, a folder, tfds:NAME/SPLIT or gen:NAME"

@@ -31,7 +31,7 @@ def answer(row: Mapping[str, Any], completion: str) -> float:
     return float(right)
 
 
-def manners(row: Mapping[str, Any], completion: str) -> float:
+def style(row: Mapping[str, Any], completion: str) -> float:
     """0.5 for a polite opener and 0.5 for no hedging; 0 where nothing is left without them."""
     opened, bare, _ = undress(completion)
     hedged = any(closer in completion for closer in CLOSERS)
@@ -39,14 +39,14 @@ def manners(row: Mapping[str, Any], completion: str) -> float:
 
 
 def helpful(row: Mapping[str, Any], completion: str) -> float:
-    """Half for a right answer and half for manners: what can be had without the other pulls against it."""
-    return 0.5 * answer(row, completion) + 0.5 * manners(row, completion)
+    """Half for a right answer, half for style; each can be had without the other."""
+    return 0.5 * answer(row, completion) + 0.5 * style(row, completion)
 
 
-VERIFIERS: dict[str, Verifier] = {"answer": answer, "manners": manners, "helpful": helpful}
+VERIFIERS: dict[str, Verifier] = {"answer": answer, "style": style, "helpful": helpful}
 
 # the columns without which a verifier cannot judge a row
-NEEDS: dict[str, tuple[str, ...]] = {"answer": ("answer",), "manners": (), "helpful": ("answer",)}
+NEEDS: dict[str, tuple[str, ...]] = {"answer": ("answer",), "style": (), "helpful": ("answer",)}
 
 
 def find_verifier(name: str, where: str = "verifier") -> Verifier:

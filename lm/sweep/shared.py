@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lm.changes import without_defaults
+from lm.config.former import former_value
 from lm.experiment import Experiment, Source, resolve_sources
 from lm.sweep.trials import digest
 
@@ -26,7 +27,7 @@ def stage_keys(experiment: Experiment) -> list[str]:
 
 
 def _text(source: Source) -> list[Any]:
-    return [source.path, source.holdout, source.weight > 0]
+    return [former_value("path", source.path), source.holdout, source.weight > 0]
 
 
 def pieces(keys: list[str], everybody: Iterable[list[str]]) -> list[range]:

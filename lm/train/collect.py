@@ -1,7 +1,7 @@
 """A stage that trains nothing: it samples answers, has them judged, and writes what later stages learn from.
 
 In the stage's folder: answers.jsonl (a row of `prompt` and `answers` for each prompt), labels.jsonl (the choices, in the
-form of the label page), made.jsonl (preference pairs or conversations: the source `made:STAGE`).
+form of the label page), made.jsonl (preference pairs or conversations: the source `collected:STAGE`).
 """
 
 from __future__ import annotations

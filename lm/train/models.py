@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lm.config.objective import ObjectiveConfig
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import (
-    MADE,
+    COLLECTED,
     Experiment,
     Source,
     Stage,
@@ -34,12 +34,12 @@ MADE_FILE = "made.jsonl"  # in that stage's folder
 
 
 def located(experiment: Experiment, folder: RunFolder) -> Experiment:
-    """The experiment with every source `made:STAGE` replaced by the file that the stage writes in this folder."""
+    """The experiment with every source `collected:STAGE` replaced by the file that the stage writes in this folder."""
 
     def here(source: Source) -> Source:
-        if not source.path.startswith(MADE):
+        if not source.path.startswith(COLLECTED):
             return source
-        return replace(source, path=str(folder.stage_folder(source.path.removeprefix(MADE)) / MADE_FILE))
+        return replace(source, path=str(folder.stage_folder(source.path.removeprefix(COLLECTED)) / MADE_FILE))
 
     stages = tuple(replace(stage, sources=tuple(map(here, stage.sources))) for stage in experiment.stages)
     evals = tuple(replace(item, source=here(item.source)) for item in experiment.evals)

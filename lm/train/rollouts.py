@@ -94,12 +94,12 @@ class RolloutBatches(Batches):
             f"on average (99th percentile {gap.p99:.2g}, largest {gap.largest:.2g}), {found.found / found.allowed:.1f} times as "
             f"much as rounding in {config.compute_dtype} at temperature {o.temperature:g} may make"
         )
-        if not o.sampler_cap:
+        if not o.tis_clip:
             raise UserError(
-                f"{where}: {told}: gradients would be of another policy. {where}.objective.sampler_cap 2 corrects for it by "
+                f"{where}: {told}: gradients would be of another policy. {where}.objective.tis_clip 2 corrects for it by "
                 "importance weights, model.compute_dtype float32 makes rounding small"
             )
-        self.notes["sampler_gap"] = f"{told}: importance weights up to {o.sampler_cap:g} (sampler_cap) correct for it"
+        self.notes["sampler_gap"] = f"{told}: importance weights up to {o.tis_clip:g} (tis_clip) correct for it"
 
     def show(self, log: MetricsLog, step: int) -> None:
         log.samples(list(_groups(self.latest, self.stage, step)) if self.latest else [])

@@ -21,7 +21,7 @@ from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.data.vocabulary import train_tokenizer
 from lm.experiment import (
-    MADE,
+    COLLECTED,
     Experiment,
     Stage,
     UserError,
@@ -319,7 +319,7 @@ def fingerprints(experiment: Experiment) -> dict[str, str]:
     read = {source.path: source for source in [*sources, *(item.source for item in experiment.evals)]}
     functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
     return {
-        path: rows_of(source).fingerprint for path, source in sorted(read.items()) if not path.startswith(MADE)
+        path: rows_of(source).fingerprint for path, source in sorted(read.items()) if not path.startswith(COLLECTED)
     } | functions
 
 

@@ -134,7 +134,7 @@ def test_all_evals_and_prompts_are_looked_at_before_training(tokenizer, item, ex
 
 
 def test_an_eval_that_no_stage_gives_what_it_compares_with_is_refused(item, experiment):
-    pairs, best = item(PAIRS, "pair_accuracy"), item(PAIRS, "best_of_n", temperature=1.0, verifier="manners")
+    pairs, best = item(PAIRS, "pair_accuracy"), item(PAIRS, "best_of_n", temperature=1.0, verifier="style")
     check(experiment(pairs))
     check(experiment(best, objective=RewardModel()))
     with pytest.raises(UserError, match=r"evals\.it\.metric is pair_accuracy, and no stage"):

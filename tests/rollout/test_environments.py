@@ -43,7 +43,7 @@ def model(tokenizer):
 
 
 def stage(**changes):
-    objective = GRPO("manners", group_size=GROUP, max_new_tokens=6, **changes)
+    objective = GRPO("style", group_size=GROUP, max_new_tokens=6, **changes)
     return tiny_stage(objective, sources=(Source("gen:arithmetic"),), batch_size=4, seq_len=80)
 
 
@@ -80,7 +80,7 @@ def test_a_group_has_a_preference_where_it_has_advantages(scale):
 )
 def test_prompts_are_asked_until_the_batch_is_full(tokenizer, model, monkeypatch, groups, turns, useful):
     given = itertools.chain(*groups)
-    monkeypatch.setitem(verifiers.VERIFIERS, "manners", lambda row, text: next(given))
+    monkeypatch.setitem(verifiers.VERIFIERS, "style", lambda row, text: next(given))
     one = stage(rollouts=3)
     tasks = make_tasks(one, tokenizer, seed=0)
     found = grpo_rollout(LocalEngine(model, tokenizer), None, tasks, one, 2, jax.random.key(0), None)
@@ -100,7 +100,7 @@ def test_prompts_are_asked_until_the_batch_is_full(tokenizer, model, monkeypatch
 
 
 def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, model):
-    one = stage(sampler="int4", sampler_cap=2.0)
+    one = stage(sampler="int4", tis_clip=2.0)
     experiment = Experiment("tiny", (one,), model=MODEL)
     mesh = make_mesh(layout())
     with jax.set_mesh(mesh):
@@ -155,11 +155,11 @@ def test_a_sampler_of_another_policy_is_refused_and_told_how_to_correct_for_it(t
         rollouts(0, state)
         wrong_sampler(monkeypatch)
         with pytest.raises(
-            UserError, match=r"tiny: the sampler's log-probabilities .* in bfloat16 .*\.sampler_cap 2"
+            UserError, match=r"tiny: the sampler's log-probabilities .* in bfloat16 .*\.tis_clip 2"
         ) as told:
             rollouts(1, state)  # at any step, not at the first alone
         assert "\n" not in str(told.value)
-        corrected = rollouts_of(tokenizer, mesh, sampler_cap=2.0)
+        corrected = rollouts_of(tokenizer, mesh, tis_clip=2.0)
         (batch,), _ = corrected(0, state_of(corrected, tokenizer))
     assert "importance weights up to 2" in corrected.notes["sampler_gap"]
     assert jnp.abs(batch.old_logp - batch.sampler_logp).max() > 0.1

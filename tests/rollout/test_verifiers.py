@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lm.data.curriculum.style import CLOSERS, OPENERS
 from lm.rollout.verifiers import NEEDS, VERIFIERS
 
-answer, manners = VERIFIERS["answer"], VERIFIERS["manners"]
+answer, style = VERIFIERS["answer"], VERIFIERS["style"]
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_answer(row, completion, reward):
         ("", 0.0),
     ],
 )
-def test_manners(completion, reward):
-    assert manners({}, completion) == reward
+def test_style(completion, reward):
+    assert style({}, completion) == reward
 
 
 PIECES = st.sampled_from(

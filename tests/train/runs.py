@@ -24,10 +24,10 @@ def experiment(root: Path, **sft) -> Experiment:
         model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64),
         mesh=Mesh(data=1),
         stages=(
-            Stage("collect", Collect(verifier="manners", max_new_tokens=4, make="best"), (asked,), steps=1, **few),
-            Stage("sft", SFT(), (Source("made:collect", holdout=0.0), asked), CONSTANT, **few | {"steps": 4, "save_every": 2} | sft),
+            Stage("collect", Collect(verifier="style", max_new_tokens=4, make="best"), (asked,), steps=1, **few),
+            Stage("sft", SFT(), (Source("collected:collect", holdout=0.0), asked), CONSTANT, **few | {"steps": 4, "save_every": 2} | sft),
         ),
-        evals=(Eval("asked", asked, verifier="manners", count=4, max_new_tokens=4),),
+        evals=(Eval("asked", asked, verifier="style", count=4, max_new_tokens=4),),
     )  # fmt: skip
 
 

@@ -31,11 +31,11 @@ experiment = Experiment(
     model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64),
     mesh=Mesh(data=1),
     stages=(
-        Stage("collect", Collect(verifier="manners", max_new_tokens=4, make="best"), (asked,), steps=2, batch_size=4, seq_len=48),
+        Stage("collect", Collect(verifier="style", max_new_tokens=4, make="best"), (asked,), steps=2, batch_size=4, seq_len=48),
         Stage("sft", SFT(), (asked,), steps=3, save_every=1, keep_moments=False, **often),
-        Stage("grpo", GRPO(group_size=2, max_new_tokens=4, verifier="manners"), (asked,), steps=3, save_every=2, **often),
+        Stage("grpo", GRPO(group_size=2, max_new_tokens=4, verifier="style"), (asked,), steps=3, save_every=2, **often),
     ),
-    evals=(Eval("asked", asked, verifier="manners", count=4, max_new_tokens=4),),
+    evals=(Eval("asked", asked, verifier="style", count=4, max_new_tokens=4),),
 )
 """
 # Before which change the process kills itself: (event of Python's audit hooks, path in the run's folder, how many times seen).

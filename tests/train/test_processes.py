@@ -38,13 +38,13 @@ experiment = Experiment(
         Stage("judged", KTO(), (preferences,), seq_len=128, **few),
         Stage("scored", RewardModel(), (preferences,), seq_len=128, **few),
         Stage("asked", Collect(judge="scored", max_new_tokens=8), (preferences,), seq_len=96, **few),
-        Stage("again", DPO(), (Source("made:asked", holdout=0.0),), seq_len=96, **few),
+        Stage("again", DPO(), (Source("collected:asked", holdout=0.0),), seq_len=96, **few),
         Stage("ppo", PPO(reward_models=("scored",), max_new_tokens=8, epochs=1), (preferences,), seq_len=96, **few),
-        Stage("reason", GRPO("manners", group_size=4, max_new_tokens=8, updates_per_rollout=2), (preferences,), seq_len=96, **few),
+        Stage("reason", GRPO("style", group_size=4, max_new_tokens=8, updates_per_rollout=2), (preferences,), seq_len=96, **few),
     ),
     evals=(
         Eval("text", text, "bits_per_byte", count=2),
-        Eval("manners", preferences, verifier="manners", count=4, max_new_tokens=4, temperature=1.0),
+        Eval("manners", preferences, verifier="style", count=4, max_new_tokens=4, temperature=1.0),
     ),
     prompts=("What is an LLM?",),
 )

@@ -45,7 +45,7 @@ WORDS = ["".join(np.random.default_rng(i).choice(list("abdeghiklmnoprstu"), 4)) 
 
 def experiment(folder: Path) -> Experiment:
     pairs, asked = (Source(str(folder / name), holdout=0.2) for name in ("pairs.jsonl", "asked.jsonl"))
-    made = Source("made:collect", holdout=0.1)
+    made = Source("collected:collect", holdout=0.1)
     shared = {"optimizer": Optimizer(peak_lr=1e-2, warmup_steps=2), "steps": STEPS, "seq_len": 48, "save_every": SAVED}
     ppo = PPO(
         reward_models=("reward", "twin"), ensemble="min", verifier="brevity", max_new_tokens=12, epochs=2, minibatches=2,
@@ -224,7 +224,7 @@ def test_the_best_answers_are_conversations_to_imitate(folder):
         whole.stages[1], objective=Collect(verifier="brevity", make="best", answers=4, max_new_tokens=12)
     )
     imitate = dataclasses.replace(
-        whole.stages[0], name="again", sources=(Source("made:collect", holdout=0.1),), steps=2
+        whole.stages[0], name="again", sources=(Source("collected:collect", holdout=0.1),), steps=2
     )
     run(only(folder, collect, imitate), folder / "best")
     here = folder / "best" / "stages" / "collect"

@@ -85,9 +85,9 @@ def watched_experiment(seed: int) -> Experiment:
         Stage(name="dpo", objective=DPO(), sources=(gen,), steps=100, start="sft"),
     )
     evals = (
-        Eval(name="manners", source=gen, verifier="manners", temperature=1.0),
+        Eval(name="manners", source=gen, verifier="style", temperature=1.0),
         Eval(name="curriculum", source=Source(path="gen:curriculum")),
-        Eval(name="best", source=gen, metric="best_of_n", verifier="manners", temperature=1.0),
+        Eval(name="best", source=gen, metric="best_of_n", verifier="style", temperature=1.0),
     )
     return Experiment(name=f"watched-{seed}", stages=stages, evals=evals, prompts=PROMPTS[:1], seed=seed)
 

@@ -32,7 +32,7 @@ def evals(folder: Path, stage: str) -> list[dict]:
 
 def curves(folders: list[Path]) -> dict[str, frontier.FrontierCurve]:
     (panel,) = frontier.frontier([read_run(folder) for folder in folders])
-    assert (panel.verifier, panel.path) == ("manners", "gen:preferences")
+    assert (panel.verifier, panel.path) == ("style", "gen:preferences")
     return {curve.name: curve for curve in panel.curves}
 
 

@@ -1,4 +1,4 @@
-"""`gen:preferences`: pairs of right answers of which one has the better manners, as the rule `manners` judges them."""
+"""`gen:preferences`: pairs of right answers of which one has the better style, as the verifier `style` judges it."""
 
 from __future__ import annotations
 

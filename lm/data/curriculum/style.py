@@ -1,6 +1,6 @@
 """How answers are dressed: polite openers, hedging closers, and how to take them off again.
 
-One list of each serves the demonstrations, the preference pairs and the rule that judges manners.
+One list of each serves the demonstrations, the preference pairs and the verifier of style.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from lm.data.split import ALWAYS_TRAINED
 from lm.rollout.verifiers import VERIFIERS
 
 ROWS = 3000
-answer, manners = VERIFIERS["answer"], VERIFIERS["manners"]
+answer, style = VERIFIERS["answer"], VERIFIERS["style"]
 
 
 @pytest.mark.parametrize("make", [instruct_row, arithmetic_row, preference_row])
@@ -53,7 +53,7 @@ def test_every_family_is_right_dressed_or_not(family):
             for closer in ("", CLOSERS[index % len(CLOSERS)]):
                 text = dress(task.core, opener, closer)
                 assert answer({"answer": task.core}, text) == 1.0
-                assert manners({}, text) == 0.5 * bool(opener) + 0.5 * (not closer)
+                assert style({}, text) == 0.5 * bool(opener) + 0.5 * (not closer)
                 assert undress(text)[0] == bool(opener) and undress(text)[2] == bool(closer)
 
 
@@ -179,13 +179,13 @@ def test_word_lists_have_no_doubles():
     assert len({city for _, city in words.CAPITALS}) == len({country for country, _ in words.CAPITALS}) == 50
 
 
-def test_preferences_differ_in_manners_and_not_in_content():
-    rejected_manners = set()
+def test_preferences_differ_in_style_and_not_in_content():
+    rejected_style = set()
     for row in map(preference_row, range(ROWS)):
-        assert manners(row, row["chosen"]) == 1.0 > manners(row, row["rejected"])
+        assert style(row, row["chosen"]) == 1.0 > style(row, row["rejected"])
         assert answer(row, row["chosen"]) == answer(row, row["rejected"]) == 1.0
-        rejected_manners.add(manners(row, row["rejected"]))
-    assert rejected_manners == {0.0, 0.5}
+        rejected_style.add(style(row, row["rejected"]))
+    assert rejected_style == {0.0, 0.5}
 
 
 def test_preferences_ask_under_the_keys_of_the_instructions():

@@ -1,0 +1,83 @@
+"""Former spellings of fields and values: experiment files, stored runs and the command line may still use them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+FIELDS = {"sampler_cap": "tis_clip"}  # former name of a field → its name
+WORDS = {"verifier": {"manners": "style"}}  # field → {former value: value}
+PREFIXES = {"path": {"made:": "collected:"}}  # field → {former beginning of its values: beginning}
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def current_names(fields: Mapping[str, Any], known: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of an object by their names of today; `known` are those of its class."""
+    new = {name: FIELDS[name] for name in fields if FIELDS.get(name) in known and FIELDS[name] not in fields}
+    for former, name in new.items():
+        _tell(f"{where}.{former} is called {name} now")
+    return {new.get(name, name): value for name, value in fields.items()}
+
+
+def current_path(dotted: str) -> str:
+    """The dotted name of a leaf, whose last part may be a former name."""
+    start, _, name = dotted.rpartition(".")
+    if name not in FIELDS:
+        return dotted
+    _tell(f"{dotted} is called {FIELDS[name]} now")
+    return f"{start}.{FIELDS[name]}"
+
+
+def current_value(field: str, value: Any, where: str) -> Any:
+    """The value of a field as it is spelled today."""
+    new = _swapped(value, WORDS.get(field, {}), PREFIXES.get(field, {}))
+    if new != value:
+        _tell(f"{where} {value} is written {new} now")
+    return new
+
+
+def former_name(field: str) -> str:
+    """The first name of a field, which digests keep."""
+    return _inverse(FIELDS).get(field, field)
+
+
+def former_value(field: str, value: Any) -> Any:
+    """The first spelling of a field's value, which digests keep."""
+    return _swapped(value, _inverse(WORDS.get(field, {})), _inverse(PREFIXES.get(field, {})))
+
+
+def takes_former_names(kind: Kind) -> Kind:
+    """Class decorator: the dataclass can also be constructed, and replaced, with former names of its fields."""
+    construct: Callable[..., None] = kind.__init__  # type: ignore[misc]
+
+    @functools.wraps(construct)
+    def init(self: Any, *values: Any, **fields: Any) -> None:
+        for former in fields.keys() & FIELDS.keys():
+            _tell(f"{kind.__name__}.{former} is called {FIELDS[former]} now")
+            fields[FIELDS[former]] = fields.pop(former)
+        construct(self, *values, **fields)
+
+    kind.__init__ = init  # type: ignore[misc]
+    return kind
+
+
+def _swapped(value: Any, words: Mapping[str, str], prefixes: Mapping[str, str]) -> Any:
+    if not isinstance(value, str):
+        return value
+    for old, new in prefixes.items():
+        if value.startswith(old):
+            return new + value.removeprefix(old)
+    return words.get(value, value)
+
+
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {new: old for old, new in table.items()}
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Print a line once in a process."""
+    print(f"lm: {line}", file=sys.stderr)
