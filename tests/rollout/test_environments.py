@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.algorithms.table import first_state
+from lm.algorithms.table import ALGORITHMS, first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import GRPO, Experiment, Source, UserError
@@ -133,7 +133,7 @@ def wrong_sampler(monkeypatch):
         batches = [dataclasses.replace(b, old_logp=b.old_logp + 0.1 * noise * b.weights) for b in found.batches]
         return dataclasses.replace(found, batches=batches)
 
-    monkeypatch.setattr("lm.train.rollouts.grpo_rollout", off)
+    monkeypatch.setitem(ALGORITHMS, GRPO, dataclasses.replace(ALGORITHMS[GRPO], rollout=off))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
