@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from lm.config.objective import check_environment
 from lm.experiment import (
     COLLECTED,
     Eval,
@@ -90,6 +91,11 @@ def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
         raise UserError(
             f"evals.{item.name}.temperature is {item.temperature}; it should be above 0 for pass_at_k, or all answers are "
             "the same"
+        )
+    check_environment(f"evals.{item.name}", item.environment, item.verifier)
+    if item.environment and item.metric not in ("reward", "pass_at_k", "best_of_n"):
+        raise UserError(
+            f"evals.{item.name}.environment is {item.environment}, of which {item.metric} asks nothing: leave it out"
         )
     if item.max_new_tokens >= m.max_len:
         raise UserError(

@@ -85,6 +85,7 @@ def function_names(experiment: Experiment) -> list[tuple[str, str, str]]:
         for field, arguments in stage.objective.functions.items()
     ]
     fields += [(f"evals.{item.name}.verifier", item.verifier, VERIFIER_ARGUMENTS) for item in experiment.evals]
+    fields += [(f"evals.{item.name}.environment", item.environment, "") for item in experiment.evals]
     return [
         (where, name, arguments)
         for where, value, arguments in fields

@@ -82,9 +82,9 @@ def stage_lines(
     Args:
         elsewhere: what other sources of the experiment hold out, which is left out of training.
     """
-    from lm.data.pipeline import make_feed, make_prompt_feed
+    from lm.data.pipeline import make_feed
     from lm.data.sources import NOWHERE
-    from lm.rollout.verifiers import needed_columns
+    from lm.rollout.episodes import make_tasks
 
     elsewhere = NOWHERE if elsewhere is None else elsewhere
 
@@ -93,11 +93,7 @@ def stage_lines(
     if makers:
         yield f"{makers[0]} is made when the run comes to that stage"
     elif stage.objective.samples:
-        o = stage.objective
-        prompts = make_prompt_feed(
-            stage.sources, stage.batch_size, stage.seq_len - o.max_new_tokens, tokenizer, seed, elsewhere=elsewhere,
-            columns=needed_columns(o.verifier) if o.verifier else (), max_new_tokens=o.max_new_tokens,
-        )  # fmt: skip
+        prompts = make_tasks(stage, tokenizer, seed, elsewhere).feed
         yield prompts.report()
         yield from prompt_lines(prompts.batch(step), tokenizer.show, rows, colour)
     else:

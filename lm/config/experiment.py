@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lm.config.field import UserError, knob, nearest
 from lm.config.model import Mesh, Model, Tokenizer
-from lm.config.objective import reward_seconds_knob
+from lm.config.objective import environment_knob, reward_seconds_knob
 from lm.config.stage import Source, Stage
 
 
@@ -27,6 +27,7 @@ class Eval:
     temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy", least=0.01, most=100, special=0)
     best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()
+    environment: str = environment_knob()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from lm.config.objective import (
     MetricChart,
     ObjectiveConfig,
     Sign,
+    check_environment,
+    environment_knob,
     reward_seconds_knob,
 )
 
@@ -61,9 +63,10 @@ class GRPO(ObjectiveConfig):
         special=0,
     )
     reward_seconds: float = reward_seconds_knob()
+    environment: str = environment_knob()
 
     data = "prompts"
-    functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS}
+    functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS, "environment": ""}
     caption = "is trained by reinforcement learning: sampled answers that the verifier rewards become more likely."
     charts = (MetricChart("Reward", {"reward": "mean of the rollouts"}, percent=True), COMPLETION_LENGTH, ENTROPY)
     small_charts = (
@@ -106,6 +109,7 @@ class GRPO(ObjectiveConfig):
         return self.tis_clip > 0 or not self.samples_as_trained
 
     def check(self, stage: Stage, model: Model) -> None:
+        check_environment(f"{stage.name}.objective", self.environment, self.verifier)
         if stage.batch_size * self.group_size % self.updates_per_rollout:
             raise UserError(
                 f"{stage.name}.objective.updates_per_rollout {self.updates_per_rollout} does not divide its "

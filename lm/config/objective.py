@@ -137,6 +137,23 @@ def reward_seconds_knob() -> Any:
     return knob(10.0, text, above=0, most=10**6)
 
 
+def environment_knob() -> Any:
+    """The field that names an environment."""
+    text = "environment of your own, FILE:CLASS, with replies between the model's turns and its own rewards; empty: the verifier judges one answer"
+    return knob("", text)
+
+
+def check_environment(where: str, environment: str, verifier: str) -> None:
+    """Raises UserError where `environment` names no class, or a verifier too; `where` is what the fields belong to."""
+    if environment and not is_function_name(environment):
+        raise UserError(f"{where}.environment is {environment!r}; it should be FILE:CLASS, for instance my_file:Guess")
+    if environment and verifier != "answer":
+        raise UserError(
+            f"{where}.environment {environment} gives its own rewards, and {where}.verifier {verifier} would not be asked: "
+            "leave one of them out"
+        )
+
+
 def check_label_smoothing(where: str, smoothing: float, losses: tuple[str, ...], readers: frozenset[str]) -> None:
     """Raises UserError where label smoothing is set and no loss reads it; `where` is the objective in dotted form."""
     if smoothing and readers.isdisjoint(losses) and not any(map(is_function_name, losses)):

@@ -95,3 +95,10 @@ class Stage(Generic[O_co]):
         "and those of keep_every have the model alone, the others are removed, and no steps can be added",
         affects_training=False,
     )
+    trajectory_mb: int = knob(
+        32,
+        "MB of trajectory files (everything that the stage samples) kept, the newest; 0: none is written",
+        least=0,
+        most=10**9,
+        affects_training=False,
+    )

@@ -139,7 +139,7 @@ def _conversations(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Exa
 
 def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
     """Different prompts that leave room for an answer, of rows that have what the verifier needs."""
-    found, seen = Examples("prompts"), set[tuple[int, ...]]()
+    found, seen = Examples("prompts"), set[tuple[Any, ...]]()
     room, spec = max_len - item.max_new_tokens, spec_of(item)
 
     def add(row: dict[str, Any], where: str) -> str:
@@ -149,9 +149,11 @@ def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool)
         tokens = render(spec.messages(row, where), tokenizer, generation_prompt=True).tokens
         if len(tokens) > room:
             return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
-        if tuple(tokens) in seen:
+        # The tasks of an environment may differ in what the first messages do not tell.
+        key = (*tokens, *(str(row[column]) for column in spec.columns if item.environment))
+        if key in seen:
             return REPEATED
-        seen.add(tuple(tokens))
+        seen.add(key)
         found.rows.append(row)
         found.encoded.append(tokens)
         return ""
@@ -162,7 +164,7 @@ def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool)
 def spec_of(item: Eval) -> EnvironmentSpec:
     """The environment of an eval that samples answers, or its verifier."""
     where = f"evals.{item.name}"
-    return environment_spec(item.verifier, getattr(item, "environment", ""), where, where, item.reward_seconds)
+    return environment_spec(item.verifier, item.environment, where, where, item.reward_seconds)
 
 
 def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:

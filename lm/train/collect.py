@@ -33,13 +33,14 @@ from lm.rollout.engine import LocalEngine
 from lm.rollout.episodes import Tasks, make_tasks, sample_trajectories
 from lm.rollout.experience import check_finite, score_rows
 from lm.rollout.rewards import timeout_metric
-from lm.rollout.trajectory import Trajectory, rewards_of, sample_metrics, trajectory_batch
+from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
 from lm.train.callbacks import listener
 from lm.train.goodput import Costs, reached
 from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
 from lm.train.models import MADE_FILE
 from lm.train.resume import file_sha256
+from lm.train.trajectory_files import keep_trajectories, rewind_trajectories
 from lm.train.watchdog import PATIENCE
 
 ANSWERS, LABELS = "answers.jsonl", "labels.jsonl"
@@ -86,6 +87,7 @@ def _sample(
     progress.doing("compiling")
     with MetricsLog(path.parent, listener(run.callbacks, stage.name)) as log:
         log.rewind(start)
+        run_on_main(lambda: rewind_trajectories(path.parent, start))
         for step in range(start, stage.steps):
             if reason := run.stop.now():
                 raise Interrupted(f"{reason}: kept the answers of {step} of {stage.steps} steps of stage {stage.name}")
@@ -110,6 +112,8 @@ def _answer(
         LocalEngine(model, run.tokenizer), tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
         group_size=o.answers, judged=not (o.judge or scorers),
     )  # fmt: skip
+    folder = run.folder.stage_folder(stage.name)
+    keep_trajectories(folder, stage, step + 1, Rollout([], found, np.zeros(len(found)), np.arange(0), {}))
     line = sample_metrics(found)
     groups = [found[start : start + o.answers] for start in range(0, len(found), o.answers)]
     scores: list[list[float] | None] = [None] * len(groups)

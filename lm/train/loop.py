@@ -43,6 +43,7 @@ from lm.train.resume import check_checkpoint
 from lm.train.run_folder import RunFolder, write_sealed
 from lm.train.signals import Stop
 from lm.train.stage_warnings import Warnings
+from lm.train.trajectory_files import rewind_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.types import Batch, TrainState
 
@@ -121,6 +122,7 @@ def train_stage(
             goodput.keep(folder, spent)
         run_on_main(lambda: log.rewind(start, functools.partial(_taken_again, stage, start)))
         run_on_main(lambda: log.check_steps(start))
+        run_on_main(lambda: rewind_trajectories(folder, start))
         costs = Costs(began, meta.get("costs", {}), spent)
         loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
         evaluator.tell = loop.doing

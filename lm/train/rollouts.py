@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from lm.experiment import (
     rows_per_update,
 )
 from lm.model.scorer import policy_of
+from lm.model.transformer import Transformer
 from lm.parallel.distributed import to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.engine import LocalEngine
@@ -41,6 +43,7 @@ from lm.rollout.sampler_gap import (
 from lm.rollout.trajectory import Rollout
 from lm.train.batches import Batches, CachedReferenceBatches
 from lm.train.metrics import MetricsLog
+from lm.train.trajectory_files import keep_trajectories
 from lm.types import Batch, TrainState
 
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
@@ -62,7 +65,11 @@ class RolloutBatches(Batches):
         feed = self.tasks.feed
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
+        self.folder: Path | None = None
         self.agreement: GapBound | None = None  # of sampler and trainer, when they were last compared with float32
+
+    def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
+        self.folder = folder
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
@@ -71,6 +78,8 @@ class RolloutBatches(Batches):
         sampler = model if o.samples_as_trained else rounded(model, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
         self.latest = self.rollout(engine, state, self.tasks, self.stage, step, key, self.place)
+        if self.folder:
+            self.notes |= keep_trajectories(self.folder, self.stage, step + 1, self.latest)
         # Every process has the whole rollout, and gives its devices their rows of it.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
         once = batches[: o.updates_per_epoch]  # each row of the rollout

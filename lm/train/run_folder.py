@@ -1,7 +1,7 @@
 """The folder of a run: its layout, who may write in it, and which experiment it belongs to.
 
 runs/NAME/  experiment.json  environment.json  tokenizer/  report.html  lock
-            stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/
+            stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/
 """
 
 from __future__ import annotations

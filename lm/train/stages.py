@@ -20,6 +20,7 @@ from lm.data.sources import rows_of
 from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.data.vocabulary import train_tokenizer
+from lm.evals.examples import spec_of
 from lm.experiment import (
     COLLECTED,
     Experiment,
@@ -36,7 +37,6 @@ from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_
 from lm.parallel.memory import check_memory
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
-from lm.rollout.verifiers import find_verifier
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
@@ -60,6 +60,7 @@ from lm.train.resume import beginning, check_beginning, check_collected, check_m
 from lm.train.rollouts import make_batches
 from lm.train.run_folder import RunFolder
 from lm.train.signals import stop_on_signals
+from lm.train.trajectory_files import check_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.user_functions import check_functions, search_recorded
 
@@ -163,6 +164,7 @@ def _claim(experiment: Experiment, folder: RunFolder) -> None:
     for stage in experiment.stages:
         for kind in KINDS:  # that they are whole: the report would find it after hours of training
             read_lines(folder.stage_folder(stage.name) / f"{kind}.jsonl")
+        check_trajectories(folder.stage_folder(stage.name))
         tidy(folder, stage)
 
 
@@ -223,7 +225,7 @@ def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int
     check_files(experiment)
     check_functions(experiment)
     for item in experiment.evals:
-        find_verifier(item.verifier, f"evals.{item.name}.verifier")
+        spec_of(item)
     return experiment, last
 
 

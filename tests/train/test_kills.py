@@ -46,6 +46,7 @@ POINTS = (
     ("os.rename", r"stages/sft/summary\.json\.tmp", 1),
     ("shutil.rmtree", r"stages/sft/checkpoints/00000003/opt_state", 1),
     ("os.rename", r"stages/grpo/checkpoints/00000002/manifest\.json\.tmp", 1),
+    ("os.rename", r"stages/grpo/trajectories/step-00000003.*\.tmp", 1),
 )
 COMMAND = """
 import json, os, re, signal, sys
