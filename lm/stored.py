@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,19 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if rest is None:
         raise UserError(f"{path} is damaged: it does not match its own checksum; put back a copy of it")
     return rest
+
+
+def read_record(path: Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`read_sealed` of an object with fields of these types, and where it has them the optional ones.
+
+    Raises:
+        UserError: also where a field is missing or of another type.
+    """
+    found = read_sealed(path)
+    for name, kind in {**fields, **{name: kind for name, kind in (optional or {}).items() if name in found}}.items():
+        if not isinstance(found.get(name), kind):
+            raise UserError(f"{path} is damaged: it has no {name!r} that can be read; put back a copy of it")
+    return found
 
 
 def lock_file(handle: int, path: Path, flag: str, wait: bool = False) -> bool:

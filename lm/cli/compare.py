@@ -78,8 +78,6 @@ def one_run(name: str) -> Path:
 
 def baseline(given: list[str], sweeps: list[Path]) -> tuple[dict[str, str] | str | None, str]:
     """(what is asked for, else what the sweep names, why that). Raises UserError for several names of groups."""
-    from lm.train.run_folder import read_json
-
     if len(given) > 1 and (names := [text for text in given if "=" not in text]):
         raise UserError(f"--baseline {names[0]!r} beside others; it should be one name, or several NAME=VALUE")
     if given:
@@ -87,7 +85,9 @@ def baseline(given: list[str], sweeps: list[Path]) -> tuple[dict[str, str] | str
         return settings or given[0], "asked for with --baseline"
     if not sweeps:
         return None, ""
-    named = read_json(sweeps[0] / "sweep.json")["baseline"]
+    from lm.sweep.results import read_description
+
+    named = read_description(sweeps[0]).get("baseline")
     return named, f"{sweeps[0]} names it" if named else "the first value of every axis"
 
 

@@ -193,7 +193,7 @@ def _token(host: str, file: Path | None) -> str | None:
         return None if host in LOCAL else secrets.token_urlsafe(24)
     if not file.is_file():
         raise UserError(f"--token-file {file}: there is no such file")
-    token = file.read_text("utf-8").strip()
+    token = file.read_text("utf-8", errors="replace").strip()
     if len(token) < SHORTEST_TOKEN or not all(
         letter.isascii() and (letter.isalnum() or letter in "-_") for letter in token
     ):

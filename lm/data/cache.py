@@ -383,7 +383,8 @@ def _owner(lock: Path) -> dict[str, Any]:
         owner = json.loads(lock.read_text("utf-8") or "{}")
     except (OSError, ValueError, RecursionError):
         return {}
-    whole = isinstance(owner, dict) and isinstance(owner.get("process"), int) and isinstance(owner.get("draft"), str)
+    fields = {"process": int, "host": str, "draft": str}
+    whole = isinstance(owner, dict) and all(isinstance(owner.get(name), kind) for name, kind in fields.items())
     return owner if whole else {}
 
 

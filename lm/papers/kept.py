@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.papers.paper import load
-from lm.train.run_folder import read_json
+from lm.stored import read_record
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,6 @@ def claims(home: Path) -> list[Claim]:
         file, kept = page.with_suffix(".py"), home / "results" / f"{page.stem}.json"
         if file.is_file():
             paper = load(str(file))
-            result = read_json(kept) if kept.is_file() else None
+            result = read_record(kept, {"verdict": str, "provenance": dict, "charts": list}) if kept.is_file() else None
             found.append(Claim(page.stem, paper.title, paper.source, result))
     return found

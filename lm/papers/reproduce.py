@@ -16,7 +16,7 @@ from lm.sweep.run import run_sweep
 from lm.sweep.sweep import Sweep
 from lm.train.metrics import plain
 from lm.train.provenance import environment
-from lm.train.run_folder import read_json, write_json_atomic
+from lm.train.run_folder import RunFolder, write_json_atomic
 
 BEGIN, END = "<!-- result: written by `lm reproduce` -->", "<!-- end of the result -->"
 
@@ -72,10 +72,7 @@ def provenance(runs: dict[str, list[Result]], seconds: float) -> dict[str, Any]:
     """Where the numbers come from: commits, machines and data of the runs, as they wrote them down themselves."""
     everything = [result for found in runs.values() for result in found]
     sessions = [
-        session
-        for result in everything
-        if (result.folder / "environment.json").is_file()
-        for session in read_json(result.folder / "environment.json")["runs"]
+        session for result in everything for session in RunFolder(result.folder).read_environment().get("runs", ())
     ] or [environment({})]
     git = [session["git"] or {} for session in sessions]
     return {

@@ -18,11 +18,11 @@ from lm.interop.hf import layer_shapes
 from lm.model.flops import forward_flops_per_token
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
+from lm.stored import read_record
 from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, own_point, trial_at, trials
-from lm.train.run_folder import read_json
 
 START_SECONDS = 20.0  # of a stage: a process, its imports, reading data, compilation
 USED = 0.2  # of the speed of a large matrix product, by a training step
@@ -158,7 +158,10 @@ def _stage(trial: Trial, index: int, shared: Path, run_dir: Path, topology: str 
     experiment = trial.experiment
     stage = experiment.stages[index]
     summaries = [shared / "summary.json", run_dir / "stages" / stage.name / "summary.json"]
-    measured = next((read_json(path).get("seconds", 0.0) for path in summaries if path.is_file()), 0.0)
+    measured = next(
+        (read_record(path, {}, {"seconds": (int, float)}).get("seconds", 0.0) for path in summaries if path.is_file()),
+        0.0,
+    )
     hours = None if topology is None else _hours(experiment, stage.name, topology)
     other = evaluation_flops(experiment, stage) + sampling_flops(experiment, stage)
     return Cost(flops(experiment, index), other, checkpoint_bytes(experiment, stage), hours, measured)

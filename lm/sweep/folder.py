@@ -21,10 +21,10 @@ from typing import Any
 
 from lm.changes import normalised, read_experiment
 from lm.experiment import UserError, diff, from_dict, to_dict
-from lm.stored import lock_file, make_folder
+from lm.stored import lock_file, make_folder, read_json, write_json_atomic, write_sealed
+from lm.sweep.results import DESCRIPTION, read_description, read_trial
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, key_of, label_on
-from lm.train.run_folder import read_json, write_json_atomic
 
 MOST_DIFFERENCES = 5
 
@@ -42,7 +42,7 @@ class SweepFolder:
 
     @property
     def description(self) -> Path:
-        return self.path / "sweep.json"
+        return self.path / DESCRIPTION
 
     @property
     def journal(self) -> Path:
@@ -72,6 +72,10 @@ class SweepFolder:
         """What is known of a trial beside its run: {"settings", "seed", "wanted", "failed"}."""
         return self.trial(key) / "trial.json"
 
+    def read_record(self, key: str) -> dict[str, Any] | None:
+        """What `record` has; None where it is not there yet. Raises UserError where it is damaged."""
+        return read_trial(self.record(key)) if self.record(key).exists() else None
+
     def shared(self, stage_key: str) -> Path:
         return self.store / stage_key
 
@@ -87,13 +91,13 @@ class SweepFolder:
                 raise UserError(f"{self.path} has files but no sweep.json: name another folder (--folder DIR)")
             make_folder(self.path, "--folder DIR")
         else:
-            self._refuse_another(read_json(self.description), wanted)
-        write_json_atomic(self.description, wanted)
+            self._refuse_another(read_description(self.path), wanted)
+        write_sealed(self.description, wanted)
 
     def _refuse_another(self, there: dict[str, Any], wanted: dict[str, Any]) -> None:
         different = [f"{name}: {old!r} → {new!r}" for name, old, new in _different(there["base"], wanted["base"])]
-        if there["search"]["kind"] != wanted["search"]["kind"]:
-            different.insert(0, f"search: {there['search']['kind']} → {wanted['search']['kind']}")
+        if there["search"].get("kind") != wanted["search"]["kind"]:
+            different.insert(0, f"search: {there['search'].get('kind')} → {wanted['search']['kind']}")
         if wanted["search"]["kind"] in [kind.__name__ for kind in typing.get_args(Suggested)]:
             for name, axis in wanted["axes"].items():
                 old = there["axes"].get(name, axis)
@@ -139,15 +143,13 @@ class SweepFolder:
 
     def update(self, key: str, **changes: Any) -> None:
         """Add to what is known of a trial."""
-        file = self.record(key)
-        known = read_json(file) if file.exists() else {}
+        known = self.read_record(key) or {}
         if known | changes != known:
-            write_json_atomic(file, known | changes)
+            write_sealed(self.record(key), known | changes)
 
     def failed(self, key: str) -> str:
         """Why a trial has failed; "" where it has not, or has not ended."""
-        file = self.record(key)
-        return read_json(file).get("failed", "") if file.exists() else ""
+        return (self.read_record(key) or {}).get("failed", "")
 
     def want_only(self, keys: set[str]) -> None:
         """Mark every trial that the sweep asks for no more; its run stays."""

@@ -12,12 +12,14 @@ from typing import Any
 
 from lm.changes import normalised, read_experiment
 from lm.experiment import Experiment, UserError, nearest
+from lm.stored import read_record
 from lm.train.provenance import last_session
 from lm.train.run_files import StageFiles, read_stage
-from lm.train.run_folder import read_json
 
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss"})
 DIVERGED = re.compile(r"\b(loss|grad_norm) is (nan|-?inf) at step")  # as a run says it
+DESCRIPTION = "sweep.json"
+ENDED = {"failed": str, "pruned": bool, "impossible": bool}  # how a trial ended, in its trial.json
 MAIN_FIELD = {"best_of_n": "reward"}  # of a metric whose main number has another name than it
 
 
@@ -121,20 +123,35 @@ def read_sweep(folder: Path) -> list[Result]:
     """Every trial of a sweep that the sweep still asks for, in the order of its axes' values and its seeds.
 
     Raises:
-        UserError: the folder is no sweep's.
+        UserError: the folder is no sweep's, or a file of it is damaged.
     """
-    if not (folder / "sweep.json").is_file():
-        raise UserError(f"{folder} is not the folder of a sweep: it has no sweep.json")
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(f"{folder} is not the folder of a sweep: it has no {DESCRIPTION}")
     found = []
     for file in sorted((folder / "trials").glob("*/trial.json")):
-        known = read_json(file)
+        known = read_trial(file)
         if known["wanted"]:
-            extra = {name: known[name] for name in ("settings", "failed", "pruned", "impossible") if name in known}
+            extra = {name: known[name] for name in ("settings", *ENDED) if name in known}
             found.append(dataclasses.replace(read_result(file.parent), **extra))
-    axes = read_json(folder / "sweep.json")["axes"]
-    return sorted(found, key=lambda result: ([_place(axes[n], v) for n, v in result.settings.items()], result.seed))
+    axes = read_description(folder)["axes"]
+    return sorted(found, key=lambda result: ([_place(axes.get(n), v) for n, v in result.settings.items()], result.seed))
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a sweep's folder says of it: its base, axes and search. Raises UserError where the file is damaged."""
+    return read_record(folder / DESCRIPTION, {"base": dict, "axes": dict, "search": dict})
+
+
+def read_trial(file: Path) -> dict[str, Any]:
+    """What a trial.json says: settings, seed, whether it is wanted, how it ended. Raises UserError where it is damaged."""
+    return read_record(file, {"settings": dict, "seed": int, "wanted": bool}, ENDED)
 
 
 def _place(axis: Any, value: str) -> float:
-    """Where a value stands on its axis: its place among the values, or itself."""
-    return float(axis.index(value) if isinstance(axis, list) and value in axis else value)
+    """Where a value stands on its axis: its place among the values, or itself; what is neither comes last."""
+    if isinstance(axis, list) and value in axis:
+        return float(axis.index(value))
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.inf

@@ -23,7 +23,6 @@ from lm.sweep.results import better, metric_name
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import TPE, Halving, LogUniform, Range, Suggested, Sweep
 from lm.sweep.trials import Point, Trial, own_point, told, trial_at, trials
-from lm.train.run_folder import read_json
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 DROPPED = "dropped"  # an attribute of trials that nobody ran, because the sweep asks for them no more
@@ -157,8 +156,8 @@ class Study:
         """A line for each trial that failed: its settings and why."""
         failed = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         keys = dict.fromkeys(one.user_attrs["key"] for one in failed if "key" in one.user_attrs)
-        records = [read_json(self.folder.record(key)) for key in keys if self.folder.record(key).exists()]
-        failing = [one for one in records if one["wanted"] and one["failed"]]
+        records = [record for key in keys if (record := self.folder.read_record(key))]
+        failing = [one for one in records if one["wanted"] and one.get("failed")]
         return [f"{told(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in failing]
 
     def _known(self) -> list[FrozenTrial]:

@@ -21,7 +21,7 @@ from lm.experiment import UserError
 from lm.rollout.engine import TextCompletion, generate_text
 from lm.train.checkpoint import Checkpoints
 from lm.train.models import Loaded, load_run, scorers_for
-from lm.train.run_folder import RunFolder, read_json, write_json_atomic
+from lm.train.run_folder import RunFolder, read_sealed, write_sealed
 
 BATCH = 32  # prompts answered at once
 
@@ -75,7 +75,7 @@ def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> 
         for prompt, *answers in zip(prompts, *texts, strict=True)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(beside, settings)
+    write_sealed(beside, settings)
     write_rows(path, rows)
     return True
 
@@ -135,7 +135,7 @@ def _settings(contestants: Sequence[Contestant], asked: Asked) -> dict[str, Any]
 
 
 def _check_same(settings: dict[str, Any], beside: Path, path: Path) -> None:
-    found = read_json(beside) if beside.exists() else {}
+    found = read_sealed(beside) if beside.exists() else {}
     differing = [name for name in settings if found.get(name) != settings[name]]
     if differing:
         raise UserError(

@@ -21,7 +21,7 @@ from lm.choices.export import preferences, write_rows
 from lm.choices.log import open_log, read_log
 from lm.choices.pairs import Answer as Answered
 from lm.choices.pairs import Pair, make_task, text_of
-from lm.data.chat import as_messages, prompt_messages
+from lm.data.chat import prompt_messages
 from lm.data.sources import load_rows
 from lm.experiment import Collect, Stage, UserError
 from lm.json_lines import JsonLines, read_json_lines, rewrite_json_lines
@@ -208,15 +208,20 @@ def _wait_for_people(folder: Path, name: str, count: int) -> None:
 def make_best(folder: Path, name: str, o: Collect) -> None:
     """Of each prompt's answers the best one, as a conversation to imitate (rejection sampling, arXiv:2307.09288, section 3.2.3)."""
     rows = []
-    for row in _rows_of(folder / ANSWERS):
+    for number, row in enumerate(_rows_of(folder / ANSWERS), start=1):
         best = row["answers"][int(np.argmax(row["scores"]))]
-        rows.append({"messages": [*as_messages(row["prompt"]), {"role": "assistant", "content": best}]})
+        asked = prompt_messages(row, f"{folder / ANSWERS} line {number}")
+        rows.append({"messages": [*asked, {"role": "assistant", "content": best}]})
     write_rows(folder / MADE_FILE, rows)
 
 
 def _rows_of(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines that this stage wrote."""
-    return [row for _, row in read_json_lines(path, ANSWER_FIELDS)]
+    """The rows of a file of JSON lines that this stage wrote. Raises UserError where a row has not a score for each answer."""
+    rows = [row for _, row in read_json_lines(path, ANSWER_FIELDS | {"scores": list})]
+    for number, row in enumerate(rows, start=1):
+        if [type(score) for score in row["scores"]] != [float] * len(row["answers"]) or not row["answers"]:
+            raise UserError(f"{path}:{number} has not a score for each answer: put back a copy of the file")
+    return rows
 
 
 MAKERS = {"pairs": make_pairs, "best": make_best}
