@@ -88,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _start_with_allocator()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller ignores Ctrl-C, as nohup does
         signal.signal(signal.SIGINT, interrupt)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPT
     code = _run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python ends would show a traceback
     return code
@@ -132,6 +136,7 @@ def _run(words: list[str]) -> int:
 def _start_with_allocator() -> None:
     """Begin the process again, once, with ALLOCATOR in its environment; a value that is already there stays."""
     if sys.platform == "linux" and not ALLOCATOR.keys() & os.environ.keys():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interpreter that starts has no answer to Ctrl-C
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | ALLOCATOR)
 
 

@@ -199,3 +199,11 @@ except KeyboardInterrupt:
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
     )
     assert (done.returncode, done.stdout, done.stderr) == (returned, told, "")
+
+
+def test_ctrl_c_before_the_command_has_begun_waits_for_it(here):
+    begin = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); os.kill(os.getpid(), signal.SIGINT); "
+    done = python(
+        "-c", begin + "os.execv(sys.executable, [sys.executable, '-m', 'lm.cli.main', 'config', 'small'])", cwd=here
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
