@@ -101,8 +101,8 @@ BEST = {"tpu": "splash", "cpu": "blocks"}
 
 
 def whole_rows(x: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
-    """Keys or values of all tokens of a row, wherever the mesh's axis `context` has put them."""
-    return constrain(x, "batch", "kv_heads", None, None)
+    """Keys or values of all tokens of a row, gathered from where the mesh's axis `context` has put and keeps them."""
+    return constrain(constrain(x, "batch", "kv_heads", "length"), "batch", "kv_heads", None, None)
 
 
 def attend(

@@ -138,7 +138,8 @@ class Block(nnx.Module):
 
 def residual(x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
     """The residual stream, named for rematerialisation, in its place on the mesh."""
-    return named(constrain(row_major(x), "batch", "length", "act_embed"), name)
+    places = ("batch", "length", "act_embed")
+    return named(constrain(row_major(x, *places), *places), name)
 
 
 class Transformer(nnx.Module):

@@ -77,11 +77,21 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(tuple(fits)))
 
 
-def row_major(x: Array) -> Array:
-    """Ask the TPU compiler for the layout that the array's shape shows; left to itself it changes it back and forth."""
+def row_major(x: Array, *names: str) -> Array:
+    """Ask the TPU compiler for the layout that the array's shape shows; left to itself it changes it back and forth.
+
+    Where the mesh splits rows of tokens each device asks for its own part: libtpu 0.0.42 would gather the whole array on
+    every device for the constraint otherwise, in every layer (0.6B, rows of 8,192 over two devices: 921 ms a step, not 593).
+    """
     if platform() != "tpu":
         return x
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    def ask(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    if all(split_ways(size, name) == 1 for size, name in zip(x.shape, names, strict=True) if name == "length"):
+        return ask(x)
+    return jax.shard_map(ask, in_specs=spec(names), out_specs=spec(names), check_vma=False)(x)
 
 
 def gathered(w: Array, names: tuple[str | None, ...], dtype: Any) -> Array:

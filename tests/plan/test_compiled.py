@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from lm.experiment import UserError
 from lm.plan import analytic, compiled, libtpu
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
+from lm.plan.compiled import compile_step
 from lm.plan.hlo_cost import estimate
 from lm.plan.hlo_text import parse, read_text
 from lm.plan.plan import by_compiler
@@ -87,6 +90,15 @@ def test_the_other_estimator_agrees_on_the_compiled_text(planned):
     other = other_estimate(file)
     assert result["step_ms"] == pytest.approx(1e3 * other["schedule_s"], rel=5e-3)
     assert result["bound_ms"] == pytest.approx(1e3 * other["bound_s"], rel=5e-3)
+
+
+@needs_compiler
+def test_where_a_mesh_splits_rows_no_device_gathers_the_residual_stream():
+    """Of libtpu 0.0.42 a layout that is asked for outside of shard_map gathers the whole batch in every layer."""
+    value = experiment(mesh={"fsdp": 2, "context": 2}, model={"max_len": 512}, seq_len=512)
+    text = compile_step(resolve(value, value.stages[0], TOPOLOGY)).text
+    gathered = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather", text)
+    assert gathered and max(math.prod(map(int, sizes.split(","))) for sizes in gathered) < 16 * 512 * 256
 
 
 def test_without_the_compiler_one_line_says_how_to_install_it(monkeypatch):

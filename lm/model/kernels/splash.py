@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from lm.model.kernels.splash_kernels import LANES, Shown, Sides, Tiles, attention, gradients, longest
 from lm.parallel.row_order import to_zigzag, zigzag_layout
-from lm.parallel.rules import device_kind, spec, ways
+from lm.parallel.rules import constrain, device_kind, spec, ways
 
 COMPUTED = 512  # most keys of a block that are worked on at a time
 
@@ -91,6 +91,8 @@ def splash(
     sides = Sides(segments, segments, places, places)
     if jax.sharding.get_abstract_mesh().empty:
         return _attend(how, q, k, v, sides)
+    # What is kept for the backward pass is a device's part of keys and values, not the whole rows that are attended to.
+    k, v = (constrain(x, "batch", "kv_heads", "length") for x in (k, v))
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
     queries = spec(("batch", "heads", "length", None))
     keys = spec(("batch", "kv_heads", None, None))
