@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from lm.algorithms.table import flops_per_token
+from lm.algorithms.table import algorithm_of, flops_per_token
 from lm.plan.kernels import HOST_RATE
 from lm.plan.one_device import analysis_of, cast_bytes, gradient_block, parameter_bytes, update_block
 from lm.plan.program import Program
@@ -72,7 +72,7 @@ def estimate(program: Program) -> DeviceEstimate:
         optimizer=parameter_bytes(state.opt_state, program),
         reference=parameter_bytes(state.frozen, program),
         batch=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch())) // program.topology.devices,
-        **_peak(gradient, update, cast_bytes(state.params, program)),
+        **_peak(gradient, update, _casts(program)),
     )
     wires = traffic(program, gradient)
     chip = program.topology.chip
@@ -94,6 +94,13 @@ def estimate(program: Program) -> DeviceEstimate:
         traffic=tuple(wires),
         unpriced_kernels=tuple(sorted(gradient.kernels)),
     )
+
+
+def _casts(program: Program) -> int:
+    """Bytes of the narrow copies of layers, of a frozen model too where its passes are in the loop over microbatches."""
+    state, stage = program.state(), program.stage
+    again = stage.microbatches > 1 and algorithm_of(stage).extra_forward_passes(stage.objective) > 0
+    return cast_bytes(state.params, program) + (cast_bytes(state.frozen, program) if again else 0)
 
 
 def model_flops(program: Program) -> float:

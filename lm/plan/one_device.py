@@ -38,6 +38,8 @@ def one_device(program: Program) -> Program:
         num_heads=model.num_heads // ways("heads", sizes),
         num_kv_heads=model.num_kv_heads // ways("kv_heads", sizes),
         mlp_dim=model.mlp_dim // ways("mlp", sizes),
+        max_logits=model.max_logits
+        * ways("length", sizes),  # a bound for a device's part of the rows that are traced whole
         scan_unroll=1,  # saves and computes the same, and is traced sooner
     )
     return dataclasses.replace(program, model=local, vocab_size=program.vocab_size // ways("vocab", sizes))

@@ -32,7 +32,7 @@ from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
 from lm.plan.chips import Topology
-from lm.types import Batch, TrainState
+from lm.types import Batch, SharedPrompt, TrainState
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     sampled = real if isinstance(stage.objective, Sampled) else None
     batch = Batch(tokens=whole, weights=real, segments=whole, positions=whole, advantages=sampled, old_logp=sampled)
+    if isinstance(stage.objective, Sampled):  # prompts of one width, of which no logits are made
+        width = length - stage.objective.max_new_tokens
+        group = stage.objective.completions_per_prompt
+        group, rest = divmod(group, stage.objective.updates_per_step if group > 1 else 1)
+        batch = dataclasses.replace(batch, shared=None if rest else SharedPrompt(group, width))
     judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
     if isinstance(stage.objective, KTO):
         return dataclasses.replace(batch, desirable=judged, mismatched=batch)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from lm.parallel.rules import ways
-from lm.plan.one_device import analysis_of, lone_mesh, one_device
-from lm.plan.program import Program
+from lm.plan.one_device import analysis_of, cast_bytes, local_batch, lone_mesh, one_device
+from lm.plan.program import Program, abstract_batch
 from lm.plan.trace import block_of
 from lm.plan.traffic import gather_seconds
 from lm.rollout.sampler import generate
+from lm.rollout.sampler_gap import trainer_view
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,19 @@ class Sampling:
 
     rows: int
     cache_bytes: int
-    peak_bytes: int  # all that sampling needs beside the training state, the cache included
+    sampler_bytes: int  # all that sampling needs beside the training state, the cache included
+    trainer_bytes: int  # and the trainer's pass over what was sampled
     prompt_s: float
     memory_s: float  # a token of every row, bound by what is read from HBM: parameters and cache
     network_s: float  # and by the parameters that are gathered for it
     new_tokens: int
     rollouts: int  # a step has at most so many
+    trainer_s: float  # the trainer's log-probabilities of all tokens of a step, with which the sampler's are compared
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that a rollout needs beside the training state."""
+        return max(self.sampler_bytes, self.trainer_bytes)
 
     @property
     def token_s(self) -> float:
@@ -76,13 +84,28 @@ def sampling(program: Program) -> Sampling | None:
     analysis = dataclasses.replace(analysis_of(program), ways=1)  # tokens come one by one: nothing to split
     whole = analysis.usage(block, set(block.inputs[: len(jax.tree.leaves(params))]))
     turn = whole.turns[-1]  # the loop over new tokens, counted as one turn
+    trainer_bytes, trainer_s = _trainer_pass(program)
     return Sampling(
         rows=rows,
         cache_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
-        peak_bytes=whole.peak.total(),
+        sampler_bytes=whole.peak.total(),
+        trainer_bytes=trainer_bytes,
         prompt_s=whole.seconds - turn.seconds,
         memory_s=turn.moved / program.topology.chip.hbm_rate,
         network_s=gather_seconds(program, turn),
         new_tokens=objective.max_new_tokens,
         rollouts=objective.max_rollouts,
+        trainer_s=trainer_s * prompts * group / program.rows,
     )
+
+
+def _trainer_pass(program: Program) -> tuple[int, float]:
+    """Bytes beside the training state, and seconds, of the trainer's log-probabilities of the rows of an update."""
+    local, (rows, tokens) = one_device(program), local_batch(program)
+    params, stage = local.parameters(), program.stage
+    call = functools.partial(trainer_view, temperature=stage.objective.temperature, pieces=stage.microbatches)
+    with jax.sharding.use_abstract_mesh(lone_mesh(program)):
+        block = block_of(jax.make_jaxpr(call)(params, abstract_batch(stage, rows, tokens)))
+    usage = analysis_of(program).usage(block, set(block.inputs[: len(jax.tree.leaves(params))]))
+    needed = usage.peak.total() + cast_bytes(program.parameters(), program)
+    return needed, usage.seconds + gather_seconds(program, usage)

@@ -83,7 +83,7 @@ def _memory(plan: Plan, largest_batch: int | None) -> list[str]:
     rows += [("  total", f"{plan.memory.total / GB:.3f}")]
     rows += [("  total, by the compiler", f"{plan.update_bytes / GB:.3f}")] if compiled else []
     rows += (
-        [("  total while sampling", f"{(plan.memory.state + plan.sampling.peak_bytes) / GB:.3f}")]
+        [("  total during a rollout", f"{(plan.memory.state + plan.sampling.peak_bytes) / GB:.3f}")]
         if plan.sampling
         else []
     )
@@ -125,6 +125,7 @@ def _sampler(plan: Plan) -> list[str]:
                 ("  tokens/s per device, at most", f"{found.tokens_per_s:,.0f}"),
                 ("  rollout of full length, s", f"{found.rollout_s:,.1f}"),
                 ("  rollouts per step, at most", str(found.rollouts)),
+                ("  trainer's log-probabilities of the completions, s", f"{found.trainer_s:,.1f}"),
             ]
         ),
         "",

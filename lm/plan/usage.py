@@ -5,7 +5,8 @@ everything else is elementwise or moves data, is fused into whoever reads it, an
 What a loop gives back is kept for all its turns: that is where the activations saved for the backward pass are seen,
 whatever the rematerialisation policy. What has the sizes of a parameter is whole or lies in parts as the parameter does:
 the model says where it is gathered and where its gradient is summed and cut (lm/parallel/rules.py, `gathered`), by a
-constraint, which is an operation here.
+constraint, which is an operation here. What the turns of a loop would gather again from what does not change is gathered
+once, before the loop, and kept for all its turns (of microbatches: the tables of the models, trained and frozen).
 
 Rows are traced whole. Where a mesh splits their tokens, everything but the parameters is that much smaller.
 """
@@ -13,7 +14,7 @@ Rows are traced whole. Where a mesh splits their tokens, everything but the para
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -45,6 +46,9 @@ class Usage:
     compute_s: float = 0.0  # products and kernels
     seconds: float = 0.0  # each operation at the slower of its two rates, one after another
     kernels: set[str] = field(default_factory=set)  # those whose FLOPs are not known
+    # Of moved, gathered and seconds: what happens once, before all turns.
+    before: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    kept: float = 0.0  # bytes that were gathered before the loop
     turns: list[Usage] = field(default_factory=list)  # one turn of each loop, in their order
     ends_in_parts: tuple[bool, ...] = ()  # of each result, if it has the sizes of a parameter: whether it lies in parts
 
@@ -60,7 +64,7 @@ class Usage:
             "compute_s",
             "seconds",
         ):
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+            setattr(self, name, getattr(self, name) + times * getattr(other, name) + other.before.get(name, 0))
         self.kernels |= other.kernels
 
     def raise_peak(self, kinds: Counter[str]) -> None:
@@ -85,11 +89,11 @@ class Analysis:
 
     def usage(self, block: TracedBlock, parameters: set[Value]) -> Usage:
         """Of one run of a block, whose inputs `parameters` are parameters or cut from them."""
-        return _Run(self, block, set(parameters), whole=set()).usage()
+        return _Run(self, block, set(parameters), whole=set(), steady=set()).usage()
 
     def in_parts(self, block: TracedBlock) -> Usage:
         """Of a block that works on parameters as they lie, such as an optimizer's update: gradients come first."""
-        run = _Run(self, block, set(), whole=set(), split=True)
+        run = _Run(self, block, set(), whole=set(), steady=set(), split=True)
         result = run.usage()
         ends = sum(self.share(value, value.bytes, whole=False) for value in (*block.inputs, *block.outputs))
         result.moved += ends
@@ -118,13 +122,21 @@ class _Run:
 
     Args:
         whole: those of its inputs with a parameter's sizes that do not lie in parts.
+        steady: those of its inputs that are the same in every turn of a loop.
         split: nothing is whole.
     """
 
     def __init__(
-        self, analysis: Analysis, block: TracedBlock, parameters: set[Value], whole: set[Value], split: bool = False
+        self,
+        analysis: Analysis,
+        block: TracedBlock,
+        parameters: set[Value],
+        whole: set[Value],
+        steady: set[Value],
+        split: bool = False,
     ):
         self.of, self.block, self.parameters, self.split = analysis, block, parameters, split
+        self.steady = steady
         self.own = set(block.inputs)  # live outside, for the whole block
         self.whole = whole  # values with a parameter's sizes that do not lie in parts
         self.gathered: set[Value] = set()  # parameters that were put together here, and copies of them
@@ -146,10 +158,11 @@ class _Run:
                 continue
             inner = self.inside.get(op)
             ending = {root for value in op.inputs for root in self._held(value) if last.get(root) == place}
-            made = {value: (self._kind(op, value), self._bytes(value)) for value in op.outputs}
+            made = {value: (self._kind(op, value), self._bytes(value)) for value in op.outputs if value not in self.own}
             now = Counter(inner.peak if inner else ())
             for kind, size in (*live.values(), *made.values()):
                 now[kind] += int(size)
+            now["gathered"] += int(inner.kept) if inner else 0
             now["working"] -= int(self._reused(op, live, ending))
             self.result.raise_peak(now)
             self._count(op, inner)
@@ -163,6 +176,9 @@ class _Run:
         last: dict[Value, int] = {}
         for place, op in enumerate(self.block.ops):
             self._follow_parameters(op)
+            if op.body is None and self._made_of(self.steady, op):
+                self.steady |= set(op.outputs)
+                self.own |= set(op.outputs) if self._is_constraint(op) else set()
             held = frozenset(root for value in op.inputs for root in self.roots.get(value, ()))
             if op.name in WRITTEN or self._is_constraint(op) or self._crosses(op):
                 self.written.add(op)
@@ -248,7 +264,8 @@ class _Run:
         inputs, whole = (
             {inside for inside, outside in pairs if outside in which} for which in (self.parameters, self.whole)
         )
-        return _Run(self.of, op.body, inputs, whole, self.split).usage()
+        steady = set(op.body.inputs[: op.constants]) if op.name == "scan" else set()
+        return _Run(self.of, op.body, inputs, whole, steady, self.split).usage()
 
     def _count(self, op: Op, inner: Usage | None) -> None:
         if inner is not None:
@@ -260,6 +277,12 @@ class _Run:
         if op.name == "pallas_call" and not kernel:
             self.result.kernels.add(str(op.params.get("name")))
         moved = sum(self._read(op)) + sum(map(self._bytes, op.outputs))
+        if self._is_constraint(op) and op.outputs[0] in self.own:
+            self.result.kept += self._bytes(op.outputs[0])
+            self.result.before["moved"] += moved
+            self.result.before["gathered"] += op.outputs[0].bytes
+            self.result.before["seconds"] += moved / self.of.chip.hbm_rate
+            return
         peak = self.of.chip.peak
         busy = flops / (peak * PRODUCT_EFFICIENCY) + kernel / (peak * KERNEL_EFFICIENCY)
         self.result.product_flops += flops

@@ -231,6 +231,7 @@ def _hours(experiment: Experiment, name: str, topology: str) -> float:
     """Device-hours of a stage by `lm plan`'s arithmetic, with as much sampling as there can be."""
     plan = plan_stage(experiment, name, parse_topology(topology, experiment.mesh.slices))
     stage = plan.program.stage
-    sampled = plan.sampling.rollouts * plan.sampling.rollout_s if plan.sampling else 0.0
+    sampling = plan.sampling
+    sampled = sampling.rollouts * sampling.rollout_s + sampling.trainer_s if sampling else 0.0
     seconds = stage.steps * (updates_per_step(stage) * plan.step_s + sampled)
     return seconds * plan.program.topology.devices / 3600

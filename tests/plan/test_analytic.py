@@ -139,6 +139,43 @@ def test_the_sampler_reads_its_cache_and_the_parameters_for_every_token():
     assert long.rollout_s > short.rollout_s
 
 
+def test_the_trainers_pass_over_a_rollout_is_counted():
+    """Log-probabilities of all that was sampled, as many rows as several updates have: a forward pass of each."""
+    one, four = (
+        plan(experiment(GRPO(max_new_tokens=64, group_size=4, updates_per_rollout=n), rows=16)) for n in (1, 4)
+    )
+    assert one.sampling.trainer_s == pytest.approx(four.sampling.trainer_s, rel=0.25)
+    assert 0.1 < one.sampling.trainer_s / one.step_s < 0.5
+    assert one.bytes >= one.memory.state + one.sampling.trainer_bytes
+
+
+def test_microbatches_gather_the_tables_once_and_keep_them():
+    """Of the policy and of the reference, whose layers are cast once, too."""
+    wide = {"vocab_size": 8192, "rows": 64}
+    once, pieces = (plan(experiment(GRPO(max_new_tokens=64, kl_coef=0.1), microbatches=n, **wide)) for n in (1, 4))
+    tables = 2 * 8192 * 256 * 2  # bytes when gathered
+    assert pieces.memory.gathered >= tables
+    assert pieces.memory.casts == 2 * once.memory.casts
+    gathered = [plan.collectives[0]["bytes"] for plan in (once, pieces)]
+    blocks = gathered[0] - tables
+    assert gathered[1] == pytest.approx(tables + 4 * blocks, rel=0.01)
+
+
+def test_no_logits_are_made_of_prompts():
+    values = [experiment(GRPO(max_new_tokens=n), vocab_size=4096) for n in (32, 128)]
+    short, long = (estimate(resolve(v, v.stages[0], SMALL)).product_flops for v in values)
+    completions = 16 * 8 / 4  # of a device
+    assert long - short == pytest.approx(3 * 2 * completions * (128 - 32) * 256 * 4096, rel=0.01)
+
+
+def test_rows_that_a_mesh_splits_need_as_much_as_shorter_ones():
+    """A device has the same tokens: of each the same is kept, and as many logits are made at a time."""
+    value = experiment(model={"max_len": 1024, "max_logits": 2**22}, seq_len=1024, vocab_size=32768, rows=4)
+    split = dataclasses.replace(value, mesh=dataclasses.replace(value.mesh, context=4))
+    whole, parts = plan(value).memory, plan(split).memory
+    assert parts.logits == whole.logits > 0 and parts.total == pytest.approx(whole.total, rel=0.02)
+
+
 def test_what_does_not_fit_gets_changes_that_do():
     value = override(experiment(rows=4 * 1024, vocab_size=32768), ["--model.remat", "none", "--model.num_layers", "24"])
     found = plan(value)
