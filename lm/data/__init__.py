@@ -1,1 +1,1 @@
-"""From files, TFDS and generators to batches: tokenizer, chat, sources, packing, feeds."""
+"""Data: sources (files, TFDS, generators), tokenizer, chat format, packing and batches."""

@@ -1,4 +1,4 @@
-"""Rows that cannot be read, and rows that nothing can be learned from: why, in the words under which they are counted."""
+"""Rows that cannot be read or trained on, and the reasons under which they are counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lm.experiment import UserError
 
-# Reasons by number, as the cache keeps them; 0 is none. A new one goes to the end.
+# Reasons by number, as the cache stores them; 0 means no reason. Append new reasons at the end.
 REASONS = (
     "",
     "with an empty answer",
@@ -35,25 +35,25 @@ ADVICE = "; bad_rows drop leaves such rows out, counted"
 
 
 def one_line(text: str) -> str:
-    """The text with control characters, line ends among them, written out."""
+    """The text with control characters and line ends escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class BadRow(UserError):
-    """A row that is no example of the stage; `reason` is the number of one of REASONS."""
+    """Raised for a row that the stage cannot train on; `reason` is an index into REASONS."""
 
     def __init__(self, message: str, reason: int):
         super().__init__(one_line(message))
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, int]]:
-        """For other processes."""
+        """Makes the error picklable, so that it can cross process boundaries."""
         return BadRow, (str(self), self.reason)
 
 
 @contextlib.contextmanager
 def with_advice() -> Iterator[None]:
-    """Inside, a bad row of a source is told with what leaves it out."""
+    """Context in which the message of a BadRow also says how to drop such rows."""
     try:
         yield
     except BadRow as error:
@@ -61,7 +61,7 @@ def with_advice() -> Iterator[None]:
 
 
 class Unreadable(dict[str, Any]):
-    """In place of a row that a file has and that cannot be read, where such rows are to be dropped."""
+    """Placeholder for a row that cannot be read, where bad rows are dropped."""
 
     def __init__(self, error: BadRow, raw: str):
         super().__init__()

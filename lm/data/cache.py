@@ -1,10 +1,10 @@
-"""Work on data that is done once: folders of arrays, found by what they are made of, shared by runs and by hosts.
+"""The data cache: folders of arrays keyed by what they are computed from, shared by runs and by hosts.
 
-An entry is made in a draft folder and renamed when it is whole, its sealed manifest of sizes and checksums written last: a
-kill at any moment leaves no entry that counts. Its content is held against the checksums when a process opens it first, so
-that a bit that has rotted is found; one that is damaged is made anew. One process makes an entry while the others wait for it; its lock
-carries a heartbeat. Should two make the same one after all, both make the same and one is kept: the lock saves work, and
-nothing depends on it.
+An entry is written to a draft folder and renamed when complete, its manifest of sizes and checksums last: a
+kill at any moment leaves no partial entry. The content is checked against the checksums when a process first opens it, so
+that corruption is found; a damaged entry is rebuilt. One process builds an entry while the others wait for it; its lock
+has a heartbeat. Should two processes build the same entry, the results are equal and one is kept: the lock saves work, and
+correctness does not depend on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lm.stored import make_folder, read_json, sealed, unsealed
 
 VERSION = 6  # of what is stored and of how a row becomes tokens: raise it when either changes
 BEAT_SECONDS = 2.0
-DEAD_SECONDS = 30.0  # a lock whose heartbeat has stood still for so long belongs to nobody
+DEAD_SECONDS = 30.0  # a lock without a heartbeat for so long has no owner
 LOOK_SECONDS = 0.1
 ABANDONED_SECONDS = 86_400.0
 SETTLED_SECONDS = 2.0  # a file written later than this may change again without a new time of change
@@ -45,7 +45,7 @@ _folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache fol
 
 @contextlib.contextmanager
 def cache_at(folder: Path | None) -> Iterator[None]:
-    """Inside, the cache is kept in `folder`; None: where it is by default. UserError where it cannot be a folder."""
+    """Context that keeps the cache in `folder`; None: the default folder. UserError where `folder` cannot be one."""
     if folder is not None:
         make_folder(folder.expanduser(), "--cache DIR")
     token = _folder.set(folder)
@@ -56,14 +56,14 @@ def cache_at(folder: Path | None) -> Iterator[None]:
 
 
 def current_cache() -> Cache:
-    """The cache of `cache_at`, else `lm` in XDG_CACHE_HOME, else in ~/.cache."""
+    """The cache in the folder set by `cache_at`, else in `lm` below XDG_CACHE_HOME, else below ~/.cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm"
     return Cache((_folder.get() or default).expanduser().absolute())
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A whole entry: `array(name)` is mapped, not read; `span` reads a part of one and keeps no file open."""
+    """A complete cache entry: `array(name)` maps a file into memory; `span` reads a part of it and keeps no file open."""
 
     folder: Path
     files: Mapping[str, Mapping[str, Any]]
@@ -91,7 +91,7 @@ def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Writer:
-    """The files of a draft: arrays that grow at their end, and never in memory."""
+    """Writer of a draft entry: appends to arrays on disk without holding them in memory."""
 
     def __init__(self, cache: Cache, folder: Path):
         self._cache, self._folder = cache, folder
@@ -100,7 +100,7 @@ class Writer:
         self._kinds: dict[str, tuple[str, list[int]]] = {}
 
     def append(self, name: str, array: np.ndarray) -> None:
-        """Rows at the end of array `name`, all of one dtype and width."""
+        """Append rows to array `name`; all rows have one dtype and width."""
         data = np.ascontiguousarray(array)
         with self._cache.writing():
             if name not in self._streams:
@@ -112,13 +112,13 @@ class Writer:
         self._kinds[name][1][0] += len(data)
 
     def flushed(self, name: str) -> Path:
-        """The file of array `name`, with all that was appended so far."""
+        """Path of array `name`'s file, after flushing what was appended so far."""
         with self._cache.writing():
             self._streams[name].flush()
         return self._folder / name
 
     def finish(self, made_of: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything on the disk, and then the manifest; gives the description of the files."""
+        """Flush all files to disk, write the manifest last, and return the description of the files."""
         files = {}
         with self._cache.writing():
             for name, stream in self._streams.items():
@@ -136,21 +136,21 @@ class Writer:
 
     def close(self) -> None:
         for stream in self._streams.values():
-            with contextlib.suppress(OSError):  # of a full disk: that has been told, and the draft is thrown away
+            with contextlib.suppress(OSError):  # a full disk has been reported, and the draft is thrown away
                 stream.close()
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of entries, and of the checksums of files that have not changed since they were read."""
+    """A folder of cache entries, and of the checksums of unchanged source files."""
 
     folder: Path
 
     def entry(self, kind: str, made_of: Mapping[str, Any], build: Callable[[Writer], None], label: str) -> Entry:
-        """The entry made of `made_of` (a plain value that determines it), built by `build` if there is none yet.
+        """The entry computed from `made_of` (a plain value that determines it), built by `build` if it does not exist.
 
-        Where another process builds it, this one waits, and says so with `label`. Raises UserError where the folder
-        cannot be written and something has to be.
+        Where another process builds it, this process waits and prints `label`. Raises UserError where the folder
+        has to be written and cannot be.
         """
         key = hashlib.sha256(json.dumps([VERSION, kind, made_of], sort_keys=True).encode()).hexdigest()[:40]
         folder = self.folder / f"{kind}-{key}"
@@ -163,12 +163,12 @@ class Cache:
                 _wait(lock, label)
                 continue
             with self._held(lock, draft):
-                if (found := self._open(folder)) is not None:  # made while the lock was being taken
+                if (found := self._open(folder)) is not None:  # built while this process waited for the lock
                     return found
                 return self._build(folder, draft, made_of, build)
 
     def digest(self, file: Path) -> str:
-        """sha256 of a file's content. A file whose size, times of change and inode are known is not read again."""
+        """SHA-256 of a file's content; a file with an unchanged size, mtime, ctime and inode is not read again."""
         file = file.absolute()
         known, now = self._known(file), _stamp(file)
         if known is not None and known[:-1] == now:
@@ -176,13 +176,13 @@ class Cache:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if time.time() - max(now[1], now[2]) / 1e9 > SETTLED_SECONDS and _stamp(file) == now:
-            with contextlib.suppress(UserError):  # a cache that may only be read: the file is read again next time
+            with contextlib.suppress(UserError):  # a read-only cache: the file is hashed again next time
                 self._remember(file, found)
         return found
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """What the system refuses inside becomes a UserError that says what to do."""
+        """Context that turns an OSError into a UserError that says what to do."""
         try:
             yield
         except OSError as error:
@@ -192,13 +192,13 @@ class Cache:
             ) from error
 
     def _open(self, folder: Path) -> Entry | None:
-        """The entry if it is there and sound. One that is damaged is told and set aside."""
+        """The entry if it exists and is intact; a damaged one is reported and set aside."""
         if not folder.exists():
             return None
         damage, files = _damage(folder)
         if not damage:
             return Entry(folder, files)
-        print(f"lm: {folder / damage} is damaged: it is made anew", file=sys.stderr, flush=True)
+        print(f"lm: {folder / damage} is damaged: rebuilding it", file=sys.stderr, flush=True)
         aside = _draft(folder)
         with self.writing():
             folder.rename(aside)
@@ -207,7 +207,7 @@ class Cache:
         return None
 
     def sweep(self) -> None:
-        """Remove drafts and locks of processes of this host that have ended, and drafts that nobody has touched for a day."""
+        """Remove drafts and locks of dead processes on this host, and drafts untouched for a day."""
         for lock in self.folder.glob("*.lock"):
             owner = _owner(lock)
             if _is_dead(owner):
@@ -216,7 +216,7 @@ class Cache:
                     shutil.rmtree(self.folder / Path(owner["draft"]).name, ignore_errors=True)
         for draft in [*self.folder.glob("*.draft"), *self.folder.glob("checksums/*.draft")]:
             if _is_abandoned(draft):
-                with contextlib.suppress(OSError):  # of somebody else: theirs to remove
+                with contextlib.suppress(OSError):  # another user's file: theirs to remove
                     shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
     def _build(self, folder: Path, draft: Path, made_of: Mapping[str, Any], build: Callable[[Writer], None]) -> Entry:
@@ -255,7 +255,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _held(self, lock: Path, draft: Path) -> Iterator[None]:
-        """Keep the heart of a lock beating, and give it back; not where it has been taken away in the meantime."""
+        """Keep a lock's heartbeat going, then release the lock unless another process has taken it."""
         done = threading.Event()
 
         def beat() -> None:
@@ -277,7 +277,7 @@ class Cache:
         return self.folder / "checksums" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:40]}.json"
 
     def _known(self, file: Path) -> list[Any] | None:
-        """[size, times of change, inode, sha256] as it was recorded."""
+        """The recorded [size, mtime, ctime, inode, sha256] of a file."""
         try:
             record = json.loads(self._record(file).read_text("utf-8"))
             return record["of"][1:] if unsealed(record) is not None else None
@@ -297,11 +297,11 @@ class Cache:
 
 
 _verified: dict[Path, list[list[int]]] = {}
-"""By the folder of an entry whose content this process has held against its checksums, the stamps of its files then."""
+"""Entries that this process has verified: folder → stamps of its files at that time."""
 
 
 def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
-    """(the first file of an entry that is not what it was when it was written, "" for none; what its manifest says)."""
+    """(the first file of an entry that differs from its manifest, "" for none; the manifest's files)."""
     try:
         content = read_json(folder / MANIFEST)
     except UserError:
@@ -332,17 +332,17 @@ def _stamps(folder: Path, files: Mapping[str, Any]) -> list[list[int]]:
 
 
 def _here() -> str:
-    """This process, in the name of a draft: its host, and its number there."""
+    """This process as part of a draft's name: host hash and process id."""
     return f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-{os.getpid()}"
 
 
 def _draft(path: Path) -> Path:
-    """A name beside the path that no other process has."""
+    """A draft path beside `path` that no other process uses."""
     return path.with_name(f"{path.name}.{_here()}.{secrets.token_hex(4)}.draft")
 
 
 def _is_abandoned(draft: Path) -> bool:
-    """Whether nobody writes a draft any more: its process, if its name has one of this host, has ended; or a day has passed."""
+    """Whether a draft is abandoned: its process on this host has ended, or a day has passed."""
     host, _, number = draft.suffixes[-3].removeprefix(".").partition("-") if len(draft.suffixes) > 2 else ("", "", "")
     if f"{host}-{os.getpid()}" == _here() and number.isdecimal():
         return _is_dead({"host": socket.gethostname(), "process": int(number)})
@@ -353,7 +353,7 @@ def _is_abandoned(draft: Path) -> bool:
 
 
 def _wait(lock: Path, label: str) -> None:
-    """Until the lock is free; one whose owner is dead is broken, and what it had begun removed."""
+    """Wait until the lock is free; break the lock of a dead owner and remove its draft."""
     began = since = time.monotonic()
     told, last = False, -1
     while True:
@@ -373,12 +373,12 @@ def _wait(lock: Path, label: str) -> None:
         if not told and now - began > 1:
             told = True
             who = f"process {owner['process']} on {owner['host']}" if owner else "another process"
-            print(f"{label}: waiting for {who}, which is making the same", file=sys.stderr, flush=True)
+            print(f"{label}: waiting for {who}, which is building the same entry", file=sys.stderr, flush=True)
         time.sleep(LOOK_SECONDS)
 
 
 def _owner(lock: Path) -> dict[str, Any]:
-    """Who holds a lock; {} where it is free, has just been taken, or does not say."""
+    """The owner of a lock; {} where the lock is free, was taken just now, or names no owner."""
     try:
         owner = json.loads(lock.read_text("utf-8") or "{}")
     except (OSError, ValueError, RecursionError):
@@ -389,14 +389,14 @@ def _owner(lock: Path) -> dict[str, Any]:
 
 
 def _is_dead(owner: Mapping[str, Any]) -> bool:
-    """Whether the process that holds a lock has ended, as far as this host can know."""
+    """Whether the owner of a lock is known to have ended, as far as this host can tell."""
     if owner.get("host") != socket.gethostname():
         return False
     try:
         os.kill(owner["process"], 0)
     except ProcessLookupError:
         return True
-    except (PermissionError, OverflowError):  # somebody else's, and alive; or no number of a process
+    except (PermissionError, OverflowError):  # another user's process, alive; or no process id
         return False
     return False
 

@@ -1,4 +1,4 @@
-"""Conversations: what a valid one is, how rows become one, and the one renderer to tokens and mask (ChatML)."""
+"""Conversations: validation, extraction from rows, and rendering to tokens and loss mask (ChatML)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lm.data.bad_rows import BadRow, Unreadable
 from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, canonical, flag
 from lm.data.tokenizer import TURN_END, TURN_START
 
-Message = Mapping[str, Any]  # role and content, and `train` false where a mark takes the turn out of the loss
+Message = Mapping[str, Any]  # role, content, and `train`: False where a flag takes the turn out of the loss
 ROLES = ("system", "user", "assistant")
 LARGEST_MARGIN = 3e38  # of a float32
-SHOWN_BEFORE = 20  # characters shown before the place where two prompts part
+SHOWN_BEFORE = 20  # characters shown before the place where two prompts differ
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call")
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-MARKS = ("weight", "train", "loss")  # of a turn: 0 takes it out of the loss
+MARKS = ("weight", "train", "loss")  # flags of a turn: 0 takes it out of the loss
 READ_KEYS = frozenset(
     ("role", "content", "from", "value", *MARKS, *TOOL_KEYS, *REASONING_KEYS, "type", "text", "train_detail")
 )
@@ -28,7 +28,7 @@ NO_TOOLS = "the chat format of lm has none; leave such conversations out"
 
 
 class Codec(Protocol):
-    """What the renderer needs of a tokenizer."""
+    """The part of a tokenizer that the renderer uses."""
 
     @property
     def special_ids(self) -> Mapping[str, int]: ...
@@ -39,7 +39,7 @@ class Codec(Protocol):
 
 
 class Rendered(NamedTuple):
-    """Token ids, and for each 1 where the model learns to predict it."""
+    """Token ids and loss mask: 1 for each token that the loss covers."""
 
     tokens: list[int]
     mask: list[int]
@@ -52,11 +52,11 @@ def render(
     loss_on: Literal["answers", "all"] = "answers",
     learn_end: bool = True,
 ) -> Rendered:
-    """ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n` for each message, then the assistant's header if asked for.
+    """Render messages in ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n` each, then optionally the assistant's header.
 
-    The text between two special tokens is encoded as one string. The mask covers an assistant's content and
-    its `<|im_end|>` (`loss_on` all: every token of every turn), without `learn_end` no `<|im_end|>`, and of a turn whose
-    `train` is false nothing; a token that straddles the header and the content is inside. Validates nothing.
+    The text between two special tokens is encoded as one string. The loss mask covers an assistant's content and
+    its `<|im_end|>` (`loss_on` all: every token of every turn); without `learn_end` no `<|im_end|>`, and nothing of a turn with
+    `train` False. A token that straddles header and content is covered. Does not validate the messages.
     """
     start, end = tokenizer.special_ids[TURN_START], tokenizer.special_ids[TURN_END]
     newline = tokenizer.encode("\n")
@@ -83,7 +83,7 @@ def render(
 
 
 def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> None:
-    """Raise BadRow, naming `where` and the turn, unless this is [system] user assistant user assistant ….
+    """Raise BadRow unless `messages` alternate as [system] user assistant user assistant …; names `where` and the turn.
 
     With `needs_answer` the last turn must be the assistant's; without, the user's.
     """
@@ -107,7 +107,7 @@ def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> 
 
 
 def _check_turn(turn: Any, spot: str) -> None:
-    """Raise BadRow unless this is a role and a text, with no mark that cannot be honoured."""
+    """Raise BadRow unless the turn is a role and a text, with flags that can be honoured."""
     found: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
     if found.get("role") in TOOL_ROLES or any(found.get(key) for key in TOOL_KEYS):
         name = next((key for key in TOOL_KEYS if found.get(key)), f"role {found.get('role')!r}")
@@ -115,7 +115,7 @@ def _check_turn(turn: Any, spot: str) -> None:
     for key in REASONING_KEYS:
         if found.get(key):
             raise BadRow(
-                f"{spot}: {key} is not learnt beside the content; put the reasoning into the content, or remove the key",
+                f"{spot}: {key} is not trained on beside the content; put the reasoning into the content, or remove the key",
                 bad_rows.REASONING,
             )
     if not {"role", "content"} <= set(found):
@@ -129,7 +129,10 @@ def _check_turn(turn: Any, spot: str) -> None:
         if key in found and found[key] is not None and flag(found[key]) is None:
             raise BadRow(f"{spot}: {key} must be 0 or 1, found {found[key]!r:.60}", bad_rows.FLAG)
     if found.get("train_detail"):
-        raise BadRow(f"{spot}: train_detail is not known; a whole turn is learnt or not (train 0 or 1)", bad_rows.FLAG)
+        raise BadRow(
+            f"{spot}: train_detail is not supported; the loss covers a whole turn or none of it (train 0 or 1)",
+            bad_rows.FLAG,
+        )
 
 
 def _misplaced(role: str, number: int) -> str:
@@ -143,7 +146,7 @@ def _misplaced(role: str, number: int) -> str:
 
 
 def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[dict[str, Any]]:
-    """A string becomes one turn of `role`; checked turns become plain dicts, `train` false where a mark says so."""
+    """Turn a string into one message of `role`, and checked turns into plain dicts with `train` False where flagged."""
     if isinstance(prompt, str):
         return [{"role": role, "content": prompt}]
     return [
@@ -157,9 +160,9 @@ def _marked_to_learn(turn: Message) -> bool:
 
 
 def training_messages(row: Mapping[str, Any], where: str, loss_on: str = "answers") -> list[dict[str, Any]]:
-    """The conversation to imitate: `messages`, or `prompt` and `completion`, or what `lm.data.layouts` reads as these.
+    """The conversation that SFT trains on: `messages`, or `prompt` and `completion`, in any layout of `lm.data.layouts`.
 
-    Of a completion only its own turns are learnt, unless `loss_on` is all.
+    With a prompt and completion the loss covers the completion's turns only, unless `loss_on` is all.
     """
     found = _read(row, where)
     if "messages" in found:
@@ -179,19 +182,19 @@ def training_messages(row: Mapping[str, Any], where: str, loss_on: str = "answer
 
 
 def _check_learnt(turns: Sequence[Message], where: str, loss_on: str) -> None:
-    """Raise BadRow where a mark asks for a turn to be learnt that the stage does not learn."""
+    """Raise BadRow where a flag asks for loss on a turn that the stage's loss does not cover."""
     for number, turn in enumerate(turns, start=1):
         asked = [key for key in ("train", "loss") if flag(turn.get(key))]
         if asked and turn["role"] != "assistant" and loss_on == "answers":
             raise BadRow(
-                f"{where}, turn {number}: {asked[0]} asks for a {turn['role']} turn to be learnt, and the stage learns the "
-                "assistant's only; objective.loss_on all learns every turn that is not marked 0",
+                f"{where}, turn {number}: {asked[0]} asks for loss on a {turn['role']} turn, and the stage's loss covers "
+                "assistant turns only; objective.loss_on all covers every turn that is not flagged 0",
                 bad_rows.FLAG,
             )
 
 
 def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """What the model is asked: `prompt`, `question`, or `messages` (or a `chosen` conversation) without the last answer."""
+    """The prompt of a row: `prompt`, `question`, or `messages` (or a `chosen` conversation) without the last answer."""
     found = _read(row, where)
     if "prompt" in found:
         messages: Any = _turns(found["prompt"], "user", where, _name_of("prompt", row))
@@ -210,7 +213,7 @@ def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The chosen and the rejected conversation of a row with `prompt`, `chosen`, `rejected`: they differ in the last turn.
 
-    An answer may be a whole conversation, which begins with the prompt; where both are, there need be no `prompt`.
+    An answer may be a whole conversation that begins with the prompt; where both are, `prompt` may be absent.
     """
     found = _read(row, where)
     if not {"chosen", "rejected"} <= set(found) or ("prompt" not in found and implied_prompt(found) is None):
@@ -235,7 +238,7 @@ def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
 
 
 def margin_of(row: Mapping[str, Any], where: str) -> float:
-    """By how much the chosen answer of a row is better: its `margin`, 0 where it has none."""
+    """The row's `margin`: by how much the chosen answer is better; 0 if absent."""
     margin = row.get("margin")
     if margin is None or margin == "":
         return 0.0
@@ -249,7 +252,7 @@ def margin_of(row: Mapping[str, Any], where: str) -> float:
 
 
 def is_tie(row: Mapping[str, Any], where: str) -> bool:
-    """Whether neither answer of a row is better: its `tie`, false where it has none."""
+    """The row's `tie`: whether neither answer is better; False if absent."""
     tie = row.get("tie")
     if tie is None or tie == "":
         return False
@@ -259,14 +262,14 @@ def is_tie(row: Mapping[str, Any], where: str) -> bool:
 
 
 def implied_prompt(row: Mapping[str, Any]) -> list[Any] | None:
-    """What whole conversations in `chosen` and `rejected` ask, unchecked; None where a column says it, or they are answers."""
+    """The shared prompt of whole conversations in `chosen` and `rejected`, unchecked; None where a prompt column exists."""
     if row.get("prompt") is not None or not all(isinstance(row.get(side), list) for side in ("chosen", "rejected")):
         return None
     return row["chosen"][:-1] or None
 
 
 def _read(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The canonical row. Raises BadRow for a row that is none, and for columns that mean something and cannot be honoured."""
+    """The canonical row. Raises BadRow for what is not a row, and for columns whose meaning is not supported."""
     if isinstance(row, Unreadable):
         raise row.error
     found = canonical(row)
@@ -296,9 +299,9 @@ def _names_tools(value: Any) -> bool:
 
 
 def _answered(prompt: list[dict[str, Any]], answer: Any, where: str, column: str) -> list[dict[str, Any]]:
-    """The prompt and then the answer, which may begin with the prompt again.
+    """The prompt followed by the answer, which may itself begin with the prompt.
 
-    A system turn that only one of them has is of both; white space around what the prompt's turns say does not count.
+    A system turn that only one of them has belongs to both; white space around the prompt's turns is ignored.
     """
     turns = _turns(answer, "assistant", where, column)
     if not (prompt and turns) or _role(turns[0]) == "assistant":
@@ -317,7 +320,7 @@ def _answered(prompt: list[dict[str, Any]], answer: Any, where: str, column: str
 def _check_same(
     one: Sequence[Message], other: Sequence[Message], where: str, names: tuple[str, str], strip: bool = False
 ) -> None:
-    """Raise BadRow where two prompts part, naming the turn and what each says from there on."""
+    """Raise BadRow where two prompts differ, naming the turn and showing each from there on."""
     for number, turns in enumerate(zip_longest(one, other), start=1):
         said = [
             (turn["role"], turn["content"].strip() if strip else turn["content"]) if turn else ("", "")
@@ -347,7 +350,7 @@ def _role(turn: Any) -> Any:
 
 
 def _name_of(column: str, row: Mapping[str, Any]) -> str:
-    """How the row itself calls what is canonically `prompt` or `completion`."""
+    """The row's own name of the canonical column `prompt` or `completion`."""
     names = [layout.ask for layout in LAYOUTS] if column == "prompt" else ("completion", "response", "output", "answer")
     return next((name for name in names if row.get(name) is not None), column)
 

@@ -1,4 +1,4 @@
-"""JSON as files have it: what is nested deeper than any example, and integers without end, do not stand in the way."""
+"""JSON of data files: tolerates very deep nesting and very long integers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Container, Mapping
 from typing import Any
 
-DEEPEST = 100  # what is nested deeper is left out: no column that stages read is so deep
-LONGEST = 4_000  # digits of an integer; of a longer one the text is taken
+DEEPEST = 100  # deeper values are left out: no column that a stage reads is so deep
+LONGEST = 4_000  # digits of an integer; a longer one is kept as text
 MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
-Twice = dict[int, tuple[dict[str, Any], str]]  # by their ids: objects in which a key stands twice, and that key
+Twice = dict[int, tuple[dict[str, Any], str]]  # id of an object → (object, a key that it has twice)
 
 
 def loads(text: str, twice: Twice | None = None, deepest: int = DEEPEST) -> Any:
-    """The value of a JSON text. Raises ValueError for what is none.
+    """Parse a JSON text. Raises ValueError for invalid JSON.
 
     Args:
-        twice: is given the objects in which a key stands twice.
+        twice: receives the objects that have a key twice.
     """
     if text.count("{") + text.count("[") > deepest:
         text = cut_at_depth(text, deepest)
@@ -42,7 +42,7 @@ def loads(text: str, twice: Twice | None = None, deepest: int = DEEPEST) -> Any:
 
 
 def key_twice(row: Mapping[str, Any], twice: Twice, columns: Container[str]) -> str | None:
-    """A key that stands twice in what is read of a row: among its `columns`, or in a turn of one of them."""
+    """A key that appears twice in the parts of a row that are read: its `columns`, or a turn of one of them."""
     if not twice:
         return None
     if id(row) in twice and twice[id(row)][1] in columns:
@@ -53,7 +53,7 @@ def key_twice(row: Mapping[str, Any], twice: Twice, columns: Container[str]) -> 
 
 
 def cut_at_depth(text: str, depth: int) -> str:
-    """The JSON with `null` for what lies deeper."""
+    """The JSON text with `null` in place of values nested deeper than `depth`."""
     kept, at, here = [], 0, 0
     for mark in MARK.finditer(text):
         if mark[0] in "[{":

@@ -1,8 +1,8 @@
-"""Layouts of rows as people have them, and the one form that the stages read.
+"""Conversion of common row layouts to the canonical form that the stages read.
 
 `canonical` gives every row these columns: `text` of a document; `messages` of a conversation; `prompt` (a list of turns),
-with `completion`, or with `chosen` and `rejected`. A turn is {"role", "content"} and its marks. Nothing is refused here: what
-makes no sense stays as it is, and `lm.data.chat` refuses it by name.
+with `completion`, or with `chosen` and `rejected`. A turn is {"role", "content"} and its flags. Nothing is refused here: an
+invalid value stays as it is, and `lm.data.chat` refuses it by name.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lm.data import json_text
 Row = Mapping[str, Any]
 Turn = dict[str, Any]
 
-# Names that other layouts have for roles.
+# Names of roles in other layouts.
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 TALK_COLUMNS = ("messages", "conversations")  # whole conversations
 ANSWER_COLUMNS = ("chosen", "rejected", "completion")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-EMPTY: tuple[Any, ...] = (None, "", [], {}, ())  # of a mark that says nothing
+EMPTY: tuple[Any, ...] = (None, "", [], {}, ())  # values of a flag that mean nothing
 EMPTY_MARKS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's helpful and harmless: a conversation in one string
 
 
 class Layout(NamedTuple):
-    """Columns that ask and that answer: `ask`, with `context` beneath it where there is one, and the first of `answers`.
+    """Column names of a layout: the prompt `ask`, optional `context` appended to it, and the first of `answers`.
 
-    `beside_messages`: also where a row has a whole conversation in another column, which then is what is imitated.
+    `beside_messages`: also applies where another column has a whole conversation, which SFT then trains on.
     """
 
     ask: str
@@ -55,7 +55,7 @@ READ_COLUMNS = frozenset((
 
 
 def canonical(row: Row) -> dict[str, Any]:
-    """The row in the one form that stages read; other columns stay, those of `null` are left out. Total and idempotent."""
+    """Convert a row to the canonical form; other columns stay, `null` columns are dropped. Never fails; idempotent."""
     found = {str(name): value for name, value in row.items() if value is not None}
     talks = [found.pop(name) for name in TALK_COLUMNS if name in found]
     if talks:
@@ -77,7 +77,7 @@ def canonical(row: Row) -> dict[str, Any]:
 def read_columns(
     names: frozenset[str], kind: Literal["documents", "conversations", "pairs", "judged", "prompts"]
 ) -> frozenset[str]:
-    """Which of a row's columns (those that are not null) the stages of a kind read, by `canonical`'s rules."""
+    """Names of the row's non-null columns that stages of a kind read, by `canonical`'s rules."""
     if kind == "documents":
         return names & {"text"}
     talk = frozenset([name for name in TALK_COLUMNS if name in names][:1])
@@ -97,14 +97,14 @@ def read_columns(
 
 
 def as_text(value: Any) -> Any:
-    """A number as its text, as verifiers read it; everything else as it is."""
+    """Convert a number to text, as verifiers read it; other values stay as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return str(value) if isinstance(value, int) or math.isfinite(value) else value
 
 
 def flag(value: Any) -> bool | None:
-    """true or false, also as 1 or 0 and spelt as in CSV; None for what is neither."""
+    """Parse a boolean: true or false, 1 or 0, or their CSV spellings; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
     if isinstance(value, bool | int | float) and value in (0, 1):
@@ -118,7 +118,7 @@ def _last_role(turns: Any) -> Any:
 
 
 def _asked(found: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """The row with `prompt` a list of turns, and with the answer, if it has one, in `completion`."""
+    """Convert a row of this layout: `prompt` becomes a list of turns, and the answer, if any, `completion`."""
     ask = as_text(found.pop(layout.ask))
     for name in layout.context:
         context = found.get(name, "")
@@ -144,7 +144,7 @@ def _prompt_turns(text: str) -> Any:
 
 
 def _history(history: Any) -> list[Any]:
-    """Alpaca's earlier turns, pairs of what was asked and answered."""
+    """Convert Alpaca's history, pairs of (prompt, answer), to turns."""
     if not isinstance(history, Sequence) or isinstance(history, str):
         return [history]
     turns: list[Any] = []
@@ -159,7 +159,7 @@ def _history(history: Any) -> list[Any]:
 
 
 def _with_system(found: dict[str, Any]) -> dict[str, Any]:
-    """The row with its system column as the first turn of its conversation, where that has none or the same."""
+    """Move the system column to the front of the conversation, unless that has another system turn."""
     for name in SYSTEM_COLUMNS:
         system = found.get(name)
         if isinstance(system, str) and not system.strip():
@@ -175,7 +175,7 @@ def _with_system(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _led(turns: Any, system: str) -> list[Any] | None:
-    """The turns, led by the system turn; None where they are none or have another."""
+    """Prepend the system turn; None where `turns` is not a conversation or has another system turn."""
     if not isinstance(turns, list):
         return None
     first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
@@ -185,7 +185,7 @@ def _led(turns: Any, system: str) -> list[Any] | None:
 
 
 def _conversation(value: Any) -> Any:
-    """Turns as a list of {"role", "content"}, also from one turn, and from JSON or a dialogue in a string."""
+    """Convert turns to a list of {"role", "content"}; also reads a single turn, JSON text, or a dialogue in a string."""
     if isinstance(value, str):
         value = _turns_or_text(value)
     if isinstance(value, Mapping):
@@ -196,7 +196,7 @@ def _conversation(value: Any) -> Any:
 
 
 def _turns_or_text(value: Any) -> Any:
-    """An answer or prompt: text stays, unless it spells turns; a number is its text."""
+    """Convert an answer or prompt: text stays unless it spells turns; a number becomes text."""
     value = as_text(value)
     if not isinstance(value, str):
         return _conversation(value)
@@ -217,7 +217,7 @@ def _turns_or_text(value: Any) -> Any:
 
 
 def _turn(turn: Any) -> Any:
-    """{"role", "content"} and marks, without those that are null or say nothing; text parts joined."""
+    """Convert a turn to {"role", "content"} and its non-empty flags; text parts are joined."""
     if not isinstance(turn, Mapping):
         return turn
     made: Turn = {str(name): value for name, value in turn.items() if value is not None}
@@ -236,6 +236,6 @@ def _turn(turn: Any) -> Any:
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """The text of parts that are all text; other parts as they are."""
+    """Join content parts that are all text; other parts stay as they are."""
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
     return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else list(parts)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which row comes when: shuffles and mixtures as functions of an integer, with no state to save."""
+"""Data order: shuffles and mixtures as pure functions of an integer position, without state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUNDS = 4
 
 
 def permute(place: int, length: int, key: int) -> int:
-    """Where a pseudo-random permutation of range(length), chosen by `key`, sends `place`.
+    """The image of `place` under the pseudo-random permutation of range(length) that `key` selects.
 
     A balanced Feistel network over the next even number of bits; a value past the end walks on along its
     cycle (Black and Rogaway 2002, Ciphers with arbitrary finite domains).
@@ -33,7 +33,7 @@ def permute(place: int, length: int, key: int) -> int:
 
 
 def permutation(length: int, key: int) -> Int64[np.ndarray, " N"]:
-    """`permute` of every place at once."""
+    """The whole permutation: `permute` of every place, vectorised."""
     places = np.arange(length)
     if length == 1:
         return places
@@ -50,7 +50,7 @@ def permutation(length: int, key: int) -> Int64[np.ndarray, " N"]:
 
 
 def _mix64s(values: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
-    """`mix64` of each."""
+    """`mix64`, vectorised."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -66,7 +66,7 @@ def mixture_shares(weights: Sequence[float]) -> list[Fraction]:
 
 
 def mixture(index: int, shares: Sequence[Fraction]) -> tuple[int, int]:
-    """(source, place in that source) of global row `index`.
+    """(source, place in that source) of row `index` of a weighted mixture.
 
     After n rows each source has given its share of n to within one row for each source before it, and the places
     of a source are 0, 1, 2, … without a gap: each source takes its share of the rows that those before it left.

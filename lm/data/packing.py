@@ -1,4 +1,4 @@
-"""Examples to rows of fixed length, as pure functions: windows over documents, packed conversations, padding.
+"""Packing of examples into rows of fixed length: windows over documents, packed conversations, padding.
 
 `weights`, `segments` and `positions` mean what `lm.types.Batch` says.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int, Int32
 
 
 class PackedRow(NamedTuple):
-    """One row of a batch; `desirable` is 1 or 0 where its answer is judged by itself, a row of a pair has the others."""
+    """One row of a batch; `desirable` is set (1 or 0) for labelled answers, `margins` and `ties` for pairs."""
 
     tokens: Int32[np.ndarray, " T"]
     weights: Float32[np.ndarray, " T"]
@@ -26,20 +26,20 @@ class PackedRow(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One tokenised example: ids, and 1 where the model learns to predict the token."""
+    """One tokenised example: token ids and loss mask."""
 
     tokens: Int[np.ndarray, " N"]
     mask: Int[np.ndarray, " N"]
 
 
 class Stream(Protocol):
-    """Tokens end to end, of which a slice can be had: an array, or what is put together from several."""
+    """A sequence of tokens that can be sliced: an array, or a concatenation of several."""
 
     def __getitem__(self, where: slice, /) -> Int[np.ndarray, " N"]: ...
 
 
 def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len: int, pad_id: int) -> PackedRow:
-    """Tokens start … start + seq_len of a stream of documents, padded where the stream ends.
+    """The row with tokens start … start + seq_len of a stream of documents, padded where the stream ends.
 
     `bounds[d]` is where document d begins in the stream, `bounds[-1]` its length; each document stands
     between end-of-text tokens. Every document in the window is a segment, and its first token there has weight 0.
@@ -60,7 +60,7 @@ def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len:
 
 
 def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> PackedRow:
-    """Examples side by side in one row, a segment each; they must fit. The first token of each has weight 0."""
+    """Pack examples into one row, a segment each; they must fit. The first token of each has weight 0."""
     tokens = np.full(seq_len, pad_id, np.int32)
     weights = np.zeros(seq_len, np.float32)
     segments = np.zeros(seq_len, np.int32)
@@ -76,10 +76,10 @@ def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> PackedRow:
 
 
 def mismatch(row: PackedRow, other: PackedRow, pad_id: int) -> PackedRow:
-    """The row's prompt with the other row's answer; each is a prompt and then an answer.
+    """The mismatched row for KTO's baseline: this row's prompt with the other row's answer.
 
-    The prompt is what stands before the first token with a weight; of one for which there is no room the beginning is
-    left out. Of two rows of which one has no weight, the row itself.
+    The prompt is all tokens before the first with a weight; a prompt that does not fit is
+    left-truncated. If either row has no weight, the row itself is returned.
     """
     if not row.weights.any() or not other.weights.any():
         return row._replace(desirable=None)
@@ -92,18 +92,18 @@ def mismatch(row: PackedRow, other: PackedRow, pad_id: int) -> PackedRow:
 
 
 def is_trained(example: Example) -> bool:
-    """Whether the loss sees any of its tokens (the first has nothing before it and does not count)."""
+    """Whether the loss covers any token (the first is never predicted and does not count)."""
     return bool(np.any(example.mask[1:]))
 
 
 def pack(lengths: Sequence[int], seq_len: int, open_rows: int = 32) -> list[list[int]]:
-    """Greedy packing: the examples of each row, every example in exactly one row, in order within it.
+    """Greedy packing: the indices of each row's examples; every example is in exactly one row, in order.
 
     Each example goes to the fullest open row that has room, else to a new one; the fullest row closes when more than
     `open_rows` are open. No length may exceed seq_len.
     """
     rows: list[list[int]] = []
-    # The open rows as (tokens left, number of the row) in one integer, sorted: the fullest first, the oldest of equals.
+    # Open rows as (tokens left, row number) in one integer, sorted: fullest first, then oldest.
     width = len(lengths).bit_length()
     left: list[int] = []
     for example, length in enumerate(lengths):

@@ -88,7 +88,7 @@ def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, damage):
     damage(entry.path("numbers"))
     assert Cache(tmp_path).entry("test", {"a": 1}, thousand, "numbers").array("numbers").sum() == 499_500
     said = capsys.readouterr().err
-    assert said.splitlines() == [f"lm: {entry.path('numbers')} is damaged: it is made anew"]
+    assert said.splitlines() == [f"lm: {entry.path('numbers')} is damaged: rebuilding it"]
     manifest = entry.folder / "manifest.json"
     whole = manifest.read_text()
     for change in (

@@ -1,4 +1,4 @@
-"""Our own TFDS builders by name. A new one is a file here and a line in the table; TFDS is imported when one is used."""
+"""TFDS builders of this project by name. A new one is a file here and a row of the table; TFDS is imported on use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BUILDERS = {"python_docs": ("lm.data.builders.python_docs", "PythonDocs")}
 
 
 def find_builder(name: str) -> Any | None:
-    """The builder class of a TFDS name, or None if the name is not one of ours."""
+    """The builder class of a TFDS name, or None if this project has none of that name."""
     if name not in BUILDERS:
         return None
     module, attribute = BUILDERS[name]
