@@ -20,12 +20,14 @@ from lm.model.scorer import ScoreHead, Scorer
 from lm.objectives.cpo import cpo
 from lm.objectives.cross_entropy import cross_entropy, weighted
 from lm.objectives.dpo import dpo
-from lm.objectives.grpo import grpo, k3, sampler_correction
+from lm.objectives.grpo import entropy_scale, grpo
+from lm.objectives.importance import sampler_correction
+from lm.objectives.kl import k3
 from lm.objectives.kto import kto, log_ratio_mean, reads_baseline
 from lm.objectives.logprobs import last_scores, token_logprobs, token_values
 from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
-from lm.objectives.ppo import adaptive_kl_coef, ppo
+from lm.objectives.ppo import adaptive_kl_coef, mask_share, ppo, with_end
 from lm.objectives.reward_model import reward_model
 from lm.optimizer import apply_updates, at_least_float32, global_norm
 from lm.parallel.rules import constrain
@@ -61,11 +63,8 @@ def preference_step(stage: Stage, optimizer: optax.GradientTransformation) -> St
             ref_logp = batch.ref_logp
         else:
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
-        return dpo(
-            stats.logp, ref_logp, batch.weights, losses=o.losses, loss_weights=o.loss_weights, beta=o.beta,
-            label_smoothing=o.label_smoothing, tau=o.tau, divergence=o.divergence, alpha=o.alpha, ld_alpha=o.ld_alpha,
-            log_sum_sq=stats.log_sum_sq, sft_scale=frozen["sft_scale"],
-        )  # fmt: skip
+        scale = frozen["sft_scale"]
+        return dpo(stats.logp, ref_logp, batch.weights, o, log_sum_sq=stats.log_sum_sq, sft_scale=scale)
 
     def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"sft_scale": likelihood_scale(batch.weights, batch.weights)}
@@ -79,11 +78,7 @@ def cpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     assert isinstance(o, CPO)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        return cpo(
-            token_logprobs(params, batch).logp, batch.weights, loss=o.loss, beta=o.beta,
-            label_smoothing=o.label_smoothing, gamma=o.gamma, alpha=o.alpha, nll_coef=o.nll_coef,
-            nll_scale=frozen["nll_scale"],
-        )  # fmt: skip
+        return cpo(token_logprobs(params, batch).logp, batch.weights, o, nll_scale=frozen["nll_scale"])
 
     def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, batch.weights)}
@@ -102,7 +97,7 @@ def orpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         logp = token_logprobs(params, batch).logp
-        return orpo(logp, batch.weights, predicted(batch), beta=o.beta, nll_scale=frozen["nll_scale"])
+        return orpo(logp, batch.weights, predicted(batch), o, nll_scale=frozen["nll_scale"])
 
     def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, predicted(batch))}
@@ -119,10 +114,7 @@ def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         assert batch.desirable is not None
         logp = token_logprobs(params, batch).logp
         ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
-        return kto(
-            logp, ref_logp, batch.weights, batch.desirable, frozen.get("kl"), loss=o.loss, beta=o.beta,
-            desirable_weight=o.desirable_weight, undesirable_weight=o.undesirable_weight,
-        )  # fmt: skip
+        return kto(logp, ref_logp, batch.weights, batch.desirable, o, frozen.get("kl"))
 
     def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
         assert batch.mismatched is not None
@@ -156,15 +148,20 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
             assert batch.old_logp is not None and batch.sampler_logp is not None
             gap = {"sampler_kl": weighted(k3(batch.old_logp - batch.sampler_logp), batch.weights)}
             if o.tis_clip:
-                correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.tis_clip)
+                correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
         mean, metrics = grpo(
-            stats.logp, batch.weights, batch.advantages, max_len=o.max_new_tokens,
-            old_logp=batch.old_logp, ref_logp=ref_logp, correction=correction, entropy=stats.entropy,
-            aggregation=o.aggregation, clip_low=o.clip_low, clip_high=o.clip_high, kl_coef=o.kl_coef,
+            stats.logp, batch.weights, batch.advantages, o, old_logp=batch.old_logp, ref_logp=ref_logp,
+            sampler_logp=batch.sampler_logp, correction=correction, entropy=stats.entropy,
+            entropy_scale=frozen.get("entropy_scale"),
         )  # fmt: skip
         return mean, metrics | gap
 
-    return make_step(loss, optimizer, stage.microbatches)
+    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"entropy_scale": entropy_scale(batch.weights, o)}
+
+    return make_step(
+        loss, optimizer, stage.microbatches, batch_stats if o.entropy_coef and o.top_entropy == 1 else None
+    )
 
 
 def reward_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -174,9 +171,7 @@ def reward_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         margins, is_tie = (None if x is None else x[0::2] for x in (batch.margins if o.margins else None, batch.ties))
-        return reward_model(
-            last_scores(params, batch), batch.weights, margins=margins, is_tie=is_tie, ties=o.ties, tie_width=o.tie_width, center_coef=o.center_coef,
-        )  # fmt: skip
+        return reward_model(last_scores(params, batch), batch.weights, o, margins=margins, is_tie=is_tie)
 
     return make_step(loss, optimizer, stage.microbatches)
 
@@ -195,17 +190,20 @@ def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         correction = None
         if corrects_sampler(o):
             assert batch.sampler_logp is not None
-            correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, high=o.tis_clip)
+            correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
         policy = params["policy"].with_whole_tables()
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)
         stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)
         return ppo(
             stats.logp, critic_values(params["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
-            batch.old_logp, batch.values, correction=correction, entropy=stats.entropy, clip=o.clip,
-            value_clip=o.value_clip, value_coef=o.value_coef,
+            batch.old_logp, batch.values, o, correction=correction, entropy=stats.entropy,
+            value_mask=with_end(batch.weights) if o.value_after_end else None, share=frozen.get("share"),
         )  # fmt: skip
 
-    update = make_step(loss, optimizer, stage.microbatches)
+    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"share": mask_share(batch.weights, with_end(batch.weights))}
+
+    update = make_step(loss, optimizer, stage.microbatches, batch_stats if o.value_after_end else None)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         kl_coef = state.opt_state["kl_coef"]
@@ -236,7 +234,8 @@ def _cross_entropy_loss(stage: Stage) -> Loss:
     assert isinstance(o, Pretrain | SFT)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        return cross_entropy(token_logprobs(params, batch), batch.weights, z_loss=o.z_loss)
+        stats = token_logprobs(params, batch, want_mean_logp=o.label_smoothing > 0)
+        return cross_entropy(stats, batch.weights, o)
 
     return loss
 

@@ -10,7 +10,20 @@ import pytest
 
 from lm.changes import changes, normalised, read_experiment, without_defaults
 from lm.choices.log import open_log
-from lm.experiment import SFT, Eval, Experiment, Optimizer, Pretrain, Source, Stage, Tokenizer, UserError, to_dict
+from lm.experiment import (
+    GRPO,
+    SFT,
+    Eval,
+    Experiment,
+    Optimizer,
+    Pretrain,
+    Source,
+    Stage,
+    Tokenizer,
+    UserError,
+    from_dict,
+    to_dict,
+)
 from lm.stored import read_sealed, write_json_atomic, write_sealed
 from lm.sweep.folder import try_lock
 from lm.sweep.trials import key_of
@@ -149,3 +162,14 @@ def test_a_file_system_without_locks_is_told_in_one_line(code, tmp_path, monkeyp
         with pytest.raises(UserError, match="its file system has no file locks") as refusal:
             take()
         assert "\n" not in str(refusal.value)
+
+
+def test_a_flag_that_has_become_a_choice_is_read_and_keeps_its_digest():
+    """`scale_advantages` of older files, and of files of the user's own, is `advantage_scale`; sweeps know their trials."""
+    plain = {"kind": "GRPO", "scale_advantages": False}
+    stage = {"name": "grpo", "objective": plain, "sources": [{"path": "gen:arithmetic"}]}
+    read = from_dict({"name": "old", "stages": [stage]})
+    assert read.stages[0].objective == GRPO(advantage_scale="none") == GRPO(scale_advantages=False)
+    assert without_defaults(read)["stages"][0]["objective"] == {"kind": "GRPO", "scale_advantages": False}
+    stage["objective"] = plain | {"scale_advantages": True}
+    assert without_defaults(from_dict({"name": "old", "stages": [stage]}))["stages"][0]["objective"] == {"kind": "GRPO"}

@@ -103,7 +103,7 @@ def test_a_wrong_override_says_what_would_work(words, message):
         (["--sft.seq_len", "1024"], "sft.seq_len 1024 is longer than model.max_len 512"),
         (["--sft.steps", "0"], "sft.steps is 0; it should be an integer from 1 to 1000000000"),
         (["--sft.microbatches", "5"], "sft.microbatches 5 does not divide its 32 rows"),
-        (["--grpo.objective.group_size", "1"], "group_size is 1; it should be an integer from 2 to 65536"),
+        (["--grpo.objective.group_size", "0"], "group_size is 0; it should be an integer from 1 to 65536"),
         (["--grpo.objective.max_new_tokens", "256"], "leaves no room for a prompt in grpo.seq_len 256"),
         (["--grpo.objective.updates_per_rollout", "3"], "does not divide its 256 completions"),
         (["--dpo.objective.label_smoothing", "0.5"], "should be a number of at least 0 and below 0.5"),

@@ -118,15 +118,16 @@ def test_losses_of_ones_own_equal_those_of_the_table():
     x = {name: jnp.asarray(rng.normal(-2, 1, (6, 5)), jnp.float32) for name in ("logp", "ref_logp")}
     x["weights"] = jnp.asarray(rng.random((6, 5)) < 0.8, jnp.float32)
     pairs = [
-        dpo.dpo(x["logp"], x["ref_logp"], x["weights"], losses=(name,))[0].value()
+        dpo.dpo(x["logp"], x["ref_logp"], x["weights"], DPO(losses=(name,)))[0].value()
         for name in ("sigmoid", "judges:logistic")
     ]
     single = [
-        cpo.cpo(x["logp"], x["weights"], loss=name, nll_coef=0.0)[0].value() for name in ("sigmoid", "judges:simple")
+        cpo.cpo(x["logp"], x["weights"], CPO(loss=name, nll_coef=0.0))[0].value()
+        for name in ("sigmoid", "judges:simple")
     ]
     marks = jnp.asarray(np.arange(len(x["logp"])) % 2, jnp.float32)
     alone = [
-        kto.kto(x["logp"], x["ref_logp"], x["weights"], marks, jnp.float32(0.1), loss=name)[0].value()
+        kto.kto(x["logp"], x["ref_logp"], x["weights"], marks, KTO(loss=name), jnp.float32(0.1))[0].value()
         for name in ("kto", "judges:plain_kto")
     ]
     for ours, own in (pairs, single, alone):

@@ -11,8 +11,8 @@ from lm.sweep.sweep import Sweep
 KIND = {
     "GRPO": {"reason.objective.aggregation": "sequence"},
     "no division by length": {"reason.objective.aggregation": "constant"},
-    "no division by std": {"reason.objective.aggregation": "sequence", "reason.objective.scale_advantages": False},
-    "Dr. GRPO": {"reason.objective.aggregation": "constant", "reason.objective.scale_advantages": False},
+    "no division by std": {"reason.objective.aggregation": "sequence", "reason.objective.advantage_scale": "none"},
+    "Dr. GRPO": {"reason.objective.aggregation": "constant", "reason.objective.advantage_scale": "none"},
 }
 
 sweep = Sweep("dr_grpo", base, {"loss": KIND}, seeds=(0, 1, 2, 3, 4, 5))

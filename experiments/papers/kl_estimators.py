@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.objectives.ppo import KL_ESTIMATORS
+from lm.objectives.kl import KL_ESTIMATORS
 from lm.papers.paper import Chart, Evidence, Finding, Paper
 from lm.sweep.statistics import Curve
 

@@ -32,7 +32,7 @@ def ppo(e: Experiment) -> Experiment:
 RULE = {
     "GRPO": None,
     # The mean of the others as baseline is the mean of all times G / (G - 1): RLOO up to that factor.
-    "RLOO": {"reason.objective.aggregation": "constant", "reason.objective.scale_advantages": False},
+    "RLOO": {"reason.objective.aggregation": "constant", "reason.objective.advantage_scale": "none"},
     "PPO": ppo,
 }
 

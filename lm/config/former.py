@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-FIELDS = {"sampler_cap": "tis_clip"}  # former name of a field → its name
+FIELDS = {"sampler_cap": "tis_clip", "scale_advantages": "advantage_scale"}  # former name of a field → its name
+FLAGS = {"scale_advantages": {True: "group", False: "none"}}  # former name of a field → {its value: value today}
 WORDS = {"verifier": {"manners": "style"}}  # field → {former value: value}
 PREFIXES = {"path": {"made:": "collected:"}}  # field → {former beginning of its values: beginning}
 
@@ -19,7 +20,7 @@ def current_names(fields: Mapping[str, Any], known: Mapping[str, Any], where: st
     new = {name: FIELDS[name] for name in fields if FIELDS.get(name) in known and FIELDS[name] not in fields}
     for former, name in new.items():
         _tell(f"{where}.{former} is called {name} now")
-    return {new.get(name, name): value for name, value in fields.items()}
+    return {new.get(name, name): _of_flag(name, value) for name, value in fields.items()}
 
 
 def current_path(dotted: str) -> str:
@@ -46,7 +47,8 @@ def former_name(field: str) -> str:
 
 def former_value(field: str, value: Any) -> Any:
     """The first spelling of a field's value, which digests keep."""
-    return _swapped(value, _inverse(WORDS.get(field, {})), _inverse(PREFIXES.get(field, {})))
+    words: dict[Any, Any] = WORDS.get(field, {}) | FLAGS.get(former_name(field), {})
+    return _swapped(value, _inverse(words), _inverse(PREFIXES.get(field, {})))
 
 
 def takes_former_names(kind: Kind) -> Kind:
@@ -57,14 +59,19 @@ def takes_former_names(kind: Kind) -> Kind:
     def init(self: Any, *values: Any, **fields: Any) -> None:
         for former in fields.keys() & FIELDS.keys():
             _tell(f"{kind.__name__}.{former} is called {FIELDS[former]} now")
-            fields[FIELDS[former]] = fields.pop(former)
+            fields[FIELDS[former]] = _of_flag(former, fields.pop(former))
         construct(self, *values, **fields)
 
     kind.__init__ = init  # type: ignore[misc]
     return kind
 
 
-def _swapped(value: Any, words: Mapping[str, str], prefixes: Mapping[str, str]) -> Any:
+def _of_flag(former: str, value: Any) -> Any:
+    """The value of a field that was a flag under a former name."""
+    return FLAGS.get(former, {}).get(value, value) if isinstance(value, bool) else value
+
+
+def _swapped(value: Any, words: Mapping[Any, Any], prefixes: Mapping[str, str]) -> Any:
     if not isinstance(value, str):
         return value
     for old, new in prefixes.items():
@@ -73,7 +80,7 @@ def _swapped(value: Any, words: Mapping[str, str], prefixes: Mapping[str, str]) 
     return words.get(value, value)
 
 
-def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+def _inverse(table: Mapping[Any, Any]) -> dict[Any, Any]:
     return {new: old for old, new in table.items()}
 
 

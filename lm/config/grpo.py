@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lm.config.field import UserError, knob
 from lm.config.former import takes_former_names
+from lm.config.grpo_rules import check_grpo
 from lm.config.model import Model
 from lm.config.objective import (
     COMPLETION_LENGTH,
     ENDED,
     ENTROPY,
     SAMPLING_SIGNS,
+    TIS_LEVEL,
+    TIS_LOW,
+    TIS_MODE,
     VERIFIER_ARGUMENTS,
     MetricChart,
     ObjectiveConfig,
@@ -32,18 +36,72 @@ class GRPO(ObjectiveConfig):
     verifier: str = knob(
         "answer", "verifier that gives the reward: answer, style, helpful, or FILE:FUNCTION of your own"
     )
-    group_size: int = knob(8, "completions sampled for one prompt", least=2, most=2**16)
+    reward_clip: tuple[float, ...] = knob((), "least and largest reward, as -1,1; empty: any", least=-1e9, most=1e9)
+    group_size: int = knob(8, "completions sampled for one prompt", least=1, most=2**16)
     max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this", least=1, most=2**26)
     temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
-    clip_low: float = knob(0.2, "lower clip of the ratio: 1 - clip_low", least=1e-4, most=1)
-    clip_high: float = knob(0.2, "upper clip of the ratio: 1 + clip_high", least=1e-4, most=1e6)
+    baseline: Literal["group", "leave_one_out", "none"] = knob(
+        "group", "subtracted from a reward: mean of the group, of its other completions (RLOO), nothing"
+    )
+    advantage_scale: Literal["group", "batch", "none"] = knob(
+        "group",
+        "advantages are divided by the rewards' standard deviation over the group, over the batch, or not",
+    )
+    whiten_advantages: bool = knob(
+        False, "advantages have mean 0 and standard deviation 1 over the rollout (REINFORCE++, GDPO)"
+    )
+    ratio_level: Literal["token", "sequence", "product"] = knob(
+        "token", "importance ratio of a token: its own, its completion's geometric mean (GSPO), their product (RLOO)"
+    )
+    surrogate: Literal["clipped", "cispo", "sapo", "gmpo", "vespo"] = knob(
+        "clipped", "what is maximised: PPO's clip, or the surrogate of that paper"
+    )
+    clip_low: float = knob(
+        0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low)); cispo has none", least=1e-4, most=1
+    )
+    clip_high: float = knob(
+        0.2,
+        "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high); cispo: clip_high itself, at least 1)",
+        least=1e-4,
+        most=1e6,
+    )
+    delta: float = knob(
+        0.0,
+        "surrogate clipped: largest ratio where the advantage is negative (two-sided clip), above 1 + clip_high; 0: any",
+        least=1,
+        most=1e6,
+        special=0,
+    )
+    sapo_tau_pos: float = knob(1.0, "surrogate sapo: temperature of positive advantages", least=1e-3, most=1e3)
+    sapo_tau_neg: float = knob(1.05, "surrogate sapo: temperature of negative advantages", least=1e-3, most=1e3)
+    vespo_k_pos: float = knob(2.0, "surrogate vespo: power of the weight, positive advantages", least=0, most=100)
+    vespo_lambda_pos: float = knob(
+        3.0, "surrogate vespo: decay of the weight, positive advantages", least=1e-4, most=80
+    )
+    vespo_k_neg: float = knob(3.0, "surrogate vespo: power of the weight, negative advantages", least=0, most=100)
+    vespo_lambda_neg: float = knob(
+        2.0, "surrogate vespo: decay of the weight, negative advantages", least=1e-4, most=80
+    )
+    aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = knob(
+        "token", "aggregation of token losses, as in DAPO, GRPO, LUSPO, Dr. GRPO"
+    )
+    top_entropy: float = knob(
+        1.0, "share of the tokens, those of highest entropy, that the surrogate covers; 1: all", above=0, most=1
+    )
+    off_policy_kl: float = knob(
+        0.0,
+        "completions with a negative advantage are dropped where their mean KL (sampler to policy) is above this, in "
+        "nats a token; 0: none",
+        least=1e-6,
+        most=1e6,
+        special=0,
+    )
     kl_coef: float = knob(
-        0.0, "KL penalty coefficient (k3, to the model before this stage); 0 disables it", least=0, most=1000
+        0.0, "KL penalty coefficient (to the model before this stage); 0 disables it", least=0, most=1000
     )
-    aggregation: Literal["token", "sequence", "constant"] = knob(
-        "token", "aggregation of token losses, as in DAPO, GRPO, Dr. GRPO"
-    )
-    scale_advantages: bool = knob(True, "divide advantages by the group's standard deviation")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "estimator of that KL")
+    kl_correction: bool = knob(False, "the KL in the loss is weighed by the importance ratio (DeepSeek-V3.2)")
+    entropy_coef: float = knob(0.0, "weight of the entropy bonus, a mean over tokens", least=0, most=1000)
     updates_per_rollout: int = knob(1, "optimizer updates that share one rollout", least=1, most=2**16)
     rollouts: int = knob(
         1,
@@ -62,6 +120,9 @@ class GRPO(ObjectiveConfig):
         most=1e6,
         special=0,
     )
+    tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
+    tis_mode: Literal["truncate", "mask"] = knob(*TIS_MODE)
+    tis_low: float = knob(*TIS_LOW, least=0, most=1)
     reward_seconds: float = reward_seconds_knob()
     environment: str = environment_knob()
 
@@ -115,3 +176,4 @@ class GRPO(ObjectiveConfig):
                 f"{stage.name}.objective.updates_per_rollout {self.updates_per_rollout} does not divide its "
                 f"{stage.batch_size * self.group_size} completions"
             )
+        check_grpo(self, stage)

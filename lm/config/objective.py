@@ -154,6 +154,29 @@ def check_environment(where: str, environment: str, verifier: str) -> None:
         )
 
 
+TIS_LEVEL = ("token", "the importance correction is by token, or one for the completion: the product of its tokens'")
+TIS_MODE = ("truncate", "importance weights beyond the largest are set to it, or to 0 (then also those below tis_low)")
+TIS_LOW = (0.0, "tis_mode mask: least importance weight that is kept")
+TIS_FIELDS = {"tis_level": TIS_LEVEL, "tis_mode": TIS_MODE, "tis_low": TIS_LOW}
+"""Default and help of the fields of the importance correction, which GRPO and PPO have."""
+
+
+def check_sampler_correction(where: str, o: Any) -> None:
+    """Raises UserError where a field of the importance correction is set and another makes it meaningless."""
+    changed = [name for name, (default, _) in TIS_FIELDS.items() if getattr(o, name) != default]
+    if changed and not o.tis_clip:
+        raise UserError(
+            f"{where}.{changed[0]} is {getattr(o, changed[0])} and tis_clip is 0, which corrects nothing; tis_clip should be "
+            f"above 0, for instance 2, or {changed[0]} {TIS_FIELDS[changed[0]][0]}"
+        )
+    if o.tis_low and o.tis_mode != "mask":
+        raise UserError(
+            f"{where}.tis_low is {o.tis_low} and tis_mode is {o.tis_mode}, which has no lower bound; tis_low should be 0, or tis_mode mask"
+        )
+    if o.tis_low > o.tis_clip:
+        raise UserError(f"{where}.tis_low is {o.tis_low} and tis_clip is {o.tis_clip}; tis_low should be the smaller")
+
+
 def check_label_smoothing(where: str, smoothing: float, losses: tuple[str, ...], readers: frozenset[str]) -> None:
     """Raises UserError where label smoothing is set and no loss reads it; `where` is the objective in dotted form."""
     if smoothing and readers.isdisjoint(losses) and not any(map(is_function_name, losses)):

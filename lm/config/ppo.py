@@ -13,10 +13,14 @@ from lm.config.objective import (
     ENDED,
     ENTROPY,
     SAMPLING_SIGNS,
+    TIS_LEVEL,
+    TIS_LOW,
+    TIS_MODE,
     VERIFIER_ARGUMENTS,
     MetricChart,
     ObjectiveConfig,
     Sign,
+    check_sampler_correction,
     reward_seconds_knob,
 )
 
@@ -55,8 +59,13 @@ class PPO(ObjectiveConfig):
         0.0, "taken off the score of an answer that did not end by itself", least=0, most=1e6
     )
     clip: float = knob(0.2, "ratios are clipped to 1 ± clip", least=1e-4, most=1e6)
+    entropy_coef: float = knob(0.0, "weight of the entropy bonus, a mean over tokens", least=0, most=1000)
     value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip", least=1e-4, most=1e6)
     value_coef: float = knob(0.1, "weight of the value loss", least=0, most=1000)
+    value_after_end: bool = knob(
+        False,
+        "the score is given one state after the last token, whose value is learnt too, as in TRL; else at the token",
+    )
     epochs: int = knob(4, "epochs over each rollout", least=1, most=2**16)
     minibatches: int = knob(1, "minibatches in an epoch, an optimizer update each", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()
@@ -68,6 +77,9 @@ class PPO(ObjectiveConfig):
         most=1e6,
         special=0,
     )
+    tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
+    tis_mode: Literal["truncate", "mask"] = knob(*TIS_MODE)
+    tis_low: float = knob(*TIS_LOW, least=0, most=1)
 
     data = "prompts"
     learns_preferences = True
@@ -119,6 +131,7 @@ class PPO(ObjectiveConfig):
         return self.tis_clip > 0
 
     def check(self, stage: Stage, model: Model) -> None:
+        check_sampler_correction(f"{stage.name}.objective", self)
         if not self.reward_models and not self.verifier:
             raise UserError(
                 f"{stage.name}.objective has neither reward_models nor a verifier: name a reward model's stage, or a row of "

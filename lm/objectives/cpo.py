@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,39 +23,30 @@ from lm.objectives.pairs import (
 from lm.types import Mean
 from lm.user_functions import is_function_name, load_function
 
-
-class CPOParameters(NamedTuple):
-    """Numbers that the rows of the table share."""
-
-    beta: float  # scale of the rewards
-    label_smoothing: float  # believed part of the labels that is flipped
-    gamma: float  # by how much the chosen answer should win
-
-
 # margin: the chosen answer's reward less the rejected one's, before beta.
 
 
-def _sigmoid(margin: Pairs, k: CPOParameters) -> Pairs:
+def _sigmoid(margin: Pairs, k: CPO) -> Pairs:
     """CPO (arXiv:2401.08417, section 3): DPO with a uniform reference."""
     return -(1 - k.label_smoothing) * log_sigmoid(k.beta * margin) - k.label_smoothing * log_sigmoid(-k.beta * margin)
 
 
-def _hinge(margin: Pairs, k: CPOParameters) -> Pairs:
+def _hinge(margin: Pairs, k: CPO) -> Pairs:
     """SLiC's hinge (arXiv:2305.10425)."""
     return jax.nn.relu(1 - k.beta * margin)
 
 
-def _ipo(margin: Pairs, k: CPOParameters) -> Pairs:
+def _ipo(margin: Pairs, k: CPO) -> Pairs:
     """IPO (arXiv:2310.12036, eq. 17) with a uniform reference."""
     return jnp.square(margin - 1 / (2 * k.beta))
 
 
-def _simpo(margin: Pairs, k: CPOParameters) -> Pairs:
+def _simpo(margin: Pairs, k: CPO) -> Pairs:
     """SimPO (arXiv:2405.14734, eq. 6): the mean log-probability should be higher by gamma / beta."""
     return _sigmoid(margin - k.gamma / k.beta, k)
 
 
-LOSSES: dict[str, Callable[[Pairs, CPOParameters], Pairs]] = {
+LOSSES: dict[str, Callable[[Pairs, CPO], Pairs]] = {
     "sigmoid": _sigmoid,
     "hinge": _hinge,
     "ipo": _ipo,
@@ -67,7 +57,7 @@ PER_TOKEN = frozenset({"ipo", "simpo"})
 """Rows that read the mean over an answer's tokens; the others read the sum."""
 
 
-def find_loss(name: str) -> tuple[Callable[[Pairs, CPOParameters], Pairs], bool]:
+def find_loss(name: str) -> tuple[Callable[[Pairs, CPO], Pairs], bool]:
     """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
 
     The user's own reads means where it has an attribute `per_token` that is true.
@@ -86,13 +76,8 @@ def reward(logp: Float[Array, " B"], alpha: float) -> Float[Array, " B"]:
 def cpo(
     logp: Float[Array, "2n T"],
     weights: Float[Array, "2n T"],
+    o: CPO,
     *,
-    loss: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    gamma: float = 0.5,
-    alpha: float = 0.0,
-    nll_coef: float = 1.0,
     nll_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
     """Mean over pairs of a row of LOSSES, and nll_coef times the cross-entropy of all chosen tokens.
@@ -104,11 +89,11 @@ def cpo(
         nll_scale: `likelihood_scale` of the whole batch where these are a piece of it.
     """
     there = present(weights)
-    row, per_token = find_loss(loss)
-    rewards = reward((answer_means if per_token else answer_sums)(logp, weights), alpha)
+    row, per_token = find_loss(o.loss)
+    rewards = reward((answer_means if per_token else answer_sums)(logp, weights), o.alpha)
     chosen, rejected = rewards[0::2], rewards[1::2]
-    mean = mean_over(row(chosen - rejected, CPOParameters(beta, label_smoothing, gamma)), there)
+    mean = mean_over(row(chosen - rejected, o), there)
     nll = likelihood(logp, weights)
     scale = likelihood_scale(weights, weights) if nll_scale is None else nll_scale
-    metrics = reward_metrics(beta * chosen, beta * rejected, there) | {"nll": nll}
-    return Mean(mean.total + nll_coef * scale * nll.total, mean.weight), metrics
+    metrics = reward_metrics(o.beta * chosen, o.beta * rejected, there) | {"nll": nll}
+    return Mean(mean.total + o.nll_coef * scale * nll.total, mean.weight), metrics

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lm.experiment import SFT, Pretrain
 from lm.objectives.logprobs import TokenStats
 from lm.types import Mean
 
@@ -28,22 +29,19 @@ LOSSES: dict[str, Callable[[Float[Array, "B T"]], Float[Array, "B T"]]] = {"nll"
 def cross_entropy(
     stats: TokenStats,
     weights: Float[Array, "B T"],
-    *,
-    loss: str = "nll",
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    o: Pretrain | SFT,
 ) -> tuple[Mean, dict[str, Mean]]:
     """Weighted mean over tokens of (1 - ε)·loss(logp) - ε·mean_logp + z_loss·lse², in nats.
 
     z_loss keeps the log-normaliser near 0 (PaLM, arXiv:2204.02311, section 5). label_smoothing ε mixes the target
     with the uniform distribution (arXiv:1512.00567, section 7) and needs stats.mean_logp.
     """
-    per_token = LOSSES[loss](stats.logp)
-    if label_smoothing:
+    per_token = LOSSES[o.loss](stats.logp)
+    if o.label_smoothing:
         assert stats.mean_logp is not None, "label smoothing needs want_mean_logp=True"
-        per_token = (1 - label_smoothing) * per_token - label_smoothing * stats.mean_logp
-    if z_loss:
-        per_token = per_token + z_loss * jnp.square(stats.lse)
+        per_token = (1 - o.label_smoothing) * per_token - o.label_smoothing * stats.mean_logp
+    if o.z_loss:
+        per_token = per_token + o.z_loss * jnp.square(stats.lse)
     metrics = {"token_accuracy": weighted(stats.correct, weights)}
     if stats.entropy is not None:
         metrics["entropy"] = weighted(stats.entropy, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,55 +24,46 @@ from lm.objectives.pairs import (
 from lm.types import Mean
 from lm.user_functions import is_function_name, load_function
 
-
-class DPOParameters(NamedTuple):
-    """Numbers that the rows of the table share."""
-
-    beta: float  # strength of the pull to the reference
-    label_smoothing: float  # believed part of the labels that is flipped
-    tau: float  # temperature of discopop's blend
-
-
 # ---- losses of one pair --------------------------------------------------------------------------------------------
 # c and r: log π(y|x) - log π_ref(y|x) of the chosen and of the rejected answer, or its image under another divergence.
 
 
-def _sigmoid(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _sigmoid(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """DPO (arXiv:2305.18290, eq. 7); with label smoothing conservative DPO (Mitchell 2023, eq. 3)."""
     margin = k.beta * (c - r)
     return -(1 - k.label_smoothing) * log_sigmoid(margin) - k.label_smoothing * log_sigmoid(-margin)
 
 
-def _robust(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _robust(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """Provably robust DPO (arXiv:2403.00409): unbiased when that part of the labels is flipped."""
     margin = k.beta * (c - r)
     noisy = -(1 - k.label_smoothing) * log_sigmoid(margin) + k.label_smoothing * log_sigmoid(-margin)
     return noisy / (1 - 2 * k.label_smoothing)
 
 
-def _hinge(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _hinge(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """SLiC's hinge on the DPO margin (arXiv:2305.10425; RSO, arXiv:2309.06657)."""
     return jax.nn.relu(1 - k.beta * (c - r))
 
 
-def _ipo(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _ipo(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """IPO (arXiv:2310.12036, eq. 17), on log-ratios per token."""
     return jnp.square(c - r - 1 / (2 * k.beta))
 
 
-def _exo_pair(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _exo_pair(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """EXO (arXiv:2402.00856, eq. 16): reverse KL to the smoothed label, which must not be 0."""
     margin, flipped = k.beta * (c - r), max(k.label_smoothing, 1e-3)
     right = sigmoid(margin) * (log_sigmoid(margin) - jnp.log1p(-flipped))
     return right + sigmoid(-margin) * (log_sigmoid(-margin) - jnp.log(flipped))
 
 
-def _nca_pair(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _nca_pair(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """NCA with two answers (arXiv:2402.05369): the chosen answer's own likelihood is kept up."""
     return -log_sigmoid(k.beta * c) - 0.5 * log_sigmoid(-k.beta * c) - 0.5 * log_sigmoid(-k.beta * r)
 
 
-def _bco_pair(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _bco_pair(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """BCO on pairs (arXiv:2404.04656, section 4): each answer by itself is classified as chosen or rejected.
 
     The paper's reward shift is 0 here: it is a moving average over steps, and a step has no memory.
@@ -80,29 +71,29 @@ def _bco_pair(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
     return -log_sigmoid(k.beta * c) - log_sigmoid(-k.beta * r)
 
 
-def _sppo_hard(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _sppo_hard(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """SPPO with hard labels (arXiv:2405.00675, eq. 4.7); its η is 1/beta."""
     return jnp.square(c - 0.5 / k.beta) + jnp.square(r + 0.5 / k.beta)
 
 
-def _apo_zero(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _apo_zero(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """APO-zero (arXiv:2408.06266, eq. 7): chosen up, rejected down."""
     return sigmoid(-k.beta * c) + sigmoid(k.beta * r)
 
 
-def _apo_down(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _apo_down(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """APO-down (arXiv:2408.06266, eq. 8): both down, the rejected one further."""
     return sigmoid(k.beta * c) + sigmoid(-k.beta * (c - r))
 
 
-def _discopop(c: Pairs, r: Pairs, k: DPOParameters) -> Pairs:
+def _discopop(c: Pairs, r: Pairs, k: DPO) -> Pairs:
     """DiscoPOP (arXiv:2406.08414, eq. 5): logistic and exponential loss, blended by the margin."""
     margin = k.beta * (c - r)
     blend = sigmoid(margin / k.tau)
     return -(1 - blend) * log_sigmoid(margin) + blend * jnp.exp(-margin)
 
 
-LOSSES: dict[str, Callable[[Pairs, Pairs, DPOParameters], Pairs]] = {
+LOSSES: dict[str, Callable[[Pairs, Pairs, DPO], Pairs]] = {
     "sigmoid": _sigmoid,
     "sigmoid_norm": _sigmoid,
     "robust": _robust,
@@ -121,7 +112,7 @@ PER_TOKEN = frozenset({"ipo", "sigmoid_norm"})
 """Rows that read the mean over an answer's tokens; the others read the sum."""
 
 
-def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, DPOParameters], Pairs], bool]:
+def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, DPO], Pairs], bool]:
     """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
 
     The user's own reads means where it has an attribute `per_token` that is true.
@@ -145,12 +136,12 @@ class PairBatchStats(NamedTuple):
     there: Pairs  # 0 for padding
 
 
-def _aot(p: PairBatchStats, k: DPOParameters) -> Pairs:
+def _aot(p: PairBatchStats, k: DPO) -> Pairs:
     """AOT, paired (arXiv:2406.05882, section 3): the policy's margins against the reference's, rank by rank."""
     return _sigmoid(p.margin, _of_equal_rank(p.margin, p.ref_margin, p.there), k)
 
 
-def _aot_unpaired(p: PairBatchStats, k: DPOParameters) -> Pairs:
+def _aot_unpaired(p: PairBatchStats, k: DPO) -> Pairs:
     """AOT, unpaired (arXiv:2406.05882, section 3): chosen log-ratios against rejected ones, rank by rank."""
     return _sigmoid(p.chosen, _of_equal_rank(p.chosen, p.rejected, p.there), k)
 
@@ -162,7 +153,7 @@ def _of_equal_rank(x: Pairs, y: Pairs, there: Pairs) -> Pairs:
     return jnp.where(there > 0, matched, 0.0)
 
 
-WHOLE_BATCH: dict[str, Callable[[PairBatchStats, DPOParameters], Pairs]] = {
+WHOLE_BATCH: dict[str, Callable[[PairBatchStats, DPO], Pairs]] = {
     "aot": _aot,
     "aot_unpaired": _aot_unpaired,
 }
@@ -202,27 +193,19 @@ def dpo(
     logp: Float[Array, "2n T"],
     ref_logp: Float[Array, "2n T"],
     weights: Float[Array, "2n T"],
+    o: DPO,
     *,
-    losses: Sequence[str] = ("sigmoid",),
-    loss_weights: Sequence[float] = (),
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    tau: float = 0.05,
-    divergence: str = "reverse_kl",
-    alpha: float = 0.5,
-    ld_alpha: float = 1.0,
     log_sum_sq: Float[Array, "2n T"] | None = None,
     sft_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
     """Mean over pairs of a weighted sum of rows; row 2i of the arrays is pair i's chosen answer, row 2i + 1 its rejected.
 
+    `losses` name rows of LOSSES and WHOLE_BATCH, and SFT; several are mixed as in MPO (arXiv:2411.10442, eq. 1). With
+    ld_alpha below 1 an answer's tokens beyond the length of its partner weigh that much (LD-DPO, arXiv:2409.06411).
     `weights` are 1 on the answers' tokens and 0 elsewhere. A pair without any answer token is padding and counts
     for nothing. Rewards in the metrics are beta times the log-ratio summed over the answer.
 
     Args:
-        losses: rows of LOSSES and WHOLE_BATCH, and SFT; several are mixed as in MPO (arXiv:2411.10442, eq. 1).
-        loss_weights: of `losses`; empty: 1 each.
-        ld_alpha: weight of an answer's tokens beyond the length of its partner (LD-DPO, arXiv:2409.06411).
         log_sum_sq: log Σ p² of the policy at each token; with it pairs are weighted by how likely the policy itself
             would give them (WPO, arXiv:2406.11827), all rows but SFT.
         sft_scale: `likelihood_scale` of the whole batch where these are a piece of it.
@@ -230,27 +213,26 @@ def dpo(
     lengths = weights.sum(-1)
     there = present(weights)
     tail = jnp.cumsum(weights, -1) > jnp.repeat(jnp.minimum(lengths[0::2], lengths[1::2]), 2)[:, None]
-    counted = weights if ld_alpha == 1 else jnp.where(tail, ld_alpha, 1.0) * weights
+    counted = weights if o.ld_alpha == 1 else jnp.where(tail, o.ld_alpha, 1.0) * weights
     log_ratio = answer_sums(logp - ref_logp, counted)  # token by token: two long sums would leave fewer digits
-    scores = DIVERGENCES[divergence](log_ratio, alpha)
-    knobs = DPOParameters(beta, label_smoothing, tau)
+    scores = DIVERGENCES[o.divergence](log_ratio, o.alpha)
 
     def row(name: str) -> Pairs:
         if name in WHOLE_BATCH:
             policy, reference = answer_sums(logp, counted), answer_sums(ref_logp, counted)
             margin, ref_margin = policy[0::2] - policy[1::2], reference[0::2] - reference[1::2]
-            return WHOLE_BATCH[name](PairBatchStats(scores[0::2], scores[1::2], margin, ref_margin, there), knobs)
+            return WHOLE_BATCH[name](PairBatchStats(scores[0::2], scores[1::2], margin, ref_margin, there), o)
         loss, per_token = find_loss(name)
         read = scores / jnp.maximum(lengths, 1) if per_token else scores
-        return loss(read[0::2], read[1::2], knobs)
+        return loss(read[0::2], read[1::2], o)
 
-    mixture = dict(zip(losses, loss_weights or [1.0] * len(losses), strict=True))
+    mixture = dict(zip(o.losses, o.loss_weights or [1.0] * len(o.losses), strict=True))
     per_pair = sum((weight * row(name) for name, weight in mixture.items() if name != SFT), jnp.zeros_like(there))
     if log_sum_sq is not None:
         likely = jax.lax.stop_gradient(jnp.exp(answer_means(logp - log_sum_sq, weights)))
         per_pair = per_pair * likely[0::2] * likely[1::2]
     loss = mean_over(per_pair, there)
-    metrics = reward_metrics(beta * log_ratio[0::2], beta * log_ratio[1::2], there)
+    metrics = reward_metrics(o.beta * log_ratio[0::2], o.beta * log_ratio[1::2], there)
     if SFT in mixture:
         metrics["nll"] = likelihood(logp, weights)
         scale = likelihood_scale(weights, weights) if sft_scale is None else sft_scale

@@ -59,12 +59,8 @@ def kto(
     ref_logp: Float[Array, "B T"],
     weights: Float[Array, "B T"],
     desirable: Float[Array, " B"],
+    o: KTO,
     kl: Float[Array, ""] | None = None,
-    *,
-    loss: str = "kto",
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
 ) -> tuple[Mean, dict[str, Mean]]:
     """Mean over answers of a row of LOSSES. `weights` are 1 on the answers' tokens and 0 elsewhere; a row of 0 is padding.
 
@@ -74,9 +70,9 @@ def kto(
             a gradient.
     """
     there = _there(weights)
-    rewards = beta * answer_sums(logp - ref_logp, weights)
-    losses = find_loss(loss)(rewards, 2 * desirable - 1, jnp.zeros(()) if kl is None else beta * kl)
-    losses = losses * jnp.where(desirable > 0, desirable_weight, undesirable_weight)
+    rewards = o.beta * answer_sums(logp - ref_logp, weights)
+    losses = find_loss(o.loss)(rewards, 2 * desirable - 1, jnp.zeros(()) if kl is None else o.beta * kl)
+    losses = losses * jnp.where(desirable > 0, o.desirable_weight, o.undesirable_weight)
     metrics = {
         "reward_chosen": mean_over(rewards, there * desirable),
         "reward_rejected": mean_over(rewards, there * (1 - desirable)),

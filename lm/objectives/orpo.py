@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.nn import log1mexp, log_sigmoid
 from jaxtyping import Array, Float
 
+from lm.experiment import ORPO
 from lm.objectives.pairs import answer_means, likelihood, likelihood_scale, mean_over, present, reward_metrics
 from lm.types import Mean
 
@@ -19,8 +20,8 @@ def orpo(
     logp: Float[Array, "2n T"],
     weights: Float[Array, "2n T"],
     predicted: Float[Array, "2n T"],
+    o: ORPO,
     *,
-    beta: float = 0.1,
     nll_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
     """Mean over pairs (arXiv:2403.07691, eq. 6 and 7), where p of an answer is its tokens' geometric mean.
@@ -40,5 +41,8 @@ def orpo(
     odds = mean_over(-log_sigmoid(ratio), there)
     nll = likelihood(logp, predicted)
     scale = likelihood_scale(weights, predicted) if nll_scale is None else nll_scale
-    metrics = reward_metrics(beta * chosen, beta * rejected, there) | {"nll": nll, "log_odds": mean_over(ratio, there)}
-    return Mean(beta * odds.total + scale * nll.total, odds.weight), metrics
+    metrics = reward_metrics(o.beta * chosen, o.beta * rejected, there) | {
+        "nll": nll,
+        "log_odds": mean_over(ratio, there),
+    }
+    return Mean(o.beta * odds.total + scale * nll.total, odds.weight), metrics

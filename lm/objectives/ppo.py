@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lm.experiment import PPO
 from lm.objectives.cross_entropy import weighted
-from lm.objectives.grpo import k3
+from lm.objectives.kl import KL_ESTIMATORS, k3
 from lm.types import Mean
 
 Tokens = Float[Array, "B T"]
@@ -19,24 +18,30 @@ Scalar = Float[Array, ""]
 EPS = 1e-8  # added to a variance before dividing
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tokens], Tokens]] = {
-    "k1": lambda log_ratio: log_ratio,
-    "k2": lambda log_ratio: 0.5 * jnp.square(log_ratio),
-    "k3": lambda log_ratio: k3(-log_ratio),
-}
-"""Of KL(π ‖ π_ref) at a sampled token, from log π - log π_ref (Schulman 2020, joschu.net/blog/kl-approx)."""
-
-
 # ---- what a rollout is worth ---------------------------------------------------------------------------------------
 
 
+def with_end(mask: Tokens) -> Tokens:
+    """The mask of an answer's tokens, and the place behind its last one, where the row has one: the state after the answer."""
+    return jnp.maximum(mask, jnp.pad(mask[:, :-1], ((0, 0), (1, 0))))
+
+
 def token_rewards(
-    scores: Rows, logp: Tokens, ref_logp: Tokens, mask: Tokens, kl_coef: Scalar | float, kl_estimator: str = "k1"
+    scores: Rows,
+    logp: Tokens,
+    ref_logp: Tokens,
+    mask: Tokens,
+    kl_coef: Scalar | float,
+    kl_estimator: str = "k1",
+    value_mask: Tokens | None = None,
 ) -> Tokens:
-    """An answer's score at its last token, less kl_coef times the KL at each (arXiv:1909.08593, eq. 2). 0 off the mask."""
+    """An answer's score at its last token, less kl_coef times the KL at each (arXiv:1909.08593, eq. 2).
+
+    0 off the mask. With a value_mask the score stands at the last place of that.
+    """
     kl = KL_ESTIMATORS[kl_estimator](jnp.where(mask > 0, logp - ref_logp, 0.0))
-    place = jnp.arange(mask.shape[1])
-    last = jnp.max(jnp.where(mask > 0, place, -1), axis=1, keepdims=True)
+    place, judged = jnp.arange(mask.shape[1]), mask if value_mask is None else value_mask
+    last = jnp.max(jnp.where(judged > 0, place, -1), axis=1, keepdims=True)
     return jnp.where(place == last, scores[:, None], 0.0) - kl_coef * kl
 
 
@@ -73,10 +78,14 @@ def experience(
     gamma: float = 1.0,
     lam: float = 0.95,
     whiten_rewards: bool = False,
+    value_mask: Tokens | None = None,
 ) -> tuple[Tokens, Tokens]:
-    """(advantages, whitened over the rollout; returns, which are not) of token rewards and of values, both 0 off the mask."""
+    """(advantages, whitened over the rollout; returns, which are not) of token rewards and of values.
+
+    Both are 0 off the mask, or off the value_mask where there is one.
+    """
     if whiten_rewards:
-        rewards = whiten(rewards, mask, keep_mean=True)
+        rewards = whiten(rewards, mask if value_mask is None else value_mask, keep_mean=True)
     advantages = gae(rewards, values, gamma, lam)
     return whiten(advantages, mask), advantages + values
 
@@ -108,44 +117,52 @@ def ppo(
     returns: Tokens,
     old_logp: Tokens,
     old_values: Tokens,
+    o: PPO,
     *,
     correction: Tokens | None = None,
     entropy: Tokens | None = None,
     value_mask: Tokens | None = None,
-    clip: float = 0.2,
-    value_clip: float = 0.2,
-    value_coef: float = 0.1,
+    share: Scalar | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
     """Mean over tokens of the clipped surrogate (arXiv:1707.06347, eq. 7) and of value_coef times half the values' loss.
 
     The values' loss is the larger of (V - R)² and of the same with V kept within value_clip of what it was in the rollout
-    (arXiv:1506.02438's trust region in the form of the PPO reference implementation). Arrays speak of the token at their
+    (arXiv:1506.02438's trust region in the form of the PPO reference implementation). entropy_coef times the mean entropy is
+    taken off (arXiv:1707.06347, eq. 9). Arrays speak of the token at their
     place; `mask` is 1 on the tokens that the policy chose.
 
     Args:
         correction: weighs the policy's loss of tokens where the sampler's policy was not the old one (sampler_correction).
-        entropy: only reported.
-        value_mask: where values are learnt, if it is not on `mask`; the batch must then be whole.
+        entropy: of the policy at each token, in nats.
+        value_mask: where values are learnt, if it is not on `mask` (`with_end`).
+        share: `mask_share` of the whole batch where these rows are a piece of it.
     """
     on = mask > 0
     log_ratio = jnp.where(on, logp - old_logp, 0.0)
     ratio = jnp.exp(log_ratio)
     advantages = jnp.where(on, advantages, 0.0)
-    policy = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
+    policy = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - o.clip, 1 + o.clip))
     policy = policy if correction is None else policy * jnp.where(on, correction, 0.0)
     judged = mask if value_mask is None else value_mask
     values, returns, old_values = (jnp.where(judged > 0, x, 0.0) for x in (values, returns, old_values))
-    near = jnp.clip(values, old_values - value_clip, old_values + value_clip)
+    near = jnp.clip(values, old_values - o.value_clip, old_values + o.value_clip)
     free, held = jnp.square(values - returns), jnp.square(near - returns)
     of_policy, of_values = weighted(policy, mask), weighted(0.5 * jnp.maximum(free, held), judged)
-    share = mask.sum() / jnp.maximum(judged.sum(), 1)  # 1, unless values are learnt elsewhere too
+    share = mask_share(mask, judged) if share is None else share
     metrics = {
         "policy_loss": of_policy,
         "value_loss": of_values,
-        "clip_frac": weighted((jnp.abs(ratio - 1) > clip).astype(mask.dtype), mask),
+        "clip_frac": weighted((jnp.abs(ratio - 1) > o.clip).astype(mask.dtype), mask),
         "value_clip_frac": weighted((held > free).astype(mask.dtype), judged),
         "old_kl": weighted(k3(log_ratio), mask),
     }
+    total = of_policy.total + o.value_coef * share * of_values.total
     if entropy is not None:
         metrics["entropy"] = weighted(entropy, mask)
-    return Mean(of_policy.total + value_coef * share * of_values.total, of_policy.weight), metrics
+        total = total - o.entropy_coef * metrics["entropy"].total if o.entropy_coef else total
+    return Mean(total, of_policy.weight), metrics
+
+
+def mask_share(mask: Tokens, value_mask: Tokens) -> Scalar:
+    """Tokens for each place where values are learnt: times this, their sum becomes, divided as the loss is, a mean over these."""
+    return mask.sum() / jnp.maximum(value_mask.sum(), 1)

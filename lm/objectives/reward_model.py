@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Float
 
+from lm.experiment import RewardModel
 from lm.objectives.pairs import Pairs, mean_over, present
 from lm.types import Mean
 
@@ -29,12 +30,10 @@ TIES: dict[str, Callable[[Pairs, float], Pairs]] = {"split": _split, "rao_kupper
 def reward_model(
     scores: Float[Array, " 2n"],
     weights: Float[Array, "2n T"],
+    o: RewardModel,
     *,
     margins: Pairs | None = None,
     is_tie: Pairs | None = None,
-    ties: str = "drop",
-    tie_width: float = 0.5,
-    center_coef: float = 0.0,
 ) -> tuple[Mean, dict[str, Mean]]:
     """Mean over pairs of -log σ(gap - margin) + center_coef · (sum of the two scores)².
 
@@ -50,14 +49,14 @@ def reward_model(
     chosen, rejected = scores[0::2], scores[1::2]
     gap = chosen - rejected
     asked = jnp.zeros_like(gap) if margins is None else margins
-    losses = -log_sigmoid(gap - asked - (tie_width if ties == "rao_kupper" else 0.0))
+    losses = -log_sigmoid(gap - asked - (o.tie_width if o.ties == "rao_kupper" else 0.0))
     decided = there
     if is_tie is not None:
         decided = there * (1 - is_tie)
-        there = decided if ties == "drop" else there
-        losses = losses if ties == "drop" else jnp.where(is_tie > 0, TIES[ties](gap, tie_width), losses)
-    if center_coef:
-        losses = losses + center_coef * jnp.square(chosen + rejected)
+        there = decided if o.ties == "drop" else there
+        losses = losses if o.ties == "drop" else jnp.where(is_tie > 0, TIES[o.ties](gap, o.tie_width), losses)
+    if o.center_coef:
+        losses = losses + o.center_coef * jnp.square(chosen + rejected)
     metrics = {
         "reward_accuracy": mean_over((gap > 0).astype(gap.dtype), decided),
         "reward_margin": mean_over(gap, decided),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.experiment import Model, UserError
+from lm.experiment import Model, Pretrain, UserError
 from lm.interop import hf
 from lm.model.transformer import Transformer
 from lm.objectives.cross_entropy import cross_entropy
@@ -64,7 +64,7 @@ def test_loss_and_gradients(family):
     batch = as_batch(inputs["input_ids"], inputs["attention_mask"])
 
     def loss(model):
-        return cross_entropy(token_logprobs(model, batch), batch.weights)[0].value()
+        return cross_entropy(token_logprobs(model, batch), batch.weights, Pretrain())[0].value()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(model)
     np.testing.assert_allclose(value, inputs["loss"], rtol=2e-6)
@@ -106,7 +106,7 @@ def test_packed_documents(golden):
     np.testing.assert_allclose(model(ids, positions, segments), data["nll/logits"], atol=1e-5)
 
     def loss(model):
-        return cross_entropy(token_logprobs(model, batch), batch.weights)[0].value()
+        return cross_entropy(token_logprobs(model, batch), batch.weights, Pretrain())[0].value()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(model)
     np.testing.assert_allclose(value, data["nll/loss"], rtol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import REWARDS, example_pairs, golden_pairs, interleaved
 
+from lm.experiment import CPO
 from lm.objectives.cpo import LOSSES, PER_TOKEN, cpo
 from lm.objectives.pairs import likelihood_scale
 
@@ -30,7 +31,7 @@ def test_golden(golden, dtype):
             logits, logp_of, weights, _ = golden_pairs(case, dtype)
 
             def scalar(logits, logp_of=logp_of, weights=weights, knobs=knobs):
-                mean, metrics = cpo(logp_of(logits), weights, **knobs)
+                mean, metrics = cpo(logp_of(logits), weights, CPO(**knobs))
                 return mean.value(), metrics
 
             (value, metrics), gradient = jax.value_and_grad(scalar, has_aux=True)(logits)
@@ -75,9 +76,9 @@ def test_equals_a_loop_over_pairs(loss, alpha):
     x = example_pairs()
     knobs = {"loss": loss, "beta": 0.7, "label_smoothing": 0.1, "gamma": 0.4, "alpha": alpha, "nll_coef": 0.3}
     with precision("float64"):
-        value, gradient = jax.value_and_grad(lambda logp: cpo(logp, jnp.asarray(x["weights"]), **knobs)[0].value())(
-            jnp.asarray(x["logp"])
-        )
+        value, gradient = jax.value_and_grad(
+            lambda logp: cpo(logp, jnp.asarray(x["weights"]), CPO(**knobs))[0].value()
+        )(jnp.asarray(x["logp"]))
         assert_close(value, by_hand(x["logp"], x["weights"], **knobs), 1e-12, "value")
         numeric = numeric_gradient(lambda logp: by_hand(logp, x["weights"], **knobs), x["logp"])
         assert_close(gradient, numeric, 1e-7, "gradient")
@@ -90,7 +91,7 @@ def test_microbatches_add_up(loss):
     del x["ref_logp"]
     with precision("float64"):
         scale = likelihood_scale(jnp.asarray(x["weights"]), jnp.asarray(x["weights"]))
-        assert_accumulates(lambda **arrays: cpo(**arrays, loss=loss, nll_scale=scale), x, "logp")
+        assert_accumulates(lambda **arrays: cpo(**arrays, o=CPO(loss=loss), nll_scale=scale), x, "logp")
 
 
 def test_padding_does_not_matter():
@@ -98,7 +99,7 @@ def test_padding_does_not_matter():
     logp = np.concatenate([np.where(x["weights"] > 0, x["logp"], -np.inf), np.full((2, 7), np.nan)])
     weights = np.concatenate([x["weights"], np.zeros((2, 7))])
     with precision("float64"):
-        loss = jax.value_and_grad(lambda logp, weights: cpo(logp, weights, loss="simpo", alpha=0.25)[0].value())
+        loss = jax.value_and_grad(lambda logp, weights: cpo(logp, weights, CPO(loss="simpo", alpha=0.25))[0].value())
         clean, gradient = loss(jnp.asarray(x["logp"]), jnp.asarray(x["weights"]))
         padded, padded_gradient = loss(jnp.asarray(logp), jnp.asarray(weights))
     assert float(padded) == pytest.approx(float(clean), rel=1e-14)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 
+from lm.experiment import SFT
 from lm.objectives.cross_entropy import LOSSES, cross_entropy
 from lm.objectives.logprobs import shifted_logprobs
 
 
 def loss(logits, tokens, weights, **knobs):
     stats = shifted_logprobs(logits, tokens, want_mean_logp=True)
-    return cross_entropy(stats, weights, **knobs)
+    return cross_entropy(stats, weights, SFT(**knobs))
 
 
 def trained_on(labels: np.ndarray, ignored: int, dtype: str) -> tuple[jax.Array, jax.Array]:

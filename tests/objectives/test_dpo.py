@@ -11,7 +11,8 @@ import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import REWARDS, example_pairs, interleaved
 
-from lm import check
+from lm.config import dpo as config
+from lm.experiment import DPO
 from lm.objectives.dpo import DIVERGENCES, LOSSES, PER_TOKEN, SFT, WHOLE_BATCH, dpo
 from lm.objectives.pairs import likelihood_scale
 
@@ -37,10 +38,10 @@ def test_golden(golden, dtype):
             weights = interleaved(case.inputs["completion_mask"][:, 1:]).astype(dtype)
             names = ("logps", "ref_logps", "log_sum_sq_probs")
             logp, ref_logp, log_sum_sq = (jnp.asarray(interleaved(case.inputs[name])) for name in names)
-            knobs = knobs_of(p) | ({"log_sum_sq": log_sum_sq} if p.get("use_weighting") else {})
+            rest = {"o": DPO(**knobs_of(p)), "log_sum_sq": log_sum_sq if p.get("use_weighting") else None}
 
-            def scalar(logp, ref_logp=ref_logp, weights=weights, knobs=knobs):
-                mean, metrics = dpo(logp, ref_logp, jnp.asarray(weights), **knobs)
+            def scalar(logp, ref_logp=ref_logp, weights=weights, rest=rest):
+                mean, metrics = dpo(logp, ref_logp, jnp.asarray(weights), **rest)
                 return mean.value(), metrics
 
             (value, metrics), gradient = jax.value_and_grad(scalar, has_aux=True)(logp)
@@ -106,7 +107,7 @@ def test_equals_a_loop_over_pairs(loss):
     with precision("float64"):
 
         def ours(logp):
-            return dpo(logp, jnp.asarray(x["ref_logp"]), jnp.asarray(x["weights"]), **knobs)[0].value()
+            return dpo(logp, jnp.asarray(x["ref_logp"]), jnp.asarray(x["weights"]), DPO(**knobs))[0].value()
 
         def theirs(logp):
             return by_hand(logp, x["ref_logp"], x["weights"], loss, beta=0.3, label_smoothing=0.15)
@@ -120,14 +121,14 @@ def test_rewards_by_hand():
     logp = jnp.asarray([[0.0, -1.0, -2.0], [0.0, -3.0, -1.0], [0.0, -5.0, -1.0], [0.0, -1.0, -9.0]])
     ref_logp = jnp.asarray([[0.0, -2.0, -2.5], [0.0, -2.0, -1.0], [0.0, -1.0, -1.0], [0.0, -2.0, -2.0]])
     weights = jnp.asarray([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
-    metrics = {name: float(mean.value()) for name, mean in dpo(logp, ref_logp, weights, beta=0.5)[1].items()}
+    metrics = {name: float(mean.value()) for name, mean in dpo(logp, ref_logp, weights, DPO(beta=0.5))[1].items()}
     # log-ratios: chosen 1.5, -4; rejected -1, 1
     assert metrics == {"reward_accuracy": 0.5, "reward_margin": -0.625, "reward_chosen": -0.625, "reward_rejected": 0.0}
 
 
 def value_and_gradient(x: dict[str, np.ndarray], **knobs):
     rest = {name: jnp.asarray(a) for name, a in x.items() if name != "logp"}
-    return jax.value_and_grad(lambda logp: dpo(logp, **rest, **knobs)[0].value())(jnp.asarray(x["logp"]))
+    return jax.value_and_grad(lambda logp: dpo(logp, **rest, o=DPO(**knobs))[0].value())(jnp.asarray(x["logp"]))
 
 
 def ranked_by_hand(logp, ref_logp, weights, loss, beta) -> float:
@@ -219,12 +220,12 @@ def test_a_mixture_is_a_weighted_sum():
 
 
 def test_what_is_refused_with_microbatches_is_what_looks_at_the_whole_batch():
-    assert set(WHOLE_BATCH) == check.WHOLE_BATCH
+    assert set(WHOLE_BATCH) == config.RANKS_BATCH
     x = example_pairs()
     with precision("float64"):
         for name in [*LOSSES, *WHOLE_BATCH]:
             plain, smooth = (value_and_gradient(x, losses=(name,), label_smoothing=e)[0] for e in (0.1, 0.2))
-            assert (plain != smooth) == (name in check.SMOOTHED), name
+            assert (plain != smooth) == (name in config.READS_LABEL_SMOOTHING), name
 
 
 @pytest.mark.parametrize("losses", [*((loss,) for loss in LOSSES), ("sigmoid", "sft")])
@@ -233,7 +234,7 @@ def test_microbatches_add_up(losses):
     with precision("float64"):
         scale = likelihood_scale(jnp.asarray(x["weights"]), jnp.asarray(x["weights"]))
         assert_accumulates(
-            lambda **arrays: dpo(**arrays, losses=losses, label_smoothing=0.1, sft_scale=scale), x, "logp"
+            lambda **arrays: dpo(**arrays, o=DPO(losses, label_smoothing=0.1), sft_scale=scale), x, "logp"
         )
 
 
@@ -246,7 +247,7 @@ def test_padding_does_not_matter(losses):
             padded[name][:8][x["weights"] == 0] = -np.inf
 
         def value(logp, y):
-            return dpo(logp, jnp.asarray(y["ref_logp"]), jnp.asarray(y["weights"]), losses=losses)[0].value()
+            return dpo(logp, jnp.asarray(y["ref_logp"]), jnp.asarray(y["weights"]), DPO(losses))[0].value()
 
         clean, gradient = jax.value_and_grad(value)(jnp.asarray(x["logp"]), x)
         with_padding, padded_gradient = jax.value_and_grad(value)(jnp.asarray(padded["logp"]), padded)

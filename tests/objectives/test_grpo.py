@@ -1,7 +1,8 @@
-"""lm/objectives/grpo.py: golden numbers, an independent version, accumulation."""
+"""lm/objectives/grpo.py: golden numbers and gradients of every member, loops over tokens, accumulation."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -18,61 +19,52 @@ from objective_checks import (
     precision,
 )
 
-from lm.objectives.grpo import (
-    AGGREGATIONS,
-    RATIO_LEVELS,
-    SURROGATES,
-    combine_rewards,
-    decoupled_advantages,
-    drop_truncated,
-    group_advantages,
-    grpo,
-    sampler_correction,
-)
-
-# Golden cases that these tables do not offer, by the loss or by a parameter that is not neutral.
-NOT_OFFERED = {"sapo", "luspo", "vespo", "gmpo"}
-NOT_OFFERED_PARAMS = {
-    "top_entropy_quantile": 1.0,
-    "off_policy_mask_threshold": None,
-    "use_bias_correction_kl": False,
-    "entropy_coef": 0.0,
-}
+from lm.experiment import GRPO
+from lm.objectives.aggregation import AGGREGATIONS
+from lm.objectives.grpo import entropy_scale, grpo
+from lm.objectives.importance import RATIO_LEVELS
+from lm.objectives.surrogates import SURROGATES
 
 # bnpo is the token mean of one microbatch alone, dapo that of the whole batch.
-GOLDEN_AGGREGATION = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant", "cispo": "token"}
-OVER_ALL_TOKENS = {"dapo", "cispo"}
+GOLDEN_AGGREGATION = {
+    "grpo": "sequence", "sapo": "sequence", "gmpo": "sequence", "luspo": "sequence_sum", "dr_grpo": "constant",
+    "bnpo": "token", "dapo": "token", "cispo": "token", "vespo": "token",
+}  # fmt: skip
+OVER_ALL_TOKENS = {"dapo", "cispo", "vespo"}
+NAMES = {"sapo_temperature_pos": "sapo_tau_pos", "sapo_temperature_neg": "sapo_tau_neg"}
 
 
-def offered(params: dict) -> bool:
-    plain = all(params.get(name, value) == value for name, value in NOT_OFFERED_PARAMS.items())
-    return plain and params["loss_type"] not in NOT_OFFERED
+def golden_config(p: dict) -> GRPO:
+    """A golden case's parameters as the fields of an experiment."""
+    named = {NAMES.get(name, name): value for name, value in p.items() if name.startswith(("sapo_", "vespo_"))}
+    return GRPO(
+        ratio_level=p["importance_sampling_level"],
+        surrogate=p["loss_type"] if p["loss_type"] in SURROGATES else "clipped",
+        aggregation=GOLDEN_AGGREGATION[p["loss_type"]],
+        clip_low=p["epsilon"],
+        clip_high=p["epsilon"] if p["epsilon_high"] is None else p["epsilon_high"],
+        delta=p["delta"] or 0.0,
+        kl_coef=p["beta"],
+        kl_correction=p["use_bias_correction_kl"],
+        top_entropy=p["top_entropy_quantile"],
+        off_policy_kl=p["off_policy_mask_threshold"] or 0.0,
+        entropy_coef=p["entropy_coef"],
+        max_new_tokens=p["max_completion_length"],
+        **named,
+    )
 
 
-def golden_mask(case: Case) -> np.ndarray:
-    mask = case.inputs["completion_mask"]
-    return mask * case.inputs["tool_mask"] if case.params["use_tool_mask"] else mask
-
-
-def golden_arguments(case: Case, dtype: str) -> dict:
-    """A golden case's parameters and arrays as our arguments."""
+def golden_arrays(case: Case, dtype: str) -> dict:
     p, x = case.params, case.inputs
-    high = p["epsilon"] if p["epsilon_high"] is None else p["epsilon_high"]
+    mask = x["completion_mask"] * x["tool_mask"] if p["use_tool_mask"] else x["completion_mask"]
+    corrected = p["use_importance_sampling_ratio"]
     return {
-        "mask": jnp.asarray(golden_mask(case), dtype),
+        "mask": jnp.asarray(mask, dtype),
         "advantages": jnp.asarray(np.broadcast_to(x["advantages"][:, None], x["logps"].shape)),
         "old_logp": jnp.asarray(x["old_logps"]) if p["use_old_logps"] else None,
         "ref_logp": jnp.asarray(x["ref_logps"]) if p["beta"] else None,
-        "correction": jnp.asarray(x["importance_sampling_ratio"]) if p["use_importance_sampling_ratio"] else None,
-        "entropy": jnp.asarray(x["entropy"]),
-        "ratio_level": p["importance_sampling_level"],
-        "surrogate": "cispo" if p["loss_type"] == "cispo" else "clipped",
-        "aggregation": GOLDEN_AGGREGATION[p["loss_type"]],
-        "clip_low": p["epsilon"],
-        "clip_high": high,
-        "delta": p["delta"],
-        "kl_coef": p["beta"],
-        "max_len": p["max_completion_length"],
+        "sampler_logp": jnp.asarray(x["sampling_logps"]) if corrected else None,
+        "correction": jnp.asarray(x["importance_sampling_ratio"]) if corrected else None,
     }
 
 
@@ -84,78 +76,62 @@ def golden_scalar(mean, params: dict):
     return mean.value() / accumulated
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_golden(golden, dtype):
-    cases = [case for case in golden_cases(golden, "grpo", dtype) if offered(case.params)]
-    assert cases
-    for case in cases:
-        with precision(dtype) as tolerance:
-            arguments = golden_arguments(case, dtype)
-
-            def scalar(logp, arguments=arguments, params=case.params):
-                mean, metrics = grpo(logp, **arguments)
-                return golden_scalar(mean, params), metrics
-
-            (value, metrics), gradient = jax.value_and_grad(scalar, has_aux=True)(jnp.asarray(case.inputs["logps"]))
-            size = float(np.abs(case.inputs["advantages"]).max())
-            assert_close(value, case.outputs["loss"], tolerance, f"{case.name} loss", scale=size)
-            assert_close(gradient, case.outputs["grad_logps"], tolerance, f"{case.name} gradient")
-            for ours, theirs in golden_metrics(case).items():
-                assert_close(metrics[ours].value(), case.outputs[theirs], tolerance, f"{case.name} {ours}")
-
-
 def golden_metrics(case: Case) -> dict[str, str]:
     """Our metrics, and theirs that mean the same: at sequence level theirs count sequences, ours count tokens."""
     names = {"entropy": "entropy", "kl": "kl", "clip_high_frac": "cispo_clip_ratio"}
-    if case.params["importance_sampling_level"] == "token":
+    if case.params["importance_sampling_level"] == "token" and case.params["loss_type"] != "gmpo":
         names |= {"clip_low_frac": "clip_ratio_low_mean"}
         names |= {} if case.params["loss_type"] == "cispo" else {"clip_high_frac": "clip_ratio_high_mean"}
     return {ours: theirs for ours, theirs in names.items() if theirs in case.outputs}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_golden_advantages(golden, dtype):
-    for case in golden_cases(golden, "grpo_advantages", dtype):
-        p, expected = case.params, case.outputs
+def test_golden(golden, dtype):
+    cases = golden_cases(golden, "grpo", dtype)
+    assert {case.params["loss_type"] for case in cases} == set(GOLDEN_AGGREGATION)
+    for case in cases:
         with precision(dtype) as tolerance:
-            rewards, weights = jnp.asarray(case.inputs[p["rewards"]]), jnp.asarray(case.inputs["reward_weights"])
-            combined = combine_rewards(rewards, weights)
-            scale = p.get("scale_rewards", "group")
-            advantages, metrics = group_advantages(combined, p["num_generations"], scale=scale)
-            if p.get("multi_objective_aggregation") == "normalize_then_sum":
-                advantages = decoupled_advantages(rewards, weights, p["num_generations"])
-            # The reference rounds where a group's rewards are all equal; ours are exactly 0.
-            assert_close(advantages, expected["advantages"], tolerance, f"{case.name} advantages")
-            if "reward" in expected:
-                assert_close(metrics["reward"].value(), expected["reward"], tolerance, f"{case.name} reward")
-            # Only here does the reference count groups: in the other cases it looks at the batch's deviation.
-            if scale != "batch" and "scale_rewards" in p:
-                frac = metrics["frac_zero_std"].value()
-                assert_close(frac, expected["frac_reward_zero_std"], tolerance, f"{case.name} frac_zero_std")
+            o, arrays = golden_config(case.params), golden_arrays(case, dtype)
+            kept = case.outputs["grad_entropy"] != 0 if "grad_entropy" in case.outputs else None
+            scale = None
+            if case.params["loss_type"] in OVER_ALL_TOKENS and kept is not None:
+                # Theirs divides the bonus by the tokens it is of, the loss by those of the whole batch.
+                scale = case.params["num_items_in_batch"] / kept.sum()
+
+            def scalar(logp, entropy, o=o, arrays=arrays, params=case.params, scale=scale):
+                mean, metrics = grpo(logp, o=o, entropy=entropy, entropy_scale=scale, **arrays)
+                return golden_scalar(mean, params), metrics
+
+            inputs = (jnp.asarray(case.inputs[name]) for name in ("logps", "entropy"))
+            (value, metrics), gradients = jax.value_and_grad(scalar, (0, 1), has_aux=True)(*inputs)
+            size = float(np.abs(case.inputs["advantages"]).max())
+            assert_close(value, case.outputs["loss"], tolerance, f"{case.name} loss", scale=size)
+            assert_close(gradients[0], case.outputs["grad_logps"], tolerance, f"{case.name} gradient")
+            if kept is not None:
+                assert_close(gradients[1], case.outputs["grad_entropy"], tolerance, f"{case.name} gradient of entropy")
+            for ours, theirs in golden_metrics(case).items():
+                assert_close(metrics[ours].value(), case.outputs[theirs], tolerance, f"{case.name} {ours}")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_golden_masks_and_sampler_corrections(golden, dtype):
-    checked = set()
-    for case in golden_cases(golden, "grpo_advantages", dtype):
+def test_golden_rloo(golden, dtype):
+    cases = [case for case in golden_cases(golden, "rloo", dtype) if "grad_logps" in case.outputs]
+    assert len(cases) == 2
+    for case in cases:
         p, x = case.params, case.inputs
+        o = GRPO(ratio_level="product", aggregation="sequence", clip_low=p["epsilon"], clip_high=p["epsilon_high"])
         with precision(dtype) as tolerance:
-            mask = jnp.asarray(x["completion_mask_raw"], dtype)
-            if p.get("mask_truncated_completions"):
-                mask = drop_truncated(mask, jnp.asarray(x["completion_ids"]), eos_id=2)
-                checked.add("truncated")
-            if "completion_mask" in case.outputs:
-                assert_close(mask, case.outputs["completion_mask"], tolerance, f"{case.name} mask")
-            if "importance_sampling_ratio" in case.outputs:
-                level, mode = p["vllm_importance_sampling_mode"].split("_")
-                bounds = {"low": p.get("vllm_importance_sampling_clip_min"), "high": p["vllm_importance_sampling_clip_max"]}  # fmt: skip
-                bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-                logps = (jnp.asarray(x[name]) for name in ("old_logps", "sampling_logps"))
-                ours = sampler_correction(*logps, mask, level=level, mode=mode, **bounds)
-                expected = np.broadcast_to(case.outputs["importance_sampling_ratio"], ours.shape)
-                assert_close(ours, expected, tolerance, f"{case.name} correction")
-                checked.add((level, mode))
-    assert checked
+            mask = jnp.asarray(x["completion_mask"], dtype)
+            # Only the sum of the old policy's log-probabilities is known: any that add up to it give the same.
+            old_logp = jnp.asarray(x["old_logps_sum"])[:, None] * mask / mask.sum(1, keepdims=True)
+            advantages = jnp.asarray(x["advantages"])[:, None] * mask
+
+            def scalar(logp, mask=mask, advantages=advantages, old_logp=old_logp, o=o):
+                return grpo(logp, mask, advantages, o, old_logp=old_logp)[0].value()
+
+            value, gradient = jax.value_and_grad(scalar)(jnp.asarray(x["logps"]))
+            assert_close(value, case.outputs["loss"], tolerance, f"{case.name} loss", scale=1.0)
+            assert_close(gradient, case.outputs["grad_logps"], 10 * tolerance, f"{case.name} gradient")
 
 
 def example() -> dict[str, np.ndarray]:
@@ -173,32 +149,56 @@ def example() -> dict[str, np.ndarray]:
     }
 
 
-KNOBS = {"clip_low": 0.15, "clip_high": 0.3, "delta": 1.5, "kl_coef": 0.07, "max_len": 9}
+KNOBS = GRPO(
+    clip_low=0.15, clip_high=0.3, delta=1.5, kl_coef=0.07, max_new_tokens=9, sapo_tau_pos=0.8, sapo_tau_neg=1.4,
+    vespo_k_pos=1.5, vespo_lambda_pos=2.5, vespo_k_neg=3.5, vespo_lambda_neg=1.5,
+)  # fmt: skip
+
+
+def gain_by_hand(
+    surrogate: str, logs: np.ndarray, t: int, ratio: float, advantage: float, logp: float, weights
+) -> float:
+    """What is maximised at token t of a completion, where `logs` are the logs of its tokens' ratios."""
+    if surrogate == "cispo":
+        return min(ratio, KNOBS.clip_high) * advantage * logp * weights[t]
+    if surrogate == "sapo":
+        tau = KNOBS.sapo_tau_pos if advantage > 0 else KNOBS.sapo_tau_neg
+        return 4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage * weights[t]
+    if surrogate == "gmpo":
+        product = 1.0
+        for log in logs:
+            bounded = min(max(log, -KNOBS.clip_low), KNOBS.clip_high)
+            product *= math.exp(min(log, bounded) if advantage > 0 else max(log, bounded))
+        return product ** (1 / len(logs)) * advantage * weights[t]
+    if surrogate == "vespo":
+        w = math.exp(logs.sum()) * np.prod(weights)
+        k, decay = (1.5, 2.5) if advantage >= 0 else (3.5, 1.5)
+        return math.exp(decay) * w**k * math.exp(-decay * w) * advantage * logp
+    bounded = min(max(ratio, 1 - KNOBS.clip_low), 1 + KNOBS.clip_high)
+    return min(min(ratio, KNOBS.delta) * advantage, bounded * advantage) * weights[t]
+
+
+HELD = {"cispo", "vespo"}  # their weight of log π has no gradient
 
 
 def by_hand(x: dict[str, np.ndarray], level: str, surrogate: str, aggregation: str, fixed: np.ndarray) -> float:
-    """The loss as a loop over tokens. `fixed` are the policy's log-probs where they are held fixed (cispo)."""
+    """The loss as a loop over tokens. `fixed` are the policy's log-probs where they are held fixed."""
     rows = []
     for b in range(len(x["logp"])):
         length = int(x["mask"][b].sum())
         losses = []
         for t in range(length):
             logp, advantage = x["logp"][b, t], x["advantages"][b, t]
-            policy = fixed if surrogate == "cispo" else x["logp"]
-            ratios = np.exp(policy[b, :length] - x["old_logp"][b, :length])
-            ratio = ratios[t] if level == "token" else math.exp(np.log(ratios).mean())
-            if surrogate == "cispo":
-                gain = min(ratio, KNOBS["clip_high"]) * advantage * logp
-            else:
-                bounded = min(max(ratio, 1 - KNOBS["clip_low"]), 1 + KNOBS["clip_high"])
-                gain = min(min(ratio, KNOBS["delta"]) * advantage, bounded * advantage)
+            policy = fixed if surrogate in HELD else x["logp"]
+            logs = policy[b, :length] - x["old_logp"][b, :length]
+            ratio = math.exp({"token": logs[t], "sequence": logs.mean(), "product": logs.sum()}[level])
+            gain = gain_by_hand(surrogate, logs, t, ratio, advantage, logp, x["correction"][b, :length])
             log_ratio = x["ref_logp"][b, t] - logp
-            kl = math.exp(log_ratio) - 1 - log_ratio
-            losses.append(KNOBS["kl_coef"] * kl - gain * x["correction"][b, t])
+            losses.append(KNOBS.kl_coef * (math.exp(log_ratio) - 1 - log_ratio) - gain)
         rows.append(losses)
     if aggregation == "sequence":
         return sum(sum(losses) / max(len(losses), 1) for losses in rows) / len(rows)
-    number = sum(map(len, rows)) if aggregation == "token" else len(rows) * KNOBS["max_len"]
+    number = {"token": sum(map(len, rows)), "sequence_sum": len(rows), "constant": len(rows) * 9}[aggregation]
     return sum(map(sum, rows)) / number
 
 
@@ -207,12 +207,12 @@ def by_hand(x: dict[str, np.ndarray], level: str, surrogate: str, aggregation: s
 @pytest.mark.parametrize("level", RATIO_LEVELS)
 def test_equals_a_loop_over_tokens(level, surrogate, aggregation):
     x = example()
-    choice = {"ratio_level": level, "surrogate": surrogate, "aggregation": aggregation}
+    o = dataclasses.replace(KNOBS, ratio_level=level, surrogate=surrogate, aggregation=aggregation)
     with precision("float64"):
         rest = {name: jnp.asarray(a) for name, a in x.items() if name != "logp"}
 
         def ours(logp):
-            return grpo(logp, **rest, **choice, **KNOBS)[0].value()
+            return grpo(logp, o=o, **rest)[0].value()
 
         def theirs(logp):
             return by_hand(x | {"logp": logp}, level, surrogate, aggregation, fixed=x["logp"])
@@ -224,29 +224,59 @@ def test_equals_a_loop_over_tokens(level, surrogate, aggregation):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_microbatches_add_up(aggregation):
+    o = dataclasses.replace(KNOBS, aggregation=aggregation, entropy_coef=0.3, off_policy_kl=0.1)
+    x = example()
     with precision("float64"):
-        assert_accumulates(lambda **arrays: grpo(**arrays, **KNOBS, aggregation=aggregation), example(), "logp")
+        scale = entropy_scale(jnp.asarray(x["mask"]), o)
+
+        def loss(logp, **arrays):
+            return grpo(logp, o=o, entropy=-jnp.square(logp), entropy_scale=scale, **arrays)
+
+        assert_accumulates(loss, x, "logp")
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_entropy_bonus_is_a_mean_over_tokens_however_losses_are_aggregated(aggregation):
+    x, plain = example(), dataclasses.replace(KNOBS, aggregation=aggregation)
+    entropy = np.where(x["mask"] > 0, 2 + x["logp"], np.nan)
+    with precision("float64"):
+        arrays = {name: jnp.asarray(a) for name, a in x.items()} | {"entropy": jnp.asarray(entropy)}
+        found = [grpo(**arrays, o=dataclasses.replace(plain, entropy_coef=c))[0].value() for c in (0.0, 0.3)]
+        assert float(found[0] - found[1]) == pytest.approx(0.3 * np.nanmean(entropy), rel=1e-12)
+
+
+@pytest.mark.parametrize("kl_estimator, wanted", [("k1", 0.5), ("k2", 0.125), ("k3", math.expm1(-0.5) + 0.5)])
+def test_the_penalty_is_of_the_estimator_asked_for_and_weighed_by_the_ratio_if_asked(kl_estimator, wanted):
+    one, o = jnp.ones((1, 1)), GRPO(kl_coef=1.0, kl_estimator=kl_estimator)
+    arrays = {"mask": one, "advantages": 0 * one, "old_logp": -2 * one, "ref_logp": -1.5 * one}
+    for changes, factor in (({}, 1.0), ({"kl_correction": True}, math.e)):
+        mean, metrics = grpo(-one, o=dataclasses.replace(o, **changes), **arrays)
+        assert float(mean.value()) == pytest.approx(factor * wanted) == float(metrics["kl"].value())
 
 
 def test_on_policy_has_the_policy_gradient():
     x = example()
     with precision("float64"):
         mask, advantages = jnp.asarray(x["mask"]), jnp.asarray(x["advantages"])
-        mean, gradient = jax.value_and_grad(lambda logp: grpo(logp, mask, advantages, max_len=5)[0].total)(
+        mean, gradient = jax.value_and_grad(lambda logp: grpo(logp, mask, advantages, GRPO())[0].total)(
             jnp.asarray(x["logp"])
         )
     assert_close(mean, -(x["advantages"] * x["mask"]).sum(), 1e-12, "value")
     assert_close(gradient, -x["advantages"] * x["mask"], 1e-12, "gradient")
 
 
+@pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("level", RATIO_LEVELS)
-def test_what_is_off_the_mask_does_not_matter(level):
+def test_what_is_off_the_mask_does_not_matter(level, surrogate):
     x = example()
     spoilt = {name: np.where(x["mask"] > 0, a, np.nan) for name, a in x.items() if name != "mask"} | {"mask": x["mask"]}
+    o = dataclasses.replace(
+        KNOBS, ratio_level=level, surrogate=surrogate, top_entropy=0.5, off_policy_kl=0.1, entropy_coef=0.1
+    )
 
     def run(arrays):
         def scalar(logp):
-            mean, metrics = grpo(logp, **rest, **KNOBS, ratio_level=level, entropy=-logp)
+            mean, metrics = grpo(logp, o=o, entropy=-logp, **rest)
             return mean.value(), metrics
 
         rest = {name: jnp.asarray(a) for name, a in arrays.items() if name != "logp"}
@@ -260,57 +290,6 @@ def test_clip_fractions_by_hand():
     ratio = jnp.asarray([[0.5, 0.5, 1.5, 1.5, 1.0, 9.0]])
     advantages = jnp.asarray([[-1.0, 1.0, -1.0, 1.0, 1.0, 1.0]])
     mask = jnp.asarray([[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
-    _, metrics = grpo(jnp.log(ratio), mask, advantages, old_logp=jnp.zeros_like(ratio), max_len=6)
+    _, metrics = grpo(jnp.log(ratio), mask, advantages, GRPO(), old_logp=jnp.zeros_like(ratio))
     assert float(metrics["clip_low_frac"].value()) == pytest.approx(0.2)
     assert float(metrics["clip_high_frac"].value()) == pytest.approx(0.2)
-
-
-def advantages_by_hand(rewards: np.ndarray, size: int, scale: str) -> np.ndarray:
-    out = np.zeros(len(rewards))
-    for start in range(0, len(rewards), size):
-        group = rewards[start : start + size]
-        known = group[~np.isnan(group)]
-        deviation = {
-            "group": np.std(known, ddof=1) + 1e-4,
-            "batch": np.std(rewards[~np.isnan(rewards)], ddof=1) + 1e-4,
-            "none": 1.0,
-        }[scale]
-        out[start : start + size] = np.nan_to_num((group - known.mean()) / deviation)
-    return out
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_by_hand(scale):
-    rewards = np.array([1.0, 0.0, 0.25, np.nan, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 1.0])
-    with precision("float64"):
-        advantages, metrics = group_advantages(jnp.asarray(rewards), 4, scale=scale)
-        values = {name: float(mean.value()) for name, mean in metrics.items()}
-    np.testing.assert_allclose(advantages, advantages_by_hand(rewards, 4, scale), rtol=1e-12, atol=1e-14)
-    deviations = [np.std([1, 0, 0.25], ddof=1), 0, np.std([0, 0, 0, 1], ddof=1)]
-    expected = {"reward": np.nanmean(rewards), "reward_std": np.mean(deviations), "frac_zero_std": 1 / 3}
-    assert values == pytest.approx(expected)
-
-
-def test_integer_rewards_give_real_advantages():
-    advantages, _ = group_advantages(jnp.asarray([1, 0, 0, 0], jnp.int32), 4)
-    assert advantages.dtype == jnp.float32
-    np.testing.assert_allclose(advantages, [1.5 - 3e-4, -0.5 + 1e-4, -0.5 + 1e-4, -0.5 + 1e-4], atol=1e-6)
-
-
-def test_equal_rewards_have_no_gradient_at_all():
-    advantages, metrics = group_advantages(jnp.full(7, 0.1, jnp.float32), 7)
-    np.testing.assert_array_equal(advantages, 0)
-    assert float(metrics["frac_zero_std"].value()) == 1
-
-
-def test_a_group_without_any_reward_has_no_gradient():
-    advantages, metrics = group_advantages(jnp.asarray([jnp.nan, jnp.nan, 1.0, 0.0]), 2)
-    np.testing.assert_array_equal(advantages[:2], 0)
-    assert float(metrics["frac_zero_std"].value()) == 0.5
-    assert float(metrics["reward"].value()) == 0.5
-
-
-def test_sampler_that_agrees_needs_no_correction():
-    x = example()
-    old_logp, mask = jnp.asarray(x["old_logp"]), jnp.asarray(x["mask"])
-    np.testing.assert_array_equal(sampler_correction(old_logp, old_logp, mask), 1)

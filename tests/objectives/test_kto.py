@@ -11,6 +11,7 @@ import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import example_pairs
 
+from lm.experiment import KTO
 from lm.objectives.kto import LOSSES, READS_BASELINE, kto, log_ratio_mean
 
 
@@ -32,8 +33,8 @@ def test_golden(golden, dtype):
             names = ("beta", "desirable_weight", "undesirable_weight")
             knobs = {name: p[name] for name in names} | {"loss": p["loss_type"]}
 
-            def scalar(logp, rest=(ref_logp, weights, desirable, kl), knobs=knobs):
-                mean, metrics = kto(logp, *rest, **knobs)
+            def scalar(logp, rest=(ref_logp, weights, desirable), kl=kl, knobs=knobs):
+                mean, metrics = kto(logp, *rest, KTO(**knobs), kl)
                 return mean.value(), metrics
 
             (value, metrics), gradient = jax.value_and_grad(scalar, has_aux=True)(logp)
@@ -78,9 +79,9 @@ def test_equals_a_loop_over_answers(loss):
     with precision("float64"):
         rest = {name: jnp.asarray(a) for name, a in x.items() if name != "logp"}
         knobs = {"loss": loss, "beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
-        value, gradient = jax.value_and_grad(lambda logp: kto(logp, **rest, kl=jnp.asarray(0.4), **knobs)[0].value())(
-            jnp.asarray(x["logp"])
-        )
+        value, gradient = jax.value_and_grad(
+            lambda logp: kto(logp, **rest, kl=jnp.asarray(0.4), o=KTO(**knobs))[0].value()
+        )(jnp.asarray(x["logp"]))
 
         def theirs(logp):
             return by_hand(**x | {"logp": logp}, loss=loss, kl=0.4, beta=0.3, good=1.2, bad=0.7)
@@ -92,7 +93,7 @@ def test_equals_a_loop_over_answers(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_microbatches_add_up(loss):
     with precision("float64"):
-        assert_accumulates(lambda **arrays: kto(**arrays, kl=jnp.asarray(0.2), loss=loss), example(), "logp")
+        assert_accumulates(lambda **arrays: kto(**arrays, kl=jnp.asarray(0.2), o=KTO(loss)), example(), "logp")
 
 
 def test_padding_does_not_matter():
@@ -105,7 +106,7 @@ def test_padding_does_not_matter():
         def loss(logp, y):
             rest = {name: jnp.asarray(a) for name, a in y.items() if name != "logp"}
             kl = log_ratio_mean(logp, rest["ref_logp"], rest["weights"]).value()
-            return kto(logp, **rest, kl=jax.lax.stop_gradient(kl))[0].value()
+            return kto(logp, **rest, o=KTO(), kl=jax.lax.stop_gradient(kl))[0].value()
 
         clean, gradient = jax.value_and_grad(loss)(jnp.asarray(x["logp"]), x)
         with_padding, padded_gradient = jax.value_and_grad(loss)(jnp.asarray(padded["logp"]), padded)

@@ -11,6 +11,7 @@ import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import REWARDS, example_pairs, golden_pairs, interleaved
 
+from lm.experiment import ORPO
 from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
 
@@ -24,7 +25,7 @@ def test_golden(golden, dtype):
             logits, logp_of, weights, predicted = golden_pairs(case, dtype)
 
             def scalar(logits, logp_of=logp_of, weights=weights, predicted=predicted, params=case.params):
-                mean, metrics = orpo(logp_of(logits), weights, predicted, **params)
+                mean, metrics = orpo(logp_of(logits), weights, predicted, ORPO(**params))
                 return mean.value(), metrics
 
             (value, metrics), gradient = jax.value_and_grad(scalar, has_aux=True)(logits)
@@ -61,7 +62,7 @@ def test_equals_a_loop_over_pairs():
     x = example()
     with precision("float64"):
         weights, predicted = jnp.asarray(x["weights"]), jnp.asarray(x["predicted"])
-        value, gradient = jax.value_and_grad(lambda logp: orpo(logp, weights, predicted, beta=0.7)[0].value())(
+        value, gradient = jax.value_and_grad(lambda logp: orpo(logp, weights, predicted, ORPO(beta=0.7))[0].value())(
             jnp.asarray(x["logp"])
         )
         assert_close(value, by_hand(**x, beta=0.7), 1e-12, "value")
@@ -73,7 +74,7 @@ def test_microbatches_add_up():
     x = example()
     with precision("float64"):
         scale = likelihood_scale(jnp.asarray(x["weights"]), jnp.asarray(x["predicted"]))
-        assert_accumulates(lambda **arrays: orpo(**arrays, nll_scale=scale), x, "logp")
+        assert_accumulates(lambda **arrays: orpo(**arrays, o=ORPO(), nll_scale=scale), x, "logp")
 
 
 def test_padding_does_not_matter():
@@ -82,7 +83,7 @@ def test_padding_does_not_matter():
     padded["logp"][:8][x["predicted"] == 0] = -np.inf
     padded["logp"][8:] = np.nan
     with precision("float64"):
-        loss = jax.value_and_grad(lambda logp, y: orpo(logp, y["weights"], y["predicted"])[0].value())
+        loss = jax.value_and_grad(lambda logp, y: orpo(logp, y["weights"], y["predicted"], ORPO())[0].value())
         clean, gradient = loss(jnp.asarray(x["logp"]), jax.tree.map(jnp.asarray, x))
         with_padding, padded_gradient = loss(jnp.asarray(padded["logp"]), jax.tree.map(jnp.asarray, padded))
     assert float(with_padding) == pytest.approx(float(clean), rel=1e-14)

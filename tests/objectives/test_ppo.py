@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 
+from lm.experiment import PPO
+from lm.objectives.kl import KL_ESTIMATORS
 from lm.objectives.ppo import (
-    KL_ESTIMATORS,
     adaptive_kl_coef,
     experience,
     explained_variance,
     gae,
     ppo,
     token_rewards,
-    whiten,
+    with_end,
 )
 
 
@@ -37,12 +38,12 @@ def test_golden(golden, dtype):
             ended = (x["responses"] == 2).any(1)
             scores = jnp.asarray(x["scores"]) - (p["missing_eos_penalty"] or 0.0) * jnp.asarray(~ended)
             assert_close(scores, expected["scores"], tolerance, f"{case.name} scores")
-            plain = token_rewards(jnp.zeros_like(scores), old_logp, ref_logp, mask, p["kl_coef"], p["kl_estimator"])
-            rewards = plain + token_rewards(scores, old_logp, old_logp, judged, 0.0)
+            assert_close(with_end(mask), judged, 0, f"{case.name} places judged")
+            kl = (p["kl_coef"], p["kl_estimator"])
+            rewards = token_rewards(scores, old_logp, ref_logp, mask, *kl, value_mask=judged)
             old_values = jnp.where(judged > 0, jnp.asarray(x["values_old"]), 0.0)
-            given = whiten(rewards, judged, keep_mean=True) if p["whiten_rewards"] else rewards
-            raw = gae(given, old_values, p["gamma"], p["lam"])
-            advantages, returns = whiten(raw, mask), raw + old_values
+            knobs = {"gamma": p["gamma"], "lam": p["lam"], "whiten_rewards": p["whiten_rewards"]}
+            advantages, returns = experience(rewards, old_values, mask, **knobs, value_mask=judged)
             assert_close(advantages, expected["advantages"], tolerance, f"{case.name} advantages")
             assert_close(returns * judged, expected["returns"] * np.asarray(judged), tolerance, f"{case.name} returns")
 
@@ -52,7 +53,7 @@ def test_golden(golden, dtype):
             ):  # fmt: skip
                 mean, metrics = ppo(
                     golden_logp(logits, responses), values, mask, advantages, returns, old_logp, old_values,
-                    value_mask=judged, clip=p["cliprange"], value_clip=p["cliprange_value"], value_coef=p["vf_coef"],
+                    PPO(clip=p["cliprange"], value_clip=p["cliprange_value"], value_coef=p["vf_coef"]), value_mask=judged,
                 )  # fmt: skip
                 return mean.value(), metrics
 
@@ -94,7 +95,9 @@ def test_equals_a_loop_over_tokens(moved):
     x, knobs = example(), {"clip": 0.3, "value_clip": 0.4, "value_coef": 0.7}
     with precision("float64"):
         arrays = {name: jnp.asarray(a) for name, a in x.items()}
-        value, gradient = jax.value_and_grad(lambda y: ppo(**arrays | {moved: y}, **knobs)[0].value())(arrays[moved])
+        value, gradient = jax.value_and_grad(lambda y: ppo(**arrays | {moved: y}, o=PPO(**knobs))[0].value())(
+            arrays[moved]
+        )
 
         def theirs(y):
             return by_hand(**x | {moved: y}, **knobs)
@@ -106,7 +109,7 @@ def test_equals_a_loop_over_tokens(moved):
 @pytest.mark.parametrize("moved", ["logp", "values"])
 def test_microbatches_add_up(moved):
     with precision("float64"):
-        assert_accumulates(lambda **arrays: ppo(**arrays), example(), moved)
+        assert_accumulates(lambda **arrays: ppo(**arrays, o=PPO()), example(), moved)
 
 
 def test_advantages_are_sums_of_discounted_errors():

@@ -9,6 +9,7 @@ import pytest
 from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import interleaved
 
+from lm.experiment import RewardModel
 from lm.objectives.reward_model import TIES, reward_model
 
 
@@ -22,7 +23,7 @@ def test_golden(golden, dtype):
             weights = jnp.ones((len(scores), 1), dtype)
 
             def scalar(scores, weights=weights, margins=margins, center=p["center_rewards_coefficient"] or 0.0):
-                mean, metrics = reward_model(scores, weights, margins=margins, center_coef=center)
+                mean, metrics = reward_model(scores, weights, RewardModel(center_coef=center), margins=margins)
                 return mean.value(), metrics
 
             (value, metrics), gradient = jax.value_and_grad(scalar, has_aux=True)(scores)
@@ -49,7 +50,9 @@ def test_the_gradient_is_that_of_finite_differences(ties):
         rest = {name: jnp.asarray(a) for name, a in x.items() if name != "scores"}
 
         def loss(scores):
-            return reward_model(jnp.asarray(scores), **rest, ties=ties, tie_width=0.4, center_coef=0.1)[0].value()
+            return reward_model(jnp.asarray(scores), **rest, o=RewardModel(ties=ties, tie_width=0.4, center_coef=0.1))[
+                0
+            ].value()
 
         assert_close(jax.grad(loss)(jnp.asarray(x["scores"])), numeric_gradient(loss, x["scores"]), 1e-8, ties)
 
@@ -61,7 +64,10 @@ def test_the_three_outcomes_of_rao_and_kupper_are_a_distribution():
 
             def probability(a, b, tie):
                 loss, _ = reward_model(
-                    jnp.asarray([a, b]), jnp.ones((2, 1)), is_tie=jnp.asarray([tie]), ties="rao_kupper", tie_width=0.7
+                    jnp.asarray([a, b]),
+                    jnp.ones((2, 1)),
+                    RewardModel(ties="rao_kupper", tie_width=0.7),
+                    is_tie=jnp.asarray([tie]),
                 )
                 return float(jnp.exp(-loss.value()))
 
@@ -73,10 +79,10 @@ def test_a_dropped_tie_is_as_if_it_were_not_there():
     x = example()
     kept = np.repeat(x["is_tie"] == 0, 2)
     with precision("float64"):
-        whole = reward_model(**{name: jnp.asarray(a) for name, a in x.items()}, center_coef=0.1)
+        whole = reward_model(**{name: jnp.asarray(a) for name, a in x.items()}, o=RewardModel(center_coef=0.1))
         alone = reward_model(
-            jnp.asarray(x["scores"][kept]), jnp.ones((4, 3)), margins=jnp.asarray(x["margins"][x["is_tie"] == 0]),
-            center_coef=0.1,
+            jnp.asarray(x["scores"][kept]), jnp.ones((4, 3)), RewardModel(center_coef=0.1),
+            margins=jnp.asarray(x["margins"][x["is_tie"] == 0]),
         )  # fmt: skip
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), whole, alone)
 
@@ -84,7 +90,9 @@ def test_a_dropped_tie_is_as_if_it_were_not_there():
 @pytest.mark.parametrize("ties", ["drop", *TIES])
 def test_microbatches_add_up(ties):
     with precision("float64"):
-        assert_accumulates(lambda **arrays: reward_model(**arrays, ties=ties, center_coef=0.1), example(), "scores")
+        assert_accumulates(
+            lambda **arrays: reward_model(**arrays, o=RewardModel(ties=ties, center_coef=0.1)), example(), "scores"
+        )
 
 
 def test_padding_does_not_matter():
@@ -92,6 +100,7 @@ def test_padding_does_not_matter():
     padded = {name: np.concatenate([a, np.zeros((2 if len(a) == 8 else 1, *a.shape[1:]))]) for name, a in x.items()}
     with precision("float64"):
         one, other = (
-            reward_model(**{name: jnp.asarray(a) for name, a in arrays.items()}, ties="split") for arrays in (x, padded)
+            reward_model(**{name: jnp.asarray(a) for name, a in arrays.items()}, o=RewardModel(ties="split"))
+            for arrays in (x, padded)
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), one, other)

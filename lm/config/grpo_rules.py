@@ -1,0 +1,101 @@
+"""Combinations of the fields of GRPO that have no meaning; each rule names both fields and what would work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lm.config.field import UserError
+from lm.config.objective import check_sampler_correction
+
+if TYPE_CHECKING:
+    from lm.config.grpo import GRPO
+    from lm.config.stage import Stage
+
+READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "clip_low": ("surrogate", ("clipped", "gmpo")),
+    "clip_high": ("surrogate", ("clipped", "gmpo", "cispo")),
+    "delta": ("surrogate", ("clipped",)),
+    "ratio_level": ("surrogate", ("clipped", "cispo", "sapo")),
+    "sapo_tau_pos": ("surrogate", ("sapo",)),
+    "sapo_tau_neg": ("surrogate", ("sapo",)),
+    "vespo_k_pos": ("surrogate", ("vespo",)),
+    "vespo_lambda_pos": ("surrogate", ("vespo",)),
+    "vespo_k_neg": ("surrogate", ("vespo",)),
+    "vespo_lambda_neg": ("surrogate", ("vespo",)),
+}
+"""Fields that may differ from their defaults only where another field has one of these values."""
+
+CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
+    (
+        lambda o: o.surrogate == "cispo" and o.clip_high < 1,
+        "surrogate is cispo and clip_high is {o.clip_high:g}; CISPO's clip_high is the largest ratio itself: it should be at "
+        "least 1, for instance 5",
+    ),
+    (
+        lambda o: o.delta and o.delta <= 1 + o.clip_high,
+        "delta is {o.delta:g} and clip_high is {o.clip_high:g}; the two-sided clip lies beyond the other: delta should be above "
+        "1 + clip_high, or 0",
+    ),
+    (
+        lambda o: o.baseline == "leave_one_out" and o.advantage_scale != "none",
+        "baseline is leave_one_out and advantage_scale is {o.advantage_scale}; RLOO divides by no standard deviation: "
+        "advantage_scale should be none, or baseline group",
+    ),
+    (
+        lambda o: o.group_size == 1 and o.baseline != "none",
+        "group_size is 1 and baseline is {o.baseline}; a group of one has nothing to compare its completion with: group_size "
+        "should be at least 2, or baseline none",
+    ),
+    (
+        lambda o: o.baseline == "none" and o.advantage_scale == "group",
+        "baseline is none and advantage_scale is group; rewards that are not compared in their group are not divided by its "
+        "standard deviation: advantage_scale should be batch or none, or baseline group",
+    ),
+    (
+        lambda o: o.group_size == 1 and o.rollouts > 1,
+        "group_size is 1 and rollouts is {o.rollouts}; a group of one never has unequal rewards: group_size should be at least "
+        "2, or rollouts 1",
+    ),
+    (
+        lambda o: o.tis_clip and o.ratio_level != "token" and o.tis_level == "token",
+        "ratio_level is {o.ratio_level} and tis_level is token; a ratio of the completion needs a correction of the completion: "
+        "tis_level should be sequence, or ratio_level token",
+    ),
+    (
+        lambda o: o.tis_clip and o.surrogate == "vespo" and o.tis_level == "sequence",
+        "surrogate is vespo and tis_level is sequence; VESPO multiplies the tokens' corrections itself: tis_level should be token",
+    ),
+    (
+        lambda o: o.kl_coef and o.kl_estimator == "k1",
+        "kl_estimator is k1 and kl_coef is {o.kl_coef:g}; the gradient of k1 in the loss is 0 on average: kl_estimator should "
+        "be k2 or k3",
+    ),
+    (
+        lambda o: o.reward_clip and (len(o.reward_clip) != 2 or o.reward_clip[0] >= o.reward_clip[1]),
+        "reward_clip is {o.reward_clip}; it should be empty, or two numbers, the least reward and the largest",
+    ),
+)
+
+
+def check_grpo(o: GRPO, stage: Stage) -> None:
+    """Raises UserError for the first combination of fields that has no meaning."""
+    where = f"{stage.name}.objective"
+    defaults = {f.name: f.default for f in dataclasses.fields(o)}
+    for name, (other, values) in READ_WITH.items():
+        value, found = getattr(o, name), getattr(o, other)
+        if value != defaults[name] and found not in values:
+            raise UserError(
+                f"{where}.{name} is {value} and {other} is {found}, which does not read it; {name} should be {defaults[name]}, or "
+                f"{other} {' or '.join(values)}"
+            )
+    for applies, text in CONFLICTS:
+        if applies(o):
+            raise UserError(f"{where}.{text.format(o=o)}")
+    check_sampler_correction(where, o)
+    if o.top_entropy < 1 and stage.microbatches > 1:
+        raise UserError(
+            f"{where}.top_entropy is {o.top_entropy:g} and {stage.name}.microbatches is {stage.microbatches}; the tokens of highest "
+            "entropy are found in the whole batch: microbatches should be 1, or top_entropy 1"
+        )

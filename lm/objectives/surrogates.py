@@ -1,0 +1,100 @@
+"""Surrogates of the GRPO family: what is maximised at each token of a sampled completion, a paper a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lm.experiment import GRPO
+from lm.objectives.importance import completion_mean
+
+Tokens = Float[Array, "B T"]
+
+
+class TokenSample(NamedTuple):
+    """What a surrogate reads of every token; all are 0 where the mask is."""
+
+    ratio: Tokens  # π / π_old at the ratio level
+    log_ratio: Tokens  # log π - log π_old of the token itself
+    logp: Tokens  # log π
+    advantages: Tokens
+    mask: Tokens
+    correction: Tokens | None  # weight of the token where the sampler is not the old policy
+
+
+class Gain(NamedTuple):
+    """What is maximised at each token, and the bounds within which the ratio moves it."""
+
+    gain: Tokens
+    low: float = 0.0
+    high: float = math.inf
+
+
+def clipped(x: TokenSample, o: GRPO) -> Gain:
+    """min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A), PPO's pessimistic clip (arXiv:1707.06347, eq. 7).
+
+    Two bounds are DAPO's (arXiv:2503.14476, section 3.1). delta, if not 0, also caps r where the advantage is negative
+    (two-sided clip, INTELLECT-2, arXiv:2505.07291, section 3.4).
+    """
+    low, high = 1 - o.clip_low, 1 + o.clip_high
+    capped = jnp.minimum(x.ratio, o.delta) if o.delta else x.ratio
+    return Gain(jnp.minimum(capped * x.advantages, jnp.clip(x.ratio, low, high) * x.advantages), low, high)
+
+
+def cispo(x: TokenSample, o: GRPO) -> Gain:
+    """sg[min(r, clip_high)]·A·log π, CISPO (arXiv:2506.13585, eq. 4 and 5): clip_high is the cap itself, not 1 + clip_high."""
+    weight = jax.lax.stop_gradient(jnp.minimum(x.ratio, o.clip_high))
+    return Gain(weight * x.advantages * x.logp, 0.0, o.clip_high)
+
+
+def sapo(x: TokenSample, o: GRPO) -> Gain:
+    """4/τ·σ(τ·(r - 1))·A, SAPO (arXiv:2511.20347, eq. 5 and 6): a soft gate; τ depends on the sign of the advantage."""
+    tau = jnp.where(x.advantages > 0, o.sapo_tau_pos, o.sapo_tau_neg)
+    return Gain(jax.nn.sigmoid(tau * (x.ratio - 1)) * 4 / tau * x.advantages)
+
+
+def gmpo(x: TokenSample, o: GRPO) -> Gain:
+    """(Π clip(r, e^-clip_low, e^clip_high))^(1/length)·A, GMPO (arXiv:2507.20673, eq. 4): a geometric mean of clipped ratios.
+
+    The clip is pessimistic, token by token; its bounds are of log r.
+    """
+    sign = jnp.sign(x.advantages)
+    held = sign * jnp.minimum(sign * x.log_ratio, sign * jnp.clip(x.log_ratio, -o.clip_low, o.clip_high))
+    geometric = jnp.exp(completion_mean(held, x.mask))
+    return Gain(geometric * x.advantages, math.exp(-o.clip_low), math.exp(o.clip_high))
+
+
+SMALLEST_LOG, LARGEST_LOG = math.log(1e-8), 20.0  # of VESPO's weight; a token's log-ratio is within ±LARGEST_LOG
+
+
+def vespo(x: TokenSample, o: GRPO) -> Gain:
+    """sg[e^λ·w^k·e^(-λ·w)]·A·log π, VESPO (arXiv:2602.10693, eq. 20): w is the product of the completion's ratios.
+
+    k and λ depend on the sign of the advantage; the weight is 1 at w = 1. A correction is part of w.
+    """
+    log_ratio = jnp.clip(x.log_ratio, -LARGEST_LOG, LARGEST_LOG)
+    if x.correction is not None:
+        log_ratio += jnp.clip(jnp.log(jnp.where(x.mask > 0, x.correction, 1.0)), SMALLEST_LOG, LARGEST_LOG)
+    log_w = jnp.clip((log_ratio * x.mask).sum(1, keepdims=True), SMALLEST_LOG, LARGEST_LOG)
+    positive = x.advantages >= 0
+    k = jnp.where(positive, o.vespo_k_pos, o.vespo_k_neg)
+    lam = jnp.where(positive, o.vespo_lambda_pos, o.vespo_lambda_neg)
+    weight = jax.lax.stop_gradient(jnp.exp(lam + k * log_w - lam * jnp.exp(log_w)))
+    return Gain(weight * x.advantages * x.logp)
+
+
+SURROGATES: dict[str, Callable[[TokenSample, GRPO], Gain]] = {
+    "clipped": clipped,
+    "cispo": cispo,
+    "sapo": sapo,
+    "gmpo": gmpo,
+    "vespo": vespo,
+}
+
+HOLDS_CORRECTION = frozenset({"vespo"})
+"""Rows whose gain has the correction in it; that of the others is multiplied by it."""
