@@ -192,7 +192,7 @@ def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
             assert batch.sampler_logp is not None
             correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
         policy = params["policy"].with_whole_tables()
-        hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)
+        hidden, _ = policy.hidden(batch.tokens, batch.positions, batch.segments)
         stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)
         return ppo(
             stats.logp, critic_values(params["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
@@ -226,7 +226,7 @@ def critic_values(
     if isinstance(critic, ScoreHead):
         assert hidden is not None
         return token_values(hidden, critic)
-    return token_values(critic.body.hidden(batch.tokens, batch.positions, batch.segments), critic.score)
+    return token_values(critic.body.hidden(batch.tokens, batch.positions, batch.segments)[0], critic.score)
 
 
 def _cross_entropy_loss(stage: Stage) -> Loss:

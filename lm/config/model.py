@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from lm.config.field import knob
@@ -21,6 +21,27 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What one layer of a repeating pattern has of its own; all layers of a model have the same shapes."""
+
+    window: int = knob(
+        0, "how many tokens a query sees, its own among them; 0: all of its segment before it", least=0, most=2**26
+    )
+    softcap: float = knob(
+        0.0,
+        "attention scores become softcap * tanh(score / softcap); 0 disables it",
+        least=1e-3,
+        most=1e6,
+        special=0,
+    )
+    rope_theta: float = knob(10_000.0, "base of the rotary position frequencies", least=1, most=1e12)
+    rope_scaling: tuple[float, ...] = knob((), "as model.rope_scaling", above=0, most=2**26)
+
+
+LAYER_FIELDS = tuple(field.name for field in fields(Layer))
+
+
+@dataclass(frozen=True)
 class Model:
     num_layers: int = knob(6, "transformer blocks", least=1, most=2**14)
     embed_dim: int = knob(256, "width of the residual stream", least=1, most=2**20)
@@ -31,10 +52,27 @@ class Model:
     max_len: int = knob(512, "longest sequence, in tokens", least=2, most=2**26)
     rope_theta: float = knob(10_000.0, "base of the rotary position frequencies", least=1, most=1e12)
     rope_scaling: tuple[float, ...] = knob(
-        (), "Llama 3.1's factor, low and high frequency factor, original length; empty: none", above=0, most=2**26
+        (),
+        "factor by which positions are divided (linear), or Llama 3.1's factor, low and high frequency factor, original "
+        "length; empty: none",
+        above=0,
+        most=2**26,
     )
     norm_eps: float = knob(1e-6, "added to the mean square inside RMSNorm", least=1e-12, most=1)
+    norm_plus_one: bool = knob(False, "norms multiply by 1 + scale, as in Gemma")
+    norms: Literal["pre", "post", "sandwich"] = knob(
+        "pre", "where the norms of a block stand: before attention and MLP, after them (OLMo 2), or both (Gemma 2)"
+    )
     qk_norm: bool = knob(True, "RMSNorm on every query and key head, before rope")
+    qk_norm_of: Literal["head", "heads"] = knob("head", "what qk_norm norms: each head, or all heads together (OLMo 2)")
+    qkv_bias: bool = knob(False, "biases of the query, key and value projections, as in Qwen 2")
+    output_bias: bool = knob(False, "a bias of the attention's output projection")
+    mlp_bias: bool = knob(False, "biases of the MLP's matrices")
+    gated_mlp: bool = knob(True, "the MLP has a gate: down(activation(gate) * up); false: down(activation(up))")
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = knob("silu", "the MLP's nonlinearity")
+    embed_scale: float = knob(
+        1.0, "embeddings are multiplied by this; Gemma's is the square root of embed_dim", least=1e-6, most=1e6
+    )
     tied_head: bool = knob(True, "the output projection is the embedding, transposed")
     attention: Literal["auto", "plain", "splash", "blocks"] = knob(
         "auto",
@@ -47,6 +85,25 @@ class Model:
     softcap: float = knob(
         0.0,
         "attention scores become softcap * tanh(score / softcap); 0 disables it",
+        least=1e-3,
+        most=1e6,
+        special=0,
+    )
+    pattern: tuple[Layer, ...] = knob(
+        (),
+        "layers that follow each other and repeat, each with its own window, softcap, rope_theta and rope_scaling; empty: "
+        "all layers are alike, as the four fields of model say",
+    )
+    query_pre_attn_scalar: float = knob(
+        0.0,
+        "attention scores are divided by the square root of this; 0: of head_dim",
+        least=1e-3,
+        most=2**26,
+        special=0,
+    )
+    final_softcap: float = knob(
+        0.0,
+        "logits become final_softcap * tanh(logit / final_softcap); 0 disables it",
         least=1e-3,
         most=1e6,
         special=0,
@@ -74,6 +131,15 @@ class Model:
         least=1,
         most=2**40,
     )
+
+    @property
+    def period(self) -> tuple[Layer, ...]:
+        """The layers that repeat; one where all are alike."""
+        return self.pattern or (Layer(**{name: getattr(self, name) for name in LAYER_FIELDS}),)
+
+    def layer(self, number: int) -> Layer:
+        """What layer `number`, from 0, has of its own."""
+        return self.period[number % len(self.period)]
 
 
 @dataclass(frozen=True)

@@ -28,19 +28,23 @@ __all__ = ["FAMILIES", "LAYER_NAMES", "OTHER_NAMES", "read", "read_config", "wri
 # Ours, below `blocks` -> theirs, below `model.layers.N`
 LAYER_NAMES = {
     "attn_norm/scale": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "q_norm/scale": "self_attn.q_norm.weight",
-    "k_norm/scale": "self_attn.k_norm.weight",
+    "attention/q/weight": "self_attn.q_proj.weight",
+    "attention/k/weight": "self_attn.k_proj.weight",
+    "attention/v/weight": "self_attn.v_proj.weight",
+    "attention/o/weight": "self_attn.o_proj.weight",
+    "attention/q_norm/scale": "self_attn.q_norm.weight",
+    "attention/k_norm/scale": "self_attn.k_norm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
+    "mlp/gate/weight": "mlp.gate_proj.weight",
+    "mlp/up/weight": "mlp.up_proj.weight",
+    "mlp/down/weight": "mlp.down_proj.weight",
 }
-OTHER_NAMES = {"embed": "model.embed_tokens.weight", "norm/scale": "model.norm.weight", "head": "lm_head.weight"}
-EMBED, HEAD = OTHER_NAMES["embed"], OTHER_NAMES["head"]
+OTHER_NAMES = {
+    "embed/weight": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "head/weight": "lm_head.weight",
+}
+EMBED, HEAD = OTHER_NAMES["embed/weight"], OTHER_NAMES["head/weight"]
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
 FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # which old checkpoints of Llama have in every layer
 
@@ -77,7 +81,7 @@ def write(model: Transformer, folder: Path) -> None:
     Raises:
         UserError: the model has what no family here has, or the folder has other weights, which would be read with these.
     """
-    config = write_config(model.config, model.embed.shape[0])  # what cannot be written is said before anything is
+    config = write_config(model.config, model.vocab_size)  # what cannot be written is said before anything is
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     others = [file.name for file in folder.glob("*.safetensors") if file.name != "model.safetensors"]
@@ -88,7 +92,7 @@ def write(model: Transformer, folder: Path) -> None:
     for name, leaf in _named(model).items():
         value = np.asarray(jax.device_get(leaf))
         if name in OTHER_NAMES:
-            tensors[OTHER_NAMES[name]] = value.T.copy() if name == "head" else value
+            tensors[OTHER_NAMES[name]] = value.T.copy() if name == "head/weight" else value
         else:
             inside = name.removeprefix("blocks/")
             for layer in range(model.config.num_layers):
@@ -103,17 +107,17 @@ def layer_shapes(m: Model) -> dict[str, tuple[int, ...]]:
     queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "attn_norm/scale": (m.embed_dim,),
-        "q": (queries, m.embed_dim),
-        "k": (keys, m.embed_dim),
-        "v": (keys, m.embed_dim),
-        "o": (m.embed_dim, queries),
+        "attention/q/weight": (queries, m.embed_dim),
+        "attention/k/weight": (keys, m.embed_dim),
+        "attention/v/weight": (keys, m.embed_dim),
+        "attention/o/weight": (m.embed_dim, queries),
         "mlp_norm/scale": (m.embed_dim,),
-        "gate": (m.mlp_dim, m.embed_dim),
-        "up": (m.mlp_dim, m.embed_dim),
-        "down": (m.embed_dim, m.mlp_dim),
+        "mlp/gate/weight": (m.mlp_dim, m.embed_dim),
+        "mlp/up/weight": (m.mlp_dim, m.embed_dim),
+        "mlp/down/weight": (m.embed_dim, m.mlp_dim),
     }
     if m.qk_norm:
-        shapes |= {"q_norm/scale": (m.head_dim,), "k_norm/scale": (m.head_dim,)}
+        shapes |= {"attention/q_norm/scale": (m.head_dim,), "attention/k_norm/scale": (m.head_dim,)}
     return {LAYER_NAMES[name]: shape for name, shape in shapes.items()}
 
 
@@ -182,7 +186,7 @@ def _stack(name: str, tensors: dict[str, Tensor], config: Model, wanted: Any) ->
     dtype = jnp.dtype(wanted.dtype)
     if name in OTHER_NAMES:
         value = _finite(OTHER_NAMES[name], tensors, dtype)
-        return value.T if name == "head" else value
+        return value.T if name == "head/weight" else value
     inside = name.removeprefix("blocks/")
     each = (_finite(f"model.layers.{i}.{LAYER_NAMES[inside]}", tensors, dtype) for i in range(config.num_layers))
     return np.stack([_to_ours(inside, tensor, wanted.shape[1:]) for tensor in each])
@@ -208,5 +212,5 @@ def _to_ours(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
 def _to_theirs(name: str, value: np.ndarray) -> np.ndarray:
     if value.ndim == 1:
         return value
-    rows = value.shape[0] if name != "o" else value.shape[0] * value.shape[1]
+    rows = value.shape[0] if name != "attention/o/weight" else value.shape[0] * value.shape[1]
     return value.reshape(rows, -1).T

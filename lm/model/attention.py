@@ -1,4 +1,4 @@
-"""Rotary positions and grouped-query attention; the one door to the kernels."""
+"""Rotary positions, grouped-query attention and its projections; the one door to the kernels."""
 
 from __future__ import annotations
 
@@ -7,26 +7,72 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as named
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lm.experiment import Model
+from lm.experiment import Layer, Model
 from lm.model.kernels import attention_cpu, splash
-from lm.model.linear import contract
+from lm.model.linear import Linear, contract
+from lm.model.norm import Norm
 from lm.parallel.rules import constrain, platform
+
+
+class Attention(nnx.Module):
+    """The projections of queries, keys and values, their norms and positions, and the output projection of the heads."""
+
+    def __init__(self, config: Model, keys: PRNGKeyArray, out_std: float):
+        c, embed, std = config, {"embed": config.embed_dim}, config.embed_dim**-0.5
+        queries, one = (
+            {"heads": c.num_heads, "head_dim": c.head_dim},
+            {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim},
+        )
+        self.q = Linear(keys[0], std, c.param_dtype, embed, queries, c.qkv_bias)
+        self.k = Linear(keys[1], std, c.param_dtype, embed, one, c.qkv_bias)
+        self.v = Linear(keys[2], std, c.param_dtype, embed, one, c.qkv_bias)
+        out_std *= (c.num_heads * c.head_dim) ** -0.5
+        self.o = Linear(keys[3], out_std, c.param_dtype, queries, embed, c.output_bias)
+        sizes = [(c.head_dim,)] * 2 if c.qk_norm_of == "head" else [tuple(x.values()) for x in (queries, one)]
+        self.q_norm, self.k_norm = (Norm(c, *size) if c.qk_norm else None for size in sizes)
+        self.query_scale = (c.head_dim / c.query_pre_attn_scalar) ** 0.5 if c.query_pre_attn_scalar else 1.0
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[Array, Array],
+        attend: Callable[[Array, Array, Array], Array],
+    ) -> Float[Array, "B T D"]:
+        """What the block adds; `attend` takes head-major queries [B H T K], keys and values [B N T K] to heads."""
+        q, k, v = self.qkv(x, angles)
+        if self.query_scale != 1:  # kernels divide scores by √head_dim
+            q = q * self.query_scale
+        return self.o(attend(q, k, v))
+
+    def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, rotated."""
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is None or self.k_norm is None:
+            q, k = rotate(q, angles), rotate(k, angles)
+            return named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
+        # The gradient of a norm wants what went into it: kept before it, and turned again on the way back.
+        q, k, v = named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
+        return rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles), v
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, " half"]:
     """Angle per position of each pair of dimensions, in radians.
 
     Args:
-        scaling: () or Llama 3.1's (factor, low_freq_factor, high_freq_factor, original_max_len): waves longer
-            than original/low are slowed by factor, shorter than original/high left alone, between interpolated.
+        scaling: (), or (factor,), by which all waves are slowed, or Llama 3.1's (factor, low_freq_factor,
+            high_freq_factor, original_max_len): waves longer than original/low are slowed by factor, shorter than
+            original/high left alone, between interpolated.
     Source: RoFormer (arXiv 2104.09864) eq. 15; Llama 3 (arXiv 2407.21783) sec. 3.4.3.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if not scaling:
         return frequencies
+    if len(scaling) == 1:
+        return frequencies / scaling[0]
     factor, low, high, original = scaling
     turns = original * frequencies / (2 * math.pi)
     keep = jnp.clip((turns - low) / (high - low), 0, 1)
@@ -66,15 +112,27 @@ def attention_mask(
     q_segments: Int[Array, "B T"],
     k_segments: Int[Array, "B S"],
     window: int = 0,
+    causal: bool = True,
 ) -> Bool[Array, "B T S"]:
-    """Who may look at whom: keys of the same segment that do not lie ahead, nor `window` or more back (0: any way)."""
+    """Which keys a query sees: those of its segment that do not lie ahead, nor `window` or more back (0: any way).
+
+    Args:
+        causal: False: keys ahead, too, as far as those behind.
+    """
     same = q_segments[:, :, None] == k_segments[:, None, :]
     back = q_positions[:, :, None] - k_positions[:, None, :]
+    if not causal:
+        return same & (jnp.abs(back) < window if window else True)
     return same & (back >= 0) & (back < window if window else True)
 
 
 def attention_of(
-    config: Model, positions: Int[Array, "B T"], segments: Int[Array, "B T"], first: int = 0
+    config: Model,
+    layer: Layer,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    first: int = 0,
+    causal: bool = True,
 ) -> Callable[[Array, Array, Array], Array]:
     """(queries, keys, values) -> heads, over rows whose tokens stand at these positions of these segments.
 
@@ -82,18 +140,19 @@ def attention_of(
     the plain one.
 
     Args:
+        layer: whose window and soft cap are meant.
         first: the place of the first query; tokens before it are keys only.
+        causal: False: a token sees those after it, too.
     """
+    window, softcap = layer.window, layer.softcap
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
-    if name == "splash" and not first and splash.fits(rows, length, config.head_dim):
-        return lambda q, k, v: splash.splash(
-            q, k, v, segments, config.attention_blocks, window=config.window, softcap=config.softcap
-        )
-    if name == "blocks" and attention_cpu.fits() and not (config.window or config.softcap):
+    if name == "splash" and causal and not first and splash.fits(rows, length, config.head_dim):
+        return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_blocks, window=window, softcap=softcap)
+    if name == "blocks" and causal and attention_cpu.fits() and not (window or softcap):
         return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
-    mask = attention_mask(positions[:, first:], positions, segments[:, first:], segments, config.window)
-    return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, config.softcap), "attention")
+    mask = attention_mask(positions[:, first:], positions, segments[:, first:], segments, window, causal)
+    return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, softcap), "attention")
 
 
 BEST = {"tpu": "splash", "cpu": "blocks"}

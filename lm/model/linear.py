@@ -1,4 +1,4 @@
-"""The matrix products of the model and its table look-up, in the form that is fastest on the devices they are for.
+"""Linear, a matrix with its product, and Embedding, a table: the products in the form that is fastest on each device.
 
 On CPU both operands are matrices: with two batch dimensions the gradient of w contracts both, for which XLA leaves its
 fast matrix product (half the speed of a SwiGLU layer). On TPU and GPU dimensions stay as they are, so that a projection
@@ -12,10 +12,54 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from lm.model.parameter import axes_of, gather, normal, parameter
 from lm.parallel.rules import constrain, one_device, platform
+
+
+class Linear(nnx.Module):
+    """x·w, and a bias if it has one: every matrix of the blocks, and the head.
+
+    The weight's dimensions are those of the input, then those of the output, by their logical names. Heads are two
+    dimensions, [heads, head_dim]; an array that has them is head-major, [B H T K].
+    """
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        std: float,
+        dtype: str,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        bias: bool = False,
+    ):
+        self.weight = normal(key, std, dtype, **inputs, **outputs)
+        zeros = jnp.zeros(tuple(outputs.values()), jnp.dtype(dtype))
+        self.bias = parameter(zeros, tuple(outputs)) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The product in x's dtype, the weight gathered for it. An adapter adds its low-rank term to `y` here."""
+        w = gather(self.weight, x.dtype)
+        y = (project if w.ndim == 2 else to_heads if axes_of(self.weight)[-1] == "head_dim" else from_heads)(x, w)
+        if self.bias is None:
+            return y
+        b = gather(self.bias, x.dtype)
+        return y + (b[:, None] if b.ndim == 2 else b)
+
+
+class Embedding(nnx.Module):
+    """A row for each token of the vocabulary."""
+
+    def __init__(self, key: PRNGKeyArray, std: float, dtype: str, vocab: int, embed: int):
+        self.weight = normal(key, std, dtype, vocab=vocab, embed=embed)
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        # Gathered over fsdp first: the rows that are looked up then leave in the layout of the batch.
+        table = constrain(self.weight[...].astype(dtype), "vocab", "act_embed")
+        return look_up(table, constrain(tokens, "batch", "length"))
 
 
 def project(

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
+from lm.model.parameter import parameter
 from lm.model.transformer import Transformer
 
 
@@ -21,7 +22,7 @@ class ScoreHead(nnx.Module):
         # Of normed hidden states the first scores have a deviation of about 1.
         std = 0.0 if key is None else (width + 1) ** -0.5
         value = jnp.zeros(width) if key is None else jax.random.normal(key, (width,)) * std
-        self.weight = nnx.Param(value.astype(dtype), out_sharding=("norm",))
+        self.weight = parameter(value.astype(dtype), ("norm",))
 
     def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
         """Scores, in float32 at least."""
@@ -45,7 +46,7 @@ class Scorer(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
     ) -> Float[Array, "B T"]:
         """The score of each token and what stands before it."""
-        return self.score(self.body.hidden(tokens, positions, segments))
+        return self.score(self.body.hidden(tokens, positions, segments)[0])
 
 
 def policy_of(params: Any) -> Any:

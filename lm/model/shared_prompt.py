@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lm.experiment import Model
+from lm.experiment import Layer, Model
 from lm.model.attention import attention_of
 from lm.parallel.rules import platform, split_ways
 from lm.types import Batch, SharedPrompt
@@ -58,13 +58,13 @@ def predicting(hidden: Float[Array, "P L D"], shared: SharedPrompt) -> Float[Arr
 
 
 def shared_attention_of(
-    config: Model, positions: Int[Array, "P L"], segments: Int[Array, "P L"], shared: SharedPrompt
+    config: Model, layer: Layer, positions: Int[Array, "P L"], segments: Int[Array, "P L"], shared: SharedPrompt
 ) -> Callable[[Array, Array, Array], Array]:
     """(queries, keys, values) -> heads of folded rows: prompts by themselves, answers over their prompt and themselves."""
     size = shared.tokens
-    of_prompts = attention_of(config, positions[:, :size], segments[:, :size])
+    of_prompts = attention_of(config, layer, positions[:, :size], segments[:, :size])
     row_positions, row_segments = (_rows(x[:, None, :, None], shared)[:, 0, :, 0] for x in (positions, segments))
-    of_answers = attention_of(config, row_positions, row_segments, first=size)
+    of_answers = attention_of(config, layer, row_positions, row_segments, first=size)
 
     def attention(q: Array, k: Array, v: Array) -> Float[Array, "P H L K"]:
         prompts = of_prompts(*(x[:, :, :size] for x in (q, k, v)))

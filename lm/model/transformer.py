@@ -1,4 +1,4 @@
-"""The decoder: RMSNorm, rotary grouped-query attention, SwiGLU; a pytree of parameters with methods.
+"""The decoder: an embedding, blocks in a repeating pattern, a head; a pytree of parameters with methods.
 
 Shapes: B batch, T tokens, D embed, H query heads, N key heads, K head_dim, F mlp, V vocabulary, L layers.
 """
@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lm.experiment import Model
-from lm.model.attention import attend, attention_mask, attention_of, rope_angles, rope_frequencies, rotate
-from lm.model.linear import from_heads, look_up, project, to_heads
+from lm.experiment import Layer, Model
+from lm.model.attention import attend, attention_mask, attention_of, rope_angles, rope_frequencies
+from lm.model.block import Block
+from lm.model.linear import Embedding, Linear, project
+from lm.model.norm import Norm
+from lm.model.parameter import axes_of, gather, parameter, stack_layers
 from lm.model.shared_prompt import shared_attention_of
 from lm.parallel.row_order import WHOLE, from_zigzag, to_zigzag, zigzag_layout
-from lm.parallel.rules import constrain, gathered, platform, row_major
-from lm.types import SharedPrompt, pytree
-
-# Tree mode: a module is a plain pytree, and jax.jit, grad, scan, checkpoint and eval_shape apply to it.
-nnx.set_graph_mode(False)
-nnx.set_graph_updates(False)
-nnx.use_eager_sharding(False)
+from lm.parallel.rules import constrain, platform
+from lm.types import Mean, SharedPrompt, pytree
 
 PRODUCTS = ("qkv", "attention", "mid", "mlp", "rms")
 REMAT: dict[str, Callable[..., Any]] = {
@@ -42,43 +40,14 @@ REMAT: dict[str, Callable[..., Any]] = {
 """Model.remat -> what the forward pass keeps of a block, by the names given below, beside the block's input."""
 
 
-def _param(key: PRNGKeyArray, config: Model, std: float, **axes: int) -> nnx.Param:
-    """A normal parameter whose dimensions have these logical names and sizes."""
-    dtype = jnp.dtype(config.param_dtype)
-    value = jax.random.normal(key, tuple(axes.values()), jnp.float32) * std
-    return nnx.Param(value.astype(dtype), out_sharding=tuple(axes))
-
-
-def _whole(param: nnx.Param, dtype: Any) -> Array:
-    """A parameter as a matrix product takes it. In a scan over layers the names still begin with that of the layers."""
-    w = param[...]
-    return gathered(w, param.get_metadata("out_sharding")[-w.ndim :], dtype)
+Aux = dict[str, Mean]
+Attend = Callable[[Array, Array, Array], Array]
+"""Queries, keys and values to heads, head-major."""
 
 
 def _embed_std(config: Model) -> float:
     """1 for a table of its own; a table that is the head too begins small, so that the first logits do."""
     return 0.02 if config.tied_head else 1.0
-
-
-def _scale(config: Model, size: int) -> nnx.Param:
-    return nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)), out_sharding=("norm",))
-
-
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """x / rms(x) · scale, in float32 at least. Source: arXiv 1910.07467 eq. 4."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * named(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps), "rms")
-    return (normed * scale.astype(wide.dtype)).astype(x.dtype)
-
-
-class Norm(nnx.Module):
-    """RMSNorm with its scale."""
-
-    def __init__(self, config: Model, size: int):
-        self.scale = _scale(config, size)
-
-    def __call__(self, x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
-        return rms_norm(x, self.scale[...], eps)
 
 
 @pytree
@@ -94,75 +63,30 @@ class KVCache:
     segments: Int[Array, "B S"]
 
 
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)); all layers in one when stacked."""
-
-    def __init__(self, config: Model, key: PRNGKeyArray):
-        c, keys = config, iter(jax.random.split(key, 7))
-        # What blocks add begins small beside the embedding, or the tokens' identity drowns in it: copying then takes
-        # several times as many steps to learn.
-        narrow, out = c.embed_dim**-0.5, _embed_std(c) * (2 * c.num_layers) ** -0.5
-        self.attn_norm = Norm(c, c.embed_dim)
-        self.q = _param(next(keys), c, narrow, embed=c.embed_dim, heads=c.num_heads, head_dim=c.head_dim)
-        self.k = _param(next(keys), c, narrow, embed=c.embed_dim, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
-        self.v = _param(next(keys), c, narrow, embed=c.embed_dim, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
-        wide = (c.num_heads * c.head_dim) ** -0.5
-        self.o = _param(next(keys), c, wide * out, heads=c.num_heads, head_dim=c.head_dim, embed=c.embed_dim)
-        self.q_norm = Norm(c, c.head_dim) if c.qk_norm else None
-        self.k_norm = Norm(c, c.head_dim) if c.qk_norm else None
-        self.mlp_norm = Norm(c, c.embed_dim)
-        self.gate = _param(next(keys), c, narrow, embed=c.embed_dim, mlp=c.mlp_dim)
-        self.up = _param(next(keys), c, narrow, embed=c.embed_dim, mlp=c.mlp_dim)
-        self.down = _param(next(keys), c, c.mlp_dim**-0.5 * out, mlp=c.mlp_dim, embed=c.embed_dim)
-
-    def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array], eps: float) -> tuple[Array, Array, Array]:
-        """Head-major queries [B H T K], keys and values [B N T K], rotated."""
-        y = self.attn_norm(x, eps)
-        q, k, v = (to_heads(y, _whole(w, y.dtype)) for w in (self.q, self.k, self.v))
-        if self.q_norm is None or self.k_norm is None:
-            q, k = rotate(q, angles), rotate(k, angles)
-            return named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
-        # The gradient of a norm wants what went into it: kept before it, and turned again on the way back.
-        q, k, v = named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
-        return rotate(self.q_norm(q, eps), angles), rotate(self.k_norm(k, eps), angles), v
-
-    def output_and_mlp(
-        self, x: Float[Array, "B T D"], heads: Float[Array, "B H T K"], eps: float
-    ) -> Float[Array, "B T D"]:
-        """What follows attention: the output projection and the SwiGLU (arXiv 2002.05202), each added to x."""
-        x = residual(x + from_heads(heads, _whole(self.o, x.dtype)), "mid")
-        y = self.mlp_norm(x, eps)
-        gate, up = (named(project(y, _whole(w, y.dtype)), "mlp") for w in (self.gate, self.up))
-        return residual(x + project(jax.nn.silu(gate) * up, _whole(self.down, x.dtype)), "out")
-
-
-def residual(x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
-    """The residual stream, named for rematerialisation, in its place on the mesh."""
-    places = ("batch", "length", "act_embed")
-    return named(constrain(row_major(x, *places), *places), name)
-
-
 class Transformer(nnx.Module):
     """A language model. `Transformer(config, vocab_size, key)` inside `jax.eval_shape` is abstract."""
 
     def __init__(self, config: Model, vocab_size: int, key: PRNGKeyArray):
-        self.config = config
+        self.config = c = config
         embed_key, block_key, head_key = jax.random.split(key, 3)
-        self.embed = _param(embed_key, config, _embed_std(config), vocab=vocab_size, embed=config.embed_dim)
-        stack = nnx.transform_metadata(functools.partial(Block, config), in_axes=0, out_axes=0, partition="layers")
-        self.blocks = jax.vmap(stack)(jax.random.split(block_key, config.num_layers))
-        self.norm = Norm(config, config.embed_dim)
-        self.head = (
-            None
-            if config.tied_head
-            else _param(head_key, config, config.embed_dim**-0.5, embed=config.embed_dim, vocab=vocab_size)
-        )
+        self.embed = Embedding(embed_key, _embed_std(c), c.param_dtype, vocab_size, c.embed_dim)
+        # What blocks add begins small beside the embedding, or the tokens' identity drowns in it: copying then takes
+        # several times as many steps to learn.
+        block = functools.partial(Block, c, out_std=_embed_std(c) * (2 * c.num_layers) ** -0.5)
+        self.blocks = stack_layers(block, jax.random.split(block_key, c.num_layers))
+        self.norm = Norm(c, c.embed_dim)
+        narrow, vocab = {"embed": c.embed_dim}, {"vocab": vocab_size}
+        self.head = None if c.tied_head else Linear(head_key, c.embed_dim**-0.5, c.param_dtype, narrow, vocab)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embed.weight[...].shape[0]
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], causal: bool = True
     ) -> Float[Array, "B T V"]:
         """Logits of the token after each, float32."""
-        return self.logits(self.hidden(tokens, positions, segments))
+        return self.logits(self.hidden(tokens, positions, segments, causal=causal)[0])
 
     def hidden(
         self,
@@ -170,33 +94,40 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
         shared: SharedPrompt | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The last hidden state of each token, normed.
+        causal: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """The last hidden state of each token, normed; and what the layers report, such as a router's loss, by name.
 
         Args:
             shared: the rows are folded, a prompt and all its answers each (shared_prompt.py).
+            causal: False: a token sees all of its segment, as in an encoder.
         """
         c, cut = self.config, WHOLE if shared else zigzag_layout(tokens.shape[1])
         tokens, positions, segments = (to_zigzag(x, cut) for x in (tokens, positions, segments))
-        x, angles = self._start(tokens, positions)
-        attention = (
-            shared_attention_of(c, positions, segments, shared) if shared else attention_of(c, positions, segments)
-        )
+        x = self._embed(tokens)
 
-        def body(x: Array, block: Block) -> tuple[Array, None]:
-            q, k, v = block.qkv(x, angles, c.norm_eps)
-            return block.output_and_mlp(x, attention(q, k, v), c.norm_eps), None
+        def kind(layer: Layer) -> Callable[[Array, Block], tuple[Array, Aux]]:
+            """What the layers of one kind do to the residual stream."""
+            angles = self._angles(positions, layer)
+            if shared:
+                attend = shared_attention_of(c, layer, positions, segments, shared)
+            else:
+                attend = attention_of(c, layer, positions, segments, causal=causal)
 
-        if c.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, self.blocks, unroll=min(c.scan_unroll, c.num_layers))
-        return from_zigzag(self.norm(x, c.norm_eps), cut)
+            def run(x: Array, block: Block) -> tuple[Array, Aux]:
+                return block(x, angles, attend)
+
+            return run if c.remat == "none" else jax.checkpoint(run, policy=REMAT[c.remat], prevent_cse=False)
+
+        x, aux = _scan_layers(c, {layer: kind(layer) for layer in c.period}, x, self.blocks)
+        return from_zigzag(self.norm(x), cut), aux
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every token of the vocabulary, in `config.logits_dtype` (but float64 where the model is)."""
         dtype = jnp.promote_types(hidden.dtype, jnp.dtype(self.config.logits_dtype))
-        weight = self.embed[...].T if self.head is None else self.head[...]
-        return project(hidden, weight.astype(hidden.dtype), preferred=dtype)
+        weight = self.embed.weight[...].T if self.head is None else self.head.weight[...]
+        logits, cap = project(hidden, weight.astype(hidden.dtype), preferred=dtype), self.config.final_softcap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def with_whole_tables(self) -> Transformer:
         """This model with embedding and head in the compute dtype and whole along `embed` on every device.
@@ -204,11 +135,10 @@ class Transformer(nnx.Module):
         A training step does it once: a tied table is read twice, and is gathered, and its gradient summed, only once.
         """
         model = jax.tree.map(lambda x: x, self)
-        for name in ("embed", "head"):
-            param = getattr(self, name)
-            if param is not None:
-                whole = _whole(param, jnp.dtype(self.config.compute_dtype))
-                setattr(model, name, nnx.Param(whole, out_sharding=param.get_metadata("out_sharding")))
+        for part in (model.embed, model.head):
+            if part is not None:
+                whole = gather(part.weight, jnp.dtype(self.config.compute_dtype))
+                part.weight = parameter(whole, axes_of(part.weight))
         return model
 
     def first_layers(self, count: int) -> Transformer:
@@ -220,13 +150,12 @@ class Transformer(nnx.Module):
         return model
 
     def with_matrices(self, change: Callable[[Array], Array]) -> Transformer:
-        """This model with its matrices changed; the weights of its norms stay as they are."""
+        """This model with its matrices changed; norms and biases stay as they are."""
 
-        def changed(param: nnx.Variable) -> nnx.Variable:
-            norm = "norm" in param.get_metadata("out_sharding")
-            return param if norm else jax.tree.map(change, param)
+        def changed(path: tuple, x: Array) -> Array:
+            return change(x) if "weight" in jax.tree_util.keystr(path, simple=True, separator="/").split("/") else x
 
-        return jax.tree.map(changed, self, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return jax.tree_util.tree_map_with_path(changed, self)
 
     def for_sampling(self) -> Transformer:
         """This model with its matrices in the compute dtype: cast once and not for every token.
@@ -241,9 +170,7 @@ class Transformer(nnx.Module):
         return model
 
     def _layers(self, blocks: Block | tuple[Block, ...]) -> tuple[Block, ...]:
-        if isinstance(blocks, tuple):
-            return blocks
-        return tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(self.config.num_layers))
+        return blocks if isinstance(blocks, tuple) else _apart(blocks, self.config.num_layers)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache with no token in it, for `length` tokens a row."""
@@ -266,28 +193,84 @@ class Transformer(nnx.Module):
         Layers are unrolled, so that each layer's cache is updated in place.
         """
         c = self.config
-        x, angles = self._start(tokens, positions)
+        x = self._embed(tokens)
 
         def put(old: Array, new: Array, axis: int) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
 
         slot_positions, slot_segments = put(cache.positions, positions, 1), put(cache.segments, segments, 1)
-        mask: Bool[Array, "B T S"] = attention_mask(positions, slot_positions, segments, slot_segments, c.window)
         keys, values = list(cache.keys), list(cache.values)
-        for layer, block in enumerate(self._layers(self.blocks)):
-            q, k, v = block.qkv(x, angles, c.norm_eps)
-            keys[layer], values[layer] = put(keys[layer], k, 2), put(values[layer], v, 2)
-            x = block.output_and_mlp(x, attend(q, keys[layer], values[layer], mask, c.softcap), c.norm_eps)
-        cache = KVCache(tuple(keys), tuple(values), slot_positions, slot_segments)
-        return self.norm(x, c.norm_eps), cache
+        masks: dict[Layer, Bool[Array, "B T S"]] = {
+            layer: attention_mask(positions, slot_positions, segments, slot_segments, layer.window)
+            for layer in c.period
+        }
+        angles = {layer: self._angles(positions, layer) for layer in c.period}
 
-    def _start(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, tuple[Array, Array]]:
-        c = self.config
-        # Gathered over fsdp first: the rows that are looked up then leave in the layout of the batch.
-        table = constrain(self.embed[...].astype(jnp.dtype(c.compute_dtype)), "vocab", "act_embed")
-        x = look_up(table, constrain(tokens, "batch", "length"))
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        return constrain(x, "batch", "length", "act_embed"), rope_angles(positions, frequencies)
+        def attend_cached(number: int, layer: Layer) -> Attend:
+            def attend_slots(q: Array, k: Array, v: Array) -> Array:
+                keys[number], values[number] = put(keys[number], k, 2), put(values[number], v, 2)
+                return attend(q, keys[number], values[number], masks[layer], layer.softcap)
+
+            return attend_slots
+
+        for number, block in enumerate(self._layers(self.blocks)):
+            layer = c.layer(number)
+            x, _ = block(x, angles[layer], attend_cached(number, layer))
+        cache = KVCache(tuple(keys), tuple(values), slot_positions, slot_segments)
+        return self.norm(x), cache
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The residual stream before the first block."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        x = constrain(self.embed(tokens, dtype), "batch", "length", "act_embed")
+        scale = self.config.embed_scale
+        return x if scale == 1 else x * jnp.asarray(scale, dtype)
+
+    def _angles(self, positions: Int[Array, "B T"], layer: Layer) -> tuple[Array, Array]:
+        return rope_angles(positions, rope_frequencies(self.config.head_dim, layer.rope_theta, layer.rope_scaling))
+
+
+def _scan_layers(
+    config: Model,
+    kinds: dict[Layer, Callable[[Array, Block], tuple[Array, Aux]]],
+    x: Float[Array, "B T D"],
+    blocks: Block,
+) -> tuple[Float[Array, "B T D"], Aux]:
+    """The residual stream after all layers, and what these report together: a scan over the periods of the pattern.
+
+    Layers behind the last whole period come one by one.
+    """
+    period, count = config.period, config.num_layers
+    size = len(period)
+    turns = count // size
+
+    def body(x: Array, some: Block) -> tuple[Array, Aux]:
+        found = []
+        for layer, block in zip(period, _apart(some, size) if size > 1 else (some,), strict=True):
+            x, aux = kinds[layer](x, block)
+            found.append(aux)
+        return x, _total(found)
+
+    whole = blocks
+    if size > 1:
+        whole = jax.tree.map(lambda w: w[: turns * size].reshape(turns, size, *w.shape[1:]), blocks)
+    x, stacked = jax.lax.scan(body, x, whole, unroll=max(1, min(config.scan_unroll, count) // size))
+    found = [jax.tree.map(lambda each: each.sum(0), stacked)]
+    for number in range(turns * size, count):
+        x, aux = kinds[config.layer(number)](x, jax.tree.map(lambda w, i=number: w[i], blocks))
+        found.append(aux)
+    return x, _total(found)
+
+
+def _apart(blocks: Block, count: int) -> tuple[Block, ...]:
+    """Stacked layers one by one."""
+    return tuple(jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(count))
+
+
+def _total(found: list[Aux]) -> Aux:
+    """What several layers report, added up by name."""
+    names = dict.fromkeys(name for aux in found for name in aux)
+    return {name: functools.reduce(operator.add, (aux[name] for aux in found if name in aux)) for name in names}
 
 
 def num_params(tree: Any) -> int:

@@ -105,9 +105,9 @@ def _predictions(
     prompt = shared_prompt.common_width(batch)
     if shared is not None:
         folded = (shared_prompt.fold(x, shared) for x in (batch.tokens, batch.positions, batch.segments))
-        hidden = shared_prompt.predicting(model.hidden(*folded, shared), shared)
+        hidden = shared_prompt.predicting(model.hidden(*folded, shared)[0], shared)
     else:
-        whole = model.hidden(batch.tokens, batch.positions, batch.segments) if hidden is None else hidden
+        whole = model.hidden(batch.tokens, batch.positions, batch.segments)[0] if hidden is None else hidden
         if not prompt:
             return whole, _next(batch.tokens), _align
         hidden = whole[:, prompt - 1 : -1]

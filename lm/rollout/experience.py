@@ -98,7 +98,7 @@ def advantages_and_returns(
     policy, mask = state.params["policy"], batch.weights
     assert batch.old_logp is not None
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
-    hidden = policy.hidden(batch.tokens, batch.positions, batch.segments) if o.critic == "head" else None
+    hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None
     values = critic_values(state.params["critic"], batch, hidden) * mask
     kl_coef = state.opt_state["kl_coef"]
     rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator)

@@ -33,7 +33,7 @@ def tokenizer() -> SubwordTokenizer:
 def clueless(tokenizer) -> Transformer:
     """Every token is as likely as any other."""
     model = Transformer(TINY, tokenizer.vocab_size, jax.random.key(0))
-    model.embed[...] = jnp.zeros_like(model.embed[...])
+    model.embed.weight[...] = jnp.zeros_like(model.embed.weight[...])
     return model
 
 

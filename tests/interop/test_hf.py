@@ -69,7 +69,7 @@ def test_loss_and_gradients(family):
     value, grads = jax.jit(jax.value_and_grad(loss))(model)
     np.testing.assert_allclose(value, inputs["loss"], rtol=2e-6)
     d, n = model.config.embed_dim, model.config.num_kv_heads * model.config.head_dim
-    k_proj = np.asarray(grads.blocks.k[...][0]).reshape(d, n).T
+    k_proj = np.asarray(grads.blocks.attention.k.weight[...][0]).reshape(d, n).T
     np.testing.assert_allclose(k_proj, inputs["grad_layer0_k_proj"], rtol=1e-4, atol=1e-6)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(norm, inputs["grad_global_norm"], rtol=1e-5)

@@ -28,7 +28,8 @@ class Tiny:
         return self
 
     def hidden(self, tokens, positions, segments):
-        return jnp.tanh(jnp.cumsum(self.embed[tokens], axis=1) + 0.1 * positions[..., None]) * (segments > 0)[..., None]
+        states = jnp.tanh(jnp.cumsum(self.embed[tokens], axis=1) + 0.1 * positions[..., None])
+        return states * (segments > 0)[..., None], {}
 
     def logits(self, hidden):
         return hidden @ self.head

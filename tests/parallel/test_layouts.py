@@ -186,8 +186,8 @@ def test_parameters_are_split_as_the_rules_say():
     mesh = make_mesh(layout(fsdp=4, tensor=2))
     model = jax.eval_shape(tiny_model)
     places = shardings(model, mesh)
-    assert places.blocks.gate.get_value().spec == jax.sharding.PartitionSpec(None, SPLIT, "tensor")
-    assert places.embed.get_value().spec == jax.sharding.PartitionSpec("tensor", SPLIT)
+    assert places.blocks.mlp.gate.weight.get_value().spec == jax.sharding.PartitionSpec(None, SPLIT, "tensor")
+    assert places.embed.weight.get_value().spec == jax.sharding.PartitionSpec("tensor", SPLIT)
     assert places.norm.scale.get_value().spec == jax.sharding.PartitionSpec(None)
 
 

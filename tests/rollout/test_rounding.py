@@ -43,7 +43,7 @@ def test_fewer_bits_are_further_away():
     ones = jnp.ones_like(tokens)
 
     def logits(of):
-        return of.logits(of.hidden(tokens, jnp.arange(16)[None], ones))
+        return of.logits(of.hidden(tokens, jnp.arange(16)[None], ones)[0])
 
     gaps = [float(jnp.abs(logits(rounded(model, name)) - logits(model)).max()) for name in ("int8", "int4")]
     assert 0 < 4 * gaps[0] < gaps[1]

@@ -96,7 +96,7 @@ def test_collected_files_that_changed_are_refused(whole, unfinished):
 def test_what_is_the_same_goes_on_to_the_bit_and_fills_a_damaged_summary_in(whole, unfinished):
     run(experiment(whole, save_every=1, eval_every=2, evals=("asked",)), unfinished)
     assert metrics(whole / "whole", "sft") == metrics(unfinished, "sft")
-    np.testing.assert_array_equal(*(load_run(path).model.embed.value for path in (whole / "whole", unfinished)))
+    np.testing.assert_array_equal(*(load_run(path).model.embed.weight.value for path in (whole / "whole", unfinished)))
     (unfinished / "stages" / "sft" / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"summary\.json is damaged"):
         load_run(unfinished)
@@ -136,7 +136,9 @@ def test_a_finished_stage_without_moments_keeps_its_last_model_and_those_for_goo
     with Checkpoints(RunFolder(tmp_path / "run").checkpoints("sft")) as checkpoints:
         assert checkpoints.steps() == [3, 4]
         assert not any(checkpoints.has(step, "opt_state") for step in (3, 4))
-    np.testing.assert_array_equal(*(load_run(path).model.embed.value for path in (whole / "whole", tmp_path / "run")))
+    np.testing.assert_array_equal(
+        *(load_run(path).model.embed.weight.value for path in (whole / "whole", tmp_path / "run"))
+    )
     longer = experiment(whole, save_every=1, keep_every=3, keep_moments=False, steps=6)
     with pytest.raises(UserError, match="moments of stage sft were dropped"):
         run(longer, tmp_path / "run")

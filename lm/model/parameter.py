@@ -1,0 +1,45 @@
+"""Parameters: arrays whose dimensions have the logical names of `lm/parallel/rules.py`.
+
+Parts of the model are nnx modules for one thing only: such a module is a plain pytree, and jax.jit, grad, scan, checkpoint
+and eval_shape apply to it. nnx's graph mode and its eager sharding are left out here, call by call: no global mode of nnx
+is set, and none is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from lm.parallel.rules import gathered
+
+
+def parameter(value: Array, axes: tuple[str, ...]) -> nnx.Param:
+    """A parameter whose dimensions have these logical names; `shardings` of rules.py says where it lives."""
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def normal(key: PRNGKeyArray, std: float, dtype: str, **axes: int) -> nnx.Param:
+    """A normal parameter whose dimensions have these logical names and sizes."""
+    value = jax.random.normal(key, tuple(axes.values()), jnp.float32) * std
+    return parameter(value.astype(jnp.dtype(dtype)), tuple(axes))
+
+
+def stack_layers(make: Callable[[PRNGKeyArray], nnx.Module], keys: PRNGKeyArray) -> Any:
+    """One module with the parameters of all layers, a key each; their first dimension is named `layers`."""
+    return jax.vmap(nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers", graph=False))(keys)
+
+
+def axes_of(param: nnx.Param) -> tuple[str, ...]:
+    """Logical names of a parameter's dimensions. In a scan over layers the stored names still begin with `layers`."""
+    names: tuple[str, ...] = param.get_metadata("out_sharding")
+    return names[-param[...].ndim :]
+
+
+def gather(param: nnx.Param, dtype: Any) -> Array:
+    """A parameter as an operation takes it: in its dtype, whole along `embed` on every device."""
+    return gathered(param[...], axes_of(param), dtype)
