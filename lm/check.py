@@ -92,7 +92,7 @@ def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
             f"evals.{item.name}.temperature is {item.temperature}; it should be above 0 for pass_at_k, or all answers are "
             "the same"
         )
-    check_environment(f"evals.{item.name}", item.environment, item.verifier)
+    check_environment(f"evals.{item.name}", item.environment, (item.verifier,))
     if item.environment and item.metric not in ("reward", "pass_at_k", "best_of_n"):
         raise UserError(
             f"evals.{item.name}.environment is {item.environment}, of which {item.metric} asks nothing: leave it out"

@@ -141,7 +141,7 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         assert batch.advantages is not None
         stats = token_logprobs(params, batch, o.temperature, want_entropy=True)
         ref_logp = None
-        if o.kl_coef:
+        if o.kl_coef and o.kl_in == "loss":
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch, o.temperature).logp)
         correction, gap = None, {}
         if corrects_sampler(o):

@@ -36,6 +36,15 @@ class GRPO(ObjectiveConfig):
     verifier: str = knob(
         "answer", "verifier that gives the reward: answer, style, helpful, or FILE:FUNCTION of your own"
     )
+    verifiers: tuple[str, ...] = knob(
+        (), "several verifiers in the place of `verifier`, whose rewards are added; each is logged by its name"
+    )
+    reward_weights: tuple[float, ...] = knob(
+        (), "weight of the reward of each of `verifiers`; empty: 1 each", least=0, most=1e6
+    )
+    reward_combination: Literal["sum", "decoupled"] = knob(
+        "sum", "several rewards are added, then normalised; or normalised one by one, then added (GDPO)"
+    )
     reward_clip: tuple[float, ...] = knob((), "least and largest reward, as -1,1; empty: any", least=-1e9, most=1e9)
     group_size: int = knob(8, "completions sampled for one prompt", least=1, most=2**16)
     max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this", least=1, most=2**26)
@@ -50,6 +59,7 @@ class GRPO(ObjectiveConfig):
     whiten_advantages: bool = knob(
         False, "advantages have mean 0 and standard deviation 1 over the rollout (REINFORCE++, GDPO)"
     )
+    drop_truncated: bool = knob(False, "completions without their end are not trained on (DAPO's overlong filtering)")
     ratio_level: Literal["token", "sequence", "product"] = knob(
         "token", "importance ratio of a token: its own, its completion's geometric mean (GSPO), their product (RLOO)"
     )
@@ -99,6 +109,9 @@ class GRPO(ObjectiveConfig):
     kl_coef: float = knob(
         0.0, "KL penalty coefficient (to the model before this stage); 0 disables it", least=0, most=1000
     )
+    kl_in: Literal["loss", "reward"] = knob(
+        "loss", "the KL penalty is added to the loss, token by token, or taken off a completion's reward (RLOO)"
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "estimator of that KL")
     kl_correction: bool = knob(False, "the KL in the loss is weighed by the importance ratio (DeepSeek-V3.2)")
     entropy_coef: float = knob(0.0, "weight of the entropy bonus, a mean over tokens", least=0, most=1000)
@@ -127,7 +140,7 @@ class GRPO(ObjectiveConfig):
     environment: str = environment_knob()
 
     data = "prompts"
-    functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS, "environment": ""}
+    functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS, "verifiers": VERIFIER_ARGUMENTS, "environment": ""}
     caption = "is trained by reinforcement learning: sampled answers that the verifier rewards become more likely."
     charts = (MetricChart("Reward", {"reward": "mean of the rollouts"}, percent=True), COMPLETION_LENGTH, ENTROPY)
     small_charts = (
@@ -158,6 +171,10 @@ class GRPO(ObjectiveConfig):
         return self.group_size
 
     @property
+    def verifier_names(self) -> tuple[str, ...]:
+        return self.verifiers or super().verifier_names
+
+    @property
     def max_rollouts(self) -> int:
         return self.rollouts
 
@@ -170,7 +187,7 @@ class GRPO(ObjectiveConfig):
         return self.tis_clip > 0 or not self.samples_as_trained
 
     def check(self, stage: Stage, model: Model) -> None:
-        check_environment(f"{stage.name}.objective", self.environment, self.verifier)
+        check_environment(f"{stage.name}.objective", self.environment, self.verifier_names)
         if stage.batch_size * self.group_size % self.updates_per_rollout:
             raise UserError(
                 f"{stage.name}.objective.updates_per_rollout {self.updates_per_rollout} does not divide its "

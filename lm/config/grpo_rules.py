@@ -68,9 +68,42 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
         "surrogate is vespo and tis_level is sequence; VESPO multiplies the tokens' corrections itself: tis_level should be token",
     ),
     (
-        lambda o: o.kl_coef and o.kl_estimator == "k1",
-        "kl_estimator is k1 and kl_coef is {o.kl_coef:g}; the gradient of k1 in the loss is 0 on average: kl_estimator should "
-        "be k2 or k3",
+        lambda o: o.kl_coef and o.kl_in == "loss" and o.kl_estimator == "k1",
+        "kl_estimator is k1 and kl_in is loss; the gradient of k1 in the loss is 0 on average: kl_estimator should be k2 or k3, "
+        "or kl_in reward",
+    ),
+    (
+        lambda o: o.kl_correction and o.kl_in == "reward",
+        "kl_correction is true and kl_in is reward; only a KL in the loss has a ratio to be weighed by: kl_correction should be "
+        "false, or kl_in loss",
+    ),
+    (
+        lambda o: o.reward_combination == "decoupled" and len(o.verifiers) < 2,
+        "reward_combination is decoupled and verifiers is {o.verifiers}; GDPO normalises several rewards one by one: verifiers "
+        "should be two or more, or reward_combination sum",
+    ),
+    (
+        lambda o: o.reward_combination == "decoupled" and o.kl_coef and o.kl_in == "reward",
+        "reward_combination is decoupled and kl_in is reward; there is no one reward to take the KL off: kl_in should be loss, or "
+        "reward_combination sum",
+    ),
+    (
+        lambda o: o.reward_combination == "decoupled" and o.reward_clip,
+        "reward_combination is decoupled and reward_clip is {o.reward_clip}; there is no one reward to clip: reward_clip should be "
+        "empty, or reward_combination sum",
+    ),
+    (
+        lambda o: o.reward_weights and len(o.reward_weights) != len(o.verifiers),
+        "reward_weights is {o.reward_weights} and verifiers is {o.verifiers}; reward_weights should have a number for each of "
+        "verifiers, or none",
+    ),
+    (
+        lambda o: o.reward_weights and not any(o.reward_weights),
+        "reward_weights is {o.reward_weights}; at least one should be above 0",
+    ),
+    (
+        lambda o: len(set(o.verifiers)) < len(o.verifiers),
+        "verifiers is {o.verifiers}; it should have each verifier once",
     ),
     (
         lambda o: o.reward_clip and (len(o.reward_clip) != 2 or o.reward_clip[0] >= o.reward_clip[1]),

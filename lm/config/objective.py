@@ -60,6 +60,12 @@ class ObjectiveConfig:
     signs: ClassVar[Mapping[str, Sign]] = {}
 
     @property
+    def verifier_names(self) -> tuple[str, ...]:
+        """The verifiers that judge its completions."""
+        verifier = getattr(self, "verifier", "")
+        return (verifier,) if verifier else ()
+
+    @property
     def trains(self) -> bool:
         """Whether the stage has training steps."""
         return self.produces != "rows"
@@ -143,13 +149,13 @@ def environment_knob() -> Any:
     return knob("", text)
 
 
-def check_environment(where: str, environment: str, verifier: str) -> None:
+def check_environment(where: str, environment: str, verifiers: tuple[str, ...]) -> None:
     """Raises UserError where `environment` names no class, or a verifier too; `where` is what the fields belong to."""
     if environment and not is_function_name(environment):
         raise UserError(f"{where}.environment is {environment!r}; it should be FILE:CLASS, for instance my_file:Guess")
-    if environment and verifier != "answer":
+    if environment and verifiers != ("answer",):
         raise UserError(
-            f"{where}.environment {environment} gives its own rewards, and {where}.verifier {verifier} would not be asked: "
+            f"{where}.environment {environment} gives its own rewards, and {where}.verifier {', '.join(verifiers)} would not be asked: "
             "leave one of them out"
         )
 

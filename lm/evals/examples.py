@@ -164,7 +164,7 @@ def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool)
 def spec_of(item: Eval) -> EnvironmentSpec:
     """The environment of an eval that samples answers, or its verifier."""
     where = f"evals.{item.name}"
-    return environment_spec(item.verifier, item.environment, where, where, item.reward_seconds)
+    return environment_spec((item.verifier,), item.environment, where, where, item.reward_seconds)
 
 
 def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:

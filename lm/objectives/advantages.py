@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from lm.experiment import GRPO
 from lm.types import Mean
@@ -39,16 +39,23 @@ def completion_advantages(
 ) -> tuple[Float[Array, " N"], dict[str, Mean]]:
     """Advantages of N completions by their K rewards, where `group_size` neighbours answer the same prompt.
 
-    The rewards are added. NaN is a missing reward; where all are missing
+    The rewards are added with reward_weights, or ("decoupled", GDPO, arXiv:2601.05242, eq. 4 to 6) normalised one by
+    one first, so that a rare reward is not lost beside a common one. NaN is a missing reward; where all are missing
     the advantage is 0.
 
     Args:
         kl: of each completion to the reference, in nats (`completion_kl`); kl_coef times it is taken off the reward.
     """
-    weights = jnp.ones(rewards.shape[1])
+    weights = jnp.asarray(o.reward_weights or (1.0,) * rewards.shape[1])
     combined = combine_rewards(rewards, weights, o.reward_clip)
     combined = combined if kl is None else combined - o.kl_coef * kl
     advantages, metrics = group_advantages(combined, o.group_size, baseline=o.baseline, scale=o.advantage_scale)
+    if o.reward_combination == "decoupled":
+        each = [
+            group_advantages(column, o.group_size, baseline=o.baseline, scale=o.advantage_scale)[0]
+            for column in rewards.T
+        ]
+        advantages = jnp.stack(each, axis=1) @ weights
     if o.whiten_advantages:
         advantages = whiten_advantages(advantages, ~jnp.isnan(combined))
     return advantages, metrics
@@ -99,10 +106,9 @@ def whiten_advantages(advantages: Float[Array, " N"], present: Bool[Array, " N"]
     return jnp.where(present, (advantages - mean) / (std + EPS), 0.0)
 
 
-def drop_truncated(mask: Float[Array, "N T"], tokens: Int[Array, "N T"], eos_id: int) -> Float[Array, "N T"]:
-    """DAPO's overlong filtering (arXiv:2503.14476, section 3.4): completions without their end teach nothing."""
-    ended: Bool[Array, "N 1"] = ((tokens == eos_id) & (mask > 0)).any(1, keepdims=True)
-    return mask * ended
+def drop_truncated(mask: Float[Array, "N T"], ended: Bool[Array, " N"]) -> Float[Array, "N T"]:
+    """DAPO's overlong filtering (arXiv:2503.14476, section 3.4): completions that did not end by themselves teach nothing."""
+    return mask * ended[:, None]
 
 
 def _as_float(x: Array) -> Array:

@@ -37,10 +37,10 @@ class Environment(Protocol):
 
 
 class VerifierEnvironment:
-    """One turn: the prompt of a row, and the verifier's reward of the answer."""
+    """One turn: the prompt of a row, and the rewards of the answer by each verifier's name."""
 
-    def __init__(self, verifier: str):
-        self.verifier = verifier
+    def __init__(self, verifiers: Sequence[str]):
+        self.verifiers = verifiers
 
     def reset(self, task: Mapping[str, Any]) -> Sequence[Message]:
         """The prompt of the row."""
@@ -53,8 +53,8 @@ class VerifierEnvironment:
         return None
 
     def reward(self) -> RewardsByName:
-        """What the verifier gives."""
-        return {self.verifier: find_verifier(self.verifier)(self.task, self.completion)}
+        """What the verifiers give."""
+        return {name: find_verifier(name)(self.task, self.completion) for name in self.verifiers}
 
 
 def find_environment(name: str, where: str) -> type[Environment]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from lm.experiment import GRPO, Stage
-from lm.objectives.advantages import completion_advantages
+from lm.model.transformer import Transformer
+from lm.objectives.advantages import completion_advantages, drop_truncated
+from lm.objectives.kl import completion_kl
+from lm.objectives.logprobs import token_logprobs
+from lm.parallel.distributed import fetch, to_devices
 from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks, sample_trajectories
 from lm.rollout.rewards import timeout_metric
@@ -43,31 +49,56 @@ def grpo_rollout(
             max_new_tokens=o.max_new_tokens, temperature=o.temperature, group_size=o.group_size,
         )  # fmt: skip
         found, timeouts = found + sampled.trajectories, timeouts + sampled.timeouts
-        if has_preference(rewards_of(found), o.group_size).sum() >= stage.batch_size:
+        if has_preference(reward_columns(found, o.verifiers), o.group_size).sum() >= stage.batch_size:
             break
-    rewards = rewards_of(found)
-    chosen = fill(rewards, o.group_size, stage.batch_size)
-    given, means = completion_advantages(jnp.asarray(rewards)[:, None], o)
+    batched = functools.partial(
+        trajectory_batch, prompt_width=tasks.feed.prompt_len, width=o.max_new_tokens, pad_id=tasks.feed.tokenizer.pad_id
+    )
+    rewards, kl = reward_columns(found, o.verifiers), None
+    if o.kl_coef and o.kl_in == "reward":
+        kl = fetch(kl_to_reference(state.frozen["reference"], to_devices(batched(found), place, None, len(found)), o))
+    given, means = completion_advantages(jnp.asarray(rewards), o, kl)
+    if o.verifiers:
+        totals = (rewards * (o.reward_weights or 1.0)).sum(1).tolist()
+        found = [dataclasses.replace(one, reward=total) for one, total in zip(found, totals, strict=True)]
+    advantages, chosen = np.asarray(given), fill(rewards, o.group_size, stage.batch_size)
     metrics = {name: float(mean.value()) for name, mean in means.items()} | sample_metrics(found)
+    metrics |= {f"reward_{name}": float(rewards[:, place].mean()) for place, name in enumerate(o.verifiers)}
     metrics |= timeout_metric(timeouts) | ({"rollouts": attempt + 1} if o.rollouts > 1 else {})
-    advantages = np.asarray(given)
-    batch = trajectory_batch(
-        [found[i] for i in chosen], tasks.feed.prompt_len, o.max_new_tokens, tasks.feed.tokenizer.pad_id, advantages[chosen], o.group_size
-    )  # fmt: skip
+    metrics |= {} if kl is None else {"kl": float(np.mean(kl))}
+    batch = batched([found[i] for i in chosen], advantages=advantages[chosen], group_size=o.group_size)
+    if o.drop_truncated:
+        ended = jnp.asarray([found[i].ended for i in chosen])
+        batch = dataclasses.replace(batch, weights=np.asarray(drop_truncated(batch.weights, ended)))
     return Rollout(spread(batch, o.updates_per_rollout), found, advantages, chosen, metrics)
 
 
-def has_preference(rewards: Num[np.ndarray, " N"], group_size: int) -> Bool[np.ndarray, " P"]:
-    """Of each group whether its rewards differ, as float32 numbers; missing ones (NaN) do not count.
+def reward_columns(trajectories: Sequence[Trajectory], names: Sequence[str]) -> Float[np.ndarray, "N K"]:
+    """The rewards of each by these names, 0 where it took too long; without names the one that it has."""
+    if not names:
+        return rewards_of(trajectories)[:, None]
+    return np.array([[one.rewards.get(name, 0.0) for name in names] for one in trajectories], np.float32)
 
-    It is so exactly where `group_advantages` has advantages other than 0.
+
+@functools.partial(jax.jit, static_argnames="o")
+def kl_to_reference(reference: Transformer, batch: Batch, o: GRPO) -> Float[Array, " B"]:
+    """The KL of each completion to the reference, in nats, from the log-probabilities that it was sampled with."""
+    assert batch.old_logp is not None
+    ref_logp = token_logprobs(reference, batch, o.temperature).logp
+    return completion_kl(batch.old_logp, ref_logp, batch.weights, o.kl_estimator)
+
+
+def has_preference(rewards: Num[np.ndarray, "N ..."], group_size: int) -> Bool[np.ndarray, " P"]:
+    """Of each group whether any of its K rewards differs, as float32 numbers; missing ones (NaN) do not count.
+
+    For one reward it is so exactly where `group_advantages` has advantages other than 0.
     """
-    grouped = np.asarray(rewards, np.float32).reshape(-1, group_size)
+    grouped = np.asarray(rewards, np.float32).reshape(len(rewards) // group_size, group_size, -1)
     missing = np.isnan(grouped)
-    return np.where(missing, np.inf, grouped).min(1) < np.where(missing, -np.inf, grouped).max(1)
+    return (np.where(missing, np.inf, grouped).min(1) < np.where(missing, -np.inf, grouped).max(1)).any(1)
 
 
-def fill(rewards: Float[np.ndarray, " N"], group_size: int, groups: int) -> Int[np.ndarray, " B"]:
+def fill(rewards: Float[np.ndarray, "N ..."], group_size: int, groups: int) -> Int[np.ndarray, " B"]:
     """Rows of so many groups, in order: the first of those with a preference, then the first of the others."""
     chosen = np.argsort(~has_preference(rewards, group_size), kind="stable")[:groups]
     return (np.sort(chosen)[:, None] * group_size + np.arange(group_size)).reshape(-1)

@@ -57,8 +57,10 @@ class EnvironmentSpec:
     seconds: float
 
 
-def environment_spec(verifier: str, environment: str, where: str, field: str, seconds: float) -> EnvironmentSpec:
-    """The environment FILE:CLASS, else the verifier, else prompts that nothing here rewards.
+def environment_spec(
+    verifiers: Sequence[str], environment: str, where: str, field: str, seconds: float
+) -> EnvironmentSpec:
+    """The environment FILE:CLASS, else the verifiers, else prompts that nothing here rewards.
 
     Args:
         field: what the names of the fields `verifier` and `environment` begin with, for errors.
@@ -71,12 +73,12 @@ def environment_spec(verifier: str, environment: str, where: str, field: str, se
         columns = tuple(getattr(make, "columns", ()))
         messages = functools.partial(first_messages, make, seconds)
         return EnvironmentSpec(make, judge_environments, columns, messages, where, seconds)
-    if verifier:
-        find_verifier(verifier, f"{field}.verifier")
+    for verifier in verifiers:
+        find_verifier(verifier, f"{field}.{'verifier' if len(verifiers) == 1 else 'verifiers'}")
     return EnvironmentSpec(
-        functools.partial(VerifierEnvironment, verifier),
-        judge_answers if verifier else None,
-        needed_columns(verifier) if verifier else (),
+        functools.partial(VerifierEnvironment, verifiers),
+        judge_answers if verifiers else None,
+        tuple(dict.fromkeys(column for verifier in verifiers for column in needed_columns(verifier))),
         prompt_messages,
         where,
         seconds,
@@ -99,7 +101,7 @@ def make_tasks(stage: Stage, tokenizer: SubwordTokenizer, seed: int, elsewhere: 
     """
     o: Any = stage.objective
     environment = getattr(o, "environment", "")
-    spec = environment_spec(o.verifier, environment, stage.name, f"{stage.name}.objective", o.reward_seconds)
+    spec = environment_spec(o.verifier_names, environment, stage.name, f"{stage.name}.objective", o.reward_seconds)
     feed = make_prompt_feed(
         stage.sources,
         stage.batch_size,
@@ -311,17 +313,19 @@ def _judge(spec: EnvironmentSpec, judge: Judge, episodes: Sequence[Episode]) -> 
 
 
 def judge_answers(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
-    """What the verifier gives each answer. A verifier of the user's own runs in processes that can be killed.
+    """What the verifiers give each answer. A verifier of the user's own runs in processes that can be killed.
 
     Raises:
         UserError: the verifier raised, or gave what is no finite number; names the prompt.
     """
     if not episodes:
         return []
-    name = episodes[0].environment.verifier
+    names = episodes[0].environment.verifiers
     rows, answers = [one.task for one in episodes], [one.text for one in episodes]
-    found = compute_rewards(name, rows, answers, spec.where, spec.seconds)
-    return [None if late else {name: value} for value, late in zip(found.values.tolist(), found.late, strict=True)]
+    found = [compute_rewards(name, rows, answers, spec.where, spec.seconds) for name in names]
+    late = np.any([one.late for one in found], axis=0)
+    values = np.stack([one.values for one in found], axis=1).tolist()
+    return [None if late[i] else dict(zip(names, values[i], strict=True)) for i in range(len(episodes))]
 
 
 def judge_environments(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[RewardsByName | None]:

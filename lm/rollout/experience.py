@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lm.experiment import PPO, Stage, UserError, corrects_sampler
 from lm.model.scorer import Scorer
 from lm.objectives.logprobs import last_scores, token_logprobs
-from lm.objectives.ppo import experience, explained_variance, token_rewards
+from lm.objectives.ppo import experience, explained_variance, token_rewards, with_end
 from lm.parallel.distributed import fetch, to_devices
 from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks, sample_trajectories
@@ -99,15 +99,18 @@ def advantages_and_returns(
     assert batch.old_logp is not None
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
     hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None
-    values = critic_values(state.params["critic"], batch, hidden) * mask
+    judged = with_end(mask) if o.value_after_end else mask
+    values = critic_values(state.params["critic"], batch, hidden) * judged
     kl_coef = state.opt_state["kl_coef"]
-    rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator)
-    advantages, returns = experience(rewards, values, mask, gamma=o.gamma, lam=o.lam, whiten_rewards=o.whiten_rewards)
-    per_token = {"advantages": advantages, "returns": returns * mask, "values": values, "ref_logp": ref_logp}
+    rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator, judged)
+    advantages, returns = experience(
+        rewards, values, mask, gamma=o.gamma, lam=o.lam, whiten_rewards=o.whiten_rewards, value_mask=judged
+    )
+    per_token = {"advantages": advantages, "returns": returns * judged, "values": values, "ref_logp": ref_logp}
     stats = {
         "kl": ((batch.old_logp - ref_logp) * mask).sum(1).mean(),
         "reward": rewards.sum(1).mean(),
-        "explained_variance": explained_variance(values, returns, mask),
+        "explained_variance": explained_variance(values, returns, judged),
         "kl_coef": kl_coef,
     }
     return per_token, stats

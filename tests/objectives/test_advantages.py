@@ -23,17 +23,16 @@ def test_golden(golden, dtype):
     for case in golden_cases(golden, "grpo_advantages", dtype):
         p, expected = case.params, case.outputs
         scale = p.get("scale_rewards", "group")
-        if p.get("multi_objective_aggregation") == "normalize_then_sum":
-            continue
+        decoupled = p.get("multi_objective_aggregation") == "normalize_then_sum"
         o = GRPO(
             group_size=p["num_generations"],
             advantage_scale=scale,
+            reward_weights=tuple(map(float, case.inputs["reward_weights"])),
+            reward_combination="decoupled" if decoupled else "sum",
+            whiten_advantages=decoupled,
         )
         with precision(dtype) as tolerance:
-            combined = combine_rewards(
-                jnp.asarray(case.inputs[p["rewards"]]), jnp.asarray(case.inputs["reward_weights"])
-            )
-            advantages, metrics = completion_advantages(combined[:, None], o)
+            advantages, metrics = completion_advantages(jnp.asarray(case.inputs[p["rewards"]]), o)
             # The reference rounds where a group's rewards are all equal; ours are exactly 0.
             assert_close(advantages, expected["advantages"], tolerance, f"{case.name} advantages")
             if "reward" in expected:
@@ -58,6 +57,7 @@ def test_golden_rloo(golden, dtype):
             whiten_advantages=p.get("normalize_advantages", False),
             reward_clip=tuple(p.get("reward_clip_range", ())),
             kl_coef=p.get("beta", 0.0),
+            kl_in="reward",
             kl_estimator="k1",
         )
         with precision(dtype) as tolerance:
@@ -75,7 +75,8 @@ def test_golden_mask_of_truncated_completions(golden, dtype):
         with precision(dtype) as tolerance:
             mask = jnp.asarray(case.inputs["completion_mask_raw"], dtype)
             if case.params.get("mask_truncated_completions"):
-                mask = drop_truncated(mask, jnp.asarray(case.inputs["completion_ids"]), eos_id=2)
+                ended = ((case.inputs["completion_ids"] == 2) & (case.inputs["completion_mask_raw"] > 0)).any(1)
+                mask = drop_truncated(mask, jnp.asarray(ended))
             assert_close(mask, case.outputs["completion_mask"], tolerance, case.name)
 
 
@@ -109,6 +110,18 @@ def test_advantages_by_hand(baseline, scale):
     deviations = [np.std([1, 0, 0.25], ddof=1), 0, np.std([0, 0, 0, 1], ddof=1)]
     expected = {"reward": np.nanmean(REWARDS), "reward_std": np.mean(deviations), "frac_zero_std": 1 / 3}
     assert values == pytest.approx(expected)
+
+
+def test_decoupled_rewards_are_normalised_one_by_one():
+    rng = np.random.default_rng(0)
+    rewards, weights = rng.normal(size=(12, 3)) * [1, 10, 100], np.array([1.0, 0.5, 2.0])
+    o = GRPO(group_size=4, reward_combination="decoupled", reward_weights=tuple(weights), advantage_scale="group")
+    with precision("float64"):
+        advantages, metrics = completion_advantages(jnp.asarray(rewards), o)
+        mean = float(metrics["reward"].value())
+    each = [advantages_by_hand(column, 4, "group", "group") for column in rewards.T]
+    np.testing.assert_allclose(advantages, weights @ each, rtol=1e-12)
+    assert mean == pytest.approx((rewards @ weights).mean())
 
 
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_batch():

@@ -88,7 +88,7 @@ def test_one_turn_is_what_the_sampler_gives_to_the_bit(tokenizer, model):
     prompts = [tokenizer.encode(row["question"]) for row in rows]
     key = jax.random.key(3)
     request = Request(prompts, key, 16, 0.7, 2, WIDTH)
-    answered = environment_spec("answer", "", "tiny", "tiny.objective", 5.0)
+    answered = environment_spec(("answer",), "", "tiny", "tiny.objective", 5.0)
     found = conclude(answered, run_episodes(LocalEngine(model, tokenizer), answered, rows, request, tokenizer))
     tokens, lengths = left_pad(prompts, WIDTH, tokenizer.pad_id)
     out = jax.device_get(
