@@ -155,7 +155,7 @@ def reinforcement(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dic
     def step() -> None:
         began, number = time.perf_counter(), len(seconds)
         rollout = environments.roll_out(
-            train.state.params, environment, stage, tokenizer, number, jax.random.key(number)
+            train.state.models["policy"], environment, stage, tokenizer, number, jax.random.key(number)
         )  # fmt: skip
         seconds.append(time.perf_counter() - began)
         for batch in rollout.batches:

@@ -159,6 +159,10 @@ def _check_stage(stage: Stage, model: Model) -> None:
         raise UserError(f"{stage.name}.sources all have weight 0: at least one should be above 0")
     if len(set(stage.evals)) < len(stage.evals):
         raise UserError(f"{stage.name}.evals is {list(stage.evals)}; it should have each name once")
+    if stage.trainable and not stage.objective.trains:
+        raise UserError(
+            f"{stage.name}.trainable is {list(stage.trainable)}, and the stage trains nothing: it should be empty"
+        )
     _check_schedule(stage)
     rows, together = rows_per_update(stage), rows_per_example(stage)
     if rows % (together * stage.microbatches):

@@ -1,12 +1,7 @@
-"""Training steps: pure functions `step(state, batch) -> (state, metrics)`, side by side.
-
-A step knows no file, mesh, clock or objective's name: `make_step` turns any objective into one, and
-`jax.jit` with shardings compiles it for one device or thousands.
-"""
+"""Training steps: pure functions `step(state, batch) -> (state, metrics)`, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,26 +24,18 @@ from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
 from lm.objectives.ppo import adaptive_kl_coef, mask_share, ppo, with_end
 from lm.objectives.reward_model import reward_model
-from lm.optimizer import apply_updates, at_least_float32, global_norm
-from lm.parallel.rules import constrain
-from lm.types import Batch, Mean, TrainState
-
-Metrics = dict[str, Float[Array, ""]]
-# (params, frozen, batch) -> what is minimised and what is reported, neither divided yet
-Loss = Callable[[Any, Any, Batch], tuple[Mean, dict[str, Mean]]]
-# (params, frozen, batch) -> numbers of the whole batch that a loss of a piece of it needs, by name
-BatchStats = Callable[[Any, Any, Batch], dict[str, Array]]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+from lm.train_step import Loss, Metrics, Models, Step, TrainState, cut, make_step
+from lm.types import Batch, Mean
 
 
 def pretrain_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     """Next-token cross-entropy on every token of the text."""
-    return make_step(_cross_entropy_loss(stage), optimizer, stage.microbatches)
+    return make_step(_cross_entropy_loss(stage), stage, optimizer)
 
 
 def sft_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     """Next-token cross-entropy on what the assistant says; the mask is in the batch's weights."""
-    return make_step(_cross_entropy_loss(stage), optimizer, stage.microbatches)
+    return make_step(_cross_entropy_loss(stage), stage, optimizer)
 
 
 def preference_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -56,8 +43,8 @@ def preference_step(stage: Stage, optimizer: optax.GradientTransformation) -> St
     o = stage.objective
     assert isinstance(o, DPO)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        stats = token_logprobs(params, batch, want_log_sum_sq=o.weighting)
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        stats = token_logprobs(models["policy"], batch, want_log_sum_sq=o.weighting)
         if o.reference == "cached":
             assert batch.ref_logp is not None
             ref_logp = batch.ref_logp
@@ -66,10 +53,10 @@ def preference_step(stage: Stage, optimizer: optax.GradientTransformation) -> St
         scale = frozen["sft_scale"]
         return dpo(stats.logp, ref_logp, batch.weights, o, log_sum_sq=stats.log_sum_sq, sft_scale=scale)
 
-    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"sft_scale": likelihood_scale(batch.weights, batch.weights)}
 
-    return make_step(loss, optimizer, stage.microbatches, batch_stats)
+    return make_step(loss, stage, optimizer, batch_stats)
 
 
 def cpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -77,13 +64,13 @@ def cpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     o = stage.objective
     assert isinstance(o, CPO)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        return cpo(token_logprobs(params, batch).logp, batch.weights, o, nll_scale=frozen["nll_scale"])
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        return cpo(token_logprobs(models["policy"], batch).logp, batch.weights, o, nll_scale=frozen["nll_scale"])
 
-    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, batch.weights)}
 
-    return make_step(loss, optimizer, stage.microbatches, batch_stats)
+    return make_step(loss, stage, optimizer, batch_stats)
 
 
 def orpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -95,14 +82,14 @@ def orpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         """1 on every token that something of its segment stands before."""
         return ((batch.segments > 0) & (batch.positions > 0)).astype(batch.weights.dtype)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        logp = token_logprobs(params, batch).logp
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        logp = token_logprobs(models["policy"], batch).logp
         return orpo(logp, batch.weights, predicted(batch), o, nll_scale=frozen["nll_scale"])
 
-    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, predicted(batch))}
 
-    return make_step(loss, optimizer, stage.microbatches, batch_stats)
+    return make_step(loss, stage, optimizer, batch_stats)
 
 
 def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -110,26 +97,26 @@ def kto_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     o = stage.objective
     assert isinstance(o, KTO)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         assert batch.desirable is not None
-        logp = token_logprobs(params, batch).logp
+        logp = token_logprobs(models["policy"], batch).logp
         ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
         return kto(logp, ref_logp, batch.weights, batch.desirable, o, frozen.get("kl"))
 
-    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
         assert batch.mismatched is not None
 
         def estimate(piece: Batch) -> Mean:
-            policy, reference = (token_logprobs(model, piece).logp for model in (params, frozen["reference"]))
+            policy, reference = (token_logprobs(model, piece).logp for model in (models["policy"], frozen["reference"]))
             return log_ratio_mean(policy, reference, piece.weights)
 
         if stage.microbatches == 1:
             found = estimate(batch.mismatched)
         else:
-            found = jax.tree.map(jnp.sum, jax.lax.map(estimate, _cut(batch.mismatched, stage.microbatches)))
+            found = jax.tree.map(jnp.sum, jax.lax.map(estimate, cut(batch.mismatched, stage.microbatches)))
         return {"kl": jnp.maximum(found.value(), 0.0)}
 
-    return make_step(loss, optimizer, stage.microbatches, batch_stats if reads_baseline(o.loss) else None)
+    return make_step(loss, stage, optimizer, batch_stats if reads_baseline(o.loss) else None)
 
 
 def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -137,9 +124,9 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     o = stage.objective
     assert isinstance(o, GRPO)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         assert batch.advantages is not None
-        stats = token_logprobs(params, batch, o.temperature, want_entropy=True)
+        stats = token_logprobs(models["policy"], batch, o.temperature, want_entropy=True)
         ref_logp = None
         if o.kl_coef and o.kl_in == "loss":
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch, o.temperature).logp)
@@ -156,12 +143,10 @@ def grpo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
         )  # fmt: skip
         return mean, metrics | gap
 
-    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"entropy_scale": entropy_scale(batch.weights, o)}
 
-    return make_step(
-        loss, optimizer, stage.microbatches, batch_stats if o.entropy_coef and o.top_entropy == 1 else None
-    )
+    return make_step(loss, stage, optimizer, batch_stats if o.entropy_coef and o.top_entropy == 1 else None)
 
 
 def reward_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
@@ -169,52 +154,54 @@ def reward_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     o = stage.objective
     assert isinstance(o, RewardModel)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         margins, is_tie = (None if x is None else x[0::2] for x in (batch.margins if o.margins else None, batch.ties))
-        return reward_model(last_scores(params, batch), batch.weights, o, margins=margins, is_tie=is_tie)
+        return reward_model(last_scores(models["reward"], batch), batch.weights, o, margins=margins, is_tie=is_tie)
 
-    return make_step(loss, optimizer, stage.microbatches)
+    return make_step(loss, stage, optimizer)
 
 
 def ppo_step(stage: Stage, optimizer: optax.GradientTransformation) -> Step:
     """PPO on answers that carry advantages and returns; policy and critic move together.
 
-    The weight of the KL in later rewards is kept with the optimizer's state, and follows what the batch's KL is.
+    The weight of the KL in later rewards is carried from step to step, and follows what the batch's KL is.
     """
     o = stage.objective
     assert isinstance(o, PPO)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
         assert batch.advantages is not None and batch.returns is not None
         assert batch.old_logp is not None and batch.values is not None
         correction = None
         if corrects_sampler(o):
             assert batch.sampler_logp is not None
             correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
-        policy = params["policy"].with_whole_tables()
+        policy = models["policy"].with_whole_tables()
         hidden, _ = policy.hidden(batch.tokens, batch.positions, batch.segments)
         stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)
         return ppo(
-            stats.logp, critic_values(params["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
+            stats.logp, critic_values(models["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
             batch.old_logp, batch.values, o, correction=correction, entropy=stats.entropy,
             value_mask=with_end(batch.weights) if o.value_after_end else None, share=frozen.get("share"),
         )  # fmt: skip
 
-    def batch_stats(params: Any, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
         return {"share": mask_share(batch.weights, with_end(batch.weights))}
 
-    update = make_step(loss, optimizer, stage.microbatches, batch_stats if o.value_after_end else None)
+    update = make_step(loss, stage, optimizer, batch_stats if o.value_after_end else None)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        kl_coef = state.opt_state["kl_coef"]
-        moved, metrics = update(replace(state, opt_state=state.opt_state["optimizer"]), batch)
-        if o.kl_target:
-            assert batch.old_logp is not None and batch.ref_logp is not None
-            kl = (jnp.where(batch.weights > 0, batch.old_logp - batch.ref_logp, 0.0)).sum() / len(batch.tokens)
-            # An answer counts once, however often it is gone through.
-            answers = len(batch.tokens) / o.epochs
-            kl_coef = adaptive_kl_coef(kl_coef, kl, target=o.kl_target, answers=answers, horizon=o.kl_horizon)
-        return replace(moved, opt_state={"optimizer": moved.opt_state, "kl_coef": kl_coef}), metrics
+        moved, metrics = update(state, batch)
+        if not o.kl_target:
+            return moved, metrics
+        assert batch.old_logp is not None and batch.ref_logp is not None
+        kl = (jnp.where(batch.weights > 0, batch.old_logp - batch.ref_logp, 0.0)).sum() / len(batch.tokens)
+        # An answer counts once, however often it is gone through.
+        answers = len(batch.tokens) / o.epochs
+        kl_coef = adaptive_kl_coef(
+            state.carry["kl_coef"], kl, target=o.kl_target, answers=answers, horizon=o.kl_horizon
+        )
+        return replace(moved, carry={"kl_coef": kl_coef}), metrics
 
     return step
 
@@ -233,56 +220,8 @@ def _cross_entropy_loss(stage: Stage) -> Loss:
     o = stage.objective
     assert isinstance(o, Pretrain | SFT)
 
-    def loss(params: Any, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        stats = token_logprobs(params, batch, want_mean_logp=o.label_smoothing > 0)
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        stats = token_logprobs(models["policy"], batch, want_mean_logp=o.label_smoothing > 0)
         return cross_entropy(stats, batch.weights, o)
 
     return loss
-
-
-def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, batch_stats: BatchStats | None = None
-) -> Step:
-    """Gradient (summed over microbatches), one division by the summed weight, clip and update.
-
-    What `batch_stats` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
-    """
-
-    def total(params: Any, frozen: Any, batch: Batch) -> tuple[Float[Array, ""], tuple[Mean, dict[str, Mean]]]:
-        mean, metrics = loss(params, frozen, batch)
-        return mean.total, (mean, metrics)
-
-    def gradient(params: Any, frozen: Any, batch: Batch) -> tuple[Any, dict[str, Mean]]:
-        grads, (mean, metrics) = jax.grad(total, has_aux=True)(params, frozen, batch)
-        # One pass gives them in the parameters' dtype; what is done with them afterwards, sums first, is in float32.
-        return at_least_float32(grads), {"loss": mean, **metrics}
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        frozen = state.frozen | batch_stats(state.params, state.frozen, batch) if batch_stats else state.frozen
-        if microbatches == 1:
-            grads, sums = gradient(state.params, frozen, batch)
-        else:
-            pieces = _cut(batch, microbatches)
-            start = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], pieces)),
-            )
-
-            def accumulate(carry: Any, piece: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, gradient(state.params, frozen, piece)), None
-
-            (grads, sums), _ = jax.lax.scan(accumulate, start, pieces)
-        weight = jnp.maximum(sums["loss"].weight, 1e-30)
-        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates, opt_state)
-        metrics = {name: mean.value() for name, mean in sums.items()}
-        metrics["grad_norm"] = global_norm(grads)
-        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
-
-    return step
-
-
-def _cut(batch: Batch, pieces: int) -> Batch:
-    """A batch in pieces [pieces, B / pieces, …], each over all devices: else rows are fetched again in every turn of a loop."""
-    return jax.tree.map(lambda x: constrain(x.reshape(pieces, -1, *x.shape[1:]), None, "batch"), batch)

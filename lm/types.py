@@ -1,4 +1,4 @@
-"""The three values that travel through every training step: Batch, Mean, TrainState."""
+"""The values that travel through every training step: batches and means."""
 
 from __future__ import annotations
 
@@ -75,17 +75,3 @@ class Batch:
     values: Float[Anywhere, "B T"] | None = None
     returns: Float[Anywhere, "B T"] | None = None
     mismatched: Batch | None = None
-
-
-@pytree
-class TrainState:
-    """What a step takes and gives back. `step` counts optimizer updates.
-
-    `params` is what the optimizer moves (a model: a pytree with methods); `frozen` is only read
-    (for instance {"reference": model}) and passes through unchanged.
-    """
-
-    step: Int[Array, ""]
-    params: Any
-    opt_state: Any
-    frozen: Any

@@ -77,8 +77,8 @@ def trained(kind, dtype, steps=8):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_parameters_are_their_masters_rounded_to_the_bit(kind):
     for state in trained(kind, "bfloat16"):
-        assert dtypes(state.params) == {"bfloat16"} and dtypes(state.opt_state.master) == {"float32"}
-        for param, master in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.opt_state.master), strict=True):
+        assert dtypes(state.models) == {"bfloat16"} and dtypes(state.opt_state.master) == {"float32"}
+        for param, master in zip(jax.tree.leaves(state.models), jax.tree.leaves(state.opt_state.master), strict=True):
             np.testing.assert_array_equal(param, master.astype(jnp.bfloat16))
 
 
@@ -87,7 +87,7 @@ def test_masters_move_as_float32_parameters_do(kind):
     """Norm scales, which begin at 1, move by 0.008: less than bfloat16 has there. Moved as in float32, decay included."""
     (before, narrow), (_, wide) = trained(kind, "bfloat16"), trained(kind, "float32")
     for path, master in jax.tree_util.tree_leaves_with_path(narrow.opt_state.master):
-        start, other = (functools.reduce(_child, path, tree) for tree in (before.opt_state.master, wide.params))
+        start, other = (functools.reduce(_child, path, tree) for tree in (before.opt_state.master, wide.models))
         moved, expected = (np.asarray(x - start).ravel() for x in (master, other))
         assert np.abs(expected).max() > 1e-3, path
         cosine = moved @ expected / np.linalg.norm(moved) / np.linalg.norm(expected)
@@ -154,7 +154,7 @@ def test_masters_lie_as_their_parameters_and_are_the_same_in_any_layout(kind, wh
         mesh = make_mesh(layout(**mesh_sizes))
         state = first_state(stage, optimizer, tiny_model(**NARROW))
         places = shardings(jax.eval_shape(lambda: state), mesh)
-        for param, master in zip(jax.tree.leaves(places.params), jax.tree.leaves(places.opt_state.master), strict=True):
+        for param, master in zip(jax.tree.leaves(places.models), jax.tree.leaves(places.opt_state.master), strict=True):
             assert param.spec == master.spec
         jitted = jax.jit(
             pretrain_step(stage, optimizer), in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None)
@@ -167,7 +167,7 @@ def test_masters_lie_as_their_parameters_and_are_the_same_in_any_layout(kind, wh
     for one, other in zip(*(jax.tree.leaves(state.opt_state.master) for state in (got, wanted)), strict=True):
         # A gradient is rounded to bfloat16 after its pass: the first update of Adam is its sign, the same all but everywhere.
         assert (np.abs(one - other) > 1e-5).mean() < 0.02
-    for param, master in zip(jax.tree.leaves(got.params), jax.tree.leaves(got.opt_state.master), strict=True):
+    for param, master in zip(jax.tree.leaves(got.models), jax.tree.leaves(got.opt_state.master), strict=True):
         np.testing.assert_array_equal(param, master.astype(jnp.bfloat16))
 
 

@@ -16,11 +16,8 @@ from lm.model.transformer import Transformer
 from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks
 from lm.rollout.trajectory import Rollout
-from lm.steps import Step
-from lm.types import TrainState
+from lm.train_step import Models, Step, TrainState
 
-Models = dict[str, Any]
-"""Models by role: `policy`, `critic`, `reward`."""
 RolloutMaker = Callable[[Engine, TrainState, Tasks, Stage[Any], int, PRNGKeyArray, NamedSharding], Rollout]
 
 

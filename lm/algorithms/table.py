@@ -15,7 +15,7 @@ from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, 
 from lm.model.flops import update_flops_per_token
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
-from lm.types import TrainState
+from lm.train_step import TrainState, initial_state
 
 ALGORITHMS: dict[type, Algorithm] = {
     Pretrain: pretrain.ALGORITHM,
@@ -42,16 +42,17 @@ def first_state(
     scorers: tuple[Scorer, ...] = (),
     key: PRNGKeyArray | None = None,
 ) -> TrainState:
-    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's."""
+    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's.
+
+    Raises:
+        UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
+    """
     algorithm, o = algorithm_of(stage), stage.objective
     model, scorers = jax.tree.map(jnp.copy, (model, scorers))
     frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if algorithm.reads_reference(o) else {}
     if algorithm.keeps_scorers:
         frozen["scorers"] = scorers
-    models, carry = algorithm.models(o, model, scorers, key), algorithm.carry(o)
-    params: Any = models if len(models) > 1 else next(iter(models.values()))
-    opt_state: Any = optimizer.init(params)
-    return TrainState(jnp.int32(0), params, {"optimizer": opt_state, **carry} if carry else opt_state, frozen)
+    return initial_state(stage, optimizer, algorithm.models(o, model, scorers, key), algorithm.carry(o), frozen)
 
 
 def flops_per_token(stage: Stage, model: Model, vocab_size: int) -> float:

@@ -73,6 +73,11 @@ class Stage(Generic[O_co]):
     )
     seq_len: int = knob(256, "tokens in a row", least=2, most=2**26)
     microbatches: int = knob(1, "pieces that a batch is cut into to save memory", least=1, most=2**24)
+    trainable: tuple[str, ...] = knob(
+        (),
+        "parameters that train, by patterns of their paths: policy/*norm* trains the norms, !policy/embed all but the "
+        "embedding; empty: all",
+    )
     eval_every: int = knob(
         0,
         "steps between held-out evaluations with samples; 0: only before and after",

@@ -49,6 +49,6 @@ class Scorer(nnx.Module):
         return self.score(self.body.hidden(tokens, positions, segments)[0])
 
 
-def policy_of(params: Any) -> Any:
-    """The language model among what a stage's optimizer moves; a reward model's stage has none: its scorer."""
-    return params["policy"] if isinstance(params, dict) else params
+def policy_of(models: dict[str, Any]) -> Any:
+    """The language model among those of a training state; a reward model's stage has none: its scorer."""
+    return models["policy"] if "policy" in models else models["reward"]

@@ -68,8 +68,8 @@ def estimate(program: Program) -> DeviceEstimate:
     gradient = analysis.usage(*gradient_block(program))
     update = analysis.in_parts(update_block(program))
     memory = Memory(
-        parameters=parameter_bytes(state.params, program),
-        optimizer=parameter_bytes(state.opt_state, program),
+        parameters=parameter_bytes(state.models, program),
+        optimizer=parameter_bytes((state.opt_state, state.carry), program),
         reference=parameter_bytes(state.frozen, program),
         batch=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch())) // program.topology.devices,
         **_peak(gradient, update, _casts(program)),
@@ -100,7 +100,7 @@ def _casts(program: Program) -> int:
     """Bytes of the narrow copies of layers, of a frozen model too where its passes are in the loop over microbatches."""
     state, stage = program.state(), program.stage
     again = stage.microbatches > 1 and algorithm_of(stage).extra_forward_passes(stage.objective) > 0
-    return cast_bytes(state.params, program) + (cast_bytes(state.frozen, program) if again else 0)
+    return cast_bytes(state.models, program) + (cast_bytes(state.frozen, program) if again else 0)
 
 
 def model_flops(program: Program) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -26,6 +27,7 @@ from lm.parallel.rules import RULES, ways
 from lm.plan.program import Program, abstract_batch, abstract_state
 from lm.plan.trace import TracedBlock, Value, block_of
 from lm.plan.usage import Analysis
+from lm.train_step import partition
 
 SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that are used in parts
 
@@ -73,11 +75,9 @@ def _gradient_block(
     step = algorithm_of(stage).step(stage, optax.identity())
     with jax.sharding.use_abstract_mesh(mesh):
         block = block_of(jax.make_jaxpr(step)(state, abstract_batch(stage, rows, tokens)))
-    first, moved, kept, frozen = (
-        len(jax.tree.leaves(part)) for part in (state.step, state.params, state.opt_state, state.frozen)
-    )
-    parameters = block.inputs[first : first + moved]
-    return block, {*parameters, *block.inputs[first + moved + kept : first + moved + kept + frozen]}
+    inputs = iter(block.inputs)
+    of = {name: list(itertools.islice(inputs, len(jax.tree.leaves(part)))) for name, part in vars(state).items()}
+    return block, {*of["models"], *of["frozen"]}
 
 
 def update_block(program: Program) -> TracedBlock:
@@ -89,7 +89,7 @@ def update_block(program: Program) -> TracedBlock:
 @functools.lru_cache(maxsize=64)
 def _update_block(stage: Stage, model: Model, vocab_size: int) -> TracedBlock:
     model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
-    params = abstract_state(stage, optax.identity(), model_shape).params
+    params, _ = partition(abstract_state(stage, optax.identity(), model_shape).models, stage.trainable)
     optimizer = make_optimizer(stage.optimizer, 1)
     gradients = jax.eval_shape(at_least_float32, params)
     return block_of(jax.make_jaxpr(optimizer.update)(gradients, jax.eval_shape(optimizer.init, params), params))
@@ -109,7 +109,7 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
     as the parameter does. Sorted, because products may give a gradient transposed.
     """
     found: dict[tuple[int, ...], int] = {}
-    params = one_device(program).state().params
+    params = one_device(program).state().models
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         names: tuple[str, ...] = leaf.get_metadata("out_sharding")
         shape = leaf.get_value().shape

@@ -32,7 +32,8 @@ from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
 from lm.plan.chips import Topology
-from lm.types import Batch, SharedPrompt, TrainState
+from lm.train_step import TrainState
+from lm.types import Batch, SharedPrompt
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _parameters(program: Program, usage: Usage) -> list[Traffic]:
     """
     pieces = program.stage.microbatches
     itemsize = jnp.dtype(program.model.compute_dtype).itemsize
-    leaves = jax.tree.leaves(program.state().params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    leaves = jax.tree.leaves(program.state().models, is_leaf=lambda x: isinstance(x, nnx.Variable))
     part = sum(
         leaf.get_value().size
         * itemsize

@@ -22,7 +22,8 @@ from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks, sample_trajectories
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
-from lm.types import Batch, SharedPrompt, TrainState
+from lm.train_step import TrainState
+from lm.types import Batch, SharedPrompt
 
 
 def grpo_rollout(

@@ -23,7 +23,8 @@ from lm.rollout.rewards import timeout_metric
 from lm.rollout.sampler_gap import trainer_view
 from lm.rollout.trajectory import Rollout, rescored, rewards_of, sample_metrics, trajectory_batch
 from lm.steps import critic_values
-from lm.types import Batch, TrainState
+from lm.train_step import TrainState
+from lm.types import Batch
 
 ENSEMBLES: dict[str, Callable[..., Array]] = {"mean": jnp.mean, "min": jnp.min}
 
@@ -52,7 +53,7 @@ def ppo_rollout(
     )
     batch = to_devices(host, place, None, count)
     if corrects_sampler(o):  # advantages, and where ratios begin, is then the trainer's
-        view = trainer_view(state.params["policy"], batch, o.temperature, stage.microbatches)
+        view = trainer_view(state.models["policy"], batch, o.temperature, stage.microbatches)
         host = replace(host, sampler_logp=host.old_logp, old_logp=np.asarray(fetch(view.logp)))
         batch = to_devices(host, place, None, count)
     scores = judged = rewards_of(found)
@@ -95,13 +96,13 @@ def advantages_and_returns(
     state: TrainState, batch: Batch, scores: Float[Array, " B"], o: PPO
 ) -> tuple[dict[str, Float[Array, "B T"]], dict[str, Array]]:
     """Advantages, returns and what else an update reads of a rollout, by field of the batch, with the metrics of both."""
-    policy, mask = state.params["policy"], batch.weights
+    policy, mask = state.models["policy"], batch.weights
     assert batch.old_logp is not None
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
     hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None
     judged = with_end(mask) if o.value_after_end else mask
-    values = critic_values(state.params["critic"], batch, hidden) * judged
-    kl_coef = state.opt_state["kl_coef"]
+    values = critic_values(state.models["critic"], batch, hidden) * judged
+    kl_coef = state.carry["kl_coef"]
     rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator, judged)
     advantages, returns = experience(
         rewards, values, mask, gamma=o.gamma, lam=o.lam, whiten_rewards=o.whiten_rewards, value_mask=judged

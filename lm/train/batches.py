@@ -17,7 +17,8 @@ from lm.parallel.distributed import own_rows, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.train.metrics import MetricsLog
 from lm.train.reference import REFERENCE, Known, precompute_reference_logps, with_reference
-from lm.types import Batch, TrainState
+from lm.train_step import TrainState
+from lm.types import Batch
 
 AHEAD = 2  # steps whose batches are ready before they are asked for
 

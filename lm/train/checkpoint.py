@@ -33,8 +33,10 @@ import numpy as np
 from lm.experiment import UserError
 from lm.parallel.distributed import broadcast_from_main, is_main_process
 from lm.stored import read_json, sealed, unsealed, write_json_atomic
+from lm.train_step import leaf_name
 
 MANIFEST = "manifest.json"
+LAST_WITHOUT_ROLES = "63547b6"
 STEP_NAME = re.compile(r"\d{8,}")
 
 PyTree = Any
@@ -140,6 +142,7 @@ class Checkpoints:
             return None
         path = self.folder / f"{step:08d}"
         manifest = _read_manifest(path)
+        _check_roles(path, abstract, manifest["items"])
         there = [item for item in abstract if item in manifest["items"] or item not in optional]
         wanted = {item: named_leaves(abstract[item]) for item in there}
         for item, named in wanted.items():
@@ -156,7 +159,7 @@ class Checkpoints:
         Nothing is done where the last one is missing or its manifest damaged.
         """
         self.wait()
-        if not is_main_process() or not self.has(step, next(iter(items))):
+        if not is_main_process() or not any(self.has(step, item) for item in items):
             return
         for other in self.steps():
             path = self.folder / f"{other:08d}"
@@ -261,12 +264,10 @@ class Checkpoints:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by the path that leads to them, `blocks/attn/q`; the `.value` in which nnx keeps a parameter is no name."""
+    """Leaves by the path that leads to them, `blocks/attn/q` (`leaf_name`)."""
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-            path = path[:-1]
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+        name = leaf_name(path)
         if name in named:
             raise ValueError(f"two leaves of the tree are both called {name!r}")
         named[name] = leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(leaf)
@@ -296,6 +297,15 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 def _signature(named: dict[str, Any]) -> dict[str, str]:
     """Name → "float32[6, 256]"."""
     return {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in named.items()}
+
+
+def _check_roles(path: Path, wanted: Collection[str], saved: Collection[str]) -> None:
+    """Raises UserError for a checkpoint from before its models had names by their role."""
+    if "params" in saved and "params" not in wanted:
+        raise UserError(
+            f"{path} has its model as 'params', which is {' or '.join(sorted(wanted))} now: commit {LAST_WITHOUT_ROLES} still "
+            f"reads it, or remove {path.parents[1]} to train that stage again"
+        )
 
 
 def _check_same(path: Path, item: str, wanted: dict[str, str], saved_items: dict[str, dict[str, str]]) -> None:

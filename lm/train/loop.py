@@ -29,7 +29,6 @@ from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import is_main_process, run_on_main
 from lm.parallel.rules import abstract, batch_sharding, shardings
-from lm.steps import Step
 from lm.train import goodput
 from lm.train.batches import Batches
 from lm.train.callbacks import Callback, listener
@@ -45,7 +44,11 @@ from lm.train.signals import Stop
 from lm.train.stage_warnings import Warnings
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
-from lm.types import Batch, TrainState
+from lm.train_step import Step, TrainState
+from lm.types import Batch
+
+PRODUCED = {"policy", "reward"}
+"""Roles of the models that a stage leaves to later ones."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def train_stage(
         evaluator.tell = loop.doing
         if due(stage, start):  # it may have been stopped before it measured what it saved
             with loop.evaluating(start, start, state):
-                evaluator.during(index, policy_of(state.params), log, start)
+                evaluator.during(index, policy_of(state.models), log, start)
         for done, current in loop.steps(state, start, step_fn):
             state = current
             if done == start + 1:  # after a first step, which shows within seconds that the run works
@@ -136,14 +139,14 @@ def train_stage(
                     evaluator.before(index, model, log)
             if due(stage, done):
                 with loop.evaluating(done, done, state):
-                    evaluator.during(index, policy_of(state.params), log, done)
+                    evaluator.during(index, policy_of(state.models), log, done)
         with loop.evaluating(stage.steps, stage.steps, state):
             if start == stage.steps:  # it may have been stopped in its only step
                 evaluator.before(index, model, log)
-            evaluator.after(index, policy_of(state.params), log, model)
+            evaluator.after(index, policy_of(state.models), log, model)
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
-        summarise(run.folder, stage, loop.tokens, num_params(state.params), batches.report, batches.sources, loop.costs)
+        summarise(run.folder, stage, loop.tokens, num_params(state.models), batches.report, batches.sources, loop.costs)
         run_on_main(lambda: tidy(run.folder, stage))
 
 
@@ -180,7 +183,7 @@ def tidy(folder: RunFolder, stage: Stage) -> None:
     step, checkpoints = folder.final_step(stage.name), folder.checkpoints(stage.name)
     if step is not None and checkpoints.is_dir() and not stage.keep_moments:
         with Checkpoints(checkpoints, stage.keep_last, stage.keep_every) as found:
-            found.finish(step, ("params",))
+            found.finish(step, PRODUCED)
 
 
 def _taken_again(stage: Stage, start: int, kind: str, line: dict[str, Any]) -> bool:
@@ -385,7 +388,7 @@ def restore(
     """
     wanted = saved_of(state)
     shapes = {k: abstract(jax.eval_shape(lambda x: x, tree), mesh) for k, tree in wanted.items()}
-    found = checkpoints.restore(shapes, optional=("opt_state", "critic"))
+    found = checkpoints.restore(shapes, optional=wanted.keys() - PRODUCED)
     if found is None:
         return state, 0, {}
     items = wanted | found.items
@@ -395,16 +398,12 @@ def restore(
             f"{', '.join(sorted(wanted.keys() - found.items.keys()))} when the stage was finished ({stage.name}.keep_moments); "
             f"remove {checkpoints.folder.parent} to train it from its start"
         )
+    models = {role: items[role] for role in state.models}
     # The optimizer counts updates; a step may have had several.
-    params = items["params"]
-    if "critic" in items:
-        params = {"policy": params, "critic": items["critic"]}
-    state = TrainState(jnp.int32(found.step), params, items["opt_state"], state.frozen)
+    state = TrainState(jnp.int32(found.step), models, items["opt_state"], items["carry"], state.frozen)
     return state, found.step, found.meta
 
 
 def saved_of(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint keeps, by name; `params` is the language model (of a reward model's stage the scorer)."""
-    policy = policy_of(state.params)
-    critic = {} if policy is state.params else {"critic": state.params["critic"]}
-    return {"params": policy, **critic, "opt_state": state.opt_state}
+    """What a checkpoint keeps, by name: each model by its role, whole, whatever of it trains."""
+    return state.models | {"opt_state": state.opt_state, "carry": state.carry}

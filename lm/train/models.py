@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
+from lm.algorithms.table import first_state
 from lm.config.objective import ObjectiveConfig
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import (
@@ -29,6 +31,7 @@ from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
+from lm.train_step import Models
 
 MADE_FILE = "made.jsonl"  # in that stage's folder
 
@@ -67,6 +70,14 @@ def _init(experiment: Experiment, vocab_size: int) -> Transformer:
     return Transformer(experiment.model, vocab_size, jax.random.key(experiment.seed))
 
 
+def check_trained_parts(experiment: Experiment) -> None:
+    """Raises UserError for a stage whose `trainable` names no parameter that it has, or leaves nothing to train."""
+    model = jax.eval_shape(functools.partial(_init, experiment, 1))
+    for stage in experiment.stages:
+        if stage.trainable:
+            jax.eval_shape(functools.partial(first_state, stage, optax.identity()), model)
+
+
 def model_before(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> Transformer:
@@ -85,12 +96,12 @@ def load_model(
     Raises:
         UserError: the stage has no checkpoint, or its last one is damaged.
     """
-    return _load(experiment, folder, tokenizer, mesh, stage).items["params"]
+    return _load(experiment, folder, tokenizer, mesh, stage).items["policy"]
 
 
 def _load(experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
     shape = jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size))
-    return _restored(shape, folder, tokenizer, mesh, stage)
+    return _restored({"policy": shape}, folder, tokenizer, mesh, stage)
 
 
 def load_scorer(
@@ -106,7 +117,7 @@ def load_scorer(
     def make() -> Scorer:
         return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0), layers)
 
-    return _restored(jax.eval_shape(make), folder, tokenizer, mesh, stage).items["params"]
+    return _restored({"reward": jax.eval_shape(make)}, folder, tokenizer, mesh, stage).items["reward"]
 
 
 def scorers_for(
@@ -174,12 +185,12 @@ def scorers_before(
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 
-def _restored(shape: Any, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
+def _restored(models: Models, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
     """A finished stage is read at its last step; one that is not, at its newest sound checkpoint."""
-    wanted = abstract(shape, mesh)
+    wanted = {role: abstract(model, mesh) for role, model in models.items()}
     final = broadcast_from_main(lambda: folder.final_step(stage))
     with Checkpoints(folder.checkpoints(stage)) as checkpoints:
-        found = checkpoints.restore({"params": wanted}, only=final)
+        found = checkpoints.restore(wanted, only=final)
     if found is None:
         raise UserError(f"{folder.path} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
     check_tokenizer(found.meta, tokenizer, folder, stage)
@@ -244,4 +255,4 @@ def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
     if stage not in speaks:
         raise UserError(f"stage {stage} of {run_dir} trains no language model; those that do are {', '.join(speaks)}")
     found = _load(experiment, folder, tokenizer, mesh, stage)
-    return Loaded(experiment, tokenizer, found.items["params"], mesh, stage, found.step)
+    return Loaded(experiment, tokenizer, found.items["policy"], mesh, stage, found.step)

@@ -44,7 +44,8 @@ from lm.rollout.trajectory import Rollout
 from lm.train.batches import Batches, CachedReferenceBatches
 from lm.train.metrics import MetricsLog
 from lm.train.trajectory_files import keep_trajectories
-from lm.types import Batch, TrainState
+from lm.train_step import TrainState
+from lm.types import Batch
 
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
 
@@ -74,7 +75,7 @@ class RolloutBatches(Batches):
     def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
         o = self.stage.objective
-        model = policy_of(state.params)
+        model = policy_of(state.models)
         sampler = model if o.samples_as_trained else rounded(model, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
         self.latest = self.rollout(engine, state, self.tasks, self.stage, step, key, self.place)

@@ -47,6 +47,7 @@ from lm.train.metrics import KINDS, read_lines
 from lm.train.models import (
     can_be_read,
     check_reward_models,
+    check_trained_parts,
     check_until,
     is_collected,
     load_run,
@@ -224,6 +225,7 @@ def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int
     check_sources(experiment)
     check_files(experiment)
     check_functions(experiment)
+    check_trained_parts(experiment)
     for item in experiment.evals:
         spec_of(item)
     return experiment, last

@@ -31,7 +31,7 @@ def trained(tmp_path_factory) -> Path:
     vocab = SubwordTokenizer.train(texts, 384, folder.tokenizer).vocab_size
     for seed, stage in enumerate(stages):
         with Checkpoints(folder.checkpoints(stage.name)) as checkpoints:
-            checkpoints.save(1, {"params": Transformer(TINY, vocab, jax.random.key(seed))}, {})
+            checkpoints.save(1, {"policy": Transformer(TINY, vocab, jax.random.key(seed))}, {})
     return folder.path
 
 

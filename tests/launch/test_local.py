@@ -141,7 +141,7 @@ def test_the_newest_checkpoint_is_of_the_last_stage_that_has_one(tmp_path):
     for stage, steps in {"one": [5, 10], "two": [3]}.items():
         with Checkpoints(folder.checkpoints(stage)) as checkpoints:
             for step in steps:
-                checkpoints.save(step, {"params": {"w": jax.numpy.ones(2)}}, {})
+                checkpoints.save(step, {"policy": {"w": jax.numpy.ones(2)}}, {})
         assert newest_checkpoint(folder, ["one", "two"]) == f"step {steps[-1]} of {stage}"
     unfinished = folder.checkpoints("two") / "00000007"
     unfinished.mkdir()

@@ -98,7 +98,7 @@ def two_steps(objective, mesh_sizes, stage_changes, model_changes, make_batch=ra
         for seed in (0, 1):
             state, metrics = step(state, jax.device_put(make_batch(seed=seed), batch_sharding(mesh)))
         assert step._cache_size() == 1
-    return jax.device_get((jax.tree.leaves(state.params), jax.tree.leaves(state.opt_state), metrics))
+    return jax.device_get((jax.tree.leaves(state.models), jax.tree.leaves(state.opt_state), metrics))
 
 
 @functools.cache

@@ -44,7 +44,7 @@ def mesh_of(size: int) -> Mesh:
 
 def state_of(seed: int) -> dict:
     model = Model(jax.random.key(seed))
-    return {"params": model, "opt_state": optax.adam(1e-3).init(model)}
+    return {"policy": model, "opt_state": optax.adam(1e-3).init(model)}
 
 
 def abstract(tree, sharding=None):
@@ -75,7 +75,7 @@ def test_module_and_optimizer_come_back_bit_for_bit_with_meta(tmp_path):
         found = checkpoints.restore(abstract(state))
     assert (found.step, found.meta) == (7, {"seconds": 1.5, "counts": {"10": [1, 2], "9": None}})
     assert_same_bits(found.items, state)
-    assert isinstance(found.items["params"].block.q, nnx.Param)
+    assert isinstance(found.items["policy"].block.q, nnx.Param)
 
 
 def test_every_bit_pattern_and_scalars_survive(tmp_path):
@@ -92,7 +92,7 @@ def test_every_bit_pattern_and_scalars_survive(tmp_path):
 
 
 def test_an_item_without_arrays_comes_back(tmp_path):
-    state = {"params": {"w": jnp.ones(3)}, "opt_state": optax.sgd(0.1).init({"w": jnp.ones(3)})}
+    state = {"policy": {"w": jnp.ones(3)}, "opt_state": optax.sgd(0.1).init({"w": jnp.ones(3)})}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         assert_same_bits(checkpoints.restore(abstract(state)).items, state)
@@ -100,7 +100,7 @@ def test_an_item_without_arrays_comes_back(tmp_path):
 
 def test_names_are_paths_without_the_value_of_a_parameter():
     state = state_of(0)
-    assert list(named_leaves(state["params"])) == ["block/q", "embed"]
+    assert list(named_leaves(state["policy"])) == ["block/q", "embed"]
     assert "0/mu/block/q" in named_leaves(state["opt_state"])
 
 
@@ -118,11 +118,11 @@ def test_donating_after_save_cannot_change_what_is_saved(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + jnp.ones_like(x), tree), donate_argnums=0)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"params": state}, {})
+        checkpoints.save(1, {"policy": state}, {})
         for _ in range(100):
             state = step(state)
         jax.block_until_ready(state)
-        assert_same_bits(checkpoints.restore({"params": shapes}).items["params"], wanted)
+        assert_same_bits(checkpoints.restore({"policy": shapes}).items["policy"], wanted)
     assert int(state["small"]) == 105
 
 
@@ -132,30 +132,30 @@ def test_restores_on_another_number_of_devices(tmp_path, size):
     wanted = {"w": jax.device_put(jax.random.normal(jax.random.key(0), (16, 6)), saved_on)}
     sharding = NamedSharding(mesh_of(size), PartitionSpec("fsdp"))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"params": wanted}, {})
-        found = checkpoints.restore({"params": abstract(wanted, sharding)}).items["params"]
+        checkpoints.save(1, {"policy": wanted}, {})
+        found = checkpoints.restore({"policy": abstract(wanted, sharding)}).items["policy"]
     assert found["w"].sharding == sharding
     assert_same_bits(found, wanted)
 
 
 def test_parameters_alone_can_be_restored(tmp_path):
     state = save_two(tmp_path)[1]
-    found = Checkpoints(tmp_path).restore({"params": abstract(state["params"])})
-    assert list(found.items) == ["params"]
-    assert_same_bits(found.items["params"], state["params"])
+    found = Checkpoints(tmp_path).restore({"policy": abstract(state["policy"])})
+    assert list(found.items) == ["policy"]
+    assert_same_bits(found.items["policy"], state["policy"])
 
 
 def test_keeps_the_newest_and_counts_them(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3, 4):
-            checkpoints.save(step, {"params": {"w": jnp.full(3, step)}}, {})
+            checkpoints.save(step, {"policy": {"w": jnp.full(3, step)}}, {})
         checkpoints.wait()
         assert checkpoints.steps() == [3, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000004"]
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert Checkpoints(tmp_path / "nowhere").restore({"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}) is None
+    assert Checkpoints(tmp_path / "nowhere").restore({"policy": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}) is None
 
 
 def largest_file(folder):
@@ -230,9 +230,9 @@ def test_only_damaged_checkpoints_is_an_error_that_says_what_to_do(tmp_path):
 
 
 def test_a_first_save_that_never_finished_is_no_checkpoint(tmp_path):
-    (tmp_path / "00000010.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (tmp_path / "00000010.orbax-checkpoint-tmp" / "policy").mkdir(parents=True)
     told: list[str] = []
-    assert Checkpoints(tmp_path).restore({"params": {}}, told.append) is None
+    assert Checkpoints(tmp_path).restore({"policy": {}}, told.append) is None
     assert len(told) == 1 and "not finished" in told[0]
 
 
@@ -247,33 +247,33 @@ MISMATCHES = {
 def test_another_model_is_refused_by_the_first_parameter_that_differs(tmp_path, case):
     shapes, message = MISMATCHES[case]
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"params": {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}}, {})
+        checkpoints.save(1, {"policy": {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}}, {})
         wanted = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
         with pytest.raises(UserError, match=message):
-            checkpoints.restore({"params": wanted})
+            checkpoints.restore({"policy": wanted})
 
 
 def test_what_is_no_checkpoint_in_the_folder_is_left_alone(tmp_path):
     (tmp_path / "notes").mkdir()
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"params": {"a": jnp.ones(2)}}, {})
+        checkpoints.save(1, {"policy": {"a": jnp.ones(2)}}, {})
     assert (tmp_path / "notes").is_dir()
 
 
 def test_another_dtype_or_item_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"params": {"a": jnp.ones(2)}}, {})
+        checkpoints.save(1, {"policy": {"a": jnp.ones(2)}}, {})
         with pytest.raises(UserError, match=r"a is float32\[2\], not bfloat16\[2\]"):
-            checkpoints.restore({"params": {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}})
-        with pytest.raises(UserError, match="no 'frozen'; it has params"):
+            checkpoints.restore({"policy": {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}})
+        with pytest.raises(UserError, match="no 'frozen'; it has policy"):
             checkpoints.restore({"frozen": {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}})
 
 
 def test_saving_a_step_twice_leaves_the_sound_one(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"params": {"a": jnp.ones(2)}}, {"first": True})
-        checkpoints.save(1, {"params": {"a": jnp.ones(2)}}, {"first": False})
-        assert checkpoints.restore({"params": {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}}).meta == {"first": True}
+        checkpoints.save(1, {"policy": {"a": jnp.ones(2)}}, {"first": True})
+        checkpoints.save(1, {"policy": {"a": jnp.ones(2)}}, {"first": False})
+        assert checkpoints.restore({"policy": {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}}).meta == {"first": True}
 
 
 KILLED_SAVE = """
@@ -283,12 +283,12 @@ KILLED_SAVE = """
 
     folder, moment = sys.argv[1:]
     checkpoints = checkpoint.Checkpoints(folder)
-    checkpoints.save(1, {"params": {"w": jnp.arange(1000.0)}}, {})
+    checkpoints.save(1, {"policy": {"w": jnp.arange(1000.0)}}, {})
     checkpoints.wait()
     big = {"w": jax.block_until_ready(jax.random.normal(jax.random.key(0), (40, 1 << 20)))}
     if moment == "sealing":
         checkpoint.sealed = lambda content: os.kill(os.getpid(), signal.SIGKILL)
-    checkpoints.save(2, {"params": big}, {})
+    checkpoints.save(2, {"policy": big}, {})
     if moment == "writing":
         os.kill(os.getpid(), signal.SIGKILL)
     checkpoints.wait()
@@ -305,9 +305,9 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, moment):
     assert (tmp_path / left).exists()
     told: list[str] = []
     with Checkpoints(tmp_path) as checkpoints:
-        found = checkpoints.restore({"params": {"w": jax.ShapeDtypeStruct((1000,), jnp.float32)}}, told.append)
+        found = checkpoints.restore({"policy": {"w": jax.ShapeDtypeStruct((1000,), jnp.float32)}}, told.append)
         assert found.step == 1 and len(told) == 1
-        assert_same_bits(found.items["params"]["w"], jnp.arange(1000.0))
+        assert_same_bits(found.items["policy"]["w"], jnp.arange(1000.0))
         checkpoints.save(2, found.items, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001", "00000002"]
 
@@ -315,17 +315,17 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, moment):
 def save_where_it_does_not_fit(folder, size: int) -> None:
     small, big = {"w": jnp.arange(1000.0)}, {"w": jax.random.normal(jax.random.key(0), (size, 1 << 18))}
     checkpoints = Checkpoints(folder)
-    checkpoints.save(1, {"params": small}, {})
+    checkpoints.save(1, {"policy": small}, {})
     checkpoints.wait()
     with pytest.raises(UserError) as failure:
-        checkpoints.save(2, {"params": big, "opt_state": big}, {})
+        checkpoints.save(2, {"policy": big, "opt_state": big}, {})
         checkpoints.wait()
     assert "00000002" in str(failure.value) and "\n" not in str(failure.value)
     assert os.strerror(28) in str(failure.value) or os.strerror(27) in str(failure.value)
     assert sorted(p.name for p in folder.iterdir() if p.name != "ballast") == ["00000001"]
-    found = checkpoints.restore({"params": abstract(small)}, pytest.fail)
+    found = checkpoints.restore({"policy": abstract(small)}, pytest.fail)
     assert found.step == 1
-    assert_same_bits(found.items["params"], small)
+    assert_same_bits(found.items["policy"], small)
 
 
 def test_a_disk_that_fills_up_is_one_line_and_costs_nothing(small_disk, capfd):
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_is_one_line_and_costs_nothing(small_disk, capfd):
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(small_disk, capfd):
-    state = {"params": {"w": jnp.arange(1000.0)}}
+    state = {"policy": {"w": jnp.arange(1000.0)}}
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, state, {})
     checkpoints.wait()
@@ -387,12 +387,12 @@ TWO_PROCESSES = """
     array = jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, {"params": {"w": array * step}}, {"step": step})
+            checkpoints.save(step, {"policy": {"w": array * step}}, {"step": step})
         checkpoints.wait()
         wanted = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
-        found = checkpoints.restore({"params": {"w": wanted}})
+        found = checkpoints.restore({"policy": {"w": wanted}})
     assert found.step == 3 == found.meta["step"]
-    for shard in found.items["params"]["w"].addressable_shards:
+    for shard in found.items["policy"]["w"].addressable_shards:
         assert (np.asarray(shard.data) == 3 * rows[shard.index]).all()
     print("same")
 """
@@ -419,8 +419,8 @@ def test_two_processes_save_and_agree_on_what_to_restore(tmp_path, unused_port):
             run.kill()
     assert [out.split()[-1:] for out, _ in results] == [["same"], ["same"]], results
     # What two processes saved, one restores.
-    found = Checkpoints(tmp_path).restore({"params": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}})
-    assert found.items["params"]["w"][1, 0] == 12.0
+    found = Checkpoints(tmp_path).restore({"policy": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}})
+    assert found.items["policy"]["w"][1, 0] == 12.0
     assert json.loads((tmp_path / "00000003" / MANIFEST).read_text())["meta"] == {"step": 3}
 
 

@@ -73,7 +73,7 @@ def folder(tmp_path_factory) -> Path:
     write_sealed(run.summary("sft"), {"steps": 3, "final_step": 3, "tokens": 7, "seconds": 1.0})
     write_sealed(stage / "time.json", {"seconds": 3.0})
     with Checkpoints(run.checkpoints("sft")) as checkpoints:
-        checkpoints.save(3, {"params": {"w": np.arange(4.0)}}, {"tokens": 7})
+        checkpoints.save(3, {"policy": {"w": np.arange(4.0)}}, {"tokens": 7})
     choice = {"id": 1, "kind": "choice", "annotator": "x", "pair": "p", "prompt": "a", "choice": "left"}
     sides = {side: {"answer": side, "source": "s"} for side in ("left", "right")}
     (stage / "labels.jsonl").write_text(
@@ -101,7 +101,7 @@ READERS = {
     f"{STAGE}/time.json": [lambda run: goodput.reached(run / STAGE)],
     f"{STAGE}/labels.jsonl": [lambda run: read_log(run / STAGE / "labels.jsonl")],
     f"{STAGE}/checkpoints/00000003/manifest.json": [
-        lambda run: Checkpoints(run / STAGE / "checkpoints").restore({"params": {"w": np.arange(4.0)}}, only=3),
+        lambda run: Checkpoints(run / STAGE / "checkpoints").restore({"policy": {"w": np.arange(4.0)}}, only=3),
         lambda run: Checkpoints(run / STAGE / "checkpoints").newest_meta(),
     ],
     "cache/test-*/manifest.json": [cached],

@@ -1,0 +1,189 @@
+"""A training step from a loss: the state that it takes and gives, and which parameters it trains.
+
+`step(state, batch) -> (state, metrics)` is a pure function. It knows no file, mesh, clock or algorithm: `make_step` turns
+any loss into one, and `jax.jit` with shardings compiles it for one device or thousands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from lm.experiment import Stage, UserError
+from lm.optimizer import apply_updates, at_least_float32, global_norm
+from lm.parallel.rules import constrain
+from lm.types import Mean, pytree
+
+Models = dict[str, Any]
+"""Models by their role: `policy`, `critic`, `reward`."""
+Metrics = dict[str, Float[Array, ""]]
+Tree = TypeVar("Tree")
+
+Loss = Callable[[Models, Any, Any], tuple[Mean, dict[str, Mean]]]
+"""(models, frozen, batch) -> what is minimised and what is reported, neither divided yet."""
+BatchStats = Callable[[Models, Any, Any], dict[str, Array]]
+"""(models, frozen, batch) -> numbers of the whole batch that the loss of a microbatch needs, by name."""
+
+EXCLUDES = "!"
+"""How a pattern of `Stage.trainable` begins that excludes parameters."""
+PATHS_SHOWN = 3
+
+
+@pytree
+class TrainState:
+    """What a step takes and gives back.
+
+    `step` counts optimizer updates. `models` are those with a gradient, by role; of them `Stage.trainable` says what
+    trains, and `opt_state` is of that part alone. `carry` is what an algorithm remembers from one step to the next
+    beside them, by name. `frozen` is only read (for instance {"reference": model}) and passes through unchanged.
+    """
+
+    step: Int[Array, ""]
+    models: Models
+    opt_state: Any
+    carry: dict[str, Array]
+    frozen: dict[str, Any]
+
+
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+# ---- what trains -----------------------------------------------------------------------------------------------------
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Name of a leaf by the path that leads to it, `policy/blocks/q`; the `.value` in which nnx keeps it is no name."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+
+
+def is_trainable(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter of this path trains: where it matches a pattern (none: everything), and none that excludes."""
+    excluded = [pattern.removeprefix(EXCLUDES) for pattern in patterns if pattern.startswith(EXCLUDES)]
+    included = [pattern for pattern in patterns if not pattern.startswith(EXCLUDES)] or ["*"]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in included) and not any(
+        fnmatch.fnmatchcase(name, pattern) for pattern in excluded
+    )
+
+
+def partition(models: Tree, patterns: tuple[str, ...]) -> tuple[Tree, Tree]:
+    """The models as two trees: what trains, and what does not; each has None in the places of the other.
+
+    An optimizer that is given the first has moments, and master weights, of that part only.
+    """
+
+    def part(wanted: bool) -> Tree:
+        def one(path: tuple[Any, ...], leaf: Any) -> Any:
+            return leaf if is_trainable(leaf_name(path), patterns) == wanted else None
+
+        return jax.tree_util.tree_map_with_path(one, models)
+
+    return part(True), part(False)
+
+
+def combine(trained: Tree, fixed: Tree) -> Tree:
+    """The models that `partition` made two trees of."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda x: x is None)
+
+
+def check_trainable(stage: Stage, models: Models) -> None:
+    """That every pattern of `Stage.trainable` matches a parameter, and that something trains.
+
+    Args:
+        models: may be abstract.
+
+    Raises:
+        UserError: not so; names the pattern, and paths that are near it.
+    """
+    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(models)]
+    for pattern in stage.trainable:
+        if not fnmatch.filter(names, pattern.removeprefix(EXCLUDES)):
+            near = difflib.get_close_matches(pattern.strip("!*"), names, PATHS_SHOWN, cutoff=0.3) or names[:PATHS_SHOWN]
+            raise UserError(
+                f"{stage.name}.trainable has {pattern!r}, which matches none of the {len(names)} parameters of this stage; "
+                f"near it are {', '.join(near)}"
+            )
+    if not any(is_trainable(name, stage.trainable) for name in names):
+        raise UserError(
+            f"{stage.name}.trainable is {', '.join(map(repr, stage.trainable))}, which leaves nothing to train; its "
+            f"parameters are {', '.join(names[:PATHS_SHOWN])}{' …' if len(names) > PATHS_SHOWN else ''}"
+        )
+
+
+def initial_state(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    models: Models,
+    carry: dict[str, Array],
+    frozen: dict[str, Any],
+) -> TrainState:
+    """The state before the first step, with the optimizer's state of what trains.
+
+    Raises:
+        UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
+    """
+    check_trainable(stage, models)
+    trained, _ = partition(models, stage.trainable)
+    return TrainState(jnp.int32(0), models, optimizer.init(trained), carry, frozen)
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+def make_step(
+    loss: Loss, stage: Stage, optimizer: optax.GradientTransformation, batch_stats: BatchStats | None = None
+) -> Step:
+    """Gradient of what trains (summed over microbatches), one division by the summed weight, clip and update.
+
+    What `batch_stats` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
+    """
+
+    def total(trained: Models, fixed: Models, frozen: Any, batch: Any) -> tuple[Array, tuple[Mean, dict[str, Mean]]]:
+        mean, metrics = loss(combine(trained, fixed), frozen, batch)
+        return mean.total, (mean, metrics)
+
+    def gradient(trained: Models, fixed: Models, frozen: Any, batch: Any) -> tuple[Models, dict[str, Mean]]:
+        grads, (mean, metrics) = jax.grad(total, has_aux=True)(trained, fixed, frozen, batch)
+        # One pass gives them in the parameters' dtype; what is done with them afterwards, sums first, is in float32.
+        return at_least_float32(grads), {"loss": mean, **metrics}
+
+    def summed(trained: Models, fixed: Models, frozen: Any, batch: Any) -> tuple[Models, dict[str, Mean]]:
+        if stage.microbatches == 1:
+            return gradient(trained, fixed, frozen, batch)
+        pieces = cut(batch, stage.microbatches)
+        start = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(gradient, trained, fixed, frozen, jax.tree.map(lambda x: x[0], pieces)),
+        )
+
+        def accumulate(sums: Any, piece: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(trained, fixed, frozen, piece)), None
+
+        return jax.lax.scan(accumulate, start, pieces)[0]
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        frozen = state.frozen | batch_stats(state.models, state.frozen, batch) if batch_stats else state.frozen
+        trained, fixed = partition(state.models, stage.trainable)
+        grads, sums = summed(trained, fixed, frozen, batch)
+        weight = jnp.maximum(sums["loss"].weight, 1e-30)
+        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        models = combine(apply_updates(trained, updates, opt_state), fixed)
+        metrics = {name: mean.value() for name, mean in sums.items()}
+        metrics["grad_norm"] = global_norm(grads)
+        return TrainState(state.step + 1, models, opt_state, state.carry, state.frozen), metrics
+
+    return step
+
+
+def cut(batch: Tree, pieces: int) -> Tree:
+    """A batch in pieces [pieces, B / pieces, …], each over all devices: else rows are fetched again in every turn of a loop."""
+    return jax.tree.map(lambda x: constrain(x.reshape(pieces, -1, *x.shape[1:]), None, "batch"), batch)
