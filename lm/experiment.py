@@ -6,7 +6,6 @@ They stand in `lm/config/`, which imports nothing slow, so that `lm --help` answ
 from lm.config.experiment import COLLECTED as COLLECTED
 from lm.config.experiment import Eval as Eval
 from lm.config.experiment import Experiment as Experiment
-from lm.config.experiment import corrects_sampler as corrects_sampler
 from lm.config.experiment import resolve_sources as resolve_sources
 from lm.config.experiment import reward_names as reward_names
 from lm.config.experiment import rows_per_example as rows_per_example

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import lm
+from lm.experiment import OBJECTIVES
 
 ROOT = Path(lm.__file__).parent
 FLOORS = (
-    "cli", "label", "web", "papers", "sweep", "launch", "plan", "trained_model", "train", "choices", "evals", "algorithms", "rollout", "data", "interop", "steps", "train_step", "objectives", "optimizer",
+    "cli", "label", "web", "papers", "sweep", "launch", "plan", "trained_model", "train", "choices", "evals", "algorithms", "rollout", "data", "interop", "train_step", "objectives", "optimizer",
     "model", "parallel", "check", "types", "overrides", "files", "user_functions", "changes", "experiment", "json_lines", "stored", "config", "parent_death",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -49,3 +50,37 @@ def test_no_class_name_stands_twice():
     trees = [ast.parse(file.read_text()) for file in FILES]
     names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert not [name for name, count in names.items() if count > 1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_an_algorithm_and_its_config_know_the_class_of_an_objective(file):
+    """No isinstance on an objective, no table by its class or by the name of it: others ask its config or the algorithm."""
+    tree = ast.parse(file.read_text())
+    asserted = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert) and "isinstance(" in ast.unparse(node.test)
+    ]
+    assert not asserted, (
+        f"assert isinstance narrows a type in lines {asserted}: a type parameter or a function of that type does"
+    )
+    if file.relative_to(ROOT).parts[0] in ("algorithms", "config"):
+        return
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    asked = [node.lineno for node in calls if asks_for_class(node)]
+    assert not asked, f"asks for the class of an objective in lines {asked}"
+    named = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in OBJECTIVES]
+    assert not named, f"names an objective's class as text in lines {named}"
+
+
+def asks_for_class(call: ast.Call) -> bool:
+    """isinstance(x, …) with the class of an objective, or type(x.objective)."""
+    function = call.func.id if isinstance(call.func, ast.Name) else ""
+    if function == "type":
+        return ast.unparse(call.args[0]).endswith("objective")
+    names = (
+        {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)}
+        if function == "isinstance"
+        else set()
+    )
+    return not names.isdisjoint(OBJECTIVES)

@@ -11,13 +11,13 @@ import optax
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
+from lm.algorithms import pretrain_step
 from lm.algorithms.table import first_state
 from lm.experiment import Experiment, Mesh, Optimizer, Pretrain, Source, Stage, Tokenizer
 from lm.model.transformer import num_params
 from lm.optimizer import MasterWeights, apply_updates, make_optimizer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
-from lm.steps import pretrain_step
 from lm.train.checkpoint import Checkpoints
 from lm.train.stages import run
 from tests.helpers import OBJECTIVES, TINY, layout, random_batch, tiny_model, tiny_stage

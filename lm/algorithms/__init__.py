@@ -1,1 +1,11 @@
-"""Algorithms, one file each: `step(state, batch) -> (state, metrics)`, its models, its rollouts and what it costs."""
+"""Algorithms, one file each. Their steps stand here side by side: `step(state, batch) -> (state, metrics)`, pure functions."""
+
+from lm.algorithms.cpo import cpo_step as cpo_step
+from lm.algorithms.dpo import preference_step as preference_step
+from lm.algorithms.grpo import grpo_step as grpo_step
+from lm.algorithms.kto import kto_step as kto_step
+from lm.algorithms.orpo import orpo_step as orpo_step
+from lm.algorithms.ppo import ppo_step as ppo_step
+from lm.algorithms.pretrain import pretrain_step as pretrain_step
+from lm.algorithms.reward_model import reward_step as reward_step
+from lm.algorithms.sft import sft_step as sft_step

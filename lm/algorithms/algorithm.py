@@ -44,6 +44,7 @@ class Algorithm:
     carry: what it remembers from one step to the next beside the models, at the start.
     keeps_scorers: whether the reward models that a stage reads are frozen in its state, under `frozen["scorers"]`.
     rollout: samples the completions of a step and makes the batches of its updates, where the objective samples.
+    token_arrays: what its batches have of each token beside tokens, weights, segments and positions.
     extra_forward_passes: forward passes over a batch's rows of which no gradient is taken.
     trained_model_counts: how many language models, and how many scorers with a body of their own, have a gradient.
     """
@@ -54,5 +55,6 @@ class Algorithm:
     carry: Callable[[Any], dict[str, Array]] = lambda o: {}
     keeps_scorers: bool = False
     rollout: RolloutMaker = no_rollout
+    token_arrays: Callable[[Any], tuple[str, ...]] = lambda o: ()
     extra_forward_passes: Callable[[Any], int] = lambda o: 0
     trained_model_counts: Callable[[Any], tuple[int, int]] = lambda o: (1, 0)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array
+
 from lm.algorithms.algorithm import Algorithm
-from lm.experiment import DPO
-from lm.steps import preference_step
+from lm.experiment import DPO, Stage
+from lm.objectives.dpo import dpo
+from lm.objectives.logprobs import token_logprobs
+from lm.objectives.pairs import likelihood_scale
+from lm.train_step import Models, Step, make_step
+from lm.types import Batch, Mean
 
 
 def reads_reference(o: DPO) -> bool:
@@ -12,4 +22,29 @@ def reads_reference(o: DPO) -> bool:
     return not o.caches_reference
 
 
-ALGORITHM = Algorithm(preference_step, reads_reference=reads_reference, extra_forward_passes=reads_reference)
+def preference_step(stage: Stage[DPO], optimizer: optax.GradientTransformation) -> Step:
+    """The DPO family on (chosen, rejected) pairs, against the frozen reference."""
+    o = stage.objective
+
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        stats = token_logprobs(models["policy"], batch, want_log_sum_sq=o.weighting)
+        if o.reference == "cached":
+            assert batch.ref_logp is not None
+            ref_logp = batch.ref_logp
+        else:
+            ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
+        scale = frozen["sft_scale"]
+        return dpo(stats.logp, ref_logp, batch.weights, o, log_sum_sq=stats.log_sum_sq, sft_scale=scale)
+
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"sft_scale": likelihood_scale(batch.weights, batch.weights)}
+
+    return make_step(loss, stage, optimizer, batch_stats)
+
+
+ALGORITHM = Algorithm(
+    preference_step,
+    reads_reference=reads_reference,
+    token_arrays=lambda o: ("ref_logp",) if o.caches_reference else (),
+    extra_forward_passes=reads_reference,
+)

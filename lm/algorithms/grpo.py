@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+
 from lm.algorithms.algorithm import Algorithm
-from lm.experiment import GRPO
-from lm.rollout.environments import grpo_rollout
-from lm.steps import grpo_step
+from lm.experiment import GRPO, Stage
+from lm.model.transformer import Transformer
+from lm.objectives.advantages import completion_advantages, drop_truncated
+from lm.objectives.cross_entropy import weighted
+from lm.objectives.grpo import entropy_scale, grpo
+from lm.objectives.importance import sampler_correction
+from lm.objectives.kl import completion_kl, k3
+from lm.objectives.logprobs import token_logprobs
+from lm.parallel.distributed import fetch, to_devices
+from lm.rollout.engine import Engine
+from lm.rollout.episodes import Tasks, sample_trajectories
+from lm.rollout.rewards import timeout_metric
+from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
+from lm.train_step import Models, Step, TrainState, make_step
+from lm.types import Batch, Mean, SharedPrompt
 
 
 def reads_reference(o: GRPO) -> bool:
@@ -18,6 +42,126 @@ def extra_forward_passes(o: GRPO) -> int:
     return int(o.kl_coef > 0 and o.kl_in == "loss")
 
 
+def grpo_step(stage: Stage[GRPO], optimizer: optax.GradientTransformation) -> Step:
+    """The GRPO family on completions that carry their advantages."""
+    o = stage.objective
+
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        assert batch.advantages is not None
+        stats = token_logprobs(models["policy"], batch, o.temperature, want_entropy=True)
+        ref_logp = None
+        if o.kl_coef and o.kl_in == "loss":
+            ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch, o.temperature).logp)
+        correction, gap = None, {}
+        if o.corrects_sampler:
+            assert batch.old_logp is not None and batch.sampler_logp is not None
+            gap = {"sampler_kl": weighted(k3(batch.old_logp - batch.sampler_logp), batch.weights)}
+            if o.tis_clip:
+                correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
+        mean, metrics = grpo(
+            stats.logp, batch.weights, batch.advantages, o, old_logp=batch.old_logp, ref_logp=ref_logp,
+            sampler_logp=batch.sampler_logp, correction=correction, entropy=stats.entropy,
+            entropy_scale=frozen.get("entropy_scale"),
+        )  # fmt: skip
+        return mean, metrics | gap
+
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"entropy_scale": entropy_scale(batch.weights, o)}
+
+    return make_step(loss, stage, optimizer, batch_stats if o.entropy_coef and o.top_entropy == 1 else None)
+
+
+def grpo_rollout(
+    engine: Engine,
+    state: TrainState,
+    tasks: Tasks,
+    stage: Stage[GRPO],
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
+) -> Rollout:
+    """Sample a group of completions for each prompt of the step, reward them and compare them in their group.
+
+    With `rollouts` above 1, further prompts are sampled until there are as many groups with a preference as the step has
+    prompts, and groups without one fill what is missing after the last. Metrics are of everything sampled.
+    """
+    o = stage.objective
+    found: list[Trajectory] = []
+    timeouts, attempt = 0, 0
+    for attempt in range(o.rollouts):
+        own_key = jax.random.fold_in(key, attempt) if attempt else key
+        sampled = sample_trajectories(
+            engine, tasks, step * o.rollouts + attempt, own_key,
+            max_new_tokens=o.max_new_tokens, temperature=o.temperature, group_size=o.group_size,
+        )  # fmt: skip
+        found, timeouts = found + sampled.trajectories, timeouts + sampled.timeouts
+        if has_preference(reward_columns(found, o.verifiers), o.group_size).sum() >= stage.batch_size:
+            break
+    batched = functools.partial(
+        trajectory_batch, prompt_width=tasks.feed.prompt_len, width=o.max_new_tokens, pad_id=tasks.feed.tokenizer.pad_id
+    )
+    rewards, kl = reward_columns(found, o.verifiers), None
+    if o.kl_coef and o.kl_in == "reward":
+        kl = fetch(kl_to_reference(state.frozen["reference"], to_devices(batched(found), place, None, len(found)), o))
+    given, means = completion_advantages(jnp.asarray(rewards), o, kl)
+    if o.verifiers:
+        totals = (rewards * (o.reward_weights or 1.0)).sum(1).tolist()
+        found = [dataclasses.replace(one, reward=total) for one, total in zip(found, totals, strict=True)]
+    advantages, chosen = np.asarray(given), fill(rewards, o.group_size, stage.batch_size)
+    metrics = {name: float(mean.value()) for name, mean in means.items()} | sample_metrics(found)
+    metrics |= {f"reward_{name}": float(rewards[:, place].mean()) for place, name in enumerate(o.verifiers)}
+    metrics |= timeout_metric(timeouts) | ({"rollouts": attempt + 1} if o.rollouts > 1 else {})
+    metrics |= {} if kl is None else {"kl": float(np.mean(kl))}
+    batch = batched([found[i] for i in chosen], advantages=advantages[chosen], group_size=o.group_size)
+    if o.drop_truncated:
+        ended = jnp.asarray([found[i].ended for i in chosen])
+        batch = dataclasses.replace(batch, weights=np.asarray(drop_truncated(batch.weights, ended)))
+    return Rollout(spread(batch, o.updates_per_rollout), found, advantages, chosen, metrics)
+
+
+def reward_columns(trajectories: Sequence[Trajectory], names: Sequence[str]) -> Float[np.ndarray, "N K"]:
+    """The rewards of each by these names, 0 where it took too long; without names the one that it has."""
+    if not names:
+        return rewards_of(trajectories)[:, None]
+    return np.array([[one.rewards.get(name, 0.0) for name in names] for one in trajectories], np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="o")
+def kl_to_reference(reference: Transformer, batch: Batch, o: GRPO) -> Float[Array, " B"]:
+    """The KL of each completion to the reference, in nats, from the log-probabilities that it was sampled with."""
+    assert batch.old_logp is not None
+    ref_logp = token_logprobs(reference, batch, o.temperature).logp
+    return completion_kl(batch.old_logp, ref_logp, batch.weights, o.kl_estimator)
+
+
+def has_preference(rewards: Num[np.ndarray, "N ..."], group_size: int) -> Bool[np.ndarray, " P"]:
+    """Of each group whether any of its K rewards differs, as float32 numbers; missing ones (NaN) do not count.
+
+    For one reward it is so exactly where `group_advantages` has advantages other than 0.
+    """
+    grouped = np.asarray(rewards, np.float32).reshape(len(rewards) // group_size, group_size, -1)
+    missing = np.isnan(grouped)
+    return (np.where(missing, np.inf, grouped).min(1) < np.where(missing, -np.inf, grouped).max(1)).any(1)
+
+
+def fill(rewards: Float[np.ndarray, "N ..."], group_size: int, groups: int) -> Int[np.ndarray, " B"]:
+    """Rows of so many groups, in order: the first of those with a preference, then the first of the others."""
+    chosen = np.argsort(~has_preference(rewards, group_size), kind="stable")[:groups]
+    return (np.sort(chosen)[:, None] * group_size + np.arange(group_size)).reshape(-1)
+
+
+def spread(batch: Batch, updates: int) -> list[Batch]:
+    """A batch for each update: the groups are spread over them, so that each update sees every prompt it can."""
+    assert batch.shared is not None
+    group, rest = divmod(batch.shared.rows, updates)
+    batch = dataclasses.replace(batch, shared=None if rest else SharedPrompt(group, batch.shared.tokens))
+    return [jax.tree.map(lambda x, i=i: x[i::updates], batch) for i in range(updates)]
+
+
 ALGORITHM = Algorithm(
-    grpo_step, rollout=grpo_rollout, reads_reference=reads_reference, extra_forward_passes=extra_forward_passes
+    grpo_step,
+    rollout=grpo_rollout,
+    reads_reference=reads_reference,
+    token_arrays=lambda o: ("advantages", "old_logp", *(("sampler_logp",) if o.corrects_sampler else ())),
+    extra_forward_passes=extra_forward_passes,
 )

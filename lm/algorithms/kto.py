@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
 from lm.algorithms.algorithm import Algorithm
-from lm.experiment import KTO
-from lm.objectives.kto import reads_baseline
-from lm.steps import kto_step
+from lm.experiment import KTO, Stage
+from lm.objectives.kto import kto, log_ratio_mean, reads_baseline
+from lm.objectives.logprobs import token_logprobs
+from lm.train_step import Models, Step, cut, make_step
+from lm.types import Batch, Mean
 
 
 def extra_forward_passes(o: KTO) -> int:
     """The reference's, and for the baseline both models' on the mismatched rows."""
     return 3 if reads_baseline(o.loss) else 1
+
+
+def kto_step(stage: Stage[KTO], optimizer: optax.GradientTransformation) -> Step:
+    """KTO on answers by themselves, against the frozen reference; first, where it is read, the whole batch's baseline."""
+    o = stage.objective
+
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        assert batch.desirable is not None
+        logp = token_logprobs(models["policy"], batch).logp
+        ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
+        return kto(logp, ref_logp, batch.weights, batch.desirable, o, frozen.get("kl"))
+
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+        assert batch.mismatched is not None
+
+        def estimate(piece: Batch) -> Mean:
+            policy, reference = (token_logprobs(model, piece).logp for model in (models["policy"], frozen["reference"]))
+            return log_ratio_mean(policy, reference, piece.weights)
+
+        if stage.microbatches == 1:
+            found = estimate(batch.mismatched)
+        else:
+            found = jax.tree.map(jnp.sum, jax.lax.map(estimate, cut(batch.mismatched, stage.microbatches)))
+        return {"kl": jnp.maximum(found.value(), 0.0)}
+
+    return make_step(loss, stage, optimizer, batch_stats if reads_baseline(o.loss) else None)
 
 
 ALGORITHM = Algorithm(kto_step, reads_reference=lambda o: True, extra_forward_passes=extra_forward_passes)

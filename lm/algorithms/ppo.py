@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from lm.algorithms.algorithm import Algorithm, Models
-from lm.experiment import PPO
+from lm.algorithms.algorithm import Algorithm
+from lm.experiment import PPO, Stage
 from lm.model.scorer import ScoreHead, Scorer
 from lm.model.transformer import Transformer
-from lm.rollout.experience import ppo_rollout
-from lm.steps import ppo_step
+from lm.objectives.importance import sampler_correction
+from lm.objectives.logprobs import token_logprobs, token_values
+from lm.objectives.ppo import adaptive_kl_coef, experience, explained_variance, mask_share, ppo, token_rewards, with_end
+from lm.parallel.distributed import fetch, to_devices
+from lm.rollout.engine import Engine
+from lm.rollout.episodes import Tasks, sample_trajectories
+from lm.rollout.rewards import timeout_metric
+from lm.rollout.sampler_gap import trainer_view
+from lm.rollout.scores import check_finite, score_rows
+from lm.rollout.trajectory import Rollout, rescored, rewards_of, sample_metrics, trajectory_batch
+from lm.train_step import Metrics, Models, Step, TrainState, make_step
+from lm.types import Batch, Mean
 
 
 def models(o: PPO, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
@@ -26,12 +43,152 @@ def carry(o: PPO) -> dict[str, Array]:
     return {"kl_coef": jnp.float32(o.kl_coef)}
 
 
+def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step:
+    """PPO on answers that carry advantages and returns; policy and critic move together.
+
+    The weight of the KL in later rewards is carried from step to step, and follows what the batch's KL is.
+    """
+    o = stage.objective
+
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        assert batch.advantages is not None and batch.returns is not None
+        assert batch.old_logp is not None and batch.values is not None
+        correction = None
+        if o.corrects_sampler:
+            assert batch.sampler_logp is not None
+            correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
+        policy = models["policy"].with_whole_tables()
+        hidden, _ = policy.hidden(batch.tokens, batch.positions, batch.segments)
+        stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)
+        return ppo(
+            stats.logp, critic_values(models["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
+            batch.old_logp, batch.values, o, correction=correction, entropy=stats.entropy,
+            value_mask=with_end(batch.weights) if o.value_after_end else None, share=frozen.get("share"),
+        )  # fmt: skip
+
+    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+        return {"share": mask_share(batch.weights, with_end(batch.weights))}
+
+    update = make_step(loss, stage, optimizer, batch_stats if o.value_after_end else None)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        moved, metrics = update(state, batch)
+        if not o.kl_target:
+            return moved, metrics
+        assert batch.old_logp is not None and batch.ref_logp is not None
+        kl = (jnp.where(batch.weights > 0, batch.old_logp - batch.ref_logp, 0.0)).sum() / len(batch.tokens)
+        # An answer counts once, however often it is gone through.
+        answers = len(batch.tokens) / o.epochs
+        kl_coef = adaptive_kl_coef(
+            state.carry["kl_coef"], kl, target=o.kl_target, answers=answers, horizon=o.kl_horizon
+        )
+        return replace(moved, carry={"kl_coef": kl_coef}), metrics
+
+    return step
+
+
+def critic_values(
+    critic: Scorer | ScoreHead, batch: Batch, hidden: Float[Array, "B T D"] | None
+) -> Float[Array, "B T"]:
+    """What the critic says of the state before each token. `hidden` is the policy's, for a critic that is a head on it."""
+    if isinstance(critic, ScoreHead):
+        assert hidden is not None
+        return token_values(hidden, critic)
+    return token_values(critic.body.hidden(batch.tokens, batch.positions, batch.segments)[0], critic.score)
+
+
+def ppo_rollout(
+    engine: Engine,
+    state: TrainState,
+    tasks: Tasks,
+    stage: Stage[PPO],
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
+) -> Rollout:
+    """Sample an answer to each prompt of the step, score it, and prepare the batches of every update.
+
+    Raises:
+        UserError: a score is not finite; names the prompt.
+    """
+    o = stage.objective
+    found, timeouts = sample_trajectories(
+        engine, tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature
+    )
+    host, count = (
+        trajectory_batch(found, tasks.feed.prompt_len, o.max_new_tokens, tasks.feed.tokenizer.pad_id),
+        len(found),
+    )
+    batch = to_devices(host, place, None, count)
+    if o.corrects_sampler:  # advantages, and where ratios begin, is then the trainer's
+        view = trainer_view(state.models["policy"], batch, o.temperature, stage.microbatches)
+        host = replace(host, sampler_logp=host.old_logp, old_logp=np.asarray(fetch(view.logp)))
+        batch = to_devices(host, place, None, count)
+    scores = judged = rewards_of(found)
+    if o.reward_models:
+        scores = np.asarray(fetch(score_rows(state.frozen["scorers"], batch, o.ensemble)))
+    check_finite(scores, [one.prompt for one in found], f"{stage.name}, step {step + 1}")
+    ended = np.array([one.ended for one in found])
+    counted = (scores - o.missing_eos_penalty * ~ended).astype(np.float32)
+    per_token, stats = fetch(advantages_and_returns(state, batch, to_devices(counted, place, None, count), o))
+    metrics = (
+        {name: float(value) for name, value in stats.items()} | sample_metrics(found) | {"score": float(scores.mean())}
+    )
+    if count > 1:
+        metrics["score_range"] = float(scores.max() - scores.min())
+    if o.verifier:
+        metrics |= {"judge": float(judged.mean())} | timeout_metric(timeouts)
+    advantages = per_token["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
+    batches = make_minibatches(replace(host, **per_token), o, key)
+    found = [rescored(one, score) for one, score in zip(found, scores.tolist(), strict=True)]
+    return Rollout(batches, found, advantages, np.arange(count), metrics)
+
+
+def make_minibatches(batch: Batch, o: PPO, key: PRNGKeyArray) -> list[Batch]:
+    """The minibatches of a rollout: every row once an epoch, in an order of its own."""
+    batches = []
+    for epoch in range(o.epochs):
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.tokens)))
+        batches += [jax.tree.map(lambda x, rows=rows: x[rows], batch) for rows in np.split(order, o.minibatches)]
+    return batches
+
+
+@functools.partial(jax.jit, static_argnames="o")
+def advantages_and_returns(
+    state: TrainState, batch: Batch, scores: Float[Array, " B"], o: PPO
+) -> tuple[dict[str, Float[Array, "B T"]], dict[str, Array]]:
+    """Advantages, returns and what else an update reads of a rollout, by field of the batch, with the metrics of both."""
+    policy, mask = state.models["policy"], batch.weights
+    assert batch.old_logp is not None
+    ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
+    hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None
+    judged = with_end(mask) if o.value_after_end else mask
+    values = critic_values(state.models["critic"], batch, hidden) * judged
+    kl_coef = state.carry["kl_coef"]
+    rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator, judged)
+    advantages, returns = experience(
+        rewards, values, mask, gamma=o.gamma, lam=o.lam, whiten_rewards=o.whiten_rewards, value_mask=judged
+    )
+    per_token = {"advantages": advantages, "returns": returns * judged, "values": values, "ref_logp": ref_logp}
+    stats = {
+        "kl": ((batch.old_logp - ref_logp) * mask).sum(1).mean(),
+        "reward": rewards.sum(1).mean(),
+        "explained_variance": explained_variance(values, returns, judged),
+        "kl_coef": kl_coef,
+    }
+    return per_token, stats
+
+
 ALGORITHM = Algorithm(
     ppo_step,
     models,
     rollout=ppo_rollout,
     reads_reference=lambda o: True,  # in the rollout: the step finds its log-probabilities in the batch
     carry=carry,
+    token_arrays=lambda o: (
+        *("advantages", "old_logp", "ref_logp", "values", "returns"),
+        *(("sampler_logp",) if o.corrects_sampler else ()),
+    ),
     keeps_scorers=True,
     trained_model_counts=lambda o: (1, int(o.critic == "separate")),
 )

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import optax
 from jaxtyping import PRNGKeyArray
 
-from lm.algorithms.algorithm import Algorithm, Models
-from lm.experiment import RewardModel
+from lm.algorithms.algorithm import Algorithm
+from lm.experiment import RewardModel, Stage
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
-from lm.steps import reward_step
+from lm.objectives.logprobs import last_scores
+from lm.objectives.reward_model import reward_model
+from lm.train_step import Models, Step, make_step
+from lm.types import Batch, Mean
 
 
 def models(o: RewardModel, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
     """The scorer, its first `layers` layers those of the language model, with a new head."""
     return {"reward": Scorer(model, key, o.layers)}
+
+
+def reward_step(stage: Stage[RewardModel], optimizer: optax.GradientTransformation) -> Step:
+    """Bradley-Terry on (chosen, rejected) pairs; what is trained is a scorer."""
+    o = stage.objective
+
+    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        margins, is_tie = (None if x is None else x[0::2] for x in (batch.margins if o.margins else None, batch.ties))
+        return reward_model(last_scores(models["reward"], batch), batch.weights, o, margins=margins, is_tie=is_tie)
+
+    return make_step(loss, stage, optimizer)
 
 
 ALGORITHM = Algorithm(reward_step, models, trained_model_counts=lambda o: (0, 1))

@@ -1,6 +1,18 @@
 """Supervised fine-tuning: next-token cross-entropy on the assistant's turns."""
 
+from __future__ import annotations
+
+import optax
+
 from lm.algorithms.algorithm import Algorithm
-from lm.steps import sft_step
+from lm.algorithms.pretrain import cross_entropy_loss
+from lm.experiment import SFT, Stage
+from lm.train_step import Step, make_step
+
+
+def sft_step(stage: Stage[SFT], optimizer: optax.GradientTransformation) -> Step:
+    """Next-token cross-entropy on what the assistant says; the mask is in the batch's weights."""
+    return make_step(cross_entropy_loss(stage), stage, optimizer)
+
 
 ALGORITHM = Algorithm(sft_step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lm.config.field import UserError, knob, nearest
 from lm.config.model import Mesh, Model, Tokenizer
@@ -53,11 +53,6 @@ COLLECTED = "collected:"
 def rows_per_update(stage: Stage) -> int:
     """Rows of tokens in one optimizer update, over all devices."""
     return stage.objective.rows_per_update(stage.batch_size)
-
-
-def corrects_sampler(o: Any) -> bool:
-    """Whether the old policy of a rollout is the trainer's, with the sampler's log-probabilities kept beside it."""
-    return o.corrects_sampler
 
 
 def updates_per_step(stage: Stage) -> int:

@@ -17,7 +17,3 @@ from lm.config.reward_model import RewardModel
 
 Objective = Pretrain | SFT | DPO | CPO | ORPO | KTO | GRPO | RewardModel | PPO | Collect
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {kind.__name__: kind for kind in typing.get_args(Objective)}
-Paired = DPO | CPO | ORPO | RewardModel  # learn from pairs: a chosen answer in one row, the rejected one in the next
-Preference = DPO | CPO | ORPO | KTO | PPO  # the policy learns what people prefer
-Sampled = GRPO | PPO  # learn from what the model itself answers
-Speechless = RewardModel | Collect  # leave no language model behind: a later stage starts from the one before them

@@ -20,8 +20,8 @@ from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import fetch
 from lm.rollout.engine import LocalEngine, Request
 from lm.rollout.episodes import Episode, conclude, run_episodes
-from lm.rollout.experience import score_rows
 from lm.rollout.rewards import timeout_metric
+from lm.rollout.scores import score_rows
 from lm.rollout.trajectory import Trajectory, rewards_of, trajectory_batch
 from lm.types import Batch
 

@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm.algorithms.table import first_state
+from lm.algorithms.table import algorithm_of, first_state
 from lm.experiment import (
-    DPO,
-    KTO,
-    PPO,
     Experiment,
     Mesh,
     Model,
-    Paired,
-    Sampled,
     Stage,
     UserError,
-    corrects_sampler,
     reward_names,
     rows_per_update,
     updates_per_step,
@@ -89,26 +84,20 @@ def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, model:
 
 def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
     """A batch of this many rows with the fields that the stage's objective reads."""
+    o = stage.objective
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    sampled = real if isinstance(stage.objective, Sampled) else None
-    batch = Batch(tokens=whole, weights=real, segments=whole, positions=whole, advantages=sampled, old_logp=sampled)
-    if isinstance(stage.objective, Sampled):  # prompts of one width, of which no logits are made
-        width = length - stage.objective.max_new_tokens
-        group = stage.objective.completions_per_prompt
-        group, rest = divmod(group, stage.objective.updates_per_step if group > 1 else 1)
-        batch = dataclasses.replace(batch, shared=None if rest else SharedPrompt(group, width))
+    batch = Batch(tokens=whole, weights=real, segments=whole, positions=whole)
     judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    if isinstance(stage.objective, KTO):
-        return dataclasses.replace(batch, desirable=judged, mismatched=batch)
-    if isinstance(stage.objective, Sampled) and corrects_sampler(stage.objective):
-        batch = dataclasses.replace(batch, sampler_logp=real)
-    if isinstance(stage.objective, Paired):
+    if o.samples:  # prompts of one width, of which no logits are made
+        group = o.completions_per_prompt
+        group, rest = divmod(group, o.updates_per_step if group > 1 else 1)
+        batch = dataclasses.replace(batch, shared=None if rest else SharedPrompt(group, length - o.max_new_tokens))
+    if o.data == "labelled":
+        batch = dataclasses.replace(batch, desirable=judged, mismatched=batch)
+    if o.data == "pairs":
         batch = dataclasses.replace(batch, margins=judged, ties=judged)
-    if isinstance(stage.objective, PPO):
-        return dataclasses.replace(batch, ref_logp=real, values=real, returns=real)
-    if isinstance(stage.objective, DPO) and stage.objective.reference == "cached":
-        return dataclasses.replace(batch, ref_logp=real)
-    return batch
+    arrays: dict[str, Any] = dict.fromkeys(algorithm_of(stage).token_arrays(o), real)
+    return dataclasses.replace(batch, **arrays)
 
 
 def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program:

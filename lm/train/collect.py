@@ -31,8 +31,8 @@ from lm.parallel.distributed import broadcast_from_main, fetch, is_main_process,
 from lm.parallel.rules import batch_sharding
 from lm.rollout.engine import LocalEngine
 from lm.rollout.episodes import Tasks, make_tasks, sample_trajectories
-from lm.rollout.experience import check_finite, score_rows
 from lm.rollout.rewards import timeout_metric
+from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
 from lm.train.callbacks import listener
 from lm.train.goodput import Costs, reached

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.algorithms.grpo import grpo_rollout
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import GRPO, Source
@@ -19,7 +20,6 @@ from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding
 from lm.rollout import verifiers
 from lm.rollout.engine import LocalEngine
-from lm.rollout.environments import grpo_rollout
 from lm.rollout.episodes import make_tasks
 from tests.helpers import TINY, layout, tiny_stage
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.algorithms.grpo import spread
 from lm.data.packing import left_pad
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.mesh import make_mesh
-from lm.rollout.environments import spread
 from lm.rollout.sampler import choose, filter_logits, generate
 from tests.helpers import VOCAB, layout, tiny_model
 from tests.rollout.rows import as_batch

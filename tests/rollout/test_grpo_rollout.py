@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.algorithms.grpo import fill, grpo_rollout, has_preference
 from lm.algorithms.table import ALGORITHMS, first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
@@ -19,7 +20,6 @@ from lm.optimizer import make_optimizer
 from lm.parallel.mesh import make_mesh
 from lm.rollout import verifiers
 from lm.rollout.engine import LocalEngine
-from lm.rollout.environments import fill, grpo_rollout, has_preference
 from lm.rollout.episodes import make_tasks
 from lm.rollout.rounding import rounded
 from lm.rollout.trajectory import rewards_of
