@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from lm.data import packing, workers
-from lm.data.cache import cache_at
 from lm.data.pipeline import make_feed
 from lm.data.selection import select
 from lm.data.supply import Order, windows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Pretrain, Source, Stage
+from lm.stored import cache_at
 from lm.train.metrics import peak_memory_mb
 
 RESULTS = Path(__file__).with_name("results") / "data.json"

@@ -1,13 +1,15 @@
-"""Files that a run leaves and reads again: written whole or not at all, sealed with a checksum, locked against others."""
+"""Files that are read again: written whole or not at all, sealed with a checksum, locked against others; and the cache folder."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,25 @@ SEAL = "sha256"
 # What a file system without locks answers to flock(): Lustre without `-o flock`, NFS without a lock daemon, some FUSE ones.
 ENOTSUPP = 524  # of the Linux kernel; Python's errno has no name for it
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, ENOTSUPP)
+_cache: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache folder", default=None)
+
+
+@contextlib.contextmanager
+def cache_at(folder: Path | None) -> Iterator[None]:
+    """Inside, the cache is kept in `folder`; None: where it is by default. UserError where it cannot be a folder."""
+    if folder is not None:
+        make_folder(folder.expanduser(), "--cache DIR")
+    token = _cache.set(folder)
+    try:
+        yield
+    finally:
+        _cache.reset(token)
+
+
+def cache_folder() -> Path:
+    """The folder of `cache_at`, else `lm` in XDG_CACHE_HOME, else in ~/.cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm"
+    return (_cache.get() or default).expanduser().absolute()
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import os
 import pytest
 
 from lm.cli.main import main
-from lm.data.cache import cache_at
 from lm.experiment import SFT, Experiment, Source, Stage, UserError, to_dict
 from lm.files import defined_in, load
 from lm.papers.paper import Paper
-from lm.stored import LONGEST_PATH
+from lm.stored import LONGEST_PATH, cache_at
 from lm.sweep.sweep import Sweep
 from lm.sweep.sweep import load as load_sweep
 from lm.train.run_files import read_run

@@ -48,8 +48,8 @@ def call(arguments: argparse.Namespace) -> int:
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
-    from lm.data.cache import cache_at
     from lm.data.selection import check_files, held_out_elsewhere
+    from lm.stored import cache_at
     from lm.train.stages import make_tokenizer
 
     check_files(experiment)

@@ -48,7 +48,7 @@ def call(arguments: argparse.Namespace) -> int:
     run_dir = runs[0]
     stage = find_stage(run_dir, arguments.stage)
 
-    from lm.data.cache import cache_at
+    from lm.stored import cache_at
     from lm.train.run_files import read_run
     from lm.train.stages import evaluate_run
 
@@ -65,7 +65,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 def pairs(runs: list[Path], arguments: argparse.Namespace) -> int:
     """Score a file of pairs with one run's model, or with several runs' together."""
-    from lm.data.cache import cache_at
+    from lm.stored import cache_at
     from lm.train.judging import judge_pairs
     from lm.web.pairs_page import write_pairs_page
 

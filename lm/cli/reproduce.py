@@ -45,9 +45,9 @@ def call(arguments: argparse.Namespace) -> int:
         print(listing())
         return 0
 
-    from lm.data.cache import cache_at
     from lm.papers.paper import load
     from lm.papers.reproduce import reproduce, words, write
+    from lm.stored import cache_at
     from lm.sweep.worker import WorkerStopped
 
     paper = load(arguments.name)

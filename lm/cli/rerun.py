@@ -31,8 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def call(arguments: argparse.Namespace) -> int:
     run_dir = find_run(arguments.run)
 
-    from lm.data.cache import cache_at
     from lm.files import load
+    from lm.stored import cache_at
     from lm.train.rerun import conditions, first_difference
     from lm.train.run_folder import RunFolder
     from lm.train.stages import fingerprints, run

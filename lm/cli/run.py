@@ -89,8 +89,8 @@ def call(arguments: argparse.Namespace) -> int:
 
     import jax
 
-    from lm.data.cache import cache_at
     from lm.parallel.distributed import find_job, gather, is_main_process, joined
+    from lm.stored import cache_at
     from lm.train.loop import Interrupted
     from lm.train.profile import parse_steps
     from lm.train.stages import run

@@ -67,7 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    from lm.data.cache import cache_at
+    from lm.stored import cache_at
     from lm.sweep.trials import check_sweep
 
     sweep = load(arguments.sweep)

@@ -10,7 +10,6 @@ correctness does not depend on it.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import hashlib
 import json
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from lm.experiment import UserError
-from lm.stored import make_folder, read_json, sealed, unsealed
+from lm.stored import cache_folder, read_json, sealed, unsealed
 
 VERSION = 6  # of what is stored and of how a row becomes tokens: raise it when either changes
 BEAT_SECONDS = 2.0
@@ -40,25 +39,10 @@ SETTLED_SECONDS = 2.0  # a file written later than this may change again without
 MAPPED = 512  # files mapped at the same time; each takes a file descriptor
 MANIFEST = "manifest.json"
 
-_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache folder", default=None)
-
-
-@contextlib.contextmanager
-def cache_at(folder: Path | None) -> Iterator[None]:
-    """Context that keeps the cache in `folder`; None: the default folder. UserError where `folder` cannot be one."""
-    if folder is not None:
-        make_folder(folder.expanduser(), "--cache DIR")
-    token = _folder.set(folder)
-    try:
-        yield
-    finally:
-        _folder.reset(token)
-
 
 def current_cache() -> Cache:
-    """The cache in the folder set by `cache_at`, else in `lm` below XDG_CACHE_HOME, else below ~/.cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm"
-    return Cache((_folder.get() or default).expanduser().absolute())
+    """The cache in the folder that `cache_at` names."""
+    return Cache(cache_folder())
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Layer, Model
 from lm.model.kernels import attention_cpu, splash
+from lm.model.kernels.first_use import kernel_problem, say
+from lm.model.kernels.jax_splash import jax_splash
 from lm.model.linear import Linear, contract
 from lm.model.norm import Norm
-from lm.parallel.rules import constrain, platform
+from lm.parallel.rules import constrain, device_kind, platform, split_ways
 
 
 class Attention(nnx.Module):
@@ -147,12 +149,41 @@ def attention_of(
     window, softcap = layer.window, layer.softcap
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
-    if name == "splash" and causal and not first and splash.fits(rows, length, config.head_dim):
+    if name == "splash":
+        fits = causal and not first and splash.fits(rows, length, config.head_dim)
+        name = _checked_splash(config.attention, length) if fits else "plain"
+    if name == "jax_splash":
+        return lambda q, k, v: jax_splash(q, k, v, segments, window, softcap)
+    if name == "splash":
         return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_blocks, window=window, softcap=softcap)
     if name == "blocks" and causal and attention_cpu.fits() and not (window or softcap):
         return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
     mask = attention_mask(positions[:, first:], positions, segments[:, first:], segments, window, causal)
     return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, softcap), "attention")
+
+
+def _checked_splash(asked: str, length: int) -> str:
+    """Our kernel, or what stands in for it on devices where it does not give what plain attention does; says so."""
+    problem = kernel_problem(_splash, _plain)
+    if not problem:
+        return "splash"
+    other = "jax_splash" if split_ways(length, "length") == 1 else "plain"
+    chosen = "splash" if asked == "splash" else other  # who names it gets it
+    used = {"splash": "model.attention splash asks for it all the same", "jax_splash": "jax's own kernel is used"}
+    say(
+        f"the attention kernel of lm does not give on {device_kind()} what plain attention does: {problem}; "
+        f"{used.get(chosen, 'plain attention is used')}"
+    )
+    return chosen
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array, window: int, softcap: float) -> Array:
+    return splash.splash(q, k, v, segments, window=window, softcap=softcap)
+
+
+def _plain(q: Array, k: Array, v: Array, segments: Array, window: int, softcap: float) -> Array:
+    places = jnp.arange(segments.shape[1])[None]
+    return attend(q, k, v, attention_mask(places, places, segments, segments, window), softcap)
 
 
 BEST = {"tpu": "splash", "cpu": "blocks"}

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from lm.data import chat
 from lm.data.bad_rows import REASONS, BadRow
-from lm.data.cache import cache_at
 from lm.data.layouts import canonical
 from lm.data.pipeline import make_feed
 from lm.data.selection import select
@@ -24,6 +23,7 @@ from lm.data.sources import load_rows, texts_of
 from lm.data.split import split_key
 from lm.data.tokens import KINDS, encode, store_of, unread_columns
 from lm.experiment import DPO, SFT, Pretrain, Source, Stage, UserError
+from lm.stored import cache_at
 
 TEXT = st.text("ab 3é\n", min_size=1, max_size=12).filter(str.strip)
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from lm.data import cache as caches
-from lm.data.cache import Cache, cache_at
+from lm.data.cache import Cache
 from lm.data.pipeline import make_feed
 from lm.data.python_docs import documents
 from lm.data.sources import load_rows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Pretrain, Source, Stage, UserError
+from lm.stored import cache_at
 
 BUILDER = """
 import sys, time

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data import sources
-from lm.data.cache import cache_at
 from lm.data.python_docs import LONGEST, documents, module_paragraphs, split_paragraphs
 from lm.data.sources import load_rows
+from lm.stored import cache_at
 
 
 def test_there_is_enough_text_in_documents_of_bounded_length():

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data import readers, workers
-from lm.data.cache import Cache, cache_at
+from lm.data.cache import Cache
 from lm.data.packing import pack
 from lm.data.readers import _cut, cut_text
 from lm.data.sources import load_rows, split_key, split_place
 from lm.data.tokens import store_of
 from lm.experiment import UserError
+from lm.stored import cache_at
 
 PARAGRAPHS = [f"Paragraph {i} é " + "word " * (i % 300) for i in range(2_000)]
 
@@ -117,7 +118,7 @@ STREAMED = """
 import resource, sys
 from pathlib import Path
 from lm.data import workers
-from lm.data.cache import cache_at
+from lm.stored import cache_at
 from lm.data.sources import load_rows, split_rows
 
 def peak():

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.cache import cache_at
 from lm.data.pipeline import make_feed, make_prompt_feed
 from lm.data.selection import held_out_but_trained, held_out_elsewhere, select
 from lm.data.sources import NOWHERE
 from lm.data.split import ALWAYS_TRAINED, split_key, split_place
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Source, Stage, UserError
+from lm.stored import cache_at
 
 QUESTIONS = [f"What is caf\u00e9 number {n}, and why?" for n in range(40)]
 

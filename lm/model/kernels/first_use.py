@@ -1,0 +1,112 @@
+"""Our own attention kernel against plain attention, on a small input, when a kind of device is used first.
+
+No device may have run the kernel before: what it gives there is held against what plain attention gives, values and
+gradients. The outcome is kept in the cache folder, by kind of device, versions of jax and of its runtime, and the kernel's
+source, so that it takes its seconds once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lm.experiment import UserError
+from lm.model.kernels import splash, splash_kernels
+from lm.parallel.distributed import is_main_process
+from lm.stored import cache_folder, make_folder, read_record, write_sealed
+
+# (queries, keys, values, segments, window, softcap) -> heads
+Attention = Callable[[Array, Array, Array, Array, int, float], Array]
+CASES = ((0, 0.0), (200, 2.0))  # window, softcap
+LENGTH, HEADS, KV_HEADS, WIDTH = 1024, 4, 2, 128
+LARGEST_ERROR = 0.02
+"""Largest root mean square of the differences, over that of the right values; bfloat16 alone makes 0.003 to 0.006."""
+
+
+def kernel_problem(kernel: Attention, plain: Attention) -> str:
+    """What is wrong with the kernel on this process's devices; "" where nothing is, or they are no TPUs."""
+    if jax.default_backend() != "tpu":  # a plan for devices that are not here
+        return ""
+    device = jax.local_devices()[0]
+    return _remembered(device.device_kind, device.client.platform_version, kernel, plain)
+
+
+@functools.cache
+def _remembered(kind: str, runtime: str, kernel: Attention, plain: Attention) -> str:
+    source = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (splash, splash_kernels))
+    made_of = [kind, jax.__version__, runtime, hashlib.sha256(source.encode()).hexdigest()]
+    folder = cache_folder() / "kernels"
+    file = folder / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.json"
+    try:
+        return read_record(file, {"made_of": list, "problem": str})["problem"]
+    except UserError:  # none yet, or damaged: it is made anew
+        problem = measured_problem(kernel, plain)
+    try:
+        make_folder(folder, "--cache DIR")
+        write_sealed(file, {"made_of": made_of, "problem": problem})
+    except (UserError, OSError) as error:
+        say(f"the check of the attention kernel is not remembered: {error}")
+    return problem
+
+
+def measured_problem(kernel: Attention, plain: Attention) -> str:
+    """What is wrong with the kernel; "" where nothing is.
+
+    It is found in a thread of its own, which knows nothing of what this one traces and of its mesh.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(_compare, kernel, plain).result()
+
+
+def _compare(kernel: Attention, plain: Attention) -> str:
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((1, heads, LENGTH, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
+    q, k, v, weights = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    segments = (jnp.arange(LENGTH)[None] >= LENGTH * 2 // 5).astype(jnp.int32) + 1  # two documents
+
+    for window, softcap in CASES:
+        try:
+            found = _with_gradients(kernel, (q, k, v), segments, weights, window, softcap)
+            wide = [x.astype(jnp.float32) for x in (q, k, v)]
+            right = _with_gradients(plain, wide, segments, weights, window, softcap)
+            errors = [_error(ours, theirs) for ours, theirs in zip(found, right, strict=True)]
+        except Exception as wrong:  # whatever the kernel's compiler raises is what is wrong
+            return f"it fails: {type(wrong).__name__}: {' '.join(str(wrong).split())[:200]}"
+        for name, off in zip(("values", "dq", "dk", "dv"), errors, strict=True):
+            if not off <= LARGEST_ERROR:  # not a number is too large, too
+                return f"its {name} are {off:.2g} of their size off (window {window}, softcap {softcap:g})"
+    return ""
+
+
+def _with_gradients(
+    attention: Attention, inputs: Sequence[Array], segments: Array, weights: Array, window: int, softcap: float
+) -> tuple[Array, ...]:
+    """Heads, and the gradients of their weighted sum by queries, keys and values."""
+
+    def run(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
+        heads, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, window, softcap), q, k, v)
+        return heads, *pull(weights.astype(heads.dtype))
+
+    return jax.jit(run)(*inputs)
+
+
+def _error(found: Array, right: Array) -> float:
+    """Root mean square of the differences over that of the right values."""
+    a, b = (np.asarray(x, np.float64) for x in (found, right))
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Once in a process, by the main one."""
+    if is_main_process():
+        print(f"lm: {line}", file=sys.stderr)
