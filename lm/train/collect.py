@@ -40,7 +40,8 @@ from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
 from lm.train.models import MADE_FILE
 from lm.train.resume import file_sha256
-from lm.train.trajectory_files import keep_trajectories, rewind_trajectories
+from lm.train.trajectory_files import rewind_trajectories
+from lm.train.trajectory_writer import keep_trajectories
 from lm.train.watchdog import PATIENCE
 
 ANSWERS, LABELS = "answers.jsonl", "labels.jsonl"

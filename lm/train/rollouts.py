@@ -43,7 +43,7 @@ from lm.rollout.sampler_gap import (
 from lm.rollout.trajectory import Rollout
 from lm.train.batches import Batches, CachedReferenceBatches
 from lm.train.metrics import MetricsLog
-from lm.train.trajectory_files import keep_trajectories
+from lm.train.trajectory_writer import keep_trajectories
 from lm.train_step import TrainState
 from lm.types import Batch
 

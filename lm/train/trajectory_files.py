@@ -7,8 +7,6 @@ all take more bytes than the stage allows, so that what is kept does not depend 
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,79 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lm.experiment import Stage, UserError
-from lm.parallel.distributed import run_on_main
-from lm.rollout.trajectory import AUTHORS, Rollout
-from lm.train.metrics import plain
+from lm.config.field import UserError
 
 FOLDER = "trajectories"
-MEGABYTE = 10**6
-
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("author", pa.string())])
-SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("group", pa.int32()),  # number of the prompt within the step
-        ("task", pa.string()),  # the row of the data, as JSON
-        ("messages", pa.list_(MESSAGE)),
-        ("tokens", pa.list_(pa.int32())),
-        ("authors", pa.list_(pa.int8())),
-        ("logp", pa.list_(pa.float32())),
-        ("rewards", pa.map_(pa.string(), pa.float64())),
-        ("reward", pa.float32()),
-        ("advantage", pa.float32()),
-        ("trained", pa.bool_()),  # whether an update has it
-        ("version", pa.int32()),
-        ("finish", pa.string()),
-    ],
-    metadata={"authors": ", ".join(f"{number} {name}" for number, name in enumerate(AUTHORS))},
-)
-
-
-def keep_trajectories(folder: Path, stage: Stage, step: int, rollout: Rollout) -> dict[str, str]:
-    """Write what was sampled in step `step` (from 1), from process 0, and remove the oldest files beyond `trajectory_mb`.
-
-    Returns what people should know, by kind: that the limit has no room for one step.
-
-    Raises:
-        UserError: the disk refuses it.
-    """
-    size = (run_on_main(lambda: _write(folder, stage, step, rollout)) if stage.trajectory_mb else 0) or 0
-    if size <= stage.trajectory_mb * MEGABYTE:
-        return {}
-    return {
-        "trajectories": f"what step {step} sampled takes {size / MEGABYTE:.0f} MB as a file, and {stage.name}.trajectory_mb "
-        f"{stage.trajectory_mb} has no room for it: it is not kept"
-    }
-
-
-def _write(folder: Path, stage: Stage, step: int, rollout: Rollout) -> int:
-    """Write the file of a step and remove the oldest files beyond the limit; returns the bytes of the new one.
-
-    Raises:
-        UserError: the disk refuses it.
-    """
-    content = _parquet(step, rollout, stage.objective.completions_per_prompt)
-    path = folder / FOLDER / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}; put that right and run the same command again to go on from the "
-            "last checkpoint"
-        ) from error
-    left = stage.trajectory_mb * MEGABYTE
-    for known in reversed(trajectory_files(folder)):
-        left -= known.stat().st_size
-        if left < 0:
-            known.unlink()
-    return len(content)
 
 
 def trajectory_files(folder: Path) -> list[Path]:
@@ -133,33 +61,3 @@ def _read(path: Path) -> bytes:
     if f"{zlib.crc32(content):08x}" != path.stem.split("-")[-1]:
         raise UserError(f"{path} is damaged: it does not match the checksum in its name; put back a copy, or remove it")
     return content
-
-
-def _parquet(step: int, rollout: Rollout, group_size: int) -> bytes:
-    trained = set(rollout.chosen.tolist())
-    rows = [
-        {
-            "step": step,
-            "group": number // group_size,
-            "task": json.dumps(plain(dict(one.task)), ensure_ascii=True, default=str),
-            "messages": [{name: _text(turn[name]) for name in ("role", "content", "author")} for turn in one.messages],
-            "tokens": one.tokens,
-            "authors": one.authors,
-            "logp": one.logp,
-            "rewards": [(_text(name), value) for name, value in one.rewards.items()],
-            "reward": one.reward,
-            "advantage": float(advantage),
-            "trained": number in trained,
-            "version": one.version,
-            "finish": one.finish,
-        }
-        for number, (one, advantage) in enumerate(zip(rollout.trajectories, rollout.advantages, strict=True))
-    ]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
-
-
-def _text(text: str) -> str:
-    """The text with lone surrogates, which no encoding has, replaced."""
-    return text.encode("utf-8", "replace").decode("utf-8")

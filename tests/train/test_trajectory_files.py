@@ -12,14 +12,13 @@ from lm.experiment import GRPO, Experiment, Mesh, Model, Source, Stage, Tokenize
 from lm.rollout.trajectory import AUTHORS, Rollout, Trajectory
 from lm.train.stages import run
 from lm.train.trajectory_files import (
-    MEGABYTE,
     check_trajectories,
-    keep_trajectories,
     read_trajectories,
     rewind_trajectories,
     step_of,
     trajectory_files,
 )
+from lm.train.trajectory_writer import MEGABYTE, keep_trajectories
 from lm.user_functions import SEARCH_PATH
 from tests.helpers import tiny_stage
 from tests.train.runs import forget_last_checkpoint, metrics
