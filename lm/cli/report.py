@@ -25,6 +25,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=page_path,
         help="page over several runs; else frontier.html beside them (with a .png)",
     )
+    parser.add_argument(
+        "--rollouts",
+        metavar="STEPS",
+        type=_steps,
+        help="steps of which the pages in rollouts/ show everything that was sampled: 12, or 10-20; "
+        "else as many as fit, evenly spread",
+    )
+
+
+def _steps(text: str) -> range:
+    """FIRST-LAST, or one step, counted from 1."""
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in (first, last)):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a step or FIRST-LAST, for instance 12 or 10-20")
+    if not 1 <= int(first) <= int(last):
+        raise argparse.ArgumentTypeError(f"{text!r}: steps are counted from 1, the first before the last")
+    return range(int(first), int(last) + 1)
 
 
 def call(arguments: argparse.Namespace) -> int:
@@ -32,13 +50,16 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and len(run_dirs) == 1:
         raise UserError("--out is for the page over several runs; the report of one is report.html in its folder")
 
+    if arguments.rollouts is not None and len(run_dirs) > 1:
+        raise UserError("--rollouts is for the report of one run; name one RUN")
+
     from lm.train.run_files import read_run
     from lm.web.frontier import write_frontier
     from lm.web.report import write_report
     from lm.web.watch import warnings
 
     if len(run_dirs) == 1:
-        written: tuple[Path, ...] = (write_report(run_dirs[0]),)
+        written: tuple[Path, ...] = (write_report(run_dirs[0], arguments.rollouts),)
     else:
         written = write_frontier(run_dirs, arguments.out or beside(run_dirs))
     for folder in run_dirs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,27 @@ from lm.train.run_files import Run, read_run
 from lm.web import charts, costs, story, watch
 from lm.web.data_counts import data_counts
 from lm.web.numbers import count, duration, plain, signed
+from lm.web.rollout_pages import StagePages, write_rollout_pages
 from lm.web.templates import templates
 from lm.web.text import beginning, shown, visible
 
 HERE = Path(__file__).parent
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, rollout_steps: range | None = None) -> Path:
     """Makes `report.html` in a run folder from the folder's files alone, finished or not, and returns its path.
+
+    Beside it are the pages of rollouts/: of these steps alone, where they are given (`write_rollout_pages`).
 
     Raises:
         lm.experiment.UserError: the folder is no run, or one of its files is broken (says which line).
     """
-    page = render(read_run(run_dir))
+    run = read_run(run_dir)
+    page = render(run, write_rollout_pages(run, fill, rollout_steps))
     return write_page(run_dir / "report.html", page)
 
 
-def render(run: Run) -> str:
+def render(run: Run, rollout_pages: Sequence[StagePages] = ()) -> str:
     """The page of a run as HTML."""
     return fill(
         "report.html.j2",
@@ -55,6 +60,7 @@ def render(run: Run) -> str:
         pairs=story.preference_pairs(run),
         choices=story.choices,
         rollouts=story.rollouts(run),
+        rollout_pages=rollout_pages,
         examples=story.heldout_examples(run),
         knobs=story.knob_table(run),
         costs=costs.costs(run),

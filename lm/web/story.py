@@ -325,23 +325,13 @@ def choices(margins: Iterable[float | None]) -> str:
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """The rollouts of a stage that are in its samples.jsonl: groups of answers to one prompt, by step.
-
-    `first_and_last` are some groups of these two steps, to compare; `steps` all of them, as far as `CHARACTERS` go;
-    `left_out` how many groups they do not reach, `taken` how many steps the stage has taken.
-    """
+    """Groups of answers to one prompt that a stage sampled at its first and at its last step, to compare."""
 
     stage: str
     first_and_last: list[tuple[int, list[Line]]]
-    steps: list[tuple[int, list[Line]]]
-    left_out: int
-    taken: int
 
 
-CHARACTERS = 500_000  # of all rollouts on a page
-
-
-def rollouts(run: Run, limit: int = 3, characters: int = CHARACTERS) -> SampledGroups | None:
+def rollouts(run: Run, limit: int = 3) -> SampledGroups | None:
     """The rollouts of the last stage that has some; None where none has."""
     stage = _last_stage(run, "rollout")
     if stage is None:
@@ -349,17 +339,7 @@ def rollouts(run: Run, limit: int = 3, characters: int = CHARACTERS) -> SampledG
     steps: dict[int, list[Line]] = {}
     for line in _of(stage, "rollout"):
         steps.setdefault(int(line["step"]), []).append(line)
-    ends = [(step, steps[step][:limit]) for step in dict.fromkeys((min(steps), max(steps)))]
-    kept: dict[int, list[Line]] = {}
-    left_out = 0
-    for step in sorted(steps):
-        for group in steps[step]:
-            characters -= len(group["prompt"]) + sum(len(one["text"]) for one in group["completions"])
-            if characters >= 0:
-                kept.setdefault(step, []).append(group)
-            else:
-                left_out += 1
-    return SampledGroups(stage.name, ends, list(kept.items()), left_out, stage.steps_done)
+    return SampledGroups(stage.name, [(step, steps[step][:limit]) for step in dict.fromkeys((min(steps), max(steps)))])
 
 
 def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line]]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rollout_files import write_trajectories
 from run_folder import write_lines, write_run, write_watched_run
 
 from lm.evals import preferences
@@ -38,6 +39,13 @@ def report(home: Path) -> Path:
         if line["kind"] == "prompt":
             line["answer"] = ("\n" * 300, "w" * 3000, "line\n" * 300)[number % 3]
     write_lines(stage / "samples.jsonl", lines)
+    return write_report(folder)
+
+
+def rollouts(home: Path) -> Path:
+    """Of a run with trajectory files of three steps."""
+    folder = write_run(home / "rollouts")
+    write_trajectories(folder / "stages" / "reason", 3)
     return write_report(folder)
 
 
@@ -116,9 +124,28 @@ def test_the_sections_of_a_report_stay_in_reach(made, browser):
     bar, heading = (page.locator(place).bounding_box() for place in ("nav.contents", "#took h2"))
     assert bar["y"] == 0 and heading["y"] >= bar["height"], "the bar is on the screen and covers no heading"
     page.click("nav.contents a[href='#rollouts']")
-    page.click("#all-rollouts > summary")
-    page.click("#all-rollouts details >> nth=0 >> summary >> nth=0")
-    assert page.locator("#all-rollouts .card").first.is_visible()
+    page.close()
+
+
+def test_every_rollout_is_reached_from_the_report(made, browser):
+    page = browser.new_page(viewport={"width": WIDTH, "height": 800})
+    page.goto(made(rollouts).as_uri())
+    page.click("#all-rollouts-reason > summary")
+    page.click("#all-rollouts-reason a >> nth=0")
+    seen: list[str] = []
+    while True:
+        for place in page.locator("details.fold > summary").all():
+            place.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= WIDTH
+        assert page.locator(".card").first.is_visible()
+        seen += page.locator("ul.group .said").all_inner_texts()
+        if not page.get_by_text("after →").count():
+            break
+        page.get_by_text("after →").first.click()
+    page.get_by_text("report", exact=True).first.click()
+    assert page.url.endswith("report.html#rollouts")
+    for step in range(1, 4):
+        assert {f"step {step}, answer {number}" for number in range(4)} <= set(seen)
     page.close()
 
 
