@@ -104,7 +104,8 @@ def search_recorded(run_dir: Path) -> None:
         raise UserError(f"{file} is damaged: its last session has no functions by name; put back a copy of it")
     for name, found in functions.items():
         path = _as_path(name.rpartition(":")[0])
-        search_first(Path(found).parents[0 if ".." in path.parts else len(path.parts) - 1])
+        if not path.is_absolute():
+            search_first(Path(found).parents[0 if ".." in path.parts else len(path.parts) - 1])
 
 
 def check_functions(experiment: Experiment) -> dict[str, dict[str, str]]:

@@ -160,6 +160,15 @@ def test_a_run_records_the_file_and_its_hash_and_finds_it_again(folder, tmp_path
     assert find_verifier("judges:score")({"answer": "7"}, "7") == 0.5
 
 
+def test_a_function_that_a_run_found_by_an_absolute_path_is_searched_nowhere_else(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv(SEARCH_PATH)
+    name = f"{folder / 'judges.py'}:score"
+    sessions = {"runs": [{"functions": {name: str(folder / "judges.py")}}]}
+    (tmp_path / "environment.json").write_text(json.dumps(sessions), "utf-8")
+    search_recorded(tmp_path)
+    assert SEARCH_PATH not in os.environ and find_verifier(name)({"answer": "7"}, "7") == 0.5
+
+
 def test_a_callback_is_told_every_line_and_what_it_raises_is_one_line(folder, tmp_path):
     text = "SEEN = []\n\ndef note(stage, kind, line):\n    SEEN.append((stage, kind, line))\n    assert line['step'] < 2, 'too\\nfar'\n"
     (folder / "notes.py").write_text(text, "utf-8")

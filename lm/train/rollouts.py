@@ -62,7 +62,6 @@ class RolloutBatches(Batches):
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
         self.tasks: Tasks = make_tasks(self.stage, tokenizer, experiment.seed, elsewhere)
-        self.rollout = algorithm_of(self.stage).rollout
         feed = self.tasks.feed
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
@@ -78,7 +77,7 @@ class RolloutBatches(Batches):
         model = policy_of(state.models)
         sampler = model if o.samples_as_trained else rounded(model, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
-        self.latest = self.rollout(engine, state, self.tasks, self.stage, step, key, self.place)
+        self.latest = algorithm_of(self.stage).rollout(engine, state, self.tasks, self.stage, step, key, self.place)
         if self.folder:
             self.notes |= keep_trajectories(self.folder, self.stage, step + 1, self.latest)
         # Every process has the whole rollout, and gives its devices their rows of it.
