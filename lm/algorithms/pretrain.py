@@ -20,6 +20,7 @@ def pretrain_step(stage: Stage[Pretrain], optimizer: optax.GradientTransformatio
 
 
 def cross_entropy_loss(stage: Stage[Pretrain] | Stage[SFT]) -> Loss:
+    """Cross-entropy on the weighed tokens of a batch, as both pretraining and SFT minimise it."""
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:

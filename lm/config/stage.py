@@ -60,14 +60,14 @@ class Stage(Generic[O_co]):
     optimizer: Optimizer = Optimizer()
     steps: int = knob(
         1000,
-        "steps; one of grpo and ppo is a rollout with its updates, one of collect a batch of prompts",
+        "steps; where completions are sampled, one is a rollout with its updates, or a batch of prompts to collect",
         least=1,
         most=10**9,
     )
     batch_size: int = knob(
         32,
-        "rows (pretrain, sft), pairs (dpo, cpo, orpo, reward model), answers (kto) or prompts (grpo, ppo, collect) in a "
-        "step, over all devices",
+        "examples in a step, over all devices: rows of text or conversations, pairs, labelled answers or prompts, whichever "
+        "the objective reads",
         least=1,
         most=2**24,
     )
