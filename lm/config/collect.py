@@ -44,6 +44,9 @@ class Collect(ObjectiveConfig):
     charts = (MetricChart("Reward", {"reward": "mean of the rollouts"}, percent=True), COMPLETION_LENGTH)
     small_charts = (ENDED,)
 
+    def rows_per_update(self, batch_size: int) -> int:
+        return batch_size  # nothing is trained: prompts
+
     @property
     def completions_per_prompt(self) -> int:
         return self.answers

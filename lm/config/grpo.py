@@ -163,9 +163,6 @@ class GRPO(ObjectiveConfig):
     def updates_per_step(self) -> int:
         return self.updates_per_rollout
 
-    def rows_per_update(self, batch_size: int) -> int:
-        return batch_size * self.group_size // self.updates_per_rollout
-
     @property
     def completions_per_prompt(self) -> int:
         return self.group_size

@@ -39,7 +39,8 @@ class Sign:
 class ObjectiveConfig:
     """An objective's fields, and what is asked of its algorithm without jax; a class states what differs from these answers.
 
-    data: kind of the examples that a stage reads.
+    data: kind of the examples that a stage reads. Where it is prompts, a class has the fields max_new_tokens, temperature,
+        verifier, reward_seconds and tis_clip; it may have environment.
     produces: what a stage leaves: a language model, a reward model (scorer), or rows for later stages.
     learns_preferences: held-out pairs are compared with the model that entered the first stage of this kind.
     functions: fields that take a function of the user's own, with the arguments it is called with.
@@ -92,7 +93,7 @@ class ObjectiveConfig:
 
     def rows_per_update(self, batch_size: int) -> int:
         """Rows of tokens in one optimizer update, over all devices."""
-        return batch_size * self.rows_per_example
+        return batch_size * self.rows_per_example * self.completions_per_prompt // self.updates_per_epoch
 
     @property
     def completions_per_prompt(self) -> int:

@@ -115,9 +115,6 @@ class PPO(ObjectiveConfig):
     def updates_per_step(self) -> int:
         return self.epochs * self.minibatches
 
-    def rows_per_update(self, batch_size: int) -> int:
-        return batch_size // self.minibatches
-
     @property
     def reward_model_names(self) -> tuple[str, ...]:
         return self.reward_models
