@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from lm.config.model import LAYER_FIELDS
 from lm.config.objective import check_environment
 from lm.experiment import (
     COLLECTED,
@@ -62,13 +63,26 @@ def _check_names(experiment: Experiment) -> None:
 def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
     if len(m.attention_blocks) not in (0, 4) or any(size % 128 for size in m.attention_blocks):
         raise UserError(f"model.attention_blocks is {m.attention_blocks}; it should be four multiples of 128, or empty")
-    if len(m.rope_scaling) not in (0, 4):
-        raise UserError(f"model.rope_scaling has {len(m.rope_scaling)} numbers; it should have 4, or none")
-    if m.rope_scaling and m.rope_scaling[1] >= m.rope_scaling[2]:
+    alike = [name for name in LAYER_FIELDS if m.pattern and getattr(m, name) != getattr(Model, name)]
+    if alike:
         raise UserError(
-            f"model.rope_scaling is {list(m.rope_scaling)}; its second number, the low frequency factor, should be below "
-            "the third, the high one"
+            f"model.{alike[0]} is {getattr(m, alike[0])} beside model.pattern; set model.pattern.N.{alike[0]} of its layers"
         )
+    if len(m.pattern) > m.num_layers:
+        raise UserError(f"model.pattern has {len(m.pattern)} layers; model.num_layers is {m.num_layers}")
+    for number, layer in enumerate(m.period):
+        where = f"model.pattern.{number}" if m.pattern else "model"
+        if len(layer.rope_scaling) not in (0, 1, 4):
+            raise UserError(
+                f"{where}.rope_scaling has {len(layer.rope_scaling)} numbers; it should have 1, or 4, or none"
+            )
+        if len(layer.rope_scaling) == 4 and layer.rope_scaling[1] >= layer.rope_scaling[2]:
+            raise UserError(
+                f"{where}.rope_scaling is {list(layer.rope_scaling)}; its second number, the low frequency factor, should "
+                "be below the third, the high one"
+            )
+    if not m.qk_norm and m.qk_norm_of != Model.qk_norm_of:
+        raise UserError(f"model.qk_norm_of is {m.qk_norm_of} and model.qk_norm false; set model.qk_norm true")
     if m.num_heads % m.num_kv_heads:
         raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
     if m.head_dim % 2:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from lm.experiment import Model, UserError, from_dict, to_dict
+from lm.config.model import LAYER_FIELDS
+from lm.experiment import Layer, Model, UserError, from_dict, to_dict
+from lm.model.families import FAMILIES
+from lm.model.families.family import Family
 
 Plain = dict[str, Any]
-
-# model_type -> (what the family fixes that its config does not say, max_position_embeddings where the config has none)
-FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
-    "llama": ({"qk_norm": False}, 2048),
-    "qwen3": ({"qk_norm": True}, 32768),
-}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FULL, LOCAL = "full_attention", "sliding_attention"
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "relu": "relu", "relu2": "relu2",
+}  # fmt: skip
+"""Names of activations in config.json -> Model.activation."""
 
 # Fields that the reader uses
 SIZES = (
@@ -22,12 +25,18 @@ SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-USED = {*SIZES, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"}
+USED = {
+    *SIZES, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings",
+    "layer_types", "sliding_window", "use_sliding_window",
+}  # fmt: skip
+# Fields of Model that say how it runs and not what it computes; config.json has none of them
+RUNNING = (
+    "attention", "attention_blocks", "remat", "scan_unroll", "param_dtype", "compute_dtype", "logits_dtype", "max_logits",
+)  # fmt: skip
 LARGEST_SIZE = 2**31 - 1
 
 # Fields that would change the model: field -> the values with which it is this one
 ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1, 1.0),
@@ -55,13 +64,15 @@ HARMLESS = frozenset(
     }
 )  # fmt: skip
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
+ROPES = {"default": (), "linear": LLAMA3[:1], "llama3": LLAMA3}
 
 
 def read_config(config: Any, where: str = "config.json") -> tuple[Model, int]:
     """The Model and the vocabulary size that a config.json describes; older field names are read too.
 
-    A config without max_position_embeddings has what transformers gives its family (see FAMILIES).
+    A config without max_position_embeddings has what transformers gives its family (see `lm/model/families`).
 
     Args:
         where: the file, for messages.
@@ -78,14 +89,16 @@ def read_config(config: Any, where: str = "config.json") -> tuple[Model, int]:
 def _read_config(config: Any) -> tuple[Model, int]:
     if not isinstance(config, dict):
         raise UserError(f"holds {_shown(config)}; it should be a JSON object")
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"model_type is {_shown(family)}; there are {', '.join(FAMILIES)}")
-    _refuse_features(config)
-    fixed, longest = FAMILIES[family]
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UserError(f"model_type is {_shown(name)}; there are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    _refuse_features(config, family)
+    config = {**family.defaults, **config}
     size = {name: _size(config, name) for name in SIZES}
     heads = size["num_attention_heads"]
-    rope = _rope(config)
+    fields = {ours: value for theirs, both in family.fields.items() for ours, value in _same(config, theirs, both)}
+    of_layers = {name: fields.pop(name) for name in LAYER_FIELDS if name in fields}
     model = Model(
         num_layers=size["num_hidden_layers"],
         embed_dim=size["hidden_size"],
@@ -93,76 +106,187 @@ def _read_config(config: Any) -> tuple[Model, int]:
         num_kv_heads=size["num_key_value_heads"] or heads,
         head_dim=size["head_dim"] or size["hidden_size"] // heads,
         mlp_dim=size["intermediate_size"],
-        max_len=size["max_position_embeddings"] or longest,
-        rope_theta=_positive("rope_theta", rope.get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope),
+        max_len=size["max_position_embeddings"] or family.max_len,
         norm_eps=_positive("rms_norm_eps", _given(config, "rms_norm_eps", 1e-6)),
         tied_head=_flag(config, "tie_word_embeddings"),
-        **fixed,
+        activation=_activation(config, family.activation),
+        embed_scale=size["hidden_size"] ** 0.5 if family.scales_embedding else 1.0,
+        **dict(family.fixed) | fields,
     )
     if heads % model.num_kv_heads:
         raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {model.num_kv_heads}")
     if model.head_dim < 2 or model.head_dim % 2:
         raise UserError(f"head_dim is {model.head_dim}; it should be even, at least 2")
+    if model.query_pre_attn_scalar == model.head_dim:
+        model = replace(model, query_pre_attn_scalar=0.0)
     from_dict(to_dict(model), Model, "model")  # the ranges of the fields, whoever sets them
+    model = with_layers(model, _layers(config, family, model.num_layers, of_layers))
+    from_dict(to_dict(model), Model, "model")
     return model, size["vocab_size"]
 
 
+def with_layers(model: Model, layers: tuple[Layer, ...]) -> Model:
+    """The model whose layers have these windows, soft caps and positions, in its shortest pattern."""
+    count = len(layers)
+    period = next(size for size in range(1, count + 1) if layers[size:] == layers[: count - size])
+    if period > 1:
+        return replace(model, pattern=layers[:period])
+    return replace(model, **{name: getattr(layers[0], name) for name in LAYER_FIELDS})
+
+
 def write_config(model: Model, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a model, in both the current and the older field names of rope.
+    """The config.json of a model, as the first family that can hold it; rope is in current and in older field names.
 
     Raises:
         UserError: the model has what no family here has.
     """
-    for field in ("window", "softcap"):
-        if getattr(model, field):
-            raise UserError(f"model.{field} is {getattr(model, field)}; no family here has it: {', '.join(FAMILIES)}")
-    family = next(name for name, (fixed, _) in FAMILIES.items() if fixed["qk_norm"] == model.qk_norm)
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if model.rope_scaling:
-        rope = {"rope_type": "llama3", **dict(zip(LLAMA3, model.rope_scaling, strict=True))}
-        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
-    return {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.embed_dim,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.mlp_dim,
-        "max_position_embeddings": model.max_len,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": rope if model.rope_scaling else None,
-        "rope_parameters": {"rope_theta": model.rope_theta, **rope},
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tied_head,
+    lost: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        config = _write_config(family, model, vocab_size)
+        again = _essence(_read_config(config)[0])
+        lost[name] = [field for field, value in _essence(model).items() if again[field] != value]
+        if not lost[name]:
+            return config
+    closest = min(lost, key=lambda name: len(lost[name]))
+    field = lost[closest][0]
+    value = getattr(model, field)
+    raise UserError(
+        f"model.{field} is {value}; no family here has it: {', '.join(FAMILIES)} ({closest} has all but "
+        f"{', '.join(lost[closest])})"
+    )
+
+
+def _essence(model: Model) -> Plain:
+    """What a model computes, by field; of the fields of layers the values of all layers."""
+    layers = [model.layer(number) for number in range(model.num_layers)]
+    found = {field: value for field, value in vars(model).items() if field not in (*RUNNING, "pattern")}
+    found |= {field: [getattr(layer, field) for layer in layers] for field in LAYER_FIELDS}
+    return found | {"query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim}
+
+
+def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
+    layers = [m.layer(number) for number in range(m.num_layers)]
+    full = next((layer for layer in layers if not layer.window), layers[0])
+    local = next((layer for layer in layers if layer.window), None)
+    rope = nested = _rope_fields(full)
+    if family.local_rope_theta is not None:
+        nested = {FULL: rope, LOCAL: _rope_fields(local or Layer(rope_theta=family.local_rope_theta))}
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "num_hidden_layers": m.num_layers,
+        "hidden_size": m.embed_dim,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.head_dim,
+        "intermediate_size": m.mlp_dim,
+        "max_position_embeddings": m.max_len,
+        "rope_theta": full.rope_theta,
+        "rope_scaling": {name: one for name, one in rope.items() if name != "rope_theta"}
+        if full.rope_scaling
+        else None,
+        "rope_parameters": nested,
+        "rms_norm_eps": m.norm_eps,
+        "tie_word_embeddings": m.tied_head,
         "vocab_size": vocab_size,
-        "hidden_act": "silu",
+        family.activation: next(theirs for theirs, ours in ACTIVATIONS.items() if ours == m.activation),
         "attention_bias": False,
         "mlp_bias": False,
-        "torch_dtype": model.param_dtype,
+        "torch_dtype": m.param_dtype,
     }
+    for theirs, (ours, *_) in family.fields.items():
+        value = getattr(layers[0] if ours in LAYER_FIELDS else m, ours)
+        config[theirs] = value if isinstance(value, bool) else value or None
+    if "query_pre_attn_scalar" in config:
+        config["query_pre_attn_scalar"] = m.query_pre_attn_scalar or m.head_dim
+    if family.slides is not None:
+        config["sliding_window"] = local.window if local else None
+        kinds = [LOCAL if layer.window else FULL for layer in layers]
+        if len(set(kinds)) > 1 or kinds != _kinds({**family.defaults, **config}, family, m.num_layers):
+            config["layer_types"] = kinds
+    return config
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+
+def _layers(config: Plain, family: Family, count: int, fields: Plain) -> tuple[Layer, ...]:
+    """What each layer has of its own."""
+    window = 0
+    if family.slides is not None and config.get("sliding_window") is not None:
+        window = _size(config, "sliding_window")
+    rope, local = _ropes(config, family)
+    theta = _positive("rope_theta", rope.get("rope_theta", family.rope_theta))
+    local_theta = _positive("rope_theta", local.get("rope_theta", family.local_rope_theta or theta))
+    each = {
+        FULL: Layer(rope_theta=theta, rope_scaling=_rope_scaling(rope), **fields),
+        LOCAL: Layer(window=window, rope_theta=local_theta, rope_scaling=_rope_scaling(local), **fields),
+    }
+    return tuple(each[kind] for kind in _kinds(config, family, count))
+
+
+def _kinds(config: Plain, family: Family, count: int) -> list[str]:
+    """Which attention each layer has, as config.json says it, or as its family does where it does not."""
+    types = config.get("layer_types")
+    if types is None:
+        slides = family.slides if config.get("sliding_window") is not None else None
+        if (every := config.get("sliding_window_pattern")) is not None and (type(every) is not int or every < 1):
+            raise UserError(f"sliding_window_pattern is {_shown(every)}; it should be a whole number from 1")
+        return [LOCAL if slides is not None and slides(config, layer) else FULL for layer in range(count)]
+    allowed = (FULL,) if family.slides is None else (FULL, LOCAL)
+    if not isinstance(types, list) or any(one not in allowed for one in types):
+        raise UserError(
+            f"layer_types is {_shown(types)}; the layers of {family.model_type} have {' or '.join(allowed)}"
+        )
+    if len(types) != count:
+        raise UserError(f"layer_types has {len(types)} entries for {count} layers")
+    if LOCAL in types and config.get("sliding_window") is None:
+        raise UserError(f"layer_types has {LOCAL}, and sliding_window is missing")
+    return types
+
+
+def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
+    """The settings of the rotary embedding of layers without and with a window."""
+    if family.local_rope_theta is None:
+        rope = _rope(config)
+        return rope, rope
+    given = config.get("rope_parameters")
+    if not isinstance(given, dict) or not {FULL, LOCAL} & set(given):
+        given = {FULL: given}
+    if strange := sorted(set(given) - {FULL, LOCAL}):
+        raise UserError(f"rope_parameters has {', '.join(map(_shown, strange))}, which the reader does not use")
+    full = {name: config.get(name) for name in ("rope_scaling", "rope_theta")}
+    local = {"rope_theta": config.get("rope_local_base_freq"), "rope_parameters": given.get(LOCAL)}
+    return _rope(full | {"rope_parameters": given.get(FULL)}), _rope(local)
+
+
+def _rope_fields(layer: Layer) -> Plain:
+    """A layer's rope as config.json has it."""
+    kinds: dict[int, Plain] = {0: {"rope_type": "default"}, 1: {"rope_type": "linear"}, 4: {"rope_type": "llama3"}}
+    rope = kinds[len(layer.rope_scaling)] | dict(zip(LLAMA3, layer.rope_scaling, strict=False))
+    if ORIGINAL in rope:
+        rope[ORIGINAL] = int(rope[ORIGINAL])
+    return {"rope_theta": layer.rope_theta, **rope}
 
 
 # ---- what the model does not have ----------------------------------------------------------------------------------
 
 
-def _refuse_features(config: Plain) -> None:
+def _refuse_features(config: Plain, family: Family) -> None:
     """Raise where a field asks for what the model does not have, or is one that nobody here knows."""
-    for name, values in ONLY.items():
-        if (value := config.get(name)) is not None and value not in values:
+    only = {**ONLY, **family.only}
+    for name, values in only.items():
+        value = config.get(name)
+        if name not in family.fields and value is not None and value not in values:
             raise UserError(f"{name} is {_shown(value)}; the model has {_shown(values[0])} only")
-    types = config.get("layer_types")
-    if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
-        raise UserError(f"layer_types is {_shown(types)}; the model has full_attention in every layer only")
     window, used = config.get("sliding_window"), config.get("use_sliding_window")
-    if used or (window is not None and used is None):
+    if family.slides is None and (used or (window is not None and used is None)):
         raise UserError(
-            f"sliding_window is {_shown(window)} and use_sliding_window {_shown(used)}; a model with a sliding "
-            "window is not read (use_sliding_window false says that it is not used)"
+            f"sliding_window is {_shown(window)} and use_sliding_window {_shown(used)}; {family.model_type} with a "
+            "sliding window is not read (use_sliding_window false says that it is not used)"
         )
-    known = {*USED, *ONLY, *HARMLESS, "layer_types", "sliding_window", "use_sliding_window"}
+    known = {*USED, *only, *HARMLESS, *family.fields, *family.ignored, family.activation}
+    known |= {"rope_local_base_freq"} if family.local_rope_theta is not None else set()
     strange = [name for name, value in config.items() if name not in known and value not in (None, False, [], {})]
     if strange:
         more = f" and {len(strange) - 10} more fields" if len(strange) > 10 else ""
@@ -193,17 +317,17 @@ def _rope(config: Plain) -> Plain:
 
 def _rope_scaling(rope: Plain) -> tuple[float, ...]:
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rope scaling {_shown(kind)}; there are default and llama3")
-    names = LLAMA3 if kind == "llama3" else ()
+    if not isinstance(kind, str) or kind not in ROPES:
+        raise UserError(f"rope scaling {_shown(kind)}; there are {', '.join(ROPES)}")
+    names = ROPES[kind]
     strange = sorted(set(rope) - {"rope_type", "rope_theta", *names})
     if strange:
         raise UserError(f"rope type {kind} has {', '.join(map(_shown, strange))}, which the reader does not use")
     missing = [name for name in names if name not in rope]
     if missing:
-        raise UserError(f"rope type llama3 lacks {', '.join(missing)}")
+        raise UserError(f"rope type {kind} lacks {', '.join(missing)}")
     numbers = tuple(_positive(name, rope[name]) for name in names)
-    if numbers and not (numbers[0] >= 1 and numbers[1] < numbers[2]):
+    if kind == "llama3" and not (numbers[0] >= 1 and numbers[1] < numbers[2]):
         raise UserError(
             f"rope type llama3 has factor {numbers[0]:g}, low_freq_factor {numbers[1]:g} and high_freq_factor "
             f"{numbers[2]:g}; factor should be at least 1, and low_freq_factor below high_freq_factor"
@@ -244,6 +368,22 @@ def _flag(config: Plain, name: str) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{name} is {_shown(value)}; it should be true or false")
     return value
+
+
+def _same(config: Plain, theirs: str, ours: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """(field of Model, value) of a field of config.json that both have; null is false, or 0: without it."""
+    if isinstance(getattr(Model, ours[0]), bool):
+        value: Any = _flag(config, theirs)
+    else:
+        value = 0.0 if config.get(theirs) is None else _positive(theirs, config[theirs])
+    return [(name, value) for name in ours]
+
+
+def _activation(config: Plain, name: str) -> Any:
+    value = _given(config, name, "gelu_pytorch_tanh" if name == "hidden_activation" else "silu")
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise UserError(f"{name} is {_shown(value)}; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[value]
 
 
 def _shown(value: Any) -> str:

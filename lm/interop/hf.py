@@ -1,44 +1,35 @@
-"""Safetensors checkpoints in and out, in the layout that Hugging Face transformers reads; one row a family."""
+"""Safetensors checkpoints in and out, in the layout that Hugging Face transformers reads; families are in `lm/model/families`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import math
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from lm.experiment import Model, UserError
-from lm.interop.config import FAMILIES, read_config, write_config
+from lm.interop.config import read_config, write_config
 from lm.interop.tensors import INDEX, READ, Tensor, listed, read_folder
+from lm.model.families import FAMILIES
+from lm.model.families.family import Family
+from lm.model.parameter import axes_of
 from lm.model.transformer import Transformer
 from lm.parallel.rules import shardings
 from lm.stored import read_json
 
-__all__ = ["FAMILIES", "LAYER_NAMES", "OTHER_NAMES", "read", "read_config", "write", "write_config"]
+__all__ = ["FAMILIES", "read", "read_config", "write", "write_config"]
 
-# Ours, below `blocks` -> theirs, below `model.layers.N`
-LAYER_NAMES = {
-    "attn_norm/scale": "input_layernorm.weight",
-    "attention/q/weight": "self_attn.q_proj.weight",
-    "attention/k/weight": "self_attn.k_proj.weight",
-    "attention/v/weight": "self_attn.v_proj.weight",
-    "attention/o/weight": "self_attn.o_proj.weight",
-    "attention/q_norm/scale": "self_attn.q_norm.weight",
-    "attention/k_norm/scale": "self_attn.k_norm.weight",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-    "mlp/gate/weight": "mlp.gate_proj.weight",
-    "mlp/up/weight": "mlp.up_proj.weight",
-    "mlp/down/weight": "mlp.down_proj.weight",
-}
 OTHER_NAMES = {
     "embed/weight": "model.embed_tokens.weight",
     "norm/scale": "model.norm.weight",
@@ -63,16 +54,17 @@ def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: a folder with config.json and *.safetensors is needed")
-    described, vocab_size = read_config(read_json(path), str(path))
+    described = read_json(path)
+    family_config, vocab_size = read_config(described, str(path))
+    family, config = FAMILIES[described["model_type"]], dataclasses.replace(family_config, **changes)
     tensors = read_folder(folder)
-    _refuse_other_tensors(folder, tensors, described, vocab_size)
-    config = dataclasses.replace(described, **changes)
     make = functools.partial(Transformer, config, vocab_size)
     wanted = jax.eval_shape(lambda: make(jax.random.key(0)))
-    leaves = {name: _stack(name, tensors, config, leaf) for name, leaf in _named(wanted).items()}
-    model = jax.tree.unflatten(jax.tree.structure(wanted), list(leaves.values()))
-    places = shardings(wanted, mesh) if mesh is not None else None
-    return jax.device_put(model, places)
+    places = _places(wanted, family)
+    _refuse_other_tensors(folder, tensors, config, places)
+    leaves = [_from_tensors(place, tensors) for place in places]
+    model = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+    return jax.device_put(model, shardings(wanted, mesh) if mesh is not None else None)
 
 
 def write(model: Transformer, folder: Path) -> None:
@@ -89,39 +81,59 @@ def write(model: Transformer, folder: Path) -> None:
     if others:
         raise UserError(f"{folder} has {listed(sorted(others))} of another model: name an empty folder")
     tensors: dict[str, np.ndarray] = {}
-    for name, leaf in _named(model).items():
+    for place, leaf in zip(_places(model, FAMILIES[config["model_type"]]), jax.tree.leaves(model), strict=True):
         value = np.asarray(jax.device_get(leaf))
-        if name in OTHER_NAMES:
-            tensors[OTHER_NAMES[name]] = value.T.copy() if name == "head/weight" else value
-        else:
-            inside = name.removeprefix("blocks/")
-            for layer in range(model.config.num_layers):
-                theirs = f"model.layers.{layer}.{LAYER_NAMES[inside]}"
-                tensors[theirs] = np.ascontiguousarray(_to_theirs(inside, value[layer]))
+        for name, one in zip(place.names, value if place.stacked else value[None], strict=True):
+            tensors[name] = np.ascontiguousarray(place.to_theirs(one))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def layer_shapes(m: Model) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's tensors by their names: matrices are [out, in]."""
-    queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_norm/scale": (m.embed_dim,),
-        "attention/q/weight": (queries, m.embed_dim),
-        "attention/k/weight": (keys, m.embed_dim),
-        "attention/v/weight": (keys, m.embed_dim),
-        "attention/o/weight": (m.embed_dim, queries),
-        "mlp_norm/scale": (m.embed_dim,),
-        "mlp/gate/weight": (m.mlp_dim, m.embed_dim),
-        "mlp/up/weight": (m.mlp_dim, m.embed_dim),
-        "mlp/down/weight": (m.embed_dim, m.mlp_dim),
-    }
-    if m.qk_norm:
-        shapes |= {"attention/q_norm/scale": (m.head_dim,), "attention/k_norm/scale": (m.head_dim,)}
-    return {LAYER_NAMES[name]: shape for name, shape in shapes.items()}
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is in a checkpoint: its tensors, one a layer where layers are stacked, and how they lie there."""
+
+    names: tuple[str, ...]
+    stacked: bool
+    shape: tuple[int, ...]  # of one layer, ours
+    dtype: Any
+    inputs: int  # leading dimensions that are the input of a matrix; 0: no matrix, or one that lies as it does here
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Matrices are [out, in]; heads are no dimension of their own."""
+        if not self.inputs:
+            return (math.prod(self.shape),) if self.stacked else self.shape
+        return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+
+    def to_theirs(self, value: np.ndarray) -> np.ndarray:
+        return value.reshape(self.their_shape[::-1]).T if self.inputs else value.reshape(self.their_shape)
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        return (tensor.T if self.inputs else tensor).reshape(self.shape)
 
 
-def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Model, vocab_size: int) -> None:
+def _places(model: Transformer, family: Family) -> list[Place]:
+    """The place of every parameter, in the order of the leaves; the model may be abstract."""
+    found = []
+    params = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    for path, param in params:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value, axes = param.get_value(), axes_of(param)
+        stacked, shape = name.startswith("blocks/"), value.shape
+        if stacked:
+            theirs = family.layer_names[name.removeprefix("blocks/")]
+            names = tuple(f"model.layers.{layer}.{theirs}" for layer in range(shape[0]))
+            shape, axes = shape[1:], axes[1:]
+        else:
+            names = (OTHER_NAMES[name],)
+        matrix = name.endswith("/weight") and name != "embed/weight"
+        inputs = (2 if axes[1] == "head_dim" else 1) if matrix else 0
+        found.append(Place(names, stacked, shape, jnp.dtype(value.dtype), inputs))
+    return found
+
+
+def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Model, places: list[Place]) -> None:
     """Raise, in one line that names all kinds of it, where the tensors are not those that config.json describes."""
     layers = {int(found[1]) for name in tensors if (found := LAYER.fullmatch(name)) and len(found[1]) < 10}
     count = max(layers, default=-1) + 1
@@ -131,7 +143,7 @@ def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Mode
         )
     if len(layers) < count:
         raise UserError(f"{folder}: the files lack {count - len(layers)} of the {count} layers of config.json")
-    wanted = dict(_expected(config, vocab_size))
+    wanted = {name: place.their_shape for place in places for name in place.names}
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted and not _is_known(name, tensors, config)]
     shapes = [
@@ -152,17 +164,6 @@ def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Mode
         raise UserError(f"{folder}: {'; '.join(said)}")
 
 
-def _expected(config: Model, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of a checkpoint, with its shape."""
-    yield EMBED, (vocab_size, config.embed_dim)
-    shapes = layer_shapes(config)
-    for layer in range(config.num_layers):
-        yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in shapes.items())
-    yield OTHER_NAMES["norm/scale"], (config.embed_dim,)
-    if not config.tied_head:
-        yield HEAD, (vocab_size, config.embed_dim)
-
-
 def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
     """Whether a tensor only repeats what the model has anyway: a tied head, or the frequencies of rope."""
     if name == HEAD and EMBED in tensors:
@@ -175,21 +176,10 @@ def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
     return tensors[name].shape == own.shape and np.allclose(tensors[name].read().astype(float), own, rtol=1e-2)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by path, `blocks/attn_norm/scale`."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(k.name for k in path if k.name != "value"): leaf for path, leaf in paths}
-
-
-def _stack(name: str, tensors: dict[str, Tensor], config: Model, wanted: Any) -> np.ndarray:
+def _from_tensors(place: Place, tensors: dict[str, Tensor]) -> np.ndarray:
     """One parameter of ours from theirs, all layers stacked."""
-    dtype = jnp.dtype(wanted.dtype)
-    if name in OTHER_NAMES:
-        value = _finite(OTHER_NAMES[name], tensors, dtype)
-        return value.T if name == "head/weight" else value
-    inside = name.removeprefix("blocks/")
-    each = (_finite(f"model.layers.{i}.{LAYER_NAMES[inside]}", tensors, dtype) for i in range(config.num_layers))
-    return np.stack([_to_ours(inside, tensor, wanted.shape[1:]) for tensor in each])
+    values = [place.to_ours(_finite(name, tensors, place.dtype)) for name in place.names]
+    return np.stack(values) if place.stacked else values[0]
 
 
 def _finite(name: str, tensors: dict[str, Tensor], dtype: Any) -> np.ndarray:
@@ -202,15 +192,3 @@ def _finite(name: str, tensors: dict[str, Tensor], dtype: Any) -> np.ndarray:
             f"{tensors[name].file}: {name} has {broken} values of {value.size} that are no finite {dtype} numbers"
         )
     return value
-
-
-def _to_ours(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Theirs is [out, in]; ours is [in, out] with heads as dimensions of their own."""
-    return tensor.T.reshape(shape) if tensor.ndim == 2 else tensor
-
-
-def _to_theirs(name: str, value: np.ndarray) -> np.ndarray:
-    if value.ndim == 1:
-        return value
-    rows = value.shape[0] if name != "attention/o/weight" else value.shape[0] * value.shape[1]
-    return value.reshape(rows, -1).T

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from lm.experiment import Model
 
 # Dense bfloat16 operations a second of one jax device, by the makers' data sheets; its `device_kind` begins like this.
@@ -36,12 +38,31 @@ def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> floa
     window, show it on average, (length + 1) / 2 without a window, and so are the values. Nothing else is counted.
     Source: PaLM, arXiv 2204.02311, appendix B, but for the causal half.
     """
+    weights, heads = layer_matrices(config), config.num_heads * config.head_dim
+    windows = Counter(min(config.layer(number).window or length, length) for number in range(config.num_layers))
+    layers = 0.0
+    for window, count in windows.items():
+        seen = (window * (window + 1) / 2 + (length - window) * window) / length
+        attention = 2 * 2 * heads * seen
+        layers += count * (2 * weights + attention)
+    return layers + 2 * config.embed_dim * vocab_size
+
+
+def layer_matrices(config: Model) -> int:
+    """Numbers in the matrices of one layer."""
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    weights = config.embed_dim * (2 * heads + 2 * kv_heads + 3 * config.mlp_dim)
-    window = min(config.window or length, length)
-    seen = (window * (window + 1) / 2 + (length - window) * window) / length
-    attention = 2 * 2 * heads * seen
-    return config.num_layers * (2 * weights + attention) + 2 * config.embed_dim * vocab_size
+    mlp = (3 if config.gated_mlp else 2) * config.mlp_dim
+    return config.embed_dim * (2 * heads + 2 * kv_heads + mlp)
+
+
+def layer_vectors(config: Model) -> int:
+    """Numbers in the norms and biases of one layer."""
+    c, heads, kv_heads = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    norms = c.embed_dim * (4 if c.norms == "sandwich" else 2)
+    qk_norms = (2 * c.head_dim if c.qk_norm_of == "head" else heads + kv_heads) if c.qk_norm else 0
+    biases = c.qkv_bias * (heads + 2 * kv_heads) + c.output_bias * c.embed_dim
+    mlp_biases = c.mlp_bias * ((2 if c.gated_mlp else 1) * c.mlp_dim + c.embed_dim)
+    return norms + qk_norms + biases + mlp_biases
 
 
 def update_flops_per_token(

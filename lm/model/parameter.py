@@ -37,7 +37,7 @@ def stack_layers(make: Callable[[PRNGKeyArray], nnx.Module], keys: PRNGKeyArray)
 def axes_of(param: nnx.Param) -> tuple[str, ...]:
     """Logical names of a parameter's dimensions. In a scan over layers the stored names still begin with `layers`."""
     names: tuple[str, ...] = param.get_metadata("out_sharding")
-    return names[-param[...].ndim :]
+    return names[-param.get_value().ndim :]
 
 
 def gather(param: nnx.Param, dtype: Any) -> Array:

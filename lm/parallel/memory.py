@@ -63,7 +63,7 @@ def least_bytes(model: Model, stage: Stage, sizes: dict[str, int], vocab_size: i
 def num_parameters(model: Model, vocab_size: int) -> int:
     """Numbers in the matrices of a language model."""
     heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = model.embed_dim * (heads + 3 * model.mlp_dim)
+    layer = model.embed_dim * (heads + (3 if model.gated_mlp else 2) * model.mlp_dim)
     return model.num_layers * layer + (1 if model.tied_head else 2) * vocab_size * model.embed_dim
 
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from lm.algorithms.table import algorithm_of, flops_per_token
 from lm.experiment import Experiment, Stage, rows_per_update, updates_per_step
-from lm.interop.hf import layer_shapes
-from lm.model.flops import forward_flops_per_token
+from lm.model.flops import forward_flops_per_token, layer_matrices, layer_vectors
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.stored import read_record
@@ -204,7 +203,7 @@ def parameters(experiment: Experiment) -> int:
     """Of a language model of the experiment."""
     m = experiment.model
     vocabulary = experiment.tokenizer.vocab_size * m.embed_dim * (1 if m.tied_head else 2)
-    return m.num_layers * sum(map(math.prod, layer_shapes(m).values())) + vocabulary + m.embed_dim
+    return m.num_layers * (layer_matrices(m) + layer_vectors(m)) + vocabulary + m.embed_dim
 
 
 def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:

@@ -1,0 +1,19 @@
+"""Gemma 3, text (arXiv 2503.19786): five layers with a window and a rope base of their own, then one without; QK-norm."""
+
+import dataclasses
+
+from lm.model.families import gemma2
+
+FAMILY = dataclasses.replace(
+    gemma2.FAMILY,
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    max_len=131072,
+    fixed=dict(gemma2.FAMILY.fixed) | {"qk_norm": True},
+    defaults=dict(gemma2.FAMILY.defaults)
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": 6},
+    ignored=("cache_implementation", "sliding_window_pattern", "_sliding_window_pattern"),
+    slides=lambda config, layer: (layer + 1) % config["sliding_window_pattern"] != 0,
+    rope_theta=1e6,
+    local_rope_theta=10_000.0,
+)

@@ -1,0 +1,11 @@
+"""Qwen 2 and 2.5 (arXiv 2407.10671): Llama with biases of queries, keys and values."""
+
+from lm.model.families.family import Family
+
+FAMILY = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    max_len=32768,
+    fixed={"qk_norm": False, "qkv_bias": True},
+    ignored=("max_window_layers",),
+)
