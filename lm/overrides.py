@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lm.config.field import shown
 from lm.config.former import current_path, current_value
+from lm.config.presets import PRESETS, apply_preset
 from lm.experiment import (
     Experiment,
     UserError,
@@ -43,7 +44,7 @@ def knobs(experiment: Experiment) -> list[Knob]:
 
 
 def override(experiment: Experiment, arguments: list[str]) -> Experiment:
-    """The experiment with `--a.b.c VALUE` (or `--a.b.c=VALUE`) pairs applied.
+    """The experiment with `--a.b.c VALUE` (or `--a.b.c=VALUE`) pairs applied, and `--STAGE.objective.preset NAME`.
 
     Raises:
         UserError: no such leaf (names the nearest ones), a value missing or of the wrong type.
@@ -53,6 +54,14 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
     while words:
         flag = words.pop(0)
         name = current_path(flag.removeprefix("--").replace("-", "_"))
+        stage = next((one for one in experiment.stages if name == f"{one.name}.objective.preset"), None)
+        if stage and not words:
+            raise UserError(f"{flag} needs a value: one of {', '.join(PRESETS)}")
+        if stage:
+            changed = dataclasses.replace(stage, objective=apply_preset(stage.objective, words.pop(0), name))
+            stages = tuple(changed if one is stage else one for one in experiment.stages)
+            experiment = dataclasses.replace(experiment, stages=stages)
+            continue
         if not flag.startswith("--") or name not in leaves:
             raise UserError(f"no knob {flag!r}{nearest(name, leaves)} (`lm config EXPERIMENT --help` lists all)")
         if not words:

@@ -94,8 +94,8 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     ),
     (
         lambda o: o.reward_weights and len(o.reward_weights) != len(o.verifiers),
-        "reward_weights is {o.reward_weights} and verifiers is {o.verifiers}; reward_weights should have a number for each of "
-        "verifiers, or none",
+        "reward_weights is {o.reward_weights} and verifiers is {o.verifiers}; reward_weights should be a number for each of "
+        "verifiers, or empty",
     ),
     (
         lambda o: o.reward_weights and not any(o.reward_weights),

@@ -21,7 +21,7 @@ def group_mean(rewards: Groups) -> Groups:
 
 
 def leave_one_out(rewards: Groups) -> Groups:
-    """r - mean of the group's other completions (RLOO, arXiv:2402.14740, eq. 7), which is n / (n - 1) times r - mean of all n."""
+    """r - mean of the group's other completions (RLOO, arXiv:2402.14740), which is n / (n - 1) times r - mean of all n."""
     count = (~jnp.isnan(rewards)).sum(1, keepdims=True)
     return group_mean(rewards) * (count / jnp.maximum(count - 1, 1))
 
@@ -39,7 +39,7 @@ def completion_advantages(
 ) -> tuple[Float[Array, " N"], dict[str, Mean]]:
     """Advantages of N completions by their K rewards, where `group_size` neighbours answer the same prompt.
 
-    The rewards are added with reward_weights, or ("decoupled", GDPO, arXiv:2601.05242, eq. 4 to 6) normalised one by
+    The rewards are added with reward_weights, or ("decoupled", GDPO, arXiv:2601.05242) normalised one by
     one first, so that a rare reward is not lost beside a common one. NaN is a missing reward; where all are missing
     the advantage is 0.
 
@@ -101,7 +101,7 @@ def combine_rewards(
 
 
 def whiten_advantages(advantages: Float[Array, " N"], present: Bool[Array, " N"]) -> Float[Array, " N"]:
-    """Mean 0 and standard deviation 1 over the whole batch (REINFORCE++, arXiv:2501.03262, eq. 9); 0 where not present."""
+    """Mean 0 and standard deviation 1 over the whole batch (REINFORCE++, arXiv:2501.03262); 0 where not present."""
     mean, std = _moments(jnp.where(present, advantages, jnp.nan))
     return jnp.where(present, (advantages - mean) / (std + EPS), 0.0)
 

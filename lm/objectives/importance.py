@@ -27,7 +27,7 @@ def sequence_ratio(log_ratio: Tokens, mask: Tokens) -> Tokens:
 
 
 def product_ratio(log_ratio: Tokens, mask: Tokens) -> Tokens:
-    """RLOO (arXiv:2402.14740, section 3): every token has the product of its completion's ratios."""
+    """RLOO (arXiv:2402.14740): every token has the product of its completion's ratios."""
     return jnp.broadcast_to((log_ratio * mask).sum(1, keepdims=True), log_ratio.shape)
 
 
@@ -74,7 +74,7 @@ def off_policy_mask(logp: Tokens, sampler_logp: Tokens, advantages: Tokens, mask
 
 
 def top_entropy_mask(entropy: Tokens, mask: Tokens, share: float) -> Tokens:
-    """High-entropy tokens only ("Beyond the 80/20 rule", arXiv:2506.01939, eq. 6): 1 for those that are kept.
+    """High-entropy tokens only ("Beyond the 80/20 rule", arXiv:2506.01939): 1 for those that are kept.
 
     Kept is the given share of all tokens on the mask, those with the highest entropy of the policy: the threshold is a
     quantile (with linear interpolation) over all rows, which must therefore be the whole batch.

@@ -24,5 +24,5 @@ KL_ESTIMATORS: dict[str, Callable[[Tokens], Tokens]] = {
 
 
 def completion_kl(logp: Tokens, ref_logp: Tokens, mask: Tokens, kl_estimator: str) -> Float[Array, " B"]:
-    """KL(π ‖ π_ref) of whole completions, in nats: the sum over their tokens (RLOO, arXiv:2402.14740, section 2)."""
+    """KL(π ‖ π_ref) of whole completions, in nats: the sum over their tokens (RLOO, arXiv:2402.14740)."""
     return KL_ESTIMATORS[kl_estimator](jnp.where(mask > 0, logp - ref_logp, 0.0)).sum(1)

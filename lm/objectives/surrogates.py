@@ -59,7 +59,7 @@ def sapo(x: TokenSample, o: GRPO) -> Gain:
 
 
 def gmpo(x: TokenSample, o: GRPO) -> Gain:
-    """(Π clip(r, e^-clip_low, e^clip_high))^(1/length)·A, GMPO (arXiv:2507.20673, eq. 4): a geometric mean of clipped ratios.
+    """(Π clip(r, e^-clip_low, e^clip_high))^(1/length)·A, GMPO (arXiv:2507.20673): a geometric mean of clipped ratios.
 
     The clip is pessimistic, token by token; its bounds are of log r.
     """

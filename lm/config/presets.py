@@ -1,0 +1,156 @@
+"""Named members of the GRPO family: one table of configs with paper and equation; `presets.dapo` is the value of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lm.config.field import UserError, nearest
+from lm.config.grpo import GRPO
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published algorithm as fields of GRPO. `equation` is what the loss maximises, `r` the ratio and `A` the advantage."""
+
+    paper: str
+    equation: str
+    config: GRPO
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: value for f in dataclasses.fields(GRPO) if (value := getattr(self.config, f.name)) != f.default}
+
+
+PRESETS: dict[str, Preset] = {
+    "grpo": Preset(
+        "DeepSeekMath, arXiv:2402.03300, eq. 3",
+        "A = (R - mean) / std of the group; 1/|o| Σ min(r·A, clip(r, 1-ε, 1+ε)·A) - β·k3",
+        GRPO(aggregation="sequence", kl_coef=0.04),
+    ),
+    "dr_grpo": Preset(
+        "Dr. GRPO, arXiv:2503.20783, section 3.2",
+        "A = R - mean of the group; 1/max_new_tokens Σ min(r·A, clip(r, 1-ε, 1+ε)·A)",
+        GRPO(aggregation="constant", advantage_scale="none"),
+    ),
+    "dapo": Preset(
+        "DAPO, arXiv:2503.14476, eq. 8",
+        "as grpo without KL; clip to (1-0.2, 1+0.28), one mean over all tokens, prompts are sampled until groups have unequal "
+        "rewards, truncated completions are dropped",
+        GRPO(clip_high=0.28, rollouts=4, drop_truncated=True),
+    ),
+    "gspo": Preset(
+        "GSPO, arXiv:2507.18071, eq. 5 to 7",
+        "s = (π(o) / π_old(o))^(1/|o|); min(s·A, clip(s, 1-ε, 1+ε)·A)",
+        GRPO(ratio_level="sequence", aggregation="sequence", clip_low=3e-4, clip_high=4e-4),
+    ),
+    "rloo": Preset(
+        "RLOO, arXiv:2402.14740",
+        "A = R - β·KL - mean of the group's others; min(r·A, clip(r, 1-ε, 1+ε)·A) with r = π(o) / π_old(o)",
+        GRPO(
+            baseline="leave_one_out",
+            advantage_scale="none",
+            ratio_level="product",
+            aggregation="sequence",
+            kl_coef=0.05,
+            kl_in="reward",
+            kl_estimator="k1",
+        ),
+    ),
+    "reinforce_pp": Preset(
+        "REINFORCE++, arXiv:2501.03262",
+        "A = R - β·KL, whitened over the rollout, one completion a prompt; min(r·A, clip(r, 1-ε, 1+ε)·A)",
+        GRPO(
+            group_size=1,
+            baseline="none",
+            advantage_scale="none",
+            whiten_advantages=True,
+            kl_coef=0.01,
+            kl_in="reward",
+            kl_estimator="k1",
+        ),
+    ),
+    "reinforce_pp_baseline": Preset(
+        "REINFORCE++-baseline, arXiv:2501.03262",
+        "A = R - mean of the group, whitened over the rollout; min(r·A, clip(r, 1-ε, 1+ε)·A) - β·k2",
+        GRPO(advantage_scale="none", whiten_advantages=True, kl_coef=0.01, kl_estimator="k2"),
+    ),
+    "cispo": Preset(
+        "CISPO, arXiv:2506.13585, eq. 4 and 5",
+        "sg[min(r, clip_high)]·A·log π, one mean over all tokens",
+        GRPO(surrogate="cispo", clip_high=5.0),
+    ),
+    "sapo": Preset(
+        "SAPO, arXiv:2511.20347, eq. 5 and 6",
+        "1/|o| Σ 4/τ·σ(τ·(r - 1))·A, τ = 1 where A > 0, else 1.05",
+        GRPO(surrogate="sapo", aggregation="sequence"),
+    ),
+    "gmpo": Preset(
+        "GMPO, arXiv:2507.20673",
+        "(Π clip(r, e^-0.4, e^0.4))^(1/|o|)·A",
+        GRPO(surrogate="gmpo", aggregation="sequence", clip_low=0.4, clip_high=0.4),
+    ),
+    "luspo": Preset(
+        "LUSPO, arXiv:2602.05261",
+        "|o|·min(s·A, clip(s, 1-ε, 1+ε)·A) with GSPO's s",
+        GRPO(ratio_level="sequence", aggregation="sequence_sum", clip_low=3e-4, clip_high=4e-4),
+    ),
+    "vespo": Preset(
+        "VESPO, arXiv:2602.10693, eq. 20",
+        "sg[e^λ·w^k·e^(-λ·w)]·A·log π with w = π(o) / π_old(o), one mean over all tokens",
+        GRPO(surrogate="vespo"),
+    ),
+    "gdpo": Preset(
+        "GDPO, arXiv:2601.05242",
+        "A = Σ w·(R_k - mean) / std of the group, reward by reward, then whitened over the rollout",
+        GRPO(
+            verifiers=("answer", "style"),
+            reward_combination="decoupled",
+            whiten_advantages=True,
+            aggregation="sequence",
+        ),
+    ),
+    "two_sided": Preset(
+        "INTELLECT-2, arXiv:2505.07291, section 3.4",
+        "min(min(r, δ)·A, clip(r, 1-ε, 1+ε)·A) with δ = 4: r is bounded where A < 0, too",
+        GRPO(delta=4.0),
+    ),
+    "high_entropy": Preset(
+        "Beyond the 80/20 rule, arXiv:2506.01939",
+        "as dapo's clip and mean, over the 20 % of tokens with the highest entropy",
+        GRPO(clip_high=0.28, top_entropy=0.2),
+    ),
+    "deepseek_v3_2": Preset(
+        "DeepSeek-V3.2, arXiv:2512.02556, section 3.1",
+        "as grpo with β·r·k3, and without completions whose A < 0 and mean log π_old - log π > off_policy_kl",
+        GRPO(aggregation="sequence", kl_coef=0.04, kl_correction=True, off_policy_kl=0.05),
+    ),
+}
+
+
+KEPT = frozenset({"group_size", "verifiers"})
+"""Fields that stay as they are where a preset does not set them; the others that any preset sets go back to their defaults."""
+
+
+def apply_preset(o: Any, name: str, where: str) -> GRPO:
+    """A config of GRPO turned into the preset of that name; prompts, lengths, verifiers and sampler stay as they are.
+
+    Raises:
+        UserError: no such preset, or `o` is no GRPO; `where` is the field that names it.
+    """
+    if not isinstance(o, GRPO):
+        raise UserError(f"{where} is {name}; presets are of GRPO, and this objective is {type(o).__name__}")
+    if name not in PRESETS:
+        raise UserError(f"{where} is {name!r}{nearest(name, PRESETS)}; it should be one of {', '.join(PRESETS)}")
+    touched = {field for preset in PRESETS.values() for field in preset.fields} - KEPT
+    fields = {field: getattr(PRESETS[name].config, field) for field in touched} | PRESETS[name].fields
+    return dataclasses.replace(o, **fields | ({"verifiers": o.verifiers} if o.verifiers else {}))
+
+
+def __getattr__(name: str) -> GRPO:
+    """`presets.dapo`: the config of that name."""
+    if name not in PRESETS:
+        raise AttributeError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name].config
