@@ -28,7 +28,7 @@ from lm.parallel.rules import batch_sharding
 from lm.rollout import environments
 from lm.rollout.sampler import generate
 from lm.train.loop import start_state
-from lm.types import Batch
+from lm.types import TokenBatch
 
 FIRST_WORD = 3  # smaller token ids are special
 PAD = 0
@@ -72,18 +72,18 @@ class Trainer:
         jax.set_mesh(self.mesh)
         self.state, self.step = start_state(stage, model, self.mesh)
 
-    def __call__(self, batch: Batch) -> float:
+    def __call__(self, batch: TokenBatch) -> float:
         """One update; the loss, read back."""
         self.state, metrics = self.step(self.state, jax.device_put(batch, batch_sharding(self.mesh)))
         return float(metrics["loss"])
 
 
-def random_rows(kit: ModuleType, rows: int, length: int, prompt: int) -> Batch:
+def random_rows(kit: ModuleType, rows: int, length: int, prompt: int) -> TokenBatch:
     """Random tokens, each row one segment, with weight on what follows the prompt."""
     tokens = random_tokens(kit, rows, length)
     weights = np.broadcast_to(np.arange(length) >= prompt, tokens.shape).astype(np.float32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    return Batch(tokens, weights, np.ones_like(tokens), positions)
+    return TokenBatch(tokens, weights, np.ones_like(tokens), positions)
 
 
 def random_tokens(kit: ModuleType, *shape: int) -> np.ndarray:

@@ -22,12 +22,12 @@ from lm.model.transformer import Transformer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding
 from lm.train.loop import start_state
-from lm.types import Batch, SharedPrompt
+from lm.types import SharedPrompt, TokenBatch
 
 VOCAB, PROMPT, ANSWER, ROWS, GROUP = 8192, 64, 128, 32, 8
 
 
-def batch_of(group: int) -> Batch:
+def batch_of(group: int) -> TokenBatch:
     """Random rows whose neighbours, `group` at a time, share their prompt."""
     rng = np.random.default_rng(0)
     shape = (ROWS, PROMPT + ANSWER)
@@ -36,7 +36,7 @@ def batch_of(group: int) -> Batch:
     weights = np.broadcast_to(np.arange(shape[1]) >= PROMPT, shape).astype(np.float32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     drawn = [(rng.standard_normal(shape) * weights).astype(np.float32) for _ in range(5)]
-    plain = Batch(tokens, weights, np.ones(shape, np.int32), positions, shared=SharedPrompt(group, PROMPT))
+    plain = TokenBatch(tokens, weights, np.ones(shape, np.int32), positions, shared=SharedPrompt(group, PROMPT))
     names = ("advantages", "old_logp", "ref_logp", "values", "returns")
     return replace(plain, **dict(zip(names, drawn, strict=True)))
 

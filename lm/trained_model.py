@@ -16,7 +16,7 @@ from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import generate_text
 from lm.train.compilations import keep_compilations
 from lm.train.models import Loaded, load_run
-from lm.types import Batch
+from lm.types import TokenBatch
 
 Prompt = str | Sequence[dict[str, str]]
 """One user turn, or a conversation of {"role", "content"} turns that ends with the user's."""
@@ -108,7 +108,7 @@ class TrainedModel:
         row = np.full((1, width), tokenizer.pad_id, np.int32)
         row[0, :end] = tokens[:end]
         real = (np.arange(width) < end)[None].astype(np.int32)
-        batch = Batch(row, real.astype(np.float32), real, np.arange(width, dtype=np.int32)[None])
+        batch = TokenBatch(row, real.astype(np.float32), real, np.arange(width, dtype=np.int32)[None])
         found = np.asarray(token_logprobs(self.loaded.model, batch).logp)[0, start:end]
         pieces = [TURN_END if token == tokenizer.eos_id else tokenizer.decode([token]) for token in tokens[start:end]]
         return [TokenLogprob(piece, float(value)) for piece, value in zip(pieces, found, strict=True)]

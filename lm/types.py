@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 Anywhere = Any
 
 
-@typing.dataclass_transform(frozen_default=True)
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls):
     """Make a class a frozen dataclass whose fields are all pytree children."""
     cls = dataclasses.dataclass(frozen=True)(cls)
@@ -47,31 +47,79 @@ class SharedPrompt:
     tokens: int
 
 
-@pytree
-class Batch:
-    """One batch for any objective. Every per-token array speaks of the token at the same place.
+NOTHING_SHARED = SharedPrompt(rows=1, tokens=0)
 
-    `weights[b, t]` weighs the *prediction of* `tokens[b, t]`: 0 on the first token of a segment, on
-    prompts where only answers are trained on, and on padding. `segments` number the packed examples
-    from 1; 0 is padding. `positions` restart at 0 in each segment. A preference batch has the chosen
-    answer in rows 0, 2, 4, … and its rejected partner in the row after; both rows of a pair have its `margins`, by how
-    much the chosen answer is better, and `ties`, 1 where neither is. In a batch of answers that are judged by themselves `desirable[b]` is 1 for a good one and 0 for a bad one, and row b of `mismatched`
-    is row b's prompt with the answer of another row. `values` are a critic's, of the state before each token, when the
-    row was sampled, and `returns` what it should have said. What an objective has no use for is None. `shared` is what a step may compute once for several rows; it changes no result.
+
+@pytree
+class TokenBatch:
+    """Rows of tokens; every per-token array of a batch speaks of the token at the same place.
+
+    `weights[b, t]` weighs the *prediction of* `tokens[b, t]`: 0 on the first token of a segment, on prompts where only
+    answers are trained on, and on padding. `segments` number the packed examples from 1; 0 is padding. `positions` restart
+    at 0 in each segment. `shared` is what a step may compute once for several rows; it changes no result.
     """
 
     tokens: Int[Anywhere, "B T"]
     weights: Float[Anywhere, "B T"]
     segments: Int[Anywhere, "B T"]
     positions: Int[Anywhere, "B T"]
-    advantages: Float[Anywhere, "B T"] | None = None
-    old_logp: Float[Anywhere, "B T"] | None = None
-    ref_logp: Float[Anywhere, "B T"] | None = None
-    sampler_logp: Float[Anywhere, "B T"] | None = None
-    shared: SharedPrompt | None = None
-    desirable: Float[Anywhere, " B"] | None = None
-    margins: Float[Anywhere, " B"] | None = None
-    ties: Float[Anywhere, " B"] | None = None
-    values: Float[Anywhere, "B T"] | None = None
-    returns: Float[Anywhere, "B T"] | None = None
-    mismatched: Batch | None = None
+    shared: SharedPrompt = dataclasses.field(default=NOTHING_SHARED, kw_only=True)
+
+
+def array_fields(kind: type[TokenBatch]) -> list[str]:
+    """Names of the arrays of a type of batch."""
+    return [field.name for field in dataclasses.fields(kind) if field.name != "shared"]
+
+
+@pytree
+class PairBatch(TokenBatch):
+    """Preference pairs: chosen answers in rows 0, 2, 4, …, each with its rejected partner in the row after.
+
+    Both rows of a pair have its `margins`, by how much the chosen answer is better, and `ties`, 1 where neither is.
+    """
+
+    margins: Float[Anywhere, " B"]
+    ties: Float[Anywhere, " B"]
+
+
+@pytree
+class ReferencedPairBatch(PairBatch):
+    """Preference pairs with the log-probabilities of the reference, computed before the first step."""
+
+    ref_logp: Float[Anywhere, "B T"]
+
+
+@pytree
+class LabelledBatch(TokenBatch):
+    """Answers that are labelled by themselves: `desirable` is 1 for a good one and 0 for a bad one.
+
+    Row b of `mismatched` is row b's prompt with the answer of another row.
+    """
+
+    desirable: Float[Anywhere, " B"]
+    mismatched: TokenBatch
+
+
+@pytree
+class RolloutBatch(TokenBatch):
+    """Sampled completions: their advantages, and log-probabilities by the policy that ratios compare with and by the sampler.
+
+    The two are the same arrays where nothing is corrected for; the old policy is the trainer's where something is.
+    """
+
+    advantages: Float[Anywhere, "B T"]
+    old_logp: Float[Anywhere, "B T"]
+    sampler_logp: Float[Anywhere, "B T"]
+
+
+@pytree
+class CriticBatch(RolloutBatch):
+    """Sampled completions with what a critic needs.
+
+    `values` are the critic's, of the state before each token, when the row was sampled; `returns` what it should have said;
+    `ref_logp` is of the model as it was before the stage.
+    """
+
+    ref_logp: Float[Anywhere, "B T"]
+    values: Float[Anywhere, "B T"]
+    returns: Float[Anywhere, "B T"]

@@ -24,7 +24,7 @@ from lm.experiment import (
     Stage,
 )
 from lm.model.transformer import Transformer
-from lm.types import Batch, SharedPrompt
+from lm.types import CriticBatch, RolloutBatch, SharedPrompt, TokenBatch, pytree
 
 VOCAB = 64
 TINY = Model(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, max_len=64)
@@ -67,7 +67,17 @@ def tiny_stage(objective, **changes) -> Stage:
     return dataclasses.replace(base, **changes)
 
 
-def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
+@pytree
+class EveryBatch(CriticBatch):
+    """A batch for any objective."""
+
+    margins: jax.Array
+    ties: jax.Array
+    desirable: jax.Array
+    mismatched: TokenBatch
+
+
+def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> EveryBatch:
     """Two packed segments and some padding in each row; every field filled, so that any objective can use it."""
     rng = np.random.default_rng(seed)
     cut, end = length // 2 - 1, length - 2
@@ -76,14 +86,14 @@ def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
     positions = np.where(column < cut, column, column - cut)
     segments, positions = (np.broadcast_to(x, (rows, length)).astype(np.int32) for x in (segments, positions))
     weights = ((positions > 0) & (segments > 0) & (rng.random((rows, length)) < 0.7)).astype(np.float32)
-    plain = Batch(
+    plain = TokenBatch(
         tokens=jnp.asarray(rng.integers(0, VOCAB, (rows, length)), jnp.int32),
         weights=jnp.asarray(weights),
         segments=jnp.asarray(segments),
         positions=jnp.asarray(positions),
     )
-    return dataclasses.replace(
-        plain,
+    return EveryBatch(
+        **vars(plain),
         advantages=jnp.asarray(rng.standard_normal((rows, 1)) * weights, jnp.float32),
         old_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
         sampler_logp=jnp.asarray(-4 + 0.3 * rng.standard_normal((rows, length)), jnp.float32),
@@ -97,7 +107,7 @@ def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> Batch:
     )
 
 
-def grouped_batch(prompts: int = 4, group: int = 4, before: int = 7, after: int = 9, seed: int = 0) -> Batch:
+def grouped_batch(prompts: int = 4, group: int = 4, before: int = 7, after: int = 9, seed: int = 0) -> RolloutBatch:
     """Answers of several lengths, `group` neighbours to the same prompt, left padded, as rollouts are."""
     rng = np.random.default_rng(seed)
     rows, column = prompts * group, np.arange(before + after)
@@ -107,7 +117,7 @@ def grouped_batch(prompts: int = 4, group: int = 4, before: int = 7, after: int 
     tokens = rng.integers(0, VOCAB, (rows, before + after))
     tokens[:, :before] = np.repeat(tokens[::group, :before], group, axis=0)
     weights = (real & (column >= before)).astype(np.float32)
-    return Batch(
+    return RolloutBatch(
         tokens=jnp.asarray(tokens, jnp.int32),
         weights=jnp.asarray(weights),
         segments=jnp.asarray(real, jnp.int32),

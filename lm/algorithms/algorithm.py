@@ -17,6 +17,7 @@ from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks
 from lm.rollout.trajectory import Rollout
 from lm.train_step import Models, Step, TrainState
+from lm.types import TokenBatch
 
 RolloutMaker = Callable[[Engine, TrainState, Tasks, Stage[Any], int, PRNGKeyArray, NamedSharding], Rollout]
 
@@ -44,7 +45,7 @@ class Algorithm:
     carry: what it remembers from one step to the next beside the models, at the start.
     keeps_scorers: whether the reward models that a stage reads are frozen in its state, under `frozen["scorers"]`.
     rollout: samples the completions of a step and makes the batches of its updates, where the objective samples.
-    token_arrays: what its batches have of each token beside tokens, weights, segments and positions.
+    batch: the type of its batches.
     extra_forward_passes: forward passes over a batch's rows of which no gradient is taken.
     trained_model_counts: how many language models, and how many scorers with a body of their own, have a gradient.
     """
@@ -55,6 +56,6 @@ class Algorithm:
     carry: Callable[[Any], dict[str, Array]] = lambda o: {}
     keeps_scorers: bool = False
     rollout: RolloutMaker = no_rollout
-    token_arrays: Callable[[Any], tuple[str, ...]] = lambda o: ()
+    batch: Callable[[Any], type[TokenBatch]] = lambda o: TokenBatch
     extra_forward_passes: Callable[[Any], int] = lambda o: 0
     trained_model_counts: Callable[[Any], tuple[int, int]] = lambda o: (1, 0)

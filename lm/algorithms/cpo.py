@@ -13,20 +13,20 @@ from lm.objectives.cpo import cpo
 from lm.objectives.logprobs import token_logprobs
 from lm.objectives.pairs import likelihood_scale
 from lm.train_step import Models, Step, make_step
-from lm.types import Batch, Mean
+from lm.types import Mean, PairBatch
 
 
 def cpo_step(stage: Stage[CPO], optimizer: optax.GradientTransformation) -> Step:
     """CPO, SimPO and AlphaPO on (chosen, rejected) pairs; no reference."""
     o = stage.objective
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:
         return cpo(token_logprobs(models["policy"], batch).logp, batch.weights, o, nll_scale=frozen["nll_scale"])
 
-    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: PairBatch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, batch.weights)}
 
     return make_step(loss, stage, optimizer, batch_stats)
 
 
-ALGORITHM = Algorithm(cpo_step)
+ALGORITHM = Algorithm(cpo_step, batch=lambda o: PairBatch)

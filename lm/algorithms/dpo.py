@@ -14,7 +14,7 @@ from lm.objectives.dpo import dpo
 from lm.objectives.logprobs import token_logprobs
 from lm.objectives.pairs import likelihood_scale
 from lm.train_step import Models, Step, make_step
-from lm.types import Batch, Mean
+from lm.types import Mean, PairBatch, ReferencedPairBatch
 
 
 def reads_reference(o: DPO) -> bool:
@@ -26,17 +26,16 @@ def preference_step(stage: Stage[DPO], optimizer: optax.GradientTransformation) 
     """The DPO family on (chosen, rejected) pairs, against the frozen reference."""
     o = stage.objective
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: ReferencedPairBatch) -> tuple[Mean, dict[str, Mean]]:
         stats = token_logprobs(models["policy"], batch, want_log_sum_sq=o.weighting)
-        if o.reference == "cached":
-            assert batch.ref_logp is not None
+        if o.caches_reference:
             ref_logp = batch.ref_logp
         else:
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
         scale = frozen["sft_scale"]
         return dpo(stats.logp, ref_logp, batch.weights, o, log_sum_sq=stats.log_sum_sq, sft_scale=scale)
 
-    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: PairBatch) -> dict[str, Array]:
         return {"sft_scale": likelihood_scale(batch.weights, batch.weights)}
 
     return make_step(loss, stage, optimizer, batch_stats)
@@ -45,6 +44,6 @@ def preference_step(stage: Stage[DPO], optimizer: optax.GradientTransformation) 
 ALGORITHM = Algorithm(
     preference_step,
     reads_reference=reads_reference,
-    token_arrays=lambda o: ("ref_logp",) if o.caches_reference else (),
+    batch=lambda o: ReferencedPairBatch if o.caches_reference else PairBatch,
     extra_forward_passes=reads_reference,
 )

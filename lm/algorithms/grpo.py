@@ -29,7 +29,7 @@ from lm.rollout.episodes import Tasks, sample_trajectories
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
 from lm.train_step import Models, Step, TrainState, make_step
-from lm.types import Batch, Mean, SharedPrompt
+from lm.types import NOTHING_SHARED, Mean, RolloutBatch, SharedPrompt
 
 
 def reads_reference(o: GRPO) -> bool:
@@ -46,26 +46,24 @@ def grpo_step(stage: Stage[GRPO], optimizer: optax.GradientTransformation) -> St
     """The GRPO family on completions that carry their advantages."""
     o = stage.objective
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        assert batch.advantages is not None
+    def loss(models: Models, frozen: Any, batch: RolloutBatch) -> tuple[Mean, dict[str, Mean]]:
         stats = token_logprobs(models["policy"], batch, o.temperature, want_entropy=True)
         ref_logp = None
         if o.kl_coef and o.kl_in == "loss":
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch, o.temperature).logp)
         correction, gap = None, {}
         if o.corrects_sampler:
-            assert batch.old_logp is not None and batch.sampler_logp is not None
             gap = {"sampler_kl": weighted(k3(batch.old_logp - batch.sampler_logp), batch.weights)}
             if o.tis_clip:
                 correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
         mean, metrics = grpo(
             stats.logp, batch.weights, batch.advantages, o, old_logp=batch.old_logp, ref_logp=ref_logp,
-            sampler_logp=batch.sampler_logp, correction=correction, entropy=stats.entropy,
+            sampler_logp=batch.sampler_logp if o.corrects_sampler else None, correction=correction, entropy=stats.entropy,
             entropy_scale=frozen.get("entropy_scale"),
         )  # fmt: skip
         return mean, metrics | gap
 
-    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: RolloutBatch) -> dict[str, Array]:
         return {"entropy_scale": entropy_scale(batch.weights, o)}
 
     return make_step(loss, stage, optimizer, batch_stats if o.entropy_coef and o.top_entropy == 1 else None)
@@ -127,9 +125,8 @@ def reward_columns(trajectories: Sequence[Trajectory], names: Sequence[str]) -> 
 
 
 @functools.partial(jax.jit, static_argnames="o")
-def kl_to_reference(reference: Transformer, batch: Batch, o: GRPO) -> Float[Array, " B"]:
+def kl_to_reference(reference: Transformer, batch: RolloutBatch, o: GRPO) -> Float[Array, " B"]:
     """The KL of each completion to the reference, in nats, from the log-probabilities that it was sampled with."""
-    assert batch.old_logp is not None
     ref_logp = token_logprobs(reference, batch, o.temperature).logp
     return completion_kl(batch.old_logp, ref_logp, batch.weights, o.kl_estimator)
 
@@ -150,11 +147,10 @@ def fill(rewards: Float[np.ndarray, "N ..."], group_size: int, groups: int) -> I
     return (np.sort(chosen)[:, None] * group_size + np.arange(group_size)).reshape(-1)
 
 
-def spread(batch: Batch, updates: int) -> list[Batch]:
+def spread(batch: RolloutBatch, updates: int) -> list[RolloutBatch]:
     """A batch for each update: the groups are spread over them, so that each update sees every prompt it can."""
-    assert batch.shared is not None
     group, rest = divmod(batch.shared.rows, updates)
-    batch = dataclasses.replace(batch, shared=None if rest else SharedPrompt(group, batch.shared.tokens))
+    batch = dataclasses.replace(batch, shared=NOTHING_SHARED if rest else SharedPrompt(group, batch.shared.tokens))
     return [jax.tree.map(lambda x, i=i: x[i::updates], batch) for i in range(updates)]
 
 
@@ -162,6 +158,6 @@ ALGORITHM = Algorithm(
     grpo_step,
     rollout=grpo_rollout,
     reads_reference=reads_reference,
-    token_arrays=lambda o: ("advantages", "old_logp", *(("sampler_logp",) if o.corrects_sampler else ())),
+    batch=lambda o: RolloutBatch,
     extra_forward_passes=extra_forward_passes,
 )

@@ -14,7 +14,7 @@ from lm.experiment import KTO, Stage
 from lm.objectives.kto import kto, log_ratio_mean, reads_baseline
 from lm.objectives.logprobs import token_logprobs
 from lm.train_step import Models, Step, cut, make_step
-from lm.types import Batch, Mean
+from lm.types import LabelledBatch, Mean, TokenBatch
 
 
 def extra_forward_passes(o: KTO) -> int:
@@ -26,16 +26,13 @@ def kto_step(stage: Stage[KTO], optimizer: optax.GradientTransformation) -> Step
     """KTO on answers by themselves, against the frozen reference; first, where it is read, the whole batch's baseline."""
     o = stage.objective
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        assert batch.desirable is not None
+    def loss(models: Models, frozen: Any, batch: LabelledBatch) -> tuple[Mean, dict[str, Mean]]:
         logp = token_logprobs(models["policy"], batch).logp
         ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
         return kto(logp, ref_logp, batch.weights, batch.desirable, o, frozen.get("kl"))
 
-    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
-        assert batch.mismatched is not None
-
-        def estimate(piece: Batch) -> Mean:
+    def batch_stats(models: Models, frozen: Any, batch: LabelledBatch) -> dict[str, Array]:
+        def estimate(piece: TokenBatch) -> Mean:
             policy, reference = (token_logprobs(model, piece).logp for model in (models["policy"], frozen["reference"]))
             return log_ratio_mean(policy, reference, piece.weights)
 
@@ -48,4 +45,6 @@ def kto_step(stage: Stage[KTO], optimizer: optax.GradientTransformation) -> Step
     return make_step(loss, stage, optimizer, batch_stats if reads_baseline(o.loss) else None)
 
 
-ALGORITHM = Algorithm(kto_step, reads_reference=lambda o: True, extra_forward_passes=extra_forward_passes)
+ALGORITHM = Algorithm(
+    kto_step, batch=lambda o: LabelledBatch, reads_reference=lambda o: True, extra_forward_passes=extra_forward_passes
+)

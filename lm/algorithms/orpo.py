@@ -13,25 +13,25 @@ from lm.objectives.logprobs import token_logprobs
 from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
 from lm.train_step import Models, Step, make_step
-from lm.types import Batch, Mean
+from lm.types import Mean, PairBatch
 
 
 def orpo_step(stage: Stage[ORPO], optimizer: optax.GradientTransformation) -> Step:
     """ORPO on (chosen, rejected) pairs; no reference."""
     o = stage.objective
 
-    def predicted(batch: Batch) -> Float[Array, "B T"]:
+    def predicted(batch: PairBatch) -> Float[Array, "B T"]:
         """1 on every token that something of its segment stands before."""
         return ((batch.segments > 0) & (batch.positions > 0)).astype(batch.weights.dtype)
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:
         logp = token_logprobs(models["policy"], batch).logp
         return orpo(logp, batch.weights, predicted(batch), o, nll_scale=frozen["nll_scale"])
 
-    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: PairBatch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, predicted(batch))}
 
     return make_step(loss, stage, optimizer, batch_stats)
 
 
-ALGORITHM = Algorithm(orpo_step)
+ALGORITHM = Algorithm(orpo_step, batch=lambda o: PairBatch)

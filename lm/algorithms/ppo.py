@@ -28,7 +28,7 @@ from lm.rollout.sampler_gap import trainer_view
 from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, rescored, rewards_of, sample_metrics, trajectory_batch
 from lm.train_step import Metrics, Models, Step, TrainState, make_step
-from lm.types import Batch, Mean
+from lm.types import CriticBatch, Mean, RolloutBatch, TokenBatch
 
 
 def models(o: PPO, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
@@ -50,12 +50,9 @@ def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step
     """
     o = stage.objective
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        assert batch.advantages is not None and batch.returns is not None
-        assert batch.old_logp is not None and batch.values is not None
+    def loss(models: Models, frozen: Any, batch: CriticBatch) -> tuple[Mean, dict[str, Mean]]:
         correction = None
         if o.corrects_sampler:
-            assert batch.sampler_logp is not None
             correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
         policy = models["policy"].with_whole_tables()
         hidden, _ = policy.hidden(batch.tokens, batch.positions, batch.segments)
@@ -66,16 +63,15 @@ def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step
             value_mask=with_end(batch.weights) if o.value_after_end else None, share=frozen.get("share"),
         )  # fmt: skip
 
-    def batch_stats(models: Models, frozen: Any, batch: Batch) -> dict[str, Array]:
+    def batch_stats(models: Models, frozen: Any, batch: CriticBatch) -> dict[str, Array]:
         return {"share": mask_share(batch.weights, with_end(batch.weights))}
 
     update = make_step(loss, stage, optimizer, batch_stats if o.value_after_end else None)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: CriticBatch) -> tuple[TrainState, Metrics]:
         moved, metrics = update(state, batch)
         if not o.kl_target:
             return moved, metrics
-        assert batch.old_logp is not None and batch.ref_logp is not None
         kl = (jnp.where(batch.weights > 0, batch.old_logp - batch.ref_logp, 0.0)).sum() / len(batch.tokens)
         # An answer counts once, however often it is gone through.
         answers = len(batch.tokens) / o.epochs
@@ -88,7 +84,7 @@ def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step
 
 
 def critic_values(
-    critic: Scorer | ScoreHead, batch: Batch, hidden: Float[Array, "B T D"] | None
+    critic: Scorer | ScoreHead, batch: TokenBatch, hidden: Float[Array, "B T D"] | None
 ) -> Float[Array, "B T"]:
     """What the critic says of the state before each token. `hidden` is the policy's, for a critic that is a head on it."""
     if isinstance(critic, ScoreHead):
@@ -122,7 +118,7 @@ def ppo_rollout(
     batch = to_devices(host, place, None, count)
     if o.corrects_sampler:  # advantages, and where ratios begin, is then the trainer's
         view = trainer_view(state.models["policy"], batch, o.temperature, stage.microbatches)
-        host = replace(host, sampler_logp=host.old_logp, old_logp=np.asarray(fetch(view.logp)))
+        host = replace(host, old_logp=np.asarray(fetch(view.logp)))
         batch = to_devices(host, place, None, count)
     scores = judged = rewards_of(found)
     if o.reward_models:
@@ -139,12 +135,12 @@ def ppo_rollout(
     if o.verifier:
         metrics |= {"judge": float(judged.mean())} | timeout_metric(timeouts)
     advantages = per_token["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
-    batches = make_minibatches(replace(host, **per_token), o, key)
+    batches = make_minibatches(CriticBatch(**vars(host) | per_token), o, key)
     found = [rescored(one, score) for one, score in zip(found, scores.tolist(), strict=True)]
-    return Rollout(batches, found, advantages, np.arange(count), metrics)
+    return Rollout(batches, found, advantages, np.arange(count), metrics, has_trainer_logp=o.corrects_sampler)
 
 
-def make_minibatches(batch: Batch, o: PPO, key: PRNGKeyArray) -> list[Batch]:
+def make_minibatches(batch: CriticBatch, o: PPO, key: PRNGKeyArray) -> list[CriticBatch]:
     """The minibatches of a rollout: every row once an epoch, in an order of its own."""
     batches = []
     for epoch in range(o.epochs):
@@ -155,11 +151,10 @@ def make_minibatches(batch: Batch, o: PPO, key: PRNGKeyArray) -> list[Batch]:
 
 @functools.partial(jax.jit, static_argnames="o")
 def advantages_and_returns(
-    state: TrainState, batch: Batch, scores: Float[Array, " B"], o: PPO
+    state: TrainState, batch: RolloutBatch, scores: Float[Array, " B"], o: PPO
 ) -> tuple[dict[str, Float[Array, "B T"]], dict[str, Array]]:
     """Advantages, returns and what else an update reads of a rollout, by field of the batch, with the metrics of both."""
     policy, mask = state.models["policy"], batch.weights
-    assert batch.old_logp is not None
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
     hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None
     judged = with_end(mask) if o.value_after_end else mask
@@ -185,10 +180,7 @@ ALGORITHM = Algorithm(
     rollout=ppo_rollout,
     reads_reference=lambda o: True,  # in the rollout: the step finds its log-probabilities in the batch
     carry=carry,
-    token_arrays=lambda o: (
-        *("advantages", "old_logp", "ref_logp", "values", "returns"),
-        *(("sampler_logp",) if o.corrects_sampler else ()),
-    ),
+    batch=lambda o: CriticBatch,
     keeps_scorers=True,
     trained_model_counts=lambda o: (1, int(o.critic == "separate")),
 )

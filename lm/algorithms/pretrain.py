@@ -11,7 +11,7 @@ from lm.experiment import SFT, Pretrain, Stage
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.logprobs import token_logprobs
 from lm.train_step import Loss, Models, Step, make_step
-from lm.types import Batch, Mean
+from lm.types import Mean, TokenBatch
 
 
 def pretrain_step(stage: Stage[Pretrain], optimizer: optax.GradientTransformation) -> Step:
@@ -23,7 +23,7 @@ def cross_entropy_loss(stage: Stage[Pretrain] | Stage[SFT]) -> Loss:
     """Cross-entropy on the weighed tokens of a batch, as both pretraining and SFT minimise it."""
     o = stage.objective
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    def loss(models: Models, frozen: Any, batch: TokenBatch) -> tuple[Mean, dict[str, Mean]]:
         stats = token_logprobs(models["policy"], batch, want_mean_logp=o.label_smoothing > 0)
         return cross_entropy(stats, batch.weights, o)
 

@@ -14,7 +14,7 @@ from lm.model.transformer import Transformer
 from lm.objectives.logprobs import last_scores
 from lm.objectives.reward_model import reward_model
 from lm.train_step import Models, Step, make_step
-from lm.types import Batch, Mean
+from lm.types import Mean, PairBatch
 
 
 def models(o: RewardModel, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
@@ -26,11 +26,12 @@ def reward_step(stage: Stage[RewardModel], optimizer: optax.GradientTransformati
     """Bradley-Terry on (chosen, rejected) pairs; what is trained is a scorer."""
     o = stage.objective
 
-    def loss(models: Models, frozen: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-        margins, is_tie = (None if x is None else x[0::2] for x in (batch.margins if o.margins else None, batch.ties))
-        return reward_model(last_scores(models["reward"], batch), batch.weights, o, margins=margins, is_tie=is_tie)
+    def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:
+        margins = batch.margins[0::2] if o.margins else None
+        scores = last_scores(models["reward"], batch)
+        return reward_model(scores, batch.weights, o, margins=margins, is_tie=batch.ties[0::2])
 
     return make_step(loss, stage, optimizer)
 
 
-ALGORITHM = Algorithm(reward_step, models, trained_model_counts=lambda o: (0, 1))
+ALGORITHM = Algorithm(reward_step, models, batch=lambda o: PairBatch, trained_model_counts=lambda o: (0, 1))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lm.data.pipeline import Prompts
     from lm.data.split import Places
     from lm.data.tokenizer import SubwordTokenizer
-    from lm.types import Batch
+    from lm.types import TokenBatch
 
 TAKES_OVERRIDES = True
 GREEN, DIM, BOLD, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -102,14 +102,16 @@ def stage_lines(
         yield from batch_lines(feed.batch(step), tokenizer.show, rows, colour, paired=stage.objective.data == "pairs")
 
 
-def batch_lines(batch: Batch, decode: Decode, rows: int, colour: bool, paired: bool = False) -> Iterator[str]:
+def batch_lines(batch: TokenBatch, decode: Decode, rows: int, colour: bool, paired: bool = False) -> Iterator[str]:
     """The first `rows` rows of a batch (pairs of rows where it is paired), each under its number and counts."""
+    from lm.types import LabelledBatch
+
     names = ("chosen", "rejected") if paired else ("",)
     for index in range(min(rows * len(names), len(batch.tokens))):
         number, side = divmod(index, len(names))
         trained, real = int((batch.weights[index] > 0).sum()), int((batch.segments[index] > 0).sum())
         title = f"{'pair' if paired else 'row'} {number} {names[side]}".rstrip()
-        if batch.desirable is not None:
+        if isinstance(batch, LabelledBatch):
             title += " desirable" if batch.desirable[index] else " undesirable"
         padding = len(batch.tokens[index]) - real
         yield _paint(f"\n--- {title}: {real} tokens, {trained} trained on, {padding} padding ---", BOLD, colour)
@@ -134,7 +136,7 @@ def render_row(
 ) -> str:
     """One row as text: trained spans green or in ⟦ ⟧, the rest dim or bare, padding left out.
 
-    tokens, weights, segments: [T], as in lm.types.Batch. A line marks where the next packed segment begins.
+    tokens, weights, segments: [T], as in lm.types.TokenBatch. A line marks where the next packed segment begins.
     """
     parts: list[str] = []
     real = [(int(t), w > 0, int(s)) for t, w, s in zip(tokens, weights, segments, strict=True) if s > 0]

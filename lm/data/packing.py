@@ -1,6 +1,6 @@
 """Packing of examples into rows of fixed length: windows over documents, packed conversations, padding.
 
-`weights`, `segments` and `positions` mean what `lm.types.Batch` says.
+`weights`, `segments` and `positions` mean what `lm.types.TokenBatch` says.
 """
 
 from __future__ import annotations

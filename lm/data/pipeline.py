@@ -30,7 +30,7 @@ from lm.data.split import Places
 from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import UserError
-from lm.types import Batch
+from lm.types import LabelledBatch, PairBatch, TokenBatch, array_fields
 
 __all__ = [
     "Feed",
@@ -68,7 +68,7 @@ class Feed:
     rows_each: int = 1
     judged: bool = False
 
-    def batch(self, step: int, only: np.ndarray | None = None) -> Batch:
+    def batch(self, step: int, only: np.ndarray | None = None) -> TokenBatch:
         """Rows step * batch_size … of the mixture, arrays [B, T] (pairs: [2B, T], chosen and rejected in turn).
 
         Held-out rows come once each, in a fixed order; after the last come empty rows of weight 0. Raises UserError if
@@ -83,7 +83,7 @@ class Feed:
         numbers = dict.fromkeys([*(row // each for row in wanted), *partners])
         made = {n: self._rows_at(step * self.batch_size + n) for n in numbers}
         rows = [made[row // each][row % each] for row in wanted]
-        batch = _stacked(rows)
+        batch = _batch_of(rows)
         if self.rows is None and not batch.weights.any():
             if only is None:
                 sources = ", ".join(self.names)
@@ -92,11 +92,12 @@ class Feed:
         if not self.judged:
             return batch
         others = [packing.mismatch(row, made[n][0], self.pad_id) for row, n in zip(rows, partners, strict=True)]
-        return replace(batch, mismatched=_stacked(others))
+        desirable = np.array([row.desirable for row in rows], np.float32)
+        return LabelledBatch(**vars(batch), desirable=desirable, mismatched=_batch_of(others))
 
-    def at(self, numbers: Sequence[int]) -> Batch:
+    def at(self, numbers: Sequence[int]) -> TokenBatch:
         """The rows (or pairs) with these numbers in the mixture: step * batch_size + place."""
-        return _stacked([row for number in numbers for row in self._rows_at(number)])
+        return _batch_of([row for number in numbers for row in self._rows_at(number)])
 
     def examples(self, step: int) -> list[tuple[int, int]]:
         """Which example each pair of a training batch is: (source, its number there), the same in every epoch."""
@@ -136,10 +137,11 @@ class Feed:
         return [empty._replace(margins=zero, ties=zero)] * 2 if self.rows_each == 2 else [empty]
 
 
-def _stacked(rows: list[packing.PackedRow]) -> Batch:
-    columns = zip(packing.PackedRow._fields, zip(*rows, strict=True), strict=True)
-    stacked: dict[str, Any] = {name: np.stack(column) for name, column in columns if column[0] is not None}
-    return Batch(**stacked)
+def _batch_of(rows: list[packing.PackedRow]) -> TokenBatch:
+    """Rows as a batch; those of pairs as pairs."""
+    kind = TokenBatch if rows[0].margins is None else PairBatch
+    arrays: dict[str, Any] = {name: np.stack([getattr(row, name) for row in rows]) for name in array_fields(kind)}
+    return kind(**arrays)
 
 
 def make_feed(

@@ -23,7 +23,7 @@ from lm.rollout.episodes import Episode, conclude, run_episodes
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.scores import score_rows
 from lm.rollout.trajectory import Trajectory, rewards_of, trajectory_batch
-from lm.types import Batch
+from lm.types import RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _numbers(item: Eval, subject: Subject, found: list[Trajectory], width: int) 
     return [dict(zip(numbers, own, strict=True)) for own in zip(*(x.tolist() for x in numbers.values()), strict=True)]
 
 
-def _looked_at(subject: Subject, batch: Batch) -> dict[str, Float[np.ndarray, " B"]]:
+def _looked_at(subject: Subject, batch: RolloutBatch) -> dict[str, Float[np.ndarray, " B"]]:
     """Sums over each answer: entropy and, against the reference, KL; and the reward models' score."""
     found = _entropy_and_kl(subject.model, subject.reference, batch)
     if subject.scorers:
@@ -163,8 +163,7 @@ def _looked_at(subject: Subject, batch: Batch) -> dict[str, Float[np.ndarray, " 
 
 
 @jax.jit
-def _entropy_and_kl(model: Any, reference: Any, batch: Batch) -> dict[str, Float[Array, " B"]]:
-    assert batch.old_logp is not None
+def _entropy_and_kl(model: Any, reference: Any, batch: RolloutBatch) -> dict[str, Float[Array, " B"]]:
     entropy = token_logprobs(model, batch, want_entropy=True).entropy
     assert entropy is not None
     found = {"entropy": (jnp.where(batch.weights > 0, entropy, 0.0)).sum(1)}

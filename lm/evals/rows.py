@@ -18,7 +18,7 @@ from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import last_scores, token_logprobs
 from lm.parallel.distributed import fetch
-from lm.types import Batch
+from lm.types import TokenBatch
 
 ROWS = 64  # rows in one forward pass or one batch of samples: bounds memory, and one shape compiles once
 SHOWN = 12  # examples kept for people to read
@@ -70,7 +70,7 @@ class Subject(Generic[Measurable]):
 
 
 @jax.jit
-def _row_logp(model: Transformer, batch: Batch) -> Float[Array, " B"]:
+def _row_logp(model: Transformer, batch: TokenBatch) -> Float[Array, " B"]:
     """Weighted sum of the log-probabilities of each row, in nats."""
     return (token_logprobs(model, batch).logp * batch.weights).sum(axis=1)
 
@@ -88,7 +88,7 @@ def row_scores(scorer: Scorer, rows: Sequence[Row], width: int) -> Float[np.ndar
     return np.concatenate([fetch(_row_score(scorer, batch))[:size] for size, batch in _batches(rows, width)])
 
 
-def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, Batch]]:
+def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, TokenBatch]]:
     """(how many rows are real, ROWS of them)."""
     for start in range(0, len(rows), ROWS):
         between_batches()
@@ -97,7 +97,7 @@ def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, Batch]]:
         for i, (ids, mask) in enumerate(part):
             tokens[i, : len(ids)], weights[i, : len(ids)], segments[i, : len(ids)] = ids, mask, 1
         positions = np.broadcast_to(np.arange(width, dtype=np.int32), (ROWS, width))
-        yield len(part), Batch(tokens, weights, segments, positions)
+        yield len(part), TokenBatch(tokens, weights, segments, positions)
 
 
 def rounded(length: int, most: int) -> int:

@@ -18,16 +18,16 @@ from jaxtyping import Array, Float, Int
 from lm.experiment import Layer, Model
 from lm.model.attention import attention_of
 from lm.parallel.rules import platform, split_ways
-from lm.types import Batch, SharedPrompt
+from lm.types import SharedPrompt, TokenBatch
 
 
-def usable(batch: Batch, config: Model) -> SharedPrompt | None:
+def usable(batch: TokenBatch, config: Model) -> SharedPrompt | None:
     """What the rows of a batch share, where computing it once is possible and pays; None elsewhere.
 
     Of a device's rows: it may have a part of a group only, and so may a part of a batch. Not on TPUs, whose kernel takes
     whole rows, nor where devices share a row.
     """
-    if batch.shared is None or platform() == "tpu" or config.attention == "splash":
+    if platform() == "tpu" or config.attention == "splash":
         return None
     rows, length = batch.tokens.shape
     group = math.gcd(rows // split_ways(rows, "batch"), batch.shared.rows)
@@ -35,11 +35,9 @@ def usable(batch: Batch, config: Model) -> SharedPrompt | None:
     return SharedPrompt(group, batch.shared.tokens) if group > 1 and whole else None
 
 
-def common_width(batch: Batch) -> int:
+def common_width(batch: TokenBatch) -> int:
     """How many places every row begins with that nobody weighs, all of them a prompt's; 0 where devices share a row."""
-    if batch.shared is None or split_ways(batch.tokens.shape[1], "length") > 1:
-        return 0
-    return batch.shared.tokens
+    return 0 if split_ways(batch.tokens.shape[1], "length") > 1 else batch.shared.tokens
 
 
 def fold(x: Int[Array, "B T"], shared: SharedPrompt) -> Int[Array, "P L"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm.model import shared_prompt
 from lm.parallel.rules import constrain, one_device, platform, split_ways
-from lm.types import Batch, pytree
+from lm.types import TokenBatch, pytree
 
 
 @pytree
@@ -51,7 +51,7 @@ def shifted_logprobs(
 
 def token_logprobs(
     model: Any,
-    batch: Batch,
+    batch: TokenBatch,
     temperature: float = 1.0,
     *,
     max_logits: int | None = None,
@@ -98,7 +98,7 @@ AXES = ("batch", "length", "vocab")
 
 
 def _predictions(
-    model: Any, batch: Batch, hidden: Array | None
+    model: Any, batch: TokenBatch, hidden: Array | None
 ) -> tuple[Array, Array, Callable[[TokenStats], TokenStats]]:
     """Hidden states [B, N, D], the tokens [B, N] that they predict, and what brings statistics of these to [B, T]."""
     shared = shared_prompt.usable(batch, model.config) if hidden is None else None
@@ -120,7 +120,7 @@ def token_values(hidden: Float[Array, "B T D"], head: Any) -> Float[Array, "B T"
     return _align(head(hidden))
 
 
-def last_scores(scorer: Any, batch: Batch) -> Float[Array, " B"]:
+def last_scores(scorer: Any, batch: TokenBatch) -> Float[Array, " B"]:
     """A scorer's number of each row: at its last token of any weight, the end of the answer; 0 where none has."""
     place = jnp.arange(batch.tokens.shape[1])
     last = jnp.max(jnp.where(batch.weights > 0, place, -1), axis=1, keepdims=True)

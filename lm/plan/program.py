@@ -28,7 +28,7 @@ from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
 from lm.plan.chips import Topology
 from lm.train_step import TrainState
-from lm.types import Batch, SharedPrompt
+from lm.types import NOTHING_SHARED, SharedPrompt, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Program:
         """What a step takes and gives, abstract."""
         return abstract_state(self.stage, self.optimizer, self.parameters())
 
-    def batch(self) -> Batch:
+    def batch(self) -> TokenBatch:
         """The batch of an update, abstract."""
         return abstract_batch(self.stage, self.rows, self.stage.seq_len)
 
@@ -82,22 +82,19 @@ def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, model:
     return jax.eval_shape(make, model)
 
 
-def abstract_batch(stage: Stage, rows: int, length: int) -> Batch:
+def abstract_batch(stage: Stage, rows: int, length: int) -> TokenBatch:
     """A batch of this many rows with the fields that the stage's objective reads."""
     o = stage.objective
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    batch = Batch(tokens=whole, weights=real, segments=whole, positions=whole)
-    judged = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    plain = TokenBatch(tokens=whole, weights=real, segments=whole, positions=whole)
+    special: dict[str, Any] = vars(plain) | {"mismatched": plain}
+    special |= dict.fromkeys(("margins", "ties", "desirable"), jax.ShapeDtypeStruct((rows,), jnp.float32))
     if o.samples:  # prompts of one width, of which no logits are made
         group = o.completions_per_prompt
         group, rest = divmod(group, o.updates_per_step if group > 1 else 1)
-        batch = dataclasses.replace(batch, shared=None if rest else SharedPrompt(group, length - o.max_new_tokens))
-    if o.data == "labelled":
-        batch = dataclasses.replace(batch, desirable=judged, mismatched=batch)
-    if o.data == "pairs":
-        batch = dataclasses.replace(batch, margins=judged, ties=judged)
-    arrays: dict[str, Any] = dict.fromkeys(algorithm_of(stage).token_arrays(o), real)
-    return dataclasses.replace(batch, **arrays)
+        special["shared"] = NOTHING_SHARED if rest else SharedPrompt(group, length - o.max_new_tokens)
+    kind = algorithm_of(stage).batch(o)
+    return kind(**{field.name: special.get(field.name, real) for field in dataclasses.fields(kind)})
 
 
 def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from lm.experiment import Model
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.rules import constrain, platform
-from lm.types import Batch, pytree
+from lm.types import RolloutBatch, pytree
 
 LARGEST_RATIO = 1.7
 """bfloat16: largest mean distance of the sampler from float32 over the trainer's, of many tokens; right ones have about 1."""
@@ -78,11 +78,11 @@ def precision(config: Model) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "pieces"))
-def trainer_view(model: Any, batch: Batch, temperature: float, pieces: int = 1) -> TrainerView:
+def trainer_view(model: Any, batch: RolloutBatch, temperature: float, pieces: int = 1) -> TrainerView:
     """The trainer's log-probabilities of a batch, 0 where nothing is weighed; in as many pieces as its step has microbatches."""
     unit = 2.0**-9 if precision(model.config) == "bfloat16" else FLOAT32
 
-    def view(piece: Batch) -> TrainerView:
+    def view(piece: RolloutBatch) -> TrainerView:
         stats = token_logprobs(model, piece, temperature, want_mean_logp=True)
         assert stats.mean_logp is not None
         # The logit's error counts as far as the token is not sure; what is left then is float32's in the log-softmax.
@@ -95,23 +95,16 @@ def trainer_view(model: Any, batch: Batch, temperature: float, pieces: int = 1) 
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(view, cut))
 
 
-def sampled_logp(batch: Batch) -> Float[Array, "B T"]:
-    """What the sampler said of its tokens: its own field where the old policy is the trainer's."""
-    logp = batch.old_logp if batch.sampler_logp is None else batch.sampler_logp
-    assert logp is not None
-    return logp
-
-
-def sampler_gap(views: list[TrainerView], batches: list[Batch], dtype: str) -> SamplerGap:
+def sampler_gap(views: list[TrainerView], batches: list[RolloutBatch], dtype: str) -> SamplerGap:
     """The gap over all tokens of the batches of a rollout, of a model of this precision."""
     mean, p99, largest, mean_units, largest_units = map(float, _gap(views, batches))
     return SamplerGap(mean, p99, largest, largest_units if dtype == "float32" else mean_units)
 
 
 @jax.jit
-def _gap(views: list[TrainerView], batches: list[Batch]) -> tuple[Array, ...]:
+def _gap(views: list[TrainerView], batches: list[RolloutBatch]) -> tuple[Array, ...]:
     on = _flat([batch.weights for batch in batches]) > 0
-    gap = jnp.abs(_flat(list(map(sampled_logp, batches))) - _flat([view.logp for view in views]))
+    gap = jnp.abs(_flat([batch.sampler_logp for batch in batches]) - _flat([view.logp for view in views]))
     units = gap / _flat([view.unit for view in views])
     ordered = jnp.sort(jnp.where(on, gap, -1.0))  # those that were sampled come last
     count = jnp.maximum(on.sum(), 1)
@@ -128,7 +121,7 @@ def is_suspicious(gap: SamplerGap, known: GapBound | None) -> bool:
 def agreement(
     model: Any,
     views: list[TrainerView],
-    batches: list[Batch],
+    batches: list[RolloutBatch],
     gap: SamplerGap,
     temperature: float,
     pieces: int = 1,
@@ -144,19 +137,19 @@ def agreement(
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "pieces"))
-def _float32_logp(model: Any, batch: Batch, temperature: float, pieces: int) -> Float[Array, "B T"]:
+def _float32_logp(model: Any, batch: RolloutBatch, temperature: float, pieces: int) -> Float[Array, "B T"]:
     exact = jax.tree.map(lambda x: x, model)
     exact.config = dataclasses.replace(model.config, compute_dtype="float32", logits_dtype="float32")
     return trainer_view(exact, batch, temperature, pieces).logp
 
 
 @jax.jit
-def _distances(views: list[TrainerView], batches: list[Batch], exact: list[Array]) -> tuple[Array, Array, Array]:
+def _distances(views: list[TrainerView], batches: list[RolloutBatch], exact: list[Array]) -> tuple[Array, Array, Array]:
     """Mean of the sampler, of the trainer, and how many tokens make up the latter: (Σx)² / Σx² (Kish's effective size)."""
     on, unit = _flat([batch.weights for batch in batches]) > 0, _flat([view.unit for view in views])
     sampler, trainer = (
         jnp.where(on, jnp.abs(_flat(logp) - _flat(exact)) / unit, 0.0)
-        for logp in (list(map(sampled_logp, batches)), [view.logp for view in views])
+        for logp in ([batch.sampler_logp for batch in batches], [view.logp for view in views])
     )
     effective = jnp.square(trainer.sum()) / jnp.maximum(jnp.square(trainer).sum(), 1e-30)
     return _mean(sampler, on), _mean(trainer, on), effective

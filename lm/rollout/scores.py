@@ -13,13 +13,13 @@ from jaxtyping import Array, Float
 from lm.experiment import UserError
 from lm.model.scorer import Scorer
 from lm.objectives.logprobs import last_scores
-from lm.types import Batch
+from lm.types import TokenBatch
 
 ENSEMBLES: dict[str, Callable[..., Array]] = {"mean": jnp.mean, "min": jnp.min}
 
 
 @functools.partial(jax.jit, static_argnames="ensemble")
-def score_rows(scorers: tuple[Scorer, ...], batch: Batch, ensemble: str = "mean") -> Float[Array, " B"]:
+def score_rows(scorers: tuple[Scorer, ...], batch: TokenBatch, ensemble: str = "mean") -> Float[Array, " B"]:
     """The score of each row's answer, one of all reward models'."""
     return ENSEMBLES[ensemble](jnp.stack([last_scores(scorer, batch) for scorer in scorers]), axis=0)
 

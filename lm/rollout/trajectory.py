@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int8, Int32
 
-from lm.types import Batch, SharedPrompt
+from lm.types import RolloutBatch, SharedPrompt
 
 AUTHORS = ("prompt", "model", "environment")
 """Who wrote a token, by its number in `Trajectory.authors`."""
@@ -68,14 +68,16 @@ class Trajectory:
 class Rollout:
     """What a step sampled: the batches of its updates, and all trajectories with the advantage of each.
 
-    `chosen` are the trajectories that are in the batches, in order.
+    `chosen` are the trajectories that are in the batches, in order. `has_trainer_logp`: `old_logp` of the batches is the
+    trainer's already, and not the sampler's.
     """
 
-    batches: list[Batch]
+    batches: Sequence[RolloutBatch]
     trajectories: list[Trajectory]
     advantages: Float[np.ndarray, " N"]
     chosen: Int[np.ndarray, " B"]
     metrics: dict[str, float]
+    has_trainer_logp: bool = False
 
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -108,7 +110,7 @@ def trajectory_batch(
     pad_id: int,
     advantages: Float[np.ndarray, " B"] | None = None,
     group_size: int = 1,
-) -> Batch:
+) -> RolloutBatch:
     """One row a trajectory, on the host: prompts left padded, what follows right padded; only the model's tokens have weight.
 
     Args:
@@ -126,12 +128,13 @@ def trajectory_batch(
         tokens[place], logp[place], real[place] = one.tokens, one.logp, True
         weights[place] = one.authors == MODEL
     given = np.zeros(rows, np.float32) if advantages is None else advantages
-    return Batch(
+    return RolloutBatch(
         tokens=tokens,
         weights=weights,
         segments=real.astype(np.int32),
         positions=np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32),
         advantages=weights * given[:, None].astype(np.float32),
         old_logp=logp,
+        sampler_logp=logp,
         shared=SharedPrompt(group_size, prompt_width),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -18,7 +18,7 @@ from lm.parallel.rules import batch_sharding
 from lm.train.metrics import MetricsLog
 from lm.train.reference import REFERENCE, Known, precompute_reference_logps, with_reference
 from lm.train_step import TrainState
-from lm.types import Batch
+from lm.types import TokenBatch
 
 AHEAD = 2  # steps whose batches are ready before they are asked for
 
@@ -29,17 +29,20 @@ class Prefetcher:
     What `batch` raises is raised here, at its step. `close` ends the thread.
     """
 
-    def __init__(self, batch: Callable[[int], Batch], steps: int):
+    def __init__(self, batch: Callable[[int], TokenBatch], steps: int):
         self._batch, self._steps = batch, steps
         self._thread: threading.Thread | None = None
         self._next = 0
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> TokenBatch:
         if not 0 <= step < self._steps:
             return self._batch(step)
         if self._thread is None or step != self._next:
             self.close()
-            self._stop, self._ready = threading.Event(), queue.Queue[tuple[Batch | None, BaseException | None]](AHEAD)
+            self._stop, self._ready = (
+                threading.Event(),
+                queue.Queue[tuple[TokenBatch | None, BaseException | None]](AHEAD),
+            )
             self._thread = threading.Thread(target=self._work, args=(step, self._stop, self._ready), daemon=True)
             self._thread.start()
         batch, error = self._ready.get()
@@ -97,11 +100,11 @@ class Batches:
             before: called with what comes next, before each thing that takes time; raises where the run should stop.
         """
 
-    def make(self, step: int) -> Batch:
+    def make(self, step: int) -> TokenBatch:
         """The rows of this process of a step's batch, on the host."""
         return self.feed.batch(step, self.rows)
 
-    def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
+    def __call__(self, step: int, state: TrainState) -> tuple[Sequence[TokenBatch], dict[str, float]]:
         return [to_devices(self.batch(step), self.place, self.rows, self.count)], {}
 
     def show(self, log: MetricsLog, step: int) -> None:
@@ -123,6 +126,6 @@ class CachedReferenceBatches(Batches):
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.known = precompute_reference_logps(self.feed, model, self.stage, self.place, folder / REFERENCE, before)
 
-    def make(self, step: int) -> Batch:
+    def make(self, step: int) -> TokenBatch:
         rows = range(self.count) if self.rows is None else self.rows.tolist()
         return with_reference(super().make(step), self.feed, step, rows, self.known)

@@ -45,7 +45,7 @@ from lm.train.stage_warnings import Warnings
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.train_step import Step, TrainState
-from lm.types import Batch
+from lm.types import TokenBatch
 
 PRODUCED = {"policy", "reward"}
 """Roles of the models that a stage leaves to later ones."""
@@ -345,7 +345,7 @@ class _Loop:
 
 
 @jax.jit
-def _count_tokens(batch: Batch) -> jax.Array:
+def _count_tokens(batch: TokenBatch) -> jax.Array:
     return jnp.sum(batch.segments > 0)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,7 +19,7 @@ from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import broadcast_from_main, fetch, run_on_main, to_devices
 from lm.train.metrics import Progress
-from lm.types import Batch
+from lm.types import ReferencedPairBatch, TokenBatch
 
 REFERENCE = "reference.npz"  # in a stage's folder
 SEAL_BYTES = 64
@@ -45,13 +44,13 @@ def precompute_reference_logps(
     return known
 
 
-def with_reference(batch: Batch, feed: Feed, step: int, rows: Iterable[int], known: Known) -> Batch:
+def with_reference(batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int], known: Known) -> TokenBatch:
     """The batch, which has these rows of the step's, with `ref_logp`; it is 0 on places of weight 0."""
     examples, each = feed.examples(step), feed.rows_each
     ref_logp = np.zeros(batch.weights.shape, np.float32)
     for place, row in enumerate(rows):
         ref_logp[place, batch.weights[place] > 0] = known[examples[row // each]][row % each]
-    return replace(batch, ref_logp=ref_logp)
+    return ReferencedPairBatch(**vars(batch), ref_logp=ref_logp)
 
 
 def _measure(
@@ -78,7 +77,7 @@ def _measure(
 
 
 @jax.jit
-def _logp(model: Transformer, batch: Batch) -> Float[Array, "B T"]:
+def _logp(model: Transformer, batch: TokenBatch) -> Float[Array, "B T"]:
     return token_logprobs(model, batch).logp
 
 

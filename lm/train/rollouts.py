@@ -45,7 +45,7 @@ from lm.train.batches import Batches, CachedReferenceBatches
 from lm.train.metrics import MetricsLog
 from lm.train.trajectory_writer import keep_trajectories
 from lm.train_step import TrainState
-from lm.types import Batch
+from lm.types import RolloutBatch
 
 GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
 
@@ -71,7 +71,7 @@ class RolloutBatches(Batches):
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.folder = folder
 
-    def __call__(self, step: int, state: TrainState) -> tuple[list[Batch], dict[str, float]]:
+    def __call__(self, step: int, state: TrainState) -> tuple[list[RolloutBatch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)
         o = self.stage.objective
         model = policy_of(state.models)
@@ -89,7 +89,7 @@ class RolloutBatches(Batches):
         if o.samples_as_trained and is_suspicious(gap, self.agreement):
             self.agreement = agreement(model, views, once, gap, o.temperature, pieces)
             self._check(gap, self.agreement, step, model.config)
-        if o.corrects_sampler and batches[0].sampler_logp is None:
+        if o.corrects_sampler and not self.latest.has_trainer_logp:
             batches = [as_trainer_sees(batch, view) for batch, view in zip(batches, views, strict=True)]
         return batches, self.latest.metrics | gap.metrics()
 
@@ -137,9 +137,9 @@ def make_batches(
     return Batches(feed, count, mesh, stage.steps)
 
 
-def as_trainer_sees(batch: Batch, view: TrainerView) -> Batch:
+def as_trainer_sees(batch: RolloutBatch, view: TrainerView) -> RolloutBatch:
     """The batch with the old policy being the trainer's, and the sampler's log-probabilities beside it."""
-    return dataclasses.replace(batch, old_logp=view.logp, sampler_logp=batch.old_logp)
+    return dataclasses.replace(batch, old_logp=view.logp)
 
 
 def _groups(rollout: Rollout, stage: Stage, step: int) -> Iterator[dict[str, Any]]:

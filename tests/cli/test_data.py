@@ -1,13 +1,12 @@
 """`lm data`: what is trained on, and only that, is marked; padding and packing are shown for what they are."""
 
-import dataclasses
 import re
 
 import numpy as np
 import pytest
 
 from lm.cli.data import DIM, GREEN, PLAIN, batch_lines, legend, prompt_lines, render_row
-from lm.types import Batch
+from lm.types import LabelledBatch, TokenBatch
 
 WORDS = ["<pad>", "What", " is", " 2+2?", "\n", "It", " is", " 4.", "<|im_end|>", "\x1b[2J"]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 0, 0]
@@ -54,16 +53,17 @@ def test_the_legend_wears_the_marks_that_it_explains():
 
 
 def test_an_answer_that_is_judged_by_itself_shows_its_label():
-    judged = dataclasses.replace(make_batch(2), desirable=np.array([1, 0], np.float32))
+    plain = make_batch(2)
+    judged = LabelledBatch(**vars(plain), desirable=np.array([1, 0], np.float32), mismatched=plain)
     titles = [line for line in batch_lines(judged, decode, 2, colour=False) if "---" in line]
     assert "row 0 desirable:" in titles[0] and "row 1 undesirable:" in titles[1]
 
 
-def make_batch(rows: int) -> Batch:
+def make_batch(rows: int) -> TokenBatch:
     def tile(x, dtype) -> np.ndarray:
         return np.tile(np.array(x, dtype), (rows, 1))
 
-    return Batch(tile(TOKENS, np.int32), tile(WEIGHTS, np.float32), tile(ONE, np.int32), tile(range(10), np.int32))
+    return TokenBatch(tile(TOKENS, np.int32), tile(WEIGHTS, np.float32), tile(ONE, np.int32), tile(range(10), np.int32))
 
 
 def test_rows_come_with_their_counts():

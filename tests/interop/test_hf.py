@@ -15,7 +15,7 @@ from lm.model.transformer import Transformer
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.sampler import generate
-from lm.types import Batch
+from lm.types import TokenBatch
 from tests.helpers import tiny_model
 
 
@@ -37,7 +37,9 @@ def as_batch(ids, mask, positions=None):
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if positions is None else positions
     weights = mask.astype(np.float32) * np.roll(mask, 1, axis=1)
     weights[:, 0] = 0
-    return Batch(jnp.asarray(ids), jnp.asarray(weights), jnp.asarray(mask), jnp.asarray(positions.astype(np.int32)))
+    return TokenBatch(
+        jnp.asarray(ids), jnp.asarray(weights), jnp.asarray(mask), jnp.asarray(positions.astype(np.int32))
+    )
 
 
 def tolerance(inputs) -> float:
@@ -111,7 +113,7 @@ def test_packed_documents(golden):
     model = hf.read(folder)
     ids, positions, segments = (jnp.asarray(data[f"in/{n}"]) for n in ("input_ids", "position_ids", "segment_ids"))
     weights = jnp.asarray(data["in/labels"] != -100, jnp.float32)
-    batch = Batch(ids, weights, segments, positions)
+    batch = TokenBatch(ids, weights, segments, positions)
     np.testing.assert_allclose(model(ids, positions, segments), data["nll/logits"], atol=1e-5)
 
     def loss(model):

@@ -11,7 +11,7 @@ from lm.experiment import Model
 from lm.model.shared_prompt import usable
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.mesh import make_mesh
-from lm.types import SharedPrompt
+from lm.types import NOTHING_SHARED, SharedPrompt
 from tests.helpers import grouped_batch, layout, tiny_model
 
 MODELS = {
@@ -42,7 +42,9 @@ def measured(model, batch, **options):
 
 
 def both_ways(model, batch, **options):
-    return measured(model, batch, **options), measured(model, dataclasses.replace(batch, shared=None), **options)
+    return measured(model, batch, **options), measured(
+        model, dataclasses.replace(batch, shared=NOTHING_SHARED), **options
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

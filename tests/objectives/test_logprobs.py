@@ -11,7 +11,7 @@ from objective_checks import TOLERANCE, assert_close, golden_cases, numeric_grad
 
 from lm.experiment import Model
 from lm.objectives.logprobs import TokenStats, shifted_logprobs, token_logprobs
-from lm.types import Batch, pytree
+from lm.types import TokenBatch, pytree
 
 STATISTICS = ("logp", "lse", "correct", "entropy", "mean_logp", "log_sum_sq")
 
@@ -35,13 +35,13 @@ class Tiny:
         return hidden @ self.head
 
 
-def tiny(rows: int = 3, time: int = 11, vocab: int = 17, width: int = 5) -> tuple[Tiny, Batch]:
+def tiny(rows: int = 3, time: int = 11, vocab: int = 17, width: int = 5) -> tuple[Tiny, TokenBatch]:
     rng = np.random.default_rng(0)
     model = Tiny(jnp.asarray(rng.normal(size=(vocab, width))), jnp.asarray(rng.normal(size=(width, vocab))))
     tokens = jnp.asarray(rng.integers(0, vocab, (rows, time)), jnp.int32)
     weights = jnp.asarray(rng.random((rows, time)))
     positions = jnp.broadcast_to(jnp.arange(time), tokens.shape)
-    return model, Batch(tokens, weights, jnp.ones_like(tokens), positions)
+    return model, TokenBatch(tokens, weights, jnp.ones_like(tokens), positions)
 
 
 def by_hand(logits: np.ndarray, tokens: np.ndarray, temperature: float) -> dict[str, np.ndarray]:
@@ -115,7 +115,7 @@ def test_bfloat16_logits_are_normalised_in_float32():
 def test_a_token_is_scored_by_what_stands_before_it():
     model, batch = tiny()
     before = token_logprobs(model, batch).logp
-    changed = Batch(batch.tokens.at[:, 6].add(1) % 17, batch.weights, batch.segments, batch.positions)
+    changed = TokenBatch(batch.tokens.at[:, 6].add(1) % 17, batch.weights, batch.segments, batch.positions)
     after = token_logprobs(model, changed).logp
     np.testing.assert_array_equal(before[:, 0], 0)
     np.testing.assert_array_equal(after[:, :6], before[:, :6])

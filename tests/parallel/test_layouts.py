@@ -12,6 +12,7 @@ from lm.model.scorer import Scorer
 from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
+from lm.types import NOTHING_SHARED
 from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
 pytestmark = pytest.mark.slow
@@ -124,7 +125,7 @@ def assert_same(got, wanted):
 
 def repeating_batch(seed=0):
     """A rollout's batch whose prompts are computed once a row."""
-    return dataclasses.replace(grouped_batch(seed=seed), shared=None)
+    return dataclasses.replace(grouped_batch(seed=seed), shared=NOTHING_SHARED)
 
 
 @functools.cache

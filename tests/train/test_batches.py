@@ -9,7 +9,7 @@ import pytest
 
 from lm.experiment import UserError
 from lm.train.batches import AHEAD, Prefetcher
-from lm.types import Batch
+from lm.types import TokenBatch
 
 
 class Source:
@@ -20,16 +20,16 @@ class Source:
         self.wrong = wrong
         self.thread: threading.Thread | None = None
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> TokenBatch:
         self.asked.append(step)
         self.thread = threading.current_thread()
         if step == self.wrong:
             raise UserError(f"step {step}: nothing to train on")
         zeros = np.zeros((1, 1), np.int32)
-        return Batch(tokens=np.full((1, 1), step, np.int32), weights=zeros, segments=zeros, positions=zeros)
+        return TokenBatch(tokens=np.full((1, 1), step, np.int32), weights=zeros, segments=zeros, positions=zeros)
 
 
-def number(batch: Batch) -> int:
+def number(batch: TokenBatch) -> int:
     return int(batch.tokens[0, 0])
 
 
