@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ class Request:
     that is fewer than `max_new_tokens`; a limit of 0 leaves the prompt as it is.
     """
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Any]  # arrays or lists of token ids
     key: PRNGKeyArray
     max_new_tokens: int
     temperature: float = 1.0

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Int32, PRNGKeyArray
 
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow
@@ -27,7 +27,7 @@ from lm.data.split import Places
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
-from lm.rollout.engine import Engine, Request, completion_text
+from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
 from lm.rollout.rewards import compute_rewards, reward_problem, shortened
 from lm.rollout.timed import limited
@@ -189,7 +189,7 @@ def run_episodes(
         # Rows stay at their places, ended ones as they are: what a row samples does not depend on the others.
         request = dataclasses.replace(
             request,
-            prompts=[list(episode.tokens) for episode in episodes],
+            prompts=[episode.tokens for episode in episodes],
             key=jax.random.fold_in(jax.random.fold_in(key, TURNS), turn),
             group_size=1,
             width=width,
@@ -213,9 +213,9 @@ class Episode:
         messages = _reset(self.environment, spec.seconds, task, spec.where)
         self.task, self.prompt_length = task, len(tokens)
         self.messages = [turn | {"author": AUTHORS[PROMPT]} for turn in messages]
-        self.tokens: list[int] = []
-        self.authors: list[int] = []
-        self.logp: list[float] = []
+        self.parts: list[
+            tuple[np.ndarray, np.ndarray, np.ndarray]
+        ] = []  # tokens, their authors, their log-probabilities
         self.text, self.finish, self.completed, self.version = "", "", False, 0
         self._add(tokens, PROMPT)
 
@@ -225,19 +225,20 @@ class Episode:
         return prompt_text(self.messages)
 
     @property
+    def tokens(self) -> Int32[np.ndarray, " T"]:
+        """All tokens so far."""
+        return np.concatenate([tokens for tokens, _, _ in self.parts])
+
+    @property
     def used(self) -> int:
         """Tokens after the prompt."""
-        return len(self.tokens) - self.prompt_length
+        return sum(len(tokens) for tokens, _, _ in self.parts) - self.prompt_length
 
-    def complete(self, completion: Any, tokenizer: SubwordTokenizer) -> None:
+    def complete(self, completion: Completion, tokenizer: SubwordTokenizer) -> None:
         """Add a turn of the model's."""
-        for token, logp, sampled in zip(*map(np.ndarray.tolist, completion[:3]), strict=True):
-            self._add([token], MODEL if sampled else ENVIRONMENT, logp)
-        self.text, self.completed, self.version = (
-            completion_text(tokenizer, completion),
-            completion.ended,
-            completion.version,
-        )
+        self._add(completion.tokens, np.where(completion.sampled, MODEL, ENVIRONMENT), completion.logp)
+        self.text, self.completed = completion_text(tokenizer, completion), completion.ended
+        self.version = completion.version
         self.messages.append({"role": "assistant", "content": self.text, "author": AUTHORS[MODEL]})
 
     def proceed(self, reply: Messages | str | None, tokenizer: SubwordTokenizer, budget: int) -> None:
@@ -254,22 +255,25 @@ class Episode:
 
     def trajectory(self, rewards: RewardsByName) -> Trajectory:
         """What became of it."""
+        tokens, authors, logp = map(np.concatenate, zip(*self.parts, strict=True))
         return Trajectory(
             task=self.task,
             messages=tuple(self.messages),
-            tokens=np.array(self.tokens, np.int32),
-            authors=np.array(self.authors, np.int8),
-            logp=np.array(self.logp, np.float32),
+            tokens=tokens,
+            authors=authors,
+            logp=logp,
             finish=self.finish,
             version=self.version,
             rewards=rewards,
             reward=float(sum(rewards.values())),
         )
 
-    def _add(self, tokens: Sequence[int], author: int, logp: float = 0.0) -> None:
-        self.tokens += tokens
-        self.authors += [author] * len(tokens)
-        self.logp += [logp] * len(tokens)
+    def _add(self, tokens: Any, author: Any, logp: Any = 0.0) -> None:
+        """Tokens with their author and log-probability, each an array or one for all."""
+        size = len(tokens)
+        self.parts.append(
+            (np.asarray(tokens, np.int32), np.full(size, author, np.int8), np.full(size, logp, np.float32))
+        )
 
 
 def _shared_out(numbers: Sequence[int], act: Callable[[list[int]], list[Any]]) -> dict[int, Any]:

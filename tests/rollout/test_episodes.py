@@ -126,7 +126,7 @@ def test_replies_stand_between_the_sampled_tokens_and_are_not_learnt(tokenizer):
         learnt = batch.tokens[row][batch.weights[row] > 0].tolist()
         assert learnt == one.tokens[one.authors == MODEL].tolist()
         assert batch.segments[row].sum() == len(one.tokens) and batch.positions[row].max() == len(one.tokens) - 1
-    assert engine.requests[1].prompts[1] == later.tokens[: -len(second)].tolist()
+    assert engine.requests[1].prompts[1].tolist() == later.tokens[: -len(second)].tolist()
     assert engine.requests[1].limits[0] == 0  # what has ended is not completed
     assert later.version == 7
 
