@@ -117,6 +117,9 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
         for name in names:
             count *= 1 if name in SPLIT else ways(name, program.sizes)
         shapes = [shape, shape[1:]] if names[0] == "layers" else [shape]
+        if names[0] == "layers" and (size := len(program.model.period)) > 1:  # the scan takes a period of layers a turn
+            turns = shape[0] // size
+            shapes += [(turns * size, *shape[1:]), (turns, size, *shape[1:]), (size, *shape[1:])]
         found |= {tuple(sorted(sizes)): count for sizes in shapes if len(sizes) >= 2}
     return found
 
