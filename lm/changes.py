@@ -87,7 +87,7 @@ def edited(folder: Path, experiment: Plain) -> str:
     if not recorded or any(normalised(experiment) == normalised(one) for one in recorded):
         return ""
     different = [
-        f"{name} is {json.dumps(now):.80}, and {environment.name} beside it says {json.dumps(was):.80}"
+        f"{name:.200} is {json.dumps(now):.80}, and {environment.name} beside it says {json.dumps(was):.80}"
         for name, was, now in diff(normalised(recorded[-1]), normalised(experiment))
     ]
     return (different or ["it has other fields"])[0]
