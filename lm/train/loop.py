@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -35,7 +36,7 @@ from lm.train.callbacks import Callback, listener
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
-from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
+from lm.train.metrics import MetricsLog, Progress, peak_memory_mb, read_lines
 from lm.train.profile import Trace
 from lm.train.provenance import package_versions
 from lm.train.resume import check_checkpoint
@@ -123,7 +124,7 @@ def train_stage(
         spent = goodput.reached(folder) if is_main_process() else 0.0
         if is_main_process():
             goodput.keep(folder, spent)
-        run_on_main(lambda: log.rewind(start, functools.partial(_taken_again, stage, start)))
+        run_on_main(lambda: log.rewind(start, functools.partial(_taken_again, stage, start, _measured_before(folder))))
         run_on_main(lambda: log.check_steps(start))
         run_on_main(lambda: rewind_trajectories(folder, start))
         costs = Costs(began, meta.get("costs", {}), spent)
@@ -186,10 +187,21 @@ def tidy(folder: RunFolder, stage: Stage) -> None:
             found.finish(step, PRODUCED)
 
 
-def _taken_again(stage: Stage, start: int, kind: str, line: dict[str, Any]) -> bool:
-    """Whether a line is of a measurement that is taken again when a stage goes on from step `start`."""
+def _measured_before(folder: Path) -> set[str]:
+    """The evals of the model that entered a stage whose line is written, after their examples."""
+    return {line["eval"] for line in read_lines(folder / "eval.jsonl") if line["when"] == "before"}
+
+
+def _taken_again(stage: Stage, start: int, before: set[str], kind: str, line: dict[str, Any]) -> bool:
+    """Whether a line is of a measurement that is taken again when a stage goes on from step `start`.
+
+    Args:
+        before: the evals of the model that entered the stage which are written whole.
+    """
     if kind not in ("eval", "samples") or line.get("kind") == "rollout":
         return False
+    if line["when"] == "before":
+        return kind == "samples" and line["kind"] != "prompt" and line.get("eval") not in before
     return line["when"] == "after" or (line["when"] == "during" and line["step"] == start and due(stage, start))
 
 

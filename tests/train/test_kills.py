@@ -42,6 +42,7 @@ experiment = Experiment(
 POINTS = (
     ("os.rename", r"tokenizer/tokenizer\.model\..*tmp", 1),
     ("open", r"stages/collect/answers\.jsonl$", 2),
+    ("open", r"stages/sft/eval\.jsonl$", 1),
     ("os.rename", r"stages/sft/checkpoints/00000002/manifest\.json\.tmp", 1),
     ("os.rename", r"stages/sft/summary\.json\.tmp", 1),
     ("shutil.rmtree", r"stages/sft/checkpoints/00000003/opt_state", 1),
@@ -67,9 +68,9 @@ sys.exit(main(words))
 """
 
 
-def lines(run_dir: Path, stage: str, kind: str) -> set[str]:
-    """The lines of a stage's file, each once: what a kill interrupted may be written again."""
-    return {json.dumps(line, sort_keys=True) for line in read_lines(run_dir / "stages" / stage / f"{kind}.jsonl")}
+def lines(run_dir: Path, stage: str, kind: str) -> list[str]:
+    """The lines of a stage's file, in no order of time: what a kill interrupted is written later."""
+    return sorted(json.dumps(line, sort_keys=True) for line in read_lines(run_dir / "stages" / stage / f"{kind}.jsonl"))
 
 
 def test_a_run_that_was_killed_at_every_kind_of_change_is_the_whole_run(tmp_path, monkeypatch):

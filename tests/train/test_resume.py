@@ -11,11 +11,12 @@ import pytest
 from lm.evals.rows import between_batches
 from lm.experiment import UserError
 from lm.files import load
-from lm.json_lines import checksums
+from lm.json_lines import checksums, read_json_lines, rewrite_json_lines
 from lm.stored import read_sealed, write_sealed
 from lm.train import evaluate
 from lm.train.checkpoint import Checkpoints
 from lm.train.loop import Interrupted
+from lm.train.metrics import read_lines
 from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop
@@ -39,6 +40,19 @@ def unfinished(whole, tmp_path) -> Path:
     shutil.copytree(whole / "whole", tmp_path / "run")
     forget_last_checkpoint(tmp_path / "run", "sft", 2)
     return tmp_path / "run"
+
+
+def test_examples_of_a_measurement_that_a_kill_cut_are_written_once(whole, unfinished):
+    stage = unfinished / "stages" / "sft"
+    lines = [raw for raw, line in read_json_lines(stage / "eval.jsonl") if line["when"] != "before"]
+    rewrite_json_lines(stage / "eval.jsonl", lines)  # the examples before the first step are there, their line is not
+    run(experiment(whole), unfinished)
+    for kind in ("eval", "samples"):
+        once, cut = (
+            sorted(json.dumps(line) for line in read_lines(folder / "stages" / "sft" / f"{kind}.jsonl"))
+            for folder in (whole / "whole", unfinished)
+        )
+        assert once == cut
 
 
 def test_other_data_are_refused_with_the_difference_and_may_be_accepted(whole, unfinished, capsys):
