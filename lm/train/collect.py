@@ -69,7 +69,7 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
     run_on_main(lambda: MAKERS[o.make](folder, stage.name, o))
     report = run_on_main(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
     files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, MADE_FILE) if (folder / name).exists()}
-    summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs, files)
+    summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs, {"files": files})
     if is_main_process():
         print(f"{stage.name}: {report}", flush=True)
 

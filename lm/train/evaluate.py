@@ -8,7 +8,7 @@ from typing import Any
 
 from lm.data.selection import EmptySplit
 from lm.data.tokenizer import SubwordTokenizer
-from lm.evals.examples import read_examples, talks_of
+from lm.evals.examples import Examples, read_examples, talks_of
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
 from lm.experiment import Eval, Experiment, UserError, start_of
@@ -45,6 +45,7 @@ class Evaluator:
         self.experiment, self.folder, self.tokenizer = experiment, folder, tokenizer
         self.reference, self.scorers = reference, scorers
         self.told: set[str] = set()
+        self.passed_over: dict[str, Line] = {}  # by eval what of its rows was not measured, or only in part
         self.tell: Callable[[str], None] = lambda text: None  # what is measured now, in words
 
     def before(self, index: int, model: Transformer, log: MetricsLog) -> None:
@@ -115,7 +116,7 @@ class Evaluator:
 
     def _write(self, items: list[Eval], subject: Subject, log: MetricsLog, step: int, when: str) -> None:
         for item in items:
-            self._log(log, *_lines(item, subject, step, when))
+            self._log(log, *self._lines(item, subject, step, when))
 
     def _log(self, log: MetricsLog, line: Line, examples: list[Line]) -> None:
         """The examples first: the line of eval.jsonl says that the measurement is written whole."""
@@ -132,20 +133,35 @@ class Evaluator:
         if isinstance(model, Scorer):
             if item.metric != "pair_accuracy":
                 return []
-            return [_lines(item, self._subject(model), step, when)]
+            return [self._lines(item, self._subject(model), step, when)]
         sampled = item.metric == "reward" and item.temperature == 1
         reference = self.reference() if sampled or item.metric == "pair_accuracy" else None
         if item.metric == "pair_accuracy" and reference is None:
             return []
         scorers = self.scorers() if sampled else ()
-        return [_lines(item, self._subject(model, reference, scorers), step, when)]
+        return [self._lines(item, self._subject(model, reference, scorers), step, when)]
+
+    def _lines(self, item: Eval, subject: Subject, step: int, when: str) -> tuple[Line, list[Line]]:
+        found = measure(item, subject)
+        if item.name not in self.passed_over:
+            examples = self._examples(item)
+            counts = {"passed_over": dict(examples.left_out), "cut": examples.cut}
+            self.passed_over[item.name] = {name: count for name, count in counts.items() if count}
+        where = {"step": step, "when": when, "eval": item.name}
+        kind = "pair" if item.metric == "pair_accuracy" else "heldout"
+        asked = {"asked": item.count} if found.count < item.count else {}
+        counted = {"metric": item.metric, "count": found.count} | asked | self.passed_over[item.name]
+        return where | counted | found.values, [{"kind": kind} | where | example for example in found.examples]
+
+    def _examples(self, item: Eval) -> Examples:
+        return read_examples(item, self.tokenizer, self.experiment.model.max_len, talks_of(self.experiment))
 
     def _nothing_in(self, item: Eval) -> bool:
         """Whether of what a stage has collected since the run began nothing can be measured; says so once."""
         if not is_collected(item.source):
             return False
         try:
-            read_examples(item, self.tokenizer, self.experiment.model.max_len, talks_of(self.experiment))
+            self._examples(item)
         except UserError as error:
             if item.name not in self.told and is_main_process():
                 print(f"evals.{item.name} is not measured: {error}", flush=True)
@@ -221,12 +237,3 @@ def _field(experiment: Experiment, item: Eval) -> str:
 def _answer_tokens(max_len: int) -> int:
     """The longest answer to one of the experiment's prompts."""
     return min(ANSWER_TOKENS, max_len // 2)
-
-
-def _lines(item: Eval, subject: Subject, step: int, when: str) -> tuple[Line, list[Line]]:
-    found = measure(item, subject)
-    where = {"step": step, "when": when, "eval": item.name}
-    kind = "pair" if item.metric == "pair_accuracy" else "heldout"
-    asked = {"asked": item.count} if found.count < item.count else {}
-    line = where | {"metric": item.metric, "count": found.count} | asked | found.values
-    return line, [{"kind": kind} | where | example for example in found.examples]

@@ -122,8 +122,7 @@ def train_stage(
         now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
         check_checkpoint(f"stage {stage.name}", meta, now, run.accept)
         spent = goodput.reached(folder) if is_main_process() else 0.0
-        if is_main_process():
-            goodput.keep(folder, spent)
+        run_on_main(lambda: goodput.keep(folder, spent))
         run_on_main(lambda: log.rewind(start, functools.partial(_taken_again, stage, start, _measured_before(folder))))
         run_on_main(lambda: log.check_steps(start))
         run_on_main(lambda: rewind_trajectories(folder, start))
@@ -147,7 +146,8 @@ def train_stage(
             evaluator.after(index, policy_of(state.models), log, model)
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
-        summarise(run.folder, stage, loop.tokens, num_params(state.models), batches.report, batches.sources, loop.costs)
+        data = num_params(state.models), batches.report, batches.sources
+        summarise(run.folder, stage, loop.tokens, *data, loop.costs, {"evals": evaluator.passed_over})
         run_on_main(lambda: tidy(run.folder, stage))
 
 
@@ -159,18 +159,17 @@ def summarise(
     data: str,
     sources: list[dict[str, Any]],
     costs: Costs,
-    files: dict[str, str | None] | None = None,
+    more: dict[str, Any],
 ) -> None:
     """Write, last of all, what says that the stage is finished: steps, tokens, parameters, its costs, and its data, in words
     and as the counts of each source (`Tally.to_json`).
 
     Args:
-        files: SHA-256 of what the stage wrote for later ones, by name.
+        more: `files`, the SHA-256 of what the stage wrote for later ones, by name; `evals`, the rows that each passed over.
     """
     if is_main_process():
         counts: dict[str, Any] = {"steps": stage.steps, "final_step": stage.steps, "tokens": tokens, "num_params": size}
         counts |= {"data": data, "sources": sources}
-        more = {"files": files} if files else {}
         content = counts | more | {"peak_memory_mb": peak_memory_mb()} | costs.total()
         write_sealed(folder.summary(stage.name), content)
         folder.record_finished()

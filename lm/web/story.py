@@ -155,6 +155,11 @@ def heldout_table(run: Run) -> list[HeldoutRow]:
         label = f"{metric.label}, {first['count']:,} {metric.unit}"
         if "xz_bits_per_byte" in first:
             label += f"; xz -9e needs {_bits(first['xz_bits_per_byte'])}"
+        last = next(line for line in reversed(lines) if line)
+        if passed := last.get("passed_over"):
+            label += f"; passed over: {', '.join(f'{number:,} {why}' for why, number in passed.items())}"
+        if last.get("cut"):
+            label += f"; {last['cut']:,} lose the beginning of their prompt"
         earlier = [None, *(before(stage, name) for stage in measured_stages(run))]
         cells = [_cell(line, old, metric) for line, old in zip(lines, earlier, strict=True)]
         extras = [

@@ -42,6 +42,19 @@ def unfinished(whole, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def test_rows_that_an_eval_passes_over_are_counted_in_its_line(whole):
+    file = whole / "asked.jsonl"
+    kept = file.read_text()
+    long = "".join(json.dumps({"question": f"Tell {'b ' * 99}{n}", "answer": "no"}) + "\n" for n in range(20))
+    try:
+        file.write_text(long + kept)
+        (line,) = evaluate_run(whole / "whole")
+    finally:
+        file.write_text(kept)
+    (why,) = line["passed_over"]
+    assert "longer than 60 tokens" in why and 0 < line["passed_over"][why] < 20 and line["count"] == 4
+
+
 def test_examples_of_a_measurement_that_a_kill_cut_are_written_once(whole, unfinished):
     stage = unfinished / "stages" / "sft"
     lines = [raw for raw, line in read_json_lines(stage / "eval.jsonl") if line["when"] != "before"]
