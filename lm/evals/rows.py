@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from lm.data.chat import prompt_messages
 from lm.data.tokenizer import SubwordTokenizer
 from lm.model.scorer import Scorer
 from lm.model.transformer import Transformer
@@ -103,11 +102,6 @@ def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, TokenBatch]
 def rounded(length: int, most: int) -> int:
     """The next multiple of 16, so that few shapes are compiled, but no more than `most`."""
     return min(most, -(-length // 16) * 16)
-
-
-def last_turn(row: dict) -> str:
-    """The text of what was asked last."""
-    return prompt_messages(row, "row")[-1]["content"]
 
 
 def mean_of(name: str, values: Sequence[float] | Float[np.ndarray, " N"]) -> dict[str, float]:
