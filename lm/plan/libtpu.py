@@ -14,6 +14,8 @@ from packaging.specifiers import SpecifierSet
 from lm.experiment import UserError
 
 LIBRARY = "libtpu.so"
+READ = SpecifierSet(">=0.0.42,<0.0.53")
+"""The versions whose modules, lists of allocations and errors lm/plan/hlo_text.py and compiled.py have been tried with."""
 VARIABLE = "TPU_LIBRARY_PATH"  # by which jax finds it, before the installed package
 INSTALL = "pip install 'lm[plan]'"
 OTHER = "pip install --no-deps --target DIR libtpu==VERSION"
@@ -33,13 +35,15 @@ class Libtpu:
         return f"libtpu {self.version}" if self.version else f"libtpu at {self.path}"
 
     @property
-    def note(self) -> str | None:
-        """A line where hosts that install jax[tpu] run another one."""
-        if self.version is not None and self.asked.contains(self.version, prereleases=True):
-            return None
-        return (
-            f"asked was {self.name}; hosts with jax {version('jax')} run libtpu {self.asked}, whose figures may differ"
-        )
+    def notes(self) -> list[str]:
+        """Lines for people: where hosts that install jax[tpu] run another one, and where its words may be other ones."""
+        lines = []
+        if self.version is None or not self.asked.contains(self.version, prereleases=True):
+            hosts = f"hosts with jax {version('jax')} run libtpu {self.asked}, whose figures may differ"
+            lines.append(f"asked was {self.name}; {hosts}")
+        if self.version is None or not READ.contains(self.version, prereleases=True):
+            lines.append(f"its text was read as that of libtpu {READ}, the versions that lm has been tried with")
+        return lines
 
 
 def find_libtpu(given: str | None) -> Libtpu:

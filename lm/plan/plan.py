@@ -13,7 +13,7 @@ from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
 from lm.plan.hlo_cost import CompiledCost, estimate
 from lm.plan.hlo_text import parse
 from lm.plan.kernels import KERNEL_EFFICIENCY
-from lm.plan.libtpu import Libtpu, find_libtpu
+from lm.plan.libtpu import find_libtpu
 from lm.plan.program import Program
 from lm.plan.sampling import Sampling, sampling
 
@@ -154,7 +154,7 @@ def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = 
         compiler = find_libtpu(libtpu)
         # The words tell of temporaries alone; the arguments stand beside them.
         needed = error.needed + arithmetic.memory.state + arithmetic.memory.batch
-        notes = (str(error), "the compiler gave no program: the time is by arithmetic", *_of_another(compiler))
+        notes = (str(error), "the compiler gave no program: the time is by arithmetic", *compiler.notes)
         return dataclasses.replace(
             arithmetic, source="compiled", update_bytes=needed, notes=notes, compiler=compiler.name
         )
@@ -164,16 +164,12 @@ def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = 
     return _compiled(arithmetic, compiled, cost)
 
 
-def _of_another(compiler: Libtpu) -> list[str]:
-    return [compiler.note] if compiler.note else []
-
-
 def _compiled(arithmetic: Plan, compiled: Compiled, cost: CompiledCost) -> Plan:
     topology = arithmetic.program.topology
     notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
     notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []
     notes += [CAVEATS["network"]] if topology.slices > 1 else []
-    notes += _of_another(compiled.compiler)
+    notes += compiled.compiler.notes
     notes += [f"not counted: kernels {', '.join(cost.unpriced_kernels)}"] * bool(cost.unpriced_kernels)
     notes += [f"counted as one turn: loops {', '.join(cost.unknown_loops)}"] * bool(cost.unknown_loops)
     return Plan(

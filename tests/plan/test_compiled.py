@@ -148,16 +148,16 @@ def test_another_compiler_is_named_and_told_from_the_one_that_hosts_run(tmp_path
     monkeypatch.delenv(libtpu.VARIABLE, raising=False)
     assert str(libtpu.asked_by_jax()) == "==0.0.42.*"
     right, newer = package(tmp_path / "a", "0.0.42.1"), package(tmp_path / "b", "0.0.52")
-    assert libtpu.find_libtpu(str(right)).name == "libtpu 0.0.42.1" and libtpu.find_libtpu(str(right)).note is None
+    assert libtpu.find_libtpu(str(right)).name == "libtpu 0.0.42.1" and libtpu.find_libtpu(str(right)).notes == []
     for place in (newer, newer / "libtpu", newer / "libtpu" / "libtpu.so"):
         found = libtpu.find_libtpu(str(place))
-        assert found.name == "libtpu 0.0.52" and "hosts with jax" in found.note and "libtpu ==0.0.42.*" in found.note
+        assert found.name == "libtpu 0.0.52" and "hosts with jax" in found.notes[0] and "libtpu ==0.0.42.*" in found.notes[0]
     monkeypatch.setenv(libtpu.VARIABLE, str(newer / "libtpu" / "libtpu.so"))  # jax would load this one
     assert libtpu.find_libtpu(None).version == "0.0.52"
     assert libtpu.find_libtpu(str(right)).version == "0.0.42.1"
     alone = tmp_path / "libtpu.so"
     alone.touch()
-    assert libtpu.find_libtpu(str(alone)).version is None and libtpu.find_libtpu(str(alone)).note
+    assert libtpu.find_libtpu(str(alone)).version is None and len(libtpu.find_libtpu(str(alone)).notes) == 2
 
 
 def test_a_compiler_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
