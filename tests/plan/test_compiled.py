@@ -151,7 +151,11 @@ def test_another_compiler_is_named_and_told_from_the_one_that_hosts_run(tmp_path
     assert libtpu.find_libtpu(str(right)).name == "libtpu 0.0.42.1" and libtpu.find_libtpu(str(right)).notes == []
     for place in (newer, newer / "libtpu", newer / "libtpu" / "libtpu.so"):
         found = libtpu.find_libtpu(str(place))
-        assert found.name == "libtpu 0.0.52" and "hosts with jax" in found.notes[0] and "libtpu ==0.0.42.*" in found.notes[0]
+        assert (
+            found.name == "libtpu 0.0.52"
+            and "hosts with jax" in found.notes[0]
+            and "libtpu ==0.0.42.*" in found.notes[0]
+        )
     monkeypatch.setenv(libtpu.VARIABLE, str(newer / "libtpu" / "libtpu.so"))  # jax would load this one
     assert libtpu.find_libtpu(None).version == "0.0.52"
     assert libtpu.find_libtpu(str(right)).version == "0.0.42.1"
