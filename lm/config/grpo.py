@@ -140,6 +140,7 @@ class GRPO(ObjectiveConfig):
     environment: str = environment_knob()
 
     data = "prompts"
+    takes_presets = True
     functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS, "verifiers": VERIFIER_ARGUMENTS, "environment": ""}
     caption = "is trained by reinforcement learning: sampled answers that the verifier rewards become more likely."
     charts = (MetricChart("Reward", {"reward": "mean of the rollouts"}, percent=True), COMPLETION_LENGTH, ENTROPY)

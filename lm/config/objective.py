@@ -45,6 +45,7 @@ class ObjectiveConfig:
     learns_preferences: held-out pairs are compared with the model that entered the first stage of this kind.
     functions: fields that take a function of the user's own, with the arguments it is called with.
     reward_model_field: the field that names reward models.
+    takes_presets: whether the named presets (`lm/config/presets.py`) are values of this class.
     caption: what the report says after the stage's name.
     charts, small_charts: what the report draws beside loss, learning rate, gradient norm and speed.
     signs: warnings that its metrics may give, by kind.
@@ -55,6 +56,7 @@ class ObjectiveConfig:
     learns_preferences: ClassVar[bool] = False
     functions: ClassVar[Mapping[str, str]] = {}
     reward_model_field: ClassVar[str] = ""
+    takes_presets: ClassVar[bool] = False
     caption: ClassVar[str]
     charts: ClassVar[tuple[MetricChart, ...]] = ()
     small_charts: ClassVar[tuple[MetricChart, ...]] = ()

@@ -124,7 +124,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "deepseek_v3_2": Preset(
         "DeepSeek-V3.2, arXiv:2512.02556, section 3.1",
-        "as grpo with β·r·k3, and without completions whose A < 0 and mean log π_old - log π > off_policy_kl",
+        "as grpo with β·r·k3, and without completions whose A < 0 and mean log π_old - log π > off_policy_kl (0.05 is our choice)",
         GRPO(aggregation="sequence", kl_coef=0.04, kl_correction=True, off_policy_kl=0.05),
     ),
 }
@@ -140,7 +140,7 @@ def apply_preset(o: Any, name: str, where: str) -> GRPO:
     Raises:
         UserError: no such preset, or `o` is no GRPO; `where` is the field that names it.
     """
-    if not isinstance(o, GRPO):
+    if not o.takes_presets:
         raise UserError(f"{where} is {name}; presets are of GRPO, and this objective is {type(o).__name__}")
     if name not in PRESETS:
         raise UserError(f"{where} is {name!r}{nearest(name, PRESETS)}; it should be one of {', '.join(PRESETS)}")
