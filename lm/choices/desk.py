@@ -1,4 +1,4 @@
-"""Who is shown which pair: every pair to so many people, no pair twice to one, and what is chosen goes to the file."""
+"""Assignment of pairs to annotators: every pair to N people, none twice to the same; choices are written to the log."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lm.experiment import UserError
 
 LONGEST_COMMENT = 4_000
 LONGEST_NAME = 60
-LEASE = 15 * 60.0  # seconds for which a pair that somebody looks at is kept for them
-LEASES_PER_ADDRESS = 20  # pairs kept at a time for people at one address, whatever names they give
+LEASE = 15 * 60.0  # seconds for which a pair stays assigned to the annotator who sees it
+LEASES_PER_ADDRESS = 20  # pairs assigned at a time to annotators at one address, whatever their names
 
 
 @dataclass(frozen=True)
 class LabelProgress:
-    """Judgements: this person's, all (of a pair as many as are asked for), how many there will be; left: for them."""
+    """Counts of judgements: this annotator's, done and total over all annotators, and pairs left for this annotator."""
 
     yours: int
     done: int
@@ -33,7 +33,7 @@ class LabelProgress:
 
 @dataclass(frozen=True)
 class View:
-    """What one person sees next. `pair` is None where there is nothing for them; then others may still be `busy`."""
+    """What an annotator sees next. `pair` is None where none is left for them; others may still be `busy`."""
 
     pair: Pair | None
     left: Answer | None
@@ -51,7 +51,7 @@ class _Lease:
 
 
 def standing(records: Iterable[Record]) -> list[Record]:
-    """The choices that have not been taken back, in their order; one for each person and pair, the last."""
+    """The choices that were not undone, in order; the last one for each annotator and pair."""
     choices = {}
     for record in records:
         if record["kind"] == "choice":
@@ -62,9 +62,9 @@ def standing(records: Iterable[Record]) -> list[Record]:
 
 
 def clean_name(name: Any) -> str:
-    """A person's name in one spelling: no spaces around it, one between words, one form of each letter.
+    """Normalise an annotator's name: Unicode NFC, single spaces, none at the ends.
 
-    Raises UserError if it is empty, too long or no text.
+    Raises UserError if it is empty, too long or not a text.
     """
     cleaned = " ".join(unicodedata.normalize("NFC", name).split()) if isinstance(name, str) else ""
     if not 0 < len(cleaned) <= LONGEST_NAME or not cleaned.isprintable():
@@ -73,13 +73,13 @@ def clean_name(name: Any) -> str:
 
 
 class Desk:
-    """Hands out pairs and takes choices, one request at a time whatever the thread.
+    """Assigns pairs and records choices; thread-safe, one request at a time.
 
-    A pair that is handed out is kept for that person for LEASE seconds. Later it may go to somebody else; a choice that
-    still comes is taken, so a pair can have more judgements than asked for but never one that is lost.
+    An assigned pair is leased to the annotator for LEASE seconds. Later it may go to another; a late choice is
+    still recorded, so a pair can have more judgements than requested but no choice is lost.
 
-    A person has one pair at a time, and an address at most LEASES_PER_ADDRESS: the oldest is then free again. Where all
-    pairs are with others, one goes on to a person of another address from the address that has most, if that has several.
+    An annotator has one pair at a time, and an address at most LEASES_PER_ADDRESS: then its oldest lease ends. Where all
+    pairs are leased, an annotator at another address takes one from the address with the most leases, if it has several.
     """
 
     def __init__(
@@ -106,27 +106,27 @@ class Desk:
         return len(self._pairs)
 
     def strangers(self) -> str:
-        """A line about choices in the file whose pairs the task does not have; "" where there are none."""
+        """A line about choices in the log whose pairs are not in this task; "" where there are none."""
         count = sum(record["pair"] not in self._pairs for record in standing(self.log.records))
         return f"{self.log.path}: {count} choices of pairs that are not in this task; they stay" if count else ""
 
     def records(self) -> list[Record]:
-        """All that is in the file now."""
+        """All records of the log."""
         with self._mutex:
             return list(self.log.records)
 
     def show(self, annotator: str, address: str = "") -> View:
-        """The pair that this person, at this address, is at, else the next one for them."""
+        """The annotator's current pair, else the next one for them."""
         with self._mutex:
             return self._show(annotator, address)
 
     def choose(
         self, annotator: str, pair: Any, choice: Any, strength: Any = None, comment: Any = "", address: str = ""
     ) -> View:
-        """Write down a choice; what comes next. The same choice sent again changes nothing.
+        """Record a choice and return the next view. The same choice sent again changes nothing.
 
         Raises:
-            UserError: no such pair or choice, or this person has judged the pair otherwise.
+            UserError: no such pair or choice, or this annotator has judged the pair differently.
             OSError: the choice could not be written; nothing has changed.
         """
         _check(choice, strength, comment)
@@ -145,10 +145,10 @@ class Desk:
             return self._show(annotator, address)
 
     def decide(self, annotator: str, judge: Callable[[Pair, Answer, Answer], str]) -> None:
-        """A program chooses, as people do, in every pair that it has not judged yet: judge(pair, left, right) -> choice.
+        """Let a program judge every pair that it has not judged yet: judge(pair, left, right) -> choice.
 
         Raises:
-            OSError: a choice could not be written; those before it are.
+            OSError: a choice could not be written; earlier ones are.
         """
         with self._mutex:
             known = set(self._chosen.get(annotator, {}))
@@ -160,14 +160,14 @@ class Desk:
                 )
 
     def undo(self, annotator: str, of: Any, address: str = "") -> View:
-        """Take back the choice with the id `of`, and show its pair again. What is taken back already stays so.
+        """Undo the choice with the id `of` and show its pair again. Undoing it twice changes nothing.
 
         Raises:
-            UserError: the choice is not this person's last one.
+            UserError: the choice is not this annotator's last one.
             OSError: it could not be written; nothing has changed.
         """
         if type(of) is not int:
-            raise UserError(f"the choice to undo is {excerpt(of)}; it must be the number of one")
+            raise UserError(f"the choice to undo is {excerpt(of)}; it must be a choice's number")
         with self._mutex:
             last = self._last(annotator)
             if any(record["kind"] == "undo" and record["of"] == of for record in reversed(self.log.records)):
@@ -217,7 +217,7 @@ class Desk:
         return View(pair, *sides, open_to_me if pair is None else 0, progress, self._last(annotator))
 
     def _current(self, annotator: str) -> Pair | None:
-        """The pair that is kept for this person, unless it was kept for too long and may be somebody else's by now."""
+        """The pair leased to this annotator, unless the lease has expired."""
         key = next((key for key, kept in self._leases.items() if annotator in kept), None)
         if key is None or self._leases[key][annotator].until > self._clock():
             return self._pairs.get(key or "")
@@ -225,7 +225,7 @@ class Desk:
         return None
 
     def _next(self, annotator: str) -> Pair | None:
-        """The first pair that this person has not judged and that needs somebody."""
+        """The first pair that needs a judgement and that this annotator has not judged."""
         mine, now = self._chosen.get(annotator, {}), self._clock()
         for key, pair in self._pairs.items():
             busy = sum(lease.until > now for lease in self._leases.get(key, {}).values())
@@ -234,7 +234,7 @@ class Desk:
         return None
 
     def _passed_on(self, annotator: str, address: str) -> Pair | None:
-        """Of the pairs that others look at the one kept longest for the address that has most, if that has several."""
+        """The oldest lease of the address with the most leases, if it has several."""
         held = self._held()
         most = max(
             (holder for holder in held if holder != address), key=lambda holder: len(held[holder]), default=address
@@ -249,7 +249,7 @@ class Desk:
         return None
 
     def _held(self) -> dict[str, list[tuple[float, str, str]]]:
-        """(since when, pair, person) of what is kept, by address."""
+        """Current leases by address: (start, pair, annotator)."""
         found: dict[str, list[tuple[float, str, str]]] = {}
         for key, kept in self._leases.items():
             for person, lease in kept.items():
@@ -257,7 +257,7 @@ class Desk:
         return found
 
     def _sides(self, annotator: str, pair: Pair) -> tuple[Answer, Answer]:
-        """Left and right, as this person sees the pair."""
+        """The left and right answer as this annotator sees the pair."""
         if on_the_left(pair, annotator, self._seed):
             return pair.first, pair.second
         return pair.second, pair.first

@@ -1,4 +1,4 @@
-"""Choices as rows of preferences: what a preference stage trains on as it is."""
+"""Export of choices to preference rows, which a preference stage reads directly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIE, SKIP = "tie", "skip"
 
 
 class Exported(NamedTuple):
-    """Rows of preferences, and how many judged pairs have none: most judges prefer no answer, or no answer has most votes."""
+    """Preference rows, and the number of judged pairs without one: most votes prefer no answer, or neither has a majority."""
 
     rows: list[dict[str, Any]]
     undecided: int
@@ -25,18 +25,18 @@ class Exported(NamedTuple):
 
 
 def preferences(records: Iterable[Record], ties: bool = False) -> Exported:
-    """One row for each pair of which more than half of the votes prefer one answer, in the order of their first votes.
+    """Convert choices to rows: one for each pair where more than half of the votes prefer one answer, in vote order.
 
-    A vote is every choice but a skip: left, right, tie and both bad all count, so one vote for an answer does not outweigh
+    Every choice except a skip is a vote: left, right, tie and both bad all count, so one vote for an answer does not outweigh
     two ties, nor one.
 
     Columns `prompt`, `chosen`, `rejected`, and `pair`; `votes` for each choice, ties and both bad among them;
-    `strength`, the mean of those given with the choices of the chosen one, or null, and the same as `margin`, only where
+    `strength`, the mean strength given with votes for the chosen answer, or null, and the same as `margin`, only where
     one was given; `sources` of both, if any.
 
-    With `ties` there is also a row, with `tie` true, for each pair that is not decided, about which somebody says tie, and of
-    which as many votes prefer either answer or more than half say tie or both bad: chosen is what the first who says tie had
-    on the left.
+    With `ties`, also a row with `tie` true for each undecided pair with at least one tie vote where
+    both answers have equally many votes or more than half are tie or both bad: `chosen` is the answer that the first
+    tie voter saw on the left.
     """
     by_pair: dict[str, list[Record]] = {}
     for record in standing(records):
@@ -60,7 +60,7 @@ def preferences(records: Iterable[Record], ties: bool = False) -> Exported:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """The rows as JSON lines; whoever reads the file sees the old one or the new one, whole."""
+    """Write rows as JSON lines, atomically: a reader sees the old or the new file."""
     half = path.with_name(path.name + ".tmp")
     with half.open("w", encoding="utf-8") as stream:
         for row in rows:
@@ -71,7 +71,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _decided(pair: str, choices: list[Record], liked: str) -> dict[str, Any]:
-    """The row of a pair of which most votes prefer the answer that is `liked`."""
+    """The row of a pair whose majority prefers the answer `liked`."""
     winners = [record for record in choices if record["choice"] in SIDES and _text(_preferred(record)) == liked]
     strengths = [record["strength"] for record in winners if record.get("strength") is not None]
     row = _row(pair, choices, _preferred(winners[0]), _other(winners[0]))

@@ -1,4 +1,4 @@
-"""The file of choices: lines that are only ever added, each on the disk before anybody is told that it is there."""
+"""The log of choices: an append-only file of JSON lines, each synced to disk before it is acknowledged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_turns(value: Any) -> bool:
-    """Whether a value is a prompt or an answer: a text, or turns of a conversation, each with a role and a content."""
+    """Whether a value is a prompt or an answer: a text, or turns with role and content."""
     if isinstance(value, str):
         return True
     parts = ("role", "content")
@@ -39,7 +39,7 @@ def is_turns(value: Any) -> bool:
 
 
 def is_strength(value: Any) -> bool:
-    """Whether a value is one of STRENGTHS, or none; True and 1.0 are not."""
+    """Whether a value is one of STRENGTHS or None; True and 1.0 are not."""
     return value is None or (type(value) is int and value in STRENGTHS)
 
 
@@ -63,7 +63,7 @@ def _is_seconds(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
 
 
-# The fields of a record that mean something, by its kind; one that may be missing is then None.
+# Fields of a record by its kind; an optional one is None where missing.
 FIELDS: dict[str, dict[str, Check]] = {
     "choice": {
         "id": _is_id, "annotator": _is_name, "pair": _is_name, "prompt": is_turns, "left": _is_side, "right": _is_side,
@@ -75,9 +75,9 @@ FIELDS: dict[str, dict[str, Check]] = {
 
 
 def fault_of(record: Any) -> str:
-    """The field in which a value is no record, of those that are read and of those to be written; "" where it is one."""
+    """What makes a value an invalid record: the bad field; "" for a valid record."""
     if not isinstance(record, dict):
-        return "it is no JSON object"
+        return "it is not a JSON object"
     kind = record.get("kind")
     if not isinstance(kind, str) or kind not in FIELDS:
         return f"kind is {excerpt(kind)}"
@@ -88,7 +88,7 @@ def fault_of(record: Any) -> str:
 
 
 def excerpt(value: Any) -> str:
-    """A value from anywhere in at most 60 characters."""
+    """Any value as text of at most 60 characters."""
     try:
         return f"{value!r:.60}"
     except (ValueError, RecursionError):  # a whole number of thousands of digits, a list in a list in a list …
@@ -96,7 +96,7 @@ def excerpt(value: Any) -> str:
 
 
 class Contents(NamedTuple):
-    """The records of a file, the bytes that they take, and a line about a last line that was cut ("": it was whole)."""
+    """The records of a log, their size in bytes, and a remark on a truncated last line ("" if complete)."""
 
     records: list[Record]
     size: int
@@ -104,7 +104,7 @@ class Contents(NamedTuple):
 
 
 class Log:
-    """A file of records, held by one process. Made by `open_log`; `append` is not for several threads at once."""
+    """An open log, locked by this process. Made by `open_log`; `append` is not thread-safe."""
 
     def __init__(self, path: Path, handle: int, contents: Contents):
         self.path = path
@@ -114,16 +114,16 @@ class Log:
         self._size = contents.size
 
     def append(self, record: Mapping[str, Any]) -> Record:
-        """Add a record with its `id`, one more than the last one's, and wait until the disk has it.
+        """Append a record with the next `id`, and wait until it is on disk.
 
-        A record that could not be written whole leaves the file as it was. Raises OSError (a full disk), and UserError for
+        A failed write leaves the file unchanged. Raises OSError (a full disk), and UserError for
         a record that `read_log` would refuse.
         """
         numbered = {"id": max((one["id"] for one in self.records[-1:]), default=0) + 1, **record}
         line = (json.dumps(numbered) + "\n").encode()
         fault = fault_of(numbered)
         if fault or _parse(line) != (numbered, ""):
-            raise UserError(f"this cannot be written down: {fault or 'it would be read as another choice'}")
+            raise UserError(f"this choice cannot be recorded: {fault or 'it would be read as another choice'}")
         try:
             _write(self._handle, line, self._size)
         except OSError:
@@ -136,10 +136,10 @@ class Log:
 
 @contextlib.contextmanager
 def open_log(path: Path) -> Iterator[Log]:
-    """Hold a file of records alone, made if there is none. What is left of a last line that was cut is taken away.
+    """Open a log exclusively, creating it if missing. Removes a truncated last line.
 
-    The lock dies with the process, however it dies. Raises UserError while another process holds the file, and where
-    a line of it is no record.
+    The lock ends with the process. Raises UserError while another process holds the file, and where
+    a line is not a record.
     """
     _refuse_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,9 +160,9 @@ def open_log(path: Path) -> Iterator[Log]:
 
 
 def read_log(path: Path) -> Contents:
-    """The records of a file that somebody may be writing. A last line that is no whole record is passed over.
+    """Read the records of a log that may be being written. An incomplete last line is skipped.
 
-    Raises UserError where any other line is no record, or has the number of an earlier one.
+    Raises UserError where any other line is not a record, or repeats an id.
     """
     _refuse_no_file(path)
     content = path.read_bytes()
@@ -177,7 +177,7 @@ def read_log(path: Path) -> Contents:
                 return Contents(
                     records, size, f"{path} line {number} was cut while it was written and is dropped: {start!r:.60}"
                 )
-            raise UserError(f"{path} line {number} is not a record of a choice ({fault}): mend or remove that line")
+            raise UserError(f"{path} line {number} is not a record of a choice ({fault}): fix or remove that line")
         size += len(line)
         if record is not None:
             if record["id"] in numbers:
@@ -190,13 +190,13 @@ def read_log(path: Path) -> Contents:
 
 
 def _refuse_no_file(path: Path) -> None:
-    """A folder is no file of choices, and of a pipe or a device the reading would not end."""
+    """Refuse a folder, and a pipe or device, whose reading would not end."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file; choices need one (--labels FILE)")
 
 
 def _parse(line: bytes) -> tuple[Record | None, str]:
-    """(the record, "") of a line, (None, why not) where it is none or only the beginning of one, (None, "") for a blank."""
+    """Parse a line: (record, ""), or (None, reason) for an invalid or truncated record, or (None, "") for a blank line."""
     if not line.strip():
         return None, ""
     try:
@@ -209,7 +209,7 @@ def _parse(line: bytes) -> tuple[Record | None, str]:
 
 
 def _with_whole_numbers(record: Any) -> Any:
-    """A record in which 3.0 is 3 where a whole number has to be: earlier versions took both from a request."""
+    """The record with 3.0 converted to 3 in integer fields: earlier versions accepted both."""
     if not isinstance(record, dict):
         return record
     given = {name: record.get(name) for name in ("id", "of", "strength")}
@@ -217,7 +217,7 @@ def _with_whole_numbers(record: Any) -> Any:
 
 
 def _end_last_line(handle: int, size: int) -> None:
-    """A last record that is whole but for its newline gets one."""
+    """Complete a last record that lacks only its newline."""
     if size and os.pread(handle, 1, size - 1) != b"\n":
         _write(handle, b"\n", size)
 
@@ -230,7 +230,7 @@ def _write(handle: int, data: bytes, at: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A file that was just made is still there after the power goes."""
+    """Sync the folder, so that a new file survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What is compared: rows of a prompt and its answers become pairs, each known by its content."""
+"""Pairs to compare: built from rows with a prompt and its answers, each keyed by its content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Turns = str | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as it was given (a text, or turns of a conversation), and who gave it (None: nobody says)."""
+    """An answer (a text, or turns of a conversation) and its source (None: unknown)."""
 
     answer: Turns
     source: str | None = None
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two different answers to one prompt. `key` follows from their texts alone, not from their order or place."""
+    """Two different answers to one prompt. `key` depends only on their texts, not on their order or place."""
 
     key: str
     prompt: Turns
@@ -38,20 +38,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class LabelTask:
-    """All pairs, in the order of the rows, and a line for people about each thing that was left out or looks odd."""
+    """All pairs in row order, and remarks on rows left out or unusual."""
 
     pairs: tuple[Pair, ...]
     remarks: tuple[str, ...]
 
 
 def make_task(rows: Rows) -> LabelTask:
-    """The pairs of rows that have `prompt` and `answers`, and `sources` (a name for each answer) if they like.
+    """Build the pairs of rows with `prompt` and `answers`, and optionally `sources` (a name for each answer).
 
     All answers of a row are compared with each other; where they have two sources or more, only across sources.
-    Equal answers make no pair, and a pair that comes again is taken once.
+    Equal answers make no pair, and a repeated pair is taken once.
 
     Raises:
-        UserError: a row without the columns, or whose prompt or answers are none; no pair at all.
+        UserError: a row without the columns or with an invalid prompt or answer; no pair at all.
     """
     pairs: dict[str, Pair] = {}
     equal = again = empty = 0
@@ -70,7 +70,7 @@ def make_task(rows: Rows) -> LabelTask:
         raise UserError(f"{rows.path} has no pair to compare: {why}")
     counted = (
         (equal, "of equal answers left out"),
-        (again, "that are there twice taken once"),
+        (again, "repeated, taken once"),
     )
     remarks = [f"{rows.path}: {_plural(count, 'pair')} {what}" for count, what in counted if count]
     if empty:
@@ -85,17 +85,17 @@ def pair_key(prompt: Turns, *answers: Turns) -> str:
 
 
 def text_of(turns: Turns) -> str:
-    """The text of an answer or prompt: of several turns, one after another."""
+    """The text of an answer or prompt; several turns are joined."""
     return turns if isinstance(turns, str) else "\n\n".join(turn["content"] for turn in turns)
 
 
 def shuffled(pairs: Iterable[Pair], seed: int) -> list[Pair]:
-    """The pairs in an order that follows from the seed and what is in them."""
+    """Shuffle pairs by a hash of the seed and their contents."""
     return sorted(pairs, key=lambda pair: _hash(f"{seed} {pair.key}"))
 
 
 def on_the_left(pair: Pair, annotator: str, seed: int) -> bool:
-    """Whether this person sees the pair's first answer on the left: a fair coin that always falls the same way."""
+    """Whether this annotator sees the pair's first answer on the left: a fair, deterministic coin."""
     return _hash(f"{seed} {pair.key} {annotator}")[0] % 2 == 0
 
 
@@ -107,7 +107,7 @@ def _compared(answers: Sequence[Answer]) -> Iterator[tuple[Answer, Answer]]:
 
 
 def _checked(row: Mapping[str, Any], where: str) -> tuple[Turns, list[Answer]]:
-    """The prompt and the answers of a row, of which any two can become a row of preferences."""
+    """Validate a row: its prompt and answers, any two of which can become a preference row."""
     missing = [column for column in ("prompt", "answers") if row.get(column) is None]
     if missing:
         found = ", ".join(map(str, row)) or "none"

@@ -1,4 +1,4 @@
-"""What several commands share: exit codes, finding an experiment, a run and a stage, and the sampling options."""
+"""Shared parts of the commands: exit codes, lookup of experiments, runs and stages, and sampling options."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ EXPERIMENT_HELP = (
 RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
 
 
-WRITTEN = (".html", ".png", ".csv", ".parquet")  # what comparisons of runs write
+WRITTEN = (".html", ".png", ".csv", ".parquet")  # endings of files that comparisons of runs write
 
 
 def resolve(name: str, overrides: list[str]) -> Experiment:
-    """The experiment of that name with the overrides applied, and checked.
+    """Load an experiment by name, apply the overrides, and check it.
 
     Raises:
         UserError: no such experiment or knob, or a value that cannot work.
@@ -39,7 +39,7 @@ def resolve(name: str, overrides: list[str]) -> Experiment:
 
 
 def find_run(name: str) -> Path:
-    """The folder of a run, given as a path or as a name in runs/.
+    """Find the folder of a run, given as a path or as a name in runs/.
 
     Raises:
         UserError: there is none (lists those in runs/), or the folder is not a run (says what is missing).
@@ -55,7 +55,7 @@ def find_run(name: str) -> Path:
 
 
 def without_pages(names: list[str]) -> list[str]:
-    """Names of runs without the files that comparisons of them have written beside them, which `runs/*` gives too.
+    """Filter names of runs: drop files written by comparisons, which `runs/*` also matches.
 
     Raises:
         UserError: nothing is left.
@@ -67,18 +67,18 @@ def without_pages(names: list[str]) -> list[str]:
 
 
 def find_runs(names: Iterable[str]) -> list[Path]:
-    """The folders of runs, each once: one that is named again, also through a link, is left out with a line."""
+    """Find the folders of runs without duplicates (also through links), which are reported."""
     found: dict[Path, Path] = {}
     for name in names:
         folder = find_run(name)
         if folder.resolve() in found:
-            print(f"lm: {name} is {found[folder.resolve()]}, which is named already: it counts once", file=sys.stderr)
+            print(f"lm: {name} is {found[folder.resolve()]}, named before: it counts once", file=sys.stderr)
         found.setdefault(folder.resolve(), folder)
     return list(found.values())
 
 
 def find_stage(run_dir: Path, name: str | None) -> str:
-    """The stage asked for, or the last one of the run that has a checkpoint.
+    """The named stage, or the run's last stage with a checkpoint.
 
     Raises:
         UserError: the experiment has no such stage, or no checkpoint of it is there.
@@ -102,7 +102,7 @@ def find_stage(run_dir: Path, name: str | None) -> str:
 
 
 def check_stage(name: str | None, names: Iterable[str], where: str) -> None:
-    """Raises UserError with the stages there are unless `name` is one of them (or None)."""
+    """Raise UserError, listing the stages, unless `name` is one of them or None."""
     names = list(names)
     if name is not None and name not in names:
         raise UserError(f"{where} has no stage {name!r}; it has {', '.join(names)}{nearest(name, names)}")
@@ -114,7 +114,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
-    """The options of every command that samples."""
+    """Add the sampling options."""
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument(
         "--max-new-tokens",
@@ -128,17 +128,21 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new
         metavar="X",
         type=number(0.01, 100, special=0),
         default=temperature,
-        help="from 0.01 to 100; 0 takes the likeliest token (%(default)s)",
+        help="sampling temperature, from 0.01 to 100; 0: greedy (%(default)s)",
     )
     parser.add_argument(
-        "--top-k", metavar="K", type=at_least(0), default=0, help="sample among the K likeliest; 0: all (%(default)s)"
+        "--top-k",
+        metavar="K",
+        type=at_least(0),
+        default=0,
+        help="sample from the K most likely tokens; 0: all (%(default)s)",
     )
     parser.add_argument(
         "--top-p",
         metavar="P",
         type=number(0, 1),
         default=1.0,
-        help="sample among the likeliest of mass P (%(default)s)",
+        help="sample from the most likely tokens of total probability P (%(default)s)",
     )
     parser.add_argument(
         "--seed", metavar="N", type=at_least(0, 2**32 - 1), default=0, help="seed of the samples (%(default)s)"
@@ -146,7 +150,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
-    """Where the data's tokens are kept."""
+    """Add the option of the data cache's folder."""
     parser.add_argument(
         "--cache",
         metavar="DIR",
@@ -162,13 +166,13 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NumberIn:
-    """An argparse type: an int or a float of a range."""
+    """An argparse type: an int or a float within a range."""
 
     kind: type
     range: Range
 
     def __call__(self, text: str) -> Any:
-        """The number; argparse's error, with text and range, where it is none or out of the range."""
+        """Parse the number; raises argparse's error, with text and range, for anything else."""
         try:
             value = self.kind(text)
         except (ValueError, OverflowError):
@@ -189,14 +193,14 @@ def number(least: float, most: float, special: float | None = None) -> NumberIn:
 
 
 def folder_path(text: str) -> Path:
-    """An argparse type: the path of a folder that may be made."""
+    """An argparse type: the path of a folder that can be created."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"it is {text!r}; it should be the path of a folder")
     return Path(text)
 
 
 def ending_in(suffix: str) -> Callable[[str], Path]:
-    """An argparse type: a file to write, whose name ends in `suffix`; its folder is made if there is none."""
+    """An argparse type: a file to write whose name ends in `suffix`; its folder is created if missing."""
 
     def parse(text: str) -> Path:
         path = Path(text)

@@ -61,7 +61,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def command(text: str, messages: Messages) -> str:
-    """What a line that begins with / does to the conversation, in words."""
+    """Run a line that begins with / on the conversation; returns what to print."""
     if text == "/clear":
         messages.clear()
         return "[a new conversation]"
@@ -69,9 +69,9 @@ def command(text: str, messages: Messages) -> str:
 
 
 def answer(loaded: Any, asked: Messages, messages: Messages, options: dict[str, Any], seed: int) -> None:
-    """Streams the answer to `asked` and makes `messages` the conversation so far; empty where the context is full.
+    """Stream the answer to `asked` and update `messages`; it is emptied where the context is full.
 
-    Ctrl-C ends the answer where it is; what there is of it stays in the conversation.
+    Ctrl-C stops the answer; its beginning stays in the conversation.
     """
     from lm.data.chat import render
     from lm.rollout.sampler import stream

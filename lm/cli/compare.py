@@ -7,11 +7,11 @@
 
 Runs that differ in their seed only are one group; a run that is named twice,
 or copied, counts once. Every group is compared with the baseline (the sweep's
-own, else the first that has finished, or --baseline) within each seed: the mean
+own, else the first finished one, or --baseline) within each seed: the mean
 difference, its 95 % interval (Student's t, from six seeds on a bootstrap), and
-a p-value that is corrected for all the comparisons (Holm). Where no difference
-is seen, it says which could have been; where all seeds are equal, nothing.
-The page compare.html has curves, importance and where every number is from."""
+a p-value corrected for all comparisons (Holm). Where no difference
+is found, the smallest detectable one is shown, unless all seeds are equal.
+The page compare.html has curves, importance and the origin of every number."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def sweep_folder(name: str) -> Path | None:
-    """The folder of a sweep, given as a path or as a name in sweeps/; None where it is none."""
+    """Find the folder of a sweep, given as a path or as a name in sweeps/; None if it is not one."""
     return next((path for path in (Path(name), Path("sweeps") / name) if (path / "sweep.json").is_file()), None)
 
 
 def one_run(name: str) -> Path:
-    """The folder of a run. Raises UserError where there is none, which names the sweeps too."""
+    """Find the folder of a run. Raises UserError, listing runs and sweeps, if there is none."""
     try:
         return find_run(name)
     except UserError as error:
@@ -77,7 +77,7 @@ def one_run(name: str) -> Path:
 
 
 def baseline(given: list[str], sweeps: list[Path]) -> tuple[dict[str, str] | str | None, str]:
-    """(what is asked for, else what the sweep names, why that). Raises UserError for several names of groups."""
+    """(baseline from the option, else from the sweep; its origin). Raises UserError for several group names."""
     if len(given) > 1 and (names := [text for text in given if "=" not in text]):
         raise UserError(f"--baseline {names[0]!r} beside others; it should be one name, or several NAME=VALUE")
     if given:
@@ -92,7 +92,7 @@ def baseline(given: list[str], sweeps: list[Path]) -> tuple[dict[str, str] | str
 
 
 def default_page(runs: list[Path], sweeps: list[Path]) -> Path:
-    """compare.html in the sweep, or beside the runs."""
+    """Default path of compare.html: in the sweep, or beside the runs."""
     if sweeps:
         return sweeps[0] / "compare.html"
     return Path(os.path.relpath(os.path.commonpath([folder.resolve().parent for folder in runs]))) / "compare.html"

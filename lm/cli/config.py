@@ -58,7 +58,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def listing(base: Experiment, experiment: Experiment) -> str:
-    """`name  value` of every leaf, and what it was where an override changed it."""
+    """Lines `name  value` of every leaf, with the former value where an override changed it."""
     leaves = experiments.flatten(experiments.to_dict(experiment))
     changed = {
         name: old for name, old, _ in experiments.diff(experiments.to_dict(base), experiments.to_dict(experiment))
@@ -86,7 +86,7 @@ def preset_help(width: int = 80) -> str:
 
 
 def knob_help(experiment: Experiment, width: int = 80) -> str:
-    """Every knob of the experiment: its flag, value and type, and its line of help."""
+    """Help text of every knob: flag, value, help and type."""
     lines = []
     for knob in knobs(experiment):
         flag = f"--{knob.name} {as_typed(knob.value)}"
@@ -99,7 +99,7 @@ def knob_help(experiment: Experiment, width: int = 80) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Format a value as the command line takes it."""
     if isinstance(value, str):
         return value or '""'
     if value is None:

@@ -3,8 +3,8 @@
   lm data quickstart --stage sft           two rows of the first batch
   lm data quickstart --stage sft --step 7  the rows that step 7 sees
 
-Green is trained on; the rest is only read. Where this is no terminal, or
-NO_COLOR is set, ⟦ ⟧ stand around what is trained on."""
+Tokens with loss are green. Where the output is not a terminal, or
+NO_COLOR is set, they stand in ⟦ ⟧."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def call(arguments: argparse.Namespace) -> int:
     check_files(experiment)
     with cache_at(arguments.cache):
         if experiment.tokenizer.path is None:
-            print("learning the tokenizer …", file=sys.stderr)
+            print("training the tokenizer …", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = make_tokenizer(experiment, Path(folder))
         elsewhere = held_out_elsewhere(experiment)
@@ -77,10 +77,10 @@ def stage_lines(
     colour: bool,
     elsewhere: Places | None = None,
 ) -> Iterator[str]:
-    """What one stage sees at a step: a heading, the counts of its data, and its first rows.
+    """Lines on a stage's data at a step: a heading, the counts of its data, and the batch's first rows.
 
     Args:
-        elsewhere: what other sources of the experiment hold out, which is left out of training.
+        elsewhere: keys held out by other sources of the experiment, left out of training.
     """
     from lm.data.pipeline import make_feed
     from lm.data.sources import NOWHERE
@@ -91,7 +91,7 @@ def stage_lines(
     yield _paint(f"\n=== {stage.name}, step {step} ===", BOLD, colour)
     makers = [source.path for source in stage.sources if source.path.startswith(COLLECTED)]
     if makers:
-        yield f"{makers[0]} is made when the run comes to that stage"
+        yield f"{makers[0]} is written by that stage of the run"
     elif stage.objective.samples:
         prompts = make_tasks(stage, tokenizer, seed, elsewhere).feed
         yield prompts.report()
@@ -103,7 +103,7 @@ def stage_lines(
 
 
 def batch_lines(batch: TokenBatch, decode: Decode, rows: int, colour: bool, paired: bool = False) -> Iterator[str]:
-    """The first `rows` rows of a batch (pairs of rows where it is paired), each under its number and counts."""
+    """The first `rows` rows (or pairs) of a batch, each under its number and counts."""
     from lm.types import LabelledBatch
 
     names = ("chosen", "rejected") if paired else ("",)
@@ -120,7 +120,7 @@ def batch_lines(batch: TokenBatch, decode: Decode, rows: int, colour: bool, pair
 
 
 def prompt_lines(prompts: Prompts, decode: Decode, rows: int, colour: bool) -> Iterator[str]:
-    """The first prompts of a rollout, none of it trained on, each with what the verifier has to judge by."""
+    """The first prompts of a rollout, each with the verifier's expected answer."""
     for index in range(min(rows, len(prompts.tokens))):
         length = int(prompts.lengths[index])
         yield _paint(f"\n--- prompt {index}: {length} tokens ---", BOLD, colour)
@@ -134,7 +134,7 @@ def prompt_lines(prompts: Prompts, decode: Decode, rows: int, colour: bool) -> I
 def render_row(
     tokens: Sequence[int], weights: Sequence[float], segments: Sequence[int], decode: Decode, colour: bool
 ) -> str:
-    """One row as text: trained spans green or in ⟦ ⟧, the rest dim or bare, padding left out.
+    """Render a row as text: spans with loss green or in ⟦ ⟧, the rest dim or plain, padding left out.
 
     tokens, weights, segments: [T], as in lm.types.TokenBatch. A line marks where the next packed segment begins.
     """
@@ -149,7 +149,7 @@ def render_row(
 
 
 def legend(colour: bool) -> str:
-    """What the marks mean."""
+    """The legend of the marks."""
     trained, read = _mark("trained on", True, colour), _mark("only read", False, colour)
     spelt = "text that only spells a control token has a backslash in it: <\\|im_end|\\>"
     return f"{trained}  {read}  (padding left out; ··· between packed examples; {spelt})"
@@ -162,5 +162,5 @@ def _mark(text: str, trained: bool, colour: bool) -> str:
 
 
 def _paint(text: str, code: str, colour: bool) -> str:
-    """The text in a colour, line by line, so that a pager shows every line right."""
+    """Colour a text line by line, so that a pager shows every line correctly."""
     return "\n".join(f"{code}{line}{PLAIN}" if line else line for line in text.split("\n")) if colour else text

@@ -1,8 +1,8 @@
-"""Take the held-out numbers of a run again, or score pairs of answers.
+"""Evaluate a run on its held-out data again, or score pairs of answers.
 
-From a checkpoint; says where they differ from the numbers that the run itself
-wrote down. With --pairs, how often and how surely the run's reward model (or a
-language model's implicit reward) likes the chosen answers of a file:
+Evaluates a checkpoint and reports differences from the numbers that the run
+recorded. With --pairs, accuracy and calibration of the run's reward model (or
+of a language model's implicit reward) on the preference pairs of a file:
 
   lm eval rlhf --stage ppo
   lm eval seed0 seed1 --pairs FILE --heldout 0.15 --page pairs.html"""
@@ -32,7 +32,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected to score")
     parser.add_argument(
-        "--heldout", metavar="X", type=number(0, 1), help="with --pairs: only what a source with this holdout holds out"
+        "--heldout",
+        metavar="X",
+        type=number(0, 1),
+        help="with --pairs: only the rows that a source with this holdout holds out",
     )
     parser.add_argument("--json", action="store_true", help="with --pairs: one object")
     parser.add_argument("--page", metavar="FILE", type=page_path, help="with --pairs: a page with the calibration")
@@ -80,7 +83,7 @@ def pairs(runs: list[Path], arguments: argparse.Namespace) -> int:
 
 
 def pairs_text(judged: Judged) -> str:
-    """What `judge_pairs` found, for a terminal."""
+    """Format the result of `judge_pairs` for a terminal."""
     worth = judged.worth
     lines = [
         f"{judged.what}: {len(judged.scored.gaps):,} pairs of {judged.path}"
@@ -110,9 +113,9 @@ def _interval(found: BootstrapEstimate) -> str:
 
 
 def table(lines: list[dict[str, Any]], own: list[dict[str, Any]]) -> str:
-    """The lines (as in eval.jsonl) beside those that the run itself wrote at the same step.
+    """Table of the new measurements (as in eval.jsonl) beside the run's own at the same step.
 
-    The last row says whether they agree.
+    The last line says whether they agree.
     """
     recorded = {(line["step"], line["eval"]): line for line in own}
     rows = [("eval", "metric", "count", "now", "in the run", "difference")]
@@ -140,5 +143,5 @@ def _verdict(lines: list[dict[str, Any]], recorded: dict[tuple[int, str], dict[s
     if differ:
         return f"differs from the run's own: {', '.join(differ)}"
     if not any((line["step"], line["eval"]) in recorded for line in lines):
-        return "the run took no numbers of its own at this step"
+        return "the run has no measurements of its own at this step"
     return "the same as the run's own"

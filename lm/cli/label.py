@@ -7,16 +7,16 @@ names), or are sampled from a run:
   lm label quickstart --prompts prompts.jsonl --temperature 0.7 1.0
   lm label quickstart --prompts prompts.jsonl --stage sft preference
 
-The last is blind: which stage answers better? Choices go to a file beside the
-answers, each before the page moves on, and the same command goes on where it
-was. With --export they become rows of `prompt`, `chosen`, `rejected`, which a
-preference stage trains on: of a pair that several people have judged the answer
-that more than half of the votes prefer, ties and both bad being votes. Other
-pairs are left out (--ties keeps ties, which a reward model can learn from).
+The last is a blind comparison of two stages. Choices go to a file beside the
+answers, each before the page moves on, and the same command continues where it
+stopped. With --export they become rows of `prompt`, `chosen`, `rejected`, which
+a preference stage trains on: for a pair with several judgements the answer
+preferred by more than half of the votes, ties and both bad included. Other
+pairs are left out (--ties keeps ties, which a reward model can train on).
 
 The page is for this machine. `--host 0.0.0.0` opens it to others: they need the
-link that is printed, with its token. It is plain HTTP: on a network that you do
-not trust put it behind something that encrypts."""
+printed link, with its token. It is plain HTTP: on a network that you do
+not trust, put it behind a proxy with TLS."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--temperature", metavar="X", type=number(0.01, 100, special=0), nargs="+", default=[1.0],
-        help="of the samples; several are taken in turn for the answers to a prompt (1.0)",
+        help="sampling temperature; several are used in turn for the answers to a prompt (1.0)",
     )  # fmt: skip
-    parser.add_argument("--against", metavar="RUN[:STAGE]", nargs="+", default=[], help="other runs that answer, too")
+    parser.add_argument("--against", metavar="RUN[:STAGE]", nargs="+", default=[], help="other runs that also answer")
     parser.add_argument("--prompts", metavar="FILE", default="", help="rows with prompts; else the experiment's own")
     parser.add_argument(
         "--limit", metavar="N", type=at_least(1), default=100, help="take at most N prompts (%(default)s)"
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="answers of each model to a prompt (2, or 1 of several models)",
     )
     parser.add_argument(
-        "--answers-file", metavar="FILE", type=Path, help="where samples are kept (RUN/label/answers.jsonl)"
+        "--answers-file", metavar="FILE", type=Path, help="file of the sampled answers (RUN/label/answers.jsonl)"
     )
     parser.add_argument("--labels", metavar="FILE", type=Path, help="the file of choices; else NAME.labels.jsonl")
     parser.add_argument(
@@ -66,14 +66,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", metavar="N", type=at_least(0, 65_535), default=8000, help="0: any that is free (%(default)s)"
     )
-    parser.add_argument("--token-file", metavar="FILE", type=Path, help="holds the token to ask for; else one is made")
+    parser.add_argument(
+        "--token-file", metavar="FILE", type=Path, help="file with the access token; else one is generated"
+    )
     parser.add_argument(
         "--export",
         metavar="FILE",
         type=Path,
         nargs="?",
         const=Path(),
-        help="write preferences and end (NAME.preferences.jsonl)",
+        help="write preferences and exit (NAME.preferences.jsonl)",
     )
     parser.add_argument("--ties", action="store_true", help="with --export: ties too, as rows with `tie` true")
 
@@ -114,7 +116,7 @@ def serve(desk: Any, arguments: argparse.Namespace, token: str | None) -> None:
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print(f"\n{desk.log.path} is kept: the same command goes on, --export makes preferences of it")
+        print(f"\n{desk.log.path} is saved: the same command continues, --export writes preferences from it")
     finally:
         server.server_close()
 
@@ -149,7 +151,7 @@ def _is_run(what: str) -> bool:
 
 
 def _answers_file(arguments: argparse.Namespace) -> Path:
-    """The file of answers, which need not be there yet where they are sampled."""
+    """Path of the file of answers, which need not exist yet where answers are sampled."""
     if _is_run(arguments.what):
         return arguments.answers_file or find_run(arguments.what) / "label" / "answers.jsonl"
     for flag in ("prompts", "against", "stage", "answers", "answers_file"):
@@ -166,7 +168,7 @@ def _beside(answers: Path, what: str) -> Path:
 
 
 def _sample(arguments: argparse.Namespace, path: Path) -> None:
-    """Make the file of answers, unless it is there."""
+    """Sample the file of answers unless it exists."""
     run_dir = find_run(arguments.what)
     who = [(run_dir, find_stage(run_dir, stage)) for stage in arguments.stage or [None]]
     for other in arguments.against:
@@ -186,7 +188,7 @@ def _sample(arguments: argparse.Namespace, path: Path) -> None:
 
 
 def _token(host: str, file: Path | None) -> str | None:
-    """The token to ask for: what the file holds, or a new one where other machines are served."""
+    """The access token: from the file, or a new one where other machines are served."""
     from lm.label.server import LOCAL
 
     if file is None:

@@ -1,12 +1,12 @@
 """Launch an experiment on a pod, a cluster, or this machine (--on, listed below).
 
-With --dry-run it prints exactly what would be handed over, and does nothing.
+With --dry-run it prints exactly what would be submitted, and does nothing.
 
-What trains there is `lm run EXPERIMENT` with the same overrides. After a death
-it goes on from the newest checkpoint, on all hosts together, so the run's
+The job runs `lm run EXPERIMENT` with the same overrides. After a crash
+all hosts continue from the newest checkpoint, so the run's
 folder must be one that all hosts see: gke and tpu-vm mount it (--volume), a
 bucket with a hierarchical namespace, in which folders can be renamed. Secrets
-belong into the cluster (--secret NAME): no option takes one, none is rendered.
+belong in the cluster (--secret NAME): no option takes one, none is rendered.
 
   lm launch quickstart --on local --processes 2 --devices-per-process 2
   lm launch EXPERIMENT --on gke --topology v5p:2x4x4 --image IMAGE \\
@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_flag(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    """A flag of some launchers, for a command that hands over to them."""
+    """Add a flag that some launchers have."""
     flag = FLAGS[name]
     kind: dict[str, Any] = {"action": "store_true"}
     if flag.metavar:
@@ -102,7 +102,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def check_flags(arguments: argparse.Namespace, launcher: Launcher) -> None:
-    """Raises UserError at a flag that the launcher does not have, or one that it needs and that is not given."""
+    """Raise UserError for a flag that the launcher does not have, or a missing one that it needs."""
     for name in FLAGS:
         if value_of(arguments, name) not in (None, False) and name not in launcher.flags:
             raise UserError(f"{name} is for --on {' and '.join(launchers_with(name))}; this is --on {launcher.name}")
@@ -110,7 +110,7 @@ def check_flags(arguments: argparse.Namespace, launcher: Launcher) -> None:
 
 
 def check_required(arguments: argparse.Namespace, launcher: Launcher) -> None:
-    """Raises UserError at a flag that the launcher cannot do without and that is not given."""
+    """Raise UserError for a missing flag that the launcher needs."""
     for name in launcher.required:
         if value_of(arguments, name) is None:
             flag = launcher.flags[name]

@@ -1,4 +1,4 @@
-"""`lm COMMAND …`: finds the command's file, gives it its arguments, and turns errors into exit codes."""
+"""Entry point `lm COMMAND …`: dispatches to the command's module and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_USER
 from lm.experiment import UserError
 
 COMMANDS = {
-    "run": "train an experiment, or go on where it was stopped",
+    "run": "train an experiment, or resume it",
     "config": "show the resolved value of an experiment, and every knob",
     "data": "show decoded batches, with the loss mask in colour",
     "sample": "answer prompts with a trained model",
@@ -34,7 +34,7 @@ COMMANDS = {
     "launch": "start a run on a TPU pod, a cluster, or in local processes",
 }
 
-# What must be set before jax and its libraries are imported; a value that is already there stays.
+# Environment to set before jax and its libraries are imported, unless set already.
 ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA: errors only
     "GRPC_VERBOSITY": "ERROR",
@@ -51,7 +51,7 @@ ALLOCATOR = {
     )
 }
 
-# What the operating system refuses: a full disk, a folder of somebody else's, a path that cannot be. Any other OSError is
+# OSErrors that a user can cause: a full disk, missing permissions, an invalid path. Any other OSError is
 # a bug.
 REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -60,7 +60,7 @@ REFUSALS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError, abbreviates nothing, and knows which flags are its own."""
+    """An ArgumentParser that raises UserError, allows no abbreviations, and knows its own flags."""
 
     def __init__(self, **options: Any):
         self.flags: set[str] = set()
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
+    """Run one command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     if argv is not None:
         return _run(list(argv))
     _start_with_allocator()
@@ -122,7 +122,7 @@ def _run(words: list[str]) -> int:
         return EXIT_USER
     except KeyboardInterrupt:
         return EXIT_INTERRUPT
-    except BrokenPipeError:  # the reader has gone: what is left in the buffer has nowhere to go
+    except BrokenPipeError:  # the reader has closed the pipe: discard the rest of the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except OSError as error:
@@ -134,7 +134,7 @@ def _run(words: list[str]) -> int:
 
 
 def _start_with_allocator() -> None:
-    """Begin the process again, once, with ALLOCATOR in its environment; a value that is already there stays."""
+    """Re-execute the process once with ALLOCATOR in its environment, unless set already."""
     if sys.platform == "linux" and not ALLOCATOR.keys() & os.environ.keys():
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interpreter that starts has no answer to Ctrl-C
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | ALLOCATOR)
@@ -161,13 +161,13 @@ def _dispatch(words: list[str]) -> int:
         parser.set_defaults(overrides=overrides)
     try:
         arguments = parser.parse_args(rest)
-    except SystemExit:  # argparse has shown the help
+    except SystemExit:  # argparse has printed the help
         return 0
     return module.call(arguments)
 
 
 def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], list[str]]:
-    """A command's own words, and the `--a.b.c VALUE` and `--a.b.c=VALUE` that are not among its flags."""
+    """Split the words into the command's own and overrides (`--a.b.c VALUE`, `--a.b.c=VALUE`)."""
     own: list[str] = []
     overrides: list[str] = []
     rest = iter(words)

@@ -1,15 +1,15 @@
-"""Does it fit, how fast is it, which layout: plan a stage for TPUs.
+"""Plan a stage for TPUs: memory, step time and layout.
 
-By arithmetic, in seconds, on any machine; with --compile by the TPU compiler,
-which needs no TPU either:
+By arithmetic, in seconds, on any machine; with --compile with the TPU compiler,
+which also needs no TPU:
 
   lm plan quickstart --topology v5e:2x2
   lm plan EXPERIMENT --topology v5p:2x4x4 --compile --hlo step.hlo.txt.gz
   lm plan EXPERIMENT --topology v5p:2x4x4 --compile --libtpu DIR
   lm plan EXPERIMENT --topology v5p:2x4x4 --search --model.num-layers 32
 
-Any knob of the experiment can be changed; tokenizer.vocab_size says the size of
-the vocabulary. Exits with 1 where the stage does not fit."""
+Any knob of the experiment can be overridden; tokenizer.vocab_size is the size
+of the vocabulary. Exits with 1 where the stage does not fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lm.experiment import UserError
 TAKES_OVERRIDES = True
 EXIT_DOES_NOT_FIT = 1
 SHOWN = 20  # layouts
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # nothing runs on a device, and none is taken from a run
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # plan on the CPU, so that no device is taken from a run
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="slices joined by the data-centre network (%(default)s)",
     )
     parser.add_argument("--stage", metavar="NAME", help="this stage; else the one that needs the most memory")
-    parser.add_argument("--compile", action="store_true", help="ask the TPU compiler: minutes, memory to the byte")
+    parser.add_argument("--compile", action="store_true", help="compile for the TPU: takes minutes, memory is exact")
     parser.add_argument(
         "--libtpu",
         metavar="PATH",
@@ -57,9 +57,9 @@ def call(arguments: argparse.Namespace) -> int:
     experiment = resolve(arguments.experiment, arguments.overrides)
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     if arguments.hlo and not arguments.compile:
-        raise UserError("--hlo saves what the compiler makes: it needs --compile")
+        raise UserError("--hlo saves the compiled program: it needs --compile")
     if arguments.libtpu is not None and not arguments.compile:
-        raise UserError("--libtpu names the compiler that is asked: it needs --compile")
+        raise UserError("--libtpu names the compiler: it needs --compile")
     os.environ.update(ENVIRONMENT)
 
     from lm.plan.advise import largest_batch, plan_stage, ways_to_fit, with_mesh

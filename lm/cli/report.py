@@ -1,9 +1,9 @@
-"""Write report.html, the story of a run; of several seeds, frontier.html.
+"""Write report.html of a run, or frontier.html of several seeds.
 
-A page is one file that opens anywhere, offline. A run that is not finished has
-a report, too. frontier.html and its .png show gold reward against KL over the
+A page is one self-contained file. A run that is not finished has
+a report too. frontier.html and its .png show gold reward against KL over the
 seeds of one experiment. Where a reward model's score rises while the judge's
-reward falls, that is printed, too."""
+reward falls, a warning is printed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def beside(run_dirs: list[Path]) -> Path:
-    """frontier.html in the folder that holds all the runs."""
+    """Default path of frontier.html: in the folder that contains all runs."""
     common = Path(os.path.commonpath([folder.resolve().parent for folder in run_dirs]))
     here = Path.cwd()
     return (common.relative_to(here) if common.is_relative_to(here) else common) / "frontier.html"

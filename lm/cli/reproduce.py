@@ -1,11 +1,11 @@
-"""Test a claim of a paper: run what it needs, judge it, and write the verdict.
+"""Test a claim of a paper: run its experiments, and write the verdict.
 
-  lm reproduce                          what there is, and how it came out
-  lm reproduce NAME --workers 2         run it (or go on) and write the verdict
-  lm reproduce NAME --quick             a minute, to see that it still works
-  lm reproduce --page docs/papers.html  draw all results that are kept
+  lm reproduce                          list the claims and their verdicts
+  lm reproduce NAME --workers 2         run (or resume) it and write the verdict
+  lm reproduce NAME --quick             a smoke test of a minute
+  lm reproduce --page docs/papers.html  write the page of all stored results
 
-A claim is experiments/papers/NAME.py, and NAME.md says what it is, what is
+A claim is experiments/papers/NAME.py, and NAME.md states it, what is
 scaled down, and how it would be refuted. The verdict goes into NAME.md and
 results/NAME.json beside it; the runs stay in sweeps/NAME-…"""
 
@@ -23,15 +23,15 @@ TAKES_OVERRIDES = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", nargs="?", help="of a claim; left out: list them all")
-    parser.add_argument("--quick", action="store_true", help="the small variant; decides nothing, writes nothing down")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="name of a claim; without it all are listed")
+    parser.add_argument("--quick", action="store_true", help="a small smoke test without a verdict; writes no result")
     parser.add_argument(
         "--workers", metavar="N", type=at_least(1, 1000), default=1, help="runs at the same time (%(default)s)"
     )
     parser.add_argument(
-        "--folder", metavar="DIR", type=folder_path, help="begins the folders of the runs; else sweeps/NAME"
+        "--folder", metavar="DIR", type=folder_path, help="prefix of the folders of the runs; else sweeps/NAME"
     )
-    parser.add_argument("--page", metavar="FILE", type=page_path, help="draw all kept results into a page")
+    parser.add_argument("--page", metavar="FILE", type=page_path, help="write the page of all stored results")
     add_cache(parser)
 
 
@@ -67,7 +67,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def listing() -> str:
-    """Every claim here with its verdict, where it has one."""
+    """List the claims with their verdicts."""
     from lm.papers.kept import claims
 
     home = experiments_folder("papers")

@@ -1,11 +1,11 @@
-"""Run the same value again, and check that it comes out the same to the bit.
+"""Train a run's experiment again, and check that every number is bitwise equal.
 
   lm rerun runs/quickstart
 
-The run's experiment.json is trained anew into runs/quickstart.rerun. First it
-says what is not as it was: versions, commit, device, data. On the same kind of
+Trains the run's experiment.json anew in runs/quickstart.rerun. First it
+lists what has changed: versions, commit, device, data. On the same kind of
 device, with the same code and versions, every loss and every measurement must
-be the same; exits with 1 and names the first that is not."""
+be equal; exits with 1 and names the first that is not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--out", metavar="DIR", type=folder_path, help="folder of the new run; else RUN.rerun")
     parser.add_argument("--until", metavar="STAGE", help="only up to and with this stage")
-    parser.add_argument("--same", action="store_true", help="refuse to run where anything is not as it was")
+    parser.add_argument("--same", action="store_true", help="refuse to run if anything has changed")
     add_cache(parser)
 
 

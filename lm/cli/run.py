@@ -1,19 +1,20 @@
 """Train an experiment, stage after stage, into runs/NAME.
 
-The same command again goes on where a run was stopped, and skips stages that
-are finished. Any knob of the experiment can be changed by its dotted name:
+The same command again resumes the run, and skips stages that
+are finished. Any knob of the experiment can be overridden by its dotted name:
 
   lm run quickstart --sft.steps 200 --model.num_layers 4 --name smaller
 
 `lm config EXPERIMENT --help` lists them all.
 
 On many hosts run the same command on each, with the run's folder on a file
-system that they share. On TPU VMs, GKE and under srun or mpirun it finds the
-others by itself; elsewhere say where process 0 is, how many there are, and
-which this one is: --coordinator, --num-processes, --process-id, or the
-variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-SIGTERM to one of them saves and stops all. Exit codes: 2 what you can put
-right, 75 a step that did not come (--watchdog), 130 stopped and saved."""
+system that they share. On TPU VMs, GKE and under srun or mpirun the processes
+find each other; elsewhere give the address of process 0, the number of
+processes, and the number of this one: --coordinator, --num-processes,
+--process-id, or the variables JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+SIGTERM to one of them saves and stops all. Exit codes: 2 an error of the user,
+75 a step that timed out (--watchdog), 130 stopped and saved."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lm run EXPERIMENT [options] [--a.b.c VALUE ...]"
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
     parser.add_argument("--run-dir", metavar="DIR", type=folder_path, help="folder of the run; else runs/NAME")
-    parser.add_argument("--fresh", action="store_true", help="set an earlier run in the folder aside, and begin anew")
+    parser.add_argument("--fresh", action="store_true", help="move an earlier run of the folder aside and start over")
     parser.add_argument(
         "--profile",
         metavar="FIRST:END",
@@ -50,35 +51,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="go on with other data, tokenizer, collected files or versions than the run began with",
+        help="resume even with other data, tokenizer, collected files or versions than the run began with",
     )
     parser.add_argument(
-        "--no-report", action="store_true", help="leave report.html to `lm report`, which saves seconds"
+        "--no-report", action="store_true", help="do not write report.html (`lm report` can), which saves seconds"
     )
     parser.add_argument(
         "--callback",
         metavar="FILE:FUNCTION",
         action="append",
         default=[],
-        help="call your own function with (stage, kind, line) of every line that is written; may be given again",
+        help="call your own function with (stage, kind, line) for every line written; can be repeated",
     )
     add_cache(parser)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="many processes: where process 0 listens")
-    parser.add_argument("--num-processes", metavar="N", type=at_least(1), help="many processes: how many")
-    parser.add_argument("--process-id", metavar="I", type=at_least(0), help="many processes: which this is, from 0")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="multi-process: address of process 0")
+    parser.add_argument("--num-processes", metavar="N", type=at_least(1), help="multi-process: number of processes")
+    parser.add_argument(
+        "--process-id", metavar="I", type=at_least(0), help="multi-process: number of this process, from 0"
+    )
     parser.add_argument(
         "--join-timeout",
         metavar="SECONDS",
         type=number(0.1, 86_400),
         default=300.0,
-        help="many processes: how long to wait for the others at the start (%(default)g)",
+        help="multi-process: how long to wait for the others at the start (%(default)g)",
     )
     parser.add_argument(
         "--watchdog",
         metavar="SECONDS",
         type=number(0, 86_400),
         help="a step that takes longer shows all stacks and ends the process with 75, so that a launcher starts it "
-        "again; what compiles or evaluates has four times as long; 0: never (900 with many processes, 0 with one)",
+        "again; compilation and evaluation have four times as long; 0: never (900 with several processes, 0 with one)",
     )
 
 
@@ -89,7 +92,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     import jax
 
-    from lm.parallel.distributed import find_job, gather, is_main_process, joined
+    from lm.parallel.distributed import find_process_group, gather, is_main_process, joined
     from lm.stored import cache_at
     from lm.train.loop import Interrupted
     from lm.train.profile import parse_steps
@@ -98,7 +101,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     profile = parse_steps(arguments.profile) if arguments.profile is not None else None
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    job = find_job(*where, arguments.join_timeout)
+    job = find_process_group(*where, arguments.join_timeout)
     with joined(job), cache_at(arguments.cache):
         many = jax.process_count() > 1
         watchdog = (DEFAULT_SECONDS if many else 0.0) if arguments.watchdog is None else arguments.watchdog
@@ -132,7 +135,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def report(run_dir: Path) -> bool:
-    """Write the report of what there is so far, in one process of many; whether it was this one."""
+    """Write the report so far, in the main process; returns whether this is the main process."""
     from lm.parallel.distributed import is_main_process
     from lm.web.report import write_report
 
@@ -142,7 +145,7 @@ def report(run_dir: Path) -> bool:
 
 
 def command_to_go_on(arguments: argparse.Namespace) -> str:
-    """The same command, less `--fresh`, which would begin anew."""
+    """The command that resumes this run: the same without `--fresh`."""
     names = ("run_dir", "until", "profile", "cache", "coordinator", "num_processes", "process_id", "watchdog")
     flags = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]

@@ -20,9 +20,9 @@ TAKES_OVERRIDES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
-        "--prompt", metavar="TEXT", nargs="+", action="extend", help="what to ask; else the experiment's prompts"
+        "--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts; else the experiment's prompts"
     )
-    parser.add_argument("--raw", action="store_true", help="continue the text instead of asking as in a chat")
+    parser.add_argument("--raw", action="store_true", help="continue the text, without the chat format")
     parser.add_argument(
         "--best-of",
         metavar="N",
@@ -50,7 +50,7 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.best_of > 1:
         if arguments.raw or arguments.temperature == 0:
             raise UserError(
-                "--best-of chooses among different answers to a question: give it --temperature 1, and no --raw"
+                "--best-of chooses among different answers to a prompt: give it --temperature 1, and no --raw"
             )
         from lm.train.answers import best_answers
 

@@ -18,7 +18,7 @@ class CPO(ObjectiveConfig):
     """Pairs without a reference: CPO, SimPO (`simpo`, nll_coef 0), CPO-SimPO, AlphaPO (`simpo` with an alpha)."""
 
     loss: Literal["sigmoid", "hinge", "ipo", "simpo", "FILE:FUNCTION"] = knob(
-        "sigmoid", "row of the CPO table, or a function of your own"
+        "sigmoid", "loss of the CPO family, or a function of your own"
     )
     beta: float = knob(
         0.1, "scale of the rewards; 2 and more for simpo, whose rewards are a token's mean", least=1e-6, most=100

@@ -24,12 +24,12 @@ DPOLoss = Literal[
 @dataclass(frozen=True)
 class DPO(ObjectiveConfig):
     losses: tuple[DPOLoss, ...] = knob(
-        ("sigmoid",), "rows of the DPO table, or functions of your own; several are added up, as in MPO"
+        ("sigmoid",), "losses of the DPO family, or functions of your own; several are summed, as in MPO"
     )
-    loss_weights: tuple[float, ...] = knob((), "weight of each of losses; empty: 1 each", least=0, most=1e6)
+    loss_weights: tuple[float, ...] = knob((), "weight of each loss in `losses`; empty: 1 each", least=0, most=1e6)
     beta: float = knob(
         0.1,
-        "scale of the implicit reward; the larger, the closer the policy stays to the reference",
+        "scale of the implicit reward; a larger beta keeps the policy closer to the reference",
         least=1e-6,
         most=100,
     )
@@ -38,7 +38,7 @@ class DPO(ObjectiveConfig):
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
         "reverse_kl", "f-divergence between policy and reference"
     )
-    alpha: float = knob(0.5, "of alpha_divergence; 1 is reverse_kl", least=-10, most=10)
+    alpha: float = knob(0.5, "order of alpha_divergence; 1 is reverse_kl", least=-10, most=10)
     ld_alpha: float = knob(
         1.0, "LD-DPO: weight of an answer's tokens beyond the length of its partner", least=0, most=1
     )

@@ -22,8 +22,10 @@ class Eval:
     verifier: str = knob(
         "answer", "verifier, or FILE:FUNCTION of your own, of the metrics reward, best_of_n and pass_at_k"
     )
-    count: int = knob(200, "held-out examples (bits_per_byte of documents: rows of tokens)", least=1, most=10**9)
-    max_new_tokens: int = knob(64, "longest answer", least=1, most=2**26)
+    count: int = knob(
+        200, "number of held-out examples (bits_per_byte of documents: rows of tokens)", least=1, most=10**9
+    )
+    max_new_tokens: int = knob(64, "longest answer, in tokens", least=1, most=2**26)
     temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy", least=0.01, most=100, special=0)
     best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()

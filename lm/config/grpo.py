@@ -47,7 +47,9 @@ class GRPO(ObjectiveConfig):
     )
     reward_clip: tuple[float, ...] = knob((), "least and largest reward, as -1,1; empty: any", least=-1e9, most=1e9)
     group_size: int = knob(8, "completions sampled for one prompt", least=1, most=2**16)
-    max_new_tokens: int = knob(64, "longest completion; the prompt gets seq_len less this", least=1, most=2**26)
+    max_new_tokens: int = knob(
+        64, "longest completion, in tokens; prompts may have seq_len less this", least=1, most=2**26
+    )
     temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
     baseline: Literal["group", "leave_one_out", "none"] = knob(
         "group", "subtracted from a reward: mean of the group, of its other completions (RLOO), nothing"
@@ -64,7 +66,7 @@ class GRPO(ObjectiveConfig):
         "token", "importance ratio of a token: its own, its completion's geometric mean (GSPO), their product (RLOO)"
     )
     surrogate: Literal["clipped", "cispo", "sapo", "gmpo", "vespo"] = knob(
-        "clipped", "what is maximised: PPO's clip, or the surrogate of that paper"
+        "clipped", "surrogate objective: PPO's clip, or that of the named paper"
     )
     clip_low: float = knob(
         0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low)); cispo has none", least=1e-4, most=1
@@ -127,7 +129,7 @@ class GRPO(ObjectiveConfig):
     )
     tis_clip: float = knob(
         0.0,
-        "importance correction (TIS) of what sampler and trainer differ by, rounding too: tokens are weighed by how much "
+        "truncated importance sampling (TIS) for the mismatch of sampler and trainer: tokens are weighted by how much "
         "likelier they are to the trainer, at most this; 2 is usual; 0: none",
         least=1e-3,
         most=1e6,

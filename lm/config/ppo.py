@@ -42,14 +42,20 @@ class PPO(ObjectiveConfig):
     critic: Literal["separate", "head"] = knob(
         "separate", "critic: a separate model (from the first reward model, or this one), or a value head on the policy"
     )
-    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this", least=1, most=2**26)
+    max_new_tokens: int = knob(64, "longest answer, in tokens; prompts may have seq_len less this", least=1, most=2**26)
     temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
     kl_coef: float = knob(
-        0.05, "weight, inside the reward, of each token's KL to the model before this stage", least=0, most=1000
+        0.05,
+        "KL penalty coefficient, in the token rewards (to the model before this stage); 0 disables it",
+        least=0,
+        most=1000,
     )
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "estimator of that KL")
     kl_target: float = knob(
-        0.0, "kl_coef follows an answer's mean KL to this, in nats; 0: kl_coef is fixed", least=0, most=1000
+        0.0,
+        "target of the mean KL per answer in nats, which kl_coef adapts to; 0: kl_coef is fixed",
+        least=0,
+        most=1000,
     )
     kl_horizon: int = knob(10_000, "answers over which kl_coef adapts", least=1, most=10**9)
     gamma: float = knob(1.0, "discount of a token", least=0, most=1)

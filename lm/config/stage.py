@@ -14,19 +14,19 @@ O_co = TypeVar("O_co", bound=Objective, covariant=True)
 @dataclass(frozen=True)
 class Optimizer:
     kind: Literal["adamw", "muon"] = knob(
-        "adamw", "rule of the update; muon: for the matrices of the blocks, else adamw"
+        "adamw", "optimizer; muon: muon for the matrices of the blocks, adamw for the rest"
     )
     peak_lr: float = knob(1e-3, "learning rate after the warmup", least=1e-12, most=1000)
-    schedule: Literal["constant", "cosine", "wsd"] = knob("cosine", "shape of the learning rate after the warmup")
+    schedule: Literal["constant", "cosine", "wsd"] = knob("cosine", "learning rate schedule after the warmup")
     warmup_steps: int = knob(
         20, "updates of linear warmup; the first update has peak_lr / warmup_steps", least=0, most=10**9
     )
-    decay_frac: float = knob(0.2, "part of the updates that wsd spends decaying", least=0, most=1)
-    final_lr_frac: float = knob(0.1, "last learning rate as a part of the peak", least=0, most=1)
+    decay_frac: float = knob(0.2, "fraction of the updates in wsd's decay", least=0, most=1)
+    final_lr_frac: float = knob(0.1, "final learning rate as a fraction of the peak", least=0, most=1)
     b2: float = knob(0.95, "AdamW decay of the second moment", least=0, most=0.99999)
     weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only", least=0, most=1000)
     state_dtype: Literal["float32", "bfloat16"] = knob(
-        "float32", "dtype the moments are kept in, whatever the dtype of the parameters"
+        "float32", "dtype of the moments, whatever the parameters' dtype"
     )
     clip_norm: float = knob(1.0, "largest global norm of the gradient", least=1e-6, most=1e30)
     master_weights: bool = knob(
@@ -44,12 +44,14 @@ class Source:
     weight: float = knob(1.0, "share of this source in the mixture; 0: not trained on", least=0, most=1e9)
     holdout: float = knob(
         0.02,
-        "part of the rows kept out of training, chosen by a hash of what they ask; 0: none, 1: all",
+        "fraction of rows held out of training, by a hash of their prompts; 0: none, 1: all",
         least=0,
         most=1,
     )
-    columns: tuple[str, ...] = knob((), "columns under other names, as ours=theirs: prompt=query,completion=reply")
-    bad_rows: Literal["stop", "drop"] = knob("stop", "broken rows and prompts too long: stop at one, or drop and count")
+    columns: tuple[str, ...] = knob((), "columns to rename, as ours=theirs: prompt=query,completion=reply")
+    bad_rows: Literal["stop", "drop"] = knob(
+        "stop", "broken rows and too long prompts: stop at the first, or drop and count"
+    )
 
 
 @dataclass(frozen=True)

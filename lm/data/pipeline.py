@@ -1,4 +1,4 @@
-"""Feeds: `batch(step)` as a pure function of the stage, the seed and the step, for training and for held-out data."""
+"""Feeds of batches: `batch(step)` as a pure function of stage, seed and step, for training and held-out data."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ __all__ = [
 ]
 
 SUPPLIES = {"text": windows, "conversations": conversations, "pairs": pairs, "labelled": answers}
-"""What makes rows, by the kind of data that an objective reads."""
+"""Kind of data that an objective reads → function that makes its rows."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Batches of a mixture, whose weights are shares of rows.
+    """Batches of a weighted mixture of sources; weights are shares of rows.
 
-    `rows` is how many rows (or pairs) there are in all: None in training, which has no end. A pair has two rows of a
-    batch: `rows_each`. Where answers are `judged` a batch also has each prompt with the answer of the row before (of the
-    first row: of the last) in its `mismatched`.
+    `rows` is the total number of rows (or pairs); None in training, which is endless. A pair has two rows of a
+    batch: `rows_each`. With `judged` (labelled answers) a batch also has each prompt with the answer of the previous row (for the
+    first row: the last) in `mismatched`.
     """
 
     names: tuple[str, ...]
@@ -69,13 +69,13 @@ class Feed:
     judged: bool = False
 
     def batch(self, step: int, only: np.ndarray | None = None) -> TokenBatch:
-        """Rows step * batch_size … of the mixture, arrays [B, T] (pairs: [2B, T], chosen and rejected in turn).
+        """The batch of a step: rows step * batch_size … of the mixture, [B, T] (pairs: [2B, T], chosen and rejected alternate).
 
-        Held-out rows come once each, in a fixed order; after the last come empty rows of weight 0. Raises UserError if
-        a training batch has nothing to train on.
+        Held-out rows appear once each, in a fixed order, followed by empty rows of weight 0. Raises UserError if
+        the loss mask of a training batch is all zero.
 
         Args:
-            only: which rows of the batch to make, ascending (the rows of one process of many); None: all.
+            only: indices of the batch's rows to make, ascending (those of this process); None: all.
         """
         each = self.rows_each
         wanted = range(self.batch_size * each) if only is None else only.tolist()
@@ -88,7 +88,7 @@ class Feed:
             if only is None:
                 sources = ", ".join(self.names)
                 raise UserError(f"step {step}: the loss mask of the whole batch is zero; sources: {sources}")
-            self.batch(step)  # raises where the other processes have nothing to train on either
+            self.batch(step)  # raises where the other processes' rows have no loss either
         if not self.judged:
             return batch
         others = [packing.mismatch(row, made[n][0], self.pad_id) for row, n in zip(rows, partners, strict=True)]
@@ -96,11 +96,11 @@ class Feed:
         return LabelledBatch(**vars(batch), desirable=desirable, mismatched=_batch_of(others))
 
     def at(self, numbers: Sequence[int]) -> TokenBatch:
-        """The rows (or pairs) with these numbers in the mixture: step * batch_size + place."""
+        """The batch of the rows (or pairs) at these positions of the mixture: step * batch_size + place."""
         return _batch_of([row for number in numbers for row in self._rows_at(number)])
 
     def examples(self, step: int) -> list[tuple[int, int]]:
-        """Which example each pair of a training batch is: (source, its number there), the same in every epoch."""
+        """The example behind each pair of a training batch: (source, index in that source), the same in every epoch."""
         found = []
         for number in range(step * self.batch_size, (step + 1) * self.batch_size):
             source, place = mixture(number, self.shares)
@@ -110,7 +110,7 @@ class Feed:
         return found
 
     def report(self) -> str:
-        """One line a source: examples, tokens, what was truncated and dropped, rows in an epoch; then its remarks."""
+        """Lines for the log: for each source its examples, tokens, truncated, dropped, rows in an epoch, and remarks."""
         lines = []
         for name, supply in zip(self.names, self.supplies, strict=True):
             rows = "" if supply.tally.partial else f", {supply.rows} rows of {self.seq_len}"
@@ -147,12 +147,12 @@ def _batch_of(rows: list[packing.PackedRow]) -> TokenBatch:
 def make_feed(
     stage: values.Stage, tokenizer: SubwordTokenizer, seed: int, split: Split = "train", elsewhere: Places = NOWHERE
 ) -> Feed:
-    """The batches of a stage that does not sample, from its training or its held-out examples.
+    """The feed of a stage that does not sample, over its training or its held-out examples.
 
     Every source is read, split and (training generators excepted) tokenised here. Raises UserError naming what is wrong.
 
     Args:
-        elsewhere: what other sources of the experiment hold out (`held_out_elsewhere`), which is left out of training.
+        elsewhere: keys held out by other sources (`held_out_elsewhere`), left out of training here.
     """
     build = SUPPLIES[stage.objective.data]
     supplies, contents = [], []

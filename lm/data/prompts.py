@@ -1,4 +1,4 @@
-"""Prompts for rollouts: left padded, each with the assistant's header at its end, as a pure function of the step."""
+"""Prompts of rollouts: left padded, each ending with the assistant's header, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.data.tokens import unread_columns
 from lm.experiment import Source, UserError
 
-# (row, where it stands, for errors) -> the turns that it asks
+# (row, its location for errors) -> the prompt's turns
 MessagesOf = Callable[[Mapping[str, Any], str], list[dict[str, Any]]]
 
 
 class Prompts(NamedTuple):
-    """Prompts aligned to the right, their lengths, and the rows that they come from."""
+    """Left-padded prompts, their lengths, and the rows that they come from."""
 
     tokens: Int32[np.ndarray, "B P"]
     lengths: Int32[np.ndarray, " B"]
@@ -35,7 +35,7 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """One source of prompts: which of its rows, in which order, the longest prompt seen, and what became of all."""
+    """One source of prompts: row indices and order, the longest prompt, and a tally of kept and dropped rows."""
 
     rows: Rows
     indices: Sequence[int]
@@ -46,7 +46,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class PromptFeed:
-    """Batches of prompts of a mixture. `rows` is how many there are in all: None in training, which has no end."""
+    """Batches of prompts from a mixture. `rows` is their total number; None in training, which is endless."""
 
     parts: tuple[_Part, ...]
     shares: tuple[Fraction, ...]
@@ -58,7 +58,7 @@ class PromptFeed:
     messages: MessagesOf = chat.prompt_messages
 
     def batch(self, step: int) -> Prompts:
-        """Prompts step * batch_size … of the mixture; held-out ones in fixed order, and after the last the first again."""
+        """The prompts of a step: step * batch_size … of the mixture; held-out prompts in fixed order, starting over at the end."""
         rows: list[dict[str, Any]] = []
         wheres: list[str] = []
         for number in range(step * self.batch_size, (step + 1) * self.batch_size):
@@ -68,7 +68,7 @@ class PromptFeed:
         return encode_prompts(rows, self.prompt_len, self.tokenizer, wheres, self.messages)
 
     def report(self) -> str:
-        """One line a source: prompts, the longest, the room there is, what was dropped; then its remarks. None is cut."""
+        """Lines for the log: for each source its prompts, the longest, the limit, dropped rows, and remarks."""
         lines = []
         for part in self.parts:
             count = f"first {part.tally.examples}" if part.tally.partial else str(len(part.indices))
@@ -108,10 +108,10 @@ def make_prompt_feed(
     max_new_tokens: int = 0,
     messages: MessagesOf = chat.prompt_messages,
 ) -> PromptFeed:
-    """The prompts of a rollout stage, each of at most prompt_len tokens.
+    """The feed of prompts of a stage that samples, each prompt of at most prompt_len tokens.
 
-    `columns` are what every row must carry (`lm.rollout.verifiers.NEEDS`), and `max_new_tokens` what is sampled after a
-    prompt, for advice. `messages` gives the turns that a row asks (row, where it stands). Every row of a file is looked at here, of a
+    `columns` are required in every row (`lm.rollout.verifiers.NEEDS`); `max_new_tokens`, sampled after a
+    prompt, serves advice in errors. `messages` extracts the prompt's turns from (row, location). Every row of a file is checked here, of a
     generator the first few hundred. Raises UserError if a prompt is too long or a column is missing, unless the source
     drops such rows.
     """
@@ -147,7 +147,7 @@ def encode_prompts(
     wheres: Sequence[str] | None = None,
     messages: MessagesOf = chat.prompt_messages,
 ) -> Prompts:
-    """The prompts of rows, rendered up to the assistant's header and left padded to prompt_len.
+    """Encode the prompts of rows, rendered up to the assistant's header and left padded to prompt_len.
 
     `wheres` name the rows in errors. Raises UserError if one is too long.
     """
@@ -163,7 +163,7 @@ def _tokens(messages: Sequence[chat.Message], tokenizer: SubwordTokenizer) -> li
 
 
 class _Found(NamedTuple):
-    """Of every row looked at: tokens of its prompt (0 for a bad row), and a place in REASONS; what no prompt shows."""
+    """For every row checked: tokens of its prompt (0 for a bad row) and an index into REASONS; and the columns not read."""
 
     lengths: Int64[np.ndarray, " N"]
     flaws: Int64[np.ndarray, " N"]
@@ -174,7 +174,7 @@ class _Found(NamedTuple):
 def _look_at(
     rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer, columns: Sequence[str], messages: MessagesOf
 ) -> _Found:
-    """Raises BadRow for the first row that is no prompt or lacks a column, unless the source drops such rows."""
+    """Measure prompts. Raises BadRow for the first row without a prompt or a column, unless the source drops bad rows."""
     lengths, flaws = np.zeros((2, len(indices)), np.int64)
     errors, unread = dict[int, str](), dict[str, None]()
     for number, index in enumerate(indices):
@@ -202,7 +202,7 @@ def _look_at(
 def _fitting(
     rows: Rows, indices: Sequence[int], found: _Found, prompt_len: int, max_new_tokens: int
 ) -> tuple[Any, Tally]:
-    """The rows whose prompts fit, and what became of all. Raises UserError where one does not and the source keeps all."""
+    """The rows whose prompts fit, and a tally. Raises UserError for a prompt too long unless the source drops bad rows."""
     if not rows.drop:
         _check_lengths(found.lengths.tolist(), [rows.where(i) for i in indices], prompt_len, max_new_tokens, ADVICE)
     long = found.lengths > prompt_len
@@ -210,7 +210,7 @@ def _fitting(
     counts = {REASONS[flaw]: int((found.flaws == flaw).sum()) for flaw in np.unique(found.flaws).tolist() if flaw}
     firsts = {REASONS[flaw]: first for flaw, first in found.errors.items()}
     if long.any():
-        why = f"longer than the {prompt_len} tokens that there are for a prompt"
+        why = f"longer than the {prompt_len} tokens available for a prompt"
         index = int(indices[int(np.argmax(long))])
         counts[why], firsts[why] = int(long.sum()), excerpt(rows[index], rows.where(index))
     tally = Tally(
@@ -239,7 +239,7 @@ def _check_lengths(
         more = f"; bad_rows drop leaves {'it' if too_long == 1 else 'them'} out, counted" if advice else ""
         raise UserError(
             f"{too_long} of {len(lengths)} prompts {'is' if too_long == 1 else 'are'} longer than the {prompt_len} tokens "
-            f"that there are for them; the longest has {longest} ({wheres[lengths.index(longest)]}): raise seq_len by "
+            f"available for them; the longest has {longest} ({wheres[lengths.index(longest)]}): raise seq_len by "
             f"{excess}{lower}{more}"
         )
 

@@ -1,4 +1,4 @@
-"""`gen:docs`: the documentation that every Python installation carries, as documents.
+"""`gen:docs`: the documentation that comes with Python, as documents.
 
 Language reference topics (`pydoc_data`), docstrings of the modules compiled into the interpreter, and of every
 module of the standard library its docstrings and block comments, read with `ast.parse`, never imported.

@@ -1,7 +1,7 @@
-"""Files of rows, read in pieces: where every row of a file begins, and the rows of any piece of it.
+"""Readers of row files (text, JSON lines, CSV, parquet …): index every row's offset, and read any piece of a file.
 
-A row is a dict. A file is never in memory as a whole (of parquet one row group is), and any row can be read alone; what
-cannot be read from the middle (gzip, TFDS, line ends of other systems) is unpacked once, into the cache.
+A row is a dict. A file is never in memory as a whole (of parquet, one row group is), and any row can be read alone; files that
+cannot be read from the middle (gzip, TFDS, other line ends) are unpacked once, into the cache.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lm.experiment import UserError
 
 DOCUMENT = 4_000  # characters of a document cut from a text file, roughly
 BLOCK = 1 << 20  # bytes read at once
-SPANS = 1 << 16  # rows whose places are Python integers at the same time
-PIECE_BYTES = 2 << 20  # text of a piece; rows are not divided
+SPANS = 1 << 16  # rows whose offsets are Python integers at the same time
+PIECE_BYTES = 2 << 20  # text of a piece; rows are not split
 PARQUET_ROWS = 256  # rows of parquet that are Python values at the same time
-GROUP = 1 << 32  # a row of parquet begins at group * GROUP + place in the group
+GROUP = 1 << 32  # offset of a parquet row: group * GROUP + index in the group
 BOM = codecs.BOM_UTF8
 
 
@@ -39,9 +39,9 @@ Spans = Int64[np.ndarray, "N 3"]
 
 
 class Piece(NamedTuple):
-    """Rows of a file that follow one another. `name` is the file's for people, `first` the number of the first row.
+    """A contiguous piece of a file's rows. `name` is the file's name in messages, `first` the number of the first row.
 
-    A row of spans: where it begins, its bytes (about), its line (0: it has none).
+    spans [N 3]: each row's offset, size in bytes (about), and line (0: none).
     """
 
     name: str
@@ -50,20 +50,20 @@ class Piece(NamedTuple):
     first: int
     spans: Spans
     columns: tuple[str, ...] = ()  # as `Source.columns`
-    drop: bool = False  # a row that cannot be read comes out as Unreadable instead of raising BadRow
+    drop: bool = False  # return Unreadable for a row that cannot be read instead of raising BadRow
 
     @property
     def text_bytes(self) -> int:
         return int(self.spans[:, 1].sum())
 
     def where(self, place: int) -> str:
-        """Row `place` of the piece, named for a person."""
+        """Location of row `place` of the piece, for messages."""
         line = self.spans[place, 2]
         return f"{self.name} {f'line {line}' if line else f'row {self.first + place}'}"
 
 
 class Format(NamedTuple):
-    """`unpack` gives the bytes of the file that is read instead, or None; its kind is `unpacked`."""
+    """A file format. `unpack` yields the bytes of an unpacked copy of kind `unpacked`, or is None."""
 
     locate: Callable[[str, Path], Iterator[Spans]]
     read: Callable[[Piece], Iterator[Row]]
@@ -77,20 +77,20 @@ def kind_of(file: Path) -> str | None:
 
 
 def read(piece: Piece) -> Iterator[Row]:
-    """The rows of a piece, columns named as stages know them. Raises UserError naming the line that is broken, or the
-    file that has gone."""
+    """Read the rows of a piece, with columns renamed. Raises UserError naming the broken line, or the
+    missing file."""
     theirs = names_of(piece.columns)
     try:
         for row in FORMATS[piece.kind].read(piece):
             yield renamed(row, theirs) if theirs else row
     except FileNotFoundError as error:
         raise UserError(
-            f"{piece.file} was there and has been removed; run the same command again to go on with what is there now"
+            f"{piece.file} was removed while it was being read; run the same command again to go on without it"
         ) from error
 
 
 def names_of(columns: Iterable[str]) -> dict[str, str]:
-    """`Source.columns` as {theirs: ours}. Raises UserError for what is not ours=theirs."""
+    """Parse `Source.columns` into {theirs: ours}. Raises UserError unless each is ours=theirs."""
     pairs = [column.split("=", 1) for column in columns]
     names = {pair[-1].strip(): pair[0].strip() for pair in pairs}
     if not all(len(pair) == 2 and all(map(str.strip, pair)) for pair in pairs) or len(set(names.values())) < len(pairs):
@@ -101,7 +101,7 @@ def names_of(columns: Iterable[str]) -> dict[str, str]:
 
 
 def renamed(row: Row, theirs: dict[str, str]) -> Row:
-    """The row with columns called as stages know them, from {theirs: ours}."""
+    """Rename the row's columns by {theirs: ours}."""
     if isinstance(row, Unreadable):
         return row
     given = {ours: row[name] for name, ours in theirs.items() if name in row}
@@ -109,7 +109,7 @@ def renamed(row: Row, theirs: dict[str, str]) -> Row:
 
 
 def why_not_a_file(path: str) -> str | None:
-    """One line for a path that leads to no file or folder that can be read, but to something; None for what is missing."""
+    """One line on why an existing path cannot be read as a file or folder; None if it is missing or readable."""
     try:
         file = Path(path).expanduser()
         mode = file.stat().st_mode
@@ -121,12 +121,12 @@ def why_not_a_file(path: str) -> str | None:
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kinds = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
         what = next((name for check, name in kinds if check(mode)), "a device")
-        return f"{path}: is {what}, not a file; a source can be read again and again"
+        return f"{path}: is {what}, not a file; a source must be readable more than once"
     return None if os.access(file, os.R_OK) else f"{path}: cannot be read: Permission denied"
 
 
 def cuts(spans: Spans, kind: str) -> Iterator[tuple[int, int]]:
-    """(from, before which) rows of pieces of about PIECE_BYTES; a row group of parquet stays whole."""
+    """Row ranges (start, stop) of pieces of about PIECE_BYTES; a parquet row group is not split."""
     start = 0
     if kind == ".parquet":
         ends = [*(np.flatnonzero(np.diff(spans[:, 0] // GROUP)) + 1).tolist(), len(spans)]
@@ -140,13 +140,13 @@ def cuts(spans: Spans, kind: str) -> Iterator[tuple[int, int]]:
 
 
 def cut_text(text: str, size: int) -> list[str]:
-    """Documents of about `size` characters, cut at blank lines where there are any, else at lines, spaces, anywhere."""
+    """Split text into documents of about `size` characters, at blank lines if possible, else at lines, spaces, anywhere."""
     pieces = (piece.strip("\r\n") for piece in _cut([text], size))
     return [piece for piece in pieces if piece.strip()]
 
 
 def _cut(texts: Iterable[str], size: int) -> Iterator[str]:
-    """All of the text, cut into documents with the line ends around them."""
+    """Split text into documents that include the line ends around them."""
     rest, todo = "", iter(texts)
     for more in todo:
         rest, at = rest + more, 0
@@ -168,7 +168,7 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 
 def _decoded(name: str, file: Path) -> Iterator[str]:
-    """The text of a file without its byte order mark. Raises UserError where it is not UTF-8."""
+    """Decode a file, dropping its byte order mark. Raises UserError where it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     begun = 0
     for number, block in enumerate(_with_end(file)):
@@ -211,7 +211,7 @@ def _read_documents(piece: Piece) -> Iterator[Row]:
 
 
 def _plain_line_ends(name: str, file: Path) -> Iterator[bytes] | None:
-    """The text with the line ends of Unix, if it has others."""
+    """The file's bytes with Unix line ends; None if it has no others."""
     if not any(b"\r" in block for block in _blocks(file)):
         return None
 
@@ -219,7 +219,7 @@ def _plain_line_ends(name: str, file: Path) -> Iterator[bytes] | None:
         kept = ""
         for text in _decoded(name, file):
             text = kept + text
-            kept = "\r" if text.endswith("\r") else ""  # the other half of it may come next
+            kept = "\r" if text.endswith("\r") else ""  # its second half may be in the next block
             yield text.removesuffix("\r").replace("\r\n", "\n").replace("\r", "\n").encode()
         yield b"\n" if kept else b""
 
@@ -241,7 +241,7 @@ def _locate_lines(name: str, file: Path) -> Iterator[Spans]:
 
 
 def _locate_rows(name: str, file: Path) -> Iterator[Spans]:
-    """Of unpacked rows, which have a number rather than a line."""
+    """Locate unpacked rows, which have a number rather than a line."""
     for spans in _locate_lines(name, file):
         spans[:, 2] = 0
         yield spans
@@ -283,7 +283,7 @@ def _parse(line: bytes, where: str, columns: Container[str]) -> Row:
     if not isinstance(row, dict):
         raise BadRow(f"{where}: every line must be a JSON object, found {text.strip():.40}", bad_rows.JSON)
     if (name := json_text.key_twice(row, twice, columns)) is not None:
-        raise BadRow(f"{where}: the key {name!r:.40} stands twice in one object", bad_rows.JSON)
+        raise BadRow(f"{where}: the key {name!r:.40} appears twice in one object", bad_rows.JSON)
     return row
 
 
@@ -313,7 +313,7 @@ def _parquet(name: str, file: Path) -> Any:
 
 @contextlib.contextmanager
 def _damaged(name: str, what: str) -> Iterator[None]:
-    """Inside, what pyarrow says of a damaged file is one line."""
+    """Context that turns pyarrow's error on a damaged file into one line."""
     import pyarrow
 
     try:
@@ -353,7 +353,7 @@ def _read_parquet(piece: Piece) -> Iterator[Row]:
 
 
 def _python_rows(table: Any, piece: Piece, first: int) -> Iterator[Row]:
-    """The rows of a table. Of one with a value that cannot be read only columns that no stage reads are left out."""
+    """Convert a table to rows; a column with unreadable values is left out if no stage reads it."""
     try:
         rows = table.to_pylist()
     except (ValueError, OverflowError, ArithmeticError):

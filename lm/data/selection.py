@@ -1,4 +1,4 @@
-"""Which rows an experiment trains on and which it measures on, and the plain texts and rows taken from them."""
+"""Selection of rows: which rows of a source are trained on, which are held out, and texts for the tokenizer."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import COLLECTED, Experiment, Source, UserError, resolve_sources
 
 Split = Literal["train", "heldout"]
-WITHHELD = "held out by another source"  # why rows are left out of training
-TOKENIZER_ROWS = 500  # generated rows that a tokenizer learns from
+WITHHELD = "held out by another source"  # reason why rows are left out of training
+TOKENIZER_ROWS = 500  # generated rows that a tokenizer is trained on
 
 
 class EmptySplit(UserError):
-    """A side of a source's split that is asked for has no row."""
+    """Raised where the requested side of a source's split has no row."""
 
 
 def select(source: Source, split: Split, elsewhere: Places = NOWHERE) -> tuple[Rows, Sequence[int]]:
-    """The rows of a source and the indices of one side of its split. Raises UserError if that side is empty.
+    """A source's rows and the indices of one side of its split. Raises EmptySplit if that side has no row.
 
     Args:
-        elsewhere: what other sources hold out (`held_out_elsewhere`), which is left out of training.
+        elsewhere: keys held out by other sources (`held_out_elsewhere`), left out of training here.
     """
     rows = rows_of(source)
     train, heldout = split_rows(rows, source.holdout, elsewhere)
@@ -43,13 +43,13 @@ def select(source: Source, split: Split, elsewhere: Places = NOWHERE) -> tuple[R
 
 
 def _why_empty(source: Source, rows: Rows, split: Split, withheld: int) -> str:
-    """One line that says why a side of the split has no row, and what would work."""
-    what = "holds out not one row; raise it" if split == "heldout" else "leaves no row for training; lower it"
+    """One line on why a side of the split has no row, and what would work."""
+    what = "holds out no row; raise it" if split == "heldout" else "leaves no row for training; lower it"
     line = f"{source.path}: holdout {source.holdout} {what}"
     if withheld and split == "train":
         line = (
-            f"{source.path}: no row is left for training: of those that holdout {source.holdout} leaves another source of the "
-            f"experiment holds out all {withheld}; where both are to read the same rows, name the same file in both"
+            f"{source.path}: no row is left for training: another source of the experiment holds out all {withheld} rows that "
+            f"holdout {source.holdout} leaves; where both should read the same rows, name the same file in both"
         )
     if rows.generated:
         return line
@@ -59,12 +59,12 @@ def _why_empty(source: Source, rows: Rows, split: Split, withheld: int) -> str:
         by = "key" if row.get("key") is not None else "question"
         shown = split_key(row)
         return f"{line} (all {len(rows)} rows have the same {by}, {shown!r:.60}, and are on one side)"
-    known = "" if keys == len(rows) else f", {keys} of them different by what they ask"
+    known = "" if keys == len(rows) else f", {keys} different prompts"
     return f"{line} (there are {len(rows)} rows{known})"
 
 
 def withheld(source: Source, rows: Rows, elsewhere: Places) -> int:
-    """How many rows of a source that it does not hold out itself are among those that others do; 0 for generated rows."""
+    """Number of a source's training rows that other sources hold out; 0 for generated rows."""
     if rows.generated or not len(elsewhere):
         return 0
     places = rows.measures.places
@@ -72,10 +72,10 @@ def withheld(source: Source, rows: Rows, elsewhere: Places) -> int:
 
 
 def held_out_elsewhere(experiment: Experiment) -> Places:
-    """The keys, as places in the split, that one source holds out and another, which holds out less, could train on.
+    """Keys (as places in the split) that one source holds out and another, with a smaller holdout, could train on.
 
-    Sources that a stage of the run has yet to collect hold out nothing here: the same at every start of the run. Of a
-    generator it is what evals ask, its first held-out rows; generators among themselves ask different questions.
+    Sources that a Collect stage of the run writes hold out nothing here, so that every start of the run agrees. For a
+    generator these are the prompts of evals, its first held-out rows; different generators have different prompts.
     """
     experiment = resolve_sources(experiment)
     trained = [source for stage in experiment.stages for source in stage.sources]
@@ -96,7 +96,7 @@ def held_out_elsewhere(experiment: Experiment) -> Places:
 
 
 def trained_places(sources: Sequence[Source], elsewhere: Places) -> Places:
-    """The keys, as places in the split, of the rows that these sources train on, generated ones left out."""
+    """Keys (as places in the split) of the rows that these sources train on, generated rows excluded."""
     found = [NOWHERE]
     for source in sources:
         rows = rows_of(source)
@@ -108,10 +108,10 @@ def trained_places(sources: Sequence[Source], elsewhere: Places) -> Places:
 def held_out_but_trained(
     collected: Source, asked: Sequence[Source], trained: Sequence[Source], elsewhere: Places
 ) -> tuple[int, int]:
-    """(different questions that a collected source holds out, those of them that earlier stages train on).
+    """(number of held-out prompts of a collected source, number of those that earlier stages train on).
 
     Args:
-        asked: the sources whose prompts were answered, of which generated questions are known again.
+        asked: the sources of the collected prompts, to recognise generated prompts.
         trained: the sources of stages that train before the collected one is read.
     """
     places = rows_of(collected).measures.places
@@ -124,16 +124,16 @@ def held_out_but_trained(
 
 
 def heldout_rows(source: Source) -> Iterator[tuple[Row, str]]:
-    """Held-out rows in fixed order, and how each is named for a person. Raises UserError where there are none."""
+    """Held-out rows in fixed order, each with its location for messages. Raises UserError where there are none."""
     rows, indices = select(source, "heldout")
     for index in indices:
         yield rows[index], rows.where(index)
 
 
 def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list[str]:
-    """Training text of every source of every stage, for `Tokenizer.train`: the same share of bytes for each.
+    """Training texts of all sources of all stages, for `SubwordTokenizer.train`: the same share of bytes for each.
 
-    Generated sources have few words: a few hundred rows show them all, and leave the vocabulary to the others.
+    Generated sources have few words: a few hundred rows contain them all and leave the vocabulary to the others.
     """
     used = [source for stage in experiment.stages for source in stage.sources if source.weight > 0]
     sources = {(source.path, source.columns): source for source in used if not source.path.startswith(COLLECTED)}
@@ -155,7 +155,7 @@ def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list
 
 
 def _evenly(rows: Rows, indices: Int[np.ndarray, " N"], characters: int) -> list[str]:
-    """Texts of the rows, evenly spread and about so many characters in all; only what is taken is read."""
+    """Evenly spread texts of the rows, about `characters` in all; only the texts returned are read."""
     known = rows.measures
     ends = np.cumsum(known.texts[indices])
     number = int(ends[-1])
@@ -169,8 +169,8 @@ def _evenly(rows: Rows, indices: Int[np.ndarray, " N"], characters: int) -> list
 
 
 def check_sources(experiment: Experiment) -> None:
-    """Raise UserError for weights and holdouts that make no sense, and where one part of the experiment holds out
-    what another trains on, naming both."""
+    """Raise UserError for invalid weights and holdouts, and where one part of the experiment holds out
+    rows that another trains on, naming both."""
     for stage in experiment.stages:
         shares(stage.sources, stage.name)
     users = [(stage.name, source) for stage in experiment.stages for source in stage.sources]
@@ -182,13 +182,13 @@ def check_sources(experiment: Experiment) -> None:
         first, holdout = seen.setdefault(_content(source.path), (user, source.holdout))
         if holdout != source.holdout:
             raise UserError(
-                f"{source.path} has holdout {source.holdout} in {user}, and {first} has {holdout} for the same rows: "
-                "what one holds out the other trains on; give both the same holdout"
+                f"{source.path} has holdout {source.holdout} in {user} and {holdout} in {first}: "
+                "one would train on rows that the other holds out; give both the same holdout"
             )
 
 
 def check_files(experiment: Experiment) -> None:
-    """Raise UserError for a source, of a stage or an evaluation, whose file is not there; says which flag names it."""
+    """Raise UserError for a source of a stage or eval whose file is missing; names the flag of its path."""
     sources = {f"{s.name}.sources.{i}": source for s in experiment.stages for i, source in enumerate(s.sources)}
     sources |= {f"evals.{item.name}.source": item.source for item in experiment.evals}
     for name, source in sources.items():
@@ -197,7 +197,7 @@ def check_files(experiment: Experiment) -> None:
 
 
 def shares(sources: Sequence[Source], user: str = "stage") -> list[Fraction]:
-    """The sources' weights as `lm.data.order.mixture` takes them."""
+    """The sources' weights as the shares that `lm.data.order.mixture` takes."""
     weights = [source.weight for source in sources]
     if not weights:
         raise UserError(f"{user}: sources is empty; name at least one source")
@@ -209,7 +209,7 @@ def shares(sources: Sequence[Source], user: str = "stage") -> list[Fraction]:
 def fingerprint(
     sources: Sequence[Source], rows: Sequence[Rows], tokenizer_fingerprint: str, elsewhere: Places = NOWHERE
 ) -> str:
-    """sha256 over what a feed is made of: contents, weights, holdouts, what others hold out of it, and the tokenizer."""
+    """SHA-256 over everything that determines a feed: contents, weights, holdouts, keys held out elsewhere, tokenizer."""
     parts: list[list[Any]] = [[r.fingerprint, s.weight, s.holdout] for s, r in zip(sources, rows, strict=True)]
     for part, source, of in zip(parts, sources, rows, strict=True):
         taken = elsewhere if of.generated else np.intersect1d(elsewhere, of.measures.places)
@@ -220,12 +220,12 @@ def fingerprint(
 
 
 def order_key(seed: int, name: str, number: int) -> int:
-    """A 64-bit key for the order of source `number`, another for each seed and stage."""
+    """A 64-bit key of the order of source `number`, different for each seed and stage."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()[:8], "big")
 
 
 def _content(path: str) -> str:
-    """One name for paths that share keys: the same file, or generators that ask the same questions."""
+    """One name for all paths with the same keys: the same file, or generators with the same prompts."""
     if path.startswith("tfds:python_docs"):
         return "gen:docs"
     if path.startswith(("gen:", "tfds:")):

@@ -1,9 +1,9 @@
-"""Where rows come from: a path becomes random access to dicts, and a hash says which of them are held out.
+"""Sources of rows: random access to the rows of a path, and their split into training and held-out rows by a hash.
 
-A file is read through once; where its rows begin and on which side they are is kept in the cache.
+A file is read through once; the offsets of its rows and their side of the split are cached.
 
 Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`.
-Rows as people have them: `lm.data.layouts` knows which columns; more columns do no harm, and are named once.
+`lm.data.layouts` lists the column layouts that are read; other columns are ignored and named once.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ __all__ = [
     "why_missing",
 ]
 
-PROBED = 256  # rows of a generator that its fingerprint is taken over
-STRIDE = 16  # generated rows from which one training example is taken: the first that is not held out
-SEARCHED = 100_000  # generated rows looked through for held-out ones
+PROBED = 256  # rows of a generator that its fingerprint covers
+STRIDE = 16  # generated rows per training example, which is the first of them that is not held out
+SEARCHED = 100_000  # generated rows searched for held-out rows
 NO_SPANS = np.zeros((0, 3), np.int64)
 HELDOUT_GENERATED = 500  # held-out rows taken from a generator
 NOWHERE: Places = np.zeros(0)  # no key is held out by another source
 
 
 class Measures(NamedTuple):
-    """Of every row: its place in the split, how many texts it has to train on, and their characters."""
+    """For every row: its place in the split, its number of training texts, and their characters."""
 
     places: Places
     texts: Int64[np.ndarray, " N"]
@@ -64,7 +64,7 @@ class Measures(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one file, by what the cache knows of it. `file` is what is read: it may be the unpacked one."""
+    """The rows of one file, as indexed in the cache. `file` is the file to read, which may be the unpacked copy."""
 
     name: str
     file: Path
@@ -80,7 +80,7 @@ class Part:
 
     @property
     def text_bytes(self) -> int:
-        """About how much there is to read, unpacked."""
+        """Approximate size of the unpacked text in bytes."""
         return int(self.entry.array("spans")[:, 1].sum()) if self.kind == ".parquet" else self.file.stat().st_size
 
     def piece(self, start: int, stop: int) -> Piece:
@@ -88,7 +88,7 @@ class Part:
         return Piece(self.name, self.file, self.kind, start, spans, self.columns, self.drop)
 
     def pieces(self) -> Iterator[Piece]:
-        """All rows, in pieces to work on."""
+        """All rows, in pieces."""
         for start in range(0, len(self), readers.SPANS):
             many = self.piece(start, min(start + readers.SPANS, len(self)))
             for low, high in readers.cuts(many.spans, self.kind):
@@ -97,10 +97,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """Random access to the rows of a source. `where(i)` names row i for a person; `generated` rows are made on demand.
+    """Random access to the rows of a source. `where(i)` locates row i in messages; `generated` rows are made on demand.
 
-    `parts` are the files that they are in, one after another; none of rows that are in memory or generated. `columns` and
-    `drop` are as of `load_rows`; `notes` say what of a folder is not read.
+    `parts` are its files, in order; none for rows in memory or generated. `columns` and
+    `drop` are those of `load_rows`; `notes` say which files of a folder are not read.
     """
 
     path: str
@@ -129,12 +129,12 @@ class Rows(Sequence[Row]):
         return self.fetch(index)
 
     def reading(self) -> dict[str, Any]:
-        """What of the way rows are read makes others of them, for keys of the cache."""
+        """The reading options that change rows, as part of cache keys."""
         return _reading(self.columns, self.drop)
 
     @functools.cached_property
     def measures(self) -> Measures:
-        """What is known of every row of a source that has an end; of files by the cache, without reading them."""
+        """Measures of every row of a finite source; of files from the cache, without reading them."""
         if not self.parts:
             return _measure(self)
         columns = [[part.entry.array(name) for part in self.parts] for name in Measures._fields]
@@ -142,15 +142,15 @@ class Rows(Sequence[Row]):
 
 
 def load_rows(path: str, data_dir: str | Path | None = None, columns: tuple[str, ...] = (), drop: bool = False) -> Rows:
-    """The rows of a source.
+    """Open the rows of a source.
 
     Args:
-        data_dir: where TFDS keeps its data; None: where TFDS itself does.
-        columns: names of columns, as ours=theirs.
-        drop: rows that cannot be read come out as `Unreadable` instead of raising.
+        data_dir: TFDS's data folder; None: TFDS's default.
+        columns: columns to rename, as ours=theirs.
+        drop: return rows that cannot be read as `Unreadable` instead of raising.
 
     Raises:
-        UserError: what is missing, unknown, empty or broken, naming file and line.
+        UserError: a missing, unknown, empty or broken file; names file and line.
     """
     readers.names_of(columns)
     if path.startswith("gen:"):
@@ -169,7 +169,7 @@ def load_rows(path: str, data_dir: str | Path | None = None, columns: tuple[str,
 
 
 def rows_of(source: Source) -> Rows:
-    """The rows of a source, its columns renamed, and bad rows taken as it says."""
+    """The rows of a configured source: columns renamed, bad rows handled as configured."""
     with with_advice():
         return load_rows(source.path, columns=source.columns, drop=source.bad_rows == "drop")
 
@@ -183,7 +183,7 @@ def _reading(columns: tuple[str, ...], drop: bool) -> dict[str, Any]:
 
 
 def _check_columns(rows: Rows) -> Rows:
-    """Raises UserError for a column that is to be read under another name, and that no row has."""
+    """Raises UserError for a column to rename that no row has."""
     missing, found = set(readers.names_of(rows.columns)), dict[str, None]()
     if not missing:
         return rows
@@ -201,15 +201,15 @@ def _check_columns(rows: Rows) -> Rows:
 
 
 def split_rows(rows: Rows, holdout: float, elsewhere: Places = NOWHERE) -> tuple[Sequence[int], Sequence[int]]:
-    """(training indices, held-out indices): a row is held out iff the hash of what it asks is below `holdout`.
+    """(training indices, held-out indices): a row is held out iff the hash of its prompt is below `holdout`.
 
-    So a row's side depends on nothing but itself: not on its place, the process or the other rows. Held-out indices come
-    in the order of the hash. Of a generator the training indices have no end for practical purposes, and the held-out
-    ones are the first few hundred of different keys; both are found when asked for. Rows of `elsewhere`, which another
+    So a row's side depends only on the row: not on its place, the process or the other rows. Held-out indices are
+    in the order of the hash. A generator has practically endless training indices, and its held-out
+    indices are the first few hundred of different keys; both are found lazily. Rows of `elsewhere`, which another
     source holds out, are on neither side unless this source holds them out too.
     """
     if not 0.0 <= holdout <= 1.0:
-        raise UserError(f"{rows.path}: holdout is {holdout}; it is the part of the rows held out, from 0 to 1")
+        raise UserError(f"{rows.path}: holdout is {holdout}; it is the fraction of rows held out, from 0 to 1")
     if rows.generated:
         training = _Training(rows, holdout, frozenset(elsewhere.tolist())) if holdout < 1 else ()
         return training, (_HeldOut(rows, holdout) if holdout > 0 else ())
@@ -230,7 +230,7 @@ def _measure(rows: Iterable[Row]) -> Measures:
 
 
 def _key(row: Row) -> str:
-    """The key of a row; of one that cannot be read what is there."""
+    """The split key of a row; of an unreadable row its raw text."""
     return row.raw if isinstance(row, Unreadable) else split_key(row)
 
 
@@ -239,7 +239,7 @@ def _measure_piece(_: None, piece: Piece) -> tuple[Piece, Measures]:
 
 
 def texts_of(row: Mapping[str, Any]) -> list[str]:
-    """Every text of a row that a stage may train on."""
+    """All texts of a row that a stage may train on."""
     found: list[Any] = []
     row = canonical(row)
     for column in TEXT_COLUMNS:
@@ -250,7 +250,7 @@ def texts_of(row: Mapping[str, Any]) -> list[str]:
 
 
 class _Training(Sequence[int]):
-    """Index k is the first generated row from k * STRIDE on that is not held out, here or elsewhere."""
+    """Training indices of a generator: index k is the first row from k * STRIDE on that is held out nowhere."""
 
     def __init__(self, rows: Rows, holdout: float, elsewhere: frozenset[float]):
         self._rows, self._holdout, self._elsewhere = rows, holdout, elsewhere
@@ -269,7 +269,7 @@ class _Training(Sequence[int]):
 
 
 class _HeldOut(Sequence[int]):
-    """The held-out ones among the first generated rows, each key once; looked for when first asked for."""
+    """Held-out indices of a generator: held-out rows among its first rows, each key once, found on first use."""
 
     def __init__(self, rows: Rows, holdout: float):
         self._rows, self._holdout = rows, holdout
@@ -311,14 +311,14 @@ def _generated(path: str) -> Rows:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean gen:{near[0]}?" if near else f"there are {', '.join(f'gen:{n}' for n in names)}"
         raise UserError(f"{path}: there is no such generator; {hint}")
-    make = functools.lru_cache(maxsize=64)(GENERATORS[name])  # the split looks at a row before it is used
+    make = functools.lru_cache(maxsize=64)(GENERATORS[name])  # the split reads a row before it is used
     digest = hashlib.sha256(canonical_json([make(index) for index in range(PROBED)]).encode())
     return Rows(path, curriculum.LENGTH, make, digest.hexdigest(), lambda i: f"{path} row {i}", generated=True)
 
 
 @functools.lru_cache(maxsize=1)
 def _documents() -> tuple[Row, ...]:
-    """`python_docs.documents()`, which takes seconds, or what it gave before of the same Python."""
+    """`python_docs.documents()`, cached for the same Python, since it takes seconds."""
 
     def build(writer: Writer) -> None:
         writer.append("rows", np.frombuffer(json.dumps(python_docs.documents()).encode(), np.uint8))
@@ -336,9 +336,9 @@ GENERATORS: dict[str, Callable[[int], Row]] = {
 
 
 def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
-    """Every file in it that has one of our endings, by name, and a line on what else is there and is not read.
+    """Files of a folder with a known ending, by name, and a line on files that are not read.
 
-    A `.json` file beside files of other kinds is not: it may be anything.
+    A `.json` file beside files of other kinds is not read: it may be anything.
     """
     try:
         there = sorted(folder.iterdir())
@@ -358,7 +358,7 @@ def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _read_files(files: Sequence[tuple[str, Path]], path: str, columns: tuple[str, ...], drop: bool) -> Rows:
-    """The rows of files, one file after another; `files` are names for people, and paths."""
+    """The rows of several files in order; `files` are (name for messages, path)."""
     cache = current_cache()
     with WorkerPool(f"{path}: reading", "rows", sum(file.stat().st_size for _, file in files)) as pool:
         parts = pool.each(lambda named: _read_file(*named, cache, pool, columns, drop), files)
@@ -398,7 +398,7 @@ def _read_tfds(path: str, data_dir: str | Path | None, columns: tuple[str, ...],
 
 
 def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, pool: WorkerPool) -> None:
-    """Write down where the rows of a file begin, and the measures of each. `whole` says how to read it."""
+    """Index a file into a cache entry: the offset and measures of every row. `whole` says how to read the file."""
     name, file, kind = whole.name, whole.file, whole.kind
     if unpacked is not None:
         for block in itertools.chain([b""], unpacked):
@@ -421,7 +421,7 @@ def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, pool:
         pool.progress.advance(piece.text_bytes, len(piece.spans))
         count += len(piece.spans)
     if count == 0:
-        raise UserError(f"{name}: empty, there is not one row in it")
+        raise UserError(f"{name}: the file is empty")
 
 
 def _part(
@@ -462,7 +462,7 @@ def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
 
 
 def why_missing(path: str) -> str | None:
-    """One line that says that the file of a source is not there or cannot be read, and what is there; None if it can."""
+    """One line on why a source's file is missing or cannot be read, and what is there instead; None if it can be read."""
     if path.startswith(("gen:", "tfds:", COLLECTED)):
         return None
     if not path.strip():

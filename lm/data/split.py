@@ -1,6 +1,6 @@
-"""Which rows are held out: a row's key is what it asks, and a hash of the key says on which side of the split it is.
+"""The train/held-out split: a row's key is its prompt, and a hash of the key determines the side.
 
-Rows with the same key are on the same side, in any file, order, process and layout, whatever their other columns say.
+Rows with the same key are on the same side in any file, order, process and layout, whatever their other columns.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from jaxtyping import Float64
 from lm.data.layouts import canonical
 
 TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion")  # of canonical rows
-ASKING_COLUMNS = ("prompt", "messages", "chosen")  # of a conversation in `chosen` what its first user turn asks
+ASKING_COLUMNS = (
+    "prompt",
+    "messages",
+    "chosen",
+)  # columns with a prompt; of a conversation in `chosen`, the turns up to the first answer
 
-ALWAYS_TRAINED = "never held out"  # a key of rows that no split holds out
+ALWAYS_TRAINED = "never held out"  # key of rows that no split holds out
 
 Places = Float64[np.ndarray, " N"]
 
 
 def split_key(row: Mapping[str, Any]) -> str:
-    """What a row is held out by: its `key` unless that is null, else what it asks, else its texts.
+    """The split key of a row: its `key` unless null, else its prompt, else its texts.
 
-    Other columns (an id, a source, a date) are no part of it; only a row without any text is known by all it has.
+    Other columns (an id, a source, a date) are not part of it; a row without any text is keyed by all its columns.
     """
     key = row.get("key")
     if key is not None:
@@ -40,7 +44,7 @@ def split_key(row: Mapping[str, Any]) -> str:
 
 
 def asked_of(row: Mapping[str, Any]) -> str:
-    """Of a canonical row, the turns up to the first answer, without the system turn, as normalised text, or "".
+    """The prompt of a canonical row as normalised text: turns up to the first answer, without the system turn; or "".
 
     The same for `question`, for `prompt` as a string or as turns, for `messages`, and for whole conversations in `chosen`.
     """
@@ -52,14 +56,14 @@ def asked_of(row: Mapping[str, Any]) -> str:
 
 
 def normalised(text: str) -> str:
-    """Text in Unicode's composed form (NFC), with single spaces for runs of white space and none at the ends."""
+    """Normalise text: Unicode NFC, runs of white space as single spaces, none at the ends."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def split_place(key: str) -> float:
-    """A number that is uniform in [0, 1) over keys: the first 53 bits of sha256. It stands for the key too.
+    """Hash a key to a number uniform in [0, 1): the first 53 bits of SHA-256. It also identifies the key.
 
-    1 for ALWAYS_TRAINED, which is below no holdout.
+    1 for ALWAYS_TRAINED, which no holdout reaches.
     """
     if key == ALWAYS_TRAINED:
         return 1.0
@@ -67,7 +71,7 @@ def split_place(key: str) -> float:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for equal JSON values."""
+    """Canonical JSON text: equal for equal values."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
@@ -83,7 +87,7 @@ def _asked_in(turns: list[Any] | tuple[Any, ...]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A text column's texts, normalised, without what else its turns carry."""
+    """The normalised texts of a text column, without other keys of its turns."""
     if isinstance(value, str):
         return normalised(value)
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One source, tokenised and ready to be drawn from: rows of training tokens by (epoch, place)."""
+"""Supplies: a source's tokenised rows by (epoch, place), with a tally of truncated and dropped examples."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.data.tokens import KINDS, UNREAD_KEPT, Store, conversation_kind, flawed, left_out, store_in_memory, store_of
 from lm.experiment import UserError
 
-EXAMPLES_A_ROW = 64  # generated examples set aside for one packed row; those that do not fit are passed over
-UNREAD_SHOWN = 12  # names of what is not read in one line
-LOOKED_AT = 256  # generated examples that a tally is taken over
+EXAMPLES_A_ROW = 64  # generated examples reserved for one packed row; those that do not fit are skipped
+UNREAD_SHOWN = 12  # names of unread columns shown in one line
+LOOKED_AT = 256  # generated examples that a tally counts
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of a source's examples; `partial`: only of the first ones, the source has no end.
+    """Counts of a source's examples: kept, truncated, dropped; `partial`: of the first ones only, of an endless source.
 
-    `truncated` ones lost their end, or what `truncation` says, `lost` tokens in all; `reasons`: of those dropped how many, by
-    why, and `firsts` the first of each: where it is, and what is wrong with it or what it says. `unread`: columns, and keys
-    of turns, that no example shows; `notes`: what else there is to say of the files.
+    `truncated` examples lost `lost` tokens in all, at their end or as `truncation` says; `reasons`: number dropped by
+    reason, `firsts`: location and description of the first of each. `unread`: columns, and keys
+    of turns, that are not read; `notes`: further remarks on the files.
     """
 
     examples: int
@@ -56,7 +56,7 @@ class Tally:
         return f"{head}, {rest}{why}{f', {self.lost} tokens cut off' if self.lost else ''}"
 
     def with_dropped(self, why: str, count: int) -> Tally:
-        """As many examples more, dropped for a reason."""
+        """The tally with `count` more examples dropped for a reason."""
         reasons = {why: count} | dict(self.reasons)
         return replace(self, examples=self.examples + count, dropped=self.dropped + count, reasons=reasons)
 
@@ -64,7 +64,7 @@ class Tally:
         return ", ".join(f"{count} {why}" for why, count in self.reasons.items())
 
     def remarks(self) -> list[str]:
-        """A line for the first example of each reason, one for what is not read, and what else there is to say."""
+        """Remark lines: the first example of each reason, unread columns, notes."""
         lines = [f"{self.reasons[why]} dropped ({why}), the first: {first}" for why, first in self.firsts.items()]
         if self.unread:
             shown = ", ".join(one_line(f"{name:.60}") for name in self.unread[:UNREAD_SHOWN])
@@ -73,7 +73,7 @@ class Tally:
         return [*lines, *self.notes]
 
     def to_json(self, source: str, unit: str) -> dict[str, Any]:
-        """One plain object, as in a stage's summary."""
+        """The tally as a JSON object, as in a stage's summary."""
         return {
             "source": source,
             "unit": unit,
@@ -91,9 +91,9 @@ class Tally:
 
 @dataclass(frozen=True)
 class Supply:
-    """`row(epoch, place)` for place in range(rows) gives one row of the batch, or two for a preference pair.
+    """A source's rows: `row(epoch, place)` for place in range(rows) is one row of a batch, or two of a preference pair.
 
-    `example(epoch, place)`, where it is given, is the number of what they are made of, the same in every epoch.
+    `example(epoch, place)`, if given, is the number of the example behind them, the same in every epoch.
     """
 
     rows: int
@@ -105,7 +105,7 @@ class Supply:
 
 @dataclass(frozen=True)
 class Order:
-    """How places become rows: shuffled anew in every epoch by `key`, or as they are (`key` None) for held-out data."""
+    """Order of a source's rows: reshuffled every epoch by `key`, or unshuffled (`key` None) for held-out data."""
 
     key: int | None
 
@@ -113,12 +113,12 @@ class Order:
         return place if self.key is None else permute(place, length, mix64(self.key + epoch))
 
     def places(self, epoch: int, length: int) -> Int64[np.ndarray, " N"]:
-        """`place` of every place."""
+        """The whole order of an epoch: `place`, vectorised."""
         return np.arange(length) if self.key is None else permutation(length, mix64(self.key + epoch))
 
 
 class Kept(NamedTuple):
-    """The examples that a stage trains on, their numbers in `store` group by group (a conversation; the two of a pair)."""
+    """The examples that a stage trains on: numbers in `store` by group (a conversation, or the two of a pair)."""
 
     store: Store
     groups: Int64[np.ndarray, "G K"]
@@ -126,7 +126,7 @@ class Kept(NamedTuple):
 
 
 def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order) -> Supply:
-    """Documents one after another in a ring, cut into windows; each epoch goes round from another offset.
+    """A supply of windows over the circular stream of documents; each epoch starts at another offset.
 
     Held-out documents are cut once, from the first token on. The first token of a window is not predicted.
     """
@@ -146,9 +146,9 @@ def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Subword
 
 @dataclass(frozen=True)
 class CircularStream:
-    """Documents end to end, in any order of theirs, and the first `overlap` tokens once more: a ring that is cut open.
+    """Concatenated documents in a given order, followed by the first `overlap` tokens again: a ring that is cut open.
 
-    bounds [D+1]: where each document begins, and the last ends; the overlap counts as one.
+    bounds [D+1]: the start of each document and the end of the last; the overlap counts as a document.
     """
 
     store: Store
@@ -163,7 +163,7 @@ class CircularStream:
         return cls(store, numbers, np.append(bounds, total + min(overlap, total)) if overlap else bounds, total)
 
     def __getitem__(self, where: slice) -> Int[np.ndarray, " N"]:
-        """Tokens start … stop, or as many as there are."""
+        """Tokens start … stop, or fewer at the end."""
         start, stop = where.start, min(where.stop, int(self.bounds[-1]))
         pieces = [*self._read(start, min(stop, self.total)), *self._read(0, max(0, stop - self.total))]
         return np.concatenate(pieces)
@@ -185,7 +185,7 @@ def conversations(
     loss_on: str = "answers",
     learn_end: bool = True,
 ) -> Supply:
-    """Conversations packed into rows, with the loss mask that the options say; which share a row is settled once."""
+    """A supply of conversations packed into rows, with the loss mask of the options; the packing is fixed for all epochs."""
     kind = conversation_kind(loss_on, learn_end)
     if rows.generated and order.key is not None:
         return _generated_conversations(rows, indices, seq_len, tokenizer, order, kind)
@@ -203,7 +203,7 @@ def conversations(
 def _generated_conversations(
     rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order, kind: str
 ) -> Supply:
-    """Each row is filled from a run of examples of its own, so that any row can be made without the ones before."""
+    """A supply of generated conversations; each row packs its own run of examples, so any row can be made alone."""
     number = len(indices) // EXAMPLES_A_ROW
 
     def examples(first: int) -> Iterator[Example]:
@@ -236,9 +236,9 @@ def pairs(
     ties: bool = False,
     margins: bool = False,
 ) -> Supply:
-    """Preference pairs: the chosen conversation in one row, the rejected in the next, trained on the last answer.
+    """A supply of preference pairs: the chosen conversation in one row, the rejected in the next; loss on the last answer.
 
-    Pairs that are a tie are left out unless `ties`; without `margins` those of the rows are not looked at, and are 0.
+    Ties are left out unless `ties`; without `margins` the rows' margins are ignored and are 0.
     """
     kind = "pairs, with margins" if margins else "pairs"
     groups = _answer_groups(rows, indices, kind, seq_len, tokenizer, order, ties)
@@ -257,7 +257,7 @@ def pairs(
 
 
 def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order) -> Supply:
-    """Judged answers, one a row: of rows that have a label, or both sides of preference pairs, the chosen one desirable."""
+    """A supply of labelled answers, one a row: rows with a label, or both sides of pairs, the chosen one desirable."""
     kind = "pairs" if _has_pairs(rows, indices) else "judged"
     groups = _answer_groups(rows, indices, kind, seq_len, tokenizer, order)
     size = KINDS[kind].examples_a_row
@@ -273,13 +273,13 @@ def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: Subword
 
 
 def _has_pairs(rows: Rows, indices: Sequence[int]) -> bool:
-    """Whether the first row that can be read is a preference pair."""
+    """Whether the first readable row is a preference pair."""
     found = (canonical(rows[indices[k]]) for k in range(min(LOOKED_AT, len(indices))))
     return any("chosen" in row for row in itertools.islice((row for row in found if row), 1))
 
 
 class Groups(NamedTuple):
-    """Answers, or pairs of them: how many there are, and of each where it is stored and its examples' numbers there."""
+    """Answers or pairs: their number, and for each the store and its examples' numbers there."""
 
     number: int
     find: Callable[[int], tuple[Store, Int64[np.ndarray, " K"]]]
@@ -312,7 +312,7 @@ def _answer_groups(
 def _examples(
     rows: Rows, indices: Sequence[int], kind: str, tokenizer: SubwordTokenizer
 ) -> tuple[Store, Int64[np.ndarray, " N"]]:
-    """The examples of some rows: where they are stored, and the numbers of their rows there."""
+    """The store of some rows' examples, and the numbers of the rows in it."""
     with with_advice():
         if rows.generated:
             named = ((rows[i], rows.where(i)) for i in indices)
@@ -321,13 +321,13 @@ def _examples(
 
 
 def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: SubwordTokenizer) -> list[Example]:
-    """The examples of one row, made now."""
+    """The examples of one row, tokenised on demand."""
     store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer, rows.drop)
     return [store.example(number, seq_len) for number in range(len(store))]
 
 
 class Dropped(NamedTuple):
-    """Which examples are `left`, and of the others how many and which is the first, by why."""
+    """The examples `left`, and by reason the number and the first of those dropped."""
 
     left: Bool[np.ndarray, " N"]
     counts: dict[str, int]
@@ -335,7 +335,7 @@ class Dropped(NamedTuple):
 
 
 def _drop(rows: Rows, indices: Sequence[int], kind: str, reasons: Mapping[str, Bool[np.ndarray, " N"]]) -> Dropped:
-    """Leave out the rows that any reason speaks against; each is counted for the first that does."""
+    """Drop the rows that have any reason; each counts under its first reason."""
     left = np.ones(len(indices), bool)
     counts, firsts = {}, {}
     for why, those in reasons.items():
@@ -347,7 +347,7 @@ def _drop(rows: Rows, indices: Sequence[int], kind: str, reasons: Mapping[str, B
 
 
 def show_row(rows: Rows, index: int, kind: str) -> str:
-    """A line on a row: where it is, and what is wrong with it, or how it begins."""
+    """One line on a row: its location, and its error or its beginning."""
     row, where = rows[index], rows.where(index)
     try:
         KINDS[kind].make(row, where, KINDS[kind].rendering)
@@ -357,7 +357,7 @@ def show_row(rows: Rows, index: int, kind: str) -> str:
 
 
 def excerpt(row: Mapping[str, Any], where: str) -> str:
-    """Where a row is, and how it begins, on one line."""
+    """One line with a row's location and beginning."""
     return f"{where}: {json.dumps(row, ensure_ascii=True, default=str):.120}"
 
 
@@ -368,13 +368,13 @@ def _notes(rows: Rows, store: Store) -> dict[str, Any]:
 def _none_left(rows: Rows, what: str, dropped: Dropped) -> UserError:
     reasons = ", ".join(f"{count} {why}" for why, count in dropped.counts.items())
     first = next(iter(dropped.firsts.values()))
-    return UserError(f"{rows.path}: none of {what} is left to learn from: {reasons}; the first: {first}")
+    return UserError(f"{rows.path}: none of {what} is left to train on: {reasons}; the first: {first}")
 
 
 def _keep_documents(
     rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer
 ) -> tuple[Store, Int64[np.ndarray, " N"], Tally]:
-    """The documents that have a text."""
+    """The documents with a non-empty text."""
     store, numbers = _examples(rows, indices, "documents", tokenizer)
     dropped = _drop(rows, indices, "documents", flawed(store, numbers))
     if not dropped.left.any():
@@ -393,7 +393,7 @@ def _keep_documents(
 
 
 def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, kind: str) -> Kept:
-    """The conversations that still have a trained token when cut to seq_len, and what became of all."""
+    """The conversations that have a token with loss after truncation to seq_len, and a tally."""
     store, numbers = _examples(rows, indices, kind, tokenizer)
     assert store.firsts is not None and store.trained is not None
     reasons = flawed(store, numbers)
@@ -428,7 +428,7 @@ def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTo
 def _keep_answers(
     rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: SubwordTokenizer, ties: bool
 ) -> Kept:
-    """The answers, or pairs of them, that something can be learned from, and what became of all."""
+    """The answers or pairs that can be trained on, and a tally."""
     store, numbers = _examples(rows, indices, kind, tokenizer)
     assert store.trained is not None
     groups = numbers[:, None] * KINDS[kind].examples_a_row + np.arange(KINDS[kind].examples_a_row)

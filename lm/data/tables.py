@@ -1,6 +1,6 @@
-"""Files that hold rows in one piece: CSV, TSV and JSON, unpacked to a row a line.
+"""CSV, TSV and JSON files, unpacked to one JSON row a line.
 
-A row of CSV comes out at the number of the line that it begins on, after empty lines where it takes several.
+A CSV row is written at the number of its first line; a row of several lines is preceded by empty lines.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from lm.data import bad_rows, json_text
 from lm.data.layouts import READ_COLUMNS
 from lm.experiment import UserError
 
-BAD = b"!"  # begins a line that says why there is no row
-LIST_NAMES = ("data", "rows", "examples", "instances", "train")  # under which a JSON object may have its list of rows
+BAD = b"!"  # begins a line that says why its row is bad
+LIST_NAMES = (
+    "data",
+    "rows",
+    "examples",
+    "instances",
+    "train",
+)  # keys under which a JSON object may have its list of rows
 LARGEST_FIELD = 1 << 30  # characters
 
 
 def bad_line(why: str, reason: int) -> bytes:
-    """A line that stands for a row that cannot be read; `reason` is a number of `bad_rows.REASONS`."""
+    """Encode a placeholder line for a bad row; `reason` is an index into `bad_rows.REASONS`."""
     return BAD + json.dumps([why, reason]).encode() + b"\n"
 
 
 def why_bad(line: bytes) -> tuple[str, int]:
-    """What a line of `bad_line` says, and its reason; a line of somebody else's is no JSON."""
+    """Decode a line of `bad_line`: message and reason; any other line is invalid JSON."""
     try:
         value = json_text.loads(line.removeprefix(BAD).decode())
     except ValueError:
@@ -38,9 +44,9 @@ def why_bad(line: bytes) -> tuple[str, int]:
 
 
 def csv_lines(name: str, texts: Iterable[str], delimiter: str) -> Iterator[bytes]:
-    """The records of a CSV file with a header as lines of JSON, all values strings.
+    """Convert a CSV file with a header to JSON lines, all values strings.
 
-    Raises UserError for a file without a usable header, and for quotes that nothing closes.
+    Raises UserError for an unusable header and for an unclosed quote.
     """
     csv.field_size_limit(LARGEST_FIELD)
     reader = csv.reader(_lines_of(texts), delimiter=delimiter, strict=True)
@@ -70,7 +76,7 @@ def csv_lines(name: str, texts: Iterable[str], delimiter: str) -> Iterator[bytes
 
 
 def _lines_of(texts: Iterable[str]) -> Iterator[str]:
-    """The text by lines with their ends, the last also without one."""
+    """Split texts into lines with their ends; the last may lack one."""
     rest = ""
     for text in texts:
         lines = (rest + text).split("\n")
@@ -91,7 +97,7 @@ def _header(name: str, record: list[str], delimiter: str) -> list[str]:
 
 
 def json_lines(name: str, file: Path) -> Iterator[bytes]:
-    """The objects of a JSON list, or of the one list in a JSON object, a line each. The file is read as a whole."""
+    """Convert a JSON list of objects, or the one such list of a JSON object, to JSON lines. Reads the whole file."""
     twice: json_text.Twice = {}
     try:
         value = json_text.loads(file.read_bytes().decode("utf-8-sig"), twice)
@@ -102,7 +108,7 @@ def json_lines(name: str, file: Path) -> Iterator[bytes]:
         raise UserError(f"{name}: not valid JSON ({error!s:.150}){more}") from error
     for number, row in enumerate(_rows_in(name, value)):
         if isinstance(row, dict) and (key := json_text.key_twice(row, twice, READ_COLUMNS)) is not None:
-            yield bad_line(f"the key {key!r:.40} stands twice in one object", bad_rows.JSON)
+            yield bad_line(f"the key {key!r:.40} appears twice in one object", bad_rows.JSON)
         elif isinstance(row, dict):
             yield json.dumps(row).encode() + b"\n"
         else:

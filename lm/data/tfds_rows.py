@@ -1,4 +1,4 @@
-"""Rows of a TensorFlow Datasets split, read from ArrayRecord without TensorFlow, as JSON lines."""
+"""Rows of a TFDS split as JSON lines, read from ArrayRecord without TensorFlow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lm.experiment import UserError
 
 
 def find(name: str, data_dir: str | Path | None = None) -> tuple[list[Path], Callable[[], Iterator[bytes]]]:
-    """(files, JSON lines when asked for) of `NAME/SPLIT`, NAME as TFDS writes it (`builder`, `builder/config`, `…:version`).
+    """(files, function that yields JSON lines) of `NAME/SPLIT`, NAME as in TFDS (`builder`, `builder/config`, `…:version`).
 
-    Our own builders are prepared on first use; of others only what is already prepared as ArrayRecord is read.
+    This project's builders are prepared on first use; others must be prepared as ArrayRecord already.
     """
     name, _, split = name.rpartition("/")
     if not name:
@@ -49,7 +49,7 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
         raise UserError(
-            f"tfds:{name}: cannot be opened ({str(error).splitlines()[0]}); of our own there are {', '.join(BUILDERS)}"
+            f"tfds:{name}: cannot be opened ({str(error).splitlines()[0]}); lm itself has {', '.join(BUILDERS)}"
         ) from error
     if not builder.is_prepared():
         raise UserError(
@@ -60,7 +60,7 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """TFDS values as JSON has them: bytes become str, arrays and scalars lists and numbers."""
+    """Convert TFDS values to JSON values: bytes to str, arrays and scalars to lists and numbers."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):

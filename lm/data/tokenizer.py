@@ -1,7 +1,7 @@
-"""The tokenizer: sentencepiece BPE over bytes that gives every text back exactly.
+"""The tokenizer: lossless sentencepiece BPE with byte fallback and ChatML's special tokens.
 
 Ids 0, 1, 2 are `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`. They are control pieces: no text encodes to
-them, also not a text that spells them. A newline is a piece of its own and merges with nothing, so the
+them, not even a text that spells them. A newline is its own piece and never merges, so the
 tokens of a chat header do not depend on what follows it.
 """
 
@@ -25,10 +25,10 @@ from lm.experiment import UserError
 END_OF_TEXT, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 FILE_NAME = "tokenizer.model"
 TRAINING_BYTES = 2_000_000
-CHUNK = 4_000  # characters; the training text is made of whole chunks, evenly spread
-LONGEST_LINE = 1_000  # characters; sentencepiece passes over lines longer than 4192 bytes
+CHUNK = 4_000  # characters; the training text consists of whole chunks, evenly spread
+LONGEST_LINE = 1_000  # characters; sentencepiece skips lines longer than 4192 bytes
 SPACE = "\u2581"  # sentencepiece's own name for a space
-PROBE = " a\n\n    b\t\u00e9\u4f60 "  # comes back only from a tokenizer that keeps everything
+PROBE = " a\n\n    b\t\u00e9\u4f60 "  # round-trips only through a lossless tokenizer
 MIN_VOCAB = 262  # 256 bytes, 3 special tokens, unknown, newline, space
 UNTRAINABLE = re.compile("[\0\r\u2585]+")  # sentencepiece drops training lines with these; they are encoded as bytes
 
@@ -56,43 +56,43 @@ class SubwordTokenizer:
         self._space_name_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(
-                f"{name}: this sentencepiece model does not give a text back exactly; train it with byte_fallback, "
+                f"{name}: this sentencepiece model is not lossless; train it with byte_fallback, "
                 "identity normalisation, no dummy prefix and no removal of extra whitespace"
             )
 
     def __reduce__(self) -> tuple[type[SubwordTokenizer], tuple[bytes]]:
-        """For other processes: the model, read again there."""
+        """Pickles the model's bytes, which another process loads again."""
         return SubwordTokenizer, (self.model,)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ordinary text; `decode` gives the text back. Never a special token.
+        """Encode ordinary text to token ids, never special tokens; `decode` is its inverse.
 
-        Lone surrogates, which no UTF-8 text has, become question marks.
+        Lone surrogates, which are not valid in UTF-8, become question marks.
         """
         text = _without_surrogates(text)
         return self._encode_with_space_names(text) if SPACE in text else self._sp.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once, on two threads."""
+        """Encode many texts at once, on two threads."""
         texts = [_without_surrogates(text) for text in texts]
         if any(SPACE in text for text in texts):
             return [self.encode(text) for text in texts]
         return self._sp.encode(texts, num_threads=2)
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids, and for each the index of the character in which its first byte lies."""
+        """Encode text to token ids, with each token's offset: the index of the character that has its first byte."""
         ids = self.encode(text)
         begun = accumulate((self._char_starts[i] for i in ids), initial=0)
         starts = [chars - (self._bytes[i][0] & 0xC0 == 0x80) for i, chars in zip(ids, begun, strict=False)]
         return ids, starts
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
-        """The text of the ids; broken UTF-8 becomes U+FFFD. Special tokens are left out, or spelt if asked for."""
+        """Decode ids to text; broken UTF-8 becomes U+FFFD. Special tokens are left out unless `specials`."""
         names = self._special_names if specials else {}
         return b"".join(names.get(int(i)) or self._bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
 
     def show(self, ids: Iterable[int]) -> str:
-        """The text of the ids with special tokens spelt, in which no other text looks like one: `<|` is shown as `<\\|`
+        """Decode ids with special tokens spelt out and lookalikes escaped: ordinary `<|` is shown as `<\\|`
         and `|>` as `|\\>`."""
         parts: list[str] = []
         for special, run in itertools.groupby(map(int, ids), key=self._special_names.__contains__):
@@ -101,7 +101,7 @@ class SubwordTokenizer:
         return "".join(parts)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder/tokenizer.model`, all or nothing; gives its path."""
+        """Write `folder/tokenizer.model` atomically; returns its path."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -111,14 +111,14 @@ class SubwordTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> SubwordTokenizer:
-        """Read a sentencepiece `.model` file, or the one in a folder. Raises UserError where there is none."""
+        """Load a sentencepiece `.model` file, or the one in a folder. Raises UserError where there is none."""
         path = Path(path).expanduser()
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"tokenizer.path: there is no file {file}; name a sentencepiece .model file or its folder")
         model = file.read_bytes()
         try:
-            if model:  # else sentencepiece says it only when it is asked for a piece
+            if model:  # otherwise sentencepiece fails only when it is first used
                 return cls(model, name=str(file))
         except (RuntimeError, IndexError, ValueError, OverflowError) as error:
             raise UserError(f"tokenizer.path: {file} is not a sentencepiece model") from error
@@ -126,16 +126,16 @@ class SubwordTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> SubwordTokenizer:
-        """Learn at most `vocab_size` pieces from about 2 MB of the texts; the same texts give the same model.
+        """Train at most `vocab_size` pieces on about 2 MB of the texts; the same texts give the same model.
 
-        Fewer where the texts have no more pairs to merge. Saves the model into `folder` if one is given. Raises
+        Fewer pieces where the texts have no more pairs to merge. Saves the model into `folder` if given. Raises
         UserError for a vocabulary too small for the bytes and special tokens, and where every text is empty.
         """
         if vocab_size < MIN_VOCAB:
             raise UserError(f"tokenizer.vocab_size is {vocab_size}; it must be at least {MIN_VOCAB}")
         sample = _sample(list(texts), TRAINING_BYTES)
         if not any(sample):
-            raise UserError("the tokenizer has no text to learn from: every training text is empty")
+            raise UserError("the tokenizer has no text to train on: every training text is empty")
         tokenizer = cls._most_pieces(list(_lines(sample)), vocab_size)
         if folder is not None:
             tokenizer.save(folder)
@@ -143,7 +143,7 @@ class SubwordTokenizer:
 
     @classmethod
     def _most_pieces(cls, lines: list[str], vocab_size: int) -> SubwordTokenizer:
-        """Half of the pieces beyond the bytes for single letters, half for longer ones; more letters where those run out."""
+        """Train with up to half of the pieces (beyond the bytes) for single letters, more where longer pieces run out."""
         letters, most, before = len(set().union(*lines)), (vocab_size - MIN_VOCAB + 1) // 2, 0
         while True:
             tokenizer = cls(_train(_common_letters(lines, most), vocab_size))
@@ -160,14 +160,14 @@ class SubwordTokenizer:
 
 
 def _train(lines: list[str], vocab_size: int) -> bytes:
-    """A serialised sentencepiece model of at most `vocab_size` pieces, the space and every byte always among them."""
+    """Train a serialised sentencepiece model of at most `vocab_size` pieces, which include the space and every byte."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # The space at the end: sentencepiece refuses to train on no letter at all.
+        # The trailing space: sentencepiece refuses to train on a text without letters.
         sentence_iterator=iter([*lines, " "]),
         model_writer=model,
         model_type="bpe",
-        vocab_size=min(vocab_size, TRAINING_BYTES),  # no text of so many bytes has more pieces
+        vocab_size=min(vocab_size, TRAINING_BYTES),  # a text of so many bytes cannot have more pieces
         hard_vocab_limit=False,
         required_chars=SPACE,
         character_coverage=0.9999,
@@ -192,7 +192,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
 
 
 def _common_letters(lines: list[str], most: int) -> list[str]:
-    """The lines cut at all but their `most` commonest characters, which are left to the byte pieces."""
+    """Split the lines at all characters but the `most` commonest, which leaves rare ones to the byte pieces."""
     counts = Counter[str]()
     for line in lines:
         counts.update(line)
@@ -204,7 +204,7 @@ def _common_letters(lines: list[str], most: int) -> list[str]:
 
 
 def _sample(texts: list[str], limit: int) -> list[str]:
-    """All of the texts, or chunks of them evenly spread, `limit` UTF-8 bytes in all."""
+    """Sample the texts: all of them, or evenly spread chunks of `limit` UTF-8 bytes in all."""
     sizes = [len(text.encode(errors="replace")) for text in texts]
     if sum(sizes) <= limit:
         return texts
@@ -214,7 +214,7 @@ def _sample(texts: list[str], limit: int) -> list[str]:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces without newlines or what sentencepiece cannot train on, and short enough for it."""
+    """Split texts into lines that sentencepiece can train on: without newlines, not too long."""
     for text in texts:
         for line in UNTRAINABLE.sub("\n", _without_surrogates(text).replace(SPACE, " ")).split("\n"):
             for at in range(0, len(line), LONGEST_LINE):  # none for an empty line

@@ -1,7 +1,7 @@
-"""The tokens of a source, made once: every example of every file, whole, as arrays in the cache.
+"""Tokenised examples of a source, computed once and cached as arrays, at full length.
 
-What an entry holds depends on the file, the tokenizer and the kind of example, and on nothing else: holdout, seq_len,
-seed and order are applied where the tokens are read.
+A cache entry depends only on the file, the tokenizer and the kind of example: holdout, seq_len,
+seed and order are applied when the tokens are read.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from lm.data.sources import Rows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.data.workers import WorkerPool
 
-NEVER = np.iinfo(np.int32).max  # where an example is first trained on that never is
-UNREAD_KEPT = 100  # names of what is not read that are remembered of a piece, about
-ENCODED_AT_ONCE = 256  # documents, or rows that are in memory, whose tokens are Python integers at the same time
+NEVER = np.iinfo(np.int32).max  # `firsts` of an example without any loss
+UNREAD_KEPT = 100  # names of unread columns kept for a piece, about
+ENCODED_AT_ONCE = 256  # documents (or rows in memory) whose tokens are Python integers at the same time
 
-Named = tuple[Row, str]  # a row, and how it is named for a person
+Named = tuple[Row, str]  # a row, and its location for messages
 Columns = dict[str, np.ndarray]
-ANSWERED = ("firsts", "trained", "prompts", "flaws", "margins", "ties", "labels")  # columns that only some kinds have
+ANSWERED = ("firsts", "trained", "prompts", "flaws", "margins", "ties", "labels")  # columns of some kinds only
 Reads = Literal["documents", "conversations", "pairs", "judged", "prompts"]
 
 
 class Rendering(NamedTuple):
-    """How conversations become tokens: what is learnt of them, and whether pairs have margins."""
+    """Options of tokenising conversations: what the loss covers, and whether pairs have margins."""
 
     loss_on: Literal["answers", "all"] = "answers"
     learn_end: bool = True
@@ -42,7 +42,7 @@ class Rendering(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The examples of one row, and what is known of it: numbers by column, and a place in REASONS."""
+    """The examples of one row, its numbers by column, and its flaw: an index into REASONS."""
 
     examples: tuple[Any, ...]
     numbers: Mapping[str, float] = {}
@@ -50,13 +50,13 @@ class Made(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How rows become examples: so many a row, in these columns.
+    """A kind of example: how rows become examples, and the columns that are stored.
 
-    tokens [tokens], lengths [examples], flaws [examples] (a place in REASONS: of one that has any, nothing is to be learned);
-    of conversations and pairs also mask [tokens] (1 where the model learns to predict the token), firsts [examples] (the
-    first such place past the first token, or NEVER) and trained [examples] (how many); of pairs and judged answers also
-    prompts [examples] (where the last turn begins); of pairs margins and ties [examples], of judged answers labels
-    [examples] (1 for a desirable one). `unread` has the columns and keys that were not read, a line each.
+    tokens [tokens], lengths [examples], flaws [examples] (an index into REASONS; an example with a flaw is not trained on);
+    for conversations and pairs also mask [tokens] (1: loss), firsts [examples] (the
+    first masked place past the first token, or NEVER) and trained [examples] (their number); for pairs and labelled answers also
+    prompts [examples] (start of the last turn); for pairs margins and ties [examples], for labelled answers labels
+    [examples] (1: desirable). `unread` has the columns and keys that were not read, a line each.
     """
 
     make: Callable[[Row, str, Rendering], Made]
@@ -69,9 +69,9 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """The examples of a source by number, in the order of its rows.
+    """The tokenised examples of a source by number, in the order of its rows.
 
-    lengths, parts, starts: [examples]: how long each is, in which block it is, and where there.
+    lengths, parts, starts: [examples]: the length of each, its block, and its start in the block.
     """
 
     blocks: Sequence[Callable[[str], np.ndarray]]
@@ -91,21 +91,21 @@ class Store:
         return len(self.lengths)
 
     def column(self, name: str, number: int, start: int, stop: int) -> np.ndarray:
-        """Places start … stop of an example's tokens or mask; stop may lie past its end."""
+        """Slice start … stop of an example's tokens or mask; stop may lie past its end."""
         begin = int(self.starts[number])
         return self.blocks[self.parts[number]](name)[begin + start : begin + min(stop, int(self.lengths[number]))]
 
     def example(self, number: int, seq_len: int) -> Example:
-        """An example, cut to seq_len tokens."""
+        """An example, truncated to seq_len tokens."""
         return Example(self.column("tokens", number, 0, seq_len), self.column("mask", number, 0, seq_len))
 
     def losses(
         self, groups: Int64[np.ndarray, "G K"], seq_len: int
     ) -> tuple[Int[np.ndarray, " G"], Int[np.ndarray, "G K"]]:
-        """(tokens that a group's prompt, and that each of its answers loses at the beginning) to fit in seq_len.
+        """Left-truncation to seq_len: (tokens cut from a group's prompt, tokens cut from each of its answers).
 
-        Both answers of a pair lose the same part of their prompt. Only where it is gone does an answer lose any; its
-        header stays, and its end of turn if the loss is less than what is `trained`.
+        Both answers of a pair lose the same part of their prompt. An answer is truncated only when its prompt is gone; its
+        header stays, and so does its end of turn unless all of `trained` is cut.
         """
         assert self.prompts is not None
         lengths = self.lengths[groups]
@@ -113,7 +113,7 @@ class Store:
         return prompt, np.maximum(lengths - prompt[:, None] - seq_len, 0)
 
     def ends(self, group: Int64[np.ndarray, " K"], seq_len: int) -> list[Example]:
-        """An answer, or the two of a pair, in at most seq_len tokens each: what `losses` says is left out."""
+        """An answer, or the two of a pair, left-truncated to seq_len tokens each as `losses` says."""
         prompt, answers = self.losses(group[None], seq_len)
         return [
             self._end(number, int(prompt[0]), int(lost))
@@ -131,7 +131,7 @@ class Store:
 
 
 def store_of(rows: Rows, kind: str, tokenizer: SubwordTokenizer) -> Store:
-    """The examples of every row of a source that has an end, from the cache or made now."""
+    """The tokenised examples of a finite source, from the cache or computed now."""
     cache = current_cache()
     made_of = {"kind": kind, "tokenizer": tokenizer.fingerprint} | rows.reading()
     label = f"{rows.path}: tokenising"
@@ -159,14 +159,14 @@ def store_of(rows: Rows, kind: str, tokenizer: SubwordTokenizer) -> Store:
 
 
 def store_in_memory(named: Iterable[Named], kind: str, tokenizer: SubwordTokenizer, drop: bool = False) -> Store:
-    """The examples of a few rows, which are kept nowhere; `drop` keeps bad rows as flaws instead of raising."""
+    """Tokenise a few rows without caching; `drop` keeps bad rows as flaws instead of raising."""
     pieces = list(_in_pieces(named, kind, tokenizer, drop))
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     return _assembled([columns.__getitem__], [columns])
 
 
 def left_out(store: Store, groups: Int64[np.ndarray, "G K"], seq_len: int) -> dict[str, Bool[np.ndarray, " G"]]:
-    """Which answers, or pairs of them, teach nothing when cut to seq_len, by reason; a group may have several reasons."""
+    """Reason → the answers or pairs that have no signal left after truncation to seq_len; a group may have several."""
     assert store.trained is not None and store.prompts is not None
     reasons = flawed(store, groups[:, 0])
     of_prompts, of_answers = store.losses(groups, seq_len)
@@ -176,13 +176,13 @@ def left_out(store: Store, groups: Int64[np.ndarray, "G K"], seq_len: int) -> di
     for number in np.flatnonzero((of_answers > 0).any(axis=1)) if groups.shape[1] == 2 else ():
         chosen, rejected = store.ends(groups[number], seq_len)
         equal[number] = np.array_equal(chosen.tokens, rejected.tokens)
-    reasons[f"with answers that are equal once cut, {room}"] = equal
-    reasons[f"whose prompt is cut away whole, {room}"] = (of_prompts > 0) & (of_prompts >= store.prompts[groups[:, 0]])
+    reasons[f"with answers that are equal once truncated, {room}"] = equal
+    reasons[f"whose prompt is truncated away, {room}"] = (of_prompts > 0) & (of_prompts >= store.prompts[groups[:, 0]])
     return reasons
 
 
 def flawed(store: Store, numbers: Int64[np.ndarray, " N"]) -> dict[str, Bool[np.ndarray, " N"]]:
-    """Which examples have each of REASONS that any has."""
+    """Reason → the examples that have it."""
     flaws = store.flaws[numbers]
     return {REASONS[flaw]: flaws == flaw for flaw in np.unique(flaws).tolist() if flaw}
 
@@ -220,14 +220,14 @@ def _in_pieces(named: Iterable[Named], kind: str, tokenizer: SubwordTokenizer, d
 
 
 def _encode_piece(shared: tuple[str, SubwordTokenizer, bool], piece: readers.Piece) -> tuple[int, Columns]:
-    """(bytes of text, columns) of a piece of a file."""
+    """Tokenise a piece of a file: (bytes of text, columns)."""
     kind, tokenizer, drop = shared
     named = ((row, piece.where(place)) for place, row in enumerate(readers.read(piece)))
     return piece.text_bytes, encode(KINDS[kind], tokenizer, named, drop)
 
 
 def encode(kind: Kind, tokenizer: SubwordTokenizer, named: Iterable[Named], drop: bool) -> Columns:
-    """The examples of rows, as columns. A bad row raises; with `drop` it is an example without tokens."""
+    """Tokenise rows into columns. A bad row raises; with `drop` it is an example without tokens."""
     todo, unread = iter(named), dict[str, None]()
     parts: list[Columns] = []
     while some := list(islice(todo, ENCODED_AT_ONCE)):
@@ -256,7 +256,7 @@ def _made(kind: Kind, row: Row, where: str, drop: bool) -> Made:
 
 
 def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterator[str]:
-    """Columns of a row, and keys of its turns, that examples of this kind do not show; `others` are read too."""
+    """Columns of a row, and keys of its turns, that this kind does not read; `others` are read too."""
     if isinstance(row, Unreadable):
         return
     known = ("key", *chat.TOOL_COLUMNS, *others)
@@ -280,7 +280,7 @@ def _make_document(row: Row, where: str, _: Rendering) -> Made:
 
 
 def _encode_documents(tokenizer: SubwordTokenizer, texts: Sequence[str | None], _: Rendering) -> Columns:
-    """Documents, an end-of-text token before and after each."""
+    """Encode documents with an end-of-text token before and after each."""
     dtype, pad = _dtype(tokenizer), tokenizer.pad_id
     encoded = iter(tokenizer.encode_batch([text for text in texts if text is not None]))
     pieces: list[np.ndarray] = [np.array([] if text is None else [pad, *next(encoded), pad], dtype) for text in texts]
@@ -288,7 +288,7 @@ def _encode_documents(tokenizer: SubwordTokenizer, texts: Sequence[str | None], 
 
 
 def _make_conversation(row: Row, where: str, how: Rendering) -> Made:
-    """A conversation, trained on the assistant's turns or on all, but those that a mark takes out."""
+    """A conversation with loss on the assistant's turns or on all, except turns flagged 0."""
     messages = chat.training_messages(row, where, how.loss_on)
     learnt = [turn for turn in messages if turn.get("train", True)]
     answers = [turn for turn in learnt if turn["role"] == "assistant"]
@@ -298,14 +298,14 @@ def _make_conversation(row: Row, where: str, how: Rendering) -> Made:
 
 
 def _make_pair(row: Row, where: str, how: Rendering) -> Made:
-    """A preference pair, the chosen conversation and then the rejected, trained on the last answer."""
+    """A preference pair, the chosen conversation and then the rejected, with loss on the last answer."""
     sides = chat.preference_messages(row, where)
     numbers = {"ties": float(chat.is_tie(row, where)), "margins": chat.margin_of(row, where) if how.margins else 0.0}
     return Made(sides, numbers, 0 if numbers["ties"] else _flaw(*sides))
 
 
 def _make_judged(row: Row, where: str, _: Rendering) -> Made:
-    """An answer with a label, trained on."""
+    """A labelled answer, with loss on it."""
     messages, label = chat.judged_messages(row, where)
     return Made((messages,), {"labels": label}, _flaw(messages))
 
@@ -323,7 +323,7 @@ def _encode_conversations(tokenizer: SubwordTokenizer, conversations: Sequence[A
 
 
 def _encode_answers(tokenizer: SubwordTokenizer, conversations: Sequence[Any], _: Rendering) -> Columns:
-    """Conversations, trained on the last turn only."""
+    """Encode conversations with loss on the last turn only."""
     examples, prompts = [], []
     for messages in conversations:
         tokens, mask = chat.render(messages or [], tokenizer)
@@ -346,7 +346,7 @@ def _examples(tokenizer: SubwordTokenizer, examples: Sequence[chat.Rendered]) ->
 
 
 def _flaw(*conversations: Sequence[chat.Message]) -> int:
-    """What is wrong with an answer, or the two of a pair: a place in REASONS."""
+    """The flaw of an answer, or of the two of a pair: an index into REASONS."""
     last = [messages[-1] for messages in conversations]
     if not all(turn.get("train", True) for turn in last):
         return bad_rows.UNMARKED
@@ -367,7 +367,7 @@ def _text(row: Row, where: str) -> str:
 
 
 def conversation_kind(loss_on: str, learn_end: bool) -> str:
-    """The kind of example that an SFT stage learns from."""
+    """The kind of example that an SFT stage trains on."""
     return "conversations" + ("" if loss_on == "answers" else ", all turns") + ("" if learn_end else ", without ends")
 
 

@@ -13,7 +13,7 @@ from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> SubwordTokenizer:
-    """`Tokenizer.train`, or what it gave for the same texts before; saved into `folder`."""
+    """Train a tokenizer, or take the cached one of the same texts; saves it into `folder`."""
     hashed = hashlib.sha256()
     for text in texts:
         hashed.update(text.encode(errors="surrogatepass") + b"\0")

@@ -1,4 +1,4 @@
-"""Processes that share the work on data, with results in order, bounded memory, and one line of progress."""
+"""A pool of worker processes for data, with results in order, bounded memory and one line of progress."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lm.experiment import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-WORTH_BYTES = 8 << 20  # less text than this is done before a process has started
+WORTH_BYTES = 8 << 20  # less text than this is processed sooner than a process starts
 AT_ONCE = 8  # files worked on at the same time
 PLAIN_EVERY_SECONDS = 10.0
 
-_shared: Any = None  # in a worker: what every task of it needs
+_shared: Any = None  # in a worker: the value shared by all of its tasks
 
 
 def cores() -> int:
-    """The processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerPool:
-    """Worker processes that start with the first work that is worth it. `shared` goes to every task, and once to each.
+    """A pool of worker processes, started for texts of at least WORTH_BYTES; each process receives `shared` once.
 
-    Use it as a context. Without processes the work is done in the thread that asks.
+    A context manager. Without processes the tasks run in the calling thread.
     """
 
     def __init__(self, label: str, unit: str, text_bytes: int, shared: Any = None, processes: int | None = None):
@@ -45,7 +45,7 @@ class WorkerPool:
         self._stopped = threading.Event()
         self._pool: ProcessPoolExecutor | None = None
         if self.processes > 1:
-            # Not forked: what else runs in this process (jax has threads) does not survive that.
+            # Not forked: jax's threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.processes, context, _begin, (shared,))
 
@@ -58,9 +58,9 @@ class WorkerPool:
         self.progress.close()
 
     def map(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """function(shared, task) of each task, in order; few are under way at the same time.
+        """Results of function(shared, task) in order; a bounded number of tasks runs at the same time.
 
-        What a task raises comes out here, of the first that fails.
+        Raises the error of the first task that fails.
         """
         if self._pool is None:
             yield from (function(self.shared, task) for task in tasks)
@@ -86,7 +86,7 @@ class WorkerPool:
                 future.cancel()
 
     def each(self, function: Callable[[Task], Result], items: Sequence[Task]) -> list[Result]:
-        """function(item) of several items (files of a folder) side by side; results in order, or the first error."""
+        """Results of function(item) for several items (files of a folder), run in threads; in order, or the first error."""
         if len(items) == 1:
             return [function(items[0])]
         with ThreadPoolExecutor(min(AT_ONCE, len(items), max(2, self.processes))) as threads:
@@ -104,7 +104,7 @@ class WorkerPool:
 
 
 class BuildProgress:
-    """How far a build is: rich's line on a terminal, else a plain one every ten seconds; nothing of what is quick."""
+    """Progress of a build: rich's bar on a terminal, else a plain line every ten seconds; silent for quick builds."""
 
     def __init__(self, label: str, unit: str, total: int, processes: int):
         self.label, self.unit, self.total, self.processes = label, unit, total, processes
@@ -115,7 +115,7 @@ class BuildProgress:
         self._task: Any = None
 
     def advance(self, text_bytes: int, units: int) -> None:
-        """So many bytes more are done, which have given so many tokens or rows."""
+        """Count finished bytes of text and the tokens or rows made of them."""
         with self._lock:
             self._bytes += text_bytes
             self._units += units
@@ -129,7 +129,7 @@ class BuildProgress:
                 print(f"{self.label}  {self._numbers(now)}", file=sys.stderr, flush=True)
 
     def expect(self, text_bytes: int) -> None:
-        """So many bytes more are to do than was thought."""
+        """Raise the expected total by so many bytes."""
         with self._lock:
             self.total += text_bytes
 
@@ -159,7 +159,7 @@ class BuildProgress:
 
 
 def _begin(shared: Any) -> None:
-    """In a new worker: keep what is shared, leave Ctrl-C to the parent, and end with it, however it ends."""
+    """Initialise a worker: keep the shared value, leave Ctrl-C to the parent, and end when the parent ends."""
     global _shared
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Held-out prompts answered: mean reward, how far the answers are from a reference's, and best of n by a reward model."""
+"""Metrics of sampled answers to held-out prompts: reward, KL to the reference, best-of-n and pass@k."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from lm.types import RolloutBatch
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer to a held-out row, with its reward, and numbers of it by name."""
+    """An answer to a held-out row, its reward, and further numbers by name."""
 
     trajectory: Trajectory
     numbers: dict[str, float]
 
 
 def reward(item: Eval, subject: Subject) -> Measured:
-    """Mean reward of answers to held-out prompts, how many end by themselves, and how long they are.
+    """Metric `reward`: mean reward, fraction that ended with the end token, and mean length of answers.
 
-    Of answers sampled at temperature 1 also their entropy (nats a token) and, with a reference, its KL (nats an answer, the
-    mean of log π - log π_ref over what was sampled); with reward models their mean score.
+    For answers sampled at temperature 1 also the entropy (nats per token) and, with a reference, the KL (nats per answer, the
+    mean of log π - log π_ref over the samples); with reward models their mean score.
     """
     found, timeouts = answers_of(item, subject)
     rewards = [one.trajectory.reward for one in found]
@@ -64,13 +64,13 @@ def reward(item: Eval, subject: Subject) -> Measured:
 
 
 def best_of_n(item: Eval, subject: Subject) -> Measured:
-    """Mean reward, by the verifier, of the answer that the reward models like best among n, for n = 1, 2, 4, … best_of.
+    """Metric `best_of_n`: mean verifier reward of the answer that the reward models score highest, for n = 1, 2, 4, … best_of.
 
-    All ways to take n of a prompt's answers count the same (as in WebGPT, arXiv:2112.09332). Its KL from the model
+    Averaged over all choices of n of a prompt's answers (as in WebGPT, arXiv:2112.09332). Its KL from the model
     that samples is at most log n - (n - 1)/n (arXiv:2401.01879).
     """
     if not subject.scorers:
-        raise UserError(f"evals.{item.name}: best_of_n needs a reward model to choose by, and there is none")
+        raise UserError(f"evals.{item.name}: best_of_n needs a reward model, and the run has none")
     found, timeouts = answers_of(item, subject, item.best_of)
     count = len(found) // item.best_of
 
@@ -90,7 +90,7 @@ def best_of_n(item: Eval, subject: Subject) -> Measured:
 
 
 def pass_at_k(item: Eval, subject: Subject) -> Measured:
-    """The part of the prompts of which at least one answer in k gets the whole reward, for k = 1, 2, 4, … best_of.
+    """Metric `pass_at_k`: fraction of prompts with at least one answer of full reward in k, for k = 1, 2, 4, … best_of.
 
     The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right answers in n (arXiv:2107.03374, eq. 1).
     """
@@ -109,7 +109,7 @@ def pass_at_k(item: Eval, subject: Subject) -> Measured:
 
 
 def best_of(scores: Float[np.ndarray, "P N"], numbers: Float[np.ndarray, "P N"], n: int) -> Float[np.ndarray, " P"]:
-    """Expected number of the answer with the highest score among n of each prompt's N, all choices of n alike."""
+    """Expected number of the highest-scored answer among n of each prompt's N, averaged over all choices of n."""
     total = scores.shape[1]
     order = np.argsort(scores, axis=1, kind="stable")
     # The answer of rank i (from 0, by score) is the best of those chosen in C(i, n - 1) of C(N, n) choices.
@@ -118,13 +118,13 @@ def best_of(scores: Float[np.ndarray, "P N"], numbers: Float[np.ndarray, "P N"],
 
 
 def distinct_bigrams(texts: list[str]) -> float:
-    """Different pairs of neighbouring words as a part of all, over all texts together; 0 where there are none."""
+    """Distinct-2: the fraction of distinct word bigrams over all texts together; 0 where there are none."""
     pairs = [pair for words in map(str.split, texts) for pair in itertools.pairwise(words)]
     return len(set(pairs)) / max(len(pairs), 1)
 
 
 def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tuple[list[Answered], int]:
-    """`each` answers to every held-out prompt, neighbours, with their rewards, and how many of these took too long."""
+    """Sample `each` answers to every held-out prompt (adjacent), with rewards, and the number of reward timeouts."""
     model, tokenizer = subject.model, subject.tokenizer
     asked = read_examples(item, tokenizer, model.config.max_len)
     width = rounded(max(map(len, asked.encoded)), model.config.max_len - item.max_new_tokens)
@@ -134,7 +134,7 @@ def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tupl
     for start in range(0, len(asked.encoded), at_once):
         between_batches()
         part = range(start, min(start + at_once, len(asked.encoded)))
-        filled = [*part, *[part[-1]] * (at_once - len(part))]  # one shape
+        filled = [*part, *[part[-1]] * (at_once - len(part))]  # a fixed shape compiles once
         key = jax.random.fold_in(jax.random.key(subject.seed), start)
         prompts = [asked.encoded[i] for i in filled]
         request = Request(prompts, key, item.max_new_tokens, item.temperature, each, width)
@@ -147,7 +147,7 @@ def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tupl
 
 
 def _numbers(item: Eval, subject: Subject, found: list[Trajectory], width: int) -> list[dict[str, float]]:
-    """Of each answer its length in tokens and, of those sampled at temperature 1, what models say of it."""
+    """Numbers of each answer: length in tokens and, at temperature 1, entropy, KL and score."""
     numbers = {"length": np.array([one.length for one in found], float)}
     if item.temperature == 1:
         numbers |= _looked_at(subject, trajectory_batch(found, width, item.max_new_tokens, subject.tokenizer.pad_id))
@@ -155,7 +155,7 @@ def _numbers(item: Eval, subject: Subject, found: list[Trajectory], width: int) 
 
 
 def _looked_at(subject: Subject, batch: RolloutBatch) -> dict[str, Float[np.ndarray, " B"]]:
-    """Sums over each answer: entropy and, against the reference, KL; and the reward models' score."""
+    """For each answer: summed entropy, KL to the reference, and the reward models' score."""
     found = _entropy_and_kl(subject.model, subject.reference, batch)
     if subject.scorers:
         found["score"] = score_rows(subject.scorers, batch)

@@ -1,7 +1,7 @@
-"""The held-out examples of an eval, read, checked and encoded: before a run trains anything, and again where it measures.
+"""The held-out examples of an eval: read, checked and encoded before training starts and again at measurement.
 
-An eval takes the first `count` rows of the held-out side that can be measured. What cannot be (too long, empty, tied, the
-same as one before) is passed over and counted; a row that is broken or lacks a column stops it, or is counted too where
+An eval uses the first `count` held-out rows that can be measured. Rows that cannot be (too long, empty, tied, duplicates)
+are skipped and counted; a row that is broken or lacks a column is an error, or is counted too where
 the source says `bad_rows drop`.
 """
 
@@ -24,17 +24,17 @@ from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, UserError
 from lm.rollout.episodes import EnvironmentSpec, environment_spec
 
-LOOKED_AT = 100  # rows that say whether a file is of documents or of conversations
-BYTES_A_TOKEN = 8  # most of a document that is encoded for a row of tokens
-REPEATED = "asking what another asks"
+LOOKED_AT = 100  # rows that decide whether a file has documents or conversations
+BYTES_A_TOKEN = 8  # limit on the bytes of a document encoded per row of tokens
+REPEATED = "with a prompt that another has"
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples that can be measured: `rows` as they are in the file, `encoded` as the metric reads them.
+    """Examples to measure: `rows` as in the file, `encoded` as the metric reads them.
 
-    encoded: of prompts token ids; of documents and conversations one (tokens, mask) row; of pairs two. `left_out` counts rows
-    by reason; `cut` pairs lost the beginning of their prompt; `texts` are the bytes that bits per byte are taken over.
+    encoded: token ids of prompts; one (tokens, mask) row of documents and conversations; two of pairs. `left_out` counts skipped rows
+    by reason; `cut` counts left-truncated pairs; `texts` has the bytes that bits per byte divide by.
     """
 
     unit: str
@@ -49,36 +49,36 @@ class Examples:
         return self.unit == DOCUMENTS
 
     def describe(self, item: Eval) -> str:
-        """One line: how many examples are measured, of how many asked for, and what was passed over."""
+        """One line: examples measured, examples requested, and rows skipped by reason."""
         count = len(self.encoded)
         asked = f"{count} of {item.count}" if count < item.count else f"{count}"
         line = f"evals.{item.name}: {item.source.path}: {asked} held-out {self.unit}"
         line += ", there are no more" if count < item.count else ""
         if self.left_out:
-            line += f"; passed over: {', '.join(f'{number} {why}' for why, number in self.left_out.items())}"
-        return line + (f"; {self.cut} lose the beginning of their prompt" if self.cut else "")
+            line += f"; skipped: {', '.join(f'{number} {why}' for why, number in self.left_out.items())}"
+        return line + (f"; {self.cut} left-truncated" if self.cut else "")
 
 
 def read_examples(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: Collection[str] = ()) -> Examples:
-    """The examples of an eval for a model with a context of `max_len` tokens.
+    """Read the examples of an eval for a model with a context of `max_len` tokens.
 
     Args:
-        talks: paths of sources whose conversations are trained on, also where their rows have a `text` too (`talks_of`).
+        talks: paths of sources trained on as conversations even where their rows also have a `text` (`talks_of`).
 
     Raises:
-        UserError: a row is broken or lacks a column, naming it; or nothing can be measured, saying why.
+        UserError: a row is broken or lacks a column (names it), or no row can be measured (says why).
     """
     found = READERS[item.metric](item, tokenizer, max_len, item.source.path in talks)
     if not found.encoded:
         reasons = ", ".join(f"{number} {why}" for why, number in found.left_out.items())
         raise UserError(
-            f"evals.{item.name}: {item.source.path}: not one of the held-out {found.unit} can be measured: {reasons}"
+            f"evals.{item.name}: {item.source.path}: none of the held-out {found.unit} can be measured: {reasons}"
         )
     return found
 
 
 def talks_of(experiment: Experiment) -> frozenset[str]:
-    """The paths of sources that stages train on as conversations, prompts or pairs, and none as documents."""
+    """Paths of sources that stages train on as conversations, prompts or pairs, and that none trains on as documents."""
     read = {True: set[str](), False: set[str]()}
     for stage in experiment.stages:
         read[stage.objective.data == "text"] |= {source.path for source in stage.sources}
@@ -86,14 +86,14 @@ def talks_of(experiment: Experiment) -> frozenset[str]:
 
 
 def _bits(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
-    """Windows of documents where rows have a `text` and are not trained on as conversations, else conversations."""
+    """Examples of bits_per_byte: windows of documents where rows have a `text`, else (or for `talks`) conversations."""
     looked_at = itertools.islice(heldout_rows(item.source), LOOKED_AT)
     documents = not talks and any(isinstance(row.get("text"), str) for row, _ in looked_at)
     return (_documents if documents else _conversations)(item, tokenizer, max_len)
 
 
 def _documents(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Examples:
-    """`count` windows of documents or a few more; the last document may be cut."""
+    """At least `count` windows of documents; the last document may be truncated."""
     found = Examples(DOCUMENTS)
 
     def add(row: dict[str, Any], where: str) -> str:
@@ -114,7 +114,7 @@ def _documents(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Example
 
 
 def _conversations(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Examples:
-    """Conversations that fit in the context, with the mask of their answers."""
+    """Conversations that fit in the context, with the loss mask of their answers."""
     found, seen = Examples("conversations"), set[tuple[int, ...]]()
 
     def add(row: dict[str, Any], where: str) -> str:
@@ -128,7 +128,7 @@ def _conversations(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Exa
         if len(tokens) > max_len:
             return f"longer than the {max_len} tokens of model.max_len"
         if tuple(tokens) in seen:
-            return "the same as one before"
+            return "that are duplicates"
         seen.add(tuple(tokens))
         found.encoded.append((tokens, mask))
         found.texts.extend(answer.encode(errors="replace") for answer in answers)
@@ -138,7 +138,7 @@ def _conversations(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Exa
 
 
 def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
-    """Different prompts that leave room for an answer, of rows that have what the verifier needs."""
+    """Distinct prompts that leave room for an answer, of rows with the columns that the verifier needs."""
     found, seen = Examples("prompts"), set[tuple[Any, ...]]()
     room, spec = max_len - item.max_new_tokens, spec_of(item)
 
@@ -149,7 +149,7 @@ def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool)
         tokens = render(spec.messages(row, where), tokenizer, generation_prompt=True).tokens
         if len(tokens) > room:
             return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
-        # The tasks of an environment may differ in what the first messages do not tell.
+        # The tasks of an environment may differ in more than their first messages.
         key = (*tokens, *(str(row[column]) for column in spec.columns if item.environment))
         if key in seen:
             return REPEATED
@@ -162,13 +162,13 @@ def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool)
 
 
 def spec_of(item: Eval) -> EnvironmentSpec:
-    """The environment of an eval that samples answers, or its verifier."""
+    """The environment (or verifier) of an eval that samples answers."""
     where = f"evals.{item.name}"
     return environment_spec((item.verifier,), item.environment, where, where, item.reward_seconds)
 
 
 def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
-    """Different pairs in which one answer is better and something of both is left in the context."""
+    """Distinct pairs without ties of which some of both answers fits in the context."""
     found, seen = Examples("pairs"), set[tuple[tuple[int, ...], ...]]()
     cut = 0
 
@@ -180,7 +180,7 @@ def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -
         sides, shortened = pair
         key = tuple(tuple(tokens) for tokens, _ in sides)
         if key in seen:
-            return "the same as one before"
+            return "that are duplicates"
         seen.add(key)
         cut += shortened
         found.rows.append(row)
@@ -194,7 +194,7 @@ def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -
 def encode_pair(
     row: Mapping[str, Any], where: str, tokenizer: SubwordTokenizer, max_len: int
 ) -> tuple[list[Row], bool] | str:
-    """The two sides of a pair, cut as a preference stage cuts them, and whether they were; or why nothing can be compared."""
+    """Encode both sides of a pair, left-truncated as in preference stages, and whether they were; or why it is skipped."""
     if is_tie(row, where):
         return TIED
     store = store_in_memory([(dict(row), where)], "pairs", tokenizer)
@@ -206,12 +206,12 @@ def encode_pair(
 
 
 def windows(ids: list[int], width: int) -> list[Row]:
-    """Rows of at most `width` tokens in which every token but the first is predicted exactly once."""
+    """Split token ids into rows of at most `width` in which every token but the first is predicted exactly once."""
     return [(ids[i : i + width], [0] + [1] * (len(ids[i : i + width]) - 1)) for i in range(0, len(ids) - 1, width - 1)]
 
 
 def _filled(item: Eval, found: Examples, add: Callable[[dict[str, Any], str], str]) -> Examples:
-    """`found` after `add` has seen rows until there are enough; it says why it takes a row not."""
+    """Fill `found` by calling `add` on rows until there are enough; `add` returns the reason for a skipped row."""
     for row, where in heldout_rows(item.source):
         try:
             why = add(row, where)

@@ -1,4 +1,4 @@
-"""Held-out measurements, one function a metric: bits per byte here, the others from their files."""
+"""Held-out metrics: the table of metric functions, and bits per byte."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lm.model.transformer import Transformer
 
 
 def measure(item: Eval, subject: Subject) -> Measured:
-    """What `item` asks for, of this model."""
+    """Measure an eval's metric on a model."""
     return METRICS[item.metric](item, subject)
 
 
 def bits_per_byte(item: Eval, subject: Subject[Transformer]) -> Measured:
-    """Bits that the model needs for each byte of held-out text: of documents, or of the answers in conversations.
+    """Metric `bits_per_byte`: the model's code length of held-out text, of documents or of answers in conversations.
 
-    Documents begin and end with the end-of-text token; the ends' bits count, their bytes do not. A document that
-    is longer than the context is cut into windows, which start without memory. For them there is what `xz -9e` needs.
-    Of a conversation the assistant's turns and their ends are predicted, given all before.
+    Documents begin and end with the end-of-text token; the end's bits count, its bytes do not. A document that
+    is longer than the context is split into independent windows. The result of `xz -9e` is reported for comparison.
+    In conversations the assistant's turns and their end tokens are predicted from all preceding text.
     """
     model = subject.model
     width = model.config.max_len

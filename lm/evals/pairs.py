@@ -16,10 +16,10 @@ from lm.model.scorer import Scorer
 
 
 class Scored(NamedTuple):
-    """Pairs that were scored: their rows, by how much the chosen answer is liked better and is longer (tokens).
+    """Scored pairs: rows, reward gap (chosen less rejected), and length gap in tokens.
 
-    `cut`: how many lost the beginning of their prompt, as in training; `left_out`: how many had equal or empty answers, or no
-    room for one; `ties`: in how many nobody chose.
+    `cut`: number left-truncated, as in training; `left_out`: number with equal or empty answers, or no
+    room for one; `ties`: number of ties.
     """
 
     rows: list[dict[str, Any]]
@@ -31,10 +31,10 @@ class Scored(NamedTuple):
 
 
 def score_pairs(rows: Sequence[dict[str, Any]], wheres: Sequence[str], subject: Subject) -> Scored:
-    """The gap of rewards in each pair; one that is longer than the context is cut as a preference stage cuts it.
+    """Score pairs: the reward gap of each; pairs longer than the context are left-truncated as in preference stages.
 
-    Of a language model the reward is implicit, log π(y) - log π_ref(y) (DPO, arXiv 2305.18290, eq. 5); a reward model says
-    it.
+    A language model's reward is implicit, log π(y) - log π_ref(y) (DPO, arXiv 2305.18290, eq. 5); a reward model
+    gives its score.
     """
     most = subject.model.config.max_len
     kept: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ def score_pairs(rows: Sequence[dict[str, Any]], wheres: Sequence[str], subject: 
 
 
 def _gaps(subject: Subject, sides: list[Row]) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """By how much the first of every two rows is liked better, and is longer."""
+    """Reward gap and length gap of every two rows, first less second."""
     most = subject.model.config.max_len
     rewards = _rewards(subject, sides, rounded(max(len(ids) for ids, _ in sides), most))
     lengths = np.array([sum(mask) for _, mask in sides], np.float64)
@@ -63,9 +63,9 @@ def _gaps(subject: Subject, sides: list[Row]) -> tuple[Float[np.ndarray, " N"], 
 
 
 def pair_accuracy(item: Eval, subject: Subject) -> Measured:
-    """How often the chosen answer has the higher reward; a tie counts half.
+    """Metric `pair_accuracy`: how often the chosen answer has the higher reward; a tie counts half.
 
-    A reward model is held against taking the longer answer.
+    For a reward model also the baseline that prefers the longer answer.
     """
     found = read_examples(item, subject.tokenizer, subject.model.config.max_len)
     gaps, longer = _gaps(subject, [side for pair in found.encoded for side in pair])
@@ -80,7 +80,7 @@ def pair_accuracy(item: Eval, subject: Subject) -> Measured:
 
 
 def share_right(margin: Float[np.ndarray, " N"]) -> float:
-    """How often a margin is positive; 0 counts half."""
+    """Fraction of positive margins; 0 counts half."""
     return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
 
 
@@ -92,13 +92,13 @@ def _rewards(subject: Subject, sides: list[Row], width: int) -> Float[np.ndarray
 
 
 def texts_of_pair(row: dict[str, Any], where: str = "row") -> tuple[str, str, str]:
-    """What a pair asks last, and the words of its two answers."""
+    """A pair's last prompt turn and the texts of its two answers."""
     chosen, rejected = preference_messages(row, where)
     return chosen[-2]["content"], chosen[-1]["content"], rejected[-1]["content"]
 
 
 def last_span(mask: list[int]) -> list[int]:
-    """The last run of ones: of a long conversation, the answer that is compared."""
+    """Keep only the mask's last run of ones: the answer that is compared."""
     end = len(mask) - mask[::-1].index(1)
     start = end
     while start and mask[start - 1]:

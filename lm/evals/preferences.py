@@ -1,4 +1,4 @@
-"""What a reward model is worth on pairs, from the gaps of its scores: accuracy, calibration, and what length alone would do."""
+"""Quality of a reward model on pairs, from its score gaps: accuracy, calibration, and a length-only baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Numbers = Float[np.ndarray, " N"]
 
 
 class BootstrapEstimate(NamedTuple):
-    """A mean over pairs, and the ends of its 95 % interval by bootstrap over prompts."""
+    """A mean over pairs with its 95 % interval by bootstrap over prompts."""
 
     mean: float
     low: float
@@ -26,7 +26,7 @@ class BootstrapEstimate(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Pairs that are alike: their mean (a probability, a difference of length), how often the model is right, how many."""
+    """A bin of pairs: mean of the binned value (a probability or a length gap), accuracy, number of pairs."""
 
     mean: float
     right: float
@@ -34,7 +34,7 @@ class Bin(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """A reward model on some pairs. `baseline` takes the longer (or, `shorter`, the shorter) answer; `lead` is over it."""
+    """Measures of a reward model. `baseline` prefers the longer (with `shorter` the shorter) answer; `lead` is over it."""
 
     accuracy: BootstrapEstimate
     log_loss: float
@@ -47,11 +47,11 @@ class Worth(NamedTuple):
 
 
 def worth(gaps: Numbers, longer: Numbers, shorter: bool, prompts: Sequence[str], seed: int = 0) -> Worth:
-    """Measures of pairs, given the gap of scores and of lengths (chosen less rejected) in each.
+    """Compute the measures from each pair's score gap and length gap (chosen less rejected).
 
     Args:
-        prompts: of each pair; what is said of one prompt's pairs hangs together, so intervals resample prompts.
-        shorter: whether the length-only baseline takes the shorter answer; to be decided on other pairs than these.
+        prompts: prompt of each pair; pairs of one prompt are correlated, so intervals resample prompts.
+        shorter: whether the length-only baseline prefers the shorter answer; to be decided on other pairs.
     """
     right, by_length = outcomes(gaps), outcomes(-longer if shorter else longer)
     table = calibration(gaps)
@@ -68,7 +68,7 @@ def worth(gaps: Numbers, longer: Numbers, shorter: bool, prompts: Sequence[str],
 
 
 def outcomes(gaps: Numbers) -> Numbers:
-    """1 where a gap is right, 0 where it is wrong, a half where it is 0."""
+    """1 for a positive gap, 0 for a negative one, 0.5 for 0."""
     return (gaps > 0) + 0.5 * (gaps == 0)
 
 
@@ -85,9 +85,9 @@ def bootstrap(values: Numbers, groups: Sequence[str], seed: int = 0) -> Bootstra
 
 
 def calibration(gaps: Numbers) -> list[Bin]:
-    """How sure the model is that the answer it likes better is the chosen one, σ(|gap|), against how often it is.
+    """Calibration bins: the model's confidence in its preferred answer, σ(|gap|), against its accuracy.
 
-    Of equal bins from 0.5 to 1 those that have pairs (expected calibration error: arXiv:1706.04599, eq. 3).
+    The non-empty ones of equal bins from 0.5 to 1 (expected calibration error: arXiv:1706.04599, eq. 3).
     """
     sure = 1 / (1 + np.exp(-np.abs(gaps)))
     place = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
@@ -95,7 +95,7 @@ def calibration(gaps: Numbers) -> list[Bin]:
 
 
 def length_bins(gaps: Numbers, longer: Numbers) -> list[Bin]:
-    """Accuracy where the chosen answer is much shorter, shorter, …, much longer than the rejected: bins of as many pairs."""
+    """Accuracy by length gap, in bins of equally many pairs."""
     parts = np.array_split(np.argsort(longer, kind="stable"), min(LENGTH_BINS, len(longer)))
     return [_bin(longer[part], gaps[part]) for part in parts]
 

@@ -1,4 +1,4 @@
-"""What held-out measurements share: whom they measure, what they find, and the log-probabilities of rows of tokens."""
+"""Shared parts of held-out metrics: the measured model, results, and log-probabilities of token rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lm.parallel.distributed import fetch
 from lm.types import TokenBatch
 
 ROWS = 64  # rows in one forward pass or one batch of samples: bounds memory, and one shape compiles once
-SHOWN = 12  # examples kept for people to read
+SHOWN = 12  # examples kept for the report
 
 _between: contextvars.ContextVar[Callable[[], None]] = contextvars.ContextVar("between batches")
 
 Measurable = TypeVar("Measurable", Transformer, Scorer, Transformer | Scorer)
-Row = tuple[list[int], list[int]]  # token ids, and for each 1 where it is to be predicted
+Row = tuple[list[int], list[int]]  # token ids and loss mask
 
 
 @contextlib.contextmanager
 def calling_between_batches(check: Callable[[], None]) -> Iterator[None]:
-    """Inside, every measurement calls `check` before each of its batches; what it raises ends the measurement."""
+    """Context in which every measurement calls `check` before each batch; an error it raises ends the measurement."""
     token = _between.set(check)
     try:
         yield
@@ -39,13 +39,13 @@ def calling_between_batches(check: Callable[[], None]) -> Iterator[None]:
 
 
 def between_batches() -> None:
-    """What `calling_between_batches` asked for."""
+    """Call the function set by `calling_between_batches`."""
     _between.get(lambda: None)()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one evaluation, and a few examples for people."""
+    """The numbers of one evaluation, and a few examples to read."""
 
     values: dict[str, Any]
     count: int
@@ -54,9 +54,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Subject(Generic[Measurable]):
-    """What is measured: a language model or a scorer; `reference` is what preferences and KL are held against.
+    """The measured model (language model or scorer); `reference` is the reference of implicit rewards and KL.
 
-    `scorers` are the reward models whose mean score answers get, if any; `seed` is of the samples; `talks` are the paths of
+    `scorers` are reward models whose mean score is reported, if any; `seed` is the sampling seed; `talks` are the paths of
     sources that are trained on as conversations.
     """
 
@@ -88,7 +88,7 @@ def row_scores(scorer: Scorer, rows: Sequence[Row], width: int) -> Float[np.ndar
 
 
 def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, TokenBatch]]:
-    """(how many rows are real, ROWS of them)."""
+    """Batches of ROWS rows, each with the number of rows that are not padding."""
     for start in range(0, len(rows), ROWS):
         between_batches()
         part = rows[start : start + ROWS]
@@ -100,7 +100,7 @@ def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, TokenBatch]
 
 
 def rounded(length: int, most: int) -> int:
-    """The next multiple of 16, so that few shapes are compiled, but no more than `most`."""
+    """Round a length up to a multiple of 16, so that few shapes compile, but to at most `most`."""
     return min(most, -(-length // 16) * 16)
 
 

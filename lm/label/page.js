@@ -24,7 +24,7 @@ async function ask(action, body) {
       });
       return [reply.ok, await reply.json()];
     } catch {
-      say("The server does not answer. This page keeps trying; what you chose is not saved before it goes on.", true);
+      say("The server does not answer. This page keeps trying; your choice is not saved until it answers.", true);
       await new Promise((done) => setTimeout(done, RETRY));
     }
   }
@@ -76,7 +76,7 @@ function show(next) {
 }
 
 function finish(others) {
-  say(others ? "The rest is with other people now. This page looks again by itself." : "That was all there is for you. Thank you.");
+  say(others ? "Other people are judging the remaining pairs. This page checks again by itself." : "There are no more pairs for you. Thank you.");
   if (others) waiting = setTimeout(() => send("show"), LOOK);
 }
 

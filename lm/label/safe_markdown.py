@@ -1,4 +1,4 @@
-"""Markdown that nobody is trusted with, as HTML that can do nothing: no tag, link or picture of the text's own."""
+"""Untrusted Markdown rendered as inert HTML: no tags, links or pictures from the text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PARSER = (
     .enable(["table", "strikethrough"])
     .disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
 )
-LONGEST = 100_000  # characters of one text that are parsed; of a longer one the source is shown
+LONGEST = 100_000  # characters of one text that are parsed; a longer one is shown as source
 
 
 @functools.lru_cache(maxsize=256)
 def to_html(text: str) -> str:
-    """The Markdown of CommonMark with tables as HTML. Its only tags are the parser's own."""
+    """Render CommonMark with tables to HTML; all tags come from the parser."""
     return PARSER.render(visible(text)) if len(text) <= LONGEST else ""

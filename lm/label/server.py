@@ -1,4 +1,4 @@
-"""The page's server: what it answers to, who may ask, and that nothing it sends can fetch or run anything else."""
+"""The HTTP server of the label page: routes, access control, and headers that forbid loading anything else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lm.web.text import visible
 HERE = Path(__file__).parent
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LARGEST_BODY = 1 << 16
-LINGER_SECONDS = 0.5  # for what comes after a request whose body is not read
+LINGER_SECONDS = 0.5  # wait for the rest of a request whose body is not read
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -48,7 +48,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back to the browser."""
+    """An HTTP response."""
 
     status: HTTPStatus
     kind: str
@@ -57,9 +57,9 @@ class Reply:
 
 
 class Server(BoundedServer):
-    """`token` None: only this machine is served, and nobody is asked for one.
+    """The label page's server; `token` None serves this machine only, without a token.
 
-    Raises UserError where the port is taken or the host is no address of this machine.
+    Raises UserError where the port is in use or the host is not an address of this machine.
     """
 
     def __init__(self, desk: Desk, host: str = "localhost", port: int = 0, token: str | None = None):
@@ -77,13 +77,13 @@ class Server(BoundedServer):
             raise UserError(f"cannot serve on {host} port {port}: {error.strerror or error}") from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away is no error; what else goes wrong is shown without what was asked."""
+        """Ignore disconnected browsers; print other errors without the request."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request: may it be asked, what is it, what goes back."""
+    """Handler of one request: access check, routing, response."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -134,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(answer(self.server.desk, self.path, body, self.client_address[0]))
 
     def _linger(self) -> None:
-        """Take for a moment what still comes of a body that nobody reads, or the system would drop the answer, too."""
+        """Read the rest of an unread body for a moment, or the system would drop the response too."""
         until, left = time.monotonic() + LINGER_SECONDS, LARGEST_BODY
         self.wfile.flush()
         with contextlib.suppress(OSError):  # also where the other end has gone
@@ -147,13 +147,13 @@ class Handler(BaseHTTPRequestHandler):
                 left -= len(data)
 
     def _refused(self) -> Reply | None:
-        """Why this request is not answered, which tells whether the connection may wait for more of them."""
+        """The refusal of this request, if any; sets whether the connection stays open."""
         refused = self._reason_against()
         self.server.trust(self.connection, refused is None)
         return refused
 
     def _reason_against(self) -> Reply | None:
-        """Without the token, from another site's page, or for another host's name; looked at before any body is read."""
+        """The reason to refuse: no token, another site's page, or another host's name; checked before the body is read."""
         token = self.server.token
         if token is not None:
             if not (_same(self._cookie(), token) or _same(self.headers.get("Authorization", ""), f"Bearer {token}")):
@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def _cookie_name(self) -> str:
-        """Cookies belong to a host and not to a port, on which there may be another page."""
+        """Name of the cookie; it has the port, since cookies are per host, not per port."""
         return f"lm-label-{self.server.server_port}"
 
     def _cookie(self) -> str:
@@ -194,11 +194,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(reply.body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: an address may carry the token."""
+        """Log nothing: the URL may contain the token."""
 
 
 def answer(desk: Desk, path: str, body: bytes, address: str) -> Reply:
-    """What an action of the page gives, for a body that may be anything; `address` is where it comes from."""
+    """The reply to an action of the page; `body` is untrusted, `address` is the client's."""
     action = ACTIONS.get(path)
     if action is None:
         return _error(HTTPStatus.NOT_FOUND, "there is no such action")
@@ -231,7 +231,7 @@ ACTIONS: dict[str, Callable[[Desk, str, Mapping[str, Any], str], View]] = {
 
 
 def shown(view: View) -> dict[str, Any]:
-    """A view as the page gets it: texts as HTML that is safe and as they are; never who gave an answer."""
+    """A view as JSON for the page: texts as safe HTML and as source; never the source of an answer."""
     pair = view.pair
     return {
         "pair": None if pair is None else pair.key,
@@ -258,7 +258,7 @@ def _both(text: str) -> dict[str, str]:
 
 
 def _split(address: str) -> SplitResult:
-    """The parts of an address; empty ones where it is none."""
+    """Split a URL; empty parts where it is invalid."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -266,7 +266,7 @@ def _split(address: str) -> SplitResult:
 
 
 def _same(given: str, token: str) -> bool:
-    """Whether two texts are equal, in a time that does not tell how far they are."""
+    """Constant-time comparison of two texts."""
     return hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 

@@ -1,4 +1,4 @@
-"""Numbers about choices: do people agree, does the side or the length decide, who wins; with intervals."""
+"""Statistics of choices: agreement, side and length bias, win rates and strengths, with intervals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Strengths:
 
 
 def cohen_kappa(first: Int[np.ndarray, " N"], second: Int[np.ndarray, " N"]) -> float:
-    """Agreement of two people on N units beyond what their habits give by chance; NaN without units or variety.
+    """Cohen's kappa of two annotators on N units: agreement beyond chance; NaN without units or variety.
 
     Source: Cohen, A coefficient of agreement for nominal scales, 1960: (p_o - p_e) / (1 - p_e).
     """
@@ -47,7 +47,7 @@ def cohen_kappa(first: Int[np.ndarray, " N"], second: Int[np.ndarray, " N"]) -> 
 
 
 def krippendorff_alpha(ratings: Int[np.ndarray, "A U"]) -> float:
-    """Agreement of any number of people on U units, nominal; MISSING where somebody has not judged. NaN as for kappa.
+    """Krippendorff's alpha of any number of annotators on U nominal units; MISSING where not judged. NaN as for kappa.
 
     Source: Krippendorff, Computing Krippendorff's alpha-reliability, 2011, section C, with coincidences of values.
     """
@@ -65,7 +65,7 @@ def krippendorff_alpha(ratings: Int[np.ndarray, "A U"]) -> float:
 
 
 def wilson(value: float, count: float) -> tuple[float, float]:
-    """95 % interval of a share seen in `count` independent trials.
+    """Wilson's 95 % interval of a proportion in `count` independent trials.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927.
     """
@@ -75,10 +75,10 @@ def wilson(value: float, count: float) -> tuple[float, float]:
 
 
 def share(scores: Float[np.ndarray, " N"], groups: Sequence[str | int]) -> Share:
-    """The mean of scores in [0, 1] with an interval that knows that scores of one group are no independent trials.
+    """The mean of scores in [0, 1] with an interval that accounts for correlated scores within a group.
 
-    It is Wilson's for as many trials as would have the variance of the mean between groups, and at most N. Where all
-    groups are alike that variance is 0, and every group counts as one trial.
+    Wilson's interval for the effective number of trials given the variance between groups, at most N. Where all
+    groups are equal that variance is 0, and every group counts as one trial.
     """
     if len(scores) == 0:
         return Share(math.nan, math.nan, math.nan, 0)
@@ -97,15 +97,15 @@ def bradley_terry(
     groups: Sequence[str | int],
     sources: int,
 ) -> Strengths | None:
-    """Strengths whose differences are the log-odds of winning, by maximum likelihood; None where it has no maximum.
+    """Bradley-Terry strengths by maximum likelihood: differences are log-odds of winning; None without a maximum.
 
-    It has none unless every source has beaten every other one, at least by way of others. The interval is from the
-    sandwich covariance with one cluster a group, so it stays honest where one prompt is judged often.
+    There is none unless every source has beaten every other one, at least through others. The interval is from the
+    sandwich covariance with one cluster a group, so it holds where one prompt is judged often.
 
     Args:
-        first, second: who met, as numbers below `sources`.
+        first, second: the sources compared, as numbers below `sources`.
         scores: 1 if the first won, 0 if the second did, 1/2 for a tie.
-        groups: choices of one group (a prompt) are no independent trials.
+        groups: group of each choice (its prompt); choices of one group are correlated.
 
     Source: Bradley and Terry, Rank analysis of incomplete block designs, 1952; ties as half a win each.
     """
@@ -119,7 +119,7 @@ def bradley_terry(
         odds = 1 / (1 + np.exp(-design @ values))
         inverse = np.linalg.pinv(design.T @ (design * (odds * (1 - odds))[:, None]))
         move = inverse @ (design.T @ (scores - odds))
-        values = values + move * min(1.0, 2.0 / max(float(np.abs(move).max()), 1e-12))  # never too far at once
+        values = values + move * min(1.0, 2.0 / max(float(np.abs(move).max()), 1e-12))  # a limited step
         if np.abs(move).max() < 1e-10:
             break
     _, group = np.unique(np.array(groups), return_inverse=True)

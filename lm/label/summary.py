@@ -1,4 +1,4 @@
-"""What the choices say as a whole: agreement, habits of side and length, and who wins."""
+"""Summary of all choices: agreement, side and length bias, and win rates of sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORES = {"left": 1.0, "right": 0.0, "tie": 0.5, "both bad": 0.5}  # of the left
 
 @dataclass(frozen=True)
 class Agreement:
-    """Krippendorff's alpha of all; of every two people (first, second, shared pairs, agreeing share, Cohen's kappa)."""
+    """Krippendorff's alpha, and for every two annotators (first, second, shared pairs, agreement, Cohen's kappa)."""
 
     alpha: float
     units: int
@@ -28,7 +28,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Competitor:
-    """One of those who compete: choices won, lost and neither; share of wins (neither counts half); log-odds."""
+    """Results of one source of answers: won, lost, neither; win rate (neither counts half); log-odds strength."""
 
     name: str
     won: int
@@ -40,7 +40,7 @@ class Competitor:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts by person and choice; `left` and `longer` are shares of the choices that prefer one answer."""
+    """All numbers of the summary: counts by annotator and choice; `left`, `longer`: shares of the choices with a preference."""
 
     pairs: int
     people: dict[str, dict[str, int]]
@@ -53,7 +53,7 @@ class Summary:
 
 
 def summarise(records: Iterable[Record]) -> Summary:
-    """All numbers of the summary page, of the choices that stand."""
+    """Compute the summary of the choices that were not undone."""
     choices = standing(records)
     people = sorted({record["annotator"] for record in choices})
     decided = [record for record in choices if record["choice"] in ("left", "right")]
@@ -72,7 +72,7 @@ def summarise(records: Iterable[Record]) -> Summary:
 
 
 def verdict(record: Record) -> str | None:
-    """A choice in terms of the answers and not of their sides: "0" or "1" in a fixed order; None if skipped."""
+    """A choice by answer instead of side: "0" or "1" in a fixed order, "tie" or "both bad"; None if skipped."""
     if record["choice"] in ("left", "right"):
         left, right = (repr(record[side]["answer"]) for side in ("left", "right"))
         return str(int((left < right) == (record["choice"] == "left")))
@@ -98,7 +98,7 @@ def _agreement(choices: Sequence[Record], people: Sequence[str]) -> Agreement:
 
 
 def _sources(choices: Sequence[Record]) -> tuple[list[Competitor], bool]:
-    """Those who compete, the best first, and whether more than two do and have finite strengths."""
+    """The sources, best first, and whether there are more than two with finite strengths."""
     met = [(_source(r, "left"), _source(r, "right"), r) for r in choices if r["choice"] in SCORES]
     met = [(left, right, record) for left, right, record in met if left and right and left != right]
     names = sorted({name for *both, _ in met for name in both})

@@ -1,4 +1,4 @@
-"""The summary as a page."""
+"""The summary page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 def render_summary(summary: Summary) -> str:
-    """HTML of the summary; every value is escaped."""
+    """Render the summary as HTML; every value is escaped."""
     page = templates(HERE)
     page.filters |= {"visible": visible, "share": _share, "figure": _figure, "percent": percent, "duration": _duration}
     return page.get_template("summary.html.j2").render(summary=summary)

@@ -1,11 +1,11 @@
-"""Options of the XLA compiler for a training step, a row a kind of chip, by jax's name of it."""
+"""XLA compiler options of a training step, by device kind."""
 
 from __future__ import annotations
 
 from jax.sharding import Mesh
 
-# Large matrix products on their own rather than in turns with the exchange of their operands: by the compiler's
-# estimate the turns cost a third of a step (v5e and v5p, 2026).
+# Large matrix products as a whole rather than interleaved with the exchange of their operands: by the compiler's
+# estimate interleaving costs a third of a step (v5e and v5p, 2026).
 _WHOLE_PRODUCTS: dict[str, bool | int | str] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 OPTIONS: dict[str, dict[str, bool | int | str]] = {
@@ -25,5 +25,5 @@ OPTIONS: dict[str, dict[str, bool | int | str]] = {
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int | str] | None:
-    """What a step on this mesh is compiled with; None where the defaults are as good."""
+    """Compiler options of a step on this mesh; None for the defaults."""
     return OPTIONS.get(mesh.devices.flat[0].device_kind)

@@ -1,4 +1,4 @@
-"""Many processes as one run: joining them, agreeing, and which rows of an array are whose. One process needs none of it."""
+"""Multi-process runs: joining processes, exchanging values, and distributing rows of arrays; trivial with one process."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from lm.experiment import UserError
 T = TypeVar("T")
 Tree = Any
 
-JOIN_TIMEOUT = 300  # seconds until the coordinator must have answered, and every process have come
-LEAVE_TIMEOUT = 10  # seconds that a process which stops waits for the others to stop too
-LIBRARY_TIMEOUT = 24 * 3600  # never reached: at its own limits the library aborts the process, with pages of stacks
+JOIN_TIMEOUT = 300  # seconds until the coordinator must answer and every process must have joined
+LEAVE_TIMEOUT = 10  # seconds that an ending process waits for the others to end
+LIBRARY_TIMEOUT = (
+    24 * 3600
+)  # never reached: at its own timeout the library aborts the process with pages of stack traces
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Where the processes of a run meet, how many they are and which one this is; None: as the cluster says."""
+    """The processes of a run: coordinator's address, number of processes, number of this one; None: as the cluster says."""
 
     coordinator: str | None = None
     num_processes: int | None = None
@@ -41,14 +43,14 @@ class ProcessGroup:
     timeout: float = JOIN_TIMEOUT
 
 
-def find_job(
+def find_process_group(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float = JOIN_TIMEOUT
 ) -> ProcessGroup | None:
-    """The job that the flags tell of, else the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-    else the cluster around (Slurm, Open MPI, GKE, TPU VMs). None: this process is alone.
+    """Find the process group from the flags, else from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+    else from the cluster (Slurm, Open MPI, GKE, TPU VMs). None: a single process.
 
     Raises:
-        UserError: a part is missing that no cluster gives, or cannot be.
+        UserError: a part is missing or invalid.
     """
     address = coordinator or os.environ.get(VARIABLES[0])
     count = _integer(VARIABLES[1]) if num_processes is None else num_processes
@@ -73,7 +75,7 @@ def find_job(
 
 
 def in_cluster() -> bool:
-    """Whether this process is one of several that a cluster has started, and jax can ask it about the others."""
+    """Whether a cluster that jax can query has started this process as one of several."""
     tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any((_integer(name) or 1) > 1 for name in tasks):
         return True
@@ -82,19 +84,19 @@ def in_cluster() -> bool:
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     if hosts is not None:
         return "," in hosts or (_integer("MEGASCALE_NUM_SLICES") or 1) > 1
-    # A TPU VM that is not of GKE tells by its metadata server, which jax asks.
+    # A TPU VM outside GKE is detected by its metadata server, which jax queries.
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
 @contextlib.contextmanager
 def joined(job: ProcessGroup | None) -> Iterator[None]:
-    """Inside, the processes of the job are one: `jax.devices()` are those of all. Nothing happens without a job.
+    """Context in which the processes are joined: `jax.devices()` has the devices of all. Does nothing for None.
 
-    Begin it before jax looks for devices. When this process ends it waits for the others to end too; one that fails
-    alone waits LEAVE_TIMEOUT seconds and goes, whereupon the others find it gone and end.
+    Enter it before jax initialises devices. An ending process waits for the others to end too; one that fails
+    alone waits LEAVE_TIMEOUT seconds and exits, whereupon the others notice and end.
 
     Raises:
-        UserError: the coordinator cannot be reached, or processes have not come, in `job.timeout` seconds.
+        UserError: the coordinator did not answer or processes did not join within `job.timeout` seconds.
     """
     if job is None or jax.distributed.is_initialized():
         yield
@@ -128,18 +130,18 @@ def _join(job: ProcessGroup) -> None:
         except Exception as error:
             failed.append(error)
 
-    # In a thread, since the library never returns from a wait that has failed.
+    # In a thread, since the library never returns from a failed wait.
     thread = threading.Thread(target=initialize, daemon=True)
     thread.start()
     thread.join(job.timeout)
     where = job.coordinator or "the coordinator that the cluster names"
     if failed and isinstance(failed[0], ValueError) and job == ProcessGroup(timeout=job.timeout):
-        return  # the devices of a cluster, and no cluster: alone
+        return  # looks like a cluster but is none: a single process
     if failed:
         raise UserError(f"{where} cannot be joined: {failed[0]}") from failed[0]
     if thread.is_alive() and job.process_id == 0:
         raise UserError(
-            f"{where}: of {job.num_processes} processes some did not come within {job.timeout:g} seconds "
+            f"{where}: some of {job.num_processes} processes did not join within {job.timeout:g} seconds "
             "(--join-timeout); is this address process 0's, and can the others reach it?"
         )
     if thread.is_alive():
@@ -151,7 +153,7 @@ def _join(job: ProcessGroup) -> None:
 
 @dataclass
 class _Ending:
-    """How this process ends: with the others where they end too; alone, with its own code, where they do not."""
+    """Exit of this process: together with the others if they end too, else alone with its own exit code."""
 
     joined: bool = False
     code: int = 1
@@ -171,16 +173,16 @@ class _Ending:
         os._exit(self.code)
 
 
-# ---- agreeing ----------------------------------------------------------------------------------------------------
+# ---- exchange ---------------------------------------------------------------------------------------------------
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process gave, a JSON value, in the order of the processes. All must call it; it waits for all."""
+    """Gather a JSON value from every process, in process order. A barrier: all processes must call it."""
     if jax.process_count() == 1:
         return [value]
     raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -192,7 +194,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def raise_on_all(act: Callable[[], T]) -> T:
-    """`act()` in every process; if it raises UserError in one, it is raised in all, so that none waits for the others."""
+    """Run `act` in every process; a UserError in any of them is raised in all, so that none waits for the others."""
     result, failure = None, None
     try:
         result = act()
@@ -210,12 +212,12 @@ def raise_on_all(act: Callable[[], T]) -> T:
 
 
 def run_on_main(act: Callable[[], T]) -> T | None:
-    """`act()` in process 0 only, and None in the others, which wait for it; a UserError is raised in all."""
+    """Run `act` in the main process only, while the others wait and get None; a UserError is raised in all."""
     return raise_on_all(lambda: act() if is_main_process() else None)
 
 
 def broadcast_from_main(find: Callable[[], T]) -> T:
-    """What `find()` gives in process 0, a JSON value, in every process; a UserError is raised in all."""
+    """Run `find` in the main process and return its JSON value in every process; a UserError is raised in all."""
     if jax.process_count() == 1:
         return find()
     return gather(run_on_main(find))[0]
@@ -225,7 +227,7 @@ def broadcast_from_main(find: Callable[[], T]) -> T:
 
 
 def own_rows(sharding: NamedSharding, count: int) -> np.ndarray | None:
-    """Which of the `count` rows of an array so sharded this process's devices hold, ascending; None: all of them."""
+    """Indices of the rows (of `count`) on this process's devices under a sharding, ascending; None: all rows."""
     if jax.process_count() == 1:
         return None
     parts = [index[0].indices(count) for index in sharding.addressable_devices_indices_map((count,)).values() if index]
@@ -233,10 +235,10 @@ def own_rows(sharding: NamedSharding, count: int) -> np.ndarray | None:
 
 
 def to_devices(tree: Tree, sharding: NamedSharding, rows: Sequence[int] | np.ndarray | None, count: int) -> Tree:
-    """Host arrays as global arrays of `count` rows.
+    """Put host arrays on the devices as global arrays of `count` rows.
 
     Args:
-        rows: which rows the arrays hold (ascending; None: all), at least those of this process's devices.
+        rows: indices of the rows that the host arrays have (ascending; None: all), including this process's rows.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -256,7 +258,7 @@ def to_devices(tree: Tree, sharding: NamedSharding, rows: Sequence[int] | np.nda
 
 
 def fetch(tree: Tree) -> Tree:
-    """Global arrays as host arrays, whole, in every process; all must call it."""
+    """Fetch global arrays as full host arrays in every process; all must call it."""
     return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 

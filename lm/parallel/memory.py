@@ -1,4 +1,4 @@
-"""Whether the devices can hold a stage at all, by a lower bound, before anything compiles. `lm plan` is exact."""
+"""Memory check before compilation: a lower bound on the memory of a stage. `lm plan` is exact."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def check_memory(experiment: Experiment, sizes: dict[str, int], vocab_size: int, capacity: int | None = None) -> None:
-    """Every stage's parameters, gradients, optimizer state and kept activations fit the memory of a device.
+    """Check that every stage's parameters, gradients, optimizer state and saved activations fit a device.
 
     Args:
         sizes: of the mesh axes.
-        capacity: bytes of a device; None: of this machine's.
+        capacity: bytes of a device; None: this machine's devices.
 
     Raises:
-        UserError: a stage needs more, whatever the compiler does; says how much, and of what.
+        UserError: a stage needs more; says how much, and for what.
     """
     have = device_memory() if capacity is None else capacity
     for stage in experiment.stages:
@@ -39,10 +39,10 @@ def check_memory(experiment: Experiment, sizes: dict[str, int], vocab_size: int,
 
 
 def least_bytes(model: Model, stage: Stage, sizes: dict[str, int], vocab_size: int) -> tuple[float, float]:
-    """Bytes a device that a stage needs at least: of parameters and what belongs to them, and of activations.
+    """Lower bound on a stage's bytes per device: (parameters, gradients and optimizer state; activations).
 
-    Parameters are split over all axes but `slices` and `data`. Of a layer that is computed again its input is kept, and
-    with remat `offload` one of them at a time.
+    Parameters are sharded over all axes but `slices` and `data`. A rematerialised layer saves its input; with
+    remat `offload` only one at a time.
     """
     model = stage.objective.trained_model(model)
     parameters = num_parameters(model, vocab_size) / (
@@ -61,14 +61,14 @@ def least_bytes(model: Model, stage: Stage, sizes: dict[str, int], vocab_size: i
 
 
 def num_parameters(model: Model, vocab_size: int) -> int:
-    """Numbers in the matrices of a language model."""
+    """Number of parameters in the matrices of a language model."""
     heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     layer = model.embed_dim * (heads + (3 if model.gated_mlp else 2) * model.mlp_dim)
     return model.num_layers * layer + (1 if model.tied_head else 2) * vocab_size * model.embed_dim
 
 
 def device_memory() -> int:
-    """Bytes of one device of this process; CPU devices share the machine's."""
+    """Memory of one device of this process in bytes; CPU devices share the machine's."""
     device: Any = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:

@@ -1,4 +1,4 @@
-"""The device mesh of an experiment, and the checks that shapes fit it, before anything compiles."""
+"""The device mesh of an experiment, and checks that shapes fit it before compilation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lm.parallel.rules import RULES, ways
 
 
 def axis_sizes(mesh: Mesh, devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes, the one that is -1 filled up.
+    """Sizes of the mesh axes, with -1 resolved.
 
     Raises:
-        UserError: more than one -1, a size below 1, or a product that the devices do not make.
+        UserError: more than one -1, a size below 1, or a product that does not match the devices.
     """
     sizes = dataclasses.asdict(mesh)
     free = [name for name, size in sizes.items() if size == -1]
@@ -39,13 +39,13 @@ def axis_sizes(mesh: Mesh, devices: int) -> dict[str, int]:
 
 
 def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> DeviceMesh:
-    """The mesh over the devices (None: this machine's or pod's); one smaller than them uses the first ones.
+    """Make the mesh over the devices (None: all of this run); a smaller mesh uses the first devices.
 
-    Inside a slice the axes follow the wiring, the last ones (tensor, then context) over the nearest neighbours; the
-    axis `slices` goes over the network between slices.
+    Within a slice the axes follow the interconnect, the last ones (tensor, then context) over nearest neighbours; the
+    axis `slices` spans the network between slices.
 
     Raises:
-        UserError: the sizes do not fit the devices, or `mesh.slices` is not the number of their slices.
+        UserError: the sizes do not fit the devices, or `mesh.slices` is not their number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(mesh, len(devices))
@@ -64,10 +64,10 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> DeviceMesh:
 
 
 def check_fits(experiment: Experiment, sizes: dict[str, int], vocab_size: int, platform: str | None = None) -> None:
-    """Every dimension that the mesh splits is a multiple of the axes that split it, and the kernel is one of the devices'.
+    """Check that sharded dimensions are divisible by their mesh axes and that the attention kernel suits the devices.
 
     Args:
-        platform: of the devices; None: of this machine's.
+        platform: platform of the devices; None: this machine's.
 
     Raises:
         UserError: names the field, its value, its divisors and the axes.

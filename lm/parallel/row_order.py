@@ -1,7 +1,7 @@
-"""In which order the tokens of a row lie on the devices that split it (mesh axis `context`).
+"""Zigzag order of a row's tokens over the devices of the mesh axis `context`, which balances causal attention.
 
-A token looks at all before it, so that of C equal parts the last has almost twice the work of the mean. ZigzagLayout into 2C
-chunks instead, device i takes the chunks i and 2C-1-i: an early one and a late one, the same work for all.
+A token attends to all before it, so that of C equal parts the last has almost twice the mean work. With 2C
+chunks instead, device i holds chunks i and 2C-1-i, an early and a late one: equal work for all.
 Source: Llama 3 (arXiv 2407.21783) sec. 3.3.2.
 """
 
@@ -16,7 +16,7 @@ from lm.parallel.rules import split_ways
 
 
 class ZigzagLayout(NamedTuple):
-    """Rows over `parts` devices, in `each` chunks a device."""
+    """Layout of a row over `parts` devices, with `each` chunks per device."""
 
     parts: int
     each: int
@@ -26,13 +26,13 @@ WHOLE = ZigzagLayout(1, 1)
 
 
 def zigzag_layout(length: int) -> ZigzagLayout:
-    """How rows of this length are cut on the mesh that is set: in two chunks a device, or one where that is uneven."""
+    """The layout of rows of this length on the current mesh: two chunks per device, or one where that is uneven."""
     parts = split_ways(length, "length")
     return ZigzagLayout(parts, 2 if parts > 1 and length % (2 * parts) == 0 else 1)
 
 
 def to_zigzag(x: Array, cut: ZigzagLayout, axis: int = 1) -> Array:
-    """From the order of the text to that of the devices, along `axis`; the same where a device has one chunk."""
+    """Reorder from text order to zigzag order along `axis`; the identity with one chunk per device."""
     if cut.each == 1:
         return x
     pieces = x.reshape(*x.shape[:axis], 2 * cut.parts, -1, *x.shape[axis + 1 :])
@@ -41,7 +41,7 @@ def to_zigzag(x: Array, cut: ZigzagLayout, axis: int = 1) -> Array:
 
 
 def from_zigzag(x: Array, cut: ZigzagLayout, axis: int = 1) -> Array:
-    """What `to_zigzag` did, undone."""
+    """Reorder from zigzag order back to text order; the inverse of `to_zigzag`."""
     if cut.each == 1:
         return x
     pieces = x.reshape(*x.shape[:axis], cut.parts, 2, -1, *x.shape[axis + 1 :])

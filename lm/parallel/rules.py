@@ -1,4 +1,4 @@
-"""Where arrays live: logical axis names → mesh axes, one table, and the shardings that follow from it."""
+"""Sharding rules: one table of logical axis names → mesh axes, and the shardings derived from it."""
 
 from __future__ import annotations
 
@@ -30,57 +30,57 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def spec(names: tuple[str | None, ...]) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions have these logical names."""
+    """PartitionSpec of an array whose dimensions have these logical names."""
     return PartitionSpec(*(_entry(RULES[name]) if name else None for name in names))
 
 
 def ways(name: str, sizes: Mapping[str, int]) -> int:
-    """Into how many parts a mesh of these axis sizes splits a dimension of this logical name."""
+    """Number of shards of a dimension with this logical name on a mesh of these axis sizes."""
     return math.prod(sizes[axis] for axis in RULES[name])
 
 
 def platform() -> str:
-    """What the devices are that the code being traced is for: "cpu", "gpu" or "tpu"; right ahead of time too."""
+    """Platform that the traced code is for: "cpu", "gpu" or "tpu"; also correct for ahead-of-time compilation."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def one_device() -> bool:
-    """Whether the code being traced is for one device, so that nothing is partitioned."""
+    """Whether the traced code is for a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 
 
 def device_kind() -> str:
-    """jax's name of the devices that the code being traced is for, for instance "TPU v5 lite"."""
+    """Device kind that the traced code is for, for instance "TPU v5 lite"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def split_ways(size: int, name: str) -> int:
-    """Into how many parts the mesh that is set splits a dimension of this size and logical name; 1 if it cannot."""
+    """Number of shards of a dimension of this size and logical name on the current mesh; 1 if not divisible."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else ways(name, mesh.shape)
     return 1 if size % parts else parts
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Say where an activation lives; without a mesh (`jax.set_mesh`) it says nothing.
+    """Constrain an activation's sharding by logical axis names; does nothing without a mesh (`jax.set_mesh`).
 
-    A dimension that its axes do not divide stays whole: the rows of an evaluation may be few.
+    A dimension not divisible by its axes is not sharded: an evaluation may have few rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    sized = zip(names, x.shape, strict=False)  # dimensions after the last name are whole
+    sized = zip(names, x.shape, strict=False)  # dimensions after the last name are not sharded
     fits = (name if name and split_ways(size, name) > 1 else None for name, size in sized)
     return jax.lax.with_sharding_constraint(x, spec(tuple(fits)))
 
 
 def row_major(x: Array, *names: str) -> Array:
-    """Ask the TPU compiler for the layout that the array's shape shows; left to itself it changes it back and forth.
+    """Request row-major layout from the TPU compiler, which otherwise changes layouts back and forth.
 
-    Where the mesh splits rows of tokens each device asks for its own part: libtpu 0.0.42 would gather the whole array on
+    Where the mesh shards rows of tokens, each device constrains its own shard: libtpu 0.0.42 would gather the whole array on
     every device for the constraint otherwise, in every layer (0.6B, rows of 8,192 over two devices: 921 ms a step, not 593).
     """
     if platform() != "tpu":
@@ -95,10 +95,10 @@ def row_major(x: Array, *names: str) -> Array:
 
 
 def gathered(w: Array, names: tuple[str | None, ...], dtype: Any) -> Array:
-    """A parameter in the dtype of the computation, whole along `embed` on every device.
+    """Gather a parameter along `embed` on every device, cast to the compute dtype.
 
-    Said explicitly because of what travels: the cast comes before the gather, and the gradient is summed over the
-    devices, each keeping its part, before it is cast back.
+    Explicit to control the traffic: the cast comes before the gather, and the gradient is reduce-scattered over the
+    devices before it is cast back.
     """
 
     @jax.custom_vjp
@@ -116,7 +116,7 @@ def gathered(w: Array, names: tuple[str | None, ...], dtype: Any) -> Array:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The tree with each leaf's NamedSharding in its place: by axis names where it has them, else replicated.
+    """Shardings of a tree's leaves: by logical axis names where a leaf has them, else replicated.
 
     Args:
         tree: abstract values (`jax.eval_shape`); parameters, optimizer state or a whole TrainState.
@@ -126,18 +126,18 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
         place = NamedSharding(mesh, spec(leaf.get_metadata("out_sharding")))
-        return jax.tree.map(lambda _: place, leaf)  # none where an optimizer keeps nothing for this parameter
+        return jax.tree.map(lambda _: place, leaf)  # no leaves where an optimizer has no state for this parameter
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """ShapeDtypeStructs that carry their shardings: what a restore or an ahead-of-time compile needs."""
+    """ShapeDtypeStructs with shardings, as checkpoint restore and ahead-of-time compilation need."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are split over every axis that splits data."""
+    """Sharding of batches: rows are split over all data axes."""
     return NamedSharding(mesh, spec(("batch",)))
 
 

@@ -1,4 +1,4 @@
-"""The slices of TPUs that there are, by the name of the chip and the shape in chips, and how many JAX devices a chip is."""
+"""Table of TPU slices by chip name and shape, and the number of JAX devices per chip."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DEVICES_PER_CHIP = {"v4": 1, "v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
 
 
 def parse_slice(name: str, chips: Iterable[str] = SHAPES) -> tuple[str, str]:
-    """`v5p:2x4x4` as ("v5p", "2x4x4").
+    """Parse `v5p:2x4x4` into ("v5p", "2x4x4").
 
     Args:
-        chips: those that may be named.
+        chips: the known chips.
     Raises:
-        UserError: there is no such chip, or no slice of this shape; shows those that there are.
+        UserError: there is no such chip, or no slice of this shape; lists what exists.
     """
     chips = tuple(chips)
     chip, _, shape = name.partition(":")

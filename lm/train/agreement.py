@@ -1,4 +1,4 @@
-"""What the processes of a run must have in common, compared before anything is trained: experiment, data, run folder."""
+"""Consistency checks between the processes of a run before training: experiment, data, run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_DIFFERENCES = 3
 
 
 def check_same(experiment: Experiment, options: dict[str, Any]) -> None:
-    """Every process was asked for the same: experiment, options of the command, version of lm.
+    """Check that all processes have the same experiment, command options and lm version.
 
     Raises:
         UserError: in all processes; shows two hashes that differ, and the first values that do.
@@ -47,7 +47,7 @@ def check_same(experiment: Experiment, options: dict[str, Any]) -> None:
 
 
 def check_same_data(fingerprints: dict[str, str]) -> None:
-    """Every process reads the same data, by stage.
+    """Check that all processes read the same data, by stage.
 
     Raises:
         UserError: in all processes; names the stage and shows two fingerprints.
@@ -63,7 +63,7 @@ def check_same_data(fingerprints: dict[str, str]) -> None:
 
 
 def check_shared(folder: RunFolder, patience: float = SHARED_SECONDS) -> None:
-    """Every process sees what process 0 writes in the run folder, which is there.
+    """Check that all processes see what process 0 writes in the run folder.
 
     Raises:
         UserError: in all processes; names one that does not, and its host.
@@ -88,5 +88,5 @@ def check_shared(folder: RunFolder, patience: float = SHARED_SECONDS) -> None:
 
 
 def _odd_one(values: list[Any]) -> int | None:
-    """The first process whose value is not process 0's."""
+    """The first process whose value differs from process 0's."""
     return next((process for process, value in enumerate(values) if value != values[0]), None)

@@ -1,4 +1,4 @@
-"""Answers to compare, sampled from models: of one by other seeds and temperatures, or of several, kept as rows."""
+"""Sampling of answers to compare, from one model (by seeds and temperatures) or from several, stored as rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCH = 32  # prompts answered at once
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that answers: the run and the stage after which it is taken."""
+    """A model that answers: a run and a stage of it."""
 
     run_dir: Path
     stage: str
@@ -36,7 +36,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is sampled: `answers` of each contestant to each prompt, with its temperatures in turn, seeds in a row."""
+    """Sampling request: `answers` of each contestant to each prompt, over temperatures in turn and consecutive seeds."""
 
     prompts: str
     limit: int
@@ -49,7 +49,7 @@ class Asked:
 
 
 def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> bool:
-    """Write rows of `prompt`, `answers` and `sources` to `path`; False: they are there already, and are kept.
+    """Sample rows of `prompt`, `answers` and `sources` into `path`; False where they exist already and are kept.
 
     What was asked stands beside them, in a file of the same name that ends in .json.
 
@@ -81,7 +81,7 @@ def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> 
 
 
 def _prompts(asked: Asked, loaded: Loaded) -> list[Turns]:
-    """The prompts of a file, or the experiment's own."""
+    """The prompts of the file, or the experiment's own."""
     if not asked.prompts:
         prompts: list[Turns] = list(loaded.experiment.prompts[: asked.limit])
         if not prompts:
@@ -110,7 +110,7 @@ def _temperature(asked: Asked, number: int) -> float:
 
 
 def _names(contestants: Sequence[Contestant], asked: Asked) -> list[str]:
-    """Who gave each answer of a row: the stage, and the run and the temperature where there are several."""
+    """Source name of each answer of a row: the stage, with run and temperature where there are several."""
     several = len({contestant.run_dir for contestant in contestants}) > 1
     names = []
     for contestant in contestants:
@@ -152,7 +152,7 @@ def best_answers(
     reward: str | None,
     **given: Any,
 ) -> tuple[list[TextCompletion], Float[np.ndarray, " P"]]:
-    """The answer to each prompt that a reward model scores highest among `count`, and its score.
+    """Best-of-n: the answer to each prompt with the highest reward model score among `count`, and its score.
 
     Args:
         reward: STAGE or RUN:STAGE of the reward model; None: the run's last.

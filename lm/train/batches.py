@@ -1,4 +1,4 @@
-"""Batches from the data, ready before they are asked for."""
+"""Batches of a training stage, prefetched in a thread."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lm.train.reference import REFERENCE, Known, precompute_reference_logps, wit
 from lm.train_step import TrainState
 from lm.types import TokenBatch
 
-AHEAD = 2  # steps whose batches are ready before they are asked for
+AHEAD = 2  # steps whose batches are prefetched
 
 
 class Prefetcher:
-    """batch(step) from a thread that has those of the next steps ready, up to `steps`; the same batches in any order.
+    """Prefetches `batch(step)` of the next steps, up to `steps`, in a thread; any order of steps gives the same batches.
 
     What `batch` raises is raised here, at its step. `close` ends the thread.
     """
@@ -75,12 +75,12 @@ class Prefetcher:
 
 
 class Batches:
-    """(step, state) -> the step's batches, one an update, and what was measured on the way.
+    """Source of batches: (step, state) -> the step's batches, one per update, and metrics.
 
     A pure function of the experiment, the step and the state before it: nothing to save, nothing to restore.
     """
 
-    cost = "data_seconds"  # under which name the time that the loop waits for it is accounted
+    cost = "data_seconds"  # goodput category of the time that the loop waits for batches
 
     def __init__(self, feed: Feed, count: int, mesh: Mesh, steps: int):
         self.notes: dict[
@@ -93,7 +93,7 @@ class Batches:
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
-        """What has to be known before the first step, of the model that enters the stage.
+        """Prepare before the first step with the model that enters the stage.
 
         Args:
             folder: the stage's, to keep it in.
@@ -101,22 +101,22 @@ class Batches:
         """
 
     def make(self, step: int) -> TokenBatch:
-        """The rows of this process of a step's batch, on the host."""
+        """This process's rows of a step's batch, on the host."""
         return self.feed.batch(step, self.rows)
 
     def __call__(self, step: int, state: TrainState) -> tuple[Sequence[TokenBatch], dict[str, float]]:
         return [to_devices(self.batch(step), self.place, self.rows, self.count)], {}
 
     def show(self, log: MetricsLog, step: int) -> None:
-        """Write down what people may want to read; the data itself is shown by `lm data`."""
+        """Log samples to read; `lm data` shows the data itself."""
 
     def close(self) -> None:
-        """End what works ahead of the loop."""
+        """Stop prefetching."""
         self.batch.close()
 
 
 class CachedReferenceBatches(Batches):
-    """Batches with the log-probabilities of the model that enters the stage, of every example made once."""
+    """Batches with reference log-probabilities, computed once for every example before training."""
 
     def __init__(self, stage: Stage, feed: Feed, count: int, mesh: Mesh):
         super().__init__(feed, count, mesh, stage.steps)

@@ -1,4 +1,4 @@
-"""Functions of the user's own that are told what a run writes down: every line of metrics, evaluations and samples."""
+"""User callbacks, called with every line of metrics, evaluations and samples that a run writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARGUMENTS = "stage, kind, line"
 
 @dataclass(frozen=True)
 class Callback:
-    """A function that is called with (stage, kind, line), and the name that it was asked for by.
+    """A user's function, called with (stage, kind, line), and its FILE:FUNCTION name.
 
     `kind` is metrics, eval or samples, as the files of a stage, and `line` the line that is written; when a stage is
     finished `kind` is summary, and `line` the stage's summary.json.
@@ -37,12 +37,12 @@ class Callback:
 
 
 def load_callbacks(names: Sequence[str]) -> tuple[Callback, ...]:
-    """The callbacks that FILE:FUNCTION names. Raises UserError where one cannot be loaded."""
+    """Load callbacks by FILE:FUNCTION. Raises UserError where one cannot be loaded."""
     return tuple(Callback(name, load_function(name, "--callback", ARGUMENTS)) for name in names)
 
 
 def listener(callbacks: Sequence[Callback], stage: str) -> Callable[[str, dict[str, Any]], None]:
-    """What the log of a stage calls with (kind, line)."""
+    """The function (kind, line) that a stage's log calls, which passes lines on to all callbacks."""
 
     def tell(kind: str, line: dict[str, Any]) -> None:
         for callback in callbacks:

@@ -44,7 +44,7 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held: arrays in the structure and sharding that was asked for, and the saver's `meta`."""
+    """A restored checkpoint: arrays in the requested structure and sharding, and the saved `meta`."""
 
     step: int
     items: dict[str, PyTree]
@@ -52,7 +52,7 @@ class Restored:
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was saved; says which file, and how it differs."""
+    """Raised for a damaged checkpoint; names the file and the difference."""
 
 
 class Checkpoints:
@@ -71,13 +71,13 @@ class Checkpoints:
         self._swept = False
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending; none of them verified."""
+        """Steps of the finished checkpoints, ascending, without verification."""
         return [step for step, path in _step_folders(self.folder) if (path / MANIFEST).exists()]
 
     def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> None:
-        """Start saving and return as soon as the arrays may be donated or changed.
+        """Start an asynchronous save; returns when the arrays may be donated or changed.
 
-        A step that is already there and sound is left as it is. Raises UserError where the disk refuses, now or (for
+        An intact checkpoint of the step is kept. Raises UserError where the disk refuses, now or (for
         the part that runs behind) from the next `save`, `wait` or `close`.
         """
         self.wait()
@@ -97,13 +97,13 @@ class Checkpoints:
         self._pending = self._thread.submit(self._finish, path, manifest, response)
 
     def wait(self) -> None:
-        """Wait until the save that is under way is finished and counts. Raises UserError if it failed."""
+        """Wait until the current save is complete. Raises UserError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """`wait`, and end the thread."""
+        """Wait for the current save and end the thread."""
         try:
             self.wait()
         finally:
@@ -122,7 +122,7 @@ class Checkpoints:
         only: int | None = None,
         optional: Collection[str] = (),
     ) -> Restored | None:
-        """The newest sound checkpoint, or None where none was ever finished.
+        """Restore the newest intact checkpoint, or None if none was ever finished.
 
         `abstract` names the items that are wanted, each a pytree of jax.ShapeDtypeStruct; arrays come back on the
         sharding that it carries (without one: on the first device), whatever they were saved from. Every unfinished or
@@ -154,7 +154,7 @@ class Checkpoints:
         return Restored(manifest["step"], items, manifest["meta"])
 
     def finish(self, step: int, items: Collection[str]) -> None:
-        """Keep of a finished stage the checkpoint of its last step and those that are kept for good, with these items.
+        """Reduce a finished stage to its last and its permanent checkpoints, with only these items.
 
         Nothing is done where the last one is missing or its manifest damaged.
         """
@@ -171,21 +171,21 @@ class Checkpoints:
             _remove(self.folder / name)
 
     def newest_meta(self) -> dict[str, Any]:
-        """The notes of the newest finished checkpoint, without looking at its arrays; {} where there is none that can be read."""
+        """`meta` of the newest finished checkpoint, without reading arrays; {} if there is no readable one."""
         try:
             return _read_manifest(self.folder / f"{self.steps()[-1]:08d}")["meta"]
         except (Damaged, IndexError):
             return {}
 
     def has(self, step: int, item: str) -> bool:
-        """Whether the checkpoint of that step is there and holds an item."""
+        """Whether the checkpoint of a step exists and has an item."""
         try:
             return item in _read_manifest(self.folder / f"{step:08d}")["items"]
         except Damaged:
             return False
 
     def _finish(self, path: Path, manifest: dict[str, Any], response: Any) -> None:
-        """Behind the training loop: wait for orbax, seal the checkpoint, drop the ones that it replaces."""
+        """In the background: wait for orbax, write the manifest, remove superseded checkpoints."""
         with self._guard(path):
             response.result()
             if is_main_process():
@@ -224,7 +224,7 @@ class Checkpoints:
         return step
 
     def _sound(self, path: Path) -> bool:
-        """Whether the checkpoint is there and verified, as the first process sees it."""
+        """Whether the checkpoint exists and is intact, as seen by the main process."""
 
         def check() -> bool:
             try:
@@ -236,7 +236,7 @@ class Checkpoints:
         return broadcast_from_main(check)
 
     def _clear(self, path: Path) -> None:
-        """Make room for `path`, and remove what earlier runs left unfinished (once: only one run may write here)."""
+        """Prepare `path` for writing, and remove unfinished saves of earlier sessions (once)."""
         if not is_main_process():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _guard(self, path: Path) -> Iterator[None]:
-        """Remove what a failed save left, and turn what the disk says into one line."""
+        """Remove a failed save's files and raise the disk's error in one line."""
         try:
             yield
         except Exception as error:
@@ -264,7 +264,7 @@ class Checkpoints:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by the path that leads to them, `blocks/attn/q` (`leaf_name`)."""
+    """Flatten a tree to {path: leaf}, with paths such as `blocks/attn/q` (`leaf_name`)."""
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = leaf_name(path)
@@ -284,7 +284,7 @@ def _nest(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rebuild(tree: PyTree, nested: dict[str, Any]) -> PyTree:
-    """The tree again, each leaf replaced by the one of the same name in `nested`."""
+    """Rebuild a tree with each leaf replaced by the one of the same path in `nested`."""
     leaves = [functools.reduce(lambda at, key: at[key], name.split("/"), nested) for name in named_leaves(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
@@ -309,7 +309,7 @@ def _check_roles(path: Path, wanted: Collection[str], saved: Collection[str]) ->
 
 
 def _check_same(path: Path, item: str, wanted: dict[str, str], saved_items: dict[str, dict[str, str]]) -> None:
-    """Raises UserError naming the first array that is missing, differs, or is left over."""
+    """Raise UserError naming the first array that is missing, differs, or is left over."""
     if item not in saved_items:
         raise UserError(f"{path} has no {item!r}; it has {', '.join(sorted(saved_items))}")
     saved = saved_items[item]
@@ -328,7 +328,7 @@ def _check_same(path: Path, item: str, wanted: dict[str, str], saved_items: dict
 
 @functools.cache
 def _orbax() -> Any:
-    """The module, imported when it is first needed. Its log repeats, over pages, the exceptions that it also raises."""
+    """Import orbax lazily, with its log silenced, which repeats exceptions that it also raises."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno > logging.ERROR)
@@ -351,13 +351,13 @@ def _step_folders(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _unfinished(folder: Path) -> list[str]:
-    """Names of what saves that never finished have left: orbax's temporary folders, and steps without a manifest."""
+    """Names of unfinished saves: orbax's temporary folders, and steps without a manifest."""
     steps = [path.name for _, path in _step_folders(folder) if not (path / MANIFEST).exists()]
     return steps + sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
 
 
 def _superseded(steps: list[int], saved: int, keep: int, keep_every: int = 0) -> list[int]:
-    """Steps to drop after `saved`: all but the `keep` newest up to it, and later ones, which the run went back behind."""
+    """Steps to remove after `saved`: all but the `keep` newest up to it, and later ones that a rewind left behind."""
     before = [step for step in steps if step <= saved]
     kept = {*before[-keep:], *(step for step in before if _for_good(step, keep_every))}
     return [step for step in steps if step not in kept]
@@ -368,7 +368,7 @@ def _for_good(step: int, keep_every: int) -> bool:
 
 
 def _drop_items(path: Path, items: Collection[str]) -> None:
-    """Only these items of a checkpoint; its manifest goes first, so that a kill at any moment leaves what is sound."""
+    """Reduce a checkpoint to these items; rewrites the manifest first, so that a kill never leaves a damaged one."""
     try:
         manifest = _read_manifest(path)
     except Damaged:
@@ -384,7 +384,7 @@ def _drop_items(path: Path, items: Collection[str]) -> None:
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of every file below `path`, by relative name, the manifest itself aside."""
+    """SHA-256 of every file below `path` except the manifest, by relative name."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
     return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
 
@@ -395,7 +395,7 @@ def _sha256(file: Path) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises Damaged if it is not, to the byte, what was written."""
+    """Read a checkpoint's manifest. Raises Damaged unless it matches its own checksum."""
     try:
         content = read_json(path / MANIFEST)
     except UserError as error:
@@ -407,7 +407,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> None:
-    """Raises Damaged naming the first file that is missing, unreadable, or not what was saved."""
+    """Raise Damaged naming the first file that is missing, unreadable or changed."""
     for name, checksum in _read_manifest(path)["files"].items():
         try:
             found = _sha256(path / name)
@@ -418,7 +418,7 @@ def _verify(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, its manifest first, so that no half of it counts. A failed save may still be writing: retry."""
+    """Remove a checkpoint, its manifest first, so that no partial one counts. Retries while a failed save still writes."""
     (path / MANIFEST).unlink(missing_ok=True)
     for _ in range(20):
         shutil.rmtree(path, ignore_errors=True)
@@ -429,7 +429,7 @@ def _remove(path: Path) -> None:
 
 
 def _disk_reason(error: BaseException | None) -> str | None:
-    """What the operating system said, from an exception or one hidden behind it; None if it said nothing."""
+    """The operating system's error text of an exception or its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror

@@ -1,4 +1,4 @@
-"""A stage that trains nothing: it samples answers, has them judged, and writes what later stages learn from.
+"""Collect stages: sample answers, have them judged, and write the rows that later stages train on.
 
 In the stage's folder: answers.jsonl (a row of `prompt` and `answers` for each prompt), labels.jsonl (the choices, in the
 form of the label page), made.jsonl (preference pairs or conversations: the source `collected:STAGE`).
@@ -52,7 +52,7 @@ Row = dict[str, Any]
 
 
 def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], began: float) -> None:
-    """Answers, choices and what is made of them; goes on where it was stopped.
+    """Run a Collect stage: answers, choices, and rows made of them; resumable.
 
     Raises:
         UserError: people are to judge and have not yet (says with which command they do); nothing could be made.
@@ -63,7 +63,9 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
     folder = run.folder.stage_folder(stage.name)
     run_on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     spent = reached(folder) if is_main_process() else 0.0
-    costs = Costs(began, {"seconds": spent, "sample_seconds": spent}, spent)  # what was sampled before is not lost
+    costs = Costs(
+        began, {"seconds": spent, "sample_seconds": spent}, spent
+    )  # answers sampled in earlier sessions count
     with costs.of("sample_seconds"):
         sources = _sample(run, index, model, scorers, folder / ANSWERS, costs)
     run_on_main(lambda: MAKERS[o.make](folder, stage.name, o))
@@ -77,7 +79,7 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
 def _sample(
     run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs
 ) -> list[dict[str, Any]]:
-    """Write the answers of every step that is not there yet, each with its score by the judge, unless people are.
+    """Sample and write the answers of all missing steps, each with the judge's score unless people judge.
 
     Returns the counts of the prompts, a source each.
     """
@@ -105,7 +107,7 @@ def _sample(
 def _answer(
     run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], tasks: Tasks, step: int
 ) -> tuple[list[Row], dict[str, float], int]:
-    """The rows of a step, what is reported of them, and how many tokens they are."""
+    """Sample a step: its rows, metrics, and number of tokens."""
     stage: Stage[Collect] = run.experiment.stages[index]
     o = stage.objective
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.experiment.seed), index), step)
@@ -130,7 +132,7 @@ def _answer(
 def _scores(
     run: RunContext, scorers: tuple[Scorer, ...], tasks: Tasks, found: Sequence[Trajectory], width: int
 ) -> Float[np.ndarray, " B"]:
-    """The reward models' score of each answer."""
+    """Score each answer with the reward models."""
     batch = trajectory_batch(found, tasks.feed.prompt_len, width, tasks.feed.tokenizer.pad_id)
     return np.asarray(fetch(score_rows(scorers, to_devices(batch, batch_sharding(run.mesh), None, len(found)))))
 
@@ -143,7 +145,7 @@ def _row(group: Sequence[Trajectory], scores: list[float] | None) -> Row:
 
 
 def _whole_steps(path: Path, batch_size: int) -> int:
-    """How many steps' answers the file has; what is left of a step that was cut is taken away."""
+    """Number of complete steps in the file; removes an incomplete last step."""
     lines = [raw for raw, _ in read_json_lines(path, ANSWER_FIELDS)]
     whole = len(lines) // batch_size
     if path.exists():
@@ -163,11 +165,11 @@ def _append(path: Path, rows: list[Row]) -> None:
         file.close()
 
 
-# ---- what is made of the answers -----------------------------------------------------------------------------------
+# ---- rows made of the answers --------------------------------------------------------------------------------------
 
 
 def make_pairs(folder: Path, name: str, o: Collect) -> None:
-    """Every two answers of a prompt are a pair, which the judge decides; choices go where the label page writes its own."""
+    """Make preference rows: the judge decides every pair of answers; choices go to a file as of the label page."""
     task = make_task(load_rows(str(folder / ANSWERS)))
     if o.judge == PEOPLE:
         _wait_for_people(folder, name, len(task.pairs))
@@ -175,12 +177,12 @@ def make_pairs(folder: Path, name: str, o: Collect) -> None:
         _decide(folder, o, task.pairs)
     exported = preferences(read_log(folder / LABELS).records)
     if not exported.rows:
-        raise UserError(f"{name}: of {len(task.pairs)} pairs none was decided: there is nothing to learn from")
+        raise UserError(f"{name}: of {len(task.pairs)} pairs none was decided: there is nothing to train on")
     write_rows(folder / MADE_FILE, exported.rows)
 
 
 def _decide(folder: Path, o: Collect, pairs: Sequence[Pair]) -> None:
-    """The higher score wins, equal ones are a tie; of a pair that is decided already nothing is written again."""
+    """Decide all undecided pairs: the higher score wins, equal scores are a tie."""
     scores = {
         (text_of(row["prompt"]), answer): score
         for row in _rows_of(folder / ANSWERS)
@@ -207,7 +209,7 @@ def _wait_for_people(folder: Path, name: str, count: int) -> None:
 
 
 def make_best(folder: Path, name: str, o: Collect) -> None:
-    """Of each prompt's answers the best one, as a conversation to imitate (rejection sampling, arXiv:2307.09288, section 3.2.3)."""
+    """Make SFT rows from each prompt's best answer (rejection sampling, arXiv:2307.09288, section 3.2.3)."""
     rows = []
     for number, row in enumerate(_rows_of(folder / ANSWERS), start=1):
         best = row["answers"][int(np.argmax(row["scores"]))]
@@ -217,11 +219,11 @@ def make_best(folder: Path, name: str, o: Collect) -> None:
 
 
 def _rows_of(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines that this stage wrote. Raises UserError where a row has not a score for each answer."""
+    """Read the stage's own JSON lines. Raises UserError where a row lacks a score for each answer."""
     rows = [row for _, row in read_json_lines(path, ANSWER_FIELDS | {"scores": list})]
     for number, row in enumerate(rows, start=1):
         if [type(score) for score in row["scores"]] != [float] * len(row["answers"]) or not row["answers"]:
-            raise UserError(f"{path}:{number} has not a score for each answer: put back a copy of the file")
+            raise UserError(f"{path}:{number} lacks a score for each answer: put back a copy of the file")
     return rows
 
 

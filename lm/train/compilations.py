@@ -1,4 +1,4 @@
-"""Compiled programs kept on the disk, so that the next command on this machine does not compile them again."""
+"""The persistent compilation cache, so that the next command on this machine does not compile again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOLDER = "compiled"
 
 
 def keep_compilations() -> None:
-    """Keep what is compiled from here on in the cache's folder; what the environment or a caller has set already stays."""
+    """Enable jax's compilation cache in the data cache's folder, unless the environment or a caller has set one."""
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen or os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == "false":
         return

@@ -1,4 +1,4 @@
-"""When a run measures itself: every eval before and after each stage, some in between; prompts answered each time."""
+"""Evaluation within a run: every eval before and after each stage, some in between; prompts are answered each time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ANSWER_TOKENS = 80  # longest answer to one of the experiment's prompts
 
 
 class Evaluator:
-    """Measures models for a run and writes what it finds.
+    """Runs a run's evals and writes their results.
 
     Args:
         reference: the model that preferences are compared with, None before there is one; asked for when needed.
@@ -46,10 +46,10 @@ class Evaluator:
         self.reference, self.scorers = reference, scorers
         self.told: set[str] = set()
         self.passed_over: dict[str, Line] = {}  # by eval what of its rows was not measured, or only in part
-        self.tell: Callable[[str], None] = lambda text: None  # what is measured now, in words
+        self.tell: Callable[[str], None] = lambda text: None  # shows the current measurement
 
     def before(self, index: int, model: Transformer, log: MetricsLog) -> None:
-        """The model that enters a stage: what the stage before measured at its end, and what is new.
+        """Evaluate the model that enters a stage: copies the previous stage's last results and runs the rest.
 
         What is already written is left, so that a run which was killed meanwhile completes it. A reward model's stage has
         nothing to compare with.
@@ -63,7 +63,7 @@ class Evaluator:
         self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
 
     def _known_before(self, index: int, log: MetricsLog, newly: list[str]) -> tuple[list[str], bool]:
-        """Which evals are written down already, and whether the prompts are answered; copied from the stage before.
+        """Evals with results already, and whether prompts are answered; copied from the previous stage.
 
         Of `newly` seen evals only lines that have what is newly seen.
         """
@@ -94,13 +94,13 @@ class Evaluator:
         return item.metric == "reward" and item.temperature == 1 and self.reference() is not None
 
     def during(self, index: int, model: Transformer | Scorer, log: MetricsLog, step: int) -> None:
-        """The evals that the stage names, and the prompts."""
+        """Run the evals that the stage names, and answer the prompts."""
         names = self.experiment.stages[index].evals
         self._answer_prompts(model, log, step, "during")
         self._measure([e for e in self.experiment.evals if e.name in names], model, log, step, "during")
 
     def after(self, index: int, model: Transformer | Scorer, log: MetricsLog, entering: Transformer) -> None:
-        """All evals, and the prompts; `entering` is the model from which a reward model was made."""
+        """Run all evals and answer the prompts; `entering` is the model that a reward model was built from."""
         step = self.experiment.stages[index].steps
         self._answer_prompts(model, log, step, "after")
         self._measure(list(self.experiment.evals), model, log, step, "after")
@@ -124,7 +124,7 @@ class Evaluator:
         log.evaluation(line)
 
     def lines(self, item: Eval, model: Transformer | Scorer, step: int, when: str) -> list[tuple[Line, list[Line]]]:
-        """The line of eval.jsonl and those of samples.jsonl; none where there is nothing to measure or compare with yet.
+        """Lines for eval.jsonl and samples.jsonl; none where there is nothing to measure or compare with yet.
 
         A reward model is only asked for pairs. Best of n is measured when the reward model that chooses is made.
         """
@@ -197,12 +197,12 @@ class Evaluator:
 
 
 def not_there(item: Eval) -> bool:
-    """Whether the file that an eval reads has yet to be made by a stage."""
+    """Whether an eval's file is yet to be written by a stage."""
     return is_collected(item.source) and not Path(item.source.path).exists()
 
 
 def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str]:
-    """A line for every eval whose examples are there: how many it measures, and what it passes over.
+    """Lines on every eval whose examples exist: how many it measures and skips.
 
     Raises:
         UserError: an eval has nothing to measure, or a row that is broken or lacks a column; or a prompt is too long.
@@ -227,7 +227,7 @@ def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str
 
 
 def _field(experiment: Experiment, item: Eval) -> str:
-    """Where the source of an eval is named: by the stage whose source the eval reads too, else by the eval itself."""
+    """Dotted name of an eval's source: of the stage source that it shares, else of the eval itself."""
     of_stages = {
         source: f"{stage.name}.sources.{i}" for stage in experiment.stages for i, source in enumerate(stage.sources)
     }
@@ -235,5 +235,5 @@ def _field(experiment: Experiment, item: Eval) -> str:
 
 
 def _answer_tokens(max_len: int) -> int:
-    """The longest answer to one of the experiment's prompts."""
+    """Token limit of answers to the experiment's prompts."""
     return min(ANSWER_TOKENS, max_len // 2)

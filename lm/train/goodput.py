@@ -1,4 +1,4 @@
-"""Where a stage's time goes, over all the sessions that worked on it; what a kill has cost is found out at the next start."""
+"""Goodput accounting: where a stage's time goes, over all sessions; time lost to a kill is found at the next start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm.experiment import UserError
 from lm.train.metrics import read_lines
 from lm.train.run_folder import read_sealed, write_sealed
 
-# What is not a step, each a number of seconds of the summary; `step_seconds` is the rest.
+# Categories other than steps, in seconds, as in the summary; `step_seconds` is the rest.
 PARTS = (
     "start_seconds",
     "compile_seconds",
@@ -44,7 +44,7 @@ class Costs:
 
     @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Account what happens inside under `name`."""
+        """Context that accounts its time under `name`."""
         began = time.monotonic()
         yield
         self.add(name, began)
@@ -53,7 +53,7 @@ class Costs:
         self._add(name, time.monotonic() - since)
 
     def total(self) -> dict[str, float]:
-        """All parts, `seconds` in all, and `step_seconds`, what the parts leave of them."""
+        """All categories, the total `seconds`, and `step_seconds`, the remainder."""
         seconds = self.before + time.monotonic() - self.began
         parts = sum(self.seconds.get(name, 0.0) for name in PARTS)
         return self.seconds | {"seconds": seconds, "step_seconds": max(seconds - parts, 0.0)}
@@ -71,7 +71,7 @@ def reached(folder: Path) -> float:
 
 
 def keep(folder: Path, seconds: float) -> None:
-    """Write down what rewinding makes forget."""
+    """Store the seconds that rewinding would drop."""
     if seconds:
         write_sealed(_file(folder), {"seconds": seconds})
 

@@ -1,4 +1,4 @@
-"""A file of preference pairs, scored by the reward model of a run, by several runs' together, or by an implicit reward."""
+"""Scoring of a file of preference pairs by a reward model, an ensemble of several runs', or an implicit reward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lm.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Judged:
-    """What was found; `members` are the accuracies of each run alone. `what`, `baseline_of` and `remark` are for people."""
+    """Result of scoring pairs; `members`: each run's own accuracy; `what`, `baseline_of`, `remark`: texts to print."""
 
     what: str
     path: str
@@ -54,7 +54,7 @@ class Judged:
 
 
 def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: float | None) -> Judged:
-    """Score the pairs of a file, all or those that a source with this `holdout` holds out; several runs are an ensemble.
+    """Score the pairs of a file, all or those held out at `holdout`; several runs form an ensemble.
 
     Raises:
         UserError: no such file or stage, rows that are no pairs, none that fits, runs with different tokenizers.
@@ -86,7 +86,7 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
 
 
 def _seen(run_dir: Path, rows: Rows, indices: Sequence[int], holdout: float | None) -> str:
-    """What to say where pairs that are scored, or their questions, have been trained on; "" where none has."""
+    """A warning where scored pairs or their prompts were trained on; "" otherwise."""
     folder = RunFolder(run_dir)
     experiment = located(from_dict(folder.read_experiment()), folder)
     sources = [source for stage in experiment.stages for source in stage.sources]
@@ -101,7 +101,7 @@ def _seen(run_dir: Path, rows: Rows, indices: Sequence[int], holdout: float | No
 
 
 def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
-    """The model of a run that judges, with its name: its last reward model, or what was asked for."""
+    """The judging model of a run with its name: the requested stage, or the last reward model."""
     folder = RunFolder(run_dir)
     experiment = located(from_dict(folder.read_experiment()), folder)
     tokenizer, mesh = SubwordTokenizer.load(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
@@ -128,7 +128,7 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
 
 
 def _lengths(rows: Rows, indices: Sequence[int], subject: Subject) -> np.ndarray:
-    """By how many tokens the chosen answer is longer, without looking at any score."""
+    """Length gap of each pair in tokens (chosen less rejected), without scores."""
     sizes = [
         [len(subject.tokenizer.encode(text)) for text in texts_of_pair(rows[i], rows.where(i))[1:]]
         for i in indices

@@ -1,4 +1,4 @@
-"""One stage: batches in, steps, metrics and checkpoints out; resumes where it was killed, bit for bit."""
+"""The training loop of one stage: steps, metrics and checkpoints; resumes bitwise after a kill."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PRODUCED = {"policy", "reward"}
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all stages of a run share."""
+    """The context that all stages of a run share."""
 
     experiment: Experiment
     folder: RunFolder
@@ -72,16 +72,16 @@ class RunContext:
 
 
 class StoppedBySignal(Exception):
-    """A signal came while the run measured itself."""
+    """Raised when a signal arrives during an evaluation."""
 
 
 class Interrupted(Exception):
-    """A signal stopped the run after it had saved; running the same command again goes on."""
+    """Raised after a signal stopped the run and its state was saved; the same command resumes."""
 
 
 @dataclass
 class Pending:
-    """A step whose metrics are still on the devices: they are read one step late, so that nothing waits."""
+    """A step whose metrics are still on the devices: they are read one step late, so that the devices never wait."""
 
     step: int
     tokens: list[jax.Array]  # that are not padding, an update each
@@ -98,7 +98,7 @@ def train_stage(
     evaluator: Evaluator,
     began: float,
 ) -> None:
-    """Train a stage to its end from the model that enters it, or from its newest checkpoint.
+    """Train a stage to its end, from the entering model or from its newest checkpoint.
 
     Args:
         scorers: the reward models that the stage reads.
@@ -176,7 +176,7 @@ def summarise(
 
 
 def tidy(folder: RunFolder, stage: Stage) -> None:
-    """Drop what a finished stage does not keep: the optimizer's moments, and checkpoints that could only be gone on from.
+    """Clean up a finished stage: drop the optimizer's moments and checkpoints that only serve resuming.
 
     A kill may have come before this: it is done again whenever the run goes on.
     """
@@ -212,12 +212,12 @@ def _before(run: RunContext, stage: Stage, what: str) -> None:
 
 
 def due(stage: Stage, step: int) -> bool:
-    """Whether held-out measurements are taken between steps `step` and `step` + 1."""
+    """Whether evals run between steps `step` and `step` + 1."""
     return bool(stage.eval_every) and step % stage.eval_every == 0 and 0 < step < stage.steps
 
 
 class _Loop:
-    """The steps of one stage, with what they write and what they cost."""
+    """Runs the steps of one stage with logging, checkpoints and cost accounting."""
 
     def __init__(
         self,
@@ -237,13 +237,13 @@ class _Loop:
         self.updates = updates_per_step(stage)
         self.rate = schedule(stage.optimizer, stage.steps * self.updates)
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
-        # The part of the chips' peak that a token a second uses; None where the peak is not known.
+        # Model FLOPs utilisation per token per second; None where the chip's peak is unknown.
         peak = peak_flops(jax.devices()[0].device_kind)
         cost = flops_per_token(stage, run.experiment.model, run.tokenizer.vocab_size)
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     def doing(self, text: str) -> None:
-        """Show what is done between two steps, also before the first one."""
+        """Show what runs between two steps, also before the first."""
         if self.progress is not None:
             self.progress.doing(text)
         elif is_main_process():
@@ -251,7 +251,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
-        """Inside, the run measures itself: for that it takes its time, which is accounted.
+        """Context of an evaluation: its time is accounted, and the watchdog waits longer.
 
         A signal ends it between two batches: the state after step `done` is saved at once, and what was measured of `step`
         is measured again when the run goes on.
@@ -331,7 +331,7 @@ class _Loop:
             self.checkpoints.save(step, saved_of(state), meta)
 
     def _report(self, pending: Pending) -> None:
-        """Read a step's metrics, write and show them, and stop the run where the loss is not finite."""
+        """Read, write and show a step's metrics; stops the run where the loss is not finite."""
         assert self.progress is not None
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
         tokens = sum(map(int, jax.device_get(pending.tokens)))
@@ -363,7 +363,7 @@ def _count_tokens(batch: TokenBatch) -> jax.Array:
 def start_state(
     stage: Stage, model: Transformer, mesh: Mesh, scorers: tuple[Scorer, ...] = (), key: PRNGKeyArray | None = None
 ) -> tuple[TrainState, Step]:
-    """The state at step 0 of a stage, born sharded, and its step, which compiles for the mesh on first use.
+    """The sharded state at step 0 of a stage, and its step function, which compiles on first use.
 
     Args:
         scorers: the reward models that the stage reads.
@@ -376,7 +376,7 @@ def start_state(
 
 
 def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:
-    """The step of a stage, which takes and gives a state in these places."""
+    """Jit the step of a stage with these state shardings in and out."""
     return jax.jit(
         algorithm_of(stage).step(stage, optimizer),
         in_shardings=(places, batch_sharding(mesh)),
@@ -389,7 +389,7 @@ def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any,
 def restore(
     state: TrainState, checkpoints: Checkpoints, mesh: Mesh, stage: Stage
 ) -> tuple[TrainState, int, dict[str, Any]]:
-    """The newest sound checkpoint's state, its step and notes; the state as it is where there is none.
+    """The newest intact checkpoint's state, step and meta; the given state if there is none.
 
     `frozen` is not in checkpoints: it is the model that entered the stage, which the stage before has saved. At the
     stage's last step only the model is needed, of which nothing but a measurement is left to make.

@@ -26,7 +26,7 @@ def bands(
     log_y: bool = False,
     salt: str = "",
 ) -> SvgChart:
-    """At most five curves, each a line through its means with its interval shaded; `salt` keeps drawings of one title apart."""
+    """Draw at most five curves of means with shaded intervals; `salt` keeps the element ids of two drawings apart."""
     curves = curves[: len(SERIES)]
     few = all(len(curve.points) <= 12 for curve in curves)
 
@@ -50,12 +50,12 @@ def bands(
 
 
 def place_on(name: str) -> Callable[[float], str]:
-    """The words for a place on an x axis of that name."""
+    """Formatter of x values for an axis of that name."""
     return lambda x: f"step {x:,.0f}" if name == "steps" else f"{name} {plain(x)}"
 
 
 def interval(mean: float, low: float, high: float) -> str:
-    """A mean with its interval, which is left out where there is none."""
+    """A mean with its interval, if it has one."""
     return plain(mean) if low == high == mean else f"{plain(mean)} [{plain(low)}, {plain(high)}]"
 
 
@@ -94,7 +94,7 @@ def fitted(
 def parallel(
     title: str, names: Sequence[str], settings: Sequence[Sequence[str]], values: Sequence[float], up: int
 ) -> SvgChart:
-    """A line for each setting through its place on every axis, ending at its value; the best tenth, at least one, in colour."""
+    """Parallel coordinates: a line for each setting, ending at its value; the best tenth (at least one) in colour."""
     choices = [_ordered({row[i] for row in settings}) for i in range(len(names))]
     low, high = min(values), max(values)
     best = sorted(range(len(values)), key=lambda i: -up * values[i])[: max(1, len(values) // 10)]
@@ -126,7 +126,7 @@ def parallel(
 
 
 def _ordered(options: set[str]) -> list[str]:
-    """By size where all are numbers, else by name."""
+    """Sort numerically where all are numbers, else by name."""
     try:
         return sorted(options, key=float)
     except ValueError:
@@ -134,7 +134,7 @@ def _ordered(options: set[str]) -> list[str]:
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
-    """Points whose mean is a number; an interval that is none becomes the mean."""
+    """The points with a finite mean; a non-finite interval becomes the mean."""
     kept = [p for p in points if math.isfinite(p[1])]
     return [
         (x, mean, mean if math.isnan(low) else low, mean if math.isnan(high) else high) for x, mean, low, high in kept

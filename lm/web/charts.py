@@ -1,4 +1,4 @@
-"""Small line charts as inline SVG whose colours are the page's: which curves a stage has, and how they are drawn."""
+"""Line charts of a stage's metrics as inline SVG in the page's colours: which curves, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from lm.web.hover import STRIPS, Hovered, layer
 from lm.web.numbers import percent, plain
 from lm.web.story import METRICS, Mixture
 
-# Colours that matplotlib writes and the page replaces, so that one drawing serves light and dark.
+# Placeholder colours that the page replaces, so that one drawing serves light and dark mode.
 INK, GRID, SERIES = "#010101", "#020202", ("#030301", "#030302", "#030303", "#030304", "#030305")
 PAGE_COLOURS = {INK: "var(--muted)", GRID: "var(--line)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)
 }
 MAX_POINTS = 300
 UNKNOWN = Mixture()
-SMALL_STRIPS = 24  # of a small chart that answer to the pointer
+SMALL_STRIPS = 24  # hover strips of a small chart
 MAIN, SMALL = (4.3, 2.35), (2.6, 1.15)  # inches
 
 
 @dataclass(frozen=True)
 class Series:
-    """x: steps; y: values; points are few and drawn with marks, a curve is smoothed when it is long."""
+    """A series of values y over steps x; `points` are drawn with marks, a long curve is smoothed."""
 
     label: str
     x: Sequence[float]
@@ -59,9 +59,9 @@ AFTER = (MetricChart("Tokens/s", {"tokens_per_second": ""}), MetricChart("MFU", 
 
 
 def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[SvgChart]:
-    """The charts of one stage, those that matter most first; none before its first step.
+    """Draw the charts of one stage, the most important first; none before its first step.
 
-    The loss on held-out text is drawn beside the training loss only where both are of the same data.
+    The held-out loss is drawn in the training loss's chart only where both are on the same data.
     """
     if not stage.metrics:
         return []
@@ -78,7 +78,7 @@ def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[SvgChart
 
 
 def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> SvgChart | None:
-    """The training loss, which says of what it is, and with it the held-out losses of the same data."""
+    """The chart of the training loss, titled by its data, with held-out losses on the same data."""
     found = _series(stage, {"loss": "" if small else "training"})
     if not found or small:
         return _metric_chart(stage, MetricChart("Loss", {"loss": ""}), small)
@@ -92,7 +92,7 @@ def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> SvgChart | 
 
 
 def _other_losses(stage: StageFiles, mixture: Mixture) -> list[SvgChart]:
-    """The loss on held-out text that is only a part of what is trained on, or something else: a chart of its own each."""
+    """Separate charts of held-out losses on only a part of the training mixture, or on other data."""
     return [
         draw(
             f"{stage.name} Loss {name}",
@@ -125,12 +125,12 @@ def _metric_chart(stage: StageFiles, chart: MetricChart, small: bool = False) ->
 
 
 def _parts(series: list[Series]) -> bool:
-    """Whether all values are parts of 1: a verifier's rewards are, a reward model's scores are not."""
+    """Whether all values are fractions of 1: verifier rewards are, reward model scores are not."""
     return all(0 <= value <= 1 for one in series for value in one.y if math.isfinite(value))
 
 
 def _heldout_charts(stage: StageFiles) -> list[SvgChart]:
-    """Rewards and accuracies on held-out examples during the stage, where it was measured on the way."""
+    """Charts of held-out rewards and accuracies measured during the stage."""
     found = [
         Series(name, *_curve(lines, metric), points=True)
         for metric in METRICS
@@ -155,7 +155,7 @@ def _curve(lines: list[Line], key: str) -> tuple[list[float], list[float]]:
 
 
 def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> SvgChart:
-    """One chart of one or more series over steps; `salt` keeps the ids of two drawings on one page apart.
+    """Draw one chart of series over steps; `salt` keeps the element ids of two drawings on one page apart.
 
     The legend gives the last value of points and of small charts, and of a curve the mean of its last steps.
     """
@@ -174,11 +174,11 @@ def _headline(one: Series, show: Callable[[float], str], small: bool) -> tuple[s
 
 
 def last_steps(count: int) -> int:
-    """Over how many of its last steps a curve's headline is a mean: a tenth, but 8 where that is a fifth or less."""
+    """Number of last steps in a curve's headline mean: a tenth, but 8 where that is a fifth or less."""
     return max(1, min(count // 5, max(8, count // 10)))
 
 
-@functools.lru_cache(maxsize=512)  # a run draws its report after every stage, those before it with it
+@functools.lru_cache(maxsize=512)  # a run draws its report after every stage, with all earlier stages
 def _curves(salt: str, title: str, series: tuple[Series, ...], as_percent: bool, small: bool) -> str:
     def paint(axes: matplotlib.axes.Axes) -> None:
         for one, colour in zip(series, SERIES[: len(series)], strict=True):
@@ -198,11 +198,11 @@ def sketch(
     hovered: Sequence[Hovered] = (),
     where: Callable[[float], str] = lambda x: f"step {x:,.0f}",
 ) -> str:
-    """What `paint` draws on empty axes, as an <svg> element of `size` inches; `label` says it to those who do not see.
+    """Draw with `paint` on empty axes and return an <svg> element of `size` inches; `label` is the accessible text.
 
     Args:
-        hovered: the series whose values are shown under the pointer.
-        where: the words for a place on the x axis.
+        hovered: the series whose values are shown on hover.
+        where: formatter of x values.
     """
     font = 9.5 if size == SMALL else 10
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": font}):
@@ -229,7 +229,7 @@ def _plot(axes, one: Series, colour: str, small: bool) -> None:
 
 
 def dress(axes: matplotlib.axes.Axes, as_percent: bool = False, small: bool = False) -> None:
-    """Axes as the page has them: light lines, few ticks, the colours that the page replaces."""
+    """Style axes for the page: light lines, few ticks, placeholder colours."""
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
         spine.set_color(GRID)
@@ -249,7 +249,7 @@ def dress(axes: matplotlib.axes.Axes, as_percent: bool = False, small: bool = Fa
 
 
 def tick(value: float) -> str:
-    """Short: 0, 250, 1,500, 12k, 0.3, 3e-4."""
+    """Short tick label: 0, 250, 1,500, 12k, 0.3, 3e-4."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -261,7 +261,7 @@ def tick(value: float) -> str:
 
 
 def _inline(svg: str, label: str) -> str:
-    """The <svg> element alone: page colours and fonts, scales with its column, no ids that another could have."""
+    """Extract the <svg> element: page colours and fonts, responsive width, unique ids."""
     svg = svg[svg.index("<svg") :]
     for colour, value in PAGE_COLOURS.items():
         svg = svg.replace(colour, value)
@@ -274,7 +274,7 @@ def _inline(svg: str, label: str) -> str:
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most MAX_POINTS points: means of equal buckets. The last bucket ends at the last point."""
+    """Reduce to at most MAX_POINTS points: means of equal buckets. The last bucket ends at the last point."""
     size = math.ceil(len(y) / MAX_POINTS)
     if size <= 1:
         return list(x), list(y)
@@ -284,7 +284,7 @@ def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[floa
 
 
 def smooth(y: Sequence[float], reach: int) -> list[float]:
-    """Means of `reach` values to either side, fewer near the ends so that a slope is not bent; finite values only."""
+    """Centred moving average over `reach` values to either side, fewer near the ends to keep slopes; finite values only."""
     averages = []
     for i in range(len(y)):
         near = min(reach, i, len(y) - 1 - i)

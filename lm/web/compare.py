@@ -1,4 +1,4 @@
-"""compare.html: runs side by side, as one page that needs nothing but itself."""
+"""compare.html: a self-contained page that compares runs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lm.web.charts import MAX_POINTS, SERIES, SvgChart
 from lm.web.report import fill, write_page
 
 Points = list[tuple[int, float]]  # (step, value)
-TRAINED = ("reward", "loss")  # of the last stage's own lines: the first that is there is drawn
+TRAINED = ("reward", "loss")  # training metrics of the last stage: the first that exists is drawn
 
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:
-    """Writes the page, and returns its path."""
+    """Write the page and return its path."""
     return write_page(path, render(comparison, path.parent))
 
 
 def render(comparison: Comparison, home: Path = Path()) -> str:
-    """The page as HTML, for a file in the folder `home`: its links to the runs are relative to it."""
+    """Render the page as HTML for a file in the folder `home`, to which its links to runs are relative."""
     return fill(
         "compare.html.j2",
         comparison=comparison,
@@ -42,14 +42,14 @@ def render(comparison: Comparison, home: Path = Path()) -> str:
 
 
 def link(run: Path, home: Path) -> str:
-    """The address of a run's report from a page in `home`; of its folder where there is no report yet."""
+    """Relative link to a run's report from a page in `home`; to its folder where there is no report yet."""
     report = run / "report.html"
     target = report if report.is_file() else run
     return urllib.parse.quote(Path(os.path.relpath(target.resolve(), home.resolve())).as_posix())
 
 
 def _table(comparison: Comparison, metric: Metric) -> list[tuple[Group, str, str, str, str]]:
-    """(group, last, best, against the baseline in words, tone) of every group."""
+    """Table rows: (group, last, best, difference from the baseline in words, tone)."""
     rows = []
     for group in comparison.groups:
         cell = comparison.cells[group.label, metric]
@@ -61,9 +61,9 @@ def _table(comparison: Comparison, metric: Metric) -> list[tuple[Group, str, str
 
 
 def _differences(comparison: Comparison, group: Group) -> list[tuple[str, str, str]]:
-    """In what a group's experiment is another than the baseline's: (name, there, here).
+    """Differences of a group's experiment from the baseline's: (name, baseline's value, group's value).
 
-    A stage or an eval that only one of them has is one line.
+    A stage or eval that only one of them has is one row.
     """
     there, here = (experiments.flatten(one.results[0].experiment) for one in (comparison.baseline, group))
     names = told_fields([comparison.baseline.results[0], group.results[0]])
@@ -71,9 +71,9 @@ def _differences(comparison: Comparison, group: Group) -> list[tuple[str, str, s
 
 
 def _chosen(comparison: Comparison, metric: Metric) -> list[Group]:
-    """The groups of which curves are drawn: the baseline, and the best of the others, in the order of the tables.
+    """The groups whose curves are drawn: the baseline and the best others, in table order.
 
-    So a group that is drawn for every metric has one colour, as long as there are no more groups than colours.
+    A group then keeps one colour over all metrics, as long as there are no more groups than colours.
     """
     others = [
         group
@@ -86,7 +86,7 @@ def _chosen(comparison: Comparison, metric: Metric) -> list[Group]:
 
 
 def _charts(comparison: Comparison, metric: Metric) -> list[SvgChart]:
-    """Curves, parallel coordinates, fits: those that there is something for."""
+    """The charts of a metric: curves, parallel coordinates and fits, where there is data."""
     found = []
 
     def held_out(result: Result) -> list[tuple[int, float]]:
@@ -111,12 +111,12 @@ def _charts(comparison: Comparison, metric: Metric) -> list[SvgChart]:
 
 
 def importances(comparison: Comparison, metric: Metric) -> list[tuple[str, float]]:
-    """Axes and their shares, the largest first; none where there are few settings."""
+    """Importance of each axis, the largest first; none where there are few settings."""
     return sorted(importance(comparison, metric).items(), key=lambda item: -item[1])
 
 
 def _training(comparison: Comparison) -> list[SvgChart]:
-    """The last stage's own curve, of the groups that the first metric would choose."""
+    """The last stage's training curve, for the groups that the first metric selects."""
     if not comparison.metrics:
         return []
     groups = _chosen(comparison, comparison.metrics[0])
@@ -130,7 +130,7 @@ def _trained(field: str, result: Result) -> Points:
 
 
 def _curves(groups: list[Group], of_run: Callable[[Result], Points]) -> list[Curve]:
-    """Means over seeds and their intervals at every step that all runs of a group have."""
+    """Curves of means and intervals over seeds, at every step that all runs of a group have."""
     found = []
     for group in groups:
         measured = filter(None, map(of_run, group.ended))

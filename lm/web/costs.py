@@ -1,4 +1,4 @@
-"""What a run took: time, tokens and memory of every stage, and where its time went."""
+"""Costs of a run: time, tokens and memory of every stage, and its goodput."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def costs(run: Run) -> list[tuple[str, str, list[str | None]]]:
-    """(stage, steps, a value for every row of COSTS and the median tokens per second) for each stage that began."""
+    """Table rows: (stage, steps, a value for each of COSTS and the median tokens per second) of each started stage."""
     rows = []
     for stage in run.stages:
         if not stage.metrics and not stage.summary:
@@ -36,7 +36,7 @@ def costs(run: Run) -> list[tuple[str, str, list[str | None]]]:
 
 @dataclass(frozen=True)
 class TimeShare:
-    """A part of a stage's time: the name of its colour, what it was spent on, how long, and of all in percent."""
+    """A share of a stage's time: colour, label, duration, percent."""
 
     color: str
     label: str
@@ -58,7 +58,7 @@ USEFUL = ("step_seconds", "sample_seconds")
 
 
 def goodput(run: Run) -> list[tuple[str, str, list[TimeShare]]]:
-    """(stage, the useful part of its time in percent, where all of it went) for each stage that is finished."""
+    """(stage, goodput in percent, shares of its time) for each finished stage."""
     rows = []
     for stage in run.stages:
         spent = stage.summary or {}

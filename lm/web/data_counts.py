@@ -1,4 +1,4 @@
-"""What a run read: of every stage and source how many examples and tokens, what was cut and what was left out, and why."""
+"""Data counts of a run: examples, tokens, truncated and dropped, by stage and source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lm.train.run_files import Line, Run, StageFiles
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """One source of a stage; numbers as text. `partial`: what was read of it so far, of a source without an end."""
+    """Counts of one source, as text. `partial`: counts so far of an endless source."""
 
     source: str
     examples: str
@@ -24,7 +24,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class StageCounts:
-    """The sources of a stage; of a run from before they were counted one by one only what it said of its data."""
+    """Counts of a stage's sources; older runs have only a text about the data."""
 
     stage: str
     sources: list[SourceCounts]
@@ -32,7 +32,7 @@ class StageCounts:
 
 
 def data_counts(run: Run) -> list[StageCounts]:
-    """The counts of every stage that is finished."""
+    """The counts of every finished stage."""
     found = [_stage(stage, stage.summary) for stage in run.stages if stage.summary]
     return [one for one in found if one.sources or one.said]
 

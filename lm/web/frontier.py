@@ -1,4 +1,4 @@
-"""frontier.html and .png: gold reward against KL over several seeds of one experiment, and where each stage peaks."""
+"""frontier.html and .png: gold reward against KL over several seeds of one experiment, and each stage's peak."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lm.web import frontier_charts
 from lm.web.report import fill, write_page
 from lm.web.watch import measured
 
-# What may differ between the runs: the seed and what goes with it, the devices, and where their files are.
+# Fields that may differ between the runs: seed, devices, and paths.
 FREE = ("name", "seed", "mesh", "path", "reward_models", "judge")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One step of a stage, or one n of best-of-n (`label`): KL in nats an answer, the judge's reward, the proxy's score."""
+    """One step of a stage, or one n of best-of-n (`label`): KL in nats per answer, gold reward, proxy score."""
 
     label: str
     kl: Estimate
@@ -32,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True)
 class FrontierCurve:
-    """Points in order of steps (or of n); `by_run` are (KL, reward) of each point in each run."""
+    """A curve: points in order of steps (or n); `by_run`: each run's (KL, reward) by point."""
 
     name: str
     points: list[Point]
@@ -41,7 +41,7 @@ class FrontierCurve:
 
     @property
     def seeds(self) -> list[list[tuple[float, float]]]:
-        """(KL, reward) of each run by itself, in the order of the points."""
+        """Each run's own (KL, reward) points, in order."""
         runs = sorted({run for found in self.by_run for run in found})
         return [[found[run] for found in self.by_run if run in found] for run in runs]
 
@@ -50,14 +50,14 @@ class FrontierCurve:
         return max(range(len(self.points)), key=lambda i: self.points[i].reward.mean)
 
     def below_peak(self, place: int) -> Estimate:
-        """By how much the reward of a point is below the peak's, as the mean of the differences within each seed."""
+        """How far a point's reward is below the peak's: mean difference within seeds."""
         best, other = self.by_run[self.peak], self.by_run[place]
         return estimate([best[run][1] - other[run][1] for run in best if run in other])
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves of evals with the same verifier and the same prompts, so that their rewards compare."""
+    """Curves of evals with the same verifier and prompts, whose rewards are comparable."""
 
     verifier: str
     path: str
@@ -65,10 +65,10 @@ class Panel:
 
 
 def write_frontier(run_dirs: Sequence[Path], path: Path) -> tuple[Path, Path]:
-    """Writes the page to `path` and the drawing beside it as .png, and returns both paths.
+    """Write the page to `path` and the drawing beside it as .png; returns both paths.
 
     Raises:
-        UserError: a folder is no run, the runs are not seeds of one experiment, or none measured KL.
+        UserError: a folder is not a run, the runs are not seeds of one experiment, or none measured KL.
     """
     runs = [read_run(folder) for folder in run_dirs]
     check_seeds(runs)
@@ -84,7 +84,7 @@ def write_frontier(run_dirs: Sequence[Path], path: Path) -> tuple[Path, Path]:
 
 
 def check_seeds(runs: list[Run]) -> None:
-    """Raises UserError unless the runs are one experiment with several seeds."""
+    """Raise UserError unless the runs are one experiment with different seeds."""
     first, *rest = runs
     for other in rest:
         for name, old, new in experiments.diff(first.experiment, other.experiment):
@@ -104,7 +104,7 @@ def check_seeds(runs: list[Run]) -> None:
 
 
 def frontier(runs: list[Run]) -> list[Panel]:
-    """A panel for each verifier and source of prompts of which there is a measurement, in the order of the evals."""
+    """The panels: one for each measured verifier and source of prompts, in the order of the evals."""
     kinds: dict[tuple[str, str], list[str]] = {}
     for item in runs[0].experiment["evals"]:
         kinds.setdefault((item["verifier"], item["source"]["path"]), []).append(item["name"])
@@ -120,7 +120,7 @@ def frontier(runs: list[Run]) -> list[Panel]:
 
 
 def stage_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
-    """A curve for each stage with the KL of this eval at two steps or more."""
+    """A curve for each stage in which this eval has KL at two or more steps."""
     curves = []
     for stages in zip(*(run.stages for run in runs), strict=True):
         by_step: dict[int, dict[int, Line]] = {}
@@ -133,7 +133,7 @@ def stage_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
 
 
 def best_of_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
-    """A curve of points for each stage that measured best of n with this eval, each n at its bound of KL."""
+    """Points of best-of-n for each stage that measured it with this eval, each n at its bound of KL."""
     curves = []
     for stages in zip(*(run.stages for run in runs), strict=True):
         by_n: dict[int, dict[int, Line]] = {}
@@ -150,7 +150,7 @@ def best_of_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
 
 
 def best_of(line: Line) -> list[tuple[int, Line]]:
-    """(n, its kl, reward and score) from the lists of one measurement, where KL and reward are numbers."""
+    """(n, KL, reward and score) from one measurement, where KL and reward are finite."""
     keys = {"kl": "kl_bound", "reward": "reward", "score": "score"}
     found = [
         (n, {to: line[key][i] for to, key in keys.items() if line.get(key) and line[key][i] is not None})
@@ -183,7 +183,7 @@ def _point(label: str, lines: list[Line], measured_kl: bool) -> Point:
 
 
 def render(runs: list[Run], panels: list[Panel]) -> str:
-    """The page as HTML."""
+    """Render the page as HTML."""
     return fill(
         "frontier.html.j2",
         name=runs[0].experiment["name"],
@@ -197,14 +197,14 @@ def render(runs: list[Run], panels: list[Panel]) -> str:
 
 
 def differences(runs: Iterable[Run]) -> list[str]:
-    """Names of what differs between the runs beside name and seed."""
+    """Names of the fields, besides name and seed, that differ between the runs."""
     first, *rest = runs
     names = [name for other in rest for name, _, _ in experiments.diff(first.experiment, other.experiment)]
     return [name for name in dict.fromkeys(names) if name not in ("name", "seed")]
 
 
 def ending(curve: FrontierCurve) -> str:
-    """Where a curve is highest, and what became of it, in a sentence."""
+    """A sentence on a curve's peak and its end."""
     best, last = curve.points[curve.peak], curve.points[-1]
     far = f"{'' if curve.joined else 'at most '}{frontier_charts.hundredths(best.kl)} nats from the reference"
     rise = f", {_points(curve.below_peak(0))} points above {curve.points[0].label}" if curve.peak else ""
@@ -214,11 +214,11 @@ def ending(curve: FrontierCurve) -> str:
     fall = curve.below_peak(-1)
     if math.isnan(fall.half):
         return f"{where}. At {last.label} it is {_points(fall)} points lower."
-    sure = "" if abs(fall.mean) > fall.half else ", which the seeds do not tell from none"
+    sure = "" if abs(fall.mean) > fall.half else ", which is within seed noise"
     return f"{where}. From there to {last.label} it falls by {_points(fall)} points{sure}. Differences are within each seed."
 
 
 def _points(change: Estimate) -> str:
-    """A difference of rewards in points, with its interval where there is one: 20.0 ± 6.5."""
+    """A reward difference in percentage points, with its interval if any: 20.0 ± 6.5."""
     half = "" if math.isnan(change.half) else f" ± {100 * change.half:.1f}"
     return f"{100 * change.mean:.1f}{half}"

@@ -1,4 +1,4 @@
-"""Gold reward against KL over seeds, drawn: for the page with its colours, and as a PNG."""
+"""Drawings of gold reward against KL over seeds: SVG for the page, and PNG."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LIGHT = {INK: "#6b6b66", GRID: "#e2e2dc"} | dict(
 
 
 def chart(panel: Panel) -> SvgChart:
-    """The drawing for the page; the legend gives the highest reward of each curve."""
+    """Draw a panel for the page; the legend has each curve's highest reward."""
     svg = sketch(
         f"{panel.verifier} {panel.path}",
         "Gold reward against KL from the reference, means over seeds",
@@ -58,7 +58,7 @@ def chart(panel: Panel) -> SvgChart:
 
 
 def save_png(panels: Sequence[Panel], path: Path) -> None:
-    """One panel below another, on white, with legends."""
+    """Draw all panels in one PNG, stacked, on white, with legends."""
     with matplotlib.rc_context({"font.size": 10, "font.family": "sans-serif"}):
         figure = matplotlib.figure.Figure(figsize=(7, 4.4 * len(panels)), layout="constrained")
         for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
@@ -71,7 +71,7 @@ def save_png(panels: Sequence[Panel], path: Path) -> None:
 
 
 def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> None:
-    """Curves, of each seed thin and of their means thick; KL on a square-root axis, on which best of n spreads evenly (Gao et al., arXiv:2210.10760)."""
+    """Draw curves, seeds thin and means thick; KL on a square-root axis, as in Gao et al. (arXiv:2210.10760)."""
     axes.set_xscale("function", functions=(_root, _square))
     for i, curve in enumerate(panel.curves):
         _paint_curve(axes, curve, colours[SERIES[i % len(SERIES)]], MARKS[i % len(MARKS)])
@@ -105,7 +105,7 @@ def _paint_curve(axes: matplotlib.axes.Axes, curve: FrontierCurve, colour: str, 
 
 
 def _tell_curve(axes: matplotlib.axes.Axes, curve: FrontierCurve, colour: str, below: bool) -> None:
-    """The peak (`below` it or above) and the last step of a stage; or every n, below its point."""
+    """Label the peak (above or `below` it) and the last step of a stage; or every n, below its point."""
     rewards = [point.reward.mean for point in curve.points]
     last = len(rewards) - 1
     for place in dict.fromkeys((curve.peak, last)) if curve.joined else range(last + 1):
@@ -124,7 +124,7 @@ def _square(root: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 
 def ticks_of(high: float) -> list[float]:
-    """About five round values of KL from 0 whose square roots are spread up to `high`."""
+    """About five round KL ticks from 0 to `high`, evenly spread on the square-root axis."""
     ticks = [0.0]
     for root in np.linspace(0, high, 6)[1:] if high > 0 else ():
         value = root**2

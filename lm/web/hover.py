@@ -1,6 +1,6 @@
-"""Values under the pointer: a layer of invisible strips over a drawing, each with a line, marks and their numbers.
+"""Hover values of charts: a layer of invisible strips over a drawing, each with a line, marks and values.
 
-Only markup and the page's style sheet take part, no script: what a strip holds is hidden until the pointer is on it.
+Pure markup and CSS without script: a strip's content is hidden until the pointer is on it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import NamedTuple
 import matplotlib.axes
 import numpy as np
 
-STRIPS = 48  # at most, over the width of a drawing
-FEW = 12  # points of a series that all have a strip of their own
+STRIPS = 48  # most strips over the width of a drawing
+FEW = 12  # a series of at most so many points has a strip for each
 LABEL = 24  # characters of a series' name beside its value
-NEAR = 0.008  # of the width: a point of another series this close to a strip's place is shown there too
+NEAR = 0.008  # fraction of the width: points of other series this close to a strip are shown in it
 
 
 @dataclass(frozen=True)
 class Hovered:
-    """A series whose values are shown: its colour on the page, its name, its points and the words for each of them.
+    """A series with hover values: colour, name, points and the text of each point.
 
-    `axes`: which axes of the drawing they are on, counted from the first; a second y axis is 1.
+    `axes`: index of the drawing's axes that it is on; a second y axis is 1.
     """
 
     colour: int
@@ -37,7 +37,7 @@ class Hovered:
 
 
 class Mark(NamedTuple):
-    """A point of a series on the drawing, in points from its left and its top."""
+    """A point's position on the drawing, in typographic points from the left and top."""
 
     across: float
     down: float
@@ -46,7 +46,7 @@ class Mark(NamedTuple):
 
 
 class Box(NamedTuple):
-    """The part of the drawing between the axes, in points from its left and its top."""
+    """The plot area, in typographic points from the left and top."""
 
     left: float
     right: float
@@ -60,10 +60,10 @@ def layer(
     where: Callable[[float], str],
     strips: int = STRIPS,
 ) -> str:
-    """The layer as SVG, in points, for a figure that has been drawn; empty where nothing has a finite value.
+    """The hover layer of a drawn figure as SVG; empty without finite values.
 
     Args:
-        where: the words for a place on the x axis: `step 120`.
+        where: formatter of x values: `step 120`.
     """
     marks = [_marks(axes[one.axes], one) for one in series]
     every = sorted({(mark.across, mark.x) for found in marks for mark in found})
@@ -74,7 +74,7 @@ def layer(
     box = _box(axes[0])
     width = box.right - box.left
     edges = [box.left, *((a + b) / 2 for (a, _), (b, _) in itertools.pairwise(chosen)), box.right]
-    reach = max(0.12, 1 / len(chosen)) * width if len(chosen) > 1 else width  # nothing far from all points answers
+    reach = max(0.12, 1 / len(chosen)) * width if len(chosen) > 1 else width  # no strip far from all points
     found = []
     for (across, x), start, end in zip(chosen, edges, edges[1:], strict=False):
         near = []
@@ -126,7 +126,7 @@ def _strip(box: Box, span: tuple[float, float], across: float, place: str, near:
 
 
 def _text(at: str, place: str, near: list[tuple[Hovered, Mark]]) -> str:
-    """The place and its value in one line; of several series a line each, with the beginning of its name."""
+    """The text of a strip: place and value in one line; for several series, a line each with its name."""
     if len(near) == 1:
         one, mark = near[0]
         return f'{html.escape(place)}: <tspan style="fill: var(--series-{one.colour})">{html.escape(mark.text)}</tspan>'
@@ -143,7 +143,7 @@ def _short(label: str) -> str:
 
 
 def _spread(places: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most so many of the places, spread evenly over their order, with the first and the last."""
+    """At most `most` of the places, evenly spread, including the first and the last."""
     if len(places) <= most:
         return places
     return [places[i] for i in np.unique(np.linspace(0, len(places) - 1, most).round().astype(int))]

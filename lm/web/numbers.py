@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formatting of numbers for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def signed(text: str) -> str:
-    """A formatted number with a real minus sign."""
+    """Replace the hyphen of a formatted number by a minus sign."""
     return text.replace("-", MINUS)
 
 

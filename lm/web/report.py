@@ -1,4 +1,4 @@
-"""report.html: the story of a run as one page that needs nothing but itself."""
+"""report.html: a self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ HERE = Path(__file__).parent
 
 
 def write_report(run_dir: Path, rollout_steps: range | None = None) -> Path:
-    """Makes `report.html` in a run folder from the folder's files alone, finished or not, and returns its path.
+    """Write `report.html` of a run folder, finished or not, from the folder's files alone; returns its path.
 
     Beside it are the pages of rollouts/: of these steps alone, where they are given (`write_rollout_pages`).
 
     Raises:
-        lm.experiment.UserError: the folder is no run, or one of its files is broken (says which line).
+        lm.experiment.UserError: the folder is not a run, or one of its files is broken (names the line).
     """
     run = read_run(run_dir)
     page = render(run, write_rollout_pages(run, fill, rollout_steps))
@@ -38,7 +38,7 @@ def write_report(run_dir: Path, rollout_steps: range | None = None) -> Path:
 
 
 def render(run: Run, rollout_pages: Sequence[StagePages] = ()) -> str:
-    """The page of a run as HTML."""
+    """Render the page of a run as HTML."""
     return fill(
         "report.html.j2",
         run=run,
@@ -71,7 +71,7 @@ def render(run: Run, rollout_pages: Sequence[StagePages] = ()) -> str:
 
 
 def fill(template: str, **values: Any) -> str:
-    """A page of this folder as HTML: every value is escaped but the drawings and the style sheet."""
+    """Render a template of this folder: every value is escaped except drawings and the style sheet."""
     page = templates(HERE)
     page.filters |= {
         "visible": visible,
@@ -86,7 +86,7 @@ def fill(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Puts a page in its place at once, so that nobody reads half of it, and returns the path."""
+    """Write a page atomically and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(path.name + ".tmp")
     half.write_text(page, "utf-8")
@@ -95,7 +95,7 @@ def write_page(path: Path, page: str) -> Path:
 
 
 def _sentence(run: Run) -> str:
-    """One plain sentence: what this model is and what it went through."""
+    """One sentence: the model's size, its stages, time and machine."""
     size, seconds = story.num_params(run), story.total_seconds(run)
     names = [stage.name for stage in run.stages]
     through = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
@@ -107,7 +107,7 @@ def _sentence(run: Run) -> str:
 
 
 def _unfinished(run: Run) -> str:
-    """Where an unfinished run stands; empty for one that is finished."""
+    """Progress of an unfinished run; empty for a finished one."""
     parts = []
     for stage in run.stages:
         if not stage.summary and stage.metrics:

@@ -1,4 +1,4 @@
-"""What a run tells: the tables that the report shows, from the files of its folder."""
+"""Tables of the report, computed from a run folder's files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MetricStyle:
-    """How a held-out metric is shown: which way is up, how it is written, what stands below it."""
+    """Presentation of a held-out metric: label, unit, direction (`sign`), formats, and extra numbers."""
 
     label: str
     unit: str
@@ -99,7 +99,7 @@ def before(stage: StageFiles, name: str) -> Line | None:
 
 
 def latest(stage: StageFiles, name: str) -> Line | None:
-    """The last measurement that is not the one before the stage."""
+    """The last measurement during or after the stage."""
     found = [line for line in stage.evals if line["eval"] == name and line["when"] != "before"]
     return found[-1] if found else None
 
@@ -110,9 +110,9 @@ def eval_names(run: Run) -> list[str]:
 
 
 def measurements(run: Run, name: str) -> list[Line | None]:
-    """One eval over the columns of the tables: the random model, then after each stage.
+    """One eval over the table's columns: the random model, then after each stage.
 
-    What was measured before a stage also tells of the model after the stage that it starts from.
+    A measurement before a stage also counts for the model after the stage that it starts from.
     """
     stages = measured_stages(run)
     starts = _starts(run)
@@ -125,17 +125,17 @@ def measurements(run: Run, name: str) -> list[Line | None]:
 
 
 def measured_stages(run: Run) -> list[StageFiles]:
-    """Those after which there is another model than before: all but those that only collect answers."""
+    """The stages that train a model: all but Collect."""
     return [stage for stage in run.stages if experiments.OBJECTIVES[stage.kind].produces != "rows"]
 
 
 def speaking_stages(run: Run) -> list[StageFiles]:
-    """Those that leave a language model."""
+    """The stages that leave a language model."""
     return [stage for stage in run.stages if experiments.OBJECTIVES[stage.kind].produces == "policy"]
 
 
 def _starts(run: Run) -> list[tuple[StageFiles, StageFiles | None]]:
-    """Every stage, and the one whose model it starts from; None: the random one."""
+    """Every stage with the stage whose model it starts from; None: the random model."""
     experiment = experiments.from_dict(run.experiment)
     places = [experiments.start_of(experiment, index) for index in range(len(run.stages))]
     return [(stage, None if at is None else run.stages[at]) for stage, at in zip(run.stages, places, strict=True)]
@@ -146,7 +146,7 @@ def columns(run: Run) -> list[str]:
 
 
 def heldout_table(run: Run) -> list[HeldoutRow]:
-    """Evals by stages, each number with its change over the stage."""
+    """The held-out table: evals by stages, each number with its change over the stage."""
     rows = []
     for name in eval_names(run):
         lines = measurements(run, name)
@@ -186,7 +186,7 @@ def _cell(line: Line | None, old: Line | None, metric: MetricStyle) -> TableCell
 
 
 def standard_error(line: Line) -> float:
-    """Of a mean reward or a pair accuracy over its examples; bits per byte are taken as exact to 0.0025."""
+    """Standard error of a measurement; bits per byte count as exact to 0.0025."""
     if line["metric"] == "pair_accuracy":
         rate = line["pair_accuracy"]
         return math.sqrt(max(rate * (1 - rate), 0.0) / max(line["count"], 1))
@@ -195,7 +195,7 @@ def standard_error(line: Line) -> float:
 
 @dataclass(frozen=True)
 class Headline:
-    """A held-out number of the last model there is: of which eval, what it is, and what to hold it against."""
+    """A headline number: eval and metric, value of the last model, and notes for comparison."""
 
     name: str
     value: str
@@ -203,7 +203,7 @@ class Headline:
 
 
 def headlines(run: Run) -> list[Headline]:
-    """One number an eval: the last model's own, with the best of any stage, the random model's and xz's beside it."""
+    """One headline per eval: the last model's value, with the best stage's, the random model's and xz's for comparison."""
     found = []
     for name in eval_names(run):
         lines = measurements(run, name)
@@ -231,20 +231,20 @@ def _rank(value: float) -> float:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a stage trains on, as (source, its share), and the source of every eval by name."""
+    """A stage's training mixture as (source, share), and the source of every eval by name."""
 
     parts: tuple[tuple[str, float], ...] = ()
     evals: tuple[tuple[str, str], ...] = ()
 
     def words(self) -> str:
-        """`50 % gen:docs, 50 % gen:drills`; a source alone is its name."""
+        """The mixture as text: `50 % gen:docs, 50 % gen:drills`; a single source by its name."""
         whole = sum(weight for _, weight in self.parts) or 1.0
         if len(self.parts) == 1:
             return self.parts[0][0]
         return ", ".join(f"{100 * weight / whole:.0f} % {path}" for path, weight in self.parts)
 
     def is_of_all(self, name: str) -> bool:
-        """Whether an eval measures what is trained on: the one source of the stage."""
+        """Whether an eval measures the stage's only training source."""
         source = dict(self.evals).get(name)
         return not self.parts or [path for path, _ in self.parts] == [source]
 
@@ -253,7 +253,7 @@ class Mixture:
 
 
 def mixture(run: Run, index: int) -> Mixture:
-    """The mixture of stage `index`, and what the evals of the run read."""
+    """The mixture of stage `index` and the sources of the run's evals."""
     sources = run.experiment["stages"][index]["sources"]
     return Mixture(
         tuple((source["path"], float(source["weight"])) for source in sources),
@@ -261,11 +261,11 @@ def mixture(run: Run, index: int) -> Mixture:
     )
 
 
-# ---- what the model said -----------------------------------------------------------------------------------------
+# ---- sampled answers ---------------------------------------------------------------------------------------------
 
 
 def prompt_table(run: Run) -> list[tuple[str, list[Line | None]]]:
-    """(prompt, its last answer by the random model and after every stage that leaves a language model); the random model's is the first stage's before."""
+    """(prompt, last answers of the random model and after every stage that leaves a language model)."""
     asked = dict.fromkeys(run.experiment["prompts"])
     asked |= dict.fromkeys(line["prompt"] for stage in run.stages for line in _of(stage, "prompt"))
     return [
@@ -297,7 +297,7 @@ def _last_stage(run: Run, kind: str) -> StageFiles | None:
 
 @dataclass(frozen=True)
 class JudgedPair:
-    """A preference pair, and by how many nats the model preferred the chosen answer (None: not measured)."""
+    """A preference pair and the implicit reward margin in nats before and after the stage (None: not measured)."""
 
     prompt: str
     chosen: str
@@ -307,7 +307,7 @@ class JudgedPair:
 
 
 def preference_pairs(run: Run) -> tuple[str, list[JudgedPair]] | None:
-    """The stage that learned from pairs (or the last that was measured on them), and its held-out pairs."""
+    """The stage trained on pairs (or the last one measured on them) and its held-out pairs."""
     stages = [stage for stage in run.stages if _of(stage, "pair")]
     stage = _last(stage for stage in stages if experiments.OBJECTIVES[stage.kind].learns_preferences) or _last(stages)
     if stage is None:
@@ -323,7 +323,7 @@ def _pair(line: Line) -> tuple[str, str, str]:
 
 
 def choices(margins: Iterable[float | None]) -> str:
-    """How often the chosen answer was preferred, in words; empty where there was no preference at all."""
+    """How often the chosen answer was preferred, as `12 of 20`; empty where all margins are 0."""
     measured = [margin for margin in margins if margin is not None]
     return f"{sum(margin > 0 for margin in measured)} of {len(measured)}" if any(measured) else ""
 
@@ -337,7 +337,7 @@ class SampledGroups:
 
 
 def rollouts(run: Run, limit: int = 3) -> SampledGroups | None:
-    """The rollouts of the last stage that has some; None where none has."""
+    """The rollouts of the last stage with any; None if no stage has any."""
     stage = _last_stage(run, "rollout")
     if stage is None:
         return None
@@ -348,7 +348,7 @@ def rollouts(run: Run, limit: int = 3) -> SampledGroups | None:
 
 
 def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line]]]:
-    """(eval, stage, the first examples kept of the last measurement), in the order of the evals."""
+    """(eval, stage, first examples of the last measurement), in the order of the evals."""
     found = {}
     for stage in run.stages:
         for line in _of(stage, "heldout"):
@@ -360,7 +360,7 @@ def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line
     ]
 
 
-# ---- what it took ------------------------------------------------------------------------------------------------
+# ---- costs, setup ------------------------------------------------------------------------------------------------
 
 
 def total_seconds(run: Run) -> float:
@@ -378,7 +378,7 @@ def knob_table(run: Run) -> list[tuple[str, Any, str]]:
 
 
 def environment_table(run: Run) -> list[tuple[str, str]]:
-    """(what, value) of the model, the machine and the software; the names of host and folder stay private."""
+    """(name, value) rows on model, machine and software; host and folder names stay private."""
     size = num_params(run)
     table = [("parameters", f"{size:,}")] if size else []
     if not run.sessions:
@@ -396,7 +396,7 @@ def environment_table(run: Run) -> list[tuple[str, str]]:
 
 
 def machine(run: Run) -> str:
-    """The devices of the latest session: `2 CPU cores`, `8 × TPU v4`; empty where that is not recorded."""
+    """The devices of the latest session: `2 CPU cores`, `8 × TPU v4`; empty where not recorded."""
     if not run.sessions:
         return ""
     found = run.sessions[-1]
@@ -407,7 +407,7 @@ def machine(run: Run) -> str:
 
 
 def _command(words: list[str]) -> str:
-    """The command line without the folders of its program."""
+    """The command line without its program's folder."""
     return shlex.join([*(Path(word).name for word in words[:2]), *words[2:]])
 
 

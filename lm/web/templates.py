@@ -1,4 +1,4 @@
-"""Templates of pages, read the same way wherever they lie."""
+"""Jinja environment of the page templates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jinja2
 
 
 def templates(folder: Path) -> jinja2.Environment:
-    """The templates of a folder: every value is escaped, and one that is missing is an error."""
+    """The templates of a folder, with autoescaping; an undefined value is an error."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Text that a model or a data set wrote, made safe to show on a page and on a terminal."""
+"""Untrusted text (of models and data) made safe to show on a page and on a terminal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 
 
 def visible(text: str) -> str:
-    """The text with its control characters as pictures (␀, ␛), and what no encoding has as U+FFFD.
+    """Replace control characters by visible symbols (␀, ␛) and lone surrogates by U+FFFD.
 
-    Newlines and tabs stay. So nothing moves a cursor, rings a bell or breaks a file.
+    Newlines and tabs stay.
     """
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text.replace("\r\n", "\n"))
     return re.sub(r"[\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def shown(text: str) -> str:
-    """The text as `visible`; one that is nothing but white space as signs for it: ⏎ a new line, ␣ a space, ⇥ a tab."""
+    """The text as `visible`; pure white space as symbols: ⏎ newline, ␣ space, ⇥ tab."""
     found = visible(text)
     if found.strip() or not found:
         return found
@@ -23,6 +23,6 @@ def shown(text: str) -> str:
 
 
 def beginning(text: str, characters: int, lines: int = 20) -> str:
-    """At most so many lines and about so many characters of a text; all of it where little would be cut."""
+    """The beginning of a text: at most so many lines and characters; all of it where little would be cut."""
     short = text if len(text) <= 1.2 * characters else text[:characters]
     return "\n".join(short.split("\n")[:lines])

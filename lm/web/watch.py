@@ -1,4 +1,4 @@
-"""Watching a policy against its judge: what a stage did to held-out answers, and a warning where it learned to cheat."""
+"""Reward-hacking watch: judge's reward, proxy score and KL of held-out answers over a stage, and a warning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JUDGED = ("reward", "reward_stderr", "score", "score_stderr")
 
 @dataclass(frozen=True)
 class Said:
-    """An answer to a held-out prompt, what the reward model gave for it (None: nothing did), and what the judge gave."""
+    """An answer to a held-out prompt, its reward model score (None: not scored), and the judge's reward."""
 
     when: str
     answer: str
@@ -26,7 +26,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Compared:
-    """Answers to one held-out prompt before a stage and after it (or as late as there is one)."""
+    """Answers to one held-out prompt before a stage and after it (or the latest)."""
 
     prompt: str
     sides: list[Said]
@@ -34,7 +34,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Watch:
-    """One stage by one eval at temperature 1: charts, small charts of everything else, answers, the warning or None."""
+    """One stage seen by one eval at temperature 1: charts, small charts, answers, and the warning or None."""
 
     stage: str
     kind: str
@@ -47,7 +47,7 @@ class Watch:
 
 
 def watches(run: Run) -> list[Watch]:
-    """Every stage whose held-out answers were compared with the reference's at two steps or more."""
+    """The watches of all stages with held-out KL at two or more steps."""
     verifiers = {item["name"]: item["verifier"] for item in run.experiment["evals"]}
     return [
         Watch(
@@ -67,13 +67,13 @@ def watches(run: Run) -> list[Watch]:
 
 
 def warnings(run: Run) -> list[tuple[str, str]]:
-    """(stage, the warning) of every stage that has one."""
+    """(stage, warning) of every stage with a warning."""
     found = [(stage, cheating(lines, stage.checkpoints)) for stage in run.stages for lines in measured(stage).values()]
     return [(stage.name, told) for stage, told in found if told]
 
 
 def measured(stage: StageFiles) -> dict[str, list[Line]]:
-    """The lines of each eval with rewards, in order of steps, one a step (the last of those that were taken there)."""
+    """Each eval's measurements with rewards, in order of steps, the last one at each step."""
     found: dict[str, dict[int, Line]] = {}
     for line in stage.evals:
         if line["metric"] == "reward":
@@ -82,15 +82,15 @@ def measured(stage: StageFiles) -> dict[str, list[Line]]:
 
 
 def cheating(lines: list[Line], saved: Iterable[int] | None = None) -> str | None:
-    """A sentence where the reward model's score rises while the judge's reward falls, else None.
+    """The warning where the reward model's score rises while the judge's reward falls, else None.
 
-    Compared are the judge's best measurement and the last one; each change has to be larger than twice its standard error
+    Compares the judge's best measurement with the last one; each change must exceed twice its standard error
     (of a difference: the root of the sum of both squares). Reward models are over-optimised in just this way (Gao, Schulman
     and Hilton, arXiv:2210.10760).
 
     Args:
-        lines: one eval's measurements in order of steps; those without reward, score and their standard errors do not count.
-        saved: steps of which a checkpoint is there; None: not known.
+        lines: one eval's measurements in order of steps; those without reward, score and standard errors are ignored.
+        saved: steps with a checkpoint; None: unknown.
     """
     found = finite(lines, *JUDGED)
     if len(found) < 2:
@@ -125,7 +125,7 @@ def _advice(step: int, saved: Iterable[int] | None) -> str:
 
 
 def compared(stage: StageFiles, name: str, limit: int = 6) -> list[Compared]:
-    """The first held-out prompts that were answered before the stage and later on, with both answers."""
+    """The first held-out prompts answered both before the stage and later, with both answers."""
     lines = [line for line in stage.samples if line["kind"] == "heldout" and line.get("eval") == name]
     before = {line["prompt"]: line for line in lines if line["when"] == "before"}
     later = [line for line in lines if line["when"] != "before"]

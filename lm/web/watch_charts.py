@@ -1,4 +1,4 @@
-"""How a watched stage is drawn: the judge's reward against KL, proxy and judge over steps, and small charts of the rest."""
+"""Charts of the reward-hacking watch: judge's reward against KL, proxy and judge over steps, and small charts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm.web.numbers import percent, plain
 from lm.web.story import METRICS
 
 JUDGE, PROXY = 0, 1  # indices of their colours
-OWN = (  # key of a line, title, whether it is a part of 1
+OWN = (  # metric name, title, whether it is a fraction of 1
     ("length", "Tokens an answer", False),
     ("entropy", "Entropy, nats a token", False),
     ("distinct_2", "Distinct bigrams", True),
@@ -31,7 +31,7 @@ def main_charts(stage: str, name: str, lines: list[Line]) -> list[SvgChart]:
 
 
 def judge_against_kl(salt: str, lines: list[Line]) -> SvgChart:
-    """Points joined in order of steps, the step beside the first, the best and the last one."""
+    """Draw reward against KL, joined in order of steps, with the first, best and last step labelled."""
     kl, reward = _column(lines, "kl"), _column(lines, "reward")
     best = max(range(len(lines)), key=reward.__getitem__)
 
@@ -62,7 +62,7 @@ def judge_against_kl(salt: str, lines: list[Line]) -> SvgChart:
 
 
 def proxy_and_judge(salt: str, lines: list[Line]) -> SvgChart:
-    """Both over steps, each on an axis of its own that its own values fill."""
+    """Draw proxy and judge over steps, each on its own y axis."""
     steps = _column(lines, "step")
     curves = (("reward", JUDGE, as_percent), ("score", PROXY, lambda value, _: charts.tick(value)))
 
@@ -94,7 +94,7 @@ def proxy_and_judge(salt: str, lines: list[Line]) -> SvgChart:
 
 
 def small_charts(stage: StageFiles, name: str, lines: list[Line]) -> list[SvgChart]:
-    """What else is known of these answers over the steps, then every other eval of the run, where there are two points."""
+    """Small charts of the other numbers of these answers, then of every other eval with two or more points."""
     found = [(key, title, part, finite(lines, key)) for key, title, part in OWN]
     for metric, shown in METRICS.items():
         for other, its in charts.by_eval(stage, metric).items():
@@ -126,12 +126,12 @@ def whiskers(
     y_half: list[float] | None,
     colour: str,
 ) -> None:
-    """Faint lines of so much to either side of each point; nan is none."""
+    """Draw faint error bars; nan draws none."""
     axes.errorbar(x, y, xerr=x_half, yerr=y_half, fmt="none", ecolor=colour, elinewidth=1, alpha=0.35)
 
 
 def rises_from(values: list[float], place: int) -> bool:
-    """Whether the neighbour of an end is higher, so that words about this end stand clear of the line below it."""
+    """Whether an end point's neighbour is higher, so that its label goes below."""
     if place not in (0, len(values) - 1) or len(values) < 2:
         return False
     return values[1 if place == 0 else -2] > values[place]
@@ -148,7 +148,7 @@ def tell(
     below: bool = False,
     ink: str = INK,
 ) -> None:
-    """A few words beside a point, on the side where there is room; a ring around it marks the best."""
+    """Label a point on the side with room; a ring marks the best."""
     left, right = axes.get_xlim()
     (start, _), (here, _), (end, _) = axes.transData.transform([(left, y), (x, y), (right, y)])
     far = (here - start) / (end - start) > 0.6

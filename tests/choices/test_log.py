@@ -83,7 +83,7 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
 def test_what_would_not_be_read_is_not_written_and_is_named_where_it_stands(tmp_path, wrong):
     path = tmp_path / "labels.jsonl"
     content = filled(path, 1)
-    with open_log(path) as log, pytest.raises(UserError, match=f"cannot be written down: {next(iter(wrong))} is"):
+    with open_log(path) as log, pytest.raises(UserError, match=f"cannot be recorded: {next(iter(wrong))} is"):
         log.append({**CHOICE, **wrong})
     assert path.read_bytes() == content
     if wrong in ({"strength": 2.0}, {"id": 1.0}):

@@ -38,7 +38,7 @@ def test_equal_answers_make_no_pair_and_an_empty_one_does(tmp_path):
     assert compared(task) == [("1", ""), ("1 ", "")]
     words = " / ".join(task.remarks)
     assert "1 pair of equal answers left out" in words and "2 answers without text, shown as empty" in words
-    assert "1 pair that are there twice taken once" in words
+    assert "1 pair repeated, taken once" in words
 
 
 def test_only_equal_answers_are_refused(tmp_path):

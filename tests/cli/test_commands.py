@@ -217,7 +217,7 @@ def test_eval_says_where_numbers_differ():
     assert third.split() == ["c", "reward", "200", "0.1000", "–"]
     assert verdict == "differs from the run's own: b"
     assert eval_command.table([line("a", 0.5)], own).endswith("\nthe same as the run's own")
-    assert "no numbers of its own" in eval_command.table([line("a", 0.5, step=7)], own)
+    assert "no measurements of its own" in eval_command.table([line("a", 0.5, step=7)], own)
 
 
 def test_pairs_are_told_in_80_columns(capsys):

@@ -239,7 +239,7 @@ def test_a_bad_row_stops_with_its_line_or_is_dropped_and_counted(tmp_path, token
         with pytest.raises(UserError, match=r"a\.jsonl line 3.*; bad_rows drop leaves such rows out, counted$"):
             feed(path, SFT(), tokenizer)
     path.write_text("\n".join([line, line]))
-    with pytest.raises(UserError, match="none of 2 conversations is left to learn from: 2 "):
+    with pytest.raises(UserError, match="none of 2 conversations is left to train on: 2 "):
         feed(path, SFT(), tokenizer, bad_rows="drop")
 
 
@@ -259,7 +259,7 @@ def test_marks_of_turns_take_them_out_of_the_loss(tmp_path, tokenizer):
         "<|im_start|>assistant\nWRONG<|im_end|>\n", ""
     )
     assert learnt([{}] * 4, learn_end=False) == "WRONGright"
-    with pytest.raises(UserError, match="line 1, turn 1: train asks for a user turn to be learnt"):
+    with pytest.raises(UserError, match="line 1, turn 1: train asks for loss on a user turn"):
         learnt([{"train": True}, {}, {}, {}])
 
 

@@ -64,7 +64,7 @@ def test_who_cannot_learn_from_a_tie_is_given_none_and_told(tmp_path, tokenizer,
     feed = feed_of(tmp_path, rows, objective, tokenizer, batch_size=12)
     assert "7 pairs" in feed.report() and "1 dropped (1 tied)" in feed.report()
     assert not any("same" in text for text in answers_in(feed.batch(0), tokenizer))
-    with pytest.raises(UserError, match=r"a\.jsonl: none of 2 pairs is left to learn from: 2 tied"):
+    with pytest.raises(UserError, match=r"a\.jsonl: none of 2 pairs is left to train on: 2 tied"):
         feed_of(tmp_path, [{**row, "tie": True} for row in GOOD[:2]], objective, tokenizer)
 
 
@@ -89,7 +89,7 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path, tokenizer, 
     assert feed.supplies[0].rows == (12 if isinstance(objective, KTO) else 6)
     for rows, why in ((EQUAL, "2 with equal answers"), (EMPTY, "2 with an empty answer")):
         with pytest.raises(
-            UserError, match=rf"a\.jsonl: none of 2 pairs is left to learn from: {why}; the first: .*line 1"
+            UserError, match=rf"a\.jsonl: none of 2 pairs is left to train on: {why}; the first: .*line 1"
         ):
             feed_of(tmp_path, rows, objective, tokenizer)
 
@@ -97,7 +97,7 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path, tokenizer, 
 def test_judged_answers_that_are_empty_are_left_out_and_counted(tmp_path, tokenizer):
     rows = [{"prompt": "Ask", "completion": text, "label": True} for text in ("some", "", "\t")]
     assert "2 dropped (2 with an empty answer)" in feed_of(tmp_path, rows, KTO(), tokenizer).report()
-    with pytest.raises(UserError, match="none of 2 judged is left to learn from: 2 with an empty answer"):
+    with pytest.raises(UserError, match="none of 2 judged is left to train on: 2 with an empty answer"):
         feed_of(tmp_path, rows[1:], KTO(), tokenizer)
 
 
@@ -229,8 +229,8 @@ def test_what_is_cut_is_counted_and_what_has_no_room_left_out(tmp_path, tokenize
     ]
     feed = feed_of(tmp_path, [*GOOD, *long], objective, tokenizer, batch_size=16)
     assert "9 pairs" in feed.report() and "1 cut, 2 dropped (" in feed.report()
-    gone = "whose prompt is cut away whole, in seq_len 64"
-    equal = "with answers that are equal once cut, in seq_len 64"
+    gone = "whose prompt is truncated away, in seq_len 64"
+    equal = "with answers that are equal once truncated, in seq_len 64"
     assert feed.supplies[0].tally.reasons == {gone: 1, equal: 1}
     assert f"1 dropped ({gone}), the first: {tmp_path}/a.jsonl line 8: " in feed.report()
     batch = feed.batch(0)

@@ -257,7 +257,7 @@ def test_rows_that_do_not_fit_the_stage_are_named(tokenizer, tmp_path, objective
 
 def test_an_empty_side_of_the_split_names_the_holdout(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}])
-    with pytest.raises(UserError, match=r"holdout 0\.0 holds out not one row; raise it"):
+    with pytest.raises(UserError, match=r"holdout 0\.0 holds out no row; raise it"):
         make_feed(stage(Pretrain(), Source(str(path), holdout=0.0)), tokenizer, 0, split="heldout")
     with pytest.raises(UserError, match=r"holdout 1\.0 leaves no row for training"):
         make_feed(stage(Pretrain(), Source(str(path), holdout=1.0)), tokenizer, 0)
@@ -286,7 +286,7 @@ def test_sources_held_out_differently_would_leak(tmp_path):
         ),
     ]
     for leak in leaks:
-        with pytest.raises(UserError, match="what one holds out the other trains on"):
+        with pytest.raises(UserError, match="one would train on rows that the other holds out"):
             check_sources(leak)
 
 

@@ -110,7 +110,7 @@ def test_a_file_that_goes_while_it_is_in_use_is_told(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 5)
     rows = load_rows(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(UserError, match=r"a\.jsonl was there and has been removed"):
+    with pytest.raises(UserError, match=r"a\.jsonl was removed while it was being read"):
         rows[2]
 
 

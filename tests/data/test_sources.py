@@ -71,8 +71,8 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         (b'{"text": "a"}\n{"text": \n', "bad.jsonl line 2: not valid JSON"),
         (b'{"text": "a"}\n[1, 2]\n', r"bad.jsonl line 2: every line must be a JSON object, found \[1, 2\]"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl line 2: not UTF-8 text"),
-        (b"", "bad.jsonl: empty"),
-        (b"\n\n", "bad.jsonl: empty"),
+        (b"", "bad.jsonl: the file is empty"),
+        (b"\n\n", "bad.jsonl: the file is empty"),
     ],
 )
 def test_bad_jsonl_is_told_with_file_and_line(tmp_path, content, message):

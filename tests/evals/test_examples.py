@@ -62,24 +62,29 @@ def test_a_row_that_cannot_be_measured_is_named_or_counted(tokenizer, item, metr
     found = read_examples(dropping, tokenizer, MAX_LEN)
     assert len(found.encoded) == 5 and sum(found.left_out.values()) == 1
     line = found.describe(dropping)
-    assert ": 5 of 10 held-out " in line and ", there are no more; passed over: 1 " in line
+    assert ": 5 of 10 held-out " in line and ", there are no more; skipped: 1 " in line
 
 
 PASSED_OVER = [
-    ("reward", PROBLEMS, [{"question": LONG, "answer": "1"}, PROBLEMS[0]], ["1 longer than 56 tokens", "1 asking"]),
-    ("pair_accuracy", PAIRS, [{**PAIRS[0], "prompt": "b", "tie": True}, PAIRS[1]], ["1 tied", "1 the same"]),
+    (
+        "reward",
+        PROBLEMS,
+        [{"question": LONG, "answer": "1"}, PROBLEMS[0]],
+        ["1 longer than 56 tokens", "1 with a prompt that another has"],
+    ),
+    ("pair_accuracy", PAIRS, [{**PAIRS[0], "prompt": "b", "tie": True}, PAIRS[1]], ["1 tied", "1 that are duplicates"]),
     ("pair_accuracy", PAIRS, [{**PAIRS[0], "rejected": "yes"}, {**PAIRS[0], "chosen": " "}], ["equal", "empty"]),
     (
         "pair_accuracy",
         PAIRS,
         [{"prompt": "a", "chosen": f"yes {LONG}", "rejected": f"no {LONG}"}],
-        ["1 with answers that are equal once cut, in model.max_len 64"],
+        ["1 with answers that are equal once truncated, in model.max_len 64"],
     ),
     (
         "bits_per_byte",
         [talk(f"Say {n}", "one") for n in range(5)],
         [talk("Say", ""), talk(LONG, "one"), talk("Say 1", "one")],
-        ["1 with an empty answer", "1 longer than the 64 tokens of model.max_len", "1 the same as one before"],
+        ["1 with an empty answer", "1 longer than the 64 tokens of model.max_len", "1 that are duplicates"],
     ),
     ("bits_per_byte", [{"text": f"one {n}"} for n in range(5)], [{"text": ""}], ["1 with an empty text"]),
 ]
@@ -92,7 +97,7 @@ def test_what_is_passed_over_is_counted_and_rows_behind_it_are_measured(tokenize
     assert len(found.encoded) == 5
     line = read_examples(item([*over, *good], metric, count=50), tokenizer, MAX_LEN).describe(asked)
     assert all(word in line for word in words), line
-    with pytest.raises(UserError, match=r"not one of the held-out .* can be measured: 1 "):
+    with pytest.raises(UserError, match=r"none of the held-out .* can be measured: 1 "):
         read_examples(
             item([row for row in over if row not in good and row != talk("Say 1", "one")][:1], metric),
             tokenizer,

@@ -72,7 +72,7 @@ def test_a_conversation_that_does_not_fit_is_not_counted(tmp_path, tokenizer, cl
     assert both.count == 1
     with pytest.raises(
         UserError,
-        match=r"evals\.it: .*: not one of the held-out conversations can be measured: 1 longer than the 64 tokens of model\.max_len",
+        match=r"evals\.it: .*: none of the held-out conversations can be measured: 1 longer than the 64 tokens of model\.max_len",
     ):
         measure(item(tmp_path, [{"messages": long}], metric="bits_per_byte"), Subject(clueless, tokenizer))
 

@@ -134,7 +134,7 @@ def test_a_session_of_two_with_reload_undo_and_a_killed_server(tmp_path, browser
         for person, name in ((ann, "Ann"), (bob, "Bob")):
             while person.page.is_visible("#task"):
                 chosen[name].append(person.press("both bad" if person.yours() == 4 else "left"))
-            assert "That was all there is for you" in person.page.inner_text("#status")
+            assert "There are no more pairs for you" in person.page.inner_text("#status")
             assert "--export" in person.page.inner_text("#end"), "the end says how to export"
         bob.page.click("text=Summary")
         assert "Krippendorff" in bob.page.inner_text("main") and "6 pairs judged" in bob.page.inner_text("main")

@@ -6,7 +6,14 @@ import pytest
 
 from lm.experiment import UserError
 from lm.parallel import distributed
-from lm.parallel.distributed import ProcessGroup, broadcast_from_main, find_job, gather, raise_on_all, run_on_main
+from lm.parallel.distributed import (
+    ProcessGroup,
+    broadcast_from_main,
+    find_process_group,
+    gather,
+    raise_on_all,
+    run_on_main,
+)
 from tests import processes
 
 CLUSTER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -20,23 +27,23 @@ def outside(monkeypatch):
 
 
 def test_without_flags_variables_or_cluster_a_process_is_alone():
-    assert find_job(None, None, None) is None
-    assert find_job("10.0.0.2:8476", 1, 0) is None
+    assert find_process_group(None, None, None) is None
+    assert find_process_group("10.0.0.2:8476", 1, 0) is None
 
 
 def test_flags_come_before_variables(monkeypatch):
     for name, value in zip(distributed.VARIABLES, ("a:1", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
-    assert find_job(None, None, None, 7.0) == ProcessGroup("a:1", 4, 3, 7.0)
-    assert find_job("b:2", 8, 5) == ProcessGroup("b:2", 8, 5)
+    assert find_process_group(None, None, None, 7.0) == ProcessGroup("a:1", 4, 3, 7.0)
+    assert find_process_group("b:2", 8, 5) == ProcessGroup("b:2", 8, 5)
 
 
 def test_a_cluster_gives_what_is_missing(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert find_job(None, None, None) is None
+    assert find_process_group(None, None, None) is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    assert find_job(None, None, None) == ProcessGroup()
-    assert find_job("a:1", None, None) == ProcessGroup("a:1")
+    assert find_process_group(None, None, None) == ProcessGroup()
+    assert find_process_group("a:1", None, None) == ProcessGroup("a:1")
 
 
 @pytest.mark.parametrize(
@@ -50,13 +57,13 @@ def test_a_cluster_gives_what_is_missing(monkeypatch):
 )
 def test_half_a_job_is_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        find_job(*flags)
+        find_process_group(*flags)
 
 
 def test_a_variable_that_is_no_number_is_named(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two'"):
-        find_job("a:1", None, 0)
+        find_process_group("a:1", None, 0)
 
 
 def test_one_process_agrees_with_itself():
@@ -70,9 +77,9 @@ def test_one_process_agrees_with_itself():
 ROWS = """
     import numpy as np
     from lm.experiment import Mesh, UserError
-    from lm.parallel.distributed import broadcast_from_main, fetch, find_job, gather, run_on_main, joined, own_rows, to_devices, raise_on_all
+    from lm.parallel.distributed import broadcast_from_main, fetch, find_process_group, gather, run_on_main, joined, own_rows, to_devices, raise_on_all
 
-    with joined(find_job(None, None, None)):
+    with joined(find_process_group(None, None, None)):
         import jax
         from lm.parallel.mesh import make_mesh
         from lm.parallel.rules import batch_sharding
@@ -112,9 +119,9 @@ def test_processes_hold_their_rows_and_speak_to_each_other(tmp_path, count):
 ALONE = """
     import time
     from lm.experiment import UserError
-    from lm.parallel.distributed import find_job, gather, joined
+    from lm.parallel.distributed import find_process_group, gather, joined
 
-    with joined(find_job(None, None, None)):
+    with joined(find_process_group(None, None, None)):
         import jax
         if jax.process_index() == 1:
             raise UserError("the disk is full")

@@ -100,8 +100,8 @@ def test_a_kept_checkpoint_is_found(tmp_path):
 def test_each_stage_with_kl_at_two_steps_is_watched(watched):
     found = watch.watches(read_run(watched))
     assert [(one.stage, one.kind, one.eval, one.verifier) for one in found] == [
-        ("ppo", "PPO", "manners", "manners"),
-        ("dpo", "DPO", "manners", "manners"),
+        ("ppo", "PPO", "manners", "style"),
+        ("dpo", "DPO", "manners", "style"),
     ]
     assert [chart.title for chart in found[0].charts] == ["Judge's reward against KL", "Proxy and judge"]
     titles = [

@@ -1,4 +1,4 @@
-"""A generated curriculum that needs no data: instructions, preferences and arithmetic, each row a function of its index."""
+"""A generated curriculum: instructions, preferences and arithmetic, each row a pure function of its index."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from lm.data.curriculum.drills import drill_row
 from lm.data.curriculum.instruct import instruct_row
 from lm.data.curriculum.preferences import preference_row
 
-LENGTH = 1 << 40  # rows there are; they are made when asked for
+LENGTH = 1 << 40  # number of rows, generated on demand
 
 __all__ = ["DRILLS", "LENGTH", "arithmetic_row", "chain_row", "drill_row", "instruct_row", "preference_row"]

@@ -1,9 +1,9 @@
-"""`gen:arithmetic`: sums, differences, products and small Python expressions, answered at once or worked out.
+"""`gen:arithmetic`: sums, differences, products and small Python expressions, answered directly or step by step.
 
-Two fifths of the demonstrations work the problem out, one easy step after another, and the others say at once
-that the answer is so much; which one a row has says nothing about the problem. Working it out is right more often, and
-that is left for reinforcement learning to discover. No step of a demonstration is itself a problem, so that
-none gives away one that is held out.
+Two fifths of the demonstrations solve the problem in easy steps, and the others say directly
+what the answer is, whatever the problem. Solving in steps is right more often, and
+reinforcement learning can discover that. No step of a demonstration is itself a problem, so that
+none reveals a held-out one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     value: int
     steps: list[str]
     key: str
-    spoken: str | None = None  # another wording than the expression, a whole question
+    spoken: str | None = None  # a whole question in other words than the expression
 
 
 def arithmetic_row(index: int) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def arithmetic_row(index: int) -> dict[str, Any]:
 
 
 def worked(problem: Problem) -> str:
-    """The demonstration that shows its steps, and ends `The answer is N.`"""
+    """The step-by-step demonstration, which ends `The answer is N.`"""
     return f"{WORKED_MARKER} {', '.join(problem.steps)}. The answer is {problem.value}."
 
 
@@ -125,7 +125,7 @@ KINDS: tuple[Callable[[Draw], Problem], ...] = (
 
 
 def add_steps(a: int, b: int) -> list[str]:
-    """Written addition of two-digit numbers: units, then tens with the carry."""
+    """Steps of adding two-digit numbers: units, then tens with the carry."""
     units = a % 10 + b % 10
     tens = a // 10 + b // 10
     first = f"{a % 10} + {b % 10} = {units}"
@@ -135,7 +135,7 @@ def add_steps(a: int, b: int) -> list[str]:
 
 
 def subtract_steps(a: int, b: int) -> list[str]:
-    """Written subtraction of two-digit numbers, a >= b: units, then tens less what was borrowed."""
+    """Steps of subtracting two-digit numbers, a >= b: units, then tens with the borrow."""
     tens = a // 10 - b // 10
     if a % 10 >= b % 10:
         return [f"{a % 10} - {b % 10} = {a % 10 - b % 10}", f"{a // 10} - {b // 10} = {tens}"]
@@ -144,7 +144,7 @@ def subtract_steps(a: int, b: int) -> list[str]:
 
 
 def multiply_steps(a: int, b: int) -> list[str]:
-    """Written multiplication of a two-digit by a one-digit number: units, tens, and the carry added."""
+    """Steps of multiplying a two-digit by a one-digit number: units, tens, carry."""
     units, tens = a % 10 * b, a // 10 * b
     steps = [f"{a % 10} * {b} = {units}", f"{a // 10} * {b} = {tens}"]
     if units < 10:
@@ -153,7 +153,7 @@ def multiply_steps(a: int, b: int) -> list[str]:
 
 
 def chain(start: int, *operations: tuple[str, int]) -> list[str]:
-    """One operation after another, each with its result."""
+    """Steps of a chain of operations, each with its result."""
     steps, value = [], start
     for sign, number in operations:
         result = {"+": value + number, "-": value - number, "*": value * number}[sign]

@@ -17,7 +17,7 @@ def mix64(value: int) -> int:
 
 
 class Draw:
-    """A stream of random choices, begun anew for every row."""
+    """A stream of random choices, one for each row."""
 
     def __init__(self, stream: int, index: int):
         self._state = mix64(mix64(stream + 1 & MASK) + index & MASK)
@@ -36,7 +36,7 @@ class Draw:
         return options[self.below(len(options))]
 
     def sample(self, options: Sequence[T], count: int) -> list[T]:
-        """`count` different places of the options, in random order."""
+        """`count` options from different places, in random order."""
         places: list[int] = []
         while len(places) < count:
             place = self.below(len(options))

@@ -1,9 +1,9 @@
-"""`gen:drills`: plain text that tells lists again, backwards, sorted, counted, and the tables of small sums and products.
+"""`gen:drills`: plain text of lists repeated, reversed, sorted and counted, and of small sums and products.
 
-A small model learns to copy from far fewer tokens of this than of prose, and all later stages rest on that. The lists are
-longer than those of the instructions, and the second number of a sum, difference or product has one digit: so no drill
-is a question about a list or a problem of `gen:arithmetic`, held out or not. The instructions' sums of two one-digit numbers are
-told here too; those are held out by their wording, as all that there is little of.
+A small model learns to copy from far fewer tokens of this than of prose, and all later stages need that. The lists are
+longer than those of `gen:instruct`, and the second number of a sum, difference or product has one digit, so no drill
+is a question about a list or a problem of `gen:arithmetic`, held out or not. The sums of two digits of `gen:instruct`
+appear here too; they are held out by their wording, as are all small sets.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def drill_row(index: int) -> dict[str, str]:
 
 
 def words(draw: Draw) -> str:
-    """A list of words, told again and again, then backwards, and what stands where in it.
+    """A list of words, repeated, then facts: reversed, the last, the number, the item at each place.
 
-    It is always as long, so that looking back a fixed way is enough to begin with.
+    Its length is fixed, so that attending a fixed distance back suffices early in training.
     """
     items = draw.sample(NOUNS, WORDS)
     listed = ", ".join(items)
@@ -38,7 +38,7 @@ def words(draw: Draw) -> str:
 
 
 def numbers(draw: Draw) -> str:
-    """A list of numbers, in order, with its extremes and which are even."""
+    """A list of numbers, with facts: sorted, extremes, even ones, count."""
     items = draw.sample(range(100), draw.between(SHORTEST, LONGEST))
     shown = ", ".join(map(str, items))
     even = [str(item) for item in items if item % 2 == 0]
@@ -54,7 +54,7 @@ def numbers(draw: Draw) -> str:
 
 
 def python(draw: Draw) -> str:
-    """A session at the interpreter's prompt."""
+    """A session at the Python prompt."""
     items = draw.sample(range(10), draw.between(SHORTEST, LONGEST)) if draw.below(2) else draw.sample(NOUNS, SHORTEST)
     place = draw.below(len(items))
     facts = [
@@ -71,7 +71,7 @@ def python(draw: Draw) -> str:
 
 
 def facts(draw: Draw) -> str:
-    """Lines of the tables: one- and two-digit numbers plus or minus one digit, and products of digits."""
+    """Arithmetic facts: one- and two-digit numbers plus or minus one digit, and products of digits."""
     return ", ".join(fact(draw) for _ in range(FACTS)) + "."
 
 

@@ -24,9 +24,9 @@ def instruct_row(index: int) -> dict[str, Any]:
 
 
 def random_dress(draw: Draw, core: str) -> str:
-    """Half of the time with an opener, and a third of the time with a closer, whichever the other is.
+    """The answer with an opener half of the time and, independently, a closer a third of the time.
 
-    Often enough with an opener that an answer is no less right for it: the preference stage then costs no knowledge.
+    Openers are frequent enough that they do not make answers less accurate: the preference stage then costs no knowledge.
     """
     opener = draw.choice(OPENERS) if draw.below(2) else ""
     closer = draw.choice(CLOSERS) if draw.below(3) == 0 else ""

@@ -1,4 +1,4 @@
-"""What the curriculum knows: one plain sentence for each term, and a dozen tiny Python functions."""
+"""Facts of the curriculum: one sentence for each term, and a dozen tiny Python functions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ EXPLANATIONS = {
     "a prime number": "A prime number is a whole number above one that only one and itself divide.",
 }
 
-# The first asks so plainly that it is never held out of training.
+# The first phrasing is the plainest and is never held out.
 EXPLAIN_PHRASINGS = (
     "What is {}?",
     "Explain {}.",

@@ -1,4 +1,4 @@
-"""How answers are dressed: polite openers, hedging closers, and how to take them off again.
+"""Style of answers: polite openers and hedging closers, how to add and to remove them.
 
 One list of each serves the demonstrations, the preference pairs and the verifier of style.
 """
@@ -15,7 +15,7 @@ CLOSERS = (
 
 
 def dress(core: str, opener: str = "", closer: str = "") -> str:
-    """Opener, core and closer as one answer; a core of several lines (code) keeps lines of its own.
+    """Join opener, core and closer to an answer; a core of several lines (code) keeps lines of its own.
 
     A core without a full stop gets one before a closer.
     """

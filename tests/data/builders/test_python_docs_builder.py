@@ -41,7 +41,7 @@ def test_the_default_folder_is_the_one_of_tfds(data_dir):
 def test_unknown_names_splits_and_configs_are_told(data_dir):
     with pytest.raises(UserError, match=r"no split 'test'; the splits are train"):
         load_rows("tfds:python_docs/small/test", data_dir=data_dir)
-    with pytest.raises(UserError, match=r"tfds:no_such_set: cannot be opened .*of our own there are python_docs"):
+    with pytest.raises(UserError, match=r"tfds:no_such_set: cannot be opened .*lm itself has python_docs"):
         load_rows("tfds:no_such_set/train", data_dir=data_dir)
     with pytest.raises(UserError, match="tfds:python_docs/tiny"):
         load_rows("tfds:python_docs/tiny/train", data_dir=data_dir)
