@@ -19,8 +19,7 @@ from lm.plan.sampling import Sampling, sampling
 
 CAVEATS = {
     "analytic": "by arithmetic: products and memory at the chip's rates, collectives one after another, no compiler asked; memory "
-    "within 5 % of libtpu 0.0.42's for the 0.6B and 8B of experiments/pods, DPO, GRPO and rows that a mesh splits (of the 70B on 64 "
-    "devices it asks for half as much again)",
+    "within 5 % of libtpu 0.0.42's for the steps of experiments/pods, DPO, GRPO and rows that a mesh splits (mesh.context)",
     "collectives": "the compiler prices no collective: modelled as a ring over all links of a chip",
     "kernels": f"nor attention kernels: modelled as executed FLOPs at {KERNEL_EFFICIENCY:.0%} of the peak",
     "sparsecore": "nor gathers on SparseCore: they run beside the rest and count as nothing",
