@@ -65,9 +65,8 @@ def asked(monkeypatch) -> list:
         return types.SimpleNamespace(tokens=[0] * (len(messages) * 10))
 
     monkeypatch.setitem(sys.modules, "lm.train.models", types.SimpleNamespace(load_run=load_run))
-    sampler = types.SimpleNamespace(
-        generate_text=generate_text, stream=stream, compile_stream=lambda model, top_k, top_p: None
-    )
+    monkeypatch.setitem(sys.modules, "lm.rollout.engine", types.SimpleNamespace(generate_text=generate_text))
+    sampler = types.SimpleNamespace(stream=stream, compile_stream=lambda model, top_k, top_p: None)
     monkeypatch.setitem(sys.modules, "lm.rollout.sampler", sampler)
     monkeypatch.setitem(sys.modules, "lm.data.chat", types.SimpleNamespace(render=render))
     return calls
