@@ -65,7 +65,10 @@ def defined_in(path: Path, name: str, kind: type[Kind]) -> Kind:
     Raises:
         UserError: the file cannot be read or run (says the line), or defines no such value.
     """
-    wanted = f"a value of {kind.__module__}.{kind.__name__}"
+    door = (
+        "lm.experiment" if kind.__module__.startswith("lm.config.") else kind.__module__
+    )  # where users import it from
+    wanted = f"a value of {door}.{kind.__name__}"
     values = run_file(path)
     if name not in values:
         raise UserError(f"{path} defines no `{name}` ({wanted})")

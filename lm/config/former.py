@@ -35,7 +35,7 @@ def current_path(dotted: str) -> str:
 def current_value(field: str, value: Any, where: str) -> Any:
     """The value of a field as it is spelled today."""
     new = _swapped(value, WORDS.get(field, {}), PREFIXES.get(field, {}))
-    if new != value:
+    if new is not value:
         _tell(f"{where} {value} is written {new} now")
     return new
 
