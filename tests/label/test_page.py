@@ -139,7 +139,7 @@ def test_a_session_of_two_with_reload_undo_and_a_killed_server(tmp_path, browser
         bob.page.click("text=Summary")
         assert "Krippendorff" in bob.page.inner_text("main") and "6 pairs judged" in bob.page.inner_text("main")
         assert not ann.wrong and not bob.wrong
-        assert "the same command goes on" in serving.kill(signal.SIGINT) and serving.process.returncode == 0
+        assert "the same command continues" in serving.kill(signal.SIGINT) and serving.process.returncode == 0
 
     records = read_log(tmp_path / "answers.labels.jsonl").records
     stand = standing(records)

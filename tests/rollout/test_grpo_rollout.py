@@ -127,13 +127,14 @@ def state_of(rollouts, tokenizer):
 def wrong_sampler(monkeypatch):
     """RolloutBatches whose log-probabilities are another policy's."""
 
-    def off(*args):
+    def rollout(*args):
         found = grpo_rollout(*args)
         noise = np.random.default_rng(0).normal(size=found.batches[0].weights.shape).astype(np.float32)
-        batches = [dataclasses.replace(b, old_logp=b.old_logp + 0.1 * noise * b.weights) for b in found.batches]
+        off = [batch.sampler_logp + 0.1 * noise * batch.weights for batch in found.batches]
+        batches = [dataclasses.replace(b, sampler_logp=x, old_logp=x) for b, x in zip(found.batches, off, strict=True)]
         return dataclasses.replace(found, batches=batches)
 
-    monkeypatch.setitem(ALGORITHMS, GRPO, dataclasses.replace(ALGORITHMS[GRPO], rollout=off))
+    monkeypatch.setitem(ALGORITHMS, GRPO, dataclasses.replace(ALGORITHMS[GRPO], rollout=rollout))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])

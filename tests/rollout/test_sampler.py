@@ -10,6 +10,7 @@ from lm.data.packing import left_pad
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.mesh import make_mesh
 from lm.rollout.sampler import choose, filter_logits, generate
+from lm.types import NOTHING_SHARED, SharedPrompt
 from tests.helpers import VOCAB, layout, tiny_model
 from tests.rollout.rows import as_batch
 
@@ -71,7 +72,7 @@ def test_each_update_knows_which_of_its_rows_share_a_prompt(updates, group):
     pieces = spread(batch, updates)
     assert sum(piece.weights.sum() for piece in pieces) == out.mask.sum()
     for piece in pieces:
-        assert (piece.shared and (piece.shared.rows, piece.shared.tokens)) == (group and (group, 12))
+        assert piece.shared == (SharedPrompt(group, 12) if group else NOTHING_SHARED)
         for row in range(len(piece.tokens) if group else 0):
             for field in (piece.tokens, piece.segments, piece.positions):
                 np.testing.assert_array_equal(field[row, :12], field[row - row % group, :12])

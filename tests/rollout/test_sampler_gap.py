@@ -16,7 +16,6 @@ from lm.rollout.sampler_gap import (
     agreement,
     is_suspicious,
     precision,
-    sampled_logp,
     sampler_gap,
     trainer_view,
 )
@@ -79,13 +78,13 @@ def shifted_position(model, temperature, seed):
     batch = rollout(model, temperature, seed)
     new = jnp.arange(WIDTH + NEW) >= WIDTH
     said = trainer_view(model, dataclasses.replace(batch, positions=batch.positions + new), temperature)
-    return dataclasses.replace(batch, old_logp=said.logp)
+    return dataclasses.replace(batch, sampler_logp=said.logp)
 
 
 def neighbours(model, temperature, seed):
     """Log-probabilities that stand a token too late."""
     batch = rollout(model, temperature, seed)
-    return dataclasses.replace(batch, old_logp=jnp.roll(batch.old_logp, 1, axis=1) * batch.weights)
+    return dataclasses.replace(batch, sampler_logp=jnp.roll(batch.sampler_logp, 1, axis=1) * batch.weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +114,7 @@ def test_what_is_reported_is_of_the_sampled_tokens_alone():
     batch = rollout(model, 1.0, 0)
     off = jnp.asarray(np.random.default_rng(0).random(batch.weights.shape), jnp.float32)
     said = trainer_view(model, batch, 1.0).logp + off
-    batch = dataclasses.replace(batch, old_logp=jnp.where(batch.weights > 0, said, 99.0))
+    batch = dataclasses.replace(batch, sampler_logp=jnp.where(batch.weights > 0, said, 99.0))
     gap = compared(model, batch, 1.0)[0]
     gaps = np.sort(np.asarray(off)[np.asarray(batch.weights) > 0])
     assert gap.mean == pytest.approx(gaps.mean(), abs=1e-5)
@@ -137,6 +136,6 @@ def test_pieces_and_several_batches_give_the_same():
 def test_a_gap_that_is_no_number_is_found():
     model = model_of(0, "bfloat16")
     batch = rollout(model, 1.0, 0)
-    batch = dataclasses.replace(batch, old_logp=sampled_logp(batch).at[0, WIDTH].set(jnp.nan))
+    batch = dataclasses.replace(batch, sampler_logp=batch.sampler_logp.at[0, WIDTH].set(jnp.nan))
     gap, found = compared(model, batch, 1.0)
     assert not found.holds and is_suspicious(gap, GapBound(0.1, 1e9))

@@ -174,7 +174,7 @@ DAMAGED = (
     "stages/collect/answers.jsonl", "stages/collect/summary.json", "stages/sft/eval.jsonl", "stages/sft/metrics.jsonl",
     "stages/sft/metrics.jsonl.crc32",
     "stages/sft/samples.jsonl", "stages/sft/summary.json", "stages/sft/checkpoints/*4/manifest.json",
-    "stages/sft/checkpoints/*4/params/_METADATA", "stages/sft/checkpoints/*4/params/ocdbt.process_0/d/*",
+    "stages/sft/checkpoints/*4/policy/_METADATA", "stages/sft/checkpoints/*4/policy/ocdbt.process_0/d/*",
 )  # fmt: skip
 
 
