@@ -73,7 +73,7 @@ def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step
         if not o.kl_target:
             return moved, metrics
         kl = (jnp.where(batch.weights > 0, batch.old_logp - batch.ref_logp, 0.0)).sum() / len(batch.tokens)
-        # An answer counts once, however often it is gone through.
+        # An answer counts once, whatever the number of epochs over it.
         answers = len(batch.tokens) / o.epochs
         kl_coef = adaptive_kl_coef(
             state.carry["kl_coef"], kl, target=o.kl_target, answers=answers, horizon=o.kl_horizon

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from lm.config.field import knob
 
@@ -20,20 +20,24 @@ class Tokenizer:
     path: str | None = knob(None, "use this sentencepiece .model and learn nothing")
 
 
+def _window_knob() -> Any:
+    """The field of the attention window, of a layer of the pattern and of a model whose layers are alike."""
+    text = "how many tokens a query sees, its own among them; 0: all of its segment before it"
+    return knob(0, text, least=0, most=2**26)
+
+
+def _softcap_knob() -> Any:
+    """The field of the soft cap on attention scores, of both."""
+    text = "attention scores become softcap * tanh(score / softcap); 0 disables it"
+    return knob(0.0, text, least=1e-3, most=1e6, special=0)
+
+
 @dataclass(frozen=True)
 class Layer:
     """What one layer of a repeating pattern has of its own; all layers of a model have the same shapes."""
 
-    window: int = knob(
-        0, "how many tokens a query sees, its own among them; 0: all of its segment before it", least=0, most=2**26
-    )
-    softcap: float = knob(
-        0.0,
-        "attention scores become softcap * tanh(score / softcap); 0 disables it",
-        least=1e-3,
-        most=1e6,
-        special=0,
-    )
+    window: int = _window_knob()
+    softcap: float = _softcap_knob()
     rope_theta: float = knob(10_000.0, "base of the rotary position frequencies", least=1, most=1e12)
     rope_scaling: tuple[float, ...] = knob((), "as model.rope_scaling", above=0, most=2**26)
 
@@ -79,16 +83,8 @@ class Model:
         "kernel of training; auto: splash on a TPU for rows and heads that are multiples of 128, blocks on one CPU, "
         "else plain",
     )
-    window: int = knob(
-        0, "how many tokens a query sees, its own among them; 0: all of its segment before it", least=0, most=2**26
-    )
-    softcap: float = knob(
-        0.0,
-        "attention scores become softcap * tanh(score / softcap); 0 disables it",
-        least=1e-3,
-        most=1e6,
-        special=0,
-    )
+    window: int = _window_knob()
+    softcap: float = _softcap_knob()
     pattern: tuple[Layer, ...] = knob(
         (),
         "layers that follow each other and repeat, each with its own window, softcap, rope_theta and rope_scaling; empty: "
