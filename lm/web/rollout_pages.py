@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm.experiment import UserError
 from lm.train.run_files import Run
 
 Line = dict[str, Any]
@@ -69,14 +70,26 @@ def write_rollout_pages(run: Run, fill: Callable[..., str], steps: range | None 
         steps: those shown, all of them; None: as many as fit in STAGE_CHARACTERS, evenly spread, the last among them.
 
     Raises:
-        UserError: a trajectory file is damaged.
+        UserError: a trajectory file is damaged, or none is of the steps asked for.
     """
-    found = []
-    for stage in run.stages:
-        files = sorted((run.folder / "stages" / stage.name / "trajectories").glob("step-*.parquet"))
-        if files:
-            found.append(_write_stage(run, stage.name, files, fill, steps))
-    return found
+    kept = {
+        stage.name: sorted((run.folder / "stages" / stage.name / "trajectories").glob("step-*.parquet"))
+        for stage in run.stages
+    }
+    if steps is not None:
+        _check_steps(run, [path for files in kept.values() for path in files], steps)
+    return [_write_stage(run, stage, files, fill, steps) for stage, files in kept.items() if files]
+
+
+def _check_steps(run: Run, files: list[Path], steps: range) -> None:
+    from lm.train.trajectory_files import step_of  # pyarrow, which a report without rollouts does not need
+
+    there = {step_of(path) for path in files}
+    if there.isdisjoint(steps):
+        known = f"those kept are from step {min(there)} to {max(there)}" if there else "none is kept"
+        raise UserError(
+            f"--rollouts {steps.start}-{steps.stop - 1}: {run.folder} has no rollout of these steps; {known}"
+        )
 
 
 def _write_stage(run: Run, stage: str, files: list[Path], fill: Callable[..., str], steps: range | None) -> StagePages:

@@ -47,7 +47,7 @@ def test_steps_beyond_the_limit_are_left_out_evenly_unless_they_are_asked_for(fo
     assert "Evenly spread over the 9 steps" in report
     assert main(["report", str(folder), "--rollouts", "3-5"]) == 0
     assert sorted({int(step) for step, _ in shown(folder)}) == [3, 4, 5]
-    for wrong in ("0", "5-3", "x", "1-", "-1", "3-y"):
+    for wrong in ("0", "5-3", "x", "1-", "-1", "3-y", "90-91"):
         capsys.readouterr()
         assert main(["report", str(folder), f"--rollouts={wrong}"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -70,5 +70,5 @@ def test_no_pages_are_left_of_another_choice(folder):
     write_report(folder)
     half = folder / "rollouts" / "reason" / "0007.html.tmp"
     half.write_text("half")
-    write_report(folder, range(100, 101))
-    assert pages(folder) == {}
+    write_report(folder, range(1, 2))
+    assert {int(step) for step, _ in shown(folder)} == {1} and not half.exists()
