@@ -24,7 +24,7 @@ def check_same(experiment: Experiment, options: dict[str, Any]) -> None:
     """Check that all processes have the same experiment, command options and lm version.
 
     Raises:
-        UserError: in all processes; shows two hashes that differ, and the first values that do.
+        UserError: in all processes; shows two differing hashes and the first differing values.
     """
     if jax.process_count() == 1:
         return
@@ -50,7 +50,7 @@ def check_same_data(fingerprints: dict[str, str]) -> None:
     """Check that all processes read the same data, by stage.
 
     Raises:
-        UserError: in all processes; names the stage and shows two fingerprints.
+        UserError: in all processes; names the stage and shows the two fingerprints.
     """
     found = gather(fingerprints)
     other = _odd_one(found)
@@ -66,7 +66,7 @@ def check_shared(folder: RunFolder, patience: float = SHARED_SECONDS) -> None:
     """Check that all processes see what process 0 writes in the run folder.
 
     Raises:
-        UserError: in all processes; names one that does not, and its host.
+        UserError: in all processes; names a process that does not see it, and its host.
     """
     if jax.process_count() == 1:
         return

@@ -1,4 +1,4 @@
-"""Sampling of answers to compare, from one model (by seeds and temperatures) or from several, stored as rows."""
+"""Samples answers for comparison, from one model (several seeds or temperatures) or several models; and best-of-n."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lm.train.checkpoint import Checkpoints
 from lm.train.models import Loaded, load_run, scorers_for
 from lm.train.run_folder import RunFolder, read_sealed, write_sealed
 
-BATCH = 32  # prompts answered at once
+BATCH = 32  # prompts per batch
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that answers: a run and a stage of it."""
+    """A model whose answers are compared: a stage of a run."""
 
     run_dir: Path
     stage: str
@@ -36,7 +36,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Asked:
-    """Sampling request: `answers` of each contestant to each prompt, over temperatures in turn and consecutive seeds."""
+    """What to sample: `answers` completions per prompt from each contestant, cycling through the temperatures."""
 
     prompts: str
     limit: int
@@ -49,13 +49,13 @@ class Asked:
 
 
 def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> bool:
-    """Sample rows of `prompt`, `answers` and `sources` into `path`; False where they exist already and are kept.
+    """Sample rows of `prompt`, `answers` and `sources` into `path`; returns False if the file exists already.
 
-    What was asked stands beside them, in a file of the same name that ends in .json.
+    The settings are written beside it, in a file of the same name ending in .json.
 
     Raises:
-        UserError: the file there was sampled otherwise, or by models that have been trained since; prompts that are
-            none, or longer than a model's context has room for.
+        UserError: the existing file has other settings or other model steps; there are no prompts, or one does not fit
+            a model's context.
     """
     settings = _settings(contestants, asked)
     beside = path.with_suffix(".json")
@@ -81,7 +81,7 @@ def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> 
 
 
 def _prompts(asked: Asked, loaded: Loaded) -> list[Turns]:
-    """The prompts of the file, or the experiment's own."""
+    """The prompts of the file, or the experiment's `prompts` if no file is given."""
     if not asked.prompts:
         prompts: list[Turns] = list(loaded.experiment.prompts[: asked.limit])
         if not prompts:
@@ -93,9 +93,9 @@ def _prompts(asked: Asked, loaded: Loaded) -> list[Turns]:
 
 
 def _answers(loaded: Loaded, prompts: Sequence[Turns], asked: Asked, number: int) -> Iterator[str]:
-    """Answer `number` of a model to every prompt."""
+    """A model's answer number `number` to every prompt."""
     for start in range(0, len(prompts), BATCH):
-        # Batches of one answer and answers of one batch have seeds that have nothing to do with each other.
+        # An independent seed for each (answer number, batch).
         seed = int(np.random.SeedSequence([asked.seed, number, start]).generate_state(1)[0] >> 1)
         batch = [chat.as_messages(prompt) for prompt in prompts[start : start + BATCH]]
         answers = generate_text(
@@ -110,7 +110,7 @@ def _temperature(asked: Asked, number: int) -> float:
 
 
 def _names(contestants: Sequence[Contestant], asked: Asked) -> list[str]:
-    """Source name of each answer of a row: the stage, with run and temperature where there are several."""
+    """The name of each answer's source: the stage, with the run and the temperature if there are several."""
     several = len({contestant.run_dir for contestant in contestants}) > 1
     names = []
     for contestant in contestants:
@@ -139,8 +139,8 @@ def _check_same(settings: dict[str, Any], beside: Path, path: Path) -> None:
     differing = [name for name in settings if found.get(name) != settings[name]]
     if differing:
         raise UserError(
-            f"{path} is there and was sampled with other settings ({', '.join(differing)}): label it as it is with "
-            f"`lm label {path}`, or keep the new answers elsewhere with --answers-file FILE"
+            f"{path} exists and was sampled with other settings ({', '.join(differing)}): label it as it is with "
+            f"`lm label {path}`, or write the new answers to another file with --answers-file FILE"
         )
 
 
@@ -152,11 +152,11 @@ def best_answers(
     reward: str | None,
     **given: Any,
 ) -> tuple[list[TextCompletion], Float[np.ndarray, " P"]]:
-    """Best-of-n: the answer to each prompt with the highest reward model score among `count`, and its score.
+    """Best-of-n: for each prompt the answer with the highest reward model score among `count`, and its score.
 
     Args:
         reward: STAGE or RUN:STAGE of the reward model; None: the run's last.
-        given: how answers are sampled.
+        given: sampling options of `generate_text`.
 
     Raises:
         UserError: there is no such reward model.
@@ -174,7 +174,7 @@ def best_answers(
         tokens, mask = chat.render(said, loaded.tokenizer)
         rows.append((tokens, last_span(mask)))
     longest = max(len(tokens) for tokens, _ in rows)
-    width = rounded(longest, longest + 15)  # read once more, and with an end that it may not have had, it may be longer
+    width = rounded(longest, longest + 15)  # an answer rendered again, with its end token, may have more tokens
     scores = row_scores(scorer, rows, width).reshape(-1, count)
     best = scores.argmax(axis=1)
     return [answers[i * count + k] for i, k in enumerate(best)], scores.max(axis=1)

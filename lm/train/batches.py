@@ -24,9 +24,13 @@ AHEAD = 2  # steps whose batches are prefetched
 
 
 class Prefetcher:
-    """Prefetches `batch(step)` of the next steps, up to `steps`, in a thread; any order of steps gives the same batches.
+    """Prefetches `batch(step)` of the next steps in a thread; any order of steps gives the same batches.
 
-    What `batch` raises is raised here, at its step. `close` ends the thread.
+    An exception of `batch` is raised by the call for its step. `close` ends the thread.
+
+    Args:
+        batch: a pure function of the step.
+        steps: number of steps; later ones are not prefetched.
     """
 
     def __init__(self, batch: Callable[[int], TokenBatch], steps: int):
@@ -68,7 +72,7 @@ class Prefetcher:
             return
         self._stop.set()
         with contextlib.suppress(queue.Empty):
-            while True:  # makes room for the one batch that the thread may still be about to put
+            while True:  # make room for a batch that the thread may be about to put
                 self._ready.get_nowait()
         self._thread.join()
         self._thread = None
@@ -85,7 +89,7 @@ class Batches:
     def __init__(self, feed: Feed, count: int, mesh: Mesh, steps: int):
         self.notes: dict[
             str, str
-        ] = {}  # what people should know of the batches made last: kind -> text; the loop takes it
+        ] = {}  # warnings about the latest batches (kind -> text), which the loop logs and clears
         self.count, self.place = count, batch_sharding(mesh)
         self.rows = own_rows(self.place, count)
         self.feed = feed
@@ -93,22 +97,23 @@ class Batches:
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
-        """Prepare before the first step with the model that enters the stage.
+        """Do what is needed before the first step.
 
         Args:
-            folder: the stage's, to keep it in.
-            before: called with what comes next, before each thing that takes time; raises where the run should stop.
+            model: the model that enters the stage.
+            folder: the stage's folder, where results are cached.
+            before: called with a description before each slow task; raises if the run should stop.
         """
 
     def make(self, step: int) -> TokenBatch:
-        """This process's rows of a step's batch, on the host."""
+        """This process's rows of a step's batch, in host memory."""
         return self.feed.batch(step, self.rows)
 
     def __call__(self, step: int, state: TrainState) -> tuple[Sequence[TokenBatch], dict[str, float]]:
         return [to_devices(self.batch(step), self.place, self.rows, self.count)], {}
 
     def show(self, log: MetricsLog, step: int) -> None:
-        """Log samples to read; `lm data` shows the data itself."""
+        """Log samples of the latest batch for people to read (only batches that are sampled have any)."""
 
     def close(self) -> None:
         """Stop prefetching."""
@@ -116,7 +121,7 @@ class Batches:
 
 
 class CachedReferenceBatches(Batches):
-    """Batches with reference log-probabilities, computed once for every example before training."""
+    """Batches with reference log-probabilities, which are computed once for every example before training."""
 
     def __init__(self, stage: Stage, feed: Feed, count: int, mesh: Mesh):
         super().__init__(feed, count, mesh, stage.steps)

@@ -17,15 +17,15 @@ ARGUMENTS = "stage, kind, line"
 class Callback:
     """A user's function, called with (stage, kind, line), and its FILE:FUNCTION name.
 
-    `kind` is metrics, eval or samples, as the files of a stage, and `line` the line that is written; when a stage is
-    finished `kind` is summary, and `line` the stage's summary.json.
+    `kind` is metrics, eval, samples or warnings, and `line` the line written to that file; when a stage is finished,
+    `kind` is summary and `line` the content of summary.json.
     """
 
     name: str
     function: Callable[[str, str, dict[str, Any]], Any]
 
     def __call__(self, stage: str, kind: str, line: dict[str, Any]) -> None:
-        """Raises UserError with file and line where the function raises."""
+        """Call the function. Raises UserError with file and line number if it raises."""
         try:
             self.function(stage, kind, dict(line))
         except Exception as error:

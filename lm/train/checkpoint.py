@@ -1,12 +1,12 @@
 """Checkpoints of a training state: saved asynchronously by orbax, sealed with checksums, verified on load.
 
-A checkpoint is a folder `STEP/` that orbax writes under another name and renames when it is whole, and in it
-`manifest.json`, written last: the step, the caller's `meta`, the name, dtype and shape of every array, and the
-SHA-256 of every file. A folder without a manifest was never finished and does not count; one that disagrees with its
-manifest is damaged. So there is no moment at which SIGKILL can leave something that looks like a checkpoint and is
-none, and a flipped bit is seen before it is trained on.
+A checkpoint is a folder `STEP/`, which orbax writes under a temporary name and renames when complete. Its
+`manifest.json` is written last: the step, the caller's `meta`, the name, dtype and shape of every array, and the
+SHA-256 of every file. A folder without a manifest is unfinished and ignored; a folder that disagrees with its manifest
+is damaged. So SIGKILL at any moment leaves no partial checkpoint that looks complete, and a flipped bit is detected
+before training continues from it.
 
-Arrays are stored by name (`blocks/attn/q`), not by class: files outlive a renaming of the code.
+Arrays are stored by name (`blocks/attn/q`), not by class, so that checkpoints survive a renaming of classes.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Checkpoints:
     """The checkpoints in one folder. Every process of a run makes the same calls.
 
     Args:
-        keep: how many of the newest are kept.
-        keep_every: those of every so many steps are kept for good; 0: none.
+        keep: number of newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this step are kept permanently; 0: none.
     """
 
     def __init__(self, folder: Path | str, keep: int = 2, keep_every: int = 0) -> None:
@@ -77,15 +77,15 @@ class Checkpoints:
     def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> None:
         """Start an asynchronous save; returns when the arrays may be donated or changed.
 
-        An intact checkpoint of the step is kept. Raises UserError where the disk refuses, now or (for
-        the part that runs behind) from the next `save`, `wait` or `close`.
+        Does nothing if the step already has an intact checkpoint. Raises UserError if writing fails, now or (for the
+        asynchronous part) from the next `save`, `wait` or `close`.
         """
         self.wait()
         path = self.folder / f"{step:08d}"
         if self._sound(path):
             return
         arrays = {item: named_leaves(tree) for item, tree in items.items()}
-        meta = json.loads(json.dumps(meta))  # as it is now, and as it will be read
+        meta = json.loads(json.dumps(meta))  # a copy, in the types that JSON gives back
         manifest = {"step": step, "meta": meta, "items": {item: _signature(named) for item, named in arrays.items()}}
         with self._guard(path):
             self._clear(path)
@@ -124,17 +124,16 @@ class Checkpoints:
     ) -> Restored | None:
         """Restore the newest intact checkpoint, or None if none was ever finished.
 
-        `abstract` names the items that are wanted, each a pytree of jax.ShapeDtypeStruct; arrays come back on the
-        sharding that it carries (without one: on the first device), whatever they were saved from. Every unfinished or
-        damaged checkpoint that is passed over is told to `warn` in one line.
-
         Args:
-            only: the step of the one checkpoint that will do, of a finished stage its last.
-            optional: items that may have been dropped; they are missing from what comes back.
+            abstract: the items to restore, each a pytree of jax.ShapeDtypeStruct; arrays are placed by its sharding
+                (without one: on the first device), whatever sharding they were saved from.
+            warn: called with one line for every unfinished or damaged checkpoint that is skipped.
+            only: restore the checkpoint of this step and no other (the last step of a finished stage).
+            optional: items that may be missing from the checkpoint, and then from the result.
 
         Raises:
-            UserError: checkpoints exist but none is sound, or not the one of step `only`; names, shapes or dtypes are not
-                those of `abstract`.
+            UserError: checkpoints exist but none is intact, or the one of step `only` is not; names, shapes or dtypes
+                differ from `abstract`.
         """
         self.wait()
         step = broadcast_from_main(lambda: self._newest_sound(warn) if only is None else self._sound_one(only))
@@ -156,7 +155,7 @@ class Checkpoints:
     def finish(self, step: int, items: Collection[str]) -> None:
         """Reduce a finished stage to its last and its permanent checkpoints, with only these items.
 
-        Nothing is done where the last one is missing or its manifest damaged.
+        Does nothing if the last checkpoint is missing or its manifest is damaged.
         """
         self.wait()
         if not is_main_process() or not any(self.has(step, item) for item in items):
@@ -300,7 +299,7 @@ def _signature(named: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_roles(path: Path, wanted: Collection[str], saved: Collection[str]) -> None:
-    """Raises UserError for a checkpoint from before its models had names by their role."""
+    """Raise UserError for a checkpoint of an older version, which stored the model as `params` and not by its role."""
     if "params" in saved and "params" not in wanted:
         raise UserError(
             f"{path} has its model as 'params', which is {' or '.join(sorted(wanted))} now: commit {LAST_WITHOUT_ROLES} still "
@@ -328,7 +327,7 @@ def _check_same(path: Path, item: str, wanted: dict[str, str], saved_items: dict
 
 @functools.cache
 def _orbax() -> Any:
-    """Import orbax lazily, with its log silenced, which repeats exceptions that it also raises."""
+    """Import orbax lazily and silence its error log, which repeats the exceptions that it raises."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno > logging.ERROR)
@@ -336,8 +335,11 @@ def _orbax() -> Any:
 
 
 def _writing(ocp: Any) -> contextlib.AbstractContextManager[Any]:
-    """Compressing weights takes five times the processor time and saves a twelfth of the bytes. Folders are made before
-    `save` returns: made behind it, a disk that refuses them leaves threads that wait for them."""
+    """Orbax options for saving: no compression, and folders created before `save` returns.
+
+    Compressing weights takes five times the CPU time and saves a twelfth of the bytes. If folders are created
+    asynchronously, a failure to create them leaves threads that wait for ever.
+    """
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.asynchronous.create_directories_asynchronously = False
@@ -378,7 +380,7 @@ def _drop_items(path: Path, items: Collection[str]) -> None:
     if dropped:
         files = {name: seal for name, seal in manifest["files"].items() if name.split("/")[0] not in dropped}
         write_json_atomic(path / MANIFEST, sealed({**manifest, "items": kept, "files": files}))
-    for part in path.iterdir():  # also of what a kill left half removed
+    for part in path.iterdir():  # including items that a kill left half removed
         if part.is_dir() and part.name not in kept:
             shutil.rmtree(part)
 
@@ -425,7 +427,7 @@ def _remove(path: Path) -> None:
         if not path.exists():
             return
         time.sleep(0.05)
-    raise UserError(f"{path} could not be removed; see who owns it and what is in it, and remove it by hand")
+    raise UserError(f"{path} could not be removed: check its owner and permissions, and remove it by hand")
 
 
 def _disk_reason(error: BaseException | None) -> str | None:

@@ -1,7 +1,7 @@
-"""Collect stages: sample answers, have them judged, and write the rows that later stages train on.
+"""Collect stages: sample answers, judge them, and write rows that later stages train on.
 
-In the stage's folder: answers.jsonl (a row of `prompt` and `answers` for each prompt), labels.jsonl (the choices, in the
-form of the label page), made.jsonl (preference pairs or conversations: the source `collected:STAGE`).
+Files in the stage's folder: answers.jsonl (a row of `prompt` and `answers` for each prompt), labels.jsonl (the choices,
+in the label page's format), made.jsonl (preference pairs or conversations: the source `collected:STAGE`).
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ Row = dict[str, Any]
 
 
 def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], began: float) -> None:
-    """Run a Collect stage: answers, choices, and rows made of them; resumable.
+    """Run a Collect stage, resumable at each step: sample answers, judge them, and write the collected rows.
 
     Raises:
-        UserError: people are to judge and have not yet (says with which command they do); nothing could be made.
-        Interrupted: a signal came; what is sampled is kept.
+        UserError: people have yet to label the answers (names the command for it), or no row could be made.
+        Interrupted: a signal arrived; the answers so far are kept.
     """
     stage: Stage[Collect] = run.experiment.stages[index]
     o = stage.objective
@@ -79,9 +79,9 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
 def _sample(
     run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], path: Path, costs: Costs
 ) -> list[dict[str, Any]]:
-    """Sample and write the answers of all missing steps, each with the judge's score unless people judge.
+    """Sample and write the answers of all missing steps, scored by the judge unless people judge.
 
-    Returns the counts of the prompts, a source each.
+    Returns the counts of each source's prompts.
     """
     stage = run.experiment.stages[index]
     tasks = make_tasks(stage, run.tokenizer, run.experiment.seed, run.held_out)
@@ -96,7 +96,7 @@ def _sample(
                 raise Interrupted(f"{reason}: kept the answers of {step} of {stage.steps} steps of stage {stage.name}")
             run.watchdog.expect(f"step {step + 1} of stage {stage.name}", PATIENCE)
             rows, line, tokens = _answer(run, index, model, scorers, tasks, step)
-            # The metrics first: of a step whose answers are not there they are rewound.
+            # Metrics first: if a kill prevents the answers from being written, the metrics are rewound.
             log.metrics({"step": step + 1, "time": costs.total()["seconds"], **line})
             run_on_main(functools.partial(_append, path, rows))
             progress.update(step + 1, line, tokens)
@@ -107,7 +107,7 @@ def _sample(
 def _answer(
     run: RunContext, index: int, model: Transformer, scorers: tuple[Scorer, ...], tasks: Tasks, step: int
 ) -> tuple[list[Row], dict[str, float], int]:
-    """Sample a step: its rows, metrics, and number of tokens."""
+    """Sample the answers of one step; returns rows, metrics, and the number of sampled tokens."""
     stage: Stage[Collect] = run.experiment.stages[index]
     o = stage.objective
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.experiment.seed), index), step)
@@ -145,7 +145,7 @@ def _row(group: Sequence[Trajectory], scores: list[float] | None) -> Row:
 
 
 def _whole_steps(path: Path, batch_size: int) -> int:
-    """Number of complete steps in the file; removes an incomplete last step."""
+    """Number of complete steps in the answers file, from which the rows of an incomplete last step are removed."""
     lines = [raw for raw, _ in read_json_lines(path, ANSWER_FIELDS)]
     whole = len(lines) // batch_size
     if path.exists():
@@ -165,11 +165,11 @@ def _append(path: Path, rows: list[Row]) -> None:
         file.close()
 
 
-# ---- rows made of the answers --------------------------------------------------------------------------------------
+# ---- rows from answers ---------------------------------------------------------------------------------------------
 
 
 def make_pairs(folder: Path, name: str, o: Collect) -> None:
-    """Make preference rows: the judge decides every pair of answers; choices go to a file as of the label page."""
+    """Write preference rows from the judge's choice for every pair of answers; choices are kept as the label page does."""
     task = make_task(load_rows(str(folder / ANSWERS)))
     if o.judge == PEOPLE:
         _wait_for_people(folder, name, len(task.pairs))
@@ -182,7 +182,7 @@ def make_pairs(folder: Path, name: str, o: Collect) -> None:
 
 
 def _decide(folder: Path, o: Collect, pairs: Sequence[Pair]) -> None:
-    """Decide all undecided pairs: the higher score wins, equal scores are a tie."""
+    """Record a choice for every undecided pair: the answer with the higher score, a tie for equal scores."""
     scores = {
         (text_of(row["prompt"]), answer): score
         for row in _rows_of(folder / ANSWERS)
@@ -209,7 +209,7 @@ def _wait_for_people(folder: Path, name: str, count: int) -> None:
 
 
 def make_best(folder: Path, name: str, o: Collect) -> None:
-    """Make SFT rows from each prompt's best answer (rejection sampling, arXiv:2307.09288, section 3.2.3)."""
+    """Write SFT rows from each prompt's highest-scored answer (rejection sampling, arXiv:2307.09288, section 3.2.3)."""
     rows = []
     for number, row in enumerate(_rows_of(folder / ANSWERS), start=1):
         best = row["answers"][int(np.argmax(row["scores"]))]
@@ -219,7 +219,7 @@ def make_best(folder: Path, name: str, o: Collect) -> None:
 
 
 def _rows_of(path: Path) -> list[Row]:
-    """Read the stage's own JSON lines. Raises UserError where a row lacks a score for each answer."""
+    """Read the rows of answers.jsonl. Raises UserError if a row lacks a score for an answer."""
     rows = [row for _, row in read_json_lines(path, ANSWER_FIELDS | {"scores": list})]
     for number, row in enumerate(rows, start=1):
         if [type(score) for score in row["scores"]] != [float] * len(row["answers"]) or not row["answers"]:

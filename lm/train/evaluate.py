@@ -1,4 +1,4 @@
-"""Evaluation within a run: every eval before and after each stage, some in between; prompts are answered each time."""
+"""Evaluation within a run: all evals before and after each stage, the stage's `evals` in between, and sample answers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lm.train.run_folder import RunFolder
 
 Line = dict[str, Any]
 
-ANSWER_TOKENS = 80  # longest answer to one of the experiment's prompts
+ANSWER_TOKENS = 80  # token limit of an answer to one of the experiment's prompts
 
 
 class Evaluator:
-    """Runs a run's evals and writes their results.
+    """Runs the evals of an experiment and logs their results.
 
     Args:
-        reference: the model that preferences are compared with, None before there is one; asked for when needed.
-        scorers: the reward models that look at answers, none before there is one; asked for when needed.
+        reference: returns the reference model of preference evals, None before the first preference stage; called lazily.
+        scorers: returns the reward models that score sampled answers, () if there is none yet; called lazily.
     """
 
     def __init__(
@@ -45,27 +45,27 @@ class Evaluator:
         self.experiment, self.folder, self.tokenizer = experiment, folder, tokenizer
         self.reference, self.scorers = reference, scorers
         self.told: set[str] = set()
-        self.passed_over: dict[str, Line] = {}  # by eval what of its rows was not measured, or only in part
+        self.passed_over: dict[str, Line] = {}  # by eval: counts of rows that were left out or truncated
         self.tell: Callable[[str], None] = lambda text: None  # shows the current measurement
 
     def before(self, index: int, model: Transformer, log: MetricsLog) -> None:
-        """Evaluate the model that enters a stage: copies the previous stage's last results and runs the rest.
+        """Evaluate the model that enters a stage: copies the previous stage's last results and runs the missing evals.
 
-        What is already written is left, so that a run which was killed meanwhile completes it. A reward model's stage has
-        nothing to compare with.
+        Results that exist already are kept, so that a resumed run completes them. Skipped for a reward model's stage.
         """
         if self.experiment.stages[index].objective.produces == "scorer":
             return
-        newly = [item.name for item in self.experiment.evals if self._sees_more(item)]  # all load what they look with
+        newly = [item.name for item in self.experiment.evals if self._sees_more(item)]  # loads models
         known, answered = broadcast_from_main(lambda: self._known_before(index, log, newly))
         if not answered:
             self._answer_prompts(model, log, 0, "before")
         self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
 
     def _known_before(self, index: int, log: MetricsLog, newly: list[str]) -> tuple[list[str], bool]:
-        """Evals with results already, and whether prompts are answered; copied from the previous stage.
+        """Copy the previous stage's results; returns the names of the evals with results and whether prompts are answered.
 
-        Of `newly` seen evals only lines that have what is newly seen.
+        Args:
+            newly: names of evals that now measure more than in the previous stage; they are copied only if they have `kl`.
         """
         evals, samples = (read_lines(log.folder / f"{kind}.jsonl") for kind in ("eval", "samples"))
         known = {line["eval"] for line in evals if line["when"] == "before"}
@@ -90,17 +90,21 @@ class Evaluator:
         return sorted(known), answered
 
     def _sees_more(self, item: Eval) -> bool:
-        """Whether there is now a reference or a reward model that the stage before may have had nothing of."""
+        """Whether an eval has a reference now, which it may not have had in the stage before."""
         return item.metric == "reward" and item.temperature == 1 and self.reference() is not None
 
     def during(self, index: int, model: Transformer | Scorer, log: MetricsLog, step: int) -> None:
-        """Run the evals that the stage names, and answer the prompts."""
+        """Run the evals named in the stage's `evals`, and answer the experiment's prompts."""
         names = self.experiment.stages[index].evals
         self._answer_prompts(model, log, step, "during")
         self._measure([e for e in self.experiment.evals if e.name in names], model, log, step, "during")
 
     def after(self, index: int, model: Transformer | Scorer, log: MetricsLog, entering: Transformer) -> None:
-        """Run all evals and answer the prompts; `entering` is the model that a reward model was built from."""
+        """Run all evals and answer the experiment's prompts, after the last step.
+
+        Args:
+            entering: the model that entered the stage; best-of-n of a reward model's stage samples from it.
+        """
         step = self.experiment.stages[index].steps
         self._answer_prompts(model, log, step, "after")
         self._measure(list(self.experiment.evals), model, log, step, "after")
@@ -119,14 +123,14 @@ class Evaluator:
             self._log(log, *self._lines(item, subject, step, when))
 
     def _log(self, log: MetricsLog, line: Line, examples: list[Line]) -> None:
-        """The examples first: the line of eval.jsonl says that the measurement is written whole."""
+        """Write the examples, then the line of eval.jsonl, which marks the measurement as complete."""
         log.samples(examples)
         log.evaluation(line)
 
     def lines(self, item: Eval, model: Transformer | Scorer, step: int, when: str) -> list[tuple[Line, list[Line]]]:
-        """Lines for eval.jsonl and samples.jsonl; none where there is nothing to measure or compare with yet.
+        """Run one eval; returns its line of eval.jsonl and its samples, or [] if it cannot be measured yet.
 
-        A reward model is only asked for pairs. Best of n is measured when the reward model that chooses is made.
+        A reward model runs pair evals only. Best-of-n is measured after the stage of the reward model that chooses.
         """
         if item.metric == "best_of_n" or broadcast_from_main(lambda: not_there(item)) or self._nothing_in(item):
             return []
@@ -157,7 +161,7 @@ class Evaluator:
         return read_examples(item, self.tokenizer, self.experiment.model.max_len, talks_of(self.experiment))
 
     def _nothing_in(self, item: Eval) -> bool:
-        """Whether of what a stage has collected since the run began nothing can be measured; says so once."""
+        """Whether an eval on collected rows has no example to measure; prints the reason once."""
         if not is_collected(item.source):
             return False
         try:
@@ -197,15 +201,15 @@ class Evaluator:
 
 
 def not_there(item: Eval) -> bool:
-    """Whether an eval's file is yet to be written by a stage."""
+    """Whether an eval's file has yet to be written by a Collect stage."""
     return is_collected(item.source) and not Path(item.source.path).exists()
 
 
 def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str]:
-    """Lines on every eval whose examples exist: how many it measures and skips.
+    """A line for every eval whose data exists: how many examples it measures and skips.
 
     Raises:
-        UserError: an eval has nothing to measure, or a row that is broken or lacks a column; or a prompt is too long.
+        UserError: an eval has no examples or an invalid row, or one of the experiment's prompts is too long.
     """
     max_len, talks = experiment.model.max_len, talks_of(experiment)
     room = max_len - _answer_tokens(max_len)
@@ -227,7 +231,7 @@ def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str
 
 
 def _field(experiment: Experiment, item: Eval) -> str:
-    """Dotted name of an eval's source: of the stage source that it shares, else of the eval itself."""
+    """Dotted name of an eval's source: that of a stage if it has the same source, else the eval's own."""
     of_stages = {
         source: f"{stage.name}.sources.{i}" for stage in experiment.stages for i, source in enumerate(stage.sources)
     }

@@ -24,15 +24,15 @@ PARTS = (
 
 
 class Costs:
-    """Seconds by name, over all sessions.
+    """Seconds by category (PARTS), summed over all sessions of a stage.
 
-    A checkpoint keeps what was known when it was saved. The lines of metrics.jsonl say how far the clock went after it:
-    the difference was lost, and so is the time that a session needs until it goes on.
+    The time between a session's last checkpoint and its last line of metrics.jsonl was lost to a kill, and so is the
+    time that a session needs to resume: both count as `lost_seconds`.
 
     Args:
         began: time.monotonic() when this session's work on the stage began.
-        saved: what the checkpoint keeps that the stage goes on from; empty: it begins.
-        reached: seconds that earlier sessions are known to have spent.
+        saved: the seconds in the checkpoint that the stage resumes from; empty at its start.
+        reached: total seconds that earlier sessions are known to have spent.
     """
 
     def __init__(self, began: float, saved: dict[str, float], reached: float):
@@ -53,7 +53,7 @@ class Costs:
         self._add(name, time.monotonic() - since)
 
     def total(self) -> dict[str, float]:
-        """All categories, the total `seconds`, and `step_seconds`, the remainder."""
+        """All categories, the total as `seconds`, and the remainder as `step_seconds`."""
         seconds = self.before + time.monotonic() - self.began
         parts = sum(self.seconds.get(name, 0.0) for name in PARTS)
         return self.seconds | {"seconds": seconds, "step_seconds": max(seconds - parts, 0.0)}
@@ -63,7 +63,7 @@ class Costs:
 
 
 def reached(folder: Path) -> float:
-    """Seconds that earlier sessions are known to have spent on the stage in `folder`. Ask before its lines are rewound."""
+    """Seconds that earlier sessions are known to have spent on a stage; to be read before its metrics are rewound."""
     kept = read_sealed(_file(folder)).get("seconds", 0.0) if _file(folder).exists() else 0.0
     if not isinstance(kept, int | float):
         raise UserError(f"{_file(folder)} is damaged: its seconds are {kept!r}; remove it")
@@ -71,7 +71,7 @@ def reached(folder: Path) -> float:
 
 
 def keep(folder: Path, seconds: float) -> None:
-    """Store the seconds that rewinding would drop."""
+    """Store the seconds in time.json, since rewinding removes them from metrics.jsonl."""
     if seconds:
         write_sealed(_file(folder), {"seconds": seconds})
 

@@ -1,4 +1,4 @@
-"""Scoring of a file of preference pairs by a reward model, an ensemble of several runs', or an implicit reward."""
+"""Scores a file of preference pairs with a reward model, an ensemble of several runs', or an implicit reward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from lm.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Judged:
-    """Result of scoring pairs; `members`: each run's own accuracy; `what`, `baseline_of`, `remark`: texts to print."""
+    """Result of `judge_pairs`.
+
+    `members` has each run's own accuracy. `what` (the model), `baseline_of` (the pairs that the length baseline is taken
+    from) and `remark` (a warning about trained pairs, or "") are texts to print.
+    """
 
     what: str
     path: str
@@ -57,7 +61,8 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
     """Score the pairs of a file, all or those held out at `holdout`; several runs form an ensemble.
 
     Raises:
-        UserError: no such file or stage, rows that are no pairs, none that fits, runs with different tokenizers.
+        UserError: there is no such file or stage, a row is not a pair, no pair fits the context, or the runs have
+            different tokenizers.
     """
     rows = load_rows(path)
     indices = range(len(rows)) if holdout is None else select(Source(path, holdout=holdout), "heldout")[1]
@@ -65,7 +70,9 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
     wheres = [rows.where(i) for i in indices]
     subjects = [_subject(run, stage) for run in runs]
     if len({subject.tokenizer.fingerprint for _, subject in subjects}) > 1:
-        raise UserError(f"{runs[0]} and the others have different tokenizers: an ensemble reads the same tokens")
+        raise UserError(
+            f"{runs[0]} and the other runs have different tokenizers: an ensemble needs runs with the same one"
+        )
     found = [score_pairs(pairs, wheres, subject) for _, subject in subjects]
     scored = found[0]._replace(gaps=np.mean([one.gaps for one in found], axis=0))
     if not scored.rows:
@@ -86,22 +93,22 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
 
 
 def _seen(run_dir: Path, rows: Rows, indices: Sequence[int], holdout: float | None) -> str:
-    """A warning where scored pairs or their prompts were trained on; "" otherwise."""
+    """A warning if the run was trained on scored pairs or their prompts; "" otherwise."""
     folder = RunFolder(run_dir)
     experiment = located(from_dict(folder.read_experiment()), folder)
     sources = [source for stage in experiment.stages for source in stage.sources]
     same = [source.holdout for source in sources if Path(source.path).resolve() == Path(rows.path).resolve()]
     if same and (holdout is None or holdout > min(same)):
-        return f"{run_dir} was trained on pairs of this file: --heldout {min(same):g} takes those that it has not seen"
+        return f"{run_dir} was trained on pairs of this file: --heldout {min(same):g} scores only those held out"
     if rows.generated or any(why_missing(source.path) for source in sources):
         return ""
     trained = trained_places(sources, held_out_elsewhere(experiment))
     known = int(np.isin(rows.measures.places[np.asarray(indices)], trained).sum())
-    return f"{run_dir} was trained on rows that ask what {known} of the {len(indices)} pairs ask" if known else ""
+    return f"{run_dir} was trained on the prompts of {known} of the {len(indices)} pairs" if known else ""
 
 
 def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
-    """The judging model of a run with its name: the requested stage, or the last reward model."""
+    """The name and model that score: the requested stage of a run, or its last reward model."""
     folder = RunFolder(run_dir)
     experiment = located(from_dict(folder.read_experiment()), folder)
     tokenizer, mesh = SubwordTokenizer.load(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
@@ -120,7 +127,7 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     first = next((i for i, s in enumerate(experiment.stages) if s.objective.learns_preferences), None)
     if first is None or check_until(experiment, name) < first:
         raise UserError(
-            f"stage {name} of {run_dir} is before any preference stage: it has no reference, and so no implicit reward"
+            f"stage {name} of {run_dir} comes before any preference stage: it has no reference, so no implicit reward"
         )
     reference = model_before(experiment, folder, tokenizer, mesh, first)
     model = load_model(experiment, folder, tokenizer, mesh, name)
@@ -128,7 +135,7 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
 
 
 def _lengths(rows: Rows, indices: Sequence[int], subject: Subject) -> np.ndarray:
-    """Length gap of each pair in tokens (chosen less rejected), without scores."""
+    """Length gap of each pair in tokens (chosen minus rejected), without scoring."""
     sizes = [
         [len(subject.tokenizer.encode(text)) for text in texts_of_pair(rows[i], rows.where(i))[1:]]
         for i in indices

@@ -49,12 +49,12 @@ from lm.train_step import Step, TrainState
 from lm.types import TokenBatch
 
 PRODUCED = {"policy", "reward"}
-"""Roles of the models that a stage leaves to later ones."""
+"""Roles of the models that later stages may load from a stage's checkpoint."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """The context that all stages of a run share."""
+    """Everything that all stages of a run share: experiment, folder, tokenizer, mesh, signal and watchdog handles."""
 
     experiment: Experiment
     folder: RunFolder
@@ -63,12 +63,12 @@ class RunContext:
     stop: Stop
     watchdog: Watchdog
     started: float  # time.monotonic() when the command began
-    profile: tuple[int, int] | None = None  # steps of every stage to trace: from, and before which
-    callbacks: tuple[Callback, ...] = ()  # functions of the user's own that are told every line that is written
+    profile: tuple[int, int] | None = None  # steps of every stage to trace: (first, end), end excluded
+    callbacks: tuple[Callback, ...] = ()  # user functions called with every line that is written
     held_out: Places = field(
         default_factory=lambda: NOWHERE
-    )  # keys that one source holds out and another could train on (`held_out_elsewhere`)
-    accept: bool = False  # go on with other data, tokenizer or versions than a checkpoint names
+    )  # keys held out by one source that another source contains (`held_out_elsewhere`)
+    accept: bool = False  # resume although data, tokenizer or versions differ from the checkpoint's
 
 
 class StoppedBySignal(Exception):
@@ -81,10 +81,10 @@ class Interrupted(Exception):
 
 @dataclass
 class Pending:
-    """A step whose metrics are still on the devices: they are read one step late, so that the devices never wait."""
+    """Metrics of a step that are still on the devices; they are read one step late, so that the devices never wait."""
 
     step: int
-    tokens: list[jax.Array]  # that are not padding, an update each
+    tokens: list[jax.Array]  # number of non-padding tokens of each update
     metrics: dict[str, Any]
     extra: dict[str, float]
 
@@ -105,8 +105,8 @@ def train_stage(
         began: time.monotonic() when this session's work on the stage began.
 
     Raises:
-        UserError: a loss that is not finite, a sampler that disagrees with the trainer.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        UserError: the loss is not finite, or the sampler's log-probabilities disagree with the trainer's.
+        Interrupted: SIGINT or SIGTERM arrived; the state is saved.
     """
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
@@ -117,31 +117,31 @@ def train_stage(
         MetricsLog(folder, listener(run.callbacks, stage.name)) as log,
         Checkpoints(folder / "checkpoints", stage.keep_last, stage.keep_every) as checkpoints,
     ):
-        batches.prepare(model, folder, functools.partial(_before, run, stage))
+        batches.prepare(model, folder, functools.partial(_before_task, run, stage))
         state, start, meta = restore(state, checkpoints, run.mesh, stage)
         now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
         check_checkpoint(f"stage {stage.name}", meta, now, run.accept)
         spent = goodput.reached(folder) if is_main_process() else 0.0
         run_on_main(lambda: goodput.keep(folder, spent))
-        run_on_main(lambda: log.rewind(start, functools.partial(_taken_again, stage, start, _measured_before(folder))))
+        run_on_main(lambda: log.rewind(start, functools.partial(_is_repeated, stage, start, _done_before(folder))))
         run_on_main(lambda: log.check_steps(start))
         run_on_main(lambda: rewind_trajectories(folder, start))
         costs = Costs(began, meta.get("costs", {}), spent)
         loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
         evaluator.tell = loop.doing
-        if due(stage, start):  # it may have been stopped before it measured what it saved
+        if due(stage, start):  # the last session may have stopped between saving this step and evaluating it
             with loop.evaluating(start, start, state):
                 evaluator.during(index, policy_of(state.models), log, start)
         for done, current in loop.steps(state, start, step_fn):
             state = current
-            if done == start + 1:  # after a first step, which shows within seconds that the run works
+            if done == start + 1:  # after the first step, which shows within seconds that the run works
                 with loop.evaluating(0, done, state):
                     evaluator.before(index, model, log)
             if due(stage, done):
                 with loop.evaluating(done, done, state):
                     evaluator.during(index, policy_of(state.models), log, done)
         with loop.evaluating(stage.steps, stage.steps, state):
-            if start == stage.steps:  # it may have been stopped in its only step
+            if start == stage.steps:  # no step ran in this session
                 evaluator.before(index, model, log)
             evaluator.after(index, policy_of(state.models), log, model)
         with loop.costs.of("save_seconds"):
@@ -161,11 +161,14 @@ def summarise(
     costs: Costs,
     more: dict[str, Any],
 ) -> None:
-    """Write, last of all, what says that the stage is finished: steps, tokens, parameters, its costs, and its data, in words
-    and as the counts of each source (`Tally.to_json`).
+    """Write the stage's summary.json, whose existence marks the stage as finished.
 
     Args:
-        more: `files`, the SHA-256 of what the stage wrote for later ones, by name; `evals`, the rows that each passed over.
+        tokens: number of tokens trained on.
+        size: number of parameters.
+        data: description of the data, as text.
+        sources: counts of each source's examples (`Tally.to_json`).
+        more: further entries: `files` (SHA-256 of the files for later stages, by name), `evals` (skipped rows by eval).
     """
     if is_main_process():
         counts: dict[str, Any] = {"steps": stage.steps, "final_step": stage.steps, "tokens": tokens, "num_params": size}
@@ -176,9 +179,9 @@ def summarise(
 
 
 def tidy(folder: RunFolder, stage: Stage) -> None:
-    """Clean up a finished stage: drop the optimizer's moments and checkpoints that only serve resuming.
+    """Clean up a finished stage: drop the optimizer state and the checkpoints that only serve resuming.
 
-    A kill may have come before this: it is done again whenever the run goes on.
+    Repeated whenever the run is resumed, in case a kill prevented it.
     """
     step, checkpoints = folder.final_step(stage.name), folder.checkpoints(stage.name)
     if step is not None and checkpoints.is_dir() and not stage.keep_moments:
@@ -186,16 +189,16 @@ def tidy(folder: RunFolder, stage: Stage) -> None:
             found.finish(step, PRODUCED)
 
 
-def _measured_before(folder: Path) -> set[str]:
-    """The evals of the model that entered a stage whose line is written, after their examples."""
+def _done_before(folder: Path) -> set[str]:
+    """Names of the evals whose "before" measurement is complete: a line in eval.jsonl follows its samples."""
     return {line["eval"] for line in read_lines(folder / "eval.jsonl") if line["when"] == "before"}
 
 
-def _taken_again(stage: Stage, start: int, before: set[str], kind: str, line: dict[str, Any]) -> bool:
-    """Whether a line is of a measurement that is taken again when a stage goes on from step `start`.
+def _is_repeated(stage: Stage, start: int, before: set[str], kind: str, line: dict[str, Any]) -> bool:
+    """Whether a logged line belongs to an evaluation that a stage resumed at step `start` runs again.
 
     Args:
-        before: the evals of the model that entered the stage which are written whole.
+        before: names of the evals whose "before" measurement is complete.
     """
     if kind not in ("eval", "samples") or line.get("kind") == "rollout":
         return False
@@ -204,8 +207,8 @@ def _taken_again(stage: Stage, start: int, before: set[str], kind: str, line: di
     return line["when"] == "after" or (line["when"] == "during" and line["step"] == start and due(stage, start))
 
 
-def _before(run: RunContext, stage: Stage, what: str) -> None:
-    """Between two things that a stage does before its first step."""
+def _before_task(run: RunContext, stage: Stage, what: str) -> None:
+    """Called before each slow task that precedes the first step: stops after a signal and restarts the watchdog."""
     if reason := run.stop.now():
         raise Interrupted(f"{reason}: stopped before the first step of stage {stage.name}")
     run.watchdog.expect(what, PATIENCE)
@@ -243,7 +246,7 @@ class _Loop:
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     def doing(self, text: str) -> None:
-        """Show what runs between two steps, also before the first."""
+        """Show the current activity (compiling, an evaluation) in the progress line, or print it before the first step."""
         if self.progress is not None:
             self.progress.doing(text)
         elif is_main_process():
@@ -251,10 +254,10 @@ class _Loop:
 
     @contextlib.contextmanager
     def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
-        """Context of an evaluation: its time is accounted, and the watchdog waits longer.
+        """Context of an evaluation at `step`: its time is counted as `eval_seconds`, and the watchdog waits longer.
 
-        A signal ends it between two batches: the state after step `done` is saved at once, and what was measured of `step`
-        is measured again when the run goes on.
+        A signal ends it between two batches: the state after step `done` is saved at once, and the resumed run repeats
+        the evaluation.
         """
         what = f"the evaluation after step {step} of stage {self.stage.name}"
 
@@ -272,7 +275,7 @@ class _Loop:
             self._interrupt(str(stopped), done)
 
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
-        """(steps done, state) after each step from `start`; saves where it should, and when a signal came."""
+        """Yield (steps done, state) after each step from `start`; saves every `save_every` steps and after a signal."""
         self.progress = progress = Progress(self.stage.name, self.stage.steps, start)
         folder = self.run.folder.stage_folder(self.stage.name)
         self.warnings = Warnings(self.run.experiment, self.stage, folder, self.log, progress.say)
@@ -288,9 +291,9 @@ class _Loop:
                     self._expect(latest.step)
                 self.pending, stopping = latest, self.run.stop.now()
                 if latest.step in (1, self.stage.steps) or due(self.stage, latest.step):
-                    self.batches.show(self.log, latest.step)  # before it is saved: a step that is not made again has it
+                    self.batches.show(self.log, latest.step)  # before saving: a step that is saved is not run again
                 if latest.step % self.stage.save_every == 0 or latest.step == self.stage.steps or stopping:
-                    self._report(latest)  # raises where the state is not finite: such a one is never saved
+                    self._report(latest)  # raises if the loss is not finite: such a state is never saved
                     self._save(state, latest.step)
                 if stopping:
                     self._interrupt(stopping, latest.step)
@@ -331,7 +334,7 @@ class _Loop:
             self.checkpoints.save(step, saved_of(state), meta)
 
     def _report(self, pending: Pending) -> None:
-        """Read, write and show a step's metrics; stops the run where the loss is not finite."""
+        """Fetch, log and show a step's metrics. Raises UserError if the loss or the gradient norm is not finite."""
         assert self.progress is not None
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
         tokens = sum(map(int, jax.device_get(pending.tokens)))
@@ -367,7 +370,7 @@ def start_state(
 
     Args:
         scorers: the reward models that the stage reads.
-        key: of what is new in it, a reward model's head.
+        key: random key of new parameters (a reward model's head).
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
     init = functools.partial(first_state, stage, optimizer)
@@ -389,13 +392,13 @@ def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any,
 def restore(
     state: TrainState, checkpoints: Checkpoints, mesh: Mesh, stage: Stage
 ) -> tuple[TrainState, int, dict[str, Any]]:
-    """The newest intact checkpoint's state, step and meta; the given state if there is none.
+    """The state, step and meta of the newest intact checkpoint; (`state`, 0, {}) if there is none.
 
-    `frozen` is not in checkpoints: it is the model that entered the stage, which the stage before has saved. At the
-    stage's last step only the model is needed, of which nothing but a measurement is left to make.
+    `frozen` is not in checkpoints: it is the model that entered the stage, saved by the stage before. At the stage's
+    last step the optimizer state may be missing, since only evaluations are left.
 
     Raises:
-        UserError: steps are left, and the checkpoint has no optimizer's moments.
+        UserError: steps are left, and the checkpoint has no optimizer state.
     """
     wanted = saved_of(state)
     shapes = {k: abstract(jax.eval_shape(lambda x: x, tree), mesh) for k, tree in wanted.items()}
@@ -416,5 +419,5 @@ def restore(
 
 
 def saved_of(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint keeps, by name: each model by its role, whole, whatever of it trains."""
+    """The items of a checkpoint by name: every model by its role, with frozen parameters too, `opt_state` and `carry`."""
     return state.models | {"opt_state": state.opt_state, "carry": state.carry}

@@ -1,4 +1,4 @@
-"""What a stage writes down and shows: JSON lines, TensorBoard beside them, one line of progress."""
+"""Logs of a stage: JSON-lines files with TensorBoard scalars, and the progress line on the terminal."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ SHOWN = ("loss", "reward", "reward_accuracy")
 
 
 class MetricsLog:
-    """The JSON-lines files of a stage's folder, and TensorBoard's scalars in its `tensorboard/`.
+    """Writes the JSON-lines files of a stage's folder, and TensorBoard scalars in its `tensorboard/`.
 
-    Lines that belong together are one write, so a kill leaves at most the last one cut; it is dropped when the file is
-    opened again. Every line has a checksum in a file beside it (`lm/json_lines.py`).
-    Only process 0 writes; in the others nothing touches the disk.
+    Lines that belong together are one write, so a kill truncates at most the last one, which is dropped when the file
+    is opened again. Every line has a checksum in a file beside it (`lm/json_lines.py`). Only process 0 writes.
     """
 
     def __init__(self, folder: Path, listener: Callable[[str, dict[str, Any]], None] = lambda kind, line: None) -> None:
@@ -47,32 +46,32 @@ class MetricsLog:
         self._purge_from: int | None = None
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """{"step": …, "time": …, "loss": …, …}: every number but the step becomes a curve."""
+        """Write a line of training metrics, {"step": …, "time": …, "loss": …, …}; each number is a TensorBoard scalar."""
         self._write("metrics", [line])
         self._scalars("train", line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """{"step": …, "when": …, "eval": NAME, …}: every number but the step becomes a curve of NAME."""
+        """Write an eval result, {"step": …, "when": …, "eval": NAME, …}; each number is a TensorBoard scalar of NAME."""
         self._write("eval", [line])
         self._scalars(f"eval/{line['eval']}", line)
 
     def sample(self, line: dict[str, Any]) -> None:
-        """One of `samples`."""
+        """Write one sample."""
         self.samples([line])
 
     def warning(self, line: dict[str, Any]) -> None:
-        """{"step": …, "kind": …, "text": …}: what people should know of the stage."""
+        """Write a warning about the stage, {"step": …, "kind": …, "text": …}."""
         self._write("warnings", [line])
 
     def samples(self, lines: Sequence[dict[str, Any]]) -> None:
-        """{"kind": …, "step": …, "when": …, …} each, in one piece: a kill leaves all of them or none."""
+        """Write samples, {"kind": …, "step": …, "when": …, …} each, in one write: a kill leaves all of them or none."""
         self._write("samples", lines)
 
     def rewind(self, step: int, again: Callable[[str, dict[str, Any]], bool] = lambda kind, line: False) -> None:
-        """Forget every line of a later step: the run goes on from `step`. Call it before the first line is written.
+        """Remove the lines of later steps when a stage resumes at `step`. Call it before the first line is written.
 
         Args:
-            again: whether a line of (kind, line) of an earlier step is forgotten too, since it will be written again.
+            again: whether a line, given as (kind, line), of an earlier step is removed too, since it will be written again.
 
         Raises:
             UserError: a file is damaged.
@@ -90,7 +89,7 @@ class MetricsLog:
                     rewrite_json_lines(file, kept)
 
     def check_steps(self, step: int) -> None:
-        """Raises UserError unless the metrics are those of steps 1 … `step`, each once."""
+        """Raise UserError unless metrics.jsonl has exactly one line for each step from 1 to `step`."""
         if not self.active:
             return
         file = self._path("metrics")
@@ -98,12 +97,12 @@ class MetricsLog:
         wrong = next((n for n, has in enumerate(found, start=1) if n != has), len(found) + 1)
         if found != list(range(1, step + 1)):
             raise UserError(
-                f"{file} should have a line of each step from 1 to {step}, which the checkpoint is of; that of step {wrong} is "
+                f"{file} should have a line for each step from 1 to {step}, the checkpoint's step, but step {wrong} is "
                 f"missing: put back a copy of the file, or remove {self.folder} to train the stage again"
             )
 
     def sync(self) -> None:
-        """Wait until the disk has every line."""
+        """Sync all files to disk."""
         for file in self._files.values():
             file.sync()
 
@@ -153,9 +152,12 @@ class MetricsLog:
 
 
 class Progress:
-    """One line of progress: rich's on a terminal, a plain line every ten seconds where there is none.
+    """Progress of a stage: a rich progress bar on a terminal, else a plain line every ten seconds.
 
-    `start` is the step that the run goes on from. Only process 0 shows anything.
+    Only process 0 shows it.
+
+    Args:
+        start: the step at which the stage resumes.
     """
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
@@ -164,7 +166,7 @@ class Progress:
         self.active = _first_process()
         self._seen: deque[tuple[int, float]] = deque([(start, time.monotonic())], maxlen=PACE_STEPS + 1)
         self._first: tuple[int, float] | None = None
-        self._printed = self._said = -math.inf  # when the last plain line was printed, of a step and of another thing
+        self._printed = self._said = -math.inf  # times of the last plain lines: of a step, of another activity
         self._doing = ""
         self._bar: Any = None
         self._task: Any = None
@@ -173,16 +175,16 @@ class Progress:
             self._bar.start()
 
     def rate(self, step: int, tokens: int) -> float:
-        """Tokens per second, of `tokens` a step, now that `step` steps are done.
+        """Tokens per second after `step` steps, with `tokens` tokens per step.
 
-        By the median of the latest steps: evaluations, saves and compilation stand between few of them.
+        Uses the median time of the latest steps, so that evaluations, saves and compilation do not count.
         """
         self._tick(step)
         paces = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in itertools.pairwise(self._seen)]
         return tokens / max(statistics.median(paces), 1e-9) if paces else 0.0
 
     def seconds_left(self, step: int) -> float:
-        """Seconds until the last step, at the mean pace since the first one seen (which compiles); nan until then."""
+        """Estimated seconds until the last step, from the mean time per step since the first (which compiles); else nan."""
         self._tick(step)
         assert self._first is not None
         since_step, since = self._first
@@ -191,9 +193,11 @@ class Progress:
         )
 
     def update(self, step: int, values: Mapping[str, float], tokens: int) -> None:
-        """Show that `step` steps of `tokens` tokens are done, and those of `values` that SHOWN names.
+        """Show that `step` steps are done, with tokens per second and the metrics of SHOWN. The last step is always shown.
 
-        The last step is always shown.
+        Args:
+            values: the step's metrics.
+            tokens: tokens per step.
         """
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         numbers = f"{shown}  {self.rate(step, tokens):,.0f} tokens/s  {_duration(self.seconds_left(step))} left"
@@ -204,9 +208,9 @@ class Progress:
             print(f"{self.label}  step {step}/{self.total}  {numbers}", flush=True)
 
     def doing(self, text: str) -> None:
-        """Show what is done between two steps: `compiling`, `evaluating 3/12: docs`.
+        """Show the activity between two steps: `compiling`, `evaluating 3/12: docs`.
 
-        Without a terminal a line when another thing begins, at most every two seconds, and else every ten.
+        Without a terminal, a line is printed when the activity changes, at most every two seconds, else every ten.
         """
         if self._bar is not None:
             self._bar.update(self._task, numbers=text, refresh=True)
@@ -218,14 +222,14 @@ class Progress:
             print(f"{self.label}  {text}", flush=True)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the progress."""
+        """Print a line above the progress bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self.active:
             print(text, flush=True)
 
     def close(self) -> None:
-        """End the line that moves; what is shown after is plain."""
+        """End the progress bar; later output is plain."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -238,20 +242,20 @@ class Progress:
 
 
 def _ends_whole(file: Path) -> bool:
-    """Whether a file of lines is there, and ends with one that was not cut."""
+    """Whether the file exists and its last line is complete."""
     return file.exists() and file.read_bytes()[-1:] in (b"", b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of one of a stage's files; none if there is no file. A cut last line is dropped.
+    """Read the lines of one of a stage's JSON-lines files; [] if there is no file. A truncated last line is dropped.
 
-    Raises UserError with file and line number if another one is broken.
+    Raises UserError with file and line number if another line is damaged.
     """
     return [line for _, line in read_json_lines(path, FIELDS.get(path.stem))]
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON knows it: array scalars become numbers, arrays lists, and what is not finite null."""
+    """Convert a value to JSON types: array scalars to numbers, arrays to lists, numbers that are not finite to None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -264,13 +268,13 @@ def plain(value: Any) -> Any:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has held resident, in MB (10^6 bytes)."""
+    """Peak resident memory of this process in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def _first_process() -> bool:
-    import jax  # not at the top: those who only read lines do without
+    import jax  # not at the top: reading the lines must not load jax
 
     return jax.process_index() == 0
 

@@ -1,4 +1,4 @@
-"""The models of a run: random, what a stage left, what enters a stage, the reward models that one reads; a run, loaded."""
+"""Loads the models of a run: initial weights, a stage's checkpoint, the model that enters a stage, reward models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
 from lm.train_step import Models
 
-MADE_FILE = "made.jsonl"  # in that stage's folder
+MADE_FILE = "made.jsonl"  # the rows of a Collect stage, in its folder
 
 
 def located(experiment: Experiment, folder: RunFolder) -> Experiment:
@@ -50,18 +50,18 @@ def located(experiment: Experiment, folder: RunFolder) -> Experiment:
 
 
 def is_collected(source: Source) -> bool:
-    """Whether a source (of a located experiment) is what a stage of Collect writes."""
+    """Whether a source (of an experiment from `located`) is the file that a Collect stage writes."""
     return source.path.endswith(f"/{MADE_FILE}")
 
 
 def can_be_read(stage: Stage, experiment: Experiment, folder: RunFolder) -> bool:
-    """Whether all that the stage (of a located experiment) reads is there, and no earlier one has yet to write some of it."""
+    """Whether all Collect stages whose rows the stage (of an experiment from `located`) reads are finished."""
     makers = {str(folder.stage_folder(s.name) / MADE_FILE): s.name for s in experiment.stages}
     return all(folder.finished(makers[source.path]) for source in stage.sources if source.path in makers)
 
 
 def init_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transformer:
-    """The random model of the experiment's seed, born sharded."""
+    """A newly initialised model, random by the experiment's seed and created with its shardings."""
     make = functools.partial(_init, experiment, vocab_size)
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
@@ -71,7 +71,7 @@ def _init(experiment: Experiment, vocab_size: int) -> Transformer:
 
 
 def check_trained_parts(experiment: Experiment) -> None:
-    """Raises UserError for a stage whose `trainable` names no parameter that it has, or leaves nothing to train."""
+    """Raise UserError for a stage whose `trainable` patterns match no parameter or leave nothing to train."""
     model = jax.eval_shape(functools.partial(_init, experiment, 1))
     for stage in experiment.stages:
         if stage.trainable:
@@ -81,7 +81,7 @@ def check_trained_parts(experiment: Experiment) -> None:
 def model_before(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> Transformer:
-    """The model that enters stage `index`: random, or what the stage that it starts from left."""
+    """The model that enters stage `index`: that of the stage it starts from, or a newly initialised one."""
     start = start_of(experiment, index)
     if start is None:
         return init_model(experiment, tokenizer.vocab_size, mesh)
@@ -91,7 +91,7 @@ def model_before(
 def load_model(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str
 ) -> Transformer:
-    """The model that a stage left: of its last step where it is finished, else of its newest sound checkpoint.
+    """Load a stage's language model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
     Raises:
         UserError: the stage has no checkpoint, or its last one is damaged.
@@ -107,10 +107,10 @@ def _load(experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer
 def load_scorer(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str
 ) -> Scorer:
-    """The reward model that a stage left: of its last step where it is finished, else of its newest sound checkpoint.
+    """Load a stage's reward model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
     Raises:
-        UserError: there is no such stage, it is none of a reward model, or it has no checkpoint.
+        UserError: there is no such stage, it trains no reward model, or it has no checkpoint.
     """
     layers = _scorer_stage(experiment, folder, stage).trained_model(experiment.model).num_layers
 
@@ -123,10 +123,10 @@ def load_scorer(
 def scorers_for(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, names: tuple[str, ...]
 ) -> tuple[Scorer, ...]:
-    """Reward models by NAME, a stage of this run, or RUN:NAME, one of another run's folder.
+    """Load reward models by name: STAGE of this run, or RUN:STAGE of another run's folder.
 
     Raises:
-        UserError: there is no such reward model, or it reads other tokens than this run's.
+        UserError: there is no such reward model, or it has another tokenizer than this run.
     """
     found = []
     for name in names:
@@ -140,10 +140,10 @@ def scorers_for(
 
 
 def check_reward_models(experiment: Experiment, tokenizer: SubwordTokenizer) -> None:
-    """What can be wrong with the reward models of other runs, before anything is trained.
+    """Check the reward models that the experiment takes from other runs, before anything is trained.
 
     Raises:
-        UserError: no such run or stage of a reward model, no checkpoint of it, or it reads other tokens than this run's.
+        UserError: there is no such run or stage, it has no checkpoint, or its tokenizer is not this run's.
     """
     for name in dict.fromkeys(name for stage in experiment.stages for name in reward_names(stage) if ":" in name):
         run, _, stage = name.rpartition(":")
@@ -153,14 +153,14 @@ def check_reward_models(experiment: Experiment, tokenizer: SubwordTokenizer) -> 
 
 
 def _of_same_tokens(name: str, tokenizer: SubwordTokenizer) -> Experiment:
-    """The experiment of the run of a reward model RUN:NAME."""
+    """The experiment of the run of a reward model RUN:STAGE. Raises UserError unless it has the same tokenizer."""
     other = RunFolder(Path(name.rpartition(":")[0]))
     experiment = from_dict(other.read_experiment())
     theirs = SubwordTokenizer.load(other.tokenizer)
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"the reward model {name} has another tokenizer ({theirs.vocab_size} pieces) than this run "
-            f"({tokenizer.vocab_size}): its numbers for our tokens would mean nothing; give this run that one's, "
+            f"({tokenizer.vocab_size}): its scores would be meaningless; use its tokenizer for this run, "
             f"--tokenizer.path {other.tokenizer / FILE_NAME}"
         )
     return experiment
@@ -178,7 +178,7 @@ def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> Obje
 def scorers_before(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> tuple[Scorer, ...]:
-    """The reward models that stage `index` reads; else, to look at what it does, the last one trained before it, if any."""
+    """The reward models that stage `index` reads; if none, the last one trained before it (for evals), if any."""
     names = reward_names(experiment.stages[index])
     earlier = [s.name for s in experiment.stages[: index + 1] if s.objective.produces == "scorer"]
     ready = broadcast_from_main(lambda: [name for name in earlier if folder.finished(name)])
@@ -186,7 +186,7 @@ def scorers_before(
 
 
 def _restored(models: Models, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
-    """A finished stage is read at its last step; one that is not, at its newest sound checkpoint."""
+    """Restore models of a stage: from its last step if the stage is finished, else from its newest intact checkpoint."""
     wanted = {role: abstract(model, mesh) for role, model in models.items()}
     final = broadcast_from_main(lambda: folder.final_step(stage))
     with Checkpoints(folder.checkpoints(stage)) as checkpoints:
@@ -198,7 +198,7 @@ def _restored(models: Models, folder: RunFolder, tokenizer: SubwordTokenizer, me
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: SubwordTokenizer, folder: RunFolder, stage: str) -> None:
-    """Raises UserError unless a checkpoint with these notes was trained with the tokenizer; older ones do not name it."""
+    """Raise UserError if a checkpoint's `meta` names another tokenizer (checkpoints of older versions name none)."""
     theirs = meta.get("tokenizer", tokenizer.fingerprint)
     accepted = [note.get("tokenizer") for note in folder.read_environment().get("accepted", ())]
     if tokenizer.fingerprint not in (theirs, *accepted):
@@ -209,10 +209,10 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: SubwordTokenizer, folder: R
 
 
 def check_until(experiment: Experiment, stage: str | None) -> int:
-    """Index of the stage of that name (None: the last).
+    """Index of a stage by name (None: the last).
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such stage.
     """
     names = [s.name for s in experiment.stages]
     if stage is None:
@@ -224,7 +224,7 @@ def check_until(experiment: Experiment, stage: str | None) -> int:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A run's model after one of its stages, with what is needed to use it."""
+    """A run's language model after one of its stages, with its experiment, tokenizer and mesh."""
 
     experiment: Experiment
     tokenizer: SubwordTokenizer
@@ -235,14 +235,14 @@ class Loaded:
 
 
 def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
-    """The model of a run after `stage` (None: the last that has a checkpoint), on this machine's devices.
+    """Load a run's language model after `stage` (None: the last with a checkpoint) onto one device of this machine.
 
     Raises:
-        UserError: not a run's folder, no such stage, or nothing trained yet.
+        UserError: it is not a run's folder, there is no such stage, or it has no checkpoint yet.
     """
     folder = RunFolder(run_dir)
     experiment = located(from_dict(folder.read_experiment()), folder)
-    # A run from a larger machine is looked at on this one.
+    # One device, since the run may have used a larger machine.
     mesh = make_mesh(type(experiment.mesh)(data=1))
     tokenizer = SubwordTokenizer.load(folder.tokenizer)
     speaks = [s.name for s in experiment.stages if s.objective.produces == "policy"]

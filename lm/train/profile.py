@@ -1,4 +1,4 @@
-"""A trace of some steps, for xprof or Perfetto: what the devices and this process did, and when."""
+"""Profiler traces of chosen steps, for xprof or Perfetto."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lm.experiment import UserError
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """`10:13` as (10, 13): steps 10, 11 and 12, counted from 1 as the metrics are.
+    """Parse FIRST:END, such as `10:13` for the steps 10, 11 and 12, counted from 1 as in the metrics.
 
     Raises:
-        UserError: it is not two numbers, the first at least 1 and below the second.
+        UserError: it is not two numbers, the first at least 1 and less than the second.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text)
     first, end = map(int, match.groups()) if match else (0, 0)
@@ -27,7 +27,7 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 class Trace:
-    """Traces the steps from `first` to before `end` into `folder`; nothing where `steps` is None.
+    """Profiles the steps `(first, end)`, end excluded, into a folder; does nothing if `steps` is None.
 
     The folder then has plugins/profile/DATE/*.xplane.pb (xprof, TensorBoard) and *.trace.json.gz (Perfetto).
     """
@@ -36,19 +36,19 @@ class Trace:
         self.folder, self.steps, self.active = folder, steps, False
 
     def before(self, step: int) -> None:
-        """Begin, if `step` is the first to be traced."""
+        """Start the trace if `step` is the first to be traced."""
         if self.steps is not None and self.steps[0] <= step < self.steps[1] and not self.active:
             jax.profiler.start_trace(str(self.folder))
             self.active = True
 
     def after(self, step: int, result: Any) -> None:
-        """End, if `step` was the last to be traced, when the devices have its result."""
+        """Stop the trace if `step` was the last to be traced, after waiting for its `result` on the devices."""
         if self.steps is not None and self.active and step + 1 >= self.steps[1]:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Write what there is, if a trace has begun."""
+        """Stop and write a trace that has started."""
         if self.active:
             self.active = False
             jax.profiler.stop_trace()

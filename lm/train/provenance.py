@@ -1,4 +1,4 @@
-"""Where a result came from: versions, devices, git state and command line, one entry a session of the run."""
+"""Provenance of a run: versions, devices, git state and command line, an entry per session in environment.json."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SECRET = re.compile(r"token(?!s|iz)|key|secret|passw|credential", re.IGNORECASE)
 
 
 def environment(data_fingerprint: Any) -> dict[str, Any]:
-    """What a reader needs to run this again: a plain value, without the secrets of the command line.
+    """The environment of this process as a plain value, with secrets of the command line masked.
 
-    `data_fingerprint` is kept as it is given.
+    `data_fingerprint` is stored as given.
     """
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -52,14 +52,15 @@ def environment(data_fingerprint: Any) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """The versions of lm and of what it computes with, by name."""
+    """Versions of lm and of the packages that affect its results, by name; None if not installed."""
     return {**{name: _version(name) for name in PACKAGES}, "lm": lm.__version__}
 
 
 def record_environment(folder: RunFolder, data_fingerprint: Any, functions: dict[str, str] | None = None) -> None:
-    """Add this session to `{"runs": [...]}` in environment.json: a resumed run overwrites nothing.
+    """Append this session to `{"runs": [...]}` in environment.json.
 
-    `functions` are the files of the functions of the user's own, by FILE:FUNCTION.
+    Args:
+        functions: files of the user functions, by FILE:FUNCTION.
     """
     known = folder.read_environment()
     session = environment(data_fingerprint) | ({"functions": functions} if functions else {})
@@ -68,12 +69,12 @@ def record_environment(folder: RunFolder, data_fingerprint: Any, functions: dict
 
 
 def last_session(run_dir: Path) -> dict[str, Any]:
-    """What the last session of a run wrote down of itself; {} where none has begun."""
+    """The entry of a run's last session in environment.json; {} before the first."""
     return (RunFolder(run_dir).read_environment().get("runs") or [{}])[-1]
 
 
 def without_secrets(arguments: list[str]) -> list[str]:
-    """The command line with `***` for the value of every flag or assignment whose name sounds like a secret."""
+    """The command line with `***` in place of the value of every flag or assignment whose name matches SECRET."""
     shown: list[str] = []
     hide_next = False
     for argument in arguments:
@@ -90,9 +91,9 @@ def without_secrets(arguments: list[str]) -> list[str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and uncommitted difference of the repository around `folder`; None without git or repository.
+    """Commit, branch and uncommitted changes of the git repository that contains `folder`; None if there is none.
 
-    `diff` is against the commit, cut at 1 MB (`diff_cut`); files that git does not know are named, not shown.
+    `diff` is relative to the commit and truncated at 1 MB (`diff_cut`). Untracked files are listed by name only.
     """
     if _git(folder, "rev-parse", "--is-inside-work-tree") != "true":
         return None
@@ -110,7 +111,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or None where it fails or is not installed."""
+    """Output of a git command; None if it fails or git is not installed."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
@@ -139,5 +140,5 @@ def _cpu_model() -> str:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

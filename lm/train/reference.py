@@ -1,4 +1,4 @@
-"""What the reference thinks of a stage's examples, found out once before the first step and kept in the stage's folder."""
+"""Reference log-probabilities of a stage's examples, computed once before the first step and cached in its folder."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ SEAL_BYTES = 64
 Example = tuple[int, int]  # (source, number of the example in it)
 Known = dict[
     Example, list[Float32[np.ndarray, " N"]]
-]  # of each row of an example: its weighed tokens' log-probabilities
+]  # for each row of an example: log-probabilities of its tokens with weight > 0
 
 
 def precompute_reference_logps(
     feed: Feed, model: Transformer, stage: Stage, place: NamedSharding, path: Path, before: Callable[[str], None]
 ) -> Known:
-    """Of every example that the stage will see: from the file at `path`, or by a forward pass each, and written there.
+    """Reference log-probabilities of every example that the stage will see: read from `path`, else computed and written.
 
-    Every process has all of it. `before` is called with what comes next, and may raise.
+    Args:
+        model: the reference.
+        before: called with a description before each batch; may raise to stop.
+
+    Returns:
+        (source, example) -> a float32 array for each row of the example; complete on every process.
     """
     fingerprint = f"{feed.fingerprint} of {stage.steps} steps"
     if broadcast_from_main(lambda: _readable(path, fingerprint)):
@@ -45,7 +50,7 @@ def precompute_reference_logps(
 
 
 def with_reference(batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int], known: Known) -> TokenBatch:
-    """The batch, which has these rows of the step's, with `ref_logp`; it is 0 on places of weight 0."""
+    """Add `ref_logp` to a batch of these rows of the step; it is 0 for tokens of weight 0."""
     examples, each = feed.examples(step), feed.rows_each
     ref_logp = np.zeros(batch.weights.shape, np.float32)
     for place, row in enumerate(rows):
@@ -56,8 +61,8 @@ def with_reference(batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int]
 def _measure(
     feed: Feed, model: Transformer, stage: Stage, place: NamedSharding, before: Callable[[str], None]
 ) -> Known:
-    """A forward pass over the examples, in batches of the size of a step's."""
-    first: dict[Example, int] = {}  # its number in the mixture when it is seen first
+    """Compute the log-probabilities by one forward pass over the distinct examples, in batches of a step's size."""
+    first: dict[Example, int] = {}  # position in the mixture where the example occurs first
     size, each = feed.batch_size, feed.rows_each
     for step in range(stage.steps):
         for at, example in enumerate(feed.examples(step)):
@@ -82,7 +87,7 @@ def _logp(model: Transformer, batch: TokenBatch) -> Float[Array, "B T"]:
 
 
 def _write(path: Path, fingerprint: str, known: Known) -> None:
-    """Sealed by its SHA-256 as the comment of the archive, and so that a kill at any moment leaves the whole file or none."""
+    """Write the cache atomically, with the SHA-256 of its content as the archive's comment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for one in known.values() for row in one]
     stream = io.BytesIO()
@@ -106,12 +111,12 @@ def _seal(content: bytes) -> bytes:
 
 
 def _readable(path: Path, fingerprint: str) -> bool:
-    """Whether the file is there, whole, and of the same data."""
+    """Whether the cache exists, is intact, and belongs to the same data."""
     if not path.exists():
         return False
     content = path.read_bytes()
     if _seal(content[:-SEAL_BYTES]) != content[-SEAL_BYTES:]:
-        print(f"{path} is damaged: the reference's log-probabilities are made anew", flush=True)
+        print(f"{path} is damaged: the reference's log-probabilities are computed again", flush=True)
         return False
     with np.load(path) as arrays:
         return str(arrays["fingerprint"]) == fingerprint

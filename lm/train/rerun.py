@@ -1,4 +1,4 @@
-"""Run a run's value again, and see whether its curve comes out the same to the bit."""
+"""Comparison of a run with a repetition of it: differences in the environment, and the first number that differs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lm.experiment import UserError, diff
 from lm.train.metrics import read_lines
 from lm.train.provenance import environment, last_session
 
-CLOCKS = ("time", "tokens_per_second", "mfu")  # what no two runs have in common
+CLOCKS = ("time", "tokens_per_second", "mfu")  # fields that depend on the clock and are not compared
 NUMBERS = ("metrics.jsonl", "eval.jsonl")
 
 
 def conditions(run_dir: Path, data_fingerprint: Any) -> list[tuple[str, Any, Any]]:
-    """(what, then, now) of everything that differs here and could change a number: versions, code, devices, data.
+    """Differences, as (field, then, now), that could change results: versions, code, devices, data.
 
     Raises:
         UserError: the run never began.
     """
     then = last_session(run_dir)
     if not then:
-        raise UserError(f"{run_dir} has no environment.json: it never began, and there is nothing to run again")
+        raise UserError(f"{run_dir} has no environment.json: the run never began, so there is nothing to repeat")
     now = environment(data_fingerprint)
     return diff(_essential(then), _essential(now))
 
@@ -41,16 +41,16 @@ def _essential(session: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(old: Path, new: Path, stages: list[str]) -> str:
-    """Where two runs part: the first number of the first line of the first stage; "" where all are the same to the bit."""
+    """Description of the first number that differs between two runs; "" if all are bitwise equal."""
     for stage in stages:
         for file in NUMBERS:
             before, after = (_lines(folder / "stages" / stage / file) for folder in (old, new))
             for one, two in zip(before, after, strict=False):
                 for name in one:
                     if one[name] != two.get(name):
-                        return f"{stage}, {file}, step {one['step']}: {name} was {one[name]}, and is {two.get(name)}"
+                        return f"{stage}, {file}, step {one['step']}: {name} was {one[name]} and is now {two.get(name)}"
             if len(before) != len(after):
-                return f"{stage}, {file}: {len(before)} lines, and now {len(after)}"
+                return f"{stage}, {file}: had {len(before)} lines and has now {len(after)}"
     return ""
 
 

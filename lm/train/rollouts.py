@@ -1,4 +1,4 @@
-"""Batches of every stage: from its data, or sampled by its model; and the check that sampler and trainer agree."""
+"""Makes the batches of a stage, from data or by rollout, and checks that sampler and trainer log-probabilities agree."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from lm.train.trajectory_writer import keep_trajectories
 from lm.train_step import TrainState
 from lm.types import RolloutBatch
 
-GROUPS_SHOWN = 3  # groups of a rollout kept for people to read, each time
+GROUPS_SHOWN = 3  # groups of a rollout that are logged as samples
 
 
 class RolloutBatches(Batches):
-    """Batches that the model samples, and a verifier or reward models judge."""
+    """Batches of rollouts: completions sampled by the model, with rewards of a verifier or reward models."""
 
     cost = "sample_seconds"
 
@@ -66,7 +66,7 @@ class RolloutBatches(Batches):
         self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
         self.folder: Path | None = None
-        self.agreement: GapBound | None = None  # of sampler and trainer, when they were last compared with float32
+        self.agreement: GapBound | None = None  # the latest float32 comparison of sampler and trainer
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.folder = folder
@@ -80,9 +80,9 @@ class RolloutBatches(Batches):
         self.latest = algorithm_of(self.stage).rollout(engine, state, self.tasks, self.stage, step, key, self.place)
         if self.folder:
             self.notes |= keep_trajectories(self.folder, self.stage, step + 1, self.latest)
-        # Every process has the whole rollout, and gives its devices their rows of it.
+        # Every process has the whole rollout and places its own devices' rows.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
-        once = batches[: o.updates_per_epoch]  # each row of the rollout
+        once = batches[: o.updates_per_epoch]  # the first epoch: each row of the rollout once
         pieces = self.stage.microbatches
         views = [trainer_view(model, batch, o.temperature, pieces) for batch in once]
         gap = sampler_gap(views, once, precision(model.config))
@@ -94,7 +94,7 @@ class RolloutBatches(Batches):
         return batches, self.latest.metrics | gap.metrics()
 
     def _check(self, gap: SamplerGap, found: GapBound, step: int, config: Model) -> None:
-        """Stop where rounding does not explain the gap between sampler and trainer; with importance correction note it."""
+        """Raise UserError if rounding does not explain the sampler gap; with importance correction, only note a warning."""
         if found.holds:
             return
         where, o = self.stage.name, self.stage.objective
@@ -106,7 +106,7 @@ class RolloutBatches(Batches):
         if not o.tis_clip:
             raise UserError(
                 f"{where}: {told}: gradients would be of another policy. {where}.objective.tis_clip 2 corrects for it by "
-                "importance weights, model.compute_dtype float32 makes rounding small"
+                "importance weights; model.compute_dtype float32 reduces rounding"
             )
         self.notes["sampler_gap"] = f"{told}: importance weights up to {o.tis_clip:g} (tis_clip) correct for it"
 
@@ -114,19 +114,19 @@ class RolloutBatches(Batches):
         log.samples(list(_groups(self.latest, self.stage, step)) if self.latest else [])
 
     def close(self) -> None:
-        """Nothing: a rollout needs the model of its step, and its prompts cost nothing beside it."""
+        """Nothing to stop: rollouts are not prefetched, since each needs the model of its step."""
 
 
 def make_batches(
     experiment: Experiment, index: int, tokenizer: SubwordTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
 ) -> Batches:
-    """The batches of a stage, on the devices of the mesh; of several processes each makes the rows of its own.
+    """Make the batches of a stage on the devices of the mesh; each process makes only the rows of its devices.
 
     Args:
-        elsewhere: what other sources of the experiment hold out (`held_out_elsewhere`), which is left out of training.
+        elsewhere: keys held out by other sources of the experiment (`held_out_elsewhere`), which are not trained on.
 
     Raises:
-        UserError: its data cannot be used; says which file, line or field.
+        UserError: the stage's data cannot be used; names the file, line or field.
     """
     stage = experiment.stages[index]
     if stage.objective.samples:
@@ -138,7 +138,7 @@ def make_batches(
 
 
 def as_trainer_sees(batch: RolloutBatch, view: TrainerView) -> RolloutBatch:
-    """The batch with the old policy being the trainer's, and the sampler's log-probabilities beside it."""
+    """Replace a batch's `old_logp` by the trainer's log-probabilities; the sampler's stay in `sampler_logp`."""
     return dataclasses.replace(batch, old_logp=view.logp)
 
 

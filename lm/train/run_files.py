@@ -1,4 +1,4 @@
-"""The files of a run folder, read into plain values."""
+"""Reads the files of a run folder into plain values, without jax."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ WHEN = {"before": 0, "during": 1, "after": 2}
 
 @dataclass(frozen=True)
 class StageFiles:
-    """One stage of a run: what it should do, what it has written so far, and the steps of which a checkpoint is there.
-
-    `warnings` are lines of a step and a text, each written once in a run.
-    """
+    """The files of one stage, read: metrics, evals, samples, summary, the steps that have a checkpoint, and warnings."""
 
     name: str
     kind: str
@@ -43,7 +40,7 @@ class StageFiles:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read. Stages stand in the order of the experiment, begun or not; sessions began or resumed it."""
+    """A run folder, read: all stages in the experiment's order, begun or not, and one entry per session (start or resume)."""
 
     folder: Path
     experiment: dict[str, Any]
@@ -52,10 +49,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Every file of a run folder that the report needs; a run may be unfinished or not even begun.
+    """Read every file of a run folder that the report needs; the run may be unfinished or not begun.
 
     Raises:
-        UserError: the folder is no run (says which file is missing), a line of a file is not JSON, or a file is gone.
+        UserError: the folder is not a run's (names the missing file), a line is not JSON, or a file was removed.
     """
     if not os.path.isdir(folder):  # False for a name that is too long, where a Path raises
         raise UserError(f"there is no run folder {shown(str(folder))}")
@@ -69,7 +66,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = True) -> StageFiles:
-    """The files of one stage of a run, begun or not; `texts`: also the samples. Raises UserError where a line is not JSON."""
+    """Read the files of one stage, begun or not; samples only if `texts`. Raises UserError if a line is not JSON."""
     folder = run_dir / "stages" / name
     summary = folder / "summary.json"
     return StageFiles(
@@ -95,21 +92,21 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
 
 
 def _numbers(path: Path) -> list[Line]:
-    """Lines of measurements, in which null stands for what was not finite."""
+    """Read lines of numbers; null (a number that was not finite) becomes nan."""
     return [{key: math.nan if value is None else value for key, value in line.items()} for line in read_lines(path)]
 
 
 def _last_of_each(lines: list[Line], *names: str) -> list[Line]:
-    """Lines in order of step, the last one of those that agree in `names`: a resumed run repeats itself."""
+    """Sort lines by step and keep the last of those with equal values of `names`: a resumed run may repeat lines."""
     latest = {tuple(line.get(name) for name in names): line for line in lines}
     return sorted(latest.values(), key=place)
 
 
 def finite(lines: Iterable[Line], *names: str) -> list[Line]:
-    """The lines in which all these numbers are there and finite."""
+    """The lines in which all of these numbers exist and are finite."""
     return [line for line in lines if all(math.isfinite(line.get(name, math.nan)) for name in names)]
 
 
 def place(line: Line) -> tuple[int, int]:
-    """What lines are ordered by: the step, and at one step before, during, after."""
+    """Sort key of a line: its step, then before, during, after."""
     return int(line["step"]), WHEN.get(line.get("when", "during"), 1)

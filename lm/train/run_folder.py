@@ -1,4 +1,4 @@
-"""The folder of a run: its layout, who may write in it, and which experiment it belongs to.
+"""The folder of a run: its layout, its lock, and the experiment that it belongs to.
 
 runs/NAME/  experiment.json  environment.json  tokenizer/  report.html  lock
             stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/
@@ -25,12 +25,12 @@ __all__ = ["RunFolder", "read_json", "read_sealed", "write_json_atomic", "write_
 
 MOST_DIFFERENCES = 10
 FINISHED = "finished"
-"""Field of environment.json with the names of the stages that have a summary, so that one that is removed is missed."""
+"""Field of environment.json: names of the finished stages, so that the removal of a summary.json is noticed."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run. Nothing is made on disk before `lock` or `claim`."""
+    """Paths of one run. Nothing is created on disk before `lock` or `claim`."""
 
     path: Path
 
@@ -60,32 +60,32 @@ class RunFolder:
         return self.stage_folder(stage) / "summary.json"
 
     def finished(self, stage: str) -> bool:
-        """Whether the stage has run to its end: its summary is written last."""
+        """Whether the stage is finished: its summary.json, written last, exists."""
         return self.summary(stage).exists()
 
     def read_summary(self, stage: str) -> dict[str, Any]:
-        """What a finished stage wrote last of all. Raises UserError where the file is damaged."""
+        """Read the summary.json of a finished stage. Raises UserError if the file is damaged."""
         found = read_sealed(self.summary(stage))
         if not isinstance(found.get("final_step", found.get("steps")), int):
             raise UserError(f"{self.summary(stage)} is damaged: it does not say at which step the stage ended")
         return found
 
     def final_step(self, stage: str) -> int | None:
-        """The step at which a stage was finished, None where it is not. Raises UserError where its summary is damaged."""
+        """The last step of a finished stage, None if it is unfinished. Raises UserError if its summary is damaged."""
         if not self.finished(stage):
             return None
         found = self.read_summary(stage)
         return found.get("final_step", found.get("steps"))
 
     def read_experiment(self) -> dict[str, Any]:
-        """The plain value of the experiment that the folder belongs to.
+        """Read experiment.json as a plain value.
 
-        Raises UserError if it belongs to none.
+        Raises UserError if there is none.
         """
         return read_experiment(self.path)
 
     def read_environment(self) -> dict[str, Any]:
-        """What environment.json says: `runs`, one a session, and what the run began with; {} before the first session.
+        """Read environment.json: `runs` (an entry per session) and the fingerprints at the start of the run; {} if missing.
 
         Raises:
             UserError: the file is damaged.
@@ -101,13 +101,13 @@ class RunFolder:
         return found
 
     def record_finished(self) -> None:
-        """Write down in environment.json which stages are finished, where that has changed."""
+        """Update the list of finished stages in environment.json."""
         known, now = self.read_environment(), self._finished()
         if known and known.get(FINISHED) != now:
             write_sealed(self.environment, known | {FINISHED: now})
 
     def check_whole(self, stages: Iterable[str]) -> None:
-        """Raises UserError where environment.json, or the summary of a stage that it calls finished, has been removed."""
+        """Raise UserError if environment.json, or the summary of a stage that it lists as finished, was removed."""
         again = "put back a copy of it, or `lm run` makes it anew"
         if not self.environment.exists() and _has_files(self.path / "stages"):
             raise UserError(f"{self.environment} is gone: {again}")
@@ -118,9 +118,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder alone. The lock dies with the process, however it dies.
+        """Lock the folder for this process. The lock ends with the process, also after SIGKILL.
 
-        Raises UserError naming the process that holds it.
+        Raises UserError naming the process that holds the lock.
         """
         handle = self._take_lock()
         try:
@@ -129,13 +129,13 @@ class RunFolder:
             os.close(handle)
 
     def claim(self, experiment: dict[str, Any], check: Callable[[Changes], None] = lambda changes: None) -> bool:
-        """Make this the folder of `experiment` (a plain value); True if it was already, and the run goes on.
+        """Claim the folder for `experiment` (a plain value); returns whether the run is a resumed one.
 
-        A folder in which no stage has begun is taken over: whoever mends a mistake runs the same command again. What
-        cannot change what has been trained is taken over too, and told; `check` may refuse it.
+        A folder in which no stage has begun accepts any experiment, so that a corrected command can be run again.
+        Changes that cannot affect trained stages are accepted and printed; `check` may refuse them.
 
         Raises:
-            UserError: the folder belongs to another experiment; shows what differs.
+            UserError: the folder belongs to another experiment; shows the differences.
         """
         experiment = json.loads(json.dumps(experiment))
         if not self.experiment.exists():
@@ -162,9 +162,9 @@ class RunFolder:
         return begun > 0 or there == experiment
 
     def sweep(self, stages: Iterable[str]) -> None:
-        """Remove what a kill left of files that were being written. Call it inside `lock`.
+        """Remove temporary files that a kill left. Call it inside `lock`.
 
-        A stage that is a link is shared with other runs, one of which may be writing.
+        Stage folders that are links are skipped: they are shared with other runs, one of which may be writing.
         """
         folders = [self.stage_folder(name) for name in stages]
         for folder in [self.path, self.tokenizer, *(one for one in folders if not one.is_symlink())]:
@@ -173,9 +173,9 @@ class RunFolder:
                     draft.unlink(missing_ok=True)
 
     def set_aside(self) -> Path | None:
-        """Rename the folder to NAME.1 (or the first number that is free), and lose nothing. None if there is no folder.
+        """Rename the folder to NAME.1 (or the first free number) and return its new path; None if there is no folder.
 
-        Call it before `lock`. Raises UserError while another process runs in the folder, and where it holds no run.
+        Call it before `lock`. Raises UserError if another process uses the folder, or if it is not a run's folder.
         """
         if not self.path.exists():
             return None
@@ -186,13 +186,13 @@ class RunFolder:
         return aside
 
     def _take_edited(self, wanted: dict[str, Any]) -> None:
-        """Take over an experiment.json that somebody has changed, where the command wants what it says: told in a line."""
+        """Accept an experiment.json that was edited by hand if it equals the requested experiment, and print the change."""
         if normalised(stored_experiment(self.path)) == wanted and (difference := edited(self.path, wanted)):
             print(f"{self.experiment} was changed, and the run goes on with it: {difference}", flush=True)
             write_sealed(self.environment, self.read_environment() | {EXPERIMENTS: [wanted]})
 
     def _replace_experiment(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        """Either is right in between: a kill at any moment leaves what can be read."""
+        """Replace experiment.json; environment.json accepts both in between, so that a kill leaves a readable folder."""
         if known := self.read_environment():
             write_sealed(self.environment, known | {EXPERIMENTS: [old, new], FINISHED: self._finished()})
         write_json_atomic(self.experiment, new)
@@ -201,7 +201,7 @@ class RunFolder:
         return sorted(path.parent.name for path in self.path.glob("stages/*/summary.json"))
 
     def _begun(self, experiment: dict[str, Any]) -> int:
-        """How many of the experiment's stages have begun: up to the last that has a file; all, where the file is of none."""
+        """Number of stages up to the last one that has files; all stages if the files belong to none of them."""
         folders = [self.stage_folder(stage["name"]) for stage in experiment.get("stages", ())]
         begun = [place for place, folder in enumerate(folders, start=1) if _has_files(folder)]
         return max(begun, default=max(len(folders), 1) if _has_files(self.path / "stages") else 0)
@@ -237,7 +237,7 @@ class RunFolder:
         return handle
 
     def _refuse_foreign_files(self) -> None:
-        """A folder that has files but no experiment.json is somebody's, and not a run's."""
+        """Raise UserError if the folder has files but no experiment.json: it is not a run's folder."""
         if self.experiment.exists() or not self.path.exists():
             return
         if not self.path.is_dir():

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a platform's notice of preemption as a flag that the training loop reads between two steps."""
+"""Turns SIGINT, SIGTERM and preemption notices into a flag that the training loop reads between two steps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Stop:
-    """`requested` is the name of the signal that came to this process ("SIGINT", "SIGTERM"), None while none has."""
+    """Stop request: `requested` is the name of the signal that this process received ("SIGINT", "SIGTERM"), or None."""
 
     requested: str | None = None
-    asked: int = 0  # times that `now` was asked
+    asked: int = 0  # number of calls of `now`, which is the same on all processes
 
     def now(self) -> str | None:
-        """Why the run should stop here, or None. Of several processes every one asks at the same places.
+        """The reason to stop now, or None. All processes must call it at the same points.
 
-        One of them being told to stop is enough: they agree in the background on a place that none has passed yet, and
-        it costs them nothing until then.
+        A signal to one process is enough: jax then picks a later call (sync point) that no process has reached yet, at
+        which all of them stop. Until then a call costs nothing.
         """
         if jax.process_count() == 1:
             return self.requested
@@ -38,10 +38,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Inside, the first SIGINT or SIGTERM only sets `stop.requested`; a further SIGINT raises KeyboardInterrupt.
+    """Context in which the first SIGINT or SIGTERM sets `stop.requested`, and a second SIGINT raises KeyboardInterrupt.
 
-    The handlers of before are put back at the end. Main thread only (Python delivers signals nowhere else). Among
-    several processes jax has its own handler of SIGTERM, which tells the others; a SIGINT becomes a SIGTERM.
+    The previous handlers are restored at the end. Main thread only, since Python delivers signals only there. With
+    several processes jax handles SIGTERM itself and tells the other processes, and a SIGINT is sent on as a SIGTERM.
     """
     stop = Stop()
     alone = jax.process_count() == 1
@@ -51,7 +51,7 @@ def stop_on_signals() -> Iterator[Stop]:
             raise KeyboardInterrupt
         if stop.requested is None:
             stop.requested = signal.Signals(number).name
-            # print() is not safe here: the signal may have come in the middle of one.
+            # print() is not reentrant: the signal may have interrupted one.
             os.write(2, f"\n{stop.requested}: stopping after this step (Ctrl-C stops at once)\n".encode())
             if not alone:
                 os.kill(os.getpid(), signal.SIGTERM)

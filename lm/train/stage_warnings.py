@@ -1,4 +1,4 @@
-"""What a stage warns of, once: signs in its metrics that it learns nothing, and what its batches note."""
+"""Warnings of a stage, each shown once: signs in its metrics that it learns nothing, and notes of its batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Line = dict[str, Any]
 
 
 class Warnings:
-    """Warnings of a stage: shown, and written to its `warnings.jsonl` ({"step", "kind", "text"}), each kind once.
+    """Shows the warnings of a stage and writes them to its `warnings.jsonl` ({"step", "kind", "text"}), each kind once.
 
-    Make it when the log has been rewound: what was written before, in an earlier session too, is not said again.
+    Create it after the log was rewound: warnings already in the file, also of earlier sessions, are not repeated.
     """
 
     def __init__(
@@ -31,18 +31,18 @@ class Warnings:
         if experiment.model.param_dtype != "float32" and not stage.optimizer.master_weights:
             self.add(
                 "master_weights",
-                f"{stage.name}.optimizer.master_weights is false: most updates are smaller than {experiment.model.param_dtype} "
-                "parameters can hold, and are lost",
+                f"{stage.name}.optimizer.master_weights is false: most updates are too small for {experiment.model.param_dtype} "
+                "parameters and are rounded away",
             )
 
     def see(self, line: Line) -> None:
-        """Look at the metrics of the next step."""
+        """Check a step's metrics for warning signs."""
         self.recent.append(line)
         for kind, text in found(self.signs, list(self.recent), vars(self.stage.objective)):
             self.add(kind, text, line["step"])
 
     def add(self, kind: str, text: str, step: int = 0) -> None:
-        """Show and keep a warning, unless one of its kind was."""
+        """Show and log a warning, unless one of its kind was already."""
         if kind in self.told:
             return
         self.told.add(kind)
@@ -53,7 +53,7 @@ class Warnings:
 def found(
     signs: dict[str, tuple[Sign, int]], lines: Sequence[Line], objective: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """(kind, text) of every sign that the last lines show, as many as it takes."""
+    """Yield (kind, text) of every warning sign that holds in each of the last `steps` lines of metrics."""
     for kind, (sign, steps) in signs.items():
         last = lines[-steps:]
         if len(last) == steps and all(map(sign.shows, last)):

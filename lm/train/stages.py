@@ -1,4 +1,4 @@
-"""A run: its stages one after another, each from the model that an earlier one left."""
+"""A run: trains its stages in order, each from the model of an earlier stage."""
 
 from __future__ import annotations
 
@@ -77,27 +77,27 @@ def run(
     callbacks: Sequence[str] = (),
     accept: bool = False,
 ) -> None:
-    """Train all stages that are not finished yet, up to and with `until`. Every process of a job calls it alike.
+    """Train all unfinished stages up to and including `until` (None: the last). Every process calls it with the same arguments.
 
     Args:
-        fresh: set a folder that is already there aside, and begin anew.
-        profile: steps of every stage to trace, from and before which, counted from 1.
-        watchdog: seconds after which a step that has not come ends the process; None: never.
-        after_stage: called with the folder when a stage is finished.
-        callbacks: functions of the user's own, FILE:FUNCTION, that process 0 calls with (stage, kind, line) of all that is
+        fresh: rename an existing run folder and start from scratch.
+        profile: steps of every stage to trace: (first, end), counted from 1, end excluded.
+        watchdog: seconds without a new step after which the process ends; None: never.
+        after_stage: called with the run folder after each finished stage.
+        callbacks: user functions, FILE:FUNCTION, which process 0 calls with (stage, kind, line) for every line that is
             written: see `lm.train.callbacks`.
-        accept: go on with other data, tokenizer, collected files or versions than the run began with.
+        accept: resume although data, tokenizer, collected files or versions differ from those at the start of the run.
 
     Raises:
-        UserError: whatever in the experiment, its data or the folder the user can put right.
-        Interrupted: a signal came; the state is saved.
+        UserError: an error in the experiment, its data or the folder that the user can fix.
+        Interrupted: a signal arrived; the state is saved.
     """
     started = time.monotonic()
-    experiment, last = raise_on_all(lambda: _checked(experiment, until))
-    told = raise_on_all(lambda: load_callbacks(callbacks))
+    experiment, last = raise_on_all(lambda: _check_experiment(experiment, until))
+    loaded = raise_on_all(lambda: load_callbacks(callbacks))
     check_same(experiment, {"fresh": fresh, "until": until, "profile": profile, "accept": accept})
     folder = RunFolder(run_dir)
-    mesh = raise_on_all(lambda: _whole_mesh(experiment))
+    mesh = raise_on_all(lambda: _make_run_mesh(experiment))
     if fresh:
         run_on_main(folder.set_aside)
     with contextlib.ExitStack() as inside:
@@ -106,28 +106,29 @@ def run(
         dog = inside.enter_context(Watchdog(watchdog))
         inside.enter_context(jax.set_mesh(mesh))
         check_shared(folder)
-        run_on_main(lambda: _claim(experiment, folder))
+        run_on_main(lambda: _claim_folder(experiment, folder))
         stages = broadcast_from_main(
             lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
         )
-        tokenizer, held_out = _prepared(experiment, folder, mesh, accept, bool(stages))
+        tokenizer, held_out = _prepare_data(experiment, folder, mesh, accept, bool(stages))
         experiment = located(experiment, folder)
-        context = RunContext(experiment, folder, tokenizer, mesh, stop, dog, started, profile, told, held_out, accept)
+        context = RunContext(experiment, folder, tokenizer, mesh, stop, dog, started, profile, loaded, held_out, accept)
         batches = raise_on_all(lambda: _all_batches(context, stages))
         if stages:
-            _tell_evals(context, stages)
+            _print_evals(context, stages)
         check_same_data({experiment.stages[i].name: made.fingerprint for i, made in batches.items()})
         _train_all(context, stages, batches, after_stage)
 
 
-def _tell_evals(run: RunContext, stages: list[int]) -> None:
-    """Say what the evals measure, and what of it the stages that are finished trained on: evals may be new since then."""
+def _print_evals(run: RunContext, stages: list[int]) -> None:
+    """Print what each eval measures, and warn of rows that are held out now but that finished stages trained on."""
     for line in raise_on_all(lambda: check_evals(run.experiment, run.tokenizer)):
         say(line)
-    run_on_main(lambda: _tell_finished(run, run.experiment.stages[: min(stages)]))
+    run_on_main(lambda: _warn_of_trained_evals(run, run.experiment.stages[: min(stages)]))
 
 
-def _tell_finished(run: RunContext, stages: tuple[Stage, ...]) -> None:
+def _warn_of_trained_evals(run: RunContext, stages: tuple[Stage, ...]) -> None:
+    """Print the number of held-out rows that each finished stage trained on: evals may have been added since."""
     for stage in stages:
         if stage.objective.trains:
             counted = run.folder.read_summary(stage.name).get("sources") or [{}] * len(stage.sources)
@@ -135,13 +136,15 @@ def _tell_finished(run: RunContext, stages: tuple[Stage, ...]) -> None:
                 left_out = then.get("dropped", {}).get(WITHHELD, 0)
                 trained = withheld(source, rows_of(source), run.held_out) - left_out
                 if trained > 0:
-                    _tell(stage, f"finished, and trained on {trained} rows of {source.path} that are held out now")
+                    _print_lines(
+                        stage, f"finished, and trained on {trained} rows of {source.path} that are held out now"
+                    )
 
 
 def _train_all(
     run: RunContext, stages: list[int], batches: dict[int, Batches], after_stage: Callable[[Path], Any]
 ) -> None:
-    """These stages, one after another."""
+    """Train these stages (by index) in order."""
     began = run.started
     for index in stages:
         name = run.experiment.stages[index].name
@@ -155,31 +158,31 @@ def _train_all(
         after_stage(run.folder.path)
 
 
-def _claim(experiment: Experiment, folder: RunFolder) -> None:
-    """Make the folder the experiment's, and remove what a kill left behind in it."""
+def _claim_folder(experiment: Experiment, folder: RunFolder) -> None:
+    """Claim the run folder for the experiment, remove leftovers of a kill, and check that its files are intact."""
     names = [stage.name for stage in experiment.stages]
     later = {name: names[place + 1 :] for place, name in enumerate(names)}
     folder.claim(to_dict(experiment), lambda found: check_more_steps(folder, found, later))
     folder.sweep(names)
     current_cache().sweep()
     for stage in experiment.stages:
-        for kind in KINDS:  # that they are whole: the report would find it after hours of training
+        for kind in KINDS:  # check them now: otherwise the report finds damage after hours of training
             read_lines(folder.stage_folder(stage.name) / f"{kind}.jsonl")
         check_trajectories(folder.stage_folder(stage.name))
         tidy(folder, stage)
 
 
-def _prepared(
+def _prepare_data(
     experiment: Experiment, folder: RunFolder, mesh: Mesh, accept: bool, trains: bool
 ) -> tuple[SubwordTokenizer, Places]:
-    """The tokenizer, and what sources hold out that others could train on; what they are made of is recorded.
+    """Make the tokenizer and find the held-out keys; records fingerprints of data, tokenizer and versions in the folder.
 
     Args:
-        trains: whether anything is left to train, and what the run began with matters.
+        trains: whether stages are left to train; only then must the fingerprints equal those at the start of the run.
 
     Raises:
-        UserError: what in the data, the mesh or other runs' reward models does not fit the experiment, or is not what the
-            run began with.
+        UserError: data, mesh, memory or another run's reward model does not fit the experiment, or a fingerprint differs
+            from the start of the run.
     """
     for line in short_warmups(experiment):
         say(line)
@@ -207,7 +210,7 @@ def _prepared(
 
 
 def _train(run: RunContext, index: int, batches: Batches | None, began: float) -> None:
-    """One stage, from the models that it needs. `batches` is None for what could not be read before."""
+    """Train a stage from the models that it needs; `batches` is None for data that did not exist when the run started."""
     where = run.experiment, run.folder, run.tokenizer, run.mesh
     stage = run.experiment.stages[index]
     model = model_before(*where, index)
@@ -218,8 +221,8 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
     train_stage(run, index, ready, model, scorers, make_evaluator(*where, index), began)
 
 
-def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
-    """The experiment with its sources resolved, and the index of the last stage to train; before anything slow."""
+def _check_experiment(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
+    """Check everything that is fast to check; returns the experiment with its sources resolved and the last stage's index."""
     experiment = check(resolve_sources(strict(experiment)))
     last = check_until(experiment, until)
     check_sources(experiment)
@@ -231,8 +234,8 @@ def _checked(experiment: Experiment, until: str | None) -> tuple[Experiment, int
     return experiment, last
 
 
-def _whole_mesh(experiment: Experiment) -> Mesh:
-    """The mesh of the experiment, in which every process has devices.
+def _make_run_mesh(experiment: Experiment) -> Mesh:
+    """The mesh of the experiment, checked to have devices of every process.
 
     Raises:
         UserError: the mesh does not fit the devices, or leaves a process without any.
@@ -248,15 +251,15 @@ def _whole_mesh(experiment: Experiment) -> Mesh:
 
 
 def _all_batches(run: RunContext, stages: list[int]) -> dict[int, Batches]:
-    """The data of every stage, read now: what is wrong with the last one's shows before the first is trained.
+    """Batches of every stage by its index, made before training, so that errors in any stage's data show at once.
 
-    What an earlier stage has yet to make is read when its time has come.
+    Data that an earlier stage has yet to collect is left out: it is read when its stage begins.
     """
     whole, batches = run.experiment, {}
     for index in stages:
         stage = whole.stages[index]
         if not stage.objective.trains:
-            _tell(stage, make_tasks(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
+            _print_lines(stage, make_tasks(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
         elif can_be_read(stage, whole, run.folder):
             batches[index] = _batches(run, index)
     return batches
@@ -264,13 +267,13 @@ def _all_batches(run: RunContext, stages: list[int]) -> dict[int, Batches]:
 
 def _batches(run: RunContext, index: int) -> Batches:
     made = make_batches(run.experiment, index, run.tokenizer, run.mesh, run.held_out)
-    _tell(run.experiment.stages[index], made.report)
-    _tell_known(run, index)
+    _print_lines(run.experiment.stages[index], made.report)
+    _warn_of_trained_prompts(run, index)
     return made
 
 
-def _tell_known(run: RunContext, index: int) -> None:
-    """Say how many questions that collected data hold out were trained on: its answers are new, its prompts need not be."""
+def _warn_of_trained_prompts(run: RunContext, index: int) -> None:
+    """Print how many held-out prompts of collected data earlier stages trained on (with other answers)."""
     stages = run.experiment.stages
     trained = [one for stage in stages[:index] if stage.objective.trains for one in stage.sources]
     asked = [one for stage in stages[:index] if not stage.objective.trains for one in stage.sources]
@@ -278,21 +281,22 @@ def _tell_known(run: RunContext, index: int) -> None:
         every = [one for one in trained if not is_collected(one)]
         count, known = held_out_but_trained(source, asked, every, run.held_out)
         if known:
-            _tell(
+            _print_lines(
                 stages[index],
                 f"{source.path}: of the {count} questions that it holds out, stages before {stages[index].name} train on "
                 f"{known}; the answers to them are new",
             )
 
 
-def _tell(stage: Stage, report: str) -> None:
+def _print_lines(stage: Stage, report: str) -> None:
+    """Print each line with the stage's name before it, on the main process."""
     say("\n".join(f"{stage.name}: {line}" for line in report.splitlines()))
 
 
 def make_tokenizer(experiment: Experiment, folder: Path) -> SubwordTokenizer:
-    """The run's vocabulary: the one kept in `folder`, the file that the experiment names, or learnt now; kept there.
+    """The run's tokenizer: loaded from `folder`, else from `tokenizer.path`, else trained now; saved in `folder`.
 
-    Every stage's training text has a share, so that its words are pieces.
+    It is trained on text of every stage's training data.
     """
     if (folder / FILE_NAME).is_file():
         return SubwordTokenizer.load(folder)
@@ -312,13 +316,13 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> SubwordTokenizer:
 
 
 def say(text: str) -> None:
-    """A line for people, from one process of many."""
+    """Print on the main process only."""
     if is_main_process():
         print(text, flush=True)
 
 
 def fingerprints(experiment: Experiment) -> dict[str, str]:
-    """SHA-256 of every source that is trained or measured on, by path, and of the files of the user's own functions."""
+    """SHA-256 of every source of stages and evals, by path, and of the files of user functions, by FILE:FUNCTION."""
     sources = [source for stage in experiment.stages for source in stage.sources]
     read = {source.path: source for source in [*sources, *(item.source for item in experiment.evals)]}
     functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
@@ -328,14 +332,14 @@ def fingerprints(experiment: Experiment) -> dict[str, str]:
 
 
 def function_files(experiment: Experiment) -> dict[str, str]:
-    """The files of the user's own functions, by FILE:FUNCTION."""
+    """The path of each user function's file, by FILE:FUNCTION."""
     return {name: found["file"] for name, found in check_functions(experiment).items()}
 
 
 def make_evaluator(
     experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
 ) -> Evaluator:
-    """The evaluator of stage `index`; preferences are compared with the model that entered the first preference stage."""
+    """The evaluator of stage `index`; its reference is the model that entered the first preference stage."""
     first = next((i for i, stage in enumerate(experiment.stages) if stage.objective.learns_preferences), None)
 
     @functools.cache
@@ -354,7 +358,12 @@ def make_evaluator(
 def evaluate_run(
     run_dir: Path, stage: str | None = None, tell: Callable[[str], None] = lambda text: None
 ) -> list[dict[str, Any]]:
-    """The held-out numbers again, from a checkpoint: lines as in eval.jsonl. `tell` is called before each measurement."""
+    """Run a run's evals again on a stage's checkpoint; returns lines as in eval.jsonl.
+
+    Args:
+        stage: name of the stage; None: the last with a checkpoint.
+        tell: called with a line of progress before each eval.
+    """
     search_recorded(run_dir)
     loaded = load_run(run_dir, stage)
     check_collected(loaded.experiment, RunFolder(run_dir))

@@ -1,8 +1,8 @@
-"""Trajectory files: everything that a stage sampled, a Parquet file a step, in the folder `trajectories` of the stage.
+"""Trajectory files: every trajectory that a stage sampled, one Parquet file per step, in the stage's folder `trajectories`.
 
-`step-00000012-1a2b3c4d.parquet` is of step 12 and has the CRC-32 1a2b3c4d, by which a damaged file is found. A file is a
-function of the experiment and its step: what a kill loses is written again with the same content. The oldest files go when
-all take more bytes than the stage allows, so that what is kept does not depend on kills.
+`step-00000012-1a2b3c4d.parquet` belongs to step 12 and has the CRC-32 1a2b3c4d, by which damage is detected. A file is a
+function of the experiment and its step: a resumed run writes a lost file again with the same content. The oldest files
+are removed when all together exceed `trajectory_mb`, so that the files kept do not depend on kills.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ FOLDER = "trajectories"
 
 
 def trajectory_files(folder: Path) -> list[Path]:
-    """The trajectory files of a stage's folder, in order of their steps."""
+    """The trajectory files in a stage's folder, ordered by step."""
     return sorted((folder / FOLDER).glob("step-*.parquet"))
 
 
 def step_of(path: Path) -> int:
-    """The step that a trajectory file is of."""
+    """The step of a trajectory file, from its name."""
     return int(path.name.split("-")[1])
 
 
 def rewind_trajectories(folder: Path, step: int) -> None:
-    """Remove the files of later steps, which are sampled again, and what a kill left half written."""
+    """Remove the files of later steps, which will be sampled again, and temporary files that a kill left."""
     for draft in (folder / FOLDER).glob("*.tmp"):
         draft.unlink()
     for path in trajectory_files(folder):
@@ -39,13 +39,13 @@ def rewind_trajectories(folder: Path, step: int) -> None:
 
 
 def check_trajectories(folder: Path) -> None:
-    """Raises UserError where a trajectory file is not what was written."""
+    """Raise UserError if a trajectory file does not match its checksum."""
     for path in trajectory_files(folder):
         _read(path)
 
 
 def read_trajectories(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a trajectory file, by SCHEMA; all columns, or these.
+    """Read the rows of a trajectory file (SCHEMA in `trajectory_writer.py`): all columns, or these.
 
     Raises:
         UserError: the file is damaged, or cannot be read.

@@ -1,4 +1,4 @@
-"""Writing what a stage samples to its trajectory files (`lm/train/trajectory_files.py`)."""
+"""Writes the trajectories that a stage samples to Parquet files (`lm/train/trajectory_files.py` reads them)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         ("rewards", pa.map_(pa.string(), pa.float64())),
         ("reward", pa.float32()),
         ("advantage", pa.float32()),
-        ("trained", pa.bool_()),  # whether an update has it
+        ("trained", pa.bool_()),  # whether an update used it
         ("version", pa.int32()),
         ("finish", pa.string()),
     ],
@@ -40,27 +40,27 @@ SCHEMA = pa.schema(
 
 
 def keep_trajectories(folder: Path, stage: Stage, step: int, rollout: Rollout) -> dict[str, str]:
-    """Write what was sampled in step `step` (from 1), from process 0, and remove the oldest files beyond `trajectory_mb`.
+    """Write the trajectories of step `step` (from 1) on process 0, and remove the oldest files beyond `trajectory_mb`.
 
-    Returns what people should know, by kind: that the limit has no room for one step.
+    Returns warnings by kind: that one step needs more than the limit.
 
     Raises:
-        UserError: the disk refuses it.
+        UserError: the file cannot be written.
     """
     size = (run_on_main(lambda: _write(folder, stage, step, rollout)) if stage.trajectory_mb else 0) or 0
     if size <= stage.trajectory_mb * MEGABYTE:
         return {}
     return {
-        "trajectories": f"what step {step} sampled takes {size / MEGABYTE:.0f} MB as a file, and {stage.name}.trajectory_mb "
-        f"{stage.trajectory_mb} has no room for it: it is not kept"
+        "trajectories": f"the trajectories of step {step} take {size / MEGABYTE:.0f} MB, more than {stage.name}.trajectory_mb "
+        f"{stage.trajectory_mb}: they are not kept"
     }
 
 
 def _write(folder: Path, stage: Stage, step: int, rollout: Rollout) -> int:
-    """Write the file of a step and remove the oldest files beyond the limit; returns the bytes of the new one.
+    """Write the file of a step and remove the oldest files beyond the limit; returns the size of the new file in bytes.
 
     Raises:
-        UserError: the disk refuses it.
+        UserError: the file cannot be written.
     """
     content = _parquet(step, rollout, stage.objective.completions_per_prompt)
     path = folder / FOLDER / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
@@ -111,5 +111,5 @@ def _parquet(step: int, rollout: Rollout, group_size: int) -> bytes:
 
 
 def _text(text: str) -> str:
-    """The text with lone surrogates, which no encoding has, replaced."""
+    """Replace lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""A thread that ends the process when what it waits for does not come: a stuck collective waits for ever otherwise."""
+"""A thread that ends the process when a step takes too long, since a stuck collective would wait for ever."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax
 
 EXIT_STUCK = 75  # EX_TEMPFAIL: run the same command again
 DEFAULT_SECONDS = 900.0
-PATIENCE = 4.0  # times as long for what compiles, restores or evaluates
+PATIENCE = 4.0  # factor on the time limit for compiling, restoring and evaluating
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class _Expected:
 
 
 class Watchdog:
-    """While entered: says what was expected and did not come in time, shows every thread's stack, and ends the process.
+    """Context in which a task that exceeds its time limit ends the process, with the task and all threads' stacks printed.
 
     Args:
-        seconds: how long a step may take; None: never ends anything.
+        seconds: time limit of a step; None: no limit.
     """
 
     def __init__(self, seconds: float | None):
@@ -39,14 +39,19 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def expect(self, what: str, patience: float = 1.0) -> None:
-        """From now on wait for `what`, `patience` times as long as for a step; what was expected before has come."""
+        """Start the time limit of the next task, which replaces the current one.
+
+        Args:
+            what: description of the task.
+            patience: factor on the time limit of a step.
+        """
         if self.seconds is not None:
             limit = self.seconds * patience
             self._expected = _Expected(what, time.monotonic() + limit, limit)
 
     @contextlib.contextmanager
     def patiently(self, what: str) -> Iterator[None]:
-        """Inside, `what` is expected; then again what was expected before, from its beginning."""
+        """Context of a task with PATIENCE times the limit; after it the previous task's limit starts again."""
         before = self._expected
         self.expect(what, PATIENCE)
         yield

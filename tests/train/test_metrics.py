@@ -133,7 +133,7 @@ def test_the_steps_must_be_all_up_to_the_checkpoint(tmp_path):
     with MetricsLog(tmp_path) as log:
         for step in (1, 3):
             log.metrics({"step": step})
-        with pytest.raises(UserError, match="that of step 2 is missing"):
+        with pytest.raises(UserError, match="step 2 is missing"):
             log.check_steps(3)
 
 

@@ -241,7 +241,7 @@ def test_pairs_of_a_file_are_scored_by_one_reward_model_or_by_several(folder, re
     assert one.remark == ""
     both = judge_pairs([folder / "whole", folder / "resumed"], "reward", str(folder / "pairs.jsonl"), None)
     assert len(both.scored.gaps) == 60 and both.members[0] == both.members[1] == both.worth.accuracy.mean
-    assert "--heldout 0.2 takes those that it has not seen" in both.remark
+    assert "--heldout 0.2 scores only those held out" in both.remark
     implicit = judge_pairs([folder / "whole"], "dpo", str(folder / "pairs.jsonl"), None)
     assert "implicit reward" in implicit.what
     page = write_pairs_page(both, folder / "new" / "pairs.html").read_text()
@@ -250,7 +250,7 @@ def test_pairs_of_a_file_are_scored_by_one_reward_model_or_by_several(folder, re
 
 @pytest.mark.parametrize(
     ("stage", "message"),
-    [("sft", "stage sft of .* is before any preference stage"), ("rewards", "no stage 'rewards'")],
+    [("sft", "stage sft of .* comes before any preference stage"), ("rewards", "no stage 'rewards'")],
 )
 def test_a_stage_that_cannot_judge_is_refused(folder, stage, message):
     with pytest.raises(UserError, match=message):
