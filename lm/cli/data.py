@@ -121,14 +121,15 @@ def batch_lines(batch: TokenBatch, decode: Decode, rows: int, colour: bool, pair
 
 def prompt_lines(prompts: Prompts, decode: Decode, rows: int, colour: bool) -> Iterator[str]:
     """The first prompts of a rollout, each with the verifier's expected answer."""
+    from lm.rollout.verifiers import expected_answer
+
     for index in range(min(rows, len(prompts.tokens))):
         length = int(prompts.lengths[index])
         yield _paint(f"\n--- prompt {index}: {length} tokens ---", BOLD, colour)
         real = prompts.tokens[index][len(prompts.tokens[index]) - length :]
         yield render_row(real, [0.0] * length, [1] * length, decode, colour)
-        row = prompts.rows[index]
-        if "answer" in row:
-            yield _paint(f"right answer: {visible(str(row['answer']))}", BOLD, colour)
+        if right := expected_answer(prompts.rows[index]):
+            yield _paint(f"right answer: {visible(right)}", BOLD, colour)
 
 
 def render_row(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm.experiment import UserError
@@ -34,6 +34,10 @@ REASONS = (
 ADVICE = "; bad_rows drop leaves such rows out, counted"
 
 
+# A column that every row has to have, or several of which any one is enough.
+ColumnNeed = str | tuple[str, ...]
+
+
 def one_line(text: str) -> str:
     """The text with control characters and line ends escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
@@ -58,6 +62,32 @@ def with_advice() -> Iterator[None]:
         yield
     except BadRow as error:
         raise BadRow(f"{error}{ADVICE}", error.reason) from error
+
+
+def names_of_needs(needs: Sequence[ColumnNeed]) -> list[str]:
+    """Every column that the needs name."""
+    return [name for need in needs for name in ((need,) if isinstance(need, str) else need)]
+
+
+def check_columns(row: Mapping[str, Any], needs: Sequence[ColumnNeed], where: str, who: str = "the verifier") -> None:
+    """Raises BadRow for a row that lacks a column that `who` needs; one that is null or blank is as good as missing."""
+    for need in needs if not isinstance(row, Unreadable) else ():
+        names = names_of_needs([need])
+        if all(is_blank(row.get(name)) for name in names):
+            raise missing_columns(row, where, f"{who} needs the column {' or '.join(names)}")
+
+
+def missing_columns(row: Mapping[str, Any], where: str, what: str) -> BadRow:
+    """The error for a row without a column; `what` says who needs which."""
+    found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
+    null = [str(name) for name, value in row.items() if value is None]
+    empty = f" ({', '.join(null)} {'is' if len(null) == 1 else 'are'} null)" if null else ""
+    return BadRow(f"{where}: {what}; the columns found are {found:.200}{empty:.100}", COLUMNS)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value of a row says nothing: null, or text of spaces alone."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 class Unreadable(dict[str, Any]):

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, Protocol
 
 from lm.data import bad_rows, json_text
-from lm.data.bad_rows import BadRow, Unreadable
+from lm.data.bad_rows import BadRow, Unreadable, missing_columns
 from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, canonical, flag
 from lm.data.tokenizer import TURN_END, TURN_START
 
@@ -171,7 +171,9 @@ def training_messages(row: Mapping[str, Any], where: str, loss_on: str = "answer
         _check_learnt(found["messages"], where, loss_on)
         return messages
     if not {"prompt", "completion"} <= set(found):
-        raise _missing(row, where, "messages, or question and answer, or prompt and completion")
+        raise missing_columns(
+            row, where, "this stage needs the columns messages, or question and answer, or prompt and completion"
+        )
     prompt = _turns(found["prompt"], "user", where, _name_of("prompt", row))
     messages = _answered(prompt, found["completion"], where, _name_of("completion", row))
     if loss_on == "answers":
@@ -205,7 +207,7 @@ def prompt_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     elif (implied := implied_prompt(found)) is not None:
         messages = implied
     else:
-        raise _missing(row, where, "prompt, question or messages")
+        raise missing_columns(row, where, "this stage needs the columns prompt, question or messages")
     check_conversation(messages, where, needs_answer=False)
     return as_messages(messages)
 
@@ -217,7 +219,7 @@ def preference_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[s
     """
     found = _read(row, where)
     if not {"chosen", "rejected"} <= set(found) or ("prompt" not in found and implied_prompt(found) is None):
-        raise _missing(row, where, "prompt, chosen and rejected")
+        raise missing_columns(row, where, "this stage needs the columns prompt, chosen and rejected")
     prompt = prompt_messages(row, where) if "prompt" in found else []
     chosen, rejected = (_answered(prompt, found[side], where, side) for side in ("chosen", "rejected"))
     _check_same(chosen[:-1], rejected[:-1], where, ("chosen", "rejected"))
@@ -228,7 +230,9 @@ def judged_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, 
     """The conversation of a row with `prompt`, `completion`, `label`, and whether its answer is desirable."""
     found = _read(row, where)
     if not {"prompt", "completion", "label"} <= set(found):
-        raise _missing(row, where, "prompt, completion and label, or prompt, chosen and rejected")
+        raise missing_columns(
+            row, where, "this stage needs the columns prompt, completion and label, or prompt, chosen and rejected"
+        )
     label = flag(found["label"])
     if label is None:
         raise BadRow(
@@ -353,13 +357,3 @@ def _name_of(column: str, row: Mapping[str, Any]) -> str:
     """The row's own name of the canonical column `prompt` or `completion`."""
     names = [layout.ask for layout in LAYOUTS] if column == "prompt" else ("completion", "response", "output", "answer")
     return next((name for name in names if row.get(name) is not None), column)
-
-
-def _missing(row: Mapping[str, Any], where: str, needed: str) -> BadRow:
-    found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
-    null = [str(name) for name, value in row.items() if value is None]
-    empty = f" ({', '.join(null)} {'is' if len(null) == 1 else 'are'} null)" if null else ""
-    return BadRow(
-        f"{where}: this stage needs the columns {needed}; the columns found are {found:.200}{empty:.100}",
-        bad_rows.COLUMNS,
-    )

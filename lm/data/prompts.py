@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from lm.data import bad_rows, chat, packing
-from lm.data.bad_rows import ADVICE, REASONS, BadRow
+from lm.data.bad_rows import ADVICE, REASONS, BadRow, ColumnNeed
 from lm.data.order import mixture
 from lm.data.selection import WITHHELD, Split, fingerprint, order_key, select, shares, withheld
 from lm.data.sources import NOWHERE, Rows
@@ -103,7 +103,7 @@ def make_prompt_feed(
     tokenizer: SubwordTokenizer,
     seed: int,
     split: Split = "train",
-    columns: Sequence[str] = (),
+    columns: Sequence[ColumnNeed] = (),
     elsewhere: Places = NOWHERE,
     max_new_tokens: int = 0,
     messages: MessagesOf = chat.prompt_messages,
@@ -172,7 +172,7 @@ class _Found(NamedTuple):
 
 
 def _look_at(
-    rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer, columns: Sequence[str], messages: MessagesOf
+    rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer, columns: Sequence[ColumnNeed], messages: MessagesOf
 ) -> _Found:
     """Measure prompts. Raises BadRow for the first row without a prompt or a column, unless the source drops bad rows."""
     lengths, flaws = np.zeros((2, len(indices)), np.int64)
@@ -180,14 +180,8 @@ def _look_at(
     for number, index in enumerate(indices):
         row, where = rows[index], rows.where(index)
         try:
+            bad_rows.check_columns(row, columns, where)
             lengths[number] = len(_tokens(messages(row, where), tokenizer))
-            for column in columns:
-                if row.get(column) is None:
-                    found = ", ".join(map(str, row))
-                    raise BadRow(
-                        f"{where}: the verifier needs the column {column}; the columns found are {found:.200}",
-                        bad_rows.COLUMNS,
-                    )
         except BadRow as error:
             if not rows.drop:
                 raise BadRow(f"{error}{ADVICE}", error.reason) from error
@@ -195,7 +189,7 @@ def _look_at(
             errors.setdefault(error.reason, str(error))
         else:
             if rows.parts:
-                unread |= dict.fromkeys(unread_columns(row, "prompts", columns))
+                unread |= dict.fromkeys(unread_columns(row, "prompts", bad_rows.names_of_needs(columns)))
     return _Found(lengths, flaws, errors, tuple(unread))
 
 

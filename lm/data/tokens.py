@@ -359,8 +359,7 @@ def _text(row: Row, where: str) -> str:
     if isinstance(row, Unreadable):
         raise row.error
     if row.get("text") is None:
-        found = ", ".join(map(str, row)) or "none"
-        raise BadRow(f"{where}: this stage needs the column text; the columns found are {found:.200}", bad_rows.COLUMNS)
+        raise bad_rows.missing_columns(row, where, "this stage needs the column text")
     if not isinstance(row["text"], str):
         raise BadRow(f"{where}: text must be a string, found {row['text']!r:.40}", bad_rows.CONTENT)
     return row["text"]

@@ -23,6 +23,7 @@ from lm.rollout.episodes import Episode, conclude, run_episodes
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.scores import score_rows
 from lm.rollout.trajectory import Trajectory, rewards_of, trajectory_batch
+from lm.rollout.verifiers import expected_answer
 from lm.types import RolloutBatch
 
 
@@ -175,6 +176,6 @@ def _entropy_and_kl(model: Any, reference: Any, batch: RolloutBatch) -> dict[str
 
 def _example(one: Answered) -> dict[str, Any]:
     found = one.trajectory
-    said = {"prompt": found.prompt, "answer": found.text, "expected": str(found.task.get("answer", ""))}
+    said = {"prompt": found.prompt, "answer": found.text, "expected": expected_answer(found.task)}
     proxy = {"score": one.numbers["score"]} if "score" in one.numbers else {}
     return said | {"reward": found.reward} | proxy

@@ -15,7 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.bad_rows import ADVICE, COLUMNS, EMPTY_ANSWER, EMPTY_TEXT, REASONS, UNMARKED, BadRow, Unreadable
+from lm.data.bad_rows import (
+    ADVICE,
+    EMPTY_ANSWER,
+    EMPTY_TEXT,
+    REASONS,
+    UNMARKED,
+    BadRow,
+    Unreadable,
+    check_columns,
+    missing_columns,
+    names_of_needs,
+)
 from lm.data.chat import is_tie, render, training_messages
 from lm.data.selection import heldout_rows
 from lm.data.tokenizer import SubwordTokenizer
@@ -101,7 +112,7 @@ def _documents(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Example
             raise row.error
         text = row.get("text")
         if not isinstance(text, str):
-            raise _missing(row, where, "bits per byte need the column text")
+            raise missing_columns(row, where, "bits per byte need the column text")
         most = (item.count - len(found.encoded)) * max_len * BYTES_A_TOKEN
         data = text.encode(errors="replace")[:most].decode(errors="ignore")
         if not data.strip():
@@ -143,14 +154,14 @@ def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool)
     room, spec = max_len - item.max_new_tokens, spec_of(item)
 
     def add(row: dict[str, Any], where: str) -> str:
-        for column in spec.columns if not isinstance(row, Unreadable) else ():
-            if row.get(column) is None or not str(row[column]).strip():
-                raise _missing(row, where, f"the verifier {item.verifier} needs the column {column}")
+        check_columns(
+            row, spec.columns, where, f"the verifier {item.verifier}" if not item.environment else "the environment"
+        )
         tokens = render(spec.messages(row, where), tokenizer, generation_prompt=True).tokens
         if len(tokens) > room:
             return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
         # The tasks of an environment may differ in more than their first messages.
-        key = (*tokens, *(str(row[column]) for column in spec.columns if item.environment))
+        key = (*tokens, *(str(row.get(name)) for name in names_of_needs(spec.columns) if item.environment))
         if key in seen:
             return REPEATED
         seen.add(key)
@@ -224,11 +235,6 @@ def _filled(item: Eval, found: Examples, add: Callable[[dict[str, Any], str], st
         if len(found.encoded) >= item.count:
             break
     return found
-
-
-def _missing(row: Mapping[str, Any], where: str, what: str) -> BadRow:
-    found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
-    return BadRow(f"{where}: {what}; the columns found are {found:.200}", COLUMNS)
 
 
 DOCUMENTS = "rows of tokens"

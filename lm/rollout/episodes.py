@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int32, PRNGKeyArray
 
 from lm.data import bad_rows
-from lm.data.bad_rows import BadRow
+from lm.data.bad_rows import BadRow, ColumnNeed
 from lm.data.chat import check_conversation, prompt_messages, render
 from lm.data.pipeline import PromptFeed, make_prompt_feed
 from lm.data.prompts import MessagesOf
@@ -32,7 +32,7 @@ from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironme
 from lm.rollout.rewards import compute_rewards, reward_problem, shortened
 from lm.rollout.timed import limited
 from lm.rollout.trajectory import AUTHORS, ENVIRONMENT, LENGTH, MODEL, PROMPT, STOP, TIMEOUT, Trajectory, prompt_text
-from lm.rollout.verifiers import find_verifier, needed_columns
+from lm.rollout.verifiers import declared_columns, find_verifier, needed_columns
 
 TURNS = 2**30  # folded into the key of a rollout for its turns after the first: far from the number of any token
 
@@ -51,7 +51,7 @@ class EnvironmentSpec:
 
     make: Callable[[], Any]
     judge: Judge | None
-    columns: tuple[str, ...]
+    columns: tuple[ColumnNeed, ...]
     messages: MessagesOf
     where: str
     seconds: float
@@ -70,7 +70,7 @@ def environment_spec(
     """
     if environment:
         make = find_environment(environment, f"{field}.environment")
-        columns = tuple(getattr(make, "columns", ()))
+        columns = declared_columns(environment, make)
         messages = functools.partial(first_messages, make, seconds)
         return EnvironmentSpec(make, judge_environments, columns, messages, where, seconds)
     for verifier in verifiers:

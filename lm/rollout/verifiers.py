@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from lm.config.field import shown
 from lm.config.objective import VERIFIER_ARGUMENTS
+from lm.data.bad_rows import ColumnNeed, is_blank
 from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
 from lm.rollout import mathematics
@@ -18,17 +20,24 @@ Verifier = Callable[[Mapping[str, Any], str], float]
 def answer(row: Mapping[str, Any], completion: str) -> float:
     """1 if the completion gives the row's answer, else 0.
 
-    Expected is the row's `final`, else its `answer`. Given is what the completion marks as its answer, else all of it
+    Expected is what `expected_answer` says. Given is what the completion marks as its answer, else all of it
     without opener and closer: `lm.rollout.answer_match` says how both are read and when they are the same. Formulas are
     compared by the library math-verify.
     """
-    expected = row["final"] if row.get("final") is not None else row.get("answer")
-    if expected is None:
-        return 0.0
-    right, formulas = matches(str(expected), completion, undress(completion)[1])
+    expected = expected_answer(row)
+    right, formulas = matches(expected, completion, undress(completion)[1])
     if right is None:
-        return float(any(mathematics.equal(expected_reading(str(expected)), formula) for formula in formulas))
+        return float(any(mathematics.equal(expected_reading(expected), formula) for formula in formulas))
     return float(right)
+
+
+# columns that say what a right answer is; of those that a row has the last decides
+EXPECTED = ("answer", "final")
+
+
+def expected_answer(row: Mapping[str, Any]) -> str:
+    """What a right answer to the row is; empty where the row does not say."""
+    return next((str(row[name]) for name in reversed(EXPECTED) if not is_blank(row.get(name))), "")
 
 
 def style(row: Mapping[str, Any], completion: str) -> float:
@@ -46,7 +55,7 @@ def helpful(row: Mapping[str, Any], completion: str) -> float:
 VERIFIERS: dict[str, Verifier] = {"answer": answer, "style": style, "helpful": helpful}
 
 # the columns without which a verifier cannot judge a row
-NEEDS: dict[str, tuple[str, ...]] = {"answer": ("answer",), "style": (), "helpful": ("answer",)}
+NEEDS: dict[str, tuple[ColumnNeed, ...]] = {"answer": (EXPECTED,), "style": (), "helpful": (EXPECTED,)}
 
 
 def find_verifier(name: str, where: str = "verifier") -> Verifier:
@@ -62,6 +71,19 @@ def find_verifier(name: str, where: str = "verifier") -> Verifier:
     return VERIFIERS[name]
 
 
-def needed_columns(name: str) -> tuple[str, ...]:
+def needed_columns(name: str) -> tuple[ColumnNeed, ...]:
     """The columns without which a verifier cannot judge a row; of the user's own its attribute `columns`, if it has one."""
-    return tuple(getattr(find_verifier(name), "columns", ())) if is_function_name(name) else NEEDS[name]
+    return declared_columns(name, find_verifier(name)) if is_function_name(name) else NEEDS[name]
+
+
+def declared_columns(name: str, found: Any) -> tuple[ColumnNeed, ...]:
+    """The attribute `columns` of a verifier or an environment of the user's own, which FILE:FUNCTION names."""
+    columns = getattr(found, "columns", ())
+    columns = (columns,) if isinstance(columns, str) else columns
+    if not isinstance(columns, Collection) or not all(map(_is_need, columns)):
+        raise UserError(f"{name}: its columns are {shown(columns)}; they should be a tuple of the names of columns")
+    return tuple(columns)
+
+
+def _is_need(need: Any) -> bool:
+    return isinstance(need, str) or (isinstance(need, tuple) and need != () and all(isinstance(n, str) for n in need))

@@ -83,7 +83,7 @@ def test_prompts_show_the_answer_that_they_are_judged_by():
     class Prompts:
         tokens = np.array([[0, 0, 1, 2, 3]], np.int32)
         lengths = np.array([3], np.int32)
-        rows = ({"question": "…", "answer": "4"},)
+        rows = ({"question": "…", "answer": "It is 4.", "final": "4"},)
 
     lines = list(prompt_lines(Prompts(), decode, rows=2, colour=False))
     assert lines == ["\n--- prompt 0: 3 tokens ---", "What is 2+2?", "right answer: 4"]

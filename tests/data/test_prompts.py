@@ -10,6 +10,7 @@ import pytest
 
 from lm.data.pipeline import encode_prompts, heldout_rows, make_prompt_feed
 from lm.experiment import Source, UserError
+from lm.rollout.verifiers import NEEDS, expected_answer
 
 HEADER = "<|im_start|>assistant\n"
 
@@ -77,6 +78,14 @@ def test_columns_that_the_verifier_needs_are_checked(tokenizer, tmp_path):
         UserError, match=r"a\.jsonl line 2: the verifier needs the column answer; .* question, solution"
     ):
         make_prompt_feed((Source(path, holdout=0.0),), 2, 32, tokenizer, 0, columns=("answer",))
+
+
+def test_the_column_final_alone_is_enough_for_the_answer_verifier(tokenizer, tmp_path):
+    rows = [{"question": "x?", "final": "1"}, {"question": "y?", "answer": "1"}, {"question": "z?", "final": 2}]
+    path = write(tmp_path / "a.jsonl", rows)
+    feed = make_prompt_feed((Source(path, holdout=0.0),), 3, 32, tokenizer, 0, columns=NEEDS["answer"])
+    assert "3 prompts" in feed.report() and "\n" not in feed.report()
+    assert sorted(expected_answer(row) for row in feed.batch(0).rows) == ["1", "1", "2"]
 
 
 def test_the_prompt_of_a_conversation_stops_before_the_last_answer(tokenizer):

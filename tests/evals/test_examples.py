@@ -41,9 +41,15 @@ PROBLEMS = [{"question": f"Say {n}", "answer": str(n)} for n in range(5)]
 PAIRS = [{"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(5)]
 LONG = "one two " * 60
 BROKEN = [  # metric, good rows, a row that is none, what is said of it
-    ("reward", PROBLEMS, {"question": "Say what"}, "the verifier answer needs the column answer; .* question"),
+    ("reward", PROBLEMS, {"question": "Say what"}, "the verifier answer needs the column answer or final; .* question"),
     ("reward", PROBLEMS, {"question": "Say what", "answer": None}, "needs the column answer"),
     ("reward", PROBLEMS, {"question": "Say what", "answer": " "}, "needs the column answer"),
+    (
+        "reward",
+        [*PROBLEMS[:4], {"question": "Say", "final": 4}],
+        {"question": "What"},
+        "column answer or final; .* question",
+    ),
     ("pass_at_k", PROBLEMS, {"answer": "1"}, "needs the columns prompt, question or messages|columns found"),
     ("pair_accuracy", PAIRS, {"prompt": "Say what", "chosen": "yes"}, "chosen and rejected"),
     ("bits_per_byte", [{"text": f"one {n}"} for n in range(5)], {"txet": "one"}, "need the column text; .* txet"),

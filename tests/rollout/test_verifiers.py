@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.data.bad_rows import BadRow, check_columns
 from lm.data.curriculum.style import CLOSERS, OPENERS
-from lm.rollout.verifiers import NEEDS, VERIFIERS
+from lm.experiment import UserError
+from lm.rollout.verifiers import NEEDS, VERIFIERS, expected_answer, needed_columns
 
 answer, style = VERIFIERS["answer"], VERIFIERS["style"]
 
@@ -33,6 +35,9 @@ answer, style = VERIFIERS["answer"], VERIFIERS["style"]
         ({"answer": "He has 3 + 4\n#### 1,200"}, "1200", 1),
         ({"answer": "nonsense #### 1", "final": "7"}, "The answer is 7", 1),
         ({"answer": "nonsense #### 1", "final": "7"}, "1", 0),
+        ({"final": "7"}, "The answer is 7", 1),
+        ({"final": 7, "answer": None}, "8", 0),
+        ({"final": " ", "answer": "5"}, "5", 1),
         ({"answer": "Paris"}, "Paris.", 1),
         ({"answer": "Paris"}, "Of course. Paris", 1),
         ({"answer": "Paris"}, "paris", 0),
@@ -87,3 +92,29 @@ def test_listing_several_numbers_is_never_right(value, others):
 
 def test_needs_cover_the_table():
     assert NEEDS.keys() == VERIFIERS.keys()
+
+
+@given(row=ROWS)
+def test_a_row_with_the_needed_columns_has_an_expected_answer_and_no_other_has(row):
+    try:
+        check_columns(row, NEEDS["answer"], "row 1")
+    except BadRow:
+        assert expected_answer(row) == ""
+    else:
+        assert expected_answer(row)
+
+
+@pytest.mark.parametrize("columns", ["5", "(1,)", "None", "((),)", "{'a': 1}.values()"])
+def test_columns_that_are_no_names_are_refused(tmp_path, monkeypatch, columns):
+    (tmp_path / "own.py").write_text(f"def score(row, completion):\n    return 1\nscore.columns = {columns}\n")
+    with pytest.raises(UserError, match=r"own\.py:score: its columns are .*; they should be a tuple of the names"):
+        needed_columns(f"{tmp_path}/own.py:score")
+
+
+@pytest.mark.parametrize("columns", ['"hint"', '["hint"]', '{"hint"}', '(("hint", "tip"),)'])
+def test_columns_of_a_verifier_of_ones_own_may_be_one_name_or_several(tmp_path, columns):
+    (tmp_path / "own.py").write_text(f"def score(row, completion):\n    return 1\nscore.columns = {columns}\n")
+    needs = needed_columns(f"{tmp_path}/own.py:score")
+    check_columns({"hint": "x"}, needs, "row 1")
+    with pytest.raises(BadRow, match="row 1: the verifier needs the column hint"):
+        check_columns({"h": "x"}, needs, "row 1")
