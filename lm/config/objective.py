@@ -214,8 +214,8 @@ SAMPLING_SIGNS: dict[str, Sign] = {
     ),
     "reward_timeouts": Sign(
         lambda line: line.get("reward_timeouts", 0) > 0,
-        "{reward_timeouts:.0f} rewards of step {step} took longer than {reward_seconds:g} s (objective.reward_seconds) and count "
-        "as 0; the metric reward_timeouts counts them",
+        "{reward_timeouts:.0f} rewards of step {step} took longer than {reward_seconds:g} s (objective.reward_seconds; formulas "
+        "are compared for 5 s at most) and count as 0; the metric reward_timeouts counts them",
         steps=1,
     ),
 }

@@ -9,12 +9,12 @@ import logging
 from lm.rollout import timed
 from lm.rollout.timed import CallOutcome, TimedWorker
 
-SECONDS = 5.0  # for one comparison; what takes longer is not equal
+SECONDS = 5.0  # for one comparison
 MEMORY = 4 << 30  # bytes of address space for it: a tower of powers would take all there is
 
 
-def equal(expected: str, given: str) -> bool:
-    """Whether a given formula, in LaTeX or plain, equals the expected one; False where that cannot be told in time.
+def equal(expected: str, given: str) -> bool | None:
+    """Whether a given formula, in LaTeX or plain, equals the expected one; None where that takes longer than SECONDS.
 
     Raises:
         ImportError: math-verify is not installed: every formula would count as wrong.
@@ -24,7 +24,7 @@ def equal(expected: str, given: str) -> bool:
     outcome = _compare(expected, given)
     if outcome.error.startswith(("ImportError", "ModuleNotFoundError")):
         raise ImportError(f"math-verify cannot be imported: {outcome.error}")
-    return bool(outcome.value)
+    return None if outcome.timed_out else bool(outcome.value)
 
 
 @functools.lru_cache(maxsize=4096)  # a rollout often has the same answer many times
@@ -34,7 +34,7 @@ def _compare(expected: str, given: str) -> CallOutcome:
 
 @functools.cache
 def _worker() -> TimedWorker:
-    worker = TimedWorker(MEMORY)
+    worker = TimedWorker(MEMORY, "math_verify")
     atexit.register(worker.close)
     return worker
 

@@ -89,7 +89,7 @@ def _by_name(name: str, row: Mapping[str, Any], completion: str) -> Any:
 
 @functools.cache
 def _workers() -> tuple[TimedWorker, ...]:
-    workers = tuple(TimedWorker() for _ in range(cores()))
+    workers = tuple(TimedWorker(library=__name__) for _ in range(cores()))
     for worker in workers:
         atexit.register(worker.close)
     return workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import resource
 import signal
@@ -32,9 +33,9 @@ class TimedWorker:
     Functions and arguments are sent to it and so have to be importable by name.
     """
 
-    def __init__(self, memory_bytes: int = 0):
-        """A worker with so much address space; 0: as much as there is."""
-        self._memory = memory_bytes
+    def __init__(self, memory_bytes: int = 0, library: str = ""):
+        """A worker with so much address space (0: as much as there is), which imports a library before the first call."""
+        self._arguments = f"{memory_bytes}, {library!r}"
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
@@ -42,18 +43,24 @@ class TimedWorker:
     def call(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> CallOutcome:
         """function(*arguments), or what became of it after so many seconds at the most."""
         with self._lock:
-            pipe = self._ready()
             try:
-                pipe.send((function, arguments))
-                if not pipe.poll(seconds):
-                    self._kill()
-                    return CallOutcome(timed_out=True)
-                return pipe.recv()
-            except (EOFError, OSError):
+                return self._call(self._ready(), (function, arguments), seconds)
+            except BaseException:  # Ctrl-C, or the end of the caller's own time: the next call must not get this answer
                 self._kill()
-                return CallOutcome(
-                    error="the process that ran it ended (it may have run out of memory, or called exit)"
-                )
+                raise
+
+    def _call(
+        self, pipe: Connection, request: tuple[Callable[..., Any], tuple[Any, ...]], seconds: float
+    ) -> CallOutcome:
+        try:
+            pipe.send(request)
+            if pipe.poll(seconds):
+                return pipe.recv()
+        except (EOFError, OSError):
+            self._kill()
+            return CallOutcome(error="the process that ran it ended (it may have run out of memory, or called exit)")
+        self._kill()
+        return CallOutcome(timed_out=True)
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -65,7 +72,7 @@ class TimedWorker:
             self._kill()
             ours, theirs = socket.socketpair()
             # A Python of its own: forked it would inherit jax's threads, and multiprocessing's would run the script again.
-            begin = f"import sys; sys.path[:] = {sys.path!r}; from lm.rollout.timed import serve; serve({theirs.fileno()}, {self._memory})"
+            begin = f"import sys; sys.path[:] = {sys.path!r}; from lm.rollout.timed import serve; serve({theirs.fileno()}, {self._arguments})"
             self._process = subprocess.Popen(
                 [sys.executable, "-c", begin], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
@@ -89,11 +96,12 @@ class TimedWorker:
 in_worker = False  # whether this process is one that is killed when a call takes too long
 
 
-def serve(descriptor: int, memory_bytes: int) -> None:
+def serve(descriptor: int, memory_bytes: int, library: str) -> None:
     """In the worker: make the calls that come over the socket, until the other end is closed.
 
     Args:
         memory_bytes: of address space that the process may have; 0: as much as there is.
+        library: is imported first, so that the limit of the first call is the call's own; where it is missing, a call says so.
     """
     global in_worker
     in_worker = True
@@ -101,6 +109,9 @@ def serve(descriptor: int, memory_bytes: int) -> None:
     if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if library:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
     pipe = Connection(descriptor)
     pipe.send("ready")
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -134,7 +145,7 @@ def limited(seconds: float, function: Callable[..., Any], *arguments: Any) -> Ca
 
 
 class TookTooLong(BaseException):
-    """What `alarm` raises: no Exception, so that code which catches those does not go on."""
+    """Raised where a call takes longer than its limit: no Exception, so that code which catches those does not go on."""
 
 
 @contextlib.contextmanager

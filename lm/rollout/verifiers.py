@@ -1,8 +1,8 @@
-"""Rules that judge an answer: each maps (row, completion) to a reward in [0, 1] and never raises."""
+"""Rules that judge an answer: each maps (row, completion) to a reward in [0, 1], and raises only where time is up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lm.config.field import shown
@@ -12,6 +12,7 @@ from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
 from lm.rollout import mathematics
 from lm.rollout.answer_match import expected_reading, matches
+from lm.rollout.timed import TookTooLong
 from lm.user_functions import is_function_name, load_function
 
 Verifier = Callable[[Mapping[str, Any], str], float]
@@ -23,12 +24,25 @@ def answer(row: Mapping[str, Any], completion: str) -> float:
     Expected is what `expected_answer` says. Given is what the completion marks as its answer, else all of it
     without opener and closer: `lm.rollout.answer_match` says how both are read and when they are the same. Formulas are
     compared by the library math-verify.
+
+    Raises:
+        TookTooLong: the formulas could not be compared in time; `lm.rollout.rewards` counts such a reward as 0.
     """
     expected = expected_answer(row)
     right, formulas = matches(expected, completion, undress(completion)[1])
-    if right is None:
-        return float(any(mathematics.equal(expected_reading(expected), formula) for formula in formulas))
-    return float(right)
+    return float(_equals_one_of(formulas, expected_reading(expected)) if right is None else right)
+
+
+def _equals_one_of(formulas: Sequence[str], expected: str) -> bool:
+    late = False
+    for formula in formulas:
+        equal = mathematics.equal(expected, formula)
+        if equal:
+            return True
+        late |= equal is None
+    if late:
+        raise TookTooLong
+    return False
 
 
 # columns that say what a right answer is; of those that a row has the last decides

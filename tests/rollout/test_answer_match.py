@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.rollout import mathematics
-from lm.rollout.timed import CallOutcome
+from lm.rollout.rewards import compute_rewards
+from lm.rollout.timed import CallOutcome, limited
 from lm.rollout.verifiers import answer
 
 # expected answer, completion, reward
@@ -371,6 +372,23 @@ def test_mathematics_that_takes_too_long_is_not_equal(monkeypatch):
     monkeypatch.setattr(mathematics, "SECONDS", 1.0)
     assert not mathematics.equal("2^{3}", "9^{9^{9^{9}}}")
     assert mathematics.equal("2^{3}", "8")  # the process that was killed is replaced
+
+
+SLOW = r"So \boxed{9^{9^{9^{9}}}}"
+
+
+def test_formulas_that_cannot_be_compared_in_time_are_counted(monkeypatch):
+    monkeypatch.setattr(mathematics, "SECONDS", 1.0)
+    rows = [{"answer": "x^{3}"}] * 3
+    found = compute_rewards("answer", rows, [SLOW, r"\boxed{x*x*x}", SLOW], "reason")
+    assert found.values.tolist() == [0, 1, 0] and found.timeouts == 2
+
+
+def test_a_comparison_that_the_callers_limit_ends_leaves_no_answer_for_the_next():
+    mathematics._compare.cache_clear()
+    assert mathematics.equal("x^{3}", "x*x*x")  # the process has started
+    assert limited(0.3, mathematics.equal, "x^{3}", "9^{9^{9^{9}}}").timed_out
+    assert mathematics.equal("y^{3}", "y*y*y") and not mathematics.equal("y^{3}", "y*y")
 
 
 def test_mathematics_without_its_library_is_an_error_and_no_wrong_answer(monkeypatch):
