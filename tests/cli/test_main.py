@@ -201,8 +201,12 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stdout, done.stderr) == (returned, told, "")
 
 
-def test_ctrl_c_before_the_command_has_begun_waits_for_it(here):
-    begin = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); os.kill(os.getpid(), signal.SIGINT); "
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])  # ignored: as a script has what it begins in its background
+def test_ctrl_c_before_the_command_has_begun_waits_for_it(here, before):
+    begin = (
+        f"import os, signal, sys; signal.signal(signal.SIGINT, signal.{before}); "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); os.kill(os.getpid(), signal.SIGINT); "
+    )
     done = python(
         "-c", begin + "os.execv(sys.executable, [sys.executable, '-m', 'lm.cli.main', 'config', 'small'])", cwd=here
     )
