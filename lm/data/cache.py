@@ -3,8 +3,8 @@
 An entry is written to a draft folder and renamed when complete, its manifest of sizes and checksums last: a
 kill at any moment leaves no partial entry. The content is checked against the checksums when a process first opens it, so
 that corruption is found; a damaged entry is rebuilt. One process builds an entry while the others wait for it; its lock
-has a heartbeat. Should two processes build the same entry, the results are equal and one is kept: the lock saves work, and
-correctness does not depend on it.
+ends with the process. Should two processes build the same entry, where a file system has no locks, the results are equal and
+one is kept: the lock saves work, and correctness does not depend on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import secrets
 import shutil
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from lm.experiment import UserError
-from lm.stored import cache_folder, read_json, sealed, unsealed
+from lm.stored import NO_LOCKS, cache_folder, read_json, sealed, unsealed
 
 VERSION = 6  # of what is stored and of how a row becomes tokens: raise it when either changes
-BEAT_SECONDS = 2.0
-DEAD_SECONDS = 30.0  # a lock without a heartbeat for so long has no owner
-LOOK_SECONDS = 0.1
+TOLD_SECONDS = 1.0  # a process that waits for another says so after so long
 ABANDONED_SECONDS = 86_400.0
 SETTLED_SECONDS = 2.0  # a file written later than this may change again without a new time of change
 MAPPED = 512  # files mapped at the same time; each takes a file descriptor
@@ -138,18 +136,11 @@ class Cache:
         """
         key = hashlib.sha256(json.dumps([VERSION, kind, made_of], sort_keys=True).encode()).hexdigest()[:40]
         folder = self.folder / f"{kind}-{key}"
-        lock = folder.with_name(f"{folder.name}.lock")
-        while True:
-            if (found := self._open(folder)) is not None:
-                return found
-            draft = _draft(folder)
-            if not self._claim(lock, draft):
-                _wait(lock, label)
-                continue
-            with self._held(lock, draft):
-                if (found := self._open(folder)) is not None:  # built while this process waited for the lock
-                    return found
-                return self._build(folder, draft, made_of, build)
+        if (found := self._open(folder)) is not None:
+            return found
+        with self._alone(folder, label):
+            # Another process may have built it while this one waited for the lock.
+            return self._open(folder) or self._build(folder, made_of, build)
 
     def digest(self, file: Path) -> str:
         """SHA-256 of a file's content; a file with an unchanged size, mtime, ctime and inode is not read again."""
@@ -191,19 +182,14 @@ class Cache:
         return None
 
     def sweep(self) -> None:
-        """Remove drafts and locks of dead processes on this host, and drafts untouched for a day."""
-        for lock in self.folder.glob("*.lock"):
-            owner = _owner(lock)
-            if _is_dead(owner):
-                lock.unlink(missing_ok=True)
-                if isinstance(owner.get("draft"), str):
-                    shutil.rmtree(self.folder / Path(owner["draft"]).name, ignore_errors=True)
+        """Remove drafts of dead processes on this host, and drafts untouched for a day."""
         for draft in [*self.folder.glob("*.draft"), *self.folder.glob("checksums/*.draft")]:
             if _is_abandoned(draft):
                 with contextlib.suppress(OSError):  # another user's file: theirs to remove
                     shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
-    def _build(self, folder: Path, draft: Path, made_of: Mapping[str, Any], build: Callable[[Writer], None]) -> Entry:
+    def _build(self, folder: Path, made_of: Mapping[str, Any], build: Callable[[Writer], None]) -> Entry:
+        draft = _draft(folder)
         with self.writing():
             draft.mkdir()
         writer = Writer(self, draft)
@@ -222,40 +208,44 @@ class Cache:
         _verified[folder] = _stamps(folder, files)
         return Entry(folder, files)
 
-    def _claim(self, lock: Path, draft: Path) -> bool:
-        """Take the lock for this process if it is free."""
-        owner = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "draft": draft.name})
-        with self.writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                return False
-            try:
-                os.write(handle, owner.encode())
-            finally:
-                os.close(handle)
-        return True
-
     @contextlib.contextmanager
-    def _held(self, lock: Path, draft: Path) -> Iterator[None]:
-        """Keep a lock's heartbeat going, then release the lock unless another process has taken it."""
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(BEAT_SECONDS):
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(lock)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
+    def _alone(self, folder: Path, label: str) -> Iterator[None]:
+        """Inside, no other process builds this entry, and no draft of one that was killed is left."""
+        lock = folder.with_name(f"{folder.name}.lock")
+        held = FileLock(lock, fallback_to_soft=False)
         try:
+            with self.writing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._acquire(held, lock, label)
             yield
         finally:
-            done.set()
-            thread.join()
-            if _owner(lock).get("draft") == draft.name:
-                lock.unlink(missing_ok=True)
+            if held.is_locked:
+                lock.unlink(missing_ok=True)  # whoever has opened it and waits for it opens a new one
+            held.release()
+
+    def _acquire(self, held: FileLock, lock: Path, label: str) -> None:
+        """Take a lock, and say whom this process waits for; without a lock where the file system has none."""
+        who = "another process"
+        try:
+            try:
+                held.acquire(timeout=TOLD_SECONDS)
+            except Timeout:
+                with contextlib.suppress(FileNotFoundError):
+                    who = lock.read_text("utf-8", errors="replace") or who
+                print(f"{label}: waiting for {who}, which is building the same entry", file=sys.stderr, flush=True)
+                held.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"{label}: {lock.parent} has no file locks: processes may build it at the same time",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        for draft in lock.parent.glob(f"{lock.stem}.*.draft"):
+            shutil.rmtree(draft, ignore_errors=True)
 
     def _record(self, file: Path) -> Path:
         return self.folder / "checksums" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:40]}.json"
@@ -329,60 +319,15 @@ def _is_abandoned(draft: Path) -> bool:
     """Whether a draft is abandoned: its process on this host has ended, or a day has passed."""
     host, _, number = draft.suffixes[-3].removeprefix(".").partition("-") if len(draft.suffixes) > 2 else ("", "", "")
     if f"{host}-{os.getpid()}" == _here() and number.isdecimal():
-        return _is_dead({"host": socket.gethostname(), "process": int(number)})
+        try:
+            os.kill(int(number), 0)
+        except (ProcessLookupError, PermissionError, OverflowError) as error:  # another user's is alive
+            return isinstance(error, ProcessLookupError)
+        return False
     try:
         return time.time() - draft.stat().st_mtime > ABANDONED_SECONDS
     except FileNotFoundError:
         return False
-
-
-def _wait(lock: Path, label: str) -> None:
-    """Wait until the lock is free; break the lock of a dead owner and remove its draft."""
-    began = since = time.monotonic()
-    told, last = False, -1
-    while True:
-        owner = _owner(lock)
-        try:
-            beat = lock.stat().st_mtime_ns
-        except FileNotFoundError:
-            return
-        now = time.monotonic()
-        if beat != last:
-            last, since = beat, now
-        if _is_dead(owner) or now - since > DEAD_SECONDS:
-            lock.unlink(missing_ok=True)
-            if owner:
-                shutil.rmtree(lock.with_name(Path(owner["draft"]).name), ignore_errors=True)
-            return
-        if not told and now - began > 1:
-            told = True
-            who = f"process {owner['process']} on {owner['host']}" if owner else "another process"
-            print(f"{label}: waiting for {who}, which is building the same entry", file=sys.stderr, flush=True)
-        time.sleep(LOOK_SECONDS)
-
-
-def _owner(lock: Path) -> dict[str, Any]:
-    """The owner of a lock; {} where the lock is free, was taken just now, or names no owner."""
-    try:
-        owner = json.loads(lock.read_text("utf-8") or "{}")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    fields = {"process": int, "host": str, "draft": str}
-    whole = isinstance(owner, dict) and all(isinstance(owner.get(name), kind) for name, kind in fields.items())
-    return owner if whole else {}
-
-
-def _is_dead(owner: Mapping[str, Any]) -> bool:
-    """Whether the owner of a lock is known to have ended, as far as this host can tell."""
-    if owner.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(owner["process"], 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):  # another user's process, alive; or no process id
-        return False
-    return False
 
 
 def _stamp(file: Path) -> list[int]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -35,47 +33,29 @@ class Prefetcher:
 
     def __init__(self, batch: Callable[[int], TokenBatch], steps: int):
         self._batch, self._steps = batch, steps
-        self._thread: threading.Thread | None = None
-        self._next = 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._ready: dict[int, Future[TokenBatch]] = {}
 
     def __call__(self, step: int) -> TokenBatch:
         if not 0 <= step < self._steps:
             return self._batch(step)
-        if self._thread is None or step != self._next:
+        if self._thread is None or step not in self._ready:
             self.close()
-            self._stop, self._ready = (
-                threading.Event(),
-                queue.Queue[tuple[TokenBatch | None, BaseException | None]](AHEAD),
-            )
-            self._thread = threading.Thread(target=self._work, args=(step, self._stop, self._ready), daemon=True)
-            self._thread.start()
-        batch, error = self._ready.get()
-        self._next = step + 1
-        if error is not None:
+            self._thread = ThreadPoolExecutor(1, "batches")
+        for ahead in range(step, min(step + AHEAD + 1, self._steps)):
+            if ahead not in self._ready:
+                self._ready[ahead] = self._thread.submit(self._batch, ahead)
+        try:
+            return self._ready.pop(step).result()
+        except BaseException:
             self.close()
-            raise error
-        assert batch is not None
-        return batch
-
-    def _work(self, start: int, stop: threading.Event, ready: queue.Queue) -> None:
-        for step in range(start, self._steps):
-            if stop.is_set():
-                return
-            try:
-                ready.put((self._batch(step), None))
-            except BaseException as error:
-                ready.put((None, error))
-                return
+            raise
 
     def close(self) -> None:
-        if self._thread is None:
-            return
-        self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            while True:  # make room for a batch that the thread may be about to put
-                self._ready.get_nowait()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
         self._thread = None
+        self._ready.clear()
 
 
 class Batches:
@@ -87,9 +67,8 @@ class Batches:
     cost = "data_seconds"  # goodput category of the time that the loop waits for batches
 
     def __init__(self, feed: Feed, count: int, mesh: Mesh, steps: int):
-        self.notes: dict[
-            str, str
-        ] = {}  # warnings about the latest batches (kind -> text), which the loop logs and clears
+        # What people should know of the batches made last: kind -> text; the loop takes it.
+        self.notes: dict[str, str] = {}
         self.count, self.place = count, batch_sharding(mesh)
         self.rows = own_rows(self.place, count)
         self.feed = feed
