@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config.field import UserError
+from lm.stored import write_atomic
 
 RETRY_SECONDS = 0.2  # a reader that came while the file was replaced looks again after so long
 
@@ -94,12 +95,8 @@ def rewrite_json_lines(path: Path, lines: Sequence[bytes]) -> None:
     """Replace the content of the file; a kill at any moment leaves the old lines or the new ones, all of them."""
     checksums(path).unlink(missing_ok=True)
     data = b"".join(line + b"\n" for line in lines)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-    temporary = checksums(path).with_name(checksums(path).name + ".tmp")
-    temporary.write_bytes(_checksums_of(data))
-    temporary.replace(checksums(path))
+    write_atomic(path, data)
+    write_atomic(checksums(path), _checksums_of(data))
 
 
 def _has(value: Any, name: str, kind: type) -> bool:

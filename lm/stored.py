@@ -54,15 +54,26 @@ def unsealed(content: dict[str, Any]) -> dict[str, Any] | None:
     return rest if sealed(rest)[SEAL] == content.get(SEAL) else None
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Write `value` so that a reader, or a kill at any moment, finds the old file or the new one, whole."""
+def write_atomic(path: Path, content: bytes) -> Path:
+    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one, whole; gives its path."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, allow_nan=False, ensure_ascii=False)
-        stream.write("\n")
+    with temporary.open("wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(path)
+    return temporary.replace(path)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """`write_atomic` of a value as JSON."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a file's content, as hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
@@ -142,8 +153,11 @@ def read_record(path: Path, fields: Mapping[str, Any], optional: Mapping[str, An
     return found
 
 
-def lock_file(handle: int, path: Path, flag: str, wait: bool = False) -> bool:
-    """Take the lock of an open file, which dies with the process; False where another process has it.
+def take_lock(file: Path, flag: str, wait: bool = False) -> int | None:
+    """Open a file, made where it is not there, and lock it: its descriptor; None where another process has the lock.
+
+    The lock ends when the descriptor is closed, with the process at the latest. A child that inherits the descriptor holds
+    the lock too, and the file may have content of its own: the locks of `filelock` offer neither.
 
     Args:
         flag: with which the user names another folder or file, for the error.
@@ -152,15 +166,17 @@ def lock_file(handle: int, path: Path, flag: str, wait: bool = False) -> bool:
     Raises:
         UserError: the file system has no locks.
     """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
     except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            return None
         if error.errno not in NO_LOCKS:
             raise
         reason = error.strerror if error.errno != ENOTSUPP else "Operation not supported"
         raise UserError(
-            f"{path} cannot be locked ({reason}): its file system has no file locks; name a place on another one ({flag})"
+            f"{file} cannot be locked ({reason}): its file system has no file locks; name a place on another one ({flag})"
         ) from error
-    return True
+    return handle

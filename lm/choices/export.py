@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lm.choices.desk import standing
 from lm.choices.log import Record
+from lm.stored import write_atomic
 
 SIDES = ("left", "right")
 TIE, SKIP = "tie", "skip"
@@ -61,13 +61,7 @@ def preferences(records: Iterable[Record], ties: bool = False) -> Exported:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines, atomically: a reader sees the old or the new file."""
-    half = path.with_name(path.name + ".tmp")
-    with half.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(half, path)
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _decided(pair: str, choices: list[Record], liked: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.experiment import UserError
-from lm.stored import lock_file
+from lm.stored import take_lock
 
 Record = dict[str, Any]
 
@@ -143,12 +143,12 @@ def open_log(path: Path) -> Iterator[Log]:
     """
     _refuse_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = take_lock(path, "--labels FILE")
+    if handle is None:
+        raise UserError(
+            f"{path} is in use by another `lm label`: open its page, stop it, or name another file (--labels FILE)"
+        )
     try:
-        if not lock_file(handle, path, "--labels FILE"):
-            raise UserError(
-                f"{path} is in use by another `lm label`: open its page, stop it, or name another file (--labels FILE)"
-            )
         _sync_folder(path.parent)
         contents = read_log(path)
         if os.fstat(handle).st_size != contents.size:

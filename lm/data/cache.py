@@ -28,7 +28,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from lm.experiment import UserError
-from lm.stored import NO_LOCKS, cache_folder, read_json, sealed, unsealed
+from lm.stored import NO_LOCKS, cache_folder, file_sha256, read_json, sealed, unsealed
 
 VERSION = 6  # of what is stored and of how a row becomes tokens: raise it when either changes
 TOLD_SECONDS = 1.0  # a process that waits for another says so after so long
@@ -148,8 +148,7 @@ class Cache:
         known, now = self._known(file), _stamp(file)
         if known is not None and known[:-1] == now:
             return known[-1]
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = file_sha256(file)
         if time.time() - max(now[1], now[2]) / 1e9 > SETTLED_SECONDS and _stamp(file) == now:
             with contextlib.suppress(UserError):  # a read-only cache: the file is hashed again next time
                 self._remember(file, found)
@@ -291,8 +290,7 @@ def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
     if _verified.get(folder) != stamps:
         for name, file in files.items():
             try:
-                with (folder / name).open("rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                found = file_sha256(folder / name)
             except OSError:
                 found = ""
             if found != file["sha256"]:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 import sentencepiece
 
 from lm.experiment import UserError
+from lm.stored import write_atomic
 
 END_OF_TEXT, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 FILE_NAME = "tokenizer.model"
@@ -104,10 +104,7 @@ class SubwordTokenizer:
         """Write `folder/tokenizer.model` atomically; returns its path."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        draft.write_bytes(self.model)
-        os.replace(draft, path)
-        return path
+        return write_atomic(path, self.model)
 
     @classmethod
     def load(cls, path: str | Path) -> SubwordTokenizer:

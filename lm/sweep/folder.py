@@ -21,7 +21,7 @@ from typing import Any
 
 from lm.changes import normalised, read_experiment
 from lm.experiment import UserError, diff, from_dict, to_dict
-from lm.stored import lock_file, make_folder, read_json, write_json_atomic, write_sealed
+from lm.stored import make_folder, read_json, take_lock, write_json_atomic, write_sealed
 from lm.sweep.results import DESCRIPTION, read_description, read_trial
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, key_of, label_on
@@ -161,9 +161,9 @@ class SweepFolder:
     def alone(self) -> Iterator[None]:
         """Inside, no other worker looks for a trial."""
         make_folder(self.path, "--folder DIR")
-        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = take_lock(self.path / "lock", "--folder DIR", wait=True)
+        assert handle is not None
         try:
-            lock_file(handle, self.path, "--folder DIR", wait=True)
             yield
         finally:
             os.close(handle)
@@ -177,14 +177,7 @@ def _different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any,
 def try_lock(file: Path) -> int | None:
     """A lock as a file descriptor, None where somebody has it; a child process that inherits it holds it too."""
     make_folder(file.parent, "--folder DIR")
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    taken = False
-    try:
-        taken = lock_file(handle, file.parent, "--folder DIR")
-    finally:
-        if not taken:
-            os.close(handle)
-    return handle if taken else None
+    return take_lock(file, "--folder DIR")
 
 
 def describe(sweep: Sweep) -> dict[str, Any]:

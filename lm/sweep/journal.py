@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 
 from lm.experiment import UserError
 
@@ -30,24 +29,9 @@ class _Entries(BaseJournalBackend):
         raise NotImplementedError("a journal that is looked at is not written")
 
 
-class _Lock(JournalFileOpenLock):
+def _lock(path: Path) -> Any:
     """One writer at a time; unlike Optuna's own locks, which stay for half a minute, this one ends with its process."""
-
-    def __init__(self, path: Path):
-        super().__init__(str(path))
-        self._path, self._handle = path, -1
-
-    def acquire(self) -> bool:
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        os.close(self._handle)
-
-
-def _lock(path: Path) -> _Lock:
-    return _Lock(path.with_name(f"{path.name}.writer"))
+    return FileLock(path.with_name(f"{path.name}.writer"), poll_interval=0.01, fallback_to_soft=False)
 
 
 def storage(path: Path) -> JournalStorage:
@@ -68,9 +52,7 @@ def recover(path: Path) -> str:
         return ""
     if not path.is_file():
         raise UserError(f"{path} is not a file; it should be the journal of the sweep: move it away")
-    lock = _lock(path)
-    lock.acquire()  # a line that another worker is writing is not half a line
-    try:
+    with _lock(path):  # a line that another worker is writing is not half a line
         content = path.read_bytes()
         sound = sound_lines(content)
         kept = b"".join(sound)
@@ -79,8 +61,6 @@ def recover(path: Path) -> str:
         path.with_name(f"{path.name}.damaged").write_bytes(content)
         with path.open("r+b") as stream:
             stream.truncate(len(kept))
-    finally:
-        lock.release()
     lost = len(content[len(kept) :].splitlines())
     return (
         f"{path} is damaged from line {len(sound) + 1} on: {lost} {'line' if lost == 1 else 'lines'} left out "

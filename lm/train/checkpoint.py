@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ import numpy as np
 
 from lm.experiment import UserError
 from lm.parallel.distributed import broadcast_from_main, is_main_process
-from lm.stored import read_json, sealed, unsealed, write_json_atomic
+from lm.stored import file_sha256, read_json, sealed, unsealed, write_json_atomic
 from lm.train_step import leaf_name
 
 MANIFEST = "manifest.json"
@@ -388,12 +387,7 @@ def _drop_items(path: Path, items: Collection[str]) -> None:
 def _checksums(path: Path) -> dict[str, str]:
     """SHA-256 of every file below `path` except the manifest, by relative name."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
-    return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {file.relative_to(path).as_posix(): file_sha256(file) for file in files}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -412,7 +406,7 @@ def _verify(path: Path) -> None:
     """Raise Damaged naming the first file that is missing, unreadable or changed."""
     for name, checksum in _read_manifest(path)["files"].items():
         try:
-            found = _sha256(path / name)
+            found = file_sha256(path / name)
         except OSError as error:
             raise Damaged(f"{path / name} cannot be read ({error.strerror})") from error
         if found != checksum:

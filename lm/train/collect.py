@@ -34,12 +34,12 @@ from lm.rollout.episodes import Tasks, make_tasks, sample_trajectories
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
+from lm.stored import file_sha256
 from lm.train.callbacks import listener
 from lm.train.goodput import Costs, reached
 from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
 from lm.train.models import MADE_FILE
-from lm.train.resume import file_sha256
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.trajectory_writer import keep_trajectories
 from lm.train.watchdog import PATIENCE

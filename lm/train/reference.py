@@ -18,6 +18,7 @@ from lm.experiment import Stage
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import broadcast_from_main, fetch, run_on_main, to_devices
+from lm.stored import write_atomic
 from lm.train.metrics import Progress
 from lm.types import ReferencedPairBatch, TokenBatch
 
@@ -101,9 +102,7 @@ def _write(path: Path, fingerprint: str, known: Known) -> None:
     with zipfile.ZipFile(stream, "a") as archive:
         archive.comment = bytes(SEAL_BYTES)
     content = stream.getvalue()[:-SEAL_BYTES]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content + _seal(content))
-    temporary.replace(path)
+    write_atomic(path, content + _seal(content))
 
 
 def _seal(content: bytes) -> bytes:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm.changes import Changes
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Experiment, UserError
-from lm.stored import write_sealed
+from lm.stored import file_sha256, write_sealed
 from lm.train.checkpoint import Checkpoints
 from lm.train.models import MADE_FILE
 from lm.train.provenance import package_versions
@@ -100,7 +98,7 @@ def check_collected(experiment: Experiment, folder: RunFolder, accept: bool = Fa
             continue
         summary, file = folder.read_summary(stage.name), folder.stage_folder(stage.name) / MADE_FILE
         old = summary.get("files", {}).get(MADE_FILE)
-        new = file_sha256(file)
+        new = file_sha256(file) if file.is_file() else None
         if old is None or old == new:
             continue
         if not accept or new is None:
@@ -133,14 +131,6 @@ def check_more_steps(folder: RunFolder, found: Changes, later: Mapping[str, Sequ
                 f"{name}.steps: {old} → {new}: the optimizer state of stage {name} was dropped when the stage finished "
                 f"({name}.keep_moments); {onward}"
             )
-
-
-def file_sha256(file: Path) -> str | None:
-    """SHA-256 of a file's content; None if there is no file."""
-    if not file.is_file():
-        return None
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _of_last_session(environment: Mapping[str, Any]) -> Began:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lm.changes import EXPERIMENTS, Changes, changes, edited, normalised, read_experiment, stored_experiment
 from lm.experiment import UserError
-from lm.stored import lock_file, make_folder, read_json, read_sealed, write_json_atomic, write_sealed
+from lm.stored import make_folder, read_json, read_sealed, take_lock, write_json_atomic, write_sealed
 
 __all__ = ["RunFolder", "read_json", "read_sealed", "write_json_atomic", "write_sealed"]
 
@@ -217,15 +217,9 @@ class RunFolder:
         file = self.path / "lock"
         while True:
             make_folder(self.path, "--run-dir DIR")
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                taken = lock_file(handle, self.path, "--run-dir DIR")
-            except UserError:
-                os.close(handle)
-                raise
-            if not taken:
-                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-                os.close(handle)
+            handle = take_lock(file, "--run-dir DIR")
+            if handle is None:
+                holder = file.read_text(errors="replace").strip() or "another process"
                 raise UserError(
                     f"{self.path} is in use by {holder}: wait for it, stop it, or give this run its own folder (--run-dir DIR)"
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from lm.experiment import Stage, UserError
 from lm.parallel.distributed import run_on_main
 from lm.rollout.trajectory import AUTHORS, Rollout
+from lm.stored import write_atomic
 from lm.train.metrics import plain
 from lm.train.trajectory_files import FOLDER, trajectory_files
 
@@ -64,14 +64,9 @@ def _write(folder: Path, stage: Stage, step: int, rollout: Rollout) -> int:
     """
     content = _parquet(step, rollout, stage.objective.completions_per_prompt)
     path = folder / FOLDER / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        write_atomic(path, content)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}; put that right and run the same command again to go on from the "

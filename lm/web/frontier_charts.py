@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import matplotlib.ticker
 import numpy as np
 from jaxtyping import Float
 
+from lm.stored import write_atomic
 from lm.web.charts import GRID, INK, SERIES, SvgChart, dress, sketch, tick
 from lm.web.hover import Hovered
 from lm.web.numbers import percent, signed
@@ -65,9 +66,9 @@ def save_png(panels: Sequence[Panel], path: Path) -> None:
             paint(axes, panel, LIGHT)
             axes.set_ylabel(f"gold reward ({panel.verifier})", color=LIGHT[INK])
             axes.legend(frameon=False, labelcolor=LIGHT[INK])
-        half = path.with_name(path.name + ".tmp")
-        figure.savefig(half, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    os.replace(half, path)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    write_atomic(path, drawn.getvalue())
 
 
 def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import markupsafe
 
 from lm import __version__
 from lm.experiment import OBJECTIVES
+from lm.stored import write_atomic
 from lm.train.run_files import Run, read_run
 from lm.web import charts, costs, story, watch
 from lm.web.data_counts import data_counts
@@ -88,10 +88,7 @@ def fill(template: str, **values: Any) -> str:
 def write_page(path: Path, page: str) -> Path:
     """Write a page atomically and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(page, "utf-8")
-    os.replace(half, path)
-    return path
+    return write_atomic(path, page.encode())
 
 
 def _sentence(run: Run) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.experiment import UserError
+from lm.stored import write_atomic
 from lm.train.run_files import Run
 
 Line = dict[str, Any]
@@ -105,9 +106,7 @@ def _write_stage(run: Run, stage: str, files: list[Path], fill: Callable[..., st
         name = f"{number:04}.html"
         page = Page(f"rollouts/{stage}/{name}", groups[0].step, groups[-1].step)
         html = fill("rollouts.html.j2", run=run, stage=stage, page=page, groups=groups, number=number, last=len(parts))
-        half = folder / f"{name}.tmp"
-        half.write_text(html, "utf-8")
-        half.replace(folder / name)
+        write_atomic(folder / name, html.encode())
         pages.append(page)
         written.add(name)
     for path in folder.iterdir():
