@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from lm.experiment import Stage, UserError
 from lm.optimizer import apply_updates, at_least_float32, global_norm
 from lm.parallel.rules import constrain
-from lm.types import Mean, pytree
+from lm.types import Mean, Penalty, pytree
 
 Models = dict[str, Any]
 """Models by their role: `policy`, `critic`, `reward`."""
@@ -28,6 +28,7 @@ Tree = TypeVar("Tree")
 
 Loss = Callable[[Models, Any, Any], tuple[Mean, dict[str, Mean]]]
 """(models, frozen, batch) -> what is minimised and what is reported, neither divided yet."""
+Weights = dict[str, Float[Array, ""]]
 BatchStats = Callable[[Models, Any, Any], dict[str, Array]]
 """(models, frozen, batch) -> numbers of the whole batch that the loss of a microbatch needs, by name."""
 
@@ -144,16 +145,30 @@ def make_step(
     """Gradient of what trains (summed over microbatches), one division by the summed weight, clip and update.
 
     What `batch_stats` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
+    Every `Penalty` among the metrics, which layers of the model report, is added to the loss here.
     """
 
-    def total(trained: Models, fixed: Models, frozen: Any, batch: Any) -> tuple[Array, tuple[Mean, dict[str, Mean]]]:
+    def total(
+        trained: Models, fixed: Models, frozen: Any, batch: Any, weights: Weights | None = None
+    ) -> tuple[Array, tuple[Mean, dict[str, Mean]]]:
         mean, metrics = loss(combine(trained, fixed), frozen, batch)
+        mean = with_penalties(mean, metrics, weights or weights_of(mean, metrics))
         return mean.total, (mean, metrics)
 
-    def gradient(trained: Models, fixed: Models, frozen: Any, batch: Any) -> tuple[Models, dict[str, Mean]]:
-        grads, (mean, metrics) = jax.grad(total, has_aux=True)(trained, fixed, frozen, batch)
+    def gradient(
+        trained: Models, fixed: Models, frozen: Any, batch: Any, weights: Weights | None = None
+    ) -> tuple[Models, dict[str, Mean]]:
+        grads, (mean, metrics) = jax.grad(total, has_aux=True)(trained, fixed, frozen, batch, weights)
         # One pass gives them in the parameters' dtype; what is done with them afterwards, sums first, is in float32.
         return at_least_float32(grads), {"loss": mean, **metrics}
+
+    def whole_weights(trained: Models, fixed: Models, frozen: Any, pieces: Any) -> Weights:
+        """Weights of the whole batch. They depend on no parameter: XLA leaves the forward pass that stands here out."""
+
+        def of_piece(piece: Any) -> Weights:
+            return weights_of(*loss(combine(trained, fixed), frozen, piece))
+
+        return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_piece, pieces))
 
     def summed(trained: Models, fixed: Models, frozen: Any, batch: Any) -> tuple[Models, dict[str, Mean]]:
         if stage.microbatches == 1:
@@ -163,9 +178,10 @@ def make_step(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(gradient, trained, fixed, frozen, jax.tree.map(lambda x: x[0], pieces)),
         )
+        weights = whole_weights(trained, fixed, frozen, pieces) if penalties(start[1]) else None
 
         def accumulate(sums: Any, piece: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(trained, fixed, frozen, piece)), None
+            return jax.tree.map(jnp.add, sums, gradient(trained, fixed, frozen, piece, weights)), None
 
         return jax.lax.scan(accumulate, start, pieces)[0]
 
@@ -182,6 +198,24 @@ def make_step(
         return TrainState(state.step + 1, models, opt_state, state.carry, state.frozen), metrics
 
     return step
+
+
+def penalties(metrics: dict[str, Mean]) -> dict[str, Penalty]:
+    """What of a loss's metrics is minimised too."""
+    return {name: mean for name, mean in metrics.items() if isinstance(mean, Penalty)}
+
+
+def weights_of(loss: Mean, metrics: dict[str, Mean]) -> Weights:
+    """The weight of a loss, under "", and those of its penalties, by name."""
+    return {"": loss.weight} | {name: mean.weight for name, mean in penalties(metrics).items()}
+
+
+def with_penalties(loss: Mean, metrics: dict[str, Mean], weights: Weights) -> Mean:
+    """The loss and coef times each penalty's mean over the whole batch, whose weights these are."""
+    total = loss.total
+    for name, penalty in penalties(metrics).items():
+        total = total + penalty.coef * penalty.total * weights[""] / jnp.maximum(weights[name], 1e-30)
+    return Mean(total, loss.weight)
 
 
 def cut(batch: Tree, pieces: int) -> Tree:

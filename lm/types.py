@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -30,12 +31,24 @@ class Mean:
     weight: Float[Array, ""]
 
     def __add__(self, other: Mean) -> Mean:
-        return Mean(self.total + other.total, self.weight + other.weight)
+        return dataclasses.replace(self, total=self.total + other.total, weight=self.weight + other.weight)
 
     def value(self) -> Float[Array, ""]:
         """total / weight, and 0 where nothing was weighed."""
         empty = self.weight == 0
         return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1.0, self.weight))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["coef"])
+@dataclasses.dataclass(frozen=True)
+class Penalty(Mean):
+    """A mean that is reported, and minimised too: `make_step` adds `coef` times it to the loss of every objective."""
+
+    coef: float = 1.0
+
+
+Aux = dict[str, Mean]
+"""What the layers of a model report of a batch, by name: numbers to log, and each `Penalty`, such as a router's loss."""
 
 
 @jax.tree_util.register_static

@@ -21,7 +21,9 @@ def cpo_step(stage: Stage[CPO], optimizer: optax.GradientTransformation) -> Step
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:
-        return cpo(token_logprobs(models["policy"], batch).logp, batch.weights, o, nll_scale=frozen["nll_scale"])
+        stats = token_logprobs(models["policy"], batch)
+        mean, metrics = cpo(stats.logp, batch.weights, o, nll_scale=frozen["nll_scale"])
+        return mean, metrics | stats.aux
 
     def batch_stats(models: Models, frozen: Any, batch: PairBatch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, batch.weights)}

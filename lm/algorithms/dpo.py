@@ -33,7 +33,8 @@ def preference_step(stage: Stage[DPO], optimizer: optax.GradientTransformation) 
         else:
             ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
         scale = frozen["sft_scale"]
-        return dpo(stats.logp, ref_logp, batch.weights, o, log_sum_sq=stats.log_sum_sq, sft_scale=scale)
+        mean, metrics = dpo(stats.logp, ref_logp, batch.weights, o, log_sum_sq=stats.log_sum_sq, sft_scale=scale)
+        return mean, metrics | stats.aux
 
     def batch_stats(models: Models, frozen: Any, batch: PairBatch) -> dict[str, Array]:
         return {"sft_scale": likelihood_scale(batch.weights, batch.weights)}

@@ -61,7 +61,7 @@ def grpo_step(stage: Stage[GRPO], optimizer: optax.GradientTransformation) -> St
             sampler_logp=batch.sampler_logp if o.corrects_sampler else None, correction=correction, entropy=stats.entropy,
             entropy_scale=frozen.get("entropy_scale"),
         )  # fmt: skip
-        return mean, metrics | gap
+        return mean, metrics | gap | stats.aux
 
     def batch_stats(models: Models, frozen: Any, batch: RolloutBatch) -> dict[str, Array]:
         return {"entropy_scale": entropy_scale(batch.weights, o)}

@@ -27,9 +27,10 @@ def kto_step(stage: Stage[KTO], optimizer: optax.GradientTransformation) -> Step
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: LabelledBatch) -> tuple[Mean, dict[str, Mean]]:
-        logp = token_logprobs(models["policy"], batch).logp
+        stats = token_logprobs(models["policy"], batch)
         ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
-        return kto(logp, ref_logp, batch.weights, batch.desirable, o, frozen.get("kl"))
+        mean, metrics = kto(stats.logp, ref_logp, batch.weights, batch.desirable, o, frozen.get("kl"))
+        return mean, metrics | stats.aux
 
     def batch_stats(models: Models, frozen: Any, batch: LabelledBatch) -> dict[str, Array]:
         def estimate(piece: TokenBatch) -> Mean:

@@ -25,8 +25,9 @@ def orpo_step(stage: Stage[ORPO], optimizer: optax.GradientTransformation) -> St
         return ((batch.segments > 0) & (batch.positions > 0)).astype(batch.weights.dtype)
 
     def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:
-        logp = token_logprobs(models["policy"], batch).logp
-        return orpo(logp, batch.weights, predicted(batch), o, nll_scale=frozen["nll_scale"])
+        stats = token_logprobs(models["policy"], batch)
+        mean, metrics = orpo(stats.logp, batch.weights, predicted(batch), o, nll_scale=frozen["nll_scale"])
+        return mean, metrics | stats.aux
 
     def batch_stats(models: Models, frozen: Any, batch: PairBatch) -> dict[str, Array]:
         return {"nll_scale": likelihood_scale(batch.weights, predicted(batch))}

@@ -28,7 +28,7 @@ from lm.rollout.sampler_gap import trainer_view
 from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, rescored, rewards_of, sample_metrics, trajectory_batch
 from lm.train_step import Metrics, Models, Step, TrainState, make_step
-from lm.types import CriticBatch, Mean, RolloutBatch, TokenBatch
+from lm.types import Aux, CriticBatch, Mean, RolloutBatch, TokenBatch
 
 
 def models(o: PPO, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
@@ -55,13 +55,15 @@ def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step
         if o.corrects_sampler:
             correction = sampler_correction(batch.old_logp, batch.sampler_logp, batch.weights, o)
         policy = models["policy"].with_whole_tables()
-        hidden, _ = policy.hidden(batch.tokens, batch.positions, batch.segments)
+        hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)
         stats = token_logprobs(policy, batch, o.temperature, want_entropy=True, hidden=hidden)
-        return ppo(
-            stats.logp, critic_values(models["critic"], batch, hidden), batch.weights, batch.advantages, batch.returns,
-            batch.old_logp, batch.values, o, correction=correction, entropy=stats.entropy,
+        values, critic_aux = critic_values(models["critic"], batch, hidden[0])
+        mean, metrics = ppo(
+            stats.logp, values, batch.weights, batch.advantages, batch.returns, batch.old_logp, batch.values, o,
+            correction=correction, entropy=stats.entropy,
             value_mask=with_end(batch.weights) if o.value_after_end else None, share=frozen.get("share"),
         )  # fmt: skip
+        return mean, metrics | stats.aux | {f"critic_{name}": reported for name, reported in critic_aux.items()}
 
     def batch_stats(models: Models, frozen: Any, batch: CriticBatch) -> dict[str, Array]:
         return {"share": mask_share(batch.weights, with_end(batch.weights))}
@@ -85,12 +87,17 @@ def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step
 
 def critic_values(
     critic: Scorer | ScoreHead, batch: TokenBatch, hidden: Float[Array, "B T D"] | None
-) -> Float[Array, "B T"]:
-    """What the critic says of the state before each token. `hidden` is the policy's, for a critic that is a head on it."""
+) -> tuple[Float[Array, "B T"], Aux]:
+    """What the critic says of the state before each token, and aux of layers of its own.
+
+    Args:
+        hidden: the policy's, for a critic that is a head on it.
+    """
     if isinstance(critic, ScoreHead):
         assert hidden is not None
-        return token_values(hidden, critic)
-    return token_values(critic.body.hidden(batch.tokens, batch.positions, batch.segments)[0], critic.score)
+        return token_values(hidden, critic), {}
+    states, aux = critic.body.hidden(batch.tokens, batch.positions, batch.segments)
+    return token_values(states, critic.score), aux
 
 
 def ppo_rollout(
@@ -158,7 +165,7 @@ def advantages_and_returns(
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
     hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None
     judged = with_end(mask) if o.value_after_end else mask
-    values = critic_values(state.models["critic"], batch, hidden) * judged
+    values = critic_values(state.models["critic"], batch, hidden)[0] * judged
     kl_coef = state.carry["kl_coef"]
     rewards = token_rewards(scores, batch.old_logp, ref_logp, mask, kl_coef, o.kl_estimator, judged)
     advantages, returns = experience(

@@ -25,7 +25,8 @@ def cross_entropy_loss(stage: Stage[Pretrain] | Stage[SFT]) -> Loss:
 
     def loss(models: Models, frozen: Any, batch: TokenBatch) -> tuple[Mean, dict[str, Mean]]:
         stats = token_logprobs(models["policy"], batch, want_mean_logp=o.label_smoothing > 0)
-        return cross_entropy(stats, batch.weights, o)
+        mean, metrics = cross_entropy(stats, batch.weights, o)
+        return mean, metrics | stats.aux
 
     return loss
 

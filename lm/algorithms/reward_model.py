@@ -28,8 +28,9 @@ def reward_step(stage: Stage[RewardModel], optimizer: optax.GradientTransformati
 
     def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:
         margins = batch.margins[0::2] if o.margins else None
-        scores = last_scores(models["reward"], batch)
-        return reward_model(scores, batch.weights, o, margins=margins, is_tie=batch.ties[0::2])
+        scores, aux = last_scores(models["reward"], batch)
+        mean, metrics = reward_model(scores, batch.weights, o, margins=margins, is_tie=batch.ties[0::2])
+        return mean, metrics | aux
 
     return make_step(loss, stage, optimizer)
 

@@ -74,7 +74,7 @@ def _row_logp(model: Transformer, batch: TokenBatch) -> Float[Array, " B"]:
     return (token_logprobs(model, batch).logp * batch.weights).sum(axis=1)
 
 
-_row_score = jax.jit(last_scores)
+_row_score = jax.jit(lambda scorer, batch: last_scores(scorer, batch)[0])
 
 
 def row_logp(model: Transformer, rows: Sequence[Row], width: int) -> Float[np.ndarray, " N"]:

@@ -14,7 +14,7 @@ from lm.model.attention import Attention
 from lm.model.mlp import MLP
 from lm.model.norm import Norm
 from lm.parallel.rules import constrain, row_major
-from lm.types import Mean
+from lm.types import Aux
 
 
 class Block(nnx.Module):
@@ -38,7 +38,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         angles: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
-    ) -> tuple[Float[Array, "B T D"], dict[str, Mean]]:
+    ) -> tuple[Float[Array, "B T D"], Aux]:
         """The residual stream after this block, and what its parts report.
 
         Args:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lm.experiment import Model
 from lm.model.linear import Linear
-from lm.types import Mean
+from lm.types import Aux
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -35,7 +35,7 @@ class MLP(nnx.Module):
         self.down = Linear(keys[2], c.mlp_dim**-0.5 * out_std, c.param_dtype, wide, narrow, c.mlp_bias)
         self.activation = c.activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict[str, Mean]]:
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Aux]:
         """What the block adds, and what this part reports of the batch: nothing, of an MLP."""
         act = ACTIVATIONS[self.activation]
         if self.gate is None:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lm.experiment import Model
 from lm.model.parameter import parameter
 from lm.model.transformer import Transformer
+from lm.types import Aux
 
 
 class ScoreHead(nnx.Module):
@@ -44,9 +45,10 @@ class Scorer(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-    ) -> Float[Array, "B T"]:
-        """The score of each token and what stands before it."""
-        return self.score(self.body.hidden(tokens, positions, segments)[0])
+    ) -> tuple[Float[Array, "B T"], Aux]:
+        """The score of each token and what stands before it; and what the layers report."""
+        hidden, aux = self.body.hidden(tokens, positions, segments)
+        return self.score(hidden), aux
 
 
 def policy_of(models: dict[str, Any]) -> Any:

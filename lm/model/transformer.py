@@ -25,7 +25,7 @@ from lm.model.parameter import axes_of, gather, parameter, stack_layers
 from lm.model.shared_prompt import shared_attention_of
 from lm.parallel.row_order import WHOLE, from_zigzag, to_zigzag, zigzag_layout
 from lm.parallel.rules import constrain, platform
-from lm.types import Mean, SharedPrompt, pytree
+from lm.types import Aux, SharedPrompt, pytree
 
 PRODUCTS = ("qkv", "attention", "mid", "mlp", "rms")
 REMAT: dict[str, Callable[..., Any]] = {
@@ -40,7 +40,6 @@ REMAT: dict[str, Callable[..., Any]] = {
 """Model.remat -> what the forward pass keeps of a block, by the names given below, beside the block's input."""
 
 
-Aux = dict[str, Mean]
 Attend = Callable[[Array, Array, Array], Array]
 """Queries, keys and values to heads, head-major."""
 

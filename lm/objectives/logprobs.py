@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lm.model import shared_prompt
 from lm.parallel.rules import constrain, one_device, platform, split_ways
-from lm.types import TokenBatch, pytree
+from lm.types import Aux, TokenBatch, pytree
 
 
 @pytree
@@ -22,7 +23,7 @@ class TokenStats:
     `logp[b, t]` is log p(tokens[b, t] | tokens before it). `lse` is the log-normaliser of the logits that
     predicted it, `correct` is 1 where no token was likelier. `entropy` of the distribution, `mean_logp`, its
     log-probability averaged over the vocabulary, and `log_sum_sq`, log Σ p² over the vocabulary, through which no
-    gradient flows, are None where not asked for.
+    gradient flows, are None where not asked for. `aux` is what the layers report: a loss returns it among its metrics.
     """
 
     logp: Float[Array, "B T"]
@@ -31,6 +32,7 @@ class TokenStats:
     entropy: Float[Array, "B T"] | None = None
     mean_logp: Float[Array, "B T"] | None = None
     log_sum_sq: Float[Array, "B T"] | None = None
+    aux: Aux = dataclasses.field(default_factory=dict)
 
 
 def shifted_logprobs(
@@ -58,11 +60,11 @@ def token_logprobs(
     want_entropy: bool = False,
     want_mean_logp: bool = False,
     want_log_sum_sq: bool = False,
-    hidden: Float[Array, "B T D"] | None = None,
+    hidden: tuple[Float[Array, "B T D"], Aux] | None = None,
 ) -> TokenStats:
     """Statistics of `batch.tokens` [B, T] under `model`, never holding more than about `max_logits` logits.
 
-    The model gives hidden(tokens, positions, segments) -> [B, T, D], logits(hidden) -> [..., V], and itself
+    The model gives hidden(tokens, positions, segments) -> ([B, T, D], aux), logits(hidden) -> [..., V], and itself
     with_whole_tables(). Where a device's share of B·T·V is more than max_logits (None: the model's own setting), the
     projection to the vocabulary runs over chunks of time, one after another, and is computed again in the backward
     pass; each chunk has all rows, and a part of every device's time, so that all devices share it. Where the rows of
@@ -70,49 +72,52 @@ def token_logprobs(
     they share them, neither are their hidden states, but once.
 
     Args:
-        hidden: what `model.hidden` gives for the batch, from a caller who needs it too.
+        hidden: what `model.hidden` gives for the batch, states and aux, from a caller who needs it too.
     """
     model = model.with_whole_tables()
     max_logits = model.config.max_logits if max_logits is None else max_logits
-    hidden, targets, align = _predictions(model, batch, hidden)
+    states, targets, align, aux = _predictions(model, batch, hidden)
 
     def project(hidden, targets):
         return _measure(model.logits(hidden), targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq)
 
     rows, time = targets.shape
-    vocab = jax.eval_shape(model.logits, hidden).shape[-1]
+    vocab = jax.eval_shape(model.logits, states).shape[-1]
     row_parts, time_parts, vocab_parts = (
         split_ways(n, name) for n, name in zip((rows, time, vocab), AXES, strict=True)
     )
     row, time_here = rows // row_parts * (vocab // vocab_parts), time // time_parts
     if row * time_here <= max_logits:
-        return align(project(hidden, targets))
+        return dataclasses.replace(align(project(states, targets)), aux=aux)
     chunks = -(-time_here // max(1, max_logits // row))
     split = functools.partial(_split_time, parts=time_parts, chunks=chunks)
     remat = jax.checkpoint(project, prevent_cse=False)
-    stats = jax.lax.map(lambda chunk: remat(*chunk), (split(hidden), split(targets)))
-    return align(jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats))
+    stats = jax.lax.map(lambda chunk: remat(*chunk), (split(states), split(targets)))
+    return dataclasses.replace(align(jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats)), aux=aux)
 
 
 AXES = ("batch", "length", "vocab")
 
 
 def _predictions(
-    model: Any, batch: TokenBatch, hidden: Array | None
-) -> tuple[Array, Array, Callable[[TokenStats], TokenStats]]:
-    """Hidden states [B, N, D], the tokens [B, N] that they predict, and what brings statistics of these to [B, T]."""
+    model: Any, batch: TokenBatch, hidden: tuple[Array, Aux] | None
+) -> tuple[Array, Array, Callable[[TokenStats], TokenStats], Aux]:
+    """Hidden states [B, N, D], the tokens [B, N] that they predict, what brings statistics of these to [B, T]; and aux."""
     shared = shared_prompt.usable(batch, model.config) if hidden is None else None
     prompt = shared_prompt.common_width(batch)
+    states, aux = None, {}
     if shared is not None:
         folded = (shared_prompt.fold(x, shared) for x in (batch.tokens, batch.positions, batch.segments))
-        hidden = shared_prompt.predicting(model.hidden(*folded, shared)[0], shared)
-    else:
-        whole = model.hidden(batch.tokens, batch.positions, batch.segments)[0] if hidden is None else hidden
+        whole, aux = model.hidden(*folded, shared)
+        # What layers report is of all rows: a prompt counts as often as it stands there, however rows lie on devices.
+        states = None if aux else shared_prompt.predicting(whole, shared)
+    if states is None:
+        whole, aux = hidden or model.hidden(batch.tokens, batch.positions, batch.segments)
         if not prompt:
-            return whole, _next(batch.tokens), _align
-        hidden = whole[:, prompt - 1 : -1]
+            return whole, _next(batch.tokens), _align, aux
+        states = whole[:, prompt - 1 : -1]
     behind = ((0, 0), (prompt, 0))
-    return hidden, batch.tokens[:, prompt:], lambda stats: jax.tree.map(lambda x: jnp.pad(x, behind), stats)
+    return states, batch.tokens[:, prompt:], lambda stats: jax.tree.map(lambda x: jnp.pad(x, behind), stats), aux
 
 
 def token_values(hidden: Float[Array, "B T D"], head: Any) -> Float[Array, "B T"]:
@@ -120,13 +125,13 @@ def token_values(hidden: Float[Array, "B T D"], head: Any) -> Float[Array, "B T"
     return _align(head(hidden))
 
 
-def last_scores(scorer: Any, batch: TokenBatch) -> Float[Array, " B"]:
-    """A scorer's number of each row: at its last token of any weight, the end of the answer; 0 where none has."""
+def last_scores(scorer: Any, batch: TokenBatch) -> tuple[Float[Array, " B"], Aux]:
+    """A scorer's number of each row: at its last token of any weight, the end of the answer; 0 where none has. And aux."""
     place = jnp.arange(batch.tokens.shape[1])
     last = jnp.max(jnp.where(batch.weights > 0, place, -1), axis=1, keepdims=True)
-    scores = scorer(batch.tokens, batch.positions, batch.segments)
+    scores, aux = scorer(batch.tokens, batch.positions, batch.segments)
     # A masked sum and not a gather: devices may share a row.
-    return jnp.where(place == last, scores, 0.0).sum(1)
+    return jnp.where(place == last, scores, 0.0).sum(1), aux
 
 
 def _next(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

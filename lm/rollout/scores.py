@@ -21,7 +21,7 @@ ENSEMBLES: dict[str, Callable[..., Array]] = {"mean": jnp.mean, "min": jnp.min}
 @functools.partial(jax.jit, static_argnames="ensemble")
 def score_rows(scorers: tuple[Scorer, ...], batch: TokenBatch, ensemble: str = "mean") -> Float[Array, " B"]:
     """The score of each row's answer, one of all reward models'."""
-    return ENSEMBLES[ensemble](jnp.stack([last_scores(scorer, batch) for scorer in scorers]), axis=0)
+    return ENSEMBLES[ensemble](jnp.stack([last_scores(scorer, batch)[0] for scorer in scorers]), axis=0)
 
 
 def check_finite(scores: Float[np.ndarray, " B"], prompts: Sequence[str], where: str) -> None:
