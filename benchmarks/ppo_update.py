@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from lm.experiment import GRPO, PPO, Mesh, Model, Optimizer, Source, Stage
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding

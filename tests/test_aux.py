@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from lm.algorithms.table import ALGORITHMS, algorithm_of, first_state
+from lm.model.heads import Scorer
 from lm.model.mlp import MLP
-from lm.model.scorer import Scorer
 from lm.types import NOTHING_SHARED, Mean, Penalty
 from tests.helpers import OBJECTIVES, grouped_batch, random_batch, tiny_model, tiny_stage
 

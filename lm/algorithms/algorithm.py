@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray
 
 from lm.experiment import Stage
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks

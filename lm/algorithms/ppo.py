@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lm.algorithms.algorithm import Algorithm
 from lm.experiment import PPO, Stage
-from lm.model.scorer import ScoreHead, Scorer
+from lm.model.heads import ScoreHead, Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.importance import sampler_correction
 from lm.objectives.logprobs import token_logprobs, token_values

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from lm.algorithms.algorithm import Algorithm
 from lm.experiment import RewardModel, Stage
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import last_scores
 from lm.objectives.reward_model import reward_model

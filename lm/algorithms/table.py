@@ -13,7 +13,7 @@ from lm.algorithms import cpo, dpo, grpo, kto, orpo, ppo, pretrain, reward_model
 from lm.algorithms.algorithm import Algorithm
 from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, Stage
 from lm.model.flops import update_flops_per_token
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.train_step import TrainState, initial_state
 

@@ -12,7 +12,7 @@ from lm.data.chat import preference_messages
 from lm.evals.examples import TIED, encode_pair, read_examples
 from lm.evals.rows import SHOWN, Measured, Row, Subject, rounded, row_logp, row_scores
 from lm.experiment import Eval
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 
 
 class Scored(NamedTuple):

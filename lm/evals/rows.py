@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lm.data.tokenizer import SubwordTokenizer
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import last_scores, token_logprobs
 from lm.parallel.distributed import fetch

@@ -22,7 +22,7 @@ from lm.experiment import (
     rows_per_update,
     updates_per_step,
 )
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits

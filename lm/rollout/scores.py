@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lm.experiment import UserError
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.objectives.logprobs import last_scores
 from lm.types import TokenBatch
 

@@ -25,7 +25,7 @@ from lm.data.chat import prompt_messages
 from lm.data.sources import load_rows
 from lm.experiment import Collect, Stage, UserError
 from lm.json_lines import JsonLines, read_json_lines, rewrite_json_lines
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer, num_params
 from lm.parallel.distributed import broadcast_from_main, fetch, is_main_process, run_on_main, to_devices
 from lm.parallel.rules import batch_sharding

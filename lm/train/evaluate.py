@@ -12,7 +12,7 @@ from lm.evals.examples import Examples, read_examples, talks_of
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
 from lm.experiment import Eval, Experiment, UserError, start_of
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import broadcast_from_main, is_main_process
 from lm.rollout.engine import generate_text

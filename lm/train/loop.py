@@ -24,7 +24,7 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.rows import calling_between_batches
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops
-from lm.model.scorer import Scorer, policy_of
+from lm.model.heads import Scorer, policy_of
 from lm.model.transformer import Transformer, num_params
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options

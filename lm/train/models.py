@@ -24,7 +24,7 @@ from lm.experiment import (
     reward_names,
     start_of,
 )
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import broadcast_from_main
 from lm.parallel.mesh import make_mesh

@@ -23,7 +23,7 @@ from lm.experiment import (
     UserError,
     rows_per_update,
 )
-from lm.model.scorer import policy_of
+from lm.model.heads import policy_of
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import to_devices
 from lm.parallel.rules import batch_sharding

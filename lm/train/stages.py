@@ -31,7 +31,7 @@ from lm.experiment import (
     strict,
     to_dict,
 )
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.memory import check_memory

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.algorithms.table import algorithm_of, first_state
-from lm.model.scorer import Scorer
+from lm.model.heads import Scorer
 from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
