@@ -34,6 +34,7 @@ def test_the_text_fits_the_terminal(small, capsys):
     assert lines[0].startswith("layout") and any(line.startswith("fsdp 4") for line in lines)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_exits_with_1_and_says_what_would(small, capsys):
     assert main([*small, *HUGE]) == 1
     shown = capsys.readouterr().out
@@ -41,6 +42,7 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(small, capsys):
     assert max(map(len, shown.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_without_a_stage_the_one_that_needs_the_most_is_planned(capsys):
     assert main(["plan", "tiny", "--topology", "v5e:2x2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -136,6 +136,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     """Of a hundred megabytes of text no more than a few are in memory, once what reads has its own."""

@@ -17,6 +17,7 @@ def calibrated(rng, count: int) -> np.ndarray:
     return np.where(rng.random(count) < 1 / (1 + np.exp(-gaps)), gaps, -gaps)
 
 
+@pytest.mark.slow
 def test_a_calibrated_model_has_no_calibration_error():
     rng = np.random.default_rng(0)
     gaps = calibrated(rng, 200_000)
@@ -28,6 +29,7 @@ def test_a_calibrated_model_has_no_calibration_error():
     assert all(abs(one.mean - one.right) < 0.02 for one in calibration(gaps))
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth():
     """400 pairs, right with a chance of 0.6: about 95 of 100 intervals hold 0.6."""
     rng = np.random.default_rng(1)

@@ -15,6 +15,8 @@ from lm.choices.export import preferences
 from lm.choices.log import read_log
 from tests.label.label_rows import questions, write_rows
 
+pytestmark = pytest.mark.slow
+
 KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowDown", "both bad": "b", "skip": "s"}
 SLOW = 60_000  # milliseconds: the machine may be busy
 

@@ -113,6 +113,7 @@ def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_users_is_not_tried_again(work):
     process = launched("out", 1, "--pretrain.sources.0.path", "txet.txt")
     said, _ = process.communicate(timeout=300)
@@ -122,6 +123,7 @@ def test_an_error_of_the_users_is_not_tried_again(work):
     assert lines[1:] == ["lm launch: process 0 of 1 ended with code 2: a restart would end in the same error"]
 
 
+@pytest.mark.slow
 def test_several_processes_begin_with_a_folder_that_is_the_runs(work, capsys):
     """Before anything is started: a folder of another experiment, or one in use, is refused with one line."""
     folder = RunFolder(work / "out")

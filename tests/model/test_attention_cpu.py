@@ -17,7 +17,7 @@ def packed(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.arange(length)[None] - starts).astype(np.int32), segments
 
 
-@pytest.mark.parametrize("length", [7, 128, 300, 2100])
+@pytest.mark.parametrize("length", [7, 128, *(pytest.param(n, marks=pytest.mark.slow) for n in (300, 2100))])
 def test_attention_in_blocks_is_the_plain_one(length):
     rows, heads, kv_heads, head_dim = (2, 4, 2, 16) if length < 1000 else (1, 2, 1, 8)
     positions, segments = packed(rows, length)

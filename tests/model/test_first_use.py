@@ -45,7 +45,9 @@ def small(monkeypatch):
         remembered.cache_clear()
 
 
-@pytest.mark.parametrize("kernel", [interpreted, lambda *given: jax_splash(*given, interpret=True)])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(interpreted, marks=pytest.mark.slow), lambda *given: jax_splash(*given, interpret=True)]
+)
 def test_a_right_kernel_agrees_also_where_something_is_traced(kernel):
     assert first_use.measured_problem(kernel, attention._plain) == ""
     found = []
@@ -59,6 +61,7 @@ def test_a_right_kernel_agrees_also_where_something_is_traced(kernel):
     assert found == [""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_kernel_does_not(name):
     assert first_use.measured_problem(BROKEN[name], attention._plain)

@@ -33,7 +33,10 @@ def moved(model):
     )
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(v, id=name, marks=[pytest.mark.slow] * ("pattern" in v)) for name, v in VARIANTS.items()],
+)
 def test_the_cache_gives_what_training_computes_and_sizes_are_counted(changes):
     model = moved(tiny_model(**changes))
     c = model.config

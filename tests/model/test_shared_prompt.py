@@ -48,7 +48,9 @@ def both_ways(model, batch, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("dtype", "close"), [("float32", 2e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "close"), [pytest.param("float32", 2e-6, marks=pytest.mark.slow), ("float64", 1e-12)]
+)
 def test_same_logprobs_and_gradients(name, dtype, close):
     with jax.enable_x64(dtype == "float64"):
         model = with_dtype(tiny_model(**MODELS[name]), dtype)
@@ -62,6 +64,7 @@ def test_same_logprobs_and_gradients(name, dtype, close):
             np.testing.assert_allclose(got, want, rtol=0, atol=close * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [{"prompts": 1}, {"before": 1}, {"after": 1}, {"after": 140, "prompts": 2, "group": 2}]
 )
@@ -80,6 +83,7 @@ def test_the_vocabulary_in_chunks_is_the_same():
         np.testing.assert_allclose(got, want, atol=2e-6 * max(1, np.abs(want).max()))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_row_by_row():
     batch = grouped_batch()
     exact = measured(tiny_model(), batch)[0][0]

@@ -16,6 +16,8 @@ from lm.parallel.mesh import axis_sizes, check_fits, make_mesh
 from lm.parallel.row_order import from_zigzag, to_zigzag, zigzag_layout
 from tests.helpers import layout
 
+pytestmark = pytest.mark.slow
+
 LENGTH, HEADS, KV_HEADS, WIDTH = 256, 4, 2, 128
 WIDE = Model(num_layers=2, embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=WIDTH, mlp_dim=64, max_len=LENGTH)
 

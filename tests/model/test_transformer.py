@@ -41,7 +41,10 @@ def test_the_future_is_not_seen():
     assert not np.allclose(before[:, 12:], after[:, 12:])
 
 
-@pytest.mark.parametrize("pieces", [[24], [10, 14], [7] + [1] * 17])
+@pytest.mark.parametrize(
+    "pieces",
+    [pytest.param([24], marks=pytest.mark.slow), [10, 14], pytest.param([7] + [1] * 17, marks=pytest.mark.slow)],
+)
 def test_the_cache_gives_the_same_hidden_states(pieces):
     model, ids = tiny_model(), tokens()
     positions, segments = plain(ids)
@@ -97,6 +100,7 @@ def test_the_number_of_parameters_is_what_the_shapes_say():
     assert num_params(jax.eval_shape(tiny_model)) == num_params(tiny_model())
 
 
+@pytest.mark.slow
 def test_with_a_window_a_token_sees_its_neighbours_only_and_sampling_agrees():
     """One layer: what is further back changes nothing; and the cache's slots are masked as training's are."""
     model = tiny_model(num_layers=1, window=3, softcap=5.0)

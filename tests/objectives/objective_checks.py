@@ -10,8 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+DTYPES = ("float64", pytest.param("float32", marks=pytest.mark.slow))
 
 
 @contextlib.contextmanager

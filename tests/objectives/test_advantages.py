@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_close, golden_cases, precision
+from objective_checks import DTYPES, assert_close, golden_cases, precision
 
 from lm.experiment import GRPO
 from lm.objectives.advantages import (
@@ -18,7 +18,7 @@ from lm.objectives.advantages import (
 from lm.objectives.kl import completion_kl
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     for case in golden_cases(golden, "grpo_advantages", dtype):
         p, expected = case.params, case.outputs
@@ -43,7 +43,7 @@ def test_golden(golden, dtype):
                 assert_close(frac, expected["frac_reward_zero_std"], tolerance, f"{case.name} frac_zero_std")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_rloo(golden, dtype):
     """The penalty is k1, summed over a completion and taken off its reward before the baseline."""
     for case in golden_cases(golden, "rloo", dtype):
@@ -67,7 +67,7 @@ def test_golden_rloo(golden, dtype):
             assert_close(advantages, case.outputs["advantages"], tolerance, case.name)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_mask_of_truncated_completions(golden, dtype):
     cases = [case for case in golden_cases(golden, "grpo_advantages", dtype) if "completion_mask" in case.outputs]
     assert any(case.params.get("mask_truncated_completions") for case in cases)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import REWARDS, example_pairs, golden_pairs, interleaved
 
 from lm.experiment import CPO
@@ -21,7 +21,7 @@ NAMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "cpo_simpo", dtype)
     assert {case.params["loss_type"] for case in cases} <= set(LOSSES)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 
 from lm.experiment import SFT
 from lm.objectives.cross_entropy import LOSSES, cross_entropy
@@ -45,7 +45,7 @@ def check_golden(case, tokens, weights, number, tolerance, **knobs):
     return metrics
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_causal_lm(golden, dtype):
     for case in golden_cases(golden, "causal_lm_ce", dtype):
         p, labels = case.params, case.inputs["labels"]
@@ -61,7 +61,7 @@ def test_golden_causal_lm(golden, dtype):
                     assert_close(ours[:, 1:] * valid, case.outputs[theirs][:, :-1] * valid, tolerance, theirs)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_sft(golden, dtype):
     for case in golden_cases(golden, "sft", dtype):
         tokens, weights = trained_on(case.inputs["labels"], -100, dtype)

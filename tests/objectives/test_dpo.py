@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import (
+    DTYPES,
+    TOLERANCE,
+    assert_accumulates,
+    assert_close,
+    golden_cases,
+    numeric_gradient,
+    precision,
+)
 from pair_checks import REWARDS, example_pairs, interleaved
 
 from lm.config import dpo as config
@@ -27,7 +35,7 @@ def knobs_of(params: dict) -> dict:
     return {"losses": params["loss_type"], **told}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "dpo", dtype)
     assert {name for case in cases for name in case.params["loss_type"]} <= {*LOSSES, *WHOLE_BATCH, SFT}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from objective_checks import (
-    TOLERANCE,
+    DTYPES,
     Case,
     assert_accumulates,
     assert_close,
@@ -85,7 +85,7 @@ def golden_metrics(case: Case) -> dict[str, str]:
     return {ours: theirs for ours, theirs in names.items() if theirs in case.outputs}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "grpo", dtype)
     assert {case.params["loss_type"] for case in cases} == set(GOLDEN_AGGREGATION)
@@ -113,7 +113,7 @@ def test_golden(golden, dtype):
                 assert_close(metrics[ours].value(), case.outputs[theirs], tolerance, f"{case.name} {ours}")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_rloo(golden, dtype):
     cases = [case for case in golden_cases(golden, "rloo", dtype) if "grad_logps" in case.outputs]
     assert len(cases) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_close, golden_cases, precision
+from objective_checks import DTYPES, assert_close, golden_cases, precision
 
 from lm.experiment import GRPO
 from lm.objectives.importance import RATIO_LEVELS, off_policy_mask, sampler_correction, top_entropy_mask
@@ -13,7 +13,7 @@ from lm.objectives.importance import RATIO_LEVELS, off_policy_mask, sampler_corr
 MASK = jnp.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_sampler_corrections(golden, dtype):
     checked = set()
     for case in golden_cases(golden, "grpo_advantages", dtype):

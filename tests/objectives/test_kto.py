@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import example_pairs
 
 from lm.experiment import KTO
 from lm.objectives.kto import LOSSES, READS_BASELINE, kto, log_ratio_mean
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "kto", dtype)
     assert {case.params["loss_type"] for case in cases} <= set(LOSSES)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
-from objective_checks import TOLERANCE, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_close, golden_cases, numeric_gradient, precision
 
 from lm.experiment import Model
 from lm.objectives.logprobs import TokenStats, shifted_logprobs, token_logprobs
@@ -60,7 +60,7 @@ def by_hand(logits: np.ndarray, tokens: np.ndarray, temperature: float) -> dict[
     return out
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_equals_a_loop_over_tokens(dtype, temperature):
     rng = np.random.default_rng(1)
@@ -93,7 +93,7 @@ def test_gradient_equals_finite_differences():
         assert_close(jax.grad(ours)(jnp.asarray(logits)), expected, 1e-8, "gradient")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_logprobs_and_entropy(golden, dtype):
     for case in golden_cases(golden, "sft", dtype):
         with precision(dtype) as tolerance:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import REWARDS, example_pairs, golden_pairs, interleaved
 
 from lm.experiment import ORPO
@@ -16,7 +16,7 @@ from lm.objectives.orpo import orpo
 from lm.objectives.pairs import likelihood_scale
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "orpo", dtype)
     assert cases

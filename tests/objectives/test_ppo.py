@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 
 from lm.experiment import PPO
 from lm.objectives.kl import KL_ESTIMATORS
@@ -25,7 +25,7 @@ def golden_logp(logits, responses):
     return jnp.take_along_axis(jax.nn.log_softmax(logits), responses[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     """The golden rollouts judge one state more, after the end, and give the score there."""
     for case in golden_cases(golden, "ppo", dtype):

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import TOLERANCE, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
 from pair_checks import interleaved
 
 from lm.experiment import RewardModel
 from lm.objectives.reward_model import TIES, reward_model
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     for case in golden_cases(golden, "reward_model", dtype):
         p, expected = case.params, case.outputs

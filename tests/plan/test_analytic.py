@@ -38,7 +38,9 @@ def plan(value, topology=SMALL):
     return plan_stage(value, "train", topology)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "text_file", "tiny"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("quickstart", "text_file")), "tiny"]
+)
 def test_every_experiment_has_a_plan_for_every_stage(name):
     value = load(name)
     for stage in value.stages:
@@ -99,6 +101,7 @@ def with_remat(value, policy):
     return dataclasses.replace(value, model=dataclasses.replace(value.model, remat=policy))
 
 
+@pytest.mark.slow
 def test_every_rematerialisation_policy_keeps_something_between_all_and_the_blocks_input():
     policies = typing.get_args(typing.get_type_hints(Model)["remat"])
     value = experiment(rows=64)
@@ -121,6 +124,7 @@ def test_axes_that_split_rows_split_activations_and_those_that_split_parameters_
     assert {"tensor", "fsdp"} == {axis for item in tensor.collectives for axis in item["axes"]}
 
 
+@pytest.mark.slow
 def test_a_second_slice_sends_each_devices_part_of_the_gradients_over_the_network():
     one, two = plan(experiment()), plan(experiment(rows=32), parse_topology("v5e:2x2", slices=2))
     across = [item for item in two.collectives if item["axes"] == ["slices"]]
@@ -176,6 +180,7 @@ def test_rows_that_a_mesh_splits_need_as_much_as_shorter_ones():
     assert parts.logits == whole.logits > 0 and parts.total == pytest.approx(whole.total, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_changes_that_do():
     value = override(experiment(rows=4 * 1024, vocab_size=32768), ["--model.remat", "none", "--model.num_layers", "24"])
     found = plan(value)
@@ -190,6 +195,7 @@ def test_what_does_not_fit_gets_changes_that_do():
             assert plan(override(value, list(change.words))).bytes == change.plan.bytes
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_not_much_more_does():
     value = experiment(vocab_size=32768)
     most = largest_batch(plan(value), value)
@@ -214,6 +220,7 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
         plan(experiment(rows=6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "reward_model"])
 def test_the_largest_batch_of_pairs_may_part_them_over_devices(name):
     value = experiment(OBJECTIVES[name])
