@@ -41,9 +41,8 @@ class Linear(nnx.Module):
         self.bias = parameter(zeros, tuple(outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The product in x's dtype, the weight gathered for it. An adapter adds its low-rank term to `y` here."""
-        w = gather(self.weight, x.dtype)
-        y = (project if w.ndim == 2 else to_heads if axes_of(self.weight)[-1] == "head_dim" else from_heads)(x, w)
+        """x·w in x's dtype. An adapter (LoRA) adds its low-rank term to `y` here: `multiply` by one factor, then the other."""
+        y = multiply(x, self.weight)
         if self.bias is None:
             return y
         b = gather(self.bias, x.dtype)
@@ -60,6 +59,12 @@ class Embedding(nnx.Module):
         # Gathered over fsdp first: the rows that are looked up then leave in the layout of the batch.
         table = constrain(self.weight[...].astype(dtype), "vocab", "act_embed")
         return look_up(table, constrain(tokens, "batch", "length"))
+
+
+def multiply(x: Float[Array, "..."], weight: nnx.Param) -> Float[Array, "..."]:
+    """x·w in x's dtype, the weight gathered for it; what its dimensions are named says which of them are heads."""
+    w = gather(weight, x.dtype)
+    return (project if w.ndim == 2 else to_heads if axes_of(weight)[-1] == "head_dim" else from_heads)(x, w)
 
 
 def project(
