@@ -80,14 +80,14 @@ def by_hand(o_name: str, x: dict[str, np.ndarray]) -> float:
         "gmpo": lambda: advantage * np.exp(
             np.where(advantage > 0, np.minimum(log_ratio, 0.4), np.maximum(log_ratio, -0.4)).mean(1, keepdims=True)
         ),
-        "luspo": lambda: clip(geometric, 3e-4, 4e-4) * logp.shape[1],
+        "luspo": lambda: clip(geometric, 2e-3, 2.5e-3) * logp.shape[1],
         "vespo": lambda: np.where(
             advantage >= 0, product**2 * np.exp(3 - 3 * product), product**3 * np.exp(2 - 2 * product)
         ) * advantage * logp,
         "gdpo": lambda: clip(ratio),
         "two_sided": lambda: np.minimum(
             np.minimum(ratio, 4) * advantage, np.clip(ratio, 0.8, 1.2) * advantage
-        ),
+        ) - 0.001 * kl,
         "high_entropy": lambda: clip(ratio, high=0.28) * (x["entropy"] >= np.quantile(x["entropy"], 0.8)),
         "deepseek_v3_2": lambda: clip(ratio) * ((advantage >= 0) | (-log_ratio.mean(1, keepdims=True) <= 0.05))
         - 0.04 * ratio * kl,

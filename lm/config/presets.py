@@ -26,7 +26,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "grpo": Preset(
-        "DeepSeekMath, arXiv:2402.03300, eq. 3",
+        "DeepSeekMath, arXiv:2402.03300, eq. 3; numbers of section 4.2",
         "A = (R - mean) / std of the group; 1/|o| Σ min(r·A, clip(r, 1-ε, 1+ε)·A) - β·k3",
         GRPO(aggregation="sequence", kl_coef=0.04),
     ),
@@ -36,19 +36,20 @@ PRESETS: dict[str, Preset] = {
         GRPO(aggregation="constant", advantage_scale="none"),
     ),
     "dapo": Preset(
-        "DAPO, arXiv:2503.14476, eq. 8",
+        "DAPO, arXiv:2503.14476, eq. 8; numbers of section 4.1",
         "as grpo without KL; clip to (1-0.2, 1+0.28), one mean over all tokens, prompts are sampled until groups have unequal "
         "rewards, truncated completions are dropped",
         GRPO(clip_high=0.28, rollouts=4, drop_truncated=True),
     ),
     "gspo": Preset(
-        "GSPO, arXiv:2507.18071, eq. 5 to 7",
+        "GSPO, arXiv:2507.18071, eq. 5 to 7; numbers of section 5.1",
         "s = (π(o) / π_old(o))^(1/|o|); min(s·A, clip(s, 1-ε, 1+ε)·A)",
         GRPO(ratio_level="sequence", aggregation="sequence", clip_low=3e-4, clip_high=4e-4),
     ),
     "rloo": Preset(
         "RLOO, arXiv:2402.14740",
-        "A = R - β·KL - mean of the group's others; min(r·A, clip(r, 1-ε, 1+ε)·A) with r = π(o) / π_old(o)",
+        "A = R - β·KL - mean of the group's others; min(r·A, clip(r, 1-ε, 1+ε)·A) with r = π(o) / π_old(o); the KL is of the "
+        "whole completion (β and the clip as in TRL, the paper has no ratio)",
         GRPO(
             baseline="leave_one_out",
             advantage_scale="none",
@@ -61,7 +62,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforce_pp": Preset(
         "REINFORCE++, arXiv:2501.03262",
-        "A = R - β·KL, whitened over the rollout, one completion a prompt; min(r·A, clip(r, 1-ε, 1+ε)·A)",
+        "A = R - β·KL, whitened over the rollout, one completion a prompt; min(r·A, clip(r, 1-ε, 1+ε)·A); the KL is of the whole "
+        "completion, the same for all of its tokens, where the paper adds that of the tokens from each on",
         GRPO(
             group_size=1,
             baseline="none",
@@ -78,7 +80,7 @@ PRESETS: dict[str, Preset] = {
         GRPO(advantage_scale="none", whiten_advantages=True, kl_coef=0.01, kl_estimator="k2"),
     ),
     "cispo": Preset(
-        "CISPO, arXiv:2506.13585, eq. 4 and 5",
+        "CISPO, arXiv:2506.13585, eq. 4 and 5; clip_high of arXiv:2510.13786",
         "sg[min(r, clip_high)]·A·log π, one mean over all tokens",
         GRPO(surrogate="cispo", clip_high=5.0),
     ),
@@ -93,9 +95,9 @@ PRESETS: dict[str, Preset] = {
         GRPO(surrogate="gmpo", aggregation="sequence", clip_low=0.4, clip_high=0.4),
     ),
     "luspo": Preset(
-        "LUSPO, arXiv:2602.05261",
+        "LUSPO, arXiv:2602.05261; numbers of section 5.1",
         "|o|·min(s·A, clip(s, 1-ε, 1+ε)·A) with GSPO's s",
-        GRPO(ratio_level="sequence", aggregation="sequence_sum", clip_low=3e-4, clip_high=4e-4),
+        GRPO(ratio_level="sequence", aggregation="sequence_sum", clip_low=2e-3, clip_high=2.5e-3),
     ),
     "vespo": Preset(
         "VESPO, arXiv:2602.10693, eq. 20",
@@ -113,18 +115,19 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "two_sided": Preset(
-        "INTELLECT-2, arXiv:2505.07291, section 3.4",
-        "min(min(r, δ)·A, clip(r, 1-ε, 1+ε)·A) with δ = 4: r is bounded where A < 0, too",
-        GRPO(delta=4.0),
+        "INTELLECT-2, arXiv:2505.07291, section 3.4; numbers of section 4.1",
+        "min(min(r, δ)·A, clip(r, 1-ε, 1+ε)·A) - β·k3 with δ = 4: r is bounded where A < 0, too",
+        GRPO(delta=4.0, kl_coef=0.001),
     ),
     "high_entropy": Preset(
-        "Beyond the 80/20 rule, arXiv:2506.01939",
-        "as dapo's clip and mean, over the 20 % of tokens with the highest entropy",
-        GRPO(clip_high=0.28, top_entropy=0.2),
+        "Beyond the 80/20 rule, arXiv:2506.01939, section 5.2",
+        "as dapo, over the 20 % of tokens with the highest entropy",
+        GRPO(clip_high=0.28, rollouts=4, drop_truncated=True, top_entropy=0.2),
     ),
     "deepseek_v3_2": Preset(
-        "DeepSeek-V3.2, arXiv:2512.02556, section 3.1",
-        "as grpo with β·r·k3, and without completions whose A < 0 and mean log π_old - log π > off_policy_kl (0.05 is our choice)",
+        "DeepSeek-V3.2, arXiv:2512.02556, section 3.1, eq. 7 to 9",
+        "as grpo with β·r·k3, and without completions whose A < 0 and mean log π_old - log π > off_policy_kl; the paper gives "
+        "neither number: β is DeepSeekMath's, off_policy_kl 0.05 is our choice (TRL proposes 0.5)",
         GRPO(aggregation="sequence", kl_coef=0.04, kl_correction=True, off_policy_kl=0.05),
     ),
 }
