@@ -9,7 +9,7 @@ import matplotlib.axes
 import matplotlib.ticker
 
 from lm.sweep.statistics import Curve, Point
-from lm.web.charts import GRID, INK, SERIES, SvgChart, dress, sketch, tick
+from lm.web.charts import GRID, INK, SERIES, Series, SvgChart, dress, headline, sketch, tick
 from lm.web.hover import Hovered
 from lm.web.numbers import plain
 
@@ -45,7 +45,8 @@ def bands(
         for i, curve in enumerate(curves)
     ]
     svg = sketch(f"bands {salt} {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x))
-    legend = [(i, curve.label, plain(curve.points[-1][1])) for i, curve in enumerate(curves)]
+    smoothed = [Series(curve.label, *_columns(curve.points), points=few or x != "steps") for curve in curves]
+    legend = [(i, *headline(one, plain, unit="points")) for i, one in enumerate(smoothed)]
     return SvgChart(title, svg, legend)
 
 

@@ -14,6 +14,7 @@ import matplotlib
 import matplotlib.axes
 import matplotlib.figure
 import matplotlib.ticker
+import numpy as np
 
 from lm.config.objective import MetricChart
 from lm.experiment import OBJECTIVES
@@ -162,15 +163,16 @@ def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, 
     few = ((one, *thin(one.x, one.y)) for one in series)
     known = tuple(Series(one.label, tuple(x), tuple(y), one.points) for one, x, y in few)
     show = percent if as_percent else plain
-    legend = [(i, *_headline(one, show, small)) for i, one in enumerate(series)]
+    legend = [(i, *headline(one, show, small)) for i, one in enumerate(series)]
     return SvgChart(title, _curves(salt, title, known, as_percent, small), legend, small)
 
 
-def _headline(one: Series, show: Callable[[float], str], small: bool) -> tuple[str, str]:
+def headline(one: Series, show: Callable[[float], str], small: bool = False, unit: str = "steps") -> tuple[str, str]:
+    """Legend text of a series: its label, and the mean of its last values; of points and small charts the last value."""
     last = [value for value in one.y[len(one.y) - last_steps(len(one.y)) :] if math.isfinite(value)]
     if one.points or small or len(last) < 2 or not math.isfinite(one.y[-1]):
         return one.label, show(one.y[-1])
-    return f"{one.label}, mean of the last {len(last)} steps".removeprefix(", "), show(sum(last) / len(last))
+    return f"{one.label}, mean of the last {len(last)} {unit}".removeprefix(", "), show(sum(last) / len(last))
 
 
 def last_steps(count: int) -> int:
@@ -245,11 +247,11 @@ def dress(axes: matplotlib.axes.Axes, as_percent: bool = False, small: bool = Fa
         axes.set_ylim(max(low, -0.02), min(high, 1.02))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%" if -1e-9 < value < 1 + 1e-9 else "")
     else:
-        axes.yaxis.set_major_formatter(lambda value, _: tick(value))
+        axes.yaxis.set_major_formatter(lambda value, _: tick(value, np.diff(axes.get_yticks()).min(initial=1)))
 
 
-def tick(value: float) -> str:
-    """Short tick label: 0, 250, 1,500, 12k, 0.3, 3e-4."""
+def tick(value: float, step: float = 1) -> str:
+    """Short tick label: 0, 250, 1,500, 12k, 0.3, 3e-4; exact enough to differ from a tick that is `step` away."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -257,7 +259,10 @@ def tick(value: float) -> str:
         return f"{value / 1000:g}k"
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if size >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+    digits = max(3, 1 + math.floor(math.log10(size)) - math.floor(math.log10(step)))
+    if size >= 0.01:
+        return f"{value:.{digits}g}"
+    return np.format_float_scientific(value, precision=digits - 1, trim="-", exp_digits=1)
 
 
 def _inline(svg: str, label: str) -> str:

@@ -59,7 +59,7 @@ def _source(one: dict[str, Any]) -> SourceCounts:
         source=str(one.get("source", "")),
         examples=f"{_number(one.get('examples'))} {unit}",
         tokens=_number(one.get("tokens")),
-        trained=_number(one.get("trained_tokens")),
+        trained=_number(one.get("trained_tokens") or None),  # of prompts, and where nothing is known: none
         truncated=_number(one.get("truncated")),
         dropped=_number(sum(dropped.values())),
         reasons=reasons,

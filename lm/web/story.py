@@ -165,6 +165,7 @@ def heldout_table(run: Run) -> list[HeldoutRow]:
         extras = [
             (text, [show(line[key]) if line and key in line else None for line in lines])
             for text, key, show in metric.extras
+            if any(line and key in line for line in lines)
         ]
         rows.append(HeldoutRow(name, label, cells, extras))
     return rows

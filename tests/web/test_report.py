@@ -247,6 +247,13 @@ def test_the_headline_of_a_curve_is_the_mean_of_its_last_steps():
     assert [charts.last_steps(n) for n in (1, 4, 10, 48, 300)] == [1, 1, 2, 8, 30]
 
 
+def test_two_ticks_of_an_axis_have_two_labels():
+    for low, step in ((1.948, 0.0005), (0, 0.0025), (4.02, 0.005), (0.5, 0.25), (0, 3e-5), (990, 5), (-0.08, 0.04)):
+        labels = [charts.tick(low + i * step, step) for i in range(6)]
+        assert len(set(labels)) == 6 and max(map(len, labels)) <= 7, labels
+        assert all(float(label.replace(",", "")) == pytest.approx(low + i * step) for i, label in enumerate(labels))
+
+
 def test_values_stand_under_the_pointer_without_a_script():
     curve = charts.Series("training", list(range(1, 301)), [step / 100 for step in range(1, 301)])
     points = charts.Series("held <out>", [7, 151], [5.5, math.nan], points=True)
