@@ -1,8 +1,7 @@
-"""Runs side by side: what differs between them, how they ended over seeds, and what of the differences is more than chance.
+"""Comparison of runs: fields that differ, results over seeds, and significance of differences to a baseline.
 
-Runs of the same experiment but for the seed are one group. Everything is compared with one of the groups, the baseline,
-within each seed; of several comparisons p-values are corrected. Numbers are averaged only where they were measured on the
-same held-out data.
+Runs whose experiments are equal except for the seed form a group. Every group is compared with the baseline group,
+paired by seed, with p-values corrected for the number of comparisons. Groups are compared only on the same held-out data.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from lm.sweep.results import Result, better, main_field
 from lm.sweep.statistics import Difference, Estimate, detectable, estimate, holm, paired
 from lm.sweep.trials import shown, told
 
-FREE = ("name", "seed")  # what may differ within a group
+FREE = ("name", "seed")  # fields that may differ within a group
 LEVEL = 0.05
-ABSENT = "–"  # what a run does not have
-MOST_IN_LABEL = 6  # fields in which runs differ that their labels can tell; with more a run goes by its folder's name
+ABSENT = "–"  # shown for a field that a run does not have
+MOST_IN_LABEL = 6  # differing fields that a label can list; with more a group is labelled by its folder
 MOST_NAMED = 10
 MOST_FAILURES = 5
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seeds only."""
+    """Runs whose experiments differ only in the seed."""
 
     label: str
     settings: dict[str, str]
@@ -39,12 +38,12 @@ class Group:
 
     @property
     def ended(self) -> list[Result]:
-        """The runs that have something to say at their end."""
+        """The runs that finished with a result."""
         return [result for result in self.results if result.measured]
 
     @property
     def note(self) -> str:
-        """What became of the runs that have nothing to say."""
+        """Counts of the other runs: failed, ended early, not finished."""
         states = {
             "failed": sum(bool(result.failed) for result in self.results),
             "ended early": sum(result.pruned for result in self.results),
@@ -55,7 +54,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a held-out measurement; `name` is the eval's."""
+    """A field of an eval's result; `name` is the eval's name."""
 
     name: str
     field: str
@@ -67,17 +66,18 @@ class Metric:
 
 @dataclass(frozen=True)
 class Cell:
-    """A group in one metric: over seeds the last number, the best on the way, and the last less the baseline's.
+    """A group's result in one metric, over seeds: final value, best value, and paired difference to the baseline.
 
-    `corrected` is Holm's p-value over all comparisons of the metric; `difference` is None for the baseline.
+    `corrected` is the p-value with Holm's correction over all comparisons of the metric. `difference` is None for the
+    baseline.
     """
 
     final: Estimate
     best: Estimate
     difference: Difference | None = None
     corrected: float = math.nan
-    comparisons: int = 1  # of the metric, in all
-    excluded: str = ""  # why the group is not compared
+    comparisons: int = 1  # number of groups compared in this metric
+    excluded: str = ""  # reason why the group is not compared; "" if it is
 
     @property
     def differs(self) -> bool:
@@ -86,14 +86,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is shown; `cells` by (label of the group, metric)."""
+    """The result of `compare`; `cells` by (label of the group, metric)."""
 
     groups: tuple[Group, ...]
     metrics: tuple[Metric, ...]
     baseline: Group
-    why_baseline: str  # why it is this group
+    why_baseline: str  # reason for the choice of baseline, to print
     cells: Mapping[tuple[str, Metric], Cell]
-    changed: tuple[str, ...]  # what the groups differ in; see `told_fields`
+    changed: tuple[str, ...]  # fields and parts in which the groups differ; see `told_fields`
     notes: tuple[str, ...]
 
     @property
@@ -104,13 +104,13 @@ class Comparison:
 def compare(
     results: Sequence[Result], baseline: Mapping[str, str] | str | None = None, only: Sequence[str] = (), why: str = ""
 ) -> Comparison:
-    """Group the runs, and compare every group with the baseline. A run that is named twice, or copied, counts once.
+    """Group runs and compare every group with the baseline. Duplicates (same folder, or same experiment) count once.
 
     Args:
-        baseline: the group to compare with: its label, the folder or the folder's name of one of its runs, or settings
-            (values of differing fields) by name; None: the first group in which a run has finished.
-        only: names of evals; empty: all that some run has.
-        why: why that baseline was asked for, for people.
+        baseline: the group to compare with, by label, by the folder (or folder name) of one of its runs, or by values of
+            differing fields; None: the first group with a finished run.
+        only: names of evals to compare; empty: all evals.
+        why: reason for the given baseline, to print.
 
     Raises:
         UserError: no run has finished, or there is no such group or eval.
@@ -133,12 +133,12 @@ def compare(
         cells |= _column(groups, base, metric, notes)
     seeds = {len({result.seed for result in one.ended}) for one in groups if one.ended}
     if seeds == {1}:
-        notes.append("one seed each: no interval, and no saying whether a difference is more than chance")
+        notes.append("one seed each: no interval, so a difference may be chance")
     return Comparison(groups, metrics, base, why, cells, told_fields(results), tuple(dict.fromkeys(notes)))
 
 
 def _once(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
-    """The results without those of a folder that is there already, or of the same experiment with the same seed."""
+    """Remove duplicate runs (same folder, or same experiment and seed); returns the rest and notes about the removed."""
     folders: dict[Path, Result] = {}
     for result in results:
         folders.setdefault(result.folder.resolve(), result)
@@ -161,7 +161,7 @@ def _once(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
 
 
 def _failures(groups: Sequence[Group]) -> list[str]:
-    """A line for each run that has failed, with its reason; of many the first and a count."""
+    """A line for each failed run with its reason, at most MOST_FAILURES and a count of the others."""
     lines = [
         f"{one.label}, seed {result.seed} failed: {result.failed}"
         for one in groups
@@ -178,12 +178,12 @@ def _first_failure(results: Sequence[Result]) -> str:
 
 
 def group(results: Sequence[Result]) -> tuple[Group, ...]:
-    """Runs of the same experiment but for the seed together, in the order in which they come."""
+    """Group runs whose experiments are equal except for the seed, in order of first occurrence."""
     names, told_names = changed_fields(results), told_fields(results)
     found: dict[str, list[Result]] = {}
     for result in results:
         leaves = _leaves(result)
-        own = result.settings if result.impossible else {}  # its experiment is not what its settings would have made
+        own = result.settings if result.impossible else {}  # its settings could not be applied to its experiment
         found.setdefault(json.dumps([[leaves.get(name) for name in names], own]), []).append(result)
     groups = []
     for same in found.values():
@@ -199,7 +199,7 @@ def group(results: Sequence[Result]) -> tuple[Group, ...]:
 
 
 def _label(settings: Mapping[str, str]) -> str:
-    """Settings in one line; a single axis of variants has names that say all."""
+    """Label of settings in one line; of a single axis of variants only the variant's name."""
     names = [name for name in settings if "." not in name]
     if len(settings) == 1 and names:
         return settings[names[0]]
@@ -217,7 +217,7 @@ def _leaves(result: Result) -> dict[str, Any]:
 
 
 def changed_fields(results: Iterable[Result]) -> tuple[str, ...]:
-    """Names of the fields in which some runs differ, but for name and seed."""
+    """Dotted names of the fields in which runs differ, except name and seed."""
     first, *rest = map(_leaves, results)
     changed: dict[str, None] = {}
     for other in rest:
@@ -227,9 +227,9 @@ def changed_fields(results: Iterable[Result]) -> tuple[str, ...]:
 
 
 def told_fields(results: Sequence[Result]) -> tuple[str, ...]:
-    """What the runs differ in, for a reader: a stage or an eval that some have not is named once.
+    """The differing fields to show: a stage or eval that only some runs have is one entry instead of all its fields.
 
-    Of its fields only those follow that vary between the runs that have it.
+    Its fields follow only if they differ between the runs that have it.
     """
     everything = list(dict.fromkeys(json.dumps(result.experiment) for result in results))
     within = [(leaves, {part_of(name) for name in leaves}) for leaves in map(_flat, everything)]
@@ -244,19 +244,19 @@ def told_fields(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def told_value(leaves: Mapping[str, Any], name: str) -> str:
-    """The value of a field as it is shown, or whether a stage or an eval is there."""
+    """The value of a field as text; for a stage or an eval whether the run has it."""
     if name not in leaves and part_of(name) == name:
-        return "is there" if any(part_of(leaf) == name for leaf in leaves) else ABSENT
+        return "present" if any(part_of(leaf) == name for leaf in leaves) else ABSENT
     return shown(leaves[name]) if name in leaves else ABSENT
 
 
 def part_of(name: str) -> str:
-    """The stage, the eval or the part of an experiment that a field belongs to, by dotted name."""
+    """Name of the stage, eval or other part of an experiment that a field belongs to."""
     return ".".join(name.split(".")[: 2 if name.startswith("evals.") else 1])
 
 
 def _named(groups: Sequence[Group], name: str) -> Group:
-    """The group with this label, or of the run in this folder."""
+    """Find a group by its label, or by the folder (or folder name) of one of its runs."""
     here = Path(name).resolve()
     for one in groups:
         if one.label == name:
@@ -266,12 +266,12 @@ def _named(groups: Sequence[Group], name: str) -> Group:
             return one
     labels = [one.label for one in groups]
     raise UserError(
-        f"baseline: nothing is called {name!r}{nearest(name, labels)}; there are {_some(labels, '; ')}, or NAME=VALUE of what differs"
+        f"baseline: no group or run is called {name!r}{nearest(name, labels)}; use one of {_some(labels, '; ')}, or FIELD=VALUE"
     )
 
 
 def _some(names: Sequence[str], between: str = ", ") -> str:
-    """The first ten names, and how many more."""
+    """The first MOST_NAMED names, and the number of others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return f"{between.join(names[:MOST_NAMED])}{more}"
 
@@ -281,7 +281,7 @@ def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
     for name, value in wanted.items():
         if name not in axes:
             raise UserError(
-                f"baseline: nothing called {name!r} differs between the runs{nearest(name, axes)}; it is {_some(axes) or 'nothing'}"
+                f"baseline: {name!r} does not differ between the runs{nearest(name, axes)}; these do: {_some(axes) or 'none'}"
             )
         values = list(dict.fromkeys(one.settings[name] for one in groups if name in one.settings))
         if value not in values:
@@ -296,7 +296,7 @@ def _metrics(results: Sequence[Result], only: Sequence[str]) -> tuple[Metric, ..
     found: dict[Metric, None] = {}
     for result in results:
         for item in result.experiment["evals"]:
-            if item["metric"] != "best_of_n":  # a list of numbers: `lm report RUN RUN` draws it
+            if item["metric"] != "best_of_n":  # its result is a curve, which `lm report RUN RUN` draws
                 found.setdefault(Metric(item["name"], main_field(item["metric"])))
     names = {metric.name for metric in found}
     for name in only:
@@ -306,7 +306,7 @@ def _metrics(results: Sequence[Result], only: Sequence[str]) -> tuple[Metric, ..
 
 
 def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[str]) -> dict[tuple[str, Metric], Cell]:
-    """One metric of every group, compared with the baseline where it is measured on the same data."""
+    """Compare every group with the baseline in one metric, if measured on the same data; appends to `notes`."""
     own = measured_on(base.results[0], metric.name)
     of_base = _by_seed(base, metric)
     cells: dict[str, Cell] = {}
@@ -319,7 +319,7 @@ def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[st
         other = measured_on(one.results[0], metric.name)
         if one is not base and values and other != own:
             what = difference_of(own, other)
-            notes.append(f"{metric.label}: {one.label} is not compared, its held-out data are others ({what})")
+            notes.append(f"{metric.label}: {one.label} is not compared, since its held-out data differ ({what})")
             cell = dataclasses.replace(cell, excluded=what)
         elif one is not base:
             cell = dataclasses.replace(cell, difference=paired(values, of_base))
@@ -329,8 +329,8 @@ def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[st
         cells[one.label] = cell
     if len(everything) > 1 and len(set(everything)) == 1:
         notes.append(
-            f"{metric.label}: all equal ({everything[0]:.4g} in {len(everything)} runs), as at a floor or a ceiling: nothing "
-            "can be told apart, and no power is claimed"
+            f"{metric.label}: all equal ({everything[0]:.4g} in {len(everything)} runs), as at a floor or ceiling: the "
+            "comparison has no power"
         )
     tested = [label for label, cell in cells.items() if cell.difference is not None]
     corrected = holm([cells[label].difference.p for label in tested])  # type: ignore[union-attr]
@@ -345,19 +345,19 @@ def _by_seed(one: Group, metric: Metric) -> dict[int, float]:
 
 
 def measured_on(result: Result, name: str) -> dict[str, Any] | None:
-    """All that two measurements must have in common to compare: the eval, and the content of its data."""
+    """Everything that must be equal for two measurements to be comparable: the eval's fields and its data's content."""
     item = next((item for item in result.experiment["evals"] if item["name"] == name), None)
     if item is None:
         return None
     path = item["source"]["path"]
     found = {key: value for key, value in flatten(item).items() if key not in ("name", "source.weight")}
-    if item["metric"] == "bits_per_byte":  # longer windows know more of what came before
+    if item["metric"] == "bits_per_byte":  # longer windows have more context
         found["model.max_len"] = result.experiment["model"]["max_len"]
     return found | {"content": result.session.get("data_fingerprint", {}).get(path)}
 
 
 def difference_of(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
-    """In words, in what two measurements differ."""
+    """Description of the differences between two results of `measured_on`."""
     if own is None or other is None:
         return "one has none"
     return ", ".join(
@@ -366,7 +366,7 @@ def difference_of(own: dict[str, Any] | None, other: dict[str, Any] | None) -> s
 
 
 def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:
-    """What may be said of a group against the baseline, in so many words."""
+    """The conclusion about a group against the baseline, as one sentence."""
     found = cell.difference
     if cell.excluded:
         return f"not compared: {cell.excluded}"
@@ -375,7 +375,7 @@ def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:
     if found.count == 0:
         return "no seed in common with the baseline" if cell.final.count else "no number to compare"
     if found.count == 1:
-        return f"{found.mean:+.{digits}f} in the one seed that both have"
+        return f"{found.mean:+.{digits}f} in the one common seed"
     if math.isnan(found.p):
         if found.mean == 0:
             return f"all equal to the baseline in {found.count} seeds: no spread, so no interval and no power"
@@ -384,5 +384,5 @@ def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:
     if cell.differs:
         return f"{interval}, {'better' if found.mean * better(metric.field) > 0 else 'worse'}"
     least = detectable(found.error, found.count, LEVEL / cell.comparisons)
-    many = "" if found.low <= 0 <= found.high else f" beyond the chance of {cell.comparisons} comparisons"
-    return f"{interval}, no difference seen{many}; {least:.{digits}f} could have been"
+    many = "" if found.low <= 0 <= found.high else f" after correction for {cell.comparisons} comparisons"
+    return f"{interval}, no significant difference{many}; {least:.{digits}f} was detectable"

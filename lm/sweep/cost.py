@@ -1,4 +1,4 @@
-"""What a sweep costs before it runs: each stage once, however many trials share it."""
+"""Cost of a sweep, estimated before it runs: FLOPs, time and bytes, counting each shared stage once."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, own_point, trial_at, trials
 
-START_SECONDS = 20.0  # of a stage: a process, its imports, reading data, compilation
-USED = 0.2  # of the speed of a large matrix product, by a training step
-TIMED = 768  # rows and columns of the matrices that are timed
+START_SECONDS = 20.0  # time to start a stage: process, imports, reading data, compilation
+USED = 0.2  # speed of a training step as a fraction of that of a large matrix product
+TIMED = 768  # rows and columns of the timed matrices
 TIMED_SECONDS = 0.2
-MOST_TRIED = 200  # corners of a search's axes, for one that can run
+MOST_TRIED = 200  # points of a search's axes that are tried to find one that can run
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What stages cost, summed.
+    """Cost of one or more stages.
 
     Args:
-        flops: of the training.
-        other_flops: of evaluations and of answers that are sampled, at most.
-        bytes: of checkpoints, when the stages are finished, by what is kept of them.
-        hours: of all devices of a topology.
-        seconds: measured before, of stages that are finished.
-        ahead: seconds that the other stages will take, about.
+        flops: FLOPs of training.
+        other_flops: FLOPs of evaluations and sampling, an upper bound.
+        bytes: size of the checkpoints that are kept after the stages finished.
+        hours: device-hours on a TPU topology; None without one.
+        seconds: measured seconds of finished stages.
+        ahead: estimated seconds of the other stages.
     """
 
     flops: float = 0.0
@@ -64,7 +64,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOPs a second, seconds of a stage beside them, and in words where both are from."""
+    """Speed of training: FLOPs per second, seconds to start a stage, and a description of how both were found."""
 
     flops: float
     start: float
@@ -73,7 +73,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial, what it costs beyond the trials before it, and the stages that it has from them."""
+    """A trial, its cost without the stages it shares with earlier trials, and the names of those stages (`has`)."""
 
     trial: Trial
     cost: Cost
@@ -81,13 +81,13 @@ class TrialRow:
 
 
 def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[list[TrialRow], Speed]:
-    """Every trial of a grid with its cost; of a search one trial for each seed, which stands for all that come.
+    """Estimate the cost of every trial of a grid; of a search, of one representative trial per seed.
 
     Args:
-        topology: of TPUs, as `lm plan` takes it; None: no hours.
+        topology: TPUs, as for `lm plan`; None: no device-hours.
 
     Raises:
-        UserError: the sweep cannot work, or the experiment does not fit the topology.
+        UserError: the sweep is invalid, or the experiment does not fit the topology.
     """
     known: set[str] = set()
     found: list[tuple[Trial, list[Cost], tuple[str, ...]]] = []
@@ -106,14 +106,14 @@ def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[l
 
 
 def _speed(costs: Iterable[Cost]) -> Speed:
-    """By the stages that are finished; else by a matrix product of this machine."""
+    """Speed from the finished stages, else from a timed matrix product on this machine's CPU."""
     done = [cost for cost in costs if cost.seconds]
     if done:
         whole = sum((cost.flops + cost.other_flops) / cost.seconds for cost in done) / len(done)
         if whole:
-            return Speed(whole, 0.0, f"by the {len(done)} stages that are finished")
+            return Speed(whole, 0.0, f"estimated from {len(done)} finished stages")
     a = np.ones((TIMED, TIMED), np.float32)
-    a @ a  # the first one wakes threads
+    a @ a  # warm-up
     count, began = 0, time.perf_counter()
     while (passed := time.perf_counter() - began) < TIMED_SECONDS:
         a @ a
@@ -121,8 +121,8 @@ def _speed(costs: Iterable[Cost]) -> Speed:
     return Speed(
         USED * count * 2 * TIMED**3 / passed,
         START_SECONDS,
-        f"by a matrix product on this machine's CPU, of whose speed {USED:.0%} are counted on, and {START_SECONDS:.0f} s to "
-        "start a stage; better known when a stage is finished",
+        f"estimated from {USED:.0%} of the speed of a matrix product on this machine's CPU, and {START_SECONDS:.0f} s to "
+        "start a stage; a finished stage gives a better estimate",
     )
 
 
@@ -132,7 +132,7 @@ def _timed(cost: Cost, speed: Speed) -> Cost:
 
 
 def representatives(sweep: Sweep) -> list[Trial]:
-    """The trials of a grid; of a search the first setting that can run, with every seed."""
+    """The trials whose cost is estimated: all of a grid; of a search the first setting that can run, with every seed."""
     if not isinstance(sweep.search, Suggested):
         return trials(sweep)
     ends = [(v.low, v.high) if isinstance(v, Range) else range(len(v)) for v in sweep.axes.values()]
@@ -167,7 +167,7 @@ def _stage(trial: Trial, index: int, shared: Path, run_dir: Path, topology: str 
 
 
 def flops(experiment: Experiment, index: int) -> float:
-    """Of a stage's updates: rows · tokens · operations a token. Nothing for a stage that trains nothing."""
+    """Training FLOPs of a stage: updates · rows · tokens per row · FLOPs per token; 0 for a stage that does not train."""
     stage = experiment.stages[index]
     if not stage.objective.trains:
         return 0.0
@@ -176,7 +176,7 @@ def flops(experiment: Experiment, index: int) -> float:
 
 
 def evaluation_flops(experiment: Experiment, stage: Stage) -> float:
-    """At most, of the evals before, during and after a stage: every row as long as the model reads."""
+    """Upper bound of the FLOPs of evals before, during and after a stage, with every row of length `max_len`."""
     during = stage.steps // stage.eval_every if stage.eval_every else 0
     rows = 0
     for item in experiment.evals:
@@ -187,7 +187,7 @@ def evaluation_flops(experiment: Experiment, stage: Stage) -> float:
 
 
 def sampling_flops(experiment: Experiment, stage: Stage) -> float:
-    """At most, of the completions that a stage samples: every row as long as its own."""
+    """Upper bound of the FLOPs of a stage's sampling, with every row of length `seq_len`."""
     o = stage.objective
     if not o.samples:
         return 0.0
@@ -200,21 +200,21 @@ def _forward(experiment: Experiment, length: int) -> float:
 
 
 def parameters(experiment: Experiment) -> int:
-    """Of a language model of the experiment."""
+    """Number of parameters of the experiment's language model."""
     m = experiment.model
     vocabulary = experiment.tokenizer.vocab_size * m.embed_dim * (1 if m.tied_head else 2)
     return m.num_layers * (layer_matrices(m) + layer_vectors(m)) + vocabulary + m.embed_dim
 
 
 def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
-    """Of the checkpoints that are kept when the stage is finished; of muon's matrices one moment too many is counted."""
+    """Size in bytes of the checkpoints kept after a stage finished; for Muon, with one moment per matrix too many."""
     if not stage.objective.trains:
         return 0.0
     kind = experiment.model.param_dtype
     model = parameters(experiment) * BYTES[kind]
     masters = 4 if kind != "float32" and stage.optimizer.master_weights else 0
     moments = parameters(experiment) * (2 * BYTES[stage.optimizer.state_dtype] + masters)
-    models = sum(algorithm_of(stage).trained_model_counts(stage.objective))  # of PPO a critic of its own, too
+    models = sum(algorithm_of(stage).trained_model_counts(stage.objective))  # PPO trains a critic too
     for_good = stage.steps // stage.keep_every if stage.keep_every else 0
     newest = min(stage.keep_last, math.ceil(stage.steps / stage.save_every))
     if not stage.keep_moments:
@@ -227,7 +227,7 @@ def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
 
 
 def _hours(experiment: Experiment, name: str, topology: str) -> float:
-    """Device-hours of a stage by `lm plan`'s arithmetic, with as much sampling as there can be."""
+    """Device-hours of a stage by the arithmetic of `lm plan`, with completions of maximal length."""
     plan = plan_stage(experiment, name, parse_topology(topology, experiment.mesh.slices))
     stage = plan.program.stage
     sampling = plan.sampling

@@ -1,4 +1,4 @@
-"""Which axes matter, and how a number goes with size or tokens: what a comparison of many settings is asked next."""
+"""Analysis of a comparison: importance of each axis, and power laws of a metric in model size or tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lm.sweep.compare import Comparison, Group, Metric
 from lm.sweep.results import Result, better
 from lm.sweep.statistics import PowerLaw, power_law
 
-FEWEST_GROUPS = 4  # of which importance says something
-MOST_AXES = 12  # with more, the runs have too little in common
-FEWEST_SIZES = 3  # of which a fit has a doubt
+FEWEST_GROUPS = 4  # least number of groups for importances
+MOST_AXES = 12  # with more axes the runs have too little in common
+FEWEST_SIZES = 3  # least number of sizes for a fit, so that its exponent has an interval
 
 
 def varied(comparison: Comparison) -> list[str]:
-    """The axes on which the groups have more than one setting, in their order."""
+    """Names of the axes on which the groups have more than one value, in order."""
     names = dict.fromkeys(name for group in comparison.groups for name in group.settings)
     return [name for name in names if len({group.settings.get(name) for group in comparison.groups}) > 1]
 
 
 def importance(comparison: Comparison, metric: Metric) -> dict[str, float]:
-    """The share of each axis in what makes settings good (PED-ANOVA, Watanabe et al. 2023, as in Optuna); {} for few or equal ones.
+    """Importance of each axis for a metric by PED-ANOVA (Watanabe et al. 2023, as in Optuna), over the better half of groups.
 
-    It looks at the better half of the groups.
+    Returns the share of each axis, summing to 1; {} for too few groups or axes, or if all groups have the same mean.
     """
     names = varied(comparison)
     measured = [group for group in comparison.groups if comparison.cells[group.label, metric].final.count]
@@ -52,7 +52,7 @@ def importance(comparison: Comparison, metric: Metric) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Scaling:
-    """A metric that is better when it is less, against what was spent: points (x, y) of groups, and the fit."""
+    """Power law of a lower-is-better metric in parameters or tokens: a point (x, y) per group, and the fit."""
 
     what: str
     metric: Metric
@@ -61,7 +61,7 @@ class Scaling:
 
 
 def scalings(comparison: Comparison, metric: Metric) -> list[Scaling]:
-    """Power laws over parameters and over tokens, where the groups differ in the one and not in the other."""
+    """Fit power laws of a metric in parameters and in tokens, each only if the groups are equal in the other."""
     if better(metric.field) > 0:
         return []
     sizes = {what: _spent(comparison.groups, what) for what in ("num_params", "tokens")}
@@ -85,7 +85,7 @@ def _spent(groups: Sequence[Group], what: str) -> Mapping[str, float]:
 
 
 def _of_run(result: Result, what: str) -> float:
-    """Parameters of the model at the end, or tokens of all stages."""
+    """A run's number of parameters at its end, or its number of tokens summed over all stages."""
     summaries = [stage.summary for stage in result.stages.values() if stage.summary]
     if not summaries:
         return 0.0

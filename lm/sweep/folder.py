@@ -1,8 +1,8 @@
-"""The folder of a sweep: its layout, what it belongs to, and locks that end with the process that holds them.
+"""The folder of a sweep: its layout, the sweep that it belongs to, and its locks, which end with their process.
 
 sweeps/NAME/  sweep.json  journal.log  lock  compare.html
               trials/KEY/         the folder of a run, with trial.json, claim and log.txt
-sweeps/shared/KEY/  a stage that several runs have in common, of this sweep or of others; theirs are links to it
+sweeps/shared/KEY/  a stage that several runs share, of this sweep or of others; their stage folders are links to it
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MOST_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """Paths of one sweep. Nothing is made on disk before `claim`.
+    """Paths of one sweep. Nothing is created on disk before `claim`.
 
     Args:
-        store: folder of the shared stages, which several sweeps may have in common.
+        store: folder of the shared stages, which several sweeps may use.
     """
 
     path: Path
@@ -53,37 +53,37 @@ class SweepFolder:
 
     @functools.cached_property
     def _older(self) -> dict[str, str]:
-        """By today's key the folders of trials that an lm with other fields has named."""
+        """Current key -> folder name of trials that an lm version with other fields created."""
         found = {}
         for path in (self.path / "trials").glob("*/experiment.json"):
             try:
                 key = key_of(from_dict(read_json(path)))
-            except UserError:  # of a trial that cannot run, or of an lm with fields that this one lacks
+            except UserError:  # a trial that cannot run, or of a version with fields that this one lacks
                 continue
             if key != path.parent.name:
                 found[key] = path.parent.name
         return found
 
     def placed(self, trial: Trial) -> Trial:
-        """The trial with the key under which it is there already."""
+        """The trial with the key of its existing folder, if an older version created one."""
         return dataclasses.replace(trial, key=self._older.get(trial.key, trial.key))
 
     def record(self, key: str) -> Path:
-        """What is known of a trial beside its run: {"settings", "seed", "wanted", "failed"}."""
+        """Path of a trial's record, trial.json: {"settings", "seed", "wanted", "failed", "pruned", "impossible"}."""
         return self.trial(key) / "trial.json"
 
     def read_record(self, key: str) -> dict[str, Any] | None:
-        """What `record` has; None where it is not there yet. Raises UserError where it is damaged."""
+        """Read a trial's record; None if it does not exist. Raises UserError if it is damaged."""
         return read_trial(self.record(key)) if self.record(key).exists() else None
 
     def shared(self, stage_key: str) -> Path:
         return self.store / stage_key
 
     def claim(self, sweep: Sweep) -> None:
-        """Make this the folder of a sweep, or of the same one with other axes, values or seeds: what is done stays.
+        """Claim the folder for a sweep. The same sweep may come with other axes, values or seeds and keeps its results.
 
         Raises:
-            UserError: the folder belongs to a sweep of another base or another search (says which), or to nothing.
+            UserError: the folder belongs to a sweep with another base or search (shows the differences), or to no sweep.
         """
         wanted = json.loads(json.dumps(describe(sweep)))
         if not self.description.exists():
@@ -102,7 +102,7 @@ class SweepFolder:
             for name, axis in wanted["axes"].items():
                 old = there["axes"].get(name, axis)
                 if isinstance(axis, list) and axis != old:
-                    different.append(f"axis {name}: {old} → {axis}, and a search keeps the values of its choices")
+                    different.append(f"axis {name}: {old} → {axis} (the choices of a search cannot change)")
         if different:
             more = len(different) - MOST_DIFFERENCES
             shown = "\n".join(f"  {line}" for line in different[:MOST_DIFFERENCES])
@@ -113,9 +113,9 @@ class SweepFolder:
             )
 
     def write_trial(self, trial: Trial, stage_keys: list[str]) -> None:
-        """Make the folder of a trial's run, its shared stages being links, or bring its settings up to date.
+        """Create the folder of a trial's run, with links to shared stages, or update its record.
 
-        Of a trial that cannot run the folder has what was asked for, and why not.
+        For a trial that cannot run, the folder has its experiment and the reason only.
         """
         path = self.trial(trial.key)
         record = {"settings": trial.settings, "seed": trial.experiment.seed, "wanted": True}
@@ -136,30 +136,30 @@ class SweepFolder:
         elif different := _different(read_experiment(path), to_dict(trial.experiment)):
             name, old, new = different[0]
             raise UserError(
-                f"{path} holds a run with {name} {old!r}, and this trial has {new!r}, the default of this lm: name another "
-                "folder (--folder DIR)"
+                f"{path} holds a run with {name} {old!r}, but this trial has {new!r}, the default of this version of lm: name "
+                "another folder (--folder DIR)"
             )
         self.update(trial.key, **record)
 
     def update(self, key: str, **changes: Any) -> None:
-        """Add to what is known of a trial."""
+        """Update fields of a trial's record."""
         known = self.read_record(key) or {}
         if known | changes != known:
             write_sealed(self.record(key), known | changes)
 
     def failed(self, key: str) -> str:
-        """Why a trial has failed; "" where it has not, or has not ended."""
+        """The reason why a trial failed; "" if it did not fail or has not ended."""
         return (self.read_record(key) or {}).get("failed", "")
 
     def want_only(self, keys: set[str]) -> None:
-        """Mark every trial that the sweep asks for no more; its run stays."""
+        """Mark all trials but these as no longer wanted by the sweep; their runs are kept."""
         for file in (self.path / "trials").glob("*/trial.json"):
             if file.parent.name not in keys:
                 self.update(file.parent.name, wanted=False)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other worker looks for a trial."""
+        """Context in which this process holds the sweep's lock, so that no other worker takes a trial."""
         make_folder(self.path, "--folder DIR")
         handle = take_lock(self.path / "lock", "--folder DIR", wait=True)
         assert handle is not None
@@ -170,18 +170,18 @@ class SweepFolder:
 
 
 def _different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """In what two plain experiments differ, but for their names."""
+    """Differences (field, old, new) of two plain experiments, except in their names."""
     return [one for one in diff(normalised(old), normalised(new)) if one[0] != "name"]
 
 
 def try_lock(file: Path) -> int | None:
-    """A lock as a file descriptor, None where somebody has it; a child process that inherits it holds it too."""
+    """Take a lock; returns its file descriptor, or None if it is held. A child that inherits the descriptor holds it too."""
     make_folder(file.parent, "--folder DIR")
     return take_lock(file, "--folder DIR")
 
 
 def describe(sweep: Sweep) -> dict[str, Any]:
-    """A sweep as a plain value: what of it can be written down."""
+    """A sweep as a plain value for sweep.json; functions are replaced by labels."""
     search = {"kind": type(sweep.search).__name__} | vars(sweep.search)
     return {
         "name": sweep.name,
@@ -195,7 +195,7 @@ def describe(sweep: Sweep) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """A plain value in which numbers that JSON has no word for are texts."""
+    """Replace nan and infinities in a plain value by text, since JSON has no such numbers."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The journal of a study after a crash: what of it is sound stays, what is not is counted and kept beside it."""
+"""Journal file of a study: storage with a lock, and recovery after a crash, which cuts it at the first damaged line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Entry = dict[str, Any]
 
 
 class _Entries(BaseJournalBackend):
-    """Entries of a journal in memory, of which the first `count` are shown."""
+    """A read-only Optuna journal in memory, of which the first `count` entries are visible."""
 
     def __init__(self, entries: list[Entry], count: int):
         self.entries, self.count = entries, count
@@ -26,33 +26,33 @@ class _Entries(BaseJournalBackend):
         return iter(self.entries[log_number_from : self.count])
 
     def append_logs(self, logs: list[Entry]) -> None:
-        raise NotImplementedError("a journal that is looked at is not written")
+        raise NotImplementedError("this journal is read-only")
 
 
 def _lock(path: Path) -> Any:
-    """One writer at a time; unlike Optuna's own locks, which stay for half a minute, this one ends with its process."""
+    """Lock for one writer at a time that ends with its process (Optuna's own locks outlive it by half a minute)."""
     return FileLock(path.with_name(f"{path.name}.writer"), poll_interval=0.01, fallback_to_soft=False)
 
 
 def storage(path: Path) -> JournalStorage:
-    """The study's storage in a journal file."""
+    """Optuna storage in a journal file."""
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_lock(path)))
 
 
 def recover(path: Path) -> str:
-    """Cut a journal after its last sound line, and say so in a line; "" where all of it is sound.
+    """Cut a journal before its first damaged line; returns a message about it, or "" if the journal is intact.
 
-    Later lines depend on the earlier ones (a trial goes by its place), so nothing after a damaged line can be believed. The
-    journal as it was is kept as `journal.log.damaged`.
+    Later lines refer to earlier ones (a trial's number is its position), so all lines after a damaged one are dropped.
+    The original is kept as `journal.log.damaged`.
 
     Raises:
-        UserError: the path is no file.
+        UserError: the path is not a file.
     """
     if not path.exists():
         return ""
     if not path.is_file():
         raise UserError(f"{path} is not a file; it should be the journal of the sweep: move it away")
-    with _lock(path):  # a line that another worker is writing is not half a line
+    with _lock(path):  # otherwise a line that another worker is writing would look truncated
         content = path.read_bytes()
         sound = sound_lines(content)
         kept = b"".join(sound)
@@ -64,14 +64,14 @@ def recover(path: Path) -> str:
     lost = len(content[len(kept) :].splitlines())
     return (
         f"{path} is damaged from line {len(sound) + 1} on: {lost} {'line' if lost == 1 else 'lines'} left out "
-        f"(all of it is kept in {path.name}.damaged); trials that had ended are found again in their folders"
+        f"(the original is kept in {path.name}.damaged); finished trials are recovered from their folders"
     )
 
 
 def sound_lines(content: bytes) -> list[bytes]:
-    """The lines before the first that is cut, no JSON, or nothing that a study can replay."""
+    """The lines before the first that is truncated, is not JSON, or cannot be replayed by Optuna."""
     lines, entries = [], []
-    for line in content.split(b"\n")[:-1]:  # what follows the last newline is a line that was cut
+    for line in content.split(b"\n")[:-1]:  # content after the last newline is a truncated line
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -82,7 +82,7 @@ def sound_lines(content: bytes) -> list[bytes]:
 
 
 def _replayable(entries: list[Entry]) -> int:
-    """How many entries, from the first on, Optuna can replay."""
+    """Number of leading entries that Optuna can replay."""
     whole = _Entries(entries, len(entries))
     if _works(lambda: JournalStorage(whole).get_all_studies()):
         return len(entries)
@@ -98,6 +98,6 @@ def _replayable(entries: list[Entry]) -> int:
 def _works(replay: Callable[[], Any]) -> bool:
     try:
         replay()
-    except Exception:  # whatever replaying an entry raises that Optuna did not write, it is no entry
+    except Exception:  # an entry that Optuna did not write may raise anything
         return False
     return True

@@ -1,4 +1,4 @@
-"""Several workers on this machine, each with its share of the cores; one that dies is replaced."""
+"""Runs several sweep workers on this machine, each on its share of the cores, and replaces those that die."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.experiment import UserError
 from lm.parent_death import with_parent
 from lm.sweep.worker import EXIT_INTERRUPT, EXIT_USER, WorkerStopped
 
-MOST_DEATHS = 10  # of workers, in all
+MOST_DEATHS = 10  # total number of worker deaths before giving up
 LOOK_SECONDS = 0.2
 
 
@@ -20,8 +20,8 @@ def pool(words: list[str], count: int) -> None:
     """Run `lm WORDS --join I` in `count` processes until all have ended.
 
     Raises:
-        WorkerStopped: a signal came, and all have ended after it.
-        UserError: a worker cannot work, or they keep dying.
+        WorkerStopped: a signal arrived, and all workers have ended.
+        UserError: a worker ended with a user's error, or workers keep dying.
     """
     stopping = False
 
@@ -45,13 +45,13 @@ def pool(words: list[str], count: int) -> None:
                 del children[place]
                 if child.returncode not in (0, EXIT_INTERRUPT) and not stopping:
                     deaths += 1
-                    if child.returncode == EXIT_USER:  # it has said why, and another would say the same
+                    if child.returncode == EXIT_USER:  # it printed the reason, which holds for every worker
                         stop(0, None)
-                        raise UserError(f"worker {place + 1} cannot work: see above")
+                        raise UserError(f"worker {place + 1} stopped with the error above")
                     if deaths > MOST_DEATHS:
                         stop(0, None)
                         raise UserError(f"workers died {deaths} times, the last with code {child.returncode}")
-                    print(f"worker {place + 1} died with code {child.returncode}; another takes its place", flush=True)
+                    print(f"worker {place + 1} died with exit code {child.returncode} and is replaced", flush=True)
                     children[place] = _start(words, place, count)
     finally:
         for child in children.values():
@@ -63,7 +63,7 @@ def pool(words: list[str], count: int) -> None:
 
 
 def _start(words: list[str], place: int, count: int) -> subprocess.Popen:
-    """One worker, on its share of the cores where there are enough for all."""
+    """Start one worker, on its share of the cores if there are enough for all."""
     child = subprocess.Popen(
         with_parent([sys.executable, "-m", "lm.cli.main", *words, "--join", str(place + 1)]),
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""What runs have measured: `EVAL.FIELD` held out, and the fields of the training's own lines, of one run or of many."""
+"""Results of runs and sweeps: eval results (`EVAL.FIELD`) and training metrics, read from run folders."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lm.train.provenance import last_session
 from lm.train.run_files import StageFiles, read_stage
 
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss"})
-DIVERGED = re.compile(r"\b(loss|grad_norm) is (nan|-?inf) at step")  # as a run says it
+DIVERGED = re.compile(r"\b(loss|grad_norm) is (nan|-?inf) at step")  # matches a run's error message
 DESCRIPTION = "sweep.json"
 ENDED = {"failed": str, "pruned": bool, "impossible": bool}  # how a trial ended, in its trial.json
-MAIN_FIELD = {"best_of_n": "reward"}  # of a metric whose main number has another name than it
+MAIN_FIELD = {"best_of_n": "reward"}  # metrics whose main field has another name than the metric
 
 
 def metric_name(experiment: Experiment, metric: str) -> tuple[str, str]:
-    """(eval, field) of `EVAL`, `EVAL.FIELD` or "", the first eval; UserError where the experiment has no such eval."""
+    """Parse `EVAL`, `EVAL.FIELD` or "" (the first eval) to (eval, field). Raises UserError if there is no such eval."""
     names = {item.name: item.metric for item in experiment.evals}
     name, _, field = (metric or next(iter(names), "")).partition(".")
     if name not in names:
@@ -33,20 +33,24 @@ def metric_name(experiment: Experiment, metric: str) -> tuple[str, str]:
 
 
 def main_field(metric: str) -> str:
-    """The field that is the number of a metric."""
+    """Name of a metric's main field."""
     return MAIN_FIELD.get(metric, metric)
 
 
 def better(field: str) -> int:
-    """+1 where more of a field is better, -1 where less is."""
+    """+1 if higher values of a field are better, -1 if lower values are."""
     return -1 if field in LOWER_IS_BETTER else 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: what it was, and what it has measured. `settings` are a sweep's axes, as they are shown.
+    """One run: its folder, experiment and results.
 
-    Of an `impossible` trial the experiment is as far as the settings could be applied.
+    Args:
+        settings: values of the sweep's axes, as text; {} for a run outside a sweep.
+        failed: reason why the trial failed; "" if it did not.
+        pruned: whether the search ended the trial early.
+        impossible: whether the trial cannot run; its experiment then has only the settings that could be applied.
     """
 
     folder: Path
@@ -58,7 +62,7 @@ class Result:
 
     @property
     def measured(self) -> bool:
-        """Whether it has something to say at its end."""
+        """Whether the run finished with a result."""
         return self.finished and not self.failed
 
     @property
@@ -67,7 +71,7 @@ class Result:
 
     @functools.cached_property
     def stages(self) -> dict[str, StageFiles]:
-        """The files of every stage, by its name; read when they are first asked for, without the samples."""
+        """The files of every stage by name, without samples; read on first use."""
         return {
             stage["name"]: read_stage(
                 self.folder, stage["name"], stage["objective"]["kind"], stage["steps"], texts=False
@@ -77,12 +81,12 @@ class Result:
 
     @functools.cached_property
     def session(self) -> dict[str, Any]:
-        """What its last session wrote down of itself: commit, versions, devices, fingerprints of its data; {} before it."""
+        """The last session's entry in environment.json: commit, versions, devices, data fingerprints; {} if there is none."""
         return last_session(self.folder)
 
     @property
     def diverged(self) -> bool:
-        """Whether it failed because its loss or its gradient was no number."""
+        """Whether the run failed because its loss or gradient norm was not finite."""
         return DIVERGED.search(self.failed) is not None
 
     @property
@@ -91,39 +95,39 @@ class Result:
         return (self.folder / "stages" / last / "summary.json").is_file()
 
     def final(self, name: str, field: str) -> float:
-        """A field of an eval after the last stage that measured it; nan where none did, or where it is no number."""
+        """An eval's field after the last stage that measured it; nan if none did or it is not a number."""
         stages = self.stages.values()
         lines = [line for stage in stages for line in stage.evals if line["eval"] == name and line["when"] == "after"]
         value = lines[-1].get(field) if lines else None
         return float(value) if isinstance(value, int | float) else math.nan
 
     def best(self, name: str, field: str) -> float:
-        """The best of a field of an eval during and after the stages that measured it; nan where none did."""
+        """The best value of an eval's field over all measurements during and after stages; nan if there is none."""
         found = [value for stage in self.stages.values() for _, value in measurements(stage, name, field)]
         found = [value for value in found if math.isfinite(value)]
         return max(found, key=lambda value: better(field) * value, default=math.nan)
 
     def training(self, stage: str, field: str) -> list[tuple[int, float]]:
-        """(step, value) of a field of the training's own lines, in order."""
+        """(step, value) of a field of a stage's training metrics, in order."""
         return [(int(line["step"]), float(line[field])) for line in self.stages[stage].metrics if field in line]
 
 
 def measurements(stage: StageFiles, name: str, field: str) -> list[tuple[int, float]]:
-    """(step, value) of every measurement of an eval during and after a stage, in order."""
+    """(step, value) of an eval's field at each measurement during and after a stage, in order."""
     lines = [line for line in stage.evals if line["eval"] == name and line["when"] != "before"]
     return [(int(line["step"]), float(line[field])) for line in lines if isinstance(line.get(field), int | float)]
 
 
 def read_result(folder: Path) -> Result:
-    """One run. Raises UserError where the folder is none."""
+    """Read one run. Raises UserError if the folder is not a run's."""
     return Result(folder, normalised(read_experiment(folder)))
 
 
 def read_sweep(folder: Path) -> list[Result]:
-    """Every trial of a sweep that the sweep still asks for, in the order of its axes' values and its seeds.
+    """Read all trials that a sweep wants, ordered by the values of its axes and by seed.
 
     Raises:
-        UserError: the folder is no sweep's, or a file of it is damaged.
+        UserError: the folder is not a sweep's, or a file in it is damaged.
     """
     if not (folder / DESCRIPTION).is_file():
         raise UserError(f"{folder} is not the folder of a sweep: it has no {DESCRIPTION}")
@@ -138,17 +142,17 @@ def read_sweep(folder: Path) -> list[Result]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What a sweep's folder says of it: its base, axes and search. Raises UserError where the file is damaged."""
+    """Read sweep.json: base, axes and search. Raises UserError if it is damaged."""
     return read_record(folder / DESCRIPTION, {"base": dict, "axes": dict, "search": dict})
 
 
 def read_trial(file: Path) -> dict[str, Any]:
-    """What a trial.json says: settings, seed, whether it is wanted, how it ended. Raises UserError where it is damaged."""
+    """Read a trial.json: settings, seed, whether it is wanted, how it ended. Raises UserError if it is damaged."""
     return read_record(file, {"settings": dict, "seed": int, "wanted": bool}, ENDED)
 
 
 def _place(axis: Any, value: str) -> float:
-    """Where a value stands on its axis: its place among the values, or itself; what is neither comes last."""
+    """Sort key of a value on its axis: its position among the axis's values, else the number itself; others come last."""
     if isinstance(axis, list) and value in axis:
         return float(axis.index(value))
     try:

@@ -1,4 +1,4 @@
-"""A sweep from its beginning, or from where it was: the folder, the queue, the workers."""
+"""Runs or resumes a sweep: claims its folder, queues its trials, and runs the workers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ def run_sweep(
     cache: Path | None = None,
     store: Path = STORE,
 ) -> list[str]:
-    """Run every trial that is not done; gives a line for each that failed, and the rest goes on.
+    """Run all trials that have not ended; returns a line for each trial that failed. A failure does not stop the others.
 
     Args:
-        name: of the file (and value) that defines the sweep, which several workers read for themselves.
+        name: name or path of the file (FILE or FILE:NAME) that defines the sweep; each worker reads it.
+        retry_failed: whether to run failed trials again.
         store: folder of the stages that trials share, also with other sweeps.
-        cache: folder of tokenised data, for the workers; None: where it is by default.
+        cache: folder of the data cache for the workers; None: the default.
 
     Raises:
-        UserError: the folder belongs to another sweep, the sweep cannot work, or every trial has failed.
-        WorkerStopped: a signal came; what ran has saved.
+        UserError: the folder belongs to another sweep, the sweep is invalid, or every trial has failed.
+        WorkerStopped: a signal arrived; running trials have saved.
     """
     if not isinstance(sweep.search, Suggested):
-        trials(sweep)  # what cannot work says so before anything is made on disk
+        trials(sweep)  # raises for an invalid sweep before anything is created on disk
     place = SweepFolder(folder, store)
     place.claim(sweep)
     study = Study(sweep, place)
@@ -48,7 +49,7 @@ def run_sweep(
     if workers > 1:
         extra = [] if cache is None else ["--cache", str(cache)]
         pool(["sweep", name, "--folder", str(folder), "--store", str(store), *extra], workers)
-        if study.open():  # the workers were asked to end one by one
+        if study.open():  # the workers were stopped one by one
             raise WorkerStopped
     else:
         Worker(sweep, place, study, "").work()
@@ -59,6 +60,6 @@ def run_sweep(
 
 
 def join(sweep: Sweep, folder: Path, store: Path, name: str) -> None:
-    """Be one of several workers, until all trials have ended. Raises WorkerStopped when a signal came."""
+    """Run as one of several workers until all trials have ended. Raises WorkerStopped after a signal."""
     place = SweepFolder(folder, store)
     Worker(sweep, place, Study(sweep, place), f"worker {name}: ").work()

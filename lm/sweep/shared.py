@@ -1,4 +1,4 @@
-"""Stages that trials have in common: addressed by everything that determines them, so that each is trained once."""
+"""Stages shared by trials: each has a key, a digest of everything that determines it, and is trained once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lm.sweep.trials import digest
 
 
 def stage_keys(experiment: Experiment) -> list[str]:
-    """For each stage a digest of all that determines what it leaves: itself, the stages before it, and what they share.
+    """For each stage a digest of everything that determines its files: the stage, all earlier stages, and the other fields.
 
-    The vocabulary, where it is learnt, is learnt from the sources of all stages. Evaluations use no randomness of the
-    training, and what they write lies in the stage's folder: they belong to its key.
+    A tokenizer that is trained depends on the sources of all stages, which are then part of every key. Evals are part of
+    the key because their results are written to the stage's folder.
     """
     resolved = resolve_sources(experiment)
     plain = without_defaults(resolved)
@@ -31,11 +31,14 @@ def _text(source: Source) -> list[Any]:
 
 
 def pieces(keys: list[str], everybody: Iterable[list[str]]) -> list[range]:
-    """The stages of a trial, cut where fewer trials go on together than came so far: each piece is one process.
+    """Split a trial's stages wherever fewer trials share the next stage; each piece is trained by one process.
 
     Args:
-        keys: of the trial's stages.
-        everybody: those of every trial, its own among them.
+        keys: keys of the trial's stages.
+        everybody: the keys of every trial's stages, including this one's.
+
+    Returns:
+        Ranges of stage indices.
     """
     shared = Counter(key for one in everybody for key in one)
     ends = [i + 1 for i in range(len(keys)) if i + 1 == len(keys) or shared[keys[i]] != shared[keys[i + 1]]]

@@ -1,4 +1,4 @@
-"""A sweep for the terminal: its trials, and what they cost, before they run."""
+"""Text of a sweep's dry run: its trials and their estimated cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
-    """Every trial with its cost beyond what it shares, and the sum. Raises UserError where the sweep cannot work."""
+    """A line for every trial with its cost (without stages it shares), and the total. Raises UserError for an invalid sweep."""
     rows, speed = estimate(sweep, folder, topology)
     lines = [_line(row) for row in rows]
     if len(lines) > MOST_ROWS:
@@ -23,7 +23,7 @@ def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
     if isinstance(sweep.search, Suggested):
         each = dataclasses.replace(whole, seconds=0.0, ahead=whole.ahead + whole.seconds)
         lines.append(
-            f"of such settings there will be {sweep.search.trials}, of which those stages are trained once that no axis changes; "
+            f"the search runs {sweep.search.trials} such settings (stages that no axis changes are trained once): "
             f"at most {_cost(each.times(sweep.search.trials))}; time {speed.source}"
         )
     else:
@@ -37,11 +37,11 @@ def _line(row: TrialRow) -> str:
     name = f"{told(row.trial.settings)}, seed {row.trial.experiment.seed}"
     if row.trial.impossible:
         return f"{name}: cannot run: {row.trial.impossible}"
-    return f"{name}: {_cost(row.cost)}" + (f"; has {', '.join(row.has)} from above" if row.has else "")
+    return f"{name}: {_cost(row.cost)}" + (f"; shares {', '.join(row.has)} with trials above" if row.has else "")
 
 
 def _cost(cost: Cost) -> str:
-    """As far as it is known: FLOPs of training and of all else, hours of the devices, seconds, bytes."""
+    """A cost as text: FLOPs of training and of the rest, device-hours and time where known, bytes."""
     parts = [f"{cost.flops:.2g} FLOPs of training", f"{cost.other_flops:.2g} of evals and samples"]
     if cost.hours is not None:
         parts.append(f"{cost.hours:.2g} device-hours")
@@ -54,7 +54,7 @@ def _cost(cost: Cost) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in two figures."""
+    """A number of bytes with its unit, to two significant digits."""
     unit = 0
     while count >= 1000 and unit < len(UNITS) - 1:
         count, unit = count / 1000, unit + 1
@@ -62,7 +62,7 @@ def size(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Of the order that an estimate has: 40 s, 12 min, 3.5 h."""
+    """A rough duration: 40 s, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.2g} h"

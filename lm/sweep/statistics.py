@@ -1,4 +1,4 @@
-"""What may be concluded from a few seeds: intervals, paired differences, corrections for many, fits with their doubt."""
+"""Statistics over a few seeds: confidence intervals, paired differences, Holm correction, power-law fits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Float
 
-LEVEL = 0.95  # of intervals
-POWER = 0.8  # with which the smallest effect would have been seen
+LEVEL = 0.95  # confidence level of intervals
+POWER = 0.8  # power at which the smallest detectable effect is computed
 RESAMPLES = 9_999
 FEWEST_RESAMPLED = 6
-"""Below, a bootstrap has too few values to draw from, and its intervals too little coverage: 82 % for three normal ones,
-where Student's t has 95 % (benchmarks/coverage.py)."""
+"""Least number of values for the bootstrap. With fewer its intervals cover too little: 82 % for three normal values,
+where Student's t covers 95 % (benchmarks/coverage.py)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of independent values; half the width of its 95 % interval, nan for one value; and how many there are."""
+    """Mean of `count` independent values, and half the width of its 95 % confidence interval (nan for one value)."""
 
     mean: float
     half: float
@@ -29,7 +29,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent values and half its 95 % interval by Student's t, s t(0.975, n - 1) / √n; nan for n = 1."""
+    """Mean of independent values with half its 95 % interval by Student's t, s t(0.975, n - 1) / √n; nan for n = 1."""
     count = len(values)
     mean = math.fsum(values) / count if values else math.nan
     if count < 2:
@@ -40,36 +40,36 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 Point = tuple[float, float, float, float]
-"""x, the mean over seeds of a number there, and the ends of its 95 % interval, nan for one seed."""
+"""(x, mean over seeds, lower and upper end of the mean's 95 % interval, nan for one seed)."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A number over something else, with its doubt."""
+    """A labelled curve of means with 95 % intervals."""
 
     label: str
     points: Sequence[Point]
 
 
 def curve_point(x: float, values: Sequence[float]) -> Point:
-    """A point of a curve from the values of the seeds there."""
+    """The point of a curve at x from the values of all seeds."""
     found = estimate(values)
     return x, found.mean, found.mean - found.half, found.mean + found.half
 
 
 def curve_points(runs: Sequence[Mapping[float, float]]) -> list[Point]:
-    """A point at every x that all runs have, in order."""
+    """The points of a curve at every x that all runs (x -> value) have, in order."""
     shared = sorted(set.intersection(*map(set, runs))) if runs else []
     return [curve_point(x, [run[x] for run in runs]) for x in shared]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference to a baseline over the seeds that both have, its 95 % interval, and the p-value of none.
+    """Mean difference to a baseline over common seeds, its 95 % interval, and the p-value of no difference.
 
-    `detectable` is the smallest true difference that so many seeds with this spread would show, at the 5 % level, with a
-    power of 80 %; `error` is the standard error. All but `mean` and `count` are nan for one seed, and where the difference
-    is the same in all of them, as at the floor or the ceiling of a metric: without a spread nothing is known of chance.
+    `detectable` is the smallest true difference that this number of seeds with this spread detects at the 5 % level with
+    a power of 80 %. `error` is the standard error. All but `mean` and `count` are nan for one seed, and if the difference
+    is equal for all seeds (as at a metric's floor or ceiling), since there is no spread to estimate chance from.
     """
 
     mean: float
@@ -85,10 +85,10 @@ NO_DIFFERENCE = Difference(math.nan, math.nan, math.nan, math.nan, 0, math.nan, 
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """The difference within each seed, which takes out what a seed does to both.
+    """Difference of two groups (seed -> value), paired by seed, which removes effects of the seed on both.
 
-    From six seeds on the interval is the studentised bootstrap's over seeds (Efron and Tibshirani 1993, section 12.5), else
-    Student's t; the p-value is of the same test.
+    With six or more seeds the interval is the studentised bootstrap's over seeds (Efron and Tibshirani 1993, section
+    12.5), else Student's t. The p-value is of the same test.
     """
     both = sorted(set(values) & set(baseline))
     differences = np.array([values[seed] - baseline[seed] for seed in both])
@@ -110,7 +110,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
 
 
 def _without_spread(values: Sequence[float] | Float[np.ndarray, " N"], scale: float = 0.0) -> bool:
-    """Whether values are all equal but for rounding; `scale` is the size of the numbers whose differences they are."""
+    """Whether all values are equal up to rounding; `scale` is the magnitude of the numbers they are differences of."""
     return float(np.ptp(values)) <= 1e-12 * max(scale, *np.abs(values))
 
 
@@ -123,7 +123,7 @@ def _t(freedom: int, level: float) -> float:
 
 
 def _studentised(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " R"]:
-    """t of the mean of every resample about the mean of all, always the same resamples; those without a spread left out."""
+    """t statistics of bootstrap resamples (fixed seed) about the mean; resamples without spread are left out."""
     draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
     resampled = values[draws]
     spread = resampled.std(axis=1, ddof=1)
@@ -137,7 +137,7 @@ def _two_sided(drawn: Float[np.ndarray, " R"], t: float) -> float:
 
 
 def detectable(error: float, count: int, level: float = 1 - LEVEL) -> float:
-    """The true mean that a two-sided t-test of `count` values with this standard error finds with a power of 80 %."""
+    """Smallest true mean that a two-sided t-test of `count` values with this standard error detects with a power of 80 %."""
     threshold = _t(count - 1, 1 - level)
 
     def missing(effect: float) -> float:
@@ -147,7 +147,7 @@ def detectable(error: float, count: int, level: float = 1 - LEVEL) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for having looked at so many at once (Holm 1979); nan stays nan and counts as no look."""
+    """p-values with Holm's correction for multiple comparisons (Holm 1979); nan stays nan and is not counted."""
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     corrected, least = [math.nan] * len(p_values), 0.0
     for rank, (p, i) in enumerate(order):
@@ -166,9 +166,9 @@ class PowerLaw:
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
-    """Least squares of log y on log x; the interval is of the t of the residuals, nan for two points.
+    """Fit a power law by least squares of log y on log x; the interval is by Student's t, nan for two points.
 
-    Raises ValueError for fewer than two different x, or a number that has no logarithm.
+    Raises ValueError for fewer than two distinct x, or for numbers that are not positive.
     """
     if len(set(x)) < 2 or min(*x, *y) <= 0:
         raise ValueError("a power law needs two different x, and positive numbers")

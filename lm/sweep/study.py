@@ -1,8 +1,8 @@
-"""Which trial is next, and how each ended: an Optuna study in a journal file, which workers on any host share.
+"""Scheduling of a sweep's trials: an Optuna study in a journal file, shared by workers on any host.
 
-A grid's trials are queued by name; a search's are suggested by Optuna, the base's own settings first, and each is run
-with every seed. Who holds a trial is told by a lock in its folder, which ends with its process: one that has begun and is
-held by nobody is taken up again.
+A grid's trials are all queued; a search's are suggested by Optuna, the base's own settings first, and each is run with
+every seed. The worker that runs a trial holds a lock in its folder, which ends with its process: a trial that has begun
+and whose lock is free is resumed by the next worker.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lm.sweep.sweep import TPE, Halving, LogUniform, Range, Suggested, Sweep
 from lm.sweep.trials import Point, Trial, own_point, told, trial_at, trials
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-DROPPED = "dropped"  # an attribute of trials that nobody ran, because the sweep asks for them no more
-AGAIN = "again"  # an attribute of trials that are run although they failed before
-_COMPLETE = {"key", "settings", "seed"}  # attributes of a trial that is written down whole
+DROPPED = "dropped"  # attribute of trials that were not run because the sweep no longer wants them
+AGAIN = "again"  # attribute of failed trials that are run again
+_COMPLETE = {"key", "settings", "seed"}  # attributes that every completely recorded trial has
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A trial that this process alone holds; `handle` is its lock, which the processes that it starts inherit."""
+    """A trial locked by this process; `handle` is the lock's file descriptor, which its child processes inherit."""
 
     number: int
     key: str
@@ -43,11 +43,11 @@ class Claimed:
 
 
 class Study:
-    """The Optuna study of a sweep. Every method may be called by many processes at the same time.
+    """The Optuna study of a sweep. Every method may be called by several processes at the same time.
 
     Attributes:
-        remark: a line about a journal that was damaged; "" where it was not.
-        refused: a line for each trial that `take` found impossible, until somebody has said them.
+        remark: a message about a damaged journal; "" if it is intact.
+        refused: messages about impossible trials found by `take`, until the worker has printed them.
     """
 
     def __init__(self, sweep: Sweep, folder: SweepFolder):
@@ -66,12 +66,12 @@ class Study:
             )
 
     def queue(self, retry_failed: bool = False) -> None:
-        """Ask for every trial that the sweep wants and that is not there yet; what is done stays, what waits unwanted goes.
+        """Queue every wanted trial that has not ended, and drop queued trials that are no longer wanted.
 
-        A trial that cannot run is there as a failed one.
+        A trial that cannot run is recorded as failed.
 
         Args:
-            retry_failed: also for those that failed.
+            retry_failed: whether to queue failed trials again.
         """
         with self.folder.alone():
             if isinstance(self.sweep.search, Suggested):
@@ -83,7 +83,7 @@ class Study:
             wanted = [self.folder.placed(trial) for trial in trials(self.sweep)]
             keys = {trial.key for trial in wanted}
             self._drop(lambda one: one.user_attrs.get("key") not in keys)
-            states = {one.user_attrs.get("key"): one.state for one in self._known()}  # the newest of each
+            states = {one.user_attrs.get("key"): one.state for one in self._known()}  # the newest state of each trial
             for trial in _breadth_first(wanted):
                 self.folder.write_trial(trial, _stages_of(trial))
                 again = retry_failed and not trial.impossible
@@ -95,7 +95,7 @@ class Study:
             self.folder.want_only(keys)
 
     def take(self) -> Claimed | None:
-        """The next trial, held by this process; None if there is none now: look at `open` for whether there will be."""
+        """Take and lock the next trial; None if there is none at present (`open` tells whether more may follow)."""
         with self.folder.alone():
             for one in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if _COMPLETE - set(one.user_attrs):  # its worker was killed between two lines of the journal
@@ -106,14 +106,14 @@ class Study:
                     os.close(handle)
                     self._study.tell(
                         one.number, state=TrialState.FAIL
-                    )  # as it did before its end in the journal was lost
+                    )  # it failed before, but its end was lost from the journal
             while self._more():
                 if (claimed := self._ask()) is not None:
                     return claimed
             return None
 
     def _more(self) -> bool:
-        """Whether a trial waits, or a search has more to suggest; seeds that a killed worker left out are queued first."""
+        """Whether a trial is queued or a search may suggest one; queues seeds that a killed worker did not."""
         if self._waiting() or self._may_suggest():
             return True
         if isinstance(self.sweep.search, Suggested):
@@ -124,12 +124,12 @@ class Study:
         return bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def open(self) -> bool:
-        """Whether any trial is still to be run, or is being run."""
+        """Whether any trial is queued, running, or yet to be suggested."""
         states = (TrialState.WAITING, TrialState.RUNNING)
         return bool(self._study.get_trials(deepcopy=False, states=states)) or self._may_suggest()
 
     def report(self, claimed: Claimed, step: int, value: float) -> bool:
-        """Tell a number on the way; whether the trial is to end here, because others were better at this step."""
+        """Report an intermediate value; returns whether the search ends the trial because others were better at this step."""
         found = self._study.get_trials(deepcopy=False)[claimed.number]
         trial = optuna.trial.Trial(self._study, found._trial_id)
         if step not in found.intermediate_values:
@@ -137,23 +137,23 @@ class Study:
         return trial.should_prune()
 
     def tell(self, claimed: Claimed, value: float | None = None, failed: str = "", pruned: bool = False) -> None:
-        """How a trial ended: with its number, with a reason, or early."""
+        """Record the end of a trial: with its value, as failed with a reason, or as ended early."""
         self.folder.update(claimed.key, failed=failed, pruned=pruned)
         state = TrialState.FAIL if failed else TrialState.PRUNED if pruned else TrialState.COMPLETE
         self._study.tell(claimed.number, value if state == TrialState.COMPLETE else None, state)
 
     def counts(self) -> tuple[int, int]:
-        """(trials that have ended, trials known so far)."""
+        """(number of trials that have ended, number of trials so far)."""
         known = self._known()
         return sum(one.state in ENDED for one in known), len(known)
 
     def all_failed(self) -> bool:
-        """Whether trials have ended, and none with a number."""
+        """Whether trials have ended and all of them failed."""
         ended = [one for one in self._known() if one.state in ENDED]
         return bool(ended) and all(one.state == TrialState.FAIL for one in ended)
 
     def failures(self) -> list[str]:
-        """A line for each trial that failed: its settings and why."""
+        """A line for each failed trial: settings and reason."""
         failed = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         keys = dict.fromkeys(one.user_attrs["key"] for one in failed if "key" in one.user_attrs)
         records = [record for key in keys if (record := self.folder.read_record(key))]
@@ -164,15 +164,15 @@ class Study:
         return [one for one in self._study.get_trials(deepcopy=False) if DROPPED not in one.user_attrs]
 
     def _drop(self, unwanted: Callable[[FrozenTrial], bool]) -> None:
-        """Let no worker take a trial that waits and is not wanted any more; it may be asked for again."""
-        storage = self._study._storage  # a study cannot end what has not begun
+        """Remove unwanted trials from the queue; they may be queued again later."""
+        storage = self._study._storage  # Optuna's public API cannot end a queued trial
         for one in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             if unwanted(one):
                 storage.set_trial_user_attr(one._trial_id, DROPPED, True)
                 storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
 
     def _drop_half(self, one: FrozenTrial) -> None:
-        """End a trial that was asked for and not written down whole; what it was asked for with is asked for again."""
+        """End a trial whose record is incomplete, and queue its parameters again."""
         self._study._storage.set_trial_user_attr(one._trial_id, DROPPED, True)
         self._study.tell(one.number, state=TrialState.FAIL)
         asked = {name: one.user_attrs[name] for name in ("seed", AGAIN) if name in one.user_attrs}
@@ -183,7 +183,7 @@ class Study:
     # ---- a search --------------------------------------------------------------------------------------------
 
     def _queue_seeds(self, known: list[FrozenTrial]) -> None:
-        """The base's own settings, where nothing has begun; and every setting with every seed."""
+        """Queue every known setting with every seed it lacks; at the start of a search, the base's own settings."""
         settings = _seeds_of(known)
         if not settings and (own := own_point(self.sweep)) is not None:
             settings = [(_on_axes(self.sweep, own), set())]
@@ -193,7 +193,7 @@ class Study:
                     self._study.enqueue_trial(params, user_attrs={"seed": seed})
 
     def _queue_failed(self) -> None:
-        """Every setting that has failed and is wanted, once more."""
+        """Queue every wanted setting that failed once more."""
         failed = {
             one.user_attrs["key"]: one
             for one in self._known()
@@ -211,7 +211,7 @@ class Study:
         return sum(a.get("seed") == self.sweep.seeds[0] and AGAIN not in a for a in attributes) < search.trials
 
     def _ask(self) -> Claimed | None:
-        """The next trial; None where it has ended at once, or somebody runs the same experiment."""
+        """Ask Optuna for the next trial; None if it has ended at once or another worker runs the same experiment."""
         distributions = {}
         if isinstance(self.sweep.search, Suggested):
             self._study.sampler = _sampler(self.sweep, len(self._study.get_trials(deepcopy=False)))
@@ -220,12 +220,12 @@ class Study:
         if isinstance(self.sweep.search, Suggested) and not self._placed(asked):
             return None
         handle = try_lock(self.folder.trial(asked.user_attrs["key"]) / "claim")
-        if handle is None:  # the same experiment twice, and the other one runs: whoever is free next looks again
+        if handle is None:  # another worker runs the same experiment: the next free worker tries again
             return None
         return _claimed(self._study.get_trials(deepcopy=False)[asked.number], handle)
 
     def _placed(self, asked: optuna.trial.Trial) -> bool:
-        """Give a suggestion its seed, experiment and folder; False where there is nothing to run, and it has ended."""
+        """Give a suggested trial its seed, experiment and folder; returns False if it cannot run and was ended."""
         if "seed" not in asked.user_attrs:
             asked.set_user_attr("seed", self.sweep.seeds[0])
             for seed in self.sweep.seeds[1:]:
@@ -239,7 +239,7 @@ class Study:
         for name, value in _attributes(trial).items():
             asked.set_user_attr(name, value)
         failed = trial.impossible or ("" if AGAIN in asked.user_attrs else self.folder.failed(trial.key))
-        if failed:  # impossible, or a search that came to the same setting again
+        if failed:  # impossible, or suggested again after it failed
             self.refused.append(f"{told(trial.settings)}, seed {trial.experiment.seed}: {failed}")
             self._study.tell(asked, state=TrialState.FAIL)
         return not failed
@@ -253,7 +253,7 @@ def _attributes(trial: Trial) -> dict[str, Any]:
 
 
 def _stages_of(trial: Trial) -> list[str]:
-    """Keys of the stages of a trial; of one that cannot run none."""
+    """The keys of a trial's stages; [] if it cannot run."""
     return [] if trial.impossible else stage_keys(trial.experiment)
 
 
@@ -262,7 +262,7 @@ def _claimed(one: FrozenTrial, handle: int) -> Claimed:
 
 
 def _breadth_first(wanted: list[Trial]) -> list[Trial]:
-    """The first trial of every different start, then the others, so that workers do not wait for one another's stages."""
+    """Order trials so that those with distinct first stages come first: workers then wait less for shared stages."""
     seen: set[str] = set()
     early: list[Trial] = []
     late: list[Trial] = []
@@ -292,12 +292,12 @@ def _distribution(sweep: Sweep, name: str) -> BaseDistribution:
 
 
 def _on_axes(sweep: Sweep, values: Point) -> Point:
-    """In the order of the axes, which conditions need."""
+    """Order values by the sweep's axes, which conditions depend on."""
     return {name: values[name] for name in sweep.axes}
 
 
 def _sampler(sweep: Sweep, asked: int) -> optuna.samplers.BaseSampler:
-    """Its own seed for every suggestion, so that one does not depend on which worker asks."""
+    """The search's sampler, seeded by the number of trials so far, so that suggestions do not depend on the worker."""
     search: Any = sweep.search
     if isinstance(search, TPE):
         return optuna.samplers.TPESampler(

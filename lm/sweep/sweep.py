@@ -1,4 +1,4 @@
-"""A sweep is a value: a base experiment, axes along which it is changed, seeds, and how the changes are searched."""
+"""The `Sweep` value: a base experiment, axes along which it varies, seeds, and the search (grid, random, TPE, …)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lm.config.field import MAX_NAME, Reading, check_name, read, shown
 from lm.experiment import Experiment, UserError, strict
 from lm.files import defined_in, file_of
 
-MOST_NAME = MAX_NAME - 13  # the name of a trial has a dash and a key behind the sweep's
+MOST_NAME = MAX_NAME - 13  # a trial's name is the sweep's, a dash and a key of 12 digits
 Change = Callable[[Experiment], Any]
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Any number from `low` to `high`; whole numbers where the field is one."""
+    """Uniform distribution from `low` to `high`; integers if the field is an integer."""
 
     low: float
     high: float
@@ -25,7 +25,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """Any number from `low` to `high`, its logarithm evenly; whole numbers where the field is one."""
+    """Log-uniform distribution from `low` to `high`; integers if the field is an integer."""
 
     low: float
     high: float
@@ -33,25 +33,25 @@ class LogUniform:
 
 Range = Uniform | LogUniform
 Variant = Change | Mapping[str, Any] | None
-"""What a name stands for: the experiment changed by a function, fields by dotted name, or (None) the base as it is."""
+"""A named variant of an axis: a function of the experiment, fields by dotted name, or None (the base unchanged)."""
 
 Values = Range | tuple | Mapping[str, Variant]
-"""Of an axis: a distribution; values (or functions of the experiment that give one); variants by name."""
+"""The values of an axis: a distribution, a tuple of values (or functions of the experiment), or variants by name."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination."""
+    """Every combination of the axes' values."""
 
 
 @dataclass(frozen=True)
 class Zip:
-    """The first value of every axis, then the second of every axis, …"""
+    """One trial for the first values of all axes, one for the second values, …"""
 
 
 @dataclass(frozen=True)
 class Random:
-    """`trials` settings drawn independently; the base's own comes first, where it lies within the axes."""
+    """Random search: `trials` settings drawn independently, first the base's own settings if the axes contain them."""
 
     trials: int
     seed: int = 0
@@ -59,7 +59,7 @@ class Random:
 
 @dataclass(frozen=True)
 class TPE:
-    """`trials` settings by the tree-structured Parzen estimator, of which `startup` are drawn at random.
+    """Tree-structured Parzen estimator: `trials` settings, of which the first `startup` are drawn at random.
 
     Source: Bergstra et al. 2011, as in Optuna (multivariate).
     """
@@ -71,9 +71,9 @@ class TPE:
 
 @dataclass(frozen=True)
 class Halving:
-    """Random settings, of which at each rung only the best 1/`reduction` go on: asynchronous successive halving.
+    """Asynchronous successive halving: random settings, of which the best 1/`reduction` continue after each rung.
 
-    Rungs are `first`, first · reduction, … steps of the last stage, where its held-out numbers must be taken (eval_every).
+    Rungs are `first`, first · reduction, … steps of the last stage; its `eval_every` must measure the metric there.
     Source: Li et al. 2020, as in Optuna.
     """
 
@@ -84,23 +84,21 @@ class Halving:
 
 
 Search = Grid | Zip | Random | TPE | Halving
-Suggested = Random | TPE | Halving  # settings are drawn while the sweep runs
+Suggested = Random | TPE | Halving  # searches that draw settings while the sweep runs
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is run, and what of it is to be compared.
+    """A sweep: a base experiment, the axes along which it varies, the seeds, and the search.
 
     Args:
-        axes: by name. With values or a distribution, the name is that of a field, as on the command line; an axis of
-            variants may have any name.
-        seeds: every setting is run with each.
-        metric: `EVAL` or `EVAL.FIELD` of a held-out measurement after the last stage, which a search makes better;
-            "": the first eval of the base.
-        baseline: the settings that the others are compared with, by axis, as they are shown; of an axis that is left
-            out its first value.
-        conditions: an axis with one applies only where it holds of the experiment, as the axes before it have left it.
-        keep: only the experiments of which this holds are run.
+        axes: axis name -> values. An axis of values or a distribution is named by a field, as on the command line; an
+            axis of variants may have any name.
+        seeds: every setting is run with each seed.
+        metric: `EVAL` or `EVAL.FIELD` after the last stage, which a search optimises; "": the first eval of the base.
+        baseline: the settings that others are compared with, axis -> value as text; default: an axis's first value.
+        conditions: axis name -> predicate; the axis applies only if it holds for the experiment with all earlier axes set.
+        keep: predicate; only experiments for which it holds are run.
     """
 
     name: str
@@ -115,10 +113,10 @@ class Sweep:
 
 
 def load(name: str) -> Sweep:
-    """The `sweep` that a file defines: a path, or a name or dotted name below `experiments/`; FILE:NAME another value.
+    """Load the value `sweep` of a file, given as a path or a (dotted) name below `experiments/`; FILE:NAME: another value.
 
     Raises:
-        UserError: no such file (lists what is there), or it defines no such value.
+        UserError: there is no such file (lists the existing ones), or it defines no such value.
     """
     file, _, value = name.partition(":")
     return _strict(defined_in(file_of(file), value or "sweep", Sweep))
@@ -134,11 +132,11 @@ TYPES: dict[str, tuple[Any, str]] = {
     "conditions": (Mapping, "a mapping"),
     "keep": (Callable, "a function"),
 }
-"""What the fields of a sweep are, its base aside."""
+"""Type of each field of a sweep except its base, and its description in error messages."""
 
 
 def _strict(sweep: Sweep) -> Sweep:
-    """The sweep with its base and its seeds read as strictly as an experiment; UserError names the field."""
+    """Check a sweep's fields as strictly as an experiment's. Raises UserError naming the field."""
     for name, (kind, words) in TYPES.items():
         if not isinstance(value := getattr(sweep, name), kind):
             raise UserError(f"sweep {name} is {shown(value)}; it should be {words}")
@@ -151,9 +149,9 @@ def _strict(sweep: Sweep) -> Sweep:
 
 
 STORE = Path("sweeps") / "shared"
-"""Where stages are that trials share, unless something else is said."""
+"""Default folder of the stages that trials share."""
 
 
 def folder_of(sweep: Sweep) -> Path:
-    """Where a sweep's results are, unless something else is said."""
+    """Default folder of a sweep."""
     return Path("sweeps") / sweep.name

@@ -1,4 +1,4 @@
-"""A comparison for the terminal, and as rows of numbers for other programs."""
+"""Writes a comparison as tables on the terminal, or as CSV or Parquet with a row per run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lm.sweep.statistics import Estimate
 from lm.sweep.trials import digest
 
 MOST_FIELDS = 12
-DIGITS = 4  # figures of a number
+DIGITS = 4  # significant digits
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print a table for each metric, what differs, and what has to be known besides."""
+    """Print the differing fields, the baseline, a table for each metric, and the notes."""
     for line in (differences(comparison), baseline(comparison)):
         console.print(line, highlight=False, soft_wrap=True)
     for metric in comparison.metrics:
@@ -35,7 +35,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def differences(comparison: Comparison) -> str:
-    """The fields that differ, in a line; of many how many there are in each part of the experiment."""
+    """A line with the differing fields; if there are many, their number in each part of the experiment."""
     names = comparison.changed
     if not names:
         return "What differs: nothing but the seed"
@@ -44,13 +44,13 @@ def differences(comparison: Comparison) -> str:
     parts = Counter(map(part_of, names)).most_common()
     some = ", ".join(f"{part} ({count})" for part, count in parts[:MOST_FIELDS])
     more = f" and {len(parts) - MOST_FIELDS} more" if len(parts) > MOST_FIELDS else ""
-    return f"What differs: {len(names)} fields, too many for labels, so runs go by their folders: in {some}{more}; the page has them"
+    return f"What differs: {len(names)} fields, in {some}{more}; runs are labelled by folder, and the page lists the fields"
 
 
 def baseline(comparison: Comparison) -> str:
-    """With what is compared, why with that, and how to choose."""
+    """A line with the baseline, the reason for it, and the option that changes it."""
     why = f" ({comparison.why_baseline})" if comparison.why_baseline else ""
-    return f"Baseline: {comparison.baseline.label}{why}; --baseline NAME takes another"
+    return f"Baseline: {comparison.baseline.label}{why}; --baseline NAME chooses another"
 
 
 def _table(comparison: Comparison, metric: Metric) -> Table:
@@ -69,7 +69,7 @@ def _table(comparison: Comparison, metric: Metric) -> Table:
 
 
 def number(found: Estimate) -> str:
-    """1.234 ± 0.012; without an interval where there is one seed; – where there is none."""
+    """An estimate as text, `1.234 ± 0.012`; without an interval for one seed, – for none."""
     if not found.count:
         return "–"
     if math.isnan(found.half):
@@ -80,7 +80,7 @@ def number(found: Estimate) -> str:
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """A row for every run: where it is, what it was, where it comes from, and its numbers."""
+    """A row for every run: group, seed, settings, results, and origin."""
     return [_row(result, group.label, comparison.metrics) for group in comparison.groups for result in group.results]
 
 
@@ -96,7 +96,7 @@ def _row(result: Result, label: str, metrics: Iterable[Metric]) -> dict[str, Any
 
 
 def origin(result: Result) -> dict[str, Any]:
-    """Where the numbers of a run come from."""
+    """Origin of a run's numbers: state, folder, experiment, commit, data, versions, device, start."""
     session = result.session
     git, state = session.get("git") or {}, "finished" if result.finished else "not finished"
     return {
@@ -116,7 +116,7 @@ WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_tabl
 
 
 def write(comparison: Comparison, path: Path) -> Path:
-    """A row for every run, as .csv or .parquet. Raises UserError for another ending."""
+    """Write a row for every run to a .csv or .parquet file. Raises UserError for another suffix."""
     if path.suffix not in WRITERS:
         raise UserError(f"{path} should end in {' or '.join(WRITERS)}")
     path.parent.mkdir(parents=True, exist_ok=True)

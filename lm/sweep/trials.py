@@ -1,4 +1,4 @@
-"""The trials of a sweep: every experiment that its axes make of the base, checked before anything runs."""
+"""The trials of a sweep: experiments made by applying the axes' values to the base, checked before any runs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from lm.overrides import leaf, replaced
 from lm.sweep.results import metric_name
 from lm.sweep.sweep import Grid, LogUniform, Range, Suggested, Sweep, Uniform, Values, Zip
 
-KEY_LENGTH = 12  # hexadecimal digits: of a million trials two have the same with a chance of 2e-3
+KEY_LENGTH = 12  # hexadecimal digits; the chance of a collision among a million trials is 2e-3
 MOST_TRIALS = 100_000
 
 Point = dict[str, Any]
-"""By axis: the place of the value among the axis's own (an integer), or the number drawn from its distribution."""
+"""Axis name -> index of a value on the axis, or the number drawn from its distribution."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: which experiment, and by which settings (axis → as it is shown) it came about.
+    """One run of a sweep: its experiment, and the settings (axis -> value as text) that produced it.
 
-    `impossible` is why the trial cannot run; its experiment then is as far as the axes could be applied.
+    `impossible` is the reason why the trial cannot run ("" if it can); its experiment then has only the settings that
+    could be applied.
     """
 
     settings: dict[str, str]
@@ -40,10 +41,10 @@ class Trial:
 
 
 def trials(sweep: Sweep) -> list[Trial]:
-    """Every trial of a grid or a zip, in order, each experiment once; the base's own settings first.
+    """All trials of a grid or zip, each experiment once, the base's own settings first.
 
     Raises:
-        UserError: an axis or a value that cannot work, or no trial that can run.
+        UserError: an axis or value is invalid, or no trial can run.
     """
     check_sweep(sweep)
     if isinstance(sweep.search, Suggested):
@@ -54,7 +55,7 @@ def trials(sweep: Sweep) -> list[Trial]:
             if (trial := trial_at(sweep, point, seed)) is not None:
                 found.setdefault(trial.key, trial)
     if not found:
-        raise UserError(f"sweep {sweep.name} has no trial: `keep` holds of none of its experiments")
+        raise UserError(f"sweep {sweep.name} has no trial: `keep` holds for none of its experiments")
     first = next(iter(found.values()))
     if all(trial.impossible for trial in found.values()):
         which = "its trial" if len(found) == 1 else f"none of its {len(found)} trials can run; the first"
@@ -64,7 +65,7 @@ def trials(sweep: Sweep) -> list[Trial]:
 
 
 def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
-    """The trial at one point of the axes, None where `keep` does not hold of it; `impossible` says why it cannot run."""
+    """The trial at a point of the axes; None if `keep` excludes it. A trial that cannot run has `impossible` set."""
     experiment, settings, impossible = with_seed(sweep.base, seed), dict[str, str](), ""
     try:
         for name, place in point.items():
@@ -75,7 +76,7 @@ def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
         experiment = resolve_sources(experiment)
         if not sweep.keep(experiment):
             return None
-    except Exception as error:  # of a function of the sweep's file, whatever that does: this point alone has failed
+    except Exception as error:  # a function of the sweep's file may raise anything: only this trial fails
         impossible = why(error)
         settings |= {name: _name_of(sweep.axes[name], point[name]) for name in point if name not in settings}
         return Trial(settings, experiment, digest([sweep.name, settings, seed]), impossible)
@@ -88,13 +89,13 @@ def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
 
 
 def why(error: Exception) -> str:
-    """An error in one line."""
+    """The message of an error in one line; of errors other than UserError with the type's name."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _name_of(values: Values, place: Any) -> str:
-    """How a setting is shown before it is known whether it can be applied."""
+    """A value of an axis as text, without applying it."""
     if isinstance(values, Range):
         return shown(float(place))
     if isinstance(values, Mapping):
@@ -103,15 +104,15 @@ def _name_of(values: Values, place: Any) -> str:
 
 
 def label_on(experiment: Experiment, name: str, values: Values, place: Any) -> str:
-    """How a setting of an axis is shown; by its place where a function of the sweep's file fails."""
+    """A value of an axis as text; `value N` if the function that gives it fails."""
     try:
         return apply(experiment, name, values, place)[1]
-    except Exception:  # the trials at this value fail, and say why
+    except Exception:  # the trials with this value report the failure
         return _name_of(values, place)
 
 
 def apply(experiment: Experiment, name: str, values: Values, place: Any) -> tuple[Experiment, str]:
-    """The experiment with one axis set, and how the setting is shown."""
+    """Apply a value of one axis; returns the experiment and the value as text."""
     if isinstance(values, Range):
         number = round(place) if leaf(experiment, name)[0] is int else place
         return replaced(experiment, name, number), shown(number)
@@ -131,7 +132,7 @@ def _variant(experiment: Experiment, where: str, variant: Any) -> Experiment:
         return experiment
     changed = variant(experiment)
     if not isinstance(changed, Experiment):
-        raise UserError(f"axis {where}: the function gives {type(changed).__name__}; it should give an Experiment")
+        raise UserError(f"axis {where}: the function returns {type(changed).__name__}; it should return an Experiment")
     return changed
 
 
@@ -140,7 +141,7 @@ def with_seed(experiment: Experiment, seed: int) -> Experiment:
 
 
 def key_of(experiment: Experiment) -> str:
-    """What tells an experiment from every other: a digest of its value, but for its name."""
+    """The key of an experiment: a digest of its value except the name."""
     return digest({k: v for k, v in without_defaults(resolve_sources(experiment)).items() if k != "name"})
 
 
@@ -150,14 +151,14 @@ def digest(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of an axis as tables show it."""
+    """A value of an axis as text for tables."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return json.dumps(to_dict(value), ensure_ascii=False) if not isinstance(value, str) else value
 
 
 def told(settings: Mapping[str, str]) -> str:
-    """Settings in one line; names by their last part where that says which."""
+    """Settings in one line, each named by the last part of its dotted name if that is unique."""
     ends = [name.rsplit(".", 1)[-1] for name in settings]
     short = ends if len(set(ends)) == len(ends) else list(settings)
     return ", ".join(f"{name} {value}" for name, value in zip(short, settings.values(), strict=True)) or "the base"
@@ -176,7 +177,7 @@ def _points(sweep: Sweep) -> Iterator[Point]:
 
 
 def own_point(sweep: Sweep) -> Point | None:
-    """The point of the axes at which the experiment is the base itself; None where there is none."""
+    """The point of the axes at which the experiment equals the base; None if there is none."""
     point: Point = {}
     for name, values in sweep.axes.items():
         if isinstance(values, Range):
@@ -197,15 +198,15 @@ def own_point(sweep: Sweep) -> Point | None:
 def _changes_nothing(base: Experiment, name: str, values: Values, place: int) -> bool:
     try:
         return apply(base, name, values, place)[0] == base
-    except Exception:  # a function of the sweep's file that fails leaves nothing as it is; its trials say why
+    except Exception:  # a function of the sweep's file failed; its trials report the failure
         return False
 
 
-# ---- what can be wrong -------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------------
 
 
 def check_sweep(sweep: Sweep) -> None:
-    """Everything about a sweep that can be wrong without running it, but for its single experiments.
+    """Check a sweep before it runs, except its experiments, which `trial_at` checks.
 
     Raises:
         UserError: names the axis, its value and what would work.
@@ -229,7 +230,7 @@ def check_sweep(sweep: Sweep) -> None:
 
 def _check_axis(sweep: Sweep, name: str, values: Values) -> None:
     if name == "seed":
-        raise UserError("seeds are no axis: `seeds` has them, and what differs is compared within each")
+        raise UserError("the seed cannot be an axis: list seeds in `seeds`, and results are compared within each seed")
     if isinstance(values, Range):
         kind, _ = leaf(sweep.base, name)
         low = 0.0 if isinstance(values, LogUniform) else -float("inf")
@@ -237,10 +238,12 @@ def _check_axis(sweep: Sweep, name: str, values: Values) -> None:
             raise UserError(f"a distribution is for a number, from low to a larger high, above {low:g}; it is {values}")
         return
     if not isinstance(values, tuple | Mapping) or not len(values):
-        raise UserError(f"has {values!r}; it should have a tuple of values, variants by name, or a distribution")
+        raise UserError(f"it is {values!r}; it should be a tuple of values, variants by name, or a distribution")
     if isinstance(values, tuple) and not any(map(callable, values)):
         for value in values:
-            if not isinstance(value, float) or math.isfinite(value):  # else a failed trial, as what is out of range is
+            if not isinstance(value, float) or math.isfinite(
+                value
+            ):  # other numbers make failed trials, as out of range
                 replaced(sweep.base, name, value)
     elif isinstance(values, tuple):
         leaf(sweep.base, name)
@@ -252,14 +255,14 @@ def _check_axis(sweep: Sweep, name: str, values: Values) -> None:
 
 
 def _refuse_if_all_fail(experiment: Experiment, name: str, values: tuple | Mapping) -> None:
-    """An axis none of whose values can be applied is a mistake of the sweep's file; a single one is a failed trial."""
+    """Raise UserError if no value of an axis can be applied (a single one that cannot is a failed trial)."""
     refused: UserError | None = None
     for place in range(len(values)):
         try:
             apply(experiment, name, values, place)
         except UserError as error:
             refused = refused or error
-        except Exception:  # of a function that may need what earlier axes set: its trials say why
+        except Exception:  # the function may depend on earlier axes; its trials report the failure
             return
         else:
             return
@@ -273,7 +276,7 @@ def _check_search(sweep: Sweep, where: str) -> None:
         if sweep.search.trials < 1 or not sweep.axes:
             raise UserError(f"{where}: a search needs an axis and at least one trial")
         if not sweep.base.evals:
-            raise UserError(f"{where}: a search needs a held-out measurement to make better; the base has no evals")
+            raise UserError(f"{where}: a search needs an eval to optimise; the base has no evals")
         return
     if ranged:
         raise UserError(

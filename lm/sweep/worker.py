@@ -1,8 +1,8 @@
-"""A worker: takes one trial after another, runs each as `lm run` in processes of its own, and tells how it ended.
+"""A sweep worker: takes trials one after another, runs each as `lm run` in a child process, and records its result.
 
-A worker may die at any moment, and so may what it started: whoever looks next finds the trial held by nobody and goes on
-with it from its newest checkpoint. A stage that several trials share is trained by the first of them that comes to it, under
-a lock; the others wait for it.
+A worker and its child may die at any moment: the trial's lock is then free, and the next worker resumes the trial from
+its newest checkpoint. A stage that several trials share is trained, under a lock, by the first that reaches it, while
+the others wait.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from lm.train.run_files import read_stage
 from lm.train.run_folder import RunFolder
 
 LOOK_SECONDS = 1.0
-MOST_DEATHS = 3  # ends of a trial's process in a row, unfinished and without a new checkpoint
+MOST_DEATHS = 3  # consecutive deaths of a trial's process without a new checkpoint before it fails
 EXIT_USER, EXIT_INTERRUPT = 2, 130
 
 
 class WorkerStopped(Exception):
-    """The worker was asked to end; what it ran has saved, and the next worker goes on with it."""
+    """Raised when a signal stopped a worker; its trial has saved, and the next worker resumes it."""
 
 
 @dataclass
@@ -49,13 +49,13 @@ class Worker:
     study: Study
     name: str
     stopping: bool = False
-    held: list[int] = field(default_factory=list)  # locks that what is started now inherits
+    held: list[int] = field(default_factory=list)  # file descriptors of locks that child processes inherit
 
     def work(self) -> None:
-        """Run trials until all have ended, wherever they run.
+        """Run trials until all of the sweep have ended, in this or other workers.
 
         Raises:
-            WorkerStopped: a signal came.
+            WorkerStopped: a signal arrived.
         """
         everybody = _known_keys(self.sweep)
         with self._signals():
@@ -74,7 +74,7 @@ class Worker:
                     self._trial(claimed, everybody)
 
     def _trial(self, claimed: Claimed, everybody: list[list[str]]) -> None:
-        """Run a trial and tell how it ended; what cannot be run or read is a failure of this trial alone."""
+        """Run a trial, record its end and print it. An error in running or reading it fails only this trial."""
         began = time.monotonic()
         value, failed, pruned = math.nan, "", False
         try:
@@ -83,13 +83,13 @@ class Worker:
             failed = why(error)
         self.study.tell(claimed, value if math.isfinite(value) else 0.0, failed, pruned)
         done, of = self.study.counts()
-        how = failed or ("ended early, others were better" if pruned else "")
+        how = failed or ("ended early, since others were better" if pruned else "")
         metric = self.sweep.metric or next((item.name for item in self.sweep.base.evals), "the first eval")
         result = how or (f"{metric} {value:.4g}" if math.isfinite(value) else "done")
         self.say(f"[{done}/{of}] {told(claimed.settings)}, seed {claimed.seed}: {result}, {_clock(began)}")
 
     def _outcome(self, claimed: Claimed, everybody: list[list[str]]) -> tuple[float, str, bool]:
-        """(the number of the metric, why it failed, whether it was ended because others were better) of a trial, run."""
+        """Run a trial; returns (value of the metric, reason of failure or "", whether the search ended it early)."""
         run_dir = self.folder.trial(claimed.key)
         experiment = load(str(run_dir / "experiment.json"))
         keys = stage_keys(experiment)
@@ -104,11 +104,11 @@ class Worker:
             name, field = metric_name(experiment, self.sweep.metric)
             value = read_result(run_dir).final(name, field)
             if not math.isfinite(value):
-                failed = f"{name}.{field} after the last stage is no number"
+                failed = f"{name}.{field} after the last stage is not a finite number"
         return value, failed, pruned
 
     def _piece(self, claimed: Claimed, experiment: Experiment, run_dir: Path, piece: range) -> tuple[str, bool]:
-        """Train some stages of a trial: (why it failed, whether it was ended because others were better)."""
+        """Train consecutive stages of a trial; returns (reason of failure or "", whether the search ended it early)."""
         names = [experiment.stages[i].name for i in piece]
         deaths, saved = 0, set[Path]()
         while not all(RunFolder(run_dir).finished(name) for name in names):
@@ -124,18 +124,18 @@ class Worker:
             now = set(run_dir.glob("stages/*/checkpoints/*/manifest.json"))
             deaths, saved = (1 if now - saved else deaths + 1), now
             if deaths >= MOST_DEATHS:
-                return f"its process died {deaths} times with code {code}: {reason(run_dir / 'log.txt')}", False
-            self.say(f"{told(claimed.settings)}, seed {claimed.seed}: died with code {code}; goes on")
+                return f"its process died {deaths} times with exit code {code}: {reason(run_dir / 'log.txt')}", False
+            self.say(f"{told(claimed.settings)}, seed {claimed.seed}: died with exit code {code}; resuming")
         return "", False
 
     def _process(self, claimed: Claimed, experiment: Experiment, run_dir: Path, until: str) -> tuple[int, bool]:
-        """One `lm run` to its end: (exit code, whether it was asked to end because others were better)."""
+        """Run `lm run` in a child process until stage `until`; returns (exit code, whether the search ended it early)."""
         pruned = False
         command = [sys.executable, "-m", "lm.cli.main", "run", str(run_dir / "experiment.json")]
         words = [*command, "--run-dir", str(run_dir), "--until", until, "--cache", str(current_cache().folder)]
         words.append("--no-report")
         with (run_dir / "log.txt").open("ab") as log:
-            # A kill of the worker ends the child too, which has its locks until then.
+            # The child ends when its worker is killed, and holds the inherited locks until then.
             child = subprocess.Popen(
                 with_parent(words),
                 stdin=subprocess.DEVNULL,
@@ -157,7 +157,7 @@ class Worker:
         return child.returncode, pruned
 
     def _worse(self, claimed: Claimed, experiment: Experiment, run_dir: Path) -> bool:
-        """Whether a trial of a search that ends some early has been worse than others at a step that it has measured."""
+        """Whether successive halving ends the trial; reports its values at the measured steps to the study."""
         if not isinstance(self.sweep.search, Halving):
             return False
         name, field = metric_name(experiment, self.sweep.metric)
@@ -169,7 +169,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _stages(self, keys: list[str], piece: range, last: int) -> Iterator[None]:
-        """Inside, no other trial trains these stages; the last of a trial is its own anyway."""
+        """Context that holds the locks of shared stages (a trial's last stage is never shared)."""
         with contextlib.ExitStack() as inside:
             for index in piece:
                 if index != last:
@@ -177,7 +177,7 @@ class Worker:
             yield
 
     def _wait_for(self, key: str) -> int:
-        """The lock of a shared stage, when nobody else has it."""
+        """Wait for the lock of a shared stage and return its file descriptor."""
         shared = self.folder.shared(key)
         while (handle := try_lock(shared.with_name(f"{shared.name}.lock"))) is None:
             if self.stopping:
@@ -211,20 +211,20 @@ class Worker:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of a trial's process: what is compiled for one trial is there for the next; what is set already stays."""
+    """Environment variables of a trial's process, with a compilation cache shared by trials unless one is set."""
     own = {"JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     return own | os.environ
 
 
 def reason(log: Path) -> str:
-    """Why a run ended, from the last lines that it printed."""
+    """The reason why a run ended: its last error message in the log, else its last line."""
     lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("lm: error:")]
     return (told or lines or ["it printed nothing"])[-1].removeprefix("lm: error: ")
 
 
 def _known_keys(sweep: Sweep) -> list[list[str]]:
-    """Keys of the stages of every trial of a grid; of a search those of the ends of its axes, which show what is common."""
+    """Stage keys of every trial of a grid; of a search, of trials at the ends of its axes, which show what is shared."""
     if not isinstance(sweep.search, Suggested):
         return [stage_keys(trial.experiment) for trial in trials(sweep) if not trial.impossible]
     low = {name: values.low if isinstance(values, Range) else 0 for name, values in sweep.axes.items()}

@@ -82,14 +82,14 @@ def test_a_difference_is_found_within_each_seed(tmp_path):
 def test_no_difference_is_said_with_what_could_have_been_seen(tmp_path):
     found = compare(runs(tmp_path, effect=0.0))
     said = sentence(found.cells["qk_norm false", BITS], BITS)
-    assert "no difference seen" in said and "could have been" in said
+    assert "no significant difference" in said and "was detectable" in said
 
 
 def test_one_seed_has_no_interval(tmp_path):
     found = compare(runs(tmp_path, effect=-0.1, seeds=1))
     cell = found.cells["qk_norm false", BITS]
     assert math.isnan(cell.final.half) and math.isnan(cell.corrected) and not cell.differs
-    assert "in the one seed that both have" in sentence(cell, BITS)
+    assert "in the one common seed" in sentence(cell, BITS)
     assert any("one seed each: no interval" in note for note in found.notes)
 
 
@@ -108,7 +108,7 @@ def test_what_was_measured_on_other_data_is_not_compared(tmp_path, changes, sess
     found = compare(results)
     cell = found.cells[found.groups[1].label, BITS]
     assert cell.difference is None and not cell.differs
-    assert any(f"held-out data are others ({why})" in note for note in found.notes)
+    assert any(f"since its held-out data differ ({why})" in note for note in found.notes)
 
 
 def test_what_is_missing_or_failed_is_counted_and_not_averaged(tmp_path):
@@ -129,7 +129,7 @@ def test_a_baseline_is_chosen_by_its_settings(tmp_path):
     assert compare(results, {"model.qk_norm": "false"}).baseline.label == "qk_norm false"
     with pytest.raises(UserError, match="there are"):
         compare(results, {"model.qk_norm": "maybe"})
-    with pytest.raises(UserError, match=r"'qk_norm' differs between the runs; did you mean model.qk_norm\?"):
+    with pytest.raises(UserError, match=r"'qk_norm' does not differ between the runs; did you mean model.qk_norm\?"):
         compare(results, {"qk_norm": "false"})
     with pytest.raises(UserError, match="no run has an eval 'txt'; did you mean text"):
         compare(results, only=["txt"])
@@ -155,9 +155,9 @@ def test_a_stage_that_some_runs_lack_is_named_once(tmp_path):
     of = {"short": PLAIN["stages"], "more": more, "longer": longer}
     found = compare([written(tmp_path / name, 2.0, stages=stages) for name, stages in of.items()])
     assert found.changed == ("again", "again.steps")
-    assert [one.settings["again"] for one in found.groups] == ["–", "is there", "is there"]
+    assert [one.settings["again"] for one in found.groups] == ["–", "present", "present"]
     page = render(found)
-    assert "<td>again</td><td>– → is there</td>" in page and "again.objective" not in page
+    assert "<td>again</td><td>– → present</td>" in page and "again.objective" not in page
 
 
 def grid(tmp_path, count=8):
@@ -233,7 +233,7 @@ def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path, capsys):
         read_sweep(tmp_path / "empty")
     written(tmp_path / "one", 2.0)
     assert main(["compare", str(tmp_path / "one"), "--baseline", "norm"]) == 2
-    assert "nothing is called 'norm'; there are all runs, or NAME=VALUE" in capsys.readouterr().err
+    assert "no group or run is called 'norm'; use one of all runs, or FIELD=VALUE" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "one"), "--baseline", "norm", "--baseline", "a=b"]) == 2
     assert "should be one name, or several NAME=VALUE" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "one"), "--csv", "rows.txt"]) == 2
@@ -283,10 +283,10 @@ def test_where_all_runs_are_equal_no_power_is_claimed(tmp_path, value, other):
     found = compare(results)
     cell = found.cells[found.groups[1].label, BITS]
     said = sentence(cell, BITS)
-    assert math.isnan(cell.corrected) and not cell.differs and "could have been" not in said
+    assert math.isnan(cell.corrected) and not cell.differs and "detectable" not in said
     if value == other:
         assert said == "all equal to the baseline in 3 seeds: no spread, so no interval and no power"
-        assert any("all equal" in note and "no power is claimed" in note for note in found.notes)
+        assert any("all equal" in note and "has no power" in note for note in found.notes)
     else:
         assert said == "+1.000 in each of 3 seeds: no spread, so no interval and no p-value"
     assert table.number(cell.final).endswith("(all equal)") and importance(found, BITS) == {}
@@ -296,11 +296,11 @@ def test_where_all_runs_are_equal_no_power_is_claimed(tmp_path, value, other):
 def test_the_baseline_is_explained_and_chosen_by_name(tmp_path, capsys):
     results = runs(tmp_path, effect=-0.1, seeds=2)
     assert table.baseline(compare(results)) == (
-        "Baseline: qk_norm true (the first of those named); --baseline NAME takes another"
+        "Baseline: qk_norm true (the first of those named); --baseline NAME chooses another"
     )
     for name in ("qk_norm false", "b1", str(tmp_path / "b0")):
         assert compare(results, name).baseline.label == "qk_norm false"
-    with pytest.raises(UserError, match="nothing is called 'qk_norm fals'; did you mean qk_norm false"):
+    with pytest.raises(UserError, match="no group or run is called 'qk_norm fals'; did you mean qk_norm false"):
         compare(results, "qk_norm fals")
     folders = [str(result.folder) for result in results]
     assert main(["compare", *folders, "--baseline", "b0"]) == 0

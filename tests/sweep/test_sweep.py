@@ -90,7 +90,7 @@ def test_every_trial_ends_once_whatever_is_killed(finished):
     assert all(len(list(r.stages["sft"].metrics)) == 6 for r in results), "no step twice, none left out"
     study = Study(sweep, SweepFolder(folder, folder.parent / "shared"))
     assert study.counts() == (4, 4)
-    assert "died with code -9" in said and "another takes its place" in said
+    assert "died with exit code -9" in said and "is replaced" in said
 
 
 def test_what_a_dry_run_says_of_the_disk_is_what_there_is(finished):
