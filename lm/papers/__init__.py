@@ -1,1 +1,1 @@
-"""Claims of papers as values: what is run, how it is judged, and what came out."""
+"""Reproduction of papers' claims: the `Paper` value, running and judging it, and its stored results."""

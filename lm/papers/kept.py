@@ -1,4 +1,4 @@
-"""What came out before: the results that are kept beside the claims."""
+"""Reads the stored results of papers' claims (`results/NAME.json` beside them)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.stored import read_record
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and the result that is kept of it, None before there is one."""
+    """A paper's claim with its stored result, None if it has not been run."""
 
     name: str
     title: str
@@ -25,7 +25,7 @@ class Claim:
 
 
 def claims(home: Path) -> list[Claim]:
-    """Every NAME.py that has a NAME.md, by name."""
+    """The claims in a folder (every NAME.py with a NAME.md), sorted by name."""
     found = []
     for page in sorted(home.glob("*.md")):
         file, kept = page.with_suffix(".py"), home / "results" / f"{page.stem}.json"

@@ -1,4 +1,4 @@
-"""A paper's claim is a value: the sweeps that test it, and a function that judges it by what they have measured."""
+"""The `Paper` value: a claim, the sweeps that test it, and a function from their results to a verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves on the same axes."""
+    """A chart of several curves."""
 
     title: str
     x: str
@@ -28,7 +28,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came out: the verdict, why in a sentence or two with its numbers, a table, and drawings."""
+    """The result of judging a claim: verdict, reason (a sentence or two with numbers), a table, and charts."""
 
     verdict: Verdict
     reason: str
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a claim is judged by: the runs of its sweeps, by name. `quick`: the small ones, which decide nothing."""
+    """The runs that a claim is judged by, sweep name -> runs. With `quick` they are small ones that only test the code."""
 
     runs: Mapping[str, list[Result]]
     quick: bool = False
@@ -52,13 +52,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Paper:
-    """A claim that can come out either way.
+    """A claim of a paper that an experiment can confirm or refute.
 
     Args:
-        title, source: the claim in a few words; authors, year and where to find the paper.
-        judge: from what was measured to what came out.
-        sweeps: names of the sweeps in the paper's file; none: `judge` computes what it needs.
-        quick: names of smaller ones, which show within a minute that it still works.
+        title: the claim in a few words.
+        source: authors, year and where to find the paper.
+        judge: function from the runs to the verdict.
+        sweeps: names of the sweeps in the paper's file; (): `judge` needs no runs.
+        quick: names of smaller sweeps that test the code within a minute.
     """
 
     title: str
@@ -69,26 +70,26 @@ class Paper:
 
 
 def load(name: str) -> Paper:
-    """The `paper` of a file in `experiments/papers`, by name; or a path. UserError where there is none."""
+    """Load the value `paper` of a file, by name in `experiments/papers` or by path. Raises UserError if there is none."""
     return defined_in(file_of(spec(name)), "paper", Paper)
 
 
 def spec(name: str) -> str:
-    """How a paper's file is named everywhere else: `papers.NAME`; a path stays."""
+    """The name of a paper's file for `file_of`: `papers.NAME`, or a path unchanged."""
     return name if name.endswith(".py") or name.startswith("papers.") else f"papers.{name}"
 
 
-# ---- words for numbers -------------------------------------------------------------------------------------------
+# ---- helpers for `judge` -----------------------------------------------------------------------------------------
 
 
 def by_seed(results: Sequence[Result], value: Callable[[Result], float]) -> dict[int, float]:
-    """A number of every run that has it, by the run's seed."""
+    """Seed -> value for the runs that did not fail, without values that are not finite."""
     found = {result.seed: value(result) for result in results if not result.failed}
     return {seed: number for seed, number in found.items() if math.isfinite(number)}
 
 
 def where(results: Sequence[Result], **settings: str) -> list[Result]:
-    """The runs with these settings, by the last part of the axis's name."""
+    """The runs with these settings; axes are named by the last part of their dotted name."""
     return [
         result for result in results if all(dict(_short(result)).get(name) == value for name, value in settings.items())
     ]
@@ -99,21 +100,21 @@ def _short(result: Result) -> list[tuple[str, str]]:
 
 
 def over_seeds(values: Mapping[int, float], digits: int = 3) -> str:
-    """1.234 ± 0.056 (n = 3): the mean of a number over seeds."""
+    """The mean over seeds as text, `1.234 ± 0.056 (n = 3)`, with half its 95 % interval."""
     found = estimate(list(values.values()))
     half = "" if math.isnan(found.half) else f" ± {found.half:.{digits}f}"
     return f"{found.mean:.{digits}f}{half} (n = {found.count})"
 
 
 def by_sign(found: Difference, claimed: int) -> Verdict:
-    """Whether a difference has the sign that is claimed, as far as its interval tells."""
+    """The verdict on a claimed sign: undecided if the difference's interval contains 0."""
     if not (found.low > 0 or found.high < 0):
         return "undecided"
     return "holds" if found.mean * claimed > 0 else "does not hold"
 
 
 def difference(found: Difference, digits: int = 3) -> str:
-    """+0.123 [0.045, 0.201], or that none was seen, with the smallest that would have been."""
+    """A difference as text, `+0.123 [0.045, 0.201]`; if the interval contains 0, with the smallest detectable one."""
     if math.isnan(found.low):
         return f"{found.mean:+.{digits}f} ({'one seed' if found.count < 2 else f'the same in {found.count} seeds'})"
     interval = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
@@ -123,12 +124,12 @@ def difference(found: Difference, digits: int = 3) -> str:
 
 
 def over_steps(results: Sequence[Result], points: Callable[[Result], Sequence[tuple[int, float]]]) -> list[Point]:
-    """Means over seeds at every step that all runs have."""
+    """Points of a curve: means over seeds at every step that all runs have."""
     return curve_points([dict(points(result)) for result in results if not result.failed])
 
 
 def late(result: Result, stage: str, field: str, part: float = 0.1) -> float:
-    """The mean of a field of the training's own lines over the last tenth of a stage."""
+    """Mean of a training metric over the last `part` of a stage's steps."""
     values = [value for _, value in result.training(stage, field)]
     last = values[-max(1, round(part * len(values))) :]
     return math.fsum(last) / len(last) if last else math.nan

@@ -1,4 +1,4 @@
-"""Run what a claim needs, judge it, and keep what came out: a small file of data, and its words in the paper's page."""
+"""Runs the sweeps of a paper's claim, judges it, and stores the result as JSON and in the paper's Markdown page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- result: written by `lm reproduce` -->", "<!-- end of the resu
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came out, and where from."""
+    """The finding about a paper's claim, with the provenance of its runs."""
 
     name: str
     paper: Paper
@@ -31,7 +31,7 @@ class Outcome:
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain value, numbers that are none as null."""
+        """A plain value for JSON; numbers that are not finite become null."""
         found = {"name": self.name, "title": self.paper.title, "source": self.paper.source}
         return plain(found | dataclasses.asdict(self.finding) | {"provenance": self.provenance})
 
@@ -39,11 +39,11 @@ class Outcome:
 def reproduce(
     name: str, paper: Paper, folder: Path, quick: bool = False, workers: int = 1, cache: Path | None = None
 ) -> Outcome:
-    """Run the sweeps of a paper that are not done, in folders whose names begin with `folder`, and judge.
+    """Run a paper's unfinished sweeps, in folders `FOLDER-SWEEP`, and judge the claim.
 
     Raises:
-        UserError: a sweep cannot work, or some of its runs failed in a way that a diverged loss does not explain.
-        WorkerStopped: a signal came; what ran has saved.
+        UserError: a sweep is invalid, or a run failed for another reason than divergence.
+        WorkerStopped: a signal arrived; running trials have saved.
     """
     began = time.monotonic()
     file = file_of(spec(name))
@@ -58,18 +58,16 @@ def reproduce(
 
 
 def _check(results: list[Result], folder: Path) -> None:
-    """A run that diverged is a result; one that was refused or died is a mistake."""
+    """Raise UserError if a run failed for another reason than divergence (which is a result), or none finished."""
     for result in results:
         if result.failed and not result.diverged:
-            raise UserError(
-                f"{result.folder}: {result.failed}; put it right, then: lm sweep … --retry-failed ({folder})"
-            )
+            raise UserError(f"{result.folder}: {result.failed}; fix it, then run lm sweep … --retry-failed ({folder})")
     if not any(result.finished for result in results):
         raise UserError(f"{folder}: no run has finished")
 
 
 def provenance(runs: dict[str, list[Result]], seconds: float) -> dict[str, Any]:
-    """Where the numbers come from: commits, machines and data of the runs, as they wrote them down themselves."""
+    """Provenance of a claim's runs: commits, machines, versions, seeds and run time, from their environment.json."""
     everything = [result for found in runs.values() for result in found]
     sessions = [
         session for result in everything for session in RunFolder(result.folder).read_environment().get("runs", ())
@@ -92,7 +90,7 @@ def provenance(runs: dict[str, list[Result]], seconds: float) -> dict[str, Any]:
 
 
 def changed(git: dict[str, Any]) -> bool:
-    """Whether there were changes of more than pages and results, which the claims before may have written."""
+    """Whether a session had uncommitted changes of code, not only of pages and results that earlier claims wrote."""
     files = [*re.findall(r"^diff --git a/.* b/(.*)$", git.get("diff", ""), re.MULTILINE), *git.get("untracked", ())]
     told = [Path(file) for file in files]
     no_code = all(path.suffix == ".md" or "results" in path.parts for path in told)
@@ -104,10 +102,10 @@ def _seconds(result: Result) -> float:
 
 
 def write(outcome: Outcome, beside: Path) -> list[Path]:
-    """Keep the outcome in results/NAME.json, and put its words into NAME.md, between the two marks; gives both paths.
+    """Write the outcome to results/NAME.json, and its text to NAME.md between two marks; returns both paths.
 
     Raises:
-        UserError: the page has no marks.
+        UserError: the page lacks the marks.
     """
     data, page = beside / "results" / f"{outcome.name}.json", beside / f"{outcome.name}.md"
     data.parent.mkdir(exist_ok=True)
@@ -130,7 +128,7 @@ def words(outcome: Outcome) -> str:
 
 
 def source_line(where: dict[str, Any]) -> str:
-    """Where a result comes from, in a sentence."""
+    """The provenance as a line of text."""
     minutes = where["run_seconds"] / 60
     runs = f"{where['runs']} runs of {minutes:.0f} minutes in all, " if where["runs"] else ""
     seeds = f"seeds {', '.join(map(str, where['seeds']))}, " if where["seeds"] else ""
