@@ -24,7 +24,7 @@ from lm.launch import values
 from lm.launch.job import Job, check_words, job_name
 from lm.launch.launcher import COUNT, Launcher, value_of
 from lm.launch.table import FLAGS, LAUNCHERS, launchers_with
-from lm.launch.values import LARGEST, of
+from lm.launch.values import LARGEST, valid_text
 
 TAKES_OVERRIDES = True
 MOST_GRACE = 65535  # seconds between a signal and the end of a job that sbatch takes
@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", choices=list(LAUNCHERS), required=True, help="where; see above")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     parser.add_argument(
-        "--run-dir", metavar="DIR", type=of(values.path_problem), help="folder of the run; else runs/NAME"
+        "--run-dir", metavar="DIR", type=valid_text(values.path_problem), help="folder of the run; else runs/NAME"
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     parser.add_argument(
@@ -71,7 +71,7 @@ def add_flag(parser: argparse.ArgumentParser, name: str, help: str) -> None:
     if flag.metavar:
         kind = {"metavar": flag.metavar, "action": "append" if flag.repeated else "store"}
     if flag.problem:
-        kind["type"] = of(flag.problem)
+        kind["type"] = valid_text(flag.problem)
     if flag.range:
         kind["type"] = NumberIn(int, flag.range)
     parser.add_argument(name, help=help, **kind)

@@ -1,7 +1,7 @@
-"""A job on GKE: a JobSet with a Job for each slice and a pod for each host, and the xpk command that asks for the same.
+"""Launcher `gke`: a JobSet with a Job for each slice and a pod for each host, and the equivalent xpk command.
 
-The JobSet controller makes a headless service, so that pods have names in DNS. GKE sets `TPU_WORKER_ID`,
-`TPU_WORKER_HOSTNAMES`, and, where there are several slices, the `MEGASCALE_…` variables in every pod of a JobSet.
+The JobSet controller makes a headless service, so that pods have DNS names. GKE sets `TPU_WORKER_ID`,
+`TPU_WORKER_HOSTNAMES` and, with several slices, the `MEGASCALE_…` variables in every pod of a JobSet.
 Sources: the JobSet API (jobset.x-k8s.io/v1alpha2); GKE's pages on TPUs, Multislice and Cloud Storage FUSE; the Job API of Kubernetes
 (batch/v1).
 """
@@ -25,14 +25,14 @@ from lm.launch.volumes import Volume, check_run_dir, parse_volumes
 
 REPLICATED_JOB = "slice"
 CONTAINER = "lm"
-EXIT_USER = 2  # of `lm run`: a mistake of the user's, which a restart does not mend
-MOST_LETTERS = 63  # of a pod's name
+EXIT_USER = 2  # exit code of `lm run` after a user's error, which a restart does not fix
+MOST_LETTERS = 63  # maximal length of a pod's name
 FILES = "the files of the image only"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the job runs, and in what."""
+    """Options of a job on GKE: slices, image, volumes and names in the cluster."""
 
     topology: SliceTopology
     slices: int
@@ -43,21 +43,23 @@ class Cluster:
     service_account: str | None = None
     secret: str | None = None
     spot: bool = False
-    cluster: str | None = None  # for xpk
+    cluster: str | None = None  # used in the xpk command only, as project and zone
     project: str | None = None
     zone: str | None = None
 
 
 def render(job: Job, cluster: Cluster) -> Handover:
-    """The manifest, for `kubectl apply -f -`.
+    """Render the manifest for `kubectl apply -f -`.
 
     Raises:
-        UserError: the run's folder would be lost with its container, or a name is too long for a pod.
+        UserError: the run folder would be lost with its container, or a pod's name would be too long.
     """
     check_run_dir(job.run_dir, cluster.volumes, "is inside the container, and lost with it")
     longest = f"{job.name}-{REPLICATED_JOB}-{cluster.slices - 1}-{cluster.topology.hosts - 1}-abcde"
     if len(longest) > MOST_LETTERS:
-        raise UserError(f"--job-name {job.name!r} makes the pod {longest}, of more than {MOST_LETTERS} characters")
+        raise UserError(
+            f"--job-name {job.name!r} is too long: the pod's name {longest} has more than {MOST_LETTERS} characters"
+        )
     head = ["# A JobSet for `kubectl apply -f -`.", *_xpk_comment(job, cluster)]
     body = yaml.safe_dump(manifest(job, cluster), sort_keys=False, width=1000)
     where = f" -n {cluster.namespace}" if cluster.namespace else ""
@@ -71,14 +73,14 @@ def render(job: Job, cluster: Cluster) -> Handover:
 
 
 def manifest(job: Job, cluster: Cluster) -> dict[str, Any]:
-    """The JobSet: all restart together after a death, none after an error of the user's."""
+    """The JobSet as a plain value: all pods restart together after a death, none after a user's error."""
     labels = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
     metadata: dict[str, Any] = {"name": job.name}
     if cluster.namespace:
         metadata["namespace"] = cluster.namespace
     if labels:
         metadata["labels"] = labels
-    # A slice is a node pool: its pods must be in one, and no two slices in the same.
+    # A slice is a node pool: all its pods must be in one, and no other slice in the same.
     metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     rule = {"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
@@ -100,7 +102,7 @@ def manifest(job: Job, cluster: Cluster) -> dict[str, Any]:
 
 
 def _job_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
-    """One slice: a pod a host, and none is started again alone."""
+    """The Job of one slice: a pod per host, none of which restarts alone."""
     hosts = cluster.topology.hosts
     on_exit = {"containerName": CONTAINER, "operator": "In", "values": [EXIT_USER]}
     metadata = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}} if _buckets(cluster) else {}
@@ -117,7 +119,7 @@ def _job_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
 
 
 def pod_spec(command: list[str], environment: list[dict[str, Any]], grace: int, cluster: Cluster) -> dict[str, Any]:
-    """A pod that runs a command with all chips of one host, and has `grace` seconds to end in."""
+    """A pod that runs a command with all chips of one host, and has `grace` seconds to end."""
     topology = cluster.topology
     selector = {
         "cloud.google.com/gke-tpu-accelerator": topology.generation.label,
@@ -135,7 +137,7 @@ def pod_spec(command: list[str], environment: list[dict[str, Any]], grace: int, 
 
 
 def literal(word: str) -> str:
-    """Kubernetes reads $(NAME) in the words of a command; a doubled $ is one."""
+    """Escape a word of a command for Kubernetes, which expands $(NAME): every $ is doubled."""
     return word.replace("$", "$$")
 
 
@@ -145,7 +147,7 @@ def _container(command: list[str], environment: list[dict[str, Any]], cluster: C
         "image": cluster.image,
         "command": command,
         "resources": {"limits": {"google.com/tpu": cluster.topology.chips_per_host}},
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of TPU hosts among themselves, and of slices
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # between hosts of a slice, between slices
     }
     if environment:
         container["env"] = environment
@@ -156,7 +158,7 @@ def _container(command: list[str], environment: list[dict[str, Any]], cluster: C
 
 
 def _joining(job: Job, cluster: Cluster) -> tuple[list[dict[str, Any]], list[str]]:
-    """The variables by which the processes find each other, and the words that add the one that needs arithmetic."""
+    """Environment variables by which the processes find each other, and a shell wrapper that computes JAX_PROCESS_ID."""
     hosts = cluster.topology.hosts
     processes = hosts * cluster.slices
     if processes == 1:
@@ -189,7 +191,7 @@ def _buckets(cluster: Cluster) -> bool:
 
 
 def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
-    """The command for those whose clusters are xpk's; it knows hosts of four chips, and a comment has no line breaks, of any alphabet."""
+    """The equivalent xpk command as a comment; none for hosts without four chips or a command with line breaks."""
     command = shlex.join(job.command("lm"))
     if cluster.topology.chips_per_host != 4 or cluster.topology.chips == 4 or not command.isprintable():
         return []
@@ -202,7 +204,7 @@ def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
         "num-slices": str(cluster.slices),
         "docker-image": cluster.image,
         "max-restarts": str(job.max_restarts),
-        "restart-on-exit-codes": "1,75",  # a crash, and a step that did not come; besides its own, which are of signals
+        "restart-on-exit-codes": "1,75",  # a crash, and the watchdog; xpk adds those of signals
         "termination-grace-period-seconds": str(job.grace),
         "command": command,
     }
@@ -214,15 +216,15 @@ def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
 
 
 def sweep_workers(name: str, words: list[str], count: int, folders: tuple[str, ...], cluster: Cluster) -> Handover:
-    """A Job of `count` pods for `kubectl apply -f -`, each with all chips of one host.
+    """Render a Job of `count` pods for `kubectl apply -f -`, each with all chips of one host.
 
     Raises:
-        UserError: a slice has several hosts, or the folders are not on a volume on which files can be locked.
+        UserError: the slice has several hosts, or a folder is not on a volume that supports file locks.
     """
     if cluster.topology.hosts > 1:
         raise UserError(
-            f"--topology of {cluster.topology.shape} has {cluster.topology.hosts} hosts, and a worker is one: take a slice of one "
-            "host, or start each trial by itself with lm launch"
+            f"--topology of {cluster.topology.shape} has {cluster.topology.hosts} hosts, but a sweep worker uses one: use a slice "
+            "of one host, or launch each trial with lm launch"
         )
     locked = tuple(volume for volume in cluster.volumes if volume.claim)
     for folder in folders:
@@ -252,7 +254,7 @@ def _workers_manifest(name: str, words: list[str], count: int, cluster: Cluster)
         "spec": {
             "parallelism": count,
             "completions": count,
-            "backoffLimit": 20 * count,  # machines are taken away more often than workers die
+            "backoffLimit": 20 * count,  # preemptions are more frequent than workers' deaths
             "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": refused}]},
             "template": {"spec": pod_spec(["lm", *map(literal, words)], environment, SWEEP_GRACE, cluster)},
         },
@@ -260,7 +262,7 @@ def _workers_manifest(name: str, words: list[str], count: int, cluster: Cluster)
 
 
 def _asked(arguments: argparse.Namespace, topology: SliceTopology, slices: int) -> Cluster:
-    """What the flags that launches and sweeps share ask for."""
+    """The cluster options from the flags that launches and sweeps share."""
     return Cluster(
         topology=topology,
         slices=slices,
@@ -293,17 +295,15 @@ def _hand_over_workers(
 LAUNCHER = Launcher(
     name="gke",
     help="""\
-a JobSet, by kubectl. The image holds this repository: its working
-folder is the root, `lm` is on its PATH (the Dockerfile makes it)""",
+a JobSet, with kubectl. The image contains this repository as its
+working folder and `lm` on its PATH (see the Dockerfile)""",
     flags=pod.FLAGS
     | {
-        "--image": Flag("IMAGE", "container image that holds this repository", values.image_problem),
-        "--namespace": Flag("NAME", "of Kubernetes; else kubectl's own", values.NAMESPACE.problem),
+        "--image": Flag("IMAGE", "container image with this repository", values.image_problem),
+        "--namespace": Flag("NAME", "Kubernetes namespace (default: kubectl's)", values.NAMESPACE.problem),
         "--queue": Flag("NAME", "LocalQueue of Kueue", values.QUEUE.problem),
-        "--secret": Flag(
-            "NAME", "Secret of Kubernetes whose entries become environment variables", values.OBJECT.problem
-        ),
-        "--cluster": Flag("NAME", "for the xpk command only", values.CLUSTER.problem),
+        "--secret": Flag("NAME", "Kubernetes Secret whose entries become environment variables", values.OBJECT.problem),
+        "--cluster": Flag("NAME", "cluster name, for the xpk command only", values.CLUSTER.problem),
     },
     launch=_launch,
     required=("--topology", "--image"),

@@ -1,4 +1,4 @@
-"""A job as a value: the `lm run` that it is, what every launcher must know of it, and how its text is handed over."""
+"""The `Job` value (an `lm run` to launch), checks that all launchers share, and the handover of its text to a tool."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lm.experiment import Experiment, UserError
 from lm.launch.values import word_problem
 
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-MOST_CHARACTERS = 39  # of 63 for a name in DNS: what JobSet appends needs the rest; and the most that xpk takes
+MOST_CHARACTERS = 39  # of the 63 of a DNS name, since JobSet appends to it; also the limit of xpk
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
-SWEEP_GRACE = 300  # seconds in which a worker of a sweep saves
-COORDINATOR_PORT = 8482  # the one that jax takes on TPUs
+SWEEP_GRACE = 300  # seconds that a sweep worker has to save after SIGTERM
+COORDINATOR_PORT = 8482  # jax's default on TPUs
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, wherever it is started."""
+    """One run to launch, independent of the place."""
 
-    name: str  # of the job, not of the run
-    experiment: str  # as `lm run` takes it
+    name: str  # the job's name (not the run's)
+    experiment: str  # name or path, as for `lm run`
     overrides: tuple[str, ...]  # --a.b.c VALUE …
     run_dir: str
     until: str | None
     max_restarts: int
-    grace: int  # seconds between SIGTERM and SIGKILL: a step and a save have to fit
-    join_timeout: int | None = None  # seconds that the processes wait for each other at a start; None: as `lm run` does
+    grace: int  # seconds between SIGTERM and SIGKILL, enough for a step and a save
+    join_timeout: int | None = None  # seconds that processes wait for each other at the start; None: `lm run`'s default
 
     def command(self, *program: str) -> tuple[str, ...]:
-        """The words of the `lm run` that every host starts; `program` is how `lm` is called there."""
+        """The words of the `lm run` command that every host starts; `program` is how `lm` is called there."""
         return (*program, "run", self.experiment, *self._rest())
 
     def supervised(self, *program: str) -> tuple[str, ...]:
-        """The words of a supervisor of that `lm run`, for hosts on which nothing else would start it again."""
+        """The words of a command that supervises that `lm run`, for hosts without anything else that restarts it."""
         limits = ("--max-restarts", str(self.max_restarts), "--grace", str(self.grace))
         return (*program, "launch", self.experiment, "--on", "local", *limits, *self._rest())
 
@@ -50,33 +50,33 @@ class Job:
 
 @dataclass(frozen=True)
 class Handover:
-    """What a launcher does: gives `text` to `command` on its standard input."""
+    """What a launcher hands over: `text`, given to `command` on its standard input."""
 
-    text: str  # a manifest or a script; a dry run prints it, and nothing else
+    text: str  # a manifest or a script, which a dry run prints
     command: tuple[str, ...]
-    tools: tuple[str, ...]  # programs that must be there
-    next: tuple[str, ...]  # lines: how to watch the job, how to stop it
+    tools: tuple[str, ...]  # programs that must be installed
+    next: tuple[str, ...]  # lines to print: how to watch and stop the job
 
 
 def hand_over(handover: Handover) -> None:
-    """Do it.
+    """Run a handover's command with its text as input.
 
     Raises:
-        UserError: a tool is missing, or refused.
+        UserError: a tool is missing, or the command failed.
     """
     for tool in handover.tools:
         if shutil.which(tool) is None:
-            raise UserError(f"{tool} is not on PATH here; --dry-run prints what to give to it on a machine that has it")
+            raise UserError(f"{tool} is not on PATH; --dry-run prints its input, for use on a machine that has it")
     code = subprocess.run(handover.command, input=handover.text, text=True).returncode
     if code:
-        raise UserError(f"{' '.join(handover.command)} failed with code {code}; what it said is above")
+        raise UserError(f"{' '.join(handover.command)} failed with exit code {code}; its output is above")
 
 
 def job_name(experiment: Experiment, given: str | None) -> str:
-    """The name asked for, or the experiment's with hyphens for what names of machines cannot have.
+    """The given job name, else the experiment's name with hyphens for characters that DNS names cannot have.
 
     Raises:
-        UserError: it is no name in DNS, or too long for what is appended to it.
+        UserError: it is not a valid DNS name, or longer than MOST_CHARACTERS.
     """
     name = given if given is not None else re.sub(r"[^a-z0-9]+", "-", experiment.name.lower()).strip("-")
     if not NAME.fullmatch(name) or len(name) > MOST_CHARACTERS:
@@ -89,15 +89,16 @@ def job_name(experiment: Experiment, given: str | None) -> str:
 
 
 def check_mesh(experiment: Experiment, devices: int, slices: int, asked: str, platform: str) -> None:
-    """The mesh of the experiment takes every device that is asked for, so that none is paid for and idle.
+    """Check that the experiment's mesh uses all requested devices, so that none is idle.
 
     Args:
-        devices: in all slices together.
-        asked: what was asked for, in words.
-        platform: of the devices: tpu, gpu, cpu.
+        devices: number of devices in all slices together.
+        slices: number of slices.
+        asked: the flags that request them, for error messages.
+        platform: platform of the devices: tpu, gpu or cpu.
 
     Raises:
-        UserError: says what the mesh wants and what there would be, or which shape the mesh does not divide.
+        UserError: the mesh uses another number of devices or slices, or does not divide the shapes of the experiment.
     """
     from lm.parallel.mesh import axis_sizes, check_fits  # jax: only where there is something to launch
 
@@ -110,11 +111,11 @@ def check_mesh(experiment: Experiment, devices: int, slices: int, asked: str, pl
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "of one device"
         raise UserError(
             f"{asked} has {devices} devices; the mesh ({shown}) uses {used}: "
-            "set one axis to -1, which takes all that are left (--mesh.data -1)"
+            "set one axis to -1, which takes all remaining devices (--mesh.data -1)"
         )
     if sizes["slices"] != slices:
         raise UserError(f"{asked}: mesh.slices is {sizes['slices']}; it should be {slices} (--mesh.slices {slices})")
-    # A tokenizer's file is on the machines of the job; its size is checked there. All sizes divide 0.
+    # A tokenizer file is on the job's machines, which check its size. Every mesh divides 0.
     vocab_size = experiment.tokenizer.vocab_size if experiment.tokenizer.path is None else 0
     try:
         check_fits(experiment, sizes, vocab_size, platform)
@@ -123,18 +124,21 @@ def check_mesh(experiment: Experiment, devices: int, slices: int, asked: str, pl
 
 
 def check_travels(experiment: str, how: str) -> None:
-    """The experiment is a name in experiments/ or a file below this folder: another machine finds it by the same words.
+    """Check that the experiment is a name or a file below this folder, so that other machines find it by the same path.
+
+    Args:
+        how: the files that the machines have, for the error message.
 
     Raises:
-        UserError: it is a path that leads out of here.
+        UserError: it is a path outside this folder.
     """
     path = Path(experiment)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{experiment}: the machines of the job have {how}, so name a file below this folder")
+        raise UserError(f"{experiment}: the job's machines have {how}, so name a file below this folder")
 
 
 def check_words(words: Iterable[str]) -> None:
-    """Raises UserError at a word that no command can be given, whatever quotes are around it."""
+    """Raise UserError for a word that cannot be part of a command, however it is quoted."""
     for word in words:
         wrong = word_problem(word)
         if wrong:
@@ -142,8 +146,8 @@ def check_words(words: Iterable[str]) -> None:
 
 
 def warn_of_local(run_dir: str) -> str | None:
-    """A line for the user where the run's folder looks like one that every machine has for itself."""
+    """A warning if the run folder is in a place that is local to each machine, such as /tmp; else None."""
     path = Path(run_dir).absolute()
     if not any(path.is_relative_to(folder) for folder in LOCAL_FOLDERS):
         return None
-    return f"{run_dir} looks like a folder that each machine has for itself; all hosts must see the same --run-dir"
+    return f"{run_dir} looks like a folder local to each machine; all hosts must see the same --run-dir"

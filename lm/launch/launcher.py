@@ -1,6 +1,6 @@
-"""A launcher as a value: a place where experiments run, its flags, and the function that hands a job over to it.
+"""The `Launcher` value: a place where experiments run (cluster, TPU VMs, this machine), its flags, and its launch function.
 
-Each place is one file of this folder with one `LAUNCHER`, and a row of lm/launch/table.py.
+Each place is a file in this folder that defines `LAUNCHER`, and a row of lm/launch/table.py.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ COUNT = Range(least=1, most=LARGEST)
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of `lm launch` that some launchers have; the others refuse it."""
+    """A flag of `lm launch` that only some launchers have; the others refuse it."""
 
-    metavar: str | None  # None: a switch
+    metavar: str | None  # None: a switch without a value
     help: str
-    problem: Callable[[str], str | None] | None = None  # what is wrong with a value, as the end of a sentence
-    range: Range | None = None  # of an integer
-    repeated: bool = False
+    problem: Callable[[str], str | None] | None = None  # value -> error text such as "should be …", or None if valid
+    range: Range | None = None  # range of an integer flag
+    repeated: bool = False  # whether the flag may be given several times
 
 
-JOB_NAME = {"--job-name": Flag("NAME", "of the job; else the experiment's")}
+JOB_NAME = {"--job-name": Flag("NAME", "name of the job (default: from the experiment's name)")}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a dry run prints, and what else happens; `go` returns an exit code."""
+    """A prepared launch: the text that a dry run prints, and the function that launches and returns an exit code."""
 
     text: str
     go: Callable[[], int]
@@ -42,11 +42,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class SweepWorkers:
-    """How a place runs the workers of a sweep, `lm sweep --on`.
+    """How a launcher runs the workers of a sweep (`lm sweep --on`).
 
     Args:
-        flags: those of the launcher's that it reads.
-        hand_over: (arguments of `lm sweep`, name of the job, words of a worker's command, folders that it writes) -> Handover.
+        flags: names of the launcher's flags that apply to workers.
+        hand_over: (arguments of `lm sweep`, job name, words of a worker's command, folders it writes) -> Handover.
     """
 
     flags: tuple[str, ...]
@@ -58,14 +58,14 @@ class Launcher:
     """A place where experiments run.
 
     Args:
-        name: as of --on.
+        name: value of --on.
         help: lines for `lm launch --help`.
-        flags: by name.
-        launch: (arguments, experiment, job) -> Launch; raises UserError at what cannot work there.
-        required: flags that it cannot do without.
-        max_restarts: without --max-restarts.
-        join_timeout: seconds, without --join-timeout; None: as of `lm run`.
-        workers: None: no sweep's.
+        flags: the launcher's flags by name.
+        launch: (arguments, experiment, job) -> Launch; raises UserError for values that cannot work there.
+        required: names of flags that must be given.
+        max_restarts: default of --max-restarts.
+        join_timeout: default of --join-timeout in seconds; None: the default of `lm run`.
+        workers: how workers of a sweep are launched; None: not supported.
     """
 
     name: str
@@ -79,12 +79,12 @@ class Launcher:
 
 
 def value_of(arguments: argparse.Namespace, flag: str) -> Any:
-    """The value given for a flag."""
+    """The parsed value of a flag."""
     return getattr(arguments, flag.removeprefix("--").replace("-", "_"))
 
 
 def handing_over(handover: Handover) -> Launch:
-    """The launch that gives a text to a command."""
+    """A launch that carries out a handover and prints how to watch and stop the job."""
 
     def go() -> int:
         hand_over(handover)

@@ -1,4 +1,4 @@
-"""A job on this machine: `lm run` in one process or several, under a supervisor that starts them again."""
+"""Launcher `local`: `lm run` on this machine in one or several processes, under a supervisor that restarts them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lm.launch.launcher import Flag, Launch, Launcher
 from lm.launch.supervisor import Limits, WorkerProcess, supervise
 from lm.train.run_folder import RunFolder
 
-MOST = Range(least=1, most=1024)  # of one machine
+MOST = Range(least=1, most=1024)  # processes, or simulated devices of each
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How many, and how many simulated CPU devices each has (None: the devices that there are)."""
+    """Number of processes, and of simulated CPU devices of each (None: the machine's own devices)."""
 
     count: int = 1
     devices: int | None = None
 
 
 def workers(job: Job, processes: Processes, port: int | str) -> list[WorkerProcess]:
-    """The processes of one start: the output of the first goes on to ours, of the others into the run's folder."""
+    """The processes of one start. The first inherits this process's output, the others write logs in the run folder."""
     command = job.command(sys.executable, "-m", "lm.cli.main")
     devices = {} if processes.devices is None else {"JAX_NUM_CPU_DEVICES": str(processes.devices)}
     if processes.count == 1:
@@ -43,7 +43,7 @@ def workers(job: Job, processes: Processes, port: int | str) -> list[WorkerProce
 
 
 def script(job: Job, processes: Processes) -> str:
-    """What a dry run prints: each process as a line for the shell."""
+    """The text of a dry run: a shell command line for each process."""
     lines = ["# Started together by a supervisor, with a free PORT each time, again whenever one dies."]
     for worker in workers(job, processes, "PORT"):
         names = [f"{name}={shlex.quote(value)}" for name, value in worker.environment.items()]
@@ -53,13 +53,13 @@ def script(job: Job, processes: Processes) -> str:
 
 
 def run(job: Job, processes: Processes, experiment: Experiment) -> int:
-    """Supervise the run until it is finished, or there is no use in going on; returns the exit code.
+    """Supervise the run until it finishes or restarting is useless; returns the exit code.
 
     Raises:
-        UserError: the run's folder belongs to another experiment, or is in use.
+        UserError: the run folder belongs to another experiment, or is in use.
     """
     folder = RunFolder(Path(job.run_dir))
-    if processes.count > 1:  # the folder becomes the run's before logs are written into it
+    if processes.count > 1:  # claim the folder before logs are written into it
         with folder.lock():
             folder.claim(to_dict(experiment))
     return supervise(
@@ -71,7 +71,7 @@ def run(job: Job, processes: Processes, experiment: Experiment) -> int:
 
 
 def newest_checkpoint(folder: RunFolder, stages: Sequence[str]) -> str:
-    """In words, the last finished checkpoint of the last stage that has one."""
+    """Description of the newest checkpoint: `step N of STAGE`, or `the beginning`."""
     for stage in reversed(stages):
         steps = [int(path.parent.name) for path in folder.checkpoints(stage).glob("*/manifest.json")]
         if steps:
@@ -80,7 +80,7 @@ def newest_checkpoint(folder: RunFolder, stages: Sequence[str]) -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -88,7 +88,7 @@ def free_port() -> int:
 
 def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
     processes = Processes(arguments.processes or 1, arguments.devices_per_process)
-    if processes.devices:  # else it is not known before jax has looked
+    if processes.devices:  # otherwise the number of devices is not known before jax starts
         asked = f"--processes {processes.count} --devices-per-process {processes.devices}"
         check_mesh(experiment, processes.count * processes.devices, 1, asked, "cpu")
     return Launch(script(job, processes), lambda: run(job, processes, experiment))
@@ -98,8 +98,8 @@ LAUNCHER = Launcher(
     name="local",
     help="processes on this machine, under a supervisor",
     flags={
-        "--processes": Flag("N", "processes that make one job (1)", range=MOST),
-        "--devices-per-process": Flag("N", "simulated CPU devices of each", range=MOST),
+        "--processes": Flag("N", "number of processes of the job (1)", range=MOST),
+        "--devices-per-process": Flag("N", "number of simulated CPU devices of each process", range=MOST),
     },
     launch=_launch,
 )

@@ -1,4 +1,4 @@
-"""Whether the stages of an experiment fit into the memory of the TPUs that are asked for, by the arithmetic of `lm plan`."""
+"""Check that an experiment's stages fit into the memory of the requested TPUs, by the arithmetic of `lm plan`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ GB = 1e9
 
 
 def check_memory(experiment: Experiment, topology: SliceTopology, slices: int, until: str | None) -> list[str]:
-    """Lines for the user about what could not be checked.
+    """Check each stage's memory; returns messages about what could not be checked.
 
     Args:
-        until: the last stage that will run; None: all.
+        until: name of the last stage that will run; None: all stages.
 
     Raises:
         UserError: a stage needs more memory than a device has.
@@ -31,11 +31,11 @@ def check_memory(experiment: Experiment, topology: SliceTopology, slices: int, u
         plan = plan_stage(experiment, stage.name, planned)
         if not plan.fits:
             raise UserError(
-                f"{asked}: stage {stage.name} needs {plan.bytes / GB:.1f} GB of a device, which has {plan.limit / GB:.1f}; "
-                f"`lm plan` with the same {asked} shows what would fit, --skip-memory-check launches it anyway"
+                f"{asked}: stage {stage.name} needs {plan.bytes / GB:.1f} GB per device, which has {plan.limit / GB:.1f}; "
+                f"`lm plan` with the same {asked} shows what would fit; --skip-memory-check launches anyway"
             )
     if experiment.tokenizer.path is not None:
-        return ["memory is checked with tokenizer.vocab_size; the tokenizer's file is read on the hosts only"]
+        return ["memory is checked with tokenizer.vocab_size, since the tokenizer file is only read on the hosts"]
     return []
 
 

@@ -1,4 +1,4 @@
-"""What launchers of TPU slices share: their flags, the slices that are asked for, and whether stages fit into their memory."""
+"""Shared parts of the launchers of TPU slices: flags, the requested slices, and the check of memory."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from lm.launch.job import check_mesh, check_travels
 from lm.launch.launcher import COUNT, JOB_NAME, Flag
 from lm.launch.topology import SliceTopology, parse_topology
 
-JOIN_TIMEOUT = (
-    3600  # machines of a pod come, and come back, at different times; to give up is an error that no restart mends
-)
+JOIN_TIMEOUT = 3600  # seconds; hosts of a pod start and restart at different times, and giving up ends the job for good
 FLAGS = {
     **JOB_NAME,
-    "--topology": Flag("NAME", "slice of TPUs, such as v5p:2x4x4"),
-    "--slices": Flag("N", "slices, joined by the data-centre network (1)", range=COUNT),
-    "--volume": Flag("gs://BUCKET:/PATH", "storage to mount; of gke also pvc:CLAIM:/PATH", repeated=True),
-    "--zone": Flag("ZONE", "of tpu-vm; of gke for the xpk command only", values.ZONE.problem),
-    "--project": Flag("PROJECT", "else gcloud's own; of gke for the xpk command only", values.PROJECT.problem),
-    "--spot": Flag(None, "preemptible (spot) machines"),
-    "--service-account": Flag("NAME", "what the hosts are allowed to do; of tpu-vm an e-mail address"),
-    "--skip-memory-check": Flag(None, "launch although a stage does not fit into memory (lm plan)"),
+    "--topology": Flag("NAME", "TPU slice, such as v5p:2x4x4"),
+    "--slices": Flag("N", "number of slices, joined by the data-centre network (1)", range=COUNT),
+    "--volume": Flag("gs://BUCKET:/PATH", "storage to mount; with gke also pvc:CLAIM:/PATH", repeated=True),
+    "--zone": Flag("ZONE", "zone; with gke for the xpk command only", values.ZONE.problem),
+    "--project": Flag(
+        "PROJECT", "project (default: gcloud's); with gke for the xpk command only", values.PROJECT.problem
+    ),
+    "--spot": Flag(None, "use preemptible (spot) machines"),
+    "--service-account": Flag("NAME", "service account of the hosts; with tpu-vm an e-mail address"),
+    "--skip-memory-check": Flag(None, "launch even if a stage does not fit into memory by lm plan"),
 }
 
 
 def slices_of_tpus(
     arguments: argparse.Namespace, experiment: Experiment, named: str, files: str
 ) -> tuple[SliceTopology, int]:
-    """The slices asked for, all of whose devices the experiment uses.
+    """The requested slices (topology and number), checked against the experiment's mesh.
 
     Args:
-        named: the experiment as the command line calls it.
-        files: which the machines have, in words.
+        named: the experiment as given on the command line.
+        files: the files that the machines have, for error messages.
 
     Raises:
-        UserError: there is no such slice, the mesh is not one of it, or the machines would not find the experiment.
+        UserError: there is no such slice, the mesh does not use all its devices, or the machines would not find the
+            experiment.
     """
     check_travels(named, files)
     topology, slices = parse_topology(arguments.topology), arguments.slices or 1
@@ -53,7 +54,7 @@ def slices_of_tpus(
 def check_fits_memory(
     arguments: argparse.Namespace, experiment: Experiment, topology: SliceTopology, slices: int
 ) -> None:
-    """Raises UserError at a stage that needs more memory than a device has, unless that is not to be looked at."""
+    """Raise UserError if a stage needs more memory than a device has, unless --skip-memory-check is given."""
     if arguments.skip_memory_check:
         return
     with on_cpu():
@@ -65,7 +66,7 @@ def check_fits_memory(
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Keep jax, if it is imported here, off the accelerators of this machine; what is started later may have them."""
+    """Context in which jax, if imported, uses the CPU, so that this machine's accelerators stay free for the job."""
     given = os.environ.get("JAX_PLATFORMS")
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:

@@ -1,7 +1,7 @@
-"""A job on Slurm: a batch script with one task a node, which saves before its time is up and is queued again.
+"""Launcher `slurm`: a batch script with one task per node, which saves before its time limit and is then requeued.
 
-The processes find each other by the variables that `lm run` reads. Left to itself, jax would give each task on Slurm
-one device, whatever the node has. Source: the manual pages of sbatch, srun, scancel and scontrol.
+The processes find each other by environment variables that `lm run` reads. (By itself jax would give each task on Slurm
+one device only.) Source: the manual pages of sbatch, srun, scancel and scontrol.
 """
 
 from __future__ import annotations
@@ -89,25 +89,25 @@ exit $code
 
 @dataclass(frozen=True)
 class Nodes:
-    """What is asked of Slurm."""
+    """Requested nodes and options of a Slurm job."""
 
     nodes: int
-    gpus: int | None = None  # of a node
+    gpus: int | None = None  # GPUs per node; None: one CPU device
     time: str | None = None
     partition: str | None = None
     account: str | None = None
 
     @property
     def devices(self) -> int:
-        """JAX devices of all nodes; one without GPUs is one."""
+        """Number of JAX devices of all nodes; a node without GPUs counts as one."""
         return self.nodes * (self.gpus or 1)
 
 
 def render(job: Job, nodes: Nodes) -> Handover:
-    """The script, for `sbatch`.
+    """Render the script for `sbatch`.
 
     Raises:
-        UserError: the time limit is over before the job could save.
+        UserError: the time limit is not longer than the grace period for saving.
     """
     check_time(nodes.time, job.grace)
     options = {
@@ -142,25 +142,25 @@ def render(job: Job, nodes: Nodes) -> Handover:
 
 
 def check_time(limit: str | None, grace: int) -> None:
-    """Raises UserError unless there is time to train in before the signal to save."""
+    """Raise UserError unless the time limit is longer than the grace period for saving."""
     seconds = values.slurm_seconds(limit) if limit else None
     if seconds is not None and seconds <= grace:
         raise UserError(
-            f"--time {limit} is {seconds} seconds, and the last {grace} of them are for saving (--grace): give more time"
+            f"--time {limit} is {seconds} seconds, of which the last {grace} are reserved for saving (--grace): give more time"
         )
 
 
 def _directives(options: Mapping[str, object]) -> str:
-    """Lines for sbatch of the options that are given; one without a value is a switch."""
+    """#SBATCH lines of the options that are not None; an empty value makes a switch."""
     given = {name: value for name, value in options.items() if value is not None}
     return "\n".join(f"#SBATCH --{name}={value}".removesuffix("=") for name, value in given.items())
 
 
 def sweep_workers(name: str, words: list[str], count: int, nodes: Nodes) -> Handover:
-    """An array of `count` jobs for `sbatch`, a node each.
+    """Render an array of `count` jobs for `sbatch`, each on one node.
 
     Raises:
-        UserError: the time limit is over before a trial could save.
+        UserError: the time limit is not longer than the grace period for saving.
     """
     check_time(nodes.time, SWEEP_GRACE)
     options = {
@@ -211,15 +211,15 @@ def _hand_over_workers(
 LAUNCHER = Launcher(
     name="slurm",
     help="""\
-a batch script, by sbatch. This folder and its Python are on a file
-system that all nodes see""",
+a batch script, with sbatch. This folder and its Python must be on a
+file system that all nodes see""",
     flags=JOB_NAME
     | {
-        "--nodes": Flag("N", "nodes, a process each (1)", range=COUNT),
-        "--gpus-per-node": Flag("N", "else a node is one CPU device", range=Range(least=1, most=64)),
-        "--time": Flag("TIME", "limit, such as 1-00:00:00; the job is queued again when it is up", values.time_problem),
-        "--partition": Flag("NAME", "else the cluster's own", values.PARTITION.problem),
-        "--account": Flag("NAME", "which pays", values.ACCOUNT.problem),
+        "--nodes": Flag("N", "number of nodes, with one process each (1)", range=COUNT),
+        "--gpus-per-node": Flag("N", "GPUs of each node (default: one CPU device)", range=Range(least=1, most=64)),
+        "--time": Flag("TIME", "time limit, such as 1-00:00:00, after which the job is requeued", values.time_problem),
+        "--partition": Flag("NAME", "partition (default: the cluster's)", values.PARTITION.problem),
+        "--account": Flag("NAME", "account that is charged", values.ACCOUNT.problem),
     },
     launch=_launch,
     workers=SweepWorkers(("--gpus-per-node", "--time", "--partition", "--account"), _hand_over_workers),

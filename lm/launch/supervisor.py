@@ -1,6 +1,6 @@
-"""Keeps the processes of one run going: when one dies the others are ended, and all start again together.
+"""Supervisor of the processes of one run: when one dies, it ends the others and starts all again.
 
-There are no threads and no polling: the kernel wakes it for the end of a process, for a signal, and for time that is up.
+It uses no threads and no polling: the kernel wakes it when a process ends, a signal arrives, or a time limit is up.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from types import FrameType
 
 from lm.parent_death import with_parent
 
-FINISHED, DIED, POINTLESS, STOPPED = 0, 1, 2, 130  # exit codes; the last two are those of `lm run` too
-SIGNALS = {  # what asks to stop, and what the processes get for it
+FINISHED, DIED, POINTLESS, STOPPED = 0, 1, 2, 130  # exit codes; POINTLESS: a user's error, STOPPED: by a signal
+SIGNALS = {  # signals that stop the supervisor -> signal sent to the processes
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a restart: doubled while nothing is gained
-LAST_WORDS = 5.0  # seconds that the others have to end by themselves, and say why, when one has died
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a restart, doubled while there is no new checkpoint
+LAST_WORDS = 5.0  # seconds that the others have to end by themselves, and print why, after one has died
 
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """One process to be started."""
+    """One process to start."""
 
     command: tuple[str, ...]
-    environment: dict[str, str]  # added to that of this process
-    log: Path | None  # where its output goes; None: where this process's goes
+    environment: dict[str, str]  # added to this process's environment
+    log: Path | None  # file for its output; None: it inherits this process's output
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to give up, and how long to wait."""
+    """Limits of restarts and waiting."""
 
-    max_restarts: int  # in a row without a new checkpoint
-    grace: float  # seconds from a signal that is passed on to SIGKILL
+    max_restarts: int  # consecutive restarts without a new checkpoint
+    grace: float  # seconds between a forwarded signal and SIGKILL
 
 
 def supervise(
@@ -53,12 +53,13 @@ def supervise(
     limits: Limits,
     say: Callable[[str], None],
 ) -> int:
-    """Run the workers until all have finished; returns the exit code.
+    """Run the workers, restarting them, until all have finished; returns the exit code.
 
     Args:
-        workers: what to start, asked for before every start.
-        newest: the newest checkpoint in words; a restart after which it is another one has gained something.
-        say: takes one line for people.
+        workers: returns the processes to start; called before every start.
+        newest: returns a description of the newest checkpoint; if it changes, the count of restarts begins anew.
+        limits: limits of restarts and waiting.
+        say: prints one line.
     """
     restarts, before = 0, newest()
     with _Signals() as signals:
@@ -75,7 +76,7 @@ def supervise(
                 return FINISHED
             what = group.first_death()
             if code in (POINTLESS, STOPPED):
-                why = "a restart would end in the same error" if code == POINTLESS else "stopped by a signal to it"
+                why = "a restart would end in the same error" if code == POINTLESS else "it was stopped by a signal"
                 say(f"{what}: {why}")
                 return code
             now = newest()
@@ -92,9 +93,9 @@ def supervise(
 
 
 class _Signals:
-    """Waiting for SIGCHLD and for SIGNALS, which inside arrive as bytes in a pipe and nowhere else.
+    """Context that receives SIGCHLD and SIGNALS as bytes in a pipe, so that `wait` can wait for them.
 
-    What is ignored stays so (nohup).
+    Signals that are ignored (nohup) stay ignored.
     """
 
     def __enter__(self) -> _Signals:
@@ -115,10 +116,7 @@ class _Signals:
         os.close(self.writer)
 
     def wait(self, seconds: float | None, children: bool = True) -> int | None:
-        """The one of SIGNALS that comes within that time; None when it is over.
-
-        With `children` it is over as soon as a process ends, too.
-        """
+        """Wait for one of SIGNALS; returns it, or None after `seconds` or, with `children`, when a process ends."""
         until = None if seconds is None else time.monotonic() + seconds
         while True:
             asked = next((number for number in self.unread if number in SIGNALS), None)
@@ -136,7 +134,7 @@ class _Signals:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """A handler must be there for the byte to be written; new programs do not inherit it."""
+    """Signal handler that does nothing: one must be set for the byte to be written to the pipe."""
 
 
 class _Group:
@@ -146,7 +144,7 @@ class _Group:
         self.count = len(workers)
         self.logs = [worker.log for worker in workers]
         self.processes: list[subprocess.Popen] = []
-        self.deaths: list[int] = []  # indices, in the order in which they were seen
+        self.deaths: list[int] = []  # indices of ended processes, in the order in which they were seen
         try:
             for worker in workers:
                 self.processes.append(_start(worker))
@@ -155,7 +153,7 @@ class _Group:
             raise
 
     def watch(self, signals: _Signals) -> int | None:
-        """Until one has died or all have finished (None), or a signal came, which it returns."""
+        """Wait until a process has died or all have finished (returns None), or a signal arrives (returns it)."""
         while True:
             if self._reap() == 0 or any(self.processes[i].returncode for i in self.deaths):
                 return None
@@ -164,7 +162,7 @@ class _Group:
                 return asked
 
     def last_words(self, signals: _Signals) -> int | None:
-        """Until all have ended, for a short time (None), or a signal came, which it returns."""
+        """Wait up to LAST_WORDS seconds for all to end (returns None); a signal ends the wait and is returned."""
         until = time.monotonic() + LAST_WORDS
         while self._reap() and time.monotonic() < until:
             asked = signals.wait(until - time.monotonic())
@@ -173,7 +171,7 @@ class _Group:
         return None
 
     def stop(self, number: int, signals: _Signals, grace: float, say: Callable[[str], None]) -> int:
-        """Pass a signal on to all, and those that come after it; wait until they have saved, or the time is up."""
+        """Forward a signal, and further ones, to all processes; wait until they end, and kill them after `grace` seconds."""
         until = time.monotonic() + grace
         asked: int | None = number
         while self._reap():
@@ -188,14 +186,14 @@ class _Group:
         return self.verdict() if self.verdict() in (FINISHED, POINTLESS) else STOPPED
 
     def verdict(self) -> int:
-        """What the ends of all mean together: an error of the user's in any of them explains the others."""
+        """The exit code of the group: a user's error in one process explains the ends of the others."""
         codes = {process.returncode for process in self.processes}
         if codes == {0}:
             return FINISHED
         return POINTLESS if POINTLESS in codes else STOPPED if codes <= {FINISHED, STOPPED} else DIED
 
     def first_death(self) -> str:
-        """Which process ended badly first, how, and where its output is."""
+        """Description of the first process that failed: how it ended, and where its output is."""
         bad = [i for i in self.deaths if self.processes[i].returncode]
         told = [i for i in bad if self.processes[i].returncode == POINTLESS]
         index = (told or bad)[0]
@@ -206,7 +204,7 @@ class _Group:
         return f"process {index} of {self.count} {how}{where}"
 
     def kill(self) -> None:
-        """End what is left, with all that it has started."""
+        """Kill the remaining processes and their children."""
         self._signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
@@ -221,7 +219,7 @@ class _Group:
                         process.send_signal(number)
 
     def _reap(self) -> int:
-        """Note those that have ended; how many are still running."""
+        """Record the processes that have ended; returns the number still running."""
         running = 0
         for index, process in enumerate(self.processes):
             if process.poll() is None:
@@ -232,7 +230,7 @@ class _Group:
 
 
 def _start(worker: WorkerProcess) -> subprocess.Popen:
-    """A process in a session of its own: Ctrl-C reaches it through this one only, once, and not twice.
+    """Start a process in its own session, so that Ctrl-C reaches it only once, forwarded by the supervisor.
 
     Raises:
         FileNotFoundError: there is no such program.
@@ -241,7 +239,7 @@ def _start(worker: WorkerProcess) -> subprocess.Popen:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), worker.command[0])
     with _output(worker.log) as output:
         return subprocess.Popen(
-            with_parent(worker.command),  # a supervisor that is killed leaves nobody behind who holds the run's folder
+            with_parent(worker.command),  # ends with a killed supervisor, so that the run folder's lock is released
             env=os.environ | worker.environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

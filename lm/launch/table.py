@@ -1,4 +1,4 @@
-"""The launchers, a row each: adding a place means writing its file and naming its value here."""
+"""Table of the launchers; a new one is a file with its `LAUNCHER` and an entry here."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ FLAGS: dict[str, Flag] = {name: flag for launcher in LAUNCHERS.values() for name
 
 
 def launchers_with(flag: str) -> list[str]:
-    """The names of the launchers that have a flag."""
+    """Names of the launchers that have a flag."""
     return [name for name, launcher in LAUNCHERS.items() if flag in launcher.flags]

@@ -1,4 +1,4 @@
-"""How slices of TPUs are asked for: their shapes, hosts, and the names that Google's tools have for them."""
+"""TPU slices for launching: shapes, number of hosts, and their names in Google Cloud's tools."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from lm.parallel.topology import DEVICES_PER_CHIP, parse_slice
 
-ONE_HOST = {"1x1": 1, "1x1x1": 1, "2x4": 8}  # chips of the host, where they are not the usual four
+ONE_HOST = {"1x1": 1, "1x1x1": 1, "2x4": 8}  # chips per host for shapes where it is not the usual four
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One kind of TPU. Source: cloud.google.com/tpu/docs, pages of each version, of runtimes, and of TPUs in GKE."""
+    """One TPU generation. Source: cloud.google.com/tpu/docs, pages of each version, of runtimes, and of TPUs in GKE."""
 
-    label: str  # of GKE's nodes: cloud.google.com/gke-tpu-accelerator
-    prefix: str  # of an accelerator type: v5p-64
-    cores: int  # that an accelerator type counts for a chip
-    runtime: str | None  # software of a TPU VM; None: GKE only
+    label: str  # node label cloud.google.com/gke-tpu-accelerator in GKE
+    prefix: str  # prefix of accelerator types such as v5p-64
+    cores: int  # number that an accelerator type counts per chip
+    runtime: str | None  # default software version of a TPU VM; None: available on GKE only
 
 
 GENERATIONS = {
@@ -31,7 +31,7 @@ GENERATIONS = {
 
 @dataclass(frozen=True)
 class SliceTopology:
-    """One slice."""
+    """One TPU slice: generation and shape in chips."""
 
     kind: str
     shape: str
@@ -54,19 +54,19 @@ class SliceTopology:
 
     @property
     def devices(self) -> int:
-        """JAX devices: of every generation but the last a chip is one."""
+        """Number of JAX devices (one per chip, except for tpu7x)."""
         return self.chips * DEVICES_PER_CHIP[self.kind]
 
     @property
     def accelerator_type(self) -> str:
-        """As `gcloud compute tpus` calls it: the number is of cores or of chips, which depends on the generation."""
+        """Accelerator type for `gcloud compute tpus`; its number counts cores or chips, depending on the generation."""
         return f"{self.generation.prefix}-{self.chips * self.generation.cores}"
 
 
 def parse_topology(name: str) -> SliceTopology:
-    """The slice that the command line calls `v5p:2x4x4`.
+    """Parse a slice such as `v5p:2x4x4`.
 
     Raises:
-        UserError: there is no such kind, or none of that shape; shows those that there are.
+        UserError: there is no such generation or shape; lists the valid ones.
     """
     return SliceTopology(*parse_slice(name, GENERATIONS))

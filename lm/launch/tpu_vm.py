@@ -1,8 +1,8 @@
-"""A job on TPU VMs: a script that queues for a slice, waits, copies the code, and starts the run on every host.
+"""Launcher `tpu-vm`: a script that requests a slice, waits for it, copies the code, and starts the run on every host.
 
-The code goes as a git bundle of the current commit: no host needs an account where the repository is kept, and the
-run's provenance keeps its commit. On the hosts the processes find each other by the metadata of their slice, and a
-supervisor (`lm launch --on local`) starts each again. Source: `gcloud compute tpus queued-resources create --help`.
+The code is copied as a git bundle of the current commit: hosts need no access to the remote repository, and the run's
+provenance has the commit. On the hosts the processes find each other by their slice's metadata, and a supervisor
+(`lm launch --on local`) restarts each. Source: `gcloud compute tpus queued-resources create --help`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ fi"""
 
 @dataclass(frozen=True)
 class Slices:
-    """What is asked of Cloud TPU, and which commit runs there."""
+    """Requested slices and options of a job on TPU VMs, and the commit that runs there."""
 
     topology: SliceTopology
     slices: int
@@ -89,23 +89,23 @@ class Slices:
     volumes: tuple[Volume, ...]
     commit: str
     project: str | None = None
-    runtime: str | None = None  # None: the topology's own
+    runtime: str | None = None  # software version; None: the generation's default
     service_account: str | None = None
     spot: bool = False
     reserved: bool = False
 
 
 def render(job: Job, slices: Slices) -> Handover:
-    """The script, for `bash -s`.
+    """Render the script for `bash -s`.
 
     Raises:
-        UserError: TPUs that there are on GKE only, storage that TPU VMs cannot mount, a run's folder on a host's disk.
+        UserError: the TPU generation is on GKE only, TPU VMs cannot mount a volume, or the run folder is on a host's disk.
     """
     generation = slices.topology.generation
     if generation.runtime is None:
-        raise UserError(f"{slices.topology.kind} is to be had on GKE only: --on gke")
+        raise UserError(f"{slices.topology.kind} is available on GKE only: --on gke")
     if any(volume.claim for volume in slices.volumes):
-        raise UserError("--volume pvc:… is of Kubernetes; TPU VMs mount gs://BUCKET:/PATH")
+        raise UserError("--volume pvc:… is for Kubernetes only; TPU VMs mount gs://BUCKET:/PATH")
     check_run_dir(job.run_dir, slices.volumes, "is on the disk of each host, and lost with it")
     where = _options(zone=slices.zone, project=slices.project)
     many = slices.slices > 1
@@ -143,18 +143,18 @@ def render(job: Job, slices: Slices) -> Handover:
 
 
 def current_commit() -> str:
-    """The commit that will run: the one checked out here.
+    """The commit checked out here, which the hosts will run.
 
     Raises:
-        UserError: this is no repository, or it has changes that no commit has.
+        UserError: this is not a git repository, or it has uncommitted changes.
     """
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError("tpu-vm copies the commit checked out here, and this folder is in no git repository") from error
+        raise UserError("tpu-vm copies the commit checked out here, but this folder is in no git repository") from error
     if changed:
-        raise UserError(f"the TPU VMs get the last commit, and {len(changed)} files differ from it: commit them first")
+        raise UserError(f"TPU VMs run the last commit, but {len(changed)} files differ from it: commit them first")
     return commit
 
 
@@ -168,7 +168,7 @@ def _host(slices: Slices) -> str:
 
 
 def _start(job: Job, slices: Slices) -> str:
-    """What each host is told: begin, and go on when this connection is closed."""
+    """The command that starts the run on a host, detached from the ssh connection."""
     command = shlex.join(job.supervised(".venv/bin/lm"))
     return f"cd {_folder(slices)} || exit 1; nohup setsid {command} >../{job.name}.log 2>&1 </dev/null &"
 
@@ -178,7 +178,7 @@ def _folder(slices: Slices) -> str:
 
 
 def _options(**values: str | int | bool | None) -> str:
-    """`--zone=… --spot` of the values that are given."""
+    """Command-line options (`--zone=… --spot`) of the values that are set."""
     words = []
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
@@ -211,12 +211,12 @@ def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> 
 LAUNCHER = Launcher(
     name="tpu-vm",
     help="""\
-queued resources, by gcloud. The hosts get a git bundle of the
-current commit, and install it""",
+queued resources, with gcloud. The hosts get a git bundle of the
+current commit and install it""",
     flags=pod.FLAGS
     | {
-        "--runtime-version": Flag("NAME", "software of the hosts; else the usual one", values.RUNTIME.problem),
-        "--reserved": Flag(None, "machines of the project's reservation"),
+        "--runtime-version": Flag("NAME", "software version (default: the generation's)", values.RUNTIME.problem),
+        "--reserved": Flag(None, "use the project's reservation"),
     },
     launch=_launch,
     required=("--topology", "--zone"),

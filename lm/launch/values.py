@@ -1,4 +1,4 @@
-"""What the far side takes: names of images, machines, accounts and times, refused here rather than after a job was queued.
+"""Validation of flag values (images, names, zones, accounts, times), so that errors show before a job is queued.
 
 Sources: the grammar of image references (distribution/reference); Kubernetes on names of objects; Google Cloud on
 projects, zones, buckets and service accounts; the manual page of sbatch on times.
@@ -15,20 +15,20 @@ from pathlib import PurePosixPath
 
 from lm.experiment import UserError
 
-LARGEST = 2**31 - 1  # of counts and seconds: schedulers keep them in 32 bits
+LARGEST = 2**31 - 1  # largest count or number of seconds: schedulers use 32 bits
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a value: a pattern that all of it matches, the most characters, and both in words."""
+    """The valid form of a value: a regular expression, the maximal length, and a description for errors."""
 
     pattern: str
     most: int
     words: str
 
     def problem(self, text: str) -> str | None:
-        """What is wrong with a value, as the end of a sentence that begins with it; None where nothing is."""
+        """Error text for an invalid value, to follow the value in a sentence; None if it is valid."""
         if re.fullmatch(self.pattern, text, re.ASCII) and len(text) <= self.most:
             return None
         return f"should be {self.words}, at most {self.most} characters"
@@ -69,7 +69,7 @@ _DIGEST = r"sha256:[a-f0-9]{64}|sha384:[a-f0-9]{96}|sha512:[a-f0-9]{128}"
 
 
 def image_problem(text: str) -> str | None:
-    """What is wrong with the reference of a container image, by its grammar; None where nothing is."""
+    """Error text for an invalid container image reference; None if it is valid."""
     found = _IMAGE.fullmatch(text)
     if found is None:
         return (
@@ -77,7 +77,7 @@ def image_problem(text: str) -> str | None:
             "NAME of lowercase letters and digits, with . _ - within and / between its parts"
         )
     if len(found["name"]) > 255 or re.fullmatch(r"[a-f0-9]{64}", found["name"]):
-        return "should be an image whose name has at most 255 characters and is no digest alone"
+        return "should be an image whose name has at most 255 characters and is not just a digest"
     if found["tag"] is not None and not re.fullmatch(r"\w[\w.-]{0,127}", found["tag"], re.ASCII):
         return "has a tag that should be 1 to 128 letters, digits, _ . -, not beginning with . or -"
     if found["digest"] is not None and not re.fullmatch(_DIGEST, found["digest"]):
@@ -92,10 +92,10 @@ UNLIMITED = ("UNLIMITED", "INFINITE")
 
 
 def slurm_seconds(text: str) -> int | None:
-    """The seconds of a time limit of sbatch; None for no limit.
+    """Seconds of a time limit of sbatch; None for no limit.
 
     Raises:
-        ValueError: it is no time.
+        ValueError: it is not a valid time.
     """
     if text.upper() in UNLIMITED:
         return None
@@ -112,7 +112,7 @@ def slurm_seconds(text: str) -> int | None:
 
 
 def time_problem(text: str) -> str | None:
-    """What is wrong with a time limit of Slurm; None where nothing is."""
+    """Error text for an invalid Slurm time limit; None if it is valid."""
     try:
         seconds = slurm_seconds(text)
     except ValueError:
@@ -125,7 +125,7 @@ def time_problem(text: str) -> str | None:
 
 
 def bucket_problem(bucket: str) -> str | None:
-    """Which rule of Cloud Storage a bucket's name breaks; None where it breaks none."""
+    """Error text for an invalid Cloud Storage bucket name (the first rule that it breaks); None if it is valid."""
     parts = bucket.split(".")
     rules = (
         (not re.fullmatch(r"[-a-z0-9._]*", bucket), "should have lowercase letters, digits, - _ and . only"),
@@ -142,25 +142,25 @@ def bucket_problem(bucket: str) -> str | None:
 
 
 def path_problem(path: str) -> str | None:
-    """Why a folder cannot be named in a script or manifest; None where it can."""
+    """Error text for a folder that cannot be named in a script or manifest; None if it is valid."""
     if not path:
         return "is empty"
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in path):
         return "has a control character or line break"
     if path.startswith("-"):
-        return "begins with a hyphen, which commands take for an option"
+        return "begins with a hyphen, so commands would read it as an option"
     return None
 
 
 def mounted_path_problem(path: str) -> str | None:
-    """The same of a folder on mounted storage."""
+    """Error text for a folder on mounted storage that is invalid or outside it; None if it is valid."""
     if ".." in PurePosixPath(path).parts:
-        return "has .. in it, which leads out of the storage that is mounted"
+        return "contains .., which leads out of the mounted storage"
     return path_problem(path)
 
 
-def of(problem: Callable[[str], str | None]) -> Callable[[str], str]:
-    """An argparse type: a text with which nothing is wrong."""
+def valid_text(problem: Callable[[str], str | None]) -> Callable[[str], str]:
+    """An argparse type for text that `problem` finds valid."""
 
     def parse(text: str) -> str:
         wrong = problem(text)
@@ -172,10 +172,10 @@ def of(problem: Callable[[str], str | None]) -> Callable[[str], str]:
 
 
 def check_value(flag: str, text: str | None, form: Form) -> str | None:
-    """The value of a flag whose form depends on the launcher.
+    """Check the value of a flag whose valid form depends on the launcher, and return it.
 
     Raises:
-        UserError: it has another form.
+        UserError: it does not have the form.
     """
     wrong = form.problem(text) if text is not None else None
     if wrong:
@@ -184,7 +184,7 @@ def check_value(flag: str, text: str | None, form: Form) -> str | None:
 
 
 def word_problem(word: str) -> str | None:
-    """Why a word of a command cannot be handed over; None where it can. Quotes, spaces and line breaks are no reason."""
+    """Error text for a word that a command cannot contain; None if it is valid (quotes, spaces and line breaks are)."""
     if "\0" in word:
         return "has a NUL character, which no command can be given"
     if any("\ud800" <= letter <= "\udfff" for letter in word):

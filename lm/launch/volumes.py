@@ -1,4 +1,4 @@
-"""Storage that all hosts of a job see: `--volume SOURCE:PATH`, a bucket or a claim, and where it is mounted."""
+"""Shared storage of a job's hosts: parses `--volume SOURCE:PATH`, a bucket or volume claim and its mount path."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SYSTEM = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "root", "run", "s
 
 @dataclass(frozen=True)
 class Volume:
-    """One of `bucket` (Cloud Storage) and `claim` (a PersistentVolumeClaim) is set."""
+    """A mounted volume; either `bucket` (Cloud Storage) or `claim` (a PersistentVolumeClaim) is set."""
 
-    path: str  # where it is mounted
+    path: str  # mount path
     bucket: str | None
     claim: str | None
 
 
 def parse_volume(text: str) -> Volume:
-    """`gs://BUCKET:/PATH` or `pvc:CLAIM:/PATH`.
+    """Parse `gs://BUCKET:/PATH` or `pvc:CLAIM:/PATH`.
 
     Raises:
-        UserError: it is of neither form, or one of its parts is what storage or hosts do not take.
+        UserError: it has neither form, or its bucket, claim or path is invalid.
     """
     found = FORM.fullmatch(text)
     if found is None:
@@ -47,7 +47,7 @@ def parse_volume(text: str) -> Volume:
 
 
 def _mount_problem(path: str) -> str | None:
-    """Why nothing can be mounted there; None where something can."""
+    """Error text for a path at which nothing can be mounted; None if it is valid."""
     if not path:
         return "should be a folder below the root, such as /mnt/runs"
     parts = PurePosixPath(path).parts
@@ -61,10 +61,10 @@ def _mount_problem(path: str) -> str | None:
 
 
 def parse_volumes(texts: Iterable[str]) -> tuple[Volume, ...]:
-    """All that are mounted.
+    """Parse several volumes.
 
     Raises:
-        UserError: one is wrong, or one lies at or below the place of another.
+        UserError: one is invalid, or two have the same path or one path is below another.
     """
     volumes = tuple(map(parse_volume, texts))
     places = sorted(PurePosixPath(volume.path) for volume in volumes)
@@ -72,18 +72,18 @@ def parse_volumes(texts: Iterable[str]) -> tuple[Volume, ...]:
         if inner == outer:
             raise UserError(f"--volume: two are mounted at {outer}; each needs a folder of its own")
         if inner.is_relative_to(outer):
-            raise UserError(f"--volume: {inner} is below {outer}, where another is mounted; take folders side by side")
+            raise UserError(f"--volume: {inner} is below {outer}, where another is mounted; use separate folders")
     return volumes
 
 
 def check_run_dir(run_dir: str, volumes: tuple[Volume, ...], lost: str) -> None:
-    """The run's folder is on one of the volumes.
+    """Check that the run folder is on one of the volumes.
 
     Args:
-        lost: what becomes of it otherwise, in words.
+        lost: what would happen to it otherwise, for the error message.
 
     Raises:
-        UserError: it is not, or it leads out of one by `..`.
+        UserError: it is on none, or its path contains `..`.
     """
     wrong = mounted_path_problem(run_dir)
     if wrong:

@@ -75,7 +75,7 @@ def test_a_missing_tool_is_named(capsys, monkeypatch, work, on, tool):
     monkeypatch.setenv("PATH", str(work))
     assert launch(*on.split()) == 2
     assert capsys.readouterr().err.endswith(
-        f"lm: error: {tool} is not on PATH here; --dry-run prints what to give to it on a machine that has it\n"
+        f"lm: error: {tool} is not on PATH; --dry-run prints its input, for use on a machine that has it\n"
     )
 
 
@@ -96,7 +96,7 @@ def test_a_tool_gets_exactly_what_a_dry_run_prints(capfd, monkeypatch, work):
 def test_a_run_folder_that_looks_local_is_told(capsys, work):
     assert launch(*f"--on slurm --run-dir {work}/runs --dry-run".split()) == 0
     told = capsys.readouterr().err
-    assert (str(work).startswith("/tmp/")) == ("looks like a folder that each machine has for itself" in told)
+    assert (str(work).startswith("/tmp/")) == ("looks like a folder local to each machine" in told)
 
 
 def test_a_token_in_the_environment_is_not_rendered(capsys, monkeypatch):

@@ -149,7 +149,7 @@ def test_a_refusal_of_gcloud_ends_it(repository, capfd):
 
 
 @pytest.mark.parametrize("topology, volume, run_dir, words", [
-    ("tpu7x:2x2x1", "gs://my-runs:/mnt/runs", "/mnt/runs/pod", "tpu7x is to be had on GKE only"),
+    ("tpu7x:2x2x1", "gs://my-runs:/mnt/runs", "/mnt/runs/pod", "tpu7x is available on GKE only"),
     ("v5e:4x4", "pvc:runs:/mnt/runs", "/mnt/runs/pod", "of Kubernetes"),
     ("v5e:4x4", "gs://my-runs:/mnt/runs", "runs/pod", "disk of each host"),
 ])  # fmt: skip

@@ -60,7 +60,7 @@ def test_gke_gets_a_job_of_as_many_pods(capsys):
     ("words", "message"),
     [
         ([*GKE, "--volume", "gs://runs:/mnt/runs", "--folder", "/mnt/runs/tiny"], "in a bucket files cannot be locked"),
-        ([*GKE[:2], "--topology", "v5e:4x4", *GKE[4:], *CLAIM], "take a slice of one host"),
+        ([*GKE[:2], "--topology", "v5e:4x4", *GKE[4:], *CLAIM], "use a slice of one host"),
         (["--on", "gke", "--image", "lm:1", "--dry-run"], "--on gke needs --topology"),
         (["--time", "3"], "--time is for --on slurm"),
         (["--on", "slurm", "--image", "lm:1", "--dry-run"], "--image is for --on gke"),
