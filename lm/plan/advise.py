@@ -1,4 +1,4 @@
-"""The largest batch that fits, and what would make a stage fit that does not: changes that are tried, not rules of thumb."""
+"""Advice from the plan: the largest batch that fits, and changes that make a stage fit, each of them tried."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lm.plan.chips import Topology, parse_topology
 from lm.plan.plan import Plan, by_arithmetic
 from lm.plan.program import resolve
 
-MOST_ROWS = 4096  # of a device; nobody trains with more
+MOST_ROWS = 4096  # rows per device that are tried at most
 TRIES = 6
-ENOUGH = 3  # ways to fit, before pairs of changes are tried
-CLOSE = 50  # one part in so many is near enough
+ENOUGH = 3  # number of ways to fit from which pairs of changes are not tried
+CLOSE = 50  # the search for the largest batch stops within 1/CLOSE of it
 
 
 @dataclass(frozen=True)
 class Change:
-    """Words of the command line, and the plan that they lead to."""
+    """A change of the configuration as command-line words, and the plan with it."""
 
     words: tuple[str, ...]
     plan: Plan
@@ -51,7 +51,7 @@ def stage_of(experiment: Experiment, name: str) -> Stage:
 
 
 def largest_batch(plan: Plan, experiment: Experiment) -> int | None:
-    """The largest `batch_size` that fits with everything else as it is; None where not even the smallest does."""
+    """The largest `batch_size` that fits with everything else unchanged; None if not even the smallest fits."""
     program = plan.program
     unit = _batch_unit(program.stage, ways("batch", program.sizes))
     rows = rows_per_update(dataclasses.replace(program.stage, batch_size=unit)) // ways("batch", program.sizes)
@@ -65,7 +65,7 @@ def largest_batch(plan: Plan, experiment: Experiment) -> int | None:
     low, high, memory = 1, most + 1, {1: used(1), 2: used(2)}
     if memory[1] > plan.limit:
         return None
-    # Memory grows in proportion, nearly: the line through two known points says where to look next.
+    # Memory is nearly linear in the batch size: the line through two known points gives the next guess.
     for _ in range(TRIES):
         (a, at_a), (b, at_b) = sorted(memory.items())[-2:]
         guess = a + int((plan.limit - at_a) * (b - a) / max(1, at_b - at_a))
@@ -80,7 +80,7 @@ def largest_batch(plan: Plan, experiment: Experiment) -> int | None:
 
 
 def _batch_unit(stage: Stage, devices: int) -> int:
-    """The smallest batch size of which every device gets as many whole rows in every microbatch."""
+    """The smallest batch size that gives every device the same number of whole rows in every microbatch."""
     for size in itertools.count(1):
         one = dataclasses.replace(stage, batch_size=size)
         rows, pieces = rows_per_update(one), stage.microbatches
@@ -94,12 +94,12 @@ def _with_batch(experiment: Experiment, stage: Stage, size: int) -> Experiment:
 
 
 def ways_to_fit(plan: Plan, experiment: Experiment, largest: int | None) -> list[Change]:
-    """Changes that make the stage fit, best first: single ones, and pairs where fewer than three of these do.
+    """Changes that make the stage fit, best first: single ones, and pairs if fewer than ENOUGH single ones do.
 
-    Ranked by what they cost: first what leaves the training as it is, by speed; then more devices; then a smaller batch.
+    Ranked by cost: first changes that leave the training the same, by speed; then more devices; then a smaller batch.
 
     Args:
-        largest: the largest batch that fits as it is.
+        largest: the largest batch size that fits without changes.
     """
     policies = [("--model.remat", policy) for policy in REMAT if policy != plan.program.model.remat]
     meshes = list(_meshes(plan))
@@ -117,7 +117,7 @@ def ways_to_fit(plan: Plan, experiment: Experiment, largest: int | None) -> list
 
 
 def _meshes(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """Layouts in which a device has less, as overrides."""
+    """Meshes that split the state or batch over more devices, as overrides."""
     sizes = plan.program.sizes
     if sizes["data"] > 1:
         yield ("--mesh.data", "1", "--mesh.fsdp", "-1")
@@ -128,11 +128,11 @@ def _meshes(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def _in_pieces(plan: Plan, experiment: Experiment, words: tuple[str, ...]) -> Iterator[Change]:
-    """The fewest microbatches with which it fits, together with other changes."""
+    """The smallest number of microbatches with which the stage fits, combined with other changes (`words`)."""
     program, name = plan.program, plan.program.stage.name
     whole = plan_stage(override(experiment, list(words)), name, program.topology) if words else plan
     rows, pieces = program.rows // ways("batch", program.sizes), program.stage.microbatches
-    # What is not state shrinks in proportion, nearly.
+    # Memory other than the state is nearly proportional to the size of a microbatch.
     shrinking, room = whole.bytes - whole.memory.state, max(1, plan.limit - whole.memory.state)
     while pieces * room < shrinking * program.stage.microbatches or pieces == program.stage.microbatches:
         pieces *= 2
@@ -145,11 +145,11 @@ def _in_pieces(plan: Plan, experiment: Experiment, words: tuple[str, ...]) -> It
 
 
 def _tried(plan: Plan, experiment: Experiment, changes: Iterable[tuple[str, ...]]) -> Iterator[Change]:
-    """Those that fit."""
+    """The changes that fit."""
     for words in changes:
         try:
             changed = plan_stage(override(experiment, list(words)), plan.program.stage.name, plan.program.topology)
-        except UserError:  # it does not divide the heads, the rows, …: no way out
+        except UserError:  # the change does not divide the heads, the rows, …
             continue
         if changed.fits:
             yield Change(words, changed, 0)
@@ -162,7 +162,7 @@ def _larger(plan: Plan, experiment: Experiment) -> Iterator[Change]:
         larger = parse_topology(f"{topology.chip_name}:{shape}", topology.slices)
         try:
             changed = plan_stage(experiment, plan.program.stage.name, larger)
-        except UserError:  # its devices do not divide the batch
+        except UserError:  # the larger slice's devices do not divide the batch
             continue
         if changed.fits:
             yield Change(("--topology", larger.name), changed, 1)

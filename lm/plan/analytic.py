@@ -1,4 +1,4 @@
-"""A plan by arithmetic, in seconds and without a compiler: memory, time and what bounds it, of one device."""
+"""Analytic estimate of an update on one device, without a compiler: memory, time, and the resource that bounds it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lm.plan.usage import Usage
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device: what is there all the time, then what lives when most does."""
+    """Bytes on one device: persistent state (parameters to batch), then temporaries at the moment of peak use."""
 
     parameters: int
     optimizer: int
@@ -41,7 +41,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class DeviceEstimate:
-    """An update on one device, by arithmetic; FLOPs as executed, seconds each as if alone."""
+    """Analytic estimate of an update on one device: FLOPs as executed, bytes, and seconds of each resource by itself."""
 
     memory: Memory
     product_flops: float
@@ -57,12 +57,12 @@ class DeviceEstimate:
 
     @property
     def bound_s(self) -> float:
-        """The slowest alone: perfect overlap."""
+        """Lower bound of the step time: the slowest resource, with perfect overlap of the others."""
         return max(self.compute_s, self.memory_s, self.host_s, self.network_s)
 
 
 def estimate(program: Program) -> DeviceEstimate:
-    """Memory and time of a stage's update."""
+    """Estimate memory and time of a stage's update."""
     state = program.state()
     analysis = analysis_of(program)
     gradient = analysis.usage(*gradient_block(program))
@@ -90,29 +90,29 @@ def estimate(program: Program) -> DeviceEstimate:
         memory_s=moved / chip.hbm_rate,
         host_s=host,
         network_s=max(inside, across),
-        step_s=max(gradient.seconds + update.seconds + inside + across, host),  # the host's copies run beside the rest
+        step_s=max(gradient.seconds + update.seconds + inside + across, host),  # copies to the host overlap the rest
         traffic=tuple(wires),
         unpriced_kernels=tuple(sorted(gradient.kernels)),
     )
 
 
 def _casts(program: Program) -> int:
-    """Bytes of the narrow copies of layers, of a frozen model too where its passes are in the loop over microbatches."""
+    """Bytes of the layers' weights cast to the compute dtype, including frozen models used in the microbatch loop."""
     state, stage = program.state(), program.stage
     again = stage.microbatches > 1 and algorithm_of(stage).extra_forward_passes(stage.objective) > 0
     return cast_bytes(state.models, program) + (cast_bytes(state.frozen, program) if again else 0)
 
 
 def model_flops(program: Program) -> float:
-    """FLOPs of an update on one device that the model asks for, as MFU counts them."""
+    """Model FLOPs of an update on one device, as counted for MFU (without recomputation)."""
     return flops_per_token(program.stage, program.model, program.vocab_size) * program.tokens_per_device
 
 
 def _peak(gradient: Usage, update: Usage, casts: int) -> dict[str, int]:
-    """Kinds of memory at the moment when most is in use; the optimizer's moment has the gradients in memory too.
+    """Bytes of temporaries by kind at the moment of peak use, in the gradient computation or the optimizer update.
 
     Args:
-        casts: bytes of the narrow copies of the layers' weights, which live as long as the loops over layers.
+        casts: bytes of the layers' weights cast to the compute dtype, which live during the loops over layers.
     """
     largest = max((gradient.peak + Counter(casts=casts), update.peak), key=lambda kinds: sum(kinds.values()))
     return {

@@ -1,4 +1,4 @@
-"""The TPUs that can be planned for: what a device can do, and the topologies there are."""
+"""TPU chips that `lm plan` knows, with their rates and memory, and their topologies."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One JAX device of a kind of TPU; rates are in FLOP/s, bytes/s and cycles/s.
+    """One JAX device of a TPU generation; rates are in FLOP/s, bytes/s and cycles/s.
 
-    Sources: peaks in lm/model/flops.py; HBM rates as in JAX's Pallas TPU table; the clock is the peak over what the
-    matrix units do in a cycle, which is what the compiler's `estimated_cycles` count; `hbm_usable` is what libtpu 0.0.52
-    says is available when a program does not fit; links are the makers' figures for one direction.
+    Sources: peaks in lm/model/flops.py; HBM rates as in JAX's Pallas TPU table; the clock is the peak divided by the
+    FLOPs of the matrix units per cycle, the unit of the compiler's `estimated_cycles`; `hbm_usable` is the available
+    memory in libtpu 0.0.52's error for a program that does not fit; links are the maker's figures for one direction.
     """
 
     kind: str  # JAX's device_kind
     hbm_rate: float
-    hbm_usable: int  # bytes that a program may use; the rest is the runtime's
+    hbm_usable: int  # bytes that a program may use; the runtime uses the rest
     clock: float
-    link_rate: float  # of one inter-chip link, one way
+    link_rate: float  # bytes/s of one inter-chip link in one direction
     links: int  # links of a chip that one large collective can use at once
-    host_network: float  # of a host's connection to the data-centre network, one way
+    host_network: float  # bytes/s of a host's data-centre network connection in one direction
     devices_per_host: int
-    sparse_gathers: bool  # the compiler gives gathers to SparseCore
+    sparse_gathers: bool  # whether the compiler runs gathers on SparseCore
 
     @property
     def peak(self) -> float:
-        """Dense bfloat16 FLOP/s of one device."""
+        """Peak dense bfloat16 FLOP/s of one device."""
         peak = peak_flops(self.kind)
         assert peak is not None
         return peak
 
     @property
     def interconnect(self) -> float:
-        """Bytes/s that a ring collective over the slice moves out of one device."""
+        """Bytes/s that a ring collective within a slice sends from one device."""
         return self.link_rate * self.links
 
     @property
     def network(self) -> float:
-        """A device's share of its host's connection, in bytes/s."""
+        """A device's share of its host's network connection, in bytes/s."""
         return self.host_network / self.devices_per_host
 
 
@@ -58,7 +58,7 @@ CHIPS: dict[str, Chip] = {
 
 @dataclass(frozen=True)
 class Topology:
-    """`slices` slices of `shape` chips each."""
+    """A number of slices, each of `shape` chips."""
 
     chip_name: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As the compiler and the command line call one slice."""
+        """Name of one slice for the compiler and the command line, such as `v5p:2x4x4`."""
         return f"{self.chip_name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -79,7 +79,7 @@ class Topology:
 
     @property
     def larger_shapes(self) -> tuple[str, ...]:
-        """Those of the same chip that come after this one."""
+        """Larger slice shapes of the same chip."""
         shapes = SHAPES[self.chip_name]
         return shapes[shapes.index("x".join(map(str, self.shape))) + 1 :]
 
@@ -89,10 +89,10 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """The topology that the command line calls `v5p:2x4x4`.
+    """Parse a topology such as `v5p:2x4x4`.
 
     Raises:
-        UserError: no such chip, or no slice of this shape; shows those that there are.
+        UserError: there is no such chip or slice shape; lists the valid ones.
     """
     chip_name, shape = parse_slice(name, CHIPS)
     return Topology(chip_name, tuple(map(int, shape.split("x"))), slices)

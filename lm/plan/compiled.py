@@ -1,4 +1,4 @@
-"""The real compiler's answer, without the hardware: libtpu compiles a stage's step for a topology on this machine."""
+"""Compiles a stage's step for a TPU topology with libtpu, on a machine without TPUs, for its memory and program text."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lm.plan.program import Program
 from lm.train.loop import jit_step
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # nothing runs on a device
-    "TPU_SKIP_MDS_QUERY": "1",  # this machine is no TPU host and has no metadata server
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compiles at a time on one machine
+    "JAX_PLATFORMS": "cpu",  # nothing runs on a TPU
+    "TPU_SKIP_MDS_QUERY": "1",  # this machine is not a TPU host and has no metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # allow several compilations at a time on one machine
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-"""What must be set before jax and libtpu are loaded."""
+"""Environment variables to set before jax and libtpu are loaded."""
 
 
 class OutOfMemory(Exception):
-    """The compiler found that a step does not fit: the bytes that it needs, and its words."""
+    """Raised if the compiler finds that a step does not fit; has the bytes that it needs and the compiler's message."""
 
     def __init__(self, needed: int, words: str):
         super().__init__(words)
@@ -44,12 +44,12 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a step; bytes and seconds of one device."""
+    """A compiled step: peak memory of one device, compilation time, and the program's text."""
 
     peak_bytes: int
-    seconds: float  # that tracing, lowering and compiling took
-    cpu_seconds: float  # of all processors together
-    compiler: Libtpu  # estimates of two versions do not compare
+    seconds: float  # wall time of tracing, lowering and compiling
+    cpu_seconds: float  # CPU time, summed over processors
+    compiler: Libtpu  # estimates of different versions are not comparable
     text: str
 
 
@@ -57,10 +57,10 @@ def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
     """Compile the step of a stage for its topology.
 
     Args:
-        libtpu: the compiler, see find_libtpu.
+        libtpu: path of the compiler, see `find_libtpu`.
 
     Raises:
-        UserError: there is no such compiler here, or this process has loaded another one.
+        UserError: there is no such compiler, or this process has loaded another one.
         OutOfMemory: the step does not fit into a device's memory.
     """
     compiler = find_libtpu(libtpu)
@@ -79,32 +79,32 @@ def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
         text = _text(compiled, Path(dump))
         allocated = allocated_bytes(Path(dump))
     memory = compiled.memory_analysis()
-    # The state is donated: what the step gives back lies where it came from, but for the metrics.
+    # The state is donated, so the step's results alias its arguments, except the metrics.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     analysed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
     return Compiled(allocated or analysed, seconds, cpu_seconds, compiler, text)
 
 
 def allocated_bytes(dump: Path) -> int | None:
-    """HBM that a program is given, from the compiler's own list of allocations; None where it has written none.
+    """HBM in bytes allocated to a program, from the compiler's dumped list of allocations; None if there is none.
 
-    `memory_analysis` is not asked first: by libtpu 0.0.42 its `temp_size_in_bytes` is a fifth to two fifths larger than the one
-    allocation of temporaries in this list (12.3 GB where 9.8 are allocated, for the 0.6B step of the pods), while the list, the
-    peak of live buffers and the size at which this compiler refuses a program agree (a step of 18.1 GB by `memory_analysis`
-    compiles for 16.9 GB of memory). By libtpu 0.0.52 both are the same.
+    The list is preferred to `memory_analysis`, whose `temp_size_in_bytes` is 20 to 40 % larger in libtpu 0.0.42 (12.3 GB
+    instead of 9.8 for the 0.6B step of experiments/pods). The list agrees with the peak of live buffers and with the size
+    at which the compiler refuses a program (a step of 18.1 GB by `memory_analysis` compiles for 16.9 GB of memory). In
+    libtpu 0.0.52 both are equal.
     """
     totals = [_allocated(path.read_text()) for path in dump.glob("*buffer-assignment.txt")]
     return max(totals, default=None)
 
 
 def _allocated(text: str) -> int:
-    """The sum over allocations in HBM; those of other memories have a color."""
+    """Sum of the allocations in HBM; those in other memories have a color."""
     found = re.findall(r"^allocation \d+: size (\d+)(.*)$", text, re.MULTILINE)
     return sum(int(size) for size, rest in found if not re.match(r", color [1-9]", rest))
 
 
 def _out_of_memory(words: str) -> OutOfMemory | None:
-    """What the compiler says when a program is too large, such as `required … (480.00G) exceeds available HBM (15.75G)`."""
+    """Parse the compiler's error for a too large program, `… (480.00G) exceeds available HBM (15.75G)`; None for others."""
     found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM", words)
     if not found:
         return None
@@ -112,7 +112,7 @@ def _out_of_memory(words: str) -> OutOfMemory | None:
     return OutOfMemory(int(float(found[1]) * scale), words.splitlines()[0])
 
 
-_loaded: Path | None = None  # a process keeps the library that it has loaded first
+_loaded: Path | None = None  # the libtpu that this process has loaded, which cannot be replaced
 
 
 def tpu_devices(topology: Topology, compiler: Libtpu) -> list[Any]:
@@ -123,7 +123,7 @@ def tpu_devices(topology: Topology, compiler: Libtpu) -> list[Any]:
     """
     global _loaded
     if _loaded not in (None, compiler.path):
-        raise UserError(f"this process has loaded {_loaded}; a new one is needed for {compiler.path}")
+        raise UserError(f"this process has loaded {_loaded}; start a new process to use {compiler.path}")
     _loaded = compiler.path
     os.environ[VARIABLE] = str(compiler.path)
     for name, value in ENVIRONMENT.items():
@@ -136,10 +136,10 @@ def tpu_devices(topology: Topology, compiler: Libtpu) -> list[Any]:
 
 
 def save_text(text: str, path: Path) -> None:
-    """Write a compiled module, compressed where the name ends in .gz.
+    """Write a compiled module's text, compressed if the name ends in .gz.
 
     Raises:
-        UserError: the folder is not there.
+        UserError: the folder does not exist.
     """
     if not path.parent.is_dir():
         raise UserError(f"--hlo {path}: there is no folder {path.parent}")
@@ -152,7 +152,7 @@ def save_text(text: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libtpu writes to standard error, past Python, away from the user."""
+    """Context that discards what libtpu writes directly to standard error."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -165,7 +165,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cpu_flags() -> Iterator[None]:
-    """Keep XLA_FLAGS for CPUs from libtpu, which ends the process, and says nothing, at a flag that it does not know."""
+    """Context that removes CPU flags from XLA_FLAGS, since libtpu silently ends the process at an unknown flag."""
     given = os.environ.get("XLA_FLAGS")
     if given is None:
         yield
@@ -178,7 +178,7 @@ def without_cpu_flags() -> Iterator[None]:
 
 
 def _text(compiled: Any, dump: Path) -> str:
-    """The scheduled module. A result that runs on SparseCore cannot be read back; the compiler's dump has it too."""
+    """Text of the scheduled module; from the compiler's dump if `as_text` fails, as for programs that use SparseCore."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:

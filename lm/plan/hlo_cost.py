@@ -1,20 +1,20 @@
-"""Step time of a compiled TPU module, estimated from its text: the compiler's own cycles, and a model of the rest.
+"""Step time of a compiled TPU module, estimated from its text: the compiler's cycle counts, and a model of the rest.
 
-The TPU compiler writes `estimated_cycles` on what it schedules, but not on collectives and kernels. Each instruction of
-the scheduled computations (entry, loop bodies times their turns, the dearest branch) falls into one bucket:
+The TPU compiler annotates most instructions with `estimated_cycles`, but not collectives and kernels. Each instruction of
+the scheduled computations (entry, loop bodies times their trip counts, the slowest branch) falls into one category:
 
-    compute   cycles over the clock
-    kernel    splash attention: FLOPs as executed over KERNEL_EFFICIENCY of the peak; other kernels count as 0, and are named
-    sync      collectives that stop everything else: bytes on a ring over all links of the chip
-    async     collectives that overlap: the same, in a queue of their own
-    host      copies from and to host memory, in a queue of their own
-    network   transfers between slices over the data-centre network, in a queue of their own: an all-reduce of what is sent
-    unpriced  what carries no figure: bytes over the HBM rate
+    compute   cycles / clock
+    kernel    splash attention: executed FLOPs / (KERNEL_EFFICIENCY · peak); other kernels count as 0 and are listed
+    sync      blocking collectives: bytes on a ring over all links of the chip
+    async     overlapping collectives: the same, in a queue of their own
+    host      copies to and from host memory, in a queue of their own
+    network   transfers between slices over the data-centre network, in a queue of their own, counted as an all-reduce
+    unpriced  other instructions without a cycle count: bytes / HBM rate
 
-Copies inside the chip, gathers on SparseCore among them, run beside the rest and count as 0.
+Copies inside the chip, including gathers on SparseCore, overlap the rest and count as 0.
 
-`schedule_s` plays the instructions in the order of the schedule with a queue each for compute, links, host and network. It is the figure
-to compare, between modules of the same compiler and chip. `bound_s` is the busiest queue alone: perfect overlap.
+`schedule_s` simulates the instructions in scheduled order with a queue each for compute, links, host and network. Use it
+to compare modules of the same compiler and chip. `bound_s` is the busiest queue by itself (perfect overlap).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Collective:
 
     kind: str
     overlaps: bool
-    devices: int  # in one group
+    devices: int  # number of devices in one group
     count: int
     bytes: float
     seconds: float
@@ -70,7 +70,7 @@ class CompiledCost:
     """Seconds and FLOPs of one execution of the module on one device."""
 
     compute_s: float
-    product_s: float  # of compute_s, what fusions that hold a matrix product take
+    product_s: float  # part of compute_s in fusions with a matrix product
     kernel_s: float
     unpriced_s: float
     sync_s: float
@@ -80,11 +80,11 @@ class CompiledCost:
     schedule_s: float
     product_flops: float
     kernel_flops: float
-    kernels: dict[str, int]  # calls
+    kernels: dict[str, int]  # number of calls by kernel
     unpriced_kernels: tuple[str, ...]
     collectives: tuple[Collective, ...]
     trips: dict[str, int]
-    unknown_loops: tuple[str, ...]  # counted as one turn
+    unknown_loops: tuple[str, ...]  # loops with unknown trip count, counted as one iteration
 
     @property
     def device_s(self) -> float:
@@ -97,7 +97,7 @@ class CompiledCost:
 
 @dataclass
 class _Clock:
-    """The queues, and when each transfer under way arrives; seconds from the start of a computation."""
+    """Simulated time: when each queue is free and each transfer arrives, in seconds from a computation's start."""
 
     now: float = 0.0
     links: float = 0.0
@@ -107,7 +107,7 @@ class _Clock:
     begun: set[str] = field(default_factory=set)
 
     def send(self, queue: str, seconds: float) -> float:
-        """Put a transfer into a queue; when it arrives."""
+        """Put a transfer into a queue; returns its arrival time."""
         arrival = max(self.now, getattr(self, queue)) + seconds
         setattr(self, queue, arrival)
         return arrival
@@ -117,12 +117,12 @@ class _Clock:
 
 
 def estimate(module: Module, chip: Chip, slices: int = 1) -> CompiledCost:
-    """What one execution of the module costs on a device of this kind."""
+    """Estimate the cost of one execution of a module on one device of a chip."""
     return _Estimate(module, chip, slices).cost()
 
 
 class _Estimate:
-    """One walk over a module. `times` is how often a computation runs in a step; 0 is a look that books nothing."""
+    """Simulation of a module. `times` is the number of runs of a computation per step; with 0 nothing is recorded."""
 
     def __init__(self, module: Module, chip: Chip, slices: int):
         self.module, self.chip, self.slices, self.work = module, chip, slices, Work(module)
@@ -156,7 +156,7 @@ class _Estimate:
         )  # fmt: skip
 
     def walk(self, computation: str, times: int, flight: dict[str, float] | None = None) -> tuple[float, dict]:
-        """Seconds of one execution in the order of the schedule, and what is still under way after them."""
+        """Simulate one execution of a computation; returns its seconds and the transfers that arrive later."""
         clock = _Clock(flight=dict(flight or {}))
         clock.begun = set(clock.flight)
         for instruction in self.module.computations[computation].values():
@@ -172,7 +172,7 @@ class _Estimate:
         if times:
             self.trips[loop.name] = turns
         body = loop.attribute("body") or ""
-        _, left = self.walk(body, 0)  # a turn begins with what the turn before it left under way
+        _, left = self.walk(body, 0)  # an iteration starts with the unfinished transfers of the one before
         seconds, _ = self.walk(body, times * turns, left)
         clock.now += seconds * turns
 
@@ -217,7 +217,7 @@ class _Estimate:
         clock.now += seconds
 
     def _transfer(self, i: Instruction, computation: str, kind: str, overlaps: bool, times: int) -> float:
-        """Seconds of one collective on the wire, booked."""
+        """Record one collective and return its seconds."""
         size, devices = payload(self.module, i, computation, kind), group_size(self.module, i)
         seconds = wire_seconds(kind, size, devices, self.chip.link_rate, self.chip.links)
         self.seconds["async" if overlaps else "sync"] += seconds * times
@@ -235,9 +235,9 @@ class _Estimate:
             clock.now = arrival
 
     def _fused_collectives(self, clock: _Clock, i: Instruction, called: str, times: int) -> bool:
-        """Collectives inside a fusion or an asynchronous wrapper; whether that is all there is to it.
+        """Simulate the collectives inside a fusion or asynchronous wrapper; returns whether it has no other cost.
 
-        One channel is one transfer, however many fusions carry a piece of it.
+        A channel is one transfer, even if several fusions carry parts of it.
         """
         targets = {x.target for x in self.module.computations[called].values()}
         collectives = self.work.inside(called).collectives
@@ -262,7 +262,7 @@ class _Estimate:
         return i.cycles is None
 
     def _between_slices(self, clock: _Clock, i: Instruction, name: str, times: int) -> None:
-        """A transfer begins with `send`; what it brings is there at `recv-done`."""
+        """Simulate a transfer between slices, from its `send` to its `recv-done`."""
         if i.op == "send":
             seconds = i.bytes * RING["all-reduce"](self.slices) / self.chip.network
             self.seconds["network"] += seconds * times
@@ -300,7 +300,7 @@ class _Estimate:
         self._book(clock, "unpriced", moved / self.chip.hbm_rate, times)
 
     def _started_by(self, done: Instruction, computation: str) -> str | None:
-        """The start that a `-done` waits for, behind updates and tuples."""
+        """Name of the `-start` that a `-done` waits for, found through updates and tuples."""
         here = self.module.computations[computation]
         for name in done.operands:
             found = here.get(name)

@@ -1,4 +1,4 @@
-"""How often a compiled while loop turns, read off its condition, its body and what it starts with."""
+"""Trip counts of compiled while loops, from their condition, body and initial values."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import re
 from lm.plan.hlo_text import Computation, Instruction, Module
 
 FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
-# What is added to |limit - start| before it is divided by the step.
+# Added to |limit - start| before it is divided by the step.
 SLACK = {"LT": 0, "GT": 0, "NE": 0, "LE": 1, "GE": 1}
-HOPS = 6  # copies and bitcasts to look through
+HOPS = 6  # copies and bitcasts to follow
 
 
 def trip_count(module: Module, computation: str, loop: Instruction) -> int | None:
-    """Turns of a `while` of this computation; None where the text does not tell.
+    """Number of iterations of a `while` instruction; None if it cannot be determined.
 
-    JAX's loops count an integer of the carry by a constant up to a limit, which is a constant or part of the carry.
+    JAX's loops step an integer in the carry by a constant up to a limit, which is a constant or in the carry.
     """
     known = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes)
     if known:
@@ -38,7 +38,7 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int | Non
 
 
 def _compared(module: Module, loop: Instruction) -> tuple[Instruction, Instruction, str] | None:
-    """Both sides of the comparison that the condition ends with, also where it is wrapped in a fusion, and its direction."""
+    """Both operands and the direction of the comparison that ends a loop's condition, also inside a fusion."""
     condition = module.computations[loop.attribute("condition") or ""]
     root = _root(condition)
     inside = condition
@@ -64,14 +64,14 @@ def _value(module: Module, computation: str, loop: Instruction, limit: Instructi
 
 
 def _initial(module: Module, computation: str, loop: Instruction, element: Instruction) -> int | None:
-    """The constant that this element of the carry starts with."""
+    """The constant initial value of an element of the carry; None if it is not a constant."""
     here = module.computations[computation]
     start = _element(here, here.get(loop.operands[0]), element)
     return int(start.arguments) if start is not None and start.op == "constant" else None
 
 
 def _step(module: Module, loop: Instruction, element: Instruction) -> int:
-    """What a turn adds to this element of the carry: 0 if it passes through, 1 where it is unclear."""
+    """Increment of an element of the carry per iteration: 0 if it is unchanged, 1 if unknown."""
     body = module.computations[loop.attribute("body") or ""]
     new = _element(body, _root(body), element)
     if new is None:
@@ -86,7 +86,7 @@ def _step(module: Module, loop: Instruction, element: Instruction) -> int:
 
 
 def _element(computation: Computation, carry: Instruction | None, element: Instruction) -> Instruction | None:
-    """What stands in the place of `element` in a tuple, behind copies and bitcasts."""
+    """The instruction at the index of `element` in a tuple, followed through copies and bitcasts."""
     if carry is None or carry.op != "tuple":
         return None
     found = computation.get(carry.operands[int(element.attribute("index") or 0)])

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled HLO module: computations, their instructions, shapes."""
+"""Parser for the text of a compiled HLO module: computations, instructions, shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REFERENCE = re.compile(r"%([\w.\-]+)")
 
 
 def array_bytes(shape: str) -> list[float]:
-    """Bytes of every array that a shape names; a tuple names several."""
+    """Bytes of every array in a shape; a tuple has several."""
     return [
         ITEM_BYTES[kind] * math.prod(int(size) for size in sizes.split(",") if size)
         for kind, sizes in _ARRAY.findall(shape)
@@ -32,14 +32,14 @@ def array_bytes(shape: str) -> list[float]:
 
 
 def dimensions(shape: str) -> list[int]:
-    """Sizes of the first array of a shape; [] of a scalar."""
+    """Dimensions of the first array in a shape; [] for a scalar."""
     found = _ARRAY.search(shape)
     return [int(size) for size in found[2].split(",") if size] if found else []
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """`name = shape op(arguments), attributes`, as the text has it."""
+    """One instruction of a module's text: `name = shape op(arguments), attributes`."""
 
     name: str
     shape: str
@@ -58,23 +58,23 @@ class Instruction:
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """What the TPU compiler thinks it takes; None where it does not say."""
+        """The TPU compiler's estimated cycles; None if it gives none."""
         return _integer(r'"estimated_cycles":"?(-?\d+)', self.attributes)
 
     @functools.cached_property
     def target(self) -> str:
-        """Whom a custom call calls."""
+        """Target of a custom call; "" for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @functools.cached_property
     def source(self) -> str:
-        """The path in the traced program, such as jit(step)/while/body/dot_general."""
+        """Path in the traced program, such as jit(step)/while/body/dot_general."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def attribute(self, key: str) -> str | None:
-        """The word after `key=`."""
+        """The value after `key=` in the attributes; None if there is none."""
         found = re.search(rf"(?<!\w){key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
@@ -93,21 +93,21 @@ class Module:
     num_partitions: int
 
     def operands(self, instruction: Instruction, computation: str) -> list[Instruction]:
-        """The instructions that it reads, as far as they stand in its own computation."""
+        """The operands of an instruction that are in its own computation."""
         inside = self.computations[computation]
         return [inside[name] for name in instruction.operands if name in inside]
 
 
 def read_text(path: Path) -> str:
-    """A text file, plain or .gz."""
+    """Read a text file, plain or gzipped (.gz)."""
     return gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
 
 
 def parse(text: str) -> Module:
-    """The module of a text as `Compiled.as_text()` and the compiler's dumps have it.
+    """Parse a module's text, as from `Compiled.as_text()` or the compiler's dumps.
 
     Raises:
-        ValueError: it is not such a text.
+        ValueError: the text is not a module.
     """
     computations: dict[str, Computation] = {}
     entry, current, pending = "", None, list[str]()
@@ -153,7 +153,7 @@ def _instruction(text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1

@@ -1,4 +1,4 @@
-"""What an instruction of a compiled module has to do: FLOPs of products and kernels, bytes that a collective moves."""
+"""Work of instructions of a compiled module: FLOPs of matrix products and kernels, bytes of collectives and copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLLECTIVES = frozenset(
      "collective-broadcast")
 )  # fmt: skip
 
-# Bytes out of one device over those of the payload, for a ring of n devices. A permutation uses one link both ways.
+# Bytes sent by one device / bytes of the payload, on a ring of n devices. A permutation uses one link in both directions.
 RING = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -26,13 +26,13 @@ RING = {
 
 
 def collective_kind(op: str) -> str | None:
-    """`all-gather` of `all-gather-start`; None of what is no collective."""
+    """The kind of a collective op, such as `all-gather` for `all-gather-start`; None for other ops."""
     op = re.sub(r"-(start|done|update)$", "", op)
     return op if op in COLLECTIVES else None
 
 
 def group_size(module: Module, instruction: Instruction) -> int:
-    """How many devices take part in one group of a collective; three notations are in use."""
+    """Number of devices in one group of a collective (the text has three notations for groups)."""
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes)
     if iota:
         return int(iota[2])
@@ -48,16 +48,16 @@ def group_size(module: Module, instruction: Instruction) -> int:
 
 
 def payload(module: Module, instruction: Instruction, computation: str, kind: str) -> float:
-    """Bytes on one device that a collective reduces, or gathers to."""
+    """Payload of a collective on one device in bytes: the result of an all-gather, the operand of others."""
     result = instruction.bytes
     given = sum(i.bytes for i in module.operands(instruction, computation)) or result
-    if instruction.op.endswith("-start"):  # its shape names what goes in as well
+    if instruction.op.endswith("-start"):  # its shape includes the operands
         result = given if kind in ("all-reduce", "collective-permute") else max(result - given, given)
     return result if kind == "all-gather" else given
 
 
 def wire_seconds(kind: str, size: float, devices: int, link_rate: float, links: int) -> float:
-    """Seconds of a payload of `size` bytes on a ring of `devices` over all links of a device."""
+    """Seconds that a collective with a payload of `size` bytes takes on a ring of `devices` over all links of a chip."""
     if kind in RING:
         return size * RING[kind](max(1, devices)) / (link_rate * links)
     return size / (2 * link_rate)
@@ -65,14 +65,14 @@ def wire_seconds(kind: str, size: float, devices: int, link_rate: float, links: 
 
 @dataclass(frozen=True)
 class Inside:
-    """What a fused or asynchronous computation holds, all that it calls included."""
+    """Contents of a fused or asynchronous computation, with everything it calls: FLOPs and collectives."""
 
     flops: float
-    collectives: tuple[tuple[Instruction, str], ...]  # with the computation that each stands in
+    collectives: tuple[tuple[Instruction, str], ...]  # (instruction, name of its computation)
 
 
 class Work:
-    """Answers about one module, kept, since loops and fusions are asked about again and again."""
+    """Work of a module's instructions, cached, since loop bodies and fusions are visited several times."""
 
     def __init__(self, module: Module):
         self.module = module
@@ -93,7 +93,7 @@ class Work:
         return Inside(flops, tuple(collectives))
 
     def product_flops(self, instruction: Instruction, computation: str) -> float:
-        """FLOPs of a matrix product, which the TPU compiler writes as a convolution; 0 of anything else."""
+        """FLOPs of a matrix product, which the TPU compiler may write as a convolution; 0 for other instructions."""
         if instruction.op not in ("dot", "convolution"):
             return 0.0
         left, right = (dimensions(i.shape) for i in self.module.operands(instruction, computation)[:2])
@@ -105,16 +105,16 @@ class Work:
         return convolution_flops(instruction, left, right, result)
 
     def kernel_flops(self, instruction: Instruction, computation: str) -> float:
-        """FLOPs of one call of an attention kernel; 0 of any other kernel."""
+        """FLOPs of one call of an attention kernel; 0 for other kernels."""
         operands = self.module.operands(instruction, computation)
         arrays = [dimensions(i.shape) for i in operands if re.match(r"bf16|f16|f32", i.shape)]
         return splash_flops(instruction.name, arrays, instruction.attributes[:4000], self.fused_backward)
 
 
 def convolution_flops(instruction: Instruction, left: list[int], right: list[int], result: list[int]) -> float:
-    """FLOPs of a convolution, counting only the taps that meet a real element of the left operand.
+    """FLOPs of a convolution, counting only taps on elements of the left operand, not on padding or dilation.
 
-    Batch dimensions of a product become spatial ones with dilation and padding, most taps of which meet nothing.
+    The compiler turns batch dimensions of a product into spatial ones whose taps mostly fall on padding or dilation.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
@@ -138,7 +138,7 @@ def convolution_flops(instruction: Instruction, left: list[int], right: list[int
 
 @functools.cache
 def _met(length: int, outputs: int, taps: int, stride: int, pad: int, base_dilation: int, tap_dilation: int) -> int:
-    """Pairs of an output and a tap that meet an element of the left operand, along one axis."""
+    """Number of (output, tap) pairs along one axis that fall on an element of the left operand."""
     if (stride, pad, base_dilation, tap_dilation) == (1, 0, 1, 1):
         return outputs * taps
     span = (length - 1) * base_dilation + 1
@@ -147,9 +147,9 @@ def _met(length: int, outputs: int, taps: int, stride: int, pad: int, base_dilat
 
 
 def host_bytes(module: Module, instruction: Instruction, computation: str) -> float | None:
-    """Bytes that an asynchronous copy moves to or from host memory; None of a copy inside the chip.
+    """Bytes that an asynchronous copy moves to or from host memory; None for a copy inside the chip.
 
-    Memory space 5 is the host's. The start names source and result; the smaller of them is what moves.
+    Memory space 5, S(5), is the host's. A `-start` has both source and result, of which the smaller one is moved.
     """
     near = [i.shape for i in module.operands(instruction, computation)]
     if not any("S(5)" in shape for shape in [*near, instruction.shape]):
@@ -159,7 +159,7 @@ def host_bytes(module: Module, instruction: Instruction, computation: str) -> fl
 
 
 def rendezvous(module: Module, instruction: Instruction, computation: str) -> str | None:
-    """The name of the transfer between slices that a `send`, a `recv` or what waits for one belongs to; else None."""
+    """Name of the transfer between slices of a `send`, `recv`, `send-done` or `recv-done`; None for other instructions."""
     if instruction.op not in ("send", "recv", "send-done", "recv-done"):
         return None
     for near in (instruction, *module.operands(instruction, computation)):

@@ -1,4 +1,4 @@
-"""What neither the compiler nor a traced program says: the FLOPs of attention kernels, and rates that are assumed."""
+"""FLOPs of attention kernels, which neither compiler nor trace reports, and assumed rates."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ HOST_RATE = 16e9  # bytes/s between a device and its host's memory
 SPLASH = {"fwd": 4, "dq": 6, "dkv": 8, "fused": 10}
 
 
-KERNEL_EFFICIENCY = 0.5  # part of the peak that attention kernels reach; an assumption, 0.4 to 0.7 is usual
+KERNEL_EFFICIENCY = 0.5  # assumed fraction of the peak that attention kernels reach (0.4 to 0.7 is usual)
 
 
 def splash_flops(name: str, arrays: Sequence[Sequence[int]], notes: str, fused_backward: bool) -> float:
-    """FLOPs of one call of a splash-attention kernel with a causal mask, on its device; 0 of any other kernel.
+    """FLOPs of one call of a splash-attention kernel with a causal mask on one device; 0 for any other kernel.
 
-    Counted as executed: every block that has a pair on or below the diagonal, whole; a window is not known here, so
-    that a kernel with one is counted as if it had none.
+    Counts executed FLOPs: every block that has a pair on or below the diagonal counts fully. Windows are not known here,
+    so a kernel with a window is counted as one without.
 
     Args:
-        arrays: sizes of the operands of floating point, queries and keys first: [..., T, K].
-        notes: the kernel's metadata, which names its block sizes.
+        arrays: shapes of the floating-point operands, queries and keys first: [..., T, K].
+        notes: the kernel's metadata, which has its block sizes.
+        fused_backward: whether one backward kernel computes all gradients.
     """
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
     arrays = [sizes for sizes in arrays if len(sizes) >= 3]
@@ -33,7 +34,7 @@ def splash_flops(name: str, arrays: Sequence[Sequence[int]], notes: str, fused_b
     found = dict(re.findall(r'\\?"(\w+)\\?": (\d+|true|false)', notes))
     fused = fused_backward or found.get("use_fused_bwd_kernel") == "true"
     suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
-    # Fewer queries than keys are a device's share of a row, which sees as much as the mean of the whole row.
+    # Fewer queries than keys are a device's share of a row, which attends to as many keys as the row's average.
     length = key[-2]
     rows, columns = (max(1, length // (int(found.get(f"block_{side}{suffix}", 0)) or length)) for side in ("q", "kv"))
     height, width = length // rows, length // columns

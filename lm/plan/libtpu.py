@@ -1,4 +1,4 @@
-"""Which libtpu `lm plan --compile` asks: the one that the installed jax would run on a TPU host, or another on request."""
+"""Finds the libtpu that `lm plan --compile` uses: the one that the installed jax would load, or one given by path."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lm.experiment import UserError
 
 LIBRARY = "libtpu.so"
 READ = SpecifierSet(">=0.0.42,<0.0.53")
-"""The versions whose modules, lists of allocations and errors lm/plan/hlo_text.py and compiled.py have been tried with."""
-VARIABLE = "TPU_LIBRARY_PATH"  # by which jax finds it, before the installed package
+"""The libtpu versions with which lm/plan/hlo_text.py and compiled.py (which read its text) have been tested."""
+VARIABLE = "TPU_LIBRARY_PATH"  # environment variable that jax prefers to the installed package
 INSTALL = "pip install 'lm[plan]'"
 OTHER = "pip install --no-deps --target DIR libtpu==VERSION"
 
@@ -25,32 +25,32 @@ OTHER = "pip install --no-deps --target DIR libtpu==VERSION"
 class Libtpu:
     """A TPU compiler on this machine."""
 
-    path: Path  # of the library
-    version: str | None  # None: nothing beside the library tells
-    asked: SpecifierSet  # the versions that the installed jax asks for (its extra `tpu`)
+    path: Path  # path of the library
+    version: str | None  # None: unknown
+    asked: SpecifierSet  # the versions that the installed jax requires (its extra `tpu`)
 
     @property
     def name(self) -> str:
-        """For people and for --json: estimates of two versions do not compare."""
+        """Name and version for output, since estimates of different versions are not comparable."""
         return f"libtpu {self.version}" if self.version else f"libtpu at {self.path}"
 
     @property
     def notes(self) -> list[str]:
-        """Lines for people: where hosts that install jax[tpu] run another one, and where its words may be other ones."""
+        """Warnings: TPU hosts with this jax run another version, or this version's text has not been tested."""
         lines = []
         if self.version is None or not self.asked.contains(self.version, prereleases=True):
             hosts = f"hosts with jax {version('jax')} run libtpu {self.asked}, whose figures may differ"
-            lines.append(f"asked was {self.name}; {hosts}")
+            lines.append(f"compiled with {self.name}; {hosts}")
         if self.version is None or not READ.contains(self.version, prereleases=True):
-            lines.append(f"its text was read as that of libtpu {READ}, the versions that lm has been tried with")
+            lines.append(f"its text was read as that of libtpu {READ}, the versions that lm has been tested with")
         return lines
 
 
 def find_libtpu(given: str | None) -> Libtpu:
-    """The compiler to ask.
+    """Find the TPU compiler.
 
     Args:
-        given: a libtpu.so, or a folder into which pip has put the package; None: the one that jax would load.
+        given: path of a libtpu.so, or of a folder into which pip installed the package; None: the one jax would load.
 
     Raises:
         UserError: there is none.
@@ -61,7 +61,7 @@ def find_libtpu(given: str | None) -> Libtpu:
         places = [Path(chosen), Path(chosen) / LIBRARY, Path(chosen) / "libtpu" / LIBRARY]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise UserError(f"{named} {chosen!r}: no {LIBRARY}, nor a folder with one, is there ({OTHER} makes one)")
+            raise UserError(f"{named} {chosen!r} is neither a {LIBRARY} nor a folder with one ({OTHER} makes one)")
         return Libtpu(path.resolve(), _version_beside(path.resolve()), asked_by_jax())
     spec = importlib.util.find_spec("libtpu")
     if spec is None or not spec.submodule_search_locations:
@@ -71,7 +71,7 @@ def find_libtpu(given: str | None) -> Libtpu:
 
 
 def asked_by_jax() -> SpecifierSet:
-    """The versions of libtpu that the extra `tpu` of the installed jax asks for."""
+    """The libtpu versions that the extra `tpu` of the installed jax requires."""
     for requirement in map(Requirement, requires("jax") or []):
         if requirement.name == "libtpu" and (not requirement.marker or requirement.marker.evaluate({"extra": "tpu"})):
             return requirement.specifier
@@ -79,7 +79,7 @@ def asked_by_jax() -> SpecifierSet:
 
 
 def _version_beside(path: Path) -> str | None:
-    """The version of the package that a library belongs to, from the metadata that pip put beside it."""
+    """The version of a library's package, from pip's metadata beside it; None if there is none."""
     found = {item.metadata["Name"]: item.version for item in distributions(path=[str(path.parent.parent)])}
     return found.get("libtpu") if path.parent.name == "libtpu" else None
 

@@ -1,8 +1,8 @@
-"""One device's share of a program: the same step, traced with its own rows, heads and hidden units.
+"""One device's share of a program: the step traced with only this device's rows, heads and hidden units.
 
-An axis of the mesh splits either what a device computes (rows, heads, hidden units, the vocabulary) or only where
-parameters lie between uses. The first kind divides the shapes that are traced here; the second kind is left whole, because
-such a parameter is gathered before it is used. Tokens of a row are left whole as well, since attention reads them all.
+A mesh axis splits either the computation (rows, heads, hidden units, the vocabulary) or only the storage of parameters.
+The first kind divides the shapes that are traced here. The second kind does not, because such a parameter is gathered
+before use. The tokens of a row are not divided either, since attention reads all of them.
 """
 
 from __future__ import annotations
@@ -29,39 +29,38 @@ from lm.plan.trace import TracedBlock, Value, block_of
 from lm.plan.usage import Analysis
 from lm.train_step import partition
 
-SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that are used in parts
+SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that are split in computation too
 
 
 def one_device(program: Program) -> Program:
-    """The program of one device, alone."""
+    """A program whose model and vocabulary have the sizes of one device's share."""
     model, sizes = program.model, program.sizes
     local = dataclasses.replace(
         model,
         num_heads=model.num_heads // ways("heads", sizes),
         num_kv_heads=model.num_kv_heads // ways("kv_heads", sizes),
         mlp_dim=model.mlp_dim // ways("mlp", sizes),
-        max_logits=model.max_logits
-        * ways("length", sizes),  # a bound for a device's part of the rows that are traced whole
-        scan_unroll=1,  # saves and computes the same, and is traced sooner
+        max_logits=model.max_logits * ways("length", sizes),  # the limit is per device, but rows are traced whole
+        scan_unroll=1,  # the same memory and work, faster to trace
     )
     return dataclasses.replace(program, model=local, vocab_size=program.vocab_size // ways("vocab", sizes))
 
 
 def local_batch(program: Program) -> tuple[int, int]:
-    """Rows of an update that one device works on, alone or with others, and tokens of a whole row; half a pair is a pair."""
+    """Rows of an update on one device (rounded up to whole examples, such as pairs), and tokens of a whole row."""
     rows, together = program.rows // ways("batch", program.sizes), rows_per_example(program.stage)
     return -(-rows // together) * together, program.stage.seq_len
 
 
 def analysis_of(program: Program) -> Analysis:
-    """How blocks of this program are analysed."""
+    """The settings for analysing the memory and work of this program's blocks."""
     return Analysis(
         program.topology.chip, parts(program), one_device(program).vocab_size, ways("length", program.sizes)
     )
 
 
 def gradient_block(program: Program) -> tuple[TracedBlock, set[Value]]:
-    """The step of one device, but for the optimizer: the gradient of its rows; and those of its inputs that are parameters."""
+    """The traced gradient computation of one device's rows (without optimizer), and which of its inputs are parameters."""
     local, (rows, tokens) = one_device(program), local_batch(program)
     return _gradient_block(local.stage, local.model, local.vocab_size, rows, tokens, lone_mesh(program))
 
@@ -81,7 +80,7 @@ def _gradient_block(
 
 
 def update_block(program: Program) -> TracedBlock:
-    """What the optimizer does with (gradients, its state, parameters)."""
+    """The traced optimizer update, a function of (gradients, optimizer state, parameters)."""
     local = one_device(program)
     return _update_block(local.stage, local.model, local.vocab_size)
 
@@ -96,17 +95,17 @@ def _update_block(stage: Stage, model: Model, vocab_size: int) -> TracedBlock:
 
 
 def lone_mesh(program: Program) -> AbstractMesh:
-    """A mesh of one device of the topology's kind, with all axes: the code that is traced chooses what that device likes."""
+    """An abstract mesh of one TPU device with all axes, so that traced code takes the branches for this kind of device."""
     device = AbstractDevice(device_kind=program.topology.chip.kind, num_cores=1, platform="tpu")
     axes = tuple(program.sizes)
     return AbstractMesh((1,) * len(axes), axes, (AxisType.Auto,) * len(axes), abstract_device=device)
 
 
 def parts(program: Program) -> dict[tuple[int, ...], int]:
-    """Sizes of a parameter as it is used, sorted -> in how many parts it lies between uses.
+    """Sorted sizes of each parameter as it is used -> number of devices that its storage is split over.
 
-    Stacked parameters are in it as wholes and as those of one layer. What has such sizes, a gradient for instance, lies
-    as the parameter does. Sorted, because products may give a gradient transposed.
+    Stacked parameters are included both whole and as one layer. An array with the sizes of a parameter, such as a
+    gradient, is assumed to be split like it. Sizes are sorted, because a gradient may be computed transposed.
     """
     found: dict[tuple[int, ...], int] = {}
     params = one_device(program).state().models
@@ -117,7 +116,7 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
         for name in names:
             count *= 1 if name in SPLIT else ways(name, program.sizes)
         shapes = [shape, shape[1:]] if names[0] == "layers" else [shape]
-        if names[0] == "layers" and (size := len(program.model.period)) > 1:  # the scan takes a period of layers a turn
+        if names[0] == "layers" and (size := len(program.model.period)) > 1:  # an iteration of the scan is a period
             turns = shape[0] // size
             shapes += [(turns * size, *shape[1:]), (turns, size, *shape[1:]), (size, *shape[1:])]
         found |= {tuple(sorted(sizes)): count for sizes in shapes if len(sizes) >= 2}
@@ -125,10 +124,10 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
 
 
 def cast_bytes(params: Any, program: Program) -> int:
-    """Bytes of what one device has of the layers' matrices in the dtype of the computation, where that is narrower.
+    """Bytes of one device's share of the layers' matrices cast to the compute dtype; 0 if that is not narrower.
 
-    The compiler casts all layers' shares once, before the loop over layers, and keeps them until the backward loop has
-    ended; what it gathers of a layer is made from them.
+    The compiler casts the shares of all layers once, before the loop over layers, and keeps them until the backward loop
+    ends. The gathered parameters of a layer are made from them.
     """
     dtype = jnp.dtype(program.model.compute_dtype)
 
@@ -142,7 +141,7 @@ def cast_bytes(params: Any, program: Program) -> int:
 
 
 def parameter_bytes(tree: Any, program: Program) -> int:
-    """Bytes of a tree of parameters, or of what an optimizer keeps of them, on one device."""
+    """Bytes on one device of a tree of parameters or of optimizer state."""
 
     def one(leaf: Any) -> int:
         names = leaf.get_metadata("out_sharding") if isinstance(leaf, nnx.Variable) else ()

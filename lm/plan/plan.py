@@ -1,4 +1,4 @@
-"""A plan: what a stage needs and how fast it is on a topology, by arithmetic or by the compiler."""
+"""The `Plan` value: memory and speed of a stage on a topology, by arithmetic or by the TPU compiler."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lm.plan.program import Program
 from lm.plan.sampling import Sampling, sampling
 
 CAVEATS = {
-    "analytic": "by arithmetic: products and memory at the chip's rates, collectives one after another, no compiler asked; memory "
-    "within 5 % of libtpu 0.0.42's for the steps of experiments/pods, DPO, GRPO and rows that a mesh splits (mesh.context)",
-    "collectives": "the compiler prices no collective: modelled as a ring over all links of a chip",
+    "analytic": "by arithmetic, without a compiler: products and memory at the chip's rates, collectives one after another; memory "
+    "within 5 % of libtpu 0.0.42's for the steps of experiments/pods, DPO, GRPO and rows split over mesh.context",
+    "collectives": "the compiler gives no time for collectives: modelled as a ring over all links of a chip",
     "kernels": f"nor attention kernels: modelled as executed FLOPs at {KERNEL_EFFICIENCY:.0%} of the peak",
-    "sparsecore": "nor gathers on SparseCore: they run beside the rest and count as nothing",
+    "sparsecore": "nor gathers on SparseCore: assumed to overlap the rest completely",
     "network": "transfers between slices are modelled from a host's share of the data-centre network",
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, seconds and rates of one device; `update` is one optimizer update."""
+    """Memory and speed of one device in a stage; `update` is one optimizer update."""
 
     program: Program
     source: str  # "analytic" or "compiled"
@@ -38,7 +38,7 @@ class Plan:
     bound_s: float
     compile_s: float
     memory: Memory  # by arithmetic, whatever the source
-    parts_s: dict[str, float]  # what the step's time is made of
+    parts_s: dict[str, float]  # seconds of the parts of a step
     collectives: list[dict[str, Any]]
     sampling: Sampling | None
     notes: tuple[str, ...]
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """The most that is in memory: of the update, or of sampling beside the training state."""
+        """Peak memory: of the update, or of sampling together with the training state."""
         sampled = self.memory.state + self.sampling.peak_bytes if self.sampling else 0
         return max(self.update_bytes, sampled)
 
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the update; a GRPO step samples before it."""
+        """Tokens per second per device of the update, without sampling."""
         return self.program.tokens_per_device / self.step_s
 
     def to_json(self) -> dict[str, Any]:
@@ -98,11 +98,11 @@ class Plan:
 
 
 def by_arithmetic(program: Program) -> Plan:
-    """The plan of a stage in seconds."""
+    """Plan a stage by arithmetic, which takes seconds."""
     found = analytic.estimate(program)
     notes = [CAVEATS["analytic"], CAVEATS["kernels"][4:]]
     notes += [CAVEATS["network"]] if program.topology.slices > 1 else []
-    notes += [f"not counted, their work is not known: kernels {', '.join(found.unpriced_kernels)}"] * bool(
+    notes += [f"not counted, since their FLOPs are unknown: kernels {', '.join(found.unpriced_kernels)}"] * bool(
         found.unpriced_kernels
     )
     return Plan(
@@ -136,25 +136,25 @@ def by_arithmetic(program: Program) -> Plan:
 
 
 def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = None) -> Plan:
-    """The same plan by the compiler: its memory, and the time that its module is estimated to take.
+    """Refine a plan by compiling the step: the compiler's memory, and the time estimated from the compiled module.
 
-    Where the step does not fit there is no module: the time is the arithmetic's.
+    If the step does not fit, the compiler gives no module, and the time stays that by arithmetic.
 
     Args:
-        hlo: where to save the compiled text.
-        libtpu: the compiler, see lm/plan/libtpu.py; None: the one that jax would run.
+        hlo: file for the compiled module's text; None: not saved.
+        libtpu: path of the compiler, see lm/plan/libtpu.py; None: the one that jax would load.
 
     Raises:
-        UserError: there is no compiler here, or no folder for the text.
+        UserError: there is no compiler, or no folder for the text.
     """
     program = arithmetic.program
     try:
         compiled = compile_step(program, libtpu)
     except OutOfMemory as error:
         compiler = find_libtpu(libtpu)
-        # The words tell of temporaries alone; the arguments stand beside them.
+        # The compiler's message counts temporaries only, without the arguments.
         needed = error.needed + arithmetic.memory.state + arithmetic.memory.batch
-        notes = (str(error), "the compiler gave no program: the time is by arithmetic", *compiler.notes)
+        notes = (str(error), "the compiler gave no program, so the time is by arithmetic", *compiler.notes)
         return dataclasses.replace(
             arithmetic, source="compiled", update_bytes=needed, notes=notes, compiler=compiler.name
         )
@@ -171,7 +171,7 @@ def _compiled(arithmetic: Plan, compiled: Compiled, cost: CompiledCost) -> Plan:
     notes += [CAVEATS["network"]] if topology.slices > 1 else []
     notes += compiled.compiler.notes
     notes += [f"not counted: kernels {', '.join(cost.unpriced_kernels)}"] * bool(cost.unpriced_kernels)
-    notes += [f"counted as one turn: loops {', '.join(cost.unknown_loops)}"] * bool(cost.unknown_loops)
+    notes += [f"counted as one iteration: loops {', '.join(cost.unknown_loops)}"] * bool(cost.unknown_loops)
     return Plan(
         program=arithmetic.program,
         source="compiled",

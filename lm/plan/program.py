@@ -1,4 +1,4 @@
-"""A stage as the program that a topology would run: its mesh, its step, and the abstract values it takes."""
+"""A stage as a program on a topology: its mesh and optimizer, and abstract values of its state and batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lm.types import NOTHING_SHARED, SharedPrompt, TokenBatch
 
 @dataclass(frozen=True)
 class Program:
-    """One stage on one topology; `sizes` are those of the mesh's axes, slices included."""
+    """One stage on one topology; `sizes` has the size of each mesh axis, including slices."""
 
     stage: Stage
     model: Model
@@ -43,12 +43,12 @@ class Program:
 
     @property
     def rows(self) -> int:
-        """Rows of an update, over all devices."""
+        """Rows of an update on all devices."""
         return rows_per_update(self.stage)
 
     @property
     def tokens_per_device(self) -> float:
-        """Tokens of an update that are one device's share."""
+        """Tokens of an update divided by the number of devices."""
         return self.rows * self.stage.seq_len / self.topology.devices
 
     @property
@@ -60,20 +60,20 @@ class Program:
         return make_optimizer(self.stage.optimizer, self.stage.steps * updates_per_step(self.stage))
 
     def parameters(self) -> Transformer:
-        """The model, abstract."""
+        """The model with abstract values (shapes and dtypes)."""
         return jax.eval_shape(lambda: Transformer(self.model, self.vocab_size, jax.random.key(0)))
 
     def state(self) -> TrainState:
-        """What a step takes and gives, abstract."""
+        """The training state with abstract values."""
         return abstract_state(self.stage, self.optimizer, self.parameters())
 
     def batch(self) -> TokenBatch:
-        """The batch of an update, abstract."""
+        """The batch of an update with abstract values."""
         return abstract_batch(self.stage, self.rows, self.stage.seq_len)
 
 
 def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, model: Transformer) -> TrainState:
-    """The state of a stage that an abstract model enters; reward models that it reads are taken to be as large."""
+    """The abstract training state of a stage; its reward models are assumed to have the size of the model."""
 
     def make(model: Transformer) -> TrainState:
         scorers = tuple(Scorer(model, None) for _ in reward_names(stage))
@@ -83,13 +83,13 @@ def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, model:
 
 
 def abstract_batch(stage: Stage, rows: int, length: int) -> TokenBatch:
-    """A batch of this many rows with the fields that the stage's objective reads."""
+    """An abstract batch of the stage's type, with `rows` rows of `length` tokens."""
     o = stage.objective
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     plain = TokenBatch(tokens=whole, weights=real, segments=whole, positions=whole)
     special: dict[str, Any] = vars(plain) | {"mismatched": plain}
     special |= dict.fromkeys(("margins", "ties", "desirable"), jax.ShapeDtypeStruct((rows,), jnp.float32))
-    if o.samples:  # prompts of one width, of which no logits are made
+    if o.samples:  # prompts have equal width and need no logits
         group = o.completions_per_prompt
         group, rest = divmod(group, o.updates_per_step if group > 1 else 1)
         special["shared"] = NOTHING_SHARED if rest else SharedPrompt(group, length - o.max_new_tokens)
@@ -98,20 +98,20 @@ def abstract_batch(stage: Stage, rows: int, length: int) -> TokenBatch:
 
 
 def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program:
-    """The program of a stage, with its mesh filled up.
+    """Make the program of a stage, with an axis of size -1 resolved to the remaining devices.
 
     Raises:
-        UserError: the mesh is not one of this topology's devices, or does not divide the model or the batch.
+        UserError: the mesh does not use all devices of the topology, or does not divide the model or the batch.
     """
     if not stage.objective.trains:
-        raise UserError(f"stage {stage.name} trains nothing: there is no step to plan; name another with --stage")
+        raise UserError(f"stage {stage.name} does not train, so there is no step to plan: name another with --stage")
     mesh = dataclasses.replace(experiment.mesh, slices=topology.slices)
     sizes = axis_sizes(mesh, topology.devices)
     used = functools.reduce(lambda product, size: product * size, sizes.values())
     if used != topology.devices:
         raise UserError(
-            f"the mesh uses {used} of the {topology.devices} devices of {topology.slices} x {topology.name}: give one of "
-            "its axes -1, which takes all that are left"
+            f"the mesh uses {used} of the {topology.devices} devices of {topology.slices} x {topology.name}: set one of "
+            "its axes to -1, which takes all remaining devices"
         )
     vocab_size = experiment.tokenizer.vocab_size
     check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, vocab_size, platform="tpu")

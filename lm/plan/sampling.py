@@ -1,4 +1,4 @@
-"""The sampler of a GRPO or PPO stage, by arithmetic: its cache, its memory beside the training state, its speed."""
+"""Analytic estimate of the sampler in a GRPO or PPO stage: cache, memory in addition to the training state, speed."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from lm.rollout.sampler_gap import trainer_view
 
 @dataclass(frozen=True)
 class Sampling:
-    """The rollouts of a step on one device; the completions of each are sampled side by side."""
+    """Memory and speed of a step's rollouts on one device; all completions of a rollout are sampled at once."""
 
     rows: int
     cache_bytes: int
-    sampler_bytes: int  # all that sampling needs beside the training state, the cache included
-    trainer_bytes: int  # and the trainer's pass over what was sampled
+    sampler_bytes: int  # memory of sampling in addition to the training state, including the cache
+    trainer_bytes: int  # memory of the trainer's forward pass over the completions
     prompt_s: float
-    memory_s: float  # a token of every row, bound by what is read from HBM: parameters and cache
-    network_s: float  # and by the parameters that are gathered for it
+    memory_s: float  # seconds to sample one token of every row, bound by reading parameters and cache from HBM
+    network_s: float  # the same, bound by gathering parameters
     new_tokens: int
-    rollouts: int  # a step has at most so many
-    trainer_s: float  # the trainer's log-probabilities of all tokens of a step, with which the sampler's are compared
+    rollouts: int  # maximal number of rollouts per step
+    trainer_s: float  # seconds of the trainer's forward pass over all tokens of a step, for comparison with the sampler
 
     @property
     def peak_bytes(self) -> int:
-        """The most that a rollout needs beside the training state."""
+        """Peak memory of a rollout in addition to the training state."""
         return max(self.sampler_bytes, self.trainer_bytes)
 
     @property
     def token_s(self) -> float:
-        """A token of every row at best: reading and gathering overlap."""
+        """Seconds to sample one token of every row if reading and gathering overlap."""
         return max(self.memory_s, self.network_s)
 
     @property
     def tokens_per_s(self) -> float:
-        """At best, on this device."""
+        """Upper bound of the tokens sampled per second on one device."""
         return self.rows / self.token_s
 
     @property
     def rollout_s(self) -> float:
-        """Of completions that all reach their full length."""
+        """Seconds of a rollout whose completions all have `new_tokens` tokens."""
         return self.prompt_s + self.new_tokens * self.token_s
 
 
 def sampling(program: Program) -> Sampling | None:
-    """What the stage's rollouts need; None of a stage that samples nothing."""
+    """Estimate a stage's rollouts; None for a stage that does not sample."""
     objective = program.stage.objective
     if not objective.samples:
         return None
@@ -65,7 +65,7 @@ def sampling(program: Program) -> Sampling | None:
     devices, prompts = ways("batch", program.sizes), program.stage.batch_size
     rows = -(-prompts * group // devices)
     width = program.stage.seq_len - objective.max_new_tokens
-    # The sampler reads a prompt once where all devices have as many.
+    # The sampler computes a prompt once per group if all devices have the same number of prompts.
     group_size = 1 if prompts % devices else group
     abstract = [
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows // group_size, width), (rows // group_size,))
@@ -81,9 +81,9 @@ def sampling(program: Program) -> Sampling | None:
     with jax.sharding.use_abstract_mesh(lone_mesh(program)):
         block = block_of(jax.make_jaxpr(call)(params, *abstract, jax.eval_shape(lambda: jax.random.key(0))))
         cache = jax.eval_shape(lambda: params.empty_cache(rows, program.stage.seq_len))
-    analysis = dataclasses.replace(analysis_of(program), ways=1)  # tokens come one by one: nothing to split
+    analysis = dataclasses.replace(analysis_of(program), ways=1)  # sampling has one token per row, not split
     whole = analysis.usage(block, set(block.inputs[: len(jax.tree.leaves(params))]))
-    turn = whole.turns[-1]  # the loop over new tokens, counted as one turn
+    turn = whole.turns[-1]  # one iteration of the loop over new tokens
     trainer_bytes, trainer_s = _trainer_pass(program)
     return Sampling(
         rows=rows,
@@ -100,7 +100,7 @@ def sampling(program: Program) -> Sampling | None:
 
 
 def _trainer_pass(program: Program) -> tuple[int, float]:
-    """Bytes beside the training state, and seconds, of the trainer's log-probabilities of the rows of an update."""
+    """Bytes (in addition to the training state) and seconds of the trainer's forward pass over the rows of an update."""
     local, (rows, tokens) = one_device(program), local_batch(program)
     params, stage = local.parameters(), program.stage
     call = functools.partial(trainer_view, temperature=stage.objective.temperature, pieces=stage.microbatches)

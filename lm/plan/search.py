@@ -1,4 +1,4 @@
-"""Every layout that a topology allows, by arithmetic, the fastest that fits first."""
+"""Search over all meshes of a topology by arithmetic, the fastest that fits first."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lm.plan.advise import plan_stage
 from lm.plan.chips import Topology
 from lm.plan.plan import Plan
 
-AXES = ("data", "fsdp", "context", "tensor")  # without experts, the axis expert does what fsdp does
+AXES = ("data", "fsdp", "context", "tensor")  # the axis expert is left out: without experts it equals fsdp
 
 
 def layouts(experiment: Experiment, name: str, topology: Topology) -> list[Plan]:
-    """A plan for each mesh of the topology that divides model and batch: those that fit first, then by step time.
+    """Plans of all meshes that divide the model and the batch: those that fit first, then by step time.
 
     Raises:
-        UserError: no mesh does; the last reason.
+        UserError: no mesh does; has the last mesh's error.
     """
     found, reason = [], "no layout"
     for sizes in factors(topology.slice_devices, len(AXES)):
@@ -32,7 +32,7 @@ def layouts(experiment: Experiment, name: str, topology: Topology) -> list[Plan]
 
 
 def factors(product: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write a product as `count` factors, in order."""
+    """Yield every ordered factorisation of a number into `count` factors."""
     if count == 1:
         yield (product,)
         return

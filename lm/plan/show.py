@@ -1,4 +1,4 @@
-"""A plan as text for a terminal of 80 columns."""
+"""Formats plans as text for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GB = 1e9
 
 
 def show(plan: Plan, largest_batch: int | None) -> str:
-    """One plan: memory, time, what bounds it, collectives by axis, sampler, caveats."""
+    """Text of one plan: memory, time and its bound, collectives by axis, sampler, notes."""
     program = plan.program
     topology = program.topology
     slices = f"{topology.slices} x " if topology.slices > 1 else ""
@@ -29,7 +29,7 @@ def show(plan: Plan, largest_batch: int | None) -> str:
 
 
 def overview(plans: Sequence[Plan], first: str, names: Iterable[str]) -> str:
-    """One line a plan."""
+    """A table with one line per plan."""
     rows = [(first, "fits", "GB", "ms/step", "bound", "MFU", "tokens/s")]
     for name, plan in zip(names, plans, strict=False):
         rows.append(
@@ -40,10 +40,10 @@ def overview(plans: Sequence[Plan], first: str, names: Iterable[str]) -> str:
 
 
 def advice(changes: Sequence[Change], limit: int) -> str:
-    """The changes that make it fit, as they are typed."""
+    """A table of the changes that make a stage fit, as command-line words."""
     if not changes:
         return "no change that was tried makes it fit: use larger chips, or a smaller model"
-    heads = ("what makes it fit", "what makes it fit, on more devices", "what makes it fit, with a smaller batch")
+    heads = ("changes that make it fit", "the same on more devices", "the same with a smaller batch")
     lines = []
     for rank, head in enumerate(heads):
         of_rank = [change for change in changes if change.rank == rank][:limit]
@@ -58,13 +58,13 @@ def advice(changes: Sequence[Change], limit: int) -> str:
 
 
 def layout(plan: Plan) -> str:
-    """`fsdp 8 x tensor 2`: the axes larger than 1."""
+    """The mesh axes larger than 1 as text, such as `fsdp 8 x tensor 2`."""
     used = [f"{axis} {size}" for axis, size in plan.program.sizes.items() if size > 1]
     return " x ".join(used) or "of one device"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns, the first to the left and the others to the right."""
+    """Align rows in columns, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

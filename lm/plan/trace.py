@@ -1,4 +1,4 @@
-"""What one device runs: a traced program with its calls inlined, as a list of operations on values of known size."""
+"""A traced program (jaxpr) with its calls inlined, as a list of operations on values of known size."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """An array; two are the same only if they are one object."""
+    """An array of a traced program, compared by identity."""
 
     shape: tuple[int, ...]
     dtype: Any
-    on_host: bool = False  # in the host's memory
+    on_host: bool = False  # whether it is in the host's memory
 
     @property
     def size(self) -> int:
@@ -43,7 +43,7 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One operation. A loop has its body, how often that turns, and how many inputs are constants and carry."""
+    """One operation; a loop also has its body, its number of iterations (`turns`), and its numbers of constants and carry."""
 
     name: str
     inputs: tuple[Value, ...]
@@ -63,7 +63,7 @@ class TracedBlock:
 
 
 def block_of(jaxpr: Any) -> TracedBlock:
-    """The operations of a (closed) jaxpr, in its order, with everything that is called in its place."""
+    """Convert a (closed) jaxpr to a block, with calls inlined and operations without readers removed."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     names = {variable: _value(variable) for variable in (*jaxpr.constvars, *jaxpr.invars)}
     ops: list[Op] = []
@@ -72,7 +72,7 @@ def block_of(jaxpr: Any) -> TracedBlock:
 
 
 def _needed(ops: list[Op], outputs: tuple[Value, ...]) -> tuple[Op, ...]:
-    """Those whose results are read: a backward pass repeats more of the forward pass than it needs."""
+    """The operations whose results are read: a traced backward pass repeats more of the forward pass than it needs."""
     read, kept = set(outputs), []
     for op in reversed(ops):
         if read & set(op.outputs):
@@ -82,7 +82,7 @@ def _needed(ops: list[Op], outputs: tuple[Value, ...]) -> tuple[Op, ...]:
 
 
 def _inline(jaxpr: Any, names: dict[Any, Value], ops: list[Op]) -> tuple[Value, ...]:
-    """Append the operations of a jaxpr whose inputs have names; its outputs."""
+    """Append the operations of a jaxpr, with inputs from `names`, to `ops`; returns its outputs."""
 
     def read(atom: Any) -> Value:
         return _value(atom) if hasattr(atom, "val") else names[atom]
@@ -106,7 +106,7 @@ def _operation(name: str, inputs: tuple[Value, ...], outputs: tuple[Value, ...],
             name, inputs, outputs, params, block_of(params["jaxpr"]), params["length"], params["num_consts"],
             params["num_carry"],
         )  # fmt: skip
-    if name == "while":  # how often it turns is not known: once
+    if name == "while":  # the number of iterations is unknown: counted once
         constants = params["cond_nconsts"]
         kept = inputs[constants:]
         carry = len(outputs)
@@ -117,7 +117,7 @@ def _operation(name: str, inputs: tuple[Value, ...], outputs: tuple[Value, ...],
 
 
 def _called(equation: Any) -> Any | None:
-    """The jaxpr that an equation calls with its own inputs; None of an operation, or of a kernel."""
+    """The jaxpr that an equation calls with its inputs; None for a primitive operation or a kernel."""
     if equation.primitive.name in OPAQUE:
         return None
     found = next((equation.params[name] for name in BODIES if equation.params.get(name) is not None), None)

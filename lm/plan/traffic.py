@@ -1,4 +1,4 @@
-"""What devices send each other in an update, in bytes by mesh axis, and how long the wires are busy."""
+"""Collectives of an update by mesh axis: bytes that devices send each other, and seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm.plan.one_device import local_batch, one_device
 from lm.plan.program import Program
 from lm.plan.usage import Usage
 
-NETWORK = "slices"  # the axis that goes over the data-centre network
+NETWORK = "slices"  # the mesh axis over the data-centre network
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Traffic:
 
 
 def traffic(program: Program, usage: Usage) -> list[Traffic]:
-    """Every collective of an update, but for sums of a few numbers.
+    """All collectives of an update, except sums of a few numbers.
 
     Args:
-        usage: of the gradient, which says how much is gathered and summed.
+        usage: usage of the gradient computation, for the bytes that are gathered and summed.
     """
     found = [*_parameters(program, usage), *_activations(program)]
     return [item for item in found if item.devices > 1 and item.bytes]
@@ -49,10 +49,10 @@ def _one(program: Program, what: str, axes: tuple[str, ...], kind: str, size: fl
 
 
 def _parameters(program: Program, usage: Usage) -> list[Traffic]:
-    """Parameters are gathered; gradients are summed over all that split rows or tokens, in the compute dtype.
+    """Gathers of parameters, and sums of gradients over all axes that split rows or tokens, in the compute dtype.
 
-    A device sums whole gradients over the axes that its parameters lie in parts on (the compiler makes an all-reduce of
-    it and keeps a part), and over the others only its part, once a microbatch.
+    Over the axes that parameters are sharded on, a device sums whole gradients (the compiler makes it an all-reduce and
+    keeps its shard). Over the other axes it sums only its shard, once per microbatch.
     """
     pieces = program.stage.microbatches
     itemsize = jnp.dtype(program.model.compute_dtype).itemsize
@@ -74,18 +74,18 @@ def _parameters(program: Program, usage: Usage) -> list[Traffic]:
 
 
 def gather_seconds(program: Program, usage: Usage) -> float:
-    """Of what is gathered."""
+    """Seconds of gathering parameters."""
     return _one(program, "", RULES["embed"], "all-gather", usage.gathered).seconds
 
 
 def _activations(program: Program) -> list[Traffic]:
-    """Sums over tensor after attention and SwiGLU, and keys and values of whole rows over context; other passes add their own."""
+    """Sums over `tensor` after attention and MLP, and gathers of keys and values over `context`, of all forward passes."""
     model, (rows, tokens) = one_device(program).model, local_batch(program)
     itemsize = jnp.dtype(model.compute_dtype).itemsize
     others = algorithm_of(program.stage).extra_forward_passes(program.stage.objective)
     recomputed = program.model.remat != "none"
     residual = rows * tokens * model.embed_dim * itemsize / ways("length", program.sizes)
-    # Two sums forward and two backward; of what is computed again the last is not needed.
+    # Two sums forward and two backward; recomputation needs only the first.
     sums = model.num_layers * (4 + recomputed + 2 * others)
     split = RULES["heads"]
     keys = 2 * rows * tokens * model.num_kv_heads * model.head_dim * itemsize

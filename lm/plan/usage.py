@@ -1,14 +1,14 @@
-"""What a block of operations needs on one device: the most memory that lives at once, FLOPs, bytes moved, seconds.
+"""Resource usage of a traced block on one device: peak memory, FLOPs, bytes moved, seconds.
 
-A model of what a compiler makes of it. Products, kernels, gathers, reductions and loops write their results to memory;
-everything else is elementwise or moves data, is fused into whoever reads it, and holds what it was made from alive instead.
-What a loop gives back is kept for all its turns: that is where the activations saved for the backward pass are seen,
-whatever the rematerialisation policy. What has the sizes of a parameter is whole or lies in parts as the parameter does:
-the model says where it is gathered and where its gradient is summed and cut (lm/parallel/rules.py, `gathered`), by a
-constraint, which is an operation here. What the turns of a loop would gather again from what does not change is gathered
-once, before the loop, and kept for all its turns (of microbatches: the tables of the models, trained and frozen).
+It models the compiler. Products, kernels, gathers, reductions and loops write their results to memory. All other
+operations are fused into their readers and keep their inputs alive instead of a result. A loop's stacked results live
+for all its iterations, which is how activations saved for the backward pass are counted, for any rematerialisation
+policy. An array with a parameter's sizes is either whole or sharded like the parameter: sharding constraints in the traced
+model (lm/parallel/rules.py, `gathered`) tell where a parameter is gathered and where its gradient is summed and sharded.
+Gathers in a loop of arrays that do not change between iterations are done once before the loop, and their results are
+kept during it (for the loop over microbatches: the embedding tables of trained and frozen models).
 
-Rows are traced whole. Where a mesh splits their tokens, everything but the parameters is that much smaller.
+Rows are traced whole. If the mesh splits their tokens, everything except parameters is divided by that number.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ WRITTEN = frozenset(
      "reduce_prod", "scan", "while", "cond", "random_bits", "threefry2x32", "custom_call")
 )  # fmt: skip
 COPIES = frozenset(("convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "copy"))
-PRODUCT_EFFICIENCY = 0.92  # part of the peak that large matrix products reach
+PRODUCT_EFFICIENCY = 0.92  # fraction of the peak that large matrix products reach
 
 
 @dataclass
 class Usage:
-    """Of one device; bytes, FLOPs and seconds."""
+    """Usage of one device, in bytes, FLOPs and seconds."""
 
-    # What lives when most does, by kind; what came in is not in it. gathered: whole parameters; activations: saved by loops.
+    # Bytes by kind at peak, without the block's inputs. gathered: whole parameters; activations: saved by loops.
     peak: Counter[str] = field(default_factory=Counter)
     product_flops: float = 0.0
     kernel_flops: float = 0.0
     moved: float = 0.0  # bytes read from and written to HBM
-    hosted: float = 0.0  # bytes sent to and fetched from the host's memory
-    gathered: float = 0.0  # bytes of parameters put together
-    summed: float = 0.0  # bytes of whole gradients that are summed over devices and cut
-    compute_s: float = 0.0  # products and kernels
-    seconds: float = 0.0  # each operation at the slower of its two rates, one after another
-    kernels: set[str] = field(default_factory=set)  # those whose FLOPs are not known
-    # Of moved, gathered and seconds: what happens once, before all turns.
+    hosted: float = 0.0  # bytes copied to and from the host's memory
+    gathered: float = 0.0  # bytes of gathered parameters
+    summed: float = 0.0  # bytes of whole gradients that are summed over devices and sharded
+    compute_s: float = 0.0  # seconds of products and kernels
+    seconds: float = 0.0  # operations one after another, each bound by compute or by memory
+    kernels: set[str] = field(default_factory=set)  # names of kernels with unknown FLOPs
+    # The part of `moved`, `gathered` and `seconds` that happens once before the loop instead of in every iteration.
     before: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    kept: float = 0.0  # bytes that were gathered before the loop
-    turns: list[Usage] = field(default_factory=list)  # one turn of each loop, in their order
-    ends_in_parts: tuple[bool, ...] = ()  # of each result, if it has the sizes of a parameter: whether it lies in parts
+    kept: float = 0.0  # bytes gathered before the loop
+    turns: list[Usage] = field(default_factory=list)  # usage of one iteration of each loop, in order
+    ends_in_parts: tuple[bool, ...] = ()  # for each result, whether it is sharded like a parameter
 
     def add(self, other: Usage, times: int) -> None:
-        """Count what happens in `times` turns of a loop; the peak is the caller's."""
+        """Add the usage of `times` iterations of a loop, except its peak, which the caller handles."""
         for name in (
             "product_flops",
             "kernel_flops",
@@ -74,12 +74,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Usage of blocks on a chip.
+    """Analysis of blocks on a chip.
 
     Args:
-        parts: in how many parts parameters lie, see one_device.parts.
-        vocab_size: by which logits are recognised.
-        ways: into how many parts the tokens of a row are split.
+        parts: number of shards by the sizes of a parameter, see `one_device.parts`.
+        vocab_size: size by which logits are recognised.
+        ways: number of devices that the tokens of a row are split over.
     """
 
     chip: Chip
@@ -88,11 +88,11 @@ class Analysis:
     ways: int = 1
 
     def usage(self, block: TracedBlock, parameters: set[Value]) -> Usage:
-        """Of one run of a block, whose inputs `parameters` are parameters or cut from them."""
+        """Usage of one run of a block; `parameters` are the inputs that are parameters or slices of them."""
         return _Run(self, block, set(parameters), whole=set(), steady=set()).usage()
 
     def in_parts(self, block: TracedBlock) -> Usage:
-        """Of a block that works on parameters as they lie, such as an optimizer's update: gradients come first."""
+        """Usage of a block that works on sharded parameters, such as an optimizer update."""
         run = _Run(self, block, set(), whole=set(), steady=set(), split=True)
         result = run.usage()
         ends = sum(self.share(value, value.bytes, whole=False) for value in (*block.inputs, *block.outputs))
@@ -101,15 +101,15 @@ class Analysis:
         return result
 
     def count(self, value: Value) -> int:
-        """In how many parts a parameter, or what has its sizes, lies between uses."""
+        """Number of shards of a value with a parameter's sizes; 1 for others."""
         return self.parts.get(tuple(sorted(value.shape)), 1)
 
     def is_parameter(self, value: Value) -> bool:
-        """Whether it has the sizes of a parameter."""
+        """Whether a value has the sizes of a parameter."""
         return tuple(sorted(value.shape)) in self.parts
 
     def share(self, value: Value, size: float, whole: bool) -> float:
-        """What one device has of a value of this size; a parameter may be whole there or lie in parts."""
+        """Bytes of a value of `size` bytes on one device; `whole`: a value with a parameter's sizes is not sharded."""
         if value.on_host:
             return 0.0
         if self.is_parameter(value):
@@ -118,12 +118,13 @@ class Analysis:
 
 
 class _Run:
-    """One pass over a block, in its order.
+    """One pass over a block's operations in order.
 
     Args:
-        whole: those of its inputs with a parameter's sizes that do not lie in parts.
-        steady: those of its inputs that are the same in every turn of a loop.
-        split: nothing is whole.
+        parameters: inputs that are parameters or slices of them.
+        whole: inputs with a parameter's sizes that are not sharded.
+        steady: inputs that are the same in every iteration of a loop.
+        split: whether everything is sharded.
     """
 
     def __init__(
@@ -137,11 +138,11 @@ class _Run:
     ):
         self.of, self.block, self.parameters, self.split = analysis, block, parameters, split
         self.steady = steady
-        self.own = set(block.inputs)  # live outside, for the whole block
-        self.whole = whole  # values with a parameter's sizes that do not lie in parts
-        self.gathered: set[Value] = set()  # parameters that were put together here, and copies of them
-        self.inside: dict[Op, Usage] = {}  # one turn of each loop
-        # Value -> what must be in memory for it: itself if it is written there, else what it is made from.
+        self.own = set(block.inputs)  # values that live during the whole block and are counted outside
+        self.whole = whole  # values with a parameter's sizes that are not sharded
+        self.gathered: set[Value] = set()  # gathered parameters and copies of them
+        self.inside: dict[Op, Usage] = {}  # usage of one iteration of each loop
+        # Value -> values that must be in memory for it: itself if it is written, else the inputs it is computed from.
         self.roots: dict[Value, frozenset[Value]] = {value: frozenset((value,)) for value in block.inputs}
         self.written: set[Op] = set()
         self.readers: dict[Value, list[Op]] = {}
@@ -172,7 +173,7 @@ class _Run:
         return self.result
 
     def _last_uses(self) -> dict[Value, int]:
-        """Where each value that is in memory is needed last; and what is written, and from what the rest is made."""
+        """Index of the last operation that needs each value in memory; also fills `written` and `roots`."""
         last: dict[Value, int] = {}
         for place, op in enumerate(self.block.ops):
             self._follow_parameters(op)
@@ -192,17 +193,17 @@ class _Run:
         return last
 
     def _follow_parameters(self, op: Op) -> None:
-        """Which results are made of parameters alone, and which of those with a parameter's sizes are whole."""
+        """Update which values come from parameters only, and which values with a parameter's sizes are not sharded."""
         if op.body is not None:
             self.inside[op] = inner = self._turn(op)
             ends = zip(op.outputs, inner.ends_in_parts, strict=True)
             self.whole |= {value for value, in_parts in ends if not in_parts}
             return
         of_parameters, of_gathered = (self._made_of(known, op) for known in (self.parameters, self.gathered))
-        if of_gathered:  # and a constraint on what has been gathered is none
+        if of_gathered:  # a constraint on a gathered value has no effect
             self.gathered |= set(op.outputs)
             self.whole |= {value for value in op.outputs if self.of.is_parameter(value)}
-        elif self._is_constraint(op):  # puts a parameter together, or a gradient into parts
+        elif self._is_constraint(op):  # gathers a parameter, or shards a gradient
             self.gathered |= set(op.outputs) if of_parameters else set()
             self.whole |= set(op.outputs) if of_parameters else set()
         elif of_parameters:
@@ -211,20 +212,20 @@ class _Run:
             self.whole |= {value for value in op.outputs if self.of.is_parameter(value)}
 
     def _is_constraint(self, op: Op) -> bool:
-        """Whether it puts a parameter together, or a gradient into parts."""
+        """Whether an operation is a sharding constraint that gathers a parameter or shards a gradient."""
         known = self.gathered.issuperset(op.inputs)
         return op.name == "sharding_constraint" and self.of.count(op.outputs[0]) > 1 and not known
 
     def _crosses(self, op: Op) -> bool:
-        """Whether it takes a value to the host's memory, or back."""
+        """Whether an operation copies a value to or from the host's memory."""
         return op.name == "device_put" and op.inputs[0].on_host != op.outputs[0].on_host
 
     def _held(self, value: Value) -> frozenset[Value]:
-        """What lives for it in this block; nothing for constants and what came in."""
+        """The values of this block that must be in memory for a value; none for constants and the block's inputs."""
         return self.roots.get(value, frozenset()) - self.own
 
     def _made_of(self, known: set[Value], op: Op) -> bool:
-        """Whether an operation reads nothing but known values; constants may join in."""
+        """Whether an unwritten operation reads only known values and constants."""
         read = [value for value in op.inputs if value in self.roots]
         return op.name not in WRITTEN and bool(read) and all(value in known for value in read)
 
@@ -236,11 +237,11 @@ class _Run:
         return "activations" if op.body is not None and value in op.outputs[op.carry :] else "working"
 
     def _bytes(self, value: Value) -> float:
-        """Bytes that a result takes."""
+        """Bytes of a result on this device."""
         return self.of.share(value, value.size * self._itemsize(value), self._is_whole(value))
 
     def _itemsize(self, value: Value) -> int:
-        """Of a result as it is written: narrow where all that is read of it is a narrower copy."""
+        """Bytes per element of a result as written: narrower if all its readers are casts to a narrower dtype."""
         readers = self.readers.get(value, [])
         if not readers or value in self.block.outputs or any(op.name not in COPIES for op in readers):
             return value.itemsize
@@ -251,14 +252,14 @@ class _Run:
         return not self.split and value in self.whole
 
     def _reused(self, op: Op, live: dict[Value, tuple[str, float]], ending: set[Value]) -> float:
-        """Bytes of a loop's results that take the place of what the loop started from."""
+        """Bytes of a loop's results that reuse the memory of its initial carry."""
         if op.body is None:
             return 0
         starts = op.inputs[op.constants : op.constants + op.carry]
         return sum(live[start][1] for start in starts if start in ending and start in live)
 
     def _turn(self, op: Op) -> Usage:
-        """Usage of one turn of a loop."""
+        """Usage of one iteration of a loop."""
         assert op.body is not None
         pairs = list(zip(op.body.inputs, op.inputs, strict=True))
         inputs, whole = (
@@ -296,7 +297,7 @@ class _Run:
         self.result.seconds += max(busy, moved / self.of.chip.hbm_rate)
 
     def _read(self, op: Op) -> Iterator[float]:
-        """Bytes of each array that an operation reads; of a table, or of a stack of layers, only what it takes."""
+        """Yield the bytes that an operation reads of each input; of a table or stack of layers, only the part it takes."""
         if op.name == "gather":
             yield from (min(value.bytes, op.outputs[0].bytes) / self.of.ways for value in op.inputs)
             return
@@ -307,7 +308,7 @@ class _Run:
 
 
 def product_flops(op: Op) -> float:
-    """FLOPs of a matrix product; 0 of anything else."""
+    """FLOPs of a matrix product; 0 for other operations."""
     if op.name != "dot_general":
         return 0.0
     (contracted, _), _ = op.params["dimension_numbers"]
@@ -315,9 +316,9 @@ def product_flops(op: Op) -> float:
 
 
 def kernel_flops(op: Op) -> float:
-    """FLOPs of a kernel that lm/plan/kernels.py knows; 0 of anything else."""
+    """FLOPs of a kernel that lm/plan/kernels.py knows; 0 for other operations."""
     if op.name != "pallas_call":
         return 0.0
     arrays = [value.shape for value in op.inputs if value.is_float]
-    # No kernel for dq is ever called where the backward kernel is fused, which is how this model calls it.
+    # The model always calls the fused backward kernel, without a kernel for dq.
     return splash_flops(str(op.params["name"]), arrays, str(op.params.get("metadata")), fused_backward=True)

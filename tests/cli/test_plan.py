@@ -38,7 +38,7 @@ def test_the_text_fits_the_terminal(small, capsys):
 def test_what_does_not_fit_exits_with_1_and_says_what_would(small, capsys):
     assert main([*small, *HUGE]) == 1
     shown = capsys.readouterr().out
-    assert "fits: no" in shown and "what makes it fit" in shown and "--train.microbatches" in shown
+    assert "fits: no" in shown and "changes that make it fit" in shown and "--train.microbatches" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

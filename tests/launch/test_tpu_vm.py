@@ -143,14 +143,14 @@ def test_no_address_of_the_repository_is_rendered(repository):
 
 def test_a_refusal_of_gcloud_ends_it(repository, capfd):
     program(Path(os.environ["PATH"].split(":")[0]), "gcloud", "#!/bin/bash\necho 'no quota' >&2\nexit 1\n")
-    with pytest.raises(UserError, match="bash -s failed with code 1"):
+    with pytest.raises(UserError, match="bash -s failed with exit code 1"):
         hand_over(render(job("/mnt/runs/pod"), asked(current_commit(), "gs://my-runs:/mnt/runs")))
     assert "no quota" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("topology, volume, run_dir, words", [
     ("tpu7x:2x2x1", "gs://my-runs:/mnt/runs", "/mnt/runs/pod", "tpu7x is available on GKE only"),
-    ("v5e:4x4", "pvc:runs:/mnt/runs", "/mnt/runs/pod", "of Kubernetes"),
+    ("v5e:4x4", "pvc:runs:/mnt/runs", "/mnt/runs/pod", "for Kubernetes only"),
     ("v5e:4x4", "gs://my-runs:/mnt/runs", "runs/pod", "disk of each host"),
 ])  # fmt: skip
 def test_what_tpu_vms_do_not_have(topology, volume, run_dir, words):
