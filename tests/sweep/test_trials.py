@@ -89,7 +89,7 @@ REFUSED = {
     ),
     "a metric of nothing": ({"sft.steps": (3,)}, {"metric": "txt.loss"}, "names no eval of .*did you mean text"),
     "a search over nothing": ({}, {"search": TPE(3)}, "a search needs an axis"),
-    "a function that gives nothing": ({"what": {"a": lambda e: 3}}, {}, "gives int; it should give an Experiment"),
+    "a function that gives nothing": ({"what": {"a": lambda e: 3}}, {}, "returns int; it should return an Experiment"),
 }
 
 
