@@ -266,7 +266,7 @@ def _named(groups: Sequence[Group], name: str) -> Group:
             return one
     labels = [one.label for one in groups]
     raise UserError(
-        f"baseline: no group or run is called {name!r}{nearest(name, labels)}; use one of {_some(labels, '; ')}, or FIELD=VALUE"
+        f"baseline: no group or run is called {name!r}{nearest(name, labels)}; use one of {_some(labels, '; ')}, or NAME=VALUE"
     )
 
 

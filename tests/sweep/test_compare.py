@@ -233,7 +233,7 @@ def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path, capsys):
         read_sweep(tmp_path / "empty")
     written(tmp_path / "one", 2.0)
     assert main(["compare", str(tmp_path / "one"), "--baseline", "norm"]) == 2
-    assert "no group or run is called 'norm'; use one of all runs, or FIELD=VALUE" in capsys.readouterr().err
+    assert "no group or run is called 'norm'; use one of all runs, or NAME=VALUE" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "one"), "--baseline", "norm", "--baseline", "a=b"]) == 2
     assert "should be one name, or several NAME=VALUE" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "one"), "--csv", "rows.txt"]) == 2
