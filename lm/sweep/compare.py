@@ -18,7 +18,7 @@ from typing import Any
 from lm.experiment import UserError, flatten, nearest
 from lm.sweep.results import Result, better, main_field
 from lm.sweep.statistics import Difference, Estimate, detectable, estimate, holm, paired
-from lm.sweep.trials import shown, told
+from lm.sweep.trials import settings_text, shown
 
 FREE = ("name", "seed")  # fields that may differ within a group
 LEVEL = 0.05
@@ -93,7 +93,7 @@ class Comparison:
     baseline: Group
     why_baseline: str  # reason for the choice of baseline, to print
     cells: Mapping[tuple[str, Metric], Cell]
-    changed: tuple[str, ...]  # fields and parts in which the groups differ; see `told_fields`
+    changed: tuple[str, ...]  # fields and parts in which the groups differ; see `differing_fields`
     notes: tuple[str, ...]
 
     @property
@@ -115,11 +115,11 @@ def compare(
     Raises:
         UserError: no run has finished, or there is no such group or eval.
     """
-    results, notes = _once(results)
+    results, notes = _without_duplicates(results)
     if not any(result.finished for result in results):
         raise UserError("no run has finished: there is nothing to compare yet" + _first_failure(results))
     groups = group(results)
-    base = _named(groups, baseline) if isinstance(baseline, str) else _baseline(groups, baseline or {})
+    base = _find_group(groups, baseline) if isinstance(baseline, str) else _baseline(groups, baseline or {})
     if not baseline:
         why = (
             why
@@ -130,14 +130,14 @@ def compare(
     cells: dict[tuple[str, Metric], Cell] = {}
     notes += _failures(groups)
     for metric in metrics:
-        cells |= _column(groups, base, metric, notes)
+        cells |= _compare_metric(groups, base, metric, notes)
     seeds = {len({result.seed for result in one.ended}) for one in groups if one.ended}
     if seeds == {1}:
         notes.append("one seed each: no interval, so a difference may be chance")
-    return Comparison(groups, metrics, base, why, cells, told_fields(results), tuple(dict.fromkeys(notes)))
+    return Comparison(groups, metrics, base, why, cells, differing_fields(results), tuple(dict.fromkeys(notes)))
 
 
-def _once(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
+def _without_duplicates(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     """Remove duplicate runs (same folder, or same experiment and seed); returns the rest and notes about the removed."""
     folders: dict[Path, Result] = {}
     for result in results:
@@ -179,7 +179,7 @@ def _first_failure(results: Sequence[Result]) -> str:
 
 def group(results: Sequence[Result]) -> tuple[Group, ...]:
     """Group runs whose experiments are equal except for the seed, in order of first occurrence."""
-    names, told_names = changed_fields(results), told_fields(results)
+    names, differing = changed_fields(results), differing_fields(results)
     found: dict[str, list[Result]] = {}
     for result in results:
         leaves = _leaves(result)
@@ -188,8 +188,8 @@ def group(results: Sequence[Result]) -> tuple[Group, ...]:
     groups = []
     for same in found.values():
         leaves = _leaves(same[0])
-        settings = same[0].settings or {name: told_value(leaves, name) for name in told_names}
-        many = not same[0].settings and len(told_names) > MOST_IN_LABEL
+        settings = same[0].settings or {name: field_text(leaves, name) for name in differing}
+        many = not same[0].settings and len(differing) > MOST_IN_LABEL
         groups.append(Group(same[0].folder.name if many else _label(settings), settings, tuple(same)))
     labels = [one.label for one in groups]
     return tuple(
@@ -204,7 +204,7 @@ def _label(settings: Mapping[str, str]) -> str:
     if len(settings) == 1 and names:
         return settings[names[0]]
     there = {name: value for name, value in settings.items() if value != ABSENT}
-    return told(there or dict(settings)) if settings else "all runs"
+    return settings_text(there or dict(settings)) if settings else "all runs"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -226,7 +226,7 @@ def changed_fields(results: Iterable[Result]) -> tuple[str, ...]:
     return tuple(changed)
 
 
-def told_fields(results: Sequence[Result]) -> tuple[str, ...]:
+def differing_fields(results: Sequence[Result]) -> tuple[str, ...]:
     """The differing fields to show: a stage or eval that only some runs have is one entry instead of all its fields.
 
     Its fields follow only if they differ between the runs that have it.
@@ -243,7 +243,7 @@ def told_fields(results: Sequence[Result]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def told_value(leaves: Mapping[str, Any], name: str) -> str:
+def field_text(leaves: Mapping[str, Any], name: str) -> str:
     """The value of a field as text; for a stage or an eval whether the run has it."""
     if name not in leaves and part_of(name) == name:
         return "present" if any(part_of(leaf) == name for leaf in leaves) else ABSENT
@@ -255,7 +255,7 @@ def part_of(name: str) -> str:
     return ".".join(name.split(".")[: 2 if name.startswith("evals.") else 1])
 
 
-def _named(groups: Sequence[Group], name: str) -> Group:
+def _find_group(groups: Sequence[Group], name: str) -> Group:
     """Find a group by its label, or by the folder (or folder name) of one of its runs."""
     here = Path(name).resolve()
     for one in groups:
@@ -266,11 +266,11 @@ def _named(groups: Sequence[Group], name: str) -> Group:
             return one
     labels = [one.label for one in groups]
     raise UserError(
-        f"baseline: no group or run is called {name!r}{nearest(name, labels)}; use one of {_some(labels, '; ')}, or NAME=VALUE"
+        f"baseline: no group or run is called {name!r}{nearest(name, labels)}; use one of {_first_names(labels, '; ')}, or NAME=VALUE"
     )
 
 
-def _some(names: Sequence[str], between: str = ", ") -> str:
+def _first_names(names: Sequence[str], between: str = ", ") -> str:
     """The first MOST_NAMED names, and the number of others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return f"{between.join(names[:MOST_NAMED])}{more}"
@@ -281,14 +281,16 @@ def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
     for name, value in wanted.items():
         if name not in axes:
             raise UserError(
-                f"baseline: {name!r} does not differ between the runs{nearest(name, axes)}; these do: {_some(axes) or 'none'}"
+                f"baseline: {name!r} does not differ between the runs{nearest(name, axes)}; these do: {_first_names(axes) or 'none'}"
             )
         values = list(dict.fromkeys(one.settings[name] for one in groups if name in one.settings))
         if value not in values:
-            raise UserError(f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {_some(values)}")
+            raise UserError(
+                f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {_first_names(values)}"
+            )
     found = [one for one in groups if all(one.settings.get(n) == v for n, v in wanted.items())]
     if not found:
-        raise UserError(f"baseline: no run has {told(dict(wanted))}")
+        raise UserError(f"baseline: no run has {settings_text(dict(wanted))}")
     return next((one for one in found if one.ended), found[0])
 
 
@@ -305,9 +307,11 @@ def _metrics(results: Sequence[Result], only: Sequence[str]) -> tuple[Metric, ..
     return tuple(metric for metric in found if not only or metric.name in only)
 
 
-def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[str]) -> dict[tuple[str, Metric], Cell]:
+def _compare_metric(
+    groups: Sequence[Group], base: Group, metric: Metric, notes: list[str]
+) -> dict[tuple[str, Metric], Cell]:
     """Compare every group with the baseline in one metric, if measured on the same data; appends to `notes`."""
-    own = measured_on(base.results[0], metric.name)
+    own = measurement_setup(base.results[0], metric.name)
     of_base = _by_seed(base, metric)
     cells: dict[str, Cell] = {}
     everything: list[float] = []
@@ -316,9 +320,9 @@ def _column(groups: Sequence[Group], base: Group, metric: Metric, notes: list[st
         bests = [value for result in one.ended if math.isfinite(value := result.best(metric.name, metric.field))]
         everything += values.values()
         cell = Cell(estimate(list(values.values())), estimate(bests))
-        other = measured_on(one.results[0], metric.name)
+        other = measurement_setup(one.results[0], metric.name)
         if one is not base and values and other != own:
-            what = difference_of(own, other)
+            what = setup_difference(own, other)
             notes.append(f"{metric.label}: {one.label} is not compared, since its held-out data differ ({what})")
             cell = dataclasses.replace(cell, excluded=what)
         elif one is not base:
@@ -344,7 +348,7 @@ def _by_seed(one: Group, metric: Metric) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
 
-def measured_on(result: Result, name: str) -> dict[str, Any] | None:
+def measurement_setup(result: Result, name: str) -> dict[str, Any] | None:
     """Everything that must be equal for two measurements to be comparable: the eval's fields and its data's content."""
     item = next((item for item in result.experiment["evals"] if item["name"] == name), None)
     if item is None:
@@ -356,8 +360,8 @@ def measured_on(result: Result, name: str) -> dict[str, Any] | None:
     return found | {"content": result.session.get("data_fingerprint", {}).get(path)}
 
 
-def difference_of(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
-    """Description of the differences between two results of `measured_on`."""
+def setup_difference(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """Description of the differences between two results of `measurement_setup`."""
     if own is None or other is None:
         return "one has none"
     return ", ".join(
@@ -365,7 +369,7 @@ def difference_of(own: dict[str, Any] | None, other: dict[str, Any] | None) -> s
     )
 
 
-def sentence(cell: Cell, metric: Metric, digits: int = 3) -> str:
+def conclusion(cell: Cell, metric: Metric, digits: int = 3) -> str:
     """The conclusion about a group against the baseline, as one sentence."""
     found = cell.difference
     if cell.excluded:

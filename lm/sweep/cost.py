@@ -21,11 +21,11 @@ from lm.stored import read_record
 from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import Range, Suggested, Sweep
-from lm.sweep.trials import Trial, own_point, trial_at, trials
+from lm.sweep.trials import Trial, base_point, trial_at, trials
 
 START_SECONDS = 20.0  # time to start a stage: process, imports, reading data, compilation
-USED = 0.2  # speed of a training step as a fraction of that of a large matrix product
-TIMED = 768  # rows and columns of the timed matrices
+STEP_EFFICIENCY = 0.2  # speed of a training step as a fraction of that of a large matrix product
+TIMED_SIZE = 768  # rows and columns of the timed matrices
 TIMED_SECONDS = 0.2
 MOST_TRIED = 200  # points of a search's axes that are tried to find one that can run
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -41,7 +41,7 @@ class Cost:
         bytes: size of the checkpoints that are kept after the stages finished.
         hours: device-hours on a TPU topology; None without one.
         seconds: measured seconds of finished stages.
-        ahead: estimated seconds of the other stages.
+        remaining: estimated seconds of the other stages.
     """
 
     flops: float = 0.0
@@ -49,7 +49,7 @@ class Cost:
     bytes: float = 0.0
     hours: float | None = None
     seconds: float = 0.0
-    ahead: float = 0.0
+    remaining: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         def summed(name: str) -> float | None:
@@ -73,11 +73,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial, its cost without the stages it shares with earlier trials, and the names of those stages (`has`)."""
+    """A trial, its cost without the stages it shares with earlier trials, and the names of those stages (`shared`)."""
 
     trial: Trial
     cost: Cost
-    has: tuple[str, ...]
+    shared: tuple[str, ...]
 
 
 def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[list[TrialRow], Speed]:
@@ -91,7 +91,7 @@ def estimate(sweep: Sweep, folder: SweepFolder, topology: str | None) -> tuple[l
     """
     known: set[str] = set()
     found: list[tuple[Trial, list[Cost], tuple[str, ...]]] = []
-    for trial in map(folder.placed, representatives(sweep)):
+    for trial in map(folder.with_existing_key, representatives(sweep)):
         new, had = list[Cost](), list[str]()
         for index, key in enumerate([] if trial.impossible else stage_keys(trial.experiment)):
             if key in known:
@@ -112,23 +112,23 @@ def _speed(costs: Iterable[Cost]) -> Speed:
         whole = sum((cost.flops + cost.other_flops) / cost.seconds for cost in done) / len(done)
         if whole:
             return Speed(whole, 0.0, f"estimated from {len(done)} finished stages")
-    a = np.ones((TIMED, TIMED), np.float32)
+    a = np.ones((TIMED_SIZE, TIMED_SIZE), np.float32)
     a @ a  # warm-up
     count, began = 0, time.perf_counter()
     while (passed := time.perf_counter() - began) < TIMED_SECONDS:
         a @ a
         count += 1
     return Speed(
-        USED * count * 2 * TIMED**3 / passed,
+        STEP_EFFICIENCY * count * 2 * TIMED_SIZE**3 / passed,
         START_SECONDS,
-        f"estimated from {USED:.0%} of the speed of a matrix product on this machine's CPU, and {START_SECONDS:.0f} s to "
+        f"estimated from {STEP_EFFICIENCY:.0%} of the speed of a matrix product on this machine's CPU, and {START_SECONDS:.0f} s to "
         "start a stage; a finished stage gives a better estimate",
     )
 
 
 def _timed(cost: Cost, speed: Speed) -> Cost:
     seconds = speed.start + (cost.flops + cost.other_flops) / speed.flops
-    return dataclasses.replace(cost, ahead=0.0 if cost.seconds else seconds)
+    return dataclasses.replace(cost, remaining=0.0 if cost.seconds else seconds)
 
 
 def representatives(sweep: Sweep) -> list[Trial]:
@@ -137,7 +137,7 @@ def representatives(sweep: Sweep) -> list[Trial]:
         return trials(sweep)
     ends = [(v.low, v.high) if isinstance(v, Range) else range(len(v)) for v in sweep.axes.values()]
     corners = (dict(zip(sweep.axes, corner, strict=True)) for corner in itertools.product(*ends))
-    own = own_point(sweep)
+    own = base_point(sweep)
     points = itertools.chain([own] if own else [], itertools.islice(corners, MOST_TRIED))
     first: list[Trial] = []
     for point in points:

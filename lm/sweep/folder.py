@@ -52,7 +52,7 @@ class SweepFolder:
         return self.path / "trials" / key
 
     @functools.cached_property
-    def _older(self) -> dict[str, str]:
+    def _renamed_folders(self) -> dict[str, str]:
         """Current key -> folder name of trials that an lm version with other fields created."""
         found = {}
         for path in (self.path / "trials").glob("*/experiment.json"):
@@ -64,9 +64,9 @@ class SweepFolder:
                 found[key] = path.parent.name
         return found
 
-    def placed(self, trial: Trial) -> Trial:
+    def with_existing_key(self, trial: Trial) -> Trial:
         """The trial with the key of its existing folder, if an older version created one."""
-        return dataclasses.replace(trial, key=self._older.get(trial.key, trial.key))
+        return dataclasses.replace(trial, key=self._renamed_folders.get(trial.key, trial.key))
 
     def record(self, key: str) -> Path:
         """Path of a trial's record, trial.json: {"settings", "seed", "wanted", "failed", "pruned", "impossible"}."""
@@ -95,7 +95,7 @@ class SweepFolder:
         write_sealed(self.description, wanted)
 
     def _refuse_another(self, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-        different = [f"{name}: {old!r} → {new!r}" for name, old, new in _different(there["base"], wanted["base"])]
+        different = [f"{name}: {old!r} → {new!r}" for name, old, new in _differences(there["base"], wanted["base"])]
         if there["search"].get("kind") != wanted["search"]["kind"]:
             different.insert(0, f"search: {there['search'].get('kind')} → {wanted['search']['kind']}")
         if wanted["search"]["kind"] in [kind.__name__ for kind in typing.get_args(Suggested)]:
@@ -133,7 +133,7 @@ class SweepFolder:
                 link.symlink_to(target, target_is_directory=True)
         if not (path / "experiment.json").exists():
             write_json_atomic(path / "experiment.json", to_dict(trial.experiment))
-        elif different := _different(read_experiment(path), to_dict(trial.experiment)):
+        elif different := _differences(read_experiment(path), to_dict(trial.experiment)):
             name, old, new = different[0]
             raise UserError(
                 f"{path} holds a run with {name} {old!r}, but this trial has {new!r}, the default of this version of lm: name "
@@ -158,7 +158,7 @@ class SweepFolder:
                 self.update(file.parent.name, wanted=False)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Context in which this process holds the sweep's lock, so that no other worker takes a trial."""
         make_folder(self.path, "--folder DIR")
         handle = take_lock(self.path / "lock", "--folder DIR", wait=True)
@@ -169,7 +169,7 @@ class SweepFolder:
             os.close(handle)
 
 
-def _different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Differences (field, old, new) of two plain experiments, except in their names."""
     return [one for one in diff(normalised(old), normalised(new)) if one[0] != "name"]
 
@@ -188,7 +188,7 @@ def describe(sweep: Sweep) -> dict[str, Any]:
         "search": search,
         "seeds": list(sweep.seeds),
         "metric": sweep.metric,
-        "axes": {name: _described(sweep, name) for name in sweep.axes},
+        "axes": {name: _describe_axis(sweep, name) for name in sweep.axes},
         "baseline": dict(sweep.baseline),
         "base": to_dict(sweep.base),
     }
@@ -203,7 +203,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _described(sweep: Sweep, name: str) -> Any:
+def _describe_axis(sweep: Sweep, name: str) -> Any:
     values = sweep.axes[name]
     if isinstance(values, Range):
         return {"kind": type(values).__name__} | vars(values)

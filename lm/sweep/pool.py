@@ -13,7 +13,7 @@ from lm.parent_death import with_parent
 from lm.sweep.worker import EXIT_INTERRUPT, EXIT_USER, WorkerStopped
 
 MOST_DEATHS = 10  # total number of worker deaths before giving up
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 
 
 def pool(words: list[str], count: int) -> None:
@@ -38,7 +38,7 @@ def pool(words: list[str], count: int) -> None:
         for place in range(count):
             children[place] = _start(words, place, count)
         while children:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             for place, child in list(children.items()):
                 if child.poll() is None:
                     continue

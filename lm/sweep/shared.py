@@ -30,16 +30,16 @@ def _text(source: Source) -> list[Any]:
     return [former_value("path", source.path), source.holdout, source.weight > 0]
 
 
-def pieces(keys: list[str], everybody: Iterable[list[str]]) -> list[range]:
+def pieces(keys: list[str], all_keys: Iterable[list[str]]) -> list[range]:
     """Split a trial's stages wherever fewer trials share the next stage; each piece is trained by one process.
 
     Args:
         keys: keys of the trial's stages.
-        everybody: the keys of every trial's stages, including this one's.
+        all_keys: the keys of every trial's stages, including this one's.
 
     Returns:
         Ranges of stage indices.
     """
-    shared = Counter(key for one in everybody for key in one)
+    shared = Counter(key for one in all_keys for key in one)
     ends = [i + 1 for i in range(len(keys)) if i + 1 == len(keys) or shared[keys[i]] != shared[keys[i + 1]]]
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]

@@ -7,7 +7,7 @@ import dataclasses
 from lm.sweep.cost import Cost, TrialRow, estimate, total
 from lm.sweep.folder import SweepFolder
 from lm.sweep.sweep import Suggested, Sweep
-from lm.sweep.trials import told
+from lm.sweep.trials import settings_text
 
 MOST_ROWS = 60
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -21,7 +21,7 @@ def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
         lines[MOST_ROWS:] = [f"… and {len(lines) - MOST_ROWS} more"]
     whole = total([row.cost for row in rows])
     if isinstance(sweep.search, Suggested):
-        each = dataclasses.replace(whole, seconds=0.0, ahead=whole.ahead + whole.seconds)
+        each = dataclasses.replace(whole, seconds=0.0, remaining=whole.remaining + whole.seconds)
         lines.append(
             f"the search runs {sweep.search.trials} such settings (stages that no axis changes are trained once): "
             f"at most {_cost(each.times(sweep.search.trials))}; time {speed.source}"
@@ -34,10 +34,10 @@ def dry_run(sweep: Sweep, folder: SweepFolder, topology: str | None) -> str:
 
 
 def _line(row: TrialRow) -> str:
-    name = f"{told(row.trial.settings)}, seed {row.trial.experiment.seed}"
+    name = f"{settings_text(row.trial.settings)}, seed {row.trial.experiment.seed}"
     if row.trial.impossible:
         return f"{name}: cannot run: {row.trial.impossible}"
-    return f"{name}: {_cost(row.cost)}" + (f"; shares {', '.join(row.has)} with trials above" if row.has else "")
+    return f"{name}: {_cost(row.cost)}" + (f"; shares {', '.join(row.shared)} with trials above" if row.shared else "")
 
 
 def _cost(cost: Cost) -> str:
@@ -47,8 +47,8 @@ def _cost(cost: Cost) -> str:
         parts.append(f"{cost.hours:.2g} device-hours")
     if cost.seconds:
         parts.append(f"done in {_duration(cost.seconds)}")
-    if cost.ahead:
-        parts.append(f"about {_duration(cost.ahead)}{' more' if cost.seconds else ''}")
+    if cost.remaining:
+        parts.append(f"about {_duration(cost.remaining)}{' more' if cost.seconds else ''}")
     parts.append(f"{size(cost.bytes)} of checkpoints")
     return ", ".join(parts)
 

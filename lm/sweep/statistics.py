@@ -34,7 +34,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = math.fsum(values) / count if values else math.nan
     if count < 2:
         return Estimate(mean, math.nan, count)
-    if _without_spread(values):
+    if _all_equal(values):
         return Estimate(values[0], 0.0, count)
     return Estimate(mean, _standard_error(np.asarray(values)) * _t(count - 1, LEVEL), count)
 
@@ -96,7 +96,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     if count == 0:
         return NO_DIFFERENCE
     mean = float(differences.mean())
-    if count == 1 or _without_spread(differences, max(abs(values[seed]) for seed in both)):
+    if count == 1 or _all_equal(differences, max(abs(values[seed]) for seed in both)):
         return Difference(mean, math.nan, math.nan, math.nan, count, math.nan, math.nan)
     error = _standard_error(differences)
     if count < FEWEST_RESAMPLED:
@@ -109,7 +109,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     return Difference(mean, mean - low_t * error, mean + high_t * error, p, count, detectable(error, count), error)
 
 
-def _without_spread(values: Sequence[float] | Float[np.ndarray, " N"], scale: float = 0.0) -> bool:
+def _all_equal(values: Sequence[float] | Float[np.ndarray, " N"], scale: float = 0.0) -> bool:
     """Whether all values are equal up to rounding; `scale` is the magnitude of the numbers they are differences of."""
     return float(np.ptp(values)) <= 1e-12 * max(scale, *np.abs(values))
 

@@ -22,7 +22,7 @@ from lm.sweep.folder import SweepFolder, try_lock
 from lm.sweep.results import better, metric_name
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import TPE, Halving, LogUniform, Range, Suggested, Sweep
-from lm.sweep.trials import Point, Trial, own_point, told, trial_at, trials
+from lm.sweep.trials import Point, Trial, base_point, settings_text, trial_at, trials
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 DROPPED = "dropped"  # attribute of trials that were not run because the sweep no longer wants them
@@ -32,7 +32,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True)
-class Claimed:
+class ClaimedTrial:
     """A trial locked by this process; `handle` is the lock's file descriptor, which its child processes inherit."""
 
     number: int
@@ -55,7 +55,7 @@ class Study:
         self.sweep, self.folder = sweep, folder
         _, field = metric_name(sweep.base, sweep.metric) if sweep.base.evals else ("", "loss")
         self.refused: list[str] = []
-        with folder.alone():
+        with folder.locked():
             self.remark = journal.recover(folder.journal)
             self._study = optuna.create_study(
                 storage=journal.storage(folder.journal),
@@ -73,17 +73,17 @@ class Study:
         Args:
             retry_failed: whether to queue failed trials again.
         """
-        with self.folder.alone():
+        with self.folder.locked():
             if isinstance(self.sweep.search, Suggested):
                 self._drop(lambda one: one.user_attrs.get("seed") not in self.sweep.seeds)
-                self._queue_seeds(self._known())
+                self._queue_seeds(self._trials())
                 if retry_failed:
                     self._queue_failed()
                 return
-            wanted = [self.folder.placed(trial) for trial in trials(self.sweep)]
+            wanted = [self.folder.with_existing_key(trial) for trial in trials(self.sweep)]
             keys = {trial.key for trial in wanted}
             self._drop(lambda one: one.user_attrs.get("key") not in keys)
-            states = {one.user_attrs.get("key"): one.state for one in self._known()}  # the newest state of each trial
+            states = {one.user_attrs.get("key"): one.state for one in self._trials()}  # the newest state of each trial
             for trial in _breadth_first(wanted):
                 self.folder.write_trial(trial, _stages_of(trial))
                 again = retry_failed and not trial.impossible
@@ -94,12 +94,12 @@ class Study:
                 self._add(attributes, TrialState.FAIL if failed else TrialState.WAITING)
             self.folder.want_only(keys)
 
-    def take(self) -> Claimed | None:
+    def take(self) -> ClaimedTrial | None:
         """Take and lock the next trial; None if there is none at present (`open` tells whether more may follow)."""
-        with self.folder.alone():
+        with self.folder.locked():
             for one in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if _COMPLETE - set(one.user_attrs):  # its worker was killed between two lines of the journal
-                    self._drop_half(one)
+                    self._requeue_incomplete(one)
                 elif (handle := try_lock(self.folder.trial(one.user_attrs["key"]) / "claim")) is not None:
                     if AGAIN in one.user_attrs or not self.folder.failed(one.user_attrs["key"]):
                         return _claimed(one, handle)
@@ -107,17 +107,17 @@ class Study:
                     self._study.tell(
                         one.number, state=TrialState.FAIL
                     )  # it failed before, but its end was lost from the journal
-            while self._more():
+            while self._has_next():
                 if (claimed := self._ask()) is not None:
                     return claimed
             return None
 
-    def _more(self) -> bool:
+    def _has_next(self) -> bool:
         """Whether a trial is queued or a search may suggest one; queues seeds that a killed worker did not."""
-        if self._waiting() or self._may_suggest():
+        if self._waiting() or self._can_suggest():
             return True
         if isinstance(self.sweep.search, Suggested):
-            self._queue_seeds(self._known())
+            self._queue_seeds(self._trials())
         return self._waiting()
 
     def _waiting(self) -> bool:
@@ -126,9 +126,9 @@ class Study:
     def open(self) -> bool:
         """Whether any trial is queued, running, or yet to be suggested."""
         states = (TrialState.WAITING, TrialState.RUNNING)
-        return bool(self._study.get_trials(deepcopy=False, states=states)) or self._may_suggest()
+        return bool(self._study.get_trials(deepcopy=False, states=states)) or self._can_suggest()
 
-    def report(self, claimed: Claimed, step: int, value: float) -> bool:
+    def report(self, claimed: ClaimedTrial, step: int, value: float) -> bool:
         """Report an intermediate value; returns whether the search ends the trial because others were better at this step."""
         found = self._study.get_trials(deepcopy=False)[claimed.number]
         trial = optuna.trial.Trial(self._study, found._trial_id)
@@ -136,7 +136,7 @@ class Study:
             trial.report(value, step)
         return trial.should_prune()
 
-    def tell(self, claimed: Claimed, value: float | None = None, failed: str = "", pruned: bool = False) -> None:
+    def tell(self, claimed: ClaimedTrial, value: float | None = None, failed: str = "", pruned: bool = False) -> None:
         """Record the end of a trial: with its value, as failed with a reason, or as ended early."""
         self.folder.update(claimed.key, failed=failed, pruned=pruned)
         state = TrialState.FAIL if failed else TrialState.PRUNED if pruned else TrialState.COMPLETE
@@ -144,12 +144,12 @@ class Study:
 
     def counts(self) -> tuple[int, int]:
         """(number of trials that have ended, number of trials so far)."""
-        known = self._known()
+        known = self._trials()
         return sum(one.state in ENDED for one in known), len(known)
 
     def all_failed(self) -> bool:
         """Whether trials have ended and all of them failed."""
-        ended = [one for one in self._known() if one.state in ENDED]
+        ended = [one for one in self._trials() if one.state in ENDED]
         return bool(ended) and all(one.state == TrialState.FAIL for one in ended)
 
     def failures(self) -> list[str]:
@@ -158,9 +158,9 @@ class Study:
         keys = dict.fromkeys(one.user_attrs["key"] for one in failed if "key" in one.user_attrs)
         records = [record for key in keys if (record := self.folder.read_record(key))]
         failing = [one for one in records if one["wanted"] and one.get("failed")]
-        return [f"{told(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in failing]
+        return [f"{settings_text(one['settings'])}, seed {one['seed']}: {one['failed']}" for one in failing]
 
-    def _known(self) -> list[FrozenTrial]:
+    def _trials(self) -> list[FrozenTrial]:
         return [one for one in self._study.get_trials(deepcopy=False) if DROPPED not in one.user_attrs]
 
     def _drop(self, unwanted: Callable[[FrozenTrial], bool]) -> None:
@@ -171,7 +171,7 @@ class Study:
                 storage.set_trial_user_attr(one._trial_id, DROPPED, True)
                 storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
 
-    def _drop_half(self, one: FrozenTrial) -> None:
+    def _requeue_incomplete(self, one: FrozenTrial) -> None:
         """End a trial whose record is incomplete, and queue its parameters again."""
         self._study._storage.set_trial_user_attr(one._trial_id, DROPPED, True)
         self._study.tell(one.number, state=TrialState.FAIL)
@@ -184,9 +184,9 @@ class Study:
 
     def _queue_seeds(self, known: list[FrozenTrial]) -> None:
         """Queue every known setting with every seed it lacks; at the start of a search, the base's own settings."""
-        settings = _seeds_of(known)
-        if not settings and (own := own_point(self.sweep)) is not None:
-            settings = [(_on_axes(self.sweep, own), set())]
+        settings = _seeds_by_params(known)
+        if not settings and (own := base_point(self.sweep)) is not None:
+            settings = [(_in_axis_order(self.sweep, own), set())]
         for params, seeds in settings:
             for seed in self.sweep.seeds:
                 if seed not in seeds:
@@ -196,51 +196,51 @@ class Study:
         """Queue every wanted setting that failed once more."""
         failed = {
             one.user_attrs["key"]: one
-            for one in self._known()
+            for one in self._trials()
             if one.state == TrialState.FAIL and set(one.user_attrs) >= _COMPLETE
         }
         for key, one in failed.items():
             if self.folder.failed(key) and one.user_attrs["seed"] in self.sweep.seeds:
                 self._study.enqueue_trial(one.params, user_attrs={"seed": one.user_attrs["seed"], AGAIN: True})
 
-    def _may_suggest(self) -> bool:
+    def _can_suggest(self) -> bool:
         search = self.sweep.search
         if not isinstance(search, Suggested):
             return False
-        attributes = [one.user_attrs for one in self._known()]
+        attributes = [one.user_attrs for one in self._trials()]
         return sum(a.get("seed") == self.sweep.seeds[0] and AGAIN not in a for a in attributes) < search.trials
 
-    def _ask(self) -> Claimed | None:
+    def _ask(self) -> ClaimedTrial | None:
         """Ask Optuna for the next trial; None if it has ended at once or another worker runs the same experiment."""
         distributions = {}
         if isinstance(self.sweep.search, Suggested):
             self._study.sampler = _sampler(self.sweep, len(self._study.get_trials(deepcopy=False)))
             distributions = {name: _distribution(self.sweep, name) for name in self.sweep.axes}
         asked = self._study.ask(distributions)
-        if isinstance(self.sweep.search, Suggested) and not self._placed(asked):
+        if isinstance(self.sweep.search, Suggested) and not self._prepare_suggestion(asked):
             return None
         handle = try_lock(self.folder.trial(asked.user_attrs["key"]) / "claim")
         if handle is None:  # another worker runs the same experiment: the next free worker tries again
             return None
         return _claimed(self._study.get_trials(deepcopy=False)[asked.number], handle)
 
-    def _placed(self, asked: optuna.trial.Trial) -> bool:
+    def _prepare_suggestion(self, asked: optuna.trial.Trial) -> bool:
         """Give a suggested trial its seed, experiment and folder; returns False if it cannot run and was ended."""
         if "seed" not in asked.user_attrs:
             asked.set_user_attr("seed", self.sweep.seeds[0])
             for seed in self.sweep.seeds[1:]:
                 self._study.enqueue_trial(asked.params, user_attrs={"seed": seed})
-        trial = trial_at(self.sweep, _on_axes(self.sweep, asked.params), asked.user_attrs["seed"])
+        trial = trial_at(self.sweep, _in_axis_order(self.sweep, asked.params), asked.user_attrs["seed"])
         if trial is None:
             self._study.tell(asked, state=TrialState.PRUNED)
             return False
-        trial = self.folder.placed(trial)
+        trial = self.folder.with_existing_key(trial)
         self.folder.write_trial(trial, _stages_of(trial))
         for name, value in _attributes(trial).items():
             asked.set_user_attr(name, value)
         failed = trial.impossible or ("" if AGAIN in asked.user_attrs else self.folder.failed(trial.key))
         if failed:  # impossible, or suggested again after it failed
-            self.refused.append(f"{told(trial.settings)}, seed {trial.experiment.seed}: {failed}")
+            self.refused.append(f"{settings_text(trial.settings)}, seed {trial.experiment.seed}: {failed}")
             self._study.tell(asked, state=TrialState.FAIL)
         return not failed
 
@@ -257,8 +257,8 @@ def _stages_of(trial: Trial) -> list[str]:
     return [] if trial.impossible else stage_keys(trial.experiment)
 
 
-def _claimed(one: FrozenTrial, handle: int) -> Claimed:
-    return Claimed(one.number, one.user_attrs["key"], one.user_attrs["settings"], one.user_attrs["seed"], handle)
+def _claimed(one: FrozenTrial, handle: int) -> ClaimedTrial:
+    return ClaimedTrial(one.number, one.user_attrs["key"], one.user_attrs["settings"], one.user_attrs["seed"], handle)
 
 
 def _breadth_first(wanted: list[Trial]) -> list[Trial]:
@@ -273,7 +273,7 @@ def _breadth_first(wanted: list[Trial]) -> list[Trial]:
     return early + late
 
 
-def _seeds_of(known: list[FrozenTrial]) -> list[tuple[dict[str, Any], set[int]]]:
+def _seeds_by_params(known: list[FrozenTrial]) -> list[tuple[dict[str, Any], set[int]]]:
     found: dict[str, tuple[dict[str, Any], set[int]]] = {}
     for one in known:
         params = one.params or one.system_attrs.get("fixed_params", {})
@@ -291,7 +291,7 @@ def _distribution(sweep: Sweep, name: str) -> BaseDistribution:
     return FloatDistribution(values.low, values.high, log=log)
 
 
-def _on_axes(sweep: Sweep, values: Point) -> Point:
+def _in_axis_order(sweep: Sweep, values: Point) -> Point:
     """Order values by the sweep's axes, which conditions depend on."""
     return {name: values[name] for name in sweep.axes}
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.experiment import UserError
-from lm.sweep.compare import Comparison, Metric, part_of, sentence
+from lm.sweep.compare import Comparison, Metric, conclusion, part_of
 from lm.sweep.results import Result
 from lm.sweep.statistics import Estimate
 from lm.sweep.trials import digest
@@ -63,7 +63,7 @@ def _table(comparison: Comparison, metric: Metric) -> Table:
         cell = comparison.cells[group.label, metric]
         note = f" ({group.note})" if group.note else ""
         p = "" if math.isnan(cell.corrected) else f"{cell.corrected:.2g}"
-        said = sentence(cell, metric)
+        said = conclusion(cell, metric)
         table.add_row(group.label + note, str(cell.final.count), number(cell.final), number(cell.best), p, said)
     return table
 

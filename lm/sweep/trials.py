@@ -59,7 +59,7 @@ def trials(sweep: Sweep) -> list[Trial]:
     first = next(iter(found.values()))
     if all(trial.impossible for trial in found.values()):
         which = "its trial" if len(found) == 1 else f"none of its {len(found)} trials can run; the first"
-        raise UserError(f"sweep {sweep.name}: {which}, {told(first.settings)}: {first.impossible}")
+        raise UserError(f"sweep {sweep.name}: {which}, {settings_text(first.settings)}: {first.impossible}")
     own = {key_of(with_seed(sweep.base, seed)) for seed in sweep.seeds}
     return sorted(found.values(), key=lambda trial: trial.key not in own)
 
@@ -71,14 +71,14 @@ def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
         for name, place in point.items():
             if name in sweep.conditions and not sweep.conditions[name](experiment):
                 continue
-            settings[name] = _name_of(sweep.axes[name], place)
+            settings[name] = _value_text(sweep.axes[name], place)
             experiment, settings[name] = apply(experiment, name, sweep.axes[name], place)
         experiment = resolve_sources(experiment)
         if not sweep.keep(experiment):
             return None
     except Exception as error:  # a function of the sweep's file may raise anything: only this trial fails
-        impossible = why(error)
-        settings |= {name: _name_of(sweep.axes[name], point[name]) for name in point if name not in settings}
+        impossible = error_text(error)
+        settings |= {name: _value_text(sweep.axes[name], point[name]) for name in point if name not in settings}
         return Trial(settings, experiment, digest([sweep.name, settings, seed]), impossible)
     try:
         experiment = check(experiment)
@@ -88,13 +88,13 @@ def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
     return Trial(settings, dataclasses.replace(experiment, name=f"{sweep.name}-{key}"), key, impossible)
 
 
-def why(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The message of an error in one line; of errors other than UserError with the type's name."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def _name_of(values: Values, place: Any) -> str:
+def _value_text(values: Values, place: Any) -> str:
     """A value of an axis as text, without applying it."""
     if isinstance(values, Range):
         return shown(float(place))
@@ -108,7 +108,7 @@ def label_on(experiment: Experiment, name: str, values: Values, place: Any) -> s
     try:
         return apply(experiment, name, values, place)[1]
     except Exception:  # the trials with this value report the failure
-        return _name_of(values, place)
+        return _value_text(values, place)
 
 
 def apply(experiment: Experiment, name: str, values: Values, place: Any) -> tuple[Experiment, str]:
@@ -157,7 +157,7 @@ def shown(value: Any) -> str:
     return json.dumps(to_dict(value), ensure_ascii=False) if not isinstance(value, str) else value
 
 
-def told(settings: Mapping[str, str]) -> str:
+def settings_text(settings: Mapping[str, str]) -> str:
     """Settings in one line, each named by the last part of its dotted name if that is unique."""
     ends = [name.rsplit(".", 1)[-1] for name in settings]
     short = ends if len(set(ends)) == len(ends) else list(settings)
@@ -176,7 +176,7 @@ def _points(sweep: Sweep) -> Iterator[Point]:
     return (dict(zip(sweep.axes, place, strict=True)) for place in places)
 
 
-def own_point(sweep: Sweep) -> Point | None:
+def base_point(sweep: Sweep) -> Point | None:
     """The point of the axes at which the experiment equals the base; None if there is none."""
     point: Point = {}
     for name, values in sweep.axes.items():
@@ -186,16 +186,14 @@ def own_point(sweep: Sweep) -> Point | None:
                 return None
             point[name] = value
         else:
-            place = next(
-                (place for place in range(len(values)) if _changes_nothing(sweep.base, name, values, place)), None
-            )
+            place = next((place for place in range(len(values)) if _equals_base(sweep.base, name, values, place)), None)
             if place is None:
                 return None
             point[name] = place
     return point
 
 
-def _changes_nothing(base: Experiment, name: str, values: Values, place: int) -> bool:
+def _equals_base(base: Experiment, name: str, values: Values, place: int) -> bool:
     try:
         return apply(base, name, values, place)[0] == base
     except Exception:  # a function of the sweep's file failed; its trials report the failure

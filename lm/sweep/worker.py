@@ -25,13 +25,13 @@ from lm.parent_death import with_parent
 from lm.sweep.folder import SweepFolder, try_lock
 from lm.sweep.results import measurements, metric_name, read_result
 from lm.sweep.shared import pieces, stage_keys
-from lm.sweep.study import Claimed, Study
+from lm.sweep.study import ClaimedTrial, Study
 from lm.sweep.sweep import Halving, Range, Suggested, Sweep
-from lm.sweep.trials import told, trial_at, trials, why
+from lm.sweep.trials import error_text, settings_text, trial_at, trials
 from lm.train.run_files import read_stage
 from lm.train.run_folder import RunFolder
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 MOST_DEATHS = 3  # consecutive deaths of a trial's process without a new checkpoint before it fails
 EXIT_USER, EXIT_INTERRUPT = 2, 130
 
@@ -57,7 +57,7 @@ class Worker:
         Raises:
             WorkerStopped: a signal arrived.
         """
-        everybody = _known_keys(self.sweep)
+        all_keys = _known_keys(self.sweep)
         with self._signals():
             while True:
                 if self.stopping:
@@ -68,33 +68,33 @@ class Worker:
                 if claimed is None:
                     if not self.study.open():
                         return
-                    time.sleep(LOOK_SECONDS)
+                    time.sleep(POLL_SECONDS)
                     continue
                 with self._holding(claimed.handle):
-                    self._trial(claimed, everybody)
+                    self._trial(claimed, all_keys)
 
-    def _trial(self, claimed: Claimed, everybody: list[list[str]]) -> None:
+    def _trial(self, claimed: ClaimedTrial, all_keys: list[list[str]]) -> None:
         """Run a trial, record its end and print it. An error in running or reading it fails only this trial."""
         began = time.monotonic()
         value, failed, pruned = math.nan, "", False
         try:
-            value, failed, pruned = self._outcome(claimed, everybody)
+            value, failed, pruned = self._outcome(claimed, all_keys)
         except UserError as error:
-            failed = why(error)
+            failed = error_text(error)
         self.study.tell(claimed, value if math.isfinite(value) else 0.0, failed, pruned)
         done, of = self.study.counts()
         how = failed or ("ended early, since others were better" if pruned else "")
         metric = self.sweep.metric or next((item.name for item in self.sweep.base.evals), "the first eval")
         result = how or (f"{metric} {value:.4g}" if math.isfinite(value) else "done")
-        self.say(f"[{done}/{of}] {told(claimed.settings)}, seed {claimed.seed}: {result}, {_clock(began)}")
+        self.say(f"[{done}/{of}] {settings_text(claimed.settings)}, seed {claimed.seed}: {result}, {_clock(began)}")
 
-    def _outcome(self, claimed: Claimed, everybody: list[list[str]]) -> tuple[float, str, bool]:
+    def _outcome(self, claimed: ClaimedTrial, all_keys: list[list[str]]) -> tuple[float, str, bool]:
         """Run a trial; returns (value of the metric, reason of failure or "", whether the search ended it early)."""
         run_dir = self.folder.trial(claimed.key)
         experiment = load(str(run_dir / "experiment.json"))
         keys = stage_keys(experiment)
         failed, pruned = "", False
-        for piece in pieces(keys, everybody if keys in everybody else [*everybody, keys]):
+        for piece in pieces(keys, all_keys if keys in all_keys else [*all_keys, keys]):
             with self._stages(keys, piece, len(keys) - 1):
                 failed, pruned = self._piece(claimed, experiment, run_dir, piece)
             if failed or pruned:
@@ -107,7 +107,7 @@ class Worker:
                 failed = f"{name}.{field} after the last stage is not a finite number"
         return value, failed, pruned
 
-    def _piece(self, claimed: Claimed, experiment: Experiment, run_dir: Path, piece: range) -> tuple[str, bool]:
+    def _piece(self, claimed: ClaimedTrial, experiment: Experiment, run_dir: Path, piece: range) -> tuple[str, bool]:
         """Train consecutive stages of a trial; returns (reason of failure or "", whether the search ended it early)."""
         names = [experiment.stages[i].name for i in piece]
         deaths, saved = 0, set[Path]()
@@ -125,10 +125,10 @@ class Worker:
             deaths, saved = (1 if now - saved else deaths + 1), now
             if deaths >= MOST_DEATHS:
                 return f"its process died {deaths} times with exit code {code}: {reason(run_dir / 'log.txt')}", False
-            self.say(f"{told(claimed.settings)}, seed {claimed.seed}: died with exit code {code}; resuming")
+            self.say(f"{settings_text(claimed.settings)}, seed {claimed.seed}: died with exit code {code}; resuming")
         return "", False
 
-    def _process(self, claimed: Claimed, experiment: Experiment, run_dir: Path, until: str) -> tuple[int, bool]:
+    def _process(self, claimed: ClaimedTrial, experiment: Experiment, run_dir: Path, until: str) -> tuple[int, bool]:
         """Run `lm run` in a child process until stage `until`; returns (exit code, whether the search ended it early)."""
         pruned = False
         command = [sys.executable, "-m", "lm.cli.main", "run", str(run_dir / "experiment.json")]
@@ -147,16 +147,16 @@ class Worker:
             )
             while child.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(LOOK_SECONDS)
+                    child.wait(POLL_SECONDS)
                 if self.stopping:
                     child.send_signal(signal.SIGTERM)
                     child.wait()
-                if not pruned and until == experiment.stages[-1].name and self._worse(claimed, experiment, run_dir):
+                if not pruned and until == experiment.stages[-1].name and self._is_pruned(claimed, experiment, run_dir):
                     pruned = True
                     child.send_signal(signal.SIGTERM)
         return child.returncode, pruned
 
-    def _worse(self, claimed: Claimed, experiment: Experiment, run_dir: Path) -> bool:
+    def _is_pruned(self, claimed: ClaimedTrial, experiment: Experiment, run_dir: Path) -> bool:
         """Whether successive halving ends the trial; reports its values at the measured steps to the study."""
         if not isinstance(self.sweep.search, Halving):
             return False
@@ -182,7 +182,7 @@ class Worker:
         while (handle := try_lock(shared.with_name(f"{shared.name}.lock"))) is None:
             if self.stopping:
                 raise WorkerStopped
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         return handle
 
     @contextlib.contextmanager

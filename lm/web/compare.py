@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lm import experiment as experiments
-from lm.sweep.compare import Comparison, Group, Metric, sentence, told_fields, told_value
+from lm.sweep.compare import Comparison, Group, Metric, conclusion, differing_fields, field_text
 from lm.sweep.explain import MOST_AXES, importance, scalings, varied
 from lm.sweep.results import Result, better, measurements
 from lm.sweep.statistics import Curve, curve_points
@@ -56,7 +56,7 @@ def _table(comparison: Comparison, metric: Metric) -> list[tuple[Group, str, str
         tone = "even"
         if cell.differs and cell.difference:
             tone = "better" if cell.difference.mean * better(metric.field) > 0 else "worse"
-        rows.append((group, number(cell.final), number(cell.best), sentence(cell, metric), tone))
+        rows.append((group, number(cell.final), number(cell.best), conclusion(cell, metric), tone))
     return rows
 
 
@@ -66,8 +66,8 @@ def _differences(comparison: Comparison, group: Group) -> list[tuple[str, str, s
     A stage or eval that only one of them has is one row.
     """
     there, here = (experiments.flatten(one.results[0].experiment) for one in (comparison.baseline, group))
-    names = told_fields([comparison.baseline.results[0], group.results[0]])
-    return [(name, told_value(there, name), told_value(here, name)) for name in names]
+    names = differing_fields([comparison.baseline.results[0], group.results[0]])
+    return [(name, field_text(there, name), field_text(here, name)) for name in names]
 
 
 def _chosen(comparison: Comparison, metric: Metric) -> list[Group]:

@@ -13,7 +13,7 @@ import pytest
 from lm.cli.main import main
 from lm.experiment import UserError, to_dict
 from lm.sweep import table
-from lm.sweep.compare import Metric, compare, sentence
+from lm.sweep.compare import Metric, compare, conclusion
 from lm.sweep.explain import importance, scalings, varied
 from lm.sweep.results import read_result, read_sweep
 from lm.web.compare import render
@@ -75,13 +75,13 @@ def test_a_difference_is_found_within_each_seed(tmp_path):
     assert found.changed == ("model.qk_norm",)
     cell = found.cells["qk_norm false", BITS]
     assert cell.differs and cell.difference.low < -0.1 < cell.difference.high
-    assert sentence(cell, BITS).endswith("better")
+    assert conclusion(cell, BITS).endswith("better")
     assert cell.final.count == 5 and cell.final.half > 0.5, "over seeds alone it would not have been found"
 
 
 def test_no_difference_is_said_with_what_could_have_been_seen(tmp_path):
     found = compare(runs(tmp_path, effect=0.0))
-    said = sentence(found.cells["qk_norm false", BITS], BITS)
+    said = conclusion(found.cells["qk_norm false", BITS], BITS)
     assert "no significant difference" in said and "was detectable" in said
 
 
@@ -89,7 +89,7 @@ def test_one_seed_has_no_interval(tmp_path):
     found = compare(runs(tmp_path, effect=-0.1, seeds=1))
     cell = found.cells["qk_norm false", BITS]
     assert math.isnan(cell.final.half) and math.isnan(cell.corrected) and not cell.differs
-    assert "in the one common seed" in sentence(cell, BITS)
+    assert "in the one common seed" in conclusion(cell, BITS)
     assert any("one seed each: no interval" in note for note in found.notes)
 
 
@@ -282,7 +282,7 @@ def test_where_all_runs_are_equal_no_power_is_claimed(tmp_path, value, other):
     results += [written(tmp_path / f"b{seed}", other, seed, model__qk_norm=False) for seed in range(3)]
     found = compare(results)
     cell = found.cells[found.groups[1].label, BITS]
-    said = sentence(cell, BITS)
+    said = conclusion(cell, BITS)
     assert math.isnan(cell.corrected) and not cell.differs and "detectable" not in said
     if value == other:
         assert said == "all equal to the baseline in 3 seeds: no spread, so no interval and no power"

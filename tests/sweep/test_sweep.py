@@ -101,7 +101,7 @@ def test_what_a_dry_run_says_of_the_disk_is_what_there_is(finished):
     )
     there += sum(f.stat().st_size for f in folder.glob("trials/*/stages/sft/checkpoints/**/*") if f.is_file())
     assert 0.8 < sum(row.cost.bytes for row in rows) / there < 1.1
-    assert all(row.cost.ahead == 0 < row.cost.seconds for row in rows) and "that are finished" in speed.source
+    assert all(row.cost.remaining == 0 < row.cost.seconds for row in rows) and "finished stages" in speed.source
 
 
 def test_a_stage_that_trials_share_is_trained_once(finished):

@@ -8,7 +8,7 @@ from lm.experiment import GRPO, UserError
 from lm.overrides import leaf
 from lm.sweep.shared import pieces, stage_keys
 from lm.sweep.sweep import TPE, LogUniform, Random, Sweep, Uniform, Zip, load
-from lm.sweep.trials import apply, check_sweep, key_of, own_point, told, trial_at, trials
+from lm.sweep.trials import apply, base_point, check_sweep, key_of, settings_text, trial_at, trials
 from tests.sweep.tiny import base
 
 RATES = (1e-3, 3e-3)
@@ -135,10 +135,10 @@ def test_a_searchs_own_point_is_the_base_where_it_lies_within():
         "norm": {"with": None, "without": {"model.qk_norm": False}},
     }
     sweep = Sweep("s", base, axes, search=TPE(3))
-    point = own_point(sweep)
+    point = base_point(sweep)
     assert point == {"sft.optimizer.peak_lr": 1e-3, "norm": 0}
     assert trial_at(sweep, point, 0).key == key_of(base)
-    assert own_point(dataclasses.replace(sweep, axes={"sft.optimizer.peak_lr": Uniform(1e-2, 1)})) is None
+    assert base_point(dataclasses.replace(sweep, axes={"sft.optimizer.peak_lr": Uniform(1e-2, 1)})) is None
 
 
 def test_a_distribution_over_whole_numbers_gives_whole_numbers():
@@ -147,8 +147,8 @@ def test_a_distribution_over_whole_numbers_gives_whole_numbers():
 
 
 def test_settings_are_told_by_the_last_part_of_their_names_where_that_says_which():
-    assert told({"sft.optimizer.peak_lr": "0.1", "model.qk_norm": "true"}) == "peak_lr 0.1, qk_norm true"
-    assert told({"sft.steps": "1", "pretrain.steps": "2"}) == "sft.steps 1, pretrain.steps 2"
+    assert settings_text({"sft.optimizer.peak_lr": "0.1", "model.qk_norm": "true"}) == "peak_lr 0.1, qk_norm true"
+    assert settings_text({"sft.steps": "1", "pretrain.steps": "2"}) == "sft.steps 1, pretrain.steps 2"
 
 
 def test_a_sweep_is_found_by_name_and_a_file_may_have_several(tmp_path):
@@ -190,7 +190,7 @@ def test_a_vocabulary_that_is_learnt_from_other_texts_shares_nothing():
 
 
 def test_a_trial_is_cut_where_others_leave_it():
-    everybody = [["a", "b", "x"], ["a", "b", "y"], ["a", "c", "z"]]
-    assert pieces(everybody[0], everybody) == [range(0, 1), range(1, 2), range(2, 3)]
-    assert pieces(everybody[2], everybody) == [range(0, 1), range(1, 3)]
+    all_keys = [["a", "b", "x"], ["a", "b", "y"], ["a", "c", "z"]]
+    assert pieces(all_keys[0], all_keys) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert pieces(all_keys[2], all_keys) == [range(0, 1), range(1, 3)]
     assert pieces(["p", "q"], [["p", "q"]]) == [range(0, 2)]
