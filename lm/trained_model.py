@@ -15,7 +15,7 @@ from lm.experiment import UserError
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import generate_text
 from lm.train.compilations import keep_compilations
-from lm.train.models import Loaded, load_run
+from lm.train.models import LoadedRun, load_run
 from lm.types import TokenBatch
 
 Prompt = str | Sequence[dict[str, str]]
@@ -34,7 +34,7 @@ class TrainedModel:
     """The model of a run after one of its stages."""
 
     folder: Path
-    loaded: Loaded
+    loaded: LoadedRun
 
     def __repr__(self) -> str:
         return f"TrainedModel({str(self.folder)!r}, after stage {self.loaded.stage!r})"

@@ -16,7 +16,7 @@ from lm.plan.analytic import estimate
 from lm.plan.chips import parse_topology
 from lm.plan.program import Program
 from lm.train.checkpoint import Checkpoints, named_leaves
-from lm.train.loop import restore, saved_of, start_state
+from lm.train.loop import checkpoint_items, restore, start_state
 from tests.helpers import TINY, VOCAB, random_batch, tiny_model, tiny_stage
 
 CASES = {
@@ -78,7 +78,7 @@ def test_a_part_goes_on_to_the_bit_from_its_checkpoint(name, tmp_path):
     for seed in range(2):
         whole, _ = step(whole, random_batch(seed=seed))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(2, saved_of(whole), {})
+        checkpoints.save(2, checkpoint_items(whole), {})
         checkpoints.wait()
         fresh, _ = start_state(stage, tiny_model(), mesh)
         resumed, at, _ = restore(fresh, checkpoints, mesh, stage)
@@ -87,7 +87,9 @@ def test_a_part_goes_on_to_the_bit_from_its_checkpoint(name, tmp_path):
         whole, expected = step(whole, random_batch(seed=seed))
         resumed, got = step(resumed, random_batch(seed=seed))
     assert {key: float(value) for key, value in got.items()} == {key: float(value) for key, value in expected.items()}
-    for one, other in zip(jax.tree.leaves(saved_of(resumed)), jax.tree.leaves(saved_of(whole)), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(checkpoint_items(resumed)), jax.tree.leaves(checkpoint_items(whole)), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 

@@ -22,7 +22,7 @@ from lm.experiment import UserError
 
 if TYPE_CHECKING:
     from lm.evals.preferences import BootstrapEstimate
-    from lm.train.judging import Judged
+    from lm.train.judging import PairScores
 
 TAKES_OVERRIDES = False
 
@@ -82,7 +82,7 @@ def pairs(runs: list[Path], arguments: argparse.Namespace) -> int:
     return 0
 
 
-def pairs_text(judged: Judged) -> str:
+def pairs_text(judged: PairScores) -> str:
     """Format the result of `judge_pairs` for a terminal."""
     worth = judged.worth
     lines = [

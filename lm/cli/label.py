@@ -175,7 +175,7 @@ def _sample(arguments: argparse.Namespace, path: Path) -> None:
         name, _, stage = other.partition(":")
         who.append((find_run(name), find_stage(find_run(name), stage or None)))
 
-    from lm.train.answers import Asked, Contestant, sample_rows
+    from lm.train.answers import Contestant, SamplingRequest, sample_rows
 
     contestants = [Contestant(folder, stage) for folder, stage in dict.fromkeys(who)]
     answers = arguments.answers or (2 if len(contestants) == 1 else 1)
@@ -183,7 +183,7 @@ def _sample(arguments: argparse.Namespace, path: Path) -> None:
         raise UserError("--answers 1 leaves nothing to compare: ask for 2 or more, or for several stages or runs")
     given = sampling(arguments) | {"temperatures": tuple(arguments.temperature)}
     del given["temperature"]
-    asked = Asked(arguments.prompts, arguments.limit, answers, seed=arguments.seed, **given)
+    asked = SamplingRequest(arguments.prompts, arguments.limit, answers, seed=arguments.seed, **given)
     print(f"{'sampled' if sample_rows(contestants, asked, path) else 'kept'}: the answers in {path}", flush=True)
 
 

@@ -33,7 +33,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     from lm.files import load
     from lm.stored import cache_at
-    from lm.train.rerun import conditions, first_difference
+    from lm.train.rerun import changed_conditions, first_difference
     from lm.train.run_folder import RunFolder
     from lm.train.stages import fingerprints, run
 
@@ -46,7 +46,7 @@ def call(arguments: argparse.Namespace) -> int:
         raise UserError(f"{run_dir} has not finished stage {unfinished[0]}: run it to its end, or name --until STAGE")
     out = arguments.out or run_dir.with_name(f"{run_dir.name}.rerun")
     with cache_at(arguments.cache):
-        changes = conditions(run_dir, fingerprints(experiment))
+        changes = changed_conditions(run_dir, fingerprints(experiment))
         for name, then, now in changes:
             print(f"not as it was: {name}: {_short(then)} → {_short(now)}", flush=True)
         if changes and arguments.same:

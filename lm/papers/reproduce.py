@@ -14,7 +14,7 @@ from lm.papers.paper import Evidence, Finding, Paper, spec
 from lm.sweep.results import Result, read_sweep
 from lm.sweep.run import run_sweep
 from lm.sweep.sweep import Sweep
-from lm.train.metrics import plain
+from lm.train.metrics import json_value
 from lm.train.provenance import environment
 from lm.train.run_folder import RunFolder, write_json_atomic
 
@@ -33,7 +33,7 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """A plain value for JSON; numbers that are not finite become null."""
         found = {"name": self.name, "title": self.paper.title, "source": self.paper.source}
-        return plain(found | dataclasses.asdict(self.finding) | {"provenance": self.provenance})
+        return json_value(found | dataclasses.asdict(self.finding) | {"provenance": self.provenance})
 
 
 def reproduce(

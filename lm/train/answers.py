@@ -20,7 +20,7 @@ from lm.evals.rows import rounded, row_scores
 from lm.experiment import UserError
 from lm.rollout.engine import TextCompletion, generate_text
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import Loaded, load_run, scorers_for
+from lm.train.models import LoadedRun, load_run, scorers_for
 from lm.train.run_folder import RunFolder, read_sealed, write_sealed
 
 BATCH = 32  # prompts per batch
@@ -35,7 +35,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplingRequest:
     """What to sample: `answers` completions per prompt from each contestant, cycling through the temperatures."""
 
     prompts: str
@@ -48,7 +48,7 @@ class Asked:
     seed: int
 
 
-def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> bool:
+def sample_rows(contestants: Sequence[Contestant], request: SamplingRequest, path: Path) -> bool:
     """Sample rows of `prompt`, `answers` and `sources` into `path`; returns False if the file exists already.
 
     The settings are written beside it, in a file of the same name ending in .json.
@@ -57,19 +57,19 @@ def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> 
         UserError: the existing file has other settings or other model steps; there are no prompts, or one does not fit
             a model's context.
     """
-    settings = _settings(contestants, asked)
+    settings = _settings(contestants, request)
     beside = path.with_suffix(".json")
     if path.exists():
         _check_same(settings, beside, path)
         return False
     texts: list[list[str]] = []
-    names = _names(contestants, asked)
+    names = _names(contestants, request)
     prompts: list[Turns] = []
     for contestant in contestants:
         loaded = load_run(contestant.run_dir, contestant.stage)
-        prompts = prompts or _prompts(asked, loaded)
-        for number in range(asked.answers):
-            texts.append(list(_answers(loaded, prompts, asked, number)))
+        prompts = prompts or _prompts(request, loaded)
+        for number in range(request.answers):
+            texts.append(list(_answers(loaded, prompts, request, number)))
     rows = [
         {"prompt": prompt, "answers": list(answers), "sources": names}
         for prompt, *answers in zip(prompts, *texts, strict=True)
@@ -80,48 +80,48 @@ def sample_rows(contestants: Sequence[Contestant], asked: Asked, path: Path) -> 
     return True
 
 
-def _prompts(asked: Asked, loaded: Loaded) -> list[Turns]:
+def _prompts(request: SamplingRequest, loaded: LoadedRun) -> list[Turns]:
     """The prompts of the file, or the experiment's `prompts` if no file is given."""
-    if not asked.prompts:
-        prompts: list[Turns] = list(loaded.experiment.prompts[: asked.limit])
+    if not request.prompts:
+        prompts: list[Turns] = list(loaded.experiment.prompts[: request.limit])
         if not prompts:
             raise UserError(f"the experiment {loaded.experiment.name} has no prompts: name a file with --prompts FILE")
         return prompts
-    rows = load_rows(asked.prompts)
-    turns = [chat.prompt_messages(rows[i], rows.where(i)) for i in range(min(len(rows), asked.limit))]
+    rows = load_rows(request.prompts)
+    turns = [chat.prompt_messages(rows[i], rows.where(i)) for i in range(min(len(rows), request.limit))]
     return [turn[0]["content"] if len(turn) == 1 else turn for turn in turns]
 
 
-def _answers(loaded: Loaded, prompts: Sequence[Turns], asked: Asked, number: int) -> Iterator[str]:
+def _answers(loaded: LoadedRun, prompts: Sequence[Turns], request: SamplingRequest, number: int) -> Iterator[str]:
     """A model's answer number `number` to every prompt."""
     for start in range(0, len(prompts), BATCH):
         # An independent seed for each (answer number, batch).
-        seed = int(np.random.SeedSequence([asked.seed, number, start]).generate_state(1)[0] >> 1)
+        seed = int(np.random.SeedSequence([request.seed, number, start]).generate_state(1)[0] >> 1)
         batch = [chat.as_messages(prompt) for prompt in prompts[start : start + BATCH]]
         answers = generate_text(
-            loaded.model, loaded.tokenizer, batch, seed=seed, temperature=_temperature(asked, number),
-            max_new_tokens=asked.max_new_tokens, top_k=asked.top_k, top_p=asked.top_p,
+            loaded.model, loaded.tokenizer, batch, seed=seed, temperature=_temperature(request, number),
+            max_new_tokens=request.max_new_tokens, top_k=request.top_k, top_p=request.top_p,
         )  # fmt: skip
         yield from (answer.text for answer in answers)
 
 
-def _temperature(asked: Asked, number: int) -> float:
-    return asked.temperatures[number % len(asked.temperatures)]
+def _temperature(request: SamplingRequest, number: int) -> float:
+    return request.temperatures[number % len(request.temperatures)]
 
 
-def _names(contestants: Sequence[Contestant], asked: Asked) -> list[str]:
+def _names(contestants: Sequence[Contestant], request: SamplingRequest) -> list[str]:
     """The name of each answer's source: the stage, with the run and the temperature if there are several."""
     several = len({contestant.run_dir for contestant in contestants}) > 1
     names = []
     for contestant in contestants:
         name = f"{contestant.run_dir}, {contestant.stage}" if several else contestant.stage
-        for number in range(asked.answers):
-            hot = len(set(asked.temperatures)) > 1
-            names.append(f"{name}, temperature {_temperature(asked, number):g}" if hot else name)
+        for number in range(request.answers):
+            hot = len(set(request.temperatures)) > 1
+            names.append(f"{name}, temperature {_temperature(request, number):g}" if hot else name)
     return names
 
 
-def _settings(contestants: Sequence[Contestant], asked: Asked) -> dict[str, Any]:
+def _settings(contestants: Sequence[Contestant], request: SamplingRequest) -> dict[str, Any]:
     models = [
         {
             "run": str(contestant.run_dir.resolve()),
@@ -130,8 +130,8 @@ def _settings(contestants: Sequence[Contestant], asked: Asked) -> dict[str, Any]
         }
         for contestant in contestants
     ]
-    data = load_rows(asked.prompts).fingerprint if asked.prompts else ""
-    return json.loads(json.dumps({"models": models, "data": data, **asdict(asked)}))
+    data = load_rows(request.prompts).fingerprint if request.prompts else ""
+    return json.loads(json.dumps({"models": models, "data": data, **asdict(request)}))
 
 
 def _check_same(settings: dict[str, Any], beside: Path, path: Path) -> None:
@@ -145,7 +145,7 @@ def _check_same(settings: dict[str, Any], beside: Path, path: Path) -> None:
 
 
 def best_answers(
-    loaded: Loaded,
+    loaded: LoadedRun,
     run_dir: Path,
     prompts: Sequence[str],
     count: int,

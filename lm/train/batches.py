@@ -14,11 +14,11 @@ from lm.model.transformer import Transformer
 from lm.parallel.distributed import own_rows, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.train.metrics import MetricsLog
-from lm.train.reference import REFERENCE, Known, precompute_reference_logps, with_reference
+from lm.train.reference import REFERENCE, ReferenceLogps, add_reference_logps, precompute_reference_logps
 from lm.train_step import TrainState
 from lm.types import TokenBatch
 
-AHEAD = 2  # steps whose batches are prefetched
+PREFETCH_STEPS = 2  # steps whose batches are prefetched
 
 
 class Prefetcher:
@@ -42,7 +42,7 @@ class Prefetcher:
         if self._thread is None or step not in self._ready:
             self.close()
             self._thread = ThreadPoolExecutor(1, "batches")
-        for ahead in range(step, min(step + AHEAD + 1, self._steps)):
+        for ahead in range(step, min(step + PREFETCH_STEPS + 1, self._steps)):
             if ahead not in self._ready:
                 self._ready[ahead] = self._thread.submit(self._batch, ahead)
         try:
@@ -67,7 +67,7 @@ class Batches:
     cost = "data_seconds"  # goodput category of the time that the loop waits for batches
 
     def __init__(self, feed: Feed, count: int, mesh: Mesh, steps: int):
-        # What people should know of the batches made last: kind -> text; the loop takes it.
+        # Warnings about the latest batches (kind -> text), which the loop logs and clears.
         self.notes: dict[str, str] = {}
         self.count, self.place = count, batch_sharding(mesh)
         self.rows = own_rows(self.place, count)
@@ -105,11 +105,11 @@ class CachedReferenceBatches(Batches):
     def __init__(self, stage: Stage, feed: Feed, count: int, mesh: Mesh):
         super().__init__(feed, count, mesh, stage.steps)
         self.stage = stage
-        self.known: Known = {}
+        self.known: ReferenceLogps = {}
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.known = precompute_reference_logps(self.feed, model, self.stage, self.place, folder / REFERENCE, before)
 
     def make(self, step: int) -> TokenBatch:
         rows = range(self.count) if self.rows is None else self.rows.tolist()
-        return with_reference(super().make(step), self.feed, step, rows, self.known)
+        return add_reference_logps(super().make(step), self.feed, step, rows, self.known)

@@ -81,7 +81,7 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / f"{step:08d}"
-        if self._sound(path):
+        if self._is_intact(path):
             return
         arrays = {item: named_leaves(tree) for item, tree in items.items()}
         meta = json.loads(json.dumps(meta))  # a copy, in the types that JSON gives back
@@ -135,7 +135,7 @@ class Checkpoints:
                 differ from `abstract`.
         """
         self.wait()
-        step = broadcast_from_main(lambda: self._newest_sound(warn) if only is None else self._sound_one(only))
+        step = broadcast_from_main(lambda: self._newest_intact(warn) if only is None else self._check_step(only))
         if step is None:
             return None
         path = self.folder / f"{step:08d}"
@@ -161,7 +161,7 @@ class Checkpoints:
             return
         for other in self.steps():
             path = self.folder / f"{other:08d}"
-            if other == step or _for_good(other, self.keep_every):
+            if other == step or _is_permanent(other, self.keep_every):
                 _drop_items(path, items)
             else:
                 _remove(path)
@@ -191,7 +191,7 @@ class Checkpoints:
                 for step in _superseded(self.steps(), manifest["step"], self.keep, self.keep_every):
                     _remove(self.folder / f"{step:08d}")
 
-    def _newest_sound(self, warn: Callable[[str], None]) -> int | None:
+    def _newest_intact(self, warn: Callable[[str], None]) -> int | None:
         for name in _unfinished(self.folder):
             warn(f"{self.folder / name} was not finished when its run stopped: passed over")
         steps = self.steps()
@@ -210,7 +210,7 @@ class Checkpoints:
             )
         return None
 
-    def _sound_one(self, step: int) -> int:
+    def _check_step(self, step: int) -> int:
         path = self.folder / f"{step:08d}"
         again = f"put back a copy of it, or remove {self.folder.parent} and `lm run` trains that stage again"
         if not (path / MANIFEST).exists():
@@ -221,7 +221,7 @@ class Checkpoints:
             raise UserError(f"{damage}: this is the last checkpoint of a finished stage: {again}") from damage
         return step
 
-    def _sound(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         """Whether the checkpoint exists and is intact, as seen by the main process."""
 
         def check() -> bool:
@@ -360,11 +360,11 @@ def _unfinished(folder: Path) -> list[str]:
 def _superseded(steps: list[int], saved: int, keep: int, keep_every: int = 0) -> list[int]:
     """Steps to remove after `saved`: all but the `keep` newest up to it, and later ones that a rewind left behind."""
     before = [step for step in steps if step <= saved]
-    kept = {*before[-keep:], *(step for step in before if _for_good(step, keep_every))}
+    kept = {*before[-keep:], *(step for step in before if _is_permanent(step, keep_every))}
     return [step for step in steps if step not in kept]
 
 
-def _for_good(step: int, keep_every: int) -> bool:
+def _is_permanent(step: int, keep_every: int) -> bool:
     return keep_every > 0 and step % keep_every == 0
 
 

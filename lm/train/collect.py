@@ -36,10 +36,10 @@ from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
 from lm.stored import file_sha256
 from lm.train.callbacks import listener
-from lm.train.goodput import Costs, reached
+from lm.train.goodput import Costs, seconds_spent
 from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
-from lm.train.models import MADE_FILE
+from lm.train.models import COLLECTED_FILE
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.trajectory_writer import keep_trajectories
 from lm.train.watchdog import PATIENCE
@@ -62,15 +62,17 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
     o = stage.objective
     folder = run.folder.stage_folder(stage.name)
     run_on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-    spent = reached(folder) if is_main_process() else 0.0
+    spent = seconds_spent(folder) if is_main_process() else 0.0
     costs = Costs(
         began, {"seconds": spent, "sample_seconds": spent}, spent
     )  # answers sampled in earlier sessions count
     with costs.of("sample_seconds"):
         sources = _sample(run, index, model, scorers, folder / ANSWERS, costs)
     run_on_main(lambda: MAKERS[o.make](folder, stage.name, o))
-    report = run_on_main(lambda: f"{sum(1 for _ in (folder / MADE_FILE).open())} rows made from {folder / ANSWERS}")
-    files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, MADE_FILE) if (folder / name).exists()}
+    report = run_on_main(
+        lambda: f"{sum(1 for _ in (folder / COLLECTED_FILE).open())} rows made from {folder / ANSWERS}"
+    )
+    files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, COLLECTED_FILE) if (folder / name).exists()}
     summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs, {"files": files})
     if is_main_process():
         print(f"{stage.name}: {report}", flush=True)
@@ -87,7 +89,7 @@ def _sample(
     tasks = make_tasks(stage, run.tokenizer, run.experiment.seed, run.held_out)
     start = broadcast_from_main(lambda: _whole_steps(path, stage.batch_size))
     progress = Progress(stage.name, stage.steps, start)
-    progress.doing("compiling")
+    progress.show_activity("compiling")
     with MetricsLog(path.parent, listener(run.callbacks, stage.name)) as log:
         log.rewind(start)
         run_on_main(lambda: rewind_trajectories(path.parent, start))
@@ -178,7 +180,7 @@ def make_pairs(folder: Path, name: str, o: Collect) -> None:
     exported = preferences(read_log(folder / LABELS).records)
     if not exported.rows:
         raise UserError(f"{name}: of {len(task.pairs)} pairs none was decided: there is nothing to train on")
-    write_rows(folder / MADE_FILE, exported.rows)
+    write_rows(folder / COLLECTED_FILE, exported.rows)
 
 
 def _decide(folder: Path, o: Collect, pairs: Sequence[Pair]) -> None:
@@ -215,7 +217,7 @@ def make_best(folder: Path, name: str, o: Collect) -> None:
         best = row["answers"][int(np.argmax(row["scores"]))]
         asked = prompt_messages(row, f"{folder / ANSWERS} line {number}")
         rows.append({"messages": [*asked, {"role": "assistant", "content": best}]})
-    write_rows(folder / MADE_FILE, rows)
+    write_rows(folder / COLLECTED_FILE, rows)
 
 
 def _rows_of(path: Path) -> list[Row]:

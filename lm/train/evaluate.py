@@ -55,17 +55,17 @@ class Evaluator:
         """
         if self.experiment.stages[index].objective.produces == "scorer":
             return
-        newly = [item.name for item in self.experiment.evals if self._sees_more(item)]  # loads models
-        known, answered = broadcast_from_main(lambda: self._known_before(index, log, newly))
+        gained = [item.name for item in self.experiment.evals if self._gained_reference(item)]  # loads models
+        known, answered = broadcast_from_main(lambda: self._known_before(index, log, gained))
         if not answered:
             self._answer_prompts(model, log, 0, "before")
         self._measure([e for e in self.experiment.evals if e.name not in known], model, log, 0, "before")
 
-    def _known_before(self, index: int, log: MetricsLog, newly: list[str]) -> tuple[list[str], bool]:
+    def _known_before(self, index: int, log: MetricsLog, gained: list[str]) -> tuple[list[str], bool]:
         """Copy the previous stage's results; returns the names of the evals with results and whether prompts are answered.
 
         Args:
-            newly: names of evals that now measure more than in the previous stage; they are copied only if they have `kl`.
+            gained: names of evals that now measure more than in the previous stage; they are copied only if they have `kl`.
         """
         evals, samples = (read_lines(log.folder / f"{kind}.jsonl") for kind in ("eval", "samples"))
         known = {line["eval"] for line in evals if line["when"] == "before"}
@@ -75,7 +75,7 @@ class Evaluator:
         if start is not None and not known:
             last = self.folder.stage_folder(self.experiment.stages[start].name)
             after = [line for line in read_lines(last / "eval.jsonl") if line["when"] == "after"]
-            after = [line for line in after if line["eval"] not in newly or "kl" in line]
+            after = [line for line in after if line["eval"] not in gained or "kl" in line]
             known = {line["eval"] for line in after}
             copied = [
                 line | {"step": 0, "when": "before"}
@@ -89,7 +89,7 @@ class Evaluator:
                 log.evaluation(line | {"step": 0, "when": "before"})
         return sorted(known), answered
 
-    def _sees_more(self, item: Eval) -> bool:
+    def _gained_reference(self, item: Eval) -> bool:
         """Whether an eval has a reference now, which it may not have had in the stage before."""
         return item.metric == "reward" and item.temperature == 1 and self.reference() is not None
 
@@ -132,7 +132,11 @@ class Evaluator:
 
         A reward model runs pair evals only. Best-of-n is measured after the stage of the reward model that chooses.
         """
-        if item.metric == "best_of_n" or broadcast_from_main(lambda: not_there(item)) or self._nothing_in(item):
+        if (
+            item.metric == "best_of_n"
+            or broadcast_from_main(lambda: awaits_collection(item))
+            or self._has_no_examples(item)
+        ):
             return []
         if isinstance(model, Scorer):
             if item.metric != "pair_accuracy":
@@ -160,7 +164,7 @@ class Evaluator:
     def _examples(self, item: Eval) -> Examples:
         return read_examples(item, self.tokenizer, self.experiment.model.max_len, talks_of(self.experiment))
 
-    def _nothing_in(self, item: Eval) -> bool:
+    def _has_no_examples(self, item: Eval) -> bool:
         """Whether an eval on collected rows has no example to measure; prints the reason once."""
         if not is_collected(item.source):
             return False
@@ -200,7 +204,7 @@ class Evaluator:
         )
 
 
-def not_there(item: Eval) -> bool:
+def awaits_collection(item: Eval) -> bool:
     """Whether an eval's file has yet to be written by a Collect stage."""
     return is_collected(item.source) and not Path(item.source.path).exists()
 
@@ -222,7 +226,7 @@ def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str
             )
     lines = []
     for item in experiment.evals:
-        if not not_there(item):
+        if not awaits_collection(item):
             try:
                 lines.append(read_examples(item, tokenizer, max_len, talks).describe(item))
             except EmptySplit as error:

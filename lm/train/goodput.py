@@ -62,7 +62,7 @@ class Costs:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
-def reached(folder: Path) -> float:
+def seconds_spent(folder: Path) -> float:
     """Seconds that earlier sessions are known to have spent on a stage; to be read before its metrics are rewound."""
     kept = read_sealed(_file(folder)).get("seconds", 0.0) if _file(folder).exists() else 0.0
     if not isinstance(kept, int | float):
@@ -70,7 +70,7 @@ def reached(folder: Path) -> float:
     return max([kept, *(line.get("time", 0.0) for line in read_lines(folder / "metrics.jsonl"))])
 
 
-def keep(folder: Path, seconds: float) -> None:
+def store_seconds_spent(folder: Path, seconds: float) -> None:
     """Store the seconds in time.json, since rewinding removes them from metrics.jsonl."""
     if seconds:
         write_sealed(_file(folder), {"seconds": seconds})

@@ -19,12 +19,12 @@ from lm.evals.preferences import Worth, prefers_shorter, worth
 from lm.evals.rows import Subject
 from lm.experiment import Source, UserError, from_dict
 from lm.parallel.mesh import make_mesh
-from lm.train.models import check_until, load_model, load_scorer, located, model_before
+from lm.train.models import load_model, load_scorer, model_before, stage_index, with_collected_paths
 from lm.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Judged:
+class PairScores:
     """Result of `judge_pairs`.
 
     `members` has each run's own accuracy. `what` (the model), `baseline_of` (the pairs that the length baseline is taken
@@ -57,7 +57,7 @@ class Judged:
         }  # fmt: skip
 
 
-def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: float | None) -> Judged:
+def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: float | None) -> PairScores:
     """Score the pairs of a file, all or those held out at `holdout`; several runs form an ensemble.
 
     Raises:
@@ -86,16 +86,16 @@ def judge_pairs(runs: Sequence[Path], stage: str | None, path: str, holdout: flo
         longer, of = _lengths(rows, train, subjects[0][1]), "the pairs not held out"
     name = subjects[0][0] if len(runs) == 1 else f"{len(runs)} reward models together"
     prompts = [split_key(row) for row in scored.rows]
-    return Judged(
+    return PairScores(
         name, path, scored, worth(scored.gaps, scored.longer, prefers_shorter(longer), prompts),
-        [share_right(one.gaps) for one in found], of, "; ".join(filter(None, (_seen(run, rows, indices, holdout) for run in runs))),
+        [share_right(one.gaps) for one in found], of, "; ".join(filter(None, (_trained_pairs_warning(run, rows, indices, holdout) for run in runs))),
     )  # fmt: skip
 
 
-def _seen(run_dir: Path, rows: Rows, indices: Sequence[int], holdout: float | None) -> str:
+def _trained_pairs_warning(run_dir: Path, rows: Rows, indices: Sequence[int], holdout: float | None) -> str:
     """A warning if the run was trained on scored pairs or their prompts; "" otherwise."""
     folder = RunFolder(run_dir)
-    experiment = located(from_dict(folder.read_experiment()), folder)
+    experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
     sources = [source for stage in experiment.stages for source in stage.sources]
     same = [source.holdout for source in sources if Path(source.path).resolve() == Path(rows.path).resolve()]
     if same and (holdout is None or holdout > min(same)):
@@ -110,10 +110,10 @@ def _seen(run_dir: Path, rows: Rows, indices: Sequence[int], holdout: float | No
 def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     """The name and model that score: the requested stage of a run, or its last reward model."""
     folder = RunFolder(run_dir)
-    experiment = located(from_dict(folder.read_experiment()), folder)
+    experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
     tokenizer, mesh = SubwordTokenizer.load(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
     if stage is not None:
-        check_until(experiment, stage)
+        stage_index(experiment, stage)
     kinds = {s.name: s.objective for s in experiment.stages}
     scorers = [name for name, kind in kinds.items() if kind.produces == "scorer"]
     if stage is None and not scorers:
@@ -125,7 +125,7 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     if name in scorers:
         return f"{run_dir}, {name}", Subject(load_scorer(experiment, folder, tokenizer, mesh, name), tokenizer)
     first = next((i for i, s in enumerate(experiment.stages) if s.objective.learns_preferences), None)
-    if first is None or check_until(experiment, name) < first:
+    if first is None or stage_index(experiment, name) < first:
         raise UserError(
             f"stage {name} of {run_dir} comes before any preference stage: it has no reference, so no implicit reward"
         )

@@ -80,7 +80,7 @@ class Interrupted(Exception):
 
 
 @dataclass
-class Pending:
+class PendingMetrics:
     """Metrics of a step that are still on the devices; they are read one step late, so that the devices never wait."""
 
     step: int
@@ -121,15 +121,15 @@ def train_stage(
         state, start, meta = restore(state, checkpoints, run.mesh, stage)
         now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
         check_checkpoint(f"stage {stage.name}", meta, now, run.accept)
-        spent = goodput.reached(folder) if is_main_process() else 0.0
-        run_on_main(lambda: goodput.keep(folder, spent))
+        spent = goodput.seconds_spent(folder) if is_main_process() else 0.0
+        run_on_main(lambda: goodput.store_seconds_spent(folder, spent))
         run_on_main(lambda: log.rewind(start, functools.partial(_is_repeated, stage, start, _done_before(folder))))
         run_on_main(lambda: log.check_steps(start))
         run_on_main(lambda: rewind_trajectories(folder, start))
         costs = Costs(began, meta.get("costs", {}), spent)
         loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
-        evaluator.tell = loop.doing
-        if due(stage, start):  # the last session may have stopped between saving this step and evaluating it
+        evaluator.tell = loop.show_activity
+        if evals_due(stage, start):  # the last session may have stopped between saving this step and evaluating it
             with loop.evaluating(start, start, state):
                 evaluator.during(index, policy_of(state.models), log, start)
         for done, current in loop.steps(state, start, step_fn):
@@ -137,7 +137,7 @@ def train_stage(
             if done == start + 1:  # after the first step, which shows within seconds that the run works
                 with loop.evaluating(0, done, state):
                     evaluator.before(index, model, log)
-            if due(stage, done):
+            if evals_due(stage, done):
                 with loop.evaluating(done, done, state):
                     evaluator.during(index, policy_of(state.models), log, done)
         with loop.evaluating(stage.steps, stage.steps, state):
@@ -204,7 +204,7 @@ def _is_repeated(stage: Stage, start: int, before: set[str], kind: str, line: di
         return False
     if line["when"] == "before":
         return kind == "samples" and line["kind"] != "prompt" and line.get("eval") not in before
-    return line["when"] == "after" or (line["when"] == "during" and line["step"] == start and due(stage, start))
+    return line["when"] == "after" or (line["when"] == "during" and line["step"] == start and evals_due(stage, start))
 
 
 def _before_task(run: RunContext, stage: Stage, what: str) -> None:
@@ -214,7 +214,7 @@ def _before_task(run: RunContext, stage: Stage, what: str) -> None:
     run.watchdog.expect(what, PATIENCE)
 
 
-def due(stage: Stage, step: int) -> bool:
+def evals_due(stage: Stage, step: int) -> bool:
     """Whether evals run between steps `step` and `step` + 1."""
     return bool(stage.eval_every) and step % stage.eval_every == 0 and 0 < step < stage.steps
 
@@ -235,7 +235,7 @@ class _Loop:
     ):
         self.run, self.stage, self.batches, self.log, self.checkpoints = run, stage, batches, log, checkpoints
         self.costs, self.tokens, self.now = costs, int(tokens), now
-        self.pending: Pending | None = None
+        self.pending: PendingMetrics | None = None
         self.progress: Progress | None = None  # from the first step on
         self.updates = updates_per_step(stage)
         self.rate = schedule(stage.optimizer, stage.steps * self.updates)
@@ -245,10 +245,10 @@ class _Loop:
         cost = flops_per_token(stage, run.experiment.model, run.tokenizer.vocab_size)
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
-    def doing(self, text: str) -> None:
+    def show_activity(self, text: str) -> None:
         """Show the current activity (compiling, an evaluation) in the progress line, or print it before the first step."""
         if self.progress is not None:
-            self.progress.doing(text)
+            self.progress.show_activity(text)
         elif is_main_process():
             print(f"{self.stage.name}  {text}", flush=True)
 
@@ -290,7 +290,7 @@ class _Loop:
                     self._report(self.pending)
                     self._expect(latest.step)
                 self.pending, stopping = latest, self.run.stop.now()
-                if latest.step in (1, self.stage.steps) or due(self.stage, latest.step):
+                if latest.step in (1, self.stage.steps) or evals_due(self.stage, latest.step):
                     self.batches.show(self.log, latest.step)  # before saving: a step that is saved is not run again
                 if latest.step % self.stage.save_every == 0 or latest.step == self.stage.steps or stopping:
                     self._report(latest)  # raises if the loss is not finite: such a state is never saved
@@ -309,9 +309,9 @@ class _Loop:
     def _expect(self, step: int, patience: float = 1.0) -> None:
         self.run.watchdog.expect(f"step {step} of stage {self.stage.name}", patience)
 
-    def _step(self, state: TrainState, step: int, step_fn: Step, new: bool) -> tuple[TrainState, Pending]:
+    def _step(self, state: TrainState, step: int, step_fn: Step, new: bool) -> tuple[TrainState, PendingMetrics]:
         if new:
-            self.doing("compiling")
+            self.show_activity("compiling")
         with self.costs.of(self.batches.cost):
             batches, extra = self.batches(step, state)
         for kind, text in self.batches.notes.items():
@@ -324,16 +324,16 @@ class _Loop:
             jax.block_until_ready(metrics)
             self.costs.add("compile_seconds", began)
             self.costs.seconds.setdefault("first_step_seconds", time.monotonic() - self.run.started)
-        return state, Pending(step + 1, [_count_tokens(batch) for batch in batches], metrics, extra)
+        return state, PendingMetrics(step + 1, [_count_tokens(batch) for batch in batches], metrics, extra)
 
     def _save(self, state: TrainState, step: int) -> None:
         with self.costs.of("save_seconds"):
             if is_main_process():
                 self.log.sync()
             meta = {"costs": self.costs.total(), "tokens": self.tokens, **self.now}
-            self.checkpoints.save(step, saved_of(state), meta)
+            self.checkpoints.save(step, checkpoint_items(state), meta)
 
-    def _report(self, pending: Pending) -> None:
+    def _report(self, pending: PendingMetrics) -> None:
         """Fetch, log and show a step's metrics. Raises UserError if the loss or the gradient norm is not finite."""
         assert self.progress is not None
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()} | pending.extra
@@ -400,7 +400,7 @@ def restore(
     Raises:
         UserError: steps are left, and the checkpoint has no optimizer state.
     """
-    wanted = saved_of(state)
+    wanted = checkpoint_items(state)
     shapes = {k: abstract(jax.eval_shape(lambda x: x, tree), mesh) for k, tree in wanted.items()}
     found = checkpoints.restore(shapes, optional=wanted.keys() - PRODUCED)
     if found is None:
@@ -418,6 +418,6 @@ def restore(
     return state, found.step, found.meta
 
 
-def saved_of(state: TrainState) -> dict[str, Any]:
+def checkpoint_items(state: TrainState) -> dict[str, Any]:
     """The items of a checkpoint by name: every model by its role, with frozen parameters too, `opt_state` and `carry`."""
     return state.models | {"opt_state": state.opt_state, "carry": state.carry}

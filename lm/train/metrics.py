@@ -126,7 +126,7 @@ class MetricsLog:
     def _write(self, kind: str, lines: Sequence[dict[str, Any]]) -> None:
         if not self.active or not lines:
             return
-        texts = [json.dumps(plain(line), ensure_ascii=False, allow_nan=False) for line in lines]
+        texts = [json.dumps(json_value(line), ensure_ascii=False, allow_nan=False) for line in lines]
         try:
             if kind not in self._files:
                 self._files[kind] = JsonLines(self._path(kind))
@@ -137,7 +137,7 @@ class MetricsLog:
                 "again to go on from the last checkpoint"
             ) from error
         for line in lines:
-            self.listener(kind, plain(line))
+            self.listener(kind, json_value(line))
 
     def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
         if not self.active:
@@ -146,7 +146,7 @@ class MetricsLog:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_from)
-        for name, value in plain(line).items():
+        for name, value in json_value(line).items():
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
 
@@ -207,7 +207,7 @@ class Progress:
             self._printed = time.monotonic()
             print(f"{self.label}  step {step}/{self.total}  {numbers}", flush=True)
 
-    def doing(self, text: str) -> None:
+    def show_activity(self, text: str) -> None:
         """Show the activity between two steps: `compiling`, `evaluating 3/12: docs`.
 
         Without a terminal, a line is printed when the activity changes, at most every two seconds, else every ten.
@@ -254,14 +254,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for _, line in read_json_lines(path, FIELDS.get(path.stem))]
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Convert a value to JSON types: array scalars to numbers, arrays to lists, numbers that are not finite to None."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return json_value(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -33,16 +33,16 @@ from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
 from lm.train_step import Models
 
-MADE_FILE = "made.jsonl"  # the rows of a Collect stage, in its folder
+COLLECTED_FILE = "made.jsonl"  # the rows of a Collect stage, in its folder
 
 
-def located(experiment: Experiment, folder: RunFolder) -> Experiment:
+def with_collected_paths(experiment: Experiment, folder: RunFolder) -> Experiment:
     """The experiment with every source `collected:STAGE` replaced by the file that the stage writes in this folder."""
 
     def here(source: Source) -> Source:
         if not source.path.startswith(COLLECTED):
             return source
-        return replace(source, path=str(folder.stage_folder(source.path.removeprefix(COLLECTED)) / MADE_FILE))
+        return replace(source, path=str(folder.stage_folder(source.path.removeprefix(COLLECTED)) / COLLECTED_FILE))
 
     stages = tuple(replace(stage, sources=tuple(map(here, stage.sources))) for stage in experiment.stages)
     evals = tuple(replace(item, source=here(item.source)) for item in experiment.evals)
@@ -50,13 +50,13 @@ def located(experiment: Experiment, folder: RunFolder) -> Experiment:
 
 
 def is_collected(source: Source) -> bool:
-    """Whether a source (of an experiment from `located`) is the file that a Collect stage writes."""
-    return source.path.endswith(f"/{MADE_FILE}")
+    """Whether a source (of an experiment from `with_collected_paths`) is the file that a Collect stage writes."""
+    return source.path.endswith(f"/{COLLECTED_FILE}")
 
 
-def can_be_read(stage: Stage, experiment: Experiment, folder: RunFolder) -> bool:
-    """Whether all Collect stages whose rows the stage (of an experiment from `located`) reads are finished."""
-    makers = {str(folder.stage_folder(s.name) / MADE_FILE): s.name for s in experiment.stages}
+def inputs_ready(stage: Stage, experiment: Experiment, folder: RunFolder) -> bool:
+    """Whether all Collect stages whose rows the stage (of an experiment from `with_collected_paths`) reads are finished."""
+    makers = {str(folder.stage_folder(s.name) / COLLECTED_FILE): s.name for s in experiment.stages}
     return all(folder.finished(makers[source.path]) for source in stage.sources if source.path in makers)
 
 
@@ -101,7 +101,7 @@ def load_model(
 
 def _load(experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
     shape = jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size))
-    return _restored({"policy": shape}, folder, tokenizer, mesh, stage)
+    return _restore_models({"policy": shape}, folder, tokenizer, mesh, stage)
 
 
 def load_scorer(
@@ -117,7 +117,7 @@ def load_scorer(
     def make() -> Scorer:
         return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0), layers)
 
-    return _restored({"reward": jax.eval_shape(make)}, folder, tokenizer, mesh, stage).items["reward"]
+    return _restore_models({"reward": jax.eval_shape(make)}, folder, tokenizer, mesh, stage).items["reward"]
 
 
 def scorers_for(
@@ -133,7 +133,7 @@ def scorers_for(
         run, _, stage = name.rpartition(":")
         if run:
             other = RunFolder(Path(run))
-            found.append(load_scorer(_of_same_tokens(name, tokenizer), other, tokenizer, mesh, stage))
+            found.append(load_scorer(_experiment_with_same_tokenizer(name, tokenizer), other, tokenizer, mesh, stage))
         else:
             found.append(load_scorer(experiment, folder, tokenizer, mesh, stage))
     return tuple(found)
@@ -147,12 +147,12 @@ def check_reward_models(experiment: Experiment, tokenizer: SubwordTokenizer) -> 
     """
     for name in dict.fromkeys(name for stage in experiment.stages for name in reward_names(stage) if ":" in name):
         run, _, stage = name.rpartition(":")
-        _scorer_stage(_of_same_tokens(name, tokenizer), RunFolder(Path(run)), stage)
+        _scorer_stage(_experiment_with_same_tokenizer(name, tokenizer), RunFolder(Path(run)), stage)
         if not Checkpoints(RunFolder(Path(run)).checkpoints(stage)).steps():
             raise UserError(f"{run} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
 
 
-def _of_same_tokens(name: str, tokenizer: SubwordTokenizer) -> Experiment:
+def _experiment_with_same_tokenizer(name: str, tokenizer: SubwordTokenizer) -> Experiment:
     """The experiment of the run of a reward model RUN:STAGE. Raises UserError unless it has the same tokenizer."""
     other = RunFolder(Path(name.rpartition(":")[0]))
     experiment = from_dict(other.read_experiment())
@@ -185,7 +185,7 @@ def scorers_before(
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 
-def _restored(models: Models, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
+def _restore_models(models: Models, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
     """Restore models of a stage: from its last step if the stage is finished, else from its newest intact checkpoint."""
     wanted = {role: abstract(model, mesh) for role, model in models.items()}
     final = broadcast_from_main(lambda: folder.final_step(stage))
@@ -208,7 +208,7 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: SubwordTokenizer, folder: R
         )
 
 
-def check_until(experiment: Experiment, stage: str | None) -> int:
+def stage_index(experiment: Experiment, stage: str | None) -> int:
     """Index of a stage by name (None: the last).
 
     Raises:
@@ -223,7 +223,7 @@ def check_until(experiment: Experiment, stage: str | None) -> int:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRun:
     """A run's language model after one of its stages, with its experiment, tokenizer and mesh."""
 
     experiment: Experiment
@@ -234,14 +234,14 @@ class Loaded:
     step: int
 
 
-def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
+def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
     """Load a run's language model after `stage` (None: the last with a checkpoint) onto one device of this machine.
 
     Raises:
         UserError: it is not a run's folder, there is no such stage, or it has no checkpoint yet.
     """
     folder = RunFolder(run_dir)
-    experiment = located(from_dict(folder.read_experiment()), folder)
+    experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
     # One device, since the run may have used a larger machine.
     mesh = make_mesh(type(experiment.mesh)(data=1))
     tokenizer = SubwordTokenizer.load(folder.tokenizer)
@@ -251,8 +251,8 @@ def load_run(run_dir: Path, stage: str | None = None) -> Loaded:
         if not trained:
             raise UserError(f"{run_dir} has no checkpoint yet: `lm run` trains it")
         stage = trained[-1]
-    check_until(experiment, stage)
+    stage_index(experiment, stage)
     if stage not in speaks:
         raise UserError(f"stage {stage} of {run_dir} trains no language model; those that do are {', '.join(speaks)}")
     found = _load(experiment, folder, tokenizer, mesh, stage)
-    return Loaded(experiment, tokenizer, found.items["policy"], mesh, stage, found.step)
+    return LoadedRun(experiment, tokenizer, found.items["policy"], mesh, stage, found.step)

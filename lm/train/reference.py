@@ -25,14 +25,14 @@ from lm.types import ReferencedPairBatch, TokenBatch
 REFERENCE = "reference.npz"  # in a stage's folder
 SEAL_BYTES = 64
 Example = tuple[int, int]  # (source, number of the example in it)
-Known = dict[
+ReferenceLogps = dict[
     Example, list[Float32[np.ndarray, " N"]]
 ]  # for each row of an example: log-probabilities of its tokens with weight > 0
 
 
 def precompute_reference_logps(
     feed: Feed, model: Transformer, stage: Stage, place: NamedSharding, path: Path, before: Callable[[str], None]
-) -> Known:
+) -> ReferenceLogps:
     """Reference log-probabilities of every example that the stage will see: read from `path`, else computed and written.
 
     Args:
@@ -45,12 +45,14 @@ def precompute_reference_logps(
     fingerprint = f"{feed.fingerprint} of {stage.steps} steps"
     if broadcast_from_main(lambda: _readable(path, fingerprint)):
         return _read(path)
-    known = _measure(feed, model, stage, place, before)
+    known = _compute(feed, model, stage, place, before)
     run_on_main(lambda: _write(path, fingerprint, known))
     return known
 
 
-def with_reference(batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int], known: Known) -> TokenBatch:
+def add_reference_logps(
+    batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int], known: ReferenceLogps
+) -> TokenBatch:
     """Add `ref_logp` to a batch of these rows of the step; it is 0 for tokens of weight 0."""
     examples, each = feed.examples(step), feed.rows_each
     ref_logp = np.zeros(batch.weights.shape, np.float32)
@@ -59,9 +61,9 @@ def with_reference(batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int]
     return ReferencedPairBatch(**vars(batch), ref_logp=ref_logp)
 
 
-def _measure(
+def _compute(
     feed: Feed, model: Transformer, stage: Stage, place: NamedSharding, before: Callable[[str], None]
-) -> Known:
+) -> ReferenceLogps:
     """Compute the log-probabilities by one forward pass over the distinct examples, in batches of a step's size."""
     first: dict[Example, int] = {}  # position in the mixture where the example occurs first
     size, each = feed.batch_size, feed.rows_each
@@ -87,7 +89,7 @@ def _logp(model: Transformer, batch: TokenBatch) -> Float[Array, "B T"]:
     return token_logprobs(model, batch).logp
 
 
-def _write(path: Path, fingerprint: str, known: Known) -> None:
+def _write(path: Path, fingerprint: str, known: ReferenceLogps) -> None:
     """Write the cache atomically, with the SHA-256 of its content as the archive's comment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for one in known.values() for row in one]
@@ -121,7 +123,7 @@ def _readable(path: Path, fingerprint: str) -> bool:
         return str(arrays["fingerprint"]) == fingerprint
 
 
-def _read(path: Path) -> Known:
+def _read(path: Path) -> ReferenceLogps:
     with np.load(path) as arrays:
         lengths = arrays["lengths"]
         rows = iter(np.split(arrays["logp"], np.cumsum(lengths)[:-1]))

@@ -13,7 +13,7 @@ CLOCKS = ("time", "tokens_per_second", "mfu")  # fields that depend on the clock
 NUMBERS = ("metrics.jsonl", "eval.jsonl")
 
 
-def conditions(run_dir: Path, data_fingerprint: Any) -> list[tuple[str, Any, Any]]:
+def changed_conditions(run_dir: Path, data_fingerprint: Any) -> list[tuple[str, Any, Any]]:
     """Differences, as (field, then, now), that could change results: versions, code, devices, data.
 
     Raises:

@@ -12,7 +12,7 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Experiment, UserError
 from lm.stored import file_sha256, write_sealed
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import MADE_FILE
+from lm.train.models import COLLECTED_FILE
 from lm.train.provenance import package_versions
 from lm.train.run_folder import RunFolder
 
@@ -20,24 +20,24 @@ COMPARED = ("jax", "jaxlib", "flax", "optax", "lm")  # versions that can change 
 ACCEPT = "--accept-changes"
 SHOWN = 3
 
-Began = dict[str, Any]
+RunInputs = dict[str, Any]
 
 
-def beginning(tokenizer: SubwordTokenizer, data: Mapping[str, str]) -> Began:
+def run_inputs(tokenizer: SubwordTokenizer, data: Mapping[str, str]) -> RunInputs:
     """The inputs of a run: fingerprints of its sources by path and of its tokenizer, and versions."""
     versions = {name: version for name, version in package_versions().items() if name in COMPARED}
     python = ".".join(platform.python_version_tuple()[:2])
     return {"data": dict(data), "tokenizer": tokenizer.fingerprint, "versions": versions, "python": python}
 
 
-def check_beginning(folder: RunFolder, now: Began, accept: bool) -> list[str]:
+def check_run_inputs(folder: RunFolder, now: RunInputs, accept: bool) -> list[str]:
     """Compare a run's recorded inputs with the current ones; returns the accepted differences, a line each.
 
     Raises:
         UserError: there are differences and `accept` is false.
     """
     known = folder.read_environment()
-    then = known.get("began") or _of_last_session(known) | _of_checkpoints(folder)
+    then = known.get("began") or _inputs_of_last_session(known) | _inputs_of_checkpoints(folder)
     if "python" in then and then["python"] != now["python"]:
         print(f"note: {folder.path} began with Python {then['python']}; this is {now['python']}", flush=True)
     found = differences(then, now)
@@ -48,7 +48,7 @@ def check_beginning(folder: RunFolder, now: Began, accept: bool) -> list[str]:
     return found
 
 
-def record_beginning(folder: RunFolder, now: Began, accepted: Sequence[str]) -> None:
+def record_run_inputs(folder: RunFolder, now: RunInputs, accepted: Sequence[str]) -> None:
     """Record the run's inputs in environment.json, with the differences accepted since its start."""
     known = folder.read_environment()
     if known.get("began") == now:
@@ -62,7 +62,7 @@ def record_beginning(folder: RunFolder, now: Began, accepted: Sequence[str]) -> 
     write_sealed(folder.environment, known | {"began": now | {"data": data}, "accepted": notes})
 
 
-def differences(then: Began, now: Began) -> list[str]:
+def differences(then: RunInputs, now: RunInputs) -> list[str]:
     """The inputs that both have and that differ, a line each."""
     lines = []
     for path, old in then.get("data", {}).items():
@@ -96,8 +96,8 @@ def check_collected(experiment: Experiment, folder: RunFolder, accept: bool = Fa
     for stage in experiment.stages:
         if stage.objective.produces != "rows" or not folder.finished(stage.name):
             continue
-        summary, file = folder.read_summary(stage.name), folder.stage_folder(stage.name) / MADE_FILE
-        old = summary.get("files", {}).get(MADE_FILE)
+        summary, file = folder.read_summary(stage.name), folder.stage_folder(stage.name) / COLLECTED_FILE
+        old = summary.get("files", {}).get(COLLECTED_FILE)
         new = file_sha256(file) if file.is_file() else None
         if old is None or old == new:
             continue
@@ -106,7 +106,7 @@ def check_collected(experiment: Experiment, folder: RunFolder, accept: bool = Fa
             remedy = f"put back a copy, or remove {file.parent} to collect again" + (f", or {ACCEPT}" if new else "")
             raise UserError(f"{what}: it is not what stage {stage.name} wrote; {remedy}")
         print(f"accepted: {file} had SHA-256 {old[:16]} and now has {new[:16]}", flush=True)
-        write_sealed(folder.summary(stage.name), summary | {"files": summary["files"] | {MADE_FILE: new}})
+        write_sealed(folder.summary(stage.name), summary | {"files": summary["files"] | {COLLECTED_FILE: new}})
 
 
 def check_more_steps(folder: RunFolder, found: Changes, later: Mapping[str, Sequence[str]]) -> None:
@@ -133,7 +133,7 @@ def check_more_steps(folder: RunFolder, found: Changes, later: Mapping[str, Sequ
             )
 
 
-def _of_last_session(environment: Mapping[str, Any]) -> Began:
+def _inputs_of_last_session(environment: Mapping[str, Any]) -> RunInputs:
     """The inputs recorded by an older version of lm: data and versions of the last session."""
     last = (environment.get("runs") or [{}])[-1]
     data, versions = last.get("data_fingerprint"), last.get("versions")
@@ -143,7 +143,7 @@ def _of_last_session(environment: Mapping[str, Any]) -> Began:
     }
 
 
-def _of_checkpoints(folder: RunFolder) -> Began:
+def _inputs_of_checkpoints(folder: RunFolder) -> RunInputs:
     """The inputs named by a stage's newest checkpoint, for a run whose environment.json is missing."""
     for checkpoints in sorted((folder.path / "stages").glob("*/checkpoints")):
         meta = Checkpoints(checkpoints).newest_meta()

@@ -90,7 +90,7 @@ class RolloutBatches(Batches):
             self.agreement = agreement(model, views, once, gap, o.temperature, pieces)
             self._check(gap, self.agreement, step, model.config)
         if o.corrects_sampler and not self.latest.has_trainer_logp:
-            batches = [as_trainer_sees(batch, view) for batch, view in zip(batches, views, strict=True)]
+            batches = [with_trainer_logp(batch, view) for batch, view in zip(batches, views, strict=True)]
         return batches, self.latest.metrics | gap.metrics()
 
     def _check(self, gap: SamplerGap, found: GapBound, step: int, config: Model) -> None:
@@ -137,7 +137,7 @@ def make_batches(
     return Batches(feed, count, mesh, stage.steps)
 
 
-def as_trainer_sees(batch: RolloutBatch, view: TrainerView) -> RolloutBatch:
+def with_trainer_logp(batch: RolloutBatch, view: TrainerView) -> RolloutBatch:
     """Replace a batch's `old_logp` by the trainer's log-probabilities; the sampler's stay in `sampler_logp`."""
     return dataclasses.replace(batch, old_logp=view.logp)
 

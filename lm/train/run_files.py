@@ -16,7 +16,7 @@ from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder, read_sealed
 
 Line = dict[str, Any]
-WHEN = {"before": 0, "during": 1, "after": 2}
+WHEN_ORDER = {"before": 0, "during": 1, "after": 2}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _numbers(path: Path) -> list[Line]:
 def _last_of_each(lines: list[Line], *names: str) -> list[Line]:
     """Sort lines by step and keep the last of those with equal values of `names`: a resumed run may repeat lines."""
     latest = {tuple(line.get(name) for name in names): line for line in lines}
-    return sorted(latest.values(), key=place)
+    return sorted(latest.values(), key=step_order)
 
 
 def finite(lines: Iterable[Line], *names: str) -> list[Line]:
@@ -107,6 +107,6 @@ def finite(lines: Iterable[Line], *names: str) -> list[Line]:
     return [line for line in lines if all(math.isfinite(line.get(name, math.nan)) for name in names)]
 
 
-def place(line: Line) -> tuple[int, int]:
+def step_order(line: Line) -> tuple[int, int]:
     """Sort key of a line: its step, then before, during, after."""
-    return int(line["step"]), WHEN.get(line.get("when", "during"), 1)
+    return int(line["step"]), WHEN_ORDER.get(line.get("when", "during"), 1)

@@ -155,7 +155,7 @@ class RunFolder:
             for name, _, _ in found.more_steps if begun else ():
                 self.summary(name).unlink(missing_ok=True)
             if begun:
-                self._tell(found)
+                self._print_changes(found)
             else:
                 shutil.rmtree(self.tokenizer, ignore_errors=True)
             self._replace_experiment(there, experiment)
@@ -206,7 +206,7 @@ class RunFolder:
         begun = [place for place, folder in enumerate(folders, start=1) if _has_files(folder)]
         return max(begun, default=max(len(folders), 1) if _has_files(self.path / "stages") else 0)
 
-    def _tell(self, found: Changes) -> None:
+    def _print_changes(self, found: Changes) -> None:
         for name, old, new in [*found.free, *((f"{name}.steps", old, new) for name, old, new in found.more_steps)]:
             print(f"{self.path} goes on with another {name}: {_shown(old)} → {_shown(new)}", flush=True)
 

@@ -45,19 +45,19 @@ from lm.train.evaluate import Evaluator, check_evals
 from lm.train.loop import Interrupted, RunContext, tidy, train_stage
 from lm.train.metrics import KINDS, read_lines
 from lm.train.models import (
-    can_be_read,
     check_reward_models,
     check_trained_parts,
-    check_until,
+    inputs_ready,
     is_collected,
     load_run,
-    located,
     model_before,
     scorers_before,
     scorers_for,
+    stage_index,
+    with_collected_paths,
 )
 from lm.train.provenance import record_environment
-from lm.train.resume import beginning, check_beginning, check_collected, check_more_steps, record_beginning
+from lm.train.resume import check_collected, check_more_steps, check_run_inputs, record_run_inputs, run_inputs
 from lm.train.rollouts import make_batches
 from lm.train.run_folder import RunFolder
 from lm.train.signals import stop_on_signals
@@ -111,7 +111,7 @@ def run(
             lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
         )
         tokenizer, held_out = _prepare_data(experiment, folder, mesh, accept, bool(stages))
-        experiment = located(experiment, folder)
+        experiment = with_collected_paths(experiment, folder)
         context = RunContext(experiment, folder, tokenizer, mesh, stop, dog, started, profile, loaded, held_out, accept)
         batches = raise_on_all(lambda: _all_batches(context, stages))
         if stages:
@@ -123,7 +123,7 @@ def run(
 def _print_evals(run: RunContext, stages: list[int]) -> None:
     """Print what each eval measures, and warn of rows that are held out now but that finished stages trained on."""
     for line in raise_on_all(lambda: check_evals(run.experiment, run.tokenizer)):
-        say(line)
+        print_on_main(line)
     run_on_main(lambda: _warn_of_trained_evals(run, run.experiment.stages[: min(stages)]))
 
 
@@ -185,8 +185,8 @@ def _prepare_data(
             from the start of the run.
     """
     for line in short_warmups(experiment):
-        say(line)
-    say("reading the data")
+        print_on_main(line)
+    print_on_main("reading the data")
     tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or SubwordTokenizer.load(
         folder.tokenizer
     )
@@ -195,13 +195,13 @@ def _prepare_data(
 
     def record() -> None:
         found = fingerprints(experiment)
-        now = beginning(tokenizer, found)
+        now = run_inputs(tokenizer, found)
         if trains:
-            accepted = check_beginning(folder, now, accept)
+            accepted = check_run_inputs(folder, now, accept)
             check_collected(experiment, folder, accept)
         record_environment(folder, found, function_files(experiment))
         if trains:
-            record_beginning(folder, now, accepted)
+            record_run_inputs(folder, now, accepted)
         folder.record_finished()
 
     run_on_main(record)
@@ -224,7 +224,7 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
 def _check_experiment(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
     """Check everything that is fast to check; returns the experiment with its sources resolved and the last stage's index."""
     experiment = check(resolve_sources(strict(experiment)))
-    last = check_until(experiment, until)
+    last = stage_index(experiment, until)
     check_sources(experiment)
     check_files(experiment)
     check_functions(experiment)
@@ -260,7 +260,7 @@ def _all_batches(run: RunContext, stages: list[int]) -> dict[int, Batches]:
         stage = whole.stages[index]
         if not stage.objective.trains:
             _print_lines(stage, make_tasks(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
-        elif can_be_read(stage, whole, run.folder):
+        elif inputs_ready(stage, whole, run.folder):
             batches[index] = _batches(run, index)
     return batches
 
@@ -290,7 +290,7 @@ def _warn_of_trained_prompts(run: RunContext, index: int) -> None:
 
 def _print_lines(stage: Stage, report: str) -> None:
     """Print each line with the stage's name before it, on the main process."""
-    say("\n".join(f"{stage.name}: {line}" for line in report.splitlines()))
+    print_on_main("\n".join(f"{stage.name}: {line}" for line in report.splitlines()))
 
 
 def make_tokenizer(experiment: Experiment, folder: Path) -> SubwordTokenizer:
@@ -308,14 +308,14 @@ def make_tokenizer(experiment: Experiment, folder: Path) -> SubwordTokenizer:
         tokenizer_texts(experiment, held_out_elsewhere(experiment)), experiment.tokenizer.vocab_size, folder
     )
     if tokenizer.vocab_size < experiment.tokenizer.vocab_size:
-        say(
+        print_on_main(
             f"tokenizer: {tokenizer.vocab_size} pieces, all that the training text supports, of the "
             f"{experiment.tokenizer.vocab_size} that tokenizer.vocab_size allows"
         )
     return tokenizer
 
 
-def say(text: str) -> None:
+def print_on_main(text: str) -> None:
     """Print on the main process only."""
     if is_main_process():
         print(text, flush=True)
@@ -367,7 +367,7 @@ def evaluate_run(
     search_recorded(run_dir)
     loaded = load_run(run_dir, stage)
     check_collected(loaded.experiment, RunFolder(run_dir))
-    index = check_until(loaded.experiment, loaded.stage)
+    index = stage_index(loaded.experiment, loaded.stage)
     evaluator = make_evaluator(loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh, index)
     lines = []
     for number, item in enumerate(loaded.experiment.evals, start=1):

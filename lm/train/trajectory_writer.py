@@ -13,7 +13,7 @@ from lm.experiment import Stage, UserError
 from lm.parallel.distributed import run_on_main
 from lm.rollout.trajectory import AUTHORS, Rollout
 from lm.stored import write_atomic
-from lm.train.metrics import plain
+from lm.train.metrics import json_value
 from lm.train.trajectory_files import FOLDER, trajectory_files
 
 MEGABYTE = 10**6
@@ -86,7 +86,7 @@ def _parquet(step: int, rollout: Rollout, group_size: int) -> bytes:
         {
             "step": step,
             "group": number // group_size,
-            "task": json.dumps(plain(dict(one.task)), ensure_ascii=True, default=str),
+            "task": json.dumps(json_value(dict(one.task)), ensure_ascii=True, default=str),
             "messages": [{name: _text(turn[name]) for name in ("role", "content", "author")} for turn in one.messages],
             "tokens": one.tokens,
             "authors": one.authors,

@@ -15,17 +15,17 @@ from lm.web.report import fill, write_page
 
 if TYPE_CHECKING:
     from lm.evals.preferences import Worth
-    from lm.train.judging import Judged
+    from lm.train.judging import PairScores
 
 SHOWN = 10  # pairs that it gets most wrong
 
 
-def write_pairs_page(judged: Judged, path: Path) -> Path:
+def write_pairs_page(judged: PairScores, path: Path) -> Path:
     """Writes the page about what lm.train.judging.judge_pairs found, and returns its path."""
     return write_page(path, render(judged))
 
 
-def render(judged: Judged) -> str:
+def render(judged: PairScores) -> str:
     """The page as HTML."""
     worst = np.argsort(judged.scored.gaps)[:SHOWN]
     wrong = [(judged.scored.rows[i], float(judged.scored.gaps[i])) for i in worst if judged.scored.gaps[i] < 0]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lm import experiment as experiments
 from lm.overrides import knobs
-from lm.train.run_files import Line, Run, StageFiles, place
+from lm.train.run_files import Line, Run, StageFiles, step_order
 from lm.web.numbers import percent, signed
 
 T = TypeVar("T")
@@ -354,9 +354,9 @@ def heldout_examples(run: Run, limit: int = 6) -> list[tuple[str, str, list[Line
     for stage in run.stages:
         for line in _of(stage, "heldout"):
             if line["when"] != "before" or stage is run.stages[0]:
-                found[line["eval"]] = (stage, place(line))
+                found[line["eval"]] = (stage, step_order(line))
     return [
-        (name, stage.name, [s for s in _of(stage, "heldout") if s["eval"] == name and place(s) == last][:limit])
+        (name, stage.name, [s for s in _of(stage, "heldout") if s["eval"] == name and step_order(s) == last][:limit])
         for name, (stage, last) in found.items()
     ]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lm.train.run_files import Line, Run, StageFiles, finite, place
+from lm.train.run_files import Line, Run, StageFiles, finite, step_order
 from lm.web import watch_charts
 from lm.web.charts import SvgChart
 from lm.web.numbers import percent, signed
@@ -129,7 +129,7 @@ def compared(stage: StageFiles, name: str, limit: int = 6) -> list[Compared]:
     lines = [line for line in stage.samples if line["kind"] == "heldout" and line.get("eval") == name]
     before = {line["prompt"]: line for line in lines if line["when"] == "before"}
     later = [line for line in lines if line["when"] != "before"]
-    last = {line["prompt"]: line for line in later if place(line) == place(later[-1])}
+    last = {line["prompt"]: line for line in later if step_order(line) == step_order(later[-1])}
     both = [prompt for prompt in before if prompt in last][:limit]
     return [Compared(prompt, [_said(before[prompt]), _said(last[prompt])]) for prompt in both]
 

@@ -223,11 +223,11 @@ def test_pairs_are_told_in_80_columns(capsys):
     from lm.cli.eval import pairs_text
     from lm.evals.pairs import Scored
     from lm.evals.preferences import worth
-    from lm.train.judging import Judged
+    from lm.train.judging import PairScores
 
     gaps, longer = np.array([1.0, -0.5, 2.0, 0.3]), np.array([3.0, 2.0, -4.0, 1.0])
     scored = Scored([{}] * 4, gaps, longer, cut=3, left_out=2, ties=1)
-    judged = Judged(
+    judged = PairScores(
         "runs/x, reward",
         "pairs.jsonl",
         scored,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.experiment import UserError
-from lm.train.batches import AHEAD, Prefetcher
+from lm.train.batches import PREFETCH_STEPS, Prefetcher
 from lm.types import TokenBatch
 
 
@@ -53,10 +53,12 @@ def test_what_is_asked_next_is_ready_and_little_more():
     source = Source()
     prefetcher = Prefetcher(source, 100)
     prefetcher(0)
-    while len(source.asked) < AHEAD + 1:
+    while len(source.asked) < PREFETCH_STEPS + 1:
         threading.Event().wait(0.001)
     prefetcher.close()
-    assert AHEAD + 1 <= len(source.asked) <= AHEAD + 3  # taken, ready, in the making, and one while it closes
+    assert (
+        PREFETCH_STEPS + 1 <= len(source.asked) <= PREFETCH_STEPS + 3
+    )  # taken, ready, in the making, and one while it closes
 
 
 def test_an_error_comes_out_as_itself_at_its_step():

@@ -35,21 +35,21 @@ def test_what_a_kill_lost_is_what_came_after_the_checkpoint_and_the_start_after_
 
 
 def test_a_second_kill_before_a_checkpoint_forgets_nothing(tmp_path):
-    assert goodput.reached(tmp_path) == 0.0
+    assert goodput.seconds_spent(tmp_path) == 0.0
     with MetricsLog(tmp_path) as log:
         log.metrics({"step": 1, "time": 7.0})
         log.metrics({"step": 2, "time": 9.5})
-    goodput.keep(tmp_path, goodput.reached(tmp_path))
+    goodput.store_seconds_spent(tmp_path, goodput.seconds_spent(tmp_path))
     with MetricsLog(tmp_path) as log:
         log.rewind(0)
-    assert goodput.reached(tmp_path) == 9.5
+    assert goodput.seconds_spent(tmp_path) == 9.5
     with MetricsLog(tmp_path) as log:
         log.metrics({"step": 1, "time": 12.0})
-    assert goodput.reached(tmp_path) == 12.0
+    assert goodput.seconds_spent(tmp_path) == 12.0
 
 
 def test_a_stage_that_has_not_begun_leaves_no_file(tmp_path):
-    goodput.keep(tmp_path, 0.0)
+    goodput.store_seconds_spent(tmp_path, 0.0)
     assert not list(tmp_path.iterdir())
-    goodput.keep(tmp_path, 3.0)
+    goodput.store_seconds_spent(tmp_path, 3.0)
     assert read_sealed(tmp_path / "time.json") == {"seconds": 3.0}

@@ -14,7 +14,7 @@ import pytest
 
 from lm.experiment import UserError
 from lm.json_lines import JsonLines, checksums, read_json_lines, rewrite_json_lines
-from lm.train.metrics import MetricsLog, Progress, peak_memory_mb, plain, read_lines
+from lm.train.metrics import MetricsLog, Progress, json_value, peak_memory_mb, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +41,7 @@ def test_what_is_not_finite_is_null_and_the_line_valid_json(tmp_path):
 
 
 def test_plain_turns_arrays_into_lists():
-    assert plain({"a": np.arange(3), 1: (jnp.bfloat16(0.5), True)}) == {"a": [0, 1, 2], "1": [0.5, True]}
+    assert json_value({"a": np.arange(3), 1: (jnp.bfloat16(0.5), True)}) == {"a": [0, 1, 2], "1": [0.5, True]}
 
 
 def test_rewind_forgets_later_lines_in_every_file_and_appends_after_them(tmp_path):
@@ -195,15 +195,15 @@ def test_compiling_and_evaluating_are_plain_lines_at_a_bounded_rate(monkeypatch,
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress("sft", total=100)
-    progress.doing("compiling")
+    progress.show_activity("compiling")
     for _ in range(2):
         for number in range(1, 13):
-            progress.doing(f"evaluating {number}/12: docs")  # two evaluations of 12 s
+            progress.show_activity(f"evaluating {number}/12: docs")  # two evaluations of 12 s
             now[0] += 1.0
         now[0] += 6.0
         progress.update(1, {"loss": 1.0}, 10)
     for number in range(50):  # many short ones
-        progress.doing(f"{('compiling', 'evaluating')[number % 2]} {number}")
+        progress.show_activity(f"{('compiling', 'evaluating')[number % 2]} {number}")
         now[0] += 0.1
     lines = [line.removeprefix("sft  ") for line in capsys.readouterr().out.splitlines()]
     assert [line.split(":")[0] for line in lines[:2]] == ["compiling", "evaluating 3/12"]
@@ -227,7 +227,7 @@ def test_progress_on_a_terminal_is_one_line_that_moves(tmp_path):
     code = """
 from lm.train.metrics import Progress
 progress = Progress("dpo", total=2, start=0)
-progress.doing("evaluating 3/12: docs")
+progress.show_activity("evaluating 3/12: docs")
 progress.update(1, {"loss": 2.5}, 10)
 progress.say("a line [above] it")
 progress.update(2, {"loss": 1.5}, 10)

@@ -10,7 +10,7 @@ from lm.experiment import Eval, Source, UserError, to_dict
 from lm.json_lines import rewrite_json_lines
 from lm.stored import read_sealed, write_sealed
 from lm.train.metrics import read_lines
-from lm.train.rerun import conditions, first_difference
+from lm.train.rerun import changed_conditions, first_difference
 from lm.train.run_folder import read_json
 from lm.train.stages import fingerprints, run
 from tests.sweep.tiny import base
@@ -50,7 +50,7 @@ def test_what_is_not_as_it_was_is_said_and_may_be_refused(finished, tmp_path, ca
     record["runs"][-1]["data_fingerprint"] = {"gen:drills": "other"}
     try:
         write_sealed(file, record)
-        names = [name for name, _, _ in conditions(finished, fingerprints(base))]
+        names = [name for name, _, _ in changed_conditions(finished, fingerprints(base))]
         assert "versions.jax" in names and any(name.startswith("data") for name in names)
         assert main(["rerun", str(finished), "--same", "--out", str(tmp_path / "never")]) == 2
         assert "not as it was: versions.jax: 0.0.1 →" in capsys.readouterr().out
@@ -68,4 +68,4 @@ def test_a_run_that_has_not_ended_is_refused(tmp_path):
     run(base, tmp_path / "half", until="pretrain")
     assert main(["rerun", str(tmp_path / "half")]) == 2
     with pytest.raises(UserError, match="never began"):
-        conditions(tmp_path, {})
+        changed_conditions(tmp_path, {})

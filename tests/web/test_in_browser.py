@@ -13,7 +13,7 @@ from lm.evals import preferences
 from lm.evals.pairs import Scored
 from lm.sweep.compare import compare
 from lm.sweep.results import read_result
-from lm.train.judging import Judged
+from lm.train.judging import PairScores
 from lm.web.compare import write_comparison
 from lm.web.frontier import write_frontier
 from lm.web.pairs_page import write_pairs_page
@@ -82,7 +82,7 @@ def pairs(home: Path) -> Path:
     rows = [{"prompt": "w" * 300, "chosen": "long " * 300, "rejected": "\n" * 200}] * 60
     worth = preferences.worth(found, longer, False, [str(number // 2) for number in range(60)])
     scored = Scored(rows, found, longer, 1, 2, 3)
-    return write_pairs_page(Judged("a reward model", LONG, scored, worth, [], "them", "so"), home / "pairs.html")
+    return write_pairs_page(PairScores("a reward model", LONG, scored, worth, [], "them", "so"), home / "pairs.html")
 
 
 @pytest.fixture(scope="module")
