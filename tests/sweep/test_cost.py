@@ -22,8 +22,16 @@ def test_a_dry_run_counts_what_is_shared_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", str(TINY), "--dry-run", "--topology", "v5e:1x1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "MB of checkpoints for one worker; time by a matrix product" in lines[-1] and "about 2 min, " in lines[-1]
-    assert len(lines) == 5 and [("has pretrain from above" in line) for line in lines[:4]] == [False, False, True, True]
+    assert (
+        "MB of checkpoints for one worker; time estimated from 20% of the speed of a matrix product" in lines[-1]
+        and "about 2 min, " in lines[-1]
+    )
+    assert len(lines) == 5 and [("shares pretrain with trials above" in line) for line in lines[:4]] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert "device-hours" in lines[-1] and not Path("sweeps").exists()
 
 
@@ -51,7 +59,7 @@ def test_a_dry_run_counts_evals_samples_time_and_what_is_kept_on_disk(tmp_path):
     evaluated = cost_of(tmp_path, more)
     assert evaluated.other_flops > 100 * plain.other_flops and evaluated.flops == plain.flops
     assert cost_of(tmp_path, more, 1, eval_every=1).other_flops > evaluated.other_flops
-    assert cost_of(tmp_path, base, steps=600_000).ahead > plain.ahead >= 40
+    assert cost_of(tmp_path, base, steps=600_000).remaining > plain.remaining >= 40
     sampled = dataclasses.replace(
         base, stages=(Stage("r", GRPO(max_new_tokens=32), (Source("gen:arithmetic"),), steps=50, seq_len=64),)
     )
