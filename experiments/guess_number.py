@@ -1,9 +1,9 @@
-"""Guess a number between 1 and 20 in two turns: an environment of its own, and GRPO on it. About two minutes on a CPU.
+"""GRPO in a custom two-turn environment: guess a number between 1 and 20. About two minutes on a CPU.
 
     lm run guess_number
 
-The model first imitates guesses drawn at random (guess_number.jsonl), then learns from its own: a reply says whether the
-number is higher or lower. The environment is the class below; another one is another file with such a class.
+An SFT stage imitates random guesses (guess_number.jsonl), then GRPO trains on the model's own guesses, to which the
+environment replies "higher" or "lower". The environment is the class below; write another one in a file of your own.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ MOST, TURNS = 20, 2
 
 
 class GuessNumber:
-    """The task has a `secret`; after a wrong guess the model is told where the secret is, and guesses once more."""
+    """Environment: after a first wrong guess it replies whether the row's `secret` is higher or lower; two guesses in all."""
 
     columns = ("secret",)
 

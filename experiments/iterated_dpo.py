@@ -1,4 +1,4 @@
-"""DPO in rounds: sample, judge, train, again. Each round's answers are the policy's own, and its reference is where it began.
+"""Iterated DPO: each round samples answers from the policy, judges them, and trains with the round's first model as reference.
 
     lm run iterated_dpo
 
@@ -19,7 +19,7 @@ ROUNDS = 3
 
 
 def rounds(number: int) -> tuple[Stage, Stage]:
-    """What round `number` collects, and the training on it."""
+    """The two stages of round `number`: Collect, and DPO on its rows."""
     collect = Stage(
         name=f"collect{number}",
         objective=Collect(verifier="helpful", answers=4, max_new_tokens=48),

@@ -1,4 +1,4 @@
-"""The whole path on two CPU cores in about ten minutes: random weights, language, answers, style, reasoning."""
+"""All four stages on two CPU cores in about ten minutes: pretraining, SFT, preferences (style), GRPO (reasoning)."""
 
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
 

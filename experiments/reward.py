@@ -1,10 +1,10 @@
-"""A reward model on preferences of your own: a small model learns conversations first, then which of two answers is better.
+"""Train a reward model on your own preferences: a small model is trained by SFT on conversations, then on pairs of answers.
 
     lm run reward --sft.sources.0.path CONVERSATIONS --reward.sources.0.path PREFERENCES
     lm eval reward --pairs PREFERENCES --heldout 0.15
 
-CONVERSATIONS are rows of `messages`, PREFERENCES of `prompt`, `chosen`, `rejected`: files or folders. A pair that is longer than
-a row loses the beginning of its prompt. What is held out follows from the prompt, so that all pairs of a prompt are on one side.
+CONVERSATIONS are rows of `messages`, PREFERENCES of `prompt`, `chosen`, `rejected`: files or folders. Pairs longer
+than `seq_len` are left-truncated, prompt first. The held-out split is by prompt, so all pairs of a prompt are on the same side.
 """
 
 from lm.experiment import SFT, Eval, Experiment, Model, Optimizer, RewardModel, Source, Stage, Tokenizer

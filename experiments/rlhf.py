@@ -1,7 +1,7 @@
-"""Preferences, the whole path: a small model answers, a judge compares, a reward model learns it, PPO and DPO follow it.
+"""RLHF from start to end: collect preferences on a small model's answers, train a reward model, then PPO and DPO.
 
-The judge is a program (half for a right answer, half for style) that writes its choices into the file that the label page
-writes. It is also asked about held-out answers, which tells when the policy has learnt to please the reward model instead.
+The judge is a program (half of the reward for a right answer, half for style) whose choices are stored as those of the label
+page. It also scores held-out answers, which shows when the policy overoptimises the reward model.
 """
 
 from lm.experiment import (

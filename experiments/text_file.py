@@ -1,4 +1,4 @@
-"""The four stages on a text of your own: a .txt file; .jsonl, .jsonl.gz or .parquet with a column `text`; a folder.
+"""The quickstart's four stages on your own text: a .txt file; .jsonl, .jsonl.gz or .parquet with a column `text`; a folder.
 
 Name your text, or copy this file, put its path into TEXT, and run the copy:
 

@@ -1,4 +1,4 @@
-"""The quickstart's four stages in under three minutes: a first look, too small for its numbers to mean much."""
+"""The quickstart's four stages in under three minutes: a first look, too small for meaningful results."""
 
 import dataclasses
 import runpy

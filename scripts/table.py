@@ -20,7 +20,7 @@ ENDS = 8  # steps at the beginning and the end of a stage over which its rollout
 
 
 def interval(values: list[float]) -> str:
-    """Mean, and half the width of the 95 % interval where there is more than one value."""
+    """Mean, with half the width of its 95 % interval if there is more than one value."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.3f}"
@@ -29,7 +29,7 @@ def interval(values: list[float]) -> str:
 
 
 def number(folder: RunFolder, stage: str, name: str, when: str, value: str) -> float | None:
-    """The last line of eval.jsonl for this measurement."""
+    """The value in the last line of eval.jsonl for an eval."""
     lines = read_lines(folder.stage_folder(stage) / "eval.jsonl")
     found = [line[value] for line in lines if line["eval"] == name and line["when"] == when and value in line]
     return found[-1] if found else None

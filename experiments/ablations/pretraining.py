@@ -1,4 +1,4 @@
-"""A hand-written ablation: the quickstart's language model as it is, and with one thing taken away at a time."""
+"""Ablation with named variants: the quickstart's pretraining, and the same with one component removed at a time."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A search: the learning rate and the clip of the quickstart's GRPO, whose stages before it are trained once a seed."""
+"""Search over learning rate and clip of the quickstart's GRPO stage; the stages before it are trained once per seed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Does a higher upper clip keep entropy (Yu et al. 2025, DAPO, arXiv:2503.14476, section 3.1)?"""
+"""Does a higher upper clip preserve entropy (Yu et al. 2025, DAPO, arXiv:2503.14476, section 3.1)?"""
 
 from small_reasoner import experiment as base
 from small_reasoner import quick as small

@@ -1,4 +1,4 @@
-"""Reward against KL of DPO and PPO, judged by a program (Rafailov et al. 2023, arXiv:2305.18290, figure 2)."""
+"""Reward against KL of DPO and PPO, with a program as gold reward (Rafailov et al. 2023, arXiv:2305.18290, figure 2)."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ rlhf = load(str(Path(__file__).parent.parent / "rlhf.py"))
 
 
 def ending_with(name: str):
-    """The path to this preference stage and no other."""
+    """The experiment with this preference stage as its last stage, without the other one."""
 
     def change(e: Experiment) -> Experiment:
         others = {"ppo", "dpo"} - {name}
@@ -50,7 +50,7 @@ sweep = Sweep("dpo_ppo", base, {"rule": RULE}, seeds=(0, 1, 2))
 
 
 def made_up(e: Experiment) -> Experiment:
-    """Not pretrained, and without answers of its own, of which it would have none to prefer: generated pairs instead."""
+    """A quick variant without pretraining, on generated pairs, since an untrained model has no answers to compare."""
     pairs = (Source("gen:preferences", holdout=0.05),)
     kept = (stage for stage in e.stages if stage.name not in ("pretrain", "collect"))
     stages = tuple(
@@ -84,14 +84,14 @@ quick = Sweep(
 
 
 def points(result: Result) -> list[tuple[float, float]]:
-    """(KL, gold reward) of every measurement of the preference stage, the start among them."""
+    """(KL, gold reward) of every measurement of the preference stage, including its start."""
     stage = list(result.stages.values())[-1]
     lines = [line for line in stage.evals if line["eval"] == "judge" and math.isfinite(line.get("kl", math.nan))]
     return sorted((line["kl"], line["reward"]) for line in lines)
 
 
 def best_within(results: list[Result], limit: float) -> dict[int, float]:
-    """By seed, the highest gold reward of a rule at a KL of at most so much, over its settings and steps."""
+    """Seed -> highest gold reward of an algorithm at a KL within the limit, over its settings and steps."""
     found: dict[int, float] = {}
     for result in results:
         for kl, reward in points(result):
@@ -137,7 +137,7 @@ def judge(evidence: Evidence) -> Finding:
 
 
 def _mean(results: list[Result]) -> list[tuple[float, float, float, float]]:
-    """Means of KL and of reward over the seeds at each measurement, in the order of the steps."""
+    """Means of KL and reward over seeds at each measurement, ordered by step."""
     by_place = list(zip(*(points(result) for result in results), strict=False))
     found = []
     for same in by_place:

@@ -1,4 +1,4 @@
-"""Length bias of per-sequence normalisation, and of the division by the standard deviation (Liu et al. 2025)."""
+"""Length bias of GRPO's per-sequence normalisation and its division by the standard deviation (Liu et al. 2025)."""
 
 from small_reasoner import experiment as base
 from small_reasoner import quick as small
@@ -20,7 +20,7 @@ quick = Sweep("dr_grpo_quick", small, {"loss": {name: KIND[name] for name in ("G
 
 
 def wrong_length(result: Result) -> float:
-    """Mean tokens of a wrong answer to held-out prompts, at the end."""
+    """Mean number of tokens of wrong answers to held-out prompts at the end of training."""
     return result.final("chains", "length_wrong")
 
 

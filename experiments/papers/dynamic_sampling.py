@@ -1,4 +1,4 @@
-"""Is there more reward in an answer where groups without a preference are sampled again (Yu et al. 2025, DAPO, section 3.2)?"""
+"""Does dynamic sampling (resampling groups with equal rewards) give more reward per sampled answer (Yu et al. 2025, DAPO, section 3.2)?"""
 
 import numpy as np
 from small_reasoner import experiment as base
@@ -72,7 +72,7 @@ def judge(evidence: Evidence) -> Finding:
 
 
 def _read(runs: list[tuple[list[float], list[float]]], budget: float) -> list[tuple[float, float, float, float]]:
-    """Between the measurements on a straight line, at the same answers in every run."""
+    """Held-out rewards interpolated linearly at the same numbers of sampled answers in every run."""
     marks = np.linspace(budget / MARKS, budget, MARKS)
     return curve_points([dict(zip(marks.tolist(), np.interp(marks, *one).tolist(), strict=True)) for one in runs])
 

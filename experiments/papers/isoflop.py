@@ -34,7 +34,7 @@ def shape(width: int, layers: int, heads: int) -> dict:
 
 
 def spend(flops: float):
-    """As many steps as the FLOPs allow, a tenth of them warmup, the cosine ending with the last."""
+    """Set the steps to use up the FLOPs, with a tenth of them as warmup and the cosine schedule ending at the last."""
 
     def change(e: Experiment) -> Experiment:
         stage = e.stages[0]
@@ -47,7 +47,7 @@ def spend(flops: float):
 
 
 def size(experiment: dict) -> float:
-    """Parameters that every token is multiplied with: the blocks' and the head's."""
+    """Number of parameters that every token is multiplied with: blocks and output head."""
     m = experiment["model"]
     block = (
         m["embed_dim"] * (2 * m["num_heads"] + 2 * m["num_kv_heads"]) * m["head_dim"]
@@ -65,7 +65,7 @@ RATES = {"half": 0.5, "double": 2.0}
 
 
 def times_rate(factor: float):
-    """The learning rate times so much, to see whether an untuned one moves the minimum."""
+    """Multiply the learning rate, to test whether an untuned one moves the minimum."""
     return {"pretrain.optimizer.peak_lr": lambda e: factor * e.stages[0].optimizer.peak_lr}
 
 
@@ -90,7 +90,7 @@ quick = Sweep(
 
 
 def optimum(sizes: list[float], losses: list[float]) -> float:
-    """The size at the minimum of the parabola through the losses over log size; nan where it opens downwards."""
+    """The size at the minimum of a parabola fitted to losses over log size; nan if it opens downwards."""
     a, b, _ = np.polyfit(np.log(sizes), losses, 2)
     return float(np.exp(-b / (2 * a))) if a > 0 else math.nan
 
@@ -100,12 +100,12 @@ def bits(result: Result) -> float:
 
 
 def exponent(budgets: list[str], best: list[float]) -> float:
-    """Of the power law through the minima; nan where one is not there."""
+    """Exponent of the power law through the minima; nan if a minimum is missing."""
     return math.nan if any(map(math.isnan, best)) else power_law([float(c) for c in budgets], best).exponent
 
 
 def _tuned(evidence: Evidence, labels: list[str], sizes: list[float]) -> str:
-    """The exponent where each size has the best of three learning rates, of one seed and two budgets, in a sentence."""
+    """A sentence with the exponent for the best of three learning rates per size (one seed, two budgets)."""
     tried = evidence.runs.get("rates", [])
     if not tried:
         return ""

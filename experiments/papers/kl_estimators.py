@@ -1,4 +1,4 @@
-"""What the KL estimators k1, k2 and k3 do as losses (Schulman 2020; Tang and Munos 2025, arXiv:2506.09477).
+"""Gradients of the KL estimators k1, k2 and k3 as losses (Schulman 2020; Tang and Munos 2025, arXiv:2506.09477).
 
 Every expectation is a sum over the whole vocabulary, so that nothing is left to chance but the policies.
 """
@@ -22,7 +22,7 @@ def kl(p, q):
 
 
 def loss(name, policy, reference):
-    """E[k] over samples from the policy, which the gradient takes for given, as it does in a training step."""
+    """E[k] over samples from the policy; the gradient does not flow through the sampling, as in a training step."""
     log_p, log_q = jax.nn.log_softmax(policy), jax.nn.log_softmax(reference)
     samples = jax.lax.stop_gradient(jnp.exp(log_p))
     return (samples * KL_ESTIMATORS[name](log_p - log_q)).sum()
@@ -49,7 +49,7 @@ CLAIMS = {
 
 
 def errors(policies, references) -> dict:
-    """The largest distance from what is claimed, relative to the gradient of KL(π ‖ ref)."""
+    """Largest deviation of each gradient from the claimed one, relative to the gradient of KL(π ‖ ref)."""
     found = {}
     for (place, name), (_, claimed) in CLAIMS.items():
         made = {"loss": loss, "reward": in_reward}[place]
@@ -61,7 +61,7 @@ def errors(policies, references) -> dict:
 
 
 def descent(name: str, policies, references) -> np.ndarray:
-    """KL(π ‖ ref) of every policy on the way down the gradient of one loss: STEPS + 1 by policies."""
+    """KL(π ‖ ref) of each policy during gradient descent on one loss, [STEPS + 1, policies]."""
     step = jax.jit(jax.vmap(lambda p, q: p - RATE * jax.grad(lambda p: loss(name, p, q))(p)))
     measured = jax.jit(jax.vmap(kl))
     path = [measured(policies, references)]

@@ -1,4 +1,4 @@
-"""Does an answer end if its end was never learnt?"""
+"""Does a model end its answers if the end token had no loss?"""
 
 import dataclasses
 

@@ -18,7 +18,7 @@ quick = Sweep(
 
 
 def tuned(table: dict[str, dict[int, float]]) -> tuple[dict[int, float], dict[int, str]]:
-    """Each seed at the rate that is best by the other seeds, so that no seed chooses for itself: (values, rates)."""
+    """(values, rates): each seed's result at the learning rate that is best for the other seeds (leave-one-out)."""
     seeds = sorted(set.intersection(*(set(found) for found in table.values())))
     chosen = {
         seed: min(table, key=lambda rate, s=seed: sum(v for other, v in table[rate].items() if other != s))

@@ -1,4 +1,4 @@
-"""Gold reward against KL where a proxy of some size is followed, by best of n and by PPO (Gao et al. 2023, arXiv:2210.10760)."""
+"""Gold reward against KL when optimising proxy reward models of several sizes by best-of-n and PPO (Gao et al. 2023, arXiv:2210.10760)."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ SIZES = {f"{count} of {LAYERS[-1]} layers": {"reward.objective.layers": count} f
 
 
 def chosen_by_a_proxy(e: Experiment) -> Experiment:
-    """Answers of the taught model are judged by the program, a proxy learns from them, and PPO follows the proxy."""
+    """Stages: the program judges answers of the SFT model, a proxy reward model is trained on them, PPO optimises the proxy."""
     sft = e.stages[0]
     after = {"seq_len": sft.seq_len, "save_every": 200}
     collect = Stage("collect", Collect(verifier="answer", answers=4), (CHAINS,), steps=96, batch_size=32, **after)
@@ -53,13 +53,13 @@ def chosen_by_a_proxy(e: Experiment) -> Experiment:
 
 
 def deep(e: Experiment, width: int) -> Experiment:
-    """As many layers as the largest proxy, of this width."""
+    """A model of this width with as many layers as the largest proxy."""
     model = dataclasses.replace(e.model, num_layers=LAYERS[-1], embed_dim=width, head_dim=16, mlp_dim=11 * width // 4)
     return dataclasses.replace(e, model=model)
 
 
 def little(e: Experiment) -> Experiment:
-    """Some steps of each, on pairs that are generated: of a model that has learnt nothing every answer is wrong."""
+    """A quick variant of a few steps on generated pairs, since all answers of an untrained model are wrong."""
     pairs = (Source("gen:preferences", holdout=0.1),)
     kept = (
         dataclasses.replace(s, steps=4, batch_size=8, optimizer=dataclasses.replace(s.optimizer, warmup_steps=2))
@@ -81,7 +81,7 @@ quick = Sweep(
 
 
 def by_ppo(result: Result) -> list[tuple[float, float]]:
-    """(√KL, gold reward) of every measurement of PPO, the start first."""
+    """(√KL, gold reward) of every measurement of PPO, from its start."""
     lines = [line for line in result.stages["ppo"].evals if line["eval"] == "gold" and line.get("kl") is not None]
     return [(math.sqrt(max(0.0, line["kl"])), line["reward"]) for line in lines]
 
@@ -147,7 +147,7 @@ def judge(evidence: Evidence) -> Finding:
 
 
 def charts(rule: str, of: dict[str, list[Result]], fits: dict) -> list[Chart]:
-    """What was measured, and the curves of the mean α and β."""
+    """Charts of the measurements with the curves of the mean α and β."""
     points, bend = RULES[rule]
     measured = {size: along([points(r) for r in found if r.finished]) for size, found in of.items()}
     lines = {
@@ -181,7 +181,7 @@ def by_seed_pairs(results: list[Result], pair) -> dict[int, tuple[float, float]]
 
 
 def along(runs: list[list[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
-    """Means over seeds at each measurement: of √KL across, of gold upwards."""
+    """Points of mean √KL and mean gold reward over seeds at each measurement."""
     places = [float(np.mean([d for d, _ in same])) for same in zip(*runs, strict=True)]
     return curve_points([dict(zip(places, (gold for _, gold in run), strict=True)) for run in runs])
 

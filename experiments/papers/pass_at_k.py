@@ -1,4 +1,4 @@
-"""Does reinforcement learning solve what sampling k times did not (Yue et al. 2025, arXiv:2504.13837)?"""
+"""Does reinforcement learning solve problems that k samples of the base model did not (Yue et al. 2025, arXiv:2504.13837)?"""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Do PPO, GRPO and RLOO end alike from the same model with the same number of answers (Ahmadian et al. 2024)?"""
+"""Do PPO, GRPO and RLOO reach the same reward from the same model and number of answers (Ahmadian et al. 2024)?"""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from lm.sweep.sweep import Sweep
 
 
 def ppo(e: Experiment) -> Experiment:
-    """As many answers a step as GRPO's groups together, and one update of them; values from a head on the policy."""
+    """PPO with as many answers per step as GRPO's groups together, one update per step, and a value head on the policy."""
     *before, stage = e.stages
     answers = stage.batch_size * stage.objective.group_size
     objective = PPO(
@@ -41,7 +41,7 @@ quick = Sweep("ppo_grpo_rloo_quick", small, {"rule": RULE})
 
 
 def fading(rate: float):
-    """PPO with the usual λ of 0.95, at a learning rate."""
+    """PPO with the usual λ of 0.95 at a given learning rate."""
     words = ["--reason.objective.lam", "0.95", "--reason.optimizer.peak_lr", str(rate)]
     return lambda e: override(ppo(e), words)
 

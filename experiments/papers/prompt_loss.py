@@ -1,4 +1,4 @@
-"""Is it better to learn the prompts too (Shi et al. 2024, arXiv:2405.14394)?"""
+"""Is it better to train on the prompts too (Shi et al. 2024, arXiv:2405.14394)?"""
 
 from learn_end import only_sft
 from small_reasoner import experiment as base

@@ -16,14 +16,14 @@ quick = Sweep("qk_norm_quick", small, {"norm": NORM, "pretrain.optimizer.peak_lr
 
 
 def bits(result) -> float:
-    """Held-out bits per byte; of a run that diverged those before it began, which the paper counts too."""
+    """Held-out bits per byte; for a diverged run those of the initial model, as in the paper."""
     if result.diverged:
         return result.stages["pretrain"].evals[0]["bits_per_byte"]
     return result.final("docs", "bits_per_byte")
 
 
 def sensitivity(by_rate: dict[str, float]) -> float:
-    """Mean over the learning rates of how much worse than at the best one it is (the paper's equation 1)."""
+    """Learning-rate sensitivity: mean difference to the best rate's result over all rates (the paper's equation 1)."""
     return sum(by_rate.values()) / len(by_rate) - min(by_rate.values())
 
 

@@ -1,4 +1,4 @@
-"""Does a sampler of fewer bits than the trainer cost reward, and do truncated importance weights bring it back (Yao et al. 2025)?"""
+"""Does a sampler with fewer bits than the trainer cost reward, and do truncated importance weights recover it (Yao et al. 2025)?"""
 
 from small_reasoner import experiment as base
 from small_reasoner import quick as small

@@ -1,4 +1,4 @@
-"""A small model that adds digits, right about half of the time: what the papers about reinforcement learning begin with."""
+"""Base model of the reinforcement learning claims: a small model that adds digits, right about half of the time."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A small model of the Python documentation: what the papers about pretraining change one thing at a time of."""
+"""Base experiment of the pretraining claims: a small language model of the Python documentation."""
 
 import dataclasses
 
