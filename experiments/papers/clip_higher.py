@@ -4,7 +4,18 @@ from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
 from lm.overrides import override
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, by_sign, difference, late, over_seeds, over_steps
+from lm.papers.paper import (
+    Chart,
+    Evidence,
+    Finding,
+    Paper,
+    by_seed,
+    difference,
+    late_mean,
+    mean_text,
+    over_steps,
+    sign_verdict,
+)
 from lm.sweep.results import Result
 from lm.sweep.statistics import Curve, estimate, paired
 from lm.sweep.sweep import Sweep
@@ -21,21 +32,21 @@ quick = Sweep(
 def judge(evidence: Evidence) -> Finding:
     runs = evidence.results
     of = {bound: [r for r in runs if r.settings["upper clip"] == bound] for bound in CLIP}
-    entropy = {bound: by_seed(of[bound], lambda r: late(r, "reason", "entropy")) for bound in CLIP}
+    entropy = {bound: by_seed(of[bound], lambda r: late_mean(r, "reason", "entropy")) for bound in CLIP}
     reward = {bound: by_seed(of[bound], lambda r: r.final("chains", "reward")) for bound in CLIP}
-    clipped = {bound: by_seed(of[bound], lambda r: late(r, "reason", "clip_high_frac", 1.0)) for bound in CLIP}
+    clipped = {bound: by_seed(of[bound], lambda r: late_mean(r, "reason", "clip_high_frac", 1.0)) for bound in CLIP}
     kept, gained = paired(entropy["0.28"], entropy["0.2"]), paired(reward["0.28"], reward["0.2"])
     return Finding(
-        verdict=by_sign(kept, +1),
+        verdict=sign_verdict(kept, +1),
         reason=f"Entropy over the last tenth of the training, 0.28 less 0.2: {difference(kept, 4)} nats a token; held-out "
         f"reward: {difference(gained)}.",
         columns=("upper clip", "entropy, nats a token", "tokens clipped above", "reward held out"),
         rows=[
             (
                 bound,
-                over_seeds(entropy[bound], 4),
+                mean_text(entropy[bound], 4),
                 f"{100 * estimate(list(clipped[bound].values())).mean:.3f} %",
-                over_seeds(reward[bound]),
+                mean_text(reward[bound]),
             )
             for bound in CLIP
         ],

@@ -7,7 +7,7 @@ from pathlib import Path
 from lm.experiment import Experiment, Source
 from lm.files import load
 from lm.overrides import override
-from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, over_seeds
+from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, mean_text
 from lm.sweep.results import Result
 from lm.sweep.statistics import Curve, estimate, holm, paired
 from lm.sweep.sweep import Sweep
@@ -117,7 +117,7 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 f"{limit:g} nats",
-                *(over_seeds(table[kind, limit]) for kind in ("DPO", "PPO")),
+                *(mean_text(table[kind, limit]) for kind in ("DPO", "PPO")),
             )
             for limit in LIMITS
         ],

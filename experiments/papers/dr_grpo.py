@@ -3,7 +3,7 @@
 from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, over_seeds, over_steps, where
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, mean_text, over_steps, where
 from lm.sweep.results import Result, measurements
 from lm.sweep.statistics import Curve, holm, paired
 from lm.sweep.sweep import Sweep
@@ -42,9 +42,9 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 name,
-                over_seeds(lengths[name], 1),
+                mean_text(lengths[name], 1),
                 difference(shorter[name], 1) if name in shorter else "",
-                over_seeds(rewards[name]),
+                mean_text(rewards[name]),
             )
             for name in losses
         ],

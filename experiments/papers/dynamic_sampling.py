@@ -5,7 +5,18 @@ from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
 from lm.overrides import override
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, by_sign, difference, late, over_seeds, where
+from lm.papers.paper import (
+    Chart,
+    Evidence,
+    Finding,
+    Paper,
+    by_seed,
+    difference,
+    late_mean,
+    mean_text,
+    sign_verdict,
+    where,
+)
 from lm.sweep.results import Result, measurements
 from lm.sweep.statistics import Curve, curve_points, paired
 from lm.sweep.sweep import Sweep
@@ -36,11 +47,11 @@ def judge(evidence: Evidence) -> Finding:
     budget = min(answers[-1] for answers, _ in curves[ONCE].values())
     at_budget = {name: {s: float(np.interp(budget, *one)) for s, one in runs.items()} for name, runs in curves.items()}
     at_end = {name: by_seed(found, lambda r: r.final("chains", "reward")) for name, found in of.items()}
-    flat = {name: by_seed(found, lambda r: late(r, "reason", "frac_zero_std", 1.0)) for name, found in of.items()}
+    flat = {name: by_seed(found, lambda r: late_mean(r, "reason", "frac_zero_std", 1.0)) for name, found in of.items()}
     spent = {name: {seed: answers[-1] for seed, (answers, _) in runs.items()} for name, runs in curves.items()}
     each, step = paired(at_budget[AGAIN], at_budget[ONCE]), paired(at_end[AGAIN], at_end[ONCE])
     return Finding(
-        verdict=by_sign(each, +1),
+        verdict=sign_verdict(each, +1),
         reason=f"Held-out reward after {budget:,.0f} sampled answers, up to three rollouts a step less one: {difference(each)}; "
         f"after as many steps, for which it samples more: {difference(step)}.",
         columns=(
@@ -53,10 +64,10 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 name,
-                over_seeds(flat[name]),
-                over_seeds(spent[name], 0),
-                over_seeds(at_budget[name]),
-                over_seeds(at_end[name]),
+                mean_text(flat[name]),
+                mean_text(spent[name], 0),
+                mean_text(at_budget[name]),
+                mean_text(at_end[name]),
             )
             for name in RULE
         ],

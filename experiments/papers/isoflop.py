@@ -9,7 +9,7 @@ from tiny_text import quick as small
 
 from lm.experiment import Experiment
 from lm.model.flops import forward_flops_per_token
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, over_seeds, where
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, mean_text, where
 from lm.sweep.results import Result
 from lm.sweep.statistics import Curve, curve_point, estimate, power_law
 from lm.sweep.sweep import Sweep
@@ -144,7 +144,7 @@ def judge(evidence: Evidence) -> Finding:
         columns=("parameters", *(f"{c} FLOPs" for c in budgets)),
         rows=[
             *(
-                (f"{n:,.0f} ({label})", *(over_seeds(table[label, c]) for c in budgets))
+                (f"{n:,.0f} ({label})", *(mean_text(table[label, c]) for c in budgets))
                 for n, label in zip(sizes, labels, strict=True)
             ),
             ("minimum at", *(f"{n:,.0f}" for n in best)),

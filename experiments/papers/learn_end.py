@@ -6,7 +6,7 @@ from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
 from lm.experiment import Experiment
-from lm.papers.paper import Evidence, Finding, Paper, by_seed, difference, over_seeds, where
+from lm.papers.paper import Evidence, Finding, Paper, by_seed, difference, mean_text, where
 from lm.sweep.statistics import paired
 from lm.sweep.sweep import Sweep
 
@@ -39,7 +39,7 @@ def judge(evidence: Evidence) -> Finding:
         reason=f"Not learning the end changes the part of answers that end by themselves by {difference(ended)}, and the "
         f"reward by {difference(worth)}.",
         columns=("end of the answer", *fields),
-        rows=[(end, *(over_seeds(table[end, field]) for field in fields.values())) for end in END],
+        rows=[(end, *(mean_text(table[end, field]) for field in fields.values())) for end in END],
     )
 
 

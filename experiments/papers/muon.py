@@ -3,7 +3,7 @@
 from tiny_text import experiment as base
 from tiny_text import quick as small
 
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, by_sign, difference, over_seeds, where
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, mean_text, sign_verdict, where
 from lm.sweep.statistics import Curve, curve_point, paired
 from lm.sweep.sweep import Sweep
 
@@ -40,12 +40,12 @@ def judge(evidence: Evidence) -> Finding:
     edges = [rule for rule in RULES if set(best[rule][1].values()) & {rates[0], rates[-1]}] if len(rates) > 1 else []
     edge = f" The best rate of {' and '.join(edges)} is at the edge of the grid." if edges else ""
     return Finding(
-        verdict=by_sign(gain, -1),
+        verdict=sign_verdict(gain, -1),
         reason=f"At the rate that the other seeds choose, bits per byte held out: Muon "
-        f"{over_seeds(best['muon'][0])}, AdamW "
-        f"{over_seeds(best['adamw'][0])}; difference {difference(gain)}.{edge}",
+        f"{mean_text(best['muon'][0])}, AdamW "
+        f"{mean_text(best['adamw'][0])}; difference {difference(gain)}.{edge}",
         columns=("peak learning rate", *RULES),
-        rows=[(rate, *(over_seeds(table[rule][rate]) for rule in RULES)) for rate in rates],
+        rows=[(rate, *(mean_text(table[rule][rate]) for rule in RULES)) for rate in rates],
         charts=[
             Chart(
                 "Held out, by learning rate",

@@ -9,7 +9,7 @@ from small_reasoner import experiment as reasoner
 from small_reasoner import quick as small
 
 from lm.experiment import PPO, Collect, Eval, Experiment, Optimizer, RewardModel, Source, Stage
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, over_seeds, where
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, mean_text, where
 from lm.sweep.results import Result
 from lm.sweep.statistics import Curve, curve_points, estimate, paired
 from lm.sweep.sweep import Sweep
@@ -133,12 +133,12 @@ def judge(evidence: Evidence) -> Finding:
             (
                 size,
                 *(
-                    over_seeds({seed: pair[i] for seed, pair in fits[rule, size].items()})
+                    mean_text({seed: pair[i] for seed, pair in fits[rule, size].items()})
                     for rule in RULES
                     for i in (0, 1)
                 ),
-                over_seeds(end[size]),
-                over_seeds(most[size]),
+                mean_text(end[size]),
+                mean_text(most[size]),
             )
             for size in of
         ],

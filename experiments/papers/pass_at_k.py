@@ -8,7 +8,7 @@ from small_reasoner import quick as small
 
 from lm.experiment import Eval
 from lm.overrides import override
-from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, over_seeds
+from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, mean_text
 from lm.sweep.results import Result
 from lm.sweep.statistics import Curve, curve_point, paired
 from lm.sweep.sweep import Sweep
@@ -54,8 +54,8 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 str(k),
-                over_seeds(table["sft", k]),
-                over_seeds(table["reason", k]),
+                mean_text(table["sft", k]),
+                mean_text(table["reason", k]),
                 difference(gains[k]),
             )
             for k in sizes

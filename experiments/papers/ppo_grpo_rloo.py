@@ -7,7 +7,7 @@ from small_reasoner import quick as small
 
 from lm.experiment import PPO, Experiment
 from lm.overrides import override
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, over_seeds, over_steps, where
+from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, mean_text, over_steps, where
 from lm.sweep.results import Result, measurements
 from lm.sweep.statistics import Curve, holm, paired
 from lm.sweep.sweep import Sweep
@@ -72,8 +72,8 @@ def judge(evidence: Evidence) -> Finding:
         rows=[
             (
                 name,
-                over_seeds(rewards[name]),
-                over_seeds(lengths[name], 1),
+                mean_text(rewards[name]),
+                mean_text(lengths[name], 1),
             )
             for name in RULE
         ],

@@ -4,7 +4,7 @@ from learn_end import only_sft
 from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
-from lm.papers.paper import Evidence, Finding, Paper, by_seed, by_sign, difference, over_seeds, where
+from lm.papers.paper import Evidence, Finding, Paper, by_seed, difference, mean_text, sign_verdict, where
 from lm.sweep.statistics import paired
 from lm.sweep.sweep import Sweep
 
@@ -19,10 +19,10 @@ def judge(evidence: Evidence) -> Finding:
     rewards = {name: by_seed(where(runs, learnt=name), lambda r: r.final("chains", "reward")) for name in LEARNT}
     gain = paired(rewards["prompts too"], rewards["answers"])
     return Finding(
-        verdict=by_sign(gain, +1),
+        verdict=sign_verdict(gain, +1),
         reason=f"Held-out reward with the prompts learnt too, less without: {difference(gain)}.",
         columns=("learnt", "reward held out"),
-        rows=[(name, over_seeds(rewards[name])) for name in LEARNT],
+        rows=[(name, mean_text(rewards[name])) for name in LEARNT],
     )
 
 

@@ -3,7 +3,7 @@
 from tiny_text import experiment as base
 from tiny_text import quick as small
 
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_sign, difference, over_seeds, where
+from lm.papers.paper import Chart, Evidence, Finding, Paper, difference, mean_text, sign_verdict, where
 from lm.sweep.statistics import Curve, curve_point, paired
 from lm.sweep.sweep import Sweep
 
@@ -37,12 +37,12 @@ def judge(evidence: Evidence) -> Finding:
     of = {n: {s: sensitivity({rate: table[n, rate][s] for rate in rates}) for s in seeds} for n in NORM}
     gain = paired(of["QK-norm"], of["no QK-norm"])
     return Finding(
-        verdict=by_sign(gain, -1),
+        verdict=sign_verdict(gain, -1),
         reason=f"Sensitivity (mean excess over the best rate, bits a byte, {rates[0]} to {rates[-1]}): with "
-        f"{over_seeds(of['QK-norm'])}, without "
-        f"{over_seeds(of['no QK-norm'])}; difference {difference(gain)}.",
+        f"{mean_text(of['QK-norm'])}, without "
+        f"{mean_text(of['no QK-norm'])}; difference {difference(gain)}.",
         columns=("peak learning rate", *NORM),
-        rows=[(rate, *(over_seeds(table[n, rate]) for n in NORM)) for rate in rates],
+        rows=[(rate, *(mean_text(table[n, rate]) for n in NORM)) for rate in rates],
         charts=[
             Chart(
                 "Held out, by learning rate",

@@ -3,7 +3,18 @@
 from small_reasoner import experiment as base
 from small_reasoner import quick as small
 
-from lm.papers.paper import Chart, Evidence, Finding, Paper, by_seed, difference, late, over_seeds, over_steps, where
+from lm.papers.paper import (
+    Chart,
+    Evidence,
+    Finding,
+    Paper,
+    by_seed,
+    difference,
+    late_mean,
+    mean_text,
+    over_steps,
+    where,
+)
 from lm.sweep.results import Result
 from lm.sweep.statistics import Curve, paired
 from lm.sweep.sweep import Sweep
@@ -31,9 +42,7 @@ def judge(evidence: Evidence) -> Finding:
         reason=f"Held-out reward of the trained policy: the trainer's own weights less four bits {difference(cost)}; four bits "
         f"with importance weights less without {difference(gain)}.",
         columns=("sampler", "KL of sampler to trainer, nats a token", "reward held out"),
-        rows=[
-            (name, over_seeds(gaps[name], 4) if name in gaps else "0", over_seeds(rewards[name])) for name in SAMPLER
-        ],
+        rows=[(name, mean_text(gaps[name], 4) if name in gaps else "0", mean_text(rewards[name])) for name in SAMPLER],
         charts=[
             Chart(
                 "Reward of the rollouts, which the sampler answers",
@@ -56,7 +65,7 @@ def judge(evidence: Evidence) -> Finding:
 
 def gap(result: Result) -> float:
     """Mean over the whole training."""
-    return late(result, "reason", "sampler_kl", 1.0)
+    return late_mean(result, "reason", "sampler_kl", 1.0)
 
 
 paper = Paper(

@@ -21,7 +21,7 @@ from typing import Any
 from lm.cli.arguments import EXPERIMENT_HELP, NumberIn, at_least, check_stage, resolve
 from lm.experiment import UserError
 from lm.launch import values
-from lm.launch.job import Job, check_words, job_name
+from lm.launch.job import Job, check_command_words, job_name
 from lm.launch.launcher import COUNT, Launcher, value_of
 from lm.launch.table import FLAGS, LAUNCHERS, launchers_with
 from lm.launch.values import LARGEST, valid_text
@@ -80,7 +80,7 @@ def add_flag(parser: argparse.ArgumentParser, name: str, help: str) -> None:
 def call(arguments: argparse.Namespace) -> int:
     launcher = LAUNCHERS[arguments.on]
     check_flags(arguments, launcher)
-    check_words((arguments.experiment, *arguments.overrides))
+    check_command_words((arguments.experiment, *arguments.overrides))
     experiment = resolve(arguments.experiment, arguments.overrides)
     check_stage(arguments.until, (stage.name for stage in experiment.stages), arguments.experiment)
     given = arguments.max_restarts

@@ -46,7 +46,7 @@ def call(arguments: argparse.Namespace) -> int:
         return 0
 
     from lm.papers.paper import load
-    from lm.papers.reproduce import reproduce, words, write
+    from lm.papers.reproduce import markdown, reproduce, write
     from lm.stored import cache_at
     from lm.sweep.worker import WorkerStopped
 
@@ -59,7 +59,7 @@ def call(arguments: argparse.Namespace) -> int:
     except WorkerStopped:
         print(f"lm: stopped and saved. To go on: lm reproduce {arguments.name}", file=sys.stderr)
         return EXIT_INTERRUPT
-    print(words(outcome))
+    print(markdown(outcome))
     if not arguments.quick:
         home = Path(arguments.name).parent if arguments.name.endswith(".py") else experiments_folder("papers")
         print(*write(outcome, home), sep="\n")

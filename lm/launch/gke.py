@@ -18,8 +18,8 @@ import yaml
 
 from lm.experiment import Experiment, UserError
 from lm.launch import pod, values
-from lm.launch.job import COORDINATOR_PORT, SWEEP_GRACE, Handover, Job, check_travels
-from lm.launch.launcher import Flag, Launch, Launcher, SweepWorkers, handing_over
+from lm.launch.job import COORDINATOR_PORT, SWEEP_GRACE, Handover, Job, check_experiment_path
+from lm.launch.launcher import Flag, Launch, Launcher, SweepWorkers, handover_launch
 from lm.launch.topology import SliceTopology, parse_topology
 from lm.launch.volumes import Volume, check_run_dir, parse_volumes
 
@@ -105,8 +105,8 @@ def _job_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
     """The Job of one slice: a pod per host, none of which restarts alone."""
     hosts = cluster.topology.hosts
     on_exit = {"containerName": CONTAINER, "operator": "In", "values": [EXIT_USER]}
-    metadata = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}} if _buckets(cluster) else {}
-    environment, wrapper = _joining(job, cluster)
+    metadata = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}} if _has_buckets(cluster) else {}
+    environment, wrapper = _join_variables(job, cluster)
     words = [*wrapper, *(literal(word) for word in job.command("lm"))]
     return {
         "parallelism": hosts,
@@ -157,7 +157,7 @@ def _container(command: list[str], environment: list[dict[str, Any]], cluster: C
     return container | {"volumeMounts": mounts}
 
 
-def _joining(job: Job, cluster: Cluster) -> tuple[list[dict[str, Any]], list[str]]:
+def _join_variables(job: Job, cluster: Cluster) -> tuple[list[dict[str, Any]], list[str]]:
     """Environment variables by which the processes find each other, and a shell wrapper that computes JAX_PROCESS_ID."""
     hosts = cluster.topology.hosts
     processes = hosts * cluster.slices
@@ -186,7 +186,7 @@ def _volume(index: int, cluster: Cluster) -> dict[str, Any]:
     return name | {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 
-def _buckets(cluster: Cluster) -> bool:
+def _has_buckets(cluster: Cluster) -> bool:
     return any(volume.bucket for volume in cluster.volumes)
 
 
@@ -261,7 +261,7 @@ def _workers_manifest(name: str, words: list[str], count: int, cluster: Cluster)
     }
 
 
-def _asked(arguments: argparse.Namespace, topology: SliceTopology, slices: int) -> Cluster:
+def _options(arguments: argparse.Namespace, topology: SliceTopology, slices: int) -> Cluster:
     """The cluster options from the flags that launches and sweeps share."""
     return Cluster(
         topology=topology,
@@ -277,18 +277,18 @@ def _asked(arguments: argparse.Namespace, topology: SliceTopology, slices: int) 
 
 
 def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
-    topology, slices = pod.slices_of_tpus(arguments, experiment, job.experiment, FILES)
+    topology, slices = pod.requested_slices(arguments, experiment, job.experiment, FILES)
     xpk = {"cluster": arguments.cluster, "project": arguments.project, "zone": arguments.zone}
-    handover = render(job, dataclasses.replace(_asked(arguments, topology, slices), **xpk))
+    handover = render(job, dataclasses.replace(_options(arguments, topology, slices), **xpk))
     pod.check_fits_memory(arguments, experiment, topology, slices)
-    return handing_over(handover)
+    return handover_launch(handover)
 
 
 def _hand_over_workers(
     arguments: argparse.Namespace, name: str, words: list[str], folders: tuple[str, ...]
 ) -> Handover:
-    check_travels(arguments.sweep, FILES)
-    cluster = _asked(arguments, parse_topology(arguments.topology), 1)
+    check_experiment_path(arguments.sweep, FILES)
+    cluster = _options(arguments, parse_topology(arguments.topology), 1)
     return sweep_workers(name, words, arguments.workers, folders, cluster)
 
 

@@ -123,7 +123,7 @@ def check_mesh(experiment: Experiment, devices: int, slices: int, asked: str, pl
         raise UserError(f"{asked}: {error}") from error
 
 
-def check_travels(experiment: str, how: str) -> None:
+def check_experiment_path(experiment: str, how: str) -> None:
     """Check that the experiment is a name or a file below this folder, so that other machines find it by the same path.
 
     Args:
@@ -137,7 +137,7 @@ def check_travels(experiment: str, how: str) -> None:
         raise UserError(f"{experiment}: the job's machines have {how}, so name a file below this folder")
 
 
-def check_words(words: Iterable[str]) -> None:
+def check_command_words(words: Iterable[str]) -> None:
     """Raise UserError for a word that cannot be part of a command, however it is quoted."""
     for word in words:
         wrong = word_problem(word)
@@ -145,7 +145,7 @@ def check_words(words: Iterable[str]) -> None:
             raise UserError(f"{word!r} {wrong}")
 
 
-def warn_of_local(run_dir: str) -> str | None:
+def local_folder_warning(run_dir: str) -> str | None:
     """A warning if the run folder is in a place that is local to each machine, such as /tmp; else None."""
     path = Path(run_dir).absolute()
     if not any(path.is_relative_to(folder) for folder in LOCAL_FOLDERS):

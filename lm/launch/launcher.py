@@ -83,7 +83,7 @@ def value_of(arguments: argparse.Namespace, flag: str) -> Any:
     return getattr(arguments, flag.removeprefix("--").replace("-", "_"))
 
 
-def handing_over(handover: Handover) -> Launch:
+def handover_launch(handover: Handover) -> Launch:
     """A launch that carries out a handover and prints how to watch and stop the job."""
 
     def go() -> int:

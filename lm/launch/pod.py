@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lm.experiment import Experiment
 from lm.launch import values
-from lm.launch.job import check_mesh, check_travels
+from lm.launch.job import check_experiment_path, check_mesh
 from lm.launch.launcher import COUNT, JOB_NAME, Flag
 from lm.launch.topology import SliceTopology, parse_topology
 
@@ -30,7 +30,7 @@ FLAGS = {
 }
 
 
-def slices_of_tpus(
+def requested_slices(
     arguments: argparse.Namespace, experiment: Experiment, named: str, files: str
 ) -> tuple[SliceTopology, int]:
     """The requested slices (topology and number), checked against the experiment's mesh.
@@ -43,7 +43,7 @@ def slices_of_tpus(
         UserError: there is no such slice, the mesh does not use all its devices, or the machines would not find the
             experiment.
     """
-    check_travels(named, files)
+    check_experiment_path(named, files)
     topology, slices = parse_topology(arguments.topology), arguments.slices or 1
     asked = f"--topology {arguments.topology}" + (f" --slices {slices}" if slices > 1 else "")
     with on_cpu():

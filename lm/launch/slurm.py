@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from lm.config.field import Range
 from lm.experiment import Experiment, UserError
 from lm.launch import values
-from lm.launch.job import SWEEP_GRACE, Handover, Job, check_mesh, warn_of_local
-from lm.launch.launcher import COUNT, JOB_NAME, Flag, Launch, Launcher, SweepWorkers, handing_over
+from lm.launch.job import SWEEP_GRACE, Handover, Job, check_mesh, local_folder_warning
+from lm.launch.launcher import COUNT, JOB_NAME, Flag, Launch, Launcher, SweepWorkers, handover_launch
 
 TEMPLATE = """\
 #!/bin/bash
@@ -185,27 +185,27 @@ def sweep_workers(name: str, words: list[str], count: int, nodes: Nodes) -> Hand
     return Handover(text=text, command=("sbatch",), tools=("sbatch",), next=(watch, "stop: scancel JOB"))
 
 
-def _asked(arguments: argparse.Namespace, nodes: int) -> Nodes:
+def _options(arguments: argparse.Namespace, nodes: int) -> Nodes:
     return Nodes(nodes, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account)
 
 
 def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
-    nodes = _asked(arguments, arguments.nodes or 1)
+    nodes = _options(arguments, arguments.nodes or 1)
     gpus = f" --gpus-per-node {nodes.gpus}" if nodes.gpus else ""
     check_mesh(experiment, nodes.devices, 1, f"--nodes {nodes.nodes}{gpus}", "gpu" if nodes.gpus else "cpu")
     handover = render(job, nodes)
-    warning = warn_of_local(job.run_dir)
+    warning = local_folder_warning(job.run_dir)
     if warning:
         print(f"lm launch: {warning}", file=sys.stderr)
-    return handing_over(handover)
+    return handover_launch(handover)
 
 
 def _hand_over_workers(
     arguments: argparse.Namespace, name: str, words: list[str], folders: tuple[str, ...]
 ) -> Handover:
-    if warning := warn_of_local(folders[0]):
+    if warning := local_folder_warning(folders[0]):
         print(f"lm sweep: {warning}", file=sys.stderr)
-    return sweep_workers(name, words, arguments.workers, _asked(arguments, 1))
+    return sweep_workers(name, words, arguments.workers, _options(arguments, 1))
 
 
 LAUNCHER = Launcher(

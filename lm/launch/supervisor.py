@@ -20,14 +20,14 @@ from types import FrameType
 
 from lm.parent_death import with_parent
 
-FINISHED, DIED, POINTLESS, STOPPED = 0, 1, 2, 130  # exit codes; POINTLESS: a user's error, STOPPED: by a signal
+FINISHED, DIED, USER_ERROR, STOPPED = 0, 1, 2, 130  # exit codes; USER_ERROR: a user's error, STOPPED: by a signal
 SIGNALS = {  # signals that stop the supervisor -> signal sent to the processes
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a restart, doubled while there is no new checkpoint
-LAST_WORDS = 5.0  # seconds that the others have to end by themselves, and print why, after one has died
+END_SECONDS = 5.0  # seconds that the others have to end by themselves, and print why, after one has died
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ def supervise(
         while True:
             group = _Group(workers())
             try:
-                asked = group.watch(signals) or group.last_words(signals)
+                asked = group.watch(signals) or group.wait_for_ends(signals)
                 if asked is not None:
                     return group.stop(asked, signals, limits.grace, say)
             finally:
                 group.kill()
-            code = group.verdict()
+            code = group.exit_code()
             if code == FINISHED:
                 return FINISHED
             what = group.first_death()
-            if code in (POINTLESS, STOPPED):
-                why = "a restart would end in the same error" if code == POINTLESS else "it was stopped by a signal"
+            if code in (USER_ERROR, STOPPED):
+                why = "a restart would end in the same error" if code == USER_ERROR else "it was stopped by a signal"
                 say(f"{what}: {why}")
                 return code
             now = newest()
@@ -161,9 +161,9 @@ class _Group:
             if asked is not None:
                 return asked
 
-    def last_words(self, signals: _Signals) -> int | None:
-        """Wait up to LAST_WORDS seconds for all to end (returns None); a signal ends the wait and is returned."""
-        until = time.monotonic() + LAST_WORDS
+    def wait_for_ends(self, signals: _Signals) -> int | None:
+        """Wait up to END_SECONDS seconds for all to end (returns None); a signal ends the wait and is returned."""
+        until = time.monotonic() + END_SECONDS
         while self._reap() and time.monotonic() < until:
             asked = signals.wait(until - time.monotonic())
             if asked is not None:
@@ -183,19 +183,19 @@ class _Group:
                 self.kill()
                 break
             asked = signals.wait(until - time.monotonic())
-        return self.verdict() if self.verdict() in (FINISHED, POINTLESS) else STOPPED
+        return self.exit_code() if self.exit_code() in (FINISHED, USER_ERROR) else STOPPED
 
-    def verdict(self) -> int:
+    def exit_code(self) -> int:
         """The exit code of the group: a user's error in one process explains the ends of the others."""
         codes = {process.returncode for process in self.processes}
         if codes == {0}:
             return FINISHED
-        return POINTLESS if POINTLESS in codes else STOPPED if codes <= {FINISHED, STOPPED} else DIED
+        return USER_ERROR if USER_ERROR in codes else STOPPED if codes <= {FINISHED, STOPPED} else DIED
 
     def first_death(self) -> str:
         """Description of the first process that failed: how it ended, and where its output is."""
         bad = [i for i in self.deaths if self.processes[i].returncode]
-        told = [i for i in bad if self.processes[i].returncode == POINTLESS]
+        told = [i for i in bad if self.processes[i].returncode == USER_ERROR]
         index = (told or bad)[0]
         process, log = self.processes[index], self.logs[index]
         code = process.returncode

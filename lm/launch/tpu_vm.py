@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lm.experiment import Experiment, UserError
 from lm.launch import pod, values
 from lm.launch.job import Handover, Job
-from lm.launch.launcher import Flag, Launch, Launcher, handing_over
+from lm.launch.launcher import Flag, Launch, Launcher, handover_launch
 from lm.launch.topology import SliceTopology
 from lm.launch.volumes import Volume, check_run_dir, parse_volumes
 
@@ -190,7 +190,7 @@ def _options(**values: str | int | bool | None) -> str:
 
 
 def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> Launch:
-    topology, slices = pod.slices_of_tpus(arguments, experiment, job.experiment, "the files of the commit only")
+    topology, slices = pod.requested_slices(arguments, experiment, job.experiment, "the files of the commit only")
     asked = Slices(
         topology=topology,
         slices=slices,
@@ -205,7 +205,7 @@ def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> 
     )
     handover = render(job, asked)
     pod.check_fits_memory(arguments, experiment, topology, slices)
-    return handing_over(handover)
+    return handover_launch(handover)
 
 
 LAUNCHER = Launcher(

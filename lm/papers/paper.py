@@ -71,10 +71,10 @@ class Paper:
 
 def load(name: str) -> Paper:
     """Load the value `paper` of a file, by name in `experiments/papers` or by path. Raises UserError if there is none."""
-    return defined_in(file_of(spec(name)), "paper", Paper)
+    return defined_in(file_of(paper_file(name)), "paper", Paper)
 
 
-def spec(name: str) -> str:
+def paper_file(name: str) -> str:
     """The name of a paper's file for `file_of`: `papers.NAME`, or a path unchanged."""
     return name if name.endswith(".py") or name.startswith("papers.") else f"papers.{name}"
 
@@ -99,14 +99,14 @@ def _short(result: Result) -> list[tuple[str, str]]:
     return [(name.rsplit(".", 1)[-1], value) for name, value in result.settings.items()]
 
 
-def over_seeds(values: Mapping[int, float], digits: int = 3) -> str:
+def mean_text(values: Mapping[int, float], digits: int = 3) -> str:
     """The mean over seeds as text, `1.234 ± 0.056 (n = 3)`, with half its 95 % interval."""
     found = estimate(list(values.values()))
     half = "" if math.isnan(found.half) else f" ± {found.half:.{digits}f}"
     return f"{found.mean:.{digits}f}{half} (n = {found.count})"
 
 
-def by_sign(found: Difference, claimed: int) -> Verdict:
+def sign_verdict(found: Difference, claimed: int) -> Verdict:
     """The verdict on a claimed sign: undecided if the difference's interval contains 0."""
     if not (found.low > 0 or found.high < 0):
         return "undecided"
@@ -128,7 +128,7 @@ def over_steps(results: Sequence[Result], points: Callable[[Result], Sequence[tu
     return curve_points([dict(points(result)) for result in results if not result.failed])
 
 
-def late(result: Result, stage: str, field: str, part: float = 0.1) -> float:
+def late_mean(result: Result, stage: str, field: str, part: float = 0.1) -> float:
     """Mean of a training metric over the last `part` of a stage's steps."""
     values = [value for _, value in result.training(stage, field)]
     last = values[-max(1, round(part * len(values))) :]

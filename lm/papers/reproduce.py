@@ -10,7 +10,7 @@ from typing import Any
 
 from lm.experiment import UserError
 from lm.files import defined_in, file_of
-from lm.papers.paper import Evidence, Finding, Paper, spec
+from lm.papers.paper import Evidence, Finding, Paper, paper_file
 from lm.sweep.results import Result, read_sweep
 from lm.sweep.run import run_sweep
 from lm.sweep.sweep import Sweep
@@ -46,7 +46,7 @@ def reproduce(
         WorkerStopped: a signal arrived; running trials have saved.
     """
     began = time.monotonic()
-    file = file_of(spec(name))
+    file = file_of(paper_file(name))
     runs: dict[str, list[Result]] = {}
     for value in paper.quick if quick else paper.sweeps:
         place = folder.with_name(f"{folder.name}-{value}")
@@ -114,11 +114,11 @@ def write(outcome: Outcome, beside: Path) -> list[Path]:
     if BEGIN not in text or END not in text:
         raise UserError(f"{page} has no place for the result: the lines {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{words(outcome)}\n{END}{after}", "utf-8")
+    page.write_text(f"{before}{BEGIN}\n{markdown(outcome)}\n{END}{after}", "utf-8")
     return [data, page]
 
 
-def words(outcome: Outcome) -> str:
+def markdown(outcome: Outcome) -> str:
     """The outcome in Markdown."""
     finding, where = outcome.finding, outcome.provenance
     lines = [f"**Verdict: {finding.verdict}.** {finding.reason}", ""]

@@ -62,15 +62,15 @@ def find_libtpu(given: str | None) -> Libtpu:
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise UserError(f"{named} {chosen!r} is neither a {LIBRARY} nor a folder with one ({OTHER} makes one)")
-        return Libtpu(path.resolve(), _version_beside(path.resolve()), asked_by_jax())
+        return Libtpu(path.resolve(), _version_beside(path.resolve()), required_by_jax())
     spec = importlib.util.find_spec("libtpu")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"--compile needs the TPU compiler, which is not installed: {INSTALL}")
     path = Path(spec.submodule_search_locations[0]) / LIBRARY
-    return Libtpu(path, _version_beside(path) or _installed_version(), asked_by_jax())
+    return Libtpu(path, _version_beside(path) or _installed_version(), required_by_jax())
 
 
-def asked_by_jax() -> SpecifierSet:
+def required_by_jax() -> SpecifierSet:
     """The libtpu versions that the extra `tpu` of the installed jax requires."""
     for requirement in map(Requirement, requires("jax") or []):
         if requirement.name == "libtpu" and (not requirement.marker or requirement.marker.evaluate({"extra": "tpu"})):

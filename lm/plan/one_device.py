@@ -62,7 +62,7 @@ def analysis_of(program: Program) -> Analysis:
 def gradient_block(program: Program) -> tuple[TracedBlock, set[Value]]:
     """The traced gradient computation of one device's rows (without optimizer), and which of its inputs are parameters."""
     local, (rows, tokens) = one_device(program), local_batch(program)
-    return _gradient_block(local.stage, local.model, local.vocab_size, rows, tokens, lone_mesh(program))
+    return _gradient_block(local.stage, local.model, local.vocab_size, rows, tokens, single_device_mesh(program))
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,7 +94,7 @@ def _update_block(stage: Stage, model: Model, vocab_size: int) -> TracedBlock:
     return block_of(jax.make_jaxpr(optimizer.update)(gradients, jax.eval_shape(optimizer.init, params), params))
 
 
-def lone_mesh(program: Program) -> AbstractMesh:
+def single_device_mesh(program: Program) -> AbstractMesh:
     """An abstract mesh of one TPU device with all axes, so that traced code takes the branches for this kind of device."""
     device = AbstractDevice(device_kind=program.topology.chip.kind, num_cores=1, platform="tpu")
     axes = tuple(program.sizes)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.parallel.rules import ways
-from lm.plan.one_device import analysis_of, cast_bytes, local_batch, lone_mesh, one_device
+from lm.plan.one_device import analysis_of, cast_bytes, local_batch, one_device, single_device_mesh
 from lm.plan.program import Program, abstract_batch
 from lm.plan.trace import block_of
 from lm.plan.traffic import gather_seconds
@@ -78,7 +78,7 @@ def sampling(program: Program) -> Sampling | None:
         eos_id=0,
         pad_id=0,
     )
-    with jax.sharding.use_abstract_mesh(lone_mesh(program)):
+    with jax.sharding.use_abstract_mesh(single_device_mesh(program)):
         block = block_of(jax.make_jaxpr(call)(params, *abstract, jax.eval_shape(lambda: jax.random.key(0))))
         cache = jax.eval_shape(lambda: params.empty_cache(rows, program.stage.seq_len))
     analysis = dataclasses.replace(analysis_of(program), ways=1)  # sampling has one token per row, not split
@@ -104,7 +104,7 @@ def _trainer_pass(program: Program) -> tuple[int, float]:
     local, (rows, tokens) = one_device(program), local_batch(program)
     params, stage = local.parameters(), program.stage
     call = functools.partial(trainer_view, temperature=stage.objective.temperature, pieces=stage.microbatches)
-    with jax.sharding.use_abstract_mesh(lone_mesh(program)):
+    with jax.sharding.use_abstract_mesh(single_device_mesh(program)):
         block = block_of(jax.make_jaxpr(call)(params, abstract_batch(stage, rows, tokens)))
     usage = analysis_of(program).usage(block, set(block.inputs[: len(jax.tree.leaves(params))]))
     needed = usage.peak.total() + cast_bytes(program.parameters(), program)

@@ -56,7 +56,7 @@ class Program:
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(supervisor, "LAST_WORDS", 0.5)
+    monkeypatch.setattr(supervisor, "END_SECONDS", 0.5)
 
 
 def test_all_that_finish_are_not_started_again(tmp_path, capfd):
@@ -136,7 +136,7 @@ import sys
 from pathlib import Path
 from lm.launch import supervisor
 from tests.launch.test_supervisor import Program
-supervisor.FIRST_PAUSE, supervisor.LAST_WORDS = float(sys.argv[2]), 0.5
+supervisor.FIRST_PAUSE, supervisor.END_SECONDS = float(sys.argv[2]), 0.5
 program = Program(Path(sys.argv[1]), sys.stdin.read())
 code = supervisor.supervise(
     program.workers, program.newest, supervisor.Limits(9, float(sys.argv[3])), lambda line: print(line, flush=True)

@@ -7,7 +7,7 @@ import pytest
 
 from lm.papers.kept import claims
 from lm.papers.paper import load
-from lm.papers.reproduce import BEGIN, END, changed, reproduce, words, write
+from lm.papers.reproduce import BEGIN, END, changed, markdown, reproduce, write
 from lm.web.papers import write_papers
 
 HOME = Path(__file__).parent.parent.parent / "experiments" / "papers"
@@ -27,7 +27,7 @@ def test_a_claim_runs_is_judged_and_told(name, place, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     file = str(HOME / f"{name}.py")
     outcome = reproduce(file, load(file), place / name, quick=True)
-    assert "**Verdict: " in words(outcome)
+    assert "**Verdict: " in markdown(outcome)
     page = place / f"{outcome.name.rsplit('/', 1)[-1].removesuffix('.py')}.md"
     assert outcome.provenance["versions"]["jax"] and not page.exists()
 

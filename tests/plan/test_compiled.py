@@ -119,7 +119,7 @@ def test_what_the_compiler_says_of_too_large_a_program_is_understood(monkeypatch
 
     monkeypatch.setattr("lm.plan.plan.compile_step", refuse)
     monkeypatch.setattr(
-        "lm.plan.plan.find_libtpu", lambda given: libtpu.Libtpu(Path("x"), "0.0.42.1", libtpu.asked_by_jax())
+        "lm.plan.plan.find_libtpu", lambda given: libtpu.Libtpu(Path("x"), "0.0.42.1", libtpu.required_by_jax())
     )
     arithmetic = plan_stage(experiment(), "train", TOPOLOGY)
     plan = by_compiler(arithmetic)
@@ -146,7 +146,7 @@ def package(folder: Path, version: str) -> Path:
 
 def test_another_compiler_is_named_and_told_from_the_one_that_hosts_run(tmp_path, monkeypatch):
     monkeypatch.delenv(libtpu.VARIABLE, raising=False)
-    assert str(libtpu.asked_by_jax()) == "==0.0.42.*"
+    assert str(libtpu.required_by_jax()) == "==0.0.42.*"
     right, newer = package(tmp_path / "a", "0.0.42.1"), package(tmp_path / "b", "0.0.52")
     assert libtpu.find_libtpu(str(right)).name == "libtpu 0.0.42.1" and libtpu.find_libtpu(str(right)).notes == []
     for place in (newer, newer / "libtpu", newer / "libtpu" / "libtpu.so"):
