@@ -64,7 +64,7 @@ def wire_seconds(kind: str, size: float, devices: int, link_rate: float, links: 
 
 
 @dataclass(frozen=True)
-class FusedWork:
+class Fused:
     """Contents of a fused or asynchronous computation, with everything it calls: FLOPs and collectives."""
 
     flops: float
@@ -80,7 +80,7 @@ class Work:
         names = [i.name for c in module.computations.values() for i in c.values() if i.target == "tpu_custom_call"]
         self.fused_backward = not any("splash" in name and "_dq" in name for name in names)
 
-    def _inside(self, computation: str) -> FusedWork:
+    def _inside(self, computation: str) -> Fused:
         flops, collectives = 0.0, []
         for instruction in self.module.computations.get(computation, {}).values():
             flops += self.product_flops(instruction, computation)
@@ -90,7 +90,7 @@ class Work:
                 called = self.inside(name)
                 flops += called.flops
                 collectives += called.collectives
-        return FusedWork(flops, tuple(collectives))
+        return Fused(flops, tuple(collectives))
 
     def product_flops(self, instruction: Instruction, computation: str) -> float:
         """FLOPs of a matrix product, which the TPU compiler may write as a convolution; 0 for other instructions."""
@@ -132,14 +132,12 @@ def convolution_flops(instruction: Instruction, left: list[int], right: list[int
     flops = 2.0 * result[of_result.index("b")] * result[of_result.index("f")] * right[of_right.index("i")]
     for axis, size in enumerate(sizes):
         length, outputs = left[of_left.index(str(axis))], result[of_result.index(str(axis))]
-        flops *= _real_taps(length, outputs, size, stride[axis], pad[axis], base[axis], taps[axis])
+        flops *= _taps(length, outputs, size, stride[axis], pad[axis], base[axis], taps[axis])
     return flops
 
 
 @functools.cache
-def _real_taps(
-    length: int, outputs: int, taps: int, stride: int, pad: int, base_dilation: int, tap_dilation: int
-) -> int:
+def _taps(length: int, outputs: int, taps: int, stride: int, pad: int, base_dilation: int, tap_dilation: int) -> int:
     """Number of (output, tap) pairs along one axis that fall on an element of the left operand."""
     if (stride, pad, base_dilation, tap_dilation) == (1, 0, 1, 1):
         return outputs * taps

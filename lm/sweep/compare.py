@@ -130,7 +130,7 @@ def compare(
     cells: dict[tuple[str, Metric], Cell] = {}
     notes += _failures(groups)
     for metric in metrics:
-        cells |= _compare_metric(groups, base, metric, notes)
+        cells |= _compared(groups, base, metric, notes)
     seeds = {len({result.seed for result in one.ended}) for one in groups if one.ended}
     if seeds == {1}:
         notes.append("one seed each: no interval, so a difference may be chance")
@@ -266,11 +266,11 @@ def _find_group(groups: Sequence[Group], name: str) -> Group:
             return one
     labels = [one.label for one in groups]
     raise UserError(
-        f"baseline: no group or run is called {name!r}{nearest(name, labels)}; use one of {_first_names(labels, '; ')}, or NAME=VALUE"
+        f"baseline: no group or run is called {name!r}{nearest(name, labels)}; use one of {_few(labels, '; ')}, or NAME=VALUE"
     )
 
 
-def _first_names(names: Sequence[str], between: str = ", ") -> str:
+def _few(names: Sequence[str], between: str = ", ") -> str:
     """The first MOST_NAMED names, and the number of others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return f"{between.join(names[:MOST_NAMED])}{more}"
@@ -281,13 +281,11 @@ def _baseline(groups: Sequence[Group], wanted: Mapping[str, str]) -> Group:
     for name, value in wanted.items():
         if name not in axes:
             raise UserError(
-                f"baseline: {name!r} does not differ between the runs{nearest(name, axes)}; these do: {_first_names(axes) or 'none'}"
+                f"baseline: {name!r} does not differ between the runs{nearest(name, axes)}; these do: {_few(axes) or 'none'}"
             )
         values = list(dict.fromkeys(one.settings[name] for one in groups if name in one.settings))
         if value not in values:
-            raise UserError(
-                f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {_first_names(values)}"
-            )
+            raise UserError(f"baseline: no run has {name} {value!r}{nearest(value, values)}; there are {_few(values)}")
     found = [one for one in groups if all(one.settings.get(n) == v for n, v in wanted.items())]
     if not found:
         raise UserError(f"baseline: no run has {settings_text(dict(wanted))}")
@@ -307,9 +305,7 @@ def _metrics(results: Sequence[Result], only: Sequence[str]) -> tuple[Metric, ..
     return tuple(metric for metric in found if not only or metric.name in only)
 
 
-def _compare_metric(
-    groups: Sequence[Group], base: Group, metric: Metric, notes: list[str]
-) -> dict[tuple[str, Metric], Cell]:
+def _compared(groups: Sequence[Group], base: Group, metric: Metric, notes: list[str]) -> dict[tuple[str, Metric], Cell]:
     """Compare every group with the baseline in one metric, if measured on the same data; appends to `notes`."""
     own = measurement_setup(base.results[0], metric.name)
     of_base = _by_seed(base, metric)

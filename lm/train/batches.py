@@ -14,7 +14,7 @@ from lm.model.transformer import Transformer
 from lm.parallel.distributed import own_rows, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.train.metrics import MetricsLog
-from lm.train.reference import REFERENCE, ReferenceLogps, add_reference_logps, precompute_reference_logps
+from lm.train.reference import REFERENCE, ReferenceLogps, add_ref_logp, precompute_reference_logps
 from lm.train_step import TrainState
 from lm.types import TokenBatch
 
@@ -112,4 +112,4 @@ class CachedReferenceBatches(Batches):
 
     def make(self, step: int) -> TokenBatch:
         rows = range(self.count) if self.rows is None else self.rows.tolist()
-        return add_reference_logps(super().make(step), self.feed, step, rows, self.known)
+        return add_ref_logp(super().make(step), self.feed, step, rows, self.known)

@@ -39,7 +39,7 @@ from lm.train.callbacks import listener
 from lm.train.goodput import Costs, seconds_spent
 from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
-from lm.train.models import COLLECTED_FILE
+from lm.train.models import ROWS_FILE
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.trajectory_writer import keep_trajectories
 from lm.train.watchdog import PATIENCE
@@ -69,10 +69,8 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
     with costs.of("sample_seconds"):
         sources = _sample(run, index, model, scorers, folder / ANSWERS, costs)
     run_on_main(lambda: MAKERS[o.make](folder, stage.name, o))
-    report = run_on_main(
-        lambda: f"{sum(1 for _ in (folder / COLLECTED_FILE).open())} rows made from {folder / ANSWERS}"
-    )
-    files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, COLLECTED_FILE) if (folder / name).exists()}
+    report = run_on_main(lambda: f"{sum(1 for _ in (folder / ROWS_FILE).open())} rows made from {folder / ANSWERS}")
+    files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, ROWS_FILE) if (folder / name).exists()}
     summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs, {"files": files})
     if is_main_process():
         print(f"{stage.name}: {report}", flush=True)
@@ -180,7 +178,7 @@ def make_pairs(folder: Path, name: str, o: Collect) -> None:
     exported = preferences(read_log(folder / LABELS).records)
     if not exported.rows:
         raise UserError(f"{name}: of {len(task.pairs)} pairs none was decided: there is nothing to train on")
-    write_rows(folder / COLLECTED_FILE, exported.rows)
+    write_rows(folder / ROWS_FILE, exported.rows)
 
 
 def _decide(folder: Path, o: Collect, pairs: Sequence[Pair]) -> None:
@@ -217,7 +215,7 @@ def make_best(folder: Path, name: str, o: Collect) -> None:
         best = row["answers"][int(np.argmax(row["scores"]))]
         asked = prompt_messages(row, f"{folder / ANSWERS} line {number}")
         rows.append({"messages": [*asked, {"role": "assistant", "content": best}]})
-    write_rows(folder / COLLECTED_FILE, rows)
+    write_rows(folder / ROWS_FILE, rows)
 
 
 def _rows_of(path: Path) -> list[Row]:

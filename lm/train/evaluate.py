@@ -55,7 +55,7 @@ class Evaluator:
         """
         if self.experiment.stages[index].objective.produces == "scorer":
             return
-        gained = [item.name for item in self.experiment.evals if self._gained_reference(item)]  # loads models
+        gained = [item.name for item in self.experiment.evals if self._has_reference(item)]  # loads models
         known, answered = broadcast_from_main(lambda: self._known_before(index, log, gained))
         if not answered:
             self._answer_prompts(model, log, 0, "before")
@@ -89,7 +89,7 @@ class Evaluator:
                 log.evaluation(line | {"step": 0, "when": "before"})
         return sorted(known), answered
 
-    def _gained_reference(self, item: Eval) -> bool:
+    def _has_reference(self, item: Eval) -> bool:
         """Whether an eval has a reference now, which it may not have had in the stage before."""
         return item.metric == "reward" and item.temperature == 1 and self.reference() is not None
 
@@ -132,11 +132,7 @@ class Evaluator:
 
         A reward model runs pair evals only. Best-of-n is measured after the stage of the reward model that chooses.
         """
-        if (
-            item.metric == "best_of_n"
-            or broadcast_from_main(lambda: awaits_collection(item))
-            or self._has_no_examples(item)
-        ):
+        if item.metric == "best_of_n" or broadcast_from_main(lambda: uncollected(item)) or self._has_no_examples(item):
             return []
         if isinstance(model, Scorer):
             if item.metric != "pair_accuracy":
@@ -204,7 +200,7 @@ class Evaluator:
         )
 
 
-def awaits_collection(item: Eval) -> bool:
+def uncollected(item: Eval) -> bool:
     """Whether an eval's file has yet to be written by a Collect stage."""
     return is_collected(item.source) and not Path(item.source.path).exists()
 
@@ -226,7 +222,7 @@ def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str
             )
     lines = []
     for item in experiment.evals:
-        if not awaits_collection(item):
+        if not uncollected(item):
             try:
                 lines.append(read_examples(item, tokenizer, max_len, talks).describe(item))
             except EmptySplit as error:

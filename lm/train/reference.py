@@ -50,9 +50,7 @@ def precompute_reference_logps(
     return known
 
 
-def add_reference_logps(
-    batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int], known: ReferenceLogps
-) -> TokenBatch:
+def add_ref_logp(batch: TokenBatch, feed: Feed, step: int, rows: Iterable[int], known: ReferenceLogps) -> TokenBatch:
     """Add `ref_logp` to a batch of these rows of the step; it is 0 for tokens of weight 0."""
     examples, each = feed.examples(step), feed.rows_each
     ref_logp = np.zeros(batch.weights.shape, np.float32)

@@ -12,7 +12,7 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Experiment, UserError
 from lm.stored import file_sha256, write_sealed
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import COLLECTED_FILE
+from lm.train.models import ROWS_FILE
 from lm.train.provenance import package_versions
 from lm.train.run_folder import RunFolder
 
@@ -96,8 +96,8 @@ def check_collected(experiment: Experiment, folder: RunFolder, accept: bool = Fa
     for stage in experiment.stages:
         if stage.objective.produces != "rows" or not folder.finished(stage.name):
             continue
-        summary, file = folder.read_summary(stage.name), folder.stage_folder(stage.name) / COLLECTED_FILE
-        old = summary.get("files", {}).get(COLLECTED_FILE)
+        summary, file = folder.read_summary(stage.name), folder.stage_folder(stage.name) / ROWS_FILE
+        old = summary.get("files", {}).get(ROWS_FILE)
         new = file_sha256(file) if file.is_file() else None
         if old is None or old == new:
             continue
@@ -106,7 +106,7 @@ def check_collected(experiment: Experiment, folder: RunFolder, accept: bool = Fa
             remedy = f"put back a copy, or remove {file.parent} to collect again" + (f", or {ACCEPT}" if new else "")
             raise UserError(f"{what}: it is not what stage {stage.name} wrote; {remedy}")
         print(f"accepted: {file} had SHA-256 {old[:16]} and now has {new[:16]}", flush=True)
-        write_sealed(folder.summary(stage.name), summary | {"files": summary["files"] | {COLLECTED_FILE: new}})
+        write_sealed(folder.summary(stage.name), summary | {"files": summary["files"] | {ROWS_FILE: new}})
 
 
 def check_more_steps(folder: RunFolder, found: Changes, later: Mapping[str, Sequence[str]]) -> None:
