@@ -1,7 +1,7 @@
 """Talk to the model of a run.
 
 Ctrl-C stops an answer; at the prompt it ends the conversation, and so do
-Ctrl-D and an empty line. /clear begins a new conversation, /help says this."""
+Ctrl-D and an empty line. /clear begins a new conversation, /help shows this."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm.web.text import visible
 
 TAKES_OVERRIDES = False
 Messages = list[dict[str, str]]
-HELP = "/clear begins a new conversation, /help says this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
+HELP = "/clear begins a new conversation, /help shows this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
 COMMAND = re.compile(r"/[a-z]+")
 
 

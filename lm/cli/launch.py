@@ -33,8 +33,8 @@ MOST_GRACE = 65535  # seconds between a signal and the end of a job that sbatch 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lm launch EXPERIMENT --on WHERE [options] [--a.b.c VALUE ...]"
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
-    parser.add_argument("--on", choices=list(LAUNCHERS), required=True, help="where; see above")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument("--on", choices=list(LAUNCHERS), required=True, help="place to launch on, see below")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted and do nothing")
     parser.add_argument(
         "--run-dir", metavar="DIR", type=valid_text(values.path_problem), help="folder of the run; else runs/NAME"
     )
@@ -43,20 +43,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-restarts",
         metavar="N",
         type=at_least(0, LARGEST),
-        help="give up after so many in a row without a new checkpoint (3); of gke so many in all (20)",
+        help="give up after N consecutive restarts without a new checkpoint (3); with gke after N in all (20)",
     )
     parser.add_argument(
         "--grace",
         metavar="SECONDS",
         type=at_least(1, MOST_GRACE),
         default=300,
-        help="time to save in when asked to stop (%(default)s)",
+        help="time for saving between SIGTERM and SIGKILL (%(default)s)",
     )
     parser.add_argument(
         "--join-timeout",
         metavar="SECONDS",
         type=NumberIn(int, COUNT),
-        help="how long processes wait for each other at a start; gke, tpu-vm: 3600; else as of lm run",
+        help="time that processes wait for each other at the start (gke, tpu-vm: 3600; others: as lm run)",
     )
     for name, flag in FLAGS.items():
         add_flag(parser, name, f"{', '.join(launchers_with(name))}: {flag.help}")
@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_flag(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    """Add a flag that some launchers have."""
+    """Add a flag that only some launchers have."""
     flag = FLAGS[name]
     kind: dict[str, Any] = {"action": "store_true"}
     if flag.metavar:

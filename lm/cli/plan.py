@@ -1,7 +1,7 @@
 """Plan a stage for TPUs: memory, step time and layout.
 
-By arithmetic, in seconds, on any machine; with --compile with the TPU compiler,
-which also needs no TPU:
+By arithmetic in seconds on any machine, or with --compile by the TPU compiler,
+which needs no TPU either:
 
   lm plan quickstart --topology v5e:2x2
   lm plan EXPERIMENT --topology v5p:2x4x4 --compile --hlo step.hlo.txt.gz
@@ -9,7 +9,7 @@ which also needs no TPU:
   lm plan EXPERIMENT --topology v5p:2x4x4 --search --model.num-layers 32
 
 Any knob of the experiment can be overridden; tokenizer.vocab_size is the size
-of the vocabulary. Exits with 1 where the stage does not fit."""
+of the vocabulary. Exits with 1 if the stage does not fit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.plan.show import advice, layout, overview, show
 
     if arguments.compile:
-        find_libtpu(arguments.libtpu)  # what is missing is told before minutes of work
+        find_libtpu(arguments.libtpu)  # raises for a missing compiler before minutes of work
     topology = parse_topology(arguments.topology, arguments.slices)
     names = [arguments.stage] if arguments.stage else [stage.name for stage in experiment.stages]
     plans = [plan_stage(experiment, name, topology) for name in names]

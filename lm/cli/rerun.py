@@ -2,10 +2,10 @@
 
   lm rerun runs/quickstart
 
-Trains the run's experiment.json anew in runs/quickstart.rerun. First it
-lists what has changed: versions, commit, device, data. On the same kind of
-device, with the same code and versions, every loss and every measurement must
-be equal; exits with 1 and names the first that is not."""
+Trains the run's experiment.json again in runs/quickstart.rerun, after listing
+what has changed: versions, commit, device, data. On the same kind of device,
+with the same code and versions, every loss and eval result must be equal; exits
+with 1 and names the first that is not."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def call(arguments: argparse.Namespace) -> int:
     with cache_at(arguments.cache):
         changes = changed_conditions(run_dir, fingerprints(experiment))
         for name, then, now in changes:
-            print(f"not as it was: {name}: {_short(then)} → {_short(now)}", flush=True)
+            print(f"changed: {name}: {_short(then)} → {_short(now)}", flush=True)
         if changes and arguments.same:
-            raise UserError(f"{len(changes)} things are not as they were (above); without --same it runs all the same")
+            raise UserError(f"{len(changes)} conditions have changed (listed above); without --same it runs anyway")
         run(experiment, out, until=names[-1])
     found = first_difference(run_dir, out, names)
     if found:

@@ -1,21 +1,21 @@
-"""Run a sweep: every trial that its axes make of the base, each an `lm run`.
+"""Run a sweep: one `lm run` for each trial (values of the axes and a seed).
 
   lm sweep ablations.pretraining --dry-run
   lm sweep ablations.pretraining --workers 2
   lm compare sweeps/pretraining
-  lm report sweeps/pretraining/trials/KEY               one of them by itself
+  lm report sweeps/pretraining/trials/KEY               report of one trial
 
-Any number of workers work together, here and on other hosts that share the
-sweep's folder: start the same command there. One that dies is replaced, and its
-trial goes on from the newest checkpoint. The same command again continues; with
-more seeds or values on the axes it adds what is missing. Stages that trials
-have in common are trained once. A setting that cannot work, diverges or dies is
-a failed trial: the others go on, and it is run again with --retry-failed only.
+Any number of workers share the trials, here and on other hosts that share the
+sweep's folder: start the same command there. A worker that dies is replaced,
+and its trial resumes from the newest checkpoint. The same command again resumes
+the sweep; with more seeds or axis values it adds the missing trials. Stages
+that trials share are trained once. A setting that is invalid, diverges or
+crashes is a failed trial: the others continue, and --retry-failed repeats it.
 
-On a cluster, `--on` hands --workers jobs over, each of which is one worker:
-slurm by sbatch, gke by kubectl. The sweep's folder must be on a file system
-that all of them share and on which files can be locked (NFS, Lustre, a volume
-claim; no bucket)."""
+On a cluster, `--on` submits --workers jobs with one worker each: slurm with
+sbatch, gke with kubectl. The sweep's folder must be on a file system that all
+of them share and that supports file locks (NFS, Lustre, a volume claim; not a
+bucket)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lm.sweep.sweep import STORE, Sweep, folder_of, load
 
 TAKES_OVERRIDES = False
 SWEEP_HELP = "a name in experiments/ (ablations.pretraining), or the path of a .py file that defines `sweep`"
-EXIT_FAILED = 1  # some trial did
+EXIT_FAILED = 1  # some trial failed
 CLUSTERS = {name: launcher.workers for name, launcher in LAUNCHERS.items() if launcher.workers}
 CLUSTER_FLAGS = {flag: None for workers in CLUSTERS.values() for flag in workers.flags}  # each once, in order
 
@@ -50,18 +50,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=folder_path,
         default=STORE,
-        help="of stages that trials share, also with other sweeps (%(default)s)",
+        help="folder of the stages that trials share, also with other sweeps (%(default)s)",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the trials, what cannot run, and time and disk that they take, evals included; do nothing",
+        help="print the trials (also those that cannot run) with their time and disk space, and do nothing",
     )
-    parser.add_argument("--on", choices=list(CLUSTERS), help="hand --workers jobs over to a cluster; see above")
+    parser.add_argument("--on", choices=list(CLUSTERS), help="submit --workers jobs to a cluster, see above")
     for flag in CLUSTER_FLAGS:
-        extra = "; of --dry-run: cost in hours of these TPUs" if flag == "--topology" else ""
+        extra = "; with --dry-run: cost in hours of these TPUs" if flag == "--topology" else ""
         add_flag(parser, flag, f"{', '.join(where(flag))}: {FLAGS[flag].help}{extra}")
-    parser.add_argument("--retry-failed", action="store_true", help="run the trials again that failed")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed trials again")
     parser.add_argument("--join", metavar="NAME", help=argparse.SUPPRESS)  # one of several workers, started by this one
     add_cache(parser)
 
@@ -89,12 +89,12 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def where(flag: str) -> list[str]:
-    """The clusters whose workers have a use for a flag."""
+    """Names of the clusters whose workers have a flag."""
     return [name for name, workers in CLUSTERS.items() if flag in workers.flags]
 
 
 def hand_over_workers(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
-    """Jobs of one worker each; a dry run prints what would be handed over."""
+    """Submit jobs of one worker each; a dry run prints what would be submitted."""
     words = ["sweep", arguments.sweep, "--folder", str(folder), "--store", str(arguments.store)]
     words += ["--cache", str(arguments.cache)] if arguments.cache else []
     name = job_name(dataclasses.replace(sweep.base, name=sweep.name), None)

@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
 def test_a_run_again_is_the_same_to_the_bit(finished, capsys):
     assert main(["rerun", str(finished)]) == 0
     said = capsys.readouterr().out
-    assert "the same to the bit: every number of pretrain, sft" in said and "not as it was" not in said
+    assert "the same to the bit: every number of pretrain, sft" in said and "changed:" not in said
     assert read_json(finished.with_name("run.rerun") / "experiment.json") == json.loads(json.dumps(to_dict(base)))
 
 
@@ -53,7 +53,7 @@ def test_what_is_not_as_it_was_is_said_and_may_be_refused(finished, tmp_path, ca
         names = [name for name, _, _ in changed_conditions(finished, fingerprints(base))]
         assert "versions.jax" in names and any(name.startswith("data") for name in names)
         assert main(["rerun", str(finished), "--same", "--out", str(tmp_path / "never")]) == 2
-        assert "not as it was: versions.jax: 0.0.1 →" in capsys.readouterr().out
+        assert "changed: versions.jax: 0.0.1 →" in capsys.readouterr().out
         assert not (tmp_path / "never").exists()
     finally:
         file.write_text(kept)
