@@ -35,22 +35,6 @@ class TokenStats:
     aux: Aux = dataclasses.field(default_factory=dict)
 
 
-def shifted_logprobs(
-    logits: Float[Array, "B T V"],
-    tokens: Int[Array, "B T"],
-    temperature: float = 1.0,
-    *,
-    want_entropy: bool = True,
-    want_mean_logp: bool = False,
-    want_log_sum_sq: bool = False,
-) -> TokenStats:
-    """Statistics of `tokens` under `logits`, where logits[:, t] predict tokens[:, t + 1].
-
-    The log-softmax is taken of logits / temperature, in float32 (float64 stays float64).
-    """
-    return _align(_measure(logits, _next(tokens), temperature, want_entropy, want_mean_logp, want_log_sum_sq))
-
-
 def token_logprobs(
     model: Any,
     batch: TokenBatch,

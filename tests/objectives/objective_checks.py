@@ -11,6 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array, Float
+
+from lm.experiment import Model
+from lm.objectives.logprobs import TokenStats, token_logprobs
+from lm.types import TokenBatch
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 DTYPES = ("float64", pytest.param("float32", marks=pytest.mark.slow))
@@ -64,6 +69,31 @@ def numeric_gradient(function, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
             at.append(float(function(moved)))
         gradient[place] = (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * step)
     return gradient
+
+
+@dataclass(frozen=True)
+class GivenLogits:
+    """As much of a language model as token_logprobs needs: its hidden states are these logits."""
+
+    given: Float[Array, "B T V"]
+    config = Model()  # no field: the same for all
+
+    def with_whole_tables(self):
+        return self
+
+    def hidden(self, tokens, positions, segments):
+        return self.given, {}
+
+    def logits(self, hidden):
+        return hidden
+
+
+def shifted_logprobs(logits, tokens, temperature: float = 1.0, **wanted) -> TokenStats:
+    """Statistics of `tokens` under `logits`, where logits[:, t] predict tokens[:, t + 1]."""
+    ones = jnp.ones_like(tokens)
+    return token_logprobs(
+        GivenLogits(logits), TokenBatch(tokens, ones, ones, ones), temperature, **{"want_entropy": True} | wanted
+    )
 
 
 def assert_accumulates(loss, arrays: dict[str, np.ndarray], differentiable: str, pieces: int = 2):

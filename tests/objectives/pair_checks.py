@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from objective_checks import Case
-
-from lm.objectives.logprobs import shifted_logprobs
+from objective_checks import Case, shifted_logprobs
 
 REWARDS = {
     "reward_accuracy": "rewards_accuracies",

@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_checks import DTYPES, assert_accumulates, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import (
+    DTYPES,
+    assert_accumulates,
+    assert_close,
+    golden_cases,
+    numeric_gradient,
+    precision,
+    shifted_logprobs,
+)
 
 from lm.experiment import SFT
 from lm.objectives.cross_entropy import LOSSES, cross_entropy
-from lm.objectives.logprobs import shifted_logprobs
 
 
 def loss(logits, tokens, weights, **knobs):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
-from objective_checks import DTYPES, assert_close, golden_cases, numeric_gradient, precision
+from objective_checks import DTYPES, assert_close, golden_cases, numeric_gradient, precision, shifted_logprobs
 
 from lm.experiment import Model
-from lm.objectives.logprobs import TokenStats, shifted_logprobs, token_logprobs
+from lm.objectives.logprobs import TokenStats, token_logprobs
 from lm.types import TokenBatch, pytree
 
 STATISTICS = ("logp", "lse", "correct", "entropy", "mean_logp", "log_sum_sq")
