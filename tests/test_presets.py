@@ -21,7 +21,7 @@ from lm.check import check
 from lm.cli.main import main
 from lm.config import presets
 from lm.config.presets import PRESETS
-from lm.experiment import GRPO, OBJECTIVES, PPO, Experiment, Mesh, Source, Stage, UserError
+from lm.experiment import CPO, DPO, GRPO, OBJECTIVES, PPO, Experiment, Mesh, RewardModel, Source, Stage, UserError
 from lm.objectives.grpo import grpo
 from lm.overrides import override
 from lm.parallel.mesh import make_mesh
@@ -221,12 +221,29 @@ REFUSED = [
     ({"kl_coef": 0.1, "kl_in": "reward", "kl_correction": True}, "kl_correction", "kl_in"),
     ({"reward_combination": "decoupled"}, "reward_combination", "verifiers"),
     ({"verifiers": ("answer", "style"), "reward_weights": (1.0,)}, "reward_weights", "verifiers"),
+    ({"verifiers": ("answer", "style"), "verifier": "style"}, "verifier", "verifiers"),
+    (
+        {"verifiers": ("answer", "style"), "reward_combination": "decoupled", "advantage_scale": "none"},
+        "reward_combination", "advantage_scale",
+    ),
 ]  # fmt: skip
+REFUSED_OTHERS = [
+    (PPO(verifier="answer", ensemble="min"), "ensemble", "reward_models"),
+    (PPO(verifier="answer", kl_target=1.0, kl_coef=0.0), "kl_target", "kl_coef"),
+    (PPO(verifier="answer", kl_horizon=10), "kl_horizon", "kl_target"),
+    (DPO(tau=0.3), "tau", "losses"),
+    (CPO(gamma=2.0), "gamma", "loss"),
+    (RewardModel(tie_width=2.0), "tie_width", "ties"),
+]
 
 
-@pytest.mark.parametrize("fields, one, other", REFUSED, ids=lambda value: str(value)[:60])
-def test_a_combination_without_meaning_names_both_fields_and_what_would_work(fields, one, other):
-    stage = dataclasses.replace(EXPERIMENT.stages[0], objective=GRPO(**fields))
+@pytest.mark.parametrize(
+    "objective, one, other",
+    [(GRPO(**fields), one, other) for fields, one, other in REFUSED] + REFUSED_OTHERS,
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_combination_without_meaning_names_both_fields_and_what_would_work(objective, one, other):
+    stage = dataclasses.replace(EXPERIMENT.stages[0], objective=objective)
     with pytest.raises(UserError) as refusal:
         check(dataclasses.replace(EXPERIMENT, stages=(stage,)))
     said = str(refusal.value)

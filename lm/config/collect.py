@@ -13,6 +13,7 @@ from lm.config.objective import (
     VERIFIER_ARGUMENTS,
     MetricChart,
     ObjectiveConfig,
+    max_new_tokens_knob,
     reward_seconds_knob,
 )
 
@@ -32,7 +33,7 @@ class Collect(ObjectiveConfig):
         "pairs", "preference pairs of every two answers, or conversations with the best one"
     )
     answers: int = knob(2, "sampled for each prompt", least=2, most=2**16)
-    max_new_tokens: int = knob(64, "longest answer; the prompt gets seq_len less this", least=1, most=2**26)
+    max_new_tokens: int = max_new_tokens_knob()
     temperature: float = knob(1.0, "sampling temperature", least=0.01, most=100)
     reward_seconds: float = reward_seconds_knob()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lm.config.field import UserError, knob
+from lm.config.field import knob
 from lm.config.model import Model
-from lm.config.objective import PAIR_CHARTS, ObjectiveConfig, check_label_smoothing
+from lm.config.objective import PAIR_CHARTS, ObjectiveConfig, check_label_smoothing, check_read_with
 
 if TYPE_CHECKING:
     from lm.config.stage import Stage
@@ -41,8 +41,4 @@ class CPO(ObjectiveConfig):
     def check(self, stage: Stage, model: Model) -> None:
         where = f"{stage.name}.objective"
         check_label_smoothing(where, self.label_smoothing, (self.loss,), frozenset({"sigmoid", "simpo"}))
-        if self.alpha and self.loss != "simpo":
-            raise UserError(
-                f"{where}.alpha is {self.alpha} and loss is {self.loss}; alpha shapes the reward of simpo: it should be 0, "
-                "or loss simpo"
-            )
+        check_read_with(where, self, {"alpha": ("loss", ("simpo",)), "gamma": ("loss", ("simpo",))})

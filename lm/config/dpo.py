@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lm.config.field import UserError, knob
 from lm.config.model import Model
-from lm.config.objective import PAIR_CHARTS, ObjectiveConfig, check_label_smoothing
+from lm.config.objective import PAIR_CHARTS, ObjectiveConfig, check_label_smoothing, check_read_with
 
 if TYPE_CHECKING:
     from lm.config.stage import Stage
@@ -60,6 +60,7 @@ class DPO(ObjectiveConfig):
 
     def check(self, stage: Stage, model: Model) -> None:
         where = f"{stage.name}.objective"
+        check_read_with(where, self, {"tau": ("losses", ("discopop",))})
         check_label_smoothing(where, self.label_smoothing, self.losses, READS_LABEL_SMOOTHING)
         if not self.losses or len(set(self.losses)) < len(self.losses):
             raise UserError(f"{where}.losses is {list(self.losses)}; it should be rows of the DPO table, each once")

@@ -22,8 +22,12 @@ from lm.config.objective import (
     ObjectiveConfig,
     Sign,
     check_environment,
+    entropy_coef_knob,
     environment_knob,
+    max_new_tokens_knob,
     reward_seconds_knob,
+    temperature_knob,
+    tis_clip_knob,
 )
 
 if TYPE_CHECKING:
@@ -47,10 +51,8 @@ class GRPO(ObjectiveConfig):
     )
     reward_clip: tuple[float, ...] = knob((), "least and largest reward, as -1,1; empty: any", least=-1e9, most=1e9)
     group_size: int = knob(8, "completions sampled for one prompt", least=1, most=2**16)
-    max_new_tokens: int = knob(
-        64, "longest completion, in tokens; prompts may have seq_len less this", least=1, most=2**26
-    )
-    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
+    max_new_tokens: int = max_new_tokens_knob()
+    temperature: float = temperature_knob()
     baseline: Literal["group", "leave_one_out", "none"] = knob(
         "group", "subtracted from a reward: mean of the group, of its other completions (RLOO), nothing"
     )
@@ -116,7 +118,7 @@ class GRPO(ObjectiveConfig):
     )
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "estimator of that KL")
     kl_correction: bool = knob(False, "the KL in the loss is weighed by the importance ratio (DeepSeek-V3.2)")
-    entropy_coef: float = knob(0.0, "weight of the entropy bonus, a mean over tokens", least=0, most=1000)
+    entropy_coef: float = entropy_coef_knob()
     updates_per_rollout: int = knob(1, "optimizer updates that share one rollout", least=1, most=2**16)
     rollouts: int = knob(
         1,
@@ -127,14 +129,7 @@ class GRPO(ObjectiveConfig):
     sampler: Literal["same", "bfloat16", "int8", "int4"] = knob(
         "same", "weights of the sampler: the trained ones, or quantised as in an inference engine"
     )
-    tis_clip: float = knob(
-        0.0,
-        "truncated importance sampling (TIS) for the mismatch of sampler and trainer: tokens are weighted by how much "
-        "likelier they are to the trainer, at most this; 2 is usual; 0: none",
-        least=1e-3,
-        most=1e6,
-        special=0,
-    )
+    tis_clip: float = tis_clip_knob()
     tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
     tis_mode: Literal["truncate", "mask"] = knob(*TIS_MODE)
     tis_low: float = knob(*TIS_LOW, least=0, most=1)
@@ -173,6 +168,10 @@ class GRPO(ObjectiveConfig):
     @property
     def verifier_names(self) -> tuple[str, ...]:
         return self.verifiers or super().verifier_names
+
+    @property
+    def environment_name(self) -> str:
+        return self.environment
 
     @property
     def max_rollouts(self) -> int:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lm.config.field import UserError
-from lm.config.objective import check_sampler_correction
+from lm.config.objective import ReadWith, check_read_with, check_sampler_correction
 
 if TYPE_CHECKING:
     from lm.config.grpo import GRPO
     from lm.config.stage import Stage
 
-READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+READ_WITH: ReadWith = {
     "clip_low": ("surrogate", ("clipped", "gmpo")),
     "clip_high": ("surrogate", ("clipped", "gmpo", "cispo")),
     "delta": ("surrogate", ("clipped",)),
@@ -25,7 +24,6 @@ READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "vespo_k_neg": ("surrogate", ("vespo",)),
     "vespo_lambda_neg": ("surrogate", ("vespo",)),
 }
-"""Fields that may differ from their defaults only where another field has one of these values."""
 
 CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     (
@@ -83,6 +81,16 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
         "should be two or more, or reward_combination sum",
     ),
     (
+        lambda o: o.reward_combination == "decoupled" and o.advantage_scale == "none",
+        "reward_combination is decoupled and advantage_scale is none; rewards that are divided by no standard deviation give the same "
+        "one by one: advantage_scale should be group or batch, or reward_combination sum",
+    ),
+    (
+        lambda o: o.verifiers and o.verifier != "answer",
+        "verifier is {o.verifier} and verifiers is {o.verifiers}, which stand in its place; verifiers should have it too and verifier "
+        "be answer, or verifiers be empty",
+    ),
+    (
         lambda o: o.reward_combination == "decoupled" and o.kl_coef and o.kl_in == "reward",
         "reward_combination is decoupled and kl_in is reward; there is no one reward to take the KL off: kl_in should be loss, or "
         "reward_combination sum",
@@ -115,14 +123,7 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
 def check_grpo(o: GRPO, stage: Stage) -> None:
     """Raises UserError for the first combination of fields that has no meaning."""
     where = f"{stage.name}.objective"
-    defaults = {f.name: f.default for f in dataclasses.fields(o)}
-    for name, (other, values) in READ_WITH.items():
-        value, found = getattr(o, name), getattr(o, other)
-        if value != defaults[name] and found not in values:
-            raise UserError(
-                f"{where}.{name} is {value} and {other} is {found}, which does not read it; {name} should be {defaults[name]}, or "
-                f"{other} {' or '.join(values)}"
-            )
+    check_read_with(where, o, READ_WITH)
     for applies, text in CONFLICTS:
         if applies(o):
             raise UserError(f"{where}.{text.format(o=o)}")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lm.config.stage import Stage
 
 DataKind = Literal["text", "conversations", "pairs", "labelled", "prompts"]
+ReadWith = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Fields that may differ from their defaults only where another field, of a name or several, has one of these values."""
 VERIFIER_ARGUMENTS = "row, completion"
 SIGN_STEPS = 5  # in a row, or all of a shorter stage, before a stage is said to learn nothing
 
@@ -40,7 +42,7 @@ class ObjectiveConfig:
     """An objective's fields, and what is asked of its algorithm without jax; a class states what differs from these answers.
 
     data: kind of the examples that a stage reads. Where it is prompts, a class has the fields max_new_tokens, temperature,
-        verifier, reward_seconds and tis_clip; it may have environment.
+        verifier, reward_seconds and tis_clip.
     produces: what a stage leaves: a language model, a reward model (scorer), or rows for later stages.
     learns_preferences: held-out pairs are compared with the model that entered the first stage of this kind.
     functions: fields that take a function of the user's own, with the arguments it is called with.
@@ -67,6 +69,11 @@ class ObjectiveConfig:
         """The verifiers that judge its completions."""
         verifier = getattr(self, "verifier", "")
         return (verifier,) if verifier else ()
+
+    @property
+    def environment_name(self) -> str:
+        """The environment, FILE:CLASS, that replies to its completions and gives their rewards; empty: the verifiers do."""
+        return ""
 
     @property
     def trains(self) -> bool:
@@ -140,6 +147,31 @@ class ObjectiveConfig:
         """Raises UserError, with the field, its value and what would work, for what the ranges of single fields allow."""
 
 
+def max_new_tokens_knob() -> Any:
+    """The field that limits a completion."""
+    text = "longest completion, in tokens; prompts may have seq_len less this"
+    return knob(64, text, least=1, most=2**26)
+
+
+def temperature_knob() -> Any:
+    """The field of the sampling temperature of what trains on its samples."""
+    return knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
+
+
+def entropy_coef_knob() -> Any:
+    """The field of the entropy bonus."""
+    return knob(0.0, "weight of the entropy bonus, a mean over tokens", least=0, most=1000)
+
+
+def tis_clip_knob() -> Any:
+    """The field that turns on the correction of what sampler and trainer differ by."""
+    text = (
+        "truncated importance sampling (TIS) for the mismatch of sampler and trainer: tokens are weighted by how much "
+        "likelier they are to the trainer, at most this; 2 is usual; 0: none"
+    )
+    return knob(0.0, text, least=1e-3, most=1e6, special=0)
+
+
 def reward_seconds_knob() -> Any:
     """The field that limits the time of a reward."""
     text = "seconds that the verifier may take for one completion; then it is stopped, and the reward is 0"
@@ -184,6 +216,21 @@ def check_sampler_correction(where: str, o: Any) -> None:
         )
     if o.tis_low > o.tis_clip:
         raise UserError(f"{where}.tis_low is {o.tis_low} and tis_clip is {o.tis_clip}; tis_low should be the smaller")
+
+
+def check_read_with(where: str, o: Any, readers: ReadWith) -> None:
+    """Raises UserError where a field is set that nothing reads, since another field has not one of the values that do.
+
+    Losses of the user's own may read any field.
+    """
+    for name, (other, values) in readers.items():
+        value, default, found = getattr(o, name), getattr(type(o), name), getattr(o, other)
+        chosen = found if isinstance(found, tuple) else (found,)
+        if value != default and not any(one in values or is_function_name(one) for one in chosen):
+            raise UserError(
+                f"{where}.{name} is {value} and {other} is {', '.join(chosen)}, which does not read it; {name} should be {default}, "
+                f"or {other} {' or '.join(values)}"
+            )
 
 
 def check_label_smoothing(where: str, smoothing: float, losses: tuple[str, ...], readers: frozenset[str]) -> None:

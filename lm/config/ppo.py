@@ -21,7 +21,11 @@ from lm.config.objective import (
     ObjectiveConfig,
     Sign,
     check_sampler_correction,
+    entropy_coef_knob,
+    max_new_tokens_knob,
     reward_seconds_knob,
+    temperature_knob,
+    tis_clip_knob,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +46,8 @@ class PPO(ObjectiveConfig):
     critic: Literal["separate", "head"] = knob(
         "separate", "critic: a separate model (from the first reward model, or this one), or a value head on the policy"
     )
-    max_new_tokens: int = knob(64, "longest answer, in tokens; prompts may have seq_len less this", least=1, most=2**26)
-    temperature: float = knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
+    max_new_tokens: int = max_new_tokens_knob()
+    temperature: float = temperature_knob()
     kl_coef: float = knob(
         0.05,
         "KL penalty coefficient, in the token rewards (to the model before this stage); 0 disables it",
@@ -65,7 +69,7 @@ class PPO(ObjectiveConfig):
         0.0, "taken off the score of an answer that did not end by itself", least=0, most=1e6
     )
     clip: float = knob(0.2, "ratios are clipped to 1 ± clip", least=1e-4, most=1e6)
-    entropy_coef: float = knob(0.0, "weight of the entropy bonus, a mean over tokens", least=0, most=1000)
+    entropy_coef: float = entropy_coef_knob()
     value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip", least=1e-4, most=1e6)
     value_coef: float = knob(0.1, "weight of the value loss", least=0, most=1000)
     value_after_end: bool = knob(
@@ -75,14 +79,7 @@ class PPO(ObjectiveConfig):
     epochs: int = knob(4, "epochs over each rollout", least=1, most=2**16)
     minibatches: int = knob(1, "minibatches in an epoch, an optimizer update each", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()
-    tis_clip: float = knob(
-        0.0,
-        "importance correction (TIS) of what sampler and trainer differ by, of rounding: tokens are weighed by how much "
-        "likelier they are to the trainer, at most this; 2 is usual; 0: none",
-        least=1e-3,
-        most=1e6,
-        special=0,
-    )
+    tis_clip: float = tis_clip_knob()
     tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
     tis_mode: Literal["truncate", "mask"] = knob(*TIS_MODE)
     tis_low: float = knob(*TIS_LOW, least=0, most=1)
@@ -134,11 +131,27 @@ class PPO(ObjectiveConfig):
         return self.tis_clip > 0
 
     def check(self, stage: Stage, model: Model) -> None:
-        check_sampler_correction(f"{stage.name}.objective", self)
+        where = f"{stage.name}.objective"
+        check_sampler_correction(where, self)
         if not self.reward_models and not self.verifier:
             raise UserError(
-                f"{stage.name}.objective has neither reward_models nor a verifier: name a reward model's stage, or a row of "
+                f"{where} has neither reward_models nor a verifier: name a reward model's stage, or a row of "
                 "the verifier table"
+            )
+        if self.ensemble != "mean" and len(self.reward_models) < 2:
+            raise UserError(
+                f"{where}.ensemble is {self.ensemble} and reward_models is {self.reward_models}; reward_models should be two or "
+                "more, or ensemble mean"
+            )
+        if self.kl_target and not self.kl_coef:
+            raise UserError(
+                f"{where}.kl_target is {self.kl_target:g} and kl_coef is 0, which adapts by factors and stays 0; kl_coef should "
+                "be above 0, or kl_target 0"
+            )
+        if self.kl_horizon != type(self).kl_horizon and not self.kl_target:
+            raise UserError(
+                f"{where}.kl_horizon is {self.kl_horizon} and kl_target is 0, which adapts nothing; kl_target should be above 0, or "
+                f"kl_horizon {type(self).kl_horizon}"
             )
         if stage.batch_size % self.minibatches:
             raise UserError(

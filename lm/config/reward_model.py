@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lm.config.field import UserError, knob
 from lm.config.model import Model
-from lm.config.objective import PAIR_CHARTS, MetricChart, ObjectiveConfig
+from lm.config.objective import PAIR_CHARTS, MetricChart, ObjectiveConfig, check_read_with
 
 if TYPE_CHECKING:
     from lm.config.stage import Stage
@@ -53,6 +53,7 @@ class RewardModel(ObjectiveConfig):
         return dataclasses.replace(model, num_layers=self.layers or model.num_layers, tied_head=True)
 
     def check(self, stage: Stage, model: Model) -> None:
+        check_read_with(f"{stage.name}.objective", self, {"tie_width": ("ties", ("rao_kupper",))})
         if self.layers > model.num_layers:
             raise UserError(
                 f"{stage.name}.objective.layers is {self.layers}; it should be from 0 to model.num_layers {model.num_layers}"

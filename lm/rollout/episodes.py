@@ -100,8 +100,9 @@ def make_tasks(stage: Stage, tokenizer: SubwordTokenizer, seed: int, elsewhere: 
         UserError: no such verifier or environment, or prompts that do not fit.
     """
     o: Any = stage.objective
-    environment = getattr(o, "environment", "")
-    spec = environment_spec(o.verifier_names, environment, stage.name, f"{stage.name}.objective", o.reward_seconds)
+    spec = environment_spec(
+        o.verifier_names, o.environment_name, stage.name, f"{stage.name}.objective", o.reward_seconds
+    )
     feed = make_prompt_feed(
         stage.sources,
         stage.batch_size,
