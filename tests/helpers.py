@@ -41,12 +41,29 @@ OBJECTIVES = {
     "reward_model": RewardModel(margins=True, center_coef=0.1),
     "reward_model_ties": RewardModel(ties="rao_kupper"),
     "ppo": PPO(max_new_tokens=8, kl_target=1.0, kl_horizon=100),
-    "ppo_head": PPO(max_new_tokens=8, temperature=0.7, critic="head"),
+    "ppo_head": PPO(max_new_tokens=8, temperature=0.7, critic="head", value_after_end=True, entropy_coef=0.01),
     "grpo_token": GRPO(max_new_tokens=8, group_size=4, kl_coef=0.1, aggregation="token"),
     "grpo_sequence": GRPO(
-        max_new_tokens=8, group_size=4, temperature=0.7, aggregation="sequence", sampler="int8", tis_clip=1.1
+        max_new_tokens=8,
+        group_size=4,
+        temperature=0.7,
+        aggregation="sequence",
+        sampler="int8",
+        tis_clip=1.1,
+        ratio_level="sequence",
+        tis_level="sequence",
+        entropy_coef=0.01,
+        off_policy_kl=0.5,
     ),
-    "grpo_constant": GRPO(max_new_tokens=8, group_size=4, aggregation="constant", clip_high=0.3),
+    "grpo_constant": GRPO(
+        max_new_tokens=8,
+        group_size=4,
+        aggregation="constant",
+        clip_high=0.3,
+        delta=1.5,
+        kl_coef=0.1,
+        kl_correction=True,
+    ),
 }
 
 
