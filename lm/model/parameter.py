@@ -18,8 +18,8 @@ from jaxtyping import Array, PRNGKeyArray
 from lm.parallel.rules import gathered
 
 
-def parameter(value: Array, axes: tuple[str, ...]) -> nnx.Param:
-    """A parameter whose dimensions have these logical names; `shardings` of rules.py says where it lives."""
+def parameter(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter whose dimensions have these logical names, or none (a LoRA's rank); `shardings` of rules.py says where it lives."""
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
@@ -34,9 +34,9 @@ def stack_layers(make: Callable[[PRNGKeyArray], nnx.Module], keys: PRNGKeyArray)
     return jax.vmap(nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers", graph=False))(keys)
 
 
-def axes_of(param: nnx.Param) -> tuple[str, ...]:
+def axes_of(param: nnx.Param) -> tuple[str | None, ...]:
     """Logical names of a parameter's dimensions. In a scan over layers the stored names still begin with `layers`."""
-    names: tuple[str, ...] = param.get_metadata("out_sharding")
+    names: tuple[str | None, ...] = param.get_metadata("out_sharding")
     return names[-param.get_value().ndim :]
 
 

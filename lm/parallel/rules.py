@@ -34,9 +34,9 @@ def spec(names: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(_entry(RULES[name]) if name else None for name in names))
 
 
-def ways(name: str, sizes: Mapping[str, int]) -> int:
-    """Number of shards of a dimension with this logical name on a mesh of these axis sizes."""
-    return math.prod(sizes[axis] for axis in RULES[name])
+def ways(name: str | None, sizes: Mapping[str, int]) -> int:
+    """Number of shards of a dimension with this logical name on a mesh of these axis sizes; one without a name has 1."""
+    return math.prod(sizes[axis] for axis in RULES[name]) if name else 1
 
 
 def platform() -> str:
