@@ -8,8 +8,12 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lm.cli.main import main
+from lm.config.field import LONGEST_LINE, LONGEST_VALUE
+from lm.experiment import UserError
 from lm.train.metrics import read_lines
 from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
@@ -214,3 +218,40 @@ def test_a_finished_stage_is_read_at_its_last_step_and_another_at_its_newest_sou
 def test_a_folder_that_is_no_run_and_an_unknown_command(work, capsys):
     assert "nowhere" in refused(capsys, "report", "nowhere")
     assert "did you mean run?" in refused(capsys, "rnu", "bad.py")
+
+
+LONG_WORDS = [
+    "a" * 5000,
+    "a b " * 2000,
+    "/x" * 2500,
+    "--" + "a" * 5000,
+    "'" * 5000,
+    "\"'" * 3000,
+    "a\nb" * 1500,
+    "\\" * 4001,
+]
+
+
+@pytest.mark.parametrize("word", LONG_WORDS, ids=lambda word: repr(word[:6]))
+def test_an_error_repeats_no_more_than_the_beginning_of_a_long_value(work, capsys, word):
+    for arguments in (
+        ["run", word],
+        ["compare", word],
+        ["config", "bad.py", f"--{word}", "1"],
+        ["config", "bad.py", f"--pretrain.steps={word}"],
+        ["config", "bad.py", f"--pretrain.objective.preset={word}"],
+        ["config", "bad.py", f"--model.pattern={word}"],
+        ["run", "bad.py", f"--pretrain.sources.0.path={word}"],
+        ["run", "bad.py", f"--name={word}"],
+        ["sample", f"none{word}"],
+        [word],
+    ):
+        assert len(refused(capsys, *arguments)) < 700
+
+
+@given(st.text(max_size=700), st.text(max_size=700))
+def test_every_error_is_one_line_that_can_be_printed(value, other):
+    said = str(UserError(f"it is {value!r}; {other}"))
+    assert said.isprintable() and len(said) <= LONGEST_LINE + 1
+    short = repr(value)[1:-1][:LONGEST_VALUE]
+    assert short in said

@@ -15,6 +15,7 @@ from typing import Any
 
 from lm import __version__
 from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_USER
+from lm.config.field import LONGEST_VALUE, message_line
 from lm.experiment import UserError
 
 COMMANDS = {
@@ -128,7 +129,8 @@ def _run(words: list[str]) -> int:
         if error.errno not in REFUSALS:
             raise
         name = str(error.filename or "a file")
-        print(f"lm: error: {name if len(name) < 120 else name[:100] + ' …'}: {error.strerror}", file=sys.stderr)
+        name = name if len(name) <= LONGEST_VALUE else f"{name[:LONGEST_VALUE]}…"
+        print(f"lm: error: {message_line(name)}: {error.strerror}", file=sys.stderr)
         return EXIT_USER
 
 

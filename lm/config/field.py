@@ -20,10 +20,39 @@ from typing import Any, Literal
 from lm.config.former import current_names, current_value
 
 MAX_NAME = 64
+LONGEST_VALUE = 200  # characters of a value in an error
+LONGEST_LINE = 1000  # characters of a line of an error
+# a value in quotes, or a word, that is longer than LONGEST_VALUE
+_LONG = re.compile(
+    rf"(?<![^\s(\[{{=,:])(?P<quote>['\"])(?P<value>(?:(?!(?P=quote))[^\\]|\\.){{{LONGEST_VALUE + 1},}})(?P=quote)(?!\w)"
+    rf"|\S{{{LONGEST_VALUE + 1},}}",
+    re.DOTALL,
+)
 
 
 class UserError(Exception):
-    """Something the user can put right. The command line prints its one line and exits with 2."""
+    """Something the user can put right. The command line prints its one line (and `more`, a list) and exits with 2."""
+
+    def __init__(self, message: object = "", *more: object):
+        super().__init__("\n".join(message_line(str(line)) for line in (message, *more)))
+
+
+def message_line(text: str) -> str:
+    """The text in one line: long values end with …, long paths have it in their middle, control characters are escaped."""
+    line = one_line(_LONG.sub(_cut, text))
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
+
+
+def one_line(text: str) -> str:
+    """The text with control characters and line ends escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _cut(match: re.Match[str]) -> str:
+    if match["quote"]:
+        return f"{match['quote']}{match['value'][:LONGEST_VALUE]}…{match['quote']}"
+    word, half = match[0], LONGEST_VALUE // 2
+    return f"{word[:half]}…{word[-half:]}" if "/" in word else f"{word[:LONGEST_VALUE]}…"
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def apply_preset(o: Any, name: str, where: str) -> GRPO:
         UserError: no such preset, or `o` is no GRPO; `where` is the field that names it.
     """
     if not o.takes_presets:
-        raise UserError(f"{where} is {name}; presets are of GRPO, and this objective is {type(o).__name__}")
+        raise UserError(f"{where} is {name!r}; presets are of GRPO, and this objective is {type(o).__name__}")
     if name not in PRESETS:
         raise UserError(f"{where} is {name!r}{nearest(name, PRESETS)}; it should be one of {', '.join(PRESETS)}")
     touched = {field for preset in PRESETS.values() for field in preset.fields} - KEPT

@@ -38,16 +38,11 @@ ADVICE = "; bad_rows drop leaves such rows out, counted"
 ColumnNeed = str | tuple[str, ...]
 
 
-def one_line(text: str) -> str:
-    """The text with control characters and line ends escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
 class BadRow(UserError):
     """Raised for a row that the stage cannot train on; `reason` is an index into REASONS."""
 
     def __init__(self, message: str, reason: int):
-        super().__init__(one_line(message))
+        super().__init__(message)
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, int]]:

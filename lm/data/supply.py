@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
+from lm.config.field import one_line
 from lm.data import packing
-from lm.data.bad_rows import BadRow, one_line, with_advice
+from lm.data.bad_rows import BadRow, with_advice
 from lm.data.curriculum.draw import mix64
 from lm.data.layouts import canonical
 from lm.data.order import permutation, permute

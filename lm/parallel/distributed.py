@@ -207,7 +207,7 @@ def raise_on_all(act: Callable[[], T]) -> T:
         raise failure
     for process, text in enumerate(said):
         if text is not None:
-            raise UserError(f"process {process}: {text}")
+            raise UserError(*f"process {process}: {text}".split("\n"))
     return result  # type: ignore[return-value]
 
 

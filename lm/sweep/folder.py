@@ -105,11 +105,11 @@ class SweepFolder:
                     different.append(f"axis {name}: {old} → {axis} (the choices of a search cannot change)")
         if different:
             more = len(different) - MOST_DIFFERENCES
-            shown = "\n".join(f"  {line}" for line in different[:MOST_DIFFERENCES])
             raise UserError(
-                f"{self.path} belongs to another sweep; what differs (there → now):\n{shown}"
-                + (f"\n  … and {more} more" if more > 0 else "")
-                + "\nGive this one its own folder: --folder DIR, or another name."
+                f"{self.path} belongs to another sweep; what differs (there → now):",
+                *(f"  {line}" for line in different[:MOST_DIFFERENCES]),
+                *([f"  … and {more} more"] if more > 0 else []),
+                "Give this one its own folder: --folder DIR, or another name.",
             )
 
     def write_trial(self, trial: Trial, stage_keys: list[str]) -> None:

@@ -148,7 +148,7 @@ class RunFolder:
         begun = self._begun(there)
         found = changes(there, experiment, begun)
         if begun and found.refused:
-            raise UserError(self._refusal(found))
+            raise UserError(*self._refusal(found))
         if begun:
             check(found)
         if there != experiment:
@@ -244,20 +244,18 @@ class RunFolder:
                 "name another one (--run-dir DIR)"
             )
 
-    def _refusal(self, found: Changes) -> str:
+    def _refusal(self, found: Changes) -> list[str]:
         differences = found.refused
         lines = [f"  {name}: {_shown(old)} → {_shown(new)}" for name, old, new in differences[:MOST_DIFFERENCES]]
         if len(differences) > MOST_DIFFERENCES:
             lines.append(f"  … and {len(differences) - MOST_DIFFERENCES} more")
-        return "\n".join(
-            [
-                f"{self.path} belongs to a run of another experiment; what differs (there → now):",
-                *lines,
-                *found.reasons,
-                "Two ways out: give this run its own folder (--run-dir DIR), or start it afresh "
-                "(--fresh moves the old folder aside and loses nothing).",
-            ]
-        )
+        return [
+            f"{self.path} belongs to a run of another experiment; what differs (there → now):",
+            *lines,
+            *found.reasons,
+            "Two ways out: give this run its own folder (--run-dir DIR), or start it afresh "
+            "(--fresh moves the old folder aside and loses nothing).",
+        ]
 
 
 def _has_files(folder: Path) -> bool:
