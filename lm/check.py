@@ -127,7 +127,7 @@ def _check_schedule(stage: Stage) -> None:
         raise UserError(
             f"{stage.name}.optimizer.warmup_steps is {o.warmup_steps}; it should be from 0 to {updates}, {whose}"
         )
-    decay = round(o.decay_frac * updates) if o.schedule == "wsd" else 0
+    decay = _wsd_decay(stage)
     if o.warmup_steps + decay > updates:
         raise UserError(
             f"{stage.name}.optimizer.warmup_steps is {o.warmup_steps} and decay_frac {o.decay_frac}, {decay} updates of wsd's "
@@ -135,16 +135,27 @@ def _check_schedule(stage: Stage) -> None:
         )
 
 
+def _wsd_decay(stage: Stage) -> int:
+    """The updates of wsd's decay, which are the last of the stage; 0 in other schedules."""
+    o = stage.optimizer
+    return round(o.decay_frac * stage.steps * updates_per_step(stage)) if o.schedule == "wsd" else 0
+
+
 def short_warmups(experiment: Experiment) -> list[str]:
     """A line for every stage whose learning rate never reaches its peak: of the default warm-up, which is not refused."""
     lines = []
     for stage in experiment.stages:
-        warmup, updates = stage.optimizer.warmup_steps, stage.steps * updates_per_step(stage)
-        if warmup > updates and stage.objective.trains:
-            lines.append(
-                f"{stage.name}: its {updates} updates end within the warm-up, {stage.name}.optimizer.warmup_steps {warmup}: "
-                f"the learning rate reaches {stage.optimizer.peak_lr * updates / warmup:g} of peak_lr {stage.optimizer.peak_lr:g}"
-            )
+        o, updates, decay = stage.optimizer, stage.steps * updates_per_step(stage), _wsd_decay(stage)
+        knob = f"{stage.name}.optimizer.warmup_steps {o.warmup_steps}"
+        if not stage.objective.trains or o.warmup_steps + decay <= updates:
+            continue
+        lines.append(
+            f"{stage.name}: wsd's decay, the last {decay} of {updates} updates, begins within the warm-up, {knob}: the learning "
+            f"rate does not reach peak_lr {o.peak_lr:g}"
+            if decay
+            else f"{stage.name}: its {updates} updates end within the warm-up, {knob}: the learning rate reaches "
+            f"{o.peak_lr * updates / o.warmup_steps:g} of peak_lr {o.peak_lr:g}"
+        )
     return lines
 
 

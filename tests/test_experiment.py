@@ -29,6 +29,7 @@ from lm.experiment import (
     to_dict,
 )  # fmt: skip
 from lm.files import defined_in, load
+from lm.optimizer import schedule
 from lm.overrides import knobs, override
 from lm.papers import paper as papers
 from lm.sweep.cost import representatives
@@ -155,6 +156,26 @@ def test_a_run_that_ends_within_the_default_warmup_is_told():
         "sft: its 5 updates end within the warm-up, sft.optimizer.warmup_steps 20: the learning rate reaches 0.00025 of "
         "peak_lr 0.001"
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay_frac", "told"),
+    [(100, 0.8, False), (100, 0.81, True), (25, 0.2, False), (22, 0.2, True), (10, 0.2, True)],
+)
+def test_a_decay_that_begins_within_the_default_warmup_is_told(steps, decay_frac, told):
+    words = [
+        "--sft.steps",
+        str(steps),
+        "--sft.optimizer.schedule",
+        "wsd",
+        "--sft.optimizer.decay_frac",
+        str(decay_frac),
+    ]
+    short = check(override(EXPERIMENT, words))
+    stage = next(stage for stage in short.stages if stage.name == "sft")
+    assert (max(map(schedule(stage.optimizer, steps), range(steps))) < stage.optimizer.peak_lr * 0.9999) == told
+    assert len(short_warmups(short)) == told
+    assert all("wsd's decay" in line and "does not reach peak_lr 0.001" in line for line in short_warmups(short))
 
 
 def test_every_knob_has_a_line_of_help():
