@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import glob
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -41,6 +43,9 @@ ENVIRONMENT = {
     "GRPC_VERBOSITY": "ERROR",
     "TFDS_DISABLE_NETWORK_TELEMETRY": "1",
 }
+
+# Device files of TPUs, NVIDIA's and AMD's GPUs, and of GPUs under Windows.
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
 
 # What the C library reads before the interpreter starts: memory in huge pages, and given back to no one between two steps,
 # which use the same again. A training step on a CPU takes tens of thousands of page faults without, and a seventh to a third
@@ -111,7 +116,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _run(words: list[str]) -> int:
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | ({"JAX_PLATFORMS": "cpu"} if _libtpu_without_a_tpu() else {})).items():
         os.environ.setdefault(name, value)
     try:
         code = _dispatch(words)
@@ -132,6 +137,12 @@ def _run(words: list[str]) -> int:
         name = name if len(name) <= LONGEST_VALUE else f"{name[:LONGEST_VALUE]}…"
         print(f"lm: error: {message_line(name)}: {error.strerror}", file=sys.stderr)
         return EXIT_USER
+
+
+def _libtpu_without_a_tpu() -> bool:
+    """Whether libtpu is installed on a machine without any accelerator: asked for its TPU, it prints a page of warnings."""
+    told = any(name.startswith("TPU_") for name in os.environ)
+    return not told and not any(map(glob.glob, ACCELERATORS)) and importlib.util.find_spec("libtpu") is not None
 
 
 def _start_with_allocator() -> None:

@@ -1,5 +1,7 @@
 """The `lm` command: exit codes, one-line errors, and help that imports nothing slow."""
 
+import glob
+import importlib.util
 import json
 import os
 import signal
@@ -140,6 +142,28 @@ def test_the_command_runs_with_memory_that_it_keeps_unless_told_otherwise(here, 
     )  # fmt: skip
     wanted = given.get("GLIBC_TUNABLES", ALLOCATOR["GLIBC_TUNABLES"])
     assert child.communicate()[0].split() == [wanted, str(child.pid)] and child.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "environment", "platforms"),
+    [
+        (True, "", {}, "cpu"),
+        (False, "", {}, None),
+        (True, "/dev/accel*", {}, None),
+        (True, "/dev/nvidia[0-9]*", {}, None),
+        (True, "", {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (True, "", {"JAX_PLATFORMS": "tpu"}, "tpu"),
+    ],
+)
+def test_no_tpu_is_asked_for_where_there_is_no_accelerator(
+    monkeypatch, capsys, installed, device, environment, platforms
+):
+    found = {"libtpu": object() if installed else None}
+    monkeypatch.setattr(os, "environ", dict(environment))
+    monkeypatch.setattr(importlib.util, "find_spec", found.get)
+    monkeypatch.setattr(glob, "glob", lambda pattern: [pattern] if pattern == device else [])
+    assert main(["--version"]) == 0
+    assert os.environ.get("JAX_PLATFORMS") == platforms
 
 
 def test_overrides_are_what_no_flag_is():
