@@ -48,10 +48,10 @@ def token_logprobs(
 ) -> TokenStats:
     """Statistics of `batch.tokens` [B, T] under `model`, never holding more than about `max_logits` logits.
 
-    The model gives hidden(tokens, positions, segments) -> ([B, T, D], aux), logits(hidden) -> [..., V], and itself
-    with_whole_tables(). Where a device's share of B·T·V is more than max_logits (None: the model's own setting), the
-    projection to the vocabulary runs over chunks of time, one after another, and is computed again in the backward
-    pass; each chunk has all rows, and a part of every device's time, so that all devices share it. Where the rows of
+    The model gives hidden(tokens, positions, segments) -> ([B, T, D], aux), logits(hidden) -> [..., V] (with its
+    weights in the dtype of `hidden`), and itself with_whole_tables(). Where a device's share of B·T·V is more than max_logits
+    (None: the model's own setting), the projection to the vocabulary runs over chunks of time, one after another, and is
+    computed again in the backward pass; each chunk has all rows, and a part of every device's time, so that all devices share it. Where the rows of
     the batch begin with prompts of one width, the statistics of these, which nobody weighs, are not computed: 0; and where
     they share them, neither are their hidden states, but once.
 
@@ -62,7 +62,7 @@ def token_logprobs(
     max_logits = model.config.max_logits if max_logits is None else max_logits
     states, targets, align, aux = _predictions(model, batch, hidden)
 
-    def project(hidden, targets):
+    def project(model, hidden, targets):
         return _measure(model.logits(hidden), targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq)
 
     rows, time = targets.shape
@@ -72,10 +72,12 @@ def token_logprobs(
     )
     row, time_here = rows // row_parts * (vocab // vocab_parts), time // time_parts
     if row * time_here <= max_logits:
-        return dataclasses.replace(align(project(states, targets)), aux=aux)
+        return dataclasses.replace(align(project(model, states, targets)), aux=aux)
     chunks = -(-time_here // max(1, max_logits // row))
     split = functools.partial(_split_time, parts=time_parts, chunks=chunks)
-    remat = jax.checkpoint(project, prevent_cse=False)
+    # Gradients of the chunks are added up in the dtype of the weights that the chunks share: in float32 at least.
+    shared = jax.tree.map(_in_float32, model)
+    remat = jax.checkpoint(functools.partial(project, shared), prevent_cse=False)
     stats = jax.lax.map(lambda chunk: remat(*chunk), (split(states), split(targets)))
     return dataclasses.replace(align(jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats)), aux=aux)
 
@@ -126,6 +128,10 @@ def _next(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def _align(stats: Any) -> Any:
     """From the place that predicts a token to the place of the token."""
     return jax.tree.map(lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0))), stats)
+
+
+def _in_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _split_time(x: Array, parts: int, chunks: int) -> Array:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from objective_checks import DTYPES, assert_close, golden_cases, numeric_gradient, precision, shifted_logprobs
 
 from lm.experiment import Model
+from lm.model.transformer import Transformer
 from lm.objectives.logprobs import TokenStats, token_logprobs
 from lm.types import TokenBatch, pytree
 
@@ -156,6 +157,24 @@ def largest(jaxpr) -> int:
         inner = [getattr(x, "jaxpr", x) for x in jax.tree.leaves(equation.params)]
         sizes += [largest(sub) for sub in inner if hasattr(sub, "eqns")]
     return max(sizes)
+
+
+def test_chunks_in_bfloat16_add_up_their_gradients_in_float32():
+    config = Model(
+        num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=32, max_len=512,
+        compute_dtype="bfloat16", tied_head=False,
+    )  # fmt: skip
+    model = Transformer(config, 64, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, 512), 0, 8)  # few tokens, so that terms of one sign add up
+    positions = jnp.broadcast_to(jnp.arange(512), tokens.shape)
+    batch = TokenBatch(tokens, jnp.ones(tokens.shape), jnp.ones_like(tokens), positions)
+
+    def head_gradient(max_logits):
+        loss = lambda model: token_logprobs(model, batch, max_logits=max_logits).logp.sum()  # noqa: E731
+        return np.asarray(jax.jit(jax.grad(loss))(model).head.weight[...], np.float64)
+
+    one, many = head_gradient(4 * 512 * 64), head_gradient(4 * 8 * 64)
+    assert np.linalg.norm(one - many) < 0.002 * np.linalg.norm(one)
 
 
 def test_all_logits_are_never_in_memory_together():
