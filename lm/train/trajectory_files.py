@@ -7,6 +7,7 @@ are removed when all together exceed `trajectory_mb`, so that the files kept do 
 
 from __future__ import annotations
 
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ def trajectory_files(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step of a trajectory file, from its name."""
-    return int(path.name.split("-")[1])
+    """The step of a trajectory file, from its name. Raises UserError for a name that has none."""
+    named = re.fullmatch(r"step-(\d{8,18})-[0-9a-f]{8}\.parquet", path.name, re.ASCII)
+    if named is None:
+        raise UserError(f"{path} has a name that no trajectory file has: step-00000012-1a2b3c4d.parquet; move it away")
+    return int(named[1])
 
 
 def rewind_trajectories(folder: Path, step: int) -> None:
@@ -50,10 +54,17 @@ def read_trajectories(path: Path, columns: list[str] | None = None) -> list[dict
     Raises:
         UserError: the file is damaged, or cannot be read.
     """
-    return pq.read_table(pa.BufferReader(_read(path)), columns=columns).to_pylist()
+    content = _read(path)
+    try:
+        return pq.read_table(pa.BufferReader(content), columns=columns).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged: it is no Parquet file of trajectories ({error!s:.100}); remove it"
+        ) from error
 
 
 def _read(path: Path) -> bytes:
+    step_of(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from lm.experiment import GRPO, Experiment, Mesh, Model, Source, Stage, Tokenize
 from lm.rollout.trajectory import AUTHORS, Rollout, Trajectory
 from lm.train.stages import run
 from lm.train.trajectory_files import (
+    FOLDER,
     check_trajectories,
     read_trajectories,
     rewind_trajectories,
@@ -86,6 +89,35 @@ def test_a_damaged_file_is_told_in_a_line(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
         read_trajectories(path)
+
+
+def test_bytes_that_are_no_trajectories_are_told_in_a_line(tmp_path):
+    keep_trajectories(tmp_path, STAGE, 1, rollout())
+    (path,) = trajectory_files(tmp_path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    path.unlink()
+    for number in range(300):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 4))):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        if number % 3 == 0:
+            del content[draw.randrange(len(content)) :]
+        named = path.with_name(f"step-00000001-{zlib.crc32(content):08x}.parquet")
+        named.write_bytes(content)
+        try:
+            read_trajectories(named)
+        except UserError as error:
+            assert named.name in str(error)
+        named.unlink()
+
+
+@pytest.mark.parametrize("name", ["step-x-1a2b3c4d.parquet", "step-00000001.parquet", "step-1-00000000.parquet"])
+def test_a_file_of_another_name_is_told_in_a_line(tmp_path, name):
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / name).write_bytes(b"")
+    for act in (check_trajectories, lambda folder: rewind_trajectories(folder, 3)):
+        with pytest.raises(UserError, match=f"{name} has a name that no trajectory file has"):
+            act(tmp_path)
 
 
 def test_later_steps_and_drafts_go_when_a_stage_goes_on(tmp_path):
