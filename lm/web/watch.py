@@ -104,8 +104,8 @@ def cheating(lines: list[Line], saved: Iterable[int] | None = None) -> str | Non
     return (
         f"From step {best['step']:,} to step {last['step']:,} the reward model's score rises from {_decimals(best['score'])} to "
         f"{_decimals(last['score'])} (standard error of the difference {_decimals(rise_error)}), while the judge's reward falls from "
-        f"{percent(best['reward'])} to {percent(last['reward'])} ({100 * fall_error:.1f} points): what is learned pleases "
-        f"the reward model and not the judge. {_advice(best['step'], saved)}"
+        f"{percent(best['reward'])} to {percent(last['reward'])} ({100 * fall_error:.1f} points): the policy is "
+        f"over-optimised for the reward model. {_advice(best['step'], saved)}"
     )
 
 

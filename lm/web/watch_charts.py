@@ -16,8 +16,8 @@ from lm.web.story import METRICS
 
 JUDGE, PROXY = 0, 1  # indices of their colours
 OWN = (  # metric name, title, whether it is a fraction of 1
-    ("length", "Tokens an answer", False),
-    ("entropy", "Entropy, nats a token", False),
+    ("length", "Answer length, tokens", False),
+    ("entropy", "Entropy, nats per token", False),
     ("distinct_2", "Distinct bigrams", True),
     ("eos_rate", "Ended itself", True),
 )
@@ -43,7 +43,7 @@ def judge_against_kl(salt: str, lines: list[Line]) -> SvgChart:
         axes.margins(x=0.09, y=0.14)
         axes.yaxis.set_major_formatter(as_percent)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-        axes.set_xlabel("KL, nats an answer", color=INK)
+        axes.set_xlabel("KL, nats per answer", color=INK)
         for place in dict.fromkeys((0, best, len(lines) - 1)):
             told = f"step {lines[place]['step']:,}"
             tell(axes, kl[place], reward[place], told, colour, ring=place == best, below=rises_from(reward, place))

@@ -79,4 +79,4 @@ def test_the_page_escapes_names_and_says_when_there_is_nothing():
     page = render_summary(summarise([contest("p", evil, "b"), chosen(evil, "q", "x", "y", "left", seconds=None)]))
     assert evil not in page and "&lt;script&gt;" in page
     empty = summarise([])
-    assert "Nothing has been chosen yet" in render_summary(empty) and math.isnan(empty.agreement.alpha)
+    assert "There are no choices yet" in render_summary(empty) and math.isnan(empty.agreement.alpha)

@@ -105,14 +105,14 @@ def test_each_stage_with_kl_at_two_steps_is_watched(watched):
     ]
     assert [chart.title for chart in found[0].charts] == ["Judge's reward against KL", "Proxy and judge"]
     titles = [
-        "Tokens an answer",
-        "Entropy, nats a token",
+        "Answer length, tokens",
+        "Entropy, nats per token",
         "Distinct bigrams",
         "Ended itself",
         "curriculum, mean reward",
     ]
     assert [chart.title for chart in found[0].small] == titles
-    assert "The policy and its judge" in render(read_run(watched))
+    assert "Held-out reward and KL" in render(read_run(watched))
 
 
 def test_the_first_the_best_and_the_last_step_are_written_at_their_points(watched):
@@ -131,7 +131,7 @@ def test_a_run_without_kl_has_no_such_section(tmp_path):
         write_run(tmp_path / "begun", {}),
     ):
         page = render(read_run(folder))
-        assert "The policy and its judge" not in page and "#judge" not in page
+        assert "Held-out reward and KL" not in page and "#judge" not in page
         assert watch.watches(read_run(folder)) == []
 
 
