@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from lm.experiment import UserError, from_dict
+from lm.stored import read_json
 from lm.train.metrics import read_lines
-from lm.train.run_folder import RunFolder, read_json
+from lm.train.run_folder import RunFolder
 
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by degrees of freedom
 ENDS = 8  # steps at the beginning and the end of a stage over which its rollouts' reward is averaged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 from lm.changes import read_experiment
 from lm.check import check
-from lm.config.field import Range, describe, shown
+from lm.config.field import Range, describe, nearest, shown
 from lm.experiment import OBJECTIVES, Experiment, UserError, from_dict, to_dict
 from lm.files import load
 from lm.overrides import override
@@ -106,11 +105,6 @@ def check_stage(name: str | None, names: Iterable[str], where: str) -> None:
     names = list(names)
     if name is not None and name not in names:
         raise UserError(f"{where} has no stage {name!r}; it has {', '.join(names)}{nearest(name, names)}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:

@@ -22,7 +22,7 @@ from lm.experiment import COLLECTED, Stage
 from lm.web.text import visible
 
 if TYPE_CHECKING:
-    from lm.data.pipeline import Prompts
+    from lm.data.prompts import Prompts
     from lm.data.split import Places
     from lm.data.tokenizer import SubwordTokenizer
     from lm.types import TokenBatch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import glob
 import importlib
@@ -18,7 +17,7 @@ from typing import Any
 from lm import __version__
 from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_USER
 from lm.config.field import LONGEST_VALUE, message_line
-from lm.experiment import UserError
+from lm.experiment import UserError, nearest
 
 COMMANDS = {
     "run": "train an experiment, or resume it",
@@ -161,9 +160,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"lm {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UserError(f"no command {name!r}; {hint}")
+        hint = nearest(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UserError(f"no command {name!r}{hint}")
     module = importlib.import_module(f"lm.cli.{name}")
     parser = Parser(prog=f"lm {name}", description=module.__doc__)
     module.configure(parser)

@@ -12,17 +12,13 @@ import numpy as np
 from lm import experiment as values
 from lm.data import packing
 from lm.data.order import mixture
-from lm.data.prompts import PromptFeed, Prompts, encode_prompts, make_prompt_feed
 from lm.data.selection import (
     WITHHELD,
     Split,
-    check_sources,
     fingerprint,
-    heldout_rows,
     order_key,
     select,
     shares,
-    tokenizer_texts,
     withheld,
 )
 from lm.data.sources import NOWHERE
@@ -31,18 +27,6 @@ from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import UserError
 from lm.types import LabelledBatch, PairBatch, TokenBatch, array_fields
-
-__all__ = [
-    "Feed",
-    "PromptFeed",
-    "Prompts",
-    "check_sources",
-    "encode_prompts",
-    "heldout_rows",
-    "make_feed",
-    "make_prompt_feed",
-    "tokenizer_texts",
-]
 
 SUPPLIES = {"text": windows, "conversations": conversations, "pairs": pairs, "labelled": answers}
 """Kind of data that an objective reads → function that makes its rows."""

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from lm.data.order import mixture_shares
-from lm.data.sources import NOWHERE, Row, Rows, rows_of, split_rows, texts_of, why_missing
+from lm.data.readers import Row
+from lm.data.sources import NOWHERE, Rows, rows_of, split_rows, texts_of, why_missing
 from lm.data.split import Places, split_key, split_place
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import COLLECTED, Experiment, Source, UserError, resolve_sources

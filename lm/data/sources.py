@@ -26,25 +26,10 @@ from lm.data import curriculum, python_docs, readers, tfds_rows
 from lm.data.bad_rows import Unreadable, with_advice
 from lm.data.cache import Cache, Entry, Writer, current_cache
 from lm.data.layouts import canonical
-from lm.data.readers import FILES, FORMATS, Piece, Row, cut_text
+from lm.data.readers import FILES, FORMATS, Piece, Row
 from lm.data.split import TEXT_COLUMNS, Places, canonical_json, split_key, split_place
 from lm.data.workers import WorkerPool
-from lm.experiment import COLLECTED, Source, UserError
-
-__all__ = [
-    "Measures",
-    "Part",
-    "Row",
-    "Rows",
-    "cut_text",
-    "load_rows",
-    "rows_of",
-    "split_key",
-    "split_place",
-    "split_rows",
-    "texts_of",
-    "why_missing",
-]
+from lm.experiment import COLLECTED, Source, UserError, nearest
 
 PROBED = 256  # rows of a generator that its fingerprint covers
 STRIDE = 16  # generated rows per training example, which is the first of them that is not held out
@@ -307,10 +292,9 @@ def _generated(path: str) -> Rows:
         drills = [curriculum.drill_row(index) for index in range(curriculum.DRILLS)]
         return _in_memory(path, drills, hashlib.sha256(canonical_json(drills).encode()).hexdigest())
     if name not in GENERATORS:
-        names = ["docs", "drills", *GENERATORS]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean gen:{near[0]}?" if near else f"there are {', '.join(f'gen:{n}' for n in names)}"
-        raise UserError(f"{path}: there is no such generator; {hint}")
+        names = [f"gen:{known}" for known in ("docs", "drills", *GENERATORS)]
+        hint = nearest(path, names) or f"; there are {', '.join(names)}"
+        raise UserError(f"{path}: there is no such generator{hint}")
     make = functools.lru_cache(maxsize=64)(GENERATORS[name])  # the split reads a row before it is used
     digest = hashlib.sha256(canonical_json([make(index) for index in range(PROBED)]).encode())
     return Rows(path, curriculum.LENGTH, make, digest.hexdigest(), lambda i: f"{path} row {i}", generated=True)

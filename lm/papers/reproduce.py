@@ -11,12 +11,13 @@ from typing import Any
 from lm.experiment import UserError
 from lm.files import defined_in, file_of
 from lm.papers.paper import Evidence, Finding, Paper, paper_file
+from lm.stored import write_json_atomic
 from lm.sweep.results import Result, read_sweep
 from lm.sweep.run import run_sweep
 from lm.sweep.sweep import Sweep
 from lm.train.metrics import json_value
 from lm.train.provenance import environment
-from lm.train.run_folder import RunFolder, write_json_atomic
+from lm.train.run_folder import RunFolder
 
 BEGIN, END = "<!-- result: written by `lm reproduce` -->", "<!-- end of the result -->"
 

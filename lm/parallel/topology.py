@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
-from lm.experiment import UserError
+from lm.experiment import UserError, nearest
 
 TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 TORUS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -31,8 +30,7 @@ def parse_slice(name: str, chips: Iterable[str] = SHAPES) -> tuple[str, str]:
     chips = tuple(chips)
     chip, _, shape = name.partition(":")
     if chip not in chips:
-        near = difflib.get_close_matches(chip, chips, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(chip, chips)
         raise UserError(f"--topology {name!r}: no chip {chip!r}; there are {', '.join(chips)} (v5p:2x4x4){hint}")
     if shape not in SHAPES[chip]:
         raise UserError(f"--topology {name!r}: {chip} has no slice {shape!r}; there are {', '.join(SHAPES[chip])}")

@@ -20,8 +20,7 @@ from jaxtyping import Int32, PRNGKeyArray
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, ColumnNeed
 from lm.data.chat import check_conversation, prompt_messages, render
-from lm.data.pipeline import PromptFeed, make_prompt_feed
-from lm.data.prompts import MessagesOf
+from lm.data.prompts import MessagesOf, PromptFeed, make_prompt_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.tokenizer import SubwordTokenizer

@@ -19,9 +19,10 @@ from lm.evals.pairs import last_span
 from lm.evals.rows import rounded, row_scores
 from lm.experiment import UserError
 from lm.rollout.engine import TextCompletion, generate_text
+from lm.stored import read_sealed, write_sealed
 from lm.train.checkpoint import Checkpoints
 from lm.train.models import LoadedRun, load_run, scorers_for
-from lm.train.run_folder import RunFolder, read_sealed, write_sealed
+from lm.train.run_folder import RunFolder
 
 BATCH = 32  # prompts per batch
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lm.experiment import UserError
+from lm.stored import read_sealed, write_sealed
 from lm.train.metrics import read_lines
-from lm.train.run_folder import read_sealed, write_sealed
 
 # Categories other than steps, in seconds, as in the summary; `step_seconds` is the rest.
 PARTS = (

@@ -12,7 +12,8 @@ import numpy as np
 from lm.data.chat import is_tie
 from lm.data.layouts import canonical
 from lm.data.selection import held_out_elsewhere, select, trained_places
-from lm.data.sources import Rows, load_rows, split_key, why_missing
+from lm.data.sources import Rows, load_rows, why_missing
+from lm.data.split import split_key
 from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.pairs import Scored, score_pairs, share_right, texts_of_pair
 from lm.evals.preferences import Worth, prefers_shorter, worth

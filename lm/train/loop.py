@@ -30,6 +30,7 @@ from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import is_main_process, run_on_main
 from lm.parallel.rules import abstract, batch_sharding, shardings
+from lm.stored import write_sealed
 from lm.train import goodput
 from lm.train.batches import Batches
 from lm.train.callbacks import Callback, listener
@@ -40,7 +41,7 @@ from lm.train.metrics import MetricsLog, Progress, peak_memory_mb, read_lines
 from lm.train.profile import Trace
 from lm.train.provenance import package_versions
 from lm.train.resume import check_checkpoint
-from lm.train.run_folder import RunFolder, write_sealed
+from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop
 from lm.train.stage_warnings import Warnings
 from lm.train.trajectory_files import rewind_trajectories

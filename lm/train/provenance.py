@@ -16,6 +16,7 @@ import jax
 
 import lm
 from lm.changes import EXPERIMENTS
+from lm.data.workers import cores
 from lm.stored import write_sealed
 from lm.train.run_folder import RunFolder
 
@@ -38,7 +39,7 @@ def environment(data_fingerprint: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": cores(),
         "devices": {
             "platform": jax.default_backend(),
             "kind": jax.devices()[0].device_kind,
@@ -137,8 +138,3 @@ def _cpu_model() -> str:
     except OSError:
         found = None
     return found.group(1) if found else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

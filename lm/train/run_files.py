@@ -12,8 +12,9 @@ from typing import Any
 from lm.changes import read_experiment
 from lm.config.field import shown
 from lm.experiment import UserError, from_dict, to_dict
+from lm.stored import read_sealed
 from lm.train.metrics import read_lines
-from lm.train.run_folder import RunFolder, read_sealed
+from lm.train.run_folder import RunFolder
 
 Line = dict[str, Any]
 WHEN_ORDER = {"before": 0, "during": 1, "after": 2}

@@ -19,9 +19,7 @@ from typing import Any
 
 from lm.changes import EXPERIMENTS, Changes, changes, edited, normalised, read_experiment, stored_experiment
 from lm.experiment import UserError
-from lm.stored import make_folder, read_json, read_sealed, take_lock, write_json_atomic, write_sealed
-
-__all__ = ["RunFolder", "read_json", "read_sealed", "write_json_atomic", "write_sealed"]
+from lm.stored import make_folder, read_sealed, take_lock, write_json_atomic, write_sealed
 
 MOST_DIFFERENCES = 10
 FINISHED = "finished"

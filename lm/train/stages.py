@@ -14,8 +14,15 @@ from jax.sharding import Mesh
 
 from lm.check import check, short_warmups
 from lm.data.cache import current_cache
-from lm.data.pipeline import check_sources, tokenizer_texts
-from lm.data.selection import WITHHELD, check_files, held_out_but_trained, held_out_elsewhere, withheld
+from lm.data.selection import (
+    WITHHELD,
+    check_files,
+    check_sources,
+    held_out_but_trained,
+    held_out_elsewhere,
+    tokenizer_texts,
+    withheld,
+)
 from lm.data.sources import rows_of
 from lm.data.split import Places
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer

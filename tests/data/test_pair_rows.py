@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm.data import chat
 from lm.data.pipeline import make_feed
-from lm.data.sources import split_key
+from lm.data.split import split_key
 from lm.data.tokenizer import TURN_END, TURN_START
 from lm.data.tokens import store_in_memory
 from lm.experiment import CPO, DPO, KTO, ORPO, RewardModel, Source, Stage, UserError

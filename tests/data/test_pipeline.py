@@ -13,7 +13,8 @@ import pytest
 
 from lm.data import supply
 from lm.data.chat import render
-from lm.data.pipeline import check_sources, heldout_rows, make_feed, tokenizer_texts
+from lm.data.pipeline import make_feed
+from lm.data.selection import check_sources, heldout_rows, tokenizer_texts
 from lm.data.sources import load_rows, split_rows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, SFT, Eval, Experiment, Pretrain, Source, Stage, UserError

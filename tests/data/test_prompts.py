@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from lm.data.pipeline import encode_prompts, heldout_rows, make_prompt_feed
+from lm.data.prompts import encode_prompts, make_prompt_feed
+from lm.data.selection import heldout_rows
 from lm.experiment import Source, UserError
 from lm.rollout.verifiers import NEEDS, expected_answer
 

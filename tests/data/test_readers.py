@@ -17,7 +17,8 @@ from lm.data import readers, workers
 from lm.data.cache import Cache
 from lm.data.packing import pack
 from lm.data.readers import _cut, cut_text
-from lm.data.sources import load_rows, split_key, split_place
+from lm.data.sources import load_rows
+from lm.data.split import split_key, split_place
 from lm.data.tokens import store_of
 from lm.experiment import UserError
 from lm.stored import cache_at

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lm.data.pipeline import make_feed, make_prompt_feed
+from lm.data.pipeline import make_feed
+from lm.data.prompts import make_prompt_feed
 from lm.data.sources import load_rows
 from lm.experiment import DPO, SFT, Pretrain, Source, Stage
 from lm.rollout.verifiers import NEEDS, VERIFIERS

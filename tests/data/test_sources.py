@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data.curriculum import LENGTH
+from lm.data.readers import cut_text
 from lm.data.selection import check_files, check_sources
-from lm.data.sources import Rows, cut_text, load_rows, split_key, split_place, split_rows
-from lm.data.split import ALWAYS_TRAINED
+from lm.data.sources import Rows, load_rows, split_rows
+from lm.data.split import ALWAYS_TRAINED, split_key, split_place
 from lm.experiment import Experiment, Pretrain, Source, Stage, UserError
 
 

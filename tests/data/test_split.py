@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.pipeline import make_feed, make_prompt_feed
+from lm.data.pipeline import make_feed
+from lm.data.prompts import make_prompt_feed
 from lm.data.selection import held_out_but_trained, held_out_elsewhere, select
 from lm.data.sources import NOWHERE
 from lm.data.split import ALWAYS_TRAINED, split_key, split_place

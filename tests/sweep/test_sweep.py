@@ -13,6 +13,7 @@ import pytest
 
 from lm.cli.main import main
 from lm.experiment import UserError, to_dict
+from lm.stored import read_json
 from lm.sweep.cost import estimate
 from lm.sweep.folder import SweepFolder
 from lm.sweep.pool import pool
@@ -21,7 +22,6 @@ from lm.sweep.run import run_sweep
 from lm.sweep.study import Study
 from lm.sweep.sweep import Random, Sweep
 from lm.sweep.worker import Worker
-from lm.train.run_folder import read_json
 from tests.sweep.studies import opened
 from tests.sweep.tiny import base, sweep
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from lm.stored import read_json
 from lm.train.metrics import read_lines
 from lm.train.models import load_run
-from lm.train.run_folder import read_json
 from tests import processes
 from tests.train.runs import CLOCKS, metrics
 

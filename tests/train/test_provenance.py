@@ -6,8 +6,9 @@ import subprocess
 import jax
 import pytest
 
+from lm.stored import read_json
 from lm.train.provenance import LONGEST_DIFF, environment, git_state, record_environment, without_secrets
-from lm.train.run_folder import RunFolder, read_json
+from lm.train.run_folder import RunFolder
 
 
 def git(folder, *arguments):

@@ -8,10 +8,9 @@ import pytest
 from lm.cli.main import main
 from lm.experiment import Eval, Source, UserError, to_dict
 from lm.json_lines import rewrite_json_lines
-from lm.stored import read_sealed, write_sealed
+from lm.stored import read_json, read_sealed, write_sealed
 from lm.train.metrics import read_lines
 from lm.train.rerun import changed_conditions, first_difference
-from lm.train.run_folder import read_json
 from lm.train.stages import fingerprints, run
 from tests.sweep.tiny import base
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lm.experiment import UserError
-from lm.train.run_folder import RunFolder, read_json, write_json_atomic
+from lm.stored import read_json, write_json_atomic
+from lm.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
