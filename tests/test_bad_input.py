@@ -110,6 +110,7 @@ def test_broken_rows_are_named_before_anything_is_trained(work, capsys, content,
     assert not (work / "out" / "stages").exists()
 
 
+@pytest.mark.slow
 def test_what_was_mended_runs_in_the_same_folder(work, capsys):
     refused(capsys, *run("--tokenizer.vocab_size", "100"))
     assert main(list(run("--until", "pretrain", "--pretrain.steps", "2"))) == 0
@@ -169,6 +170,7 @@ def test_a_second_process_in_the_folder_is_refused(work, capsys):
     assert f"in use by process {os.getpid()}" in said and "--run-dir DIR" in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_and_the_same_command_goes_on_when_there_is_room(work, small_disk, capsys):
     big = ("--model.embed_dim", "128", "--model.mlp_dim", "160", "--pretrain.save_every", "1", "--until", "pretrain")
     command = ("run", "bad.py", "--run-dir", str(small_disk / "out"), *big)
@@ -200,6 +202,7 @@ def cut_it_short(checkpoint) -> str:
     return f"{checkpoint.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_it_short])
 def test_a_finished_stage_is_read_at_its_last_step_and_another_at_its_newest_sound_one(work, capsys, damage):
     assert main(list(run("--until", "pretrain", "--pretrain.save_every", "1"))) == 0

@@ -1,5 +1,6 @@
 """Every extra of pyproject.toml, and every combination, fits the versions of constraints.txt: by metadata, nothing is downloaded."""
 
+import functools
 import itertools
 import os
 import tomllib
@@ -50,14 +51,15 @@ def project() -> list[str]:
     return lines
 
 
-def asked_by(name: str) -> list[str]:
+@functools.cache
+def asked_by(name: str) -> tuple[Requirement, ...]:
     """The requirements of a package, by the metadata of what is installed."""
     if name == "lm":
-        return project()
+        return tuple(map(Requirement, project()))
     try:
-        return requires(name) or []
+        return tuple(map(Requirement, requires(name) or []))
     except PackageNotFoundError:
-        return NOT_INSTALLED.get(name, [])
+        return tuple(map(Requirement, NOT_INSTALLED.get(name, [])))
 
 
 def unfit(extras: tuple[str, ...], python: str, pinned: dict[str, str]) -> list[str]:
@@ -69,7 +71,7 @@ def unfit(extras: tuple[str, ...], python: str, pinned: dict[str, str]) -> list[
         if (name, wanted) in seen:
             continue
         seen.add((name, wanted))
-        for requirement in map(Requirement, asked_by(name)):
+        for requirement in asked_by(name):
             if requirement.marker and not any(
                 requirement.marker.evaluate(environment | {"extra": extra}) for extra in ("", *wanted)
             ):

@@ -37,6 +37,7 @@ def dtypes(tree):
     return {str(x.dtype) for x in floats(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("master", [True, False])
 @pytest.mark.parametrize("kept", ["float32", "bfloat16"])
@@ -137,6 +138,7 @@ def gradient_of(microbatches, dtype="bfloat16", rows=128):
     )
 
 
+@pytest.mark.slow
 def test_a_gradient_of_many_microbatches_is_that_of_one_batch():
     """Within half a unit in the last place of one bfloat16 pass, where a bfloat16 sum is off by several percent."""
     (one, norm), (many, norm_of_many) = gradient_of(1), gradient_of(128)
@@ -145,6 +147,7 @@ def test_a_gradient_of_many_microbatches_is_that_of_one_batch():
     assert norm_of_many == pytest.approx(np.linalg.norm(many.astype(np.float64)), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "where"), [("adamw", {"data": 2, "fsdp": 2, "tensor": 2}), ("muon", {"fsdp": 8})])
 def test_masters_lie_as_their_parameters_and_are_the_same_in_any_layout(kind, where):
     stage = tiny_stage(OBJECTIVES["pretrain"], optimizer=dataclasses.replace(SLOW, kind=kind))
@@ -171,6 +174,7 @@ def test_masters_lie_as_their_parameters_and_are_the_same_in_any_layout(kind, wh
         np.testing.assert_array_equal(param, master.astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_in_bfloat16_goes_on_to_the_bit(tmp_path, kind):
     rng = np.random.default_rng(0)

@@ -61,6 +61,7 @@ FIELDS = {
     for e in EACH
     for name in _leaves(e)
 }
+Leaf = tuple[tuple, typing.Any, typing.Any, typing.Mapping]  # path, type, value, metadata
 CASES = [pytest.param(experiment, name, id=name) for experiment, name in FIELDS.values()]
 LEAVES = _leaves(FULL)
 STRANGE = (
@@ -99,9 +100,9 @@ def bounded(value: float, span: Range) -> bool:
     return low and (span.most is None or value <= span.most) and (span.below is None or value < span.below)
 
 
-def hold(experiment: Experiment, name: str, value: object, read: typing.Callable[[], object]) -> None:
+def hold(leaf: Leaf, name: str, value: object, read: typing.Callable[[], object]) -> None:
     """What does not fit is refused by name, value and what it should be; what fits is taken, or refused for another field."""
-    _, kind, _, metadata = _leaves(experiment)[name]
+    _, kind, _, metadata = leaf
     if fits(value, kind, metadata):
         try:
             read()
@@ -120,9 +121,9 @@ def hold(experiment: Experiment, name: str, value: object, read: typing.Callable
 
 @pytest.mark.parametrize("experiment, name", CASES)
 def test_a_leaf_of_an_experiment_in_python_takes_what_its_field_declares(experiment, name):
-    path = _leaves(experiment)[name][0]
+    leaf = _leaves(experiment)[name]
     for value in STRANGE:
-        hold(experiment, name, value, lambda value=value: check(_replace(experiment, path, value)))
+        hold(leaf, name, value, lambda value=value: check(_replace(experiment, leaf[0], value)))
 
 
 def put(plain: object, path: tuple, value: object) -> object:
@@ -136,9 +137,9 @@ def put(plain: object, path: tuple, value: object) -> object:
 
 @pytest.mark.parametrize("experiment, name", CASES)
 def test_a_leaf_of_an_experiment_in_json_takes_what_its_field_declares(experiment, name):
-    plain, path = json.loads(json.dumps(to_dict(experiment))), _leaves(experiment)[name][0]
+    plain, leaf = json.loads(json.dumps(to_dict(experiment))), _leaves(experiment)[name]
     for value in JSON_VALUES:
-        hold(experiment, name, value, lambda value=value: check(from_dict(put(plain, path, value))))
+        hold(leaf, name, value, lambda value=value: check(from_dict(put(plain, leaf[0], value))))
 
 
 def nodes(value: object, path: tuple = ()) -> list[tuple]:

@@ -43,6 +43,7 @@ def steps(stage, count=3):
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("name", CASES)
 def test_frozen_leaves_stay_to_the_bit_and_the_others_move(name, kind):
@@ -70,6 +71,7 @@ def test_masters_are_of_what_trains_alone():
     assert masters and all("norm" in path and leaf.dtype == "float32" for path, leaf in masters.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_part_goes_on_to_the_bit_from_its_checkpoint(name, tmp_path):
     stage, _ = case(name)

@@ -39,7 +39,7 @@ def test_attention_in_blocks_is_the_plain_one(length):
         np.testing.assert_allclose(have_d, want_d, atol=2e-5)
 
 
-@pytest.mark.parametrize("queries", [1, 40, 170])
+@pytest.mark.parametrize("queries", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 40)), 170])
 def test_the_last_queries_alone_are_those_of_all(queries):
     length = 210
     _, segments = packed(2, length)

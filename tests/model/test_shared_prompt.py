@@ -47,7 +47,9 @@ def both_ways(model, batch, **options):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["blocks", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "blocks")]
+)
 @pytest.mark.parametrize(
     ("dtype", "close"), [pytest.param("float32", 2e-6, marks=pytest.mark.slow), ("float64", 1e-12)]
 )

@@ -24,6 +24,7 @@ def test_parameters_are_those_of_the_model_less_its_vectors(changes):
     assert 0.98 * num_params(model) < counted <= num_params(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [SFT(), DPO(), GRPO(group_size=4), RewardModel(layers=1)], ids=lambda o: type(o).__name__
 )

@@ -72,6 +72,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 def test_advantages_are_those_of_the_fields(roll):
     found = {}
     for name, changes in CHOICES.items():

@@ -137,7 +137,7 @@ def wrong_sampler(monkeypatch):
     monkeypatch.setitem(ALGORITHMS, GRPO, dataclasses.replace(ALGORITHMS[GRPO], rollout=rollout))
 
 
-@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.1, marks=pytest.mark.slow), 1.0])
 def test_a_right_sampler_in_bfloat16_is_reported_and_passes(tokenizer, temperature):
     mesh = make_mesh(layout())
     with jax.set_mesh(mesh):

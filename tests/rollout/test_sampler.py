@@ -55,6 +55,7 @@ def test_a_prompt_read_once_for_its_group_is_answered_as_read_for_each():
     assert len({row.tobytes() for row in np.asarray(once.tokens[:3])}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"data": 8}])  # two prompts a device; too few prompts
 def test_groups_are_answered_alike_on_many_devices(sizes):
     model, (tokens, lengths) = tiny_model(), prompts(rows=4)

@@ -25,7 +25,7 @@ from tests.rollout.rows import as_batch
 SEEDS = 20
 TEMPERATURES = (0.1, 0.5, 1.0)
 WIDTH, NEW = 12, 16
-DTYPES = ("float32", "bfloat16")
+DTYPES = (pytest.param("float32", marks=pytest.mark.slow), "bfloat16")
 
 
 @functools.cache

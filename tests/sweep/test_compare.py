@@ -203,6 +203,7 @@ def test_a_page_escapes_what_it_shows(tmp_path):
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_are_compared_within_seconds(tmp_path, capsys):
     for i in range(1000):
         written(tmp_path / f"r{i}", 2 + 0.001 * i, i % 5, model__norm_eps=1e-6 * (1 + i // 5), steps=range(1, 6))

@@ -19,6 +19,7 @@ def seeds(values):
     return dict(enumerate(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 5, 6, 10])
 @pytest.mark.parametrize("effect", [0.0, 0.7])
 def test_intervals_of_differences_cover_the_effect(count, effect):
@@ -38,6 +39,7 @@ def test_intervals_of_means_cover_the_mean(count):
     assert COVERAGE[0] <= np.mean([abs(one.mean - 3) <= one.half for one in found]) <= COVERAGE[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 8])
 def test_where_nothing_differs_a_comparison_of_many_finds_something_in_five_of_a_hundred(count):
     random = np.random.default_rng(7)

@@ -295,6 +295,7 @@ KILLED_SAVE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["writing", "sealing"])
 def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, moment):
     run = subprocess.run(

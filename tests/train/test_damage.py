@@ -28,6 +28,8 @@ from lm.train.run_files import read_run
 from lm.train.run_folder import RunFolder
 from tests.train.runs import experiment, write_questions
 
+pytestmark = pytest.mark.slow
+
 TIMES = 60
 PLAN = Experiment("plan", (Stage("sft", SFT(), (Source("gen:drills"),), steps=3),))
 

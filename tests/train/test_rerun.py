@@ -22,6 +22,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_again_is_the_same_to_the_bit(finished, capsys):
     assert main(["rerun", str(finished)]) == 0
     said = capsys.readouterr().out

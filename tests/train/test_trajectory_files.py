@@ -172,6 +172,7 @@ def guessing(folder: Path) -> Experiment:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_turns_are_trained_on_and_written(finished):
     files = trajectory_files(finished / "run" / "stages" / "grpo")
     rows = [row for path in files for row in read_trajectories(path)]
@@ -188,6 +189,7 @@ def test_two_turns_are_trained_on_and_written(finished):
     assert lines[0]["reward"] == pytest.approx(np.mean([row["reward"] for row in rows[:16]]))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_files(finished, monkeypatch):
     """Their names have their checksums."""
     monkeypatch.setenv(SEARCH_PATH, str(finished))

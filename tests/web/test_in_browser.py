@@ -20,6 +20,8 @@ from lm.web.pairs_page import write_pairs_page
 from lm.web.papers import write_papers
 from lm.web.report import write_report
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 LONG = "a/path/that/does/not/end/" * 8 + "conversations.jsonl.gz"
 WIDTH = 400
