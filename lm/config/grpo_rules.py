@@ -87,8 +87,8 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     ),
     (
         lambda o: o.verifiers and o.verifier != "answer",
-        "verifier is {o.verifier} and verifiers is {o.verifiers}, which stand in its place; verifiers should have it too and verifier "
-        "be answer, or verifiers be empty",
+        "verifier is {o.verifier} and verifiers is {o.verifiers}, which stand in its place; verifier should be answer, and verifiers "
+        "have it too, or be empty",
     ),
     (
         lambda o: o.reward_combination == "decoupled" and o.kl_coef and o.kl_in == "reward",
