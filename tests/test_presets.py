@@ -219,6 +219,7 @@ REFUSED = [
     ({"tis_clip": 2.0, "tis_low": 0.5}, "tis_low", "tis_mode"),
     ({"kl_coef": 0.1, "kl_estimator": "k1"}, "kl_estimator", "kl_in"),
     ({"kl_coef": 0.1, "kl_in": "reward", "kl_correction": True}, "kl_correction", "kl_in"),
+    ({"kl_correction": True}, "kl_correction", "kl_coef"),
     ({"reward_combination": "decoupled"}, "reward_combination", "verifiers"),
     ({"verifiers": ("answer", "style"), "reward_weights": (1.0,)}, "reward_weights", "verifiers"),
     ({"verifiers": ("answer", "style"), "verifier": "style"}, "verifier", "verifiers"),

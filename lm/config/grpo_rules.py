@@ -71,6 +71,11 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
         "or kl_in reward",
     ),
     (
+        lambda o: o.kl_correction and not o.kl_coef,
+        "kl_correction is true and kl_coef is 0; there is no KL to be weighed by the ratio: kl_coef should be above 0, or "
+        "kl_correction false",
+    ),
+    (
         lambda o: o.kl_correction and o.kl_in == "reward",
         "kl_correction is true and kl_in is reward; only a KL in the loss has a ratio to be weighed by: kl_correction should be "
         "false, or kl_in loss",
