@@ -9,14 +9,16 @@ import optax
 import pytest
 
 from lm.algorithms.table import algorithm_of, first_state
-from lm.experiment import PPO, SFT, Mesh, Optimizer, UserError
+from lm.experiment import PPO, SFT, Experiment, Mesh, Optimizer, Tokenizer, UserError
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import make_mesh
 from lm.plan.analytic import estimate
 from lm.plan.chips import parse_topology
 from lm.plan.program import Program
+from lm.sweep.cost import checkpoint_bytes
 from lm.train.checkpoint import Checkpoints, named_leaves
 from lm.train.loop import checkpoint_items, restore, start_state
+from lm.train.memory import least_bytes
 from tests.helpers import TINY, VOCAB, random_batch, tiny_model, tiny_stage
 
 CASES = {
@@ -41,6 +43,11 @@ def steps(stage, count=3):
     for seed in range(count):
         after, _ = step(after, random_batch(seed=seed))
     return before, after
+
+
+def program_of(stage, topology, **axes):
+    sizes = dict.fromkeys(dataclasses.asdict(Mesh(data=1)), 1) | axes
+    return Program(stage, TINY, VOCAB, parse_topology(topology), sizes)
 
 
 @pytest.mark.slow
@@ -98,16 +105,66 @@ def test_a_part_goes_on_to_the_bit_from_its_checkpoint(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_of_a_part_needs_less(name):
     stage, _ = case(name)
-    topology = parse_topology("v5e:1x1")
-    sizes = dict.fromkeys(dataclasses.asdict(Mesh(data=1)), 1)
     part, whole = (
-        estimate(Program(dataclasses.replace(stage, trainable=chosen), TINY, VOCAB, topology, sizes))
+        estimate(program_of(dataclasses.replace(stage, trainable=chosen), "v5e:1x1"))
         for chosen in (stage.trainable, ())
     )
     assert part.memory.parameters == whole.memory.parameters
     assert part.memory.optimizer < whole.memory.optimizer
     assert part.memory.total < whole.memory.total
     assert part.product_flops < whole.product_flops
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_gradients_of_what_trains_are_sent(name):
+    """Each device sums its part of them over `data`; norms lie whole on every device, all else in two parts."""
+    stage, trains = case(name)
+    program = program_of(stage, "v5e:2x2", data=2, fsdp=2)
+    sent = [item.bytes for item in estimate(program).traffic if item.what == "gradients" and item.axes == ("data",)]
+    models = named_leaves(first_state(stage, optax.identity(), tiny_model()).models)
+    expected = sum(
+        4 * leaf.size / (1 if "norm" in path or path.startswith("critic") else 2)
+        for path, leaf in models.items()
+        if trains(path)
+    )
+    assert sent == [expected]
+
+
+def test_no_activation_is_sent_back_where_the_backward_pass_does_not_go():
+    """Two sums a layer on the way forward, as many back, and one more for what full rematerialisation computes again."""
+    model = dataclasses.replace(TINY, remat="full")
+    sums = {}
+    for name in ("value_head", "norms"):
+        stage, _ = case(name)
+        found = estimate(dataclasses.replace(program_of(stage, "v5e:2x2", tensor=2, fsdp=2), model=model)).traffic
+        sums[name] = sum(item.bytes for item in found if item.what == "activations")
+    assert sums["value_head"] == 2 / 5 * sums["norms"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_sweep_counts_the_bytes_of_a_checkpoint_of_a_part(name, dtype):
+    """Every model whole, and of the optimizer what belongs to the part that trains."""
+    stage, _ = case(name)
+    stage = dataclasses.replace(stage, keep_last=1)
+    model = dataclasses.replace(TINY, param_dtype=dtype)
+    experiment = Experiment(name="x", stages=(stage,), tokenizer=Tokenizer(vocab_size=VOCAB), model=model)
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    saved = checkpoint_items(first_state(stage, optimizer, tiny_model(param_dtype=dtype)))
+    assert checkpoint_bytes(experiment, stage) == sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
+    lean = dataclasses.replace(stage, keep_moments=False)
+    assert checkpoint_bytes(experiment, lean) == sum(leaf.nbytes for leaf in jax.tree.leaves(saved["policy"]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_memory_that_a_stage_needs_at_least_is_of_what_trains(name):
+    stage, trains = case(name)
+    sizes = dict.fromkeys(dataclasses.asdict(Mesh(data=1)), 1)
+    state, activations = least_bytes(TINY, stage, sizes, VOCAB)
+    policy = named_leaves({"policy": tiny_model()})
+    whole, part = (sum(x.size for path, x in policy.items() if counts(path)) for counts in (lambda path: True, trains))
+    assert state == 4 * whole + (4 + 2 * 4) * part
+    assert (activations == 0) == (name == "value_head")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ class Algorithm:
     rollout: samples the completions of a step and makes the batches of its updates, where the objective samples.
     batch: the type of its batches.
     extra_forward_passes: forward passes over a batch's rows of which no gradient is taken.
-    trained_model_counts: how many language models, and how many scorers with a body of their own, have a gradient.
     """
 
     step: Callable[[Stage[Any], optax.GradientTransformation], Step]
@@ -58,4 +57,3 @@ class Algorithm:
     rollout: RolloutMaker = no_rollout
     batch: Callable[[Any], type[TokenBatch]] = lambda o: TokenBatch
     extra_forward_passes: Callable[[Any], int] = lambda o: 0
-    trained_model_counts: Callable[[Any], tuple[int, int]] = lambda o: (1, 0)

@@ -189,5 +189,4 @@ ALGORITHM = Algorithm(
     carry=carry,
     batch=lambda o: CriticBatch,
     keeps_scorers=True,
-    trained_model_counts=lambda o: (1, int(o.critic == "separate")),
 )

@@ -35,4 +35,4 @@ def reward_step(stage: Stage[RewardModel], optimizer: optax.GradientTransformati
     return make_step(loss, stage, optimizer)
 
 
-ALGORITHM = Algorithm(reward_step, models, batch=lambda o: PairBatch, trained_model_counts=lambda o: (0, 1))
+ALGORITHM = Algorithm(reward_step, models, batch=lambda o: PairBatch)

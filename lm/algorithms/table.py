@@ -11,11 +11,11 @@ from jaxtyping import PRNGKeyArray
 
 from lm.algorithms import cpo, dpo, grpo, kto, orpo, ppo, pretrain, reward_model, sft
 from lm.algorithms.algorithm import Algorithm
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, Stage
-from lm.model.flops import update_flops_per_token
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, Stage, reward_names
+from lm.model.flops import forward_flops_per_token, update_flops_per_token
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
-from lm.train_step import TrainState, initial_state
+from lm.train_step import TrainState, initial_state, partition
 
 ALGORITHMS: dict[type, Algorithm] = {
     Pretrain: pretrain.ALGORITHM,
@@ -55,8 +55,28 @@ def first_state(
     return initial_state(stage, optimizer, algorithm.models(o, model, scorers, key), algorithm.carry(o), frozen)
 
 
+def abstract_model(config: Model, vocab_size: int) -> Transformer:
+    """A language model of this config, its parameters as shapes."""
+    return jax.eval_shape(lambda: Transformer(config, vocab_size, jax.random.key(0)))
+
+
+def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, config: Model, vocab_size: int) -> TrainState:
+    """The first state of a stage, as shapes; reward models that it reads are taken to be as large as its language model.
+
+    Raises:
+        UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
+    """
+
+    def make(model: Transformer) -> TrainState:
+        return first_state(stage, optimizer, model, tuple(Scorer(model, None) for _ in reward_names(stage)))
+
+    return jax.eval_shape(make, abstract_model(config, vocab_size))
+
+
 def flops_per_token(stage: Stage, model: Model, vocab_size: int) -> float:
-    """Operations that an update of the stage does for each token of its rows."""
-    algorithm, o = algorithm_of(stage), stage.objective
-    passes, counts = algorithm.extra_forward_passes(o), algorithm.trained_model_counts(o)
-    return update_flops_per_token(model, vocab_size, stage.seq_len, passes, *counts)
+    """Operations that an update of the stage does for each token of its rows, by what of its models trains."""
+    models = abstract_state(stage, optax.identity(), model, vocab_size).models
+    trained, _ = partition(models, stage.trainable)
+    passes = algorithm_of(stage).extra_forward_passes(stage.objective)
+    others = passes * forward_flops_per_token(model, vocab_size, stage.seq_len)
+    return update_flops_per_token(models, trained, stage.seq_len) + others

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
+
+import jax
 
 from lm.experiment import Model
 
@@ -55,25 +58,48 @@ def layer_matrices(config: Model) -> int:
     return config.embed_dim * (2 * heads + 2 * kv_heads + mlp)
 
 
-def layer_vectors(config: Model) -> int:
-    """Numbers in the norms and biases of one layer."""
-    c, heads, kv_heads = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    norms = c.embed_dim * (4 if c.norms == "sandwich" else 2)
-    qk_norms = (2 * c.head_dim if c.qk_norm_of == "head" else heads + kv_heads) if c.qk_norm else 0
-    biases = c.qkv_bias * (heads + 2 * kv_heads) + c.output_bias * c.embed_dim
-    mlp_biases = c.mlp_bias * ((2 if c.gated_mlp else 1) * c.mlp_dim + c.embed_dim)
-    return norms + qk_norms + biases + mlp_biases
+def update_flops_per_token(models: dict[str, Any], trained: dict[str, Any], length: int) -> float:
+    """Of a training update, for a token of a row, over all models that a loss reads with a gradient.
 
-
-def update_flops_per_token(
-    config: Model, vocab_size: int, length: int, others: int, models: int = 1, scorers: int = 0
-) -> float:
-    """Of a training update: forward, twice that backward, and `others` forward passes without a gradient (a reference).
+    For each number of a matrix: 2 forward, 2 for the gradient of the matrix's input, 2 for the gradient of the matrix; of
+    attention twice the forward pass for the gradients of queries, keys and values. A matrix that does not train has no
+    gradient of its own, but its input has one wherever something trains in its layer or below. Layers are stacked, so
+    that what trains of them trains in all, and the input of every layer's matrices has a gradient then.
 
     Not counted are what rematerialisation computes again, and the sampling of a GRPO or PPO step.
 
     Args:
-        models, scorers: how many language models have a gradient, and how many scorers, which have no vocabulary.
+        models: by role; may be abstract.
+        trained: the same with None for each parameter that does not train, as `lm.train_step.partition` gives it.
     """
-    whole, body = (forward_flops_per_token(config, size, length) for size in (vocab_size, 0))
-    return (3 * models + others) * whole + 3 * scorers * body
+    return sum(_update_of_one(models[role], trained[role], length) for role in models)
+
+
+def _update_of_one(model: Any, trained: Any, length: int) -> float:
+    """Three forward passes, less the gradients that nobody needs; nothing for a score alone, which is no matrix."""
+    body, trained_body = getattr(model, "body", model), getattr(trained, "body", trained)
+    if not hasattr(body, "blocks"):
+        return 0.0
+    c, vocab_size = body.config, body.embed.weight.get_value().shape[0] if body is model else 0
+    layers, head = forward_flops_per_token(c, 0, length), 2.0 * c.embed_dim * vocab_size
+    in_layers = trains_in_layers(trained)
+    table = trained_body.embed if c.tied_head else trained_body.head
+    missing = 2.0 * (c.num_layers * layer_matrices(c) - _matrices(trained_body.blocks))
+    missing += 0 if in_layers else 2 * layers - 2.0 * c.num_layers * layer_matrices(c)
+    missing += 0 if jax.tree.leaves(table) else head
+    missing += 0 if in_layers or jax.tree.leaves(trained_body.norm) else head
+    return 3 * forward_flops_per_token(c, vocab_size, length) - missing
+
+
+def trains_in_layers(trained: Any) -> bool:
+    """Whether the backward pass goes through the layers of a language model or scorer, from what trains of it."""
+    body = getattr(trained, "body", trained)
+    return bool(jax.tree.leaves((body.embed, body.blocks)))
+
+
+def _matrices(blocks: Any) -> int:
+    """Numbers in the matrices of stacked blocks that are not None."""
+    named = jax.tree_util.tree_leaves_with_path(blocks)
+    return sum(
+        x.size for path, x in named if "weight" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    )

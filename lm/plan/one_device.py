@@ -19,12 +19,11 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lm.algorithms.table import algorithm_of
+from lm.algorithms.table import abstract_state, algorithm_of
 from lm.experiment import Model, Stage, rows_per_example
-from lm.model.transformer import Transformer
 from lm.optimizer import at_least_float32, make_optimizer
 from lm.parallel.rules import RULES, ways
-from lm.plan.program import Program, abstract_batch, abstract_state
+from lm.plan.program import Program, abstract_batch
 from lm.plan.trace import TracedBlock, Value, block_of
 from lm.plan.usage import Analysis
 from lm.train_step import partition
@@ -69,8 +68,7 @@ def gradient_block(program: Program) -> tuple[TracedBlock, set[Value]]:
 def _gradient_block(
     stage: Stage, model: Model, vocab_size: int, rows: int, tokens: int, mesh: AbstractMesh
 ) -> tuple[TracedBlock, set[Value]]:
-    model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
-    state = abstract_state(stage, optax.identity(), model_shape)
+    state = abstract_state(stage, optax.identity(), model, vocab_size)
     step = algorithm_of(stage).step(stage, optax.identity())
     with jax.sharding.use_abstract_mesh(mesh):
         block = block_of(jax.make_jaxpr(step)(state, abstract_batch(stage, rows, tokens)))
@@ -87,8 +85,7 @@ def update_block(program: Program) -> TracedBlock:
 
 @functools.lru_cache(maxsize=64)
 def _update_block(stage: Stage, model: Model, vocab_size: int) -> TracedBlock:
-    model_shape = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
-    params, _ = partition(abstract_state(stage, optax.identity(), model_shape).models, stage.trainable)
+    params, _ = partition(abstract_state(stage, optax.identity(), model, vocab_size).models, stage.trainable)
     optimizer = make_optimizer(stage.optimizer, 1)
     gradients = jax.eval_shape(at_least_float32, params)
     return block_of(jax.make_jaxpr(optimizer.update)(gradients, jax.eval_shape(optimizer.init, params), params))

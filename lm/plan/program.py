@@ -11,23 +11,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.algorithms.table import algorithm_of, first_state
+from lm.algorithms.table import abstract_model, abstract_state, algorithm_of
 from lm.experiment import (
     Experiment,
     Mesh,
     Model,
     Stage,
     UserError,
-    reward_names,
     rows_per_update,
     updates_per_step,
 )
-from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import axis_sizes, check_fits
 from lm.plan.chips import Topology
-from lm.train_step import TrainState
+from lm.train_step import Models, TrainState, partition
 from lm.types import NOTHING_SHARED, SharedPrompt, TokenBatch
 
 
@@ -61,25 +59,19 @@ class Program:
 
     def parameters(self) -> Transformer:
         """The model with abstract values (shapes and dtypes)."""
-        return jax.eval_shape(lambda: Transformer(self.model, self.vocab_size, jax.random.key(0)))
+        return abstract_model(self.model, self.vocab_size)
 
     def state(self) -> TrainState:
         """The training state with abstract values."""
-        return abstract_state(self.stage, self.optimizer, self.parameters())
+        return abstract_state(self.stage, self.optimizer, self.model, self.vocab_size)
+
+    def trained(self) -> Models:
+        """The trained models with abstract values, and None for each frozen parameter."""
+        return partition(self.state().models, self.stage.trainable)[0]
 
     def batch(self) -> TokenBatch:
         """The batch of an update with abstract values."""
         return abstract_batch(self.stage, self.rows, self.stage.seq_len)
-
-
-def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, model: Transformer) -> TrainState:
-    """The abstract training state of a stage; its reward models are assumed to have the size of the model."""
-
-    def make(model: Transformer) -> TrainState:
-        scorers = tuple(Scorer(model, None) for _ in reward_names(stage))
-        return first_state(stage, optimizer, model, scorers)
-
-    return jax.eval_shape(make, model)
 
 
 def abstract_batch(stage: Stage, rows: int, length: int) -> TokenBatch:

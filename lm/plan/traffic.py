@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.algorithms.table import algorithm_of
+from lm.model.flops import trains_in_layers
+from lm.model.heads import policy_of
 from lm.parallel.rules import RULES, ways
 from lm.plan.hlo_work import RING
 from lm.plan.one_device import local_batch, one_device
@@ -49,19 +51,20 @@ def _one(program: Program, what: str, axes: tuple[str, ...], kind: str, size: fl
 
 
 def _parameters(program: Program, usage: Usage) -> list[Traffic]:
-    """Gathers of parameters, and sums of gradients over all axes that split rows or tokens, in the compute dtype.
+    """Gathers of parameters, and sums of the gradients of what trains over all axes that split rows or tokens, in the compute dtype.
 
     Over the axes that parameters are sharded on, a device sums whole gradients (the compiler makes it an all-reduce and
     keeps its shard). Over the other axes it sums only its shard, once per microbatch.
     """
     pieces = program.stage.microbatches
     itemsize = jnp.dtype(program.model.compute_dtype).itemsize
-    leaves = jax.tree.leaves(program.state().models, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    leaves = jax.tree.leaves(program.trained(), is_leaf=lambda x: isinstance(x, nnx.Variable))
     part = sum(
         leaf.get_value().size
         * itemsize
         / math.prod(ways(name, program.sizes) for name in leaf.get_metadata("out_sharding"))
         for leaf in leaves
+        if leaf.get_value() is not None
     )
     others = [axis for axis in (*RULES["batch"], *RULES["length"]) if axis not in RULES["embed"]]
     inside = tuple(axis for axis in others if axis != NETWORK)
@@ -83,15 +86,16 @@ def _activations(program: Program) -> list[Traffic]:
     model, (rows, tokens) = one_device(program).model, local_batch(program)
     itemsize = jnp.dtype(model.compute_dtype).itemsize
     others = algorithm_of(program.stage).extra_forward_passes(program.stage.objective)
-    recomputed = program.model.remat != "none"
+    backward = trains_in_layers(policy_of(program.trained()))
+    recomputed = backward and program.model.remat != "none"
     residual = rows * tokens * model.embed_dim * itemsize / ways("length", program.sizes)
     # Two sums forward and two backward; recomputation needs only the first.
-    sums = model.num_layers * (4 + recomputed + 2 * others)
+    sums = model.num_layers * (2 + 2 * backward + recomputed + 2 * others)
     split = RULES["heads"]
     keys = 2 * rows * tokens * model.num_kv_heads * model.head_dim * itemsize
     gathers = model.num_layers * (1 + recomputed + others)
     return [
         _one(program, "activations", split, "all-reduce", residual * sums),
         _one(program, "keys and values", RULES["length"], "all-gather", keys * gathers),
-        _one(program, "their gradients", RULES["length"], "reduce-scatter", keys * model.num_layers),
+        _one(program, "their gradients", RULES["length"], "reduce-scatter", keys * model.num_layers * backward),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -10,11 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from lm.algorithms.table import algorithm_of, flops_per_token
-from lm.experiment import Experiment, Stage, rows_per_update, updates_per_step
-from lm.model.flops import forward_flops_per_token, layer_matrices, layer_vectors
+from lm.algorithms.table import abstract_state, flops_per_token
+from lm.experiment import Experiment, Model, Optimizer, Stage, rows_per_update, updates_per_step
+from lm.model.flops import forward_flops_per_token
+from lm.optimizer import make_optimizer
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.stored import read_record
@@ -22,13 +25,13 @@ from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, base_point, trial_at, trials
+from lm.train.loop import PRODUCED, checkpoint_items
 
 START_SECONDS = 20.0  # time to start a stage: process, imports, reading data, compilation
 STEP_EFFICIENCY = 0.2  # speed of a training step as a fraction of that of a large matrix product
 TIMED_SIZE = 768  # rows and columns of the timed matrices
 TIMED_SECONDS = 0.2
 MOST_TRIED = 200  # points of a search's axes that are tried to find one that can run
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def flops(experiment: Experiment, index: int) -> float:
     stage = experiment.stages[index]
     if not stage.objective.trains:
         return 0.0
-    per_token = flops_per_token(stage, experiment.model, experiment.tokenizer.vocab_size)
+    per_token, *_ = _shaped(experiment, stage)
     return stage.steps * updates_per_step(stage) * rows_per_update(stage) * stage.seq_len * per_token
 
 
@@ -199,31 +202,35 @@ def _forward(experiment: Experiment, length: int) -> float:
     return forward_flops_per_token(experiment.model, experiment.tokenizer.vocab_size, length)
 
 
-def parameters(experiment: Experiment) -> int:
-    """Number of parameters of the experiment's language model."""
-    m = experiment.model
-    vocabulary = experiment.tokenizer.vocab_size * m.embed_dim * (1 if m.tied_head else 2)
-    return m.num_layers * (layer_matrices(m) + layer_vectors(m)) + vocabulary + m.embed_dim
-
-
 def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
-    """Size in bytes of the checkpoints kept after a stage finished; for Muon, with one moment per matrix too many."""
+    """Size in bytes of the checkpoints kept after a stage finished: all models, and optimizer state of what trains."""
     if not stage.objective.trains:
         return 0.0
-    kind = experiment.model.param_dtype
-    model = parameters(experiment) * BYTES[kind]
-    masters = 4 if kind != "float32" and stage.optimizer.master_weights else 0
-    moments = parameters(experiment) * (2 * BYTES[stage.optimizer.state_dtype] + masters)
-    models = sum(algorithm_of(stage).trained_model_counts(stage.objective))  # PPO trains a critic too
+    _, model, whole = _shaped(experiment, stage)
     for_good = stage.steps // stage.keep_every if stage.keep_every else 0
     newest = min(stage.keep_last, math.ceil(stage.steps / stage.save_every))
     if not stage.keep_moments:
         return (1 + for_good) * model
-    return (
-        (newest + max(0, for_good - (newest if stage.keep_every == stage.save_every else 0)))
-        * models
-        * (model + moments)
-    )
+    return (newest + max(0, for_good - (newest if stage.keep_every == stage.save_every else 0))) * whole
+
+
+def _shaped(experiment: Experiment, stage: Stage) -> tuple[float, int, int]:
+    """Of a stage that trains: operations a token of an update; bytes of what a checkpoint leaves to others, and of all of it.
+
+    Trials that differ in numbers alone, a learning rate for instance, share what is known.
+    """
+    o = stage.optimizer
+    optimizer = Optimizer(kind=o.kind, state_dtype=o.state_dtype, master_weights=o.master_weights)
+    alike = Stage(stage.name, stage.objective, (), optimizer, seq_len=stage.seq_len, trainable=stage.trainable)
+    return _known(alike, experiment.model, experiment.tokenizer.vocab_size)
+
+
+@functools.cache
+def _known(stage: Stage, model: Model, vocab_size: int) -> tuple[float, int, int]:
+    saved = checkpoint_items(abstract_state(stage, make_optimizer(stage.optimizer, 1), model, vocab_size))
+    sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in saved.items()}
+    produced = sum(size for name, size in sizes.items() if name in PRODUCED)
+    return flops_per_token(stage, model, vocab_size), produced, sum(sizes.values())
 
 
 def _hours(experiment: Experiment, name: str, topology: str) -> float:

@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from lm.algorithms.table import first_state
+from lm.algorithms.table import abstract_model, abstract_state
 from lm.config.objective import ObjectiveConfig
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import (
@@ -72,10 +72,9 @@ def _init(experiment: Experiment, vocab_size: int) -> Transformer:
 
 def check_trained_parts(experiment: Experiment) -> None:
     """Raise UserError for a stage whose `trainable` patterns match no parameter or leave nothing to train."""
-    model = jax.eval_shape(functools.partial(_init, experiment, 1))
     for stage in experiment.stages:
         if stage.trainable:
-            jax.eval_shape(functools.partial(first_state, stage, optax.identity()), model)
+            abstract_state(stage, optax.identity(), experiment.model, 1)
 
 
 def model_before(
@@ -100,8 +99,9 @@ def load_model(
 
 
 def _load(experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
-    shape = jax.eval_shape(functools.partial(_init, experiment, tokenizer.vocab_size))
-    return _restore_models({"policy": shape}, folder, tokenizer, mesh, stage)
+    return _restore_models(
+        {"policy": abstract_model(experiment.model, tokenizer.vocab_size)}, folder, tokenizer, mesh, stage
+    )
 
 
 def load_scorer(

@@ -41,7 +41,6 @@ from lm.experiment import (
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
-from lm.parallel.memory import check_memory
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
 from lm.train.agreement import check_same, check_same_data, check_shared
@@ -50,6 +49,7 @@ from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
 from lm.train.evaluate import Evaluator, check_evals
 from lm.train.loop import Interrupted, RunContext, tidy, train_stage
+from lm.train.memory import check_memory
 from lm.train.metrics import KINDS, read_lines
 from lm.train.models import (
     check_reward_models,

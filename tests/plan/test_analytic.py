@@ -8,7 +8,7 @@ import pytest
 
 from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, UserError
 from lm.files import load
-from lm.model.flops import update_flops_per_token
+from lm.model.flops import forward_flops_per_token
 from lm.overrides import override
 from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
 from lm.plan.analytic import estimate, model_flops
@@ -76,9 +76,10 @@ def test_every_objective_is_planned(name):
     of_pairs = dict.fromkeys(("dpo", "dpo_cached", "dpo_mixed", "cpo", "orpo", "reward_model"), 32)
     rows = {**of_pairs, "grpo": 64}.get(name, 16)
     others = {"dpo": 1, "dpo_mixed": 1, "grpo": 1, "kto": 3}.get(name, 0)
-    models = {"reward_model": (0, 1), "ppo": (1, 1)}.get(name, (1, 0))
-    flops = update_flops_per_token(found.program.model, 1024, 256, others, *models) * rows * 256 / 4
-    assert model_flops(found.program) == pytest.approx(flops)
+    policies, scorers = {"reward_model": (0, 1), "ppo": (1, 1)}.get(name, (1, 0))
+    whole, body = (forward_flops_per_token(found.program.model, size, 256) for size in (1024, 0))
+    per_token = (3 * policies + others) * whole + 3 * scorers * body
+    assert model_flops(found.program) == pytest.approx(per_token * rows * 256 / 4)
 
 
 def test_products_as_executed_are_those_of_the_model_and_of_what_is_recomputed():

@@ -7,8 +7,14 @@ import os
 from typing import Any
 
 import jax
+import optax
 
+from lm.algorithms.table import abstract_model, abstract_state
 from lm.experiment import Experiment, Model, Stage, UserError, rows_per_update
+from lm.model.flops import trains_in_layers
+from lm.model.heads import Scorer, policy_of
+from lm.model.transformer import Transformer, num_params
+from lm.train_step import partition
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -29,9 +35,11 @@ def check_memory(experiment: Experiment, sizes: dict[str, int], vocab_size: int,
         state, activations = least_bytes(experiment.model, stage, sizes, vocab_size)
         if state + activations > have:
             rows = rows_per_update(stage) // stage.microbatches
+            whole, trained = map(num_params, _trained(stage, experiment.model, vocab_size))
+            part = "" if whole == trained else f", {trained:,} of them"
             raise UserError(
                 f"{stage.name} needs at least {(state + activations) / GB:,.1f} GB a device: {state / GB:,.1f} for "
-                f"{num_parameters(experiment.model, vocab_size):,} parameters with gradients and optimizer, "
+                f"{whole:,} parameters{part} with gradients and optimizer, "
                 f"{activations / GB:,.1f} for activations of {rows:,} rows of {stage.seq_len:,} tokens; this machine has "
                 f"{have / GB:,.1f} GB a device: make model.*, {stage.name}.batch_size or {stage.name}.seq_len smaller, or "
                 f"raise {stage.name}.microbatches or mesh.fsdp"
@@ -41,30 +49,31 @@ def check_memory(experiment: Experiment, sizes: dict[str, int], vocab_size: int,
 def least_bytes(model: Model, stage: Stage, sizes: dict[str, int], vocab_size: int) -> tuple[float, float]:
     """Lower bound on a stage's bytes per device: (parameters, gradients and optimizer state; activations).
 
-    Parameters are sharded over all axes but `slices` and `data`. A rematerialised layer saves its input; with
-    remat `offload` only one at a time.
+    Of the model that is trained alone, not of a critic, whose size is not known before. Parameters are sharded over all axes
+    but `slices` and `data`. Only what trains has a gradient and optimizer state. A rematerialised layer saves its input;
+    with remat `offload` only one at a time, and where the backward pass does not go through the layers none.
     """
-    model = stage.objective.trained_model(model)
-    parameters = num_parameters(model, vocab_size) / (
-        sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"]
-    )
-    if not stage.objective.trains:
-        return parameters * BYTES[model.param_dtype], 0.0
+    shards = sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"]
+    whole, trained = _trained(stage, model, vocab_size)
     o, weights = stage.optimizer, BYTES[model.param_dtype]
     moments = (2 if o.kind == "adamw" else 1) * BYTES[o.state_dtype]
     master = 4 if weights < 4 and o.master_weights else 0
+    state = num_params(whole) * weights + num_params(trained) * (weights + moments + master)
     # The rows of a group share the activations of their prompt.
     length = stage.objective.max_new_tokens if stage.objective.samples else stage.seq_len
     tokens = rows_per_update(stage) // stage.microbatches * length / math.prod(sizes.values())
-    layers = 1 if model.remat == "offload" else model.num_layers
-    return parameters * (2 * weights + moments + master), tokens * model.embed_dim * layers * BYTES[model.compute_dtype]
+    layers = 1 if model.remat == "offload" else stage.objective.trained_model(model).num_layers
+    saved = tokens * model.embed_dim * layers * BYTES[model.compute_dtype]
+    return state / shards, saved if trains_in_layers(trained) else 0.0
 
 
-def num_parameters(model: Model, vocab_size: int) -> int:
-    """Number of parameters in the matrices of a language model."""
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = model.embed_dim * (heads + (3 if model.gated_mlp else 2) * model.mlp_dim)
-    return model.num_layers * layer + (1 if model.tied_head else 2) * vocab_size * model.embed_dim
+def _trained(stage: Stage, model: Model, vocab_size: int) -> tuple[Transformer | Scorer, Transformer | Scorer]:
+    """The stage's language or reward model as shapes, and the same with None for each parameter that does not train."""
+    if not stage.objective.trains:
+        whole = abstract_model(model, vocab_size)
+        return whole, jax.tree.map(lambda x: None, whole)
+    models = abstract_state(stage, optax.identity(), model, vocab_size).models
+    return policy_of(models), policy_of(partition(models, stage.trainable)[0])
 
 
 def device_memory() -> int:
