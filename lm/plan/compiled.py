@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from lm.experiment import UserError
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import shardings
 from lm.plan.chips import Topology
+from lm.plan.compiler_text import CompilerFacts, read_compiled, refused_bytes
 from lm.plan.libtpu import VARIABLE, Libtpu, find_libtpu
 from lm.plan.program import Program
 from lm.train.loop import jit_step
@@ -44,13 +44,12 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled step: peak memory of one device, compilation time, and the program's text."""
+    """A compiled step: what its text says, and the compilation time."""
 
-    peak_bytes: int
+    facts: CompilerFacts
     seconds: float  # wall time of tracing, lowering and compiling
     cpu_seconds: float  # CPU time, summed over processors
     compiler: Libtpu  # estimates of different versions are not comparable
-    text: str
 
 
 def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
@@ -74,42 +73,12 @@ def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
-            raise _out_of_memory(str(error)) or error from None
+            if needed := refused_bytes(str(error)):
+                raise OutOfMemory(needed, str(error).splitlines()[0]) from None
+            raise
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
-        text = _text(compiled, Path(dump))
-        allocated = allocated_bytes(Path(dump))
-    memory = compiled.memory_analysis()
-    # The state is donated, so the step's results alias its arguments, except the metrics.
-    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    analysed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
-    return Compiled(allocated or analysed, seconds, cpu_seconds, compiler, text)
-
-
-def allocated_bytes(dump: Path) -> int | None:
-    """HBM in bytes allocated to a program, from the compiler's dumped list of allocations; None if there is none.
-
-    The list is preferred to `memory_analysis`, whose `temp_size_in_bytes` is 20 to 40 % larger in libtpu 0.0.42 (12.3 GB
-    instead of 9.8 for the 0.6B step of experiments/pods). The list agrees with the peak of live buffers and with the size
-    at which the compiler refuses a program (a step of 18.1 GB by `memory_analysis` compiles for 16.9 GB of memory). In
-    libtpu 0.0.52 both are equal.
-    """
-    totals = [_allocated(path.read_text()) for path in dump.glob("*buffer-assignment.txt")]
-    return max(totals, default=None)
-
-
-def _allocated(text: str) -> int:
-    """Sum of the allocations in HBM; those in other memories have a color."""
-    found = re.findall(r"^allocation \d+: size (\d+)(.*)$", text, re.MULTILINE)
-    return sum(int(size) for size, rest in found if not re.match(r", color [1-9]", rest))
-
-
-def _out_of_memory(words: str) -> OutOfMemory | None:
-    """Parse the compiler's error for a too large program, `… (480.00G) exceeds available HBM (15.75G)`; None for others."""
-    found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available HBM", words)
-    if not found:
-        return None
-    scale = 1024 ** ("KMGT".index(found[2]) + 1)
-    return OutOfMemory(int(float(found[1]) * scale), words.splitlines()[0])
+        facts = read_compiled(compiled, Path(dump), compiler.version, program.topology.chip, program.topology.slices)
+    return Compiled(facts, seconds, cpu_seconds, compiler)
 
 
 _loaded: Path | None = None  # the libtpu that this process has loaded, which cannot be replaced
@@ -175,16 +144,3 @@ def without_cpu_flags() -> Iterator[None]:
         yield
     finally:
         os.environ["XLA_FLAGS"] = given
-
-
-def _text(compiled: Any, dump: Path) -> str:
-    """Text of the scheduled module; from the compiler's dump if `as_text` fails, as for programs that use SparseCore."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        texts = sorted(dump.glob("*.txt"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in texts:
-            text = path.read_text()
-            if "estimated_cycles" in text and "ENTRY" in text:
-                return text
-        raise

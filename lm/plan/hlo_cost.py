@@ -28,7 +28,6 @@ from lm.plan.chips import Chip
 from lm.plan.hlo_loops import trip_count
 from lm.plan.hlo_text import Instruction, Module
 from lm.plan.hlo_work import (
-    RING,
     Work,
     collective_kind,
     group_size,
@@ -37,7 +36,7 @@ from lm.plan.hlo_work import (
     rendezvous,
     wire_seconds,
 )
-from lm.plan.kernels import HOST_RATE, KERNEL_EFFICIENCY
+from lm.plan.kernels import HOST_RATE, KERNEL_EFFICIENCY, RING
 
 SMALL = 4096  # bytes: results up to this size stay in registers or scalar memory
 

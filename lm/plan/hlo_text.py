@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 ITEM_BYTES = {
     "token": 0, "pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2,
@@ -96,11 +94,6 @@ class Module:
         """The operands of an instruction that are in its own computation."""
         inside = self.computations[computation]
         return [inside[name] for name in instruction.operands if name in inside]
-
-
-def read_text(path: Path) -> str:
-    """Read a text file, plain or gzipped (.gz)."""
-    return gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
 
 
 def parse(text: str) -> Module:

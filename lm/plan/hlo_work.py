@@ -8,21 +8,12 @@ import re
 from dataclasses import dataclass
 
 from lm.plan.hlo_text import Instruction, Module, array_bytes, dimensions
-from lm.plan.kernels import splash_flops
+from lm.plan.kernels import RING, splash_flops
 
 COLLECTIVES = frozenset(
     ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
      "collective-broadcast")
 )  # fmt: skip
-
-# Bytes sent by one device / bytes of the payload, on a ring of n devices. A permutation uses one link in both directions.
-RING = {
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n / 2,
-    "ragged-all-to-all": lambda n: (n - 1) / n / 2,
-}
 
 
 def collective_kind(op: str) -> str | None:

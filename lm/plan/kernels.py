@@ -11,6 +11,14 @@ HOST_RATE = 16e9  # bytes/s between a device and its host's memory
 # q, k and v; the module then has no kernel for dq.
 SPLASH = {"fwd": 4, "dq": 6, "dkv": 8, "fused": 10}
 
+# Bytes sent by one device / bytes of the payload, on a ring of n devices. A permutation uses one link in both directions.
+RING = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n / 2,
+    "ragged-all-to-all": lambda n: (n - 1) / n / 2,
+}
 
 KERNEL_EFFICIENCY = 0.5  # assumed fraction of the peak that attention kernels reach (0.4 to 0.7 is usual)
 
@@ -18,12 +26,12 @@ KERNEL_EFFICIENCY = 0.5  # assumed fraction of the peak that attention kernels r
 def splash_flops(name: str, arrays: Sequence[Sequence[int]], notes: str, fused_backward: bool) -> float:
     """FLOPs of one call of a splash-attention kernel with a causal mask on one device; 0 for any other kernel.
 
-    Counts executed FLOPs: every block that has a pair on or below the diagonal counts fully. Windows are not known here,
-    so a kernel with a window is counted as one without.
+    Counts executed FLOPs: every block that has a pair shown by the mask and the window counts fully.
 
     Args:
         arrays: shapes of the floating-point operands, queries and keys first: [..., T, K].
-        notes: the kernel's metadata, which has its block sizes.
+        notes: the kernel's metadata, which has its block sizes and its window (jax's own kernel has no window there, and
+            is counted as one without).
         fused_backward: whether one backward kernel computes all gradients.
     """
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
@@ -38,6 +46,11 @@ def splash_flops(name: str, arrays: Sequence[Sequence[int]], notes: str, fused_b
     length = key[-2]
     rows, columns = (max(1, length // (int(found.get(f"block_{side}{suffix}", 0)) or length)) for side in ("q", "kv"))
     height, width = length // rows, length // columns
-    live = sum(1 for row in range(rows) for column in range(columns) if column * width < (row + 1) * height)
+    window = int(found.get("window", 0)) or length
+    live = sum(
+        column * width < (row + 1) * height and (column + 1) * width > row * height - window + 1
+        for row in range(rows)
+        for column in range(columns)
+    )
     factor = SPLASH["fused" if kind[1] == "dkv" and fused else kind[1]]
     return factor * math.prod(query) * length * live / (rows * columns)

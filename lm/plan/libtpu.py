@@ -14,8 +14,6 @@ from packaging.specifiers import SpecifierSet
 from lm.experiment import UserError
 
 LIBRARY = "libtpu.so"
-READ = SpecifierSet(">=0.0.42,<0.0.53")
-"""The libtpu versions with which lm/plan/hlo_text.py and compiled.py (which read its text) have been tested."""
 VARIABLE = "TPU_LIBRARY_PATH"  # environment variable that jax prefers to the installed package
 INSTALL = "pip install 'lm[plan]'"
 OTHER = "pip install --no-deps --target DIR libtpu==VERSION"
@@ -36,14 +34,11 @@ class Libtpu:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings: TPU hosts with this jax run another version, or this version's text has not been tested."""
-        lines = []
-        if self.version is None or not self.asked.contains(self.version, prereleases=True):
-            hosts = f"hosts with jax {version('jax')} run libtpu {self.asked}, whose figures may differ"
-            lines.append(f"compiled with {self.name}; {hosts}")
-        if self.version is None or not READ.contains(self.version, prereleases=True):
-            lines.append(f"its text was read as that of libtpu {READ}, the versions that lm has been tested with")
-        return lines
+        """A warning if TPU hosts with this jax run another version."""
+        if self.version is not None and self.asked.contains(self.version, prereleases=True):
+            return []
+        hosts = f"hosts with jax {version('jax')} run libtpu {self.asked}, whose figures may differ"
+        return [f"compiled with {self.name}; {hosts}"]
 
 
 def find_libtpu(given: str | None) -> Libtpu:

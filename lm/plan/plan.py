@@ -10,8 +10,7 @@ from typing import Any
 from lm.plan import analytic
 from lm.plan.analytic import Memory, model_flops
 from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
-from lm.plan.hlo_cost import CompiledCost, estimate
-from lm.plan.hlo_text import parse
+from lm.plan.compiler_text import untested
 from lm.plan.kernels import KERNEL_EFFICIENCY
 from lm.plan.libtpu import find_libtpu
 from lm.plan.program import Program
@@ -155,27 +154,27 @@ def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = 
         # The compiler's message counts temporaries only, without the arguments.
         needed = error.needed + arithmetic.memory.state + arithmetic.memory.batch
         notes = (str(error), "the compiler gave no program, so the time is by arithmetic", *compiler.notes)
+        notes += untested(compiler.version)
         return dataclasses.replace(
             arithmetic, source="compiled", update_bytes=needed, notes=notes, compiler=compiler.name
         )
     if hlo:
-        save_text(compiled.text, hlo)
-    cost = estimate(parse(compiled.text), program.topology.chip, program.topology.slices)
-    return _compiled(arithmetic, compiled, cost)
+        save_text(compiled.facts.text, hlo)
+    return _compiled(arithmetic, compiled)
 
 
-def _compiled(arithmetic: Plan, compiled: Compiled, cost: CompiledCost) -> Plan:
-    topology = arithmetic.program.topology
+def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
+    topology, cost = arithmetic.program.topology, compiled.facts.cost
     notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
     notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []
     notes += [CAVEATS["network"]] if topology.slices > 1 else []
-    notes += compiled.compiler.notes
+    notes += [*compiled.compiler.notes, *compiled.facts.notes]
     notes += [f"not counted: kernels {', '.join(cost.unpriced_kernels)}"] * bool(cost.unpriced_kernels)
     notes += [f"counted as one iteration: loops {', '.join(cost.unknown_loops)}"] * bool(cost.unknown_loops)
     return Plan(
         program=arithmetic.program,
         source="compiled",
-        update_bytes=compiled.peak_bytes,
+        update_bytes=compiled.facts.peak_bytes,
         step_s=cost.schedule_s,
         bound_s=cost.bound_s,
         compile_s=compiled.seconds,

@@ -13,7 +13,7 @@ from lm.algorithms.table import algorithm_of
 from lm.model.flops import trains_in_layers
 from lm.model.heads import policy_of
 from lm.parallel.rules import RULES, ways
-from lm.plan.hlo_work import RING
+from lm.plan.kernels import RING
 from lm.plan.one_device import local_batch, one_device
 from lm.plan.program import Program
 from lm.plan.usage import Usage

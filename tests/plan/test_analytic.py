@@ -4,10 +4,12 @@ import dataclasses
 import typing
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, UserError
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Layer, Model, Pretrain, RewardModel, UserError
 from lm.files import load
+from lm.model.attention import attention_mask
 from lm.model.flops import forward_flops_per_token
 from lm.overrides import override
 from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
@@ -80,6 +82,24 @@ def test_every_objective_is_planned(name):
     whole, body = (forward_flops_per_token(found.program.model, size, 256) for size in (1024, 0))
     per_token = (3 * policies + others) * whole + 3 * scorers * body
     assert model_flops(found.program) == pytest.approx(per_token * rows * 256 / 4)
+
+
+@pytest.mark.parametrize("window", [1, 2, 128, 129, 130, 300, 512, 4096])
+def test_a_kernel_with_a_window_is_counted_by_the_blocks_that_it_shows(window):
+    """Of a pattern each layer by its own; a block of which the window shows one pair is computed whole."""
+    places, blocks = jnp.arange(512)[None], (128,) * 4
+
+    def shown(window):
+        mask = attention_mask(places, places, places * 0, places * 0, window)[0]
+        return int(mask.reshape(4, 128, 4, 128).any((1, 3)).sum())
+
+    def counted(*windows):
+        pattern = tuple(Layer(window=window) for window in windows)
+        model = {"pattern": pattern, "attention_blocks": blocks, "max_len": 512}
+        value = experiment(model=model, seq_len=512)
+        return estimate(resolve(value, value.stages[0], SMALL)).kernel_flops
+
+    assert counted(window, 0) / counted(0, 0) == pytest.approx((shown(window) + shown(0)) / (2 * shown(0)))
 
 
 def test_products_as_executed_are_those_of_the_model_and_of_what_is_recomputed():

@@ -101,7 +101,7 @@ def attention(
         out_specs=[of_queries, number],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((rows, tiles.q), jnp.float32) for rows in (1, 1, d)],
-        name="splash_mha_fwd", tiles=tiles, sums=0, interpret=interpret,
+        name="splash_mha_fwd", tiles=tiles, shown=shown, sums=0, interpret=interpret,
     )  # fmt: skip
     out, logsumexp = call(sides.q_places, sides.k_places, q, k, v, *_segments(sides))
     return out, logsumexp[:, :, 0]
@@ -158,7 +158,7 @@ def gradients(
         out_specs=[to_queries, to_keys, to_keys],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
         scratch_shapes=[pltpu.VMEM((size, d), jnp.float32) for size in (t, s, s)],
-        name="splash_mha_dkv", tiles=tiles, sums=(t + 2 * s) * d * 4, interpret=interpret,
+        name="splash_mha_dkv", tiles=tiles, shown=shown, sums=(t + 2 * s) * d * 4, interpret=interpret,
     )  # fmt: skip
     numbers = logsumexp[:, :, None], delta[:, :, None]
     return call(sides.q_places, sides.k_places, q, k, v, *_segments(sides), *numbers, d_out)
@@ -166,7 +166,7 @@ def gradients(
 
 def _call(
     kernel: Any, grid: tuple[int, ...], parallel: int, *, in_specs: list, out_specs: list, out_shape: list,
-    scratch_shapes: list, name: str, tiles: Tiles, sums: int, interpret: bool,
+    scratch_shapes: list, name: str, tiles: Tiles, shown: Shown, sums: int, interpret: bool,
 ) -> Any:  # fmt: skip
     """A kernel over a grid, the first `parallel` axes of which are independent; its first inputs are the places.
 
@@ -177,9 +177,10 @@ def _call(
     from jax.experimental.pallas import tpu as pltpu
 
     order: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
-    # Estimators know attention kernels by their names, and their blocks by this.
+    # Estimators know attention kernels by their names, their blocks and window by this.
     suffix = "_dkv" if name.endswith("_dkv") else ""
     sizes = {f"block_q{suffix}": tiles.q, f"block_kv{suffix}": tiles.kv, f"block_kv{suffix}_compute": tiles.compute}
+    sizes |= {"window": shown.window} if shown.window else {}
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
