@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm.choices.log import CHOICES, Log, Record, excerpt, is_strength
+from lm.choices.log import CHOICES, Log, Record, is_strength
 from lm.choices.pairs import Answer, Pair, on_the_left, shuffled
+from lm.config.field import shown
 from lm.experiment import UserError
 
 LONGEST_COMMENT = 4_000
@@ -68,7 +69,7 @@ def clean_name(name: Any) -> str:
     """
     cleaned = " ".join(unicodedata.normalize("NFC", name).split()) if isinstance(name, str) else ""
     if not 0 < len(cleaned) <= LONGEST_NAME or not cleaned.isprintable():
-        raise UserError(f"the name is {excerpt(name)}; it must have 1 to {LONGEST_NAME} letters")
+        raise UserError(f"the name is {shown(name)}; it must have 1 to {LONGEST_NAME} letters")
     return cleaned
 
 
@@ -132,7 +133,7 @@ class Desk:
         _check(choice, strength, comment)
         with self._mutex:
             if not isinstance(pair, str) or pair not in self._pairs:
-                raise UserError(f"there is no pair {excerpt(pair)} in this task: load the page again")
+                raise UserError(f"there is no pair {shown(pair)} in this task: load the page again")
             known = self._chosen.get(annotator, {}).get(pair)
             given = {"choice": choice, "strength": strength, "comment": comment}
             if known is None:
@@ -167,13 +168,13 @@ class Desk:
             OSError: it could not be written; nothing has changed.
         """
         if type(of) is not int:
-            raise UserError(f"the choice to undo is {excerpt(of)}; it must be a choice's number")
+            raise UserError(f"the choice to undo is {shown(of)}; it must be a choice's number")
         with self._mutex:
             last = self._last(annotator)
             if any(record["kind"] == "undo" and record["of"] == of for record in reversed(self.log.records)):
                 return self._show(annotator, address)
             if last is None or last["id"] != of:
-                raise UserError(f"choice {excerpt(of)} is not the last one of {annotator}: load the page again")
+                raise UserError(f"choice {shown(of)} is not the last one of {annotator}: load the page again")
             self.log.append({"kind": "undo", "time": _now(), "annotator": annotator, "of": of})
             del self._chosen[annotator][last["pair"]]
             self._votes[last["pair"]] -= last["choice"] != "skip"
@@ -287,9 +288,9 @@ class Desk:
 
 def _check(choice: Any, strength: Any, comment: Any) -> None:
     if choice not in CHOICES:
-        raise UserError(f"the choice is {excerpt(choice)}; it must be one of {', '.join(CHOICES)}")
+        raise UserError(f"the choice is {shown(choice)}; it must be one of {', '.join(CHOICES)}")
     if not is_strength(strength):
-        raise UserError(f"the strength is {excerpt(strength)}; it must be one of 1, 2, 3, or none")
+        raise UserError(f"the strength is {shown(strength)}; it must be one of 1, 2, 3, or none")
     if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT:
         raise UserError(f"the comment must be a text of at most {LONGEST_COMMENT} characters")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm.config.field import shown
 from lm.experiment import UserError
 from lm.stored import take_lock
 
@@ -80,19 +81,11 @@ def fault_of(record: Any) -> str:
         return "it is not a JSON object"
     kind = record.get("kind")
     if not isinstance(kind, str) or kind not in FIELDS:
-        return f"kind is {excerpt(kind)}"
+        return f"kind is {shown(kind)}"
     return next(
-        (f"{name} is {excerpt(record.get(name))}" for name, good in FIELDS[kind].items() if not good(record.get(name))),
+        (f"{name} is {shown(record.get(name))}" for name, good in FIELDS[kind].items() if not good(record.get(name))),
         "",
     )
-
-
-def excerpt(value: Any) -> str:
-    """Any value as text of at most 60 characters."""
-    try:
-        return f"{value!r:.60}"
-    except (ValueError, RecursionError):  # a whole number of thousands of digits, a list in a list in a list …
-        return f"a {type(value).__name__} too long to show"
 
 
 class Contents(NamedTuple):

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from lm.config.field import shown
 from lm.config.model import LAYER_FIELDS
 from lm.experiment import Layer, Model, UserError, from_dict, to_dict
 from lm.model.families import FAMILIES
@@ -88,10 +89,10 @@ def read_config(config: Any, where: str = "config.json") -> tuple[Model, int]:
 
 def _read_config(config: Any) -> tuple[Model, int]:
     if not isinstance(config, dict):
-        raise UserError(f"holds {_shown(config)}; it should be a JSON object")
+        raise UserError(f"holds {shown(config)}; it should be a JSON object")
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"model_type is {_shown(name)}; there are {', '.join(FAMILIES)}")
+        raise UserError(f"model_type is {shown(name)}; there are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     _refuse_features(config, family)
     config = {**family.defaults, **config}
@@ -231,13 +232,11 @@ def _kinds(config: Plain, family: Family, count: int) -> list[str]:
     if types is None:
         slides = family.slides if config.get("sliding_window") is not None else None
         if (every := config.get("sliding_window_pattern")) is not None and (type(every) is not int or every < 1):
-            raise UserError(f"sliding_window_pattern is {_shown(every)}; it should be a whole number from 1")
+            raise UserError(f"sliding_window_pattern is {shown(every)}; it should be a whole number from 1")
         return [LOCAL if slides is not None and slides(config, layer) else FULL for layer in range(count)]
     allowed = (FULL,) if family.slides is None else (FULL, LOCAL)
     if not isinstance(types, list) or any(one not in allowed for one in types):
-        raise UserError(
-            f"layer_types is {_shown(types)}; the layers of {family.model_type} have {' or '.join(allowed)}"
-        )
+        raise UserError(f"layer_types is {shown(types)}; the layers of {family.model_type} have {' or '.join(allowed)}")
     if len(types) != count:
         raise UserError(f"layer_types has {len(types)} entries for {count} layers")
     if LOCAL in types and config.get("sliding_window") is None:
@@ -254,7 +253,7 @@ def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
     if not isinstance(given, dict) or not {FULL, LOCAL} & set(given):
         given = {FULL: given}
     if strange := sorted(set(given) - {FULL, LOCAL}):
-        raise UserError(f"rope_parameters has {', '.join(map(_shown, strange))}, which the reader does not use")
+        raise UserError(f"rope_parameters has {', '.join(map(shown, strange))}, which the reader does not use")
     full = {name: config.get(name) for name in ("rope_scaling", "rope_theta")}
     local = {"rope_theta": config.get("rope_local_base_freq"), "rope_parameters": given.get(LOCAL)}
     return _rope(full | {"rope_parameters": given.get(FULL)}), _rope(local)
@@ -278,11 +277,11 @@ def _refuse_features(config: Plain, family: Family) -> None:
     for name, values in only.items():
         value = config.get(name)
         if name not in family.fields and value is not None and value not in values:
-            raise UserError(f"{name} is {_shown(value)}; the model has {_shown(values[0])} only")
+            raise UserError(f"{name} is {shown(value)}; the model has {shown(values[0])} only")
     window, used = config.get("sliding_window"), config.get("use_sliding_window")
     if family.slides is None and (used or (window is not None and used is None)):
         raise UserError(
-            f"sliding_window is {_shown(window)} and use_sliding_window {_shown(used)}; {family.model_type} with a "
+            f"sliding_window is {shown(window)} and use_sliding_window {shown(used)}; {family.model_type} with a "
             "sliding window is not read (use_sliding_window false says that it is not used)"
         )
     known = {*USED, *only, *HARMLESS, *family.fields, *family.ignored, family.activation}
@@ -291,7 +290,7 @@ def _refuse_features(config: Plain, family: Family) -> None:
     if strange:
         more = f" and {len(strange) - 10} more fields" if len(strange) > 10 else ""
         which = ", ".join(
-            f"{name if name.isidentifier() else repr(name)} {_shown(config[name])}" for name in strange[:10]
+            f"{name if name.isidentifier() else repr(name)} {shown(config[name])}" for name in strange[:10]
         )
         raise UserError(f"the reader does not know {which}{more}, which may change the model; remove what does not")
 
@@ -303,26 +302,26 @@ def _rope(config: Plain) -> Plain:
     places = {"rope_scaling": config.get("rope_scaling"), "rope_parameters": config.get("rope_parameters")}
     for place, value in {"rope_theta": {"rope_theta": theta} if theta is not None else None, **places}.items():
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{place} is {_shown(value)}; it should be an object")
+            raise UserError(f"{place} is {shown(value)}; it should be an object")
         given = {"rope_type" if name == "type" else name: one for name, one in (value or {}).items() if one is not None}
         for name, one in given.items():
             if name in found and found[name] != one:
-                raise UserError(f"{place} has {name} {_shown(one)}, and another field has {_shown(found[name])}")
+                raise UserError(f"{place} has {name} {shown(one)}, and another field has {shown(found[name])}")
         found |= given
     partial = found.pop("partial_rotary_factor", 1.0)
     if partial not in ONLY["partial_rotary_factor"]:
-        raise UserError(f"partial_rotary_factor is {_shown(partial)}; the model has 1 only")
+        raise UserError(f"partial_rotary_factor is {shown(partial)}; the model has 1 only")
     return found
 
 
 def _rope_scaling(rope: Plain) -> tuple[float, ...]:
     kind = rope.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in ROPES:
-        raise UserError(f"rope scaling {_shown(kind)}; there are {', '.join(ROPES)}")
+        raise UserError(f"rope scaling {shown(kind)}; there are {', '.join(ROPES)}")
     names = ROPES[kind]
     strange = sorted(set(rope) - {"rope_type", "rope_theta", *names})
     if strange:
-        raise UserError(f"rope type {kind} has {', '.join(map(_shown, strange))}, which the reader does not use")
+        raise UserError(f"rope type {kind} has {', '.join(map(shown, strange))}, which the reader does not use")
     missing = [name for name in names if name not in rope]
     if missing:
         raise UserError(f"rope type {kind} lacks {', '.join(missing)}")
@@ -349,24 +348,24 @@ def _size(config: Plain, name: str) -> int:
     if value is None and name in OPTIONAL:
         return 0
     if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
-        what = "is missing" if name not in config else f"is {_shown(value)}"
+        what = "is missing" if name not in config else f"is {shown(value)}"
         raise UserError(f"{name} {what}; it should be a whole number from 1 to {LARGEST_SIZE}")
     return value
 
 
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"{name} is {_shown(value)}; it should be a number above 0")
+        raise UserError(f"{name} is {shown(value)}; it should be a number above 0")
     try:
         return float(value)
     except OverflowError:
-        raise UserError(f"{name} is {_shown(value)}; it is too large") from None
+        raise UserError(f"{name} is {shown(value)}; it is too large") from None
 
 
 def _flag(config: Plain, name: str) -> bool:
     value = _given(config, name, False)
     if not isinstance(value, bool):
-        raise UserError(f"{name} is {_shown(value)}; it should be true or false")
+        raise UserError(f"{name} is {shown(value)}; it should be true or false")
     return value
 
 
@@ -382,14 +381,5 @@ def _same(config: Plain, theirs: str, ours: tuple[str, ...]) -> list[tuple[str, 
 def _activation(config: Plain, name: str) -> Any:
     value = _given(config, name, "gelu_pytorch_tanh" if name == "hidden_activation" else "silu")
     if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise UserError(f"{name} is {_shown(value)}; there are {', '.join(ACTIVATIONS)}")
+        raise UserError(f"{name} is {shown(value)}; there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
-
-
-def _shown(value: Any) -> str:
-    """A value in at most 60 characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits, a list in a list in a list …
-        return f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32, PRNGKeyArray
 
+from lm.config.field import shown
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, ColumnNeed
 from lm.data.chat import check_conversation, prompt_messages, render
@@ -28,7 +29,7 @@ from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
-from lm.rollout.rewards import compute_rewards, reward_problem, shortened
+from lm.rollout.rewards import compute_rewards, reward_problem
 from lm.rollout.timed import limited
 from lm.rollout.trajectory import AUTHORS, ENVIRONMENT, LENGTH, MODEL, PROMPT, STOP, TIMEOUT, Trajectory, prompt_text
 from lm.rollout.verifiers import declared_columns, find_verifier, needed_columns
@@ -295,7 +296,7 @@ def _reply(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
     outcome = limited(spec.seconds, episode.environment.step, episode.text)
     where = f"{spec.where}: {type(episode.environment).__name__}.step"
     if outcome.error:
-        raise UserError(f"{where} raised {outcome.error} at the completion {shortened(episode.text)}")
+        raise UserError(f"{where} raised {outcome.error} at the completion {shown(episode.text)}")
     if outcome.timed_out or outcome.value is None:
         return TIMEOUT if outcome.timed_out else None
     if not isinstance(outcome.value, list | tuple):
@@ -355,6 +356,6 @@ def _rewards(spec: EnvironmentSpec, episode: Episode) -> RewardsByName | None:
     if problem:
         raise UserError(
             f"{spec.where}: {type(episode.environment).__name__}.reward {problem} for the completion "
-            f"{shortened(episode.text)} to the prompt {shortened(episode.first_prompt)}; rewards are finite numbers by name"
+            f"{shown(episode.text)} to the prompt {shown(episode.first_prompt)}; rewards are finite numbers by name"
         )
     return {str(name): float(value) for name, value in found.items()}

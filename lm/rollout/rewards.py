@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from lm.config.field import shown
 from lm.data.chat import prompt_messages
 from lm.data.workers import cores
 from lm.experiment import UserError
@@ -20,7 +21,6 @@ from lm.user_functions import is_function_name
 
 SECONDS = 10.0  # that a verifier may take for one completion
 LARGEST = 1e9  # beyond this the spread of a group of rewards loses its digits in float32
-SHOWN = 60  # characters of a prompt or a completion in a message
 
 
 class Rewards(NamedTuple):
@@ -54,8 +54,8 @@ def compute_rewards(
         )
         if problem:
             raise UserError(
-                f"{where}: verifier {name!r} {problem} for the completion {shortened(completion)} to the prompt "
-                f"{shortened(_prompt(row))}; a reward is a finite number"
+                f"{where}: verifier {name!r} {problem} for the completion {shown(completion)} to the prompt "
+                f"{shown(_prompt(row))}; a reward is a finite number"
             )
     values = np.array([0.0 if outcome.timed_out else outcome.value for outcome in outcomes], np.float32)
     return Rewards(values, np.array([outcome.timed_out for outcome in outcomes], bool))
@@ -93,11 +93,6 @@ def _workers() -> tuple[TimedWorker, ...]:
     for worker in workers:
         atexit.register(worker.close)
     return workers
-
-
-def shortened(text: str) -> str:
-    """A text in quotes, cut to what fits in a message."""
-    return repr(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…")
 
 
 def reward_problem(value: Any) -> str:
