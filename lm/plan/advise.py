@@ -33,7 +33,7 @@ class Change:
 
 @functools.lru_cache(maxsize=256)
 def plan_stage(experiment: Experiment, name: str, topology: Topology) -> Plan:
-    """The plan of a stage by arithmetic.
+    """Plan a stage by arithmetic (cached).
 
     Raises:
         UserError: the mesh does not fit the topology, the model or the batch.
@@ -42,7 +42,7 @@ def plan_stage(experiment: Experiment, name: str, topology: Topology) -> Plan:
 
 
 def with_mesh(experiment: Experiment, plan: Plan) -> Experiment:
-    """The experiment with the layout of a plan."""
+    """The experiment with the mesh of a plan."""
     return dataclasses.replace(experiment, mesh=plan.program.mesh)
 
 

@@ -1,1 +1,1 @@
-"""Sweeps: axes, trials, the workers that run them, and what may be concluded from their results."""
+"""Sweeps: axes, trials, the workers that run them, and the statistical comparison of their results."""

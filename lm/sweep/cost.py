@@ -174,7 +174,7 @@ def flops(experiment: Experiment, index: int) -> float:
     stage = experiment.stages[index]
     if not stage.objective.trains:
         return 0.0
-    per_token, *_ = _shaped(experiment, stage)
+    per_token, *_ = _shape_costs(experiment, stage)
     return stage.steps * updates_per_step(stage) * rows_per_update(stage) * stage.seq_len * per_token
 
 
@@ -206,7 +206,7 @@ def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
     """Size in bytes of the checkpoints kept after a stage finished: all models, and optimizer state of what trains."""
     if not stage.objective.trains:
         return 0.0
-    _, model, whole = _shaped(experiment, stage)
+    _, model, whole = _shape_costs(experiment, stage)
     for_good = stage.steps // stage.keep_every if stage.keep_every else 0
     newest = min(stage.keep_last, math.ceil(stage.steps / stage.save_every))
     if not stage.keep_moments:
@@ -214,19 +214,19 @@ def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
     return (newest + max(0, for_good - (newest if stage.keep_every == stage.save_every else 0))) * whole
 
 
-def _shaped(experiment: Experiment, stage: Stage) -> tuple[float, int, int]:
-    """Of a stage that trains: operations a token of an update; bytes of what a checkpoint leaves to others, and of all of it.
+def _shape_costs(experiment: Experiment, stage: Stage) -> tuple[float, int, int]:
+    """Shape-dependent costs of a stage that trains: FLOPs per token of an update, bytes of a checkpoint's models, and of all of it.
 
-    Trials that differ in numbers alone, a learning rate for instance, share what is known.
+    Cached, so that trials that differ in numbers only, such as a learning rate, share the computation.
     """
     o = stage.optimizer
     optimizer = Optimizer(kind=o.kind, state_dtype=o.state_dtype, master_weights=o.master_weights)
     alike = Stage(stage.name, stage.objective, (), optimizer, seq_len=stage.seq_len, trainable=stage.trainable)
-    return _known(alike, experiment.model, experiment.tokenizer.vocab_size)
+    return _cached_costs(alike, experiment.model, experiment.tokenizer.vocab_size)
 
 
 @functools.cache
-def _known(stage: Stage, model: Model, vocab_size: int) -> tuple[float, int, int]:
+def _cached_costs(stage: Stage, model: Model, vocab_size: int) -> tuple[float, int, int]:
     saved = checkpoint_items(abstract_state(stage, make_optimizer(stage.optimizer, 1), model, vocab_size))
     sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in saved.items()}
     produced = sum(size for name, size in sizes.items() if name in PRODUCED)

@@ -41,7 +41,7 @@ class PairScores:
     remark: str
 
     def to_json(self) -> dict[str, Any]:
-        """One plain object."""
+        """The result as a plain object for JSON."""
         found = {
             name: value._asdict() if hasattr(value, "_asdict") else value
             for name, value in self.worth._asdict().items()
