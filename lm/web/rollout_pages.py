@@ -62,6 +62,7 @@ class StagePages:
     pages: list[Page]
     shown: int
     kept: int
+    missing: list[int]
 
 
 def write_rollout_pages(run: Run, fill: Callable[..., str], steps: range | None = None) -> list[StagePages]:
@@ -112,7 +113,9 @@ def _write_stage(run: Run, stage: str, files: list[Path], fill: Callable[..., st
     for path in folder.iterdir():
         if path.name not in written and path.suffix in (".html", ".tmp"):
             path.unlink()
-    return StagePages(stage, pages, len(chosen), len(files))
+    there = {step_of(path) for path in files}
+    missing = sorted(set(range(min(there), max(there))) - there)
+    return StagePages(stage, pages, len(chosen), len(files), missing)
 
 
 def _spread(files: list[Path]) -> list[Path]:

@@ -72,3 +72,11 @@ def test_no_pages_are_left_of_another_choice(folder):
     half.write_text("half")
     write_report(folder, range(1, 2))
     assert {int(step) for step, _ in shown(folder)} == {1} and not half.exists()
+
+
+def test_a_step_whose_file_is_gone_from_the_middle_is_told(folder):
+    assert "Trajectory files are missing" not in write_report(folder).read_text("utf-8")
+    for path in trajectory_files(folder / "stages" / "reason")[3:5]:
+        path.unlink()
+    told = "Trajectory files are missing: of 2 steps between those kept, the first of them step 4."
+    assert told in write_report(folder).read_text("utf-8")
