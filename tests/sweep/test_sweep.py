@@ -194,7 +194,7 @@ def test_a_sweep_that_cannot_work_leaves_no_folder(tmp_path, monkeypatch, capsys
 
 
 def test_a_worker_that_cannot_work_is_not_started_again(capfd):
-    with pytest.raises(UserError, match="worker 1 cannot work"):
+    with pytest.raises(UserError, match="worker 1 stopped with the error above"):
         pool(["sweep", "nowhere.py"], 1)
     assert capfd.readouterr().err.count("lm: error") == 1
 
