@@ -200,12 +200,14 @@ class Progress:
             tokens: tokens per step.
         """
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
-        numbers = f"{shown}  {self.rate(step, tokens):,.0f} tokens/s  {_duration(self.seconds_left(step))} left"
+        rate, left = f"{self.rate(step, tokens):,.0f} tokens/s", f"{_duration(self.seconds_left(step))} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(
+                self._task, completed=step, numbers=f"{left}  {shown}  {rate}"
+            )  # a narrow terminal cuts the end
         elif self.active and (step >= self.total or time.monotonic() - self._printed >= PLAIN_EVERY_SECONDS):
             self._printed = time.monotonic()
-            print(f"{self.label}  step {step}/{self.total}  {numbers}", flush=True)
+            print(f"{self.label}  step {step}/{self.total}  {shown}  {rate}  {left}", flush=True)
 
     def show_activity(self, text: str) -> None:
         """Show the activity between two steps: `compiling`, `evaluating 3/12: docs`.
@@ -282,9 +284,14 @@ def _first_process() -> bool:
 def _rich_bar(label: str, total: int, start: int) -> tuple[Any, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
+    name, count = (Column(no_wrap=True, min_width=width) for width in (min(len(label), 24), 2 * len(str(total)) + 1))
     bar = RichProgress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}")
+        TextColumn("{task.description}", table_column=name),
+        BarColumn(),
+        MofNCompleteColumn(table_column=count),
+        TextColumn("{task.fields[numbers]}"),
     )
     return bar, bar.add_task(label, total=total, completed=start, numbers="compiling")
 

@@ -1,7 +1,9 @@
 """Lines are whole, valid and consistent with the step that a run goes on from; progress says where it stands."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich
+from rich.console import Console
 
 from lm.experiment import UserError
 from lm.json_lines import JsonLines, checksums, read_json_lines, rewrite_json_lines
@@ -189,6 +193,18 @@ def test_plain_progress_shows_the_first_and_last_step_and_where_it_stands(capsys
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("sft  step 1/4  loss 1.235  reward 0.5  ") and "? left" in first
     assert last.startswith("sft  step 4/4") and "tokens/s" in last and "0:00 left" in last
+
+
+def test_a_terminal_of_80_columns_shows_stage_step_and_time_left(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(rich, "_console", Console(file=written, width=80, force_terminal=True))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress = Progress("preference", total=2000)
+    progress.update(1, {"loss": 0.6931}, tokens=4096)
+    progress.update(1500, {"loss": 0.6931, "reward": 0.5, "reward_accuracy": 0.625}, tokens=4096)
+    progress.close()
+    last = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.getvalue()).strip())[-1]
+    assert len(last) <= 80 and re.match(r"preference +1500/2000 0:00 left  loss 0\.6931  reward 0\.5", last), last
 
 
 def test_compiling_and_evaluating_are_plain_lines_at_a_bounded_rate(monkeypatch, capsys):
