@@ -1,4 +1,4 @@
-"""Everything about an experiment that can be wrong without looking at data or devices: `check` says what, in one line."""
+"""Checks of an experiment that need neither data nor devices; `check` raises a one-line UserError."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lm.experiment import (
 
 
 def check(experiment: Experiment) -> Experiment:
-    """The experiment, read strictly, if nothing is wrong with it that shows without looking at data or devices.
+    """Validate an experiment as far as is possible without data or devices, and return it.
 
     Raises:
         UserError: names the field, its value and what would work.
@@ -38,9 +38,7 @@ def check(experiment: Experiment) -> Experiment:
         _check_stage(stage, m)
         _check_earlier(experiment.stages[:number], stage)
         for name in set(stage.evals) - set(known):
-            raise UserError(
-                f"{stage.name}.evals names {name!r}; the experiment's evals are {', '.join(known) or 'none'}"
-            )
+            raise UserError(f"{stage.name}.evals has {name!r}; the experiment's evals are {', '.join(known) or 'none'}")
     makers = [stage.name for stage in experiment.stages if stage.objective.produces == "rows"]
     for item in experiment.evals:
         _check_eval(item, m, makers)
@@ -51,13 +49,13 @@ def check(experiment: Experiment) -> Experiment:
 def _check_names(experiment: Experiment) -> None:
     names = [stage.name for stage in experiment.stages]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"stages need distinct names, at least one; there are {names}")
+        raise UserError(f"the stages' names are {names}; there should be at least one stage, and no name twice")
     clash = set(names) & {f.name for f in dataclasses.fields(Experiment)}
     if clash:
-        raise UserError(f"stage name {clash.pop()!r} is taken by a field of the experiment: choose another")
+        raise UserError(f"the stage name {clash.pop()!r} is also a field of the experiment; choose another name")
     evals = [item.name for item in experiment.evals]
     if len(set(evals)) < len(evals):
-        raise UserError(f"evals need distinct names; there are {evals}")
+        raise UserError(f"the evals' names are {evals}; no name should occur twice")
 
 
 def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
@@ -66,59 +64,69 @@ def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
     alike = [name for name in LAYER_FIELDS if m.pattern and getattr(m, name) != getattr(Model, name)]
     if alike:
         raise UserError(
-            f"model.{alike[0]} is {getattr(m, alike[0])} beside model.pattern; set model.pattern.N.{alike[0]} of its layers"
+            f"model.{alike[0]} is {getattr(m, alike[0])} and model.pattern is set, whose layers have their own: set "
+            f"model.pattern.N.{alike[0]} instead"
         )
     if len(m.pattern) > m.num_layers:
-        raise UserError(f"model.pattern has {len(m.pattern)} layers; model.num_layers is {m.num_layers}")
+        raise UserError(
+            f"model.pattern has {len(m.pattern)} layers; it should have at most model.num_layers, {m.num_layers}"
+        )
     for number, layer in enumerate(m.period):
         where = f"model.pattern.{number}" if m.pattern else "model"
         if len(layer.rope_scaling) not in (0, 1, 4):
             raise UserError(
-                f"{where}.rope_scaling has {len(layer.rope_scaling)} numbers; it should have 1, or 4, or none"
+                f"{where}.rope_scaling has {len(layer.rope_scaling)} numbers; it should have 1 or 4, or be empty"
             )
         if len(layer.rope_scaling) == 4 and layer.rope_scaling[1] >= layer.rope_scaling[2]:
             raise UserError(
                 f"{where}.rope_scaling is {list(layer.rope_scaling)}; its second number, the low frequency factor, should "
-                "be below the third, the high one"
+                "be below the third, the high frequency factor"
             )
     if not m.qk_norm and m.qk_norm_of != Model.qk_norm_of:
-        raise UserError(f"model.qk_norm_of is {m.qk_norm_of} and model.qk_norm false; set model.qk_norm true")
+        raise UserError(
+            f"model.qk_norm_of is {m.qk_norm_of} and model.qk_norm is false; qk_norm should be true, or qk_norm_of {Model.qk_norm_of}"
+        )
     if m.num_heads % m.num_kv_heads:
-        raise UserError(f"model.num_heads {m.num_heads} is not a multiple of model.num_kv_heads {m.num_kv_heads}")
+        raise UserError(
+            f"model.num_heads is {m.num_heads}; it should be a multiple of model.num_kv_heads, {m.num_kv_heads}"
+        )
     if m.head_dim % 2:
-        raise UserError(f"model.head_dim {m.head_dim} is odd; rope turns pairs")
+        raise UserError(f"model.head_dim is {m.head_dim}; it should be even, since RoPE rotates pairs of dimensions")
     sizes = {"model.head_dim": m.head_dim} | {f"{stage.name}.seq_len": stage.seq_len for stage in stages}
     for name, size in sizes.items():
         if m.attention == "splash" and size % 128:
-            raise UserError(f"{name} is {size}; model.attention splash needs a multiple of 128 (auto, plain take any)")
+            raise UserError(
+                f"{name} is {size} and model.attention is splash, which needs a multiple of 128; attention auto and plain take any size"
+            )
 
 
 def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
-    _check_made(
-        f"evals.{item.name}.source.path is {item.source.path!r}; stages that make rows are", item.source, makers
-    )
+    _check_made(f"evals.{item.name}.source.path is {item.source.path!r}; the Collect stages are", item.source, makers)
     if item.metric == "best_of_n" and item.temperature != 1:
         raise UserError(
-            f"evals.{item.name}.temperature is {item.temperature}; it should be 1 for best_of_n, of which the KL is known"
+            f"evals.{item.name}.temperature is {item.temperature} and metric is best_of_n, whose KL formula assumes temperature 1: "
+            "temperature should be 1"
         )
     if item.metric == "pass_at_k" and item.temperature == 0:
         raise UserError(
-            f"evals.{item.name}.temperature is {item.temperature}; it should be above 0 for pass_at_k, or all answers are "
-            "the same"
+            f"evals.{item.name}.temperature is {item.temperature} and metric is pass_at_k; it should be above 0, since greedy "
+            "answers are all the same"
         )
     check_environment(f"evals.{item.name}", item.environment, (item.verifier,))
     if item.environment and item.metric not in ("reward", "pass_at_k", "best_of_n"):
         raise UserError(
-            f"evals.{item.name}.environment is {item.environment}, of which {item.metric} asks nothing: leave it out"
+            f"evals.{item.name}.environment is {item.environment} and metric is {item.metric}, which does not use it; environment "
+            "should be empty"
         )
     if item.max_new_tokens >= m.max_len:
         raise UserError(
-            f"evals.{item.name}.max_new_tokens {item.max_new_tokens} leaves no room for a prompt in model.max_len {m.max_len}"
+            f"evals.{item.name}.max_new_tokens is {item.max_new_tokens}; it should be below model.max_len {m.max_len}, which also "
+            "has to hold the prompt"
         )
 
 
 def _check_schedule(stage: Stage) -> None:
-    """The warm-up, and the decay of wsd after it, fit into the stage's updates; a short run may end within the default one."""
+    """Check that warmup and wsd's decay fit into the stage's updates; the default warmup may be longer than a short run."""
     if not stage.objective.trains or stage.optimizer.warmup_steps == Optimizer().warmup_steps:
         return
     o, updates = stage.optimizer, stage.steps * updates_per_step(stage)
@@ -130,8 +138,8 @@ def _check_schedule(stage: Stage) -> None:
     decay = _wsd_decay(stage)
     if o.warmup_steps + decay > updates:
         raise UserError(
-            f"{stage.name}.optimizer.warmup_steps is {o.warmup_steps} and decay_frac {o.decay_frac}, {decay} updates of wsd's "
-            f"decay; together they should be at most {updates}, {whose}"
+            f"{stage.name}.optimizer.warmup_steps is {o.warmup_steps} and decay_frac is {o.decay_frac} ({decay} updates of wsd's "
+            f"decay); together they should be at most {updates}, {whose}"
         )
 
 
@@ -142,7 +150,7 @@ def _wsd_decay(stage: Stage) -> int:
 
 
 def short_warmups(experiment: Experiment) -> list[str]:
-    """A line for every stage whose learning rate never reaches its peak: of the default warm-up, which is not refused."""
+    """One line for each stage that ends within the default warmup, so that its learning rate never reaches the peak."""
     lines = []
     for stage in experiment.stages:
         o, updates, decay = stage.optimizer, stage.steps * updates_per_step(stage), _wsd_decay(stage)
@@ -160,49 +168,51 @@ def short_warmups(experiment: Experiment) -> list[str]:
 
 
 def _check_compared(item: Eval, stages: tuple[Stage, ...]) -> None:
-    """Raise UserError for an eval that no stage gives what it compares with: it would never be measured."""
+    """Raise UserError for an eval that would never be measured, because no stage trains the reward that it needs."""
     scorers = any(stage.objective.produces == "scorer" for stage in stages)
     references = any(stage.objective.learns_preferences for stage in stages)
     if item.metric == "best_of_n" and not scorers:
         raise UserError(
-            f"evals.{item.name}.metric is best_of_n, and no stage trains the reward model that chooses: add one, or take "
-            "metric reward or pass_at_k"
+            f"evals.{item.name}.metric is best_of_n, which needs a reward model, and no stage trains one: add a RewardModel stage, "
+            "or use metric reward or pass_at_k"
         )
     if item.metric == "pair_accuracy" and not (scorers or references):
         raise UserError(
-            f"evals.{item.name}.metric is pair_accuracy, and no stage trains a reward model or learns preferences: there is "
-            "no reward to compare the answers by; add such a stage, or remove the eval"
+            f"evals.{item.name}.metric is pair_accuracy, which needs a reward model or the implicit reward of a preference stage, "
+            "and the experiment has neither: add such a stage, or remove the eval"
         )
 
 
 def _check_stage(stage: Stage, model: Model) -> None:
     if stage.seq_len > model.max_len:
-        raise UserError(f"{stage.name}.seq_len {stage.seq_len} is longer than model.max_len {model.max_len}")
+        raise UserError(f"{stage.name}.seq_len is {stage.seq_len}; it should be at most model.max_len {model.max_len}")
     if not stage.sources:
         raise UserError(f"{stage.name}.sources is empty: name at least one source of data")
     if not any(source.weight for source in stage.sources):
         raise UserError(f"{stage.name}.sources all have weight 0: at least one should be above 0")
     if len(set(stage.evals)) < len(stage.evals):
-        raise UserError(f"{stage.name}.evals is {list(stage.evals)}; it should have each name once")
+        raise UserError(f"{stage.name}.evals is {list(stage.evals)}; it should have each name only once")
     if stage.trainable and not stage.objective.trains:
         raise UserError(
-            f"{stage.name}.trainable is {list(stage.trainable)}, and the stage trains nothing: it should be empty"
+            f"{stage.name}.trainable is {list(stage.trainable)}; it should be empty, since the stage trains nothing"
         )
     _check_schedule(stage)
     rows, together = rows_per_update(stage), rows_per_example(stage)
     if rows % (together * stage.microbatches):
         what = "pairs" if together == 2 else "rows"
-        raise UserError(f"{stage.name}.microbatches {stage.microbatches} does not divide its {rows // together} {what}")
+        raise UserError(
+            f"{stage.name}.microbatches is {stage.microbatches}; it should divide the {rows // together} {what} of an update"
+        )
     if stage.objective.samples and stage.objective.max_new_tokens >= stage.seq_len:
         raise UserError(
-            f"{stage.name}.objective.max_new_tokens {stage.objective.max_new_tokens} leaves no room for a prompt in "
-            f"{stage.name}.seq_len {stage.seq_len}"
+            f"{stage.name}.objective.max_new_tokens is {stage.objective.max_new_tokens}; it should be below {stage.name}.seq_len "
+            f"{stage.seq_len}, which also has to hold the prompt"
         )
     stage.objective.check(stage, model)
 
 
 def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
-    """What a stage names of those before it: where it starts, reward models, what others have collected."""
+    """Check that the earlier stages named by a stage exist: its `start`, its reward models and its collected sources."""
     where, kinds = stage.name, {s.name: s.objective for s in earlier}
     speaks = [name for name, kind in kinds.items() if kind.produces == "policy"]
     if stage.start and stage.start not in speaks:
@@ -213,12 +223,12 @@ def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
     for name in reward_names(stage):
         if ":" not in name and name not in scorers:
             raise UserError(
-                f"{where}.objective.{stage.objective.reward_model_field} names the reward model "
-                f"{name!r}; those before it are {_listed(scorers)}; RUN:NAME is another run's"
+                f"{where}.objective.{stage.objective.reward_model_field} has {name!r}; earlier stages that train a reward model are "
+                f"{_listed(scorers)}, and RUN:NAME is a stage of another run"
             )
     makers = [name for name, kind in kinds.items() if kind.produces == "rows"]
     for source in stage.sources:
-        _check_made(f"{where} reads {source.path}; the stages before it that make rows are", source, makers)
+        _check_made(f"{where} reads {source.path}; the earlier Collect stages are", source, makers)
 
 
 def _check_made(what: str, source: Source, makers: list[str]) -> None:

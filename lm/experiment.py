@@ -1,6 +1,6 @@
-"""The names of which an experiment file is made: its dataclasses, and what reads, writes and compares their values.
+"""Public names for experiment files: the dataclasses of an experiment, and functions that read, write and compare them.
 
-They stand in `lm/config/`, which imports nothing slow, so that `lm --help` answers at once.
+They are defined in `lm/config/`, which imports nothing slow, so that `lm --help` stays fast.
 """
 
 from lm.config.experiment import COLLECTED as COLLECTED

@@ -1,4 +1,4 @@
-"""Overrides by dotted name: every leaf of an experiment, and the experiment with some of them replaced."""
+"""Command-line overrides: the knobs of an experiment by dotted name, and the experiment with some of them replaced."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lm.experiment import (
 
 @dataclass(frozen=True)
 class Knob:
-    """One leaf of an experiment, as the command line shows it."""
+    """A field of an experiment that the command line can override: dotted name, type in words, value and help."""
 
     name: str
     type: str
@@ -36,7 +36,7 @@ class Knob:
 
 
 def knobs(experiment: Experiment) -> list[Knob]:
-    """Every leaf that the command line can override, in the order of the dataclasses."""
+    """All knobs of an experiment, in the order of the dataclasses."""
     return [
         Knob(name, describe(kind, metadata.get("range")), value, metadata.get("help", ""))
         for name, (_, kind, value, metadata) in _leaves(experiment).items()
@@ -44,10 +44,10 @@ def knobs(experiment: Experiment) -> list[Knob]:
 
 
 def override(experiment: Experiment, arguments: list[str]) -> Experiment:
-    """The experiment with `--a.b.c VALUE` (or `--a.b.c=VALUE`) pairs applied, and `--STAGE.objective.preset NAME`.
+    """Apply command-line overrides, `--a.b.c VALUE`, `--a.b.c=VALUE` or `--STAGE.objective.preset NAME`, to an experiment.
 
     Raises:
-        UserError: no such leaf (names the nearest ones), a value missing or of the wrong type.
+        UserError: a knob does not exist (names similar ones), or its value is missing or has the wrong type.
     """
     leaves = _leaves(experiment)
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -78,10 +78,10 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
 
 
 def replaced(experiment: Experiment, name: str, value: Any) -> Experiment:
-    """The experiment with the leaf of that dotted name replaced; sources that others name are not resolved.
+    """The experiment with one field, given by its dotted name, replaced; `stage:NAME` sources are not resolved.
 
     Raises:
-        UserError: no such leaf (names the nearest ones), or a value of the wrong type.
+        UserError: no such field (names similar ones), or a value of the wrong type.
     """
     name = current_path(name)
     kind, _ = leaf(experiment, name)
@@ -89,7 +89,7 @@ def replaced(experiment: Experiment, name: str, value: Any) -> Experiment:
 
 
 def leaf(experiment: Experiment, name: str) -> tuple[Any, Any]:
-    """(type, value) of the leaf of that dotted name; UserError, with the nearest names, where there is none."""
+    """(type, value) of the field with that dotted name; raises UserError with similar names if there is none."""
     leaves, name = _leaves(experiment), current_path(name)
     if name not in leaves:
         raise UserError(f"no field {name!r}{nearest(name, leaves)}")
@@ -122,7 +122,7 @@ def _replace(value: Any, path: tuple, leaf: Any) -> Any:
 
 
 def _parse(text: str, kind: Any) -> Any:
-    """What a text on the command line says of a type; ValueError, KeyError, OverflowError, RecursionError for nonsense."""
+    """Parse a command-line text as a type; raises ValueError, KeyError, OverflowError or RecursionError if it cannot."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         return None if text.lower() == "none" else _parse(text, args[0])
@@ -142,7 +142,7 @@ def _parse(text: str, kind: Any) -> Any:
 
 
 def _as_text(item: Any) -> str:
-    """A member of a JSON list as it would be typed; ValueError for what nobody can type."""
+    """An element of a JSON list as command-line text; raises ValueError if it is neither text nor a number."""
     if isinstance(item, bool) or not isinstance(item, str | int | float):
         raise ValueError(item)
     return str(item)

@@ -1,4 +1,4 @@
-"""Config of a stage that trains nothing and writes rows for later stages."""
+"""Config of a Collect stage, which samples and judges answers and writes them as training rows for later stages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lm.config.model import Model
 from lm.config.objective import (
     COMPLETION_LENGTH,
     ENDED,
+    REWARD,
     VERIFIER_ARGUMENTS,
-    MetricChart,
     ObjectiveConfig,
     max_new_tokens_knob,
     reward_seconds_knob,
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Collect(ObjectiveConfig):
-    """Trains nothing: samples answers, has them judged, and writes the rows that later stages read as the source `collected:STAGE`."""
+    """Sample answers, have them judged, and write rows that later stages read as source `collected:STAGE`; trains nothing."""
 
     judge: str = knob(
-        "", "stage of a reward model, as NAME or RUN:NAME; or `people`, on the label page; empty: the verifier"
+        "", "judge: stage of a reward model (NAME or RUN:NAME), or `people` (label page); empty: the verifier"
     )
-    verifier: str = knob("", "verifier (or FILE:FUNCTION of your own) that judges where judge is empty")
+    verifier: str = knob("", "verifier that judges the answers where judge is empty, or FILE:FUNCTION of your own")
     make: Literal["pairs", "best"] = knob(
-        "pairs", "preference pairs of every two answers, or conversations with the best one"
+        "pairs", "rows to write: preference pairs of any two answers to a prompt, or conversations with the best answer"
     )
-    answers: int = knob(2, "sampled for each prompt", least=2, most=2**16)
+    answers: int = knob(2, "answers sampled for each prompt", least=2, most=2**16)
     max_new_tokens: int = max_new_tokens_knob()
     temperature: float = knob(1.0, "sampling temperature", least=0.01, most=100)
     reward_seconds: float = reward_seconds_knob()
@@ -41,12 +41,12 @@ class Collect(ObjectiveConfig):
     produces = "rows"
     functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS}
     reward_model_field = "judge"
-    caption = "samples answers and has them judged; the model stays the same."
-    charts = (MetricChart("Reward", {"reward": "mean of the rollouts"}, percent=True), COMPLETION_LENGTH)
+    caption = "samples answers and has them judged; the model is not trained."
+    charts = (REWARD, COMPLETION_LENGTH)
     small_charts = (ENDED,)
 
     def rows_per_update(self, batch_size: int) -> int:
-        return batch_size  # nothing is trained: prompts
+        return batch_size  # prompts, since nothing is trained
 
     @property
     def completions_per_prompt(self) -> int:
@@ -60,9 +60,10 @@ class Collect(ObjectiveConfig):
         where = f"{stage.name}.objective"
         if not self.judge and not self.verifier:
             raise UserError(
-                f"{where} has no judge: set judge to a reward model's stage or to people, or name a verifier"
+                f"{where}.judge and {where}.verifier are empty; judge should be the stage of a reward model or people, or "
+                "verifier a verifier"
             )
         if self.judge == "people" and self.make == "best":
             raise UserError(
-                f"{where}.make is best and judge people, who compare answers and give no numbers: make pairs"
+                f"{where}.make is best and judge is people, who compare pairs of answers and give no scores: make should be pairs"
             )

@@ -1,4 +1,4 @@
-"""An experiment: model, tokenizer, mesh, stages one after another, and what is measured."""
+"""Config of an experiment: model, tokenizer, mesh, stages and evals, and questions that are answered from it alone."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from lm.config.stage import Source, Stage
 
 @dataclass(frozen=True)
 class Eval:
-    name: str = knob(help="name of the column in tables", name=True)
-    source: Source = knob(help="where the held-out examples come from")
+    name: str = knob(help="name of the eval, as in tables and in Stage.evals", name=True)
+    source: Source = knob(help="source of the held-out examples")
     metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n", "pass_at_k"] = knob(
-        "reward", "what is measured"
+        "reward", "what is measured; best_of_n needs a reward model, pair_accuracy one or a preference stage"
     )
-    verifier: str = knob(
-        "answer", "verifier, or FILE:FUNCTION of your own, of the metrics reward, best_of_n and pass_at_k"
-    )
-    count: int = knob(
-        200, "number of held-out examples (bits_per_byte of documents: rows of tokens)", least=1, most=10**9
-    )
-    max_new_tokens: int = knob(64, "longest answer, in tokens", least=1, most=2**26)
-    temperature: float = knob(0.0, "sampling temperature of the answers; 0 is greedy", least=0.01, most=100, special=0)
-    best_of: int = knob(16, "answers sampled for each prompt, for metrics best_of_n and pass_at_k", least=1, most=2**16)
+    verifier: str = knob("answer", "metrics reward, best_of_n and pass_at_k: verifier, or FILE:FUNCTION of your own")
+    count: int = knob(200, "number of held-out examples (bits_per_byte: rows of tokens)", least=1, most=10**9)
+    max_new_tokens: int = knob(64, "maximum length of an answer in tokens", least=1, most=2**26)
+    temperature: float = knob(0.0, "sampling temperature; 0: greedy decoding", least=0.01, most=100, special=0)
+    best_of: int = knob(16, "metrics best_of_n and pass_at_k: answers sampled for each prompt", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()
     environment: str = environment_knob()
 
@@ -35,21 +31,21 @@ class Eval:
 @dataclass(frozen=True)
 class Experiment:
     name: str = knob(help="name of the run; its folder is runs/NAME", name=True, affects_training=False)
-    stages: tuple[Stage, ...] = knob(help="stages, one after another")
+    stages: tuple[Stage, ...] = knob(help="training stages, in order")
     evals: tuple[Eval, ...] = knob(
         (), "held-out measurements taken before and after every stage", affects_training=False
     )
     prompts: tuple[str, ...] = knob(
-        ("What is an LLM?",), "prompts answered on every evaluation", affects_training=False
+        ("What is an LLM?",), "prompts that the model answers at every evaluation", affects_training=False
     )
-    seed: int = knob(0, "seed of parameters, data order and samples", least=0, most=2**32 - 1)
+    seed: int = knob(0, "random seed of parameter initialisation, data order and sampling", least=0, most=2**32 - 1)
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     mesh: Mesh = knob(Mesh(), affects_training=False)
 
 
 COLLECTED = "collected:"
-"""Beginning of the path of a source whose rows an earlier Collect stage writes; the name of the stage follows."""
+"""Prefix of the path of a source written by an earlier Collect stage; the name of that stage follows."""
 
 
 def rows_per_update(stage: Stage) -> int:
@@ -58,12 +54,12 @@ def rows_per_update(stage: Stage) -> int:
 
 
 def updates_per_step(stage: Stage) -> int:
-    """Optimizer updates in one step of the loop: several only where they share a rollout."""
+    """Optimizer updates in one step of the loop; more than 1 only where several updates share a rollout."""
     return stage.objective.updates_per_step
 
 
 def start_of(experiment: Experiment, index: int) -> int | None:
-    """The stage whose model enters stage `index`: its `start`, else the nearest before that leaves a language model."""
+    """Index of the stage whose model stage `index` starts from: its `start`, else the nearest earlier one with a language model."""
     earlier = list(enumerate(experiment.stages[:index]))
     name = experiment.stages[index].start
     speaks = [i for i, s in earlier if s.objective.produces == "policy" and name in ("", s.name)]
@@ -76,7 +72,7 @@ def reward_names(stage: Stage) -> tuple[str, ...]:
 
 
 def rows_per_example(stage: Stage) -> int:
-    """Rows that no microbatch may part: the two of a pair."""
+    """Rows of a batch that belong to one example and stay in one microbatch: 2 for a preference pair, else 1."""
     return stage.objective.rows_per_example
 
 

@@ -1,6 +1,6 @@
-"""Fields of an experiment's dataclasses: the knob with its help and range, and the strict reading of a value by them.
+"""Fields of an experiment's dataclasses: knobs with help text and range, and strict validation of values against them.
 
-A leaf: imports nothing of lm but former names, and nothing slow, so that `lm --help` answers at once.
+Imports nothing slow, and of lm only the former names of fields, so that `lm --help` stays fast.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _cut(match: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that a field takes: closed bounds (least, most), open ones (above, below), and `special` outside of them."""
+    """Range of a numeric field: inclusive bounds (least, most), exclusive bounds (above, below), and one extra value `special`."""
 
     least: float | None = None
     most: float | None = None
@@ -77,7 +77,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """In words that follow "an integer" or "a number": `from 0 to 1`, `above 0 and at most 100, or -1`."""
+        """The range in words, to follow "an integer" or "a number": `from 0 to 1`, `above 0 and at most 100, or -1`."""
         ends = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         words = " and ".join(f"{word} {plain(end)}" for word, end in ends.items() if end is not None)
         if self.least is not None and self.most is not None:
@@ -97,11 +97,14 @@ def knob(
     name: bool = False,
     affects_training: bool = True,
 ) -> Any:
-    """A dataclass field with the one line of help that the command line shows, and what it takes.
+    """A dataclass field with the help text that the command line shows and the range of its values.
 
-    Every number has a range (of a tuple: each of its numbers): least and most belong to it, above and below do not,
-    `special` is one value outside of it, as the -1 or 0 that switches something. `name`: the text names a folder or a
-    column, by the rule of `is_name`. `affects_training`: a run that goes on with another value is another run.
+    Every number has a range, and in a tuple every element: `least` and `most` are inclusive, `above` and `below` exclusive,
+    `special` is one further value, such as a 0 or -1 that disables something.
+
+    Args:
+        name: the text becomes a folder or column name and must satisfy `is_name`.
+        affects_training: a run cannot be resumed with another value of this field.
     """
     bounds = {"least": least, "most": most, "above": above, "below": below, "special": special}
     given = any(bound is not None for bound in bounds.values())
@@ -111,7 +114,7 @@ def knob(
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can name a stage, a run, an eval or a sweep, all of which become folders, files or dotted names."""
+    """Whether a text is a valid name of a stage, run, eval or sweep, which become folders, files and dotted names."""
     return len(text) <= MAX_NAME and re.fullmatch(r"[^\W_](?:[\w.-]*[\w-])?", text, re.ASCII) is not None
 
 
@@ -119,28 +122,30 @@ NAME_RULE = f"a name: letters a to z, digits, '.', '_' and '-', a letter or digi
 
 
 def check_name(text: str, where: str) -> str:
-    """The text, which is a name; UserError, with `where` it stands, if it is not."""
+    """Return a text that is a valid name; raise UserError, naming the field `where`, if it is not."""
     if not is_name(text):
         raise UserError(f"{where} is {shown(text)}; it should be {NAME_RULE}")
     return text
 
 
-# ---- the strict reading of a value -------------------------------------------------------------------------------
+# ---- strict validation of a value --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a value is read: `plain`: dataclasses stand as JSON objects; `names`: names are held to their rule."""
+    """Options of `read`: `plain`, dataclasses are given as JSON objects; `names`, names are checked by `is_name`."""
 
     plain: bool
     names: bool
 
 
 def read(value: Any, kind: Any, where: str, reading: Reading, metadata: Any = types.MappingProxyType({})) -> Any:
-    """The value of a type, every leaf of it of its field's type and in its range; numpy's scalars become Python's.
+    """Validate a value against type `kind` and return it; every leaf must have its field's type and range.
+
+    Lists become tuples, and NumPy scalars become Python numbers.
 
     Raises:
-        UserError: names the leaf as the command line does, its value, and what it takes.
+        UserError: a leaf is invalid; gives its dotted name, its value, and what would be valid.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -158,7 +163,7 @@ def read(value: Any, kind: Any, where: str, reading: Reading, metadata: Any = ty
 
 
 def _read_one_of(value: Any, kinds: list[Any], where: str, reading: Reading) -> Any:
-    """A value of one of several dataclasses: itself in Python, an object with the class's name as `kind` in JSON."""
+    """Read a value of one of several dataclasses: an instance in Python; in JSON an object whose `kind` is the class name."""
     names = {kind.__name__: kind for kind in kinds}
     if not reading.plain:
         if type(value) not in kinds:
@@ -175,7 +180,7 @@ def _read_one_of(value: Any, kinds: list[Any], where: str, reading: Reading) -> 
 
 
 def _read_dataclass(value: Any, kind: Any, where: str, reading: Reading) -> Any:
-    """A dataclass of which every field is read; where a field is absent from a JSON object it has its default."""
+    """Read a dataclass field by field; a field that a JSON object lacks has its default."""
     hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     here = where or kind.__name__.lower()
     if reading.plain:
@@ -200,7 +205,7 @@ def _read_dataclass(value: Any, kind: Any, where: str, reading: Reading) -> Any:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """Types of the fields; of a generic dataclass what its type variable is bound to."""
+    """Types of a dataclass's fields, where a type variable is replaced by its bound."""
     return {
         name: hint.__bound__ if isinstance(hint, typing.TypeVar) else hint
         for name, hint in typing.get_type_hints(kind).items()
@@ -208,7 +213,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _member(where: str, number: int, item: Any) -> str:
-    """Where a member of a list stands, as `flatten` says it: by its name where it has one; stages stand at the top."""
+    """Dotted name of a list element, as in `flatten`: by its name, if it has one, else by its index; stages are at the top level."""
     name = item.get("name") if isinstance(item, dict) else getattr(item, "name", None)
     inside = name if isinstance(name, str) and is_name(name) else str(number)
     return inside if where == "stages" and inside is name else f"{where}.{inside}"
@@ -229,13 +234,13 @@ def _read_leaf(value: Any, kind: Any, where: str, reading: Reading, metadata: An
     if not taken:
         wanted = NAME_RULE if metadata.get("name") else describe(kind, span)
         if isinstance(leaf, str) and kind is str:
-            wanted = "text without null characters and halves of surrogate pairs"
+            wanted = "text without null characters and lone surrogates"
         raise UserError(f"{where} is {shown(value)}; it should be {wanted}")
     return leaf
 
 
 def _as_python(value: Any, kind: Any) -> Any:
-    """The value as a plain Python one of the type (numpy's numbers are taken, booleans are no numbers), or None."""
+    """The value as a plain Python value of the type, or None if it has another type; a bool is not a number."""
     if typing.get_origin(kind) is Literal:
         names = typing.get_args(kind)
         return str(value) if isinstance(value, str) and (value in names or takes_function(value, names)) else None
@@ -254,21 +259,21 @@ def _as_python(value: Any, kind: Any) -> Any:
 
 
 def is_text(text: str) -> bool:
-    """Whether a text can be written: it has no null character, and no half of a surrogate pair."""
+    """Whether a text can be written to a file: it has no null character and no lone surrogate."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 FUNCTION = "FILE:FUNCTION"
-"""Member of a Literal whose field takes a function of the user's own beside the names of a table: `my_file:loss`."""
+"""Marks a Literal field that also takes a function of the user's own, such as `my_file:loss`."""
 
 
 def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
-    """Whether a value names a function of the user's own, and the Literal of these names has a place for one."""
+    """Whether a value names a function of the user's own, in a Literal field that allows one."""
     return FUNCTION in names and isinstance(value, str) and ":" in value
 
 
 def is_function_name(name: Any) -> bool:
-    """Whether the value of a field names a function of the user's own."""
+    """Whether a field's value names a function of the user's own, FILE:FUNCTION."""
     return isinstance(name, str) and ":" in name
 
 
@@ -276,12 +281,12 @@ def is_function_name(name: Any) -> bool:
 
 
 def plain(number: float) -> str:
-    """A bound as people write it: 1, 0.5, 1e-06."""
+    """A bound as text: 1, 0.5, 1e-06."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def shown(value: Any, width: int = 80) -> str:
-    """A value in one short line of an error."""
+    """A value as short text in an error message, shortened to `width` characters."""
     try:
         text = repr(value)
     except Exception:  # more digits than Python writes, or a __repr__ of the user's own, whatever that raises
@@ -291,7 +296,7 @@ def shown(value: Any, width: int = 80) -> str:
 
 
 def describe(kind: Any, span: Range | None = None) -> str:
-    """A type in words, with the range of its numbers."""
+    """A field's type and range in words, such as "an integer from 0 to 10"."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
@@ -310,7 +315,7 @@ def _members(kind: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """'; did you mean …' with up to three names; a misplaced leaf is found by its last part too."""
+    """'; did you mean …' with up to three similar names, or names with the same last part; empty if there are none."""
     names = list(names)
     last = name.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
@@ -322,9 +327,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a plain value by dotted name; members of a list go by their `name` where they have one.
+    """Leaves of a plain JSON value by dotted name; list elements are named by their `name`, if they have one.
 
-    Stages stand at the top, as on the command line: `sft.steps`.
+    Stages are at the top level, as on the command line: `sft.steps`.
     """
     if isinstance(value, dict):
         members: list[tuple[str, Any]] = list(value.items())
@@ -340,6 +345,6 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def diff(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every leaf in which two plain values differ."""
+    """(dotted name, old value, new value) of every leaf that differs between two plain JSON values."""
     before, after = flatten(old), flatten(new)
     return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]

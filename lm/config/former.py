@@ -1,4 +1,4 @@
-"""Former spellings of fields and values: experiment files, stored runs and the command line may still use them."""
+"""Former names of fields and values, which experiment files, stored runs and the command line may still use."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-FIELDS = {"sampler_cap": "tis_clip", "scale_advantages": "advantage_scale"}  # former name of a field → its name
-FLAGS = {"scale_advantages": {True: "group", False: "none"}}  # former name of a field → {its value: value today}
+FIELDS = {"sampler_cap": "tis_clip", "scale_advantages": "advantage_scale"}  # former field → field
+FLAGS = {"scale_advantages": {True: "group", False: "none"}}  # former field → {its value: value of the new field}
 WORDS = {"verifier": {"manners": "style"}}  # field → {former value: value}
-PREFIXES = {"path": {"made:": "collected:"}}  # field → {former beginning of its values: beginning}
+PREFIXES = {"path": {"made:": "collected:"}}  # field → {former prefix of its values: prefix}
 
 Kind = TypeVar("Kind", bound=type)
 
 
 def current_names(fields: Mapping[str, Any], known: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of an object by their names of today; `known` are those of its class."""
+    """The fields of an object under their current names; `known` are the fields of its class."""
     new = {name: FIELDS[name] for name in fields if FIELDS.get(name) in known and FIELDS[name] not in fields}
     for former, name in new.items():
         _tell(f"{where}.{former} is called {name} now")
@@ -24,7 +24,7 @@ def current_names(fields: Mapping[str, Any], known: Mapping[str, Any], where: st
 
 
 def current_path(dotted: str) -> str:
-    """The dotted name of a leaf, whose last part may be a former name."""
+    """The current dotted name of a leaf whose last part may be a former name."""
     start, _, name = dotted.rpartition(".")
     if name not in FIELDS:
         return dotted
@@ -33,7 +33,7 @@ def current_path(dotted: str) -> str:
 
 
 def current_value(field: str, value: Any, where: str) -> Any:
-    """The value of a field as it is spelled today."""
+    """The current spelling of a field's value."""
     new = _swapped(value, WORDS.get(field, {}), PREFIXES.get(field, {}))
     if new is not value:
         _tell(f"{where} {value} is written {new} now")
@@ -41,18 +41,18 @@ def current_value(field: str, value: Any, where: str) -> Any:
 
 
 def former_name(field: str) -> str:
-    """The first name of a field, which digests keep."""
+    """The oldest name of a field, which digests of experiments use so that they do not change."""
     return _inverse(FIELDS).get(field, field)
 
 
 def former_value(field: str, value: Any) -> Any:
-    """The first spelling of a field's value, which digests keep."""
+    """The oldest spelling of a field's value, which digests of experiments use so that they do not change."""
     words: dict[Any, Any] = WORDS.get(field, {}) | FLAGS.get(former_name(field), {})
     return _swapped(value, _inverse(words), _inverse(PREFIXES.get(field, {})))
 
 
 def takes_former_names(kind: Kind) -> Kind:
-    """Class decorator: the dataclass can also be constructed, and replaced, with former names of its fields."""
+    """Class decorator: the constructor and `dataclasses.replace` also accept former names of the fields."""
     construct: Callable[..., None] = kind.__init__  # type: ignore[misc]
 
     @functools.wraps(construct)
@@ -67,7 +67,7 @@ def takes_former_names(kind: Kind) -> Kind:
 
 
 def _of_flag(former: str, value: Any) -> Any:
-    """The value of a field that was a flag under a former name."""
+    """The current value of a field that was a flag under its former name."""
     return FLAGS.get(former, {}).get(value, value) if isinstance(value, bool) else value
 
 
@@ -86,5 +86,5 @@ def _inverse(table: Mapping[Any, Any]) -> dict[Any, Any]:
 
 @functools.cache
 def _tell(line: str) -> None:
-    """Print a line once in a process."""
+    """Print a line to stderr, once per process."""
     print(f"lm: {line}", file=sys.stderr)

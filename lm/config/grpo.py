@@ -1,4 +1,4 @@
-"""Config of the GRPO family: groups of sampled completions, rewarded by a verifier."""
+"""Config of the GRPO family: groups of completions sampled for each prompt and scored by a verifier."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from lm.config.objective import (
     COMPLETION_LENGTH,
     ENDED,
     ENTROPY,
-    SAMPLING_SIGNS,
+    KL_TO_START,
+    REWARD,
+    SAMPLING_WARNINGS,
     TIS_LEVEL,
     TIS_LOW,
     TIS_MODE,
     VERIFIER_ARGUMENTS,
     MetricChart,
+    MetricWarning,
     ObjectiveConfig,
-    Sign,
     check_environment,
     entropy_coef_knob,
     environment_knob,
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from lm.config.stage import Stage
 
 
+OTHER_REWARDS = ("reward_std", "reward_timeouts")  # metrics that are no verifier's reward
+
+
 @takes_former_names
 @dataclass(frozen=True)
 class GRPO(ObjectiveConfig):
@@ -41,93 +46,80 @@ class GRPO(ObjectiveConfig):
         "answer", "verifier that gives the reward: answer, style, helpful, or FILE:FUNCTION of your own"
     )
     verifiers: tuple[str, ...] = knob(
-        (), "several verifiers in the place of `verifier`, whose rewards are added; each is logged by its name"
+        (), "several verifiers, which replace `verifier`; each is logged as metric reward_NAME; empty: `verifier` alone"
     )
-    reward_weights: tuple[float, ...] = knob(
-        (), "weight of the reward of each of `verifiers`; empty: 1 each", least=0, most=1e6
-    )
+    reward_weights: tuple[float, ...] = knob((), "weight of each of `verifiers`; empty: 1 each", least=0, most=1e6)
     reward_combination: Literal["sum", "decoupled"] = knob(
-        "sum", "several rewards are added, then normalised; or normalised one by one, then added (GDPO)"
+        "sum", "several rewards are summed, then normalised; or normalised one by one, then summed (GDPO)"
     )
-    reward_clip: tuple[float, ...] = knob((), "least and largest reward, as -1,1; empty: any", least=-1e9, most=1e9)
-    group_size: int = knob(8, "completions sampled for one prompt", least=1, most=2**16)
+    reward_clip: tuple[float, ...] = knob(
+        (), "bounds that the reward is clipped to, as -1,1; empty: none", least=-1e9, most=1e9
+    )
+    group_size: int = knob(8, "completions sampled for each prompt", least=1, most=2**16)
     max_new_tokens: int = max_new_tokens_knob()
     temperature: float = temperature_knob()
     baseline: Literal["group", "leave_one_out", "none"] = knob(
-        "group", "subtracted from a reward: mean of the group, of its other completions (RLOO), nothing"
+        "group", "baseline subtracted from a reward: mean of the group, mean of the group's others (RLOO), or none"
     )
     advantage_scale: Literal["group", "batch", "none"] = knob(
-        "group",
-        "advantages are divided by the rewards' standard deviation over the group, over the batch, or not",
+        "group", "divide advantages by the rewards' standard deviation over the group or the batch, or not at all"
     )
     whiten_advantages: bool = knob(
-        False, "advantages have mean 0 and standard deviation 1 over the rollout (REINFORCE++, GDPO)"
+        False, "normalise advantages to mean 0 and standard deviation 1 over the rollout (REINFORCE++, GDPO)"
     )
-    drop_truncated: bool = knob(False, "completions without their end are not trained on (DAPO's overlong filtering)")
+    drop_truncated: bool = knob(
+        False, "do not train on completions cut off at max_new_tokens (DAPO's overlong filtering)"
+    )
     ratio_level: Literal["token", "sequence", "product"] = knob(
-        "token", "importance ratio of a token: its own, its completion's geometric mean (GSPO), their product (RLOO)"
+        "token", "importance ratio: per token, or its geometric mean (GSPO) or product (RLOO) over the completion"
     )
     surrogate: Literal["clipped", "cispo", "sapo", "gmpo", "vespo"] = knob(
-        "clipped", "surrogate objective: PPO's clip, or that of the named paper"
+        "clipped", "surrogate objective: PPO's clip (clipped), or that of CISPO, SAPO, GMPO or VESPO"
     )
     clip_low: float = knob(
-        0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low)); cispo has none", least=1e-4, most=1
+        0.2, "lower bound of the ratio: 1 - clip_low (gmpo: exp(-clip_low); cispo: none)", least=1e-4, most=1
     )
     clip_high: float = knob(
-        0.2,
-        "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high); cispo: clip_high itself, at least 1)",
-        least=1e-4,
-        most=1e6,
+        0.2, "upper bound of the ratio: 1 + clip_high (gmpo: exp(clip_high); cispo: clip_high)", least=1e-4, most=1e6
     )
     delta: float = knob(
-        0.0,
-        "surrogate clipped: largest ratio where the advantage is negative (two-sided clip), above 1 + clip_high; 0: any",
-        least=1,
-        most=1e6,
-        special=0,
+        0.0, "two-sided clip: upper bound of the ratio for negative advantages; 0: none", least=1, most=1e6, special=0
     )
-    sapo_tau_pos: float = knob(1.0, "surrogate sapo: temperature of positive advantages", least=1e-3, most=1e3)
-    sapo_tau_neg: float = knob(1.05, "surrogate sapo: temperature of negative advantages", least=1e-3, most=1e3)
-    vespo_k_pos: float = knob(2.0, "surrogate vespo: power of the weight, positive advantages", least=0, most=100)
-    vespo_lambda_pos: float = knob(
-        3.0, "surrogate vespo: decay of the weight, positive advantages", least=1e-4, most=80
-    )
-    vespo_k_neg: float = knob(3.0, "surrogate vespo: power of the weight, negative advantages", least=0, most=100)
-    vespo_lambda_neg: float = knob(
-        2.0, "surrogate vespo: decay of the weight, negative advantages", least=1e-4, most=80
-    )
+    sapo_tau_pos: float = knob(1.0, "surrogate sapo: temperature τ for positive advantages", least=1e-3, most=1e3)
+    sapo_tau_neg: float = knob(1.05, "surrogate sapo: temperature τ for negative advantages", least=1e-3, most=1e3)
+    vespo_k_pos: float = knob(2.0, "surrogate vespo: exponent k for positive advantages", least=0, most=100)
+    vespo_lambda_pos: float = knob(3.0, "surrogate vespo: decay rate λ for positive advantages", least=1e-4, most=80)
+    vespo_k_neg: float = knob(3.0, "surrogate vespo: exponent k for negative advantages", least=0, most=100)
+    vespo_lambda_neg: float = knob(2.0, "surrogate vespo: decay rate λ for negative advantages", least=1e-4, most=80)
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = knob(
-        "token", "aggregation of token losses, as in DAPO, GRPO, LUSPO, Dr. GRPO"
+        "token",
+        "token losses are averaged over all tokens (DAPO), averaged (sequence, GRPO) or summed (sequence_sum, LUSPO) per completion, or divided by max_new_tokens (constant, Dr. GRPO)",
     )
     top_entropy: float = knob(
-        1.0, "share of the tokens, those of highest entropy, that the surrogate covers; 1: all", above=0, most=1
+        1.0, "train only on this fraction of tokens, those with the highest entropy; 1: all tokens", above=0, most=1
     )
     off_policy_kl: float = knob(
         0.0,
-        "completions with a negative advantage are dropped where their mean KL (sampler to policy) is above this, in "
-        "nats a token; 0: none",
+        "drop completions with negative advantage and mean KL above this, in nats per token; 0: none",
         least=1e-6,
         most=1e6,
         special=0,
     )
     kl_coef: float = knob(
-        0.0, "KL penalty coefficient (to the model before this stage); 0 disables it", least=0, most=1000
+        0.0, "KL penalty coefficient (KL to the model before this stage); 0 disables it", least=0, most=1000
     )
     kl_in: Literal["loss", "reward"] = knob(
-        "loss", "the KL penalty is added to the loss, token by token, or taken off a completion's reward (RLOO)"
+        "loss", "add the KL penalty to the loss of each token, or subtract it from the completion's reward (RLOO)"
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "estimator of that KL")
-    kl_correction: bool = knob(False, "the KL in the loss is weighed by the importance ratio (DeepSeek-V3.2)")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "estimator of the KL penalty")
+    kl_correction: bool = knob(False, "multiply the KL in the loss by the importance ratio (DeepSeek-V3.2)")
     entropy_coef: float = entropy_coef_knob()
-    updates_per_rollout: int = knob(1, "optimizer updates that share one rollout", least=1, most=2**16)
+    updates_per_rollout: int = knob(1, "optimizer updates per rollout; 1: fully on-policy", least=1, most=2**16)
     rollouts: int = knob(
-        1,
-        "most rollouts in a step, sampled until the batch is full of groups with unequal rewards (DAPO's dynamic sampling)",
-        least=1,
-        most=2**16,
+        1, "dynamic sampling (DAPO): maximum rollouts per step to find groups with unequal rewards", least=1, most=2**16
     )
     sampler: Literal["same", "bfloat16", "int8", "int4"] = knob(
-        "same", "weights of the sampler: the trained ones, or quantised as in an inference engine"
+        "same", "weights of the sampler: the trained weights, or a copy quantised as in an inference engine"
     )
     tis_clip: float = tis_clip_knob()
     tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
@@ -140,19 +132,24 @@ class GRPO(ObjectiveConfig):
     takes_presets = True
     functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS, "verifiers": VERIFIER_ARGUMENTS, "environment": ""}
     caption = "is trained by reinforcement learning: sampled answers that the verifier rewards become more likely."
-    charts = (MetricChart("Reward", {"reward": "mean of the rollouts"}, percent=True), COMPLETION_LENGTH, ENTROPY)
-    small_charts = (
-        MetricChart("All-equal groups", {"frac_zero_std": ""}, percent=True),
-        ENDED,
-        MetricChart("Rollouts a step", {"rollouts": ""}),
-        MetricChart("KL of the sampler to the trainer", {"sampler_kl": ""}),
-        MetricChart("KL to the start", {"kl": ""}),
+    charts = (
+        REWARD,
+        MetricChart("Rewards by verifier", {"reward_*": ""}, "Healthy: none falls.", True, OTHER_REWARDS),
+        COMPLETION_LENGTH,
+        ENTROPY,
     )
-    signs: ClassVar = SAMPLING_SIGNS | {
-        "equal_rewards": Sign(
+    small_charts = (
+        MetricChart("Groups with equal rewards", {"frac_zero_std": ""}, "No gradient; healthy: few.", percent=True),
+        ENDED,
+        MetricChart("Rollouts per step", {"rollouts": ""}, "To fill the batch; healthy: steady."),
+        MetricChart("KL from sampler to trainer", {"sampler_kl": ""}, "Their mismatch per token; healthy: close to 0."),
+        KL_TO_START,
+    )
+    metric_warnings: ClassVar = SAMPLING_WARNINGS | {
+        "equal_rewards": MetricWarning(
             lambda line: line.get("frac_zero_std") == 1,
-            "for {steps} steps up to step {step} the answers to each prompt had the same reward (mean {reward:.3g}): advantages "
-            "are 0 and the policy does not change; prompts that the model gets right now and then, a reward with more levels, a higher "
+            "in the {steps} steps up to step {step} all answers to a prompt had the same reward (mean {reward:.3g}): advantages are 0 "
+            "and the policy does not change. Prompts that the model sometimes gets right, a reward with more levels, a higher "
             "temperature or a larger group_size help",
         )
     }
@@ -189,7 +186,7 @@ class GRPO(ObjectiveConfig):
         check_environment(f"{stage.name}.objective", self.environment, self.verifier_names)
         if stage.batch_size * self.group_size % self.updates_per_rollout:
             raise UserError(
-                f"{stage.name}.objective.updates_per_rollout {self.updates_per_rollout} does not divide its "
-                f"{stage.batch_size * self.group_size} completions"
+                f"{stage.name}.objective.updates_per_rollout is {self.updates_per_rollout}; it should divide the "
+                f"{stage.batch_size * self.group_size} completions of a rollout"
             )
         check_grpo(self, stage)

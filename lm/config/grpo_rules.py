@@ -1,4 +1,4 @@
-"""Combinations of the fields of GRPO that have no meaning; each rule names both fields and what would work."""
+"""Rules against GRPO field combinations that make no sense; each error names both fields and what would work."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ READ_WITH: ReadWith = {
 CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     (
         lambda o: o.surrogate == "cispo" and o.clip_high < 1,
-        "surrogate is cispo and clip_high is {o.clip_high:g}; CISPO's clip_high is the largest ratio itself: it should be at "
-        "least 1, for instance 5",
+        "surrogate is cispo and clip_high is {o.clip_high:g}; CISPO's clip_high is the upper bound of the ratio itself: it should "
+        "be at least 1, for instance 5",
     ),
     (
         lambda o: o.delta and o.delta <= 1 + o.clip_high,
-        "delta is {o.delta:g} and clip_high is {o.clip_high:g}; the two-sided clip lies beyond the other: delta should be above "
-        "1 + clip_high, or 0",
+        "delta is {o.delta:g} and clip_high is {o.clip_high:g}; delta should be above 1 + clip_high, or 0 for no two-sided clip",
     ),
     (
         lambda o: o.baseline == "leave_one_out" and o.advantage_scale != "none",
-        "baseline is leave_one_out and advantage_scale is {o.advantage_scale}; RLOO divides by no standard deviation: "
+        "baseline is leave_one_out and advantage_scale is {o.advantage_scale}; RLOO does not divide by a standard deviation: "
         "advantage_scale should be none, or baseline group",
     ),
     (
         lambda o: o.group_size == 1 and o.baseline != "none",
-        "group_size is 1 and baseline is {o.baseline}; a group of one has nothing to compare its completion with: group_size "
-        "should be at least 2, or baseline none",
+        "group_size is 1 and baseline is {o.baseline}; a group of one has no other completion to compare with: group_size should "
+        "be at least 2, or baseline none",
     ),
     (
         lambda o: o.baseline == "none" and o.advantage_scale == "group",
-        "baseline is none and advantage_scale is group; rewards that are not compared in their group are not divided by its "
-        "standard deviation: advantage_scale should be batch or none, or baseline group",
+        "baseline is none and advantage_scale is group; the standard deviation of a group makes no sense without the group's "
+        "baseline: advantage_scale should be batch or none, or baseline group",
     ),
     (
         lambda o: o.group_size == 1 and o.rollouts > 1,
@@ -58,12 +57,12 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     ),
     (
         lambda o: o.tis_clip and o.ratio_level != "token" and o.tis_level == "token",
-        "ratio_level is {o.ratio_level} and tis_level is token; a ratio of the completion needs a correction of the completion: "
-        "tis_level should be sequence, or ratio_level token",
+        "ratio_level is {o.ratio_level} and tis_level is token; a sequence-level ratio needs a sequence-level importance "
+        "correction: tis_level should be sequence, or ratio_level token",
     ),
     (
         lambda o: o.tis_clip and o.surrogate == "vespo" and o.tis_level == "sequence",
-        "surrogate is vespo and tis_level is sequence; VESPO multiplies the tokens' corrections itself: tis_level should be token",
+        "surrogate is vespo and tis_level is sequence; VESPO itself multiplies the token corrections: tis_level should be token",
     ),
     (
         lambda o: o.kl_coef and o.kl_in == "loss" and o.kl_estimator == "k1",
@@ -72,13 +71,13 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     ),
     (
         lambda o: o.kl_correction and not o.kl_coef,
-        "kl_correction is true and kl_coef is 0; there is no KL to be weighed by the ratio: kl_coef should be above 0, or "
+        "kl_correction is true and kl_coef is 0; there is no KL to multiply by the ratio: kl_coef should be above 0, or "
         "kl_correction false",
     ),
     (
         lambda o: o.kl_correction and o.kl_in == "reward",
-        "kl_correction is true and kl_in is reward; only a KL in the loss has a ratio to be weighed by: kl_correction should be "
-        "false, or kl_in loss",
+        "kl_correction is true and kl_in is reward; only a KL in the loss can be multiplied by the ratio: kl_correction should "
+        "be false, or kl_in loss",
     ),
     (
         lambda o: o.reward_combination == "decoupled" and len(o.verifiers) < 2,
@@ -87,28 +86,28 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     ),
     (
         lambda o: o.reward_combination == "decoupled" and o.advantage_scale == "none",
-        "reward_combination is decoupled and advantage_scale is none; rewards that are divided by no standard deviation give the same "
-        "one by one: advantage_scale should be group or batch, or reward_combination sum",
+        "reward_combination is decoupled and advantage_scale is none; without a standard deviation to divide by, "
+        "decoupled equals sum: advantage_scale should be group or batch, or reward_combination sum",
     ),
     (
         lambda o: o.verifiers and o.verifier != "answer",
-        "verifier is {o.verifier} and verifiers is {o.verifiers}, which stand in its place; verifier should be answer, and verifiers "
-        "have it too, or be empty",
+        "verifier is {o.verifier} and verifiers is {o.verifiers}, which replace it; verifier should be answer, and verifiers "
+        "should include it or be empty",
     ),
     (
         lambda o: o.reward_combination == "decoupled" and o.kl_coef and o.kl_in == "reward",
-        "reward_combination is decoupled and kl_in is reward; there is no one reward to take the KL off: kl_in should be loss, or "
-        "reward_combination sum",
+        "reward_combination is decoupled and kl_in is reward; there is no single reward to subtract the KL from: kl_in should be "
+        "loss, or reward_combination sum",
     ),
     (
         lambda o: o.reward_combination == "decoupled" and o.reward_clip,
-        "reward_combination is decoupled and reward_clip is {o.reward_clip}; there is no one reward to clip: reward_clip should be "
+        "reward_combination is decoupled and reward_clip is {o.reward_clip}; there is no single reward to clip: reward_clip should be "
         "empty, or reward_combination sum",
     ),
     (
         lambda o: o.reward_weights and len(o.reward_weights) != len(o.verifiers),
-        "reward_weights is {o.reward_weights} and verifiers is {o.verifiers}; reward_weights should be a number for each of "
-        "verifiers, or empty",
+        "reward_weights is {o.reward_weights} and verifiers is {o.verifiers}; reward_weights should be empty, or have one number "
+        "for each verifier",
     ),
     (
         lambda o: o.reward_weights and not any(o.reward_weights),
@@ -116,17 +115,17 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     ),
     (
         lambda o: len(set(o.verifiers)) < len(o.verifiers),
-        "verifiers is {o.verifiers}; it should have each verifier once",
+        "verifiers is {o.verifiers}; it should have each verifier only once",
     ),
     (
         lambda o: o.reward_clip and (len(o.reward_clip) != 2 or o.reward_clip[0] >= o.reward_clip[1]),
-        "reward_clip is {o.reward_clip}; it should be empty, or two numbers, the least reward and the largest",
+        "reward_clip is {o.reward_clip}; it should be two numbers, the lower and the upper bound, or empty",
     ),
 )
 
 
 def check_grpo(o: GRPO, stage: Stage) -> None:
-    """Raises UserError for the first combination of fields that has no meaning."""
+    """Raise UserError for the first field combination that makes no sense."""
     where = f"{stage.name}.objective"
     check_read_with(where, o, READ_WITH)
     for applies, text in CONFLICTS:
@@ -135,6 +134,6 @@ def check_grpo(o: GRPO, stage: Stage) -> None:
     check_sampler_correction(where, o)
     if o.top_entropy < 1 and stage.microbatches > 1:
         raise UserError(
-            f"{where}.top_entropy is {o.top_entropy:g} and {stage.name}.microbatches is {stage.microbatches}; the tokens of highest "
-            "entropy are found in the whole batch: microbatches should be 1, or top_entropy 1"
+            f"{where}.top_entropy is {o.top_entropy:g} and {stage.name}.microbatches is {stage.microbatches}; the entropy threshold "
+            "is a quantile over the whole batch: microbatches should be 1, or top_entropy 1"
         )

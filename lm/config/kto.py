@@ -1,4 +1,4 @@
-"""Config of KTO: answers labelled good or bad, against a reference."""
+"""Config of KTO: single answers labelled good or bad, with a reference model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lm.config.field import UserError, knob
 from lm.config.model import Model
-from lm.config.objective import MetricChart, ObjectiveConfig
+from lm.config.objective import IMPLICIT_REWARD, KL_TO_START, ObjectiveConfig
 
 if TYPE_CHECKING:
     from lm.config.stage import Stage
@@ -16,31 +16,28 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class KTO(ObjectiveConfig):
     loss: Literal["kto", "apo_zero_unpaired", "FILE:FUNCTION"] = knob(
-        "kto", "row of the KTO table, or a function of your own"
+        "kto", "loss of the KTO family, or FILE:FUNCTION of your own"
     )
     beta: float = knob(
-        0.1,
-        "scale of the implicit reward; the larger, the closer the policy stays to the reference",
-        least=1e-6,
-        most=100,
+        0.1, "scale of the implicit reward; larger keeps the policy closer to the reference", least=1e-6, most=100
     )
-    desirable_weight: float = knob(1.0, "weight of answers that are desirable", least=0, most=1e6)
-    undesirable_weight: float = knob(1.0, "weight of answers that are not", least=0, most=1e6)
+    desirable_weight: float = knob(1.0, "weight of answers labelled good", least=0, most=1e6)
+    undesirable_weight: float = knob(1.0, "weight of answers labelled bad", least=0, most=1e6)
 
     data = "labelled"
     learns_preferences = True
     functions: ClassVar = {"loss": "rewards, sign, baseline"}
-    caption = "is trained on answers that are marked as good or bad."
-    charts = (MetricChart("Implicit reward", {"reward_chosen": "chosen", "reward_rejected": "rejected"}),)
-    small_charts = (MetricChart("KL to the start", {"kl": ""}),)
+    caption = "is trained on single answers labelled good or bad."
+    charts = (IMPLICIT_REWARD,)
+    small_charts = (KL_TO_START,)
 
     def check(self, stage: Stage, model: Model) -> None:
         if stage.batch_size < 2:
             raise UserError(
-                f"{stage.name}.batch_size is {stage.batch_size}; KTO pairs each prompt with another answer of its batch: "
-                "it should be at least 2"
+                f"{stage.name}.batch_size is {stage.batch_size}; it should be at least 2, since KTO estimates its KL from each "
+                "prompt with another prompt's answer"
             )
         if not self.desirable_weight + self.undesirable_weight:
             raise UserError(
-                f"{stage.name}.objective has desirable_weight 0 and undesirable_weight 0: one of them should be above 0"
+                f"{stage.name}.objective.desirable_weight and undesirable_weight are both 0; one of them should be above 0"
             )

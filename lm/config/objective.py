@@ -1,9 +1,10 @@
-"""What every objective's config says of its algorithm to code that imports no jax: data, checks, plan, sweep and pages."""
+"""Base class of the objectives' configs: what data, checks, plan, sweeps and pages need to know, without importing jax."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lm.config.field import UserError, is_function_name, knob
@@ -14,43 +15,67 @@ if TYPE_CHECKING:
 
 DataKind = Literal["text", "conversations", "pairs", "labelled", "prompts"]
 ReadWith = Mapping[str, tuple[str, tuple[str, ...]]]
-"""Fields that may differ from their defaults only where another field, of a name or several, has one of these values."""
+"""Field -> (other field, its values that use the field); with any other value the field must keep its default."""
 VERIFIER_ARGUMENTS = "row, completion"
-SIGN_STEPS = 5  # in a row, or all of a shorter stage, before a stage is said to learn nothing
+WARNING_STEPS = 5  # steps in a row (or all steps of a shorter stage) before a stage is reported as learning nothing
 
 
 @dataclass(frozen=True)
 class MetricChart:
-    """A chart of metrics over the steps of a stage: its title, {name in metrics.jsonl: label of its curve}, its axis."""
+    """A chart of metrics over the steps of a stage, drawn if the stage has one of them.
+
+    title: title of the chart.
+    curves: {name in metrics.jsonl: label of the curve}; a name with a final `*` stands for all metrics with that prefix, each
+        labelled by the rest of its name.
+    note: one sentence that says what is shown and what a healthy curve looks like.
+    percent: whether the axis is in percent if all values are between 0 and 1.
+    without: metrics that a `*` does not stand for.
+    """
 
     title: str
     curves: Mapping[str, str]
-    percent: bool = False  # the axis is in percent where all values are parts of 1
+    note: str = ""
+    percent: bool = False
+    without: tuple[str, ...] = ()
+
+    def found_in(self, metrics: Iterable[str]) -> dict[str, str]:
+        """{metric: label} of the curves of this chart, for the names of the metrics that a stage has."""
+        found = {}
+        for key, label in self.curves.items():
+            for name in (name for name in metrics if fnmatchcase(name, key) and name not in self.without):
+                found[name] = label if name == key else name.removeprefix(key[:-1])
+        return found
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A warning that the metrics of `steps` steps in a row give; `text` is filled from the last of them and the objective."""
+class MetricWarning:
+    """A warning given when `shows` is true of the metrics of `steps` steps in a row.
+
+    `text` is a format string, filled with the fields of the objective and the metrics of the last of these steps.
+    """
 
     shows: Callable[[Mapping[str, Any]], bool]
     text: str
-    steps: int = SIGN_STEPS
+    steps: int = WARNING_STEPS
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """An objective's fields, and what is asked of its algorithm without jax; a class states what differs from these answers.
+    """Base class of an objective's config: its knobs, and properties of its algorithm that need no jax.
 
-    data: kind of the examples that a stage reads. Where it is prompts, a class has the fields max_new_tokens, temperature,
+    A subclass overrides what differs from the defaults below.
+
+    data: kind of examples that a stage reads. A class that reads prompts has the fields max_new_tokens, temperature,
         verifier, reward_seconds and tis_clip.
-    produces: what a stage leaves: a language model, a reward model (scorer), or rows for later stages.
-    learns_preferences: held-out pairs are compared with the model that entered the first stage of this kind.
-    functions: fields that take a function of the user's own, with the arguments it is called with.
-    reward_model_field: the field that names reward models.
+    produces: result of a stage: a language model ("policy"), a reward model ("scorer"), or rows for later stages.
+    learns_preferences: whether held-out pairs are evaluated with the implicit reward, relative to the model before the first
+        stage of this kind.
+    functions: fields that take a user's FILE:FUNCTION, with the arguments of that function.
+    reward_model_field: name of the field that lists reward models.
     takes_presets: whether the named presets (`lm/config/presets.py`) are values of this class.
-    caption: what the report says after the stage's name.
-    charts, small_charts: what the report draws beside loss, learning rate, gradient norm and speed.
-    signs: warnings that its metrics may give, by kind.
+    caption: end of the sentence about the stage in the report, after the stage's name.
+    charts, small_charts: charts of the report beside loss, learning rate, gradient norm and speed.
+    metric_warnings: warnings derived from the metrics, by kind.
     """
 
     data: ClassVar[DataKind]
@@ -62,11 +87,11 @@ class ObjectiveConfig:
     caption: ClassVar[str]
     charts: ClassVar[tuple[MetricChart, ...]] = ()
     small_charts: ClassVar[tuple[MetricChart, ...]] = ()
-    signs: ClassVar[Mapping[str, Sign]] = {}
+    metric_warnings: ClassVar[Mapping[str, MetricWarning]] = {}
 
     @property
     def verifier_names(self) -> tuple[str, ...]:
-        """The verifiers that judge its completions."""
+        """Names of the verifiers that score the completions."""
         verifier = getattr(self, "verifier", "")
         return (verifier,) if verifier else ()
 
@@ -82,22 +107,22 @@ class ObjectiveConfig:
 
     @property
     def samples(self) -> bool:
-        """Whether the stage samples completions of its prompts."""
+        """Whether the stage samples completions for its prompts."""
         return self.data == "prompts"
 
     @property
     def data_options(self) -> dict[str, Any]:
-        """What makes rows of its kind of data differ, as arguments of the function in `lm/data/supply.py`."""
+        """Options of how rows become examples, as arguments of the function of its data kind in `lm/data/supply.py`."""
         return {}
 
     @property
     def rows_per_example(self) -> int:
-        """Rows of a batch that no microbatch may part: the two of a pair."""
+        """Rows of a batch that belong to one example and stay in one microbatch: 2 for a preference pair, else 1."""
         return 2 if self.data == "pairs" else 1
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer updates in one step of the loop: several only where they share a rollout."""
+        """Optimizer updates in one step of the loop; more than 1 only where several updates share a rollout."""
         return 1
 
     def rows_per_update(self, batch_size: int) -> int:
@@ -106,163 +131,177 @@ class ObjectiveConfig:
 
     @property
     def completions_per_prompt(self) -> int:
-        """Completions sampled for one prompt; neighbouring rows of a rollout."""
+        """Completions sampled for one prompt, in neighbouring rows of a rollout."""
         return 1
 
     @property
     def max_rollouts(self) -> int:
-        """Most rollouts in one step."""
+        """Maximum number of rollouts in one step."""
         return 1
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates, the first of a step, that see each row of a rollout once."""
+        """Updates in one epoch over a rollout, in which each row is used once."""
         return self.updates_per_step
 
     @property
     def samples_as_trained(self) -> bool:
-        """Whether the sampler has the weights that are trained, not quantised ones."""
+        """Whether the sampler uses the trained weights, and not a quantised copy."""
         return True
 
     @property
     def corrects_sampler(self) -> bool:
-        """Whether the old policy of a rollout is the trainer's, with the sampler's log-probabilities kept beside it."""
+        """Whether old log-probabilities are recomputed by the trainer, beside the sampler's, for an importance correction."""
         return False
 
     @property
     def reward_model_names(self) -> tuple[str, ...]:
-        """Reward models that the stage reads, as NAME or RUN:NAME."""
+        """Reward models used by the stage, as NAME or RUN:NAME."""
         return ()
 
     @property
     def caches_reference(self) -> bool:
-        """Whether the reference's log-probabilities are computed before the first step and put into the batches."""
+        """Whether the reference's log-probabilities are computed once, before the first step, and stored in the batches."""
         return False
 
     def trained_model(self, model: Model) -> Model:
-        """The config of the model that is trained, where a language model of config `model` enters."""
+        """Config of the trained model of a stage that starts from a language model of config `model`."""
         return model
 
     def check(self, stage: Stage, model: Model) -> None:
-        """Raises UserError, with the field, its value and what would work, for what the ranges of single fields allow."""
+        """Raise UserError for combinations of fields that make no sense, with field, value and what would work."""
 
 
 def max_new_tokens_knob() -> Any:
-    """The field that limits a completion."""
-    text = "longest completion, in tokens; prompts may have seq_len less this"
+    """The `max_new_tokens` field."""
+    text = "maximum length of a completion in tokens; a prompt may have up to seq_len - max_new_tokens"
     return knob(64, text, least=1, most=2**26)
 
 
 def temperature_knob() -> Any:
-    """The field of the sampling temperature of what trains on its samples."""
-    return knob(1.0, "sampling temperature, in the log-probabilities too", least=0.01, most=100)
+    """The `temperature` field of objectives that train on their samples."""
+    return knob(1.0, "sampling temperature, also applied to the log-probabilities in the loss", least=0.01, most=100)
 
 
 def entropy_coef_knob() -> Any:
-    """The field of the entropy bonus."""
-    return knob(0.0, "weight of the entropy bonus, a mean over tokens", least=0, most=1000)
+    """The `entropy_coef` field."""
+    return knob(0.0, "weight of the entropy bonus (mean over tokens); 0 disables it", least=0, most=1000)
 
 
 def tis_clip_knob() -> Any:
-    """The field that turns on the correction of what sampler and trainer differ by."""
-    text = (
-        "truncated importance sampling (TIS) for the mismatch of sampler and trainer: tokens are weighted by how much "
-        "likelier they are to the trainer, at most this; 2 is usual; 0: none"
-    )
+    """The `tis_clip` field, which turns on the importance correction for the mismatch of sampler and trainer."""
+    text = "upper bound of the importance weight π_trainer / π_sampler (TIS), usually 2; 0: no correction"
     return knob(0.0, text, least=1e-3, most=1e6, special=0)
 
 
 def reward_seconds_knob() -> Any:
-    """The field that limits the time of a reward."""
-    text = "seconds that the verifier may take for one completion; then it is stopped, and the reward is 0"
+    """The `reward_seconds` field, a time limit for one reward."""
+    text = "time limit of the verifier for one completion, in seconds; a verifier that takes longer is stopped and the reward is 0"
     return knob(10.0, text, above=0, most=10**6)
 
 
 def environment_knob() -> Any:
-    """The field that names an environment."""
-    text = "environment of your own, FILE:CLASS, with replies between the model's turns and its own rewards; empty: the verifier judges one answer"
+    """The `environment` field, which names a class of the user's own."""
+    text = (
+        "environment of your own, as FILE:CLASS, which replies between the model's turns and gives the rewards; empty: single-turn "
+        "answers scored by the verifier"
+    )
     return knob("", text)
 
 
 def check_environment(where: str, environment: str, verifiers: tuple[str, ...]) -> None:
-    """Raises UserError where `environment` names no class, or a verifier too; `where` is what the fields belong to."""
+    """Raise UserError if `environment` is not FILE:CLASS, or is combined with a verifier; `where` prefixes the field names."""
     if environment and not is_function_name(environment):
         raise UserError(f"{where}.environment is {environment!r}; it should be FILE:CLASS, for instance my_file:Guess")
     if environment and verifiers != ("answer",):
         raise UserError(
-            f"{where}.environment {environment} gives its own rewards, and {where}.verifier {', '.join(verifiers)} would not be asked: "
-            "leave one of them out"
+            f"{where}.environment is {environment}, which gives its own rewards, so {where}.verifier {', '.join(verifiers)} "
+            "would not be used: leave one of the two out"
         )
 
 
-TIS_LEVEL = ("token", "the importance correction is by token, or one for the completion: the product of its tokens'")
-TIS_MODE = ("truncate", "importance weights beyond the largest are set to it, or to 0 (then also those below tis_low)")
-TIS_LOW = (0.0, "tis_mode mask: least importance weight that is kept")
+TIS_LEVEL = (
+    "token",
+    "level of the importance weight (tis_clip): per token, or per sequence, the product over its tokens",
+)
+TIS_MODE = (
+    "truncate",
+    "importance weights above tis_clip are set to tis_clip; mask: set to 0, also those below tis_low",
+)
+TIS_LOW = (0.0, "tis_mode mask: lower bound of the importance weight; 0: none")
 TIS_FIELDS = {"tis_level": TIS_LEVEL, "tis_mode": TIS_MODE, "tis_low": TIS_LOW}
-"""Default and help of the fields of the importance correction, which GRPO and PPO have."""
+"""Default and help of the importance-correction fields that GRPO and PPO share."""
 
 
 def check_sampler_correction(where: str, o: Any) -> None:
-    """Raises UserError where a field of the importance correction is set and another makes it meaningless."""
+    """Raise UserError if the importance-correction fields (`tis_*`) contradict each other."""
     changed = [name for name, (default, _) in TIS_FIELDS.items() if getattr(o, name) != default]
     if changed and not o.tis_clip:
         raise UserError(
-            f"{where}.{changed[0]} is {getattr(o, changed[0])} and tis_clip is 0, which corrects nothing; tis_clip should be "
-            f"above 0, for instance 2, or {changed[0]} {TIS_FIELDS[changed[0]][0]}"
+            f"{where}.{changed[0]} is {getattr(o, changed[0])} and tis_clip is 0, which disables the importance correction; "
+            f"tis_clip should be above 0, for instance 2, or {changed[0]} {TIS_FIELDS[changed[0]][0]}"
         )
     if o.tis_low and o.tis_mode != "mask":
         raise UserError(
             f"{where}.tis_low is {o.tis_low} and tis_mode is {o.tis_mode}, which has no lower bound; tis_low should be 0, or tis_mode mask"
         )
     if o.tis_low > o.tis_clip:
-        raise UserError(f"{where}.tis_low is {o.tis_low} and tis_clip is {o.tis_clip}; tis_low should be the smaller")
+        raise UserError(
+            f"{where}.tis_low is {o.tis_low} and tis_clip is {o.tis_clip}; tis_low should be at most tis_clip"
+        )
 
 
 def check_read_with(where: str, o: Any, readers: ReadWith) -> None:
-    """Raises UserError where a field is set that nothing reads, since another field has not one of the values that do.
+    """Raise UserError if a field is set that is not used with the value of another field.
 
-    Losses of the user's own may read any field.
+    A user's own loss may use any field.
     """
     for name, (other, values) in readers.items():
         value, default, found = getattr(o, name), getattr(type(o), name), getattr(o, other)
         chosen = found if isinstance(found, tuple) else (found,)
         if value != default and not any(one in values or is_function_name(one) for one in chosen):
             raise UserError(
-                f"{where}.{name} is {value} and {other} is {', '.join(chosen)}, which does not read it; {name} should be {default}, "
+                f"{where}.{name} is {value} and {other} is {', '.join(chosen)}, which does not use it; {name} should be {default}, "
                 f"or {other} {' or '.join(values)}"
             )
 
 
 def check_label_smoothing(where: str, smoothing: float, losses: tuple[str, ...], readers: frozenset[str]) -> None:
-    """Raises UserError where label smoothing is set and no loss reads it; `where` is the objective in dotted form."""
+    """Raise UserError if label smoothing is set and none of the losses uses it; `where` is the objective's dotted name."""
     if smoothing and readers.isdisjoint(losses) and not any(map(is_function_name, losses)):
         raise UserError(
-            f"{where}.label_smoothing is {smoothing}, which {', '.join(losses)} does not read; "
+            f"{where}.label_smoothing is {smoothing}, which {', '.join(losses)} does not use; "
             f"it should be 0, or the loss one of {', '.join(sorted(readers))}"
         )
 
 
-# ---- charts and signs that several objectives share ----------------------------------------------------------------
+# ---- charts and warnings that several objectives share -------------------------------------------------------------
 
-COMPLETION_LENGTH = MetricChart("Completion length", {"completion_length": "tokens"})
-ENTROPY = MetricChart("Entropy", {"entropy": "nats a token"})
-ENDED = MetricChart("Ended itself", {"eos_rate": ""}, percent=True)
+REWARD = MetricChart("Reward", {"reward": "mean of the rollouts"}, "Healthy: rises, then flattens out.", percent=True)
+LENGTH_NOTE = "Mean sampled tokens; healthy: well below max_new_tokens."
+COMPLETION_LENGTH = MetricChart("Completion length", {"completion_length": "tokens"}, LENGTH_NOTE)
+ENTROPY = MetricChart("Entropy", {"entropy": "nats per token"}, "Healthy: falls slowly, without collapsing to 0.")
+ENDED = MetricChart("Completions that ended", {"eos_rate": ""}, "Not cut off; healthy: close to 100 %.", percent=True)
+KL_TO_START = MetricChart("KL to the start", {"kl": ""}, "Nats, to the model before the stage; healthy: bounded.")
+CHOSEN_REJECTED = {"reward_chosen": "chosen", "reward_rejected": "rejected"}
+IMPLICIT_NOTE = "Scaled log-probability, relative to the reference if any; healthy: the gap grows."
+IMPLICIT_REWARD = MetricChart("Implicit reward", CHOSEN_REJECTED, IMPLICIT_NOTE)
 PAIR_CHARTS = (
-    MetricChart("Pairs ranked right", {"reward_accuracy": "training pairs"}, percent=True),
-    MetricChart("Implicit reward", {"reward_chosen": "chosen", "reward_rejected": "rejected"}),
-    MetricChart("Margin", {"reward_margin": "chosen less rejected"}),
+    MetricChart("Preference accuracy", {"reward_accuracy": ""}, "Healthy: rises from 50 %.", percent=True),
+    IMPLICIT_REWARD,
+    MetricChart("Reward margin", {"reward_margin": ""}, "Chosen minus rejected reward; healthy: rises from 0."),
 )
-SAMPLING_SIGNS: dict[str, Sign] = {
-    "truncated": Sign(
+SAMPLING_WARNINGS: dict[str, MetricWarning] = {
+    "truncated": MetricWarning(
         lambda line: line.get("eos_rate") == 0,
-        "none of the answers of step {step} ended by itself: the policy gets no signal to end its answers; a longer max_new_tokens, or "
-        "more instruction tuning before, helps (eos_rate in the metrics tells when it passes)",
+        "at step {step} every answer was cut off at max_new_tokens (eos_rate 0): the policy gets no signal to end its answers. "
+        "A larger max_new_tokens or more SFT before this stage helps",
         steps=1,
     ),
-    "reward_timeouts": Sign(
+    "reward_timeouts": MetricWarning(
         lambda line: line.get("reward_timeouts", 0) > 0,
-        "{reward_timeouts:.0f} rewards of step {step} took longer than {reward_seconds:g} s (objective.reward_seconds; formulas "
-        "are compared for 5 s at most) and count as 0; the metric reward_timeouts counts them",
+        "at step {step} {reward_timeouts:.0f} rewards took longer than objective.reward_seconds ({reward_seconds:g} s; for formulas at "
+        "most 5 s) and were set to 0; see the metric reward_timeouts",
         steps=1,
     ),
 }

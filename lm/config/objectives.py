@@ -1,4 +1,4 @@
-"""Every objective that a stage can have: the union that an experiment is read by, and the same by name."""
+"""All objectives that a stage can have: their union, which validation reads, and a table by class name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Config of PPO: sampled answers, scored by reward models or a verifier, with a critic."""
+"""Config of PPO: sampled answers scored by reward models or a verifier, with a critic."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from lm.config.objective import (
     COMPLETION_LENGTH,
     ENDED,
     ENTROPY,
-    SAMPLING_SIGNS,
+    KL_TO_START,
+    SAMPLING_WARNINGS,
     TIS_LEVEL,
     TIS_LOW,
     TIS_MODE,
     VERIFIER_ARGUMENTS,
     MetricChart,
+    MetricWarning,
     ObjectiveConfig,
-    Sign,
     check_sampler_correction,
     entropy_coef_knob,
     max_new_tokens_knob,
@@ -36,48 +37,40 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PPO(ObjectiveConfig):
     reward_models: tuple[str, ...] = knob(
-        (), "stages whose models score the answers, as NAME, or RUN:NAME of another run; empty: the verifier does"
+        (), "reward models that score the answers, by stage: NAME, or RUN:NAME of another run; empty: the verifier"
     )
-    ensemble: Literal["mean", "min"] = knob("mean", "how the scores of several reward models are combined")
+    ensemble: Literal["mean", "min"] = knob("mean", "combination of the scores of several reward models")
     verifier: str = knob(
-        "",
-        "verifier, or FILE:FUNCTION of your own: the reward where no reward model is named, else only logged; empty: none",
+        "", "verifier or FILE:FUNCTION of your own: the reward if reward_models is empty, else logged as judge"
     )
     critic: Literal["separate", "head"] = knob(
-        "separate", "critic: a separate model (from the first reward model, or this one), or a value head on the policy"
+        "separate", "critic: a separate model, initialised from the first reward model, or a value head on the policy"
     )
     max_new_tokens: int = max_new_tokens_knob()
     temperature: float = temperature_knob()
     kl_coef: float = knob(
-        0.05,
-        "KL penalty coefficient, in the token rewards (to the model before this stage); 0 disables it",
-        least=0,
-        most=1000,
+        0.05, "KL penalty coefficient (KL to the model before this stage); 0 disables it", least=0, most=1000
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "estimator of that KL")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "estimator of the KL penalty")
     kl_target: float = knob(
-        0.0,
-        "target of the mean KL per answer in nats, which kl_coef adapts to; 0: kl_coef is fixed",
-        least=0,
-        most=1000,
+        0.0, "adaptive KL: target of the mean KL per answer, in nats; 0: kl_coef is fixed", least=0, most=1000
     )
-    kl_horizon: int = knob(10_000, "answers over which kl_coef adapts", least=1, most=10**9)
-    gamma: float = knob(1.0, "discount of a token", least=0, most=1)
+    kl_horizon: int = knob(10_000, "adaptive KL: number of answers over which kl_coef adapts", least=1, most=10**9)
+    gamma: float = knob(1.0, "discount factor per token", least=0, most=1)
     lam: float = knob(0.95, "λ of generalised advantage estimation", least=0, most=1)
-    whiten_rewards: bool = knob(False, "divide rewards by their standard deviation over the rollout")
+    whiten_rewards: bool = knob(False, "divide token rewards by their standard deviation over the rollout")
     missing_eos_penalty: float = knob(
-        0.0, "taken off the score of an answer that did not end by itself", least=0, most=1e6
+        0.0, "penalty subtracted from the score of an answer cut off at max_new_tokens; 0: none", least=0, most=1e6
     )
-    clip: float = knob(0.2, "ratios are clipped to 1 ± clip", least=1e-4, most=1e6)
+    clip: float = knob(0.2, "clip range of the importance ratio: 1 ± clip", least=1e-4, most=1e6)
     entropy_coef: float = entropy_coef_knob()
-    value_clip: float = knob(0.2, "values are clipped to the rollout's ± value_clip", least=1e-4, most=1e6)
-    value_coef: float = knob(0.1, "weight of the value loss", least=0, most=1000)
+    value_clip: float = knob(0.2, "clip range of the values: value at the rollout ± value_clip", least=1e-4, most=1e6)
+    value_coef: float = knob(0.1, "weight of the value loss; 0: the critic is not trained", least=0, most=1000)
     value_after_end: bool = knob(
-        False,
-        "the score is given one state after the last token, whose value is learnt too, as in TRL; else at the token",
+        False, "place the score one state after the last token, as in TRL; false: at the last token"
     )
     epochs: int = knob(4, "epochs over each rollout", least=1, most=2**16)
-    minibatches: int = knob(1, "minibatches in an epoch, an optimizer update each", least=1, most=2**16)
+    minibatches: int = knob(1, "minibatches in an epoch; each is one optimizer update", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()
     tis_clip: float = tis_clip_knob()
     tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
@@ -90,27 +83,29 @@ class PPO(ObjectiveConfig):
     reward_model_field = "reward_models"
     caption = "is trained by reinforcement learning: sampled answers of a high reward become more likely."
     charts = (
-        MetricChart("Reward", {"score": "score", "reward": "score less the KL penalty"}),
-        MetricChart("Judge", {"judge": "mean of the rollouts"}, percent=True),
-        MetricChart("KL to the start", {"kl": "nats an answer"}),
+        MetricChart("Reward", {"score": "score", "reward": "minus KL penalty"}, "Healthy: rises, then flattens out."),
+        MetricChart("Judge", {"judge": "verifier"}, "Healthy: rises with the score.", percent=True),
+        KL_TO_START,
         COMPLETION_LENGTH,
         ENTROPY,
     )
     small_charts = (
         ENDED,
-        MetricChart("KL coefficient", {"kl_coef": ""}),
-        MetricChart("Policy's loss", {"policy_loss": ""}),
-        MetricChart("Values' loss", {"value_loss": ""}),
-        MetricChart("Variance explained", {"explained_variance": ""}),
-        MetricChart("Ratios clipped", {"clip_frac": ""}, percent=True),
-        MetricChart("Values clipped", {"value_clip_frac": ""}, percent=True),
-        MetricChart("KL to the rollout", {"old_kl": ""}),
+        MetricChart("KL coefficient", {"kl_coef": ""}, "Fixed, or adapting to kl_target; healthy: settles."),
+        MetricChart("Policy loss", {"policy_loss": ""}, "Clipped surrogate; healthy: small, without spikes."),
+        MetricChart("Value loss", {"value_loss": ""}, "Error of the critic; healthy: falls, then stays flat."),
+        MetricChart(
+            "Explained variance", {"explained_variance": ""}, "Of the returns, by the critic; healthy: rises to 1."
+        ),
+        MetricChart("Ratios clipped", {"clip_frac": ""}, "Tokens beyond the clip range; healthy: few.", percent=True),
+        MetricChart("Values clipped", {"value_clip_frac": ""}, "Values beyond value_clip; healthy: few.", percent=True),
+        MetricChart("KL to the rollout", {"old_kl": ""}, "Policy against the one that sampled; healthy: close to 0."),
     )
-    signs: ClassVar = SAMPLING_SIGNS | {
-        "equal_rewards": Sign(
+    metric_warnings: ClassVar = SAMPLING_WARNINGS | {
+        "equal_rewards": MetricWarning(
             lambda line: line.get("score_range") == 0,
-            "for {steps} steps up to step {step} all answers had the same reward ({score:.3g}): nothing tells better answers from "
-            "worse; prompts that the model gets right now and then, a reward with more levels or a higher temperature help",
+            "in the {steps} steps up to step {step} all answers had the same reward ({score:.3g}): the policy cannot tell better "
+            "answers from worse. Prompts that the model sometimes gets right, a reward with more levels or a higher temperature help",
         )
     }
 
@@ -135,8 +130,8 @@ class PPO(ObjectiveConfig):
         check_sampler_correction(where, self)
         if not self.reward_models and not self.verifier:
             raise UserError(
-                f"{where} has neither reward_models nor a verifier: name a reward model's stage, or a row of "
-                "the verifier table"
+                f"{where}.reward_models and verifier are empty; reward_models should name the stage of a reward model, or verifier "
+                "a verifier"
             )
         if self.ensemble != "mean" and len(self.reward_models) < 2:
             raise UserError(
@@ -145,15 +140,15 @@ class PPO(ObjectiveConfig):
             )
         if self.kl_target and not self.kl_coef:
             raise UserError(
-                f"{where}.kl_target is {self.kl_target:g} and kl_coef is 0, which adapts by factors and stays 0; kl_coef should "
-                "be above 0, or kl_target 0"
+                f"{where}.kl_target is {self.kl_target:g} and kl_coef is 0, which is adapted by factors and stays 0; kl_coef "
+                "should be above 0, or kl_target 0"
             )
         if self.kl_horizon != type(self).kl_horizon and not self.kl_target:
             raise UserError(
-                f"{where}.kl_horizon is {self.kl_horizon} and kl_target is 0, which adapts nothing; kl_target should be above 0, or "
+                f"{where}.kl_horizon is {self.kl_horizon} and kl_target is 0, so kl_coef is fixed; kl_target should be above 0, or "
                 f"kl_horizon {type(self).kl_horizon}"
             )
         if stage.batch_size % self.minibatches:
             raise UserError(
-                f"{stage.name}.objective.minibatches {self.minibatches} does not divide its {stage.batch_size} answers"
+                f"{stage.name}.objective.minibatches is {self.minibatches}; it should divide {stage.name}.batch_size {stage.batch_size}"
             )

@@ -1,4 +1,4 @@
-"""Named members of the GRPO family: one table of configs with paper and equation; `presets.dapo` is the value of one."""
+"""Presets of the GRPO family: a table of published algorithms as configs, with paper and equation; `presets.dapo` is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.config.grpo import GRPO
 
 @dataclass(frozen=True)
 class Preset:
-    """A published algorithm as fields of GRPO. `equation` is what the loss maximises, `r` the ratio and `A` the advantage."""
+    """A published algorithm as a GRPO config; `equation` is the maximised objective, with ratio `r` and advantage `A`."""
 
     paper: str
     equation: str
@@ -20,7 +20,7 @@ class Preset:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
+        """The config's fields that differ from their defaults."""
         return {f.name: value for f in dataclasses.fields(GRPO) if (value := getattr(self.config, f.name)) != f.default}
 
 
@@ -37,8 +37,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "dapo": Preset(
         "DAPO, arXiv:2503.14476, eq. 8; numbers of section 4.1",
-        "as grpo without KL; clip to (1-0.2, 1+0.28), one mean over all tokens, prompts are sampled until groups have unequal "
-        "rewards, truncated completions are dropped",
+        "as grpo without KL; clip to (1-0.2, 1+0.28), mean over all tokens, dynamic sampling until groups have unequal rewards, "
+        "truncated completions dropped",
         GRPO(clip_high=0.28, rollouts=4, drop_truncated=True),
     ),
     "gspo": Preset(
@@ -48,7 +48,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "rloo": Preset(
         "RLOO, arXiv:2402.14740",
-        "A = R - β·KL - mean of the group's others; min(r·A, clip(r, 1-ε, 1+ε)·A) with r = π(o) / π_old(o); the KL is of the "
+        "A = R - β·KL - mean of the group's other completions; min(r·A, clip(r, 1-ε, 1+ε)·A) with r = π(o) / π_old(o); the KL is of the "
         "whole completion (β and the clip as in TRL, the paper has no ratio)",
         GRPO(
             baseline="leave_one_out",
@@ -62,7 +62,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforce_pp": Preset(
         "REINFORCE++, arXiv:2501.03262",
-        "A = R - β·KL, whitened over the rollout, one completion a prompt; min(r·A, clip(r, 1-ε, 1+ε)·A); the KL is of the whole "
+        "A = R - β·KL, whitened over the rollout, one completion per prompt; min(r·A, clip(r, 1-ε, 1+ε)·A); the KL is of the whole "
         "completion, the same for all of its tokens, where the paper adds that of the tokens from each on",
         GRPO(
             group_size=1,
@@ -81,7 +81,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cispo": Preset(
         "CISPO, arXiv:2506.13585, eq. 4 and 5; clip_high of arXiv:2510.13786",
-        "sg[min(r, clip_high)]·A·log π, one mean over all tokens",
+        "sg[min(r, clip_high)]·A·log π, mean over all tokens",
         GRPO(surrogate="cispo", clip_high=5.0),
     ),
     "sapo": Preset(
@@ -101,7 +101,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "vespo": Preset(
         "VESPO, arXiv:2602.10693, eq. 20",
-        "sg[e^λ·w^k·e^(-λ·w)]·A·log π with w = π(o) / π_old(o), one mean over all tokens",
+        "sg[e^λ·w^k·e^(-λ·w)]·A·log π with w = π(o) / π_old(o), mean over all tokens",
         GRPO(surrogate="vespo"),
     ),
     "gdpo": Preset(
@@ -116,7 +116,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "two_sided": Preset(
         "INTELLECT-2, arXiv:2505.07291, section 3.4; numbers of section 4.1",
-        "min(min(r, δ)·A, clip(r, 1-ε, 1+ε)·A) - β·k3 with δ = 4: r is bounded where A < 0, too",
+        "min(min(r, δ)·A, clip(r, 1-ε, 1+ε)·A) - β·k3 with δ = 4, which also bounds r where A < 0",
         GRPO(delta=4.0, kl_coef=0.001),
     ),
     "high_entropy": Preset(
@@ -126,7 +126,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "deepseek_v3_2": Preset(
         "DeepSeek-V3.2, arXiv:2512.02556, section 3.1, eq. 7 to 9",
-        "as grpo with β·r·k3, and without completions whose A < 0 and mean log π_old - log π > off_policy_kl; the paper gives "
+        "as grpo with β·r·k3; completions with A < 0 and mean log π_old - log π > off_policy_kl are dropped; the paper gives "
         "neither number: β is DeepSeekMath's, off_policy_kl 0.05 is our choice (TRL proposes 0.5)",
         GRPO(aggregation="sequence", kl_coef=0.04, kl_correction=True, off_policy_kl=0.05),
     ),
@@ -134,14 +134,14 @@ PRESETS: dict[str, Preset] = {
 
 
 KEPT = frozenset({"group_size", "verifiers"})
-"""Fields that stay as they are where a preset does not set them; the others that any preset sets go back to their defaults."""
+"""Fields that a preset leaves unchanged unless it sets them; every other field that any preset sets is reset to its default."""
 
 
 def apply_preset(o: Any, name: str, where: str) -> GRPO:
-    """A config of GRPO turned into the preset of that name; prompts, lengths, verifiers and sampler stay as they are.
+    """Apply the named preset to a GRPO config; its prompts, lengths, verifiers and sampler are kept.
 
     Raises:
-        UserError: no such preset, or `o` is no GRPO; `where` is the field that names it.
+        UserError: no such preset, or `o` is not a GRPO config; `where` is the field that names the preset.
     """
     if not o.takes_presets:
         raise UserError(f"{where} is {name!r}; presets are of GRPO, and this objective is {type(o).__name__}")

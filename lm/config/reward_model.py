@@ -1,4 +1,4 @@
-"""Config of a reward model's training on pairs."""
+"""Config of the training of a reward model on preference pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lm.config.field import UserError, knob
 from lm.config.model import Model
-from lm.config.objective import PAIR_CHARTS, MetricChart, ObjectiveConfig, check_read_with
+from lm.config.objective import CHOSEN_REJECTED, PAIR_CHARTS, MetricChart, ObjectiveConfig, check_read_with
 
 if TYPE_CHECKING:
     from lm.config.stage import Stage
@@ -16,31 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardModel(ObjectiveConfig):
-    """Bradley-Terry reward model on pairs: a scalar head replaces the language-model head."""
+    """Bradley-Terry reward model on preference pairs: a scalar head replaces the language-model head."""
 
-    margins: bool = knob(False, "require the scores of a pair to differ by its `margin`")
+    margins: bool = knob(False, "train the score difference of a pair to exceed the pair's `margin` column")
     center_coef: float = knob(
-        0.0, "weight of the squared sum of a pair's two scores, which keeps their mean at 0", least=0, most=1000
+        0.0, "weight of the squared sum of a pair's scores, which centres them at 0; 0 disables it", least=0, most=1000
     )
     ties: Literal["drop", "split", "rao_kupper"] = knob(
-        "drop", "pairs that are a `tie`: left out, half each, a third outcome"
+        "drop", "pairs with a `tie`: left out, counted as half a win for each answer, or a third outcome"
     )
-    tie_width: float = knob(
-        0.5, "rao_kupper: answers whose scores differ by less are called equal", least=1e-3, most=1000
-    )
-    layers: int = knob(
-        0,
-        "layers of the reward model, the first of the language model; 0: all",
-        least=0,
-        most=2**14,
-    )
+    tie_width: float = knob(0.5, "ties rao_kupper: score difference below which a tie is likely", least=1e-3, most=1000)
+    layers: int = knob(0, "number of layers, the first ones of the language model; 0: all layers", least=0, most=2**14)
 
     data = "pairs"
     produces = "scorer"
-    caption = "is a reward model, which gives preferred answers the higher score."
+    caption = "trains a reward model, which gives preferred answers the higher score."
     charts = (
         PAIR_CHARTS[0],
-        MetricChart("Score", {"reward_chosen": "chosen", "reward_rejected": "rejected"}),
+        MetricChart("Score", CHOSEN_REJECTED, "Mean scores of the answers; healthy: the curves separate."),
         PAIR_CHARTS[2],
     )
 
@@ -49,7 +42,7 @@ class RewardModel(ObjectiveConfig):
         return {"ties": self.ties != "drop", "margins": self.margins}
 
     def trained_model(self, model: Model) -> Model:
-        # Without a head for tokens, and maybe without the later layers.
+        # No language-model head, and only the first `layers` layers.
         return dataclasses.replace(model, num_layers=self.layers or model.num_layers, tied_head=True)
 
     def check(self, stage: Stage, model: Model) -> None:

@@ -1,4 +1,4 @@
-"""An experiment to and from plain JSON values."""
+"""Conversion of an experiment to and from plain JSON values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm.config.objectives import OBJECTIVES
 
 
 def to_dict(value: Any) -> Any:
-    """Plain JSON value of an experiment; an objective carries its class name as `kind`."""
+    """An experiment as a plain JSON value; an objective has its class name as `kind`."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields} if type(value) in OBJECTIVES.values() else fields
@@ -21,18 +21,18 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(value: Any, kind: Any = Experiment, where: str = "") -> Any:
-    """The typed value that `to_dict` made plain; absent fields have their defaults.
+    """The inverse of `to_dict`; absent fields have their defaults.
 
     Raises:
-        UserError: a field is missing, unknown, of the wrong type or out of its range; says which.
+        UserError: a field is missing, unknown, of the wrong type or out of range; names the field.
     """
     return read(value, kind, where, Reading(plain=True, names=False))
 
 
 def strict(experiment: Any) -> Experiment:
-    """An experiment built in Python, read as strictly as one from JSON: lists become tuples, numpy's scalars numbers.
+    """Validate an experiment built in Python as strictly as one from JSON; lists become tuples, NumPy scalars numbers.
 
     Raises:
-        UserError: a leaf is of the wrong type or out of its range, or a name is none; says which.
+        UserError: a value has the wrong type or is out of range, or a name is invalid; names the field.
     """
     return read(experiment, Experiment, "", Reading(plain=False, names=True))

@@ -14,97 +14,96 @@ O_co = TypeVar("O_co", bound=Objective, covariant=True)
 @dataclass(frozen=True)
 class Optimizer:
     kind: Literal["adamw", "muon"] = knob(
-        "adamw", "optimizer; muon: muon for the matrices of the blocks, adamw for the rest"
+        "adamw", "optimizer; muon: Muon for the matrices of the blocks, AdamW for all other parameters"
     )
-    peak_lr: float = knob(1e-3, "learning rate after the warmup", least=1e-12, most=1000)
-    schedule: Literal["constant", "cosine", "wsd"] = knob("cosine", "learning rate schedule after the warmup")
+    peak_lr: float = knob(1e-3, "peak learning rate, reached at the end of the warmup", least=1e-12, most=1000)
+    schedule: Literal["constant", "cosine", "wsd"] = knob(
+        "cosine", "learning rate schedule after the warmup; wsd (warmup-stable-decay): constant, then a 1-sqrt decay"
+    )
     warmup_steps: int = knob(
-        20, "updates of linear warmup; the first update has peak_lr / warmup_steps", least=0, most=10**9
+        20, "linear warmup, in optimizer updates; the first has peak_lr / warmup_steps; 0: none", least=0, most=10**9
     )
-    decay_frac: float = knob(0.2, "fraction of the updates in wsd's decay", least=0, most=1)
-    final_lr_frac: float = knob(0.1, "final learning rate as a fraction of the peak", least=0, most=1)
-    b2: float = knob(0.95, "AdamW decay of the second moment", least=0, most=0.99999)
-    weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only", least=0, most=1000)
+    decay_frac: float = knob(
+        0.2, "schedule wsd: fraction of all updates in which the learning rate decays", least=0, most=1
+    )
+    final_lr_frac: float = knob(
+        0.1, "final learning rate as a fraction of peak_lr, at the end of schedules cosine and wsd", least=0, most=1
+    )
+    b2: float = knob(0.95, "Adam's beta2, the decay rate of the second moment", least=0, most=0.99999)
+    weight_decay: float = knob(
+        0.1, "decoupled weight decay coefficient, of matrices only; 0 disables it", least=0, most=1000
+    )
     state_dtype: Literal["float32", "bfloat16"] = knob(
-        "float32", "dtype of the moments, whatever the parameters' dtype"
+        "float32", "dtype of the optimizer's moments, independent of model.param_dtype"
     )
-    clip_norm: float = knob(1.0, "largest global norm of the gradient", least=1e-6, most=1e30)
+    clip_norm: float = knob(1.0, "gradient clipping: maximum global norm of the gradient", least=1e-6, most=1e30)
     master_weights: bool = knob(
-        True,
-        "with model.param_dtype below float32: keep float32 copies of the parameters with the moments, which take the "
-        "updates; without them most updates are rounded away",
+        True, "param_dtype bfloat16: update float32 master weights; without them rounding loses most updates"
     )
 
 
 @dataclass(frozen=True)
 class Source:
     path: str = knob(
-        help="file, folder of files, tfds:NAME/SPLIT, gen:NAME, collected:STAGE of collect; of an eval also stage:NAME, that stage's"
+        help="data of the source: a file, a folder of files, tfds:NAME/SPLIT, gen:NAME (built-in generator) or collected:STAGE (rows of an earlier Collect stage); in an eval also stage:NAME, the source of that stage"
     )
-    weight: float = knob(1.0, "share of this source in the mixture; 0: not trained on", least=0, most=1e9)
+    weight: float = knob(
+        1.0, "relative weight of this source in the mixture of examples; 0: not trained on", least=0, most=1e9
+    )
     holdout: float = knob(
-        0.02,
-        "fraction of rows held out of training, by a hash of their prompts; 0: none, 1: all",
-        least=0,
-        most=1,
+        0.02, "fraction of rows held out of training, chosen by a hash of the prompt; 0: none, 1: all", least=0, most=1
     )
-    columns: tuple[str, ...] = knob((), "columns to rename, as ours=theirs: prompt=query,completion=reply")
+    columns: tuple[str, ...] = knob((), "columns to rename, each as EXPECTED=FOUND: prompt=query,completion=reply")
     bad_rows: Literal["stop", "drop"] = knob(
-        "stop", "broken rows and too long prompts: stop at the first, or drop and count"
+        "stop", "malformed rows and prompts that are too long: stop at the first one, or drop and count them"
     )
 
 
 @dataclass(frozen=True)
 class Stage(Generic[O_co]):
-    name: str = knob(help="name of the stage, and of its folder", name=True)
-    objective: O_co = knob(help="what is minimised")
-    sources: tuple[Source, ...] = knob(help="the mixture of data")
+    name: str = knob(help="name of the stage and of its folder in the run", name=True)
+    objective: O_co = knob(help="training objective and its settings")
+    sources: tuple[Source, ...] = knob(help="data sources, mixed by weight")
     optimizer: Optimizer = Optimizer()
     steps: int = knob(
         1000,
-        "steps; where completions are sampled, one is a rollout with its updates, or a batch of prompts to collect",
+        "number of steps: optimizer updates, rollouts with their updates (PPO, GRPO), or batches of prompts (Collect)",
         least=1,
         most=10**9,
     )
     batch_size: int = knob(
         32,
-        "examples in a step, over all devices: rows of text or conversations, pairs, labelled answers or prompts, whichever "
-        "the objective reads",
+        "examples per step, over all devices: rows of packed tokens (pretraining, SFT), pairs, labelled answers or prompts",
         least=1,
         most=2**24,
     )
-    seq_len: int = knob(256, "tokens in a row", least=2, most=2**26)
-    microbatches: int = knob(1, "pieces that a batch is cut into to save memory", least=1, most=2**24)
+    seq_len: int = knob(256, "row length in tokens; at most model.max_len", least=2, most=2**26)
+    microbatches: int = knob(
+        1, "gradient accumulation: microbatches per batch; must divide its rows", least=1, most=2**24
+    )
     trainable: tuple[str, ...] = knob(
-        (),
-        "parameters that train, by patterns of their paths: policy/*norm* trains the norms, !policy/embed all but the "
-        "embedding; empty: all",
+        (), "globs of parameters to train: policy/*norm* only the norms, !policy/embed all but embeddings; empty: all"
     )
     eval_every: int = knob(
-        0,
-        "steps between held-out evaluations with samples; 0: only before and after",
-        least=0,
-        most=10**9,
-        affects_training=False,
+        0, "steps between evaluations; 0: only before and after the stage", least=0, most=10**9, affects_training=False
     )
     evals: tuple[str, ...] = knob(
-        (), "names of the evals that are taken every eval_every steps too", affects_training=False
+        (), "evals that also run every eval_every steps; empty: only samples of the prompts", affects_training=False
     )
     save_every: int = knob(100, "steps between checkpoints", least=1, most=10**9, affects_training=False)
-    start: str = knob("", "stage whose model this one starts from; empty: the language model before it")
-    keep_last: int = knob(2, "newest checkpoints kept", least=1, most=10**6, affects_training=False)
+    start: str = knob("", "earlier stage whose model this stage starts from; empty: the last one with a language model")
+    keep_last: int = knob(2, "number of newest checkpoints to keep", least=1, most=10**6, affects_training=False)
     keep_every: int = knob(
-        0, "checkpoints of every so many steps are kept for good; 0: none", least=0, most=10**9, affects_training=False
+        0, "keep checkpoints at multiples of this step for good; 0: none", least=0, most=10**9, affects_training=False
     )
     keep_moments: bool = knob(
         True,
-        "keep the optimizer's moments (of ppo also the critic) when the stage is finished: without them its last checkpoint "
-        "and those of keep_every have the model alone, the others are removed, and no steps can be added",
+        "keep the optimizer's moments (and PPO's critic) after the stage; false: the last checkpoint and those of keep_every keep only the model, the others are removed, and no steps can be added",
         affects_training=False,
     )
     trajectory_mb: int = knob(
         32,
-        "MB of trajectory files (everything that the stage samples) kept, the newest; 0: none is written",
+        "maximum size in MB of the files of sampled trajectories, the newest of which are kept; 0: none are written",
         least=0,
         most=10**9,
         affects_training=False,

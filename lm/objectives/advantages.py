@@ -1,4 +1,4 @@
-"""Advantages of sampled completions: from their rewards, how much better than expected each one was."""
+"""Advantages of sampled completions: reward minus baseline, scaled and optionally whitened."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ BASELINES: dict[str, Callable[[Groups], Groups]] = {
     "leave_one_out": leave_one_out,
     "none": lambda rewards: rewards,
 }
-"""Rewards less what was expected of them, by row of prompts and column of completions; NaN is a missing reward."""
+"""GRPO.baseline -> function of rewards [prompts, completions] that subtracts the baseline; NaN is a missing reward."""
 
 
 def completion_advantages(
     rewards: Num[Array, "N K"], o: GRPO, kl: Float[Array, " N"] | None = None
 ) -> tuple[Float[Array, " N"], dict[str, Mean]]:
-    """Advantages of N completions by their K rewards, where `group_size` neighbours answer the same prompt.
+    """Advantages of N completions from their K rewards; every `group_size` neighbouring rows answer the same prompt.
 
-    The rewards are added with reward_weights, or ("decoupled", GDPO, arXiv:2601.05242) normalised one by
-    one first, so that a rare reward is not lost beside a common one. NaN is a missing reward; where all are missing
-    the advantage is 0.
+    The rewards are summed with reward_weights, or ("decoupled", GDPO, arXiv:2601.05242) normalised one by one before they are
+    summed, so that a rare reward keeps its influence beside a frequent one. NaN is a missing reward; a completion without any
+    reward has advantage 0.
 
     Args:
-        kl: of each completion to the reference, in nats (`completion_kl`); kl_coef times it is taken off the reward.
+        kl: KL of each completion to the reference, in nats (`completion_kl`); kl_coef times it is subtracted from the reward.
+
+    Returns:
+        The advantages, and metrics of the rewards (see `group_advantages`).
     """
     weights = jnp.asarray(o.reward_weights or (1.0,) * rewards.shape[1])
     combined = combine_rewards(rewards, weights, o.reward_clip)
@@ -64,12 +67,12 @@ def completion_advantages(
 def group_advantages(
     rewards: Num[Array, " N"], group_size: int, *, baseline: str = "group", scale: str = "group"
 ) -> tuple[Float[Array, " N"], dict[str, Mean]]:
-    """Advantages of N completions, where `group_size` neighbours answer the same prompt (GRPO, arXiv:2402.03300).
+    """Advantages of N completions from one reward each; `group_size` neighbouring rows answer the same prompt.
 
-    A reward less its row of BASELINES, over the group's standard deviation (unbiased, plus EPS), over the whole batch's
-    ("batch", arXiv:2508.08221), or as it is ("none", Dr. GRPO, arXiv:2503.20783). NaN stands for a missing reward: it
-    enters no mean and gets advantage 0. frac_zero_std counts the groups without a preference; their advantages against
-    a baseline are exactly 0.
+    The reward minus its baseline is divided by the group's standard deviation (unbiased, plus EPS; GRPO, arXiv:2402.03300),
+    by that of the whole batch ("batch", arXiv:2508.08221), or not divided ("none", Dr. GRPO, arXiv:2503.20783). NaN is a
+    missing reward: it enters no mean and has advantage 0. Metric frac_zero_std is the fraction of groups whose rewards are all
+    equal; with a baseline their advantages are exactly 0.
     """
     rewards = _as_float(rewards)
     grouped = rewards.reshape(-1, group_size)
@@ -92,8 +95,7 @@ def group_advantages(
 def combine_rewards(
     rewards: Num[Array, "N K"], weights: Float[Array, " K"], bounds: Sequence[float] = ()
 ) -> Float[Array, " N"]:
-    """Weighted sum of K rewards, clipped to `bounds`, if any; a missing reward (NaN) adds nothing, and where all are
-    missing the sum is too."""
+    """Weighted sum of K rewards, clipped to `bounds` if given; NaN is a missing reward, and the sum of none is NaN."""
     rewards = _as_float(rewards)
     total = jnp.nansum(rewards * weights, axis=1)
     clipped = jnp.clip(total, *bounds) if bounds else total
@@ -101,23 +103,23 @@ def combine_rewards(
 
 
 def whiten_advantages(advantages: Float[Array, " N"], present: Bool[Array, " N"]) -> Float[Array, " N"]:
-    """Mean 0 and standard deviation 1 over the whole batch (REINFORCE++, arXiv:2501.03262); 0 where not present."""
+    """Advantages with mean 0 and standard deviation 1 over the batch (REINFORCE++, arXiv:2501.03262); 0 where not present."""
     mean, std = _moments(jnp.where(present, advantages, jnp.nan))
     return jnp.where(present, (advantages - mean) / (std + EPS), 0.0)
 
 
 def drop_truncated(mask: Float[Array, "N T"], ended: Bool[Array, " N"]) -> Float[Array, "N T"]:
-    """DAPO's overlong filtering (arXiv:2503.14476, section 3.4): completions that did not end by themselves teach nothing."""
+    """Loss mask without truncated completions: DAPO's overlong filtering (arXiv:2503.14476, section 3.4)."""
     return mask * ended[:, None]
 
 
 def _as_float(x: Array) -> Array:
-    """At least float32: integer rewards would make integer advantages."""
+    """The array in float32 or wider, since integer rewards would give integer advantages."""
     return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _moments(x: Array, axis: int | None = None) -> tuple[Array, Array]:
-    """Mean and unbiased standard deviation of what is not NaN, 0 where there is nothing; axes are kept."""
+    """Mean and unbiased standard deviation of the values that are not NaN (0 without any); keeps the dimensions."""
     present = ~jnp.isnan(x)
     count = present.sum(axis, keepdims=True)
     mean = jnp.where(present, x, 0.0).sum(axis, keepdims=True) / jnp.maximum(count, 1)

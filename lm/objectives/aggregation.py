@@ -1,4 +1,4 @@
-"""Aggregations of the GRPO family: (losses of tokens, mask, longest completion) -> mean; weights add over microbatches."""
+"""Aggregations of token losses in the GRPO family: functions (token losses, mask, max_new_tokens) -> Mean."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Tokens = Float[Array, "B T"]
 
 
 def token_mean(per_token: Tokens, mask: Tokens, max_len: int) -> Mean:
-    """DAPO (arXiv:2503.14476, section 3.3): every token of the whole batch counts the same."""
+    """Mean over all tokens of the batch: DAPO (arXiv:2503.14476, section 3.3)."""
     return Mean((per_token * mask).sum(), mask.sum())
 
 
 def sequence_mean(per_token: Tokens, mask: Tokens, max_len: int) -> Mean:
-    """GRPO (arXiv:2402.03300, eq. 3): every completion counts the same, its tokens share."""
+    """Mean over completions of the mean over their tokens: GRPO (arXiv:2402.03300, eq. 3)."""
     per_row = (per_token * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
     return Mean(per_row.sum(), jnp.asarray(len(mask), per_row.dtype))
 
 
 def sequence_sum(per_token: Tokens, mask: Tokens, max_len: int) -> Mean:
-    """LUSPO (arXiv:2602.05261): a completion's mean times its length, so that long ones are not held back; mean over them."""
+    """Mean over completions of the sum over their tokens: LUSPO (arXiv:2602.05261)."""
     return Mean((per_token * mask).sum(), jnp.asarray(len(mask), per_token.dtype))
 
 
 def constant_mean(per_token: Tokens, mask: Tokens, max_len: int) -> Mean:
-    """Dr. GRPO (arXiv:2503.20783): sums over completions, divided by a constant length."""
+    """Mean over completions of the sum over their tokens divided by max_new_tokens: Dr. GRPO (arXiv:2503.20783)."""
     return Mean((per_token * mask).sum(), jnp.asarray(len(mask) * max_len, per_token.dtype))
 
 

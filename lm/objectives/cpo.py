@@ -1,4 +1,4 @@
-"""Preference pairs without a reference: CPO, SimPO, AlphaPO and their mixtures, one function of the two rewards."""
+"""Losses of the CPO family, on preference pairs without a reference: CPO, SimPO and AlphaPO, functions of the reward margin."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lm.objectives.pairs import (
 from lm.types import Mean
 from lm.user_functions import is_function_name, load_function
 
-# margin: the chosen answer's reward less the rejected one's, before beta.
+# margin: reward of the chosen answer minus reward of the rejected one, before beta.
 
 
 def _sigmoid(margin: Pairs, k: CPO) -> Pairs:
-    """CPO (arXiv:2401.08417, section 3): DPO with a uniform reference."""
+    """CPO (arXiv:2401.08417, section 3), which is DPO with a uniform reference."""
     return -(1 - k.label_smoothing) * log_sigmoid(k.beta * margin) - k.label_smoothing * log_sigmoid(-k.beta * margin)
 
 
@@ -42,7 +42,7 @@ def _ipo(margin: Pairs, k: CPO) -> Pairs:
 
 
 def _simpo(margin: Pairs, k: CPO) -> Pairs:
-    """SimPO (arXiv:2405.14734, eq. 6): the mean log-probability should be higher by gamma / beta."""
+    """SimPO (arXiv:2405.14734, eq. 6), with a target margin of gamma / beta between mean log-probabilities."""
     return _sigmoid(margin - k.gamma / k.beta, k)
 
 
@@ -54,13 +54,13 @@ LOSSES: dict[str, Callable[[Pairs, CPO], Pairs]] = {
 }
 
 PER_TOKEN = frozenset({"ipo", "simpo"})
-"""Rows that read the mean over an answer's tokens; the others read the sum."""
+"""Losses that read log-probabilities averaged over an answer's tokens; the others read sums."""
 
 
 def find_loss(name: str) -> tuple[Callable[[Pairs, CPO], Pairs], bool]:
-    """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
+    """The loss of that name, from LOSSES or the user's FILE:FUNCTION, and whether it reads means over tokens, not sums.
 
-    The user's own reads means where it has an attribute `per_token` that is true.
+    A user's function reads means if its attribute `per_token` is true.
     """
     if is_function_name(name):
         own = load_function(name, "loss", CPO.functions["loss"])
@@ -69,7 +69,7 @@ def find_loss(name: str) -> tuple[Callable[[Pairs, CPO], Pairs], bool]:
 
 
 def reward(logp: Float[Array, " B"], alpha: float) -> Float[Array, " B"]:
-    """AlphaPO's reward (arXiv:2501.03884, section 3), (1 - p^-alpha) / alpha; at alpha 0 its limit, log p."""
+    """AlphaPO's reward (1 - p^-alpha) / alpha (arXiv:2501.03884, section 3); for alpha 0 its limit, log p."""
     return -jnp.expm1(-alpha * logp) / alpha if alpha else logp
 
 
@@ -80,13 +80,14 @@ def cpo(
     *,
     nll_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Mean over pairs of a row of LOSSES, and nll_coef times the cross-entropy of all chosen tokens.
+    """CPO-family loss, a mean over pairs plus nll_coef times the mean cross-entropy of the chosen tokens, and its metrics.
 
-    Row 2i of the arrays is pair i's chosen answer, row 2i + 1 its rejected; `weights` are 1 on the answers' tokens and
-    0 elsewhere. A pair without any answer token is padding and counts for nothing.
+    Row 2i of the arrays is the chosen answer of pair i, row 2i + 1 the rejected one.
 
     Args:
-        nll_scale: `likelihood_scale` of the whole batch where these are a piece of it.
+        logp: log-probabilities of the tokens under the policy, in nats.
+        weights: 1 on the answers' tokens, 0 elsewhere; a pair without answer tokens is padding and is ignored.
+        nll_scale: `likelihood_scale` of the whole batch, if these rows are a microbatch.
     """
     there = present(weights)
     row, per_token = find_loss(o.loss)

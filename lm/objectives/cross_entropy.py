@@ -1,4 +1,4 @@
-"""Cross-entropy over weighted tokens: pretraining and instruction tuning differ in the weights only."""
+"""Cross-entropy over weighted tokens, for pretraining and SFT, which differ only in the weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lm.types import Mean
 
 
 def nll(logp: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """Negative log-likelihood."""
+    """Negative log-likelihood of each token."""
     return -logp
 
 
 def dft(logp: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """Dynamic fine-tuning (arXiv:2508.05629): the likelihood, held fixed, weighs its own logarithm."""
+    """Dynamic fine-tuning (arXiv:2508.05629): negative log-likelihood weighted by the token's probability (no gradient)."""
     return -jax.lax.stop_gradient(jnp.exp(logp)) * logp
 
 
@@ -31,7 +31,7 @@ def cross_entropy(
     weights: Float[Array, "B T"],
     o: Pretrain | SFT,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Weighted mean over tokens of (1 - ε)·loss(logp) - ε·mean_logp + z_loss·lse², in nats.
+    """Cross-entropy loss and metrics: weighted mean over tokens of (1 - ε)·loss(logp) - ε·mean_logp + z_loss·lse², in nats.
 
     z_loss keeps the log-normaliser near 0 (PaLM, arXiv:2204.02311, section 5). label_smoothing ε mixes the target
     with the uniform distribution (arXiv:1512.00567, section 7) and needs stats.mean_logp.
@@ -49,5 +49,5 @@ def cross_entropy(
 
 
 def weighted(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Mean:
-    """Weighted mean over tokens; what stands where the weight is 0 does not matter, not even NaN."""
+    """Weighted mean over tokens; values of weight 0 are ignored, even NaN."""
     return Mean(jnp.where(weights == 0, 0.0, values * weights).sum(), weights.sum())

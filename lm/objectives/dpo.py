@@ -1,4 +1,4 @@
-"""Direct preference optimisation: one function of (policy log-ratio, reference log-ratio), a paper a row."""
+"""Losses of the DPO family, one per paper: functions of the log-ratios of the chosen and the rejected answer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lm.types import Mean
 from lm.user_functions import is_function_name, load_function
 
 # ---- losses of one pair --------------------------------------------------------------------------------------------
-# c and r: log π(y|x) - log π_ref(y|x) of the chosen and of the rejected answer, or its image under another divergence.
+# c and r: log π(y|x) - log π_ref(y|x) of the chosen and of the rejected answer, or its equivalent for another divergence.
 
 
 def _sigmoid(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """DPO (arXiv:2305.18290, eq. 7); with label smoothing conservative DPO (Mitchell 2023, eq. 3)."""
+    """DPO (arXiv:2305.18290, eq. 7), or with label smoothing conservative DPO (Mitchell 2023, eq. 3)."""
     margin = k.beta * (c - r)
     return -(1 - k.label_smoothing) * log_sigmoid(margin) - k.label_smoothing * log_sigmoid(-margin)
 
 
 def _robust(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """Provably robust DPO (arXiv:2403.00409): unbiased when that part of the labels is flipped."""
+    """Provably robust DPO (arXiv:2403.00409), unbiased if a fraction label_smoothing of the labels is flipped."""
     margin = k.beta * (c - r)
     noisy = -(1 - k.label_smoothing) * log_sigmoid(margin) + k.label_smoothing * log_sigmoid(-margin)
     return noisy / (1 - 2 * k.label_smoothing)
@@ -52,21 +52,21 @@ def _ipo(c: Pairs, r: Pairs, k: DPO) -> Pairs:
 
 
 def _exo_pair(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """EXO (arXiv:2402.00856, eq. 16): reverse KL to the smoothed label, which must not be 0."""
+    """EXO (arXiv:2402.00856, eq. 16): reverse KL to the smoothed label; the smoothing is at least 1e-3."""
     margin, flipped = k.beta * (c - r), max(k.label_smoothing, 1e-3)
     right = sigmoid(margin) * (log_sigmoid(margin) - jnp.log1p(-flipped))
     return right + sigmoid(-margin) * (log_sigmoid(-margin) - jnp.log(flipped))
 
 
 def _nca_pair(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """NCA with two answers (arXiv:2402.05369): the chosen answer's own likelihood is kept up."""
+    """NCA with two answers (arXiv:2402.05369), which keeps up the likelihood of the chosen answer."""
     return -log_sigmoid(k.beta * c) - 0.5 * log_sigmoid(-k.beta * c) - 0.5 * log_sigmoid(-k.beta * r)
 
 
 def _bco_pair(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """BCO on pairs (arXiv:2404.04656, section 4): each answer by itself is classified as chosen or rejected.
+    """BCO on pairs (arXiv:2404.04656, section 4): binary classification of each answer as chosen or rejected.
 
-    The paper's reward shift is 0 here: it is a moving average over steps, and a step has no memory.
+    Simplified: the paper's reward shift, a moving average over steps, is 0 here.
     """
     return -log_sigmoid(k.beta * c) - log_sigmoid(-k.beta * r)
 
@@ -77,17 +77,17 @@ def _sppo_hard(c: Pairs, r: Pairs, k: DPO) -> Pairs:
 
 
 def _apo_zero(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """APO-zero (arXiv:2408.06266, eq. 7): chosen up, rejected down."""
+    """APO-zero (arXiv:2408.06266, eq. 7): raises the chosen answer's likelihood and lowers the rejected one's."""
     return sigmoid(-k.beta * c) + sigmoid(k.beta * r)
 
 
 def _apo_down(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """APO-down (arXiv:2408.06266, eq. 8): both down, the rejected one further."""
+    """APO-down (arXiv:2408.06266, eq. 8): lowers both answers' likelihood, the rejected one's more."""
     return sigmoid(k.beta * c) + sigmoid(-k.beta * (c - r))
 
 
 def _discopop(c: Pairs, r: Pairs, k: DPO) -> Pairs:
-    """DiscoPOP (arXiv:2406.08414, eq. 5): logistic and exponential loss, blended by the margin."""
+    """DiscoPOP (arXiv:2406.08414, eq. 5): a blend of logistic and exponential loss, weighted by the margin."""
     margin = k.beta * (c - r)
     blend = sigmoid(margin / k.tau)
     return -(1 - blend) * log_sigmoid(margin) + blend * jnp.exp(-margin)
@@ -109,13 +109,13 @@ LOSSES: dict[str, Callable[[Pairs, Pairs, DPO], Pairs]] = {
 }
 
 PER_TOKEN = frozenset({"ipo", "sigmoid_norm"})
-"""Rows that read the mean over an answer's tokens; the others read the sum."""
+"""Losses that read log-ratios averaged over an answer's tokens; the others read sums."""
 
 
 def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, DPO], Pairs], bool]:
-    """A row of the table, or the user's own FILE:FUNCTION; and whether it reads means over tokens, not sums.
+    """The loss of that name, from LOSSES or the user's FILE:FUNCTION, and whether it reads means over tokens, not sums.
 
-    The user's own reads means where it has an attribute `per_token` that is true.
+    A user's function reads means if its attribute `per_token` is true.
     """
     if is_function_name(name):
         own = load_function(name, "losses", DPO.functions["losses"])
@@ -123,11 +123,11 @@ def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, DPO], Pairs], bool]:
     return LOSSES[name], name in PER_TOKEN
 
 
-# ---- losses that look at all pairs of a batch ----------------------------------------------------------------------
+# ---- losses that rank all pairs of a batch -------------------------------------------------------------------------
 
 
 class PairBatchStats(NamedTuple):
-    """What they see of every pair."""
+    """Inputs of a loss that ranks all pairs of a batch."""
 
     chosen: Pairs  # c
     rejected: Pairs  # r
@@ -137,17 +137,17 @@ class PairBatchStats(NamedTuple):
 
 
 def _aot(p: PairBatchStats, k: DPO) -> Pairs:
-    """AOT, paired (arXiv:2406.05882, section 3): the policy's margins against the reference's, rank by rank."""
+    """Paired AOT (arXiv:2406.05882, section 3): margins of the policy against margins of the reference of the same rank."""
     return _sigmoid(p.margin, _of_equal_rank(p.margin, p.ref_margin, p.there), k)
 
 
 def _aot_unpaired(p: PairBatchStats, k: DPO) -> Pairs:
-    """AOT, unpaired (arXiv:2406.05882, section 3): chosen log-ratios against rejected ones, rank by rank."""
+    """Unpaired AOT (arXiv:2406.05882, section 3): chosen log-ratios against rejected log-ratios of the same rank."""
     return _sigmoid(p.chosen, _of_equal_rank(p.chosen, p.rejected, p.there), k)
 
 
 def _of_equal_rank(x: Pairs, y: Pairs, there: Pairs) -> Pairs:
-    """For each x the y that has the same rank among those there: the k-th smallest for the k-th smallest."""
+    """For each x the y of the same rank among the pairs that are `there`: the k-th smallest for the k-th smallest."""
     ranks = jnp.argsort(jnp.argsort(jnp.where(there > 0, x, jnp.inf)))
     matched = jnp.sort(jnp.where(there > 0, y, jnp.inf))[ranks]
     return jnp.where(there > 0, matched, 0.0)
@@ -157,10 +157,10 @@ WHOLE_BATCH: dict[str, Callable[[PairBatchStats, DPO], Pairs]] = {
     "aot": _aot,
     "aot_unpaired": _aot_unpaired,
 }
-"""Rows whose loss of a pair depends on the others: on a piece of a batch they say something else than on the whole."""
+"""Losses of a pair that depend on the other pairs of the batch, and therefore exclude microbatches."""
 
 SFT = "sft"
-"""The row of the mixture that is cross-entropy on the chosen answers, a mean over their tokens (arXiv:2411.10442, eq. 6)."""
+"""Name of the loss that is the mean cross-entropy of the chosen answers' tokens (MPO, arXiv:2411.10442, eq. 6)."""
 
 
 # ---- divergences ---------------------------------------------------------------------------------------------------
@@ -184,9 +184,9 @@ DIVERGENCES: dict[str, Callable[[Pairs, float], Pairs]] = {
     "js_divergence": lambda ratio, alpha: log_sigmoid(ratio),
     "alpha_divergence": _alpha_divergence,
 }
-"""f-DPO (arXiv:2309.16240, section 4): f'(π / π_ref) of the divergence that holds the policy, up to a constant, which the
-difference of two answers does not have; as a function of the log-ratio and the alpha of alpha_divergence, 1 of which is
-reverse KL."""
+"""DPO.divergence -> f'(π / π_ref) as a function of the log-ratio and alpha, up to a constant that cancels within a pair.
+
+Source: f-DPO (arXiv:2309.16240, section 4). alpha_divergence with alpha 1 is the reverse KL."""
 
 
 def dpo(
@@ -198,17 +198,18 @@ def dpo(
     log_sum_sq: Float[Array, "2n T"] | None = None,
     sft_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Mean over pairs of a weighted sum of rows; row 2i of the arrays is pair i's chosen answer, row 2i + 1 its rejected.
+    """DPO-family loss, a mean over pairs of the weighted sum of `o.losses`, and its metrics.
 
-    `losses` name rows of LOSSES and WHOLE_BATCH, and SFT; several are mixed as in MPO (arXiv:2411.10442, eq. 1). With
-    ld_alpha below 1 an answer's tokens beyond the length of its partner weigh that much (LD-DPO, arXiv:2409.06411).
-    `weights` are 1 on the answers' tokens and 0 elsewhere. A pair without any answer token is padding and counts
-    for nothing. Rewards in the metrics are beta times the log-ratio summed over the answer.
+    Row 2i of the arrays is the chosen answer of pair i, row 2i + 1 the rejected one. Several losses are mixed as in MPO
+    (arXiv:2411.10442, eq. 1). With ld_alpha below 1 the tokens of an answer beyond the length of its partner have that weight
+    (LD-DPO, arXiv:2409.06411). Rewards in the metrics are beta times the log-ratio summed over the answer.
 
     Args:
-        log_sum_sq: log Σ p² of the policy at each token; with it pairs are weighted by how likely the policy itself
-            would give them (WPO, arXiv:2406.11827), all rows but SFT.
-        sft_scale: `likelihood_scale` of the whole batch where these are a piece of it.
+        logp, ref_logp: log-probabilities of the tokens under policy and reference, in nats.
+        weights: 1 on the answers' tokens, 0 elsewhere; a pair without answer tokens is padding and is ignored.
+        log_sum_sq: log Σ p² of the policy at each token; if given, pairs are weighted by their likelihood under the policy
+            (WPO, arXiv:2406.11827), in all losses but SFT.
+        sft_scale: `likelihood_scale` of the whole batch, if these rows are a microbatch.
     """
     lengths = weights.sum(-1)
     there = present(weights)

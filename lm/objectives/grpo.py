@@ -1,6 +1,6 @@
-"""The GRPO family: advantages × ratio level × surrogate × aggregation, each a choice of its own.
+"""Policy-gradient loss of the GRPO family: advantages × ratio level × surrogate × aggregation, chosen independently.
 
-The four stand in advantages.py, importance.py, surrogates.py and aggregation.py; kl.py has the estimators of the penalty.
+The four are in advantages.py, importance.py, surrogates.py and aggregation.py; the estimators of the KL penalty are in kl.py.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ def grpo(
     entropy: Tokens | None = None,
     entropy_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Policy-gradient loss of sampled completions, a mean as AGGREGATIONS say; arrays speak of the token at their place.
-
-    `mask` is 1 on the tokens that the policy chose; what stands elsewhere does not matter.
+    """Policy-gradient loss of sampled completions and its metrics; `o.aggregation` selects the mean.
 
     Args:
-        old_logp: of the policy that the ratio is to; None: the batch is on-policy, the ratio is 1 and has a gradient.
-        ref_logp: of the reference; kl_coef times the estimated KL(π ‖ reference) is added after every mask and clip.
-        sampler_logp: of the engine that sampled the tokens, where it is not the old policy.
-        correction: weight of each token where the sampler is not the old policy (`sampler_correction`).
-        entropy: of the policy at each token, in nats.
-        entropy_scale: `entropy_scale` of the whole batch where these rows are a piece of it.
+        mask: 1 on the tokens that the policy sampled; values elsewhere are ignored.
+        old_logp: log-probabilities under the old policy, the ratio's denominator; None: on-policy, ratio 1 (with a gradient).
+        ref_logp: log-probabilities under the reference; kl_coef times the KL is added to the loss, after masks and clips.
+        sampler_logp: log-probabilities under the sampler, if it differs from the old policy.
+        correction: importance weight of each token for that difference (`sampler_correction`).
+        entropy: entropy of the policy at each token, in nats.
+        entropy_scale: `entropy_scale` of the whole batch, if these rows are a microbatch.
     """
     on = mask > 0
     old_logp = jax.lax.stop_gradient(logp) if old_logp is None else old_logp
@@ -82,7 +81,7 @@ def grpo(
 
 
 def entropy_bonus(loss: Mean, entropy: Tokens, kept: Tokens, o: GRPO, scale: Float[Array, ""] | None) -> Mean:
-    """The loss less entropy_coef times the mean entropy of the tokens that are kept (arXiv:1707.06347, eq. 9)."""
+    """The loss minus entropy_coef times the mean entropy of the kept tokens (arXiv:1707.06347, eq. 9)."""
     if not o.entropy_coef:
         return loss
     scale = loss.weight / jnp.maximum(kept.sum(), 1) if scale is None else scale
@@ -90,7 +89,7 @@ def entropy_bonus(loss: Mean, entropy: Tokens, kept: Tokens, o: GRPO, scale: Flo
 
 
 def entropy_scale(mask: Tokens, o: GRPO) -> Float[Array, ""]:
-    """Times this, a sum of entropies over tokens becomes, divided as the loss is, their mean: a number of the whole batch."""
+    """Factor that turns a sum of entropies, divided by the loss's weight, into their mean; computed over the whole batch."""
     return AGGREGATIONS[o.aggregation](mask, mask, o.max_new_tokens).weight / jnp.maximum(mask.sum(), 1)
 
 

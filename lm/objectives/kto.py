@@ -1,4 +1,4 @@
-"""KTO: answers that are desirable or not, each by itself, against how far the policy is from its reference."""
+"""KTO losses: single answers labelled good or bad, relative to a baseline, the KL of the policy to the reference."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lm.types import Mean
 from lm.user_functions import is_function_name, load_function
 
 Rewards = Float[Array, " B"]
-"""beta times log π(y|x) - log π_ref(y|x) of each answer."""
+"""Implicit reward of each answer: beta times (log π(y|x) - log π_ref(y|x))."""
 
 
 def _kto(rewards: Rewards, sign: Rewards, baseline: Float[Array, ""]) -> Rewards:
-    """KTO (arXiv:2402.01306, eq. 8): a desirable answer above the baseline, an undesirable one below."""
+    """KTO (arXiv:2402.01306, eq. 8): rewards of good answers above the baseline, of bad answers below it."""
     return 1 - sigmoid(sign * (rewards - baseline))
 
 
 def _apo_zero(rewards: Rewards, sign: Rewards, baseline: Float[Array, ""]) -> Rewards:
-    """APO-zero (arXiv:2408.06266, eq. 7) of answers without partners: above and below 0, without a baseline."""
+    """APO-zero (arXiv:2408.06266, eq. 7) on single answers: rewards of good answers above 0, of bad answers below."""
     return 1 - sigmoid(sign * rewards)
 
 
@@ -36,20 +36,20 @@ LOSSES: dict[str, Callable[[Rewards, Rewards, Float[Array, ""]], Rewards]] = {
 
 
 def reads_baseline(loss: str) -> bool:
-    """Whether a loss is held against the batch's KL; the user's own always is given it."""
+    """Whether a loss uses the batch's KL as baseline; a user's own function always receives it."""
     return loss in READS_BASELINE or is_function_name(loss)
 
 
 def find_loss(name: str) -> Callable[[Rewards, Rewards, Float[Array, ""]], Rewards]:
-    """A row of the table, or the user's own FILE:FUNCTION."""
+    """The loss of that name, from LOSSES or the user's FILE:FUNCTION."""
     return load_function(name, "loss", KTO.functions["loss"]) if is_function_name(name) else LOSSES[name]
 
 
 def log_ratio_mean(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Mean:
-    """Mean log-ratio of the rows that have any weight, in nats.
+    """Mean log-ratio of policy to reference over the rows with any weight, in nats.
 
-    On prompts with the answers of other prompts its value, or 0 where that is higher, is KTO's estimate of the KL
-    divergence between policy and reference (arXiv:2402.01306, section 4.1).
+    On mismatched rows (a prompt with the answer of another) it is KTO's estimate of the KL divergence of the policy to the
+    reference, which is then clipped at 0 (arXiv:2402.01306, section 4.1).
     """
     return mean_over(answer_sums(logp - ref_logp, weights), _there(weights))
 
@@ -62,12 +62,13 @@ def kto(
     o: KTO,
     kl: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Mean over answers of a row of LOSSES. `weights` are 1 on the answers' tokens and 0 elsewhere; a row of 0 is padding.
+    """KTO-family loss, a mean over answers, and its metrics.
 
     Args:
-        desirable: 1 for a desirable answer, 0 for an undesirable one.
-        kl: where `reads_baseline`, the estimate that the answers are held against, in nats, of the whole batch, without
-            a gradient.
+        logp, ref_logp: log-probabilities of the tokens under policy and reference, in nats.
+        weights: 1 on the answers' tokens, 0 elsewhere; a row of zeros is padding and is ignored.
+        desirable: 1 for a good answer, 0 for a bad one.
+        kl: baseline: estimated KL over the whole batch, in nats, without a gradient; None if the loss has no baseline.
     """
     there = _there(weights)
     rewards = o.beta * answer_sums(logp - ref_logp, weights)

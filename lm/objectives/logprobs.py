@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a batch: the one place with the shift by one."""
+"""Log-probabilities of the tokens of a batch; the shift between logits and the tokens they predict is made here only."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from lm.types import Aux, TokenBatch, pytree
 class TokenStats:
     """What the model thought of each token before it saw it, in nats; 0 at t = 0, which nothing predicts.
 
-    `logp[b, t]` is log p(tokens[b, t] | tokens before it). `lse` is the log-normaliser of the logits that
-    predicted it, `correct` is 1 where no token was likelier. `entropy` of the distribution, `mean_logp`, its
-    log-probability averaged over the vocabulary, and `log_sum_sq`, log Σ p² over the vocabulary, through which no
-    gradient flows, are None where not asked for. `aux` is what the layers report: a loss returns it among its metrics.
+    logp: log p(tokens[b, t] | earlier tokens).
+    lse: log-normaliser of the logits that predict the token.
+    correct: 1 where the token is the most likely one.
+    entropy: entropy of the predicted distribution, or None.
+    mean_logp: log-probability averaged over the vocabulary, or None.
+    log_sum_sq: log Σ p² over the vocabulary, without a gradient, or None.
+    aux: metrics reported by the layers, which a loss returns among its own.
     """
 
     logp: Float[Array, "B T"]
@@ -88,14 +91,14 @@ AXES = ("batch", "length", "vocab")
 def _predictions(
     model: Any, batch: TokenBatch, hidden: tuple[Array, Aux] | None
 ) -> tuple[Array, Array, Callable[[TokenStats], TokenStats], Aux]:
-    """Hidden states [B, N, D], the tokens [B, N] that they predict, what brings statistics of these to [B, T]; and aux."""
+    """Hidden states [B, N, D], the tokens [B, N] that they predict, a function that aligns statistics to [B, T], and aux."""
     shared = shared_prompt.usable(batch, model.config) if hidden is None else None
     prompt = shared_prompt.common_width(batch)
     states, aux = None, {}
     if shared is not None:
         folded = (shared_prompt.fold(x, shared) for x in (batch.tokens, batch.positions, batch.segments))
         whole, aux = model.hidden(*folded, shared)
-        # What layers report is of all rows: a prompt counts as often as it stands there, however rows lie on devices.
+        # Metrics of the layers cover all rows: a shared prompt counts once per row, however rows are placed on devices.
         states = None if aux else shared_prompt.predicting(whole, shared)
     if states is None:
         whole, aux = hidden or model.hidden(batch.tokens, batch.positions, batch.segments)
@@ -107,26 +110,26 @@ def _predictions(
 
 
 def token_values(hidden: Float[Array, "B T D"], head: Any) -> Float[Array, "B T"]:
-    """What a head says of the state before each token, the hidden state of the token before it; 0 at t = 0."""
+    """Value of the state before each token: the head's output at the preceding token; 0 at t = 0."""
     return _align(head(hidden))
 
 
 def last_scores(scorer: Any, batch: TokenBatch) -> tuple[Float[Array, " B"], Aux]:
-    """A scorer's number of each row: at its last token of any weight, the end of the answer; 0 where none has. And aux."""
+    """(scores, aux): score of each row at its last token with a weight, the end of the answer; 0 for a row without weights."""
     place = jnp.arange(batch.tokens.shape[1])
     last = jnp.max(jnp.where(batch.weights > 0, place, -1), axis=1, keepdims=True)
     scores, aux = scorer(batch.tokens, batch.positions, batch.segments)
-    # A masked sum and not a gather: devices may share a row.
+    # A masked sum instead of a gather, since a row may be split over devices.
     return jnp.where(place == last, scores, 0.0).sum(1), aux
 
 
 def _next(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The token after each token; what the last column gets is dropped by _align."""
+    """The token after each token; `_align` drops the last column, which wraps around."""
     return jnp.roll(tokens, -1, axis=1)
 
 
 def _align(stats: Any) -> Any:
-    """From the place that predicts a token to the place of the token."""
+    """Shift statistics from the position that predicts a token to the position of the token."""
     return jax.tree.map(lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0))), stats)
 
 
@@ -135,7 +138,7 @@ def _in_float32(x: Array) -> Array:
 
 
 def _split_time(x: Array, parts: int, chunks: int) -> Array:
-    """[B, T, ...] to [chunks, B, P·C, ...], a chunk with C places of each of P parts; padded with zeros at a part's end."""
+    """Split [B, T, ...] into [chunks, B, P·C, ...], where a chunk has C positions of each of P parts, zero-padded."""
     rows, time, *rest = x.shape
     length = -(-time // parts // chunks)
     x = x.reshape(rows, parts, time // parts, *rest)
@@ -145,7 +148,7 @@ def _split_time(x: Array, parts: int, chunks: int) -> Array:
 
 
 def _join_time(x: Array, parts: int, time: int) -> Array:
-    """What `_split_time` split, [chunks, B, P·C], as [B, T], without the padding; `time` places a part."""
+    """The inverse of `_split_time`: [chunks, B, P·C] to [B, T] without padding; `time` is the length of a part."""
     chunks, rows, _ = x.shape
     pieces = jnp.moveaxis(x.reshape(chunks, rows, parts, -1), 0, 2)
     return pieces.reshape(rows, parts, -1)[:, :, :time].reshape(rows, parts * time)
@@ -160,9 +163,9 @@ def _measure(
     want_mean_logp: bool,
     want_log_sum_sq: bool,
 ) -> TokenStats:
-    """Statistics of `targets` under the logits at the same place.
+    """Statistics of `targets` under the logits at the same position.
 
-    The gradient is written out, so that of [B, T, V] arrays only the logits wait for the backward pass.
+    The gradient is written by hand, so that the logits are the only [B, T, V] array kept for the backward pass.
     """
     return _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq)[0]
 
@@ -180,14 +183,15 @@ def _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp,
         correct=(target >= best).astype(z.dtype),
         entropy=lse - (weights * z).sum(-1) / total if want_entropy else None,
         mean_logp=z.mean(-1) - lse if want_mean_logp else None,
-        # Under the largest logit's weight of 1 the sum of squares is at least 1: nothing is lost to underflow.
+        # The largest logit has weight 1, so the sum of squares is at least 1 and does not underflow.
         log_sum_sq=jnp.log(jnp.square(weights).sum(-1)) - 2 * jnp.log(total) if want_log_sum_sq else None,
     )
     return stats, (logits, targets, best, total, stats.entropy)
 
 
 def _measure_backward(temperature, want_entropy, want_mean_logp, want_log_sum_sq, saved, g: TokenStats):
-    """With p the softmax of z: d logp = 1[y] - p, d lse = p, d entropy = -p·(log p + entropy), d mean_logp = 1/V - p."""
+    """Gradient of `_measure`. With p = softmax(z): d logp = 1[y] - p, d lse = p, d entropy = -p·(log p + entropy),
+    d mean_logp = 1/V - p."""
     logits, targets, best, total, entropy = saved
     z = _scaled(logits, temperature) - best[..., None]
     p = jnp.exp(z) / total[..., None]
@@ -207,7 +211,7 @@ def _scaled(logits: Float[Array, "B T V"], temperature: float) -> Float[Array, "
 
 
 def _at(z: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """z of the targets: a gather on one CPU, else a masked sum, which splits over a sharded vocabulary."""
+    """z at the targets, by a gather on one CPU device, else by a masked sum, which works on a sharded vocabulary."""
     if platform() == "cpu" and one_device():
         return jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
     return jnp.where(_chosen(targets, z), z, 0.0).sum(-1)

@@ -1,4 +1,4 @@
-"""ORPO: cross-entropy on chosen texts, and the odds of the chosen answer against the rejected one; no reference."""
+"""ORPO loss: cross-entropy of the chosen answers plus the log odds ratio of chosen to rejected; no reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.types import Mean
 
 
 def log_odds(logp: Float[Array, " n"]) -> Float[Array, " n"]:
-    """log p / (1 - p) of probabilities below 1 (arXiv:2403.07691, eq. 4)."""
+    """Log odds, log p / (1 - p), of a log-probability below 0 (arXiv:2403.07691, eq. 4)."""
     return logp - log1mexp(-logp)
 
 
@@ -24,17 +24,20 @@ def orpo(
     *,
     nll_scale: Float[Array, ""] | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Mean over pairs (arXiv:2403.07691, eq. 6 and 7), where p of an answer is its tokens' geometric mean.
+    """ORPO loss, a mean over pairs (arXiv:2403.07691, eq. 6 and 7), and its metrics.
 
-    Row 2i of the arrays is pair i's chosen answer, row 2i + 1 its rejected; `weights` are 1 on the answers' tokens and
-    0 elsewhere, `predicted` 1 on every token that something stands before, prompts too: the cross-entropy is of these,
-    as in the authors' code. A pair without any answer token is padding and counts for nothing.
+    Row 2i of the arrays is the chosen answer of pair i, row 2i + 1 the rejected one. The probability of an answer is the
+    geometric mean over its tokens.
 
     Args:
-        nll_scale: `likelihood_scale` of the whole batch where these are a piece of it.
+        logp: log-probabilities of the tokens under the policy, in nats.
+        weights: 1 on the answers' tokens, 0 elsewhere; a pair without answer tokens is padding and is ignored.
+        predicted: 1 on every token but the first of a segment, prompts included; the cross-entropy covers these tokens, as in
+            the authors' code.
+        nll_scale: `likelihood_scale` of the whole batch, if these rows are a microbatch.
     """
     there = present(weights)
-    # An empty answer has probability 1 and infinite odds: its row gets another number, which counts for nothing.
+    # An empty answer has probability 1 and infinite odds; any finite number serves, since its pair is ignored.
     means = jnp.where(weights.sum(-1) > 0, answer_means(logp, weights), -1.0)
     chosen, rejected = means[0::2], means[1::2]
     ratio = log_odds(chosen) - log_odds(rejected)

@@ -1,4 +1,4 @@
-"""PPO on whole answers: rewards of tokens, advantages and returns of a rollout, and the clipped loss of policy and values."""
+"""PPO on sampled answers: token rewards, advantages and returns of a rollout, and the clipped policy and value losses."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Scalar = Float[Array, ""]
 EPS = 1e-8  # added to a variance before dividing
 
 
-# ---- what a rollout is worth ---------------------------------------------------------------------------------------
+# ---- rewards, advantages and returns of a rollout ------------------------------------------------------------------
 
 
 def with_end(mask: Tokens) -> Tokens:
-    """The mask of an answer's tokens, and the place behind its last one, where the row has one: the state after the answer."""
+    """The mask of an answer's tokens, extended by the position after the last one (if the row has it): the final state."""
     return jnp.maximum(mask, jnp.pad(mask[:, :-1], ((0, 0), (1, 0))))
 
 
@@ -35,9 +35,9 @@ def token_rewards(
     kl_estimator: str = "k1",
     value_mask: Tokens | None = None,
 ) -> Tokens:
-    """An answer's score at its last token, less kl_coef times the KL at each (arXiv:1909.08593, eq. 2).
+    """Reward of each token: the answer's score at its last token, minus kl_coef times the KL at every token.
 
-    0 off the mask. With a value_mask the score stands at the last place of that.
+    Source: arXiv:1909.08593, eq. 2. Rewards are 0 outside the mask. With a value_mask the score is at its last position.
     """
     kl = KL_ESTIMATORS[kl_estimator](jnp.where(mask > 0, logp - ref_logp, 0.0))
     place, judged = jnp.arange(mask.shape[1]), mask if value_mask is None else value_mask
@@ -46,9 +46,9 @@ def token_rewards(
 
 
 def gae(rewards: Tokens, values: Tokens, gamma: float, lam: float) -> Tokens:
-    """Generalised advantage estimates (arXiv:1506.02438, eq. 16): Σ (γλ)^k δ, δ = r + γ·V(next) - V.
+    """Generalised advantage estimates Σ (γλ)^k δ with δ = r + γ·V(next) - V (arXiv:1506.02438, eq. 16).
 
-    values[b, t] judges the state before token t; both arrays are 0 where nothing follows.
+    values[b, t] is the value of the state before token t; both arrays are 0 after the end of a row.
     """
     following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
     delta = rewards + gamma * following - values
@@ -62,7 +62,7 @@ def gae(rewards: Tokens, values: Tokens, gamma: float, lam: float) -> Tokens:
 
 
 def whiten(x: Tokens, mask: Tokens, keep_mean: bool = False) -> Tokens:
-    """Mean 0 (or as it is) and variance 1 over the mask, unbiased; 0 off it."""
+    """Whiten x to mean 0 (or keep its mean) and unbiased variance 1 over the mask; 0 outside it."""
     count = mask.sum()
     mean = (x * mask).sum() / jnp.maximum(count, 1)
     variance = (jnp.square(x - mean) * mask).sum() / jnp.maximum(count - 1, 1)
@@ -80,9 +80,9 @@ def experience(
     whiten_rewards: bool = False,
     value_mask: Tokens | None = None,
 ) -> tuple[Tokens, Tokens]:
-    """(advantages, whitened over the rollout; returns, which are not) of token rewards and of values.
+    """(advantages whitened over the rollout, returns) from token rewards and values.
 
-    Both are 0 off the mask, or off the value_mask where there is one.
+    Both are 0 outside the mask, or outside the value_mask if there is one.
     """
     if whiten_rewards:
         rewards = whiten(rewards, mask if value_mask is None else value_mask, keep_mean=True)
@@ -91,7 +91,7 @@ def experience(
 
 
 def explained_variance(values: Tokens, returns: Tokens, mask: Tokens) -> Scalar:
-    """1 - Var(returns - values) / Var(returns): 1 where the critic knows all, 0 where it knows no more than the mean."""
+    """Explained variance of the critic, 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than the mean."""
 
     def variance(x: Tokens) -> Scalar:
         mean = (x * mask).sum() / jnp.maximum(mask.sum(), 1)
@@ -101,7 +101,7 @@ def explained_variance(values: Tokens, returns: Tokens, mask: Tokens) -> Scalar:
 
 
 def adaptive_kl_coef(kl_coef: Scalar, kl: Scalar, *, target: float, answers: float, horizon: int) -> Scalar:
-    """The coefficient after so many answers whose mean KL was `kl` (arXiv:1909.08593, section 2.2: e, clipped to ±0.2)."""
+    """The KL coefficient after `answers` answers with mean KL `kl`: proportional control (arXiv:1909.08593, section 2.2)."""
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return kl_coef * (1 + error * answers / horizon)
 
@@ -124,18 +124,20 @@ def ppo(
     value_mask: Tokens | None = None,
     share: Scalar | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Mean over tokens of the clipped surrogate (arXiv:1707.06347, eq. 7) and of value_coef times half the values' loss.
+    """PPO loss, a mean over tokens, and its metrics: clipped policy loss, value loss and entropy bonus.
 
-    The values' loss is the larger of (V - R)² and of the same with V kept within value_clip of what it was in the rollout
-    (arXiv:1506.02438's trust region in the form of the PPO reference implementation). entropy_coef times the mean entropy is
-    taken off (arXiv:1707.06347, eq. 9). Arrays speak of the token at their
-    place; `mask` is 1 on the tokens that the policy chose.
+    The policy loss is the clipped surrogate (arXiv:1707.06347, eq. 7). The value loss, weighted by value_coef, is half the
+    larger of (V - R)² and the same with V clipped to its value at the rollout ± value_clip (as in the PPO reference
+    implementation). The entropy bonus is entropy_coef times the mean entropy (arXiv:1707.06347, eq. 9).
 
     Args:
-        correction: weighs the policy's loss of tokens where the sampler's policy was not the old one (sampler_correction).
-        entropy: of the policy at each token, in nats.
-        value_mask: where values are learnt, if it is not on `mask` (`with_end`).
-        share: `mask_share` of the whole batch where these rows are a piece of it.
+        mask: 1 on the tokens that the policy sampled; values elsewhere are ignored.
+        returns: targets of the values.
+        old_logp, old_values: log-probabilities and values at the time of the rollout.
+        correction: importance weight of each token for the mismatch of sampler and old policy (`sampler_correction`).
+        entropy: entropy of the policy at each token, in nats.
+        value_mask: positions whose values are trained, if different from `mask` (`with_end`).
+        share: `mask_share` of the whole batch, if these rows are a microbatch.
     """
     on = mask > 0
     log_ratio = jnp.where(on, logp - old_logp, 0.0)
@@ -164,5 +166,5 @@ def ppo(
 
 
 def mask_share(mask: Tokens, value_mask: Tokens) -> Scalar:
-    """Tokens for each place where values are learnt: times this, their sum becomes, divided as the loss is, a mean over these."""
+    """Ratio of policy tokens to value positions: the factor that turns the summed value loss into a mean over positions."""
     return mask.sum() / jnp.maximum(value_mask.sum(), 1)

@@ -1,4 +1,4 @@
-"""Reward models: an answer's score from which of two people prefer."""
+"""Reward model loss: Bradley-Terry on preference pairs, with margins, ties and centering."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from lm.types import Mean
 
 
 def _split(gap: Pairs, width: float) -> Pairs:
-    """Half a win for each: least where the scores are equal, and no more than that is asked for."""
+    """Loss of a tie as half a win for each answer; smallest where the scores are equal."""
     return -0.5 * (log_sigmoid(gap) + log_sigmoid(-gap))
 
 
 def _rao_kupper_tie(gap: Pairs, width: float) -> Pairs:
-    """P(tie) = (θ² - 1) · P(first) · P(second), with θ = e^width (Rao and Kupper 1967, doi:10.1080/01621459.1967.10482901)."""
+    """Loss of a tie as a third outcome, P(tie) = (θ² - 1) · P(first) · P(second) with θ = e^width.
+
+    Source: Rao and Kupper 1967, doi:10.1080/01621459.1967.10482901.
+    """
     return -(log_sigmoid(gap - width) + log_sigmoid(-gap - width) + jnp.log(jnp.expm1(2 * width)))
 
 
 TIES: dict[str, Callable[[Pairs, float], Pairs]] = {"split": _split, "rao_kupper": _rao_kupper_tie}
-"""Loss of a pair that is a tie, by the gap of its scores."""
+"""RewardModel.ties -> loss of a tied pair, a function of the score gap and tie_width."""
 
 
 def reward_model(
@@ -35,15 +38,16 @@ def reward_model(
     margins: Pairs | None = None,
     is_tie: Pairs | None = None,
 ) -> tuple[Mean, dict[str, Mean]]:
-    """Mean over pairs of -log σ(gap - margin) + center_coef · (sum of the two scores)².
+    """Bradley-Terry loss and metrics: mean over pairs of -log σ(gap - margin) + center_coef · (sum of the two scores)².
 
-    Bradley-Terry (arXiv:1706.03741, eq. 1; margin: arXiv:2307.09288, eq. 2; centering: arXiv:2312.09244, eq. 2). Score 2i is
-    of pair i's chosen answer, score 2i + 1 of its rejected. A pair without any weight is padding. With ties "rao_kupper" the
-    one who wins does so by tie_width (Rao and Kupper 1967).
+    Sources: arXiv:1706.03741, eq. 1; margin: arXiv:2307.09288, eq. 2; centering: arXiv:2312.09244, eq. 2. With ties
+    "rao_kupper" a win requires a gap of tie_width (Rao and Kupper 1967).
 
     Args:
-        margins: by how much the chosen answer should win, of each pair.
-        is_tie: 1 for pairs where neither is preferred; "drop" has no use for them.
+        scores: score 2i is that of the chosen answer of pair i, score 2i + 1 that of the rejected one.
+        weights: 1 on the answers' tokens, 0 elsewhere; a pair without any is padding and is ignored.
+        margins: required score gap of each pair.
+        is_tie: 1 for pairs without a preferred answer; ties "drop" ignores them.
     """
     there = present(weights)
     chosen, rejected = scores[0::2], scores[1::2]

@@ -1,4 +1,4 @@
-"""Surrogates of the GRPO family: what is maximised at each token of a sampled completion, a paper a row."""
+"""Surrogate objectives of the GRPO family, maximised at each token of a sampled completion; one function per paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tokens = Float[Array, "B T"]
 
 
 class TokenSample(NamedTuple):
-    """What a surrogate reads of every token; all are 0 where the mask is."""
+    """Inputs of a surrogate at every token; each is 0 where the mask is 0."""
 
     ratio: Tokens  # π / π_old at the ratio level
     log_ratio: Tokens  # log π - log π_old of the token itself
@@ -28,7 +28,7 @@ class TokenSample(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """What is maximised at each token, and the bounds within which the ratio moves it."""
+    """Value of a surrogate at each token, and the bounds of the ratio within which it has a gradient."""
 
     gain: Tokens
     low: float = 0.0
@@ -53,7 +53,7 @@ def cispo(x: TokenSample, o: GRPO) -> Gain:
 
 
 def sapo(x: TokenSample, o: GRPO) -> Gain:
-    """4/τ·σ(τ·(r - 1))·A, SAPO (arXiv:2511.20347, eq. 5 and 6): a soft gate; τ depends on the sign of the advantage."""
+    """4/τ·σ(τ·(r - 1))·A, SAPO (arXiv:2511.20347, eq. 5 and 6): a soft clip, where τ depends on the advantage's sign."""
     tau = jnp.where(x.advantages > 0, o.sapo_tau_pos, o.sapo_tau_neg)
     return Gain(jax.nn.sigmoid(tau * (x.ratio - 1)) * 4 / tau * x.advantages)
 
@@ -61,7 +61,7 @@ def sapo(x: TokenSample, o: GRPO) -> Gain:
 def gmpo(x: TokenSample, o: GRPO) -> Gain:
     """(Π clip(r, e^-clip_low, e^clip_high))^(1/length)·A, GMPO (arXiv:2507.20673): a geometric mean of clipped ratios.
 
-    The clip is pessimistic, token by token; its bounds are of log r.
+    As in PPO each token's clip is pessimistic; the bounds apply to log r.
     """
     sign = jnp.sign(x.advantages)
     held = sign * jnp.minimum(sign * x.log_ratio, sign * jnp.clip(x.log_ratio, -o.clip_low, o.clip_high))
@@ -73,9 +73,9 @@ SMALLEST_LOG, LARGEST_LOG = math.log(1e-8), 20.0  # of VESPO's weight; a token's
 
 
 def vespo(x: TokenSample, o: GRPO) -> Gain:
-    """sg[e^λ·w^k·e^(-λ·w)]·A·log π, VESPO (arXiv:2602.10693, eq. 20): w is the product of the completion's ratios.
+    """sg[e^λ·w^k·e^(-λ·w)]·A·log π, VESPO (arXiv:2602.10693, eq. 20), where w is the product of the completion's ratios.
 
-    k and λ depend on the sign of the advantage; the weight is 1 at w = 1. A correction is part of w.
+    k and λ depend on the advantage's sign; the weight is 1 at w = 1. The importance correction, if any, is a factor of w.
     """
     log_ratio = jnp.clip(x.log_ratio, -LARGEST_LOG, LARGEST_LOG)
     if x.correction is not None:
@@ -97,4 +97,4 @@ SURROGATES: dict[str, Callable[[TokenSample, GRPO], Gain]] = {
 }
 
 HOLDS_CORRECTION = frozenset({"vespo"})
-"""Rows whose gain has the correction in it; that of the others is multiplied by it."""
+"""Surrogates that apply the importance correction themselves; the others' gain is multiplied by it."""

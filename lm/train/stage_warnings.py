@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.config.objective import SIGN_STEPS, Sign
+from lm.config.objective import WARNING_STEPS, MetricWarning
 from lm.experiment import Experiment, Stage
 from lm.train.metrics import MetricsLog, read_lines
 
@@ -24,9 +24,11 @@ class Warnings:
         self, experiment: Experiment, stage: Stage, folder: Path, log: MetricsLog, show: Callable[[str], None]
     ) -> None:
         self.stage, self.log, self.show = stage, log, show
-        self.signs = {kind: (sign, min(sign.steps, stage.steps)) for kind, sign in stage.objective.signs.items()}
-        lines = read_lines(folder / "metrics.jsonl") if self.signs and log.active else []
-        self.recent: deque[Line] = deque(lines[-SIGN_STEPS:], maxlen=SIGN_STEPS)
+        self.possible = {
+            kind: (one, min(one.steps, stage.steps)) for kind, one in stage.objective.metric_warnings.items()
+        }
+        lines = read_lines(folder / "metrics.jsonl") if self.possible and log.active else []
+        self.recent: deque[Line] = deque(lines[-WARNING_STEPS:], maxlen=WARNING_STEPS)
         self.told = {line.get("kind") for line in read_lines(folder / "warnings.jsonl")} if log.active else set()
         if experiment.model.param_dtype != "float32" and not stage.optimizer.master_weights:
             self.add(
@@ -38,7 +40,7 @@ class Warnings:
     def see(self, line: Line) -> None:
         """Check a step's metrics for warning signs."""
         self.recent.append(line)
-        for kind, text in found(self.signs, list(self.recent), vars(self.stage.objective)):
+        for kind, text in found(self.possible, list(self.recent), vars(self.stage.objective)):
             self.add(kind, text, line["step"])
 
     def add(self, kind: str, text: str, step: int = 0) -> None:
@@ -51,10 +53,10 @@ class Warnings:
 
 
 def found(
-    signs: dict[str, tuple[Sign, int]], lines: Sequence[Line], objective: dict[str, Any]
+    possible: dict[str, tuple[MetricWarning, int]], lines: Sequence[Line], objective: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) of every warning sign that holds in each of the last `steps` lines of metrics."""
-    for kind, (sign, steps) in signs.items():
+    """(kind, text) of each warning whose condition held in the last steps, for as many steps as it requires."""
+    for kind, (warning, steps) in possible.items():
         last = lines[-steps:]
-        if len(last) == steps and all(map(sign.shows, last)):
-            yield kind, sign.text.format(**objective | last[-1] | {"steps": steps})
+        if len(last) == steps and all(map(warning.shows, last)):
+            yield kind, warning.text.format(**objective | last[-1] | {"steps": steps})

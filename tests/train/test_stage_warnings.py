@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lm.config.objective import SIGN_STEPS as STEPS
+from lm.config.objective import WARNING_STEPS as STEPS
 from lm.experiment import GRPO, PPO, SFT, Experiment, Optimizer
 from lm.train.metrics import MetricsLog, read_lines
 from lm.train.stage_warnings import Warnings
@@ -32,7 +32,7 @@ def test_equal_rewards_are_said_once_after_some_steps(tmp_path):
     shown = warned(tmp_path, GRPO(), [GOOD, *[FLAT] * (STEPS - 1), GOOD, *[FLAT] * (2 * STEPS), GOOD, *[FLAT] * STEPS])
     (text,) = shown
     assert text.startswith(
-        f"tiny: for {STEPS} steps up to step {2 * STEPS + 1} the answers to each prompt had the same reward"
+        f"tiny: in the {STEPS} steps up to step {2 * STEPS + 1} all answers to a prompt had the same reward"
     )
     (line,) = read_lines(tmp_path / "warnings.jsonl")
     assert line["kind"] == "equal_rewards" and line["step"] == 2 * STEPS + 1 and line["text"] in text
@@ -50,7 +50,7 @@ def test_ppo_answers_that_all_score_the_same_are_said(tmp_path):
 def test_answers_that_are_all_truncated_are_said_once(tmp_path):
     cut = GOOD | {"eos_rate": 0.0}
     (text,) = warned(tmp_path, GRPO(), [GOOD, cut, GOOD, cut, cut])
-    assert "none of the answers of step 2 ended by itself" in text
+    assert "at step 2 every answer was cut off at max_new_tokens" in text
 
 
 def test_a_resumed_stage_goes_on_counting_and_says_nothing_twice(tmp_path):
