@@ -1,4 +1,4 @@
-"""Curves with their intervals, parallel coordinates and fits, as inline SVG in the page's colours."""
+"""Curves with intervals, parallel coordinates and power-law fits, as inline SVG in the colours of the page."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def bands(
     log_x: bool = False,
     log_y: bool = False,
     salt: str = "",
+    note: str = "Means over seeds with 95 % intervals; curves differ clearly where the bands do not overlap.",
 ) -> SvgChart:
-    """Draw at most five curves of means with shaded intervals; `salt` keeps the element ids of two drawings apart."""
+    """Draw at most five curves of means with shaded intervals; `salt` keeps the element ids of two drawings distinct."""
     curves = curves[: len(SERIES)]
     few = all(len(curve.points) <= 12 for curve in curves)
 
@@ -47,16 +48,16 @@ def bands(
     svg = sketch(f"bands {salt} {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x))
     smoothed = [Series(curve.label, *_columns(curve.points), points=few or x != "steps") for curve in curves]
     legend = [(i, *headline(one, plain, unit="points")) for i, one in enumerate(smoothed)]
-    return SvgChart(title, svg, legend)
+    return SvgChart(title, svg, legend, note)
 
 
 def place_on(name: str) -> Callable[[float], str]:
-    """Formatter of x values for an axis of that name."""
+    """Formatter of x values on the axis with that name."""
     return lambda x: f"step {x:,.0f}" if name == "steps" else f"{name} {plain(x)}"
 
 
 def interval(mean: float, low: float, high: float) -> str:
-    """A mean with its interval, if it has one."""
+    """A mean as text, with its interval if it has one."""
     return plain(mean) if low == high == mean else f"{plain(mean)} [{plain(low)}, {plain(high)}]"
 
 
@@ -89,7 +90,12 @@ def fitted(
         axes.set_ylabel(y, color=INK)
 
     hovered = [Hovered(0, y, *_columns(points), [plain(value) for _, value in points])]  # type: ignore[arg-type]
-    return SvgChart(title, sketch(f"fit {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x)), [])
+    note = (
+        "Power law fitted to the measured points, on logarithmic axes; trust it only where the points follow the line."
+    )
+    return SvgChart(
+        title, sketch(f"fit {title}", f"{title}: {y} over {x}", paint, WIDE, hovered, place_on(x)), [], note
+    )
 
 
 def parallel(
@@ -123,7 +129,8 @@ def parallel(
             axes.axvline(i, color=GRID, linewidth=0.8)
         axes.set_xlim(-0.1, len(names) + 0.4)
 
-    return SvgChart(title, sketch(f"parallel {title}", f"{title} by {', '.join(names)}", paint, LARGE), [])
+    note = "One line per setting across the axes of the sweep; an axis matters where the best lines share a value."
+    return SvgChart(title, sketch(f"parallel {title}", f"{title} by {', '.join(names)}", paint, LARGE), [], note)
 
 
 def _ordered(options: set[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Line charts of a stage's metrics as inline SVG in the page's colours: which curves, and how they are drawn."""
+"""Line charts of a stage's metrics, as inline SVG in the colours of the page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -36,7 +36,7 @@ MAIN, SMALL = (4.3, 2.35), (2.6, 1.15)  # inches
 
 @dataclass(frozen=True)
 class Series:
-    """A series of values y over steps x; `points` are drawn with marks, a long curve is smoothed."""
+    """Values y over steps x; `points` are drawn as marks, and a long curve with its moving average."""
 
     label: str
     x: Sequence[float]
@@ -46,50 +46,62 @@ class Series:
 
 @dataclass(frozen=True)
 class SvgChart:
-    """A drawing with its title and (colour index, label, last value) for the legend."""
+    """A chart as SVG: title, legend of (colour index, label, last value), and a sentence on how to read it."""
 
     title: str
     svg: str
     legend: list[tuple[int, str, str]]
+    note: str
     small: bool = False
 
 
-BEFORE = (MetricChart("Learning rate", {"lr": ""}), MetricChart("Gradient norm", {"grad_norm": ""}))
-AFTER = (MetricChart("Tokens/s", {"tokens_per_second": ""}), MetricChart("MFU", {"mfu": ""}, percent=True))
-"""Small charts of every stage, around those of its objective."""
+BEFORE = (
+    MetricChart("Learning rate", {"lr": ""}, "Warmup, then the schedule's decay."),
+    MetricChart("Gradient norm", {"grad_norm": ""}, "Before clipping; healthy: steady or falling, few spikes."),
+)
+AFTER = (
+    MetricChart("Tokens/s", {"tokens_per_second": ""}, "Training speed; healthy: flat."),
+    MetricChart("MFU", {"mfu": ""}, "Fraction of the chips' peak FLOP/s; healthy: flat.", percent=True),
+)
+"""Small charts of every stage, before and after those of its objective."""
+
+LOSS = "Cross-entropy or the objective's loss, per token or pair; healthy: falls and flattens out, held-out points close by."
+RL_LOSS = "Policy-gradient loss; its size says little, the reward tells the progress."
+HELD_OUT = "Held-out metrics at each evaluation of the stage; healthy: none falls beyond noise."
+OTHER_LOSS = "Held-out loss at each evaluation; healthy: falls with the training loss."
 
 
 def stage_charts(stage: StageFiles, mixture: Mixture = UNKNOWN) -> list[SvgChart]:
-    """Draw the charts of one stage, the most important first; none before its first step.
+    """Draw the charts of a stage, the most important first; none before its first step.
 
-    The held-out loss is drawn in the training loss's chart only where both are on the same data.
+    Held-out losses are drawn in the chart of the training loss if they are measured on the same data.
     """
     if not stage.metrics:
         return []
     objective = OBJECTIVES[stage.kind]
     loss = _loss_chart(stage, mixture, small=objective.data == "prompts")
-    main = [_metric_chart(stage, chart) for chart in objective.charts]
-    small = [_metric_chart(stage, chart, small=True) for chart in (*BEFORE, *objective.small_charts, *AFTER)]
-    drawn = (
-        [*main, *_heldout_charts(stage), loss, *small]
-        if objective.data == "prompts"
-        else [loss, *_other_losses(stage, mixture), *main, *_heldout_charts(stage), *small]
-    )
-    return [chart for chart in drawn if chart]
+    main = [drawn for chart in objective.charts for drawn in _metric_charts(stage, chart)]
+    others = (*BEFORE, *objective.small_charts, *AFTER)
+    small = [drawn for chart in others for drawn in _metric_charts(stage, chart, small=True)]
+    if objective.data == "prompts":
+        return [*main, *_heldout_charts(stage), *loss, *small]
+    return [*loss, *_other_losses(stage, mixture), *main, *_heldout_charts(stage), *small]
 
 
-def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> SvgChart | None:
+def _loss_chart(stage: StageFiles, mixture: Mixture, small: bool) -> list[SvgChart]:
     """The chart of the training loss, titled by its data, with held-out losses on the same data."""
-    found = _series(stage, {"loss": "" if small else "training"})
-    if not found or small:
-        return _metric_chart(stage, MetricChart("Loss", {"loss": ""}), small)
+    if small:
+        return _metric_charts(stage, MetricChart("Loss", {"loss": ""}, RL_LOSS), small)
+    found = _series(stage, MetricChart("Loss", {"loss": "training"}, LOSS))
+    if not found:
+        return []
     held_out = [
         Series(f"held out, {name}", *_curve(points, "loss"), points=True)
         for name, points in _text_evals(stage).items()
         if mixture.is_of_all(name)
     ]
     of = f" on {mixture.words()}" if mixture.parts else ""
-    return draw(f"{stage.name} Loss", f"Loss{of}", [*found, *held_out])
+    return [draw(f"{stage.name} Loss", f"Loss{of}", [*found, *held_out], LOSS)]
 
 
 def _other_losses(stage: StageFiles, mixture: Mixture) -> list[SvgChart]:
@@ -99,6 +111,7 @@ def _other_losses(stage: StageFiles, mixture: Mixture) -> list[SvgChart]:
             f"{stage.name} Loss {name}",
             f"Held-out loss on {mixture.source_of(name)} alone",
             [Series(name, *_curve(points, "loss"), points=True)],
+            OTHER_LOSS,
         )
         for name, points in _text_evals(stage).items()
         if not mixture.is_of_all(name) and len(points) > 1
@@ -109,20 +122,29 @@ def _text_evals(stage: StageFiles) -> dict[str, list[Line]]:
     return by_eval(stage, "bits_per_byte") if OBJECTIVES[stage.kind].data == "text" else {}
 
 
-def _series(stage: StageFiles, labels: Mapping[str, str]) -> list[Series]:
+def _series(stage: StageFiles, chart: MetricChart) -> list[Series]:
     lines = stage.metrics
     return [
         Series(label, [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
-        for key, label in labels.items()
-        if any(key in line for line in lines)
+        for key, label in chart.found_in(dict.fromkeys(key for line in lines for key in line)).items()
     ]
 
 
-def _metric_chart(stage: StageFiles, chart: MetricChart, small: bool = False) -> SvgChart | None:
-    series = _series(stage, chart.curves)
-    if not series or (small and not any(value for one in series for value in one.y)):
-        return None
-    return draw(f"{stage.name} {chart.title}", chart.title, series, chart.percent and _parts(series), small)
+def _metric_charts(stage: StageFiles, chart: MetricChart, small: bool = False) -> list[SvgChart]:
+    """Draw a chart of metrics, in several drawings if it has more curves than there are colours."""
+    series = _series(stage, chart)
+    if small and not any(value for one in series for value in one.y):
+        return []
+    as_percent = chart.percent and _parts(series)
+    return [
+        draw(f"{stage.name} {chart.title} {i}", chart.title, group, chart.note, as_percent, small)
+        for i, group in enumerate(_by_colours(series))
+    ]
+
+
+def _by_colours(series: list[Series]) -> list[list[Series]]:
+    """The series in groups of at most as many as there are colours."""
+    return [series[i : i + len(SERIES)] for i in range(0, len(series), len(SERIES))]
 
 
 def _parts(series: list[Series]) -> bool:
@@ -139,8 +161,10 @@ def _heldout_charts(stage: StageFiles) -> list[SvgChart]:
         for name, lines in by_eval(stage, metric).items()
         if len(lines) > 2
     ]
-    groups = [found[i : i + len(SERIES)] for i in range(0, len(found), len(SERIES))]
-    return [draw(f"{stage.name} held out {i}", "Held out", group, True) for i, group in enumerate(groups)]
+    return [
+        draw(f"{stage.name} held out {i}", "Held out", group, HELD_OUT, True)
+        for i, group in enumerate(_by_colours(found))
+    ]
 
 
 def by_eval(stage: StageFiles, metric: str) -> dict[str, list[Line]]:
@@ -155,16 +179,18 @@ def _curve(lines: list[Line], key: str) -> tuple[list[float], list[float]]:
 # ---- drawing -----------------------------------------------------------------------------------------------------
 
 
-def draw(salt: str, title: str, series: list[Series], as_percent: bool = False, small: bool = False) -> SvgChart:
-    """Draw one chart of series over steps; `salt` keeps the element ids of two drawings on one page apart.
+def draw(
+    salt: str, title: str, series: list[Series], note: str, as_percent: bool = False, small: bool = False
+) -> SvgChart:
+    """Draw a chart of series over steps; `salt` keeps the element ids of two drawings on one page distinct.
 
-    The legend gives the last value of points and of small charts, and of a curve the mean of its last steps.
+    The legend shows the last value of points and in small charts, and for other curves the mean of the last steps.
     """
     few = ((one, *thin(one.x, one.y)) for one in series)
     known = tuple(Series(one.label, tuple(x), tuple(y), one.points) for one, x, y in few)
     show = percent if as_percent else plain
     legend = [(i, *headline(one, show, small)) for i, one in enumerate(series)]
-    return SvgChart(title, _curves(salt, title, known, as_percent, small), legend, small)
+    return SvgChart(title, _curves(salt, title, known, as_percent, small), legend, note, small)
 
 
 def headline(one: Series, show: Callable[[float], str], small: bool = False, unit: str = "steps") -> tuple[str, str]:
@@ -176,7 +202,7 @@ def headline(one: Series, show: Callable[[float], str], small: bool = False, uni
 
 
 def last_steps(count: int) -> int:
-    """Number of last steps in a curve's headline mean: a tenth, but 8 where that is a fifth or less."""
+    """Number of last steps averaged in the legend: a tenth of all, but at least 8 if that is at most a fifth."""
     return max(1, min(count // 5, max(8, count // 10)))
 
 

@@ -24,7 +24,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class StageCounts:
-    """Counts of a stage's sources; older runs have only a text about the data."""
+    """Counts of a stage's sources; older runs have text lines (`said`) instead."""
 
     stage: str
     sources: list[SourceCounts]

@@ -1,4 +1,4 @@
-"""frontier.html and .png: gold reward against KL over several seeds of one experiment, and each stage's peak."""
+"""frontier.html and .png: gold reward over KL for several seeds of one experiment, with the peak of each stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lm.sweep.statistics import Estimate, estimate
 from lm.train.run_files import Line, Run, finite, read_run
 from lm.web import frontier_charts
 from lm.web.report import fill, write_page
-from lm.web.watch import measured
+from lm.web.watch import reward_evals
 
 # Fields that may differ between the runs: seed, devices, and paths.
 FREE = ("name", "seed", "mesh", "path", "reward_models", "judge")
@@ -50,7 +50,7 @@ class FrontierCurve:
         return max(range(len(self.points)), key=lambda i: self.points[i].reward.mean)
 
     def below_peak(self, place: int) -> Estimate:
-        """How far a point's reward is below the peak's: mean difference within seeds."""
+        """Mean difference, within seeds, of the peak's reward and the reward of point `place`."""
         best, other = self.by_run[self.peak], self.by_run[place]
         return estimate([best[run][1] - other[run][1] for run in best if run in other])
 
@@ -97,8 +97,8 @@ def check_seeds(runs: list[Run]) -> None:
         seed = run.experiment["seed"]
         if seed in by_seed:
             raise UserError(
-                f"{by_seed[seed].folder} and {run.folder} both have seed {seed}: give each seed once, or an interval over "
-                "them says nothing"
+                f"{by_seed[seed].folder} and {run.folder} both have seed {seed}: give each seed once, since "
+                "an interval over equal seeds is meaningless"
             )
         by_seed[seed] = run
 
@@ -120,12 +120,12 @@ def frontier(runs: list[Run]) -> list[Panel]:
 
 
 def stage_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
-    """A curve for each stage in which this eval has KL at two or more steps."""
+    """A curve for each stage in which the eval measured KL at two or more steps."""
     curves = []
     for stages in zip(*(run.stages for run in runs), strict=True):
         by_step: dict[int, dict[int, Line]] = {}
         for run, stage in enumerate(stages):
-            for line in finite(measured(stage).get(name, []), "reward", "kl"):
+            for line in finite(reward_evals(stage).get(name, []), "reward", "kl"):
                 by_step.setdefault(line["step"], {})[run] = line
         if len(by_step) > 1:
             curves.append(_curve(stages[0].name, [(f"step {s:,}", by_step[s]) for s in sorted(by_step)], True))
@@ -133,7 +133,7 @@ def stage_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
 
 
 def best_of_curves(runs: list[Run], name: str) -> list[FrontierCurve]:
-    """Points of best-of-n for each stage that measured it with this eval, each n at its bound of KL."""
+    """Best-of-n points for each stage that measured it with this eval, each at its upper bound of KL."""
     curves = []
     for stages in zip(*(run.stages for run in runs), strict=True):
         by_n: dict[int, dict[int, Line]] = {}

@@ -36,7 +36,7 @@ def chart(panel: Panel) -> SvgChart:
     """Draw a panel for the page; the legend has each curve's highest reward."""
     svg = sketch(
         f"{panel.verifier} {panel.path}",
-        "Gold reward against KL from the reference, means over seeds",
+        "Gold reward over KL to the reference, means over seeds",
         lambda axes: paint(axes, panel, dict(zip(LIGHT, LIGHT, strict=True))),
         SIZE,
         [
@@ -55,7 +55,8 @@ def chart(panel: Panel) -> SvgChart:
         (i % len(SERIES), curve.name, percent(curve.points[curve.peak].reward.mean))
         for i, curve in enumerate(panel.curves)
     ]
-    return SvgChart(f"Reward by the verifier {panel.verifier} against KL", svg, legend)
+    note = "Each curve is one method, from step 0 on; better methods reach higher reward at lower KL, and a falling end is over-optimisation."
+    return SvgChart(f"Reward by the verifier {panel.verifier} over KL", svg, legend, note)
 
 
 def save_png(panels: Sequence[Panel], path: Path) -> None:
@@ -89,7 +90,7 @@ def paint(axes: matplotlib.axes.Axes, panel: Panel, colours: dict[str, str]) -> 
     axes.xaxis.set_major_formatter(lambda value, _: tick(value))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.yaxis.set_major_formatter(as_percent)
-    axes.set_xlabel("KL from the reference, nats an answer (square-root axis)", color=colours[INK])
+    axes.set_xlabel("KL to the reference, nats per answer (square-root axis)", color=colours[INK])
     for i, curve in enumerate(panel.curves):
         _tell_curve(axes, curve, colours[SERIES[i % len(SERIES)]], below=i % 2 == 1)
 

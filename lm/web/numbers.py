@@ -1,4 +1,4 @@
-"""Formatting of numbers for people."""
+"""Formatting of numbers on pages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def signed(text: str) -> str:
 
 
 def percent(value: float) -> str:
-    """0.613 as 61.3 %."""
+    """A fraction as a percentage: 0.613 as 61.3 %."""
     if not math.isfinite(value):
         return "not finite"
     return signed(f"{100 * value:.1f}") + "\N{NARROW NO-BREAK SPACE}%"
 
 
 def plain(value: float) -> str:
-    """Four figures or so, for axes and legends: 0.00034, 1.234, 12.3, 4,321."""
+    """A number with about four digits, for axes and legends: 0.00034, 1.234, 12.3, 4,321."""
     if not math.isfinite(value):
         return "not finite"
     size = abs(value)
@@ -34,7 +34,7 @@ def plain(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """12, 3,400, 5.2 M, 1.3 B."""
+    """A count as text: 12, 3,400, 5.2 M, 1.3 B."""
     for size, letter in ((1e9, "B"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.1f}\N{NO-BREAK SPACE}{letter}"
@@ -42,7 +42,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    """A duration as text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from lm.evals.preferences import Worth
     from lm.train.judging import PairScores
 
-SHOWN = 10  # pairs that it gets most wrong
+SHOWN = 10  # pairs with the largest errors
 
 
 def write_pairs_page(judged: PairScores, path: Path) -> Path:
-    """Writes the page about what lm.train.judging.judge_pairs found, and returns its path."""
+    """Write the page with the result of `lm.train.judging.judge_pairs`; returns its path."""
     return write_page(path, render(judged))
 
 
 def render(judged: PairScores) -> str:
-    """The page as HTML."""
+    """Render the page as HTML."""
     worst = np.argsort(judged.scored.gaps)[:SHOWN]
     wrong = [(judged.scored.rows[i], float(judged.scored.gaps[i])) for i in worst if judged.scored.gaps[i] < 0]
     return fill(
@@ -40,7 +40,7 @@ def render(judged: PairScores) -> str:
 
 
 def calibration(worth: Worth) -> SvgChart:
-    """How often the model is right, by how sure it is; a calibrated one follows the diagonal."""
+    """Draw the accuracy over the predicted probability; a calibrated model follows the diagonal."""
 
     def paint(axes: matplotlib.axes.Axes) -> None:
         axes.plot([0.5, 1], [0.5, 1], color=GRID, linewidth=1, linestyle=(0, (3, 3)))
@@ -53,16 +53,17 @@ def calibration(worth: Worth) -> SvgChart:
     hovered = Hovered(0, "", [one.mean for one in worth.calibration], [one.right for one in worth.calibration], told)
     svg = sketch(
         "calibration",
-        "how often it is right, by how sure it is",
+        "accuracy over predicted probability",
         paint,
         hovered=[hovered],
-        where=lambda x: f"sure {percent(x)}",
+        where=lambda x: f"predicted {percent(x)}",
     )
-    return SvgChart("Right, by how sure it is", svg, [(0, "error", f"{worth.calibration_error:.3f}")])
+    note = "Fraction of pairs ranked correctly over the predicted probability; a calibrated model follows the dashed diagonal."
+    return SvgChart("Calibration", svg, [(0, "error", f"{worth.calibration_error:.3f}")], note)
 
 
 def by_length(worth: Worth) -> SvgChart:
-    """Accuracy by how much longer the chosen answer is."""
+    """Draw the accuracy by length difference of the two answers."""
 
     def paint(axes: matplotlib.axes.Axes) -> None:
         places = range(len(worth.by_length))
@@ -78,11 +79,12 @@ def by_length(worth: Worth) -> SvgChart:
         "by length", "accuracy by how many tokens the chosen answer is longer", paint,
         hovered=[hovered], where=lambda x: f"{bins[int(x)].mean:+.0f} tokens",
     )  # fmt: skip
-    return SvgChart("Right, by tokens that the chosen answer is longer", svg, [])
+    note = "Pairs grouped by how many tokens the chosen answer is longer; a model without length bias has equal bars."
+    return SvgChart("Accuracy by length difference", svg, [], note)
 
 
 def gaps(found: np.ndarray) -> SvgChart:
-    """How far apart the scores of a pair are."""
+    """Draw a histogram of the score differences of the pairs."""
 
     counts, edges = np.histogram(found, bins=30)
     middles = ((edges[1:] + edges[:-1]) / 2).tolist()
@@ -93,9 +95,10 @@ def gaps(found: np.ndarray) -> SvgChart:
         dress(axes)
 
     hovered = Hovered(2, "", middles, counts.tolist(), [f"{count:,} pairs" for count in counts])
-    label = "histogram of the chosen answer's score less the rejected one's"
+    label = "histogram of the chosen answer's score minus the rejected one's"
     svg = sketch("gaps", label, paint, hovered=[hovered], where=lambda x: f"about {x:+.2f}")
-    return SvgChart("Chosen less rejected", svg, [(2, "mean", f"{found.mean():+.2f}")])
+    note = "Number of pairs by score difference; healthy: most of them right of 0."
+    return SvgChart("Score: chosen minus rejected", svg, [(2, "mean", f"{found.mean():+.2f}")], note)
 
 
 def _asked(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""papers.html: every claim with its verdict, its numbers and its drawing, from the results that are kept."""
+"""papers.html: every claim with its verdict, numbers and charts, from the stored results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PARTS = ("Claim.", "The same.", "Scaled down.", "Refuted if")
 
 
 def write_papers(home: Path, path: Path) -> Path:
-    """Writes the page from `home`'s claims and results, and returns its path."""
+    """Write the page from the claims and results in `home`; returns its path."""
     return write_page(path, render(claims(home), home))
 
 
 def render(found: list[Claim], home: Path) -> str:
-    """The page as HTML: the claims that have a result, then those that have none."""
+    """Render the page as HTML: claims with a result first, then those without."""
     ran = [claim for claim in found if claim.result]
     return fill(
         "papers.html.j2",
@@ -47,7 +47,7 @@ def _source(claim: Claim) -> dict[str, Any]:
 
 
 def paragraphs(page: Path) -> list[str]:
-    """What a claim's page says of it before the result, as HTML: the claim, what is the same, what is smaller, what refutes it."""
+    """The paragraphs of a claim's page before the result, as HTML: claim, what is the same, what is scaled down, what refutes it."""
     text = page.read_text("utf-8").split("## Result")[0]
     kept = [part for part in text.split("\n\n") if part.startswith(tuple(f"**{name}" for name in PARTS))]
     markdown = markdown_it.MarkdownIt("commonmark", {"html": False})

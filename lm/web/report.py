@@ -1,4 +1,4 @@
-"""report.html: a self-contained page about a run."""
+"""report.html: the self-contained report of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 def write_report(run_dir: Path, rollout_steps: range | None = None) -> Path:
     """Write `report.html` of a run folder, finished or not, from the folder's files alone; returns its path.
 
-    Beside it are the pages of rollouts/: of these steps alone, where they are given (`write_rollout_pages`).
+    Also writes the pages of rollouts/, of the given steps only, if any are given (`write_rollout_pages`).
 
     Raises:
         lm.experiment.UserError: the folder is not a run, or one of its files is broken (names the line).
@@ -46,7 +46,7 @@ def render(run: Run, rollout_pages: Sequence[StagePages] = ()) -> str:
         unfinished=_unfinished(run),
         headlines=story.headlines(run),
         columns=story.columns(run),
-        speakers=["random", *(stage.name for stage in story.speaking_stages(run))],
+        models=["random", *(stage.name for stage in story.policy_stages(run))],
         lessons=[(stage.name, OBJECTIVES[stage.kind].caption) for stage in run.stages],
         prompts=story.prompt_table(run),
         heldout=story.heldout_table(run),
@@ -64,7 +64,7 @@ def render(run: Run, rollout_pages: Sequence[StagePages] = ()) -> str:
         examples=story.heldout_examples(run),
         knobs=story.knob_table(run),
         costs=costs.costs(run),
-        cost_names=[*(label for label, _ in costs.COSTS.values()), "tokens a second"],
+        cost_names=[*(label for label, _ in costs.COSTS.values()), "tokens per second"],
         goodput=costs.goodput(run),
         environment=story.environment_table(run),
     )

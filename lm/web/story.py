@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MetricStyle:
-    """Presentation of a held-out metric: label, unit, direction (`sign`), formats, and extra numbers."""
+    """Presentation of a held-out metric: label, unit, direction (`sign`: +1 if higher is better), formats, and extra rows."""
 
     label: str
     unit: str
@@ -47,7 +47,7 @@ METRICS = {
         -1,
         _bits,
         lambda value: signed(f"{value:+.3f}"),
-        (("loss, nats a token", "loss", _bits),),
+        (("loss, nats per token", "loss", _bits),),
     ),
     "reward": MetricStyle(
         "mean reward",
@@ -55,23 +55,23 @@ METRICS = {
         +1,
         percent,
         _points,
-        (("answers that end by themselves", "eos_rate", percent), ("tokens an answer", "length", lambda v: f"{v:.1f}")),
+        (("answers that ended", "eos_rate", percent), ("tokens per answer", "length", lambda v: f"{v:.1f}")),
     ),
     "pair_accuracy": MetricStyle(
-        "chosen answer preferred",
+        "preference accuracy",
         "pairs",
         +1,
         percent,
         _points,
-        (("margin, nats", "margin", _bits), ("if the longer answer were taken", "longer_accuracy", percent)),
+        (("margin, nats", "margin", _bits), ("baseline: the longer answer", "longer_accuracy", percent)),
     ),
     "pass_at_k": MetricStyle(
-        "solved by one answer in k",
+        "pass@k",
         "prompts",
         +1,
         percent,
         _points,
-        (("k", "k", lambda value: f"{value:.0f}"), ("by one answer", "pass_at_1", percent)),
+        (("k", "k", lambda value: f"{value:.0f}"), ("pass@1", "pass_at_1", percent)),
     ),
 }
 
@@ -114,7 +114,7 @@ def measurements(run: Run, name: str) -> list[Line | None]:
 
     A measurement before a stage also counts for the model after the stage that it starts from.
     """
-    stages = measured_stages(run)
+    stages = trained_stages(run)
     starts = _starts(run)
     after = [None, *(latest(stage, name) for stage in stages)]
     earlier = [
@@ -124,12 +124,12 @@ def measurements(run: Run, name: str) -> list[Line | None]:
     return [line or other for line, other in zip(after, earlier, strict=True)]
 
 
-def measured_stages(run: Run) -> list[StageFiles]:
+def trained_stages(run: Run) -> list[StageFiles]:
     """The stages that train a model: all but Collect."""
     return [stage for stage in run.stages if experiments.OBJECTIVES[stage.kind].produces != "rows"]
 
 
-def speaking_stages(run: Run) -> list[StageFiles]:
+def policy_stages(run: Run) -> list[StageFiles]:
     """The stages that leave a language model."""
     return [stage for stage in run.stages if experiments.OBJECTIVES[stage.kind].produces == "policy"]
 
@@ -142,7 +142,7 @@ def _starts(run: Run) -> list[tuple[StageFiles, StageFiles | None]]:
 
 
 def columns(run: Run) -> list[str]:
-    return ["random", *(stage.name for stage in measured_stages(run))]
+    return ["random", *(stage.name for stage in trained_stages(run))]
 
 
 def heldout_table(run: Run) -> list[HeldoutRow]:
@@ -157,10 +157,10 @@ def heldout_table(run: Run) -> list[HeldoutRow]:
             label += f"; xz -9e needs {_bits(first['xz_bits_per_byte'])}"
         last = next(line for line in reversed(lines) if line)
         if passed := last.get("passed_over"):
-            label += f"; passed over: {', '.join(f'{number:,} {why}' for why, number in passed.items())}"
+            label += f"; skipped: {', '.join(f'{number:,} {why}' for why, number in passed.items())}"
         if last.get("cut"):
-            label += f"; {last['cut']:,} lose the beginning of their prompt"
-        earlier = [None, *(before(stage, name) for stage in measured_stages(run))]
+            label += f"; {last['cut']:,} left-truncated"
+        earlier = [None, *(before(stage, name) for stage in trained_stages(run))]
         cells = [_cell(line, old, metric) for line, old in zip(lines, earlier, strict=True)]
         extras = [
             (text, [show(line[key]) if line and key in line else None for line in lines])
@@ -266,7 +266,7 @@ def mixture(run: Run, index: int) -> Mixture:
 
 
 def prompt_table(run: Run) -> list[tuple[str, list[Line | None]]]:
-    """(prompt, last answers of the random model and after every stage that leaves a language model)."""
+    """(prompt, answers of the random model and after each stage that leaves a language model) of every prompt."""
     asked = dict.fromkeys(run.experiment["prompts"])
     asked |= dict.fromkeys(line["prompt"] for stage in run.stages for line in _of(stage, "prompt"))
     return [
@@ -276,7 +276,7 @@ def prompt_table(run: Run) -> list[tuple[str, list[Line | None]]]:
                 _last(line for line in _of(run.stages[0], "prompt", prompt) if line["when"] == "before"),
                 *(
                     _last(line for line in _of(stage, "prompt", prompt) if line["when"] != "before")
-                    for stage in speaking_stages(run)
+                    for stage in policy_stages(run)
                 ),
             ],
         )
@@ -324,14 +324,14 @@ def _pair(line: Line) -> tuple[str, str, str]:
 
 
 def choices(margins: Iterable[float | None]) -> str:
-    """How often the chosen answer was preferred, as `12 of 20`; empty where all margins are 0."""
+    """How often the chosen answer was preferred, as `12 of 20`; empty if all margins are 0."""
     measured = [margin for margin in margins if margin is not None]
     return f"{sum(margin > 0 for margin in measured)} of {len(measured)}" if any(measured) else ""
 
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """Groups of answers to one prompt that a stage sampled at its first and at its last step, to compare."""
+    """Groups of answers to a prompt that a stage sampled at its first and at its last step."""
 
     stage: str
     first_and_last: list[tuple[int, list[Line]]]

@@ -1,4 +1,4 @@
-"""Jinja environment of the page templates."""
+"""Jinja environment for the page templates."""
 
 from __future__ import annotations
 

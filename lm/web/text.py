@@ -23,6 +23,6 @@ def shown(text: str) -> str:
 
 
 def beginning(text: str, characters: int, lines: int = 20) -> str:
-    """The beginning of a text: at most so many lines and characters; all of it where little would be cut."""
+    """The start of a text, at most so many lines and characters; the whole text if little would be cut."""
     short = text if len(text) <= 1.2 * characters else text[:characters]
     return "\n".join(short.split("\n")[:lines])

@@ -1,4 +1,4 @@
-"""Reward-hacking watch: judge's reward, proxy score and KL of held-out answers over a stage, and a warning."""
+"""Reward-hacking watch: judge's reward, reward model's score and KL of held-out answers over a stage, and a warning."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ JUDGED = ("reward", "reward_stderr", "score", "score_stderr")
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer to a held-out prompt, its reward model score (None: not scored), and the judge's reward."""
+class JudgedAnswer:
+    """An answer to a held-out prompt, with the reward model's score (None: not scored) and the judge's reward."""
 
     when: str
     answer: str
@@ -25,16 +25,16 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Answers to one held-out prompt before a stage and after it (or the latest)."""
+class AnswersBeforeAfter:
+    """The answers to one held-out prompt before a stage and after it (or at its latest evaluation)."""
 
     prompt: str
-    sides: list[Said]
+    sides: list[JudgedAnswer]
 
 
 @dataclass(frozen=True)
-class Watch:
-    """One stage seen by one eval at temperature 1: charts, small charts, answers, and the warning or None."""
+class StageWatch:
+    """A stage as measured by one eval at temperature 1: charts, small charts, answers, and a warning or None."""
 
     stage: str
     kind: str
@@ -42,15 +42,15 @@ class Watch:
     verifier: str
     charts: list[SvgChart]
     small: list[SvgChart]
-    answers: list[Compared]
+    answers: list[AnswersBeforeAfter]
     warning: str | None
 
 
-def watches(run: Run) -> list[Watch]:
-    """The watches of all stages with held-out KL at two or more steps."""
+def watches(run: Run) -> list[StageWatch]:
+    """A watch for each stage and eval with held-out KL at two or more steps."""
     verifiers = {item["name"]: item["verifier"] for item in run.experiment["evals"]}
     return [
-        Watch(
+        StageWatch(
             stage.name,
             stage.kind,
             name,
@@ -58,22 +58,26 @@ def watches(run: Run) -> list[Watch]:
             watch_charts.main_charts(stage.name, name, lines),
             watch_charts.small_charts(stage, name, lines),
             compared(stage, name),
-            cheating(lines, stage.checkpoints),
+            over_optimisation(lines, stage.checkpoints),
         )
         for stage in run.stages
-        for name, lines in measured(stage).items()
+        for name, lines in reward_evals(stage).items()
         if len(finite(lines, "reward", "kl")) > 1
     ]
 
 
 def warnings(run: Run) -> list[tuple[str, str]]:
     """(stage, warning) of every stage with a warning."""
-    found = [(stage, cheating(lines, stage.checkpoints)) for stage in run.stages for lines in measured(stage).values()]
+    found = [
+        (stage, over_optimisation(lines, stage.checkpoints))
+        for stage in run.stages
+        for lines in reward_evals(stage).values()
+    ]
     return [(stage.name, told) for stage, told in found if told]
 
 
-def measured(stage: StageFiles) -> dict[str, list[Line]]:
-    """Each eval's measurements with rewards, in order of steps, the last one at each step."""
+def reward_evals(stage: StageFiles) -> dict[str, list[Line]]:
+    """Measurements of each eval with metric reward, in order of steps; of several at one step the last."""
     found: dict[str, dict[int, Line]] = {}
     for line in stage.evals:
         if line["metric"] == "reward":
@@ -81,16 +85,15 @@ def measured(stage: StageFiles) -> dict[str, list[Line]]:
     return {name: list(lines.values()) for name, lines in found.items()}
 
 
-def cheating(lines: list[Line], saved: Iterable[int] | None = None) -> str | None:
-    """The warning where the reward model's score rises while the judge's reward falls, else None.
+def over_optimisation(lines: list[Line], saved: Iterable[int] | None = None) -> str | None:
+    """A warning if the reward model's score rises while the judge's reward falls, else None.
 
-    Compares the judge's best measurement with the last one; each change must exceed twice its standard error
-    (of a difference: the root of the sum of both squares). Reward models are over-optimised in just this way (Gao, Schulman
-    and Hilton, arXiv:2210.10760).
+    Compares the measurement with the highest judge's reward to the last one; both changes must exceed twice their standard
+    error. This is how a reward model is over-optimised (Gao, Schulman and Hilton, arXiv:2210.10760).
 
     Args:
-        lines: one eval's measurements in order of steps; those without reward, score and standard errors are ignored.
-        saved: steps with a checkpoint; None: unknown.
+        lines: measurements of one eval in order of steps; those without reward, score and standard errors are ignored.
+        saved: steps that have a checkpoint; None: unknown.
     """
     found = finite(lines, *JUDGED)
     if len(found) < 2:
@@ -115,25 +118,27 @@ def _decimals(value: float) -> str:
 
 def _advice(step: int, saved: Iterable[int] | None) -> str:
     if step == 0:
-        return "The model that entered the stage is the better one: hold the policy closer to it, or judge with a better reward model."
+        return "The model that entered the stage is the better one: use a stronger KL penalty (or larger beta), or a better reward model."
     if saved is None or step in saved:
         return f"The checkpoint of step {step:,} is the better one."
     return (
-        f"The model of step {step:,} was the better one, and its checkpoint is no longer there: train again for "
-        f"{step:,} steps, or hold the policy closer to the model that it started from."
+        f"The model of step {step:,} was the better one, but its checkpoint has been removed: train again for {step:,} steps, or "
+        "use a stronger KL penalty (or larger beta)."
     )
 
 
-def compared(stage: StageFiles, name: str, limit: int = 6) -> list[Compared]:
-    """The first held-out prompts answered both before the stage and later, with both answers."""
+def compared(stage: StageFiles, name: str, limit: int = 6) -> list[AnswersBeforeAfter]:
+    """The first held-out prompts with an answer both before the stage and later, and these answers."""
     lines = [line for line in stage.samples if line["kind"] == "heldout" and line.get("eval") == name]
     before = {line["prompt"]: line for line in lines if line["when"] == "before"}
     later = [line for line in lines if line["when"] != "before"]
     last = {line["prompt"]: line for line in later if step_order(line) == step_order(later[-1])}
     both = [prompt for prompt in before if prompt in last][:limit]
-    return [Compared(prompt, [_said(before[prompt]), _said(last[prompt])]) for prompt in both]
+    return [
+        AnswersBeforeAfter(prompt, [_judged_answer(before[prompt]), _judged_answer(last[prompt])]) for prompt in both
+    ]
 
 
-def _said(line: Line) -> Said:
+def _judged_answer(line: Line) -> JudgedAnswer:
     when = "before" if line["when"] == "before" else f"{line['when']}, step {line['step']:,}"
-    return Said(when, line["answer"], line.get("score"), line.get("reward"))
+    return JudgedAnswer(when, line["answer"], line.get("score"), line.get("reward"))

@@ -1,4 +1,4 @@
-"""Charts of the reward-hacking watch: judge's reward against KL, proxy and judge over steps, and small charts."""
+"""Charts of the reward-hacking watch: judge's reward over KL, reward model's score and judge's reward over steps."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from lm.web.numbers import percent, plain
 from lm.web.story import METRICS
 
 JUDGE, PROXY = 0, 1  # indices of their colours
-OWN = (  # metric name, title, whether it is a fraction of 1
-    ("length", "Answer length, tokens", False),
-    ("entropy", "Entropy, nats per token", False),
-    ("distinct_2", "Distinct bigrams", True),
-    ("eos_rate", "Ended itself", True),
+OWN = (  # metric name, title, note, whether it is a fraction of 1
+    ("length", "Answer length, tokens", "Healthy: no growth up to max_new_tokens.", False),
+    ("entropy", "Entropy, nats per token", "Healthy: does not collapse to 0.", False),
+    ("distinct_2", "Distinct bigrams", "Diversity of the answers; healthy: does not collapse.", True),
+    ("eos_rate", "Answers that ended", "Not cut off; healthy: close to 100 %.", True),
 )
+OTHER_EVALS = "Another held-out eval, for side effects of the stage; healthy: does not get worse."
+OVER_KL = "One point per evaluation, in order of steps; healthy: rises. A fall at growing KL is over-optimisation."
+TOGETHER = "Healthy: both rise. A rising reward model's score with a falling judge's reward is reward hacking."
 
 
 def main_charts(stage: str, name: str, lines: list[Line]) -> list[SvgChart]:
-    """The judge's reward against KL, and, where a reward model scored the answers, proxy and judge over steps."""
+    """The judge's reward over KL, and, if a reward model scored the answers, its score and the judge's reward over steps."""
     found = [judge_against_kl(f"{stage} {name} kl", finite(lines, "reward", "kl"))]
     scored = finite(lines, "reward", "score")
     return [*found, proxy_and_judge(f"{stage} {name} proxy", scored)] if len(scored) > 1 else found
 
 
 def judge_against_kl(salt: str, lines: list[Line]) -> SvgChart:
-    """Draw reward against KL, joined in order of steps, with the first, best and last step labelled."""
+    """Draw the judge's reward over KL, joined in order of steps, with the first, best and last step labelled."""
     kl, reward = _column(lines, "kl"), _column(lines, "reward")
     best = max(range(len(lines)), key=reward.__getitem__)
 
@@ -51,18 +54,17 @@ def judge_against_kl(salt: str, lines: list[Line]) -> SvgChart:
     told = [f"{percent(line['reward'])} at step {line['step']:,}" for line in lines]
     svg = sketch(
         salt,
-        "The judge's reward against the KL from the reference, points joined in order of steps",
+        "The judge's reward over the KL to the reference, points joined in order of steps",
         paint,
         hovered=[Hovered(JUDGE, "judge", kl, reward, told)],
         where=lambda x: f"KL {plain(x)}",
     )
-    return SvgChart(
-        "Judge's reward against KL", svg, [(JUDGE, "best", percent(reward[best])), (JUDGE, "last", percent(reward[-1]))]
-    )
+    legend = [(JUDGE, "best", percent(reward[best])), (JUDGE, "last", percent(reward[-1]))]
+    return SvgChart("Judge's reward over KL", svg, legend, OVER_KL)
 
 
 def proxy_and_judge(salt: str, lines: list[Line]) -> SvgChart:
-    """Draw proxy and judge over steps, each on its own y axis."""
+    """Draw the judge's reward and the reward model's score over steps, each on its own y axis."""
     steps = _column(lines, "step")
     curves = (("reward", JUDGE, as_percent), ("score", PROXY, lambda value, _: charts.tick(value)))
 
@@ -90,32 +92,32 @@ def proxy_and_judge(salt: str, lines: list[Line]) -> SvgChart:
         (JUDGE, "judge, left axis", percent(lines[-1]["reward"])),
         (PROXY, "reward model, right axis", plain(lines[-1]["score"])),
     ]
-    return SvgChart("Proxy and judge", svg, legend)
+    return SvgChart("Reward model and judge", svg, legend, TOGETHER)
 
 
 def small_charts(stage: StageFiles, name: str, lines: list[Line]) -> list[SvgChart]:
-    """Small charts of the other numbers of these answers, then of every other eval with two or more points."""
-    found = [(key, title, part, finite(lines, key)) for key, title, part in OWN]
+    """Small charts of other metrics of the same answers, then of every other eval with two or more measurements."""
+    found = [(key, title, note, part, finite(lines, key)) for key, title, note, part in OWN]
     for metric, shown in METRICS.items():
         for other, its in charts.by_eval(stage, metric).items():
             if other != name:
-                found.append(
-                    (metric, f"{other}, {shown.label.split(',')[0]}", metric != "bits_per_byte", finite(its, metric))
-                )
+                title = f"{other}, {shown.label.split(',')[0]}"
+                found.append((metric, title, OTHER_EVALS, metric != "bits_per_byte", finite(its, metric)))
     return [
         draw(
             f"{stage.name} {name} {title}",
             title,
             [Series("", _column(its, "step"), _column(its, key), points=True)],
+            note,
             part,
             True,
         )
-        for key, title, part, its in found
+        for key, title, note, part, its in found
         if len(its) > 1
     ]
 
 
-# ---- what the page over several runs draws with, too -------------------------------------------------------------
+# ---- drawing, shared with the page over several runs -------------------------------------------------------------
 
 
 def whiskers(
@@ -131,7 +133,7 @@ def whiskers(
 
 
 def rises_from(values: list[float], place: int) -> bool:
-    """Whether an end point's neighbour is higher, so that its label goes below."""
+    """Whether the neighbour of an end point is higher, so that the point's label is placed below."""
     if place not in (0, len(values) - 1) or len(values) < 2:
         return False
     return values[1 if place == 0 else -2] > values[place]
@@ -148,7 +150,7 @@ def tell(
     below: bool = False,
     ink: str = INK,
 ) -> None:
-    """Label a point on the side with room; a ring marks the best."""
+    """Label a point on the side that has room; `ring` marks the best point."""
     left, right = axes.get_xlim()
     (start, _), (here, _), (end, _) = axes.transData.transform([(left, y), (x, y), (right, y)])
     far = (here - start) / (end - start) > 0.6

@@ -1,5 +1,6 @@
 """The report: one offline page that tells what the run folder says, for whole, unfinished and hostile runs."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_folder import ANSWERS, DONE, PROMPTS, write_lines, write_run
 
-from lm.experiment import UserError
+from lm.experiment import OBJECTIVES, UserError
 from lm.train.run_files import read_run
 from lm.web import charts, costs, numbers, story
 from lm.web.report import render, write_report
@@ -60,7 +61,7 @@ def test_every_link_on_the_page_has_its_section(finished):
 
 def test_sections_stand_in_the_order_of_the_story(finished):
     headings = re.findall(r"<h2>(.*?)</h2>", render(read_run(finished)))
-    words = ("prompts", "Held-out numbers", "curves", "pairs", "Rollouts", "examples", "data", "experiment", "took")
+    words = ("prompts", "Held-out results", "curves", "pairs", "Rollouts", "examples", "data", "experiment", "cost")
     assert len(headings) == len(words)
     assert all(word in heading for word, heading in zip(words, headings, strict=True))
 
@@ -188,7 +189,9 @@ def test_the_page_can_be_sent_to_a_friend(finished):
 
 def test_every_value_of_the_experiment_has_its_help(finished):
     knobs = story.knob_table(read_run(finished))
-    assert any(name == "sft.steps" and value == 400 and text.startswith("steps;") for name, value, text in knobs)
+    assert any(
+        name == "sft.steps" and value == 400 and text.startswith("number of steps:") for name, value, text in knobs
+    )
     assert [name for name, _, text in knobs if not text] == [f"{stage}.objective.kind" for stage in DONE]
 
 
@@ -219,10 +222,27 @@ def test_each_stage_has_the_curves_of_its_objective(finished):
     run = read_run(finished)
     titles = {stage.name: {c.title for c in charts.stage_charts(stage) if not c.small} for stage in run.stages}
     assert titles["pretrain"] == {"Loss", "Held out"}
-    assert titles["preference"] == {"Loss", "Pairs ranked right", "Implicit reward", "Margin", "Held out"}
+    assert titles["preference"] == {"Loss", "Preference accuracy", "Implicit reward", "Reward margin", "Held out"}
     assert titles["reason"] == {"Reward", "Completion length", "Entropy", "Held out"}
     legend = next(c for c in charts.stage_charts(run.stages[0]) if c.title == "Loss").legend
     assert [label for _, label, _ in legend] == ["training, mean of the last 90 steps", "held out, docs"]
+
+
+def test_every_chart_says_how_to_read_it(finished):
+    declared = [chart for kind in OBJECTIVES.values() for chart in (*kind.charts, *kind.small_charts)]
+    drawn = [chart for stage in read_run(finished).stages for chart in charts.stage_charts(stage)]
+    assert [chart.title for chart in [*declared, *drawn] if not chart.note.endswith(".")] == []
+    assert all(visible(chart.note) in page_of(finished).text for chart in drawn)
+
+
+def test_rewards_of_several_verifiers_have_a_chart_with_a_curve_each(finished):
+    stage = next(stage for stage in read_run(finished).stages if stage.name == "reason")
+    names = [f"reward_{name}" for name in ("answer", "style", "mine:c", "mine:d", "mine:e", "mine:f")]
+    lines = [line | dict.fromkeys(names, 0.25) | {"reward_std": 0.1} for line in stage.metrics]
+    found = charts.stage_charts(dataclasses.replace(stage, metrics=lines))
+    labels = [label.split(",")[0] for c in found if c.title == "Rewards by verifier" for _, label, _ in c.legend]
+    assert labels == ["answer", "style", "mine:c", "mine:d", "mine:e", "mine:f"]
+    assert "Rewards by verifier" not in {chart.title for chart in charts.stage_charts(stage)}
 
 
 def test_the_loss_of_a_mixture_does_not_stand_beside_that_of_one_part(finished):
@@ -238,12 +258,12 @@ def test_the_loss_of_a_mixture_does_not_stand_beside_that_of_one_part(finished):
 
 def test_the_headline_of_a_curve_is_the_mean_of_its_last_steps():
     noisy = charts.Series("reward", list(range(1, 49)), [0.0] * 40 + [0.0, 1.0] * 4)
-    assert charts.draw("x", "Reward", [noisy], True).legend == [
+    assert charts.draw("x", "Reward", [noisy], "", True).legend == [
         (0, "reward, mean of the last 8 steps", numbers.percent(0.5))
     ]
-    assert charts.draw("x", "Reward", [noisy], True, small=True).legend == [(0, "reward", numbers.percent(1.0))]
+    assert charts.draw("x", "Reward", [noisy], "", True, small=True).legend == [(0, "reward", numbers.percent(1.0))]
     points = charts.Series("docs", [0, 10], [1.0, 2.0], points=True)
-    assert charts.draw("x", "Held out", [points]).legend == [(0, "docs", "2")]
+    assert charts.draw("x", "Held out", [points], "").legend == [(0, "docs", "2")]
     assert [charts.last_steps(n) for n in (1, 4, 10, 48, 300)] == [1, 1, 2, 8, 30]
 
 
@@ -257,7 +277,7 @@ def test_two_ticks_of_an_axis_have_two_labels():
 def test_values_stand_under_the_pointer_without_a_script():
     curve = charts.Series("training", list(range(1, 301)), [step / 100 for step in range(1, 301)])
     points = charts.Series("held <out>", [7, 151], [5.5, math.nan], points=True)
-    svg = charts.draw("x", "Loss", [curve, points]).svg
+    svg = charts.draw("x", "Loss", [curve, points], "").svg
     texts = re.findall(r"<text[^>]* text-anchor[^>]*>(.*?)</text>", svg[svg.index('class="hover"') :])
     assert 40 < len(texts) <= 60 and texts[0].startswith("step 1: ") and ">0.010<" in texts[0]
     both = next(text for text in texts if text.startswith("step 7<"))  # few points have a strip of their own
@@ -312,11 +332,11 @@ def test_data_counts_and_warnings_of_a_stage_are_shown(tmp_path):
 
 
 def test_drawings_take_their_colours_from_the_page():
-    chart = charts.draw("salt", "Loss", [charts.Series("a", [1, 2, 3], [3.0, float("nan"), 1.0])])
+    chart = charts.draw("salt", "Loss", [charts.Series("a", [1, 2, 3], [3.0, float("nan"), 1.0])], "")
     assert "var(--series-0)" in chart.svg and "var(--muted)" in chart.svg
     assert not re.search(r"#0[0-9a-f]{5}\b", chart.svg)
     assert chart.svg.startswith("<svg") and "<?xml" not in chart.svg
-    again = charts.draw("salt", "Loss", [charts.Series("a", [1, 2, 3], [3.0, float("nan"), 1.0])])
+    again = charts.draw("salt", "Loss", [charts.Series("a", [1, 2, 3], [3.0, float("nan"), 1.0])], "")
     assert chart.svg == again.svg
 
 

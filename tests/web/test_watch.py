@@ -35,7 +35,7 @@ def edit(path: Path, change) -> None:
 
 
 def test_the_warning_compares_the_judges_best_step_with_the_last():
-    told = watch.cheating(judged((0, 0.5, -1.0), (40, 0.71, 1.2), (80, 0.6, 2.9), (120, 0.55, 3.4)))
+    told = watch.over_optimisation(judged((0, 0.5, -1.0), (40, 0.71, 1.2), (80, 0.6, 2.9), (120, 0.55, 3.4)))
     assert told.startswith("From step 40 to step 120 the reward model's score rises from 1.20 to 3.40")
     assert "(standard error of the difference 0.14)" in told and "(2.8 points)" in told
     assert "falls from 71.0\N{NARROW NO-BREAK SPACE}% to 55.0\N{NARROW NO-BREAK SPACE}%" in told
@@ -56,21 +56,21 @@ def test_the_warning_compares_the_judges_best_step_with_the_last():
     ],
 )
 def test_there_is_no_warning_within_noise_or_where_a_number_is_missing(lines):
-    assert watch.cheating(lines) is None
+    assert watch.over_optimisation(lines) is None
 
 
 def test_the_warning_grows_silent_with_the_noise_of_the_measurement():
     steps = ((0, 0.6, 0.0), (10, 0.5, 1.0))
-    assert watch.cheating(judged(*steps, reward_stderr=0.035))
-    assert watch.cheating(judged(*steps, reward_stderr=0.036)) is None  # 2 √2 0.0354 is 0.1
-    assert watch.cheating(judged(*steps, score_stderr=0.36)) is None
+    assert watch.over_optimisation(judged(*steps, reward_stderr=0.035))
+    assert watch.over_optimisation(judged(*steps, reward_stderr=0.036)) is None  # 2 √2 0.0354 is 0.1
+    assert watch.over_optimisation(judged(*steps, score_stderr=0.36)) is None
 
 
 def test_the_advice_names_a_checkpoint_only_where_there_is_one():
     steps = judged((0, 0.5, -1.0), (40, 0.7, 1.0), (80, 0.5, 3.0))
-    assert watch.cheating(steps, [40, 80]).endswith("The checkpoint of step 40 is the better one.")
-    assert "train again for 40 steps" in watch.cheating(steps, [60, 80])
-    assert "The model that entered the stage" in watch.cheating(judged((0, 0.7, 0.0), (80, 0.5, 3.0)), [80])
+    assert watch.over_optimisation(steps, [40, 80]).endswith("The checkpoint of step 40 is the better one.")
+    assert "train again for 40 steps" in watch.over_optimisation(steps, [60, 80])
+    assert "The model that entered the stage" in watch.over_optimisation(judged((0, 0.7, 0.0), (80, 0.5, 3.0)), [80])
 
 
 def test_the_report_and_the_terminal_both_warn(watched, capsys):
@@ -103,12 +103,12 @@ def test_each_stage_with_kl_at_two_steps_is_watched(watched):
         ("ppo", "PPO", "manners", "style"),
         ("dpo", "DPO", "manners", "style"),
     ]
-    assert [chart.title for chart in found[0].charts] == ["Judge's reward against KL", "Proxy and judge"]
+    assert [chart.title for chart in found[0].charts] == ["Judge's reward over KL", "Reward model and judge"]
     titles = [
         "Answer length, tokens",
         "Entropy, nats per token",
         "Distinct bigrams",
-        "Ended itself",
+        "Answers that ended",
         "curriculum, mean reward",
     ]
     assert [chart.title for chart in found[0].small] == titles
@@ -117,7 +117,7 @@ def test_each_stage_with_kl_at_two_steps_is_watched(watched):
 
 def test_the_first_the_best_and_the_last_step_are_written_at_their_points(watched):
     run = read_run(watched)
-    lines = watch.measured(run.stages[2])["manners"]
+    lines = watch.reward_evals(run.stages[2])["manners"]
     best = max(lines, key=lambda line: line["reward"])["step"]
     svg = watch.watches(run)[0].charts[0].svg
     assert best not in (0, WATCHED["ppo"])
@@ -142,7 +142,7 @@ def test_a_missing_key_leaves_out_its_part_and_no_more(tmp_path, missing):
     run = read_run(write_watched_run(tmp_path / "run", without=(missing,)))
     first = watch.watches(run)[0]
     assert render(run)
-    assert ("Proxy and judge" in [chart.title for chart in first.charts]) == (missing != "score")
+    assert ("Reward model and judge" in [chart.title for chart in first.charts]) == (missing != "score")
     assert len(first.small) == (4 if missing in ("entropy", "distinct_2", "length") else 5)
     assert (first.warning is None) == (missing in ("score", "score_stderr", "reward_stderr"))
     assert all(side.score is None for pair in first.answers for side in pair.sides) == (missing == "score")
@@ -193,10 +193,15 @@ def test_ppo_and_reward_models_have_curves_of_their_own_in_their_own_units(watch
     main_titles = [chart.title for chart in stages["ppo"] if not chart.small]
     assert main_titles == ["Reward", "Judge", "KL to the start", "Completion length", "Entropy", "Held out"]
     reward, judge = stages["ppo"][:2]
-    assert [label.split(",")[0] for _, label, _ in reward.legend] == ["score", "score less the KL penalty"]
+    assert [label.split(",")[0] for _, label, _ in reward.legend] == ["score", "minus KL penalty"]
     assert not any("%" in value for _, _, value in reward.legend) and judge.legend[0][2].endswith("%")
-    assert {"Values' loss", "Variance explained", "KL coefficient"} <= {c.title for c in stages["ppo"] if c.small}
-    assert [c.title for c in stages["reward"] if not c.small] == ["Loss", "Pairs ranked right", "Score", "Margin"]
+    assert {"Value loss", "Explained variance", "KL coefficient"} <= {c.title for c in stages["ppo"] if c.small}
+    assert [c.title for c in stages["reward"] if not c.small] == [
+        "Loss",
+        "Preference accuracy",
+        "Score",
+        "Reward margin",
+    ]
 
 
 def test_rewards_outside_0_to_1_are_no_percentages(tmp_path):
