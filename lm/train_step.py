@@ -1,4 +1,4 @@
-"""A training step from a loss: the state that it takes and gives, and which parameters it trains.
+"""Builds a pure training step from a loss; defines the training state and which parameters train.
 
 `step(state, batch) -> (state, metrics)` is a pure function. It knows no file, mesh, clock or algorithm: `make_step` turns
 any loss into one, and `jax.jit` with shardings compiles it for one device or thousands.
@@ -39,7 +39,7 @@ PATHS_SHOWN = 3
 
 @pytree
 class TrainState:
-    """What a step takes and gives back.
+    """State of training: input and output of a step.
 
     `step` counts optimizer updates. `models` are those with a gradient, by role; of them `Stage.trainable` says what
     trains, and `opt_state` is of that part alone. `carry` is what an algorithm remembers from one step to the next
@@ -60,14 +60,14 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """Name of a leaf by the path that leads to it, `policy/blocks/q`; the `.value` in which nnx keeps it is no name."""
+    """Name of a parameter by its path, such as `policy/blocks/q`; nnx's final `.value` is left out."""
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/") or "value"
 
 
 def is_trainable(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter of this path trains: where it matches a pattern (none: everything), and none that excludes."""
+    """Whether a parameter trains: its path matches a pattern (or there is none), and no pattern that excludes."""
     excluded = [pattern.removeprefix(EXCLUDES) for pattern in patterns if pattern.startswith(EXCLUDES)]
     included = [pattern for pattern in patterns if not pattern.startswith(EXCLUDES)] or ["*"]
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in included) and not any(
@@ -76,7 +76,7 @@ def is_trainable(name: str, patterns: Iterable[str]) -> bool:
 
 
 def partition(models: Tree, patterns: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """The models as two trees: what trains, and what does not; each has None in the places of the other.
+    """Split the models into two trees, trained and fixed parameters; each has None in place of the other's leaves.
 
     An optimizer that is given the first has moments, and master weights, of that part only.
     """
@@ -91,12 +91,12 @@ def partition(models: Tree, patterns: tuple[str, ...]) -> tuple[Tree, Tree]:
 
 
 def combine(trained: Tree, fixed: Tree) -> Tree:
-    """The models that `partition` made two trees of."""
+    """The inverse of `partition`: merge trained and fixed parameters."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda x: x is None)
 
 
 def check_trainable(stage: Stage, models: Models) -> None:
-    """That every pattern of `Stage.trainable` matches a parameter, and that something trains.
+    """Check that every pattern of `Stage.trainable` matches a parameter and that something trains.
 
     Args:
         models: may be abstract.
@@ -126,7 +126,7 @@ def initial_state(
     carry: dict[str, Array],
     frozen: dict[str, Any],
 ) -> TrainState:
-    """The state before the first step, with the optimizer's state of what trains.
+    """The state before the first step, with the optimizer state of the trained parameters.
 
     Raises:
         UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
@@ -142,7 +142,7 @@ def initial_state(
 def make_step(
     loss: Loss, stage: Stage, optimizer: optax.GradientTransformation, batch_stats: BatchStats | None = None
 ) -> Step:
-    """Gradient of what trains (summed over microbatches), one division by the summed weight, clip and update.
+    """A training step from a loss: gradient (summed over microbatches), division by the summed weight, clipping, update.
 
     What `batch_stats` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
     Every `Penalty` among the metrics, which layers of the model report, is added to the loss here.
@@ -201,17 +201,17 @@ def make_step(
 
 
 def penalties(metrics: dict[str, Mean]) -> dict[str, Penalty]:
-    """What of a loss's metrics is minimised too."""
+    """The penalties among a loss's metrics, which are minimised too."""
     return {name: mean for name, mean in metrics.items() if isinstance(mean, Penalty)}
 
 
 def weights_of(loss: Mean, metrics: dict[str, Mean]) -> Weights:
-    """The weight of a loss, under "", and those of its penalties, by name."""
+    """Weights of a loss (under "") and of its penalties, by name."""
     return {"": loss.weight} | {name: mean.weight for name, mean in penalties(metrics).items()}
 
 
 def with_penalties(loss: Mean, metrics: dict[str, Mean], weights: Weights) -> Mean:
-    """The loss and coef times each penalty's mean over the whole batch, whose weights these are."""
+    """The loss plus coef times the mean of each penalty over the whole batch, given the batch's weights."""
     total = loss.total
     for name, penalty in penalties(metrics).items():
         total = total + penalty.coef * penalty.total * weights[""] / jnp.maximum(weights[name], 1e-30)
@@ -219,5 +219,5 @@ def with_penalties(loss: Mean, metrics: dict[str, Mean], weights: Weights) -> Me
 
 
 def cut(batch: Tree, pieces: int) -> Tree:
-    """A batch in pieces [pieces, B / pieces, …], each over all devices: else rows are fetched again in every turn of a loop."""
+    """Reshape a batch to [pieces, B / pieces, …], each piece spread over all devices."""
     return jax.tree.map(lambda x: constrain(x.reshape(pieces, -1, *x.shape[1:]), None, "batch"), batch)

@@ -1,4 +1,4 @@
-"""The values that travel through every training step: batches and means."""
+"""Data types shared by all training steps: batches, undivided means and penalties."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Anywhere = Any
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls):
-    """Make a class a frozen dataclass whose fields are all pytree children."""
+    """Class decorator: a frozen dataclass whose fields are pytree children."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
@@ -25,7 +25,7 @@ def pytree(cls):
 
 @pytree
 class Mean:
-    """A mean that has not been divided yet: totals and weights add over microbatches and devices."""
+    """An undivided mean: total and weight, which are summed over microbatches and devices before the division."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
@@ -34,7 +34,7 @@ class Mean:
         return dataclasses.replace(self, total=self.total + other.total, weight=self.weight + other.weight)
 
     def value(self) -> Float[Array, ""]:
-        """total / weight, and 0 where nothing was weighed."""
+        """total / weight, or 0 if the weight is 0."""
         empty = self.weight == 0
         return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1.0, self.weight))
 
@@ -54,7 +54,7 @@ Aux = dict[str, Mean]
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class SharedPrompt:
-    """Each `rows` neighbouring rows of a batch, from its first on, have the same first `tokens` tokens, unweighted."""
+    """Every `rows` neighbouring rows of a batch start with the same `tokens` prompt tokens, which have no weight."""
 
     rows: int
     tokens: int
@@ -65,7 +65,7 @@ NOTHING_SHARED = SharedPrompt(rows=1, tokens=0)
 
 @pytree
 class TokenBatch:
-    """Rows of tokens; every per-token array of a batch speaks of the token at the same place.
+    """Rows of tokens; entry [b, t] of every per-token array belongs to tokens[b, t].
 
     `weights[b, t]` weighs the *prediction of* `tokens[b, t]`: 0 on the first token of a segment, on prompts where only
     answers are trained on, and on padding. `segments` number the packed examples from 1; 0 is padding. `positions` restart
@@ -80,13 +80,13 @@ class TokenBatch:
 
 
 def array_fields(kind: type[TokenBatch]) -> list[str]:
-    """Names of the arrays of a type of batch."""
+    """Names of the array fields of a batch type."""
     return [field.name for field in dataclasses.fields(kind) if field.name != "shared"]
 
 
 @pytree
 class PairBatch(TokenBatch):
-    """Preference pairs: chosen answers in rows 0, 2, 4, …, each with its rejected partner in the row after.
+    """Preference pairs: the chosen answer of pair i in row 2i, the rejected one in row 2i + 1.
 
     Both rows of a pair have its `margins`, by how much the chosen answer is better, and `ties`, 1 where neither is.
     """
@@ -97,14 +97,14 @@ class PairBatch(TokenBatch):
 
 @pytree
 class ReferencedPairBatch(PairBatch):
-    """Preference pairs with the log-probabilities of the reference, computed before the first step."""
+    """Preference pairs with the reference's log-probabilities, computed before the first step."""
 
     ref_logp: Float[Anywhere, "B T"]
 
 
 @pytree
 class LabelledBatch(TokenBatch):
-    """Answers that are labelled by themselves: `desirable` is 1 for a good one and 0 for a bad one.
+    """Single labelled answers: `desirable` is 1 for a good answer and 0 for a bad one.
 
     Row b of `mismatched` is row b's prompt with the answer of another row.
     """
@@ -115,7 +115,7 @@ class LabelledBatch(TokenBatch):
 
 @pytree
 class RolloutBatch(TokenBatch):
-    """Sampled completions: their advantages, and log-probabilities by the policy that ratios compare with and by the sampler.
+    """Sampled completions with advantages and with log-probabilities under the old policy and under the sampler.
 
     The two are the same arrays where nothing is corrected for; the old policy is the trainer's where something is.
     """
@@ -127,7 +127,7 @@ class RolloutBatch(TokenBatch):
 
 @pytree
 class CriticBatch(RolloutBatch):
-    """Sampled completions with what a critic needs.
+    """Sampled completions with values, returns and reference log-probabilities, for policy and critic.
 
     `values` are the critic's, of the state before each token, when the row was sampled; `returns` what it should have said;
     `ref_logp` is of the model as it was before the stage.

@@ -1,4 +1,4 @@
-"""Algorithms, one file each. Their steps stand here side by side: `step(state, batch) -> (state, metrics)`, pure functions."""
+"""Training algorithms, one file each; their pure steps `step(state, batch) -> (state, metrics)` are exported here side by side."""
 
 from lm.algorithms.cpo import cpo_step as cpo_step
 from lm.algorithms.dpo import preference_step as preference_step

@@ -1,4 +1,4 @@
-"""What an algorithm is to those that train, plan and measure: functions of its objective's config, as one value."""
+"""The `Algorithm` value: everything about a training algorithm that needs jax, as functions of its objective's config."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ RolloutMaker = Callable[[Engine, TrainState, Tasks, Stage[Any], int, PRNGKeyArra
 
 
 def policy_alone(o: Any, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
-    """The language model that enters the stage."""
+    """Trained models of an algorithm that trains only the policy."""
     return {"policy": model}
 
 
 def no_rollout(
     engine: Engine, state: TrainState, tasks: Tasks, stage: Stage, step: int, key: PRNGKeyArray, place: NamedSharding
 ) -> Rollout:
-    """Of an algorithm whose batches come from its data."""
+    """Rollout of an algorithm that does not sample: raises TypeError."""
     raise TypeError(f"{type(stage.objective).__name__} samples nothing")
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """All that is particular to one way of training and needs jax; its config class has the rest (`lm/config/objective.py`).
+    """A training algorithm: its step, models, rollout and costs; what needs no jax is in its config class (`lm/config/objective.py`).
 
     step: the pure training step of a stage, which `jax.jit` compiles.
     models: the models with a gradient, by role, from the config, the model that enters the stage, the reward models that it

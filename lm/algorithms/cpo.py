@@ -1,4 +1,4 @@
-"""The CPO family: pairs of answers without a reference."""
+"""The CPO family: preference pairs, without a reference model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lm.types import Mean, PairBatch
 
 
 def cpo_step(stage: Stage[CPO], optimizer: optax.GradientTransformation) -> Step:
-    """CPO, SimPO and AlphaPO on (chosen, rejected) pairs; no reference."""
+    """Training step of CPO, SimPO and AlphaPO on preference pairs."""
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:

@@ -1,4 +1,4 @@
-"""The DPO family: pairs of answers, against the model as it was before the stage."""
+"""The DPO family: preference pairs, relative to a frozen reference, the model before the stage."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lm.types import Mean, PairBatch, ReferencedPairBatch
 
 
 def reads_reference(o: DPO) -> bool:
-    """Not where its log-probabilities are in the batches."""
+    """Whether the step runs the reference; not if its log-probabilities are cached in the batches."""
     return not o.caches_reference
 
 
 def preference_step(stage: Stage[DPO], optimizer: optax.GradientTransformation) -> Step:
-    """The DPO family on (chosen, rejected) pairs, against the frozen reference."""
+    """Training step of the DPO family on preference pairs, relative to the frozen reference."""
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: ReferencedPairBatch) -> tuple[Mean, dict[str, Mean]]:

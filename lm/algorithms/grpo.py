@@ -1,4 +1,4 @@
-"""The GRPO family: groups of sampled completions that carry their advantages."""
+"""The GRPO family: groups of sampled completions, rewarded and compared within their group."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from lm.types import NOTHING_SHARED, Mean, RolloutBatch, SharedPrompt
 
 
 def reads_reference(o: GRPO) -> bool:
-    """Where its KL is penalised, in the loss or in the rollout's rewards."""
+    """Whether the reference is needed: for a KL penalty in the loss or in the rewards."""
     return o.kl_coef > 0
 
 
 def extra_forward_passes(o: GRPO) -> int:
-    """The reference's, where its KL is in the loss."""
+    """Forward passes of the reference in a step: 1 with a KL penalty in the loss, else 0."""
     return int(o.kl_coef > 0 and o.kl_in == "loss")
 
 
 def grpo_step(stage: Stage[GRPO], optimizer: optax.GradientTransformation) -> Step:
-    """The GRPO family on completions that carry their advantages."""
+    """Training step of the GRPO family on sampled completions with their advantages."""
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: RolloutBatch) -> tuple[Mean, dict[str, Mean]]:
@@ -78,7 +78,7 @@ def grpo_rollout(
     key: PRNGKeyArray,
     place: NamedSharding,
 ) -> Rollout:
-    """Sample a group of completions for each prompt of the step, reward them and compare them in their group.
+    """Sample a group of completions for each prompt of the step, reward them and compute their advantages.
 
     With `rollouts` above 1, further prompts are sampled until there are as many groups with a preference as the step has
     prompts, and groups without one fill what is missing after the last. Metrics are of everything sampled.
@@ -118,7 +118,7 @@ def grpo_rollout(
 
 
 def reward_columns(trajectories: Sequence[Trajectory], names: Sequence[str]) -> Float[np.ndarray, "N K"]:
-    """The rewards of each by these names, 0 where it took too long; without names the one that it has."""
+    """Rewards [N, K] of the trajectories by verifier name (0 after a timeout); without names, their single reward."""
     if not names:
         return rewards_of(trajectories)[:, None]
     return np.array([[one.rewards.get(name, 0.0) for name in names] for one in trajectories], np.float32)
@@ -126,13 +126,13 @@ def reward_columns(trajectories: Sequence[Trajectory], names: Sequence[str]) -> 
 
 @functools.partial(jax.jit, static_argnames="o")
 def kl_to_reference(reference: Transformer, batch: RolloutBatch, o: GRPO) -> Float[Array, " B"]:
-    """The KL of each completion to the reference, in nats, from the log-probabilities that it was sampled with."""
+    """KL of each completion to the reference in nats, estimated from the log-probabilities at sampling."""
     ref_logp = token_logprobs(reference, batch, o.temperature).logp
     return completion_kl(batch.old_logp, ref_logp, batch.weights, o.kl_estimator)
 
 
 def has_preference(rewards: Num[np.ndarray, "N ..."], group_size: int) -> Bool[np.ndarray, " P"]:
-    """Of each group whether any of its K rewards differs, as float32 numbers; missing ones (NaN) do not count.
+    """Whether the rewards of each group differ (in any of K rewards, compared as float32; NaN is ignored).
 
     For one reward it is so exactly where `group_advantages` has advantages other than 0.
     """
@@ -142,13 +142,13 @@ def has_preference(rewards: Num[np.ndarray, "N ..."], group_size: int) -> Bool[n
 
 
 def fill(rewards: Float[np.ndarray, "N ..."], group_size: int, groups: int) -> Int[np.ndarray, " B"]:
-    """Rows of so many groups, in order: the first of those with a preference, then the first of the others."""
+    """Row indices of the first `groups` groups with unequal rewards, filled up with other groups if there are too few."""
     chosen = np.argsort(~has_preference(rewards, group_size), kind="stable")[:groups]
     return (np.sort(chosen)[:, None] * group_size + np.arange(group_size)).reshape(-1)
 
 
 def spread(batch: RolloutBatch, updates: int) -> list[RolloutBatch]:
-    """A batch for each update: the groups are spread over them, so that each update sees every prompt it can."""
+    """Split a rollout into one batch per update, with every group spread over the batches."""
     group, rest = divmod(batch.shared.rows, updates)
     batch = dataclasses.replace(batch, shared=NOTHING_SHARED if rest else SharedPrompt(group, batch.shared.tokens))
     return [jax.tree.map(lambda x, i=i: x[i::updates], batch) for i in range(updates)]

@@ -1,4 +1,4 @@
-"""KTO: answers labelled good or bad, against the model as it was before the stage."""
+"""KTO: single answers labelled good or bad, relative to a frozen reference, the model before the stage."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lm.types import LabelledBatch, Mean, TokenBatch
 
 
 def extra_forward_passes(o: KTO) -> int:
-    """The reference's, and for the baseline both models' on the mismatched rows."""
+    """Forward passes without gradient: the reference's, and for the baseline both models' on mismatched rows."""
     return 3 if reads_baseline(o.loss) else 1
 
 
 def kto_step(stage: Stage[KTO], optimizer: optax.GradientTransformation) -> Step:
-    """KTO on answers by themselves, against the frozen reference; first, where it is read, the whole batch's baseline."""
+    """Training step of KTO on single answers, relative to the frozen reference; the baseline covers the whole batch."""
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: LabelledBatch) -> tuple[Mean, dict[str, Mean]]:

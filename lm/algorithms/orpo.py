@@ -1,4 +1,4 @@
-"""ORPO: pairs of answers, odds ratio and likelihood together, without a reference."""
+"""ORPO: preference pairs, cross-entropy plus an odds-ratio loss, without a reference model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lm.types import Mean, PairBatch
 
 
 def orpo_step(stage: Stage[ORPO], optimizer: optax.GradientTransformation) -> Step:
-    """ORPO on (chosen, rejected) pairs; no reference."""
+    """Training step of ORPO on preference pairs."""
     o = stage.objective
 
     def predicted(batch: PairBatch) -> Float[Array, "B T"]:
-        """1 on every token that something of its segment stands before."""
+        """Mask of all tokens but the first of each segment."""
         return ((batch.segments > 0) & (batch.positions > 0)).astype(batch.weights.dtype)
 
     def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:

@@ -1,4 +1,4 @@
-"""PPO: sampled answers, scored whole; policy and critic are trained together."""
+"""PPO: sampled answers with one score each; policy and critic are trained together."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from lm.types import Aux, CriticBatch, Mean, RolloutBatch, TokenBatch
 
 
 def models(o: PPO, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
-    """Policy and critic; the critic is a copy of the first reward model, or a head whose values are all 0."""
+    """Policy and critic; the critic is a copy of the first reward model (or policy), or a value head that starts at 0."""
     if o.critic == "head":
         return {"policy": model, "critic": ScoreHead(model.config, None)}
     return {"policy": model, "critic": jax.tree.map(jnp.copy, scorers[0] if scorers else Scorer(model, None))}
 
 
 def carry(o: PPO) -> dict[str, Array]:
-    """The weight of the KL in rewards, which follows the KL where it has a target."""
+    """The KL coefficient, which adapts to kl_target if that is set."""
     return {"kl_coef": jnp.float32(o.kl_coef)}
 
 
 def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step:
-    """PPO on answers that carry advantages and returns; policy and critic move together.
+    """Training step of PPO on answers with advantages and returns, for policy and critic together.
 
     The weight of the KL in later rewards is carried from step to step, and follows what the batch's KL is.
     """
@@ -88,7 +88,7 @@ def ppo_step(stage: Stage[PPO], optimizer: optax.GradientTransformation) -> Step
 def critic_values(
     critic: Scorer | ScoreHead, batch: TokenBatch, hidden: Float[Array, "B T D"] | None
 ) -> tuple[Float[Array, "B T"], Aux]:
-    """What the critic says of the state before each token, and aux of layers of its own.
+    """The critic's value of the state before each token, and aux metrics of the critic's own layers.
 
     Args:
         hidden: the policy's, for a critic that is a head on it.
@@ -148,7 +148,7 @@ def ppo_rollout(
 
 
 def make_minibatches(batch: CriticBatch, o: PPO, key: PRNGKeyArray) -> list[CriticBatch]:
-    """The minibatches of a rollout: every row once an epoch, in an order of its own."""
+    """Minibatches of a rollout for all epochs; each epoch contains every row once, in a random order."""
     batches = []
     for epoch in range(o.epochs):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.tokens)))
@@ -160,7 +160,7 @@ def make_minibatches(batch: CriticBatch, o: PPO, key: PRNGKeyArray) -> list[Crit
 def advantages_and_returns(
     state: TrainState, batch: RolloutBatch, scores: Float[Array, " B"], o: PPO
 ) -> tuple[dict[str, Float[Array, "B T"]], dict[str, Array]]:
-    """Advantages, returns and what else an update reads of a rollout, by field of the batch, with the metrics of both."""
+    """Advantages, returns, values and reference log-probabilities of a rollout, by batch field, and metrics."""
     policy, mask = state.models["policy"], batch.weights
     ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
     hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None

@@ -15,12 +15,12 @@ from lm.types import Mean, TokenBatch
 
 
 def pretrain_step(stage: Stage[Pretrain], optimizer: optax.GradientTransformation) -> Step:
-    """Next-token cross-entropy on every token of the text."""
+    """Training step of pretraining: next-token cross-entropy on every token of the text."""
     return make_step(cross_entropy_loss(stage), stage, optimizer)
 
 
 def cross_entropy_loss(stage: Stage[Pretrain] | Stage[SFT]) -> Loss:
-    """Cross-entropy on the weighed tokens of a batch, as both pretraining and SFT minimise it."""
+    """Cross-entropy over the weighted tokens of a batch, shared by pretraining and SFT."""
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: TokenBatch) -> tuple[Mean, dict[str, Mean]]:

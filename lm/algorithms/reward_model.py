@@ -1,4 +1,4 @@
-"""A reward model: Bradley-Terry on pairs; the language model's body with a scalar head."""
+"""Reward model: Bradley-Terry on preference pairs, with a scalar head on the language model's body."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lm.types import Mean, PairBatch
 
 
 def models(o: RewardModel, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
-    """The scorer, its first `layers` layers those of the language model, with a new head."""
+    """A scorer with a new head on the first `layers` layers of the language model."""
     return {"reward": Scorer(model, key, o.layers)}
 
 
 def reward_step(stage: Stage[RewardModel], optimizer: optax.GradientTransformation) -> Step:
-    """Bradley-Terry on (chosen, rejected) pairs; what is trained is a scorer."""
+    """Training step of a reward model on preference pairs (Bradley-Terry)."""
     o = stage.objective
 
     def loss(models: Models, frozen: Any, batch: PairBatch) -> tuple[Mean, dict[str, Mean]]:

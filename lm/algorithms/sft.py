@@ -11,7 +11,7 @@ from lm.train_step import Step, make_step
 
 
 def sft_step(stage: Stage[SFT], optimizer: optax.GradientTransformation) -> Step:
-    """Next-token cross-entropy on what the assistant says; the mask is in the batch's weights."""
+    """Training step of SFT: next-token cross-entropy on the tokens that the batch's weights select."""
     return make_step(cross_entropy_loss(stage), stage, optimizer)
 
 

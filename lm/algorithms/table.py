@@ -1,4 +1,4 @@
-"""The table of algorithms, by the class of their config, and the state that a stage starts from."""
+"""Table of algorithms by the class of their config, and the initial state of a stage."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def first_state(
     scorers: tuple[Scorer, ...] = (),
     key: PRNGKeyArray | None = None,
 ) -> TrainState:
-    """What a stage starts from; copies, since the state is donated to every step and the model is the caller's.
+    """The initial training state of a stage; models are copied, since the state is donated to every step.
 
     Raises:
         UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.

@@ -1,4 +1,4 @@
-"""Rotary positions, grouped-query attention and its projections; the one door to the kernels."""
+"""Attention: projections, rotary positions, masks, and the choice of the kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lm.parallel.rules import constrain, device_kind, platform, split_ways
 
 
 class Attention(nnx.Module):
-    """The projections of queries, keys and values, their norms and positions, and the output projection of the heads."""
+    """Attention of a block: q, k and v projections with norms and rotary positions, and the output projection."""
 
     def __init__(self, config: Model, keys: PRNGKeyArray, out_std: float):
         c, embed, std = config, {"embed": config.embed_dim}, config.embed_dim**-0.5
@@ -44,14 +44,14 @@ class Attention(nnx.Module):
         angles: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B T D"]:
-        """What the block adds; `attend` takes head-major queries [B H T K], keys and values [B N T K] to heads."""
+        """Output of attention, which the block adds; `attend` maps queries [B H T K], keys and values [B N T K] to heads."""
         q, k, v = self.qkv(x, angles)
         if self.query_scale != 1:  # kernels divide scores by √head_dim
             q = q * self.query_scale
         return self.o(attend(q, k, v))
 
     def qkv(self, x: Float[Array, "B T D"], angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, rotated."""
+        """Queries, keys and values, with norms and RoPE applied."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is None or self.k_norm is None:
             q, k = rotate(q, angles), rotate(k, angles)
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, " half"]:
-    """Angle per position of each pair of dimensions, in radians.
+    """RoPE angle per position of each pair of dimensions, in radians.
 
     Args:
         scaling: (), or (factor,), by which all waves are slowed, or Llama 3.1's (factor, low_freq_factor,
@@ -84,13 +84,13 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = (
 def rope_angles(
     positions: Int[Array, "B T"], frequencies: Float[Array, " half"]
 ) -> tuple[Float[Array, "B 1 T half"], Float[Array, "B 1 T half"]]:
-    """cos and sin of every position's angles, shared by all heads and layers; float32."""
+    """cos and sin of the RoPE angles at every position, float32, shared by all heads."""
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "B H T K"], angles: tuple[Array, Array]) -> Float[Array, "B H T K"]:
-    """Turn the pairs (x[i], x[i + K/2]) by their position's angle."""
+    """Apply RoPE: rotate the pairs (x[i], x[i + K/2]) by the angle of their position."""
     cos, sin = angles
     if platform() == "tpu" and x.dtype == jnp.bfloat16:
         # Halves of a vector are slow to exchange there; a matrix of -1, 0 and 1 does it exactly, and next to free.
@@ -102,7 +102,7 @@ def rotate(x: Float[Array, "B H T K"], angles: tuple[Array, Array]) -> Float[Arr
 
 
 def _quarter_turn(width: int) -> Float[Array, "K K"]:
-    """The matrix that takes the pairs (a, b) to (-b, a), bfloat16."""
+    """The bfloat16 matrix that maps pairs (a, b) to (-b, a)."""
     eye = jnp.eye(width // 2, dtype=jnp.bfloat16)
     zero = jnp.zeros_like(eye)
     return jnp.block([[zero, eye], [-eye, zero]])
@@ -116,7 +116,7 @@ def attention_mask(
     window: int = 0,
     causal: bool = True,
 ) -> Bool[Array, "B T S"]:
-    """Which keys a query sees: those of its segment that do not lie ahead, nor `window` or more back (0: any way).
+    """Attention mask: keys of the query's segment that are not after it and less than `window` before it (0: any distance).
 
     Args:
         causal: False: keys ahead, too, as far as those behind.
@@ -136,7 +136,7 @@ def attention_of(
     first: int = 0,
     causal: bool = True,
 ) -> Callable[[Array, Array, Array], Array]:
-    """(queries, keys, values) -> heads, over rows whose tokens stand at these positions of these segments.
+    """The attention function (queries, keys, values) -> heads for rows with these positions and segments.
 
     The kernel that `config.attention` names, or that the devices like best (auto), where it takes the shapes; else
     the plain one.
@@ -163,7 +163,7 @@ def attention_of(
 
 
 def _checked_splash(asked: str, length: int) -> str:
-    """Our kernel, or what stands in for it on devices where it does not give what plain attention does; says so."""
+    """Name of the kernel to use for splash: checked on this device, or a replacement (and one line that says so)."""
     problem = kernel_problem(_splash, _plain)
     if not problem:
         return "splash"
@@ -191,7 +191,7 @@ BEST = {"tpu": "splash", "cpu": "blocks"}
 
 
 def whole_rows(x: Float[Array, "B N T K"]) -> Float[Array, "B N T K"]:
-    """Keys or values of all tokens of a row, gathered from where the mesh's axis `context` has put and keeps them."""
+    """Keys or values of all tokens of a row, gathered over the mesh axis `context`."""
     return constrain(constrain(x, "batch", "kv_heads", "length"), "batch", "kv_heads", None, None)
 
 
@@ -202,7 +202,7 @@ def attend(
     mask: Bool[Array, "B T S"],
     softcap: float = 0.0,
 ) -> Float[Array, "B H T K"]:
-    """softmax(q·kᵀ/√K)·v with H/N query heads for each key head; the softmax in float32.
+    """Plain attention softmax(q·kᵀ/√K)·v, with H/N query heads for each key head and the softmax in float32.
 
     Args:
         softcap: scores become softcap·tanh(score / softcap); 0: they stay.
@@ -221,7 +221,7 @@ def attend(
 
 
 def _products(q: Float[Array, "B N Q K"], k: Float[Array, "B N S K"]) -> Float[Array, "B N Q S"]:
-    """q·kᵀ, in float32 at least."""
+    """Scores q·kᵀ in float32 or wider."""
     if platform() == "cpu" and q.shape[2] < FEW:
         return jnp.swapaxes(contract(k, q, 3), 2, 3)
     return jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=_accumulator(q))
@@ -232,5 +232,5 @@ FEW = 16
 
 
 def _accumulator(x: Array) -> jnp.dtype:
-    """float32, or float64 where the inputs are."""
+    """Dtype of sums: float32, or float64 for float64 inputs."""
     return jnp.promote_types(x.dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""A block of the decoder: attention and an MLP, each added to the residual stream, with norms before or after them."""
+"""A transformer block: attention and an MLP, each added to the residual stream, with norms before and/or after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm.types import Aux
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); all layers in one when stacked.
+    """A block, x + attention(norm(x)), then x + mlp(norm(x)); stacked, it holds the parameters of all layers.
 
     `config.norms` says where norms stand: `pre`: before a part; `post`: after it (OLMo 2, arXiv 2501.00656 sec. 3.2);
     `sandwich`: before and after (Gemma 2, arXiv 2408.00118 sec. 2). A norm that is not there is None.
@@ -39,7 +39,7 @@ class Block(nnx.Module):
         angles: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        """The residual stream after this block, and what its parts report.
+        """The residual stream after the block, and the metrics that its parts report.
 
         Args:
             angles: cos and sin of the rotary positions.
@@ -56,6 +56,6 @@ def _normed(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"
 
 
 def residual(x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
-    """The residual stream, named for rematerialisation, in its place on the mesh."""
+    """The residual stream, sharded on the mesh and named for rematerialisation."""
     places = ("batch", "length", "act_embed")
     return named(constrain(row_major(x, *places), *places), name)

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step costs by its shapes: what MFU holds against the chips' peak."""
+"""Floating-point operations of a step, from shapes, and the peak of each chip: numerator and denominator of MFU."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device; None for one that is not in the table, for instance a CPU."""
+    """Peak operations per second of a device; None for a device that is not in the table, such as a CPU."""
     names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> float:
-    """Of one forward pass, for a token of a row of `length` tokens.
+    """Operations of a forward pass per token, for rows of `length` tokens.
 
     Two for each weight of a matrix product; a query is multiplied with the keys that a causal mask, and the model's
     window, show it on average, (length + 1) / 2 without a window, and so are the values. Nothing else is counted.
@@ -52,7 +52,7 @@ def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> floa
 
 
 def layer_matrices(config: Model) -> int:
-    """Numbers in the matrices of one layer."""
+    """Number of parameters in the matrices of a layer."""
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp = (3 if config.gated_mlp else 2) * config.mlp_dim
     return config.embed_dim * (2 * heads + 2 * kv_heads + mlp)

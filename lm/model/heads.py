@@ -1,4 +1,4 @@
-"""A transformer that gives numbers instead of tokens: a reward model, a critic; and a head that does so on a policy."""
+"""Scalar heads: the reward model or critic with a body of its own (`Scorer`), and a head on the policy (`ScoreHead`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm.types import Aux
 
 
 class ScoreHead(nnx.Module):
-    """One number of a hidden state. `zero` starts it at 0 everywhere."""
+    """A linear head that maps a hidden state to a number; without a key it starts at 0."""
 
     def __init__(self, config: Model, key: PRNGKeyArray | None):
         dtype, width = jnp.dtype(config.param_dtype), config.embed_dim
@@ -32,7 +32,7 @@ class ScoreHead(nnx.Module):
 
 
 class Scorer(nnx.Module):
-    """A language model's body, or its first `layers` if not 0, without its head, and a score of every token's hidden state."""
+    """A reward model or critic: the first `layers` layers of a language model (0: all), with a score at every token."""
 
     def __init__(self, model: Transformer, key: PRNGKeyArray | None, layers: int = 0):
         self.body = model.first_layers(layers or model.config.num_layers)
@@ -52,5 +52,5 @@ class Scorer(nnx.Module):
 
 
 def policy_of(models: dict[str, Any]) -> Any:
-    """The language model among those of a training state; a reward model's stage has none: its scorer."""
+    """The language model among the models of a training state; in a reward model's stage its scorer."""
     return models["policy"] if "policy" in models else models["reward"]

@@ -1,4 +1,4 @@
-"""The MLP of a block, gated or plain, and its activations."""
+"""The MLP of a block, gated or plain, and its activation functions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MLP(nnx.Module):
         self.activation = c.activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Aux]:
-        """What the block adds, and what this part reports of the batch: nothing, of an MLP."""
+        """Output of the MLP, which the block adds, and the metrics that it reports: none."""
         act = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(act(named(self.up(x), "mlp"))), {}

@@ -15,14 +15,14 @@ from lm.model.parameter import parameter
 def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float, axis: int | tuple[int, ...] = -1
 ) -> Float[Array, "... D"]:
-    """x / rms(x) · scale, in float32 at least. Source: arXiv 1910.07467 eq. 4."""
+    """RMSNorm, x / rms(x) · scale, in float32 or wider. Source: arXiv 1910.07467 eq. 4."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * named(jax.lax.rsqrt(jnp.mean(wide * wide, axis=axis, keepdims=True) + eps), "rms")
     return (normed * scale.astype(wide.dtype)).astype(x.dtype)
 
 
 class Norm(nnx.Module):
-    """RMSNorm with its scale: of the last dimension, or of the heads and dimensions of a head-major array together.
+    """RMSNorm with its scale, over the last dimension, or over heads and head dimensions of a head-major array.
 
     With `norm_plus_one` what is stored is the scale less 1, as Gemma has it.
     """

@@ -1,4 +1,4 @@
-"""Parameters: arrays whose dimensions have the logical names of `lm/parallel/rules.py`.
+"""Parameters: arrays whose dimensions have logical axis names (`lm/parallel/rules.py`).
 
 Parts of the model are nnx modules for one thing only: such a module is a plain pytree, and jax.jit, grad, scan, checkpoint
 and eval_shape apply to it. nnx's graph mode and its eager sharding are left out here, call by call: no global mode of nnx
@@ -19,27 +19,27 @@ from lm.parallel.rules import gathered
 
 
 def parameter(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter whose dimensions have these logical names, or none (a LoRA's rank); `shardings` of rules.py says where it lives."""
+    """A parameter whose dimensions have these logical names, which decide its sharding."""
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 def normal(key: PRNGKeyArray, std: float, dtype: str, **axes: int) -> nnx.Param:
-    """A normal parameter whose dimensions have these logical names and sizes."""
+    """A normally initialised parameter whose dimensions have these logical names and sizes."""
     value = jax.random.normal(key, tuple(axes.values()), jnp.float32) * std
     return parameter(value.astype(jnp.dtype(dtype)), tuple(axes))
 
 
 def stack_layers(make: Callable[[PRNGKeyArray], nnx.Module], keys: PRNGKeyArray) -> Any:
-    """One module with the parameters of all layers, a key each; their first dimension is named `layers`."""
+    """One module with the stacked parameters of all layers, one key each; the first dimension is named `layers`."""
     return jax.vmap(nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers", graph=False))(keys)
 
 
 def axes_of(param: nnx.Param) -> tuple[str | None, ...]:
-    """Logical names of a parameter's dimensions. In a scan over layers the stored names still begin with `layers`."""
+    """Logical names of a parameter's dimensions; inside a scan over layers without `layers`."""
     names: tuple[str | None, ...] = param.get_metadata("out_sharding")
     return names[-param.get_value().ndim :]
 
 
 def gather(param: nnx.Param, dtype: Any) -> Array:
-    """A parameter as an operation takes it: in its dtype, whole along `embed` on every device."""
+    """A parameter ready for use: cast to `dtype` and gathered along `embed` on every device."""
     return gathered(param[...], axes_of(param), dtype)

@@ -1,4 +1,4 @@
-"""Neighbouring rows that begin with the same prompt, and that prompt computed once: layout, attention, what predicts.
+"""Shared prompts: neighbouring rows with the same prompt, whose hidden states are computed once.
 
 No token of a prompt looks at an answer, so its hidden states are those of all rows of its group, and the gradients of
 the rows add up. A folded row is a prompt and all its answers, [prompt | answer 1 | … | answer G]; only attention knows
@@ -22,7 +22,7 @@ from lm.types import SharedPrompt, TokenBatch
 
 
 def usable(batch: TokenBatch, config: Model) -> SharedPrompt | None:
-    """What the rows of a batch share, where computing it once is possible and pays; None elsewhere.
+    """The shared prompt of a batch, if computing it once is possible and faster, else None.
 
     Of a device's rows: it may have a part of a group only, and so may a part of a batch. Not on TPUs, whose kernel takes
     whole rows, nor where devices share a row.
@@ -36,19 +36,19 @@ def usable(batch: TokenBatch, config: Model) -> SharedPrompt | None:
 
 
 def common_width(batch: TokenBatch) -> int:
-    """How many places every row begins with that nobody weighs, all of them a prompt's; 0 where devices share a row."""
+    """Number of prompt columns without weight at the start of every row; 0 if rows are split over devices."""
     return 0 if split_ways(batch.tokens.shape[1], "length") > 1 else batch.shared.tokens
 
 
 def fold(x: Int[Array, "B T"], shared: SharedPrompt) -> Int[Array, "P L"]:
-    """Each prompt once, and behind it its answers, one after another."""
+    """Fold rows: each prompt once, followed by all its answers."""
     groups = x.reshape(-1, shared.rows, x.shape[1])
     answers = groups[:, :, shared.tokens :].reshape(len(groups), -1)
     return jnp.concatenate([groups[:, 0, : shared.tokens], answers], axis=1)
 
 
 def predicting(hidden: Float[Array, "P L D"], shared: SharedPrompt) -> Float[Array, "B A D"]:
-    """The hidden state that predicts each token of each answer: the one before it, at first the prompt's last."""
+    """Hidden states that predict the answer tokens: each one's predecessor, for the first the prompt's last token."""
     prompts, _, width = hidden.shape
     answers = hidden[:, shared.tokens :].reshape(prompts, shared.rows, -1, width)
     last = jnp.broadcast_to(hidden[:, None, shared.tokens - 1 : shared.tokens], (prompts, shared.rows, 1, width))
@@ -58,7 +58,7 @@ def predicting(hidden: Float[Array, "P L D"], shared: SharedPrompt) -> Float[Arr
 def shared_attention_of(
     config: Model, layer: Layer, positions: Int[Array, "P L"], segments: Int[Array, "P L"], shared: SharedPrompt
 ) -> Callable[[Array, Array, Array], Array]:
-    """(queries, keys, values) -> heads of folded rows: prompts by themselves, answers over their prompt and themselves."""
+    """Attention function for folded rows: prompts attend to themselves, answers to their prompt and themselves."""
     size = shared.tokens
     of_prompts = attention_of(config, layer, positions[:, :size], segments[:, :size])
     row_positions, row_segments = (_rows(x[:, None, :, None], shared)[:, 0, :, 0] for x in (positions, segments))
@@ -75,12 +75,12 @@ def shared_attention_of(
 
 
 def _answers(x: Float[Array, "P N L K"], shared: SharedPrompt) -> Float[Array, "B N A K"]:
-    """The part of the answers, a row each."""
+    """The answers of folded rows, one row each."""
     prompts, heads, _, width = x.shape
     groups = x[:, :, shared.tokens :].reshape(prompts, heads, shared.rows, -1, width)
     return jnp.moveaxis(groups, 2, 1).reshape(prompts * shared.rows, heads, -1, width)
 
 
 def _rows(x: Float[Array, "P N L K"], shared: SharedPrompt) -> Float[Array, "B N T K"]:
-    """Whole rows: the prompt's part again before every answer."""
+    """Unfolded rows: the prompt repeated before every answer."""
     return jnp.concatenate([jnp.repeat(x[:, :, : shared.tokens], shared.rows, axis=0), _answers(x, shared)], axis=2)

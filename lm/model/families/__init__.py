@@ -1,4 +1,4 @@
-"""Families of open models, a file each; the table is this folder: a file that has a FAMILY is in it."""
+"""Families of open models; every file of this folder with a FAMILY is an entry of the table."""
 
 import importlib
 import pkgutil

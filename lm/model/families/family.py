@@ -1,4 +1,4 @@
-"""What a family of open models is: how its config.json maps to Model, and what its tensors are called."""
+"""The `Family` value: how a model family's config.json maps to Model, and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LLAMA_LAYER: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Family:
-    """A family as a value. Fields of config.json that no row here or in `lm/interop/config.py` knows are refused.
+    """A model family; a field of config.json that neither it nor `lm/interop/config.py` knows is refused.
 
     Args:
         model_type, architecture: as config.json names them.

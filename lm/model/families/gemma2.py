@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118): every other layer has a window; soft caps on attention scores and logits; four norms a block."""
+"""Gemma 2 (arXiv 2408.00118): sliding window in every other layer, soft caps on scores and logits, four norms per block."""
 
 from lm.model.families.family import LLAMA_LAYER, Family
 

@@ -1,4 +1,4 @@
-"""Gemma 3, text (arXiv 2503.19786): five layers with a window and a rope base of their own, then one without; QK-norm."""
+"""Gemma 3, text (arXiv 2503.19786): five sliding-window layers with their own RoPE base, then a global one; QK-norm."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Mistral 7B (arXiv 2310.06825): Llama with a window in every layer, which later members set to null."""
+"""Mistral 7B (arXiv 2310.06825): Llama with a sliding window in every layer, which later models set to null."""
 
 from lm.model.families.family import Family
 

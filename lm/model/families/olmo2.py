@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv 2501.00656): norms after attention and MLP, and one over all query heads, one over all key heads."""
+"""OLMo 2 (arXiv 2501.00656): norms after attention and MLP, QK-norm over all heads together."""
 
 from lm.model.families.family import LLAMA_LAYER, Family
 

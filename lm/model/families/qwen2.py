@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5 (arXiv 2407.10671): Llama with biases of queries, keys and values."""
+"""Qwen 2 and 2.5 (arXiv 2407.10671): Llama with biases in the q, k and v projections."""
 
 from lm.model.families.family import Family
 

@@ -1,4 +1,4 @@
-"""Qwen 3, the dense ones (arXiv 2505.09388): a norm on each query and key head."""
+"""Qwen 3, dense models (arXiv 2505.09388): QK-norm per head."""
 
 from lm.model.families.family import Family
 
