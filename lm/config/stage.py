@@ -16,7 +16,7 @@ class Optimizer:
     kind: Literal["adamw", "muon"] = knob(
         "adamw", "optimizer; muon: Muon for the matrices of the blocks, AdamW for all other parameters"
     )
-    peak_lr: float = knob(1e-3, "peak learning rate, reached at the end of the warmup", least=1e-12, most=1000)
+    peak_lr: float = knob(1e-3, "peak learning rate, after the warmup", least=1e-12, most=1000)
     schedule: Literal["constant", "cosine", "wsd"] = knob(
         "cosine", "learning rate schedule after the warmup; wsd (warmup-stable-decay): constant, then a 1-sqrt decay"
     )

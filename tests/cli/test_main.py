@@ -199,7 +199,7 @@ def test_config_help_lists_every_knob_with_its_help(here, capsys):
     text = capsys.readouterr().out
     for knob in knobs(load("small")):
         assert f"\n--{knob.name} " in text
-    assert "      learning rate after the warmup (a number from 1e-12 to 1000)\n" in text
+    assert "      peak learning rate, after the warmup (a number from 1e-12 to 1000)\n" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
