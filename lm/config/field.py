@@ -39,7 +39,7 @@ class UserError(Exception):
 
 def message_line(text: str) -> str:
     """The text in one line: long values end with …, long paths have it in their middle, control characters are escaped."""
-    line = one_line(_LONG.sub(_cut, text))
+    line = one_line(_LONG.sub(_cut, " ".join(text.splitlines())))
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
 
 
