@@ -1,4 +1,4 @@
-"""What differs between two experiments, and what of it may differ when a run goes on."""
+"""Differences between two experiments, and which of them a resumed run may have."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EXPERIMENTS = "experiments"
 
 
 def stored_experiment(folder: Path) -> Plain:
-    """The plain value in the experiment.json of a run's folder, as it stands there.
+    """The plain value in experiment.json of a run folder, as stored.
 
     Raises:
         UserError: the file is missing, or is not the value of an experiment.
@@ -66,7 +66,7 @@ def stored_experiment(folder: Path) -> Plain:
 
 
 def read_experiment(folder: Path) -> Plain:
-    """The plain value in the experiment.json of a run's folder, held against what environment.json says of it.
+    """The plain value in experiment.json of a run folder, checked against environment.json.
 
     Raises:
         UserError: one of the two files is missing or damaged; names the field.
@@ -103,7 +103,7 @@ def _is_stage(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Changes:
-    """How an experiment differs from the one that a run began with.
+    """Differences between an experiment and the one that a run began with.
 
     `free` cannot change what has been trained; `more_steps` are (stage, old, new) of stages whose schedule allows them;
     `refused` is the rest, and `reasons` say more of some of it.
@@ -116,7 +116,7 @@ class Changes:
 
 
 def changes(old: Plain, new: Plain, begun: int) -> Changes:
-    """What differs from plain value `old` to `new`, both normalised.
+    """Differences between the plain values `old` and `new`, both normalised.
 
     Args:
         begun: how many stages of the run have files: the settings of a later one, its sources aside, may change.

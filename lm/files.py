@@ -1,4 +1,4 @@
-"""Values that Python files define: an experiment, a sweep, by the name of its file below `experiments/`."""
+"""Loads experiments and sweeps from Python files, by path or by name below `experiments/`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def experiments_folder(name: str) -> Path:
 
 
 def defined_in(path: Path, name: str, kind: type[Kind]) -> Kind:
-    """The value `name` of a type that a Python file defines.
+    """The value `name`, of a given type, that a Python file defines.
 
     Raises:
         UserError: the file cannot be read or run (says the line), or defines no such value.

@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow, with the checksum of every line in a file beside them: NAME.jsonl and NAME.jsonl.crc32.
+"""Append-only JSON-lines files with a checksum of every line in a second file: NAME.jsonl and NAME.jsonl.crc32.
 
 A line is written before its checksum, so a kill leaves at most lines without one, which are taken. A line that does not
 match its checksum, or is gone, is found.
@@ -22,7 +22,7 @@ RETRY_SECONDS = 0.2  # a reader that came while the file was replaced looks agai
 
 
 class JsonLines:
-    """The end of a file of lines, for appending."""
+    """A JSON-lines file opened for appending."""
 
     def __init__(self, path: Path):
         """Opens the file, made if there is none, without the cut line that a kill may have left at its end."""
@@ -38,13 +38,13 @@ class JsonLines:
         self._lines.truncate(len(whole))
 
     def append(self, lines: Sequence[bytes]) -> None:
-        """Add lines, each without its newline, in one piece. Raises OSError (a full disk)."""
+        """Append lines, each without its newline, in one write. Raises OSError, for instance on a full disk."""
         data = b"".join(line + b"\n" for line in lines)
         _write(self._lines, data)
         _write(self._sums, _checksums_of(data))
 
     def sync(self) -> None:
-        """Wait until the disk has all of it."""
+        """Wait until everything is on disk."""
         for stream in (self._lines, self._sums):
             os.fsync(stream.fileno())
 
@@ -54,7 +54,7 @@ class JsonLines:
 
 
 def checksums(path: Path) -> Path:
-    """The file with the checksums of a file of lines."""
+    """Path of the checksum file of a JSON-lines file."""
     return path.with_name(f"{path.name}.crc32")
 
 

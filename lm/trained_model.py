@@ -23,7 +23,7 @@ Prompt = str | Sequence[dict[str, str]]
 
 
 class TokenLogprob(NamedTuple):
-    """A token as text, and its log-probability in nats, given all that stands before it."""
+    """A token as text, with its log-probability in nats given the preceding text."""
 
     text: str
     logprob: float
@@ -115,7 +115,7 @@ class TrainedModel:
 
 
 def load(run: str | Path, stage: str | None = None) -> TrainedModel:
-    """The model of a run, by its folder or its name in runs/, after `stage` (None: the last that left a language model).
+    """Load the model of a run, by folder or name in runs/, after `stage` (None: the last with a language model).
 
     Raises:
         UserError: no such run or stage, or nothing trained yet.

@@ -1,4 +1,4 @@
-"""Verifiers, losses and callbacks from a file of the user's own, named FILE:FUNCTION.
+"""Verifiers, losses, environments and callbacks from the user's own files, named FILE:FUNCTION.
 
 FILE is the path of a .py file, or a module: a file of that name beside the experiment or in the current folder, else
 an installed module.
@@ -30,14 +30,14 @@ SEARCH_PATH = "LM_FUNCTIONS"
 
 
 def search_first(folder: Path) -> None:
-    """Look for FILE in this folder before all others, here and in child processes."""
+    """Search this folder first for FILE, here and in child processes."""
     known = os.environ.get(SEARCH_PATH, "").split(os.pathsep)
     folders = [str(folder.resolve()), *(other for other in known if other)]
     os.environ[SEARCH_PATH] = os.pathsep.join(dict.fromkeys(folders))
 
 
 def load_function(name: str, where: str, arguments: str = "") -> Callable[..., Any]:
-    """The function that FILE:FUNCTION names; the file is run once in a process.
+    """Load the function that FILE:FUNCTION names; the file runs once per process.
 
     Args:
         where: the field or flag that names it, for errors.
@@ -109,7 +109,7 @@ def search_recorded(run_dir: Path) -> None:
 
 
 def check_functions(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """Load every function of the user's own that an experiment names: FILE:FUNCTION → its file and the file's SHA-256.
+    """Load all user functions that an experiment names; returns FILE:FUNCTION → its file and the file's SHA-256.
 
     Raises:
         UserError: one cannot be loaded, or is called with other arguments.
@@ -189,7 +189,7 @@ def described(error: BaseException, path: Path) -> str:
 
 @contextlib.contextmanager
 def beside(folder: Path) -> Iterator[None]:
-    """Inside, a file can import its neighbours, as a script can."""
+    """Context in which a file can import its neighbours, as a script can."""
     sys.path.insert(0, str(folder))
     try:
         yield

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face checkpoint, read and written: every field is used, known to change nothing, or refused."""
+"""Reads and writes config.json of Hugging Face checkpoints; every field is used, known to have no effect, or refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ ROPES = {"default": (), "linear": LLAMA3[:1], "llama3": LLAMA3}
 
 
 def read_config(config: Any, where: str = "config.json") -> tuple[Model, int]:
-    """The Model and the vocabulary size that a config.json describes; older field names are read too.
+    """The Model and vocabulary size described by a config.json; older field names are read too.
 
     A config without max_position_embeddings has what transformers gives its family (see `lm/model/families`).
 
@@ -127,7 +127,7 @@ def _read_config(config: Any) -> tuple[Model, int]:
 
 
 def with_layers(model: Model, layers: tuple[Layer, ...]) -> Model:
-    """The model whose layers have these windows, soft caps and positions, in its shortest pattern."""
+    """The model with these settings per layer, written as its shortest repeating pattern."""
     count = len(layers)
     period = next(size for size in range(1, count + 1) if layers[size:] == layers[: count - size])
     if period > 1:
@@ -136,7 +136,7 @@ def with_layers(model: Model, layers: tuple[Layer, ...]) -> Model:
 
 
 def write_config(model: Model, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a model, as the first family that can hold it; rope is in current and in older field names.
+    """The config.json of a model, in the first family that can represent it; RoPE in current and older field names.
 
     Raises:
         UserError: the model has what no family here has.
@@ -212,7 +212,7 @@ def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
 
 
 def _layers(config: Plain, family: Family, count: int, fields: Plain) -> tuple[Layer, ...]:
-    """What each layer has of its own."""
+    """Settings of every layer."""
     window = 0
     if family.slides is not None and config.get("sliding_window") is not None:
         window = _size(config, "sliding_window")
@@ -260,7 +260,7 @@ def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
 
 
 def _rope_fields(layer: Layer) -> Plain:
-    """A layer's rope as config.json has it."""
+    """RoPE of a layer as fields of config.json."""
     kinds: dict[int, Plain] = {0: {"rope_type": "default"}, 1: {"rope_type": "linear"}, 4: {"rope_type": "llama3"}}
     rope = kinds[len(layer.rope_scaling)] | dict(zip(LLAMA3, layer.rope_scaling, strict=False))
     if ORIGINAL in rope:
@@ -272,7 +272,7 @@ def _rope_fields(layer: Layer) -> Plain:
 
 
 def _refuse_features(config: Plain, family: Family) -> None:
-    """Raise where a field asks for what the model does not have, or is one that nobody here knows."""
+    """Raise UserError if a field requests an unsupported feature or is unknown."""
     only = {**ONLY, **family.only}
     for name, values in only.items():
         value = config.get(name)

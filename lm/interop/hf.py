@@ -1,4 +1,4 @@
-"""Safetensors checkpoints in and out, in the layout that Hugging Face transformers reads; families are in `lm/model/families`."""
+"""Reads and writes safetensors checkpoints in the layout of Hugging Face transformers; families are in `lm/model/families`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # which old checkpoints of Llama 
 
 
 def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
-    """The model in a folder with config.json and *.safetensors: all of its tensors, and nothing that would be left out.
+    """Read the model in a folder with config.json and *.safetensors; every tensor must be used.
 
     Args:
         changes: fields of Model to set otherwise, such as compute_dtype.
@@ -68,7 +68,7 @@ def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
 
 
 def write(model: Transformer, folder: Path) -> None:
-    """Write config.json and model.safetensors, names and layout as transformers has them.
+    """Write config.json and model.safetensors with the names and layout of transformers.
 
     Raises:
         UserError: the model has what no family here has, or the folder has other weights, which would be read with these.
@@ -91,7 +91,7 @@ def write(model: Transformer, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter is in a checkpoint: its tensors, one a layer where layers are stacked, and how they lie there."""
+    """Location of a parameter in a checkpoint: its tensors (one per layer if stacked) and their layout."""
 
     names: tuple[str, ...]
     stacked: bool

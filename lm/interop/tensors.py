@@ -1,4 +1,4 @@
-"""Tensors of a folder of safetensors files: which there are, with shape and dtype, and that the files are whole."""
+"""Tensors in a folder of safetensors files: names, shapes and dtypes, and a check that the files are complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tensor:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by name: of the files that its index names, else of all its *.safetensors.
+    """All tensors of a folder by name, from the files in its index, else from all *.safetensors.
 
     Raises:
         UserError: there is no file, one is missing, damaged or not named by the index, or a tensor is in two files.
@@ -64,7 +64,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in one line, the first ten and how many more."""
+    """Names in one line: the first ten and the number of the others."""
     names = list(names)
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(f"{name if name.isprintable() else repr(name):.120}" for name in names[:MOST_NAMED]) + more

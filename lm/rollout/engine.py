@@ -1,4 +1,4 @@
-"""An engine completes prompts: requests in, completions out, as tokens with the log-probabilities they were sampled with.
+"""Engines complete prompts: requests in, completions out, as tokens with the log-probabilities at sampling.
 
 `LocalEngine` is the sampler of this process, on the devices of the run. Training, evaluation and `lm sample` ask an engine
 and never a model, so that another engine (a server of its own) is another value with the same method.
@@ -24,7 +24,7 @@ from lm.rollout.sampler import encode_prompt, generate
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts, as tokens without padding, and how to complete them.
+    """Prompts as unpadded tokens, and how to complete them.
 
     `group_size` completions of each prompt are neighbours. `width`, in tokens, is what prompts are padded to, so that
     requests of one width compile once (0: the longest prompt). `limits` are the most new tokens of each completion where
@@ -43,7 +43,7 @@ class Request:
 
 
 class Completion(NamedTuple):
-    """New tokens behind a prompt, up to and with the end token.
+    """Sampled tokens after a prompt, up to and including the end token.
 
     `logp` are the sampler's log-probabilities, `sampled` tells which tokens the model chose (others the engine put there),
     `ended` whether the last token is the end token, and `version` the number of training steps behind the weights.
@@ -57,7 +57,7 @@ class Completion(NamedTuple):
 
 
 class Engine(Protocol):
-    """Whatever completes prompts."""
+    """Protocol of an engine, which completes prompts."""
 
     def complete(self, request: Request) -> list[Completion]:
         """The completions of every prompt, in order, `group_size` neighbours to each; in every process all of them."""
@@ -66,7 +66,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """The sampler of this process. `version` is the number of training steps behind the model's weights."""
+    """The engine of this process; `version` is the number of training steps of its model's weights."""
 
     model: Transformer
     tokenizer: SubwordTokenizer
@@ -116,7 +116,7 @@ def generate_text(
     seed: int = 0,
     raw: bool = False,
 ) -> list[TextCompletion]:
-    """Answers to prompts (strings or conversations), all in one batch.
+    """Answers to prompts (strings or conversations) as text, sampled in one batch.
 
     Raises:
         UserError: a prompt does not fit in the model's context with the answer.
@@ -136,5 +136,5 @@ def generate_text(
 
 
 def _bucket(length: int) -> int:
-    """The next power of two from 16: few shapes, few compiles."""
+    """Round up to a power of two, at least 16, so that few shapes compile."""
     return max(16, 1 << (length - 1).bit_length())

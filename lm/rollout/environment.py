@@ -1,4 +1,4 @@
-"""An environment makes a task an episode: its first messages, a reply to every completion, and rewards at the end.
+"""Environments turn a task into an episode: first messages, replies to completions, and rewards at the end.
 
 A verifier is the one-turn case: the prompt of a row, no reply, one reward.
 """
@@ -17,7 +17,7 @@ RewardsByName = Mapping[str, float]
 
 
 class Environment(Protocol):
-    """One episode. A class of this kind is made without arguments, an object an episode.
+    """Protocol of an environment; an object is one episode, made without arguments.
 
     `reset` has to be a function of the task alone: the completions of a group answer the same messages. An attribute
     `columns` of the class may name the columns that every row has to have.
@@ -37,7 +37,7 @@ class Environment(Protocol):
 
 
 class VerifierEnvironment:
-    """One turn: the prompt of a row, and the rewards of the answer by each verifier's name."""
+    """Single-turn environment: the prompt of a row, and the reward of the answer by each verifier."""
 
     def __init__(self, verifiers: Sequence[str]):
         self.verifiers = verifiers
@@ -58,7 +58,7 @@ class VerifierEnvironment:
 
 
 def find_environment(name: str, where: str) -> type[Environment]:
-    """The class of the user's own that FILE:CLASS names.
+    """The user's environment class that FILE:CLASS names.
 
     Raises:
         UserError: there is none, or it is no environment; `where` is the field that names it.

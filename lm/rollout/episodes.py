@@ -1,4 +1,4 @@
-"""Episodes: an engine completes the turns of a batch of tasks and their environments reply, until every one has ended.
+"""Episodes: an engine completes the turns of a batch of tasks, and their environments reply until all have ended.
 
 Only the model's own tokens are learnt. A reply is encoded behind the tokens that were sampled, which are never decoded and
 encoded again.
@@ -43,7 +43,7 @@ Judge = Callable[["EnvironmentSpec", Sequence["Episode"]], list[RewardsByName | 
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """What makes a row of data an episode, and gives its rewards: an environment, or a verifier of one answer.
+    """The environment or the verifiers of a stage or eval, which turn rows into episodes and give rewards.
 
     `judge` is None where nothing here gives a reward, `columns` are what every row needs, `messages` are those that a row
     begins with, `where` names the stage or the eval in errors, and `seconds` is the time that one call may take.
@@ -60,7 +60,7 @@ class EnvironmentSpec:
 def environment_spec(
     verifiers: Sequence[str], environment: str, where: str, field: str, seconds: float
 ) -> EnvironmentSpec:
-    """The environment FILE:CLASS, else the verifiers, else prompts that nothing here rewards.
+    """The environment FILE:CLASS if set, else the verifiers, else prompts without rewards.
 
     Args:
         field: what the names of the fields `verifier` and `environment` begin with, for errors.
@@ -87,7 +87,7 @@ def environment_spec(
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a stage samples from: prompts as a pure function of the step, and their environment."""
+    """Source of a stage's episodes: prompts as a pure function of the step, and their environment."""
 
     feed: PromptFeed
     spec: EnvironmentSpec

@@ -31,7 +31,7 @@ class Rewards(NamedTuple):
 
     @property
     def timeouts(self) -> int:
-        """How many took too long."""
+        """Number of rewards that took too long."""
         return int(self.late.sum())
 
 
@@ -62,7 +62,7 @@ def compute_rewards(
 
 
 def timeout_metric(count: int) -> dict[str, float]:
-    """The metric `reward_timeouts`, how many rewards took too long; none where none did."""
+    """The metric `reward_timeouts`, the number of rewards that took too long; left out if there are none."""
     return {"reward_timeouts": float(count)} if count else {}
 
 
@@ -96,7 +96,7 @@ def _workers() -> tuple[TimedWorker, ...]:
 
 
 def reward_problem(value: Any) -> str:
-    """What is wrong with a reward, in words; empty where nothing is."""
+    """Why a value is not a valid reward, in words; empty if it is valid."""
     if not isinstance(value, bool | int | float | np.integer | np.floating | np.bool_):
         return f"gave {value!r:.40} ({type(value).__name__})"
     magnitude: Any = abs(value)

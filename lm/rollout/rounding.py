@@ -1,4 +1,4 @@
-"""A model as an inference engine may hold it: its matrices rounded to fewer bits than it is trained with.
+"""Quantised samplers: a model whose matrices are rounded to fewer bits than in training, as in an inference engine.
 
 The numbers are rounded and stay in the model's own type: what is shown is what the rounding does, not how fast it is.
 """
@@ -18,12 +18,12 @@ Weights = Float[Array, "..."]
 
 
 def to_bfloat16(weights: Weights) -> Weights:
-    """Eight significant bits, rounded to the nearest."""
+    """Round to bfloat16, which has eight significant bits."""
     return weights.astype(jnp.bfloat16).astype(weights.dtype)
 
 
 def to_integers(weights: Weights, bits: int) -> Weights:
-    """Whole numbers of `bits` bits times a scale for each row (along the last axis), so that its largest is the largest.
+    """Quantise to integers of `bits` bits with one scale per row (last axis), set by the row's largest value.
 
     Source: symmetric absmax quantisation, arXiv:2208.07339, section 2.
     """
@@ -41,5 +41,5 @@ ROUNDINGS: dict[str, Callable[[Weights], Weights]] = {
 
 @functools.partial(jax.jit, static_argnames="precision")
 def rounded(model: Transformer, precision: str) -> Transformer:
-    """The model with its matrices rounded as ROUNDINGS say; the weights of its norms stay as they are."""
+    """The model with its matrices quantised as ROUNDINGS say; norms stay unchanged."""
     return model.with_matrices(ROUNDINGS[precision])

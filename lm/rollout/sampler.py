@@ -1,4 +1,4 @@
-"""Sampling with a key-value cache: whole batches for rollouts and evaluation, one row as a stream for chat."""
+"""Sampling with a key-value cache: batches for rollouts and evaluation, and a token stream for chat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lm.types import pytree
 
 @pytree
 class Samples:
-    """Completions, right padded. `mask` is 1 up to and with the end token; `logp` is what they were sampled with."""
+    """Completions, right padded; `mask` is 1 up to and including the end token, `logp` the log-probabilities at sampling."""
 
     tokens: Int[Array, "B N"]
     logp: Float[Array, "B N"]
@@ -29,7 +29,7 @@ class Samples:
 
 
 def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """-inf for all but the k likeliest tokens (0: all), and for those outside the smallest set of mass top_p.
+    """Logits after top-k (0: off) and top-p filtering; all other tokens get -inf.
 
     Source: nucleus sampling, arXiv 1904.09751. The likeliest token always stays.
     """
@@ -48,7 +48,7 @@ def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Floa
 def choose(
     logits: Float[Array, "B V"], key: PRNGKeyArray, temperature: Float[Array, ""], top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """One token a row and its log-probability at this temperature (before top-k and top-p; 1 where greedy).
+    """Sample one token per row; its log-probability is at this temperature, before top-k and top-p (greedy: at 1).
 
     Sampled by inverse CDF: one uniform number a row, no noise and no sort over the vocabulary.
     """
@@ -85,7 +85,7 @@ def generate(
     eos_id: int,
     pad_id: int,
 ) -> Samples:
-    """Complete left-padded prompts; compiles once for each shape and stops when every row has ended.
+    """Complete left-padded prompts; compiles once per shape and stops when every row has ended.
 
     Args:
         tokens, lengths: prompts with their last token in the last column, and how many are real.
@@ -146,7 +146,7 @@ def _read(
 
 
 def encode_prompt(tokenizer: SubwordTokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
-    """Tokens of a chat (or one user turn) up to where the assistant speaks; raw: of a document's beginning."""
+    """Tokens of a chat (or a single user turn) up to the start of the assistant's turn; raw: of the start of a document."""
     if raw:
         return [tokenizer.pad_id, *tokenizer.encode(str(prompt))]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -199,7 +199,7 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The assistant's next turn, piece by piece as it is sampled.
+    """Yield the assistant's next turn piece by piece as it is sampled.
 
     Raises:
         UserError: the conversation fills the model's context.
@@ -239,7 +239,7 @@ def stream(
 
 
 def compile_stream(model: Transformer, top_k: int = 0, top_p: float = 1.0) -> None:
-    """Compile what `stream` runs for a short prompt and for one more token, both at the same time."""
+    """Compile the two functions that `stream` runs, for a short prompt and for one more token, in parallel."""
 
     def one(width: int) -> None:
         arguments = (jnp.int32(0), np.zeros((1, width), np.int32), jnp.int32(1), jax.random.key(0), jnp.float32(1.0))

@@ -1,4 +1,4 @@
-"""How far the sampler's log-probabilities are from the trainer's, and whether that is more than rounding explains.
+"""Gap between the sampler's and the trainer's log-probabilities, and whether rounding explains it.
 
 Sampler and trainer compute the same numbers in another order, so that they differ by rounding: in proportion to the spread
 of the logits, to 1 / temperature, and to how unsure a token was. In float32 each token has to be within some units of that.
@@ -35,7 +35,7 @@ FLOAT32 = 2.0**-24  # half a unit in the last place of 1
 
 @pytree
 class TrainerView:
-    """What the trainer finds for the tokens of a batch: log-probabilities, and how much rounding may move each, in nats."""
+    """The trainer's log-probabilities of a batch's tokens, and how far rounding may move each, in nats."""
 
     logp: Float[Array, "B T"]
     unit: Float[Array, "B T"]  # rounding unit of each token
@@ -43,7 +43,7 @@ class TrainerView:
 
 @dataclass(frozen=True)
 class SamplerGap:
-    """|log p(sampler) - log p(trainer)| over the sampled tokens of a rollout, in nats.
+    """Statistics of |log p(sampler) - log p(trainer)| over the sampled tokens of a rollout, in nats.
 
     `relative` is in rounding units of each token: the mean, so that no token decides it; of float32 the largest.
     """
@@ -54,32 +54,32 @@ class SamplerGap:
     relative: float
 
     def metrics(self) -> dict[str, float]:
-        """What is reported at every rollout."""
+        """Metrics of the gap, reported at every rollout."""
         return {"sampler_gap_mean": self.mean, "sampler_gap_p99": self.p99, "sampler_gap_max": self.largest}
 
 
 @dataclass(frozen=True)
 class GapBound:
-    """How far a sampler is from what it should have found, and how far rounding may take it; both in rounding units."""
+    """The sampler's distance from the expected log-probabilities, and the distance that rounding allows, in rounding units."""
 
     found: float
     allowed: float
 
     @property
     def holds(self) -> bool:
-        """Whether rounding explains the sampler's distance; not where that is NaN."""
+        """Whether rounding explains the sampler's distance; false for NaN."""
         return self.found <= self.allowed
 
 
 def precision(config: Model) -> str:
-    """What logits are rounded to, about: the narrowest of the model's dtypes, bfloat16 where float32 products are narrower."""
+    """The precision of the logits: the narrowest dtype of the model, or bfloat16 if float32 products are narrower."""
     narrow = "bfloat16" in (config.compute_dtype, config.logits_dtype)
     return "bfloat16" if narrow or platform() != "cpu" else "float32"
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "pieces"))
 def trainer_view(model: Any, batch: RolloutBatch, temperature: float, pieces: int = 1) -> TrainerView:
-    """The trainer's log-probabilities of a batch, 0 where nothing is weighed; in as many pieces as its step has microbatches."""
+    """The trainer's log-probabilities of a batch (0 where the weight is 0), computed in the stage's microbatches."""
     unit = 2.0**-9 if precision(model.config) == "bfloat16" else FLOAT32
 
     def view(piece: RolloutBatch) -> TrainerView:
@@ -96,7 +96,7 @@ def trainer_view(model: Any, batch: RolloutBatch, temperature: float, pieces: in
 
 
 def sampler_gap(views: list[TrainerView], batches: list[RolloutBatch], dtype: str) -> SamplerGap:
-    """The gap over all tokens of the batches of a rollout, of a model of this precision."""
+    """The gap over all tokens of a rollout's batches, for a model of this precision."""
     mean, p99, largest, mean_units, largest_units = map(float, _gap(views, batches))
     return SamplerGap(mean, p99, largest, largest_units if dtype == "float32" else mean_units)
 
@@ -114,7 +114,7 @@ def _gap(views: list[TrainerView], batches: list[RolloutBatch]) -> tuple[Array, 
 
 
 def is_suspicious(gap: SamplerGap, known: GapBound | None) -> bool:
-    """Whether a rollout's gap has to be compared with rounding: the first has, and one larger than was allowed."""
+    """Whether a rollout's gap must be checked: the first rollout's, and any that is larger than an accepted one."""
     return known is None or not gap.relative <= known.allowed
 
 
@@ -126,7 +126,7 @@ def agreement(
     temperature: float,
     pieces: int = 1,
 ) -> GapBound:
-    """Whether a rollout's gap is rounding; in bfloat16 by a float32 pass over it."""
+    """Whether rounding explains a rollout's gap; for bfloat16 found by a float32 forward pass."""
     if precision(model.config) == "float32":
         return GapBound(gap.relative, LARGEST_UNITS)
     with jax.default_matmul_precision("highest"):

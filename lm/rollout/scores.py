@@ -1,4 +1,4 @@
-"""Scores of completions by reward models, and the check that a reward is a number."""
+"""Scores of completions by reward models, and the check that rewards are finite."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ENSEMBLES: dict[str, Callable[..., Array]] = {"mean": jnp.mean, "min": jnp.min}
 
 @functools.partial(jax.jit, static_argnames="ensemble")
 def score_rows(scorers: tuple[Scorer, ...], batch: TokenBatch, ensemble: str = "mean") -> Float[Array, " B"]:
-    """The score of each row's answer, one of all reward models'."""
+    """The score of each row's answer, combined over all reward models."""
     return ENSEMBLES[ensemble](jnp.stack([last_scores(scorer, batch)[0] for scorer in scorers]), axis=0)
 
 
 def check_finite(scores: Float[np.ndarray, " B"], prompts: Sequence[str], where: str) -> None:
-    """Raises UserError where a score is not finite; names the prompt."""
+    """Raise UserError, naming the prompt, if a score is not finite."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Calls with a time limit: a worker process makes them, and is killed and replaced when one takes too long."""
+"""Function calls with a time limit, made by a worker process that is killed and replaced if one takes too long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_SECONDS = 120.0  # in which a worker has to start, on a busy machine; the 
 
 
 class CallOutcome(NamedTuple):
-    """What became of a call: its value, or the error it raised in words, or neither where it took too long."""
+    """Outcome of a call: its value, or the error it raised as text, or neither if it took too long."""
 
     value: Any = None
     error: str = ""

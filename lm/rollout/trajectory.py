@@ -1,4 +1,4 @@
-"""A trajectory: one episode as it was sampled. Training, evaluation, the report and its files all read this."""
+"""Trajectories: episodes as they were sampled, read by training, evaluation, report and trajectory files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOP, LENGTH, TIMEOUT = "stop", "length", "timeout"
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Tokens as they were sampled, never decoded and encoded again, with the author and the log-probability of each.
+    """One episode: tokens exactly as sampled, with author and log-probability of each, and rewards by name.
 
     `logp` is the sampler's at the sampling temperature, 0 where the model did not choose the token. `messages` are the same
     episode as text, each with its `author`. `rewards` has the rewards by name and `reward` the one that is trained on. `version` is the number of
@@ -45,12 +45,12 @@ class Trajectory:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the model's first."""
+        """Number of tokens before the model's first."""
         return int((self.authors == PROMPT).sum())
 
     @property
     def length(self) -> int:
-        """Tokens that the model chose."""
+        """Number of tokens that the model sampled."""
         return int((self.authors == MODEL).sum())
 
     @property
@@ -60,13 +60,13 @@ class Trajectory:
 
     @property
     def text(self) -> str:
-        """The text of what the model said last."""
+        """Text of the model's last turn."""
         return next(turn["content"] for turn in reversed(self.messages) if turn["author"] == AUTHORS[MODEL])
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a step sampled: the batches of its updates, and all trajectories with the advantage of each.
+    """Result of a step's sampling: the batches of its updates, and all trajectories with their advantages.
 
     `chosen` are the trajectories that are in the batches, in order. `has_trainer_logp`: `old_logp` of the batches is the
     trainer's already, and not the sampler's.
@@ -81,22 +81,22 @@ class Rollout:
 
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of the turn that the model answers first."""
+    """Text of the turn that the model answers first."""
     return next(turn["content"] for turn in reversed(messages) if turn["author"] == AUTHORS[PROMPT])
 
 
 def rewards_of(trajectories: Sequence[Trajectory]) -> Float32[np.ndarray, " N"]:
-    """The reward that each is trained on."""
+    """The training reward of each trajectory."""
     return np.array([one.reward for one in trajectories], np.float32)
 
 
 def rescored(trajectory: Trajectory, score: float) -> Trajectory:
-    """The trajectory with a score, of the reward models or else the verifier, as the reward that is trained on."""
+    """The trajectory with `score` as its training reward."""
     return replace(trajectory, rewards={**trajectory.rewards, "score": score}, reward=score)
 
 
 def sample_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """What is reported of the samples themselves: their mean length in sampled tokens, and how many ended by themselves."""
+    """Metrics of the samples: mean length in sampled tokens and fraction of completions that ended."""
     return {
         "completion_length": float(np.mean([one.length for one in trajectories])),
         "eos_rate": float(np.mean([one.ended for one in trajectories])),
@@ -111,7 +111,7 @@ def trajectory_batch(
     advantages: Float[np.ndarray, " B"] | None = None,
     group_size: int = 1,
 ) -> RolloutBatch:
-    """One row a trajectory, on the host: prompts left padded, what follows right padded; only the model's tokens have weight.
+    """A batch on the host, one row per trajectory: prompts left padded, the rest right padded, weight on sampled tokens only.
 
     Args:
         prompt_width: columns of the prompts; all that follows has `width` columns.

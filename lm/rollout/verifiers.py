@@ -1,4 +1,4 @@
-"""Rules that judge an answer: each maps (row, completion) to a reward in [0, 1], and raises only where time is up."""
+"""Verifiers: rules that map (row, completion) to a reward in [0, 1]; they raise only when their time is up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Verifier = Callable[[Mapping[str, Any], str], float]
 
 
 def answer(row: Mapping[str, Any], completion: str) -> float:
-    """1 if the completion gives the row's answer, else 0.
+    """1 if the completion gives the row's expected answer, else 0.
 
     Expected is what `expected_answer` says. Given is what the completion marks as its answer, else all of it
     without opener and closer: `lm.rollout.answer_match` says how both are read and when they are the same. Formulas are
@@ -50,7 +50,7 @@ EXPECTED = ("answer", "final")
 
 
 def expected_answer(row: Mapping[str, Any]) -> str:
-    """What a right answer to the row is; empty where the row does not say."""
+    """The expected answer of a row; empty if the row has none."""
     return next((str(row[name]) for name in reversed(EXPECTED) if not is_blank(row.get(name))), "")
 
 
@@ -62,7 +62,7 @@ def style(row: Mapping[str, Any], completion: str) -> float:
 
 
 def helpful(row: Mapping[str, Any], completion: str) -> float:
-    """Half for a right answer, half for style; each can be had without the other."""
+    """Half for a correct answer, half for style; each counts without the other."""
     return 0.5 * answer(row, completion) + 0.5 * style(row, completion)
 
 
@@ -73,7 +73,7 @@ NEEDS: dict[str, tuple[ColumnNeed, ...]] = {"answer": (EXPECTED,), "style": (), 
 
 
 def find_verifier(name: str, where: str = "verifier") -> Verifier:
-    """The verifier of that name: a row of the table, or the user's own FILE:FUNCTION.
+    """The verifier of that name, from VERIFIERS or the user's FILE:FUNCTION.
 
     Raises:
         UserError: there is none; `where` is the field that names it.
@@ -86,7 +86,7 @@ def find_verifier(name: str, where: str = "verifier") -> Verifier:
 
 
 def needed_columns(name: str) -> tuple[ColumnNeed, ...]:
-    """The columns without which a verifier cannot judge a row; of the user's own its attribute `columns`, if it has one."""
+    """Columns that a verifier needs; of a user's own verifier its attribute `columns`, if any."""
     return declared_columns(name, find_verifier(name)) if is_function_name(name) else NEEDS[name]
 
 
