@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,16 +135,23 @@ def _made(table: str, compiled: bool, only: str, libtpu: str | None) -> dict[str
         plan = row.plan()
         for found in [plan, by_compiler(plan, libtpu=libtpu)] if compiled else [plan]:
             described = found.to_json()
-            results.setdefault(row.name, {})[found.compiler or found.source] = {name: described[name] for name in KEPT}
+            kept = {name: described[name] for name in KEPT} | {"commit": _commit()}
+            results.setdefault(row.name, {})[found.compiler or found.source] = kept
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n")  # after each row: one may take ten minutes
     return results
 
 
+def _commit() -> str:
+    """The commit whose step is planned, with a + where files differ from it."""
+    words = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*")
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def markdown(table: str, results: dict[str, dict[str, Any]]) -> str:
     """A table of what is kept, one line a row and source."""
-    head = "| | source | fits | GB | ms a step | bound | MFU | tokens/s a device | compile CPU s |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    head = "| | source | fits | GB | ms a step | bound | MFU | tokens/s a device | compile CPU s | commit |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
     return "\n".join([*lines, *_lines(table, results)])
 
 
@@ -155,13 +163,13 @@ def _lines(table: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield (
                 f"| {row.name} | {source} | {'yes' if r['fits'] else 'no'} | {r['hbm_bytes_per_device'] / 1e9:.1f} "
                 f"| {r['step_ms']:,.0f}{growth} | {r['bound_ms']:,.0f} | {r['mfu']:.1%} "
-                f"| {r['tokens_per_s_per_device']:,.0f} | {compiling} |"
+                f"| {r['tokens_per_s_per_device']:,.0f} | {compiling} | {r['commit']} |"
             )
             if r["sampler"]:
                 s = r["sampler"]
                 yield (
                     f"| its rollout, at most {s['tokens_per_s_per_device']:,.0f} tokens/s a device | analytic | "
-                    f"| {s['hbm_bytes_per_device'] / 1e9:.1f} | {1e3 * s['rollout_s']:,.0f} | | | | |"
+                    f"| {s['hbm_bytes_per_device'] / 1e9:.1f} | {1e3 * s['rollout_s']:,.0f} | | | | | |"
                 )
 
 
