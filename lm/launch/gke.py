@@ -74,19 +74,13 @@ def render(job: Job, cluster: Cluster) -> Handover:
 
 def manifest(job: Job, cluster: Cluster) -> dict[str, Any]:
     """The JobSet as a plain value: all pods restart together after a death, none after a user's error."""
-    labels = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
-    metadata: dict[str, Any] = {"name": job.name}
-    if cluster.namespace:
-        metadata["namespace"] = cluster.namespace
-    if labels:
-        metadata["labels"] = labels
     # A slice is a node pool: all its pods must be in one, and no other slice in the same.
-    metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    pools = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     rule = {"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": metadata,
+        "metadata": _metadata(job.name, cluster) | {"annotations": pools},
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {"maxRestarts": job.max_restarts, "rules": [rule]},
@@ -99,6 +93,12 @@ def manifest(job: Job, cluster: Cluster) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _metadata(name: str, cluster: Cluster) -> dict[str, Any]:
+    namespace = {"namespace": cluster.namespace} if cluster.namespace else {}
+    labels = {"labels": {"kueue.x-k8s.io/queue-name": cluster.queue}} if cluster.queue else {}
+    return {"name": name} | namespace | labels
 
 
 def _job_spec(job: Job, cluster: Cluster) -> dict[str, Any]:
@@ -240,17 +240,12 @@ def sweep_workers(name: str, words: list[str], count: int, folders: tuple[str, .
 
 
 def _workers_manifest(name: str, words: list[str], count: int, cluster: Cluster) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"name": name}
-    if cluster.namespace:
-        metadata["namespace"] = cluster.namespace
-    if cluster.queue:
-        metadata["labels"] = {"kueue.x-k8s.io/queue-name": cluster.queue}
     refused = {"containerName": CONTAINER, "operator": "In", "values": [EXIT_USER]}
     environment = [{"name": "JAX_NUM_PROCESSES", "value": "1"}]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata,
+        "metadata": _metadata(name, cluster),
         "spec": {
             "parallelism": count,
             "completions": count,
@@ -310,16 +305,7 @@ working folder and `lm` on its PATH (see the Dockerfile)""",
     max_restarts=20,
     join_timeout=pod.JOIN_TIMEOUT,
     workers=SweepWorkers(
-        flags=(
-            "--topology",
-            "--volume",
-            "--image",
-            "--namespace",
-            "--queue",
-            "--secret",
-            "--service-account",
-            "--spot",
-        ),
-        hand_over=_hand_over_workers,
+        ("--topology", "--volume", "--image", "--namespace", "--queue", "--secret", "--service-account", "--spot"),
+        _hand_over_workers,
     ),
 )

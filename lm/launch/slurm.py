@@ -110,22 +110,9 @@ def render(job: Job, nodes: Nodes) -> Handover:
         UserError: the time limit is not longer than the grace period for saving.
     """
     check_time(nodes.time, job.grace)
-    options = {
-        "job-name": job.name,
-        "nodes": nodes.nodes,
-        "ntasks-per-node": 1,
-        "gpus-per-node": nodes.gpus,
-        "exclusive": "",
-        "time": nodes.time,
-        "partition": nodes.partition,
-        "account": nodes.account,
-        "signal": f"B:USR1@{job.grace}",
-        "requeue": "",
-        "open-mode": "append",
-        "output": f"{job.name}-%j.log",
-    }
+    own = {"nodes": nodes.nodes, "ntasks-per-node": 1, "exclusive": ""}
     text = TEMPLATE.format(
-        directives=_directives(options),
+        directives=_directives(job.name, own, nodes, job.grace, f"{job.name}-%j.log"),
         nodes=nodes.nodes,
         devices=f" JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(nodes.gpus)))}" if nodes.gpus else "",
         command=shlex.join(job.command(sys.executable, "-m", "lm.cli.main")),
@@ -150,8 +137,20 @@ def check_time(limit: str | None, grace: int) -> None:
         )
 
 
-def _directives(options: Mapping[str, object]) -> str:
-    """#SBATCH lines of the options that are not None; an empty value makes a switch."""
+def _directives(name: str, own: Mapping[str, object], nodes: Nodes, grace: int, output: str) -> str:
+    """#SBATCH lines of a job's own options and of those all jobs have, without those that are None; an empty value makes a switch."""
+    options = {
+        "job-name": name,
+        **own,
+        "gpus-per-node": nodes.gpus,
+        "time": nodes.time,
+        "partition": nodes.partition,
+        "account": nodes.account,
+        "signal": f"B:USR1@{grace}",
+        "requeue": "",
+        "open-mode": "append",
+        "output": output,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     return "\n".join(f"#SBATCH --{name}={value}".removesuffix("=") for name, value in given.items())
 
@@ -163,22 +162,9 @@ def sweep_workers(name: str, words: list[str], count: int, nodes: Nodes) -> Hand
         UserError: the time limit is not longer than the grace period for saving.
     """
     check_time(nodes.time, SWEEP_GRACE)
-    options = {
-        "job-name": name,
-        "array": f"1-{count}",
-        "nodes": 1,
-        "ntasks": 1,
-        "gpus-per-node": nodes.gpus,
-        "time": nodes.time,
-        "partition": nodes.partition,
-        "account": nodes.account,
-        "signal": f"B:USR1@{SWEEP_GRACE}",
-        "requeue": "",
-        "open-mode": "append",
-        "output": f"{name}-%A_%a.log",
-    }
+    own = {"array": f"1-{count}", "nodes": 1, "ntasks": 1}
     text = WORKERS.format(
-        directives=_directives(options),
+        directives=_directives(name, own, nodes, SWEEP_GRACE, f"{name}-%A_%a.log"),
         command=shlex.join([sys.executable, "-m", "lm.cli.main", *words]),
     )
     watch = f"watch: tail -F {name}-JOB_1.log"

@@ -57,7 +57,7 @@ class Collective:
     """All executions of one kind of collective in a step, on one device."""
 
     kind: str
-    overlaps: bool
+    beside: bool  # whether it overlaps with the rest
     devices: int  # number of devices in one group
     count: int
     bytes: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,7 @@ def by_arithmetic(program: Program) -> Plan:
             "host": found.host_s,
             "network": found.network_s,
         },
-        collectives=[
-            {
-                "what": x.what,
-                "axes": list(x.axes),
-                "kind": x.kind,
-                "devices": x.devices,
-                "bytes": x.bytes,
-                "ms": 1e3 * x.seconds,
-            }
-            for x in found.traffic
-        ],
+        collectives=_described(found.traffic),
         sampling=sampling(program),
         notes=tuple(notes),
     )
@@ -189,22 +180,20 @@ def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
             "host": cost.host_s,
             "between slices": cost.network_s,
         },
-        collectives=[
-            {
-                "kind": x.kind,
-                "beside": x.overlaps,
-                "devices": x.devices,
-                "count": x.count,
-                "bytes": x.bytes,
-                "ms": 1e3 * x.seconds,
-            }
-            for x in cost.collectives
-        ],
+        collectives=_described(cost.collectives),
         sampling=arithmetic.sampling,
         notes=tuple(notes),
         compile_cpu_s=compiled.cpu_seconds,
         compiler=compiled.compiler.name,
     )
+
+
+def _described(collectives: Iterable[Any]) -> list[dict[str, Any]]:
+    """The fields of each, with milliseconds for seconds."""
+    fields = map(asdict, collectives)
+    return [
+        {name: value for name, value in x.items() if name != "seconds"} | {"ms": 1e3 * x["seconds"]} for x in fields
+    ]
 
 
 def _sampler(plan: Plan) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ def test_a_loop_counts_its_turns(cost):
 def test_collectives_are_bytes_on_a_ring(cost):
     assert cost.sync_s == pytest.approx(2 * MIB4 * 3 / 4 / RING)  # all-reduce in groups of four
     assert cost.async_s == pytest.approx((MIB4 + 512 * 512 * 2) * 7 / 8 / RING)
-    found = {(x.kind, x.overlaps, x.devices): x.count for x in cost.collectives}
+    found = {(x.kind, x.beside, x.devices): x.count for x in cost.collectives}
     assert found == {("all-reduce", False, 4): 1, ("all-gather", True, 8): 2}
 
 

@@ -3,8 +3,8 @@
 #SBATCH --job-name=pod-run
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=4
 #SBATCH --exclusive
+#SBATCH --gpus-per-node=4
 #SBATCH --time=1-00:00:00
 #SBATCH --partition=gpu
 #SBATCH --account=lab
