@@ -217,7 +217,9 @@ class RunFolder:
             make_folder(self.path, "--run-dir DIR")
             handle = take_lock(file, "--run-dir DIR")
             if handle is None:
-                holder = file.read_text(errors="replace").strip() or "another process"
+                holder = "another process"
+                with contextlib.suppress(FileNotFoundError):  # the folder is being set aside
+                    holder = file.read_text(errors="replace").strip() or holder
                 raise UserError(
                     f"{self.path} is in use by {holder}: wait for it, stop it, or give this run its own folder (--run-dir DIR)"
                 )
