@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optax chain that moves the parameters."""
+"""Learning-rate schedules, and the optax chain that updates the parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lr_factor(
     first: float = 0.0,
     last: float = 0.0,
 ) -> Float[Array, ""]:
-    """Learning rate at `step` as a part of the peak.
+    """Learning rate at `step` as a fraction of the peak.
 
     It rises linearly from `first` at step 0 to 1 at step `warmup`, and falls from 1 at step `total - decay` to `last`
     at step `total` and after.
@@ -47,7 +47,7 @@ def lr_factor(
 
 
 def schedule(config: experiment.Optimizer, total_updates: int) -> optax.Schedule:
-    """Learning rate of each update, counted from 0.
+    """Learning rate of each update, counted from 0, as an optax schedule.
 
     The update numbered i gets what lr_factor says of step i + 1: the first has peak_lr / warmup_steps and not 0, the
     last has final_lr_frac of the peak, if the schedule decays.
@@ -92,7 +92,7 @@ def clipped(
     clip_norm: float,
     decay_mask: Callable[[Any], Any],
 ) -> optax.GradientTransformation:
-    """Clip by global norm, take the direction, and step: decoupled decay (arXiv:1711.05101) where the mask is True."""
+    """Clip by global norm, apply the direction, and step with decoupled weight decay (arXiv:1711.05101) where the mask is True."""
     return optax.chain(
         clip_by_global_norm(clip_norm),
         direction,
@@ -102,7 +102,7 @@ def clipped(
 
 
 def with_state_dtype(dtype: str, direction: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The direction with its moments kept in `dtype` between updates, whatever the parameters' dtype.
+    """The direction with its moments stored in `dtype` between updates, independent of the parameters' dtype.
 
     They are computed in float32 at least, from gradients in float32 at least. bfloat16 halves their memory; it has 8
     significant bits: with b2 above about 0.99 the second moment stops moving.
@@ -124,14 +124,14 @@ def with_state_dtype(dtype: str, direction: optax.GradientTransformation) -> opt
 
 
 class MasterWeights(NamedTuple):
-    """State of an optimizer of parameters below float32: float32 copies of them, and the state of the rule that moves these."""
+    """Optimizer state of parameters below float32: float32 master weights, and the state of the rule that updates them."""
 
     master: Any
     rule: Any
 
 
 def with_master_weights(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The rule on float32 copies of the parameters, which are kept with its state; nothing changes in float32 and above.
+    """Apply the rule to float32 master weights kept in its state; no effect on parameters in float32 or wider.
 
     A bfloat16 parameter has 8 significant bits: an update below 1/512 of it is lost, and with it most of training. The
     copies take the updates, weight decay included, and `apply_updates` rounds the parameters from them (mixed-precision
@@ -183,12 +183,12 @@ def _below_float32(tree: Any) -> bool:
 
 
 def adam(b2: float, b1: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Direction of Adam (arXiv:1412.6980)."""
+    """Update direction of Adam (arXiv:1412.6980)."""
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
 
 def muon(b2: float, momentum: float = 0.95) -> optax.GradientTransformation:
-    """Direction of Muon for the matrices of the blocks, of Adam for all else.
+    """Update direction of Muon for the matrices of the blocks, and of Adam for all other parameters.
 
     Momentum made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with
     entries as large as Adam's, 0.2 of the learning rate, so that both share one (arXiv:2502.16982, eq. 4).
@@ -239,7 +239,7 @@ def _is_side(leaf: Any) -> bool:
 
 
 def matrices(params: Any) -> Any:
-    """True at the leaves that decay: matrices, and not what a path names `scale` or `bias`.
+    """Weight decay mask: True for matrices, except those whose path contains `scale` or `bias`.
 
     The names tell, since the scales of stacked layers are [layers, dim]: they look like a matrix and are not.
     """
@@ -252,7 +252,7 @@ def matrices(params: Any) -> Any:
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm of all leaves together, in float32 at least.
+    """Euclidean norm over all leaves of a tree, in float32 or wider.
 
     Added up by the names of the matrices, without those of the parts that hold them: how a block is cut changes no bit.
     """
@@ -267,7 +267,7 @@ def _without_parts(path: tuple[Any, ...]) -> str:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale updates down to a global norm of at most max_norm.
+    """Gradient clipping: scale updates down to a global norm of at most max_norm.
 
     As in PyTorch the norm gets 1e-6 before it divides, which optax's own does not, so that runs can be compared.
     """

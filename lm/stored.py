@@ -1,4 +1,4 @@
-"""Files that are read again: written whole or not at all, sealed with a checksum, locked against others; and the cache folder."""
+"""Durable files: atomic writes, sealed JSON files with a checksum, file locks, and the cache folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _cache: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache fold
 
 @contextlib.contextmanager
 def cache_at(folder: Path | None) -> Iterator[None]:
-    """Inside, the cache is kept in `folder`; None: where it is by default. UserError where it cannot be a folder."""
+    """Context in which the cache is in `folder` (None: the default). Raises UserError if it cannot be a folder."""
     if folder is not None:
         make_folder(folder.expanduser(), "--cache DIR")
     token = _cache.set(folder)
@@ -44,18 +44,18 @@ def cache_folder() -> Path:
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """The object with its seal, which stands first."""
+    """The object with its checksum as the first field."""
     return {SEAL: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), **content}
 
 
 def unsealed(content: dict[str, Any]) -> dict[str, Any] | None:
-    """A sealed object without its seal; None where the seal is missing or of something else."""
+    """A sealed object without its checksum; None if the checksum is missing or wrong."""
     rest = {name: value for name, value in content.items() if name != SEAL}
     return rest if sealed(rest)[SEAL] == content.get(SEAL) else None
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
-    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one, whole; gives its path."""
+    """Write a file atomically, so that a reader or a kill sees the old or the new content; returns its path."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as stream:
         stream.write(content)
@@ -65,7 +65,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """`write_atomic` of a value as JSON."""
+    """Write a value as JSON with `write_atomic`."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
     write_atomic(path, f"{text}\n".encode())
 
@@ -77,12 +77,12 @@ def file_sha256(file: Path) -> str:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """`write_json_atomic` of an object with its seal."""
+    """Write an object with its checksum as JSON with `write_atomic`."""
     write_json_atomic(path, sealed(json.loads(json.dumps(content))))
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Make a folder, and those above it, where they are not there.
+    """Make a folder and its missing parents.
 
     Args:
         flag: with which the user names another one, for the error.
@@ -99,7 +99,7 @@ def make_folder(path: Path, flag: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises UserError with the line where it is broken, or where there is no such file."""
+    """Read a JSON file. Raises UserError, with the line, if it is broken or missing."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file")
@@ -124,7 +124,7 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The object in a file of `write_sealed`, without its seal. One that never had a seal, of an older lm, is taken.
+    """Read an object written by `write_sealed`, without its checksum; one of an older lm without a checksum is accepted.
 
     Raises:
         UserError: there is no such file, it holds no object, or not the one that was written.

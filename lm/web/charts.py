@@ -65,7 +65,7 @@ AFTER = (
 )
 """Small charts of every stage, before and after those of its objective."""
 
-LOSS = "Cross-entropy or the objective's loss, per token or pair; healthy: falls and flattens out, held-out points close by."
+LOSS = "Training loss of the objective; healthy: falls and flattens out, with held-out points close to the curve."
 RL_LOSS = "Policy-gradient loss; its size says little, the reward tells the progress."
 HELD_OUT = "Held-out metrics at each evaluation of the stage; healthy: none falls beyond noise."
 OTHER_LOSS = "Held-out loss at each evaluation; healthy: falls with the training loss."

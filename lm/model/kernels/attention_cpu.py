@@ -1,4 +1,4 @@
-"""Attention on one CPU: blocks of queries against the keys that lie before their end, by matrix products it is fast at.
+"""Attention on a single CPU device: blocks of queries against the keys up to their end, as fast matrix products.
 
 What the future hides is not computed beyond the block on the diagonal, and the exponentials are kept as they are: the
 division by their sum is left to arrays as narrow as a head. XLA's fast matrix product on CPU wants the left operand to
@@ -25,7 +25,7 @@ BLOCKS = 16  # most blocks of a row: the program grows with them
 
 
 def fits() -> bool:
-    """Whether one device has it all; the partitioner makes a worse program of the blocks than of the plain form."""
+    """Whether everything is on one device; on several, the partitioner handles plain attention better."""
     return one_device()
 
 

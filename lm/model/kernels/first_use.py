@@ -1,4 +1,4 @@
-"""Our own attention kernel against plain attention, on a small input, when a kind of device is used first.
+"""Check of lm's attention kernel against plain attention on a small input, the first time a kind of device is used.
 
 No device may have run the kernel before: what it gives there is held against what plain attention gives, values and
 gradients. The outcome is kept in the cache folder, by kind of device, versions of jax and of its runtime, and the kernel's
@@ -33,7 +33,7 @@ LARGEST_ERROR = 0.02
 
 
 def kernel_problem(kernel: Attention, plain: Attention) -> str:
-    """What is wrong with the kernel on this process's devices; "" where nothing is, or they are no TPUs."""
+    """Why the kernel must not be used on this process's devices; empty if it is correct or they are not TPUs."""
     if jax.default_backend() != "tpu":  # a plan for devices that are not here
         return ""
     device = jax.local_devices()[0]
@@ -59,7 +59,7 @@ def _remembered(kind: str, runtime: str, kernel: Attention, plain: Attention) ->
 
 
 def measured_problem(kernel: Attention, plain: Attention) -> str:
-    """What is wrong with the kernel; "" where nothing is.
+    """Why the kernel disagrees with plain attention, as measured; empty if they agree.
 
     It is found in a thread of its own, which knows nothing of what this one traces and of its mesh.
     """
@@ -107,6 +107,6 @@ def _error(found: Array, right: Array) -> float:
 
 @functools.cache
 def say(line: str) -> None:
-    """Once in a process, by the main one."""
+    """Print a line once per process, in the main process only."""
     if is_main_process():
         print(f"lm: {line}", file=sys.stderr)

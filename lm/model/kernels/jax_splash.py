@@ -1,4 +1,4 @@
-"""Attention on TPUs by jax's own splash kernel, for devices on which ours does not give what plain attention does.
+"""Attention on TPUs by jax's own splash kernel, for devices on which lm's kernel disagrees with plain attention.
 
 It knows rows in the order of the text only. Source: jax.experimental.pallas.ops.tpu.splash_attention.
 """
@@ -29,7 +29,7 @@ def jax_splash(
     softcap: float = 0.0,
     interpret: bool = False,
 ) -> Float[Array, "B H T K"]:
-    """As `lm.model.kernels.splash.splash`, where the mesh splits no rows."""
+    """Like `lm.model.kernels.splash.splash`, for a mesh that does not split rows."""
     attend = functools.partial(_attend, window=window, softcap=softcap, interpret=interpret)
     q = q / math.sqrt(q.shape[-1])
     if jax.sharding.get_abstract_mesh().empty:

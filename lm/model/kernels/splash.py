@@ -1,4 +1,4 @@
-"""Attention on TPUs by Pallas kernels: blocks of queries and keys, softmax on the way, no [T, T] array in memory.
+"""Attention on TPUs by Pallas kernels: blocks of queries and keys with an online softmax, without a [T, T] array.
 
 The kernels know a causal mask by place and segment ids, which is what packed rows need: inside a segment positions rise
 with the place. They are in splash_kernels.py; here is what surrounds them: block sizes, devices, gradients.
@@ -27,7 +27,7 @@ COMPUTED = 512  # most keys of a block that are worked on at a time
 
 
 class Blocks(NamedTuple):
-    """Most queries and keys of a block, in the forward and in the backward kernel."""
+    """Maximum block sizes of queries and keys, in the forward and in the backward kernel."""
 
     q: int
     kv: int
@@ -40,7 +40,7 @@ BLOCKS = {"TPU v5": Blocks(1024, 1024, 1024, 1024), "TPU v6 lite": Blocks(1024, 
 
 
 class How(NamedTuple):
-    """What the kernels are made for: tiles of the forward and of the backward kernel, and what is shown."""
+    """Static parameters of the kernels: tile sizes of forward and backward pass, and the attention mask."""
 
     tiles: Tiles
     backward_tiles: Tiles

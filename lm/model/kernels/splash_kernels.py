@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What queries are shown: see `lm.model.attention`."""
+    """The attention mask of the kernels, as in `lm.model.attention`."""
 
     window: int
     softcap: float
