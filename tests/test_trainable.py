@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -16,9 +17,10 @@ from lm.plan.analytic import estimate
 from lm.plan.chips import parse_topology
 from lm.plan.program import Program
 from lm.sweep.cost import checkpoint_bytes
-from lm.train.checkpoint import Checkpoints, named_leaves
-from lm.train.loop import checkpoint_items, restore, start_state
+from lm.train.checkpoint import Checkpoints
+from lm.train.loop import checkpoint_items, restore, start_state, untrained
 from lm.train.memory import least_bytes
+from lm.train.named_arrays import named_leaves
 from tests.helpers import TINY, VOCAB, random_batch, tiny_model, tiny_stage
 
 CASES = {
@@ -87,7 +89,7 @@ def test_a_part_goes_on_to_the_bit_from_its_checkpoint(name, tmp_path):
     for seed in range(2):
         whole, _ = step(whole, random_batch(seed=seed))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(2, checkpoint_items(whole), {})
+        checkpoints.save(2, checkpoint_items(whole), {}, untrained(stage, whole.models))
         checkpoints.wait()
         fresh, _ = start_state(stage, tiny_model(), mesh)
         resumed, at, _ = restore(fresh, checkpoints, mesh, stage)
@@ -100,6 +102,63 @@ def test_a_part_goes_on_to_the_bit_from_its_checkpoint(name, tmp_path):
         jax.tree.leaves(checkpoint_items(resumed)), jax.tree.leaves(checkpoint_items(whole)), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def saved_twice(folder):
+    """A stage that trains norms alone, its checkpoints of steps 1 and 2, and its state at step 2."""
+    stage, _ = case("norms")
+    state, step = start_state(stage, tiny_model(), make_mesh(Mesh(data=1)))
+    with Checkpoints(folder) as checkpoints:
+        for number in (1, 2):
+            state, _ = step(state, random_batch(seed=number))
+            checkpoints.save(number, checkpoint_items(state), {}, untrained(stage, state.models))
+    return stage, state
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_what_does_not_train_is_stored_once_beside_the_steps(tmp_path):
+    stage, state = saved_twice(tmp_path)
+    policy = named_leaves({"policy": state.models["policy"]})
+    apart = untrained(stage, state.models)
+    assert apart == {path for path in policy if "norm" not in path}
+    fixed = sum(policy[path].nbytes for path in apart)
+    assert size_of(tmp_path / "untrained") >= fixed > 2 * size_of(tmp_path / "00000002" / "policy")
+    shapes = {"policy": jax.eval_shape(lambda: state.models["policy"])}
+    with Checkpoints(tmp_path) as checkpoints:  # a reader that knows nothing of the stage gets the model whole
+        found = named_leaves(checkpoints.restore(shapes).items)
+    for path, leaf in policy.items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
+@pytest.mark.parametrize("hurt", ["flip", "remove", "no manifest"])
+def test_a_step_whose_untrained_arrays_are_damaged_is_refused(tmp_path, hurt):
+    _, state = saved_twice(tmp_path)
+    folder = tmp_path / "untrained"
+    largest = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    if hurt == "flip":
+        largest.write_bytes(bytes([largest.read_bytes()[0] ^ 1]) + largest.read_bytes()[1:])
+    else:
+        (largest if hurt == "remove" else folder / "manifest.json").unlink()
+    shapes = {"policy": jax.eval_shape(lambda: state.models["policy"])}
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=r"every checkpoint \(step 1, 2\) is damaged"):
+            checkpoints.restore(shapes, warn=lambda line: None)
+        with pytest.raises(UserError, match=r"untrained.*the last checkpoint of a finished stage"):
+            checkpoints.restore(shapes, only=2)
+
+
+def test_a_stage_that_begins_again_replaces_what_an_earlier_start_left(tmp_path):
+    stage, state = saved_twice(tmp_path)
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / f"{number:08d}")
+    other = dataclasses.replace(state, models=jax.tree.map(lambda x: x + 1, state.models))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, checkpoint_items(other), {}, untrained(stage, other.models))
+        found = checkpoints.restore({"policy": jax.eval_shape(lambda: other.models["policy"])})
+    np.testing.assert_array_equal(found.items["policy"].embed.weight, other.models["policy"].embed.weight)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,7 +203,7 @@ def test_no_activation_is_sent_back_where_the_backward_pass_does_not_go():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_sweep_counts_the_bytes_of_a_checkpoint_of_a_part(name, dtype):
-    """Every model whole, and of the optimizer what belongs to the part that trains."""
+    """The models, what does not train once for all checkpoints, and of the optimizer what belongs to the part that trains."""
     stage, _ = case(name)
     stage = dataclasses.replace(stage, keep_last=1)
     model = dataclasses.replace(TINY, param_dtype=dtype)
@@ -153,7 +212,13 @@ def test_a_sweep_counts_the_bytes_of_a_checkpoint_of_a_part(name, dtype):
     saved = checkpoint_items(first_state(stage, optimizer, tiny_model(param_dtype=dtype)))
     assert checkpoint_bytes(experiment, stage) == sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
     lean = dataclasses.replace(stage, keep_moments=False)
-    assert checkpoint_bytes(experiment, lean) == sum(leaf.nbytes for leaf in jax.tree.leaves(saved["policy"]))
+    apart = untrained(stage, {"policy": saved["policy"], "critic": saved.get("critic", {})})
+    sizes = {f"{item}/{path}": x.nbytes for item in saved for path, x in named_leaves(saved[item]).items()}
+    policy = {path for path in sizes if path.startswith("policy/")}
+    assert checkpoint_bytes(experiment, lean) == sum(sizes[path] for path in policy | apart)
+    twice = dataclasses.replace(experiment, stages=(dataclasses.replace(stage, keep_last=2, save_every=1),))
+    more = checkpoint_bytes(twice, twice.stages[0]) - checkpoint_bytes(experiment, stage)
+    assert more == sum(size for path, size in sizes.items() if path not in apart)
 
 
 @pytest.mark.parametrize("name", CASES)

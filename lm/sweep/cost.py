@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lm.algorithms.table import abstract_state, flops_per_token
@@ -25,7 +24,8 @@ from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
 from lm.sweep.sweep import Range, Suggested, Sweep
 from lm.sweep.trials import Trial, base_point, trial_at, trials
-from lm.train.loop import PRODUCED, checkpoint_items
+from lm.train.loop import PRODUCED, checkpoint_items, untrained
+from lm.train.named_arrays import named_leaves
 
 START_SECONDS = 20.0  # time to start a stage: process, imports, reading data, compilation
 STEP_EFFICIENCY = 0.2  # speed of a training step as a fraction of that of a large matrix product
@@ -203,19 +203,21 @@ def _forward(experiment: Experiment, length: int) -> float:
 
 
 def checkpoint_bytes(experiment: Experiment, stage: Stage) -> float:
-    """Size in bytes of the checkpoints kept after a stage finished: all models, and optimizer state of what trains."""
+    """Size in bytes of the checkpoints kept after a stage finished; parameters that it does not train count once."""
     if not stage.objective.trains:
         return 0.0
-    _, model, whole = _shape_costs(experiment, stage)
+    _, model, whole, once = _shape_costs(experiment, stage)
     for_good = stage.steps // stage.keep_every if stage.keep_every else 0
     newest = min(stage.keep_last, math.ceil(stage.steps / stage.save_every))
     if not stage.keep_moments:
-        return (1 + for_good) * model
-    return (newest + max(0, for_good - (newest if stage.keep_every == stage.save_every else 0))) * whole
+        return once + (1 + for_good) * model
+    return once + (newest + max(0, for_good - (newest if stage.keep_every == stage.save_every else 0))) * whole
 
 
-def _shape_costs(experiment: Experiment, stage: Stage) -> tuple[float, int, int]:
-    """Shape-dependent costs of a stage that trains: FLOPs per token of an update, bytes of a checkpoint's models, and of all of it.
+def _shape_costs(experiment: Experiment, stage: Stage) -> tuple[float, int, int, int]:
+    """Shape-dependent costs of a stage that trains: FLOPs per token of an update, and bytes on disk.
+
+    The bytes: of a checkpoint's trained models, of all of a checkpoint, and of what is stored once for all of them.
 
     Cached, so that trials that differ in numbers only, such as a learning rate, share the computation.
     """
@@ -226,11 +228,17 @@ def _shape_costs(experiment: Experiment, stage: Stage) -> tuple[float, int, int]
 
 
 @functools.cache
-def _cached_costs(stage: Stage, model: Model, vocab_size: int) -> tuple[float, int, int]:
-    saved = checkpoint_items(abstract_state(stage, make_optimizer(stage.optimizer, 1), model, vocab_size))
-    sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in saved.items()}
-    produced = sum(size for name, size in sizes.items() if name in PRODUCED)
-    return flops_per_token(stage, model, vocab_size), produced, sum(sizes.values())
+def _cached_costs(stage: Stage, model: Model, vocab_size: int) -> tuple[float, int, int, int]:
+    state = abstract_state(stage, make_optimizer(stage.optimizer, 1), model, vocab_size)
+    apart = untrained(stage, state.models)
+    sizes = {
+        f"{item}/{name}": leaf.size * leaf.dtype.itemsize
+        for item, tree in checkpoint_items(state).items()
+        for name, leaf in named_leaves(tree).items()
+    }
+    once = sum(sizes.pop(name) for name in apart)
+    produced = sum(size for name, size in sizes.items() if name.split("/")[0] in PRODUCED)
+    return flops_per_token(stage, model, vocab_size), produced, sum(sizes.values()), once
 
 
 def _hours(experiment: Experiment, name: str, topology: str) -> float:

@@ -6,6 +6,9 @@ SHA-256 of every file. A folder without a manifest is unfinished and ignored; a 
 is damaged. So SIGKILL at any moment leaves no partial checkpoint that looks complete, and a flipped bit is detected
 before training continues from it.
 
+What no step changes, such as the base of an adapter, is stored once, sealed alike, in `untrained/` beside the steps. The
+manifest of a step has the seal of that folder, and the step is intact only together with it.
+
 Arrays are stored by name (`blocks/attn/q`), not by class, so that checkpoints survive a renaming of classes.
 """
 
@@ -13,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import json
-import logging
 import os
 import re
 import shutil
@@ -26,19 +27,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from lm.experiment import UserError
 from lm.parallel.distributed import broadcast_from_main, is_main_process
-from lm.stored import file_sha256, read_json, sealed, unsealed, write_json_atomic
-from lm.train_step import leaf_name
+from lm.stored import SEAL, file_sha256, read_json, sealed, unsealed, write_json_atomic
+from lm.train.named_arrays import (
+    Named,
+    PyTree,
+    full_names,
+    named_leaves,
+    part_of,
+    read_arrays,
+    rebuild,
+    signature,
+    write_arrays,
+)
 
 MANIFEST = "manifest.json"
+UNTRAINED = "untrained"
 LAST_WITHOUT_ROLES = "63547b6"
 STEP_NAME = re.compile(r"\d{8,}")
-
-PyTree = Any
 
 
 @dataclass(frozen=True)
@@ -68,31 +75,37 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._swept = False
+        self._untrained = ""  # the seal of the arrays that no step changes, once this process has seen them
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending, without verification."""
         return [step for step, path in _step_folders(self.folder) if (path / MANIFEST).exists()]
 
-    def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> None:
+    def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any], untrained: Collection[str] = ()) -> None:
         """Start an asynchronous save; returns when the arrays may be donated or changed.
 
-        Does nothing if the step already has an intact checkpoint. Raises UserError if writing fails, now or (for the
-        asynchronous part) from the next `save`, `wait` or `close`.
+        Does nothing if the step already has an intact checkpoint.
+
+        Args:
+            untrained: `ITEM/NAME` of arrays that no step changes: written at the first save only.
+
+        Raises:
+            UserError: writing fails, now or (for the asynchronous part) in the next `save`, `wait` or `close`.
         """
         self.wait()
         path = self.folder / f"{step:08d}"
         if self._is_intact(path):
             return
         arrays = {item: named_leaves(tree) for item, tree in items.items()}
+        fixed = part_of(arrays, lambda name: name in untrained)
+        changing = part_of(arrays, lambda name: name not in untrained)
         meta = json.loads(json.dumps(meta))  # a copy, in the types that JSON gives back
-        manifest = {"step": step, "meta": meta, "items": {item: _signature(named) for item, named in arrays.items()}}
+        manifest = {"step": step, "meta": meta, "items": {item: signature(named) for item, named in arrays.items()}}
+        if fixed:
+            manifest[UNTRAINED] = self._save_untrained(fixed)
         with self._guard(path):
             self._clear(path)
-            ocp = _orbax()
-            with _writing(ocp):
-                response = ocp.save_checkpointables_async(
-                    path, {item: _nest(named) for item, named in arrays.items() if named}
-                )
+            response = write_arrays(path, changing)
         self._pending = self._thread.submit(self._finish, path, manifest, response)
 
     def wait(self) -> None:
@@ -144,11 +157,12 @@ class Checkpoints:
         there = [item for item in abstract if item in manifest["items"] or item not in optional]
         wanted = {item: named_leaves(abstract[item]) for item in there}
         for item, named in wanted.items():
-            _check_same(path, item, _signature(named), manifest["items"])
-        ocp = _orbax()
-        targets = {item: _nest({k: _target(v) for k, v in named.items()}) for item, named in wanted.items() if named}
-        loaded = ocp.load_checkpointables(path, targets) if targets else {}
-        items = {item: _rebuild(abstract[item], loaded.get(item, {})) for item in there}
+            _check_same(path, item, signature(named), manifest["items"])
+        apart = self.folder / UNTRAINED
+        fixed = full_names(_read_manifest(apart)["items"]) if UNTRAINED in manifest else set()
+        loaded = read_arrays(path, part_of(wanted, lambda name: name not in fixed))
+        loaded |= read_arrays(apart, part_of(wanted, lambda name: name in fixed))
+        items = {item: rebuild(item, abstract[item], loaded) for item in there}
         return Restored(manifest["step"], items, manifest["meta"])
 
     def finish(self, step: int, items: Collection[str]) -> None:
@@ -181,6 +195,32 @@ class Checkpoints:
             return item in _read_manifest(self.folder / f"{step:08d}")["items"]
         except Damaged:
             return False
+
+    def _save_untrained(self, arrays: Named) -> str:
+        """Write the arrays that no step changes, unless they are there; returns the seal of their manifest.
+
+        Without a finished checkpoint they are written anew, since a stage that began again may have other ones.
+        """
+        path = self.folder / UNTRAINED
+        items = {item: signature(named) for item, named in arrays.items()}
+
+        def found() -> str:
+            try:
+                _verify(path)
+                manifest = _read_manifest(path)
+            except Damaged:
+                return ""
+            return sealed(manifest)[SEAL] if self.steps() and manifest["items"] == items else ""
+
+        self._untrained = self._untrained or broadcast_from_main(found)
+        if not self._untrained:
+            with self._guard(path):
+                self._clear(path)
+                write_arrays(path, arrays).result()
+                if is_main_process():
+                    write_json_atomic(path / MANIFEST, sealed({"items": items, "files": _checksums(path)}))
+            self._untrained = broadcast_from_main(lambda: sealed(_read_manifest(path))[SEAL])
+        return self._untrained
 
     def _finish(self, path: Path, manifest: dict[str, Any], response: Any) -> None:
         """In the background: wait for orbax, write the manifest, remove superseded checkpoints."""
@@ -261,42 +301,6 @@ class Checkpoints:
             ) from error
 
 
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Flatten a tree to {path: leaf}, with paths such as `blocks/attn/q` (`leaf_name`)."""
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = leaf_name(path)
-        if name in named:
-            raise ValueError(f"two leaves of the tree are both called {name!r}")
-        named[name] = leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(leaf)
-    return named
-
-
-def _nest(named: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        node = functools.reduce(lambda at, key: at.setdefault(key, {}), parents, nested)
-        node[last] = leaf
-    return nested
-
-
-def _rebuild(tree: PyTree, nested: dict[str, Any]) -> PyTree:
-    """Rebuild a tree with each leaf replaced by the one of the same path in `nested`."""
-    leaves = [functools.reduce(lambda at, key: at[key], name.split("/"), nested) for name in named_leaves(tree)]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
-
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _signature(named: dict[str, Any]) -> dict[str, str]:
-    """Name → "float32[6, 256]"."""
-    return {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in named.items()}
-
-
 def _check_roles(path: Path, wanted: Collection[str], saved: Collection[str]) -> None:
     """Raise UserError for a checkpoint of an older version, which stored the model as `params` and not by its role."""
     if "params" in saved and "params" not in wanted:
@@ -322,27 +326,6 @@ def _check_same(path: Path, item: str, wanted: dict[str, str], saved_items: dict
     left_over = [name for name in saved if name not in wanted]
     if left_over:
         raise UserError(f"{misfit} its {left_over[0]!r} has no place here")
-
-
-@functools.cache
-def _orbax() -> Any:
-    """Import orbax lazily and silence its error log, which repeats the exceptions that it raises."""
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno > logging.ERROR)
-    return ocp
-
-
-def _writing(ocp: Any) -> contextlib.AbstractContextManager[Any]:
-    """Orbax options for saving: no compression, and folders created before `save` returns.
-
-    Compressing weights takes five times the CPU time and saves a twelfth of the bytes. If folders are created
-    asynchronously, a failure to create them leaves threads that wait for ever.
-    """
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.asynchronous.create_directories_asynchronously = False
-    return context
 
 
 def _step_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -403,8 +386,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> None:
-    """Raise Damaged naming the first file that is missing, unreadable or changed."""
-    for name, checksum in _read_manifest(path)["files"].items():
+    """Raise Damaged naming the first file that is missing, unreadable or changed, of the untrained arrays too."""
+    manifest = _read_manifest(path)
+    if UNTRAINED in manifest:
+        apart = path.parent / UNTRAINED
+        if sealed(_read_manifest(apart))[SEAL] != manifest[UNTRAINED]:
+            raise Damaged(f"{apart} is not what {path} was saved with")
+        _verify(apart)
+    for name, checksum in manifest["files"].items():
         try:
             found = file_sha256(path / name)
         except OSError as error:

@@ -38,6 +38,7 @@ from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb, read_lines
+from lm.train.named_arrays import named_leaves
 from lm.train.profile import Trace
 from lm.train.provenance import package_versions
 from lm.train.resume import check_checkpoint
@@ -46,7 +47,7 @@ from lm.train.signals import Stop
 from lm.train.stage_warnings import Warnings
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
-from lm.train_step import Step, TrainState
+from lm.train_step import Models, Step, TrainState, is_trainable
 from lm.types import TokenBatch
 
 PRODUCED = {"policy", "reward"}
@@ -332,7 +333,7 @@ class _Loop:
             if is_main_process():
                 self.log.sync()
             meta = {"costs": self.costs.total(), "tokens": self.tokens, **self.now}
-            self.checkpoints.save(step, checkpoint_items(state), meta)
+            self.checkpoints.save(step, checkpoint_items(state), meta, untrained(self.stage, state.models))
 
     def _report(self, pending: PendingMetrics) -> None:
         """Fetch, log and show a step's metrics. Raises UserError if the loss or the gradient norm is not finite."""
@@ -422,3 +423,8 @@ def restore(
 def checkpoint_items(state: TrainState) -> dict[str, Any]:
     """The items of a checkpoint by name: every model by its role, with frozen parameters too, `opt_state` and `carry`."""
     return state.models | {"opt_state": state.opt_state, "carry": state.carry}
+
+
+def untrained(stage: Stage, models: Models) -> set[str]:
+    """Names of the parameters that the stage does not train, of which its folder of checkpoints has one copy."""
+    return {name for name in named_leaves(models) if not is_trainable(name, stage.trainable)}

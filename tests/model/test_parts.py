@@ -9,7 +9,7 @@ from lm.experiment import Layer
 from lm.model.flops import layer_matrices
 from lm.model.mlp import MLP
 from lm.model.transformer import num_params
-from lm.train.checkpoint import named_leaves
+from lm.train.named_arrays import named_leaves
 from lm.types import Mean
 from tests.helpers import VOCAB, tiny_model
 

@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.experiment import UserError
-from lm.train.checkpoint import MANIFEST, Checkpoints, named_leaves
+from lm.train.checkpoint import MANIFEST, Checkpoints
+from lm.train.named_arrays import named_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -382,6 +383,7 @@ TWO_PROCESSES = """
     index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     from lm.train.checkpoint import Checkpoints
+from lm.train.named_arrays import named_leaves
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     rows = np.arange(32, dtype=np.float32).reshape(8, 4)
