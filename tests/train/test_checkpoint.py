@@ -383,20 +383,22 @@ TWO_PROCESSES = """
     index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     from lm.train.checkpoint import Checkpoints
-from lm.train.named_arrays import named_leaves
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     rows = np.arange(32, dtype=np.float32).reshape(8, 4)
     array = jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, {"policy": {"w": array * step}}, {"step": step})
+            items = {"policy": {"w": array * step, "base": array}}
+            checkpoints.save(step, items, {"step": step}, untrained=["policy/base"])
         checkpoints.wait()
         wanted = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
-        found = checkpoints.restore({"policy": {"w": wanted}})
+        found = checkpoints.restore({"policy": {"w": wanted, "base": wanted}})
     assert found.step == 3 == found.meta["step"]
     for shard in found.items["policy"]["w"].addressable_shards:
         assert (np.asarray(shard.data) == 3 * rows[shard.index]).all()
+    for shard in found.items["policy"]["base"].addressable_shards:
+        assert (np.asarray(shard.data) == rows[shard.index]).all()
     print("same")
 """
 
@@ -422,8 +424,9 @@ def test_two_processes_save_and_agree_on_what_to_restore(tmp_path, unused_port):
             run.kill()
     assert [out.split()[-1:] for out, _ in results] == [["same"], ["same"]], results
     # What two processes saved, one restores.
-    found = Checkpoints(tmp_path).restore({"policy": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}})
-    assert found.items["policy"]["w"][1, 0] == 12.0
+    wanted = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    found = Checkpoints(tmp_path).restore({"policy": {"w": wanted, "base": wanted}})
+    assert found.items["policy"]["w"][1, 0] == 12.0 and found.items["policy"]["base"][1, 0] == 4.0
     assert json.loads((tmp_path / "00000003" / MANIFEST).read_text())["meta"] == {"step": 3}
 
 
