@@ -103,7 +103,7 @@ def sampling(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str
     def step() -> None:
         out = generate(
             model, tokens, lengths, jax.random.key(0), c["temperature"],
-            max_new_tokens=c["new"], eos_id=kit.MODEL["vocab"], pad_id=PAD,
+            max_new_tokens=c["new"], end_ids=(kit.MODEL["vocab"],), pad_id=PAD,
         )  # fmt: skip
         assert np.asarray(out.mask).sum() == len(tokens) * c["new"]
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.data.chat import as_messages, check_conversation, render
-from lm.data.tokenizer import TURN_END, TURN_START
 from lm.experiment import UserError
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import generate_text
@@ -98,10 +97,9 @@ class TrainedModel:
     def _logprobs(self, prompt: Prompt, answer: str) -> list[TokenLogprob]:
         tokenizer, longest = self.loaded.tokenizer, self.loaded.experiment.model.max_len
         turns = _asked(prompt)
-        tokens, mask = render([*turns, {"role": "assistant", "content": answer}], tokenizer)
+        tokens, mask, last = render([*turns, {"role": "assistant", "content": answer}], tokenizer)[:3]
         end = len(mask) - mask[::-1].index(1)  # behind the token that ends the answer
-        header = max(place for place in range(end) if tokens[place] == tokenizer.special_ids[TURN_START])
-        start = mask.index(1, header)
+        start = mask.index(1, last)
         if end > longest:
             raise UserError(f"a prompt and its answer have {end} tokens; model.max_len is {longest}")
         width = min(longest, max(16, 1 << (end - 1).bit_length()))  # few widths, few compilations
@@ -110,7 +108,7 @@ class TrainedModel:
         real = (np.arange(width) < end)[None].astype(np.int32)
         batch = TokenBatch(row, real.astype(np.float32), real, np.arange(width, dtype=np.int32)[None])
         found = np.asarray(token_logprobs(self.loaded.model, batch).logp)[0, start:end]
-        pieces = [TURN_END if token == tokenizer.eos_id else tokenizer.decode([token]) for token in tokens[start:end]]
+        pieces = [tokenizer.decode([token], specials=True) for token in tokens[start:end]]
         return [TokenLogprob(piece, float(value)) for piece, value in zip(pieces, found, strict=True)]
 
 

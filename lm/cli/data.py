@@ -24,7 +24,7 @@ from lm.web.text import visible
 if TYPE_CHECKING:
     from lm.data.prompts import Prompts
     from lm.data.split import Places
-    from lm.data.tokenizer import SubwordTokenizer
+    from lm.data.text_tokenizer import TextTokenizer
     from lm.types import TokenBatch
 
 TAKES_OVERRIDES = True
@@ -70,7 +70,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 def stage_lines(
     stage: Stage,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     seed: int,
     step: int,
     rows: int,

@@ -1,18 +1,17 @@
-"""Conversations: validation, extraction from rows, and rendering to tokens and loss mask (ChatML)."""
+"""Conversations: validation, and extraction from rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 from lm.data import bad_rows, json_text
 from lm.data.bad_rows import BadRow, Unreadable, missing_columns
 from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, canonical, flag
-from lm.data.tokenizer import TURN_END, TURN_START
+from lm.data.text_tokenizer import LossOn, Message, Rendered, TextTokenizer
 
-Message = Mapping[str, Any]  # role, content, and `train`: False where a flag takes the turn out of the loss
 ROLES = ("system", "user", "assistant")
 LARGEST_MARGIN = 3e38  # of a float32
 SHOWN_BEFORE = 20  # characters shown before the place where two prompts differ
@@ -27,59 +26,19 @@ TOOL_COLUMNS = ("tools", "functions")
 NO_TOOLS = "the chat format of lm has none; leave such conversations out"
 
 
-class Codec(Protocol):
-    """The part of a tokenizer that the renderer uses."""
-
-    @property
-    def special_ids(self) -> Mapping[str, int]: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_offsets(self, text: str) -> tuple[list[int], list[int]]: ...
-
-
-class Rendered(NamedTuple):
-    """Token ids and loss mask: 1 for each token that the loss covers."""
-
-    tokens: list[int]
-    mask: list[int]
-
-
 def render(
     messages: Sequence[Message],
-    tokenizer: Codec,
+    tokenizer: TextTokenizer,
     generation_prompt: bool = False,
-    loss_on: Literal["answers", "all"] = "answers",
+    loss_on: LossOn = "answers",
     learn_end: bool = True,
+    where: str = "",
 ) -> Rendered:
-    """Render messages in ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n` each, then optionally the assistant's header.
-
-    The text between two special tokens is encoded as one string. The loss mask covers an assistant's content and
-    its `<|im_end|>` (`loss_on` all: every token of every turn); without `learn_end` no `<|im_end|>`, and nothing of a turn with
-    `train` False. A token that straddles header and content is covered. Does not validate the messages.
-    """
-    start, end = tokenizer.special_ids[TURN_START], tokenizer.special_ids[TURN_END]
-    newline = tokenizer.encode("\n")
-    tokens: list[int] = []
-    mask: list[int] = []
-    for message in messages:
-        header, content = message["role"] + "\n", message["content"]
-        learnt = message.get("train", True)
-        if learnt and loss_on == "answers" and message["role"] == "assistant":
-            ids, starts = tokenizer.encode_offsets(header + content)
-            ends = [*starts[1:], len(header) + len(content)]
-            inside = [int(s >= len(header) or e > len(header)) for s, e in zip(starts, ends, strict=True)]
-            mask += [0, *inside, int(learn_end), *([0] * len(newline))]
-        else:
-            ids = tokenizer.encode(header + content)
-            all_of_it = int(learnt and loss_on == "all")
-            mask += [all_of_it] * (1 + len(ids)) + [all_of_it and int(learn_end)] + [all_of_it] * len(newline)
-        tokens += [start, *ids, end, *newline]
-    if generation_prompt:
-        header_ids = [start, *tokenizer.encode("assistant\n")]
-        tokens += header_ids
-        mask += [0] * len(header_ids)
-    return Rendered(tokens, mask)
+    """Render messages in the tokenizer's chat format; see `TextTokenizer.render`. A BadRow that it raises names `where`."""
+    try:
+        return tokenizer.render(messages, generation_prompt, loss_on, learn_end)
+    except BadRow as error:
+        raise BadRow(f"{where}: {error}" if where else str(error), error.reason) from error
 
 
 def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> None:

@@ -24,7 +24,7 @@ from lm.data.selection import (
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.supply import Order, Supply, answers, conversations, pairs, windows
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import UserError
 from lm.types import LabelledBatch, PairBatch, TokenBatch, array_fields
 
@@ -129,7 +129,7 @@ def _batch_of(rows: list[packing.PackedRow]) -> TokenBatch:
 
 
 def make_feed(
-    stage: values.Stage, tokenizer: SubwordTokenizer, seed: int, split: Split = "train", elsewhere: Places = NOWHERE
+    stage: values.Stage, tokenizer: TextTokenizer, seed: int, split: Split = "train", elsewhere: Places = NOWHERE
 ) -> Feed:
     """The feed of a stage that does not sample, over its training or its held-out examples.
 

@@ -17,7 +17,7 @@ from lm.data.selection import WITHHELD, Split, fingerprint, order_key, select, s
 from lm.data.sources import NOWHERE, Rows
 from lm.data.split import Places
 from lm.data.supply import LOOKED_AT, Order, Tally, excerpt
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokens import unread_columns
 from lm.experiment import Source, UserError
 
@@ -52,7 +52,7 @@ class PromptFeed:
     shares: tuple[Fraction, ...]
     batch_size: int
     prompt_len: int
-    tokenizer: SubwordTokenizer
+    tokenizer: TextTokenizer
     fingerprint: str
     rows: int | None
     messages: MessagesOf = chat.prompt_messages
@@ -100,7 +100,7 @@ def make_prompt_feed(
     sources: Sequence[Source],
     batch_size: int,
     prompt_len: int,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     seed: int,
     split: Split = "train",
     columns: Sequence[ColumnNeed] = (),
@@ -143,7 +143,7 @@ def make_prompt_feed(
 def encode_prompts(
     rows: Sequence[Mapping[str, Any]],
     prompt_len: int,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     wheres: Sequence[str] | None = None,
     messages: MessagesOf = chat.prompt_messages,
 ) -> Prompts:
@@ -152,14 +152,14 @@ def encode_prompts(
     `wheres` name the rows in errors. Raises UserError if one is too long.
     """
     wheres = wheres or [f"prompt {number}" for number in range(1, len(rows) + 1)]
-    prompts = [_tokens(messages(row, where), tokenizer) for row, where in zip(rows, wheres, strict=True)]
+    prompts = [_tokens(messages(row, where), tokenizer, where) for row, where in zip(rows, wheres, strict=True)]
     _check_lengths([len(prompt) for prompt in prompts], wheres, prompt_len)
     tokens, lengths = packing.left_pad(prompts, prompt_len, tokenizer.pad_id)
     return Prompts(tokens, lengths, [dict(row) for row in rows])
 
 
-def _tokens(messages: Sequence[chat.Message], tokenizer: SubwordTokenizer) -> list[int]:
-    return chat.render(messages, tokenizer, generation_prompt=True).tokens
+def _tokens(messages: Sequence[chat.Message], tokenizer: TextTokenizer, where: str) -> list[int]:
+    return chat.render(messages, tokenizer, generation_prompt=True, where=where).tokens
 
 
 class _Found(NamedTuple):
@@ -172,7 +172,7 @@ class _Found(NamedTuple):
 
 
 def _look_at(
-    rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer, columns: Sequence[ColumnNeed], messages: MessagesOf
+    rows: Rows, indices: Sequence[int], tokenizer: TextTokenizer, columns: Sequence[ColumnNeed], messages: MessagesOf
 ) -> _Found:
     """Measure prompts. Raises BadRow for the first row without a prompt or a column, unless the source drops bad rows."""
     lengths, flaws = np.zeros((2, len(indices)), np.int64)
@@ -181,7 +181,7 @@ def _look_at(
         row, where = rows[index], rows.where(index)
         try:
             bad_rows.check_columns(row, columns, where)
-            lengths[number] = len(_tokens(messages(row, where), tokenizer))
+            lengths[number] = len(_tokens(messages(row, where), tokenizer, where))
         except BadRow as error:
             if not rows.drop:
                 raise BadRow(f"{error}{ADVICE}", error.reason) from error

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import sentencepiece
 
+from lm.data.chatml import END_OF_TEXT, SPECIALS, TURN_END, TURN_START, render_chatml
+from lm.data.text_tokenizer import LossOn, Message, Rendered
 from lm.experiment import UserError
 from lm.stored import write_atomic
 
-END_OF_TEXT, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 FILE_NAME = "tokenizer.model"
 TRAINING_BYTES = 2_000_000
 CHUNK = 4_000  # characters; the training text consists of whole chunks, evenly spread
@@ -35,6 +36,8 @@ UNTRAINABLE = re.compile("[\0\r\u2585]+")  # sentencepiece drops training lines 
 
 class SubwordTokenizer:
     """A sentencepiece model with ChatML's special tokens, given as its serialised bytes."""
+
+    has_template = False
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         self.model = model
@@ -51,6 +54,8 @@ class SubwordTokenizer:
         self._special_names = {index: piece.encode() for piece, index in self.special_ids.items()}
         self.pad_id = self.special_ids[END_OF_TEXT]
         self.eos_id = self.special_ids[TURN_END]
+        self.end_ids: tuple[int, ...] = (self.eos_id,)
+        self.document_ids = (self.pad_id, self.pad_id)
         self._bytes = [_piece_bytes(self._sp, index) for index in range(self.vocab_size)]
         self._char_starts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in self._bytes]
         self._space_name_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -99,6 +104,20 @@ class SubwordTokenizer:
             text = self.decode(run, specials=special)
             parts.append(text if special else text.replace("<|", "<\\|").replace("|>", "|\\>"))
         return "".join(parts)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool = False,
+        loss_on: LossOn = "answers",
+        learn_end: bool = True,
+    ) -> Rendered:
+        """Render a conversation in ChatML."""
+        return render_chatml(messages, self, generation_prompt, loss_on, learn_end)
+
+    def continuation(self, messages: Sequence[Message], reply: Sequence[Message]) -> list[int]:
+        """The ids behind the end token of the last message, up to where the assistant answers the reply."""
+        return [*self.encode("\n"), *self.render(reply, generation_prompt=True).tokens]
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/tokenizer.model` atomically; returns its path."""

@@ -20,7 +20,7 @@ from lm.data.cache import Entry, Writer, current_cache
 from lm.data.packing import Example
 from lm.data.readers import Row
 from lm.data.sources import Rows
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import LEFT_OUT, TextTokenizer
 from lm.data.workers import WorkerPool
 
 NEVER = np.iinfo(np.int32).max  # `firsts` of an example without any loss
@@ -29,7 +29,17 @@ ENCODED_AT_ONCE = 256  # documents (or rows in memory) whose tokens are Python i
 
 Named = tuple[Row, str]  # a row, and its location for messages
 Columns = dict[str, np.ndarray]
-ANSWERED = ("firsts", "trained", "prompts", "flaws", "margins", "ties", "labels")  # columns of some kinds only
+ANSWERED = (
+    "firsts",
+    "trained",
+    "prompts",
+    "flaws",
+    "margins",
+    "ties",
+    "labels",
+    "straddling",
+    "left_out",
+)  # columns of some kinds only
 Reads = Literal["documents", "conversations", "pairs", "judged", "prompts"]
 
 
@@ -55,12 +65,13 @@ class Kind(NamedTuple):
     tokens [tokens], lengths [examples], flaws [examples] (an index into REASONS; an example with a flaw is not trained on);
     for conversations and pairs also mask [tokens] (1: loss), firsts [examples] (the
     first masked place past the first token, or NEVER) and trained [examples] (their number); for pairs and labelled answers also
-    prompts [examples] (start of the last turn); for pairs margins and ties [examples], for labelled answers labels
+    prompts [examples] (start of the last turn); of a model's chat template straddling [examples] (tokens with characters of
+    an answer and others) and left_out [examples] (bits by number in LEFT_OUT); for pairs margins and ties [examples], for labelled answers labels
     [examples] (1: desirable). `unread` has the columns and keys that were not read, a line each.
     """
 
     make: Callable[[Row, str, Rendering], Made]
-    encode: Callable[[SubwordTokenizer, Sequence[Any], Rendering], Columns]
+    encode: Callable[[TextTokenizer, Sequence[Any], Rendering], Columns]
     reads: Reads
     rendering: Rendering = Rendering()
     examples_a_row: int = 1
@@ -85,6 +96,8 @@ class Store:
     margins: Float32[np.ndarray, " N"] | None = None
     ties: Int[np.ndarray, " N"] | None = None
     labels: Int[np.ndarray, " N"] | None = None
+    straddling: Int[np.ndarray, " N"] | None = None
+    left_out: Int[np.ndarray, " N"] | None = None
     unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -130,7 +143,7 @@ class Store:
         return Example(tokens, mask)
 
 
-def store_of(rows: Rows, kind: str, tokenizer: SubwordTokenizer) -> Store:
+def store_of(rows: Rows, kind: str, tokenizer: TextTokenizer) -> Store:
     """The tokenised examples of a finite source, from the cache or computed now."""
     cache = current_cache()
     made_of = {"kind": kind, "tokenizer": tokenizer.fingerprint} | rows.reading()
@@ -158,7 +171,7 @@ def store_of(rows: Rows, kind: str, tokenizer: SubwordTokenizer) -> Store:
         return _store(pool.each(entry, rows.parts))
 
 
-def store_in_memory(named: Iterable[Named], kind: str, tokenizer: SubwordTokenizer, drop: bool = False) -> Store:
+def store_in_memory(named: Iterable[Named], kind: str, tokenizer: TextTokenizer, drop: bool = False) -> Store:
     """Tokenise a few rows without caching; `drop` keeps bad rows as flaws instead of raising."""
     pieces = list(_in_pieces(named, kind, tokenizer, drop))
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -213,20 +226,20 @@ def _append(writer: Writer, columns: Columns) -> None:
         writer.append(name, values)
 
 
-def _in_pieces(named: Iterable[Named], kind: str, tokenizer: SubwordTokenizer, drop: bool) -> Iterator[Columns]:
+def _in_pieces(named: Iterable[Named], kind: str, tokenizer: TextTokenizer, drop: bool) -> Iterator[Columns]:
     todo = iter(named)
     while some := list(islice(todo, ENCODED_AT_ONCE)):
         yield encode(KINDS[kind], tokenizer, some, drop)
 
 
-def _encode_piece(shared: tuple[str, SubwordTokenizer, bool], piece: readers.Piece) -> tuple[int, Columns]:
+def _encode_piece(shared: tuple[str, TextTokenizer, bool], piece: readers.Piece) -> tuple[int, Columns]:
     """Tokenise a piece of a file: (bytes of text, columns)."""
     kind, tokenizer, drop = shared
     named = ((row, piece.where(place)) for place, row in enumerate(readers.read(piece)))
     return piece.text_bytes, encode(KINDS[kind], tokenizer, named, drop)
 
 
-def encode(kind: Kind, tokenizer: SubwordTokenizer, named: Iterable[Named], drop: bool) -> Columns:
+def encode(kind: Kind, tokenizer: TextTokenizer, named: Iterable[Named], drop: bool) -> Columns:
     """Tokenise rows into columns. A bad row raises; with `drop` it is an example without tokens."""
     todo, unread = iter(named), dict[str, None]()
     parts: list[Columns] = []
@@ -235,7 +248,7 @@ def encode(kind: Kind, tokenizer: SubwordTokenizer, named: Iterable[Named], drop
         for row, _ in some if len(unread) < UNREAD_KEPT else ():
             unread |= dict.fromkeys(unread_columns(row, kind.reads, ("margin",) if kind.rendering.margins else ()))
         each = kind.examples_a_row
-        columns = kind.encode(tokenizer, [example for one in made for example in one.examples], kind.rendering)
+        made, columns = _encoded(kind, tokenizer, made, [where for _, where in some], drop)
         columns["flaws"] = np.repeat(np.array([one.flaw for one in made], np.int8), each)
         for name, dtype in kind.numbers.items():
             columns[name] = np.repeat(np.array([one.numbers.get(name, 0) for one in made], dtype), each)
@@ -255,6 +268,27 @@ def _made(kind: Kind, row: Row, where: str, drop: bool) -> Made:
         return Made((None,) * kind.examples_a_row, flaw=error.reason)
 
 
+def _encoded(
+    kind: Kind, tokenizer: TextTokenizer, made: list[Made], wheres: Sequence[str], drop: bool
+) -> tuple[list[Made], Columns]:
+    """The columns of examples, without those that the chat template refuses."""
+    try:
+        return made, kind.encode(tokenizer, [example for one in made for example in one.examples], kind.rendering)
+    except BadRow:
+        kept = [_renderable(kind, tokenizer, one, where, drop) for one, where in zip(made, wheres, strict=True)]
+        return kept, kind.encode(tokenizer, [example for one in kept for example in one.examples], kind.rendering)
+
+
+def _renderable(kind: Kind, tokenizer: TextTokenizer, made: Made, where: str, drop: bool) -> Made:
+    try:
+        kind.encode(tokenizer, made.examples, kind.rendering)
+        return made
+    except BadRow as error:
+        if not drop:
+            raise BadRow(f"{where}: {error}", error.reason) from error
+        return Made((None,) * kind.examples_a_row, flaw=error.reason)
+
+
 def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterator[str]:
     """Columns of a row, and keys of its turns, that this kind does not read; `others` are read too."""
     if isinstance(row, Unreadable):
@@ -270,7 +304,7 @@ def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterat
                     yield from (f"{name}[].{key}" for key, value in turn.items() if key not in chat.READ_KEYS and value)
 
 
-def _dtype(tokenizer: SubwordTokenizer) -> type:
+def _dtype(tokenizer: TextTokenizer) -> type:
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
 
 
@@ -279,11 +313,11 @@ def _make_document(row: Row, where: str, _: Rendering) -> Made:
     return Made((text,)) if text.strip() else Made((None,), flaw=bad_rows.EMPTY_TEXT)
 
 
-def _encode_documents(tokenizer: SubwordTokenizer, texts: Sequence[str | None], _: Rendering) -> Columns:
+def _encode_documents(tokenizer: TextTokenizer, texts: Sequence[str | None], _: Rendering) -> Columns:
     """Encode documents with an end-of-text token before and after each."""
-    dtype, pad = _dtype(tokenizer), tokenizer.pad_id
+    dtype, (start, end) = _dtype(tokenizer), tokenizer.document_ids
     encoded = iter(tokenizer.encode_batch([text for text in texts if text is not None]))
-    pieces: list[np.ndarray] = [np.array([] if text is None else [pad, *next(encoded), pad], dtype) for text in texts]
+    pieces: list[np.ndarray] = [np.array([] if text is None else [start, *next(encoded), end], dtype) for text in texts]
     return {"tokens": np.concatenate(pieces), "lengths": np.array([len(piece) for piece in pieces], np.int32)}
 
 
@@ -310,7 +344,7 @@ def _make_judged(row: Row, where: str, _: Rendering) -> Made:
     return Made((messages,), {"labels": label}, _flaw(messages))
 
 
-def _encode_conversations(tokenizer: SubwordTokenizer, conversations: Sequence[Any], how: Rendering) -> Columns:
+def _encode_conversations(tokenizer: TextTokenizer, conversations: Sequence[Any], how: Rendering) -> Columns:
     return _examples(
         tokenizer,
         [
@@ -322,21 +356,27 @@ def _encode_conversations(tokenizer: SubwordTokenizer, conversations: Sequence[A
     )
 
 
-def _encode_answers(tokenizer: SubwordTokenizer, conversations: Sequence[Any], _: Rendering) -> Columns:
+def _encode_answers(tokenizer: TextTokenizer, conversations: Sequence[Any], _: Rendering) -> Columns:
     """Encode conversations with loss on the last turn only."""
     examples, prompts = [], []
     for messages in conversations:
-        tokens, mask = chat.render(messages or [], tokenizer)
-        start = len(tokens) - 1 - tokens[::-1].index(tokenizer.special_ids[chat.TURN_START]) if tokens else 0
-        examples.append(chat.Rendered(tokens, [0] * start + mask[start:]))
+        found = chat.render(messages, tokenizer) if messages else chat.Rendered([], [])
+        start = found.last_turn
+        examples.append(found._replace(mask=[0] * start + found.mask[start:]))
         prompts.append(start)
     return _examples(tokenizer, examples) | {"prompts": np.array(prompts, np.int32)}
 
 
-def _examples(tokenizer: SubwordTokenizer, examples: Sequence[chat.Rendered]) -> Columns:
+def _examples(tokenizer: TextTokenizer, examples: Sequence[chat.Rendered]) -> Columns:
     masks = [np.array(example.mask, np.int8) for example in examples]
     trained = [np.flatnonzero(mask[1:]) + 1 for mask in masks]
-    return {
+    left_out = [sum(1 << LEFT_OUT.index(name) for name in example.left_out) for example in examples]
+    by_template: Columns = {
+        "straddling": np.array([example.straddling for example in examples], np.int32),
+        "left_out": np.array(left_out, np.int16),
+    }
+    columns: Columns = by_template if tokenizer.has_template else {}
+    return columns | {
         "tokens": np.concatenate([np.array(example.tokens, _dtype(tokenizer)) for example in examples]),
         "mask": np.concatenate(masks),
         "lengths": np.array([len(mask) for mask in masks], np.int32),

@@ -29,7 +29,7 @@ from lm.data.bad_rows import (
 )
 from lm.data.chat import is_tie, render, training_messages
 from lm.data.selection import heldout_rows
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokens import left_out, store_in_memory
 from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, UserError
@@ -70,7 +70,7 @@ class Examples:
         return line + (f"; {self.cut} left-truncated" if self.cut else "")
 
 
-def read_examples(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: Collection[str] = ()) -> Examples:
+def read_examples(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: Collection[str] = ()) -> Examples:
     """Read the examples of an eval for a model with a context of `max_len` tokens.
 
     Args:
@@ -96,16 +96,16 @@ def talks_of(experiment: Experiment) -> frozenset[str]:
     return frozenset(read[False] - read[True])
 
 
-def _bits(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
+def _bits(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) -> Examples:
     """Examples of bits_per_byte: windows of documents where rows have a `text`, else (or for `talks`) conversations."""
     looked_at = itertools.islice(heldout_rows(item.source), LOOKED_AT)
     documents = not talks and any(isinstance(row.get("text"), str) for row, _ in looked_at)
     return (_documents if documents else _conversations)(item, tokenizer, max_len)
 
 
-def _documents(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Examples:
+def _documents(item: Eval, tokenizer: TextTokenizer, max_len: int) -> Examples:
     """At least `count` windows of documents; the last document may be truncated."""
-    found = Examples(DOCUMENTS)
+    found, (start, end) = Examples(DOCUMENTS), tokenizer.document_ids
 
     def add(row: dict[str, Any], where: str) -> str:
         if isinstance(row, Unreadable):
@@ -117,20 +117,20 @@ def _documents(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Example
         data = text.encode(errors="replace")[:most].decode(errors="ignore")
         if not data.strip():
             return REASONS[EMPTY_TEXT]
-        found.encoded.extend(windows([tokenizer.pad_id, *tokenizer.encode(data), tokenizer.pad_id], max_len))
+        found.encoded.extend(windows([start, *tokenizer.encode(data), end], max_len))
         found.texts.append(data.encode(errors="replace"))
         return ""
 
     return _filled(item, found, add)
 
 
-def _conversations(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Examples:
+def _conversations(item: Eval, tokenizer: TextTokenizer, max_len: int) -> Examples:
     """Conversations that fit in the context, with the loss mask of their answers."""
     found, seen = Examples("conversations"), set[tuple[int, ...]]()
 
     def add(row: dict[str, Any], where: str) -> str:
         messages = training_messages(row, where)
-        tokens, mask = render(messages, tokenizer)
+        tokens, mask = render(messages, tokenizer, where=where)[:2]
         answers = [turn["content"] for turn in messages if turn["role"] == "assistant" and turn.get("train", True)]
         if not answers:
             return REASONS[UNMARKED]
@@ -148,7 +148,7 @@ def _conversations(item: Eval, tokenizer: SubwordTokenizer, max_len: int) -> Exa
     return _filled(item, found, add)
 
 
-def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
+def _prompts(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) -> Examples:
     """Distinct prompts that leave room for an answer, of rows with the columns that the verifier needs."""
     found, seen = Examples("prompts"), set[tuple[Any, ...]]()
     room, spec = max_len - item.max_new_tokens, spec_of(item)
@@ -157,7 +157,7 @@ def _prompts(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool)
         check_columns(
             row, spec.columns, where, f"the verifier {item.verifier}" if not item.environment else "the environment"
         )
-        tokens = render(spec.messages(row, where), tokenizer, generation_prompt=True).tokens
+        tokens = render(spec.messages(row, where), tokenizer, generation_prompt=True, where=where).tokens
         if len(tokens) > room:
             return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
         # The tasks of an environment may differ in more than their first messages.
@@ -178,7 +178,7 @@ def spec_of(item: Eval) -> EnvironmentSpec:
     return environment_spec((item.verifier,), item.environment, where, where, item.reward_seconds)
 
 
-def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -> Examples:
+def _pairs(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) -> Examples:
     """Distinct pairs without ties of which some of both answers fits in the context."""
     found, seen = Examples("pairs"), set[tuple[tuple[int, ...], ...]]()
     cut = 0
@@ -203,7 +203,7 @@ def _pairs(item: Eval, tokenizer: SubwordTokenizer, max_len: int, talks: bool) -
 
 
 def encode_pair(
-    row: Mapping[str, Any], where: str, tokenizer: SubwordTokenizer, max_len: int
+    row: Mapping[str, Any], where: str, tokenizer: TextTokenizer, max_len: int
 ) -> tuple[list[Row], bool] | str:
     """Encode both sides of a pair, left-truncated as in preference stages, and whether they were; or why it is skipped."""
     if is_tie(row, where):
@@ -239,7 +239,7 @@ def _filled(item: Eval, found: Examples, add: Callable[[dict[str, Any], str], st
 
 DOCUMENTS = "rows of tokens"
 TIED = "tied"
-READERS: dict[str, Callable[[Eval, SubwordTokenizer, int, bool], Examples]] = {
+READERS: dict[str, Callable[[Eval, TextTokenizer, int, bool], Examples]] = {
     "bits_per_byte": _bits,
     "reward": _prompts,
     "best_of_n": _prompts,

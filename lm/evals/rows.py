@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import last_scores, token_logprobs
@@ -61,7 +61,7 @@ class Subject(Generic[Measurable]):
     """
 
     model: Measurable
-    tokenizer: SubwordTokenizer
+    tokenizer: TextTokenizer
     reference: Transformer | None = None
     scorers: tuple[Scorer, ...] = ()
     seed: int = 0

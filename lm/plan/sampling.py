@@ -75,7 +75,7 @@ def sampling(program: Program) -> Sampling | None:
         temperature=objective.temperature,
         group_size=group_size,
         max_new_tokens=objective.max_new_tokens,
-        eos_id=0,
+        end_ids=(0,),
         pad_id=0,
     )
     with jax.sharding.use_abstract_mesh(single_device_mesh(program)):

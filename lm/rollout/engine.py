@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
 from lm.data.packing import left_pad
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch
@@ -69,7 +69,7 @@ class LocalEngine:
     """The engine of this process; `version` is the number of training steps of its model's weights."""
 
     model: Transformer
-    tokenizer: SubwordTokenizer
+    tokenizer: TextTokenizer
     version: int = 0
 
     def complete(self, request: Request) -> list[Completion]:
@@ -81,17 +81,17 @@ class LocalEngine:
             generate(
                 self.model, tokens, lengths, request.key, request.temperature, limits, group_size=request.group_size,
                 max_new_tokens=request.max_new_tokens, top_k=request.top_k, top_p=request.top_p,
-                eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
+                end_ids=self.tokenizer.end_ids, pad_id=self.tokenizer.pad_id,
             )
         )  # fmt: skip
         return [self._completion(*row) for row in zip(out.tokens, out.logp, out.mask.sum(1).tolist(), strict=True)]
 
     def _completion(self, tokens: np.ndarray, logp: np.ndarray, size: int) -> Completion:
-        ended = size > 0 and int(tokens[size - 1]) == self.tokenizer.eos_id
+        ended = size > 0 and int(tokens[size - 1]) in self.tokenizer.end_ids
         return Completion(tokens[:size], logp[:size], np.ones(size, bool), ended, self.version)
 
 
-def completion_text(tokenizer: SubwordTokenizer, completion: Completion) -> str:
+def completion_text(tokenizer: TextTokenizer, completion: Completion) -> str:
     """The text of a completion, without its end token."""
     return tokenizer.decode(completion.tokens[: len(completion.tokens) - completion.ended].tolist())
 
@@ -106,7 +106,7 @@ class TextCompletion:
 
 def generate_text(
     model: Transformer,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     prompts: list[str] | list[list[dict]],
     *,
     max_new_tokens: int = 128,

@@ -20,11 +20,11 @@ from jaxtyping import Int32, PRNGKeyArray
 from lm.config.field import shown
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, ColumnNeed
-from lm.data.chat import check_conversation, prompt_messages, render
+from lm.data.chat import check_conversation, prompt_messages
 from lm.data.prompts import MessagesOf, PromptFeed, make_prompt_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
 from lm.rollout.engine import Completion, Engine, Request, completion_text
@@ -93,7 +93,7 @@ class Tasks:
     spec: EnvironmentSpec
 
 
-def make_tasks(stage: Stage, tokenizer: SubwordTokenizer, seed: int, elsewhere: Places = NOWHERE) -> Tasks:
+def make_tasks(stage: Stage, tokenizer: TextTokenizer, seed: int, elsewhere: Places = NOWHERE) -> Tasks:
     """The tasks of a stage that samples. Prompts of `elsewhere` are left out.
 
     Raises:
@@ -169,7 +169,7 @@ def run_episodes(
     spec: EnvironmentSpec,
     rows: Sequence[Mapping[str, Any]],
     request: Request,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
 ) -> list[Episode]:
     """Every episode to its end, `group_size` neighbours to a row; `request` is of the first turn, with a width."""
     episodes = [
@@ -235,19 +235,19 @@ class Episode:
         """Tokens after the prompt."""
         return sum(len(tokens) for tokens, _, _ in self.parts) - self.prompt_length
 
-    def complete(self, completion: Completion, tokenizer: SubwordTokenizer) -> None:
+    def complete(self, completion: Completion, tokenizer: TextTokenizer) -> None:
         """Add a turn of the model's."""
         self._add(completion.tokens, np.where(completion.sampled, MODEL, ENVIRONMENT), completion.logp)
         self.text, self.completed = completion_text(tokenizer, completion), completion.ended
         self.version = completion.version
         self.messages.append({"role": "assistant", "content": self.text, "author": AUTHORS[MODEL]})
 
-    def proceed(self, reply: Messages | str | None, tokenizer: SubwordTokenizer, budget: int) -> None:
+    def proceed(self, reply: Messages | str | None, tokenizer: TextTokenizer, budget: int) -> None:
         """Add the environment's reply, or end: where there is none, or no room for a token behind it."""
         if not isinstance(reply, list):
             self.finish = reply or (STOP if self.completed else LENGTH)
             return
-        tokens = [*tokenizer.encode("\n"), *render(reply, tokenizer, generation_prompt=True).tokens]
+        tokens = tokenizer.continuation(self.messages, reply)
         if not self.completed or self.used + len(tokens) >= budget:
             self.finish = LENGTH
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import operator
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.data.chat import render
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import KVCache, Transformer, num_params
 from lm.parallel.rules import constrain, split_ways
@@ -69,7 +70,7 @@ def choose(
     return token, logp
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p", "eos_id", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p", "end_ids", "pad_id"))
 def generate(
     model: Transformer,
     tokens: Int[Array, "P S"],
@@ -82,7 +83,7 @@ def generate(
     max_new_tokens: int,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_id: int,
+    end_ids: tuple[int, ...],
     pad_id: int,
 ) -> Samples:
     """Complete left-padded prompts; compiles once per shape and stops when every row has ended.
@@ -92,6 +93,7 @@ def generate(
         temperature: 0 is greedy. A traced number: other temperatures do not compile again.
         limits: most tokens of each completion, where fewer than max_new_tokens.
         group_size: completions of each prompt, which are neighbours. The prompt is read once.
+        end_ids: the tokens that end a completion.
     """
     model = model.for_sampling()
     rows, width = len(tokens) * group_size, tokens.shape[1]
@@ -114,7 +116,7 @@ def generate(
         hidden, cache = model.extend(
             cache, width + step, token[:, None], (lengths + step)[:, None], jnp.ones((rows, 1), jnp.int32)
         )
-        done = done | (token == eos_id)
+        done = functools.reduce(operator.or_, (token == one for one in end_ids), done)
         if limits is not None:
             done = done | (step + 1 >= limits)
         return step + 1, done, model.logits(hidden[:, 0]), cache, out
@@ -145,10 +147,10 @@ def _read(
     return repeat(found) if once else found
 
 
-def encode_prompt(tokenizer: SubwordTokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
+def encode_prompt(tokenizer: TextTokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
     """Tokens of a chat (or a single user turn) up to the start of the assistant's turn; raw: of the start of a document."""
     if raw:
-        return [tokenizer.pad_id, *tokenizer.encode(str(prompt))]
+        return [tokenizer.document_ids[0], *tokenizer.encode(str(prompt))]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return render(messages, tokenizer, generation_prompt=True).tokens
 
@@ -190,7 +192,7 @@ def _stream_step(
 
 def stream(
     model: Transformer,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     messages: list[dict],
     *,
     max_new_tokens: int = 256,
@@ -227,7 +229,7 @@ def stream(
     ids: list[int] = []
     shown = ""
     for number in range(1, min(max_new_tokens, room) + 1):
-        if token == tokenizer.eos_id:
+        if token in tokenizer.end_ids:
             return
         ids.append(token)
         text = tokenizer.decode(ids)

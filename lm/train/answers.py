@@ -172,7 +172,7 @@ def best_answers(
     rows = []
     for prompt, answer in zip(repeated, answers, strict=True):
         said = [*chat.as_messages(prompt), *chat.as_messages(answer.text, "assistant")]
-        tokens, mask = chat.render(said, loaded.tokenizer)
+        tokens, mask = chat.render(said, loaded.tokenizer)[:2]
         rows.append((tokens, last_span(mask)))
     longest = max(len(tokens) for tokens, _ in rows)
     width = rounded(longest, longest + 15)  # an answer rendered again, with its end token, may have more tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.selection import EmptySplit
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.evals.examples import Examples, read_examples, talks_of
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
@@ -38,7 +38,7 @@ class Evaluator:
         self,
         experiment: Experiment,
         folder: RunFolder,
-        tokenizer: SubwordTokenizer,
+        tokenizer: TextTokenizer,
         reference: Callable[[], Transformer | None],
         scorers: Callable[[], tuple[Scorer, ...]] = lambda: (),
     ):
@@ -205,7 +205,7 @@ def uncollected(item: Eval) -> bool:
     return is_collected(item.source) and not Path(item.source.path).exists()
 
 
-def check_evals(experiment: Experiment, tokenizer: SubwordTokenizer) -> list[str]:
+def check_evals(experiment: Experiment, tokenizer: TextTokenizer) -> list[str]:
     """A line for every eval whose data exists: how many examples it measures and skips.
 
     Raises:

@@ -20,7 +20,7 @@ from jaxtyping import PRNGKeyArray
 from lm.algorithms.table import algorithm_of, first_state, flops_per_token
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.evals.rows import calling_between_batches
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops
@@ -60,7 +60,7 @@ class RunContext:
 
     experiment: Experiment
     folder: RunFolder
-    tokenizer: SubwordTokenizer
+    tokenizer: TextTokenizer
     mesh: Mesh
     stop: Stop
     watchdog: Watchdog

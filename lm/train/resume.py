@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm.changes import Changes
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Experiment, UserError
 from lm.stored import file_sha256, write_sealed
 from lm.train.checkpoint import Checkpoints
@@ -23,7 +23,7 @@ SHOWN = 3
 RunInputs = dict[str, Any]
 
 
-def run_inputs(tokenizer: SubwordTokenizer, data: Mapping[str, str]) -> RunInputs:
+def run_inputs(tokenizer: TextTokenizer, data: Mapping[str, str]) -> RunInputs:
     """The inputs of a run: fingerprints of its sources by path and of its tokenizer, and versions."""
     versions = {name: version for name, version in package_versions().items() if name in COMPARED}
     python = ".".join(platform.python_version_tuple()[:2])

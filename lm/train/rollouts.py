@@ -15,7 +15,7 @@ from lm.algorithms.table import algorithm_of
 from lm.data.pipeline import make_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import (
     Experiment,
     Model,
@@ -56,7 +56,7 @@ class RolloutBatches(Batches):
     cost = "sample_seconds"
 
     def __init__(
-        self, experiment: Experiment, index: int, tokenizer: SubwordTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
+        self, experiment: Experiment, index: int, tokenizer: TextTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
     ):
         self.place, self.notes = batch_sharding(mesh), {}
         self.stage, self.tokenizer = experiment.stages[index], tokenizer
@@ -118,7 +118,7 @@ class RolloutBatches(Batches):
 
 
 def make_batches(
-    experiment: Experiment, index: int, tokenizer: SubwordTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
+    experiment: Experiment, index: int, tokenizer: TextTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
 ) -> Batches:
     """Make the batches of a stage on the devices of the mesh; each process makes only the rows of its devices.
 

@@ -15,7 +15,7 @@ from lm.data.chat import (
     render,
     training_messages,
 )
-from lm.data.tokenizer import SPECIALS
+from lm.data.chatml import SPECIALS, render_chatml
 from lm.experiment import UserError
 
 
@@ -40,11 +40,14 @@ def test_golden_conversations_token_for_token(golden):
     cases = json.loads((golden / "chat" / "conversations.json").read_text())["conversations"]
     assert cases
     for case in cases:
-        tokens, mask = render(case["messages"], adapter)
+        tokens, mask = render_chatml(case["messages"], adapter)[:2]
         assert tokens == case["input_ids"]
         assert mask == case["assistant_masks"]
         assert np.where(mask, tokens, -100).tolist() == case["labels"]
-        assert render(case["messages"], adapter, generation_prompt=True).tokens == case["input_ids_generation_prompt"]
+        assert (
+            render_chatml(case["messages"], adapter, generation_prompt=True).tokens
+            == case["input_ids_generation_prompt"]
+        )
 
 
 TALK = [
@@ -55,14 +58,14 @@ TALK = [
 
 
 def test_the_mask_covers_the_answer_and_its_end_and_nothing_else(tokenizer):
-    tokens, mask = map(np.array, render(TALK, tokenizer))
+    tokens, mask = map(np.array, render(TALK, tokenizer)[:2])
     assert tokenizer.decode(tokens[mask == 1], specials=True) == "\n  yes\n<|im_end|>"
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK)
     assert tokenizer.decode(tokens, specials=True) == text
 
 
 def test_user_text_cannot_forge_a_turn(tokenizer):
-    tokens, _ = render(TALK, tokenizer)
+    tokens = render(TALK, tokenizer).tokens
     starts, ends = (tokens.count(tokenizer.special_ids[piece]) for piece in ("<|im_start|>", "<|im_end|>"))
     assert starts == ends == len(TALK)
 

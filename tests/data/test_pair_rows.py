@@ -192,7 +192,7 @@ def test_answers_to_different_prompts_are_refused_where_they_part(tmp_path, toke
 
 def pieces_of(messages, tokenizer):
     """(prompt, the answer's header, its text with the end of turn and what follows), token for token."""
-    tokens, mask = chat.render(messages, tokenizer)
+    tokens, mask = chat.render(messages, tokenizer)[:2]
     start = len(tokens) - 1 - tokens[::-1].index(tokenizer.special_ids[TURN_START])
     first = start + mask[start:].index(1)
     return tokens[:start], tokens[start:first], tokens[first:]

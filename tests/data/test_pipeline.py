@@ -317,6 +317,6 @@ def test_the_tokenizer_learns_from_every_source_and_no_held_out_row(tmp_path):
 def test_the_rendering_of_the_feed_is_the_renderer(tokenizer, tmp_path):
     row = talk("Say it", "  it\n")
     feed = make_feed(stage(SFT(), Source(str(write(tmp_path / "a.jsonl", [row])), holdout=0.0)), tokenizer, 0)
-    tokens, mask = render(row["messages"], tokenizer)
+    tokens, mask = render(row["messages"], tokenizer)[:2]
     batch = feed.batch(0)
     assert batch.tokens[0][: len(tokens)].tolist() == tokens and batch.weights[0][: len(mask)].tolist() == mask

@@ -92,14 +92,14 @@ def test_greedy_continuation(family):
     prompts, lengths = jnp.asarray(inputs["gen_prompt_ids"]), jnp.asarray(inputs["gen_prompt_mask"].sum(1))
     out = generate(
         model, prompts, lengths, jax.random.key(0), 0.0,
-        max_new_tokens=inputs["gen_ids"].shape[1], eos_id=-1, pad_id=0,
+        max_new_tokens=inputs["gen_ids"].shape[1], end_ids=(-1,), pad_id=0,
     )  # fmt: skip
     np.testing.assert_array_equal(out.tokens, inputs["gen_ids"])
     np.testing.assert_allclose(out.logp, inputs["gen_logprobs"], atol=2e-5)
     eos = int(inputs["gen_eos_token_id"])
     out = generate(
         model, prompts, lengths, jax.random.key(0), 0.0,
-        max_new_tokens=inputs["gen_ids"].shape[1], eos_id=eos, pad_id=0,
+        max_new_tokens=inputs["gen_ids"].shape[1], end_ids=(eos,), pad_id=0,
     )  # fmt: skip
     np.testing.assert_array_equal(out.tokens, inputs["gen_eos_ids"])
 

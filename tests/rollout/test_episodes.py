@@ -93,7 +93,7 @@ def test_one_turn_is_what_the_sampler_gives_to_the_bit(tokenizer, model):
     tokens, lengths = left_pad(prompts, WIDTH, tokenizer.pad_id)
     out = jax.device_get(
         generate(
-            model, tokens, lengths, key, 0.7, group_size=2, max_new_tokens=16, eos_id=tokenizer.eos_id,
+            model, tokens, lengths, key, 0.7, group_size=2, max_new_tokens=16, end_ids=tokenizer.end_ids,
             pad_id=tokenizer.pad_id,
         )
     )  # fmt: skip

@@ -1,0 +1,97 @@
+"""What the rest of the code asks of a tokenizer, be it trained here or a published model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+Message = Mapping[str, Any]  # role, content, and `train`: False where a flag takes the turn out of the loss
+LossOn = Literal["answers", "all"]
+
+
+# What a chat template may leave out of a conversation, by number, as the cache stores it. Append new ones at the end.
+LEFT_OUT = (
+    "system messages",
+    "user messages",
+    "assistant messages",
+    "tool messages",
+    "messages of other roles",
+    "reasoning",
+    "tool calls",
+    "parts of texts",
+    "the mark (generation block) of what the assistant wrote",
+)
+
+
+class Rendered(NamedTuple):
+    """Token ids and loss mask: 1 for each token that the loss covers; and where the last turn begins.
+
+    `straddling` counts tokens with characters of an answer and others, `left_out` names what the template leaves out.
+    """
+
+    tokens: list[int]
+    mask: list[int]
+    last_turn: int = 0
+    straddling: int = 0
+    left_out: tuple[str, ...] = ()
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back, and conversations to ids and loss mask.
+
+    Attributes:
+        fingerprint: SHA-256 of what determines ids and masks.
+        special_ids: the ids of special tokens by name.
+        pad_id: the id that fills up rows.
+        eos_id, end_ids: the id that ends an answer, and all that do.
+        document_ids: the ids before and after a document.
+        has_template: whether conversations are rendered by a model's chat template, which may leave things out.
+    """
+
+    vocab_size: int
+    fingerprint: str
+    special_ids: dict[str, int]
+    pad_id: int
+    eos_id: int
+    end_ids: tuple[int, ...]
+    document_ids: tuple[int, int]
+    has_template: bool
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, in which control tokens are text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts."""
+        ...
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text, and of each the index of the character that has its first byte."""
+        ...
+
+    def decode(self, ids: Iterable[int], specials: bool = False) -> str:
+        """The text of ids, without special tokens unless `specials`."""
+        ...
+
+    def show(self, ids: Iterable[int]) -> str:
+        """The text of ids with special tokens spelt out, and what looks like one escaped."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool = False,
+        loss_on: LossOn = "answers",
+        learn_end: bool = True,
+    ) -> Rendered:
+        """A conversation's ids and loss mask; with `generation_prompt` up to where the assistant answers."""
+        ...
+
+    def continuation(self, messages: Sequence[Message], reply: Sequence[Message]) -> list[int]:
+        """The ids behind the end token of the last message, up to where the assistant answers the reply."""
+        ...
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the tokenizer's files into a folder."""
+        ...
