@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--golden", default=str(ROOT.parent / "shared" / "golden"), help="folder of golden numbers")
+    parser.addoption("--models", default=str(ROOT.parent / "shared" / "models"), help="folder of published models' files")
     parser.addoption(
         "--fast", action="store_true", help="leave out what is marked slow: layouts, whole runs, processes, browsers"
     )
@@ -71,6 +72,14 @@ def golden(request) -> Path:
     folder = Path(request.config.getoption("--golden"))
     if not folder.is_dir():
         pytest.skip(f"no golden numbers at {folder} (option --golden DIR)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(request) -> Path:
+    folder = Path(request.config.getoption("--models"))
+    if not folder.is_dir():
+        pytest.skip(f"no files of published models at {folder} (option --models DIR)")
     return folder
 
 

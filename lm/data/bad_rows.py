@@ -26,10 +26,11 @@ REASONS = (
     "with other fields than the header of the file",
     "with a value that cannot be read",
     "with a system column that disagrees",
+    "that the chat template refuses",
 )
 (
     WHOLE, EMPTY_ANSWER, EQUAL_ANSWERS, EMPTY_TEXT, UNMARKED, JSON, COLUMNS, TURNS, TOOLS, REASONING, CONTENT, FLAG, PROMPTS,
-    FIELDS, VALUE, SYSTEM,
+    FIELDS, VALUE, SYSTEM, TEMPLATE,
 ) = range(len(REASONS))  # fmt: skip
 ADVICE = "; bad_rows drop leaves such rows out, counted"
 

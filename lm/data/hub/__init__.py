@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates of published models, read from their folders."""

@@ -1,0 +1,169 @@
+"""Marks: private characters put into a conversation, which show where its texts are in a template's output."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from lm.data.hub.vocabulary import split_at
+
+Turn = Mapping[str, Any]
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# What a template may look for in a text (<think>, [/INST]) stays whole; every other run of letters gets a mark.
+RUN = re.compile(r"</?[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\]|([^\s<\[]+|[<\[])")
+PRIVATE = range(0xF0000, 0x10FFF0)
+
+Amount = Literal["all texts", "texts that are not empty", "the assistant's texts"]
+AMOUNTS: tuple[Amount, ...] = ("all texts", "texts that are not empty", "the assistant's texts")
+
+
+@dataclass(frozen=True)
+class TextMark:
+    """A private character that stands in one text of one message, `count` times."""
+
+    letter: str
+    turn: int
+    part: str  # content, reasoning, or call
+    count: int
+
+
+def all_text(value: Any) -> str:
+    """Every text in the value, with line ends between."""
+    found: list[str] = []
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    each_text(value, keep)
+    return "\n".join(found)
+
+
+def free_letters(text: str = "") -> Iterator[str]:
+    """Private characters that the text does not have."""
+    taken = set(text)
+    return (chr(code) for code in PRIVATE if chr(code) not in taken)
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key) if isinstance(key, str) else key: each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [each_text(item, change) for item in value]
+    return value
+
+
+def mark(messages: Sequence[Turn], letters: Iterator[str], amount: Amount) -> tuple[list[Turn], list[TextMark]]:
+    """The messages with marks in their texts, and the marks.
+
+    A text is marked at every run of letters and at its end, so that what is left of it shows where it begins and
+    ends. What a template asks of a text (is it empty, does it begin with a tag, how is it without white space around)
+    has the same answer; whether it did is seen in the output, which without marks must be the same.
+    """
+    marked, marks = [], []
+    for number, turn in enumerate(messages):
+        assistant = turn.get("role") == "assistant"
+        if not assistant and amount == AMOUNTS[2]:
+            marked.append(turn)
+            continue
+
+        def put(text: str, part: str, at_end: bool = True, number: int = number) -> str:
+            letter = next(letters)
+            changed = _with_marks(text, letter, at_end)
+            marks.append(TextMark(letter, number, part, changed.count(letter)))
+            return changed
+
+        changed = dict(turn)
+        for key in REASONING:
+            if isinstance(turn.get(key), str) and turn[key].strip():
+                changed[key] = put(turn[key], "reasoning")
+        calls = [_marked_call(call, lambda name: put(name, "call", False)) for call in turn.get("tool_calls") or ()]
+        if calls:
+            changed["tool_calls"] = calls
+        content = turn.get("content")
+        if isinstance(content, str) and content:
+            changed["content"] = put(content, "content")
+        elif isinstance(content, list):
+            changed["content"] = [_marked_part(part, lambda text: put(text, "content")) for part in content]
+        elif not content and not calls and amount == AMOUNTS[0] and "content" in turn:
+            changed["content"] = put("", "content")
+        marked.append(changed)
+    return marked, marks
+
+
+def _with_marks(text: str, letter: str, at_end: bool) -> str:
+    end = len(text.rstrip())
+    if not text.strip():
+        return text[: len(text) // 2] + letter + text[len(text) // 2 :]
+    if not at_end:
+        return letter + text
+    runs = [found.start() for found in RUN.finditer(text, 0, end) if found.group(1)]
+    pieces = [text[a:b] for a, b in zip([0, *runs], [*runs, end], strict=True)]
+    return letter.join(pieces) + letter + text[end:]
+
+
+def _marked_call(call: Any, put: Callable[[str], str]) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _marked_call(call["function"], put)}
+    return {**call, "name": put(call["name"])} if isinstance(call.get("name"), str) else call
+
+
+def _marked_part(part: Any, put: Callable[[str], str]) -> Any:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return {**part, "text": put(part["text"])}
+    return part
+
+
+def places(text: str, letters: set[str]) -> tuple[str, dict[str, list[int]]]:
+    """The text without the marks, and the places in it that each mark had."""
+    found: dict[str, list[int]] = {letter: [] for letter in letters}
+    pieces = split_at(text, letters)
+    at = 0
+    for piece, is_mark in pieces:
+        if is_mark:
+            found[piece].append(at)
+        else:
+            at += len(piece)
+    return "".join(piece for piece, is_mark in pieces if not is_mark), found
+
+
+@dataclass(frozen=True)
+class Shields:
+    """Private characters that stand for typed control tokens while a template renders."""
+
+    letters: Mapping[str, str]  # by the token's name
+
+    @classmethod
+    def of(cls, names: Sequence[str], letters: Iterator[str]) -> Shields:
+        """A shield for each name."""
+        return cls(dict(zip(names, islice(letters, len(names)), strict=True)))
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """The names by their shields."""
+        return {letter: name for name, letter in self.letters.items()}
+
+    def only(self, names: Collection[str]) -> Shields:
+        """The shields of some of the names."""
+        return Shields({name: letter for name, letter in self.letters.items() if name in names})
+
+    def put(self, value: Any) -> Any:
+        """The value with a shield for each of the names that is spelt in its texts."""
+        return each_text(value, lambda text: _exchanged(text, self.letters))
+
+    def remove(self, text: str) -> str:
+        """The text with the names again."""
+        return _exchanged(text, self.names)
+
+
+def _exchanged(text: str, table: Mapping[str, str]) -> str:
+    return "".join(table[piece] if found else piece for piece, found in split_at(text, table))

@@ -1,0 +1,216 @@
+"""The sandbox that chat templates run in: jinja2 as transformers sets it up, with limits on steps, sizes and time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MOST_STEPS = 1_000_000  # passes of a loop, calls of a macro
+MOST_SECONDS = 20.0
+MOST_LETTERS = 10_000_000  # of the output, of a string or list on the way
+DEEPEST = 50  # values in values of what a template is given
+WIDE = re.compile(r"\d{6}")  # a width that a format asks for
+BLOCK_MARKS = GENERATION_START, GENERATION_END = "\U0010fffa", "\U0010fffb"
+Compiled = jinja2.Template
+FILE = "<template>"  # jinja2's name for a template without a file
+
+
+class TemplateLimit(Exception):
+    """Raised where a template takes too long or makes too much."""
+
+
+class Meter:
+    """Counts the steps of one rendering. Raises TemplateLimit past its limits."""
+
+    def __init__(self) -> None:
+        self.steps, self.began = 0, time.monotonic()
+
+    def step(self) -> str:
+        """Count a pass of a loop; the empty text."""
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise TemplateLimit(f"more than {MOST_STEPS:,} passes of its loops")
+        if self.steps % 64 == 0 and time.monotonic() - self.began > MOST_SECONDS:
+            raise TemplateLimit(f"more than {MOST_SECONDS:g} seconds")
+        return ""
+
+
+METER: ContextVar[Meter] = ContextVar("METER")
+
+
+@contextmanager
+def metered() -> Iterator[None]:
+    """Context of one rendering."""
+    token = METER.set(Meter())
+    try:
+        yield
+    finally:
+        METER.reset(token)
+
+
+def _step() -> str:
+    return METER.get().step()
+
+
+class GenerationBlocks(Extension):
+    """`{% generation %}` … `{% endgeneration %}`: what the assistant writes, put between two marks."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 reads it from the class)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block as a call that puts the marks around its body."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return f"{GENERATION_START}{caller()}{GENERATION_END}"
+
+
+class TemplateSandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox whose loops are counted and whose values are bounded."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self, now: datetime | None):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlocks])
+        self.filters |= {"tojson": to_json}
+        self.filters = {name: _bounded(function) for name, function in self.filters.items()}
+        del self.globals["lipsum"]  # random text of any length
+        self.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": lambda form: (now or datetime.now()).strftime(form),
+            "_step": _step,
+            "_joined": _joined,
+        }
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        node: Any
+        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            step = nodes.Call(nodes.Name("_step", "load"), [], [], None, None)
+            node.body.insert(0, nodes.Output([step]).set_lineno(node.lineno, override=True))
+        _Rewrite().visit(tree)
+        tree.set_environment(self)
+        return tree
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operator whose result could be huge."""
+        sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
+        numbers = [value for value in (left, right) if isinstance(value, int)]
+        if operator == "*" and sizes and numbers:
+            _check_size(sizes[0] * numbers[0])
+        elif operator in ("*", "**") and len(numbers) == 2:
+            _check_size(numbers[0].bit_length() * (abs(numbers[1]) if operator == "**" else 1))
+        elif operator == "%" and isinstance(left, str):
+            _check_arguments("format", (left, *(right if isinstance(right, tuple) else (right,))))
+        elif operator == "+" and sizes:
+            _check_size(sum(sizes))
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """A call from a template, with bounded numbers, whose result is bounded."""
+        function_itself = getattr(function, "__wrapped__", function)  # jinja2 wraps str.format
+        owner = getattr(function_itself, "__self__", None)
+        if isinstance(owner, str):
+            _check_arguments(function.__name__, (owner, *args, *kwargs.values()))
+        return _checked(super().call(context, function, *args, **kwargs))
+
+
+class _Rewrite(jinja2.visitor.NodeTransformer):
+    """Turns `a ~ b` into a call that bounds its result."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return nodes.Call(nodes.Name("_joined", "load"), node.nodes, [], None, None).set_lineno(node.lineno)
+
+
+def _joined(*values: Any) -> str:
+    return _checked("".join(map(str, values)))
+
+
+def _raise(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON as chat templates have it: no letter escaped for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # keeps what jinja2 has noted on the function
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _check_arguments(function.__name__, (*args, *kwargs.values()))
+        return _checked(function(*args, **kwargs))
+
+    return bounded
+
+
+def _check_arguments(name: str, args: tuple[Any, ...]) -> None:
+    """Raise TemplateLimit for what could make a huge text of a small one: widths, formats, replacements."""
+    for value in args:
+        if isinstance(value, int):
+            _check_size(value)
+    texts = [value for value in args if isinstance(value, str)]
+    if "format" in name and texts:
+        _check_format(texts[0])
+    if "replace" in name and len(texts) == 3:
+        _check_size(texts[0].count(texts[1]) * len(texts[2]))
+    if "join" in name and len(args) > 1 and texts:
+        _check_size(max(len(text) for text in texts) * max(len(value) for value in args if hasattr(value, "__len__")))
+
+
+def _check_format(text: str) -> None:
+    if WIDE.search(text):
+        raise TemplateLimit(f"a format of more than {MOST_LETTERS:,} letters")
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_LETTERS:
+        raise TemplateLimit(f"a value of more than {MOST_LETTERS:,} letters")
+
+
+def _checked(value: Any) -> Any:
+    if isinstance(value, str | list | tuple):
+        _check_size(len(value))
+    return value
+
+
+def output(template: Compiled, variables: dict[str, Any]) -> str:
+    """The output of a template. Raises TemplateLimit where it is too long, or takes too long."""
+    pieces, size = [], 0
+    with metered():
+        for piece in template.generate(variables):
+            size += len(piece)
+            _check_size(size)
+            pieces.append(piece)
+    return "".join(pieces)
+
+
+def error_line(error: BaseException) -> int | None:
+    """The line of the template that raised the error."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.lineno
+    found, trace = None, error.__traceback__
+    while isinstance(trace, TracebackType):
+        if trace.tb_frame.f_code.co_filename == FILE:
+            found = trace.tb_lineno
+        trace = trace.tb_next
+    return found

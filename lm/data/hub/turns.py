@@ -1,0 +1,293 @@
+"""What the assistant wrote in a rendered conversation, found in the output of the model's own template.
+
+A template that has generation blocks says so itself. For the others the conversation is rendered a second time with a
+mark at every run of letters of every text: without the marks the output must be the same, and the marks then show which
+message is where. A turn begins behind its header, which is what the template writes between the message before and the
+assistant's (the generation prompt); it ends with the end token, the first control token that the template writes
+behind a plain answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from lm.data.hub import marks as marking
+from lm.data.hub.marks import AMOUNTS, TextMark
+from lm.data.hub.sandbox import BLOCK_MARKS, GENERATION_END, GENERATION_START
+from lm.data.hub.template import ChatTemplate, TemplateError, Turn
+from lm.data.hub.vocabulary import split_at
+from lm.data.text_tokenizer import LEFT_OUT
+
+PARTS = {"reasoning": LEFT_OUT[5], "call": LEFT_OUT[6]}
+OTHERS, PARTLY, NO_BLOCK = LEFT_OUT[4], LEFT_OUT[7], LEFT_OUT[8]
+SHOWN = 30  # characters around a place in an error
+ASKED, ANSWERED = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) that the assistant wrote as message `turn`; its end token begins at `text_end`."""
+
+    start: int
+    text_end: int
+    end: int
+    turn: int
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A rendered conversation: its text, what the assistant wrote in it, and what the template left out."""
+
+    text: str
+    spans: tuple[Span, ...]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The output of a marked conversation, without marks, and the places of the marks in it."""
+
+    text: str
+    marks: Sequence[TextMark]
+    places: Mapping[str, Sequence[int]]
+
+    def extent(self, turn: int, parts: Collection[str] = ("content", "reasoning", "call")) -> tuple[int, int] | None:
+        """The first and last place of a message's marks; None where the template left the message out."""
+        found = [
+            place for one in self.marks if one.turn == turn and one.part in parts for place in self.places[one.letter]
+        ]
+        return (min(found), max(found)) if found else None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads conversations through one template; `tokens` are the names of the added tokens."""
+
+    template: ChatTemplate
+    tokens: Collection[str]
+    _ends: dict[str, frozenset[str]] = field(default_factory=dict)
+    _headers: dict[str, str] = field(default_factory=dict)
+
+    def read(
+        self,
+        messages: Sequence[Turn],
+        tools: Sequence[Any] | None,
+        variables: Mapping[str, Any],
+        letters: Iterator[str],
+    ) -> Conversation:
+        """The conversation as the template renders it.
+
+        Raises:
+            TemplateError: the template refuses it, or what the assistant wrote cannot be told: the place is named.
+        """
+        if not messages:
+            raise TemplateError(f"{self.template.where}: a conversation needs at least one message")
+        output = self.template.render(messages, tools, variables=variables)
+        if output.count(GENERATION_START) != output.count(GENERATION_END):
+            raise TemplateError(f"{self.template.where}: the template cuts the output of its generation blocks")
+        text, blocks = without_blocks(output)
+        answers = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
+        derives = bool(answers) and not self.template.marks_generation
+        marked = self._marked(messages, tools, variables, letters, text, derives)
+        left_out = _left_out(messages, marked) if marked else set()
+        if derives and marked:
+            spans = list(self._spans(messages, tools, variables, letters, marked))
+        else:
+            spans = [self._block(answers, text, marked, block, number) for number, block in enumerate(blocks)]
+            left_out |= {NO_BLOCK} if set(answers) - {one.turn for one in spans} else set()
+        return Conversation(text, tuple(spans), tuple(name for name in LEFT_OUT if name in left_out))
+
+    def _marked(
+        self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], letters: Iterator[str], text: str,
+        needed: bool,
+    ) -> Marked | None:  # fmt: skip
+        """The conversation with marks in as many texts as the template renders the same."""
+        found = None
+        for amount in AMOUNTS:
+            changed, marks = marking.mark(messages, letters, amount)
+            try:
+                found = _marks_of(self.template.render(changed, tools, variables=variables), marks)
+            except TemplateError:
+                continue
+            if found.text == text:
+                return found
+        if not needed:
+            return None
+        where = self.template.where
+        if found is None:
+            raise TemplateError(
+                f"{where}: the template refuses the conversation with marks in its texts; give it generation blocks"
+            )
+        at = next(
+            (i for i, (a, b) in enumerate(zip(text, found.text, strict=False)) if a != b),
+            min(len(text), len(found.text)),
+        )
+        raise TemplateError(
+            f"{where}: what the assistant wrote cannot be told: the template changes its texts near "
+            f"{text[max(0, at - SHOWN) : at + SHOWN]!r}; give it generation blocks"
+        )
+
+    def _spans(
+        self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], letters: Iterator[str], marked: Marked
+    ) -> Iterator[Span]:
+        text, ends = marked.text, self._end_tokens(letters)
+        order = sorted(
+            (extent, number) for number in range(len(messages)) if (extent := marked.extent(number)) is not None
+        )
+        for place, ((first, last), number) in enumerate(order):
+            if messages[number].get("role") != "assistant":
+                continue
+            for one in marked.marks:
+                if one.turn == number and len(marked.places[one.letter]) > one.count:
+                    raise self._unclear(number, "the template writes it more than once", text, first)
+            before = order[place - 1] if place else None
+            limit = order[place + 1][0][0] if place + 1 < len(order) else len(text)
+            start = self._start(messages, tools, variables, letters, marked, number, before)
+            if start is None or start > first:
+                raise self._unclear(number, "the end of its header is not found", text, first)
+            end = _first_of(text, ends, last, limit)
+            if end is None:
+                raise self._unclear(number, f"no end token ({' or '.join(sorted(ends))}) follows it", text, last)
+            yield Span(start, end[0], end[1], number)
+
+    def _start(
+        self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], letters: Iterator[str], marked: Marked,
+        number: int, before: tuple[tuple[int, int], int] | None,
+    ) -> int | None:  # fmt: skip
+        """Where the header of an assistant's message ends."""
+        first = marked.extent(number)
+        at = 0
+        if before is not None:
+            (_, at), previous = before
+            turn = messages[previous]
+            key = f"{turn.get('role')} {bool(tools)} {bool(turn.get('tool_calls'))}"
+            for again in (False, True):
+                if again or key not in self._headers:
+                    # No variables: a thinking block that they put into the prompt belongs to the answer.
+                    self._headers[key] = self._prompt_behind(messages[: previous + 1], tools, letters).lstrip()
+                found = self._behind(marked.text, at, self._headers[key])
+                if found is not None:
+                    return found
+        # What the template writes here depends on what follows, or no message is before: looked for by its tokens.
+        header = self._prompt_behind([ASKED], None, letters)
+        edges = [0, *accumulate(len(piece) for piece, _ in split_at(header, self.tokens))]
+        for edge in [len(header) - len(header.lstrip()), *edges[1:-1]]:
+            place = marked.text.find(header[edge:], at, first[0]) if first and header[edge:].strip() else -1
+            if place >= 0:
+                return place + len(header) - edge
+        return None
+
+    def _prompt_behind(self, messages: Sequence[Turn], tools: Any, letters: Iterator[str]) -> str:
+        """What the template writes behind the last message, the generation prompt included; empty where it cannot."""
+        changed, marks = marking.mark(messages, letters, AMOUNTS[0])
+        try:
+            shown = _marks_of(self.template.render(changed, tools, generation_prompt=True), marks)
+        except TemplateError:
+            return ""
+        extent = shown.extent(len(messages) - 1)
+        return shown.text[extent[1] :] if extent else ""
+
+    def _behind(self, text: str, at: int, header: str) -> int | None:
+        """Where the header ends in the text from `at`, or as much of it as the text has, up to a token's edge."""
+        begin = at + len(text[at:]) - len(text[at:].lstrip())
+        if header and text.startswith(header, begin):
+            return begin + len(header)
+        same = next((i for i, (a, b) in enumerate(zip(text[begin:], header, strict=False)) if a != b), 0)
+        edge, whole = 0, 0
+        for piece, is_token in split_at(header, self.tokens):
+            if edge + len(piece) > same:
+                whole = edge if is_token else 0
+                break
+            edge += len(piece)
+        return begin + whole if whole else None
+
+    def _end_tokens(self, letters: Iterator[str]) -> frozenset[str]:
+        """The tokens that end a plain answer, be it the last or not."""
+        if "plain" not in self._ends:
+            found: set[str] = set()
+            for messages in ([ASKED, ANSWERED, ASKED, ANSWERED], [ASKED, ANSWERED]):
+                changed, marks = marking.mark(messages, letters, AMOUNTS[0])
+                try:
+                    shown = _marks_of(self.template.render(changed), marks)
+                except TemplateError:
+                    continue
+                for number in range(1, len(messages), 2):
+                    extent = shown.extent(number)
+                    behind = _first_of(shown.text, self.tokens, extent[1], len(shown.text)) if extent else None
+                    found |= {shown.text[slice(*behind)]} if behind else set()
+            if not found:
+                raise TemplateError(
+                    f"{self.template.where}: the template ends an assistant's turn with no token of the tokenizer, so "
+                    "that a model would not learn to end it; give it generation blocks"
+                )
+            self._ends["plain"] = frozenset(found)
+        return self._ends["plain"]
+
+    def end_tokens(self) -> frozenset[str]:
+        """The tokens that end a plain answer; none where the template does not show them."""
+        try:
+            return self._end_tokens(marking.free_letters())
+        except TemplateError:
+            return frozenset()
+
+    def _block(
+        self, answers: Sequence[int], text: str, marked: Marked | None, block: tuple[int, int], number: int
+    ) -> Span:
+        """A generation block as the span of the assistant's message whose marks are in it, or else the next one's."""
+        start, end = block
+        extents = {answer: extent for answer in answers if marked and (extent := marked.extent(answer))}
+        inside = [answer for answer, (first, last) in extents.items() if first < end and start <= last]
+        before = [answer for answer, (first, _) in extents.items() if first < end]
+        turn = (inside or before or [answers[min(number, len(answers) - 1)]])[-1] if answers else 0
+        token = _last_of(text, self.tokens, start, end)
+        return Span(start, token[0] if token and not text[token[1] : end].strip() else end, end, turn)
+
+    def _unclear(self, number: int, why: str, text: str, at: int) -> TemplateError:
+        near = text[max(0, at - SHOWN) : at + SHOWN]
+        return TemplateError(
+            f"{self.template.where}: turn {number + 1}: what the assistant wrote cannot be told near {near!r}: {why}"
+        )
+
+
+def without_blocks(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of generation blocks, and the blocks' places in it."""
+    plain, found = marking.places(text, set(BLOCK_MARKS))
+    return plain, list(zip(found[GENERATION_START], found[GENERATION_END], strict=False))
+
+
+def _marks_of(text: str, marks: Sequence[TextMark]) -> Marked:
+    plain, found = marking.places(text, {*BLOCK_MARKS, *(one.letter for one in marks)})
+    return Marked(plain, marks, found)
+
+
+def _left_out(messages: Sequence[Turn], marked: Marked) -> set[str]:
+    """What of the messages is not in the output, or not all of it."""
+    found = set()
+    for one in marked.marks:
+        left, turn = len(marked.places[one.letter]), messages[one.turn]
+        if left >= one.count or (one.part == "content" and not str(turn.get("content") or "").strip()):
+            continue
+        whole = f"{turn.get('role')} messages" if one.part == "content" else PARTS[one.part]
+        found.add(PARTLY if left else whole if whole in LEFT_OUT else OTHERS)
+    return found
+
+
+def _first_of(text: str, names: Collection[str], start: int, stop: int) -> tuple[int, int] | None:
+    at = start
+    for piece, is_name in split_at(text[start:stop], names):
+        if is_name:
+            return at, at + len(piece)
+        at += len(piece)
+    return None
+
+
+def _last_of(text: str, names: Collection[str], start: int, stop: int) -> tuple[int, int] | None:
+    found, at = None, start
+    for piece, is_name in split_at(text[start:stop], names):
+        if is_name:
+            found = at, at + len(piece)
+        at += len(piece)
+    return found

@@ -1,0 +1,252 @@
+"""Text to ids and back through `tokenizer.json` or a sentencepiece model, with control tokens apart from the text."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+
+from lm.data.hub.files import TOKENIZER_JSON, AddedToken
+from lm.experiment import UserError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data's worker processes are the parallel part
+import tokenizers
+
+OPEN, CLOSE = "\U0010fffe", "\U0010ffff"  # noncharacters around a control token's name
+SPACE = "\u2581"
+
+Segment = str | AddedToken
+"""Text, or a control token that was not typed."""
+
+
+class Encoded(NamedTuple):
+    """Ids, and of each the characters [start, end) that it holds."""
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+
+
+class Vocabulary(Protocol):
+    """What tells two kinds of tokenizer files apart."""
+
+    vocab_size: int
+
+    def encode(self, segments: Sequence[Segment], add_special: bool = False) -> Encoded:
+        """Ids and places of text with control tokens between; a control token counts the characters of its name."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many plain texts."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens spelt out."""
+        ...
+
+
+class JsonVocabulary:
+    """A `tokenizer.json`, through the tokenizers library.
+
+    With `apart` (control tokens) the library gets these tokens under names that nobody can type: text that spells
+    one is text, while the tokens that a caller puts between texts are matched by the library as ever, with the white
+    space that they swallow and the prefix that depends on them.
+    """
+
+    def __init__(self, parsed: dict[str, Any], raw: bytes, apart: Mapping[str, AddedToken], where: str):
+        secret = secrets.token_hex(8)
+        self._typed = re.compile(f"{OPEN}(.*?){secret}{CLOSE}", re.DOTALL)
+        self._names = {name: f"{OPEN}{name}{secret}{CLOSE}" for name in apart}
+        # Without the white space of a token its place would not show whether an answer has it; no id depends on this.
+        exact = parsed | {"post_processor": _untrimmed(parsed.get("post_processor"))}
+        try:
+            as_it_is = not apart and exact == parsed
+            source = raw.decode() if as_it_is else json.dumps(_renamed(exact, self._names), ensure_ascii=False)
+            self._library = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises Exception itself
+            said = " ".join(str(error).split())
+            raise UserError(f"{where}: {TOKENIZER_JSON} is not a tokenizer that can be read: {said:.160}") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        self.vocab_size = self._library.get_vocab_size()
+        self.vocab_size = max(
+            self.vocab_size, 1 + max((one["id"] for one in parsed.get("added_tokens") or ()), default=0)
+        )
+
+    def encode(self, segments: Sequence[Segment], add_special: bool = False) -> Encoded:
+        """See `Vocabulary`."""
+        names = [one if isinstance(one, str) else one.name for one in segments]
+        given = [one if isinstance(one, str) else self._names.get(one.name, one.name) for one in segments]
+        found = self._library.encode("".join(given), add_special_tokens=add_special)
+        starts, ends = zip(*found.offsets, strict=True) if found.offsets else ((), ())
+        if names == given:
+            return Encoded(found.ids, list(starts), list(ends))
+        at = list(accumulate(map(len, given), initial=0))
+        seen = list(accumulate(map(len, names), initial=0))
+
+        def place(there: int) -> int:
+            """The place in the text with names as they are."""
+            number = min(bisect.bisect_right(at, there), len(names)) - 1
+            return min(seen[number] + there - at[number], seen[number + 1])
+
+        return Encoded(found.ids, list(map(place, starts)), list(map(place, ends)))
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Vocabulary`."""
+        return [one.ids for one in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        return self._typed.sub(r"\1", self._library.decode(ids, skip_special_tokens=False))
+
+
+def _renamed(parsed: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A `tokenizer.json` whose tokens have other names, wherever it names them."""
+    model = dict(parsed["model"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
+    elif isinstance(model.get("vocab"), list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if not names.keys().isdisjoint(piece for piece in parsed["model"].get("vocab") or () if isinstance(piece, str)):
+        model["merges"] = [pair for pair in model.get("merges") or () if not _makes(pair, names)]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    added = [
+        token | {"content": names.get(token["content"], token["content"])} for token in parsed.get("added_tokens") or ()
+    ]
+    after = _texts_renamed(parsed.get("post_processor"), names)
+    return parsed | {"model": model, "added_tokens": added, "post_processor": after}
+
+
+def _makes(pair: str | list[str], names: Mapping[str, str]) -> bool:
+    """Whether a merge of two pieces, or a part of it, is one of the tokens."""
+    parts = pair.split(" ") if isinstance(pair, str) else pair
+    return "".join(parts) in names or not names.keys().isdisjoint(parts)
+
+
+def _untrimmed(value: Any) -> Any:
+    """A post-processor that leaves white space in the places of tokens."""
+    if isinstance(value, dict):
+        return {key: False if key == "trim_offsets" else _untrimmed(item) for key, item in value.items()}
+    return [_untrimmed(item) for item in value] if isinstance(value, list) else value
+
+
+def _texts_renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """The value with every text, key or not, that is one of the names renamed."""
+    if isinstance(value, dict):
+        return {names.get(key, key): _texts_renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_texts_renamed(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+class SentencepieceVocabulary:
+    """A sentencepiece model, with the tokens that the files beside it add.
+
+    `prefix_once`: only a text at the very beginning gets the model's prefix (`legacy` false in its settings).
+    """
+
+    def __init__(self, model: bytes, added: Mapping[str, AddedToken], prefix_once: bool, where: str):
+        self._model, self._bare = _loaded(model, where), _loaded(_without_prefix(model), where)
+        self._beyond = {one.id: name for name, one in added.items() if one.id >= self._model.vocab_size()}
+        self._prefix_once = prefix_once
+        self.vocab_size = max([self._model.vocab_size() - 1, *self._beyond]) + 1
+
+    def encode(self, segments: Sequence[Segment], add_special: bool = False) -> Encoded:
+        """See `Vocabulary`."""
+        ids, starts, ends = [], [], []
+        if add_special and self._model.bos_id() >= 0:
+            ids, starts, ends = [self._model.bos_id()], [0], [0]
+        at, swallow = 0, False
+        for number, one in enumerate(segments):
+            if not isinstance(one, str):
+                ids.append(one.id)
+                starts.append(at)
+                at += len(one.name)
+                ends.append(at)
+                swallow = one.rstrip
+                continue
+            left = len(one) - len(one.lstrip()) if swallow else 0
+            if left:
+                ends[-1] += left
+            following = segments[number + 1] if number + 1 < len(segments) else None
+            text = one[left:].rstrip() if isinstance(following, AddedToken) and following.lstrip else one[left:]
+            reader = self._bare if self._prefix_once and number else self._model
+            begins, stops = _places(text)
+            for piece in reader.encode(text, return_type="proto").pieces if text else ():
+                ids.append(piece.id)
+                starts.append(at + left + begins[piece.begin])
+                # A byte of a character, or the prefix, has no extent in the library's answer; the character is in it.
+                ends.append(at + left + stops[max(piece.end, min(piece.begin + 1, len(stops) - 1))])
+            at += len(one)
+        return Encoded(ids, starts, ends)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Vocabulary`."""
+        return self._model.encode(list(texts), num_threads=2)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        parts: list[str] = []
+        run: list[int] = []
+        for index in [*ids, None]:
+            if index is not None and index not in self._beyond and not self._model.is_control(index):
+                run.append(index)
+                continue
+            if run:
+                text = self._model.decode(run)
+                first = self._model.id_to_piece(run[0])
+                parts.append(f" {text}" if parts and first.startswith(SPACE) and not text.startswith(" ") else text)
+                run = []
+            if index is not None:
+                parts.append(self._beyond.get(index) or self._model.id_to_piece(index))
+        return "".join(parts)
+
+
+def _loaded(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: tokenizer.model is not a sentencepiece model") from error
+
+
+def control_pieces(model: bytes, where: str) -> dict[str, AddedToken]:
+    """The control pieces of a sentencepiece model, by name."""
+    loaded = _loaded(model, where)
+    control = filter(loaded.is_control, range(loaded.vocab_size()))
+    named = {index: loaded.id_to_piece(index) for index in [*control, loaded.unk_id()]}
+    return {name: AddedToken(name, index, special=True) for index, name in named.items()}
+
+
+def _places(text: str) -> tuple[list[int], list[int]]:
+    """Of every place between two bytes of the text, the character that it is in: its number, and that of the next."""
+    of_byte = [number for number, letter in enumerate(text) for _ in letter.encode()]
+    return [*of_byte, len(text)], [0, *(number + 1 for number in of_byte)]
+
+
+def _without_prefix(model: bytes) -> bytes:
+    proto = sentencepiece_model.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    proto.normalizer_spec.add_dummy_prefix = False
+    return proto.SerializeToString()
+
+
+def split_at(text: str, names: Iterable[str]) -> list[tuple[str, bool]]:
+    """The text in pieces, each with whether it is one of the names: the leftmost, and the longest of those."""
+    pattern = _either(frozenset(names))
+    pieces = [text] if pattern is None else pattern.split(text)
+    return [(piece, number % 2 == 1) for number, piece in enumerate(pieces) if piece]
+
+
+@functools.lru_cache(maxsize=256)
+def _either(names: frozenset[str]) -> re.Pattern[str] | None:
+    ordered = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None

@@ -1,0 +1,104 @@
+"""A control token's id comes from nobody's text, whatever kind of vocabulary it is in."""
+
+import json
+
+import pytest
+
+from lm.data.hub.tokenizer import HubTokenizer, with_options
+from lm.data.hub.vocabulary import CLOSE, OPEN
+from tests.data.hub import small
+
+LETTERS = ["<", "s", ">", "/", "a", " "]
+ADDED = [
+    {"id": index, "content": name, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for index, name in ((10, "<s>"), (11, "</s>"))
+]  # fmt: skip
+
+
+def made_of_merges(ignore: bool) -> dict:
+    vocab = {letter: place for place, letter in enumerate(LETTERS)} | {
+        "<s": 6,
+        "s>": 7,
+        "</": 8,
+        "aa": 9,
+        "<s>": 10,
+        "</s>": 11,
+    }
+    merges = [["<", "s"], ["s", ">"], ["<", "/"], ["a", "a"], ["<s", ">"], ["</", "s>"]]
+    return {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": ignore}
+
+
+def unigram() -> dict:
+    pieces = [*LETTERS, "<s", "s>", "</", "aa", "<s>", "</s>"]
+    return {"type": "Unigram", "unk_id": 0, "vocab": [[piece, 0.0 if len(piece) > 2 else -9.0] for piece in pieces]}
+
+
+@pytest.mark.parametrize(
+    "model", [made_of_merges(False), made_of_merges(True), unigram()], ids=["merges", "whole", "unigram"]
+)
+def test_no_merge_and_no_piece_makes_a_control_token_of_text(model):
+    files = {
+        "tokenizer.json": json.dumps({"version": "1.0", "added_tokens": ADDED, "model": model}).encode(),
+        "tokenizer_config.json": b'{"eos_token": "</s>", "bos_token": "<s>"}',
+        "chat_template.jinja": b"{% for m in messages %}{{ '<s>' + m.content + '</s>' }}{% endfor %}",
+    }
+    text, token = HubTokenizer(files), HubTokenizer(with_options(files, "token", None))
+    assert token.encode("a<s>a</s>") == [4, 10, 4, 11]
+    typed = text.encode("a<s>a</s>")
+    assert not {10, 11} & set(typed)
+    assert text.decode(typed, specials=True).replace(" ", "") == "a<s>a</s>"
+    assert text.encode("aa") == token.encode("aa") == [9]
+    talk = [{"role": "user", "content": "<s>a"}, {"role": "assistant", "content": "a</s>"}]
+    assert [index for index in text.render(talk).tokens if index > 9] == [10, 11, 10, 11]
+
+
+def test_the_name_that_the_library_knows_cannot_be_guessed():
+    tokenizer = small.tokenizer()
+    special = set(tokenizer.special_ids.values())
+    for typed in (f"{OPEN}<|im_end|>{CLOSE}", f"{OPEN}<|im_end|>0123456789abcdef{CLOSE}", OPEN, CLOSE):
+        ids = tokenizer.encode(typed)
+        assert not special & set(ids)
+        assert tokenizer.decode(ids) == typed
+
+
+def test_the_ids_of_a_text_do_not_depend_on_the_name():
+    one, other = HubTokenizer(small.files()), HubTokenizer(small.files())
+    text = "what is <|im_end|> the <think> answer?\n\n"
+    assert one.encode(text) == other.encode(text)
+    assert one.fingerprint == other.fingerprint
+
+
+def test_lone_surrogates_become_question_marks():
+    tokenizer = small.tokenizer()
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+    found = tokenizer.render_chat(
+        [{"role": "user", "content": "\udfff"}, {"role": "assistant", "content": "\ud800 it"}]
+    )
+    assert tokenizer.decode(found.tokens).count("?") == 2
+
+
+def test_ids_that_are_shown_tell_typed_control_tokens_apart():
+    tokenizer = small.tokenizer()
+    end = tokenizer.special_ids["<|im_end|>"]
+    assert tokenizer.show([*tokenizer.encode("<|im_end|>"), end]) == "<\\|im_end|><|im_end|>"
+
+
+def test_several_ids_may_end_an_answer():
+    files = small.files() | {"generation_config.json": b'{"eos_token_id": [2, 0]}'}
+    tokenizer = HubTokenizer(files)
+    assert tokenizer.end_ids == (2, 0)
+    assert tokenizer.document_ids == (0, 0)
+    assert HubTokenizer(small.files(small.ROLES_AS_TEXT)).end_ids == (0, 2)
+
+
+def test_the_mask_has_no_hole_where_the_library_leaves_white_space_out_of_places():
+    parsed = json.loads(small.tokenizer_json())
+    parsed["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    trimmed = small.files() | {"tokenizer.json": json.dumps(parsed).encode()}
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the \n\n  answer   "}]
+    known = small.tokenizer().render(talk)
+    for typed in ("text", "token"):
+        found = HubTokenizer(with_options(trimmed, typed, None)).render(talk)
+        assert (found.tokens, found.mask) == (known.tokens, known.mask)
+    answer = known.mask[known.mask.index(1) :]
+    assert answer[: sum(answer)] == [1] * sum(answer)
