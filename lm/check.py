@@ -14,6 +14,7 @@ from lm.experiment import (
     Optimizer,
     Source,
     Stage,
+    Tokenizer,
     UserError,
     reward_names,
     rows_per_example,
@@ -33,6 +34,7 @@ def check(experiment: Experiment) -> Experiment:
     m = experiment.model
     _check_names(experiment)
     _check_model(m, experiment.stages)
+    _check_tokenizer(experiment.tokenizer)
     known = [item.name for item in experiment.evals]
     for number, stage in enumerate(experiment.stages):
         _check_stage(stage, m)
@@ -56,6 +58,14 @@ def _check_names(experiment: Experiment) -> None:
     evals = [item.name for item in experiment.evals]
     if len(set(evals)) < len(evals):
         raise UserError(f"the evals' names are {evals}; no name should occur twice")
+
+
+def _check_tokenizer(t: Tokenizer) -> None:
+    for name, value in (("typed_control", t.typed_control), ("chat_template", t.chat_template)):
+        if value not in ("text", None) and t.path is None:
+            raise UserError(
+                f"tokenizer.{name} {value} is for a published model's tokenizer; name its folder, tokenizer.path"
+            )
 
 
 def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:

@@ -31,7 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--golden", default=str(ROOT.parent / "shared" / "golden"), help="folder of golden numbers")
-    parser.addoption("--models", default=str(ROOT.parent / "shared" / "models"), help="folder of published models' files")
+    parser.addoption(
+        "--models", default=str(ROOT.parent / "shared" / "models"), help="folder of published models' files"
+    )
     parser.addoption(
         "--fast", action="store_true", help="leave out what is marked slow: layouts, whole runs, processes, browsers"
     )

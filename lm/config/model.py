@@ -14,8 +14,14 @@ class Tokenizer:
         2048, "maximum size of the sentencepiece vocabulary with special tokens; at least 262", least=1, most=2**20
     )
     path: str | None = knob(
-        None, "sentencepiece .model file to use; none: a tokenizer is trained on the data of the stages"
+        None,
+        "sentencepiece .model file or folder of a published model to use; none: a tokenizer is trained on the data of the stages",
     )
+    typed_control: Literal["text", "token"] = knob(
+        "text",
+        "of a published model, what a control token typed by a user is encoded as: its text, or (as in its own library) the token",
+    )
+    chat_template: str | None = knob(None, "file of a chat template to use instead of the published model's own")
 
 
 def _window_knob() -> Any:

@@ -19,7 +19,7 @@ from lm.data.layouts import canonical
 from lm.data.order import permutation, permute
 from lm.data.packing import Example, PackedRow
 from lm.data.sources import Rows
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.text_tokenizer import LEFT_OUT, TextTokenizer
 from lm.data.tokens import KINDS, UNREAD_KEPT, Store, conversation_kind, flawed, left_out, store_in_memory, store_of
 from lm.experiment import UserError
 
@@ -126,7 +126,7 @@ class Kept(NamedTuple):
     tally: Tally
 
 
-def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order) -> Supply:
+def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: TextTokenizer, order: Order) -> Supply:
     """A supply of windows over the circular stream of documents; each epoch starts at another offset.
 
     Held-out documents are cut once, from the first token on. The first token of a window is not predicted.
@@ -181,7 +181,7 @@ def conversations(
     rows: Rows,
     indices: Sequence[int],
     seq_len: int,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     order: Order,
     loss_on: str = "answers",
     learn_end: bool = True,
@@ -202,7 +202,7 @@ def conversations(
 
 
 def _generated_conversations(
-    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order, kind: str
+    rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: TextTokenizer, order: Order, kind: str
 ) -> Supply:
     """A supply of generated conversations; each row packs its own run of examples, so any row can be made alone."""
     number = len(indices) // EXAMPLES_A_ROW
@@ -232,7 +232,7 @@ def pairs(
     rows: Rows,
     indices: Sequence[int],
     seq_len: int,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     order: Order,
     ties: bool = False,
     margins: bool = False,
@@ -257,7 +257,7 @@ def pairs(
     return Supply(groups.number, row, groups.tally, "pairs", example)
 
 
-def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, order: Order) -> Supply:
+def answers(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: TextTokenizer, order: Order) -> Supply:
     """A supply of labelled answers, one a row: rows with a label, or both sides of pairs, the chosen one desirable."""
     kind = "pairs" if _has_pairs(rows, indices) else "judged"
     groups = _answer_groups(rows, indices, kind, seq_len, tokenizer, order)
@@ -292,7 +292,7 @@ def _answer_groups(
     indices: Sequence[int],
     kind: str,
     seq_len: int,
-    tokenizer: SubwordTokenizer,
+    tokenizer: TextTokenizer,
     order: Order,
     ties: bool = False,
 ) -> Groups:
@@ -311,7 +311,7 @@ def _answer_groups(
 
 
 def _examples(
-    rows: Rows, indices: Sequence[int], kind: str, tokenizer: SubwordTokenizer
+    rows: Rows, indices: Sequence[int], kind: str, tokenizer: TextTokenizer
 ) -> tuple[Store, Int64[np.ndarray, " N"]]:
     """The store of some rows' examples, and the numbers of the rows in it."""
     with with_advice():
@@ -321,7 +321,7 @@ def _examples(
         return store_of(rows, kind, tokenizer), np.asarray(indices)
 
 
-def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: SubwordTokenizer) -> list[Example]:
+def _made(rows: Rows, index: int, kind: str, seq_len: int, tokenizer: TextTokenizer) -> list[Example]:
     """The examples of one row, tokenised on demand."""
     store = store_in_memory([(rows[index], rows.where(index))], kind, tokenizer, rows.drop)
     return [store.example(number, seq_len) for number in range(len(store))]
@@ -362,8 +362,20 @@ def excerpt(row: Mapping[str, Any], where: str) -> str:
     return f"{where}: {json.dumps(row, ensure_ascii=True, default=str):.120}"
 
 
-def _notes(rows: Rows, store: Store) -> dict[str, Any]:
-    return {"unread": () if rows.generated or not rows.parts else store.unread, "notes": rows.notes}
+def _notes(rows: Rows, store: Store, kept: Int64[np.ndarray, " N"]) -> dict[str, Any]:
+    unread = () if rows.generated or not rows.parts else store.unread
+    return {"unread": unread, "notes": (*rows.notes, *_template_notes(store, kept))}
+
+
+def _template_notes(store: Store, kept: Int64[np.ndarray, " N"]) -> Iterator[str]:
+    """What a model's chat template left out of the examples, and tokens at the edges of answers."""
+    if store.left_out is None or store.straddling is None:
+        return
+    for number, name in enumerate(LEFT_OUT):
+        if count := int((store.left_out[kept] >> number & 1).sum()):
+            yield f"in {count} examples the chat template leaves out {name}"
+    if count := int(store.straddling[kept].sum()):
+        yield f"{count} tokens hold characters of an answer and of what is beside it; the loss covers them"
 
 
 def _none_left(rows: Rows, what: str, dropped: Dropped) -> UserError:
@@ -373,7 +385,7 @@ def _none_left(rows: Rows, what: str, dropped: Dropped) -> UserError:
 
 
 def _keep_documents(
-    rows: Rows, indices: Sequence[int], tokenizer: SubwordTokenizer
+    rows: Rows, indices: Sequence[int], tokenizer: TextTokenizer
 ) -> tuple[Store, Int64[np.ndarray, " N"], Tally]:
     """The documents with a non-empty text."""
     store, numbers = _examples(rows, indices, "documents", tokenizer)
@@ -388,12 +400,12 @@ def _keep_documents(
         int((~dropped.left).sum()),
         reasons=dropped.counts,
         firsts=dropped.firsts,
-        **_notes(rows, store),
+        **_notes(rows, store, numbers[dropped.left]),
     )
     return store, numbers[dropped.left], tally
 
 
-def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTokenizer, kind: str) -> Kept:
+def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: TextTokenizer, kind: str) -> Kept:
     """The conversations that have a token with loss after truncation to seq_len, and a tally."""
     store, numbers = _examples(rows, indices, kind, tokenizer)
     assert store.firsts is not None and store.trained is not None
@@ -421,13 +433,13 @@ def _keep(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: SubwordTo
         lost=int((lengths[cut] - seq_len).sum()),
         reasons=dropped.counts,
         firsts=dropped.firsts,
-        **_notes(rows, store),
+        **_notes(rows, store, kept),
     )
     return Kept(store, kept[:, None], tally)
 
 
 def _keep_answers(
-    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: SubwordTokenizer, ties: bool
+    rows: Rows, indices: Sequence[int], kind: str, seq_len: int, tokenizer: TextTokenizer, ties: bool
 ) -> Kept:
     """The answers or pairs that can be trained on, and a tally."""
     store, numbers = _examples(rows, indices, kind, tokenizer)
@@ -449,7 +461,7 @@ def _keep_answers(
         reasons=dropped.counts,
         truncation="cut",
         firsts=dropped.firsts,
-        **_notes(rows, store),
+        **_notes(rows, store, groups[left].reshape(-1)),
     )
     if not left.any():
         raise _none_left(rows, f"{len(groups)} {kind.partition(',')[0]}", dropped)

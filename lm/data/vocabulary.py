@@ -9,7 +9,50 @@ import numpy as np
 import sentencepiece
 
 from lm.data.cache import Writer, current_cache
+from lm.data.hub import files as hub_files
+from lm.data.hub.tokenizer import HubTokenizer, TypedControl
+from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
+from lm.experiment import Tokenizer, UserError
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer is saved in the folder, wholly."""
+    return any((folder / name).is_file() for name in (FILE_NAME, hub_files.TOKENIZER_JSON))
+
+
+def named_tokenizer(settings: Tokenizer) -> TextTokenizer:
+    """The tokenizer that an experiment names. Raises UserError where there is none, or it cannot be read."""
+    template = None
+    if settings.chat_template is not None:
+        try:
+            template = Path(settings.chat_template).expanduser().read_text()
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer.chat_template: {settings.chat_template} cannot be read: {error}") from error
+    return load_tokenizer(settings.path or "", settings.typed_control, template)
+
+
+def load_tokenizer(
+    path: str | Path, typed_control: TypedControl | None = None, template: str | None = None
+) -> TextTokenizer:
+    """Read a tokenizer: a sentencepiece model as they are trained here, or the folder of a published model.
+
+    Args:
+        typed_control, template: of a published model, see `with_options`.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    folder = Path(path).expanduser()
+    published = (hub_files.TOKENIZER_JSON, hub_files.CONFIG)
+    if any((folder / name).is_file() for name in published):
+        return HubTokenizer.load(folder, typed_control, template)
+    if template is not None or typed_control == "token":
+        raise UserError(
+            "tokenizer.typed_control and tokenizer.chat_template are for a published model's tokenizer; tokenizer.path "
+            f"{path} is none"
+        )
+    return SubwordTokenizer.load(folder)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> SubwordTokenizer:

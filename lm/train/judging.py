@@ -14,7 +14,7 @@ from lm.data.layouts import canonical
 from lm.data.selection import held_out_elsewhere, select, trained_places
 from lm.data.sources import Rows, load_rows, why_missing
 from lm.data.split import split_key
-from lm.data.tokenizer import SubwordTokenizer
+from lm.data.vocabulary import load_tokenizer
 from lm.evals.pairs import Scored, score_pairs, share_right, texts_of_pair
 from lm.evals.preferences import Worth, prefers_shorter, worth
 from lm.evals.rows import Subject
@@ -112,7 +112,7 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     """The name and model that score: the requested stage of a run, or its last reward model."""
     folder = RunFolder(run_dir)
     experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
-    tokenizer, mesh = SubwordTokenizer.load(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
+    tokenizer, mesh = load_tokenizer(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
     if stage is not None:
         stage_index(experiment, stage)
     kinds = {s.name: s.objective for s in experiment.stages}

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from lm.algorithms.table import abstract_model, abstract_state
 from lm.config.objective import ObjectiveConfig
-from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
+from lm.data.text_tokenizer import TextTokenizer
+from lm.data.tokenizer import FILE_NAME
+from lm.data.vocabulary import load_tokenizer
 from lm.experiment import (
     COLLECTED,
     Experiment,
@@ -78,7 +80,7 @@ def check_trained_parts(experiment: Experiment) -> None:
 
 
 def model_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, index: int
 ) -> Transformer:
     """The model that enters stage `index`: that of the stage it starts from, or a newly initialised one."""
     start = start_of(experiment, index)
@@ -88,7 +90,7 @@ def model_before(
 
 
 def load_model(
-    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str
 ) -> Transformer:
     """Load a stage's language model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
@@ -98,15 +100,13 @@ def load_model(
     return _load(experiment, folder, tokenizer, mesh, stage).items["policy"]
 
 
-def _load(experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
+def _load(experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str) -> Restored:
     return _restore_models(
         {"policy": abstract_model(experiment.model, tokenizer.vocab_size)}, folder, tokenizer, mesh, stage
     )
 
 
-def load_scorer(
-    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str
-) -> Scorer:
+def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str) -> Scorer:
     """Load a stage's reward model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
     Raises:
@@ -121,7 +121,7 @@ def load_scorer(
 
 
 def scorers_for(
-    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, names: tuple[str, ...]
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, names: tuple[str, ...]
 ) -> tuple[Scorer, ...]:
     """Load reward models by name: STAGE of this run, or RUN:STAGE of another run's folder.
 
@@ -139,7 +139,7 @@ def scorers_for(
     return tuple(found)
 
 
-def check_reward_models(experiment: Experiment, tokenizer: SubwordTokenizer) -> None:
+def check_reward_models(experiment: Experiment, tokenizer: TextTokenizer) -> None:
     """Check the reward models that the experiment takes from other runs, before anything is trained.
 
     Raises:
@@ -152,16 +152,16 @@ def check_reward_models(experiment: Experiment, tokenizer: SubwordTokenizer) -> 
             raise UserError(f"{run} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
 
 
-def _experiment_with_same_tokenizer(name: str, tokenizer: SubwordTokenizer) -> Experiment:
+def _experiment_with_same_tokenizer(name: str, tokenizer: TextTokenizer) -> Experiment:
     """The experiment of the run of a reward model RUN:STAGE. Raises UserError unless it has the same tokenizer."""
     other = RunFolder(Path(name.rpartition(":")[0]))
     experiment = from_dict(other.read_experiment())
-    theirs = SubwordTokenizer.load(other.tokenizer)
+    theirs = load_tokenizer(other.tokenizer)
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"the reward model {name} has another tokenizer ({theirs.vocab_size} pieces) than this run "
             f"({tokenizer.vocab_size}): its scores would be meaningless; use its tokenizer for this run, "
-            f"--tokenizer.path {other.tokenizer / FILE_NAME}"
+            f"--tokenizer.path {other.tokenizer}"
         )
     return experiment
 
@@ -176,7 +176,7 @@ def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> Obje
 
 
 def scorers_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, index: int
 ) -> tuple[Scorer, ...]:
     """The reward models that stage `index` reads; if none, the last one trained before it (for evals), if any."""
     names = reward_names(experiment.stages[index])
@@ -185,7 +185,7 @@ def scorers_before(
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 
-def _restore_models(models: Models, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, stage: str) -> Restored:
+def _restore_models(models: Models, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str) -> Restored:
     """Restore models of a stage: from its last step if the stage is finished, else from its newest intact checkpoint."""
     wanted = {role: abstract(model, mesh) for role, model in models.items()}
     final = broadcast_from_main(lambda: folder.final_step(stage))
@@ -197,7 +197,7 @@ def _restore_models(models: Models, folder: RunFolder, tokenizer: SubwordTokeniz
     return found
 
 
-def check_tokenizer(meta: dict[str, Any], tokenizer: SubwordTokenizer, folder: RunFolder, stage: str) -> None:
+def check_tokenizer(meta: dict[str, Any], tokenizer: TextTokenizer, folder: RunFolder, stage: str) -> None:
     """Raise UserError if a checkpoint's `meta` names another tokenizer (checkpoints of older versions name none)."""
     theirs = meta.get("tokenizer", tokenizer.fingerprint)
     accepted = [note.get("tokenizer") for note in folder.read_environment().get("accepted", ())]
@@ -227,7 +227,7 @@ class LoadedRun:
     """A run's language model after one of its stages, with its experiment, tokenizer and mesh."""
 
     experiment: Experiment
-    tokenizer: SubwordTokenizer
+    tokenizer: TextTokenizer
     model: Transformer
     mesh: Mesh
     stage: str
@@ -244,7 +244,7 @@ def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
     experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
     # One device, since the run may have used a larger machine.
     mesh = make_mesh(type(experiment.mesh)(data=1))
-    tokenizer = SubwordTokenizer.load(folder.tokenizer)
+    tokenizer = load_tokenizer(folder.tokenizer)
     speaks = [s.name for s in experiment.stages if s.objective.produces == "policy"]
     if stage is None:
         trained = [name for name in speaks if folder.finished(name) or Checkpoints(folder.checkpoints(name)).steps()]

@@ -25,8 +25,8 @@ from lm.data.selection import (
 )
 from lm.data.sources import rows_of
 from lm.data.split import Places
-from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
-from lm.data.vocabulary import train_tokenizer
+from lm.data.text_tokenizer import TextTokenizer
+from lm.data.vocabulary import is_tokenizer, load_tokenizer, named_tokenizer, train_tokenizer
 from lm.evals.examples import spec_of
 from lm.experiment import (
     COLLECTED,
@@ -181,7 +181,7 @@ def _claim_folder(experiment: Experiment, folder: RunFolder) -> None:
 
 def _prepare_data(
     experiment: Experiment, folder: RunFolder, mesh: Mesh, accept: bool, trains: bool
-) -> tuple[SubwordTokenizer, Places]:
+) -> tuple[TextTokenizer, Places]:
     """Make the tokenizer and find the held-out keys; records fingerprints of data, tokenizer and versions in the folder.
 
     Args:
@@ -194,9 +194,7 @@ def _prepare_data(
     for line in short_warmups(experiment):
         print_on_main(line)
     print_on_main("reading the data")
-    tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or SubwordTokenizer.load(
-        folder.tokenizer
-    )
+    tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or load_tokenizer(folder.tokenizer)
     raise_on_all(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
     raise_on_all(lambda: check_memory(experiment, dict(mesh.shape), tokenizer.vocab_size))
 
@@ -300,15 +298,15 @@ def _print_lines(stage: Stage, report: str) -> None:
     print_on_main("\n".join(f"{stage.name}: {line}" for line in report.splitlines()))
 
 
-def make_tokenizer(experiment: Experiment, folder: Path) -> SubwordTokenizer:
+def make_tokenizer(experiment: Experiment, folder: Path) -> TextTokenizer:
     """The run's tokenizer: loaded from `folder`, else from `tokenizer.path`, else trained now; saved in `folder`.
 
     It is trained on text of every stage's training data.
     """
-    if (folder / FILE_NAME).is_file():
-        return SubwordTokenizer.load(folder)
+    if is_tokenizer(folder):
+        return load_tokenizer(folder)
     if experiment.tokenizer.path is not None:
-        tokenizer = SubwordTokenizer.load(experiment.tokenizer.path)
+        tokenizer = named_tokenizer(experiment.tokenizer)
         tokenizer.save(folder)
         return tokenizer
     tokenizer = train_tokenizer(
@@ -344,7 +342,7 @@ def function_files(experiment: Experiment) -> dict[str, str]:
 
 
 def make_evaluator(
-    experiment: Experiment, folder: RunFolder, tokenizer: SubwordTokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, index: int
 ) -> Evaluator:
     """The evaluator of stage `index`; its reference is the model that entered the first preference stage."""
     first = next((i for i, stage in enumerate(experiment.stages) if stage.objective.learns_preferences), None)

@@ -24,7 +24,15 @@ def prompts(rows=8, width=12, seed=0):
 
 def sample(model, tokens, lengths, temperature=1.0, seed=0, n=16, **options):
     return generate(
-        model, tokens, lengths, jax.random.key(seed), temperature, max_new_tokens=n, end_ids=(EOS,), pad_id=PAD, **options
+        model,
+        tokens,
+        lengths,
+        jax.random.key(seed),
+        temperature,
+        max_new_tokens=n,
+        end_ids=(EOS,),
+        pad_id=PAD,
+        **options,
     )
 
 

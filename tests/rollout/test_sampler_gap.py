@@ -41,7 +41,9 @@ def rollout(model, temperature, seed):
     tokens, lengths = left_pad(
         [rng.integers(2, VOCAB, rng.integers(1, WIDTH + 1)).tolist() for _ in range(16)], WIDTH, 0
     )
-    out = generate(model, tokens, lengths, jax.random.key(seed), temperature, max_new_tokens=NEW, end_ids=(1,), pad_id=0)
+    out = generate(
+        model, tokens, lengths, jax.random.key(seed), temperature, max_new_tokens=NEW, end_ids=(1,), pad_id=0
+    )
     return jax.tree.map(jnp.asarray, as_batch(tokens, lengths, jax.device_get(out), np.ones(16)))
 
 
