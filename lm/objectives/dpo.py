@@ -205,7 +205,8 @@ def dpo(
     (LD-DPO, arXiv:2409.06411). Rewards in the metrics are beta times the log-ratio summed over the answer.
 
     Args:
-        logp, ref_logp: log-probabilities of the tokens under policy and reference, in nats.
+        logp: log-probabilities of the tokens under the policy, in nats.
+        ref_logp: the same under the reference.
         weights: 1 on the answers' tokens, 0 elsewhere; a pair without answer tokens is padding and is ignored.
         log_sum_sq: log Σ p² of the policy at each token; if given, pairs are weighted by their likelihood under the policy
             (WPO, arXiv:2406.11827), in all losses but SFT.

@@ -65,7 +65,8 @@ def kto(
     """KTO-family loss, a mean over answers, and its metrics.
 
     Args:
-        logp, ref_logp: log-probabilities of the tokens under policy and reference, in nats.
+        logp: log-probabilities of the tokens under the policy, in nats.
+        ref_logp: the same under the reference.
         weights: 1 on the answers' tokens, 0 elsewhere; a row of zeros is padding and is ignored.
         desirable: 1 for a good answer, 0 for a bad one.
         kl: baseline: estimated KL over the whole batch, in nats, without a gradient; None if the loss has no baseline.

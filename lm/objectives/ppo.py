@@ -133,7 +133,8 @@ def ppo(
     Args:
         mask: 1 on the tokens that the policy sampled; values elsewhere are ignored.
         returns: targets of the values.
-        old_logp, old_values: log-probabilities and values at the time of the rollout.
+        old_logp: log-probabilities at the time of the rollout.
+        old_values: values at the time of the rollout.
         correction: importance weight of each token for the mismatch of sampler and old policy (`sampler_correction`).
         entropy: entropy of the policy at each token, in nats.
         value_mask: positions whose values are trained, if different from `mask` (`with_end`).

@@ -127,7 +127,9 @@ def test_what_the_kernel_does_not_take_is_refused_where_it_is_asked_for():
     stage = Stage("sft", SFT(), (Source("gen:instruct"),), seq_len=LENGTH)
     asked = Experiment("x", (stage,), model=dataclasses.replace(WIDE, attention="splash"))
     check(asked)
-    with pytest.raises(UserError, match=r"model\.head_dim is 64; model\.attention splash needs a multiple of 128"):
+    with pytest.raises(
+        UserError, match=r"model\.head_dim is 64 and model\.attention is splash, which needs a multiple of 128"
+    ):
         check(dataclasses.replace(asked, model=dataclasses.replace(asked.model, head_dim=64)))
     with pytest.raises(UserError, match=r"sft\.seq_len is 200"):
         check(dataclasses.replace(asked, stages=(dataclasses.replace(stage, seq_len=200),)))

@@ -157,7 +157,7 @@ def test_a_stage_that_some_runs_lack_is_named_once(tmp_path):
     assert found.changed == ("again", "again.steps")
     assert [one.settings["again"] for one in found.groups] == ["–", "present", "present"]
     page = render(found)
-    assert "<td>again</td><td>– → present</td>" in page and "again.objective" not in page
+    assert '<td>again</td><td class="words">– → present</td>' in page and "again.objective" not in page
 
 
 def grid(tmp_path, count=8):

@@ -160,7 +160,7 @@ def test_a_comparison_of_a_sweep_has_a_table_a_page_and_rows(finished, tmp_path,
     assert "What differs: sft.optimizer.peak_lr" in said and "the baseline" in said
     lines = rows.read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith('"group","seed"')
-    assert "Each run is a link to its report" in page.read_text()
+    assert "Each run links to its report" in page.read_text()
     assert main(["compare", str(folder), "--baseline", "sft.optimizer.peak_lr=0.004"]) == 2
     assert "there are 0.001, 0.003" in capsys.readouterr().err
 
@@ -185,7 +185,7 @@ def test_a_sweep_that_cannot_work_leaves_no_folder(tmp_path, monkeypatch, capsys
     axis = '"sft.optimizer.peak_lr": (1e-3, 3e-3)'
     for wrong, message in (
         ('"sft.optimizer.peek_lr": (1e-3,)', "did you mean sft.optimizer.peak_lr"),
-        ('"model.num_kv_heads": (3, 4)', "num_kv_heads 3: model.num_heads 2 is not"),
+        ('"model.num_kv_heads": (3, 4)', "num_kv_heads 3: model.num_heads is 2; it should be a multiple"),
     ):
         Path("wrong.py").write_text(TINY.read_text().replace(axis, wrong))
         assert main(["sweep", "wrong.py"]) == 2
