@@ -50,6 +50,7 @@ def test_every_experiment_has_a_plan_for_every_stage(name):
         assert found.fits and found.step_s >= found.bound_s > 0
 
 
+@pytest.mark.slow
 def test_the_state_is_counted_to_the_byte():
     """Parameters and both moments, over fsdp; whoever reads a reference has a third copy of the parameters."""
     value = experiment()

@@ -90,6 +90,7 @@ def folder(tmp_path):
     return HubTokenizer(small.files()).save(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_every_stage_runs_with_a_published_tokenizer(tmp_path, folder):
     check_run(tmp_path, folder)
 
