@@ -67,7 +67,7 @@ def run(*overrides: str) -> tuple[str, ...]:
         (["--sft.steps", "three"], ["--sft.steps", "'three'", "an integer"]),
         (["--pretrain.sources.0.path", "txet.txt"], ["txet.txt", "text.txt"]),
         (["--pretrain.sources.0.path", "gen:dcos"], ["gen:dcos", "gen:docs"]),
-        (["--tokenizer.path", "text.txt"], ["tokenizer.path", "text.txt is not a sentencepiece model"]),
+        (["--tokenizer.path", "text.txt"], ["tokenizer.path", "text.txt is not a sentencepiece model", "tokenizer.json"]),
         (["--pretrain.batch_size", "6"], ["pretrain.batch_size 6", "mesh.data 8"]),
         (["--mesh.data", "64"], ["64 devices", "there are"]),
         (["--tokenizer.vocab_size", "100"], ["tokenizer.vocab_size", "100", "at least 262"]),

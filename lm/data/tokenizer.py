@@ -25,6 +25,7 @@ from lm.experiment import UserError
 from lm.stored import write_atomic
 
 FILE_NAME = "tokenizer.model"
+WANTED = "a sentencepiece .model file, or a folder with tokenizer.model or a published model's tokenizer.json"
 TRAINING_BYTES = 2_000_000
 CHUNK = 4_000  # characters; the training text consists of whole chunks, evenly spread
 LONGEST_LINE = 1_000  # characters; sentencepiece skips lines longer than 4192 bytes
@@ -131,14 +132,14 @@ class SubwordTokenizer:
         path = Path(path).expanduser()
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
-            raise UserError(f"tokenizer.path: there is no file {file}; name a sentencepiece .model file or its folder")
+            raise UserError(f"tokenizer.path: there is no file {file}; name {WANTED}")
         model = file.read_bytes()
         try:
             if model:  # otherwise sentencepiece fails only when it is first used
                 return cls(model, name=str(file))
         except (RuntimeError, IndexError, ValueError, OverflowError) as error:
-            raise UserError(f"tokenizer.path: {file} is not a sentencepiece model") from error
-        raise UserError(f"tokenizer.path: {file} is empty; name a sentencepiece .model file or its folder")
+            raise UserError(f"tokenizer.path: {file} is not a sentencepiece model; name {WANTED}") from error
+        raise UserError(f"tokenizer.path: {file} is empty; name {WANTED}")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> SubwordTokenizer:

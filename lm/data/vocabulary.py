@@ -38,7 +38,8 @@ def load_tokenizer(
     """Read a tokenizer: a sentencepiece model as they are trained here, or the folder of a published model.
 
     Args:
-        typed_control, template: of a published model, see `with_options`.
+        typed_control: of a published model, see `with_options`.
+        template: the same.
 
     Raises:
         UserError: there is none, or it cannot be read.
