@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from lm.experiment import Model, UserError
 from lm.interop import hf
+from lm.interop.config import write_config
+from lm.interop.export import write
 from lm.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +29,7 @@ def good(tmp_path_factory):
         num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, max_len=64, tied_head=False
     )
     folder = tmp_path_factory.mktemp("good")
-    hf.write(jax.jit(lambda: Transformer(config, 40, jax.random.key(0)))(), folder)
+    write(jax.jit(lambda: Transformer(config, 40, jax.random.key(0)))(), folder)
     return folder
 
 
@@ -219,7 +221,7 @@ def test_what_only_repeats_the_model_and_whole_shards_are_read(good, copy):
 def test_other_weights_in_the_folder_are_not_written_over(good, copy):
     sharded(copy)
     with pytest.raises(UserError, match="of another model: name an empty folder"):
-        hf.write(hf.read(good), copy)
+        write(hf.read(good), copy)
 
 
 ODD = (None, True, -1, 0, 2**63, 10**400, 1.5, float("nan"), float("inf"), "", "x", [], [[]], {}, {"a": 1}, "\n")
@@ -269,5 +271,5 @@ def test_every_mutation_is_read_as_it_is_or_refused_in_a_line(good, copy):
         else:
             read += 1
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
-            assert hf.write_config(model.config, 40)["num_hidden_layers"] == 2
+            assert write_config(model.config, 40)["num_hidden_layers"] == 2
     assert 0 < read < 200

@@ -11,6 +11,9 @@ import pytest
 
 from lm.experiment import Layer, Model, Pretrain, UserError
 from lm.interop import hf
+from lm.interop.config import read_config
+from lm.interop.export import write
+from lm.model.families import FAMILIES
 from lm.model.transformer import Transformer
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.logprobs import token_logprobs
@@ -22,7 +25,7 @@ from tests.helpers import tiny_model
 def families(golden: Path) -> list[Path]:
     """Folders of golden models whose family the model has; the others wait for their mathematics."""
     folders = [path.parent for path in sorted((golden / "models").glob("*/config.json"))]
-    return [f for f in folders if json.loads((f / "config.json").read_text())["model_type"] in hf.FAMILIES]
+    return [f for f in folders if json.loads((f / "config.json").read_text())["model_type"] in FAMILIES]
 
 
 def pytest_generate_tests(metafunc):
@@ -79,7 +82,7 @@ def test_loss_and_gradients(family):
 
 def test_out_and_in_again_is_identical(family, tmp_path):
     model = hf.read(family)
-    hf.write(model, tmp_path)
+    write(model, tmp_path)
     again = hf.read(tmp_path)
     assert again.config == model.config
     for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
@@ -149,7 +152,7 @@ MEMBERS = {
 def test_a_member_of_each_family_is_written_as_such_and_read_as_it_was(tmp_path, member):
     config = dataclasses.replace(SMALL, **MEMBERS[member])
     model = jax.jit(lambda: Transformer(config, 96, jax.random.key(0)))()
-    hf.write(model, tmp_path)
+    write(model, tmp_path)
     again = hf.read(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == member
     assert again.config == config
@@ -163,14 +166,14 @@ NOWHERE = [{"window": 8, "qk_norm": True}, {"softcap": 30.0}, {"gated_mlp": Fals
 @pytest.mark.parametrize("changes", NOWHERE)
 def test_what_no_family_has_is_not_written_as_if_it_were_not_there(changes, tmp_path):
     with pytest.raises(UserError, match=rf"model.({'|'.join(changes)}) is .*no family here has it: .*llama.*qwen3"):
-        hf.write(tiny_model(**changes), tmp_path)
+        write(tiny_model(**changes), tmp_path)
 
 
 def test_unknown_family_and_missing_tensor_are_said(tmp_path):
     with pytest.raises(UserError, match="model_type is 'mamba'"):
-        hf.read_config({"model_type": "mamba"})
+        read_config({"model_type": "mamba"})
     model = Transformer(Model(num_layers=1, embed_dim=16, head_dim=8, mlp_dim=16), 32, jax.random.key(0))
-    hf.write(model, tmp_path)
+    write(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"num_hidden_layers 2, and the files have 1 layers"):
