@@ -135,15 +135,18 @@ def with_layers(model: Model, layers: tuple[Layer, ...]) -> Model:
     return replace(model, **{name: getattr(layers[0], name) for name in LAYER_FIELDS})
 
 
-def write_config(model: Model, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a model, in the first family that can represent it; RoPE in current and older field names.
+def write_config(model: Model, vocab_size: int, family: str = "") -> dict[str, Any]:
+    """The config.json of a model; RoPE in current and older field names.
+
+    Args:
+        family: its model_type, used if that family can represent the model, else the first that can.
 
     Raises:
         UserError: the model has what no family here has.
     """
     lost: dict[str, list[str]] = {}
-    for name, family in FAMILIES.items():
-        config = _write_config(family, model, vocab_size)
+    for name, known in sorted(FAMILIES.items(), key=lambda item: item[0] != family):
+        config = _write_config(known, model, vocab_size)
         again = _essence(_read_config(config)[0])
         lost[name] = [field for field, value in _essence(model).items() if again[field] != value]
         if not lost[name]:

@@ -97,7 +97,7 @@ def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
 
 def _from_tensors(place: Place, tensors: dict[str, Tensor]) -> np.ndarray:
     """One parameter of ours from theirs, all layers stacked."""
-    values = [place.to_ours(_finite(name, tensors, place.dtype)) for name in place.names]
+    values = [place.to_ours(_finite(name, tensors, place.dtype)[place.rows]) for name in place.names]
     return np.stack(values) if place.stacked else values[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,31 +25,48 @@ EMBED, HEAD = OTHER_NAMES["embed/weight"], OTHER_NAMES["head/weight"]
 
 @dataclass(frozen=True)
 class Place:
-    """Location of a parameter in a checkpoint: its tensors (one per layer if stacked) and their layout."""
+    """Location of a parameter in a checkpoint: its tensors (one per layer if stacked), which rows of them, and their layout.
+
+    Several parameters may share a tensor, such as a fused projection; `rows` is then the slice of its first dimension.
+    """
 
     names: tuple[str, ...]
     stacked: bool
     shape: tuple[int, ...]  # of one layer, ours
     dtype: Any
     inputs: int  # leading dimensions that are the input of a matrix; 0: no matrix, or one that lies as it does here
+    first: int = 0  # row of the tensor with which the parameter begins
+    others: int = 0  # rows of the tensor that belong to other parameters
 
     @property
-    def their_shape(self) -> tuple[int, ...]:
-        """Matrices are [out, in]; heads are no dimension of their own."""
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter in the tensor: matrices are [out, in]; heads are no dimension of their own."""
         if not self.inputs:
             return (math.prod(self.shape),) if self.stacked else self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
-    def to_theirs(self, value: np.ndarray) -> np.ndarray:
-        return value.reshape(self.their_shape[::-1]).T if self.inputs else value.reshape(self.their_shape)
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self.part_shape[0] + self.others, *self.part_shape[1:]
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        return (tensor.T if self.inputs else tensor).reshape(self.shape)
+    @property
+    def rows(self) -> slice:
+        """Rows of the tensor that hold the parameter; all of them, unless the tensor is shared."""
+        return slice(self.first, self.first + self.part_shape[0])
+
+    def to_theirs(self, value: np.ndarray) -> np.ndarray:
+        """One layer of the parameter as the `rows` of its tensor."""
+        return value.reshape(self.part_shape[::-1]).T if self.inputs else value.reshape(self.part_shape)
+
+    def to_ours(self, part: np.ndarray) -> np.ndarray:
+        """The `rows` of the tensor as one layer of the parameter."""
+        return (part.T if self.inputs else part).reshape(self.shape)
 
 
 def parameter_places(model: Transformer, family: Family) -> list[Place]:
     """The place of every parameter, in the order of the leaves; the model may be abstract."""
-    found = []
+    found: dict[str, Place] = {}
     params = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
     for path, param in params:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -63,5 +80,16 @@ def parameter_places(model: Transformer, family: Family) -> list[Place]:
             names = (OTHER_NAMES[name],)
         matrix = name.endswith("/weight") and name != "embed/weight"
         inputs = (2 if axes[1] == "head_dim" else 1) if matrix else 0
-        found.append(Place(names, stacked, shape, jnp.dtype(value.dtype), inputs))
-    return found
+        found[name] = Place(names, stacked, shape, jnp.dtype(value.dtype), inputs)
+    return [_among_others(name, found, family) for name in found]
+
+
+def _among_others(name: str, places: dict[str, Place], family: Family) -> Place:
+    """The place of a parameter, behind those that share its tensor and come before it in the table of the family."""
+    order = [f"blocks/{ours}" for ours in family.layer_names]
+    sharing = [other for other in order if other in places and places[other].names == places[name].names]
+    if len(sharing) < 2:
+        return places[name]
+    rows = [places[other].part_shape[0] for other in sharing]
+    own = sharing.index(name)
+    return replace(places[name], first=sum(rows[:own]), others=sum(rows) - rows[own])

@@ -46,8 +46,8 @@ def as_batch(ids, mask, positions=None):
 
 
 def tolerance(inputs) -> float:
-    """Ten times the error of the reference's own float32 forward, or 1e-5 of the largest logit."""
-    return max(10 * float(inputs["hf_float32_max_abs_diff"]), 1e-5 * np.abs(inputs["logits"]).max())
+    """2e-5, or twice the error of the reference library's own float32 forward."""
+    return max(2 * float(inputs["hf_float32_max_abs_diff"]), 2e-5)
 
 
 def test_logits_right_and_left_padded(family):
@@ -82,7 +82,7 @@ def test_loss_and_gradients(family):
 
 def test_out_and_in_again_is_identical(family, tmp_path):
     model = hf.read(family)
-    write(model, tmp_path)
+    write(model, tmp_path, json.loads((family / "config.json").read_text())["model_type"])
     again = hf.read(tmp_path)
     assert again.config == model.config
     for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
@@ -139,6 +139,7 @@ MEMBERS = {
     "llama": {"qk_norm": False, "tied_head": False, "rope_scaling": (8.0, 1.0, 4.0, 64.0), "qkv_bias": True,
               "output_bias": True, "mlp_bias": True},
     "mistral": {"qk_norm": False, "window": 5},
+    "phi3": {"qk_norm": False, "tied_head": False, "window": 5},
     "qwen2": {"qk_norm": False, "qkv_bias": True, "rope_scaling": (4.0,)},
     "olmo2": {"qk_norm_of": "heads", "norms": "post"},
     "gemma2": GEMMA,
@@ -152,7 +153,7 @@ MEMBERS = {
 def test_a_member_of_each_family_is_written_as_such_and_read_as_it_was(tmp_path, member):
     config = dataclasses.replace(SMALL, **MEMBERS[member])
     model = jax.jit(lambda: Transformer(config, 96, jax.random.key(0)))()
-    write(model, tmp_path)
+    write(model, tmp_path, member)
     again = hf.read(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == member
     assert again.config == config

@@ -48,7 +48,7 @@ class Family:
         slides: (config, layer) -> whether that layer has a window where the config has no layer_types; None: none has.
         rope_theta: rope base, where the config has none.
         local_rope_theta: rope base of layers with a window, where the config has no other; None: that of all layers.
-        layer_names: tensors of a layer, ours -> theirs.
+        layer_names: tensors of a layer, ours -> theirs; those with the same tensor stand in it one behind another, in this order.
     """
 
     model_type: str
