@@ -35,7 +35,7 @@ REASONS = (
 ADVICE = "; bad_rows drop leaves such rows out, counted"
 
 
-# A column that every row has to have, or several of which any one is enough.
+# A column that every row must have, or a tuple of columns of which one is enough.
 ColumnNeed = str | tuple[str, ...]
 
 
@@ -66,7 +66,7 @@ def names_of_needs(needs: Sequence[ColumnNeed]) -> list[str]:
 
 
 def check_columns(row: Mapping[str, Any], needs: Sequence[ColumnNeed], where: str, who: str = "the verifier") -> None:
-    """Raises BadRow for a row that lacks a column that `who` needs; one that is null or blank is as good as missing."""
+    """Raises BadRow for a row that lacks a column that `who` needs; null and blank values count as missing."""
     for need in needs if not isinstance(row, Unreadable) else ():
         names = names_of_needs([need])
         if all(is_blank(row.get(name)) for name in names):
@@ -82,7 +82,7 @@ def missing_columns(row: Mapping[str, Any], where: str, what: str) -> BadRow:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value of a row says nothing: null, or text of spaces alone."""
+    """Whether a value of a row is null, or a text of white space only."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 

@@ -1,10 +1,9 @@
 """The data cache: folders of arrays keyed by what they are computed from, shared by runs and by hosts.
 
-An entry is written to a draft folder and renamed when complete, its manifest of sizes and checksums last: a
-kill at any moment leaves no partial entry. The content is checked against the checksums when a process first opens it, so
-that corruption is found; a damaged entry is rebuilt. One process builds an entry while the others wait for it; its lock
-ends with the process. Should two processes build the same entry, where a file system has no locks, the results are equal and
-one is kept: the lock saves work, and correctness does not depend on it.
+An entry is written to a draft folder, its manifest of sizes and checksums last, and the folder is renamed when complete: a
+kill at any moment leaves no partial entry. When a process first opens an entry, it verifies the checksums; a damaged entry is
+rebuilt. One process builds an entry while the others wait; its lock ends with the process. On a file system without locks, two
+processes may build the same entry; the results are equal and one is kept. The lock only saves work.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from filelock import FileLock, Timeout
 from lm.experiment import UserError
 from lm.stored import NO_LOCKS, cache_folder, file_sha256, read_json, sealed, unsealed
 
-VERSION = 6  # of what is stored and of how a row becomes tokens: raise it when either changes
-TOLD_SECONDS = 1.0  # a process that waits for another says so after so long
+VERSION = 6  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
+TOLD_SECONDS = 1.0  # after this time a process that waits for another one prints a line
 ABANDONED_SECONDS = 86_400.0
-SETTLED_SECONDS = 2.0  # a file written later than this may change again without a new time of change
+SETTLED_SECONDS = 2.0  # a file modified more recently may change again without a new mtime
 MAPPED = 512  # files mapped at the same time; each takes a file descriptor
 MANIFEST = "manifest.json"
 
@@ -45,7 +44,7 @@ def current_cache() -> Cache:
 
 @dataclass(frozen=True)
 class Entry:
-    """A complete cache entry: `array(name)` maps a file into memory; `span` reads a part of it and keeps no file open."""
+    """A complete cache entry: `array(name)` maps a file into memory; `span` reads a part of a file and closes it."""
 
     folder: Path
     files: Mapping[str, Mapping[str, Any]]
@@ -118,7 +117,7 @@ class Writer:
 
     def close(self) -> None:
         for stream in self._streams.values():
-            with contextlib.suppress(OSError):  # a full disk has been reported, and the draft is thrown away
+            with contextlib.suppress(OSError):  # a full disk has been reported already, and the draft will be removed
                 stream.close()
 
 
@@ -131,8 +130,8 @@ class Cache:
     def entry(self, kind: str, made_of: Mapping[str, Any], build: Callable[[Writer], None], label: str) -> Entry:
         """The entry computed from `made_of` (a plain value that determines it), built by `build` if it does not exist.
 
-        Where another process builds it, this process waits and prints `label`. Raises UserError where the folder
-        has to be written and cannot be.
+        If another process is building it, this process waits and prints `label`. Raises UserError if the folder
+        must be written and cannot be.
         """
         key = hashlib.sha256(json.dumps([VERSION, kind, made_of], sort_keys=True).encode()).hexdigest()[:40]
         folder = self.folder / f"{kind}-{key}"
@@ -177,14 +176,14 @@ class Cache:
         with self.writing():
             folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
-        _mapped.cache_clear()  # it may have been mapped before
+        _mapped.cache_clear()  # arrays of the damaged entry may be mapped
         return None
 
     def sweep(self) -> None:
         """Remove drafts of dead processes on this host, and drafts untouched for a day."""
         for draft in [*self.folder.glob("*.draft"), *self.folder.glob("checksums/*.draft")]:
             if _is_abandoned(draft):
-                with contextlib.suppress(OSError):  # another user's file: theirs to remove
+                with contextlib.suppress(OSError):  # another user's file, which only that user can remove
                     shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
     def _build(self, folder: Path, made_of: Mapping[str, Any], build: Callable[[Writer], None]) -> Entry:
@@ -203,13 +202,13 @@ class Cache:
                         raise
         finally:
             writer.close()
-            shutil.rmtree(draft, ignore_errors=True)  # gone already where all went well
+            shutil.rmtree(draft, ignore_errors=True)  # after a success it no longer exists
         _verified[folder] = _stamps(folder, files)
         return Entry(folder, files)
 
     @contextlib.contextmanager
     def _alone(self, folder: Path, label: str) -> Iterator[None]:
-        """Inside, no other process builds this entry, and no draft of one that was killed is left."""
+        """Context in which no other process builds this entry, after removing drafts of killed processes."""
         lock = folder.with_name(f"{folder.name}.lock")
         held = FileLock(lock, fallback_to_soft=False)
         try:
@@ -219,11 +218,11 @@ class Cache:
             yield
         finally:
             if held.is_locked:
-                lock.unlink(missing_ok=True)  # whoever has opened it and waits for it opens a new one
+                lock.unlink(missing_ok=True)  # processes that wait for the removed file open a new one
             held.release()
 
     def _acquire(self, held: FileLock, lock: Path, label: str) -> None:
-        """Take a lock, and say whom this process waits for; without a lock where the file system has none."""
+        """Take the lock, and print which process holds it while waiting; go on without it if the file system has no locks."""
         who = "another process"
         try:
             try:
@@ -319,7 +318,11 @@ def _is_abandoned(draft: Path) -> bool:
     if f"{host}-{os.getpid()}" == _here() and number.isdecimal():
         try:
             os.kill(int(number), 0)
-        except (ProcessLookupError, PermissionError, OverflowError) as error:  # another user's is alive
+        except (
+            ProcessLookupError,
+            PermissionError,
+            OverflowError,
+        ) as error:  # PermissionError: another user's live process
             return isinstance(error, ProcessLookupError)
         return False
     try:

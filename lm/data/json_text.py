@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Container, Mapping
 from typing import Any
 
-DEEPEST = 100  # deeper values are left out: no column that a stage reads is so deep
+DEEPEST = 100  # maximum nesting depth; deeper values are left out, since no column that a stage reads is so deep
 LONGEST = 4_000  # digits of an integer; a longer one is kept as text
 MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 

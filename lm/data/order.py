@@ -16,8 +16,8 @@ ROUNDS = 4
 def permute(place: int, length: int, key: int) -> int:
     """The image of `place` under the pseudo-random permutation of range(length) that `key` selects.
 
-    A balanced Feistel network over the next even number of bits; a value past the end walks on along its
-    cycle (Black and Rogaway 2002, Ciphers with arbitrary finite domains).
+    A balanced Feistel network over the next even number of bits; a value past the end is permuted again until it is
+    in range (cycle walking: Black and Rogaway 2002, Ciphers with arbitrary finite domains).
     """
     if length == 1:
         return 0
@@ -57,7 +57,7 @@ def _mix64s(values: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
 
 
 def mixture_shares(weights: Sequence[float]) -> list[Fraction]:
-    """The exact share of each source among itself and those after it; the last is 1.
+    """For each source its weight over the sum of its own and all later weights, exactly; the last is 1.
 
     The weights are positive, or zero for a source that is never drawn.
     """
@@ -68,8 +68,8 @@ def mixture_shares(weights: Sequence[float]) -> list[Fraction]:
 def mixture(index: int, shares: Sequence[Fraction]) -> tuple[int, int]:
     """(source, place in that source) of row `index` of a weighted mixture.
 
-    After n rows each source has given its share of n to within one row for each source before it, and the places
-    of a source are 0, 1, 2, … without a gap: each source takes its share of the rows that those before it left.
+    Each source takes its share of the rows that the sources before it leave. So the places of a source are 0, 1, 2, …
+    without a gap, and after n rows its number of rows is its share of n, to within one row for each source before it.
     """
     for source, share in enumerate(shares):
         taken = index * share.numerator // share.denominator

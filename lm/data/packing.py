@@ -1,6 +1,6 @@
 """Packing of examples into rows of fixed length: windows over documents, packed conversations, padding.
 
-`weights`, `segments` and `positions` mean what `lm.types.TokenBatch` says.
+`weights`, `segments` and `positions` are those of `lm.types.TokenBatch`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Stream(Protocol):
 def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len: int, pad_id: int) -> PackedRow:
     """The row with tokens start … start + seq_len of a stream of documents, padded where the stream ends.
 
-    `bounds[d]` is where document d begins in the stream, `bounds[-1]` its length; each document stands
-    between end-of-text tokens. Every document in the window is a segment, and its first token there has weight 0.
+    `bounds[d]` is the start of document d in the stream, `bounds[-1]` the stream's length. Each document has an end-of-text
+    token before and after it. Every document in the window is a segment, whose first token in the window has weight 0.
     """
     tokens = np.full(seq_len, pad_id, np.int32)
     segments = np.zeros(seq_len, np.int32)
@@ -60,7 +60,7 @@ def window(stream: Stream, bounds: Int[np.ndarray, " D+1"], start: int, seq_len:
 
 
 def join(examples: Sequence[Example], seq_len: int, pad_id: int) -> PackedRow:
-    """Pack examples into one row, a segment each; they must fit. The first token of each has weight 0."""
+    """Pack examples into one row, one segment each; they must fit. The first token of each has weight 0."""
     tokens = np.full(seq_len, pad_id, np.int32)
     weights = np.zeros(seq_len, np.float32)
     segments = np.zeros(seq_len, np.int32)
@@ -97,10 +97,10 @@ def is_trained(example: Example) -> bool:
 
 
 def pack(lengths: Sequence[int], seq_len: int, open_rows: int = 32) -> list[list[int]]:
-    """Greedy packing: the indices of each row's examples; every example is in exactly one row, in order.
+    """Pack examples greedily; returns the indices of each row's examples. Every example is in exactly one row, in order.
 
-    Each example goes to the fullest open row that has room, else to a new one; the fullest row closes when more than
-    `open_rows` are open. No length may exceed seq_len.
+    Each example goes into the fullest open row that has room, else into a new one. When more than `open_rows` rows are
+    open, the fullest is closed. No length may exceed seq_len.
     """
     rows: list[list[int]] = []
     # Open rows as (tokens left, row number) in one integer, sorted: fullest first, then oldest.

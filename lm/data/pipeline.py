@@ -36,9 +36,9 @@ SUPPLIES = {"text": windows, "conversations": conversations, "pairs": pairs, "la
 class Feed:
     """Batches of a weighted mixture of sources; weights are shares of rows.
 
-    `rows` is the total number of rows (or pairs); None in training, which is endless. A pair has two rows of a
-    batch: `rows_each`. With `judged` (labelled answers) a batch also has each prompt with the answer of the previous row (for the
-    first row: the last) in `mismatched`.
+    `rows` is the total number of rows (or pairs); None in training, which is endless. `rows_each` is the number of rows of an
+    example in a batch, 2 for pairs. With `judged` (labelled answers), a batch also has `mismatched`: each prompt with the
+    answer of the previous row (for the first row, of the last).
     """
 
     names: tuple[str, ...]
@@ -72,7 +72,7 @@ class Feed:
             if only is None:
                 sources = ", ".join(self.names)
                 raise UserError(f"step {step}: the loss mask of the whole batch is zero; sources: {sources}")
-            self.batch(step)  # raises where the other processes' rows have no loss either
+            self.batch(step)  # raises if the rows of the other processes have no loss either
         if not self.judged:
             return batch
         others = [packing.mismatch(row, made[n][0], self.pad_id) for row, n in zip(rows, partners, strict=True)]
@@ -122,7 +122,7 @@ class Feed:
 
 
 def _batch_of(rows: list[packing.PackedRow]) -> TokenBatch:
-    """Rows as a batch; those of pairs as pairs."""
+    """Stack rows into a batch; rows of pairs give a PairBatch."""
     kind = TokenBatch if rows[0].margins is None else PairBatch
     arrays: dict[str, Any] = {name: np.stack([getattr(row, name) for row in rows]) for name in array_fields(kind)}
     return kind(**arrays)
@@ -133,7 +133,7 @@ def make_feed(
 ) -> Feed:
     """The feed of a stage that does not sample, over its training or its held-out examples.
 
-    Every source is read, split and (training generators excepted) tokenised here. Raises UserError naming what is wrong.
+    Every source is read, split and (except training generators) tokenised here. Raises UserError for an invalid source.
 
     Args:
         elsewhere: keys held out by other sources (`held_out_elsewhere`), left out of training here.

@@ -110,10 +110,10 @@ def make_prompt_feed(
 ) -> PromptFeed:
     """The feed of prompts of a stage that samples, each prompt of at most prompt_len tokens.
 
-    `columns` are required in every row (`lm.rollout.verifiers.NEEDS`); `max_new_tokens`, sampled after a
-    prompt, serves advice in errors. `messages` extracts the prompt's turns from (row, location). Every row of a file is checked here, of a
-    generator the first few hundred. Raises UserError if a prompt is too long or a column is missing, unless the source
-    drops such rows.
+    `columns` are required in every row (`lm.rollout.verifiers.NEEDS`); `max_new_tokens` is only used for advice in errors.
+    `messages` extracts the prompt's turns from (row, location). Every row of a file is checked here, and the first few
+    hundred rows of a generator. Raises UserError if a prompt is too long or a column is missing, unless the source drops
+    such rows.
     """
     parts = []
     for number, source in enumerate(sources):
@@ -149,7 +149,7 @@ def encode_prompts(
 ) -> Prompts:
     """Encode the prompts of rows, rendered up to the assistant's header and left padded to prompt_len.
 
-    `wheres` name the rows in errors. Raises UserError if one is too long.
+    `wheres` name the rows in errors. Raises UserError if a prompt is too long.
     """
     wheres = wheres or [f"prompt {number}" for number in range(1, len(rows) + 1)]
     prompts = [_tokens(messages(row, where), tokenizer, where) for row, where in zip(rows, wheres, strict=True)]
@@ -163,7 +163,7 @@ def _tokens(messages: Sequence[chat.Message], tokenizer: TextTokenizer, where: s
 
 
 class _Found(NamedTuple):
-    """For every row checked: tokens of its prompt (0 for a bad row) and an index into REASONS; and the columns not read."""
+    """For every checked row its prompt's length in tokens (0 for a bad row) and an index into REASONS; unread columns."""
 
     lengths: Int64[np.ndarray, " N"]
     flaws: Int64[np.ndarray, " N"]

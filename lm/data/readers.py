@@ -1,7 +1,7 @@
 """Readers of row files (text, JSON lines, CSV, parquet …): index every row's offset, and read any piece of a file.
 
-A row is a dict. A file is never in memory as a whole (of parquet, one row group is), and any row can be read alone; files that
-cannot be read from the middle (gzip, TFDS, other line ends) are unpacked once, into the cache.
+A row is a dict. A file is never held in memory as a whole (for parquet, one row group is), and any row can be read alone. Files
+without random access (gzip, TFDS, other line ends) are unpacked once into the cache.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lm.data.bad_rows import BadRow, Unreadable
 from lm.data.layouts import READ_COLUMNS
 from lm.experiment import UserError
 
-DOCUMENT = 4_000  # characters of a document cut from a text file, roughly
+DOCUMENT = 4_000  # approximate characters of a document cut from a text file
 BLOCK = 1 << 20  # bytes read at once
-SPANS = 1 << 16  # rows whose offsets are Python integers at the same time
-PIECE_BYTES = 2 << 20  # text of a piece; rows are not split
-PARQUET_ROWS = 256  # rows of parquet that are Python values at the same time
+SPANS = 1 << 16  # rows whose offsets are held as Python integers at once
+PIECE_BYTES = 2 << 20  # bytes of text in a piece; rows are not split
+PARQUET_ROWS = 256  # parquet rows held as Python values at once
 GROUP = 1 << 32  # offset of a parquet row: group * GROUP + index in the group
 BOM = codecs.BOM_UTF8
 
@@ -41,7 +41,7 @@ Spans = Int64[np.ndarray, "N 3"]
 class Piece(NamedTuple):
     """A contiguous piece of a file's rows. `name` is the file's name in messages, `first` the number of the first row.
 
-    spans [N 3]: each row's offset, size in bytes (about), and line (0: none).
+    spans [N 3]: each row's offset, approximate size in bytes, and line (0: none).
     """
 
     name: str
@@ -109,7 +109,7 @@ def renamed(row: Row, theirs: dict[str, str]) -> Row:
 
 
 def why_not_a_file(path: str) -> str | None:
-    """One line on why an existing path cannot be read as a file or folder; None if it is missing or readable."""
+    """One line that says why an existing path cannot be read as a file or folder; None if it is missing or readable."""
     try:
         file = Path(path).expanduser()
         mode = file.stat().st_mode
@@ -353,7 +353,7 @@ def _read_parquet(piece: Piece) -> Iterator[Row]:
 
 
 def _python_rows(table: Any, piece: Piece, first: int) -> Iterator[Row]:
-    """Convert a table to rows; a column with unreadable values is left out if no stage reads it."""
+    """Convert a table to rows; an unreadable column that no stage reads is left out."""
     try:
         rows = table.to_pylist()
     except (ValueError, OverflowError, ArithmeticError):

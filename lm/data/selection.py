@@ -44,7 +44,7 @@ def select(source: Source, split: Split, elsewhere: Places = NOWHERE) -> tuple[R
 
 
 def _why_empty(source: Source, rows: Rows, split: Split, withheld: int) -> str:
-    """One line on why a side of the split has no row, and what would work."""
+    """One line that says why a side of the split has no row, and what would work."""
     what = "holds out no row; raise it" if split == "heldout" else "leaves no row for training; lower it"
     line = f"{source.path}: holdout {source.holdout} {what}"
     if withheld and split == "train":
@@ -75,8 +75,8 @@ def withheld(source: Source, rows: Rows, elsewhere: Places) -> int:
 def held_out_elsewhere(experiment: Experiment) -> Places:
     """Keys (as places in the split) that one source holds out and another, with a smaller holdout, could train on.
 
-    Sources that a Collect stage of the run writes hold out nothing here, so that every start of the run agrees. For a
-    generator these are the prompts of evals, its first held-out rows; different generators have different prompts.
+    Sources written by a Collect stage of the run contribute nothing here, so that every start of the run agrees. A
+    generator contributes the prompts of evals, which are its first held-out rows; different generators have different prompts.
     """
     experiment = resolve_sources(experiment)
     trained = [source for stage in experiment.stages for source in stage.sources]
@@ -109,11 +109,11 @@ def trained_places(sources: Sequence[Source], elsewhere: Places) -> Places:
 def held_out_but_trained(
     collected: Source, asked: Sequence[Source], trained: Sequence[Source], elsewhere: Places
 ) -> tuple[int, int]:
-    """(number of held-out prompts of a collected source, number of those that earlier stages train on).
+    """(number of held-out prompts of a collected source, number of these that earlier stages train on).
 
     Args:
         asked: the sources of the collected prompts, to recognise generated prompts.
-        trained: the sources of stages that train before the collected one is read.
+        trained: the sources of stages that train before the collected source is read.
     """
     places = rows_of(collected).measures.places
     held_out = np.unique(places[places < collected.holdout])
@@ -125,7 +125,7 @@ def held_out_but_trained(
 
 
 def heldout_rows(source: Source) -> Iterator[tuple[Row, str]]:
-    """Held-out rows in fixed order, each with its location for messages. Raises UserError where there are none."""
+    """Held-out rows in fixed order, each with its location for messages. Raises UserError if there are none."""
     rows, indices = select(source, "heldout")
     for index in indices:
         yield rows[index], rows.where(index)
@@ -134,7 +134,7 @@ def heldout_rows(source: Source) -> Iterator[tuple[Row, str]]:
 def tokenizer_texts(experiment: Experiment, elsewhere: Places = NOWHERE) -> list[str]:
     """Training texts of all sources of all stages, for `SubwordTokenizer.train`: the same share of bytes for each.
 
-    Generated sources have few words: a few hundred rows contain them all and leave the vocabulary to the others.
+    Generated sources have few words: a few hundred rows contain all of them, and leave the vocabulary to the other sources.
     """
     used = [source for stage in experiment.stages for source in stage.sources if source.weight > 0]
     sources = {(source.path, source.columns): source for source in used if not source.path.startswith(COLLECTED)}
@@ -198,7 +198,7 @@ def check_files(experiment: Experiment) -> None:
 
 
 def shares(sources: Sequence[Source], user: str = "stage") -> list[Fraction]:
-    """The sources' weights as the shares that `lm.data.order.mixture` takes."""
+    """The sources' weights as the shares for `lm.data.order.mixture`."""
     weights = [source.weight for source in sources]
     if not weights:
         raise UserError(f"{user}: sources is empty; name at least one source")

@@ -1,6 +1,6 @@
 """Sources of rows: random access to the rows of a path, and their split into training and held-out rows by a hash.
 
-A file is read through once; the offsets of its rows and their side of the split are cached.
+A file is read once from start to end; the offsets of its rows and their places in the split are cached.
 
 Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`.
 `lm.data.layouts` lists the column layouts that are read; other columns are ignored and named once.
@@ -32,7 +32,7 @@ from lm.data.workers import WorkerPool
 from lm.experiment import COLLECTED, Source, UserError, nearest
 
 PROBED = 256  # rows of a generator that its fingerprint covers
-STRIDE = 16  # generated rows per training example, which is the first of them that is not held out
+STRIDE = 16  # generated rows per training example: the first of them that is not held out
 SEARCHED = 100_000  # generated rows searched for held-out rows
 NO_SPANS = np.zeros((0, 3), np.int64)
 HELDOUT_GENERATED = 500  # held-out rows taken from a generator
@@ -40,7 +40,7 @@ NOWHERE: Places = np.zeros(0)  # no key is held out by another source
 
 
 class Measures(NamedTuple):
-    """For every row: its place in the split, its number of training texts, and their characters."""
+    """For every row: its place in the split, the number of its training texts, and their characters."""
 
     places: Places
     texts: Int64[np.ndarray, " N"]
@@ -188,10 +188,10 @@ def _check_columns(rows: Rows) -> Rows:
 def split_rows(rows: Rows, holdout: float, elsewhere: Places = NOWHERE) -> tuple[Sequence[int], Sequence[int]]:
     """(training indices, held-out indices): a row is held out iff the hash of its prompt is below `holdout`.
 
-    So a row's side depends only on the row: not on its place, the process or the other rows. Held-out indices are
+    A row's side therefore depends only on the row, not on its index, the process or the other rows. Held-out indices are
     in the order of the hash. A generator has practically endless training indices, and its held-out
-    indices are the first few hundred of different keys; both are found lazily. Rows of `elsewhere`, which another
-    source holds out, are on neither side unless this source holds them out too.
+    indices are the first few hundred with different keys; both are found lazily. Rows whose key is in `elsewhere` (held
+    out by another source) are on neither side, unless this source holds them out too.
     """
     if not 0.0 <= holdout <= 1.0:
         raise UserError(f"{rows.path}: holdout is {holdout}; it is the fraction of rows held out, from 0 to 1")
@@ -215,7 +215,7 @@ def _measure(rows: Iterable[Row]) -> Measures:
 
 
 def _key(row: Row) -> str:
-    """The split key of a row; of an unreadable row its raw text."""
+    """The split key of a row; for an unreadable row its raw text."""
     return row.raw if isinstance(row, Unreadable) else split_key(row)
 
 
@@ -235,7 +235,7 @@ def texts_of(row: Mapping[str, Any]) -> list[str]:
 
 
 class _Training(Sequence[int]):
-    """Training indices of a generator: index k is the first row from k * STRIDE on that is held out nowhere."""
+    """Training indices of a generator: index k is the first row from k * STRIDE on that no source holds out."""
 
     def __init__(self, rows: Rows, holdout: float, elsewhere: frozenset[float]):
         self._rows, self._holdout, self._elsewhere = rows, holdout, elsewhere
@@ -320,7 +320,7 @@ GENERATORS: dict[str, Callable[[int], Row]] = {
 
 
 def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
-    """Files of a folder with a known ending, by name, and a line on files that are not read.
+    """Files of a folder with a known suffix, by name, and a line that names the files that are not read.
 
     A `.json` file beside files of other kinds is not read: it may be anything.
     """

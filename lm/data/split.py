@@ -1,6 +1,6 @@
 """The train/held-out split: a row's key is its prompt, and a hash of the key determines the side.
 
-Rows with the same key are on the same side in any file, order, process and layout, whatever their other columns.
+Rows with the same key are on the same side in any file, order, process and layout, whatever their other columns contain.
 """
 
 from __future__ import annotations

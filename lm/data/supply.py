@@ -30,7 +30,7 @@ LOOKED_AT = 256  # generated examples that a tally counts
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of a source's examples: kept, truncated, dropped; `partial`: of the first ones only, of an endless source.
+    """Counts of a source's examples: kept, truncated, dropped; `partial`: only the first ones of an endless source.
 
     `truncated` examples lost `lost` tokens in all, at their end or as `truncation` says; `reasons`: number dropped by
     reason, `firsts`: location and description of the first of each. `unread`: columns, and keys
@@ -129,7 +129,8 @@ class Kept(NamedTuple):
 def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: TextTokenizer, order: Order) -> Supply:
     """A supply of windows over the circular stream of documents; each epoch starts at another offset.
 
-    Held-out documents are cut once, from the first token on. The first token of a window is not predicted.
+    The windows of held-out documents are the same in every epoch and start at the first token. The first token of a window is
+    not predicted.
     """
     store, numbers, tally = _keep_documents(rows, indices, tokenizer)
     stream = CircularStream.of(store, numbers[order.places(0, len(numbers))], seq_len if order.key is not None else 0)
@@ -147,7 +148,7 @@ def windows(rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: TextTok
 
 @dataclass(frozen=True)
 class CircularStream:
-    """Concatenated documents in a given order, followed by the first `overlap` tokens again: a ring that is cut open.
+    """Concatenated documents in a given order, followed by the first `overlap` tokens again, as in a circular buffer.
 
     bounds [D+1]: the start of each document and the end of the last; the overlap counts as a document.
     """
@@ -204,7 +205,7 @@ def conversations(
 def _generated_conversations(
     rows: Rows, indices: Sequence[int], seq_len: int, tokenizer: TextTokenizer, order: Order, kind: str
 ) -> Supply:
-    """A supply of generated conversations; each row packs its own run of examples, so any row can be made alone."""
+    """A supply of generated conversations; each row packs its own range of examples, so any row can be made alone."""
     number = len(indices) // EXAMPLES_A_ROW
 
     def examples(first: int) -> Iterator[Example]:
@@ -348,7 +349,7 @@ def _drop(rows: Rows, indices: Sequence[int], kind: str, reasons: Mapping[str, B
 
 
 def show_row(rows: Rows, index: int, kind: str) -> str:
-    """One line on a row: its location, and its error or its beginning."""
+    """One line that shows a row: its location, and its error or its beginning."""
     row, where = rows[index], rows.where(index)
     try:
         KINDS[kind].make(row, where, KINDS[kind].rendering)
@@ -368,7 +369,7 @@ def _notes(rows: Rows, store: Store, kept: Int64[np.ndarray, " N"]) -> dict[str,
 
 
 def _template_notes(store: Store, kept: Int64[np.ndarray, " N"]) -> Iterator[str]:
-    """What a model's chat template left out of the examples, and tokens at the edges of answers."""
+    """Remarks on a model's chat template: what it left out of examples, and tokens that straddle the edges of answers."""
     if store.left_out is None or store.straddling is None:
         return
     for number, name in enumerate(LEFT_OUT):

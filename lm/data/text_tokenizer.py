@@ -1,4 +1,4 @@
-"""What the rest of the code asks of a tokenizer, be it trained here or a published model's."""
+"""The protocol of tokenizers: those trained here, and those of published models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Message = Mapping[str, Any]  # role, content, and `train`: False where a flag ta
 LossOn = Literal["answers", "all"]
 
 
-# What a chat template may leave out of a conversation, by number, as the cache stores it. Append new ones at the end.
+# Parts of a conversation that a chat template may leave out, by number, as the cache stores them. Append new ones at the end.
 LEFT_OUT = (
     "system messages",
     "user messages",
@@ -43,8 +43,8 @@ class TextTokenizer(Protocol):
     Attributes:
         fingerprint: SHA-256 of what determines ids and masks.
         special_ids: the ids of special tokens by name.
-        pad_id: the id that fills up rows.
-        eos_id, end_ids: the id that ends an answer, and all that do.
+        pad_id: the id of padding.
+        eos_id, end_ids: the main id that ends an answer, and all ids that do.
         document_ids: the ids before and after a document.
         has_template: whether conversations are rendered by a model's chat template, which may leave things out.
     """
@@ -75,7 +75,7 @@ class TextTokenizer(Protocol):
         ...
 
     def show(self, ids: Iterable[int]) -> str:
-        """The text of ids with special tokens spelt out, and what looks like one escaped."""
+        """The text of ids with special tokens spelt out, and text that looks like one escaped."""
         ...
 
     def render(
@@ -85,11 +85,11 @@ class TextTokenizer(Protocol):
         loss_on: LossOn = "answers",
         learn_end: bool = True,
     ) -> Rendered:
-        """A conversation's ids and loss mask; with `generation_prompt` up to where the assistant answers."""
+        """A conversation's ids and loss mask; with `generation_prompt` it ends with the header of the next answer."""
         ...
 
     def continuation(self, messages: Sequence[Message], reply: Sequence[Message]) -> list[int]:
-        """The ids behind the end token of the last message, up to where the assistant answers the reply."""
+        """The ids of the reply, from the end token of the last message to the header of the next answer."""
         ...
 
     def save(self, folder: str | Path) -> Path:

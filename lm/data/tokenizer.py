@@ -1,8 +1,8 @@
 """The tokenizer: lossless sentencepiece BPE with byte fallback and ChatML's special tokens.
 
 Ids 0, 1, 2 are `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`. They are control pieces: no text encodes to
-them, not even a text that spells them. A newline is its own piece and never merges, so the
-tokens of a chat header do not depend on what follows it.
+them, not even a text that contains their names. A newline is its own piece and never merges, so the
+tokens of a chat header do not depend on the text after it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class SubwordTokenizer:
         return render_chatml(messages, self, generation_prompt, loss_on, learn_end)
 
     def continuation(self, messages: Sequence[Message], reply: Sequence[Message]) -> list[int]:
-        """The ids behind the end token of the last message, up to where the assistant answers the reply."""
+        """The ids of the reply, from the end token of the last message to the header of the next answer."""
         return [*self.encode("\n"), *self.render(reply, generation_prompt=True).tokens]
 
     def save(self, folder: str | Path) -> Path:
@@ -128,7 +128,7 @@ class SubwordTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> SubwordTokenizer:
-        """Load a sentencepiece `.model` file, or the one in a folder. Raises UserError where there is none."""
+        """Load a sentencepiece `.model` file, or the one in a folder. Raises UserError if there is none."""
         path = Path(path).expanduser()
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
@@ -145,8 +145,8 @@ class SubwordTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> SubwordTokenizer:
         """Train at most `vocab_size` pieces on about 2 MB of the texts; the same texts give the same model.
 
-        Fewer pieces where the texts have no more pairs to merge. Saves the model into `folder` if given. Raises
-        UserError for a vocabulary too small for the bytes and special tokens, and where every text is empty.
+        There are fewer pieces if the texts have no more pairs to merge. Saves the model into `folder` if given. Raises
+        UserError for a vocabulary too small for the bytes and special tokens, and if every text is empty.
         """
         if vocab_size < MIN_VOCAB:
             raise UserError(f"tokenizer.vocab_size is {vocab_size}; it must be at least {MIN_VOCAB}")
@@ -160,7 +160,7 @@ class SubwordTokenizer:
 
     @classmethod
     def _most_pieces(cls, lines: list[str], vocab_size: int) -> SubwordTokenizer:
-        """Train with up to half of the pieces (beyond the bytes) for single letters, more where longer pieces run out."""
+        """Train with up to half of the pieces (beyond the bytes) for single letters, more if longer pieces run out."""
         letters, most, before = len(set().union(*lines)), (vocab_size - MIN_VOCAB + 1) // 2, 0
         while True:
             tokenizer = cls(_train(_common_letters(lines, most), vocab_size))
@@ -184,7 +184,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
         sentence_iterator=iter([*lines, " "]),
         model_writer=model,
         model_type="bpe",
-        vocab_size=min(vocab_size, TRAINING_BYTES),  # a text of so many bytes cannot have more pieces
+        vocab_size=min(vocab_size, TRAINING_BYTES),  # a text cannot have more pieces than bytes
         hard_vocab_limit=False,
         required_chars=SPACE,
         character_coverage=0.9999,
@@ -209,7 +209,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
 
 
 def _common_letters(lines: list[str], most: int) -> list[str]:
-    """Split the lines at all characters but the `most` commonest, which leaves rare ones to the byte pieces."""
+    """Split the lines at all but the `most` most frequent characters; rare ones are left to the byte pieces."""
     counts = Counter[str]()
     for line in lines:
         counts.update(line)

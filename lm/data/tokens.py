@@ -24,8 +24,8 @@ from lm.data.text_tokenizer import LEFT_OUT, TextTokenizer
 from lm.data.workers import WorkerPool
 
 NEVER = np.iinfo(np.int32).max  # `firsts` of an example without any loss
-UNREAD_KEPT = 100  # names of unread columns kept for a piece, about
-ENCODED_AT_ONCE = 256  # documents (or rows in memory) whose tokens are Python integers at the same time
+UNREAD_KEPT = 100  # approximate number of names of unread columns kept for a piece
+ENCODED_AT_ONCE = 256  # documents (or rows in memory) whose tokens are held as Python integers at once
 
 Named = tuple[Row, str]  # a row, and its location for messages
 Columns = dict[str, np.ndarray]
@@ -62,12 +62,12 @@ class Made(NamedTuple):
 class Kind(NamedTuple):
     """A kind of example: how rows become examples, and the columns that are stored.
 
-    tokens [tokens], lengths [examples], flaws [examples] (an index into REASONS; an example with a flaw is not trained on);
-    for conversations and pairs also mask [tokens] (1: loss), firsts [examples] (the
-    first masked place past the first token, or NEVER) and trained [examples] (their number); for pairs and labelled answers also
-    prompts [examples] (start of the last turn); of a model's chat template straddling [examples] (tokens with characters of
-    an answer and others) and left_out [examples] (bits by number in LEFT_OUT); for pairs margins and ties [examples], for labelled answers labels
-    [examples] (1: desirable). `unread` has the columns and keys that were not read, a line each.
+    All kinds: tokens [tokens], lengths [examples], flaws [examples] (an index into REASONS; flawed examples are not trained on).
+    Conversations and pairs: mask [tokens] (1: loss), firsts [examples] (the first token with loss after the first token, or
+    NEVER), trained [examples] (the number of tokens with loss). Pairs and labelled answers: prompts [examples] (start of the
+    last turn). With a model's chat template: straddling [examples] (tokens with characters both of an answer and of other
+    text), left_out [examples] (bits by number in LEFT_OUT). Pairs: margins, ties [examples]. Labelled answers: labels [examples]
+    (1: desirable). `unread` has the columns and keys that were not read, one a line.
     """
 
     make: Callable[[Row, str, Rendering], Made]
@@ -82,7 +82,7 @@ class Kind(NamedTuple):
 class Store:
     """The tokenised examples of a source by number, in the order of its rows.
 
-    lengths, parts, starts: [examples]: the length of each, its block, and its start in the block.
+    lengths, parts, starts: [examples]: each example's length, the index of its block, and its start in the block.
     """
 
     blocks: Sequence[Callable[[str], np.ndarray]]
@@ -104,7 +104,7 @@ class Store:
         return len(self.lengths)
 
     def column(self, name: str, number: int, start: int, stop: int) -> np.ndarray:
-        """Slice start … stop of an example's tokens or mask; stop may lie past its end."""
+        """Slice start … stop of an example's tokens or mask; stop may exceed its length."""
         begin = int(self.starts[number])
         return self.blocks[self.parts[number]](name)[begin + start : begin + min(stop, int(self.lengths[number]))]
 
@@ -117,8 +117,8 @@ class Store:
     ) -> tuple[Int[np.ndarray, " G"], Int[np.ndarray, "G K"]]:
         """Left-truncation to seq_len: (tokens cut from a group's prompt, tokens cut from each of its answers).
 
-        Both answers of a pair lose the same part of their prompt. An answer is truncated only when its prompt is gone; its
-        header stays, and so does its end of turn unless all of `trained` is cut.
+        Both answers of a pair lose the same part of their prompt. An answer is truncated only after its whole prompt; its
+        header is kept, and so is its end of turn unless all of `trained` is cut.
         """
         assert self.prompts is not None
         lengths = self.lengths[groups]
@@ -126,7 +126,7 @@ class Store:
         return prompt, np.maximum(lengths - prompt[:, None] - seq_len, 0)
 
     def ends(self, group: Int64[np.ndarray, " K"], seq_len: int) -> list[Example]:
-        """An answer, or the two of a pair, left-truncated to seq_len tokens each as `losses` says."""
+        """An answer, or the two of a pair, each left-truncated to seq_len tokens as in `losses`."""
         prompt, answers = self.losses(group[None], seq_len)
         return [
             self._end(number, int(prompt[0]), int(lost))
@@ -149,7 +149,7 @@ def store_of(rows: Rows, kind: str, tokenizer: TextTokenizer) -> Store:
     made_of = {"kind": kind, "tokenizer": tokenizer.fingerprint} | rows.reading()
     label = f"{rows.path}: tokenising"
     if not rows.parts:
-        # Rows that are in memory are few.
+        # Rows in memory are few, so they are not cached.
         def build(writer: Writer) -> None:
             named = ((rows[i], rows.where(i)) for i in range(len(rows)))
             for columns in _in_pieces(named, kind, tokenizer, rows.drop):
@@ -179,7 +179,7 @@ def store_in_memory(named: Iterable[Named], kind: str, tokenizer: TextTokenizer,
 
 
 def left_out(store: Store, groups: Int64[np.ndarray, "G K"], seq_len: int) -> dict[str, Bool[np.ndarray, " G"]]:
-    """Reason → the answers or pairs that have no signal left after truncation to seq_len; a group may have several."""
+    """Reason → the answers or pairs without a training signal after truncation to seq_len; a group may have several reasons."""
     assert store.trained is not None and store.prompts is not None
     reasons = flawed(store, groups[:, 0])
     of_prompts, of_answers = store.losses(groups, seq_len)
@@ -195,7 +195,7 @@ def left_out(store: Store, groups: Int64[np.ndarray, "G K"], seq_len: int) -> di
 
 
 def flawed(store: Store, numbers: Int64[np.ndarray, " N"]) -> dict[str, Bool[np.ndarray, " N"]]:
-    """Reason → the examples that have it."""
+    """Reason → the examples that are flawed for it."""
     flaws = store.flaws[numbers]
     return {REASONS[flaw]: flaws == flaw for flaw in np.unique(flaws).tolist() if flaw}
 
@@ -240,7 +240,7 @@ def _encode_piece(shared: tuple[str, TextTokenizer, bool], piece: readers.Piece)
 
 
 def encode(kind: Kind, tokenizer: TextTokenizer, named: Iterable[Named], drop: bool) -> Columns:
-    """Tokenise rows into columns. A bad row raises; with `drop` it is an example without tokens."""
+    """Tokenise rows into columns. A bad row raises; with `drop` it becomes an example without tokens."""
     todo, unread = iter(named), dict[str, None]()
     parts: list[Columns] = []
     while some := list(islice(todo, ENCODED_AT_ONCE)):
@@ -290,7 +290,7 @@ def _renderable(kind: Kind, tokenizer: TextTokenizer, made: Made, where: str, dr
 
 
 def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterator[str]:
-    """Columns of a row, and keys of its turns, that this kind does not read; `others` are read too."""
+    """Columns of a row, and keys of its turns, that this kind of example does not read, except `others`."""
     if isinstance(row, Unreadable):
         return
     known = ("key", *chat.TOOL_COLUMNS, *others)

@@ -1,4 +1,4 @@
-"""A vocabulary trained once: runs with the same texts share it, as they share their tokens."""
+"""Tokenizers of experiments: loaded from a path, or trained once and shared by runs with the same texts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lm.experiment import Tokenizer, UserError
 
 
 def is_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer is saved in the folder, wholly."""
+    """Whether a complete tokenizer is saved in the folder."""
     return any((folder / name).is_file() for name in (FILE_NAME, hub_files.TOKENIZER_JSON))
 
 
 def named_tokenizer(settings: Tokenizer) -> TextTokenizer:
-    """The tokenizer that an experiment names. Raises UserError where there is none, or it cannot be read."""
+    """The tokenizer that an experiment names. Raises UserError if it is missing or cannot be read."""
     template = None
     if settings.chat_template is not None:
         try:
@@ -35,14 +35,13 @@ def named_tokenizer(settings: Tokenizer) -> TextTokenizer:
 def load_tokenizer(
     path: str | Path, typed_control: TypedControl | None = None, template: str | None = None
 ) -> TextTokenizer:
-    """Read a tokenizer: a sentencepiece model as they are trained here, or the folder of a published model.
+    """Read a tokenizer: a sentencepiece model trained by `train_tokenizer`, or the folder of a published model.
 
     Args:
-        typed_control: of a published model, see `with_options`.
-        template: the same.
+        typed_control, template: options of a published model's tokenizer, see `HubTokenizer.with_options`.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: it is missing or cannot be read.
     """
     folder = Path(path).expanduser()
     published = (hub_files.TOKENIZER_JSON, hub_files.CONFIG)

@@ -20,8 +20,8 @@ from lm.experiment import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-WORTH_BYTES = 8 << 20  # less text than this is processed sooner than a process starts
-AT_ONCE = 8  # files worked on at the same time
+WORTH_BYTES = 8 << 20  # less text than this is processed faster than a process starts
+AT_ONCE = 8  # files processed at the same time
 PLAIN_EVERY_SECONDS = 10.0
 
 _shared: Any = None  # in a worker: the value shared by all of its tasks
@@ -35,7 +35,7 @@ def cores() -> int:
 class WorkerPool:
     """A pool of worker processes, started for texts of at least WORTH_BYTES; each process receives `shared` once.
 
-    A context manager. Without processes the tasks run in the calling thread.
+    A context manager. Without worker processes, tasks run in the calling thread.
     """
 
     def __init__(self, label: str, unit: str, text_bytes: int, shared: Any = None, processes: int | None = None):
@@ -86,7 +86,7 @@ class WorkerPool:
                 future.cancel()
 
     def each(self, function: Callable[[Task], Result], items: Sequence[Task]) -> list[Result]:
-        """Results of function(item) for several items (files of a folder), run in threads; in order, or the first error."""
+        """Results of function(item) for several items (files of a folder), run in threads, in order. Raises the first error."""
         if len(items) == 1:
             return [function(items[0])]
         with ThreadPoolExecutor(min(AT_ONCE, len(items), max(2, self.processes))) as threads:
@@ -115,7 +115,7 @@ class BuildProgress:
         self._task: Any = None
 
     def advance(self, text_bytes: int, units: int) -> None:
-        """Count finished bytes of text and the tokens or rows made of them."""
+        """Add finished bytes of text, and the tokens or rows made from them, to the counts."""
         with self._lock:
             self._bytes += text_bytes
             self._units += units
@@ -129,7 +129,7 @@ class BuildProgress:
                 print(f"{self.label}  {self._numbers(now)}", file=sys.stderr, flush=True)
 
     def expect(self, text_bytes: int) -> None:
-        """Raise the expected total by so many bytes."""
+        """Increase the expected total by this number of bytes."""
         with self._lock:
             self.total += text_bytes
 

@@ -1,8 +1,8 @@
-"""A threading server that nobody can hold: every request has a deadline, and there are only so many connections.
+"""A threading HTTP server with a deadline for every request and a limit on the number of open connections.
 
-`http.server` waits for each read and not for a request, so a peer that sends a byte a second keeps its thread for as long as
-it likes. Here a watch shuts connections down whose request is not done in time. At the limit a new connection takes the place
-of the one that has waited longest, first of those that have not shown that they may ask.
+The timeout of `http.server` is per read, not per request, so a client that sends one byte a second would keep its thread for ever.
+Here a watcher thread closes connections whose request misses its deadline. At the limit on connections, a new one replaces the
+one that has waited longest; unauthenticated connections are replaced first.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 MOST_CONNECTIONS = 256
-REQUEST_SECONDS = 10.0  # from its first line to the last byte of its answer; for strangers from their connection on
-IDLE_SECONDS = 60.0  # between two requests of one who may ask
+REQUEST_SECONDS = (
+    10.0  # from the request's first line to the last byte of the response; unauthenticated: from connecting
+)
+IDLE_SECONDS = 60.0  # between two requests of an authenticated connection
 LOOK_SECONDS = 0.5
-BACKLOG = 1024  # connections that the system keeps until they are accepted
+BACKLOG = 1024  # connections that the system queues until they are accepted
 
 
 @dataclass
 class Connection:
-    """What is known of an open connection: since when it waits, whether inside a request, and whether it may ask."""
+    """State of an open connection: waiting since when, whether inside a request, and whether it is authenticated."""
 
     since: float
     asking: bool = True
@@ -36,7 +38,7 @@ class Connection:
 
 
 class BoundedServer(ThreadingHTTPServer):
-    """A thread for each connection, of which there are at most MOST_CONNECTIONS, none held beyond its deadline."""
+    """HTTP server with one thread per connection, at most MOST_CONNECTIONS connections, and a deadline for each."""
 
     daemon_threads = True
     request_queue_size = BACKLOG
@@ -66,20 +68,20 @@ class BoundedServer(ThreadingHTTPServer):
         super().server_close()
 
     def begin(self, request: socket.socket) -> None:
-        """A request's first line has come; a stranger's time runs since the connection."""
+        """Note that a request's first line has arrived; an unauthenticated connection's deadline stays as it was."""
         with self._mutex:
             one = self._open.get(request)
             if one is not None:
                 one.asking, one.since = True, time.monotonic() if one.trusted else one.since
 
     def trust(self, request: socket.socket, trusted: bool) -> None:
-        """Whether whoever is at the other end has shown that they may ask."""
+        """Note whether the client of a connection is authenticated."""
         with self._mutex:
             if request in self._open:
                 self._open[request].trusted = trusted
 
     def rest(self, request: socket.socket) -> None:
-        """A request has been answered, and the connection may wait for the next."""
+        """Note that a request has been answered; the connection may wait for the next one."""
         with self._mutex:
             if request in self._open:
                 self._open[request].asking, self._open[request].since = False, time.monotonic()
@@ -92,7 +94,7 @@ class BoundedServer(ThreadingHTTPServer):
                     self._end(request)
 
     def _end(self, request: socket.socket) -> None:
-        """Wake the thread of a connection, whose next read or write then finds its end."""
+        """Close a connection; the next read or write of its thread then finds it closed."""
         self._open.pop(request, None)
-        with contextlib.suppress(OSError):  # the peer was faster
+        with contextlib.suppress(OSError):  # the client has closed it already
             request.shutdown(socket.SHUT_RDWR)

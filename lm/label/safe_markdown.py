@@ -8,14 +8,14 @@ from markdown_it import MarkdownIt
 
 from lm.web.text import visible
 
-# Raw HTML stays text. So do links and pictures, whose markup is shown as it was written: an answer can then neither
-# fetch something, nor lead away, nor hide where it would lead. A definition of a link would be hidden, too.
+# Raw HTML stays text. Links and pictures are shown as Markdown source, so that an answer can neither load a URL, nor
+# navigate away, nor hide a link's target. Link definitions are disabled because they would not be shown at all.
 PARSER = (
     MarkdownIt("commonmark", {"html": False, "breaks": True, "linkify": False})
     .enable(["table", "strikethrough"])
     .disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
 )
-LONGEST = 100_000  # characters of one text that are parsed; a longer one is shown as source
+LONGEST = 100_000  # maximum characters of a text that is parsed; a longer text is shown as source
 
 
 @functools.lru_cache(maxsize=256)

@@ -30,7 +30,7 @@ from lm.web.text import visible
 HERE = Path(__file__).parent
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LARGEST_BODY = 1 << 16
-LINGER_SECONDS = 0.5  # wait for the rest of a request whose body is not read
+LINGER_SECONDS = 0.5  # wait for the rest of a refused request's body
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -57,9 +57,9 @@ class Reply:
 
 
 class Server(BoundedServer):
-    """The label page's server; `token` None serves this machine only, without a token.
+    """The label page's server; with `token` None it serves only this machine, without a token.
 
-    Raises UserError where the port is in use or the host is not an address of this machine.
+    Raises UserError if the port is in use or the host is not an address of this machine.
     """
 
     def __init__(self, desk: Desk, host: str = "localhost", port: int = 0, token: str | None = None):
@@ -88,7 +88,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "lm", ""
-    disable_nagle_algorithm = True  # a reply is two writes, and the second would wait for the first's receipt
+    disable_nagle_algorithm = (
+        True  # a response is two writes; the second would wait for the acknowledgement of the first
+    )
     timeout = 60
 
     def parse_request(self) -> bool:
@@ -103,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         path = _split(self.path)
         given = parse_qs(path.query).get("token", [""])[0]
         if self.server.token is not None and path.path == "/" and _same(given, self.server.token):
-            # The link that was printed: the token moves from the address into a cookie.
+            # The link that `lm label` printed: move the token from the URL into a cookie.
             cookie = f"{self._cookie_name}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
             self._send(Reply(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie}))
         elif (refused := self._refused()) is not None:
@@ -123,21 +125,21 @@ class Handler(BaseHTTPRequestHandler):
         if refused is None and not (size.isdecimal() and len(size) < 10 and int(size) <= LARGEST_BODY):
             refused = _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {LARGEST_BODY} bytes")
         if refused is not None:
-            self.close_connection = True  # the body stays unread
+            self.close_connection = True  # the body is not read
             self._send(refused)
             self._linger()
             return
         body = self.rfile.read(int(size))
-        if len(body) < int(size):  # the other end has gone, or its time is up
+        if len(body) < int(size):  # the client has disconnected, or missed its deadline
             self.close_connection = True
             return
         self._send(answer(self.server.desk, self.path, body, self.client_address[0]))
 
     def _linger(self) -> None:
-        """Read the rest of an unread body for a moment, or the system would drop the response too."""
+        """Read the rest of an unread body for a moment; otherwise the system would reset the connection and lose the response."""
         until, left = time.monotonic() + LINGER_SECONDS, LARGEST_BODY
         self.wfile.flush()
-        with contextlib.suppress(OSError):  # also where the other end has gone
+        with contextlib.suppress(OSError):  # the client may have disconnected
             self.connection.shutdown(socket.SHUT_WR)
             while left > 0 and (wait := until - time.monotonic()) > 0:
                 self.connection.settimeout(wait)
@@ -147,13 +149,13 @@ class Handler(BaseHTTPRequestHandler):
                 left -= len(data)
 
     def _refused(self) -> Reply | None:
-        """The refusal of this request, if any; sets whether the connection stays open."""
+        """The refusal of this request, if any; also notes whether the connection is authenticated."""
         refused = self._reason_against()
         self.server.trust(self.connection, refused is None)
         return refused
 
     def _reason_against(self) -> Reply | None:
-        """The reason to refuse: no token, another site's page, or another host's name; checked before the body is read."""
+        """The reason to refuse: no token, a page of another site, or another host name; checked before the body is read."""
         token = self.server.token
         if token is not None:
             if not (_same(self._cookie(), token) or _same(self.headers.get("Authorization", ""), f"Bearer {token}")):
@@ -178,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
     def _cookie(self) -> str:
         try:
             morsel = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie_name)
-        except CookieError:  # another site of this host may have set what is none
+        except CookieError:  # another server on this host may have set an invalid cookie
             return ""
         return morsel.value if morsel else ""
 

@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Strengths:
-    """Log-odds of beating an average source, which add up to 0, with 95 % intervals."""
+    """Log-odds of each source of beating an average source (their sum is 0), with 95 % intervals."""
 
     values: Float[np.ndarray, " S"]
     low: Float[np.ndarray, " S"]
@@ -47,7 +47,9 @@ def cohen_kappa(first: Int[np.ndarray, " N"], second: Int[np.ndarray, " N"]) -> 
 
 
 def krippendorff_alpha(ratings: Int[np.ndarray, "A U"]) -> float:
-    """Krippendorff's alpha of any number of annotators on U nominal units; MISSING where not judged. NaN as for kappa.
+    """Krippendorff's alpha of any number of annotators on U nominal units; unjudged units are MISSING.
+
+    NaN without units or variety.
 
     Source: Krippendorff, Computing Krippendorff's alpha-reliability, 2011, section C, with coincidences of values.
     """
@@ -99,8 +101,8 @@ def bradley_terry(
 ) -> Strengths | None:
     """Bradley-Terry strengths by maximum likelihood: differences are log-odds of winning; None without a maximum.
 
-    There is none unless every source has beaten every other one, at least through others. The interval is from the
-    sandwich covariance with one cluster a group, so it holds where one prompt is judged often.
+    A maximum exists only if a chain of wins leads from every source to every other one. The interval is from the
+    sandwich covariance with one cluster per group, so that it stays valid if one prompt is judged often.
 
     Args:
         first, second: the sources compared, as numbers below `sources`.

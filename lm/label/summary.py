@@ -19,7 +19,7 @@ SCORES = {"left": 1.0, "right": 0.0, "tie": 0.5, "both bad": 0.5}  # of the left
 
 @dataclass(frozen=True)
 class Agreement:
-    """Krippendorff's alpha, and for every two annotators (first, second, shared pairs, agreement, Cohen's kappa)."""
+    """Krippendorff's alpha; for every two annotators (first, second, shared pairs, agreement, Cohen's kappa)."""
 
     alpha: float
     units: int
@@ -72,7 +72,7 @@ def summarise(records: Iterable[Record]) -> Summary:
 
 
 def verdict(record: Record) -> str | None:
-    """A choice by answer instead of side: "0" or "1" in a fixed order, "tie" or "both bad"; None if skipped."""
+    """A choice independent of the sides: "0" or "1" (the answers sorted), "tie" or "both bad"; None if skipped."""
     if record["choice"] in ("left", "right"):
         left, right = (repr(record[side]["answer"]) for side in ("left", "right"))
         return str(int((left < right) == (record["choice"] == "left")))

@@ -1,9 +1,9 @@
 """`gen:arithmetic`: sums, differences, products and small Python expressions, answered directly or step by step.
 
-Two fifths of the demonstrations solve the problem in easy steps, and the others say directly
-what the answer is, whatever the problem. Solving in steps is right more often, and
+Two fifths of the demonstrations solve the problem in easy steps, and the others give the answer
+directly, independent of the problem. Solving in steps is right more often, and
 reinforcement learning can discover that. No step of a demonstration is itself a problem, so that
-none reveals a held-out one.
+no step reveals a held-out problem.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`gen:chains`: sums of two to six digits, which a model of some hundred thousand parameters learns within a minute.
 
-Two fifths of the demonstrations add one digit after another, the others say the sum directly, whatever the
-problem; adding in steps is right more often. Small and quick enough that whole training runs can be repeated
+Two fifths of the demonstrations add one digit after another, the others give the sum directly, independent of the
+problem; adding in steps is right more often. The task is small and quick enough to repeat whole training runs
 with many seeds.
 """
 

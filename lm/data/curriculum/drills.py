@@ -1,9 +1,9 @@
 """`gen:drills`: plain text of lists repeated, reversed, sorted and counted, and of small sums and products.
 
-A small model learns to copy from far fewer tokens of this than of prose, and all later stages need that. The lists are
-longer than those of `gen:instruct`, and the second number of a sum, difference or product has one digit, so no drill
-is a question about a list or a problem of `gen:arithmetic`, held out or not. The sums of two digits of `gen:instruct`
-appear here too; they are held out by their wording, as are all small sets.
+All later stages need the model to copy words, and a small model learns this from far fewer tokens of drills than of prose. The
+lists are longer than those of `gen:instruct`, and the second number of a sum, difference or product has one digit, so that no
+drill is a list question of `gen:instruct` or a problem of `gen:arithmetic`, held out or not. The sums of two digits of
+`gen:instruct` appear here too; their held-out items are held out by wording, like those of all small sets.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from lm.data.curriculum.words import NOUNS
 
 STREAM = 4
 ROWS = 8_000
-SHORTEST, LONGEST = 6, 9  # items; the instructions have at most five
+SHORTEST, LONGEST = 6, 9  # items of a list; `gen:instruct` has at most five
 ORDINALS = ("First", "Second", "Third", "Fourth")
 WORDS = 8  # in a list of words
-FACTS = 12  # in a row of them
+FACTS = 12  # arithmetic facts in a row
 
 
 def drill_row(index: int) -> dict[str, str]:

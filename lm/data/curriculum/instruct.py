@@ -26,7 +26,8 @@ def instruct_row(index: int) -> dict[str, Any]:
 def random_dress(draw: Draw, core: str) -> str:
     """The answer with an opener half of the time and, independently, a closer a third of the time.
 
-    Openers are frequent enough that they do not make answers less accurate: the preference stage then costs no knowledge.
+    Openers are frequent, so that the model answers with them as accurately as without, and the preference stage costs no
+    accuracy.
     """
     opener = draw.choice(OPENERS) if draw.below(2) else ""
     closer = draw.choice(CLOSERS) if draw.below(3) == 0 else ""

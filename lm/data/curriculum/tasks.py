@@ -1,8 +1,8 @@
 """The task families of the instruction curriculum: each draws (prompt, core answer, key).
 
-The key names what is held out together: the problem, with the phrasing where there are few problems (so that
-a fact is still met in other words), without it where there are many (so that an item is new in any words).
-A key of ALWAYS_TRAINED is never held out.
+Items with the same key are held out together. In families with few problems the key includes the phrasing, so that
+training still has the fact in other words; in families with many problems it does not, so that a held-out item is new
+in any words. Items with the key ALWAYS_TRAINED are never held out.
 """
 
 from __future__ import annotations
