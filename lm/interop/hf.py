@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lm.experiment import Model, UserError
 from lm.interop.config import read_config
 from lm.interop.places import EMBED, HEAD, Place, parameter_places
-from lm.interop.tensors import READ, Tensor, listed, read_folder
+from lm.interop.tensors import READ, Tensor, read_folder, refuse_tensors
 from lm.model.families import FAMILIES
 from lm.model.transformer import Transformer
 from lm.parallel.rules import shardings
@@ -63,24 +63,8 @@ def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Mode
     if len(layers) < count:
         raise UserError(f"{folder}: the files lack {count - len(layers)} of the {count} layers of config.json")
     wanted = {name: place.their_shape for place in places for name in place.names}
-    missing = [name for name in wanted if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted and not _is_known(name, tensors, config)]
-    shapes = [
-        f"{name} {list(tensors[name].shape)} (config.json makes it {list(shape)})"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    dtypes = [f"{name} {tensors[name].dtype}" for name in wanted if name in tensors and tensors[name].dtype not in READ]
-    faults = {
-        "missing": missing,
-        "unexpected, which the model does not have": unexpected,
-        "of another shape": shapes,
-        f"of a dtype other than {', '.join(READ)}": dtypes,
-    }
-    said = [f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what}: {listed(names)}"
-            for what, names in faults.items() if names]  # fmt: skip
-    if said:
-        raise UserError(f"{folder}: {'; '.join(said)}")
+    used = {name: tensor for name, tensor in tensors.items() if name in wanted or not _is_known(name, tensors, config)}
+    refuse_tensors(str(folder), used, wanted, "config.json")
 
 
 def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
@@ -97,17 +81,5 @@ def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
 
 def _from_tensors(place: Place, tensors: dict[str, Tensor]) -> np.ndarray:
     """One parameter of ours from theirs, all layers stacked."""
-    values = [place.to_ours(_finite(name, tensors, place.dtype)[place.rows]) for name in place.names]
+    values = [place.to_ours(tensors[name].finite(name, place.dtype)[place.rows]) for name in place.names]
     return np.stack(values) if place.stacked else values[0]
-
-
-def _finite(name: str, tensors: dict[str, Tensor], dtype: Any) -> np.ndarray:
-    """A tensor in the dtype that it is kept in. Raises UserError where some of it is no number."""
-    given = tensors[name].read()
-    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted below
-        value = given.astype(dtype)
-    if broken := int(value.size - np.isfinite(value).sum()):
-        raise UserError(
-            f"{tensors[name].file}: {name} has {broken} values of {value.size} that are no finite {dtype} numbers"
-        )
-    return value

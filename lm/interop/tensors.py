@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,17 @@ class Tensor:
     dtype: str
     read: Callable[[], np.ndarray]
 
+    def finite(self, name: str, dtype: Any = None) -> np.ndarray:
+        """The values in `dtype` (None: that of the file). Raises UserError where some are no numbers, or too large for it."""
+        given = self.read()
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted below
+            value = given.astype(dtype or given.dtype)
+        if broken := int(value.size - np.isfinite(value).sum()):
+            raise UserError(
+                f"{self.file}: {name} has {broken} values of {value.size} that are no finite {value.dtype} numbers"
+            )
+        return value
+
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name, from the files in its index, else from all *.safetensors.
@@ -48,7 +60,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         )
     found: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in _read_file(file).items():
+        for name, tensor in read_file(file).items():
             if name in found:
                 raise UserError(
                     f"{folder}: {name} is in {found[name].file.name} and in {file.name}: one of them is to be removed"
@@ -61,6 +73,37 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if missing:
         raise UserError(f"{folder / INDEX} names {listed(missing)}, which the files do not have")
     return found
+
+
+def refuse_tensors(
+    where: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], given: str
+) -> None:
+    """Raise UserError, in one line that names all kinds of fault, unless the tensors are those wanted.
+
+    Args:
+        wanted: shapes by name.
+        given: what the shapes follow from, for the message.
+    """
+    both = [name for name in wanted if name in tensors]
+    faults = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected, which the model does not have": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} ({given} makes it {list(wanted[name])})"
+            for name in both
+            if tensors[name].shape != wanted[name]
+        ],
+        f"of a dtype other than {', '.join(READ)}": [
+            f"{name} {tensors[name].dtype}" for name in both if tensors[name].dtype not in READ
+        ],
+    }
+    said = [
+        f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what}: {listed(names)}"
+        for what, names in faults.items()
+        if names
+    ]
+    if said:
+        raise UserError(f"{where}: {'; '.join(said)}")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -97,7 +140,8 @@ def _indexed(folder: Path, places: dict[str, str], files: list[Path]) -> list[Pa
     return [folder / name for name in names]
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name; UserError where it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is no file that can be read")
     try:
