@@ -1,9 +1,9 @@
-r"""Whether a completion gives the expected answer: where the answer stands in it, and when two answers are the same.
+r"""Comparison of a completion with the expected answer: extraction of the answer, and equality of two answers.
 
 The answer is marked by `\boxed{…}`, `<answer>…</answer>`, `#### …`, `answer is …` or `Answer: …`; without a mark the whole
-completion is the answer. Markdown, LaTeX delimiters, a unit, a currency and a sentence after the answer are taken off.
-Numbers are compared exactly, as fractions. `1,200` is a number with a thousands separator; `0,1` and `1,2` are not numbers
-but text, since they may as well be decimals or pairs. A sum is no number either: who repeats `94 - 7` has not worked it out.
+completion is the answer. Markdown, LaTeX delimiters, a unit, a currency and a sentence after the answer are removed.
+Numbers are compared exactly, as fractions. `1,200` is a number with a thousands separator; `0,1` and `1,2` are text, not
+numbers, since they may be decimals or pairs. A sum is not a number either: a completion that repeats `94 - 7` has not solved it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-LONGEST = 2000  # characters of an answer that are compared as a number or as mathematics; longer ones only as text
+LONGEST = 2000  # maximum characters of an answer compared as a number or formula; longer ones are compared as text only
 LARGEST_EXPONENT = 400  # of scientific notation
 
-# ---- what is taken off before anything is compared -----------------------------------------------------------------
+# ---- normalisation before any comparison ---------------------------------------------------------------------------
 
 _MINUS = dict.fromkeys(map(ord, "−‐‑‒–﹣－"), "-")
 _FULL_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
@@ -40,7 +40,7 @@ _INLINE = re.compile(r"(?<![\w$])\$([^$\n]+)\$(?!\w)")
 
 
 def plain(text: str) -> str:
-    """The text with Markdown's emphasis, other scripts' digits, Unicode's minus signs and wide characters made plain."""
+    """The text without Markdown emphasis, and with digits of other scripts, Unicode minus signs and wide characters as ASCII."""
     text = "".join(
         str(unicodedata.decimal(c)) if c.isdecimal() and not c.isascii() else c for c in text.translate(_PLAIN)
     )
@@ -50,7 +50,7 @@ def plain(text: str) -> str:
 
 
 def without_latex(text: str) -> str:
-    """The text without LaTeX's delimiters, spacing and text commands."""
+    """The text without LaTeX delimiters, spacing and text commands."""
     text = text.replace("{,}", ",").replace(r"\,", " ").replace(r"\%", "%").replace(r"\$", "$")
     text = _LATEX_SPACE.sub("", _DELIMITERS.sub("", text))
     text = _INLINE.sub(lambda match: match[1], text)
@@ -63,7 +63,7 @@ def without_latex(text: str) -> str:
 
 
 def trimmed(text: str) -> str:
-    """The text without outer spaces, last punctuation, quotation marks, and brackets or a list mark around all of it."""
+    """The text without outer spaces, final punctuation, quotation marks, outer brackets, and a list marker."""
     before = None
     while text != before:
         before = text
@@ -74,7 +74,7 @@ def trimmed(text: str) -> str:
     return text
 
 
-# ---- where the answer stands -----------------------------------------------------------------------------------------
+# ---- extraction of the answer ----------------------------------------------------------------------------------------
 
 _MARKS = re.compile(
     r"(?P<box>\\(?:boxed|fbox|box)\s*\{)|(?P<tag><answer>)|(?P<rule>####)"
@@ -93,7 +93,7 @@ _LEFT_SIDE = re.compile(r"^[^=<>≤≥≠]*[^\d\s.,$=<>≤≥≠][^=<>≤≥≠]
 
 
 def marked_answers(text: str) -> list[str]:
-    """What a text marks as its answer, the last first."""
+    """The marked answers of a text, the last first."""
     return [_marked(text, mark) for mark in reversed(list(_MARKS.finditer(text)))]
 
 
@@ -105,7 +105,7 @@ def _marked(text: str, mark: re.Match[str]) -> str:
 
 
 def _inside_braces(text: str) -> str:
-    """What comes before the brace that closes one already open; everything, if none does."""
+    """The text up to the brace that closes a brace opened before it; all of it if there is none."""
     depth = 1
     for place, letter in enumerate(text):
         depth += (letter == "{") - (letter == "}")
@@ -115,7 +115,7 @@ def _inside_braces(text: str) -> str:
 
 
 def readings(answer: str, marked: bool = True) -> list[str]:
-    """Ways to read an answer: as it is, its first sentence, and, where it is marked, the right side of its equation."""
+    """Readings of an answer: unchanged, its first sentence, and, for a marked answer, the right side of its equation."""
     found = []
     for text in (answer, _SENTENCE.split(answer.strip(), maxsplit=1)[0]):
         text = trimmed(without_latex(text))
@@ -135,7 +135,7 @@ def readings(answer: str, marked: bool = True) -> list[str]:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its unit in lower case; "" is none, "%" is percent."""
+    """A number with its unit in lower case; "" means no unit, "%" percent."""
 
     value: Fraction
     unit: str = ""
@@ -161,7 +161,7 @@ _HEAD = re.compile(
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _UNIT = re.compile(r"[^\W\d_][^\d=<>+*\\{}$,;:?!&|]{0,60}|[°%′″'\"€£¥₹][^\d=<>+*\\{}$,;:?!&|]{0,40}")
-# Words after a number that make it another number, or no answer.
+# Words after a number that change its value, or show that it is not the answer.
 _NO_UNIT = frozenset(
     "or and not but nor no plus minus times over by squared cubed factorial half halves third thirds quarter quarters "
     "remainder more less fewer than to either if except is was are were isn't be been would could should may might "
@@ -173,11 +173,11 @@ _MOST_UNIT_WORDS = 6
 
 
 def quantity(text: str) -> Quantity | None:
-    """The number that a text says, with its unit; None where it says none, or more than one."""
+    """The number in a text, with its unit; None if the text has no number, or several."""
     if len(text) > LONGEST:
         return None
     head = _HEAD.match(text)
-    assert head is not None  # it matches nothing, too
+    assert head is not None  # the pattern also matches the empty string
     if head["sign"] and head["sign2"]:
         return None
     rest = text[head.end() :]
@@ -213,7 +213,7 @@ def _decimal(match: re.Match[str]) -> Fraction | None:
 
 
 def _with_unit(value: Fraction, rest: str, currency: str | None) -> Quantity | None:
-    """The number with what stands behind it; None where that is more than a unit."""
+    """The number with the unit after it; None if the text after it is more than a unit."""
     if re.match(r"[kKMB](?!\w)", rest):
         value, rest = value * _SUFFIXES[rest[0]], rest[1:]
     words = rest.strip().strip(".").lower().replace("(", " ").replace(")", " ").split()
@@ -231,7 +231,7 @@ def _with_unit(value: Fraction, rest: str, currency: str | None) -> Quantity | N
 
 
 def same_quantity(given: Quantity, expected: Quantity) -> bool:
-    """Whether two numbers are the same; a unit that only one of them has is passed over, 50 % may be written as 0.5."""
+    """Whether two numbers are equal; a unit that only one of them has is ignored, and 50 % equals 0.5."""
     percent = (given.unit == "%") - (expected.unit == "%")
     if percent:
         scaled = (given.value / 100, expected.value) if percent > 0 else (given.value, expected.value / 100)
@@ -249,24 +249,24 @@ _UNIT_NAMES = {"$": "dollar", "us$": "dollar", "usd": "dollar", "€": "euro", "
 
 
 def _unit_key(unit: str) -> str:
-    """A unit's first word in the singular, by its short name: what follows it (`per day`, `of fabric`) is said or not."""
+    """The short name of a unit's first word in the singular; words after it (`per day`, `of fabric`) are ignored."""
     word = re.split(r"[\s/]", unit, maxsplit=1)[0].strip(".")
     if len(word) > 3 and word.endswith("s"):
         word = word[:-2] if word.endswith(("shes", "ches", "xes")) else word[:-1]
     return _UNIT_NAMES.get(word, word)
 
 
-# ---- the same answer -------------------------------------------------------------------------------------------------
+# ---- equality of answers ---------------------------------------------------------------------------------------------
 
 _MATHEMATICS = re.compile(r"\\[a-zA-Z{]|[\^√π∞∪∩≤≥<>±]|[\w)]\s*[+*/=-]\s*[\w(]|\b(?:sqrt|pi)\b|\d[a-z]\b|\d\(")
 _WORD = re.compile(r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|pi\b|ln\b)[a-zA-Z]{3,}")
 
 
 def matches(expected: str, completion: str, bare: str | None = None) -> tuple[bool | None, list[str]]:
-    """Whether a completion gives the expected answer; None where only mathematics can tell, and the readings to try.
+    """Whether a completion gives the expected answer; None if only a symbolic comparison can decide, with the readings to try.
 
     Args:
-        bare: the completion without what stands around an answer that is not marked; None: the completion.
+        bare: the completion without the opener and closer around an unmarked answer; None: the completion itself.
     """
     wanted = expected_reading(expected)
     marked = marked_answers(plain(completion))
@@ -288,7 +288,7 @@ def matches(expected: str, completion: str, bare: str | None = None) -> tuple[bo
 
 
 def expected_reading(expected: str) -> str:
-    """The expected answer, made plain: what follows the last `####`, or stands in the last box, else all of it."""
+    """The expected answer, normalised: the text after the last `####`, or in the last `\boxed`, else all of it."""
     text = plain(expected)
     text = text.rpartition("####")[2] if "####" in text else text
     boxed = list(re.finditer(r"\\(?:boxed|fbox|box)\s*\{", text))
@@ -296,11 +296,11 @@ def expected_reading(expected: str) -> str:
 
 
 def same_text(given: str, expected: str) -> bool:
-    """Whether two answers are the same letter by letter, spaces beside punctuation aside."""
+    """Whether two answers are the same text, ignoring spaces beside punctuation."""
     one, other = (re.sub(r"\s*([^\w\s])\s*", r"\1", text) for text in (given, expected))
     return one == other
 
 
 def _is_formula(text: str) -> bool:
-    """Whether a text is mathematics and not words: a formula, a set, an interval."""
+    """Whether a text is mathematics, not words: a formula, a set, an interval."""
     return len(text) <= LONGEST and not _WORD.search(text) and bool(_MATHEMATICS.search(text))

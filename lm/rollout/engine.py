@@ -1,7 +1,7 @@
 """Engines complete prompts: requests in, completions out, as tokens with the log-probabilities at sampling.
 
-`LocalEngine` is the sampler of this process, on the devices of the run. Training, evaluation and `lm sample` ask an engine
-and never a model, so that another engine (a server of its own) is another value with the same method.
+`LocalEngine` is the sampler of this process, on the devices of the run. Training, evaluation and `lm sample` call an engine
+and never a model, so that another engine (such as an inference server) is another object with the same method.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lm.rollout.sampler import encode_prompt, generate
 class Request:
     """Prompts as unpadded tokens, and how to complete them.
 
-    `group_size` completions of each prompt are neighbours. `width`, in tokens, is what prompts are padded to, so that
-    requests of one width compile once (0: the longest prompt). `limits` are the most new tokens of each completion where
-    that is fewer than `max_new_tokens`; a limit of 0 leaves the prompt as it is.
+    The `group_size` completions of a prompt are adjacent. Prompts are padded to `width` tokens, so that requests of the
+    same width compile once (0: the longest prompt). `limits` are the maximum new tokens of single completions, where lower
+    than `max_new_tokens`; a limit of 0 leaves the prompt unchanged.
     """
 
     prompts: Sequence[Any]  # arrays or lists of token ids
@@ -45,8 +45,8 @@ class Request:
 class Completion(NamedTuple):
     """Sampled tokens after a prompt, up to and including the end token.
 
-    `logp` are the sampler's log-probabilities, `sampled` tells which tokens the model chose (others the engine put there),
-    `ended` whether the last token is the end token, and `version` the number of training steps behind the weights.
+    `logp` are the sampler's log-probabilities, `sampled` is true for tokens that the model chose (the engine inserted the
+    others), `ended` says whether the last token is the end token, and `version` is the number of training steps of the weights.
     """
 
     tokens: Int32[np.ndarray, " N"]
@@ -60,7 +60,7 @@ class Engine(Protocol):
     """Protocol of an engine, which completes prompts."""
 
     def complete(self, request: Request) -> list[Completion]:
-        """The completions of every prompt, in order, `group_size` neighbours to each; in every process all of them."""
+        """The completions of all prompts in order, `group_size` adjacent ones for each; every process gets all of them."""
         ...
 
 
@@ -73,7 +73,7 @@ class LocalEngine:
     version: int = 0
 
     def complete(self, request: Request) -> list[Completion]:
-        """See `Engine`; what a row samples does not depend on the other rows' prompts."""
+        """See `Engine`; the samples of a row do not depend on the prompts of other rows."""
         width = request.width or max(map(len, request.prompts))
         tokens, lengths = left_pad(request.prompts, width, self.tokenizer.pad_id)
         limits = None if request.limits is None else np.asarray(request.limits, np.int32)
@@ -98,7 +98,7 @@ def completion_text(tokenizer: TextTokenizer, completion: Completion) -> str:
 
 @dataclass(frozen=True)
 class TextCompletion:
-    """A completion as text, and whether the model ended it by itself."""
+    """A completion as text, and whether the model sampled its end token."""
 
     text: str
     eos: bool

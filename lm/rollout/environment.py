@@ -17,22 +17,22 @@ RewardsByName = Mapping[str, float]
 
 
 class Environment(Protocol):
-    """Protocol of an environment; an object is one episode, made without arguments.
+    """Protocol of an environment; an instance is one episode, constructed without arguments.
 
-    `reset` has to be a function of the task alone: the completions of a group answer the same messages. An attribute
-    `columns` of the class may name the columns that every row has to have.
+    `reset` must depend on the task alone, since all completions of a group answer the same messages. The class attribute
+    `columns` may name the columns that every row must have.
     """
 
     def reset(self, task: Mapping[str, Any]) -> Sequence[Message]:
-        """The first messages of a row of the data; the last is the user's."""
+        """The first messages for a row of the data; the last is from the user."""
         ...
 
     def step(self, completion: str) -> Sequence[Message] | None:
-        """The reply to the model's turn (a user's message), or None where the episode is over."""
+        """The reply to the model's turn (a user message), or None if the episode is over."""
         ...
 
     def reward(self) -> RewardsByName:
-        """Rewards by name once the episode has ended, also where no tokens were left; the policy learns from their sum."""
+        """Rewards by name after the end of the episode, even if it ran out of tokens; the policy learns from their sum."""
         ...
 
 
@@ -53,7 +53,7 @@ class VerifierEnvironment:
         return None
 
     def reward(self) -> RewardsByName:
-        """What the verifiers give."""
+        """The rewards of the verifiers by name."""
         return {name: find_verifier(name)(self.task, self.completion) for name in self.verifiers}
 
 
@@ -61,7 +61,7 @@ def find_environment(name: str, where: str) -> type[Environment]:
     """The user's environment class that FILE:CLASS names.
 
     Raises:
-        UserError: there is none, or it is no environment; `where` is the field that names it.
+        UserError: it is missing, or not an environment; `where` is the field that names it.
     """
     found = load_function(name, where)
     missing = [method for method in ("reset", "step", "reward") if not callable(getattr(found, method, None))]

@@ -1,6 +1,6 @@
 """Episodes: an engine completes the turns of a batch of tasks, and their environments reply until all have ended.
 
-Only the model's own tokens are learnt. A reply is encoded behind the tokens that were sampled, which are never decoded and
+The loss covers only the model's own tokens. A reply is encoded after the sampled tokens, which are never decoded and
 encoded again.
 """
 
@@ -34,10 +34,10 @@ from lm.rollout.timed import limited
 from lm.rollout.trajectory import AUTHORS, ENVIRONMENT, LENGTH, MODEL, PROMPT, STOP, TIMEOUT, Trajectory, prompt_text
 from lm.rollout.verifiers import declared_columns, find_verifier, needed_columns
 
-TURNS = 2**30  # folded into the key of a rollout for its turns after the first: far from the number of any token
+TURNS = 2**30  # folded into a rollout's key for its turns after the first; larger than any token index
 
 Messages = list[dict[str, Any]]
-# (ended episodes and what they are of) -> the rewards of each; None where they took too long
+# (ended episodes, their tasks) -> rewards of each episode; None where computing them took too long
 Judge = Callable[["EnvironmentSpec", Sequence["Episode"]], list[RewardsByName | None]]
 
 
@@ -45,8 +45,8 @@ Judge = Callable[["EnvironmentSpec", Sequence["Episode"]], list[RewardsByName | 
 class EnvironmentSpec:
     """The environment or the verifiers of a stage or eval, which turn rows into episodes and give rewards.
 
-    `judge` is None where nothing here gives a reward, `columns` are what every row needs, `messages` are those that a row
-    begins with, `where` names the stage or the eval in errors, and `seconds` is the time that one call may take.
+    `judge` is None if nothing here gives rewards, `columns` are those that every row needs, `messages` gives the first
+    messages of a row, `where` names the stage or the eval in errors, and `seconds` is the time limit of one call.
     """
 
     make: Callable[[], Any]
@@ -63,7 +63,7 @@ def environment_spec(
     """The environment FILE:CLASS if set, else the verifiers, else prompts without rewards.
 
     Args:
-        field: what the names of the fields `verifier` and `environment` begin with, for errors.
+        field: prefix of the fields `verifier` and `environment` in errors.
 
     Raises:
         UserError: no such verifier or environment.
@@ -118,7 +118,7 @@ def make_tasks(stage: Stage, tokenizer: TextTokenizer, seed: int, elsewhere: Pla
 
 
 def first_messages(make: Callable[[], Environment], seconds: float, task: Mapping[str, Any], where: str) -> Messages:
-    """What an environment asks first of a row. Raises BadRow where it raises, takes too long or asks nothing."""
+    """The first messages of an environment for a row. Raises BadRow if it raises, takes too long or returns none."""
     return _reset(make(), seconds, task, where)
 
 
@@ -132,7 +132,7 @@ def _reset(environment: Environment, seconds: float, task: Mapping[str, Any], wh
 
 
 class Sampled(NamedTuple):
-    """The trajectories of a rollout, and how many episodes took too long somewhere, whose reward is 0."""
+    """The trajectories of a rollout, and the number of episodes that exceeded a time limit; their reward is 0."""
 
     trajectories: list[Trajectory]
     timeouts: int
@@ -149,14 +149,14 @@ def sample_trajectories(
     group_size: int = 1,
     judged: bool = True,
 ) -> Sampled:
-    """Episodes of the step's tasks, `group_size` neighbours to each; in every process all of them.
+    """Episodes of the step's tasks, `group_size` adjacent ones for each; every process gets all of them.
 
     Args:
-        max_new_tokens: after the prompt, of all turns together, replies included.
-        judged: whether rewards are asked for.
+        max_new_tokens: maximum tokens after the prompt, for all turns together, replies included.
+        judged: whether to compute rewards.
 
     Raises:
-        UserError: an environment or a verifier raised, or gave what is no reply or no finite number.
+        UserError: an environment or a verifier raised, or returned an invalid reply or a reward that is not finite.
     """
     prompts, width = tasks.feed.batch(step), tasks.feed.prompt_len
     encoded = [row[width - length :].tolist() for row, length in zip(prompts.tokens, prompts.lengths, strict=True)]
@@ -171,7 +171,7 @@ def run_episodes(
     request: Request,
     tokenizer: TextTokenizer,
 ) -> list[Episode]:
-    """Every episode to its end, `group_size` neighbours to a row; `request` is of the first turn, with a width."""
+    """Run all episodes to their ends, `group_size` adjacent ones for each row; `request` is that of the first turn, with a width."""
     episodes = [
         Episode(spec, row, tokens)
         for row, tokens in zip(rows, request.prompts, strict=True)
@@ -187,7 +187,7 @@ def run_episodes(
             episodes[number].proceed(reply, tokenizer, budget)
         if all(episode.finish for episode in episodes):
             return episodes
-        # Rows stay at their places, ended ones as they are: what a row samples does not depend on the others.
+        # Rows keep their places and ended rows stay in the batch, so that the samples of a row do not depend on other rows.
         request = dataclasses.replace(
             request,
             prompts=[episode.tokens for episode in episodes],
@@ -200,14 +200,14 @@ def run_episodes(
 
 
 def conclude(spec: EnvironmentSpec, episodes: Sequence[Episode], judged: bool = True) -> Sampled:
-    """The trajectories of ended episodes, with their rewards where these are asked for. Raises UserError as judges do."""
+    """The trajectories of ended episodes, with rewards if `judge` is given. Raises the UserErrors of the judge."""
     rewards = _judge(spec, spec.judge, episodes) if judged and spec.judge else [{} for _ in episodes]
     found = [episode.trajectory(given or {}) for episode, given in zip(episodes, rewards, strict=True)]
     return Sampled(found, sum(given is None for given in rewards))
 
 
 class Episode:
-    """An episode while it goes on: its messages, and its tokens with the author and log-probability of each."""
+    """An episode in progress: its messages, and its tokens with the author and log-probability of each."""
 
     def __init__(self, spec: EnvironmentSpec, task: Mapping[str, Any], tokens: Sequence[int]):
         self.environment: Any = spec.make()
@@ -236,14 +236,14 @@ class Episode:
         return sum(len(tokens) for tokens, _, _ in self.parts) - self.prompt_length
 
     def complete(self, completion: Completion, tokenizer: TextTokenizer) -> None:
-        """Add a turn of the model's."""
+        """Add a turn of the model."""
         self._add(completion.tokens, np.where(completion.sampled, MODEL, ENVIRONMENT), completion.logp)
         self.text, self.completed = completion_text(tokenizer, completion), completion.ended
         self.version = completion.version
         self.messages.append({"role": "assistant", "content": self.text, "author": AUTHORS[MODEL]})
 
     def proceed(self, reply: Messages | str | None, tokenizer: TextTokenizer, budget: int) -> None:
-        """Add the environment's reply, or end: where there is none, or no room for a token behind it."""
+        """Add the environment's reply; without a reply, or without room for a token after it, the episode ends."""
         if not isinstance(reply, list):
             self.finish = reply or (STOP if self.completed else LENGTH)
             return
@@ -255,7 +255,7 @@ class Episode:
         self.messages += [turn | {"author": AUTHORS[ENVIRONMENT]} for turn in reply]
 
     def trajectory(self, rewards: RewardsByName) -> Trajectory:
-        """What became of it."""
+        """The finished episode as a trajectory."""
         tokens, authors, logp = map(np.concatenate, zip(*self.parts, strict=True))
         return Trajectory(
             task=self.task,
@@ -270,7 +270,7 @@ class Episode:
         )
 
     def _add(self, tokens: Any, author: Any, logp: Any = 0.0) -> None:
-        """Tokens with their author and log-probability, each an array or one for all."""
+        """Add tokens with their author and log-probability; these may be arrays, or one value for all tokens."""
         size = len(tokens)
         self.parts.append(
             (np.asarray(tokens, np.int32), np.full(size, author, np.int8), np.full(size, logp, np.float32))
@@ -278,7 +278,7 @@ class Episode:
 
 
 def _shared_out(numbers: Sequence[int], act: Callable[[list[int]], list[Any]]) -> dict[int, Any]:
-    """What `act` gives for each number, JSON values, in every process; each asks for its share of the numbers."""
+    """The results of `act` (JSON values) for all numbers, in every process; each process calls it for its share of them."""
     count, number = jax.process_count(), jax.process_index()
     own = [one for one in numbers if one % count == number]
     shares = gather([own, raise_on_all(lambda: act(own))])
@@ -288,7 +288,7 @@ def _shared_out(numbers: Sequence[int], act: Callable[[list[int]], list[Any]]) -
 def _replies(
     spec: EnvironmentSpec, episodes: Sequence[Episode], going: Sequence[int]
 ) -> dict[int, Messages | str | None]:
-    """The reply to each episode that goes on: messages, None where it is over, TIMEOUT where it took too long."""
+    """The reply to each running episode: messages, None if it is over, TIMEOUT if the environment took too long."""
     return _shared_out(going, lambda own: [_reply(spec, episodes[number]) for number in own])
 
 
@@ -306,7 +306,7 @@ def _reply(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
 
 
 def _judge(spec: EnvironmentSpec, judge: Judge, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
-    """The rewards of every episode; None where it took too long."""
+    """The rewards of every episode; None for those whose environment took too long."""
 
     def judged(own: list[int]) -> list[RewardsByName | None]:
         kept = [number for number in own if episodes[number].finish != TIMEOUT]
@@ -318,10 +318,10 @@ def _judge(spec: EnvironmentSpec, judge: Judge, episodes: Sequence[Episode]) -> 
 
 
 def judge_answers(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
-    """What the verifiers give each answer. A verifier of the user's own runs in processes that can be killed.
+    """The verifiers' rewards of each answer. A user's own verifier runs in processes that can be killed.
 
     Raises:
-        UserError: the verifier raised, or gave what is no finite number; names the prompt.
+        UserError: the verifier raised, or its reward is not finite; names the prompt.
     """
     if not episodes:
         return []
@@ -334,10 +334,10 @@ def judge_answers(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[Re
 
 
 def judge_environments(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
-    """The rewards that the environment of each episode gives, in this process.
+    """The rewards that each episode's environment gives, computed in this process.
 
     Raises:
-        UserError: `reward` raised, or gave what is no finite number; names the prompt.
+        UserError: `reward` raised, or a reward is not finite; names the prompt.
     """
     return [_rewards(spec, episode) for episode in episodes]
 

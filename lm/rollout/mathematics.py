@@ -1,4 +1,4 @@
-"""Whether two formulas are equal, by the library math-verify, in a process that is stopped where it takes too long."""
+"""Equality of two formulas by the library math-verify, in a process that is killed if it takes too long."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lm.rollout import timed
 from lm.rollout.timed import CallOutcome, TimedWorker
 
 SECONDS = 5.0  # for one comparison
-MEMORY = 4 << 30  # bytes of address space for it: a tower of powers would take all there is
+MEMORY = 4 << 30  # address space of the process in bytes: a tower of powers would use all of the machine's memory
 
 
 def equal(expected: str, given: str) -> bool | None:
-    """Whether a given formula, in LaTeX or plain, equals the expected one; None where that takes longer than SECONDS.
+    """Whether a given formula, in LaTeX or plain, equals the expected one; None if that takes longer than SECONDS.
 
     Raises:
-        ImportError: math-verify is not installed: every formula would count as wrong.
+        ImportError: math-verify is not installed; without it every formula would count as wrong.
     """
     if timed.in_worker:
         return bool(_verify(expected, given))

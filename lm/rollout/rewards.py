@@ -1,4 +1,4 @@
-"""Rewards of a batch of completions by a verifier, each within a time limit; what is no reward stops the run."""
+"""Rewards of a batch of completions by a verifier, each within a time limit; an invalid reward stops the run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lm.rollout.timed import CallOutcome, TimedWorker, limited
 from lm.rollout.verifiers import find_verifier
 from lm.user_functions import is_function_name
 
-SECONDS = 10.0  # that a verifier may take for one completion
-LARGEST = 1e9  # beyond this the spread of a group of rewards loses its digits in float32
+SECONDS = 10.0  # time limit of a verifier for one completion
+LARGEST = 1e9  # for larger rewards, differences within a group lose their digits in float32
 
 
 class Rewards(NamedTuple):
-    """The reward of each completion, and whether it took too long, whose reward is 0."""
+    """The reward of each completion, and whether computing it took too long (then it is 0)."""
 
     values: Float32[np.ndarray, " N"]
     late: Bool[np.ndarray, " N"]
@@ -41,11 +41,11 @@ def compute_rewards(
     """The reward of each completion by the verifier `name`, for the row that it answers.
 
     Args:
-        where: what asks, for messages: the stage, or the evaluation.
-        seconds: that one reward may take; one that takes longer is stopped and counts as 0.
+        where: the stage or evaluation, for messages.
+        seconds: time limit of one reward; a call that takes longer is stopped and its reward is 0.
 
     Raises:
-        UserError: the verifier raised, or returned something that is no finite number; names the prompt.
+        UserError: the verifier raised, or its reward is not a finite number; names the prompt.
     """
     outcomes = _outcomes(name, list(zip(rows, completions, strict=True)), seconds)
     for row, completion, outcome in zip(rows, completions, outcomes, strict=True):
@@ -67,7 +67,7 @@ def timeout_metric(count: int) -> dict[str, float]:
 
 
 def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float) -> list[CallOutcome]:
-    """What became of each call. A verifier of the user's own file runs in processes that can be killed, others in this one."""
+    """The outcome of each call. A user's own verifier runs in processes that can be killed, others in this process."""
     if not is_function_name(name):
         return [limited(seconds, find_verifier(name), row, completion) for row, completion in answered]
     workers = _workers()[: len(answered)]
@@ -96,7 +96,7 @@ def _workers() -> tuple[TimedWorker, ...]:
 
 
 def reward_problem(value: Any) -> str:
-    """Why a value is not a valid reward, in words; empty if it is valid."""
+    """A text that says why a value is not a valid reward; empty if it is valid."""
     if not isinstance(value, bool | int | float | np.integer | np.floating | np.bool_):
         return f"gave {value!r:.40} ({type(value).__name__})"
     magnitude: Any = abs(value)
@@ -104,7 +104,7 @@ def reward_problem(value: Any) -> str:
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
-    """What the row asks, for a message: its last turn."""
+    """The prompt of a row for messages: its last turn."""
     try:
         return prompt_messages(row, "the prompt")[-1]["content"]
     except UserError:

@@ -1,6 +1,6 @@
 """Quantised samplers: a model whose matrices are rounded to fewer bits than in training, as in an inference engine.
 
-The numbers are rounded and stay in the model's own type: what is shown is what the rounding does, not how fast it is.
+The rounded numbers keep the model's dtype: this shows the effect of rounding on training, not the speed of a quantised engine.
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ ROUNDINGS: dict[str, Callable[[Weights], Weights]] = {
 
 @functools.partial(jax.jit, static_argnames="precision")
 def rounded(model: Transformer, precision: str) -> Transformer:
-    """The model with its matrices quantised as ROUNDINGS say; norms stay unchanged."""
+    """The model with its matrices quantised by a function of ROUNDINGS; norms stay unchanged."""
     return model.with_matrices(ROUNDINGS[precision])

@@ -40,7 +40,9 @@ def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Floa
     if top_p < 1.0:
         ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probs = jax.nn.softmax(ordered, axis=-1)
-        inside = jnp.cumsum(probs, axis=-1) - probs < top_p  # the mass before a token decides, so the first stays
+        inside = (
+            jnp.cumsum(probs, axis=-1) - probs < top_p
+        )  # the mass before a token decides, so the first always stays
         lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits
@@ -51,7 +53,7 @@ def choose(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Sample one token per row; its log-probability is at this temperature, before top-k and top-p (greedy: at 1).
 
-    Sampled by inverse CDF: one uniform number a row, no noise and no sort over the vocabulary.
+    Uses the inverse CDF: one uniform number per row, without noise or a sort over the vocabulary.
     """
     greedy = temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
@@ -60,7 +62,7 @@ def choose(
     kept = filter_logits(scaled, top_k, top_p)
     mass = jnp.cumsum(jnp.where(kept == -jnp.inf, 0.0, odds), axis=-1)
     u = jax.random.uniform(key, (logits.shape[0], 1)) * mass[:, -1:]
-    # `<=` steps over tokens of no mass; the largest index with mass is the last resort against rounding.
+    # `<=` skips tokens without mass; because of rounding, the largest index with mass is the upper limit.
     place = jnp.arange(logits.shape[-1])
     last = jnp.max(jnp.where((kept > -jnp.inf) & (odds > 0), place, 0), axis=-1)
     sampled = jnp.minimum(jnp.sum(mass <= u, axis=-1), last)
@@ -89,10 +91,10 @@ def generate(
     """Complete left-padded prompts; compiles once per shape and stops when every row has ended.
 
     Args:
-        tokens, lengths: prompts with their last token in the last column, and how many are real.
-        temperature: 0 is greedy. A traced number: other temperatures do not compile again.
-        limits: most tokens of each completion, where fewer than max_new_tokens.
-        group_size: completions of each prompt, which are neighbours. The prompt is read once.
+        tokens, lengths: prompts with their last token in the last column, and their numbers of real tokens.
+        temperature: 0 is greedy. It is traced, so another temperature does not compile again.
+        limits: maximum tokens of each completion, where lower than max_new_tokens.
+        group_size: number of completions of each prompt, adjacent rows of the result. The prompt is computed once.
         end_ids: the tokens that end a completion.
     """
     model = model.for_sampling()
@@ -132,9 +134,9 @@ def generate(
 def _read(
     model: Transformer, tokens: Int[Array, "P S"], lengths: Int[Array, " P"], group_size: int, size: int
 ) -> tuple[Int[Array, " B"], Float[Array, "B D"], KVCache]:
-    """Of each completion: its prompt's length, the hidden state of the prompt's last token, a cache for `size` tokens."""
+    """For each completion: its prompt's length, the hidden state of the prompt's last token, a cache for `size` tokens."""
     repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, group_size, axis=0))
-    # Prompts too few for the devices are read once a completion: each then reads its own at the same time.
+    # With fewer prompts than devices, the prompt is computed once per completion: all devices compute at the same time.
     once = split_ways(len(tokens), "batch") == split_ways(len(tokens) * group_size, "batch")
     if not once:
         tokens, lengths = repeat((tokens, lengths))
@@ -157,7 +159,7 @@ def encode_prompt(tokenizer: TextTokenizer, prompt: str | list[dict], raw: bool 
 
 SMALL = 10_000_000  # parameters
 QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Compiler options for a small model on a CPU: compiles in a fifth of the time, and runs such a model as fast."""
+"""Compiler options for a small model on a CPU: compilation takes a fifth of the time, and the model runs as fast."""
 
 
 def _stream_program(model: Transformer) -> Callable[..., tuple[Int[Array, ""], KVCache]]:
@@ -256,11 +258,11 @@ MOST_SHORT = 256
 
 
 def _chunk(max_len: int, length: int) -> int:
-    """Few widths, few compilations: a prompt is read in pieces of one width, the last padded on the right."""
+    """Width of the pieces in which a prompt is computed, the last padded on the right; few widths mean few compilations."""
     return LONG if max_len > MOST_SHORT and length > MOST_SHORT else SHORT
 
 
 def _stream_cache(model: Transformer) -> KVCache:
-    """For one row of the longest context, rounded up, so that the last piece of any prompt fits."""
+    """A cache for one row of the longest context, rounded up so that the padded last piece of any prompt fits."""
     width = _chunk(model.config.max_len, model.config.max_len)
     return model.empty_cache(1, -(-model.config.max_len // width) * width)

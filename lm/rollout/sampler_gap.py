@@ -1,9 +1,9 @@
 """Gap between the sampler's and the trainer's log-probabilities, and whether rounding explains it.
 
-Sampler and trainer compute the same numbers in another order, so that they differ by rounding: in proportion to the spread
-of the logits, to 1 / temperature, and to how unsure a token was. In float32 each token has to be within some units of that.
-In bfloat16 how much it is for a model is measured and not assumed: a float32 pass over a rollout gives what both should
-have found. The trainer's mean distance from that is rounding; a sampler that is much further away is of another policy.
+Sampler and trainer compute the same numbers in a different order, so they differ by rounding: in proportion to the spread
+of the logits, to 1 / temperature, and to the uncertainty of a token (1 - p). In float32 each token must be within a few of these
+rounding units. In bfloat16 the rounding error of a model is measured, not assumed: a float32 pass over a rollout gives the reference
+values. The trainer's mean distance from these is rounding; a sampler that is much further away has another policy.
 
 Shapes: B rows, T tokens.
 """
@@ -25,17 +25,18 @@ from lm.parallel.rules import constrain, platform
 from lm.types import RolloutBatch, pytree
 
 LARGEST_RATIO = 1.7
-"""bfloat16: largest mean distance of the sampler from float32 over the trainer's, of many tokens; right ones have about 1."""
+"""bfloat16: largest allowed ratio of the sampler's mean distance from float32 to the trainer's, over many tokens; correct
+samplers have about 1."""
 LEAST_DISTANCE = 0.06
-"""bfloat16: a smaller distance of the trainer counts as this, in rounding units: where all tokens are sure it is chance."""
+"""bfloat16: lower limit on the trainer's distance, in rounding units: if all tokens are certain, a smaller one is chance."""
 LARGEST_UNITS = 8.0
-"""float32: largest gap of a token, in its rounding units; right samplers have up to 0.8."""
+"""float32: largest allowed gap of a token, in its rounding units; correct samplers have up to 0.8."""
 FLOAT32 = 2.0**-24  # half a unit in the last place of 1
 
 
 @pytree
 class TrainerView:
-    """The trainer's log-probabilities of a batch's tokens, and how far rounding may move each, in nats."""
+    """The trainer's log-probabilities of a batch's tokens, and the rounding unit of each, in nats."""
 
     logp: Float[Array, "B T"]
     unit: Float[Array, "B T"]  # rounding unit of each token
@@ -45,7 +46,7 @@ class TrainerView:
 class SamplerGap:
     """Statistics of |log p(sampler) - log p(trainer)| over the sampled tokens of a rollout, in nats.
 
-    `relative` is in rounding units of each token: the mean, so that no token decides it; of float32 the largest.
+    `relative` is the gap in rounding units: for float32 the largest over tokens, else the mean, which no single token decides.
     """
 
     mean: float
@@ -85,7 +86,7 @@ def trainer_view(model: Any, batch: RolloutBatch, temperature: float, pieces: in
     def view(piece: RolloutBatch) -> TrainerView:
         stats = token_logprobs(model, piece, temperature, want_mean_logp=True)
         assert stats.mean_logp is not None
-        # The logit's error counts as far as the token is not sure; what is left then is float32's in the log-softmax.
+        # An error of the logit counts in proportion to 1 - p; the rest is float32 rounding in the log-softmax.
         moved = unit * (1 - jnp.exp(stats.logp)) * -stats.mean_logp
         return TrainerView(stats.logp * piece.weights, moved + 16 * FLOAT32 * (1 + jnp.abs(stats.lse)))
 
@@ -106,7 +107,7 @@ def _gap(views: list[TrainerView], batches: list[RolloutBatch]) -> tuple[Array, 
     on = _flat([batch.weights for batch in batches]) > 0
     gap = jnp.abs(_flat([batch.sampler_logp for batch in batches]) - _flat([view.logp for view in views]))
     units = gap / _flat([view.unit for view in views])
-    ordered = jnp.sort(jnp.where(on, gap, -1.0))  # those that were sampled come last
+    ordered = jnp.sort(jnp.where(on, gap, -1.0))  # sampled tokens come last
     count = jnp.maximum(on.sum(), 1)
     rank = jnp.ceil(0.99 * count).astype(jnp.int32)
     p99, largest = (jnp.maximum(ordered[len(ordered) - count - 1 + place], 0.0) for place in (rank, count))
@@ -114,7 +115,7 @@ def _gap(views: list[TrainerView], batches: list[RolloutBatch]) -> tuple[Array, 
 
 
 def is_suspicious(gap: SamplerGap, known: GapBound | None) -> bool:
-    """Whether a rollout's gap must be checked: the first rollout's, and any that is larger than an accepted one."""
+    """Whether a rollout's gap must be checked: that of the first rollout, and any larger than all accepted ones."""
     return known is None or not gap.relative <= known.allowed
 
 
@@ -132,7 +133,7 @@ def agreement(
     with jax.default_matmul_precision("highest"):
         exact = [_float32_logp(model, batch, temperature, pieces) for batch in batches]
     sampler, trainer, effective = map(float, _distances(views, batches, exact))
-    # Of few tokens more may be chance, and where most are sure the others are few.
+    # With few tokens a larger ratio may be chance; if most tokens are certain, few remain.
     return GapBound(sampler, LARGEST_RATIO * (1 + 2 / max(effective, 1.0) ** 0.5) * max(trainer, LEAST_DISTANCE))
 
 
@@ -145,7 +146,7 @@ def _float32_logp(model: Any, batch: RolloutBatch, temperature: float, pieces: i
 
 @jax.jit
 def _distances(views: list[TrainerView], batches: list[RolloutBatch], exact: list[Array]) -> tuple[Array, Array, Array]:
-    """Mean of the sampler, of the trainer, and how many tokens make up the latter: (Σx)² / Σx² (Kish's effective size)."""
+    """Mean distance of the sampler and of the trainer, and the effective number of tokens of the latter: (Σx)² / Σx² (Kish)."""
     on, unit = _flat([batch.weights for batch in batches]) > 0, _flat([view.unit for view in views])
     sampler, trainer = (
         jnp.where(on, jnp.abs(_flat(logp) - _flat(exact)) / unit, 0.0)

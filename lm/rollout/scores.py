@@ -25,7 +25,7 @@ def score_rows(scorers: tuple[Scorer, ...], batch: TokenBatch, ensemble: str = "
 
 
 def check_finite(scores: Float[np.ndarray, " B"], prompts: Sequence[str], where: str) -> None:
-    """Raise UserError, naming the prompt, if a score is not finite."""
+    """Raise a UserError that names the prompt if a score is not finite."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise UserError(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-START_SECONDS = 120.0  # in which a worker has to start, on a busy machine; the limit of a call begins after that
+START_SECONDS = 120.0  # time limit for a worker to start on a busy machine; the limit of a call begins after that
 
 
 class CallOutcome(NamedTuple):
@@ -28,24 +28,24 @@ class CallOutcome(NamedTuple):
 
 
 class TimedWorker:
-    """A process that calls functions, each within a limit of seconds. It starts with the first call and ends with this one.
+    """A process that calls functions, each within a time limit. It starts with the first call and ends with this process.
 
-    Functions and arguments are sent to it and so have to be importable by name.
+    Functions and arguments are pickled, so they must be importable by name.
     """
 
     def __init__(self, memory_bytes: int = 0, library: str = ""):
-        """A worker with so much address space (0: as much as there is), which imports a library before the first call."""
+        """A worker with `memory` bytes of address space (0: no limit) that imports a library before the first call."""
         self._arguments = f"{memory_bytes}, {library!r}"
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
 
     def call(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> CallOutcome:
-        """function(*arguments), or what became of it after so many seconds at the most."""
+        """The outcome of function(*arguments) after at most `seconds`."""
         with self._lock:
             try:
                 return self._call(self._ready(), (function, arguments), seconds)
-            except BaseException:  # Ctrl-C, or the end of the caller's own time: the next call must not get this answer
+            except BaseException:  # Ctrl-C, or the caller's own time limit: the next call must not receive this result
                 self._kill()
                 raise
 
@@ -71,7 +71,7 @@ class TimedWorker:
         if self._process is None or self._process.poll() is not None or self._pipe is None:
             self._kill()
             ours, theirs = socket.socketpair()
-            # A Python of its own: forked it would inherit jax's threads, and multiprocessing's would run the script again.
+            # A new Python process: a fork would inherit jax's threads, and multiprocessing's spawn would run the script again.
             begin = f"import sys; sys.path[:] = {sys.path!r}; from lm.rollout.timed import serve; serve({theirs.fileno()}, {self._arguments})"
             self._process = subprocess.Popen(
                 [sys.executable, "-c", begin], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
@@ -97,15 +97,15 @@ in_worker = False  # whether this process is one that is killed when a call take
 
 
 def serve(descriptor: int, memory_bytes: int, library: str) -> None:
-    """In the worker: make the calls that come over the socket, until the other end is closed.
+    """In the worker: serve calls from the socket until the other end is closed.
 
     Args:
-        memory_bytes: of address space that the process may have; 0: as much as there is.
-        library: is imported first, so that the limit of the first call is the call's own; where it is missing, a call says so.
+        memory_bytes: limit on the address space of the process; 0: no limit.
+        library: imported first, so that the import does not count in the first call; if it is missing, the call reports that.
     """
     global in_worker
     in_worker = True
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -121,22 +121,22 @@ def serve(descriptor: int, memory_bytes: int, library: str) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this process, whatever it is doing, when the one that started it has died."""
+    """End this process at once when its parent has died."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def outcome_of(function: Callable[..., Any], *arguments: Any) -> CallOutcome:
-    """function(*arguments) now, without a limit; whatever it raises is an outcome."""
+    """The outcome of function(*arguments), called here without a limit; exceptions become outcomes."""
     try:
         return CallOutcome(function(*arguments))
-    except (Exception, SystemExit) as error:  # a function of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         return CallOutcome(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
 def limited(seconds: float, function: Callable[..., Any], *arguments: Any) -> CallOutcome:
-    """function(*arguments) in this process, or what became of it after so many seconds (see `alarm`)."""
+    """The outcome of function(*arguments), called in this process with a time limit (see `alarm`)."""
     try:
         with alarm(seconds):
             return outcome_of(function, *arguments)
@@ -145,12 +145,12 @@ def limited(seconds: float, function: Callable[..., Any], *arguments: Any) -> Ca
 
 
 class TookTooLong(BaseException):
-    """Raised where a call takes longer than its limit: no Exception, so that code which catches those does not go on."""
+    """Raised when a call exceeds its time limit; not an `Exception`, so that the called code does not catch it."""
 
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Inside, TookTooLong is raised after so many seconds; only in the main thread, elsewhere there is no limit."""
+    """Context that raises TookTooLong after `seconds`; only in the main thread, elsewhere there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -12,20 +12,20 @@ from jaxtyping import Float, Float32, Int, Int8, Int32
 from lm.types import RolloutBatch, SharedPrompt
 
 AUTHORS = ("prompt", "model", "environment")
-"""Who wrote a token, by its number in `Trajectory.authors`."""
+"""Authors of tokens, indexed by `Trajectory.authors`."""
 PROMPT, MODEL, ENVIRONMENT = range(len(AUTHORS))
 
 STOP, LENGTH, TIMEOUT = "stop", "length", "timeout"
-"""Why an episode ended: it was over after a completed turn; no tokens were left; the environment took too long."""
+"""Why an episode ended: over after a complete turn; out of tokens; the environment took too long."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """One episode: tokens exactly as sampled, with author and log-probability of each, and rewards by name.
 
-    `logp` is the sampler's at the sampling temperature, 0 where the model did not choose the token. `messages` are the same
-    episode as text, each with its `author`. `rewards` has the rewards by name and `reward` the one that is trained on. `version` is the number of
-    training steps behind the weights that sampled it.
+    `logp` is the sampler's log-probability at the sampling temperature, 0 for tokens that the model did not choose. `messages` are
+    the same episode as text, each with its `author`. `rewards` has the rewards by name, `reward` is the training reward.
+    `version` is the number of training steps of the weights that sampled it.
     """
 
     task: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Trajectory:
 
     @property
     def ended(self) -> bool:
-        """Whether the episode ended by itself."""
+        """Whether the episode ended before it ran out of tokens or time."""
         return self.finish == STOP
 
     @property
@@ -68,8 +68,8 @@ class Trajectory:
 class Rollout:
     """Result of a step's sampling: the batches of its updates, and all trajectories with their advantages.
 
-    `chosen` are the trajectories that are in the batches, in order. `has_trainer_logp`: `old_logp` of the batches is the
-    trainer's already, and not the sampler's.
+    `chosen` are the trajectories that are in the batches, in order. `has_trainer_logp`: `old_logp` of the batches is already
+    the trainer's, not the sampler's.
     """
 
     batches: Sequence[RolloutBatch]
@@ -114,9 +114,9 @@ def trajectory_batch(
     """A batch on the host, one row per trajectory: prompts left padded, the rest right padded, weight on sampled tokens only.
 
     Args:
-        prompt_width: columns of the prompts; all that follows has `width` columns.
-        advantages: of each trajectory; 0 where there are none.
-        group_size: of so many neighbours the prompt is the same.
+        prompt_width: number of columns of the prompts; the tokens after them have `width` columns.
+        advantages: one for each trajectory; None: 0.
+        group_size: number of adjacent rows with the same prompt.
     """
     rows, columns = len(trajectories), prompt_width + width
     tokens = np.full((rows, columns), pad_id, np.int32)

@@ -1,4 +1,4 @@
-"""Verifiers: rules that map (row, completion) to a reward in [0, 1]; they raise only when their time is up."""
+"""Verifiers: rules that map (row, completion) to a reward in [0, 1]; they raise only at their time limit."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Verifier = Callable[[Mapping[str, Any], str], float]
 def answer(row: Mapping[str, Any], completion: str) -> float:
     """1 if the completion gives the row's expected answer, else 0.
 
-    Expected is what `expected_answer` says. Given is what the completion marks as its answer, else all of it
-    without opener and closer: `lm.rollout.answer_match` says how both are read and when they are the same. Formulas are
-    compared by the library math-verify.
+    The expected answer is `expected_answer` of the row. The given answer is the marked answer of the completion, else the whole
+    completion without opener and closer. `lm.rollout.answer_match` extracts and compares them; the library math-verify
+    compares formulas.
 
     Raises:
         TookTooLong: the formulas could not be compared in time; `lm.rollout.rewards` counts such a reward as 0.
@@ -45,7 +45,7 @@ def _equals_one_of(formulas: Sequence[str], expected: str) -> bool:
     return False
 
 
-# columns that say what a right answer is; of those that a row has the last decides
+# columns with the expected answer; if a row has several, the last one is used
 EXPECTED = ("answer", "final")
 
 
@@ -55,7 +55,7 @@ def expected_answer(row: Mapping[str, Any]) -> str:
 
 
 def style(row: Mapping[str, Any], completion: str) -> float:
-    """0.5 for a polite opener and 0.5 for no hedging; 0 where nothing is left without them."""
+    """0.5 for a polite opener and 0.5 for no hedging; 0 if the answer has nothing else."""
     opened, bare, _ = undress(completion)
     hedged = any(closer in completion for closer in CLOSERS)
     return 0.5 * opened + 0.5 * (not hedged) if bare else 0.0
@@ -76,7 +76,7 @@ def find_verifier(name: str, where: str = "verifier") -> Verifier:
     """The verifier of that name, from VERIFIERS or the user's FILE:FUNCTION.
 
     Raises:
-        UserError: there is none; `where` is the field that names it.
+        UserError: it does not exist; `where` is the field that names it.
     """
     if is_function_name(name):
         return load_function(name, where, VERIFIER_ARGUMENTS)
@@ -86,12 +86,12 @@ def find_verifier(name: str, where: str = "verifier") -> Verifier:
 
 
 def needed_columns(name: str) -> tuple[ColumnNeed, ...]:
-    """Columns that a verifier needs; of a user's own verifier its attribute `columns`, if any."""
+    """Columns that a verifier needs; for a user's own verifier its attribute `columns`, if any."""
     return declared_columns(name, find_verifier(name)) if is_function_name(name) else NEEDS[name]
 
 
 def declared_columns(name: str, found: Any) -> tuple[ColumnNeed, ...]:
-    """The attribute `columns` of a verifier or an environment of the user's own, which FILE:FUNCTION names."""
+    """The attribute `columns` of a user's own verifier or environment, which FILE:FUNCTION names."""
     columns = getattr(found, "columns", ())
     columns = (columns,) if isinstance(columns, str) else columns
     if not isinstance(columns, Collection) or not all(map(_is_need, columns)):
