@@ -1,7 +1,7 @@
 """Append-only JSON-lines files with a checksum of every line in a second file: NAME.jsonl and NAME.jsonl.crc32.
 
-A line is written before its checksum, so a kill leaves at most lines without one, which are taken. A line that does not
-match its checksum, or is gone, is found.
+A line is written before its checksum, so a kill leaves at most lines without one, which are accepted. A line that does not
+match its checksum, or is missing, is detected.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from lm.config.field import UserError
 from lm.stored import write_atomic
 
-RETRY_SECONDS = 0.2  # a reader that came while the file was replaced looks again after so long
+RETRY_SECONDS = 0.2  # after this time a reader reads again, since the file may just have been replaced
 
 
 class JsonLines:
     """A JSON-lines file opened for appending."""
 
     def __init__(self, path: Path):
-        """Opens the file, made if there is none, without the cut line that a kill may have left at its end."""
+        """Open the file (created if missing) and remove a truncated last line, which a kill may have left."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
@@ -59,13 +59,13 @@ def checksums(path: Path) -> Path:
 
 
 def read_json_lines(path: Path, fields: Mapping[str, type] | None = None) -> list[tuple[bytes, dict[str, Any]]]:
-    """(raw line, object) of a file of JSON lines; none where there is no file. What follows the last newline is left out.
+    """(raw line, object) of a JSON-lines file, empty if there is no file. Text after the last newline is ignored.
 
     Args:
-        fields: that every object has, with their types.
+        fields: names and types of the fields that every object must have.
 
     Raises:
-        UserError: a line is not what was written, is gone, is not JSON, or lacks a field; names file and line.
+        UserError: a line differs from its checksum, is missing, is not JSON, or lacks a field; names file and line.
     """
     sums, lines = _read(path)
     if _first_difference(sums, lines) is not None:
@@ -92,7 +92,7 @@ def read_json_lines(path: Path, fields: Mapping[str, type] | None = None) -> lis
 
 
 def rewrite_json_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Replace the content of the file; a kill at any moment leaves the old lines or the new ones, all of them."""
+    """Replace the content of the file; a kill at any moment leaves either all old lines or all new ones."""
     checksums(path).unlink(missing_ok=True)
     data = b"".join(line + b"\n" for line in lines)
     write_atomic(path, data)
@@ -105,7 +105,7 @@ def _has(value: Any, name: str, kind: type) -> bool:
 
 
 def _read(path: Path) -> tuple[list[bytes], list[bytes]]:
-    """(checksums, lines); the checksums are read first: a line has come before its own."""
+    """(checksums, lines); the checksums are read first, since a line is written before its checksum."""
     sums = b""
     with contextlib.suppress(FileNotFoundError):
         sums = checksums(path).read_bytes()
@@ -119,7 +119,7 @@ def _read(path: Path) -> tuple[list[bytes], list[bytes]]:
 
 
 def _first_difference(sums: list[bytes], lines: list[bytes]) -> int | None:
-    """Index of the first line that is gone or does not match its checksum."""
+    """Index of the first line that is missing or does not match its checksum."""
     for place, expected in enumerate(sums):
         if place >= len(lines) or _crc32(lines[place]) != expected:
             return place
@@ -135,5 +135,5 @@ def _crc32(line: bytes) -> bytes:
 
 
 def _write(stream: Any, data: bytes) -> None:
-    while data:  # a disk that is nearly full takes a part
+    while data:  # an almost full disk accepts only a part
         data = data[stream.write(data) :]

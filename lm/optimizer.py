@@ -49,7 +49,7 @@ def lr_factor(
 def schedule(config: experiment.Optimizer, total_updates: int) -> optax.Schedule:
     """Learning rate of each update, counted from 0, as an optax schedule.
 
-    The update numbered i gets what lr_factor says of step i + 1: the first has peak_lr / warmup_steps and not 0, the
+    Update i has the learning rate of step i + 1 in `lr_factor`: the first has peak_lr / warmup_steps instead of 0, and the
     last has final_lr_frac of the peak, if the schedule decays.
     """
     warmup = config.warmup_steps
@@ -70,7 +70,7 @@ def schedule(config: experiment.Optimizer, total_updates: int) -> optax.Schedule
 def make_optimizer(
     config: experiment.Optimizer, total_updates: int, decay_mask: Callable[[Any], Any] | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer of `config`, over `total_updates` updates. decay_mask(params) says which leaves decay.
+    """The optimizer of `config`, over `total_updates` updates. decay_mask(params) selects the leaves with weight decay.
 
     Use it with `apply_updates` of this module, which reads the parameters from their master weights.
     """
@@ -104,8 +104,8 @@ def clipped(
 def with_state_dtype(dtype: str, direction: optax.GradientTransformation) -> optax.GradientTransformation:
     """The direction with its moments stored in `dtype` between updates, independent of the parameters' dtype.
 
-    They are computed in float32 at least, from gradients in float32 at least. bfloat16 halves their memory; it has 8
-    significant bits: with b2 above about 0.99 the second moment stops moving.
+    They are computed in float32 or wider, from gradients in float32 or wider. bfloat16 halves their memory, but has only 8
+    significant bits: with b2 above about 0.99 the second moment stops changing.
     """
 
     def kept(state: Any) -> Any:
@@ -133,9 +133,9 @@ class MasterWeights(NamedTuple):
 def with_master_weights(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Apply the rule to float32 master weights kept in its state; no effect on parameters in float32 or wider.
 
-    A bfloat16 parameter has 8 significant bits: an update below 1/512 of it is lost, and with it most of training. The
-    copies take the updates, weight decay included, and `apply_updates` rounds the parameters from them (mixed-precision
-    training, arXiv:1710.03740, section 3.1).
+    A bfloat16 parameter has 8 significant bits: an update below 1/512 of its value is lost, and with it most of training. The
+    master weights get the updates, weight decay included, and `apply_updates` rounds the parameters from them
+    (mixed-precision training, arXiv:1710.03740, section 3.1).
     """
 
     def init(params: Any) -> Any:
@@ -161,8 +161,8 @@ def with_master_weights(rule: optax.GradientTransformation) -> optax.GradientTra
 def apply_updates(params: Any, updates: Any, opt_state: Any) -> Any:
     """The parameters after an update whose new optimizer state is `opt_state`.
 
-    Where that holds master weights the parameters are these, rounded, to the bit: the sum of parameter and update is not,
-    where a parameter comes close to 0.
+    If the state holds master weights, the parameters are exactly the rounded master weights. The sum of parameter and update
+    would differ where a parameter is close to 0.
     """
     if isinstance(opt_state, MasterWeights):
         return jax.tree.map(lambda old, master: master.astype(old.dtype), params, opt_state.master)
@@ -190,8 +190,8 @@ def adam(b2: float, b1: float = 0.9, eps: float = 1e-8) -> optax.GradientTransfo
 def muon(b2: float, momentum: float = 0.95) -> optax.GradientTransformation:
     """Update direction of Muon for the matrices of the blocks, and of Adam for all other parameters.
 
-    Momentum made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with
-    entries as large as Adam's, 0.2 of the learning rate, so that both share one (arXiv:2502.16982, eq. 4).
+    Momentum orthogonalised by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled so
+    that its entries are as large as Adam's (0.2) and both share one learning rate (arXiv:2502.16982, eq. 4).
     """
 
     def as_large_as_adams(updates: Any, params: Any = None) -> Any:
@@ -218,9 +218,10 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {"adamw
 
 
 def as_matrices(params: Any) -> Any:
-    """How Muon sees each parameter: the axis `embed` against all others, layer by layer; None where it is not used.
+    """Each parameter's shape as a matrix for Muon: the axis `embed` against all others, layer by layer; None without Muon.
 
-    That is vectors, the embedding and the head (any parameter with an axis `vocab`), and parameters without axis names.
+    Muon is not used for vectors, the embedding and the head (parameters with an axis `vocab`), and parameters without
+    axis names.
     """
 
     def sides(leaf: Any) -> Any:
@@ -241,7 +242,7 @@ def _is_side(leaf: Any) -> bool:
 def matrices(params: Any) -> Any:
     """Weight decay mask: True for matrices, except those whose path contains `scale` or `bias`.
 
-    The names tell, since the scales of stacked layers are [layers, dim]: they look like a matrix and are not.
+    The names decide, not the shapes: the scales of stacked layers have the shape of a matrix, [layers, dim].
     """
 
     def decays(path: tuple[Any, ...], leaf: Array) -> bool:
@@ -254,7 +255,8 @@ def matrices(params: Any) -> Any:
 def global_norm(tree: Any) -> Float[Array, ""]:
     """Euclidean norm over all leaves of a tree, in float32 or wider.
 
-    Added up by the names of the matrices, without those of the parts that hold them: how a block is cut changes no bit.
+    The order of summation depends on the names of the matrices alone, not of the modules that hold them, so that moving a
+    matrix to another module changes no bit.
     """
     leaves = sorted(jax.tree_util.tree_leaves_with_path(tree), key=lambda item: _without_parts(item[0]))
     squares = [jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))).sum() for _, x in leaves]
@@ -269,7 +271,7 @@ def _without_parts(path: tuple[Any, ...]) -> str:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Gradient clipping: scale updates down to a global norm of at most max_norm.
 
-    As in PyTorch the norm gets 1e-6 before it divides, which optax's own does not, so that runs can be compared.
+    As in PyTorch, and unlike in optax, 1e-6 is added to the norm before dividing, so that runs can be compared.
     """
 
     def update(updates: Any, params: Any = None) -> Any:

@@ -1,9 +1,9 @@
-"""Processes that end when the one that started them does, however it ends: `with_parent(command)` is the command to start.
+"""Child processes that end with their parent, even if it is killed: `with_parent(command)` is the command to start.
 
-A process that is killed can end nothing itself. On Linux the kernel does it: a process asks for a signal at its parent's
-death (prctl, PR_SET_PDEATHSIG), which a program that it then becomes keeps. This file, run as a program of its own, asks and
-becomes the command. The kernel
-watches the thread that starts it, so this is for processes that the main thread starts. Forking this process to ask in the child would take jax's threads along, which it warns of.
+A killed process cannot end its children itself. On Linux the kernel does: a process can request a signal at its parent's
+death (prctl, PR_SET_PDEATHSIG), and the request survives exec. This file, run as a program, makes the request and then execs the
+command. The kernel watches the thread that started the child, so only the main thread may start such a child. The request is
+not made in a fork of this process, because forking copies jax's threads, of which jax warns.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ NOT_FOUND = 127  # as a shell ends with it
 
 
 def with_parent(command: Sequence[str]) -> list[str]:
-    """The command that starts this one so that it is killed when this process, by whatever, has ended.
+    """The command line that starts `command` so that it is killed when this process ends for any reason.
 
-    Where there is no such call, on anything but Linux, the command as it is.
+    On systems other than Linux, which lack the call, the command itself.
     """
     if sys.platform != "linux":
         return list(command)
@@ -32,7 +32,7 @@ def _main(parent: int, command: list[str]) -> int:
 
     if ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0):
         print(f"lm: {os.strerror(ctypes.get_errno())}: cannot end with process {parent}", file=sys.stderr)
-    if os.getppid() != parent:  # it has ended before its death could be asked for
+    if os.getppid() != parent:  # the parent ended before the request was made
         return -signal.SIGKILL & 0xFF
     try:
         os.execvp(command[0], command)

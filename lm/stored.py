@@ -19,7 +19,7 @@ LONGEST_PATH = 400  # characters of a path that an error shows
 SEAL = "sha256"
 """The field of a sealed JSON object that has the SHA-256 of the rest of it."""
 
-# What a file system without locks answers to flock(): Lustre without `-o flock`, NFS without a lock daemon, some FUSE ones.
+# Errors of flock() on a file system without locks: Lustre without `-o flock`, NFS without a lock daemon, some FUSE ones.
 ENOTSUPP = 524  # of the Linux kernel; Python's errno has no name for it
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, ENOTSUPP)
 _cache: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache folder", default=None)
@@ -27,7 +27,7 @@ _cache: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache fold
 
 @contextlib.contextmanager
 def cache_at(folder: Path | None) -> Iterator[None]:
-    """Context in which the cache is in `folder` (None: the default). Raises UserError if it cannot be a folder."""
+    """Context in which the cache is in `folder` (None: the default). Raises UserError if `folder` cannot be made."""
     if folder is not None:
         make_folder(folder.expanduser(), "--cache DIR")
     token = _cache.set(folder)
@@ -85,10 +85,10 @@ def make_folder(path: Path, flag: str) -> None:
     """Make a folder and its missing parents.
 
     Args:
-        flag: with which the user names another one, for the error.
+        flag: command-line flag that names another folder, for the error.
 
     Raises:
-        UserError: a file stands in its place or above it, its name is too long, or the system refuses it.
+        UserError: a file is in the way, the name is too long, or the system refuses it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def read_json(path: Path) -> Any:
 
 
 def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError where a key stands twice, of which json would take the last."""
+    """An object of JSON. Raises ValueError for a repeated key, of which `json` would keep the last."""
     found = dict(members)
     if len(found) < len(members):
         keys = [key for key, _ in members]
@@ -124,10 +124,10 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read an object written by `write_sealed`, without its checksum; one of an older lm without a checksum is accepted.
+    """Read an object written by `write_sealed`, without its checksum; files of an older lm without a checksum are accepted.
 
     Raises:
-        UserError: there is no such file, it holds no object, or not the one that was written.
+        UserError: the file is missing, holds no object, or does not match its checksum.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -141,10 +141,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`read_sealed` of an object with fields of these types, and where it has them the optional ones.
+    """`read_sealed` for an object that has `fields` of these types; optional fields are checked if present.
 
     Raises:
-        UserError: also where a field is missing or of another type.
+        UserError: as `read_sealed`, or a field is missing or has another type.
     """
     found = read_sealed(path)
     for name, kind in {**fields, **{name: kind for name, kind in (optional or {}).items() if name in found}}.items():
@@ -154,14 +154,14 @@ def read_record(path: Path, fields: Mapping[str, Any], optional: Mapping[str, An
 
 
 def take_lock(file: Path, flag: str, wait: bool = False) -> int | None:
-    """Open a file, made where it is not there, and lock it: its descriptor; None where another process has the lock.
+    """Open a file (created if missing) and lock it; returns its descriptor, or None if another process has the lock.
 
-    The lock ends when the descriptor is closed, with the process at the latest. A child that inherits the descriptor holds
-    the lock too, and the file may have content of its own: the locks of `filelock` offer neither.
+    The lock ends when the descriptor is closed, at the latest with the process. Two properties that `filelock` lacks: a child
+    that inherits the descriptor holds the lock too, and the locked file may have content.
 
     Args:
-        flag: with which the user names another folder or file, for the error.
-        wait: until the other process gives it back.
+        flag: command-line flag that names another folder or file, for the error.
+        wait: whether to wait until the other process releases the lock.
 
     Raises:
         UserError: the file system has no locks.

@@ -1,7 +1,7 @@
 """Builds a pure training step from a loss; defines the training state and which parameters train.
 
-`step(state, batch) -> (state, metrics)` is a pure function. It knows no file, mesh, clock or algorithm: `make_step` turns
-any loss into one, and `jax.jit` with shardings compiles it for one device or thousands.
+`step(state, batch) -> (state, metrics)` is a pure function, independent of files, meshes, clocks and algorithms: `make_step`
+turns any loss into one, and `jax.jit` with shardings compiles it for one device or thousands.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ PATHS_SHOWN = 3
 class TrainState:
     """State of training: input and output of a step.
 
-    `step` counts optimizer updates. `models` are those with a gradient, by role; of them `Stage.trainable` says what
-    trains, and `opt_state` is of that part alone. `carry` is what an algorithm remembers from one step to the next
-    beside them, by name. `frozen` is only read (for instance {"reference": model}) and passes through unchanged.
+    `step` counts optimizer updates. `models` are those with a gradient, by role; `Stage.trainable` selects their trained
+    parameters, and `opt_state` covers only these. `carry` is the algorithm's own state from one step to the next, by
+    name. `frozen` is read-only (for instance {"reference": model}) and passes through unchanged.
     """
 
     step: Int[Array, ""]
@@ -56,7 +56,7 @@ class TrainState:
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-# ---- what trains -----------------------------------------------------------------------------------------------------
+# ---- trained parameters ----------------------------------------------------------------------------------------------
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -67,7 +67,7 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def is_trainable(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter trains: its path matches a pattern (or there is none), and no pattern that excludes."""
+    """Whether a parameter trains: its path matches a pattern (or there are none), and no excluding pattern."""
     excluded = [pattern.removeprefix(EXCLUDES) for pattern in patterns if pattern.startswith(EXCLUDES)]
     included = [pattern for pattern in patterns if not pattern.startswith(EXCLUDES)] or ["*"]
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in included) and not any(
@@ -78,7 +78,7 @@ def is_trainable(name: str, patterns: Iterable[str]) -> bool:
 def partition(models: Tree, patterns: tuple[str, ...]) -> tuple[Tree, Tree]:
     """Split the models into two trees, trained and fixed parameters; each has None in place of the other's leaves.
 
-    An optimizer that is given the first has moments, and master weights, of that part only.
+    An optimizer initialised with the first tree has moments and master weights only for the trained parameters.
     """
 
     def part(wanted: bool) -> Tree:
@@ -102,7 +102,7 @@ def check_trainable(stage: Stage, models: Models) -> None:
         models: may be abstract.
 
     Raises:
-        UserError: not so; names the pattern, and paths that are near it.
+        UserError: otherwise; names the pattern, and paths similar to it.
     """
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(models)]
     for pattern in stage.trainable:
@@ -144,8 +144,8 @@ def make_step(
 ) -> Step:
     """A training step from a loss: gradient (summed over microbatches), division by the summed weight, clipping, update.
 
-    What `batch_stats` finds in the batch before it is cut is added to what the loss gets as `frozen`; no gradient flows.
-    Every `Penalty` among the metrics, which layers of the model report, is added to the loss here.
+    The results of `batch_stats` on the whole batch, before it is split, are added to the loss's argument `frozen`, without a
+    gradient. Every `Penalty` among the metrics, which layers of the model report, is added to the loss here.
     """
 
     def total(
@@ -159,11 +159,11 @@ def make_step(
         trained: Models, fixed: Models, frozen: Any, batch: Any, weights: Weights | None = None
     ) -> tuple[Models, dict[str, Mean]]:
         grads, (mean, metrics) = jax.grad(total, has_aux=True)(trained, fixed, frozen, batch, weights)
-        # One pass gives them in the parameters' dtype; what is done with them afterwards, sums first, is in float32.
+        # One pass gives gradients in the parameters' dtype; everything after it, beginning with their sums, is in float32.
         return at_least_float32(grads), {"loss": mean, **metrics}
 
     def whole_weights(trained: Models, fixed: Models, frozen: Any, pieces: Any) -> Weights:
-        """Weights of the whole batch. They depend on no parameter: XLA leaves the forward pass that stands here out."""
+        """Weights of the whole batch. They depend on no parameter, so XLA removes the forward pass in this function."""
 
         def of_piece(piece: Any) -> Weights:
             return weights_of(*loss(combine(trained, fixed), frozen, piece))
@@ -201,7 +201,7 @@ def make_step(
 
 
 def penalties(metrics: dict[str, Mean]) -> dict[str, Penalty]:
-    """The penalties among a loss's metrics, which are minimised too."""
+    """The penalties among a loss's metrics, which are also minimised."""
     return {name: mean for name, mean in metrics.items() if isinstance(mean, Penalty)}
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# On the host before it is sent, on the devices after; a step sees the latter.
+# An array on the host or on the devices: batches are made on the host, and steps get them on the devices.
 Anywhere = Any
 
 
@@ -42,19 +42,19 @@ class Mean:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["coef"])
 @dataclasses.dataclass(frozen=True)
 class Penalty(Mean):
-    """A mean that is reported, and minimised too: `make_step` adds `coef` times it to the loss of every objective."""
+    """A mean that is logged and also minimised: `make_step` adds `coef` times the mean to the loss of every objective."""
 
     coef: float = 1.0
 
 
 Aux = dict[str, Mean]
-"""What the layers of a model report of a batch, by name: numbers to log, and each `Penalty`, such as a router's loss."""
+"""Metrics of a model's layers for a batch, by name: means to log, and penalties such as a router's loss."""
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class SharedPrompt:
-    """Every `rows` neighbouring rows of a batch start with the same `tokens` prompt tokens, which have no weight."""
+    """Every `rows` adjacent rows of a batch start with the same `tokens` prompt tokens, which have no weight."""
 
     rows: int
     tokens: int
@@ -67,9 +67,9 @@ NOTHING_SHARED = SharedPrompt(rows=1, tokens=0)
 class TokenBatch:
     """Rows of tokens; entry [b, t] of every per-token array belongs to tokens[b, t].
 
-    `weights[b, t]` weighs the *prediction of* `tokens[b, t]`: 0 on the first token of a segment, on prompts where only
+    `weights[b, t]` weights the loss of *predicting* `tokens[b, t]`: 0 on the first token of a segment, on prompts if only
     answers are trained on, and on padding. `segments` number the packed examples from 1; 0 is padding. `positions` restart
-    at 0 in each segment. `shared` is what a step may compute once for several rows; it changes no result.
+    at 0 in each segment. `shared` tells a step what it may compute once for several rows; it changes no result.
     """
 
     tokens: Int[Anywhere, "B T"]
@@ -88,7 +88,7 @@ def array_fields(kind: type[TokenBatch]) -> list[str]:
 class PairBatch(TokenBatch):
     """Preference pairs: the chosen answer of pair i in row 2i, the rejected one in row 2i + 1.
 
-    Both rows of a pair have its `margins`, by how much the chosen answer is better, and `ties`, 1 where neither is.
+    Both rows of a pair have its `margins`, by how much the chosen answer is better, and `ties`, 1 if neither is better.
     """
 
     margins: Float[Anywhere, " B"]
@@ -117,7 +117,7 @@ class LabelledBatch(TokenBatch):
 class RolloutBatch(TokenBatch):
     """Sampled completions with advantages and with log-probabilities under the old policy and under the sampler.
 
-    The two are the same arrays where nothing is corrected for; the old policy is the trainer's where something is.
+    Without importance correction these are the same arrays; with it, `old_logp` is the trainer's.
     """
 
     advantages: Float[Anywhere, "B T"]
@@ -129,8 +129,8 @@ class RolloutBatch(TokenBatch):
 class CriticBatch(RolloutBatch):
     """Sampled completions with values, returns and reference log-probabilities, for policy and critic.
 
-    `values` are the critic's, of the state before each token, when the row was sampled; `returns` what it should have said;
-    `ref_logp` is of the model as it was before the stage.
+    `values` are the critic's values of the state before each token at sampling time, `returns` their targets;
+    `ref_logp` is under the model that entered the stage.
     """
 
     ref_logp: Float[Anywhere, "B T"]

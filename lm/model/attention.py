@@ -44,7 +44,7 @@ class Attention(nnx.Module):
         angles: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B T D"]:
-        """Output of attention, which the block adds; `attend` maps queries [B H T K], keys and values [B N T K] to heads."""
+        """Output of attention, to be added by the block; `attend` maps queries [B H T K], keys and values [B N T K] to heads."""
         q, k, v = self.qkv(x, angles)
         if self.query_scale != 1:  # kernels divide scores by √head_dim
             q = q * self.query_scale
@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         if self.q_norm is None or self.k_norm is None:
             q, k = rotate(q, angles), rotate(k, angles)
             return named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
-        # The gradient of a norm wants what went into it: kept before it, and turned again on the way back.
+        # The gradient of a norm needs the norm's input: so the inputs are saved, and norm and RoPE computed again.
         q, k, v = named(q, "qkv"), named(k, "qkv"), named(v, "qkv")
         return rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles), v
 
@@ -93,7 +93,7 @@ def rotate(x: Float[Array, "B H T K"], angles: tuple[Array, Array]) -> Float[Arr
     """Apply RoPE: rotate the pairs (x[i], x[i + K/2]) by the angle of their position."""
     cos, sin = angles
     if platform() == "tpu" and x.dtype == jnp.bfloat16:
-        # Halves of a vector are slow to exchange there; a matrix of -1, 0 and 1 does it exactly, and next to free.
+        # Exchanging halves of a vector is slow there; a product with a matrix of -1, 0 and 1 is exact and almost free.
         turned = jnp.einsum("bhtk,kj->bhtj", x, _quarter_turn(x.shape[-1]), preferred_element_type=jnp.float32)
         cos, sin = (jnp.concatenate([half, half], axis=-1) for half in (cos, sin))
         return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
@@ -119,7 +119,7 @@ def attention_mask(
     """Attention mask: keys of the query's segment that are not after it and less than `window` before it (0: any distance).
 
     Args:
-        causal: False: keys ahead, too, as far as those behind.
+        causal: False also shows keys after the query, at the same distances.
     """
     same = q_segments[:, :, None] == k_segments[:, None, :]
     back = q_positions[:, :, None] - k_positions[:, None, :]
@@ -138,13 +138,13 @@ def attention_of(
 ) -> Callable[[Array, Array, Array], Array]:
     """The attention function (queries, keys, values) -> heads for rows with these positions and segments.
 
-    The kernel that `config.attention` names, or that the devices like best (auto), where it takes the shapes; else
-    the plain one.
+    It is the kernel that `config.attention` names, or the fastest of the device kind (auto), if it supports the shapes; else
+    plain attention.
 
     Args:
-        layer: whose window and soft cap are meant.
-        first: the place of the first query; tokens before it are keys only.
-        causal: False: a token sees those after it, too.
+        layer: the layer whose window and soft cap apply.
+        first: index of the first query; tokens before it are keys only.
+        causal: False: a token also attends to tokens after it.
     """
     window, softcap = layer.window, layer.softcap
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
@@ -205,12 +205,12 @@ def attend(
     """Plain attention softmax(q·kᵀ/√K)·v, with H/N query heads for each key head and the softmax in float32.
 
     Args:
-        softcap: scores become softcap·tanh(score / softcap); 0: they stay.
+        softcap: scores become softcap·tanh(score / softcap); 0: no soft cap.
     Source: Attention is all you need (arXiv 1706.03762) eq. 1; GQA (arXiv 2305.13245); Gemma 2 (arXiv 2408.00118).
     """
     b, h, t, d = q.shape
     n, s = k.shape[1], k.shape[2]
-    # The query heads of a group stand one under another, so that each key head has one matrix product.
+    # The query heads of a group are stacked as rows, so that each key head has one matrix product.
     grouped = q.reshape(b, n, (h // n) * t, d)
     scores = _products(grouped, k) / math.sqrt(d)
     if softcap:
@@ -228,7 +228,8 @@ def _products(q: Float[Array, "B N Q K"], k: Float[Array, "B N S K"]) -> Float[A
 
 
 FEW = 16
-"""Fewer queries than this stand right of the product on CPU: its right side is turned first, and keys are many more."""
+"""With fewer queries than this, the queries are the right operand of the product on CPU: XLA transposes the right operand, and
+the keys are many more."""
 
 
 def _accumulator(x: Array) -> jnp.dtype:

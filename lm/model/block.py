@@ -20,8 +20,8 @@ from lm.types import Aux
 class Block(nnx.Module):
     """A block, x + attention(norm(x)), then x + mlp(norm(x)); stacked, it holds the parameters of all layers.
 
-    `config.norms` says where norms stand: `pre`: before a part; `post`: after it (OLMo 2, arXiv 2501.00656 sec. 3.2);
-    `sandwich`: before and after (Gemma 2, arXiv 2408.00118 sec. 2). A norm that is not there is None.
+    `config.norms` is the place of the norms: `pre`: before a part; `post`: after it (OLMo 2, arXiv 2501.00656 sec. 3.2);
+    `sandwich`: before and after (Gemma 2, arXiv 2408.00118 sec. 2). A norm that a block lacks is None.
     """
 
     def __init__(self, config: Model, key: PRNGKeyArray, out_std: float):

@@ -9,8 +9,8 @@ import jax
 
 from lm.experiment import Model
 
-# Dense bfloat16 operations a second of one jax device, by the makers' data sheets; its `device_kind` begins like this.
-# The longest beginning that fits counts. Of v3 and 7x a device is half a chip.
+# Prefix of a jax device's `device_kind` -> its dense bfloat16 operations per second, by the vendors' data sheets.
+# The longest matching prefix counts. A device of v3 and 7x is half a chip.
 PEAK_FLOPS = {
     "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
@@ -37,9 +37,9 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops_per_token(config: Model, vocab_size: int, length: int) -> float:
     """Operations of a forward pass per token, for rows of `length` tokens.
 
-    Two for each weight of a matrix product; a query is multiplied with the keys that a causal mask, and the model's
-    window, show it on average, (length + 1) / 2 without a window, and so are the values. Nothing else is counted.
-    Source: PaLM, arXiv 2204.02311, appendix B, but for the causal half.
+    Two operations for each weight of a matrix product. Attention counts the keys and values that a query attends to on
+    average under the causal mask and the model's window: (length + 1) / 2 without a window. Nothing else is counted.
+    Source: PaLM, arXiv 2204.02311, appendix B, except for the causal mask.
     """
     weights, heads = layer_matrices(config), config.num_heads * config.head_dim
     windows = Counter(min(config.layer(number).window or length, length) for number in range(config.num_layers))
@@ -59,24 +59,24 @@ def layer_matrices(config: Model) -> int:
 
 
 def update_flops_per_token(models: dict[str, Any], trained: dict[str, Any], length: int) -> float:
-    """Of a training update, for a token of a row, over all models that a loss reads with a gradient.
+    """Operations of a training update per token of a row, over all models that a loss reads with a gradient.
 
-    For each number of a matrix: 2 forward, 2 for the gradient of the matrix's input, 2 for the gradient of the matrix; of
-    attention twice the forward pass for the gradients of queries, keys and values. A matrix that does not train has no
-    gradient of its own, but its input has one wherever something trains in its layer or below. Layers are stacked, so
-    that what trains of them trains in all, and the input of every layer's matrices has a gradient then.
+    Each weight of a matrix counts 2 forward, 2 for the gradient of the matrix's input, and 2 for the gradient of the matrix.
+    Attention's gradients of queries, keys and values count twice its forward pass. A frozen matrix has no gradient of its own,
+    but its input has one if anything trains in its layer or below. Layers are stacked, so a trained parameter trains in all
+    layers, and then the inputs of every layer's matrices have gradients.
 
-    Not counted are what rematerialisation computes again, and the sampling of a GRPO or PPO step.
+    Recomputation by rematerialisation and the sampling of a GRPO or PPO step are not counted.
 
     Args:
         models: by role; may be abstract.
-        trained: the same with None for each parameter that does not train, as `lm.train_step.partition` gives it.
+        trained: the same with None for each parameter that does not train, as from `lm.train_step.partition`.
     """
     return sum(_update_of_one(models[role], trained[role], length) for role in models)
 
 
 def _update_of_one(model: Any, trained: Any, length: int) -> float:
-    """Three forward passes, less the gradients that nobody needs; nothing for a score alone, which is no matrix."""
+    """Three forward passes minus the gradients that are not needed; 0 if only a score head trains, which is no matrix."""
     body, trained_body = getattr(model, "body", model), getattr(trained, "body", trained)
     if not hasattr(body, "blocks"):
         return 0.0
@@ -92,7 +92,7 @@ def _update_of_one(model: Any, trained: Any, length: int) -> float:
 
 
 def trains_in_layers(trained: Any) -> bool:
-    """Whether the backward pass goes through the layers of a language model or scorer, from what trains of it."""
+    """Whether the backward pass goes through the layers of a language model or scorer, given its trained parameters."""
     body = getattr(trained, "body", trained)
     return bool(jax.tree.leaves((body.embed, body.blocks)))
 

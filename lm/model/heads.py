@@ -1,4 +1,4 @@
-"""Scalar heads: the reward model or critic with a body of its own (`Scorer`), and a head on the policy (`ScoreHead`)."""
+"""Scalar heads: a reward model or critic with its own transformer (`Scorer`), and a head on the policy (`ScoreHead`)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lm.types import Aux
 
 
 class ScoreHead(nnx.Module):
-    """A linear head that maps a hidden state to a number; without a key it starts at 0."""
+    """A linear head that maps a hidden state to a number; without a random key it is initialised to 0."""
 
     def __init__(self, config: Model, key: PRNGKeyArray | None):
         dtype, width = jnp.dtype(config.param_dtype), config.embed_dim
-        # Of normed hidden states the first scores have a deviation of about 1.
+        # On normed hidden states the initial scores have a standard deviation of about 1.
         std = 0.0 if key is None else (width + 1) ** -0.5
         value = jnp.zeros(width) if key is None else jax.random.normal(key, (width,)) * std
         self.weight = parameter(value.astype(dtype), ("norm",))
 
     def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
-        """Scores, in float32 at least."""
+        """Scores, in float32 or wider."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         return (hidden.astype(wide) * self.weight[...].astype(wide)).sum(-1)
 
@@ -46,11 +46,11 @@ class Scorer(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T"], Aux]:
-        """The score of each token and what stands before it; and what the layers report."""
+        """Scores: that of each token covers it and all tokens before it; and the metrics of the layers."""
         hidden, aux = self.body.hidden(tokens, positions, segments)
         return self.score(hidden), aux
 
 
 def policy_of(models: dict[str, Any]) -> Any:
-    """The language model among the models of a training state; in a reward model's stage its scorer."""
+    """The language model among the models of a training state; in a reward-model stage the scorer."""
     return models["policy"] if "policy" in models else models["reward"]

@@ -1,8 +1,8 @@
 """Linear, a matrix with its product, and Embedding, a table: the products in the form that is fastest on each device.
 
-On CPU both operands are matrices: with two batch dimensions the gradient of w contracts both, for which XLA leaves its
-fast matrix product (half the speed of a SwiGLU layer). On TPU and GPU dimensions stay as they are, so that a projection
-writes straight into the layout that attention reads, and no reshape hides from the partitioner which axis is split.
+On CPU both operands are reshaped to matrices: with two batch dimensions, the gradient of w contracts over both, for which XLA does
+not use its fast matrix product (a SwiGLU layer then has half the speed). On TPU and GPU all dimensions are kept, so that a projection
+writes directly into the layout that attention reads, and no reshape hides the split axis from the partitioner.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Embedding(nnx.Module):
         self.weight = normal(key, std, dtype, vocab=vocab, embed=embed)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-        # Gathered over fsdp first: the rows that are looked up then leave in the layout of the batch.
+        # Gathered over fsdp first, so that the looked-up rows are sharded like the batch.
         table = constrain(self.weight[...].astype(dtype), "vocab", "act_embed")
         return look_up(table, constrain(tokens, "batch", "length"))
 
 
 def multiply(x: Float[Array, "..."], weight: nnx.Param) -> Float[Array, "..."]:
-    """x·w in x's dtype, the weight gathered for it; what its dimensions are named says which of them are heads."""
+    """x·w in x's dtype, after gathering the weight; the names of its dimensions tell which of them are heads."""
     w = gather(weight, x.dtype)
     return (project if w.ndim == 2 else to_heads if axes_of(weight)[-1] == "head_dim" else from_heads)(x, w)
 
@@ -90,7 +90,7 @@ def to_heads(x: Float[Array, "B T D"], w: Float[Array, "D H K"]) -> Float[Array,
 
 
 def from_heads(x: Float[Array, "B H T K"], w: Float[Array, "H K D"]) -> Float[Array, "B T D"]:
-    """The heads of a token side by side, times w."""
+    """The concatenated heads of each token, times w."""
     if platform() == "cpu":
         merged = x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
         return project(merged, w.reshape(-1, w.shape[-1]))
@@ -98,9 +98,9 @@ def from_heads(x: Float[Array, "B H T K"], w: Float[Array, "H K D"]) -> Float[Ar
 
 
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of the table. The gradients of a row, one for each of its tokens, are added up in float32 at least.
+    """Rows of the table. The gradients of a row, one for each occurrence of its token, are summed in float32 or wider.
 
-    In bfloat16 a sum stops growing after some hundred terms, and common tokens have thousands.
+    In bfloat16 a sum stops growing after some hundred terms, and frequent tokens have thousands.
     """
     if table.dtype == jnp.promote_types(table.dtype, jnp.float32):
         return table[tokens]
@@ -130,10 +130,10 @@ _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def transposed(x: Float[Array, "... M N"]) -> Float[Array, "... N M"]:
-    """x with its last two dimensions exchanged in memory, where XLA would only note that they are.
+    """x with its last two dimensions exchanged in memory, not only in the layout that XLA records.
 
-    Its fast product on CPU wants the left operand to contract on its last dimension; a transpose before it is folded
-    into the product, which is then two to three times slower in bfloat16. Through a reshape and a barrier it is not.
+    XLA's fast product on CPU needs a left operand that contracts on its last dimension. XLA would fold a plain transpose
+    into the product, which is then two to three times slower in bfloat16; a reshape and a barrier prevent that.
     """
     y = jnp.swapaxes(x, -1, -2)
     if not one_device() or y.shape[-1] % 2:
@@ -145,8 +145,8 @@ def transposed(x: Float[Array, "... M N"]) -> Float[Array, "... N M"]:
 def contract(x: Float[Array, "... M J"], y: Array, axis: int) -> Array:
     """x over its last dimension times y over its dimension `axis`, for each of the dimensions before x's last two.
 
-    Adds up, and is given, in float32 at least: a bfloat16 result halves the rate. The barrier keeps XLA from folding a
-    transpose of the result into the product, which is then slow in float32, and one it lacks in bfloat16.
+    Sum and result are in float32 or wider: a bfloat16 result halves the rate. The barrier keeps XLA from folding a
+    transpose of the result into the product, which would be slow in float32 and unsupported in bfloat16.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     batch = tuple(range(x.ndim - 2))

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class MLP(nnx.Module):
-    """down(activation(gate(x)) · up(x)), the SwiGLU where the activation is silu (arXiv 2002.05202); plain: down(activation(up(x)))."""
+    """down(activation(gate(x)) · up(x)), which is SwiGLU with silu (arXiv 2002.05202); ungated: down(activation(up(x)))."""
 
     def __init__(self, config: Model, keys: PRNGKeyArray, out_std: float):
         c, wide, narrow = config, {"mlp": config.mlp_dim}, {"embed": config.embed_dim}
@@ -36,7 +36,7 @@ class MLP(nnx.Module):
         self.activation = c.activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Aux]:
-        """Output of the MLP, which the block adds, and the metrics that it reports: none."""
+        """Output of the MLP, to be added by the block, and the metrics that it reports (none)."""
         act = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(act(named(self.up(x), "mlp"))), {}

@@ -24,7 +24,7 @@ def rms_norm(
 class Norm(nnx.Module):
     """RMSNorm with its scale, over the last dimension, or over heads and head dimensions of a head-major array.
 
-    With `norm_plus_one` what is stored is the scale less 1, as Gemma has it.
+    With `norm_plus_one` the parameter is the scale minus 1, as in Gemma.
     """
 
     def __init__(self, config: Model, *sizes: int):

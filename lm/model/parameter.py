@@ -1,8 +1,8 @@
 """Parameters: arrays whose dimensions have logical axis names (`lm/parallel/rules.py`).
 
-Parts of the model are nnx modules for one thing only: such a module is a plain pytree, and jax.jit, grad, scan, checkpoint
-and eval_shape apply to it. nnx's graph mode and its eager sharding are left out here, call by call: no global mode of nnx
-is set, and none is needed.
+Parts of the model are nnx modules because such a module is a plain pytree to which jax.jit, grad, scan, checkpoint
+and eval_shape apply. nnx's graph mode and its eager sharding are switched off in the calls here; no global mode of nnx
+is set or needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def normal(key: PRNGKeyArray, std: float, dtype: str, **axes: int) -> nnx.Param:
 
 
 def stack_layers(make: Callable[[PRNGKeyArray], nnx.Module], keys: PRNGKeyArray) -> Any:
-    """One module with the stacked parameters of all layers, one key each; the first dimension is named `layers`."""
+    """One module with the stacked parameters of all layers, each from its own key; the first dimension is named `layers`."""
     return jax.vmap(nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers", graph=False))(keys)
 
 

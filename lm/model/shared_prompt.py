@@ -1,8 +1,8 @@
-"""Shared prompts: neighbouring rows with the same prompt, whose hidden states are computed once.
+"""Shared prompts: the hidden states of a prompt are computed once for all adjacent rows that start with it.
 
-No token of a prompt looks at an answer, so its hidden states are those of all rows of its group, and the gradients of
-the rows add up. A folded row is a prompt and all its answers, [prompt | answer 1 | … | answer G]; only attention knows
-that the answers do not see each other.
+No token of a prompt attends to an answer, so its hidden states are the same in all rows of its group, and the gradients of
+the rows add up. A folded row is a prompt and all its answers, [prompt | answer 1 | … | answer G]; only attention
+has to know that the answers do not attend to each other.
 
 Shapes: B rows = P prompts · G answers of each; T = S tokens of the prompt + A of the answer; L = S + G·A.
 """
@@ -24,8 +24,8 @@ from lm.types import SharedPrompt, TokenBatch
 def usable(batch: TokenBatch, config: Model) -> SharedPrompt | None:
     """The shared prompt of a batch, if computing it once is possible and faster, else None.
 
-    Of a device's rows: it may have a part of a group only, and so may a part of a batch. Not on TPUs, whose kernel takes
-    whole rows, nor where devices share a row.
+    It applies to the rows of one device, which may have only a part of a group, as may a microbatch. It is not used on TPUs,
+    whose kernel needs plain rows, nor if rows are split over devices.
     """
     if platform() == "tpu" or config.attention == "splash":
         return None

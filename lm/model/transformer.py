@@ -37,7 +37,7 @@ REMAT: dict[str, Callable[..., Any]] = {
         offload_src="device", offload_dst="pinned_host",
     ),
 }  # fmt: skip
-"""Model.remat -> what the forward pass keeps of a block, by the names given below, beside the block's input."""
+"""Model.remat -> names (given below) of the values that the forward pass saves of a block, besides the block's input."""
 
 
 Attend = Callable[[Array, Array, Array], Array]
@@ -45,15 +45,15 @@ Attend = Callable[[Array, Array, Array], Array]
 
 
 def _embed_std(config: Model) -> float:
-    """1 for a table of its own; a table that is the head too begins small, so that the first logits do."""
+    """Initial standard deviation of the embedding: 1, or small if it is also the head, so that the first logits are small."""
     return 0.02 if config.tied_head else 1.0
 
 
 @pytree
 class KVCache:
-    """Keys and values of the tokens seen so far, one array a layer, and where they stand.
+    """Keys and values of the tokens so far, one array per layer, with their positions and segments.
 
-    A slot with segment 0 is empty: no query looks at it.
+    A slot with segment 0 is empty: no query attends to it.
     """
 
     keys: tuple[Float[Array, "B N S K"], ...]
@@ -69,8 +69,8 @@ class Transformer(nnx.Module):
         self.config = c = config
         embed_key, block_key, head_key = jax.random.split(key, 3)
         self.embed = Embedding(embed_key, _embed_std(c), c.param_dtype, vocab_size, c.embed_dim)
-        # What blocks add begins small beside the embedding, or the tokens' identity drowns in it: copying then takes
-        # several times as many steps to learn.
+        # The initial outputs of blocks are small beside the embedding; otherwise they hide the tokens' identity, and learning
+        # to copy takes several times as many steps.
         block = functools.partial(Block, c, out_std=_embed_std(c) * (2 * c.num_layers) ** -0.5)
         self.blocks = stack_layers(block, jax.random.split(block_key, c.num_layers))
         self.norm = Norm(c, c.embed_dim)
@@ -84,7 +84,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], causal: bool = True
     ) -> Float[Array, "B T V"]:
-        """Logits of the token after each, float32."""
+        """Logits of the next token at every position, float32."""
         return self.logits(self.hidden(tokens, positions, segments, causal=causal)[0])
 
     def hidden(
@@ -95,18 +95,18 @@ class Transformer(nnx.Module):
         shared: SharedPrompt | None = None,
         causal: bool = True,
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        """The last hidden state of each token, normed; and what the layers report, such as a router's loss, by name.
+        """The last hidden state of each token, normed; and the metrics of the layers by name, such as a router's loss.
 
         Args:
-            shared: the rows are folded, a prompt and all its answers each (shared_prompt.py).
-            causal: False: a token sees all of its segment, as in an encoder.
+            shared: set if the rows are folded, each a prompt and all its answers (shared_prompt.py).
+            causal: False: a token attends to its whole segment, as in an encoder.
         """
         c, cut = self.config, WHOLE if shared else zigzag_layout(tokens.shape[1])
         tokens, positions, segments = (to_zigzag(x, cut) for x in (tokens, positions, segments))
         x = self._embed(tokens)
 
         def kind(layer: Layer) -> Callable[[Array, Block], tuple[Array, Aux]]:
-            """What the layers of one kind do to the residual stream."""
+            """The function that the layers of one kind apply to the residual stream."""
             angles = self._angles(positions, layer)
             if shared:
                 attend = shared_attention_of(c, layer, positions, segments, shared)
@@ -122,16 +122,16 @@ class Transformer(nnx.Module):
         return from_zigzag(self.norm(x), cut), aux
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of every token of the vocabulary, in `config.logits_dtype` (but float64 where the model is)."""
+        """Scores of every token of the vocabulary, in `config.logits_dtype` (float64 for a float64 model)."""
         dtype = jnp.promote_types(hidden.dtype, jnp.dtype(self.config.logits_dtype))
         weight = self.embed.weight[...].T if self.head is None else self.head.weight[...]
         logits, cap = project(hidden, weight.astype(hidden.dtype), preferred=dtype), self.config.final_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def with_whole_tables(self) -> Transformer:
-        """This model with embedding and head in the compute dtype and whole along `embed` on every device.
+        """This model with embedding and head in the compute dtype and gathered along `embed` on every device.
 
-        A training step does it once: a tied table is read twice, and is gathered, and its gradient summed, only once.
+        A training step calls it once: a tied table is read twice, but gathered, and its gradient reduced, only once.
         """
         model = jax.tree.map(lambda x: x, self)
         for part in (model.embed, model.head):
@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
         return model
 
     def first_layers(self, count: int) -> Transformer:
-        """This model without what comes after its first `count` layers."""
+        """The first `count` layers of this model, without final norm and head."""
         model = jax.tree.map(lambda x: x, self)
         if count < self.config.num_layers:
             model.config = dataclasses.replace(self.config, num_layers=count)
@@ -149,7 +149,7 @@ class Transformer(nnx.Module):
         return model
 
     def with_matrices(self, change: Callable[[Array], Array]) -> Transformer:
-        """This model with its matrices changed; norms and biases stay as they are."""
+        """This model with a function applied to its matrices; norms and biases are unchanged."""
 
         def changed(path: tuple, x: Array) -> Array:
             return change(x) if "weight" in jax.tree_util.keystr(path, simple=True, separator="/").split("/") else x
@@ -157,10 +157,10 @@ class Transformer(nnx.Module):
         return jax.tree_util.tree_map_with_path(changed, self)
 
     def for_sampling(self) -> Transformer:
-        """This model with its matrices in the compute dtype: cast once and not for every token.
+        """This model with its matrices in the compute dtype: cast once, not for every token.
 
-        On CPU its blocks are a tuple, which holds the layers as arrays of their own: a loop would copy them out of the
-        stack at each of its turns.
+        On CPU its blocks are a tuple with separate arrays for each layer; a loop would copy them out of the stack in every
+        iteration.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
         model = self.with_matrices(lambda x: x.astype(dtype))
@@ -172,10 +172,10 @@ class Transformer(nnx.Module):
         return blocks if isinstance(blocks, tuple) else _apart(blocks, self.config.num_layers)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache with no token in it, for `length` tokens a row."""
+        """An empty cache for `length` tokens per row."""
         c = self.config
         shape, dtype = (batch, c.num_kv_heads, length, c.head_dim), jnp.dtype(c.compute_dtype)
-        # Arrays of their own, so that a caller may donate the cache.
+        # Separate arrays, so that a caller may donate the cache.
         keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2))
         return KVCache(keys, values, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), jnp.int32))
 
@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Hidden states of new tokens, put into the slots from `start`, given those in the cache.
+        """Hidden states of new tokens, given the tokens in the cache; their keys and values go into the slots from `start`.
 
         Layers are unrolled, so that each layer's cache is updated in place.
         """
@@ -235,9 +235,9 @@ def _scan_layers(
     x: Float[Array, "B T D"],
     blocks: Block,
 ) -> tuple[Float[Array, "B T D"], Aux]:
-    """The residual stream after all layers, and what these report together: a scan over the periods of the pattern.
+    """The residual stream after all layers, and the sums of their metrics: a scan over the periods of the pattern.
 
-    Layers behind the last whole period come one by one.
+    Layers after the last complete period are unrolled.
     """
     period, count = config.period, config.num_layers
     size = len(period)
@@ -267,11 +267,11 @@ def _apart(blocks: Block, count: int) -> tuple[Block, ...]:
 
 
 def _total(found: list[Aux]) -> Aux:
-    """What several layers report, added up by name."""
+    """The sum of the metrics of several layers, by name."""
     names = dict.fromkeys(name for aux in found for name in aux)
     return {name: functools.reduce(operator.add, (aux[name] for aux in found if name in aux)) for name in names}
 
 
 def num_params(tree: Any) -> int:
-    """How many numbers a tree of parameters holds."""
+    """Number of scalars in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -18,7 +18,7 @@ from lm.types import Aux, TokenBatch, pytree
 
 @pytree
 class TokenStats:
-    """What the model thought of each token before it saw it, in nats; 0 at t = 0, which nothing predicts.
+    """Statistics of the model's prediction of each token, in nats; 0 at t = 0, which has no prediction.
 
     logp: log p(tokens[b, t] | earlier tokens).
     lse: log-normaliser of the logits that predict the token.
@@ -51,15 +51,15 @@ def token_logprobs(
 ) -> TokenStats:
     """Statistics of `batch.tokens` [B, T] under `model`, never holding more than about `max_logits` logits.
 
-    The model gives hidden(tokens, positions, segments) -> ([B, T, D], aux), logits(hidden) -> [..., V] (with its
-    weights in the dtype of `hidden`), and itself with_whole_tables(). Where a device's share of B·T·V is more than max_logits
+    The model has the methods hidden(tokens, positions, segments) -> ([B, T, D], aux), logits(hidden) -> [..., V] (with its
+    weights in the dtype of `hidden`), and with_whole_tables(). If a device's share of B·T·V exceeds max_logits
     (None: the model's own setting), the projection to the vocabulary runs over chunks of time, one after another, and is
-    computed again in the backward pass; each chunk has all rows, and a part of every device's time, so that all devices share it. Where the rows of
-    the batch begin with prompts of one width, the statistics of these, which nobody weighs, are not computed: 0; and where
-    they share them, neither are their hidden states, but once.
+    computed again in the backward pass; each chunk has all rows and a part of every device's tokens, so that all devices share
+    the work. If all rows begin with prompts of the same width, the statistics of prompt tokens, which have no weight, are 0 and
+    not computed; if rows share prompts, the hidden states of a prompt are computed once.
 
     Args:
-        hidden: what `model.hidden` gives for the batch, states and aux, from a caller who needs it too.
+        hidden: result of `model.hidden` for the batch (states and aux), if the caller has computed it already.
     """
     model = model.with_whole_tables()
     max_logits = model.config.max_logits if max_logits is None else max_logits
@@ -78,7 +78,7 @@ def token_logprobs(
         return dataclasses.replace(align(project(model, states, targets)), aux=aux)
     chunks = -(-time_here // max(1, max_logits // row))
     split = functools.partial(_split_time, parts=time_parts, chunks=chunks)
-    # Gradients of the chunks are added up in the dtype of the weights that the chunks share: in float32 at least.
+    # The gradients of the chunks are summed in the dtype of the weights that the chunks share: float32 or wider.
     shared = jax.tree.map(_in_float32, model)
     remat = jax.checkpoint(functools.partial(project, shared), prevent_cse=False)
     stats = jax.lax.map(lambda chunk: remat(*chunk), (split(states), split(targets)))

@@ -10,4 +10,4 @@ FAMILIES: dict[str, Family] = {
     for name in sorted(module.name for module in pkgutil.iter_modules(__path__))
     if hasattr(found := importlib.import_module(f"{__name__}.{name}"), "FAMILY")
 }
-"""model_type -> family, by the order of the files' names: a model that several families hold is written as the first."""
+"""model_type -> family, in the order of the file names: a model that several families can express is exported as the first."""

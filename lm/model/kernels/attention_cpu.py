@@ -1,8 +1,8 @@
 """Attention on a single CPU device: blocks of queries against the keys up to their end, as fast matrix products.
 
-What the future hides is not computed beyond the block on the diagonal, and the exponentials are kept as they are: the
-division by their sum is left to arrays as narrow as a head. XLA's fast matrix product on CPU wants the left operand to
-contract on its last dimension, so the backward pass transposes the narrow arrays. Source of the gradients:
+Masked scores are computed only in the block on the diagonal. The exponentials are not normalised: instead the outputs,
+which are only as wide as a head, are divided by their sum. XLA's fast matrix product on CPU needs a left operand that
+contracts on its last dimension, so the backward pass transposes the narrow arrays. Source of the gradients:
 FlashAttention, arXiv 2205.14135, appendix B.
 """
 
@@ -20,12 +20,12 @@ from jaxtyping import Array, Bool, Float, Int
 from lm.model.linear import contract, transposed
 from lm.parallel.rules import one_device
 
-BLOCK = 128  # fewest queries of a block
-BLOCKS = 16  # most blocks of a row: the program grows with them
+BLOCK = 128  # minimum queries of a block
+BLOCKS = 16  # maximum blocks of a row, since the size of the program grows with them
 
 
 def fits() -> bool:
-    """Whether everything is on one device; on several, the partitioner handles plain attention better."""
+    """Whether the code is for one device; on several, the partitioner handles plain attention better."""
     return one_device()
 
 
@@ -39,21 +39,21 @@ def attend_in_blocks(
 
 
 def _blocks(queries: int, keys: int) -> list[tuple[int, int, int]]:
-    """First query of each block, its end, and how many keys there are up to that; the last query is at the last key."""
+    """(first query, end, number of keys up to the end) of each block; the last query is at the last key."""
     size = max(BLOCK, -(-queries // BLOCKS))
     bounds = ((start, min(start + size, queries)) for start in range(0, queries, size))
     return [(start, end, keys - queries + end) for start, end in bounds]
 
 
 def _visible(segments: Int[Array, "B T"], size: int, seen: int) -> Bool[Array, "B 1 1 C S"]:
-    """Whom a block of `size` queries before place `seen` may look at: keys of their segment up to their own place."""
+    """Attention mask of the `size` queries that end at key `seen`: keys of their segment up to their own position."""
     same = segments[:, seen - size : seen, None] == segments[:, None, :seen]
     causal = np.arange(seen - size, seen)[:, None] >= np.arange(seen)
     return (same & causal)[:, None, None]
 
 
 def _rows(x: Float[Array, "B N G T K"], start: int, end: int) -> Float[Array, "B N GC K"]:
-    """A block of queries, those of a group one under another."""
+    """A block of queries with the heads of a group stacked as rows."""
     b, n, g, _, d = x.shape
     return x[:, :, :, start:end].reshape(b, n, g * (end - start), d)
 
@@ -84,7 +84,7 @@ def _forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tupl
 def _backward(kept: tuple, d_out: Float[Array, "B N G T K"]) -> tuple[Array, Array, Array, np.ndarray]:
     q, k, v, out, exponentials, inverses = kept
     b, n, g, t, d = q.shape
-    # What the softmax takes off each row: the sum of weight · gradient, which is that of output · gradient.
+    # The term that the gradient of softmax subtracts in each row: Σ weight · gradient, which equals Σ output · gradient.
     off = (d_out.astype(inverses[0].dtype) * out.astype(inverses[0].dtype)).sum(-1, keepdims=True)
     d_q, d_k, d_v = [], [], []
     blocks = _blocks(t, k.shape[2])
@@ -102,7 +102,7 @@ def _backward(kept: tuple, d_out: Float[Array, "B N G T K"]) -> tuple[Array, Arr
 
 
 def _sum(parts: list[Float[Array, "B N K S"]]) -> Float[Array, "B N K T"]:
-    """The blocks' gradients of the keys they saw, each block more than the one before, added up piece by piece."""
+    """The sum of the blocks' gradients of keys, piece by piece, since each block covers more keys than the one before."""
     seen = [0, *(part.shape[-1] for part in parts)]
     pieces = [
         functools.reduce(jnp.add, (part[..., start:end] for part in parts[i:]))

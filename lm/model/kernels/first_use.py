@@ -1,8 +1,8 @@
 """Check of lm's attention kernel against plain attention on a small input, the first time a kind of device is used.
 
-No device may have run the kernel before: what it gives there is held against what plain attention gives, values and
-gradients. The outcome is kept in the cache folder, by kind of device, versions of jax and of its runtime, and the kernel's
-source, so that it takes its seconds once.
+The kernel may never have run on a device of this kind, so its values and gradients are compared with those of plain attention.
+The result is stored in the cache folder, by device kind, versions of jax and of its runtime, and the kernel's
+source, so that the check takes its seconds only once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Attention = Callable[[Array, Array, Array, Array, int, float], Array]
 CASES = ((0, 0.0), (200, 2.0))  # window, softcap
 LENGTH, HEADS, KV_HEADS, WIDTH = 1024, 4, 2, 128
 LARGEST_ERROR = 0.02
-"""Largest root mean square of the differences, over that of the right values; bfloat16 alone makes 0.003 to 0.006."""
+"""Largest allowed root mean square of the differences, relative to that of the values; bfloat16 rounding gives 0.003 to 0.006."""
 
 
 def kernel_problem(kernel: Attention, plain: Attention) -> str:
@@ -48,7 +48,7 @@ def _remembered(kind: str, runtime: str, kernel: Attention, plain: Attention) ->
     file = folder / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.json"
     try:
         return read_record(file, {"made_of": list, "problem": str})["problem"]
-    except UserError:  # none yet, or damaged: it is made anew
+    except UserError:  # missing or damaged: check again
         problem = measured_problem(kernel, plain)
     try:
         make_folder(folder, "--cache DIR")
@@ -61,7 +61,7 @@ def _remembered(kind: str, runtime: str, kernel: Attention, plain: Attention) ->
 def measured_problem(kernel: Attention, plain: Attention) -> str:
     """Why the kernel disagrees with plain attention, as measured; empty if they agree.
 
-    It is found in a thread of its own, which knows nothing of what this one traces and of its mesh.
+    The check runs in a separate thread, which does not share this thread's trace and mesh.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(_compare, kernel, plain).result()
@@ -79,10 +79,10 @@ def _compare(kernel: Attention, plain: Attention) -> str:
             wide = [x.astype(jnp.float32) for x in (q, k, v)]
             right = _with_gradients(plain, wide, segments, weights, window, softcap)
             errors = [_error(ours, theirs) for ours, theirs in zip(found, right, strict=True)]
-        except Exception as wrong:  # whatever the kernel's compiler raises is what is wrong
+        except Exception as wrong:  # the kernel's compiler may raise anything
             return f"it fails: {type(wrong).__name__}: {' '.join(str(wrong).split())[:200]}"
         for name, off in zip(("values", "dq", "dk", "dv"), errors, strict=True):
-            if not off <= LARGEST_ERROR:  # not a number is too large, too
+            if not off <= LARGEST_ERROR:  # also true for NaN
                 return f"its {name} are {off:.2g} of their size off (window {window}, softcap {softcap:g})"
     return ""
 
@@ -100,7 +100,7 @@ def _with_gradients(
 
 
 def _error(found: Array, right: Array) -> float:
-    """Root mean square of the differences over that of the right values."""
+    """Root mean square of the differences, relative to that of the expected values."""
     a, b = (np.asarray(x, np.float64) for x in (found, right))
     return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
 

@@ -1,6 +1,6 @@
 """Attention on TPUs by jax's own splash kernel, for devices on which lm's kernel disagrees with plain attention.
 
-It knows rows in the order of the text only. Source: jax.experimental.pallas.ops.tpu.splash_attention.
+It supports only rows in the order of the text. Source: jax.experimental.pallas.ops.tpu.splash_attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from lm.model.kernels.splash import block_size
 from lm.parallel.rules import spec
 
-BLOCK = 512  # most queries, and keys, of a block
+BLOCK = 512  # maximum queries, and maximum keys, of a block
 
 
 def jax_splash(

@@ -1,7 +1,7 @@
 """Attention on TPUs by Pallas kernels: blocks of queries and keys with an online softmax, without a [T, T] array.
 
-The kernels know a causal mask by place and segment ids, which is what packed rows need: inside a segment positions rise
-with the place. They are in splash_kernels.py; here is what surrounds them: block sizes, devices, gradients.
+The mask is causal by index in the row, and by segment id; that suffices for packed rows, where positions rise with the index
+inside a segment. The kernels are in splash_kernels.py; this file has the code around them: block sizes, devices, gradients.
 Source: FlashAttention-2, arXiv 2307.08691.
 
 Where the mesh splits the tokens of a row (`context`), every device keeps its queries and gathers all keys and values.
@@ -23,7 +23,7 @@ from lm.model.kernels.splash_kernels import LANES, Shown, Sides, Tiles, attentio
 from lm.parallel.row_order import to_zigzag, zigzag_layout
 from lm.parallel.rules import constrain, device_kind, spec, ways
 
-COMPUTED = 512  # most keys of a block that are worked on at a time
+COMPUTED = 512  # maximum keys of a block that are computed at a time
 
 
 class Blocks(NamedTuple):
@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 
 
 BLOCKS = {"TPU v5": Blocks(1024, 1024, 1024, 1024), "TPU v6 lite": Blocks(1024, 1024, 1024, 1024)}
-"""The best found for a chip, by jax's name of it, by the compiler's estimate; others take blocks of 512."""
+"""jax's name of a chip -> the fastest block sizes by the compiler's estimate; other chips use blocks of 512."""
 
 
 class How(NamedTuple):
@@ -49,9 +49,9 @@ class How(NamedTuple):
 
 
 def fits(rows: int, length: int, head_dim: int) -> bool:
-    """Whether the kernel takes `rows` rows of `length` tokens and heads of `head_dim`, on the mesh that is set.
+    """Whether the kernel supports `rows` rows of `length` tokens and heads of `head_dim` on the current mesh.
 
-    Every device must get as many rows (those of an evaluation may be too few), and whole vectors of tokens.
+    Every device must get the same number of rows (an evaluation may have too few), and whole vectors of tokens.
     """
     mesh, cut = jax.sharding.get_abstract_mesh(), zigzag_layout(length)
     divides = mesh.empty or rows % ways("batch", mesh.shape) == 0
@@ -77,8 +77,8 @@ def splash(
     """softmax(q·kᵀ/√K)·v of each token over the tokens of its segment that are not after it.
 
     Args:
-        q, k, v, segments: in the order of the devices (lm/parallel/row_order.py) where the mesh splits rows.
-        blocks: as `Blocks`; empty: what suits the chip.
+        q, k, v, segments: in device order (lm/parallel/row_order.py) if the mesh splits rows.
+        blocks: as `Blocks`; empty: the sizes for the chip.
         window, softcap: as in `lm.model.attention`.
         interpret: run the kernels as ordinary operations, on any device; slow, for tests.
     """
@@ -91,7 +91,7 @@ def splash(
     sides = Sides(segments, segments, places, places)
     if jax.sharding.get_abstract_mesh().empty:
         return _attend(how, q, k, v, sides)
-    # What is kept for the backward pass is a device's part of keys and values, not the whole rows that are attended to.
+    # Saved for the backward pass are a device's own keys and values, not the gathered rows.
     k, v = (constrain(x, "batch", "kv_heads", "length") for x in (k, v))
     # A kernel is opaque to the partitioner: each device gets its rows, heads and queries.
     queries = spec(("batch", "heads", "length", None))
@@ -145,7 +145,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _pieces(length: int, places: Array, tile: int, longest: int) -> list[tuple[slice, Array]]:
-    """A device's part of rows in pieces that are not too long, and where each piece, or its chunks, begins in the row."""
+    """A device's part of the rows, cut into pieces of limited length, and the start of each piece, or of its chunks, in the row."""
     if length <= longest:
         return [(slice(0, length), places)]
     chunk = length // len(places)
@@ -156,5 +156,5 @@ def _pieces(length: int, places: Array, tile: int, longest: int) -> list[tuple[s
 
 
 def _sum(parts: list[Array]) -> Array:
-    """The sum in float32, in the parts' own type."""
+    """The sum, computed in float32 and cast to the dtype of the parts."""
     return sum((part.astype(jnp.float32) for part in parts[1:]), parts[0].astype(jnp.float32)).astype(parts[0].dtype)

@@ -1,13 +1,13 @@
 """Two Pallas kernels for TPUs: causal attention block by block, and its gradients with their sums kept on the chip.
 
-Scores stand with the keys along the first axis, so that what belongs to a query (maximum, sum, δ) is a row of a vector
-register. Blocks that show nothing to each other are neither fetched nor computed. With s the scaled scores,
+Score blocks have the keys along the first axis, so that the numbers of a query (maximum, sum, δ) form a row of a vector
+register. Fully masked blocks are neither fetched nor computed. With s the scaled scores,
 
     out = softmax(s)·v,  p = exp(s - logsumexp),  δ = Σ out·d_out
     dv = pᵀ·d_out    ds = p ∘ (d_out·vᵀ - δ)    dk = dsᵀ·q    dq = ds·k
 
-All three sums of a head's gradients stay in the vector memory, float32, until they are whole: a part of dq for every
-block of keys, added up later, costs memory and time that grow with the square of the row.
+All three gradient sums of a head stay in vector memory, in float32, until they are complete. The alternative, a partial dq for
+every block of keys, costs memory and time that grow with the square of the row's length.
 Source: FlashAttention-2, arXiv 2307.08691, sec. 3.1.
 """
 
@@ -24,17 +24,17 @@ from jaxtyping import Array, Float, Int
 
 from lm.parallel.rules import device_kind
 
-LANES = 128  # the width of a TPU's vector
+LANES = 128  # width of a TPU vector
 MASKED = -1e30
 
 MIB = 2**20
 VECTOR_MEMORY = {"TPU v5 lite": 128 * MIB, "TPU v5": 64 * MIB, "TPU v6 lite": 128 * MIB, "TPU7x": 64 * MIB}
-"""Bytes of a core's vector memory, by jax's name of the chip; 16 MiB on all others. Half is for a head's sums."""
-WORK = 24 * MIB  # the most of the other half that blocks that come and go, and what is computed of them, may take
+"""jax's name of a chip -> bytes of a core's vector memory; 16 MiB on all others. Half of it is for the sums of a head."""
+WORK = 24 * MIB  # limit, within the other half, on blocks in transfer and values computed from them
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a block, and keys that are worked on at a time."""
+    """Numbers of queries and keys in a block, and of keys that are computed at a time."""
 
     q: int
     kv: int
@@ -49,7 +49,7 @@ class Shown(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Segments of the queries and of the keys, and where each equal chunk of them begins in the row."""
+    """Segments of the queries and of the keys, and the start of each of their equal chunks in the row."""
 
     q_segments: Int[Array, "B T"]
     k_segments: Int[Array, "B S"]
@@ -58,7 +58,7 @@ class Sides(NamedTuple):
 
 
 def longest(head_dim: int) -> int:
-    """Most queries and keys whose three gradients' sums fit into the vector memory of the devices."""
+    """Maximum number of queries and keys whose three gradient sums fit into the vector memory of the devices."""
     return _vector_memory() // 2 // (3 * head_dim * 4)
 
 
@@ -75,7 +75,7 @@ def attention(
     shown: Shown,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T"]]:
-    """(softmax(s)·v, log Σ exp s) of queries that are scaled already; every query must be shown a key."""
+    """(softmax(s)·v, log Σ exp s) for queries that are already scaled; every query must have at least one unmasked key."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -84,7 +84,7 @@ def attention(
     pair = _pair(sides, grid[2:], tiles, shown)
 
     def near(i: Array, j: Array, *places: Any) -> Array:
-        """The block of keys to have at hand: where it is not shown, the one that the next queries begin with."""
+        """The block of keys to fetch; for a masked block the first one, with which the next queries begin."""
         return jnp.where(pair(i, j, *places)[2], j, 0)
 
     of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, h, i, j, *p: (b, h, i, 0))
@@ -135,13 +135,13 @@ def gradients(
     pair = _pair(sides, (grid[4], grid[3]), tiles, shown)
 
     def near(j: Array, i: Array, *places: Any) -> Array:
-        """The block of queries to have at hand: where it sees nothing, the last, which often sees the next keys."""
+        """The block of queries to fetch; for a masked block, the last, which often attends to the next keys."""
         return jnp.where(pair(i, j, *places)[2], i, last_i)
 
     of_queries = pl.BlockSpec((None, None, tiles.q, d), lambda b, n, g, j, i, *p: (b, n * group + g, near(j, i, *p), 0))
     of_keys = pl.BlockSpec((None, None, tiles.kv, d), lambda b, n, g, j, i, *p: (b, n, j, 0))
     number = pl.BlockSpec((None, None, 1, tiles.q), lambda b, n, g, j, i, *p: (b, n * group + g, 0, near(j, i, *p)))
-    # A block of a result leaves the chip when the next one begins: until its turn comes, all claim to be the first.
+    # A result block is written to HBM when the output index changes; so the index stays 0 until the sums are complete.
     to_queries = pl.BlockSpec(
         (None, None, tiles.q, d), lambda b, n, g, j, i, *p: (b, n * group + g, jnp.where(j == last_j, i, 0), 0)
     )
@@ -168,7 +168,7 @@ def _call(
     kernel: Any, grid: tuple[int, ...], parallel: int, *, in_specs: list, out_specs: list, out_shape: list,
     scratch_shapes: list, name: str, tiles: Tiles, shown: Shown, sums: int, interpret: bool,
 ) -> Any:  # fmt: skip
-    """A kernel over a grid, the first `parallel` axes of which are independent; its first inputs are the places.
+    """Call a kernel over a grid whose first `parallel` axes are independent; its first inputs are the chunk starts.
 
     Args:
         sums: bytes of the vector memory for the scratch.
@@ -177,7 +177,7 @@ def _call(
     from jax.experimental.pallas import tpu as pltpu
 
     order: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
-    # Estimators know attention kernels by their names, their blocks and window by this.
+    # `lm plan` recognises attention kernels by their names, and reads blocks and window from this.
     suffix = "_dkv" if name.endswith("_dkv") else ""
     sizes = {f"block_q{suffix}": tiles.q, f"block_kv{suffix}": tiles.kv, f"block_kv{suffix}_compute": tiles.compute}
     sizes |= {"window": shown.window} if shown.window else {}
@@ -198,16 +198,16 @@ def _call(
 
 
 def _segments(sides: Sides) -> tuple[Int[Array, "B 1 T"], Int[Array, "B S lanes"]]:
-    """Segments as the blocks need them: a query's along a row, a key's along a column."""
+    """Segments in the layout of score blocks: those of queries as a row, those of keys as a column."""
     b, s = sides.k_segments.shape
     return sides.q_segments[:, None], jnp.broadcast_to(sides.k_segments[:, :, None], (b, s, LANES))
 
 
 def _pair(sides: Sides, blocks: tuple[int, ...], tiles: Tiles, shown: Shown) -> Any:
-    """(block of queries, block of keys, places) -> where each begins in the row, and whether one sees the other.
+    """(block of queries, block of keys, chunk starts) -> start of each in the row, and whether any key is unmasked.
 
     Args:
-        blocks: how many of queries and of keys there are.
+        blocks: number of blocks of queries and of keys.
     """
     each = blocks[0] // len(sides.q_places), blocks[1] // len(sides.k_places)  # blocks of a chunk
 
@@ -297,11 +297,11 @@ def _gradients_kernel(
 
 
 def _scores(q, k, segments, places, shown: Shown):
-    """(scores [k, q] with what is not shown masked, their slope by the product).
+    """(masked scores [k, q], derivative of the scores by the product q·k).
 
     Args:
-        segments: of the queries, a row, and of the keys, a column.
-        places: of the first query and of the first key.
+        segments: of the queries, as a row, and of the keys, as a column.
+        places: index of the first query and of the first key in the row.
     """
     scores = _product(k, q, (1, 1))
     slope: Array | float = 1.0
@@ -317,5 +317,5 @@ def _scores(q, k, segments, places, shown: Shown):
 
 
 def _product(left: Array, right: Array, over: tuple[int, int]) -> Array:
-    """left·right over these axes, the sum in float32."""
+    """left·right contracted over these axes, summed in float32."""
     return lax.dot_general(left, right, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
