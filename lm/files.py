@@ -54,6 +54,11 @@ def file_of(name: str) -> Path:
     return found
 
 
+def is_open_weights(path: Path) -> bool:
+    """Whether a path is of a published model's weights, and not of a run."""
+    return path.suffix == ".gguf" or ((path / "config.json").is_file() and not (path / "experiment.json").is_file())
+
+
 def experiments_folder(name: str) -> Path:
     """A folder below `experiments/`: here, else of the clone that `lm` is run from."""
     return next((folder / name for folder in EXPERIMENTS if (folder / name).is_dir()), EXPERIMENTS[0] / name)

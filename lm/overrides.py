@@ -77,6 +77,14 @@ def override(experiment: Experiment, arguments: list[str]) -> Experiment:
     return resolve_sources(experiment)
 
 
+def overridden(arguments: list[str]) -> dict[str, str]:
+    """Text of each override by the dotted name of its knob."""
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return {
+        flag.removeprefix("--").replace("-", "_"): text for flag, text in zip(words[::2], words[1::2], strict=False)
+    }
+
+
 def replaced(experiment: Experiment, name: str, value: Any) -> Experiment:
     """The experiment with one field, given by its dotted name, replaced; `stage:NAME` sources are not resolved.
 

@@ -30,7 +30,7 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The model of a run after one of its stages."""
+    """The model of a run after one of its stages, or a published model."""
 
     folder: Path
     loaded: LoadedRun
@@ -113,12 +113,13 @@ class TrainedModel:
 
 
 def load(run: str | Path, stage: str | None = None) -> TrainedModel:
-    """Load the model of a run, by folder or name in runs/, after `stage` (None: the last with a language model).
+    """Load a model: a run's, by folder or name in runs/, after `stage` (None: the last), or a published one, by folder.
 
     Raises:
         UserError: no such run or stage, or nothing trained yet.
     """
-    folder = next((path for path in (Path(run), Path("runs") / run) if path.is_dir()), None)
+    tried = Path(str(run).removeprefix("hf:")).expanduser(), Path("runs") / run
+    folder = next((path for path in tried if path.exists()), None)
     if folder is None:
         raise UserError(f"there is no folder {run}, and no run of that name in {Path('runs').resolve()}")
     keep_compilations()

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from lm.changes import read_experiment
 from lm.check import check
 from lm.config.field import Range, describe, nearest, shown
 from lm.experiment import OBJECTIVES, Experiment, UserError, from_dict, to_dict
-from lm.files import load
-from lm.overrides import override
+from lm.files import is_open_weights, load
+from lm.overrides import overridden, override
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
 EXPERIMENT_HELP = (
     "a name in experiments/, here or of the clone (quickstart), a dotted name below it, or the path of a .py file"
 )
 RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
+MODEL_HELP = f"{RUN_HELP}; or the folder of a published model (config.json, *.safetensors)"
 
 
 WRITTEN = (".html", ".png", ".csv", ".parquet")  # endings of files that comparisons of runs write
@@ -34,7 +35,14 @@ def resolve(name: str, overrides: list[str]) -> Experiment:
     Raises:
         UserError: no such experiment or knob, or a value that cannot work.
     """
-    return check(override(load(name), overrides))
+    experiment, said = load(name), overridden(overrides)
+    if not (init := said.get("init", experiment.init)):
+        return check(override(experiment, overrides))
+    from lm.open_weights import with_init  # with jax
+
+    start = with_init(replace(experiment, init=init))
+    start = replace(start, model=replace(start.model, max_len=experiment.model.max_len))
+    return check(with_init(override(start, overrides), said))
 
 
 def find_run(name: str) -> Path:
@@ -51,6 +59,21 @@ def find_run(name: str) -> Path:
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
     return folder
+
+
+def find_model(name: str, stage: str | None) -> tuple[Path, str | None]:
+    """Find the folder and the stage of a run, or open weights, which have no stage.
+
+    Raises:
+        UserError: there is neither; or the run has no such stage, or no checkpoint of it.
+    """
+    weights = Path(name.split(":", 1)[-1]).expanduser()
+    if is_open_weights(weights):
+        if stage is not None:
+            raise UserError(f"--stage is {stage}; {name} is no run, and has no stages")
+        return weights, None
+    run_dir = find_run(name)
+    return run_dir, find_stage(run_dir, stage)
 
 
 def without_pages(names: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import re
 import sys
 from typing import Any
 
-from lm.cli.arguments import RUN_HELP, add_sampling, find_run, find_stage, sampling
+from lm.cli.arguments import MODEL_HELP, add_sampling, find_model, sampling
 from lm.experiment import UserError
 from lm.web.text import visible
 
@@ -23,13 +23,12 @@ COMMAND = re.compile(r"/[a-z]+")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", metavar="RUN", help=MODEL_HELP)
     add_sampling(parser, temperature=0.7, max_new_tokens=256)
 
 
 def call(arguments: argparse.Namespace) -> int:
-    run_dir = find_run(arguments.run)
-    stage = find_stage(run_dir, arguments.stage)
+    run_dir, stage = find_model(arguments.run, arguments.stage)
     with contextlib.suppress(ImportError):  # line editing and history, where the system has them
         import readline  # noqa: F401
 
@@ -39,7 +38,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     keep_compilations()
     loaded = load_run(run_dir, stage)
-    print(f"{run_dir}, after stage {stage}; {HELP}", flush=True)
+    print(f"{run_dir}{f', after stage {stage}' if stage else ''}; {HELP}", flush=True)
     # While the first question is typed; the first answer waits for it.
     compiler = concurrent.futures.ThreadPoolExecutor(1)
     compiled = compiler.submit(compile_stream, loaded.model, arguments.top_k, arguments.top_p)

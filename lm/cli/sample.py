@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from lm.cli.arguments import RUN_HELP, add_sampling, at_least, find_run, find_stage, sampling
+from lm.cli.arguments import MODEL_HELP, add_sampling, at_least, find_model, sampling
 from lm.experiment import UserError
 from lm.web.text import visible
 
@@ -18,7 +18,7 @@ TAKES_OVERRIDES = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", metavar="RUN", help=MODEL_HELP)
     parser.add_argument(
         "--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts; else the experiment's prompts"
     )
@@ -35,8 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    run_dir = find_run(arguments.run)
-    stage = find_stage(run_dir, arguments.stage)
+    run_dir, stage = find_model(arguments.run, arguments.stage)
 
     from lm.rollout.engine import generate_text
     from lm.train.compilations import keep_compilations
@@ -57,7 +56,7 @@ def call(arguments: argparse.Namespace) -> int:
         answers, scores = best_answers(loaded, run_dir, prompts, arguments.best_of, arguments.reward, **given)
     else:
         answers = generate_text(loaded.model, loaded.tokenizer, prompts, raw=arguments.raw, **given)
-    print(f"{run_dir}, after stage {stage}")
+    print(f"{run_dir}, after stage {stage}" if stage else run_dir)
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         print(f"\n> {prompt}\n{visible(answer.text)}")
         if scores is not None:

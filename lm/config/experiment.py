@@ -42,6 +42,7 @@ class Experiment:
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     mesh: Mesh = knob(Mesh(), affects_training=False)
+    init: str = knob("", "open weights that the first stage starts from, hf:FOLDER; empty: random initial weights")
 
 
 COLLECTED = "collected:"

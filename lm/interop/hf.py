@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,57 @@ from lm.interop.config import read_config
 from lm.interop.places import EMBED, HEAD, Place, parameter_places
 from lm.interop.tensors import READ, Tensor, read_folder, refuse_tensors
 from lm.model.families import FAMILIES
+from lm.model.families.family import Family
 from lm.model.transformer import Transformer
 from lm.parallel.rules import shardings
 from lm.stored import read_json
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
 FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # which old checkpoints of Llama have in every layer
+
+
+def describe(folder: Path) -> tuple[Model, int]:
+    """The model and vocabulary size of a folder's config.json.
+
+    Raises:
+        UserError: there is no such folder or file, or the file has what the model has not.
+    """
+    return _described(Path(folder))[1:]
+
+
+def check(folder: Path) -> None:
+    """Raise UserError unless the tensors in a folder are those that its config.json describes; no values are read."""
+    _opened(Path(folder))
+
+
+def dtype(folder: Path) -> str:
+    """bfloat16 where all tensors in a folder have it, else float32."""
+    return "bfloat16" if {tensor.dtype for tensor in read_folder(folder).values()} == {"BF16"} else "float32"
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of a folder that determine its model."""
+    return [folder / "config.json", *sorted({tensor.file for tensor in read_folder(folder).values()})]
+
+
+def _described(folder: Path) -> tuple[Family, Model, int]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: a folder with config.json and *.safetensors is needed")
+    described = read_json(path)
+    model, vocab_size = read_config(described, str(path))
+    return FAMILIES[described["model_type"]], model, vocab_size
+
+
+def _opened(folder: Path, **changes: Any) -> tuple[Transformer, list[Place], dict[str, Tensor]]:
+    """The abstract model of a folder, and the place and the tensors of its parameters."""
+    family, config, vocab_size = _described(folder)
+    config = dataclasses.replace(config, **changes)
+    tensors = read_folder(folder)
+    wanted = jax.eval_shape(lambda: Transformer(config, vocab_size, jax.random.key(0)))
+    places = parameter_places(wanted, family)
+    _refuse_other_tensors(folder, tensors, config, places)
+    return wanted, places, tensors
 
 
 def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
@@ -35,18 +79,7 @@ def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
         UserError: a file is missing or damaged, config.json has what the model has not, a tensor is missing, unexpected, of
             another shape or dtype, or not finite.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: a folder with config.json and *.safetensors is needed")
-    described = read_json(path)
-    family_config, vocab_size = read_config(described, str(path))
-    family, config = FAMILIES[described["model_type"]], dataclasses.replace(family_config, **changes)
-    tensors = read_folder(folder)
-    make = functools.partial(Transformer, config, vocab_size)
-    wanted = jax.eval_shape(lambda: make(jax.random.key(0)))
-    places = parameter_places(wanted, family)
-    _refuse_other_tensors(folder, tensors, config, places)
+    wanted, places, tensors = _opened(Path(folder), **changes)
     leaves = [_from_tensors(place, tensors) for place in places]
     model = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
     return jax.device_put(model, shardings(wanted, mesh) if mesh is not None else None)

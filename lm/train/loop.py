@@ -26,6 +26,7 @@ from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops
 from lm.model.heads import Scorer, policy_of
 from lm.model.transformer import Transformer, num_params
+from lm.open_weights import vocabulary_rows
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
 from lm.parallel.distributed import is_main_process, run_on_main
@@ -244,7 +245,7 @@ class _Loop:
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
         # Model FLOPs utilisation per token per second; None where the chip's peak is unknown.
         peak = peak_flops(jax.devices()[0].device_kind)
-        cost = flops_per_token(stage, run.experiment.model, run.tokenizer.vocab_size)
+        cost = flops_per_token(stage, run.experiment.model, vocabulary_rows(run.experiment, run.tokenizer))
         self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
 
     def show_activity(self, text: str) -> None:

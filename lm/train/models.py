@@ -9,16 +9,19 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh as DeviceMesh
 
+from lm import open_weights
 from lm.algorithms.table import abstract_model, abstract_state
 from lm.config.objective import ObjectiveConfig
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokenizer import FILE_NAME
-from lm.data.vocabulary import load_tokenizer
+from lm.data.vocabulary import load_tokenizer, named_tokenizer
 from lm.experiment import (
     COLLECTED,
     Experiment,
+    Mesh,
+    Model,
     Source,
     Stage,
     UserError,
@@ -26,9 +29,11 @@ from lm.experiment import (
     reward_names,
     start_of,
 )
+from lm.files import is_open_weights
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
-from lm.parallel.distributed import broadcast_from_main
+from lm.open_weights import vocabulary_rows
+from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.train.checkpoint import Checkpoints, Restored
@@ -62,9 +67,11 @@ def inputs_ready(stage: Stage, experiment: Experiment, folder: RunFolder) -> boo
     return all(folder.finished(makers[source.path]) for source in stage.sources if source.path in makers)
 
 
-def init_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transformer:
-    """A newly initialised model, random by the experiment's seed and created with its shardings."""
-    make = functools.partial(_init, experiment, vocab_size)
+def init_model(experiment: Experiment, tokenizer: TextTokenizer, mesh: DeviceMesh) -> Transformer:
+    """The model that a run begins with, in its shardings: its open weights, else random by the experiment's seed."""
+    if experiment.init:
+        return raise_on_all(lambda: open_weights.read(experiment, mesh))
+    make = functools.partial(_init, experiment, tokenizer.vocab_size)
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
 
@@ -80,17 +87,17 @@ def check_trained_parts(experiment: Experiment) -> None:
 
 
 def model_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, index: int
 ) -> Transformer:
-    """The model that enters stage `index`: that of the stage it starts from, or a newly initialised one."""
+    """The model that enters stage `index`: that of the stage it starts from, or the one that the run begins with."""
     start = start_of(experiment, index)
     if start is None:
-        return init_model(experiment, tokenizer.vocab_size, mesh)
+        return init_model(experiment, tokenizer, mesh)
     return load_model(experiment, folder, tokenizer, mesh, experiment.stages[start].name)
 
 
 def load_model(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
 ) -> Transformer:
     """Load a stage's language model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
@@ -100,13 +107,21 @@ def load_model(
     return _load(experiment, folder, tokenizer, mesh, stage).items["policy"]
 
 
-def _load(experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str) -> Restored:
+def _load(
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
+) -> Restored:
     return _restore_models(
-        {"policy": abstract_model(experiment.model, tokenizer.vocab_size)}, folder, tokenizer, mesh, stage
+        {"policy": abstract_model(experiment.model, vocabulary_rows(experiment, tokenizer))},
+        folder,
+        tokenizer,
+        mesh,
+        stage,
     )
 
 
-def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str) -> Scorer:
+def load_scorer(
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
+) -> Scorer:
     """Load a stage's reward model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
     Raises:
@@ -115,13 +130,13 @@ def load_scorer(experiment: Experiment, folder: RunFolder, tokenizer: TextTokeni
     layers = _scorer_stage(experiment, folder, stage).trained_model(experiment.model).num_layers
 
     def make() -> Scorer:
-        return Scorer(_init(experiment, tokenizer.vocab_size), jax.random.key(0), layers)
+        return Scorer(_init(experiment, vocabulary_rows(experiment, tokenizer)), jax.random.key(0), layers)
 
     return _restore_models({"reward": jax.eval_shape(make)}, folder, tokenizer, mesh, stage).items["reward"]
 
 
 def scorers_for(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, names: tuple[str, ...]
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, names: tuple[str, ...]
 ) -> tuple[Scorer, ...]:
     """Load reward models by name: STAGE of this run, or RUN:STAGE of another run's folder.
 
@@ -176,7 +191,7 @@ def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> Obje
 
 
 def scorers_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, index: int
+    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, index: int
 ) -> tuple[Scorer, ...]:
     """The reward models that stage `index` reads; if none, the last one trained before it (for evals), if any."""
     names = reward_names(experiment.stages[index])
@@ -185,7 +200,9 @@ def scorers_before(
     return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
 
 
-def _restore_models(models: Models, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, stage: str) -> Restored:
+def _restore_models(
+    models: Models, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
+) -> Restored:
     """Restore models of a stage: from its last step if the stage is finished, else from its newest intact checkpoint."""
     wanted = {role: abstract(model, mesh) for role, model in models.items()}
     final = broadcast_from_main(lambda: folder.final_step(stage))
@@ -224,26 +241,30 @@ def stage_index(experiment: Experiment, stage: str | None) -> int:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's language model after one of its stages, with its experiment, tokenizer and mesh."""
+    """A run's language model after one of its stages, with its experiment, tokenizer and mesh; open weights have stage ""."""
 
     experiment: Experiment
     tokenizer: TextTokenizer
     model: Transformer
-    mesh: Mesh
+    mesh: DeviceMesh
     stage: str
     step: int
 
 
 def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
-    """Load a run's language model after `stage` (None: the last with a checkpoint) onto one device of this machine.
+    """Load a run's language model after `stage` (None: the last with a checkpoint), or open weights, onto one device.
 
     Raises:
         UserError: it is not a run's folder, there is no such stage, or it has no checkpoint yet.
     """
+    if is_open_weights(run_dir):
+        if stage:
+            raise UserError(f"{run_dir} is no run, and has no stage {stage!r}")
+        return load_open_weights(experiment_on(run_dir))
     folder = RunFolder(run_dir)
     experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
     # One device, since the run may have used a larger machine.
-    mesh = make_mesh(type(experiment.mesh)(data=1))
+    mesh = make_mesh(Mesh(data=1))
     tokenizer = load_tokenizer(folder.tokenizer)
     speaks = [s.name for s in experiment.stages if s.objective.produces == "policy"]
     if stage is None:
@@ -256,3 +277,23 @@ def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
         raise UserError(f"stage {stage} of {run_dir} trains no language model; those that do are {', '.join(speaks)}")
     found = _load(experiment, folder, tokenizer, mesh, stage)
     return LoadedRun(experiment, tokenizer, found.items["policy"], mesh, stage, found.step)
+
+
+def experiment_on(path: Path) -> Experiment:
+    """An experiment without stages on open weights, in whole context and with parameters in the dtype of the files."""
+    format, _ = open_weights.located(str(path))
+    model, _ = format.describe(path)
+    own = Model(max_len=model.max_len, param_dtype=format.dtype(path))
+    return open_weights.with_init(Experiment(name="open", stages=(), init=str(path), model=own), ("model.max_len",))
+
+
+def load_open_weights(experiment: Experiment) -> LoadedRun:
+    """Load the open weights that an experiment starts from, onto one device of this machine.
+
+    Raises:
+        UserError: they cannot be read, or the tokenizer is not theirs.
+    """
+    tokenizer = named_tokenizer(experiment.tokenizer)
+    vocabulary_rows(experiment, tokenizer)
+    mesh = make_mesh(Mesh(data=1))
+    return LoadedRun(experiment, tokenizer, open_weights.read(experiment, mesh), mesh, "", 0)

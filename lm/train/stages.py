@@ -40,6 +40,7 @@ from lm.experiment import (
 )
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
+from lm.open_weights import check_weights, fingerprint, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
@@ -195,8 +196,9 @@ def _prepare_data(
         print_on_main(line)
     print_on_main("reading the data")
     tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or load_tokenizer(folder.tokenizer)
-    raise_on_all(lambda: check_fits(experiment, dict(mesh.shape), tokenizer.vocab_size))
-    raise_on_all(lambda: check_memory(experiment, dict(mesh.shape), tokenizer.vocab_size))
+    rows = raise_on_all(lambda: vocabulary_rows(experiment, tokenizer))
+    raise_on_all(lambda: check_fits(experiment, dict(mesh.shape), rows))
+    raise_on_all(lambda: check_memory(experiment, dict(mesh.shape), rows))
 
     def record() -> None:
         found = fingerprints(experiment)
@@ -228,12 +230,13 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
 
 def _check_experiment(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
     """Check everything that is fast to check; returns the experiment with its sources resolved and the last stage's index."""
-    experiment = check(resolve_sources(strict(experiment)))
+    experiment = check(resolve_sources(with_init(strict(experiment))))
     last = stage_index(experiment, until)
     check_sources(experiment)
     check_files(experiment)
     check_functions(experiment)
     check_trained_parts(experiment)
+    check_weights(experiment)
     for item in experiment.evals:
         spec_of(item)
     return experiment, last
@@ -327,13 +330,16 @@ def print_on_main(text: str) -> None:
 
 
 def fingerprints(experiment: Experiment) -> dict[str, str]:
-    """SHA-256 of every source of stages and evals, by path, and of the files of user functions, by FILE:FUNCTION."""
+    """SHA-256 of every source of stages and evals by path, of open weights, and of user functions' files by FILE:FUNCTION."""
     sources = [source for stage in experiment.stages for source in stage.sources]
     read = {source.path: source for source in [*sources, *(item.source for item in experiment.evals)]}
     functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
-    return {
-        path: rows_of(source).fingerprint for path, source in sorted(read.items()) if not path.startswith(COLLECTED)
-    } | functions
+    weights = {experiment.init: fingerprint(experiment.init)} if experiment.init else {}
+    return (
+        {path: rows_of(source).fingerprint for path, source in sorted(read.items()) if not path.startswith(COLLECTED)}
+        | weights
+        | functions
+    )
 
 
 def function_files(experiment: Experiment) -> dict[str, str]:

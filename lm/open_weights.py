@@ -1,0 +1,146 @@
+"""Open weights to start from: what they fix of an experiment, their fingerprint, and the model in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lm.config.field import flatten, shown
+from lm.data.cache import current_cache
+from lm.data.text_tokenizer import TextTokenizer
+from lm.experiment import Experiment, Model, Tokenizer, UserError, to_dict
+from lm.interop import hf
+from lm.interop.config import RUNNING
+from lm.model.transformer import Transformer
+
+OWN = (*RUNNING, "max_len")
+"""Fields of Model that stay the experiment's; the weights fix the others."""
+
+
+@dataclass(frozen=True)
+class WeightsFormat:
+    """A kind of open weights, by the prefix of `Experiment.init`.
+
+    Attributes:
+        describe: the model and the number of rows of its embedding, from the settings alone.
+        check: raises UserError where the tensors are not those of the settings; reads no values.
+        read: the model with these of its fields changed, in its shardings.
+        files: all files that determine the model.
+        dtype: the narrowest dtype of Model.param_dtype that holds every weight exactly.
+    """
+
+    describe: Callable[[Path], tuple[Model, int]]
+    check: Callable[[Path], Any]
+    read: Callable[..., Transformer]
+    files: Callable[[Path], list[Path]]
+    dtype: Callable[[Path], Any]
+
+
+FORMATS: dict[str, WeightsFormat] = {"hf": WeightsFormat(hf.describe, hf.check, hf.read, hf.files, hf.dtype)}
+
+
+def normalised(init: str) -> str:
+    """`PREFIX:PATH` of open weights; a path without a prefix is a folder."""
+    return init if init.partition(":")[0] in FORMATS or not init else f"hf:{init}"
+
+
+def located(init: str) -> tuple[WeightsFormat, Path]:
+    """The format and the path of open weights."""
+    prefix, _, path = normalised(init).partition(":")
+    return FORMATS[prefix], Path(path).expanduser()
+
+
+def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
+    """The experiment with the model and tokenizer of its open weights; as it is where it has none.
+
+    Args:
+        said: fields that the command line sets; others count as set where they are not at their defaults.
+
+    Raises:
+        UserError: no such weights, or a field is set to another value than the weights have.
+    """
+    if not experiment.init:
+        return experiment
+    format, path = located(experiment.init)
+    model, rows = format.describe(path)
+    fixed, ours, defaults = (
+        flatten({"model": to_dict(m), "tokenizer": {"vocab_size": size}})
+        for m, size in (
+            (model, rows),
+            (experiment.model, experiment.tokenizer.vocab_size),
+            (Model(), Tokenizer.vocab_size),
+        )
+    )
+    for name, value in ours.items():
+        is_set = name in said or value != defaults.get(name)
+        if is_set and name.split(".")[1] not in OWN and value != fixed.get(name):
+            has = f"should be {shown(fixed[name])}, as" if name in fixed else "is no setting"
+            raise UserError(f"{name} is {shown(value)}; it {has} in {path}, whose weights fix it: leave it out")
+    kept = {name: getattr(experiment.model, name) for name in RUNNING} | {
+        "max_len": _max_len(experiment, model.max_len, "model.max_len" in said, path)
+    }
+    return dataclasses.replace(
+        experiment,
+        init=normalised(experiment.init),
+        model=dataclasses.replace(model, **kept),
+        tokenizer=dataclasses.replace(
+            experiment.tokenizer, vocab_size=rows, path=experiment.tokenizer.path or str(path)
+        ),
+    )
+
+
+def _max_len(experiment: Experiment, most: int, said: bool, path: Path) -> int:
+    """The context: as set, else that of the longest stage where it is above the default; at most that of the weights."""
+    value = experiment.model.max_len
+    if not said and value == Model.max_len:
+        return min(most, max(value, *(stage.seq_len for stage in experiment.stages), 0))
+    if value > most:
+        raise UserError(f"model.max_len is {value}; it should be at most {most}, the context of {path}")
+    return value
+
+
+def check_weights(experiment: Experiment) -> None:
+    """Raise UserError unless the tensors of the experiment's open weights are those of its model."""
+    if experiment.init:
+        format, path = located(experiment.init)
+        format.check(path)
+
+
+def fingerprint(init: str) -> str:
+    """SHA-256 of the files of open weights."""
+    format, path = located(init)
+    digests = [f"{file.name} {current_cache().digest(file)}" for file in format.files(path)]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def read(experiment: Experiment, mesh: Mesh | None) -> Transformer:
+    """The model of an experiment's open weights.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    format, path = located(experiment.init)
+    return format.read(path, mesh, **{name: getattr(experiment.model, name) for name in OWN})
+
+
+def vocabulary_rows(experiment: Experiment, tokenizer: TextTokenizer) -> int:
+    """Rows of the embedding: those of the open weights, else one for each token.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the open weights have rows.
+    """
+    if not experiment.init:
+        return tokenizer.vocab_size
+    rows = experiment.tokenizer.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"tokenizer.path {experiment.tokenizer.path} has {tokenizer.vocab_size} tokens, and the embedding of "
+            f"{experiment.init} has {rows}: name the tokenizer of these weights"
+        )
+    return rows
