@@ -6,6 +6,7 @@ import dataclasses
 
 from lm.config.model import LAYER_FIELDS
 from lm.config.objective import check_environment
+from lm.config.rope import rope_fault
 from lm.experiment import (
     COLLECTED,
     Eval,
@@ -83,15 +84,8 @@ def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
         )
     for number, layer in enumerate(m.period):
         where = f"model.pattern.{number}" if m.pattern else "model"
-        if len(layer.rope_scaling) not in (0, 1, 4):
-            raise UserError(
-                f"{where}.rope_scaling has {len(layer.rope_scaling)} numbers; it should have 1 or 4, or be empty"
-            )
-        if len(layer.rope_scaling) == 4 and layer.rope_scaling[1] >= layer.rope_scaling[2]:
-            raise UserError(
-                f"{where}.rope_scaling is {list(layer.rope_scaling)}; its second number, the low frequency factor, should "
-                "be below the third, the high frequency factor"
-            )
+        if fault := rope_fault(layer.rope_scaling, layer.rope_theta, m.head_dim):
+            raise UserError(f"{where}.rope_scaling is {list(layer.rope_scaling)}; {fault}")
     if not m.qk_norm and m.qk_norm_of != Model.qk_norm_of:
         raise UserError(
             f"model.qk_norm_of is {m.qk_norm_of} and model.qk_norm is false; qk_norm should be true, or qk_norm_of {Model.qk_norm_of}"

@@ -24,6 +24,10 @@ from lm.config.model import Mesh as Mesh
 from lm.config.model import Model as Model
 from lm.config.model import Tokenizer as Tokenizer
 from lm.config.objectives import *  # noqa: F403
+from lm.config.rope import DynamicRope as DynamicRope
+from lm.config.rope import LinearRope as LinearRope
+from lm.config.rope import Llama3Rope as Llama3Rope
+from lm.config.rope import YarnRope as YarnRope
 from lm.config.serialize import from_dict as from_dict
 from lm.config.serialize import strict as strict
 from lm.config.serialize import to_dict as to_dict

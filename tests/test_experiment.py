@@ -99,7 +99,10 @@ def test_a_wrong_override_says_what_would_work(words, message):
         (["--model.num_kv_heads", "3"], "num_heads is 4; it should be a multiple of model.num_kv_heads, 3"),
         (["--model.num_kv_heads", "0"], "model.num_kv_heads is 0; it should be an integer from 1 to 16384"),
         (["--model.head_dim", "7"], "head_dim is 7; it should be even"),
-        (["--model.rope_scaling", "8,1"], "model.rope_scaling has 2 numbers; it should have 1 or 4, or be empty"),
+        (
+            ["--model.rope_scaling", "8,1,4"],
+            r"rope_scaling is \[8.0, 1.0, 4.0\]; it should be empty, or have 1 numbers \(Lin",
+        ),
         (["--sft.optimizer.peak_lr", "nan"], "sft.optimizer.peak_lr is nan; it should be a number from 1e-12 to 1000"),
         (["--sft.seq_len", "1024"], "sft.seq_len is 1024; it should be at most model.max_len 512"),
         (["--sft.steps", "0"], "sft.steps is 0; it should be an integer from 1 to 1000000000"),

@@ -43,7 +43,7 @@ class Layer:
     window: int = _window_knob()
     softcap: float = _softcap_knob()
     rope_theta: float = knob(10_000.0, "RoPE base frequency (theta)", least=1, most=1e12)
-    rope_scaling: tuple[float, ...] = knob((), "RoPE scaling of this layer, as model.rope_scaling", above=0, most=2**26)
+    rope_scaling: tuple[float, ...] = knob((), "RoPE scaling of this layer, as model.rope_scaling", least=0, most=2**26)
 
 
 LAYER_FIELDS = tuple(field.name for field in fields(Layer))
@@ -61,8 +61,8 @@ class Model:
     rope_theta: float = knob(10_000.0, "RoPE base frequency (theta)", least=1, most=1e12)
     rope_scaling: tuple[float, ...] = knob(
         (),
-        "RoPE scaling: factor (linear), or factor, low and high frequency factor and original length (Llama 3.1); empty: none",
-        above=0,
+        "RoPE scaling by its count of numbers (lm/config/rope.py): LinearRope 1, DynamicRope 2, Llama3Rope 4, YarnRope 6; empty: none",
+        least=0,
         most=2**26,
     )
     norm_eps: float = knob(1e-6, "epsilon added to the mean square in RMSNorm", least=1e-12, most=1)

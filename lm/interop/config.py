@@ -8,6 +8,17 @@ from typing import Any
 
 from lm.config.field import shown
 from lm.config.model import LAYER_FIELDS
+from lm.config.rope import (
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    RopeScaling,
+    YarnRope,
+    dynamic_theta,
+    rope_fault,
+    rope_kind,
+    yarn_attention_factor,
+)
 from lm.experiment import Layer, Model, UserError, from_dict, to_dict
 from lm.model.families import FAMILIES
 from lm.model.families.family import Family
@@ -66,8 +77,10 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 ORIGINAL = "original_max_position_embeddings"
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
-ROPES = {"default": (), "linear": LLAMA3[:1], "llama3": LLAMA3}
+ROPES: dict[str, type[RopeScaling]] = {
+    "linear": LinearRope, "dynamic": DynamicRope, "llama3": Llama3Rope, "yarn": YarnRope,
+}  # fmt: skip
+"""rope_type -> kind of RoPE scaling; default has none."""
 
 
 def read_config(config: Any, where: str = "config.json") -> tuple[Model, int]:
@@ -121,7 +134,7 @@ def _read_config(config: Any) -> tuple[Model, int]:
     if model.query_pre_attn_scalar == model.head_dim:
         model = replace(model, query_pre_attn_scalar=0.0)
     from_dict(to_dict(model), Model, "model")  # the ranges of the fields, whoever sets them
-    model = with_layers(model, _layers(config, family, model.num_layers, of_layers))
+    model = with_layers(model, _layers(config, family, model, of_layers))
     from_dict(to_dict(model), Model, "model")
     return model, size["vocab_size"]
 
@@ -162,14 +175,14 @@ def write_config(model: Model, vocab_size: int, family: str = "") -> dict[str, A
 
 def _essence(model: Model) -> Plain:
     """What a model computes, by field; of the fields of layers the values of all layers."""
-    layers = [model.layer(number) for number in range(model.num_layers)]
+    layers = [_static_rope(model.layer(number), model) for number in range(model.num_layers)]
     found = {field: value for field, value in vars(model).items() if field not in (*RUNNING, "pattern")}
     found |= {field: [getattr(layer, field) for layer in layers] for field in LAYER_FIELDS}
     return found | {"query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim}
 
 
 def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
-    layers = [m.layer(number) for number in range(m.num_layers)]
+    layers = [_static_rope(m.layer(number), m) for number in range(m.num_layers)]
     full = next((layer for layer in layers if not layer.window), layers[0])
     local = next((layer for layer in layers if layer.window), None)
     rope = nested = _rope_fields(full)
@@ -214,7 +227,7 @@ def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
 # ---- layers --------------------------------------------------------------------------------------------------------
 
 
-def _layers(config: Plain, family: Family, count: int, fields: Plain) -> tuple[Layer, ...]:
+def _layers(config: Plain, family: Family, model: Model, fields: Plain) -> tuple[Layer, ...]:
     """Settings of every layer."""
     window = 0
     if family.slides is not None and config.get("sliding_window") is not None:
@@ -223,10 +236,12 @@ def _layers(config: Plain, family: Family, count: int, fields: Plain) -> tuple[L
     theta = _positive("rope_theta", rope.get("rope_theta", family.rope_theta))
     local_theta = _positive("rope_theta", local.get("rope_theta", family.local_rope_theta or theta))
     each = {
-        FULL: Layer(rope_theta=theta, rope_scaling=_rope_scaling(rope), **fields),
-        LOCAL: Layer(window=window, rope_theta=local_theta, rope_scaling=_rope_scaling(local), **fields),
+        FULL: Layer(rope_theta=theta, rope_scaling=_rope_scaling(rope, theta, model), **fields),
+        LOCAL: Layer(
+            window=window, rope_theta=local_theta, rope_scaling=_rope_scaling(local, local_theta, model), **fields
+        ),
     }
-    return tuple(each[kind] for kind in _kinds(config, family, count))
+    return tuple(each[kind] for kind in _kinds(config, family, model.num_layers))
 
 
 def _kinds(config: Plain, family: Family, count: int) -> list[str]:
@@ -262,13 +277,29 @@ def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
     return _rope(full | {"rope_parameters": given.get(FULL)}), _rope(local)
 
 
+def _static_rope(layer: Layer, model: Model) -> Layer:
+    """The layer, with the base of dynamic scaling beyond the original length as its own: what it computes."""
+    rope = rope_kind(layer.rope_scaling)
+    if not isinstance(rope, DynamicRope) or model.max_len <= rope.original_len:
+        return layer
+    theta = dynamic_theta(layer.rope_theta, rope, model.head_dim, model.max_len)
+    return replace(layer, rope_theta=theta, rope_scaling=())
+
+
 def _rope_fields(layer: Layer) -> Plain:
     """RoPE of a layer as fields of config.json."""
-    kinds: dict[int, Plain] = {0: {"rope_type": "default"}, 1: {"rope_type": "linear"}, 4: {"rope_type": "llama3"}}
-    rope = kinds[len(layer.rope_scaling)] | dict(zip(LLAMA3, layer.rope_scaling, strict=False))
-    if ORIGINAL in rope:
-        rope[ORIGINAL] = int(rope[ORIGINAL])
-    return {"rope_theta": layer.rope_theta, **rope}
+    rope = rope_kind(layer.rope_scaling)
+    if rope is None:
+        return {"rope_theta": layer.rope_theta, "rope_type": "default"}
+    fields: Plain = {ORIGINAL if name == "original_len" else name: value for name, value in rope._asdict().items()}
+    if isinstance(rope, DynamicRope) or not fields.get("attention_factor", 1):
+        del fields[ORIGINAL if isinstance(rope, DynamicRope) else "attention_factor"]
+    if ORIGINAL in fields:
+        fields[ORIGINAL] = int(fields[ORIGINAL])
+    if "truncate" in fields:
+        fields["truncate"] = bool(fields["truncate"])
+    kind = next(name for name, kind in ROPES.items() if isinstance(rope, kind))
+    return {"rope_theta": layer.rope_theta, "rope_type": kind, **fields}
 
 
 # ---- what the model does not have ----------------------------------------------------------------------------------
@@ -317,24 +348,45 @@ def _rope(config: Plain) -> Plain:
     return found
 
 
-def _rope_scaling(rope: Plain) -> tuple[float, ...]:
+def _rope_scaling(rope: Plain, theta: float, model: Model) -> tuple[float, ...]:
+    """The numbers of a RoPE scaling; UserError where one is missing, unknown or cannot be used."""
     kind = rope.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in ROPES:
-        raise UserError(f"rope scaling {shown(kind)}; there are {', '.join(ROPES)}")
-    names = ROPES[kind]
-    strange = sorted(set(rope) - {"rope_type", "rope_theta", *names})
-    if strange:
-        raise UserError(f"rope type {kind} has {', '.join(map(shown, strange))}, which the reader does not use")
-    missing = [name for name in names if name not in rope]
-    if missing:
-        raise UserError(f"rope type {kind} lacks {', '.join(missing)}")
-    numbers = tuple(_positive(name, rope[name]) for name in names)
-    if kind == "llama3" and not (numbers[0] >= 1 and numbers[1] < numbers[2]):
+    if not isinstance(kind, str) or kind not in ("default", *ROPES):
+        raise UserError(f"rope scaling {shown(kind)}; there are default, {', '.join(ROPES)}")
+    given = {name: value for name, value in rope.items() if name not in ("rope_type", "rope_theta")}
+    made = ROPES.get(kind)
+    ours = {ORIGINAL if name == "original_len" else name: name for name in made._fields} if made else {}
+    if kind == "dynamic" and given.setdefault(ORIGINAL, model.max_len) != model.max_len:
         raise UserError(
-            f"rope type llama3 has factor {numbers[0]:g}, low_freq_factor {numbers[1]:g} and high_freq_factor "
-            f"{numbers[2]:g}; factor should be at least 1, and low_freq_factor below high_freq_factor"
+            f"rope type dynamic has {ORIGINAL} {shown(given[ORIGINAL])}; it should be max_position_embeddings"
         )
-    return numbers
+    if kind == "yarn":
+        given = _yarn_fields(given, model.max_len)
+    if strange := sorted(set(given) - set(ours)):
+        raise UserError(f"rope type {kind} has {', '.join(map(shown, strange))}, which the reader does not use")
+    if made is None:
+        return ()
+    if missing := [name for name, own in ours.items() if name not in given and own not in made._field_defaults]:
+        raise UserError(f"rope type {kind} lacks {', '.join(missing)}")
+    scaling = made(
+        **{ours[name]: value if name == "truncate" else _positive(name, value) for name, value in given.items()}
+    )
+    if fault := rope_fault(scaling, theta, model.head_dim):
+        raise UserError(
+            f"rope type {kind} has {', '.join(f'{name} {value}' for name, value in given.items())}; {fault}"
+        )
+    return scaling
+
+
+def _yarn_fields(given: Plain, max_len: int) -> Plain:
+    """The fields of YaRN, where mscale and mscale_all_dim have become the attention factor that they stand for."""
+    given = {ORIGINAL: max_len, **given, "truncate": float(_flag({"truncate": True, **given}, "truncate"))}
+    weights = [given.pop(name, 0) for name in ("mscale", "mscale_all_dim")]
+    if "attention_factor" in given or not all(weights) or "factor" not in given:
+        return given
+    factor = max(1.0, _positive("factor", given["factor"]))
+    up, down = (yarn_attention_factor(factor, _positive("mscale", one)) for one in weights)
+    return {**given, "attention_factor": up / down}
 
 
 # ---- fields --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from lm.config.rope import (
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    YarnRope,
+    dynamic_theta,
+    rope_kind,
+    yarn_attention_factor,
+)
 from lm.experiment import Layer, Model
 from lm.model.kernels import attention_cpu, splash
 from lm.model.kernels.first_use import kernel_problem, say
@@ -61,32 +70,60 @@ class Attention(nnx.Module):
         return rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles), v
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Float[Array, " half"]:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: tuple[float, ...] = (), max_len: int = 0
+) -> Float[Array, " half"]:
     """RoPE angle per position of each pair of dimensions, in radians.
 
     Args:
-        scaling: (), or (factor,), by which all waves are slowed, or Llama 3.1's (factor, low_freq_factor,
-            high_freq_factor, original_max_len): waves longer than original/low are slowed by factor, shorter than
-            original/high left alone, between interpolated.
-    Source: RoFormer (arXiv 2104.09864) eq. 15; Llama 3 (arXiv 2407.21783) sec. 3.4.3.
+        scaling: numbers of one of the kinds in `lm/config/rope.py`.
+        max_len: maximum length of a sequence, on which the base of DynamicRope depends.
+    Source: RoFormer (arXiv 2104.09864) eq. 15; Llama 3 (arXiv 2407.21783) sec. 3.4.3; YaRN (arXiv 2309.00071) sec. 3.
     """
+    rope = rope_kind(scaling)
+    if isinstance(rope, DynamicRope):
+        theta = dynamic_theta(theta, rope, head_dim, max_len)
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if not scaling:
-        return frequencies
-    if len(scaling) == 1:
-        return frequencies / scaling[0]
-    factor, low, high, original = scaling
-    turns = original * frequencies / (2 * math.pi)
-    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    match rope:
+        case LinearRope(factor):
+            return frequencies / factor
+        case Llama3Rope(factor, low, high, original):
+            turns = original * frequencies / (2 * math.pi)
+            keep = jnp.clip((turns - low) / (high - low), 0, 1)
+        case YarnRope(factor):
+            first, last = _yarn_range(rope, head_dim, theta)
+            keep = 1 - jnp.clip((jnp.arange(head_dim // 2) - first) / (last - first), 0, 1)
+        case _:
+            return frequencies
     return frequencies * (keep + (1 - keep) / factor)
 
 
+def _yarn_range(rope: YarnRope, head_dim: int, theta: float) -> tuple[float, float]:
+    """The pairs of dimensions between which YaRN goes over from keeping to dividing: those with beta_fast and beta_slow turns."""
+
+    def pair(turns: float) -> float:
+        return head_dim * math.log(rope.original_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    return first, last + 1e-3 if first == last else last
+
+
+def rope_attention_factor(scaling: tuple[float, ...]) -> float:
+    """Multiplier of rotated queries and keys: that of YaRN, else 1."""
+    rope = rope_kind(scaling)
+    return rope.attention_factor or yarn_attention_factor(rope.factor) if isinstance(rope, YarnRope) else 1.0
+
+
 def rope_angles(
-    positions: Int[Array, "B T"], frequencies: Float[Array, " half"]
+    positions: Int[Array, "B T"], frequencies: Float[Array, " half"], factor: float = 1.0
 ) -> tuple[Float[Array, "B 1 T half"], Float[Array, "B 1 T half"]]:
-    """cos and sin of the RoPE angles at every position, float32, shared by all heads."""
+    """cos and sin of the RoPE angles at every position, times `factor`, float32, shared by all heads."""
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def rotate(x: Float[Array, "B H T K"], angles: tuple[Array, Array]) -> Float[Array, "B H T K"]:

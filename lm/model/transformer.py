@@ -17,7 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Layer, Model
-from lm.model.attention import attend, attention_mask, attention_of, rope_angles, rope_frequencies
+from lm.model.attention import (
+    attend,
+    attention_mask,
+    attention_of,
+    rope_angles,
+    rope_attention_factor,
+    rope_frequencies,
+)
 from lm.model.block import Block
 from lm.model.linear import Embedding, Linear, project
 from lm.model.norm import Norm
@@ -226,7 +233,9 @@ class Transformer(nnx.Module):
         return x if scale == 1 else x * jnp.asarray(scale, dtype)
 
     def _angles(self, positions: Int[Array, "B T"], layer: Layer) -> tuple[Array, Array]:
-        return rope_angles(positions, rope_frequencies(self.config.head_dim, layer.rope_theta, layer.rope_scaling))
+        c, scaling = self.config, layer.rope_scaling
+        frequencies = rope_frequencies(c.head_dim, layer.rope_theta, scaling, c.max_len)
+        return rope_angles(positions, frequencies, rope_attention_factor(scaling))
 
 
 def _scan_layers(

@@ -76,7 +76,26 @@ CONFIGS = {
     "softcaps": ({"attn_logit_softcapping": 50.0}, "does not know attn_logit_softcapping 50.0"),
     "multipliers": ({"embedding_multiplier": 12.0, "logits_scaling": 8}, "embedding_multiplier 12.0, logits_scaling 8"),
     "scales": ({"quantization_config": {"quant_method": "fp8"}}, "does not know quantization_config"),
-    "other rope": ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope scaling 'yarn'"),
+    "other rope": (
+        {"rope_scaling": {"type": "longrope", "factor": 4.0}, "rope_parameters": None},
+        "rope scaling 'longrope'",
+    ),
+    "half a yarn": ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "rope type yarn lacks factor"),
+    "odd yarn": (
+        {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 3}, "rope_parameters": None},
+        "truncate is 3; it should be true or false",
+    ),
+    "yarn backwards": (
+        {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0.5}, "rope_parameters": None},
+        "beta_slow should be above 0 and not above beta_fast",
+    ),
+    "two original lengths": (
+        {
+            "rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 8},
+            "rope_parameters": None,
+        },
+        "rope type dynamic has original_max_position_embeddings 8; it should be max_position_embeddings",
+    ),
     "half a rope": (
         {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         "llama3 lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from lm.experiment import Layer, Model, Pretrain, UserError
+from lm.experiment import DynamicRope, Layer, Llama3Rope, Model, Pretrain, UserError, YarnRope
 from lm.interop import hf
 from lm.interop.config import read_config
 from lm.interop.export import write
@@ -136,12 +137,12 @@ GEMMA = {
 SMALL = Model(num_layers=3, embed_dim=32, head_dim=8, mlp_dim=48, max_len=64)
 MEMBERS = {
     "qwen3": {},
-    "llama": {"qk_norm": False, "tied_head": False, "rope_scaling": (8.0, 1.0, 4.0, 64.0), "qkv_bias": True,
+    "llama": {"qk_norm": False, "tied_head": False, "rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 64.0), "qkv_bias": True,
               "output_bias": True, "mlp_bias": True},
     "mistral": {"qk_norm": False, "window": 5},
     "phi3": {"qk_norm": False, "tied_head": False, "window": 5},
-    "qwen2": {"qk_norm": False, "qkv_bias": True, "rope_scaling": (4.0,)},
-    "olmo2": {"qk_norm_of": "heads", "norms": "post"},
+    "qwen2": {"qk_norm": False, "qkv_bias": True, "rope_scaling": YarnRope(4.0, 32.0, attention_factor=1.1, truncate=0.0)},
+    "olmo2": {"qk_norm_of": "heads", "norms": "post", "rope_scaling": DynamicRope(2.0, 64.0)},
     "gemma2": GEMMA,
     "gemma3_text": GEMMA | {
         "qk_norm": True, "pattern": (Layer(window=6), Layer(rope_theta=1e6, rope_scaling=(8.0,))), "final_softcap": 0.0,
@@ -159,6 +160,21 @@ def test_a_member_of_each_family_is_written_as_such_and_read_as_it_was(tmp_path,
     assert again.config == config
     for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_phi3_has_the_tensors_of_llama_in_fewer(tmp_path):
+    """Queries, keys and values stand one behind another in one tensor, gate and up projection in another."""
+    config = dataclasses.replace(SMALL, qk_norm=False, num_heads=4, num_kv_heads=2)
+    model = jax.jit(lambda: Transformer(config, 96, jax.random.key(0)))()
+    for family in ("llama", "phi3"):
+        write(model, tmp_path / family, family)
+    llama, phi3 = (load_file(tmp_path / family / "model.safetensors") for family in ("llama", "phi3"))
+    fused = {"self_attn.qkv_proj": ("self_attn", "qkv"), "mlp.gate_up_proj": ("mlp", ("gate", "up"))}
+    for layer in range(config.num_layers):
+        for whole, (part, names) in fused.items():
+            pieces = [llama.pop(f"model.layers.{layer}.{part}.{name}_proj.weight") for name in names]
+            np.testing.assert_array_equal(phi3.pop(f"model.layers.{layer}.{whole}.weight"), np.concatenate(pieces))
+    assert llama.keys() == phi3.keys()
 
 
 NOWHERE = [{"window": 8, "qk_norm": True}, {"softcap": 30.0}, {"gated_mlp": False}, {"embed_scale": 3.0}]

@@ -1,0 +1,79 @@
+"""RoPE scaling: frequencies and attention factors are those of transformers."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lm.experiment import DynamicRope
+from lm.interop.config import read_config
+from lm.model.attention import rope_attention_factor, rope_frequencies
+from lm.model.transformer import Transformer
+from tests.helpers import tiny_model
+
+CONFIG = {
+    "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16,
+    "intermediate_size": 32, "vocab_size": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+# rope_scaling of config.json, max_position_embeddings, model.max_len; frequencies for head_dim 16 and attention factor,
+# computed with transformers 5.24.0 for a sequence of model.max_len tokens
+GOLDEN = {
+    "linear": (
+        {"rope_type": "linear", "factor": 4.0}, 32, 32,
+        [0.25, 0.07905694, 0.025, 0.007905695, 0.0025, 0.0007905695, 0.00025, 7.905695e-05], 1,
+    ),
+    "dynamic NTK, within the original length": (
+        {"rope_type": "dynamic", "factor": 4.0}, 32, 32,
+        [1, 0.3162278, 0.1, 0.03162278, 0.01, 0.003162278, 0.001, 0.0003162278], 1,
+    ),
+    "dynamic NTK, beyond the original length": (
+        {"type": "dynamic", "factor": 4.0}, 32, 80,
+        [1, 0.2394813, 0.05735132, 0.01373457, 0.003289174, 0.0007876958, 0.0001886385, 4.517539e-05], 1,
+    ),
+    "llama3": (
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}, 256, 256,
+        [1, 0.2443846, 0.01304226, 0.003952847, 0.00125, 0.0003952847, 0.000125, 3.952847e-05], 1,
+    ),
+    "yarn": (
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256, 256,
+        [1, 0.2371708, 0.05, 0.007905695, 0.0025, 0.0007905695, 0.00025, 7.905695e-05], 1.138629,
+    ),
+    "YaRN, not truncated": (
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False, "beta_fast": 16, "beta_slow": 2}, 256, 256,
+        [1, 0.120534, 0.0125, 0.003952847, 0.00125, 0.0003952847, 0.000125, 3.952847e-05], 1.207944,
+    ),
+    "YaRN, attention factor given": (
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.9}, 256, 256,
+        [1, 0.2569351, 0.0625, 0.01383497, 0.0025, 0.0007905695, 0.00025, 7.905695e-05], 0.9,
+    ),
+    "YaRN, mscale": (
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.707, "mscale_all_dim": 1.0}, 256, 256,
+        [1, 0.2134537, 0.035, 0.0007905695, 0.00025, 7.905695e-05, 2.5e-05, 7.905694e-06], 0.9210424,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_frequencies_and_attention_factor(case):
+    rope, original, longest, frequencies, factor = GOLDEN[case]
+    model, _ = read_config(CONFIG | {"rope_scaling": rope, "max_position_embeddings": original})
+    model = dataclasses.replace(model, max_len=longest)
+    found = rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling, model.max_len)
+    np.testing.assert_allclose(found, frequencies, rtol=1e-6)
+    assert rope_attention_factor(model.rope_scaling) == pytest.approx(factor, rel=1e-6)
+
+
+def test_dynamic_scaling_gives_a_token_the_same_logits_packed_cached_and_alone():
+    """Beyond the original length, too: the frequencies follow from model.max_len and not from the row."""
+    model = tiny_model(max_len=48, rope_scaling=DynamicRope(4.0, 16.0))
+    ids = jax.random.randint(jax.random.key(1), (1, 40), 0, model.vocab_size)
+    places, one = np.arange(40)[None], np.ones((1, 40), np.int32)
+    forward, extend = jax.jit(Transformer.__call__), jax.jit(Transformer.extend)
+    packed = forward(model, ids, np.where(places < 12, places, places - 12), np.where(places < 12, 1, 2))[:, 12:]
+    alone = forward(model, ids[:, 12:], places[:, :28], one[:, :28])
+    np.testing.assert_allclose(packed, alone, atol=1e-5)
+    cache, whole = model.empty_cache(1, 40), forward(model, ids, places, one)
+    for start, end in ((0, 20), (20, 40)):
+        hidden, cache = extend(model, cache, start, ids[:, start:end], places[:, start:end], one[:, start:end])
+        np.testing.assert_allclose(model.logits(hidden), whole[:, start:end], atol=1e-5)
