@@ -189,10 +189,18 @@ def _conversation(value: Any) -> Any:
     if isinstance(value, str):
         value = _turns_or_text(value)
     if isinstance(value, Mapping):
-        value = [value]
+        value = _listed(value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         return value
     return [_turn(turn) for turn in value if turn is not None]
+
+
+def _listed(turns: Mapping[str, Any]) -> list[Any]:
+    """A turn as a list of one; lists of roles and of contents, as the datasets library may save turns, as turns."""
+    lists = {name: values for name, values in turns.items() if isinstance(values, list)}
+    if len(lists) < len(turns) or not {"role", "from"} & set(lists) or len(set(map(len, lists.values()))) != 1:
+        return [turns]
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def _turns_or_text(value: Any) -> Any:

@@ -7,8 +7,6 @@ without random access (gzip, TFDS, other line ends) are unpacked once into the c
 from __future__ import annotations
 
 import codecs
-import contextlib
-import functools
 import gzip
 import os
 import stat
@@ -20,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from lm.data import bad_rows, json_text, tables
+from lm.data import bad_rows, columnar, json_text, tables
 from lm.data.bad_rows import BadRow, Unreadable
+from lm.data.columnar import GROUP
 from lm.data.layouts import READ_COLUMNS
 from lm.experiment import UserError
 
@@ -29,9 +28,9 @@ DOCUMENT = 4_000  # approximate characters of a document cut from a text file
 BLOCK = 1 << 20  # bytes read at once
 SPANS = 1 << 16  # rows whose offsets are held as Python integers at once
 PIECE_BYTES = 2 << 20  # bytes of text in a piece; rows are not split
-PARQUET_ROWS = 256  # parquet rows held as Python values at once
-GROUP = 1 << 32  # offset of a parquet row: group * GROUP + index in the group
+COLUMNAR_ROWS = 256  # Parquet or Arrow rows held as Python values at once
 BOM = codecs.BOM_UTF8
+POINTER, LARGEST_POINTER = b"version https://git-lfs", 1024  # of Git LFS; bytes
 
 
 Row = dict[str, Any]
@@ -122,18 +121,20 @@ def why_not_a_file(path: str) -> str | None:
         kinds = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
         what = next((name for check, name in kinds if check(mode)), "a device")
         return f"{path}: is {what}, not a file; a source must be readable more than once"
-    return None if os.access(file, os.R_OK) else f"{path}: cannot be read: Permission denied"
+    if not os.access(file, os.R_OK):
+        return f"{path}: cannot be read: Permission denied"
+    if stat.S_ISREG(mode) and file.stat().st_size < LARGEST_POINTER and file.read_bytes().startswith(POINTER):
+        return f"{path}: is a pointer of Git LFS; fetch the file itself (git lfs pull)"
+    return None
 
 
 def cuts(spans: Spans, kind: str) -> Iterator[tuple[int, int]]:
-    """Row ranges (start, stop) of pieces of about PIECE_BYTES; a parquet row group is not split."""
-    start = 0
-    if kind == ".parquet":
-        ends = [*(np.flatnonzero(np.diff(spans[:, 0] // GROUP)) + 1).tolist(), len(spans)]
-    else:
-        done = np.cumsum(spans[:, 1])
-        ends = [*(np.flatnonzero(np.diff(done // PIECE_BYTES)) + 1).tolist(), len(spans)]
-    for end in ends:
+    """Row ranges (start, stop) of pieces of about PIECE_BYTES; a Parquet row group is not split."""
+    start, done = 0, np.cumsum(spans[:, 1])
+    last = np.flatnonzero(np.diff(spans[:, 0] // GROUP)) if kind == ".parquet" else np.arange(len(spans) - 1)
+    last = np.append(last, len(spans) - 1)[: len(spans)]  # rows after which a piece may end
+    full = np.diff(done[last] // PIECE_BYTES, prepend=0) > 0
+    for end in [*(last[full] + 1).tolist(), len(spans)]:
         if end > start:
             yield start, end
             start = end
@@ -162,6 +163,9 @@ def _cut(texts: Iterable[str], size: int) -> Iterator[str]:
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
+    if file.name.endswith((".gz", ".zst")):
+        yield from _unzipped(str(file), file)
+        return
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):
             yield block
@@ -288,93 +292,59 @@ def _parse(line: bytes, where: str, columns: Container[str]) -> Row:
 
 
 def _unzipped(name: str, file: Path) -> Iterator[bytes]:
-    number = 0
+    """The bytes of a file that gzip or zstandard has packed, about a block at a time."""
+    done = 0
     try:
-        with gzip.open(file, "rb") as stream:
-            lines: list[bytes] = []
-            for line in stream:
-                number += 1
-                lines.append(line)
-                if len(lines) >= 256:
-                    yield b"".join(lines)
-                    lines = []
-            yield b"".join(lines)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{name}: not a whole gzip file, broken after line {number} ({error})") from error
-
-
-def _parquet(name: str, file: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    with _damaged(name, "not a parquet file"):
-        return pyarrow.parquet.ParquetFile(file)
-
-
-@contextlib.contextmanager
-def _damaged(name: str, what: str) -> Iterator[None]:
-    """Context that turns pyarrow's error on a damaged file into one line."""
-    import pyarrow
-
-    try:
-        yield
+        with gzip.open(file, "rb") if file.name.endswith(".gz") else _zstandard(file) as stream:
+            while block := stream.read(BLOCK):
+                done += block.count(b"\n")
+                yield block
     except FileNotFoundError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise UserError(f"{name}: {what} ({' '.join(str(error).split()):.150})") from error
+    except (EOFError, zlib.error, OSError) as error:
+        kind = "gzip" if file.name.endswith(".gz") else "zstandard"
+        raise UserError(f"{name}: not a whole {kind} file, broken after line {done} ({error})") from error
 
 
-def _locate_parquet(name: str, file: Path) -> Iterator[Spans]:
-    with _damaged(name, "not a whole parquet file"):
-        metadata = _parquet(name, file).metadata
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            spans = np.zeros((group.num_rows, 3), np.int64)
-            spans[:, 0] = number * GROUP + np.arange(group.num_rows)
-            spans[:, 1] = group.total_byte_size // max(1, group.num_rows)
-            yield spans
+def _zstandard(file: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.input_stream(str(file), compression="zstd")
 
 
-@functools.lru_cache(maxsize=2)
-def _row_group(name: str, file: Path, changed: int, number: int) -> Any:
-    with _damaged(name, f"damaged in row group {number}"):
-        return _parquet(name, file).read_row_group(number)
-
-
-def _read_parquet(piece: Piece) -> Iterator[Row]:
+def _read_columnar(piece: Piece) -> Iterator[Row]:
     changed, done = piece.file.stat().st_mtime_ns, 0
-    for start in range(0, len(piece.spans), PARQUET_ROWS):
-        places = piece.spans[start : start + PARQUET_ROWS, 0]
+    left_out = bytes_columns(piece)
+    for start in range(0, len(piece.spans), COLUMNAR_ROWS):
+        places = piece.spans[start : start + COLUMNAR_ROWS, 0]
         for number in np.unique(places // GROUP).tolist():
             within = places[places // GROUP == number] % GROUP
-            table = _row_group(piece.name, piece.file, changed, number).slice(int(within[0]), len(within))
-            yield from _python_rows(table, piece, done)
+            table = columnar.block(piece.name, piece.file, changed, number, left_out)
+            yield from _python_rows(table.slice(int(within[0]), len(within)), piece, done)
             done += len(within)
 
 
+def bytes_columns(piece: Piece) -> tuple[str, ...]:
+    """The columns of images, audio or other bytes of a Parquet or Arrow file, which are not read: no stage reads them."""
+    if piece.kind not in columnar.KINDS:
+        return ()
+    return columnar.bytes_columns(piece.name, piece.file, READ_COLUMNS | names_of(piece.columns).keys())
+
+
 def _python_rows(table: Any, piece: Piece, first: int) -> Iterator[Row]:
-    """Convert a table to rows; an unreadable column that no stage reads is left out."""
-    try:
-        rows = table.to_pylist()
-    except (ValueError, OverflowError, ArithmeticError):
-        rows = None
+    """Convert a table to rows; an unreadable value of a column that no stage reads is left out."""
+    theirs, columns = names_of(piece.columns), columnar.python_columns(table)
     for place in range(len(table)):
-        yield _python_row(table, place, piece, first + place) if rows is None else rows[place]
-
-
-def _python_row(table: Any, place: int, piece: Piece, number: int) -> Row:
-    row: Row = {}
-    for name in table.column_names:
-        try:
-            row[name] = table.column(name)[place].as_py()
-        except (ValueError, OverflowError, ArithmeticError) as error:
-            if names_of(piece.columns).get(name, name) not in READ_COLUMNS:
-                continue
-            bad = BadRow(f"{piece.where(number)}: {name} cannot be read ({error!s:.100})", bad_rows.VALUE)
-            if not piece.drop:
-                raise bad from error
-            return Unreadable(bad, f"{name} {error}")
-    return row
+        row: Row = {name: values[place] for name, values in columns.items()}
+        for name, error in [item for item in row.items() if isinstance(item[1], Exception)]:
+            del row[name]
+            if theirs.get(name, name) in READ_COLUMNS:
+                bad = BadRow(f"{piece.where(first + place)}: {name} cannot be read ({error!s:.100})", bad_rows.VALUE)
+                if not piece.drop:
+                    raise bad from error
+                row = Unreadable(bad, f"{name} {error}")
+                break
+        yield row
 
 
 def _csv(delimiter: str) -> Callable[[str, Path], Iterator[bytes]]:
@@ -384,11 +354,14 @@ def _csv(delimiter: str) -> Callable[[str, Path], Iterator[bytes]]:
 FORMATS = {
     ".txt": Format(_locate_documents, _read_documents, _plain_line_ends, ".txt"),
     ".jsonl": Format(_locate_lines, _read_lines),
-    ".jsonl.gz": Format(_locate_lines, _read_lines, _unzipped),
+    **{
+        kind: Format(_locate_lines, _read_lines, _unzipped)
+        for kind in (".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+    },
     ".json": Format(_locate_rows, _read_lines, tables.json_lines, "unpacked rows"),
-    ".csv": Format(_locate_lines, _read_lines, _csv(",")),
+    **{kind: Format(_locate_lines, _read_lines, _csv(",")) for kind in (".csv", ".csv.gz")},
     ".tsv": Format(_locate_lines, _read_lines, _csv("\t")),
-    ".parquet": Format(_locate_parquet, _read_parquet),
+    **{kind: Format(columnar.locate, _read_columnar) for kind in columnar.KINDS},
     "unpacked rows": Format(_locate_rows, _read_lines),
     "tfds": Format(_locate_rows, _read_lines),
 }

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
+from lm.data import dataset_folder
 from lm.data.order import mixture_shares
 from lm.data.readers import Row
 from lm.data.sources import NOWHERE, Rows, rows_of, split_rows, texts_of, why_missing
@@ -231,7 +232,10 @@ def _content(path: str) -> str:
         return "gen:docs"
     if path.startswith(("gen:", "tfds:")):
         return {"gen:preferences": "gen:instruct"}.get(path, path)
-    return path if "\0" in path else os.path.realpath(os.path.expanduser(path))
+    if "\0" in path:
+        return path
+    found = dataset_folder.find(path)
+    return os.path.realpath(found.name if found else os.path.expanduser(path))
 
 
 def _is_generator(path: str) -> bool:

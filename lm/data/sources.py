@@ -2,7 +2,8 @@
 
 A file is read once from start to end; the offsets of its rows and their places in the split are cached.
 
-Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`, a folder of these, `tfds:NAME/SPLIT`, `gen:NAME`.
+Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, a folder of these, a folder of a data set
+(`lm.data.dataset_folder`), `tfds:NAME/SPLIT`, `gen:NAME`.
 `lm.data.layouts` lists the column layouts that are read; other columns are ignored and named once.
 """
 
@@ -22,9 +23,10 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from jaxtyping import Int64
 
-from lm.data import curriculum, python_docs, readers, tfds_rows
+from lm.data import curriculum, dataset_folder, python_docs, readers, tfds_rows
 from lm.data.bad_rows import Unreadable, with_advice
 from lm.data.cache import Cache, Entry, Writer, current_cache
+from lm.data.columnar import KINDS
 from lm.data.layouts import canonical
 from lm.data.readers import FILES, FORMATS, Piece, Row
 from lm.data.split import TEXT_COLUMNS, Places, canonical_json, split_key, split_place
@@ -66,7 +68,7 @@ class Part:
     @property
     def text_bytes(self) -> int:
         """Approximate size of the unpacked text in bytes."""
-        return int(self.entry.array("spans")[:, 1].sum()) if self.kind == ".parquet" else self.file.stat().st_size
+        return int(self.entry.array("spans")[:, 1].sum()) if self.kind in KINDS else self.file.stat().st_size
 
     def piece(self, start: int, stop: int) -> Piece:
         spans = np.array(self.entry.array("spans")[start:stop])
@@ -147,10 +149,28 @@ def load_rows(path: str, data_dir: str | Path | None = None, columns: tuple[str,
         return _check_columns(_read_tfds(path, data_dir, columns, drop))
     if missing := why_missing(path):
         raise UserError(missing)
-    file = Path(path).expanduser()
-    files, notes = _files(file, path) if file.is_dir() else ([file], ())
-    named = [(str(f), f) for f in files] if file.is_dir() else [(path, file)]
-    return _check_columns(replace(_read_files(named, path, columns, drop), notes=notes))
+    file, found = Path(path).expanduser(), dataset_folder.find(path)
+    if found:
+        for why in filter(None, map(readers.why_not_a_file, map(str, found.files))):
+            raise UserError(why)
+        named = [(str(f), f) for f in found.files]
+        notes: tuple[str, ...] = (
+            (f"the rows of {found.name}; not read: {', '.join(found.others)}",) if found.others else ()
+        )
+    elif file.is_dir():
+        files, notes = _files(file, path)
+        named = [(str(f), f) for f in files]
+    else:
+        named, notes = [(path, file)], ()
+    rows = _read_files(named, path, columns, drop)
+    return _check_columns(replace(rows, notes=(*notes, *rows.notes, *_bytes_notes(rows))))
+
+
+def _bytes_notes(rows: Rows) -> Iterator[str]:
+    """A line on the columns of bytes in the files, which are not read."""
+    empty = (part.piece(0, 0) for part in rows.parts)
+    if names := dict.fromkeys(name for piece in empty for name in readers.bytes_columns(piece)):
+        yield f"columns of images, audio or other bytes are not read: {', '.join(names)}"
 
 
 def rows_of(source: Source) -> Rows:
@@ -335,10 +355,12 @@ def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
             raise UserError(why)
     if not files:
         raise UserError(f"{path}: there is no {', '.join(FILES)} file in this folder")
+    splits = next(iter(dataset_folder.by_files(folder, files).values()), ())
+    said = f"the files are named after splits ({', '.join(splits)}), and all are read; {path}/{next(iter(splits), '')} is one"
     others = [f"{file.name}/" if file.is_dir() else file.name for file in there if file not in files]
     shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     note = f"{len(files)} {'file is' if len(files) == 1 else 'files are'} read; not read: {shown}"
-    return files, (note,) if others else ()
+    return files, (*([said] if len(splits) > 1 else []), *([note] if others else []))
 
 
 def _read_files(files: Sequence[tuple[str, Path]], path: str, columns: tuple[str, ...], drop: bool) -> Rows:
@@ -347,7 +369,12 @@ def _read_files(files: Sequence[tuple[str, Path]], path: str, columns: tuple[str
     with WorkerPool(f"{path}: reading", "rows", sum(file.stat().st_size for _, file in files)) as pool:
         parts = pool.each(lambda named: _read_file(*named, cache, pool, columns, drop), files)
     whole = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
-    return _of_parts(path, parts, parts[0].fingerprint if files[0][0] == path else whole)
+    full = [part for part in parts if len(part)]
+    if not full:
+        raise UserError(f"{path}: {'the file is' if len(files) == 1 else f'all {len(files)} files are'} empty")
+    rows = _of_parts(path, full, parts[0].fingerprint if files[0][0] == path else whole)
+    empty = [part.name for part in parts if not len(part)]
+    return replace(rows, notes=(f"{len(empty)} files have no rows, the first is {empty[0]}",)) if empty else rows
 
 
 def _read_file(name: str, file: Path, cache: Cache, pool: WorkerPool, columns: tuple[str, ...], drop: bool) -> Part:
@@ -389,7 +416,6 @@ def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, pool:
             writer.append("unpacked", np.frombuffer(block, np.uint8))
         packed, file, kind = file, writer.flushed("unpacked"), _kind_unpacked(kind)
         pool.progress.expect(file.stat().st_size - packed.stat().st_size)
-    count = 0
 
     def pieces() -> Iterator[Piece]:
         first = 0
@@ -398,14 +424,12 @@ def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, pool:
                 yield whole._replace(file=file, kind=kind, first=first + low, spans=spans[low:high])
             first += len(spans)
 
-    for piece, found in pool.map(_measure_piece, pieces()):
+    nothing = whole._replace(spans=NO_SPANS), _measure(())  # so that a file without rows has the same arrays
+    for piece, found in itertools.chain([nothing], pool.map(_measure_piece, pieces())):
         writer.append("spans", piece.spans)
         for column, values in zip(Measures._fields, found, strict=True):
             writer.append(column, values)
         pool.progress.advance(piece.text_bytes, len(piece.spans))
-        count += len(piece.spans)
-    if count == 0:
-        raise UserError(f"{name}: the file is empty")
 
 
 def _part(
@@ -454,8 +478,11 @@ def why_missing(path: str) -> str | None:
     if why := readers.why_not_a_file(path):
         return why
     file = Path(path).expanduser()
-    if file.exists():
-        return None
+    try:
+        if file.exists() or dataset_folder.find(path):
+            return None
+    except UserError as error:
+        return str(error)
     if file.is_symlink():
         return f"{path}: is a link to {os.readlink(file)}, which is not there"
     if not file.parent.is_dir():

@@ -97,15 +97,21 @@ def _header(name: str, record: list[str], delimiter: str) -> list[str]:
 
 
 def json_lines(name: str, file: Path) -> Iterator[bytes]:
-    """Convert a JSON list of objects, or the one such list of a JSON object, to JSON lines. Reads the whole file."""
+    """Convert a JSON list of objects, or the one such list of a JSON object, to JSON lines. Reads the whole file.
+
+    A file of one object a line, which repositories of data sets call `.json` too, is copied.
+    """
+    if _has_lines(file):
+        with file.open("rb") as stream:
+            yield from stream
+        return
     twice: json_text.Twice = {}
     try:
         value = json_text.loads(file.read_bytes().decode("utf-8-sig"), twice)
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv") from error
     except ValueError as error:
-        more = "; a file of one object a line is called .jsonl" if "Extra data" in str(error) else ""
-        raise UserError(f"{name}: not valid JSON ({error!s:.150}){more}") from error
+        raise UserError(f"{name}: not valid JSON ({error!s:.150})") from error
     for number, row in enumerate(_rows_in(name, value)):
         if isinstance(row, dict) and (key := json_text.key_twice(row, twice, READ_COLUMNS)) is not None:
             yield bad_line(f"the key {key!r:.40} appears twice in one object", bad_rows.JSON)
@@ -115,6 +121,19 @@ def json_lines(name: str, file: Path) -> Iterator[bytes]:
             yield bad_line(
                 f"every item must be a JSON object, found {json.dumps(row):.40} as item {number}", bad_rows.JSON
             )
+
+
+def _has_lines(file: Path) -> bool:
+    """Whether the file's first line is a whole JSON object, with more behind it."""
+    with file.open("rb") as stream:
+        first, more = (
+            next((line for line in stream if not line.isspace()), b""),
+            any(not line.isspace() for line in stream),
+        )
+    try:
+        return more and isinstance(json_text.loads(first.decode("utf-8-sig")), dict)
+    except ValueError:
+        return False
 
 
 def _rows_in(name: str, value: Any) -> list[Any]:

@@ -304,7 +304,7 @@ def test_tables_and_lists_are_read_with_their_lines(tmp_path, tokenizer):
         ("e.csv", "a;b\n1;2\n", "the header has no ','"),
         ("f.csv", "a,a\n1,2\n", "the column 'a' twice"),
         ("g.json", '{"a": 1}', "a .json source is a list of objects"),
-        ("h.json", '{"text": "a"}\n{"text": "b"}\n', "one object a line is called .jsonl"),
+        ("h.json", '{"text": "a"} {"text": "b"}\n', r"not valid JSON \(Extra data"),
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=words):

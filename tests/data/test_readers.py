@@ -76,7 +76,8 @@ def test_parquet_is_read_by_row_group(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet as parquet
 
-    monkeypatch.setattr(readers, "PARQUET_ROWS", 3)
+    monkeypatch.setattr(readers, "COLUMNAR_ROWS", 3)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 1)
     rows = [{"text": f"row {i}"} for i in range(100)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=8)
     loaded = load_rows(str(tmp_path / "a.parquet"))

@@ -1,0 +1,187 @@
+"""Parquet and Arrow files: blocks of rows (row groups, record batches), and their columns as Python values."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from lm.data import json_text
+from lm.experiment import UserError
+
+KINDS = (".parquet", ".arrow")
+GROUP = 1 << 32  # offset of a row: number of its block * GROUP + index in the block
+UNREADABLE = (ValueError, OverflowError, ArithmeticError, NotImplementedError)  # what pyarrow raises for a single value
+LIBRARY = b"huggingface"  # key of the schema's metadata under which the datasets library describes the columns
+
+AT_ONCE = 1 << 16  # rows located at the same time, or those of a block
+
+Spans = Int64[np.ndarray, "N 3"]
+Converter = Callable[[Any], Any]
+
+
+@contextlib.contextmanager
+def _damaged(name: str, what: str) -> Iterator[None]:
+    """Context that turns pyarrow's error on a damaged file into one line."""
+    import pyarrow
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise UserError(f"{name}: {what} ({' '.join(str(error).split()):.150})") from error
+
+
+def _parquet(name: str, file: Path) -> Any:
+    import pyarrow.parquet
+
+    with _damaged(name, "not a parquet file"):
+        return pyarrow.parquet.ParquetFile(file)
+
+
+@functools.lru_cache(maxsize=2)
+def _batches(name: str, file: Path, changed: int) -> tuple[Any, list[Any]]:
+    """The schema and record batches of an Arrow file or stream, mapped into memory; compressed ones are unpacked."""
+    import pyarrow
+
+    with _damaged(name, "not a whole Arrow file"):
+        source = pyarrow.memory_map(str(file))
+        try:
+            found = pyarrow.ipc.open_file(source)
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            stream = pyarrow.ipc.open_stream(source)
+            return stream.schema, list(stream)
+        return found.schema, [found.get_batch(number) for number in range(found.num_record_batches)]
+
+
+def schema_of(name: str, file: Path) -> Any:
+    """The file's Arrow schema. Raises UserError for a damaged file, or a column that appears twice."""
+    if file.name.endswith(".parquet"):
+        schema = _parquet(name, file).schema_arrow
+    else:
+        schema = _batches(name, file, file.stat().st_mtime_ns)[0]
+    if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
+        raise UserError(f"{name}: the column {twice[0]!r:.60} appears twice")
+    return schema
+
+
+def locate(name: str, file: Path) -> Iterator[Spans]:
+    """The spans of the rows: place, average size in bytes, and no line."""
+    schema_of(name, file)
+    with _damaged(name, "not a whole parquet file"):
+        if file.name.endswith(".parquet"):
+            metadata = _parquet(name, file).metadata
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            blocks = [(group.num_rows, group.total_byte_size) for group in groups]
+        else:
+            blocks = [(len(one), one.nbytes) for one in _batches(name, file, file.stat().st_mtime_ns)[1]]
+    many, waiting = list[np.ndarray](), 0
+    for number, (rows, size) in enumerate(blocks):
+        spans = np.zeros((rows, 3), np.int64)
+        spans[:, 0] = number * GROUP + np.arange(rows)
+        spans[:, 1] = size // max(1, rows)
+        many.append(spans)
+        waiting += rows
+        if waiting >= AT_ONCE or number == len(blocks) - 1:
+            yield np.concatenate(many)
+            many, waiting = [], 0
+
+
+@functools.lru_cache(maxsize=2)
+def block(name: str, file: Path, changed: int, number: int, left_out: tuple[str, ...] = ()) -> Any:
+    """A row group or record batch as a table without some columns; `changed` is the file's time of change."""
+    if file.name.endswith(".parquet"):
+        with _damaged(name, f"damaged in row group {number}"):
+            opened = _parquet(name, file)
+            kept = [column for column in opened.schema_arrow.names if column not in left_out]
+            return opened.read_row_group(number, columns=kept if left_out else None)
+    import pyarrow
+
+    return pyarrow.Table.from_batches([_batches(name, file, changed)[1][number]]).drop_columns(list(left_out))
+
+
+def bytes_columns(name: str, file: Path, named: Container[str]) -> tuple[str, ...]:
+    """The columns of images, audio or other bytes, unless they are among the names."""
+    return tuple(one.name for one in schema_of(name, file) if one.name not in named and _has_bytes(one.type))
+
+
+def _has_bytes(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return True
+    inner = [kind.field(number).type for number in range(kind.num_fields)] if types.is_nested(kind) else []
+    return any(map(_has_bytes, inner))
+
+
+def python_columns(table: Any) -> dict[str, list[Any]]:
+    """The values of each column; in place of one that cannot be read stands the exception that says why.
+
+    A null field of a struct is left out: Arrow cannot tell it from one that the row did not have (`content` stays). What the datasets library has
+    noted is followed: JSON kept as text is parsed, a class of a ClassLabel becomes its name (but for `label`, a flag).
+    """
+    features = _features(table.schema)
+    return {
+        name: _values(column, _converter(column.type, features.get(name), name == "label"))
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+
+
+def _values(column: Any, convert: Converter | None) -> list[Any]:
+    def value(one: Any) -> Any:
+        try:
+            return convert(one.as_py()) if convert else one.as_py()
+        except UNREADABLE as error:
+            return error
+
+    try:
+        values = column.to_pylist()
+        return values if convert is None else list(map(convert, values))
+    except UNREADABLE:
+        return list(map(value, column))
+
+
+def _features(schema: Any) -> Mapping[str, Any]:
+    """What the datasets library has noted of the columns; empty where it has not."""
+    try:
+        features = json.loads((schema.metadata or {}).get(LIBRARY, b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _converter(kind: Any, feature: Any, as_flag: bool = False) -> Converter | None:
+    """What turns a value of pyarrow's into that of a JSON row; None where it is the same."""
+    import pyarrow
+    import pyarrow.types as types
+
+    noted = feature if isinstance(feature, dict) else {}
+    if noted.get("_type") == "Json" or isinstance(kind, getattr(pyarrow, "JsonType", ())):
+        return lambda value: json_text.loads(value) if isinstance(value, str) else value
+    if noted.get("_type") == "ClassLabel" and isinstance(noted.get("names"), list) and not as_flag:
+        names = dict(enumerate(noted["names"]))
+        return lambda value: names.get(value) if isinstance(value, int) else value
+    if types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        of_field = {field.name: _converter(field.type, noted.get(field.name)) for field in fields}
+        return functools.partial(_struct, of_field)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = noted.get("feature") if noted else feature[0] if isinstance(feature, list) and feature else None
+        of_item = _converter(kind.value_type, inner)
+        return of_item and (lambda values: None if values is None else [of_item(value) for value in values])
+    return None
+
+
+def _struct(of_field: Mapping[str, Converter | None], value: Any) -> Any:
+    if value is None:
+        return None
+    kept = ((name, item) for name, item in value.items() if item is not None or name == "content")
+    return {name: convert(item) if (convert := of_field[name]) else item for name, item in kept}

@@ -1,0 +1,292 @@
+"""Folders of data sets: which files are the rows of a split, as Hugging Face's datasets library and its repositories have them.
+
+FOLDER, FOLDER/SPLIT, FOLDER/CONFIG and FOLDER/CONFIG/SPLIT name rows. A folder says what it holds by `dataset_dict.json`,
+`state.json`, the `configs` of its README, or by the names of its files (`data/train-00000-of-00002.parquet`).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lm.data.readers import kind_of
+from lm.experiment import UserError
+
+TRAIN, DEFAULT = "train", "default"
+KEYWORDS = {
+    "train": TRAIN, "training": TRAIN, "validation": "validation", "valid": "validation", "dev": "validation",
+    "val": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
+SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
+WORD_ENDS = re.compile(r"[-._ 0-9]+")
+DICT, STATE, INFO, INFOS, README = (
+    "dataset_dict.json",
+    "state.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "README.md",
+)
+NO_ROWS = (DICT, STATE, INFO, INFOS, "config.json")
+LARGEST_README = 1 << 22  # bytes
+SHOWN = 8  # names in a message
+
+Splits = Mapping[str, Sequence[Path]]
+
+
+class Found(NamedTuple):
+    """The files of a split. `name` is the same however the split was spelt; `others` are the folder's other splits."""
+
+    name: str
+    files: Sequence[Path]
+    others: Sequence[str]
+
+
+class Configs(NamedTuple):
+    """The splits of each config of a data set, and the config that is meant where none is named; "" if none is."""
+
+    splits: Mapping[str, Splits]
+    default: str
+
+    @classmethod
+    def of(cls, splits: Mapping[str, Splits], marked: str = "") -> Configs:
+        """With the default that is marked, or is called so, or is the only one."""
+        only = next(iter(splits)) if len(splits) == 1 else ""
+        return cls(splits, marked or only or (DEFAULT if DEFAULT in splits else ""))
+
+
+def find(path: str) -> Found | None:
+    """The files that the path of a source names; None where it is no folder of a data set, nor in one.
+
+    Raises:
+        UserError: the folder has no such split, or several and none that is meant by itself, or lacks files.
+    """
+    whole = Path(os.path.expanduser(path))
+    there = os.path.isdir(whole)
+    if os.path.isfile(whole) or (kind_of(whole) and not there):
+        return None
+    for depth in (2, 1, 0):
+        folder, names = whole, list[str]()
+        for _ in range(depth):
+            folder, names = folder.parent, [folder.name, *names]
+        if not os.path.isdir(folder):
+            continue
+        configs, certain = _declared(folder, path), True
+        if configs is None and (depth == 0 or not there):
+            configs, certain = _by_names(folder, depth)
+        chosen = _chosen(configs, names) if configs else None
+        if configs and chosen:
+            return _found(folder, configs, *chosen)
+        if configs and (depth == 0 or (certain and not there and (depth == 1 or names[0] in configs.splits))):
+            raise UserError(f"{path}: {_what_there_is(folder, configs, names)}")
+    return None
+
+
+def _found(folder: Path, configs: Configs, config: str, split: str) -> Found:
+    files = configs.splits[config][split]
+    name = "/".join([str(folder), *([config] if len(configs.splits) > 1 else []), split])
+    if not files:
+        raise UserError(f"{name}: the folder has no file of this split; fetch the data set again")
+    _check_shards(files)
+    return Found(name, files, [other for other in configs.splits[config] if other != split])
+
+
+def _chosen(configs: Configs, names: Sequence[str]) -> tuple[str, str] | None:
+    """The config and split that the names behind the folder mean; None where they mean none, or could mean several."""
+    config, *rest = names if names and names[0] in configs.splits else [configs.default, *names]
+    splits = list(configs.splits.get(config, ()))
+    meant = rest or ([TRAIN] if TRAIN in splits else splits)
+    return (config, meant[0]) if len(meant) == 1 and meant[0] in splits else None
+
+
+def _what_there_is(folder: Path, configs: Configs, names: Sequence[str]) -> str:
+    asked = f"there is no {'/'.join(names)} in {folder}" if names else "it has several parts"
+    config = names[0] if names and names[0] in configs.splits else configs.default
+    kind, there = ("splits", list(configs.splits[config])) if config else ("configs", list(configs.splits))
+    begun = f"{folder}/{config}" if config and len(configs.splits) > 1 else folder
+    return f"{asked}; the {kind} are {', '.join(there[:SHOWN])}: name one, as {begun}/{there[0]}"
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Raise UserError where a file is one of several, as `train-00001-of-00005.parquet` is, that are not all there."""
+    shards = {(file.parent, match[1], match[3]) for file in files if (match := NUMBERED.match(file.name))}
+    for folder, begun, count in sorted(shards):
+        matches = [match for file in folder.iterdir() if (match := NUMBERED.match(file.name))]
+        there = {match[2] for match in matches if (match[1], match[3]) == (begun, count)}
+        if missing := sorted({f"{number:05}" for number in range(int(count))} - there):
+            raise UserError(
+                f"{folder}: {len(missing)} of {int(count)} files are missing, the first {begun}-{missing[0]}-of-{count}; fetch "
+                "the data set again"
+            )
+
+
+# ---- what a folder says itself ----------------------------------------------------------------------------------------
+
+
+def _declared(folder: Path, path: str) -> Configs | None:
+    """What the folder's own files declare; None where there are no such files."""
+    if (folder / DICT).is_file():
+        names = _json(folder / DICT, path).get("splits")
+        if not isinstance(names, list) or not all(isinstance(name, str) and _is_inside(name) for name in names):
+            raise UserError(f"{path}: {folder / DICT} must list the names of the splits")
+        return Configs.of({DEFAULT: {name: _saved(folder / name, path)[1] for name in names}})
+    if (folder / STATE).is_file():
+        split, files = _saved(folder, path)
+        return Configs.of({DEFAULT: {split: files}})
+    configs = _front_matter(folder).get("configs")
+    if not isinstance(configs, list) or not all(isinstance(one, dict) and one.get("config_name") for one in configs):
+        return None
+    marked = [str(one["config_name"]) for one in configs if one.get("default")]
+    return Configs.of({str(one["config_name"]): _of_config(folder, one, path) for one in configs}, *marked[:1])
+
+
+def _saved(folder: Path, path: str) -> tuple[str, list[Path]]:
+    """The split and the files of a data set that the library saved into the folder."""
+    state = _json(folder / STATE, path)
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"{path}: {folder} holds a selection of rows by their numbers; flatten_indices() before save_to_disk"
+        )
+    files = [one.get("filename") if isinstance(one, dict) else None for one in state.get("_data_files") or ()]
+    if not files or not all(isinstance(name, str) and _is_inside(name) for name in files):
+        raise UserError(f"{path}: {folder / STATE} must list the files of the data set, and none outside its folder")
+    for name in files:
+        if not (folder / str(name)).is_file():
+            raise UserError(f"{path}: {folder / str(name)} is missing; save or copy the data set again")
+    return str(state.get("_split") or TRAIN), [folder / str(name) for name in files]
+
+
+def _of_config(folder: Path, config: Mapping[str, Any], path: str) -> Splits:
+    """The splits of one of the README's configs."""
+    inside, given = str(config.get("data_dir") or "."), config.get("data_files")
+    if not _is_inside(inside):
+        raise UserError(f"{path}: {folder / README}: data_dir {inside!r:.80} is outside of this folder")
+    if given is None:
+        return next(iter(by_files(folder / inside, _files_below(folder / inside)).values()), {})
+    listed = given if isinstance(given, list) else [given]
+    if isinstance(given, dict):
+        listed = [{"split": split, "path": paths} for split, paths in given.items()]
+    splits: dict[str, list[Path]] = {}
+    for one in listed:
+        split, paths = (one.get("split"), one.get("path")) if isinstance(one, dict) else (TRAIN, one)
+        for pattern in paths if isinstance(paths, list) else [paths]:
+            if not isinstance(pattern, str) or not _is_inside(pattern):
+                raise UserError(f"{path}: {folder / README}: data_files {pattern!r:.80} names no files of this folder")
+            matches = sorted(glob.glob(str(Path(inside) / pattern), root_dir=folder, recursive=True))
+            splits.setdefault(str(split), []).extend(file for match in matches for file in _files_at(folder / match))
+    return splits
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """The YAML at the top of the README; empty where there is none."""
+    file = folder / README
+    if not file.is_file() or file.stat().st_size > LARGEST_README:
+        return {}
+    parts = re.split(r"^---\s*$", file.read_text("utf-8", errors="replace"), maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip("\ufeff \n"):
+        return {}
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError:  # a README may begin with a line and have another
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _json(file: Path, path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: {file} is missing; save or copy the data set again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {file} cannot be read: {error!s:.120}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name or pattern stays in its folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and "://" not in name
+
+
+# ---- what the names of files say --------------------------------------------------------------------------------------
+
+
+def _by_names(folder: Path, depth: int) -> tuple[Configs | None, bool]:
+    """What the names of files and folders tell, and whether the folder is a data set for certain.
+
+    A folder with files in it whose names are not those of shards, and without a word on a data set beside them, is a folder of
+    files: its splits are those that somebody names (`depth` 1).
+    """
+    direct, inside = ([file for file in sorted(one.glob("*")) if _has_rows(file)] for one in (folder, folder / "data"))
+    certain = (
+        any((folder / name).is_file() for name in (INFO, INFOS))
+        or "dataset_info" in _front_matter(folder)
+        or any(SHARD.fullmatch(file.name) for file in (*direct, *inside))
+    )
+    if certain or (depth == 0 and not direct):
+        files = _files_below(folder)
+        found = by_files(folder, files) or ({DEFAULT: {TRAIN: files}} if files else {})
+    else:
+        found = by_files(folder, direct or inside) if depth == 1 else {}
+    return (Configs.of(found) if found else None), certain
+
+
+def by_files(folder: Path, files: Sequence[Path]) -> dict[str, Splits]:
+    """The splits that the files' names and folders tell, by the datasets library's rules; empty where they tell none."""
+    for split_of in (_split_of_shard, _split_of_folders, _split_of_name):
+        found: dict[str, dict[str, list[Path]]] = {}
+        for file in files:
+            if split := split_of(file.relative_to(folder)):
+                found.setdefault(_config_of(file.relative_to(folder)), {}).setdefault(split, []).append(file)
+        if found:
+            return dict(found)
+    return {}
+
+
+def _config_of(file: Path) -> str:
+    """The folders that a file lies in, without those that name its split."""
+    return "/".join(part for part in file.parts[:-1] if part != "data" and not _keyword(part)) or DEFAULT
+
+
+def _split_of_shard(file: Path) -> str:
+    shard = SHARD.fullmatch(file.name)
+    return shard[1] if shard else ""
+
+
+def _split_of_folders(file: Path) -> str:
+    return next((split for part in file.parts[:-1] if (split := _keyword(part))), "")
+
+
+def _split_of_name(file: Path) -> str:
+    return _keyword(file.name)
+
+
+def _keyword(name: str) -> str:
+    """The split that a word of the name means; the first of train, validation, test."""
+    meant = {KEYWORDS[word] for word in WORD_ENDS.split(name) if word in KEYWORDS}
+    return next((split for split in dict.fromkeys(KEYWORDS.values()) if split in meant), "")
+
+
+def _files_at(path: Path) -> list[Path]:
+    """The file with rows at a path, or those below it."""
+    return _files_below(path) if path.is_dir() else [path] if _has_rows(path) else []
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files with rows in a folder and its folders, hidden ones left out; `.json` files only where there are no others."""
+    found = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if _has_rows(file) and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    ]
+    return [file for file in found if kind_of(file) != ".json"] or found
+
+
+def _has_rows(file: Path) -> bool:
+    return kind_of(file) is not None and file.name not in NO_ROWS and file.is_file()
