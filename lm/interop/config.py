@@ -173,6 +173,11 @@ def write_config(model: Model, vocab_size: int, family: str = "") -> dict[str, A
     )
 
 
+def computes_the_same(one: Model, other: Model) -> bool:
+    """Whether two models differ at most in how they run and in how long their texts may be."""
+    return _essence(replace(one, max_len=other.max_len)) == _essence(other)
+
+
 def _essence(model: Model) -> Plain:
     """What a model computes, by field; of the fields of layers the values of all layers."""
     layers = [_static_rope(model.layer(number), model) for number in range(model.num_layers)]

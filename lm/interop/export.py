@@ -2,47 +2,166 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from lm.experiment import UserError
-from lm.interop.config import write_config
-from lm.interop.places import parameter_places
-from lm.interop.tensors import INDEX, listed
+from lm.interop.config import computes_the_same, read_config, write_config
+from lm.interop.origin import Origin
+from lm.interop.places import EMBED, HEAD, Place, parameter_places
+from lm.interop.tensors import DTYPES, INDEX, Tensor, listed, write_file
 from lm.model.families import FAMILIES
+from lm.model.families.family import Family
 from lm.model.transformer import Transformer
 
+NAMES = {dtype.name: theirs for theirs, dtype in DTYPES.items()}
+SHARD_BYTES = 5_000_000_000
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-def write(model: Transformer, folder: Path, family: str = "") -> None:
-    """Write config.json and model.safetensors with the names and layout of transformers.
+Part = tuple[Place, jax.Array, int]
+"""A parameter's place, its array, and the layer of it."""
+
+
+def write(
+    model: Transformer,
+    folder: Path,
+    family: str = "",
+    dtype: str | None = None,
+    origin: Origin | None = None,
+    shard_bytes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write config.json and the safetensors files, with an index where there are several, one tensor in memory at a time.
 
     Args:
         family: model_type of the family to write, where several can represent the model; else the first of them.
+        dtype: of all tensors; None: as they came (`origin`), else as the parameters are.
+        origin: what the folder that the weights came from had: its config.json is kept, and so are, unless `dtype` or
+            `shard_bytes` asks for others, the dtype and the file of every tensor.
+        shard_bytes: most bytes of tensors in a file; None: 5 GB.
+        progress: called with the bytes written and the bytes of all tensors.
 
     Raises:
-        UserError: the model has what no family here has, or the folder has other weights, which would be read with these.
+        UserError: the model has what no family here has, a number does not fit in the dtype, or the folder has other
+            weights, which would be read with these.
     """
-    config = write_config(model.config, model.vocab_size, family)  # what cannot be written is said before anything is
+    origin = origin if origin is not None and _describes(origin, model) else None
+    config = _config(model, family, origin)  # what cannot be written is said before anything is
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    others = [file.name for file in folder.glob("*.safetensors") if file.name != "model.safetensors"]
-    others += [INDEX] if (folder / INDEX).exists() else []
-    if others:
-        raise UserError(f"{folder} has {listed(sorted(others))} of another model: name an empty folder")
-    parts: dict[str, dict[int, np.ndarray]] = {}  # of every tensor, by the first row of each
-    for place, leaf in zip(
-        parameter_places(model, FAMILIES[config["model_type"]]), jax.tree.leaves(model), strict=True
-    ):
-        value = np.asarray(jax.device_get(leaf))
-        for name, one in zip(place.names, value if place.stacked else value[None], strict=True):
-            parts.setdefault(name, {})[place.first] = place.to_theirs(one)
-    tensors = {
-        name: np.ascontiguousarray(np.concatenate([found[row] for row in sorted(found)]))
-        for name, found in parts.items()
+    if others := sorted(file.name for file in folder.glob("*.safetensors*")):
+        raise UserError(f"{folder} has {listed(others)} of another model: name an empty folder")
+    tensors = _tensors(model, FAMILIES[config["model_type"]], dtype)
+    if origin is not None and dtype is None:
+        tensors = _as_they_came(tensors, origin)
+    if origin is None or dtype is not None or shard_bytes is not None:
+        tensors = _in_files(tensors, shard_bytes or SHARD_BYTES)
+    _write_files(folder, tensors, progress)
+    dtypes = {tensors[name].dtype for name in tensors}
+    text = json.dumps(_with_dtype(config, dtypes), indent=2, ensure_ascii=False) + "\n"
+    if origin is not None and json.loads(text) == json.loads(origin.config):
+        text = origin.config
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _describes(origin: Origin, model: Transformer) -> bool:
+    """Whether the config.json that came with the weights describes the model still, its longest text aside."""
+    theirs, vocab_size = read_config(json.loads(origin.config))
+    return computes_the_same(theirs, model.config) and vocab_size == model.vocab_size
+
+
+def _config(model: Transformer, family: str, origin: Origin | None) -> dict[str, Any]:
+    if origin is None:
+        return write_config(model.config, model.vocab_size, family)
+    config, longest = json.loads(origin.config), model.config.max_len
+    longer = longest > read_config(config)[0].max_len
+    return config | ({"max_position_embeddings": longest} if longer else {})
+
+
+def _with_dtype(config: dict[str, Any], dtypes: set[str]) -> dict[str, Any]:
+    """The config with the dtype of its tensors: of those that they have the first in the table, which holds the others."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    known = [name for name in dtypes if DTYPES[name].name == config.get(key)]
+    return config if known else config | {key: next(dtype.name for name, dtype in DTYPES.items() if name in dtypes)}
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: Transformer, family: Family, dtype: str | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, layer by layer; none is made before it is read."""
+    parts: dict[str, list[Part]] = {}
+    for place, leaf in zip(parameter_places(model, family), jax.tree.leaves(model), strict=True):
+        for layer, name in enumerate(place.names):
+            parts.setdefault(name, []).append((place, leaf, layer))
+    return {
+        name: Tensor(
+            Path("model.safetensors"),
+            parts[name][0][0].their_shape,
+            NAMES[dtype or parts[name][0][0].dtype.name],
+            functools.partial(_read, sorted(parts[name], key=lambda part: part[0].first)),
+        )
+        for name in sorted(parts, key=_depth)
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _read(parts: list[Part]) -> np.ndarray:
+    """A tensor of theirs from the parameters that it holds."""
+    found = [place.to_theirs(np.asarray(leaf[layer] if place.stacked else leaf)) for place, leaf, layer in parts]
+    return np.concatenate(found) if len(found) > 1 else found[0]
+
+
+def _depth(name: str) -> float:
+    layer = LAYER.match(name)
+    return int(layer[1]) if layer else -1 if name == EMBED else math.inf
+
+
+def _as_they_came(tensors: dict[str, Tensor], origin: Origin) -> dict[str, Tensor]:
+    """The tensors with the file and dtype that they came with; a tied head that was stored is there again."""
+    there = tensors if HEAD in tensors or HEAD not in origin.tensors else tensors | {HEAD: tensors[EMBED]}
+    return {name: replace(one, file=Path(origin.tensors[name][0]), dtype=origin.tensors[name][1])
+            for name, one in there.items()}  # fmt: skip
+
+
+def _in_files(tensors: dict[str, Tensor], most: int) -> dict[str, Tensor]:
+    """The tensors in files of at most so many bytes, or of one tensor."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, one in tensors.items():
+        if shards[-1] and size + one.bytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += one.bytes
+    if len(shards) == 1:
+        return tensors
+    files = [Path(f"model-{number:05d}-of-{len(shards):05d}.safetensors") for number in range(1, len(shards) + 1)]
+    return {name: replace(tensors[name], file=file)
+            for file, names in zip(files, shards, strict=True) for name in names}  # fmt: skip
+
+
+def _write_files(folder: Path, tensors: dict[str, Tensor], progress: Callable[[int, int], None]) -> None:
+    total, done = sum(one.bytes for one in tensors.values()), 0
+
+    def written(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    files = sorted({one.file.name for one in tensors.values()})
+    for file in files:
+        write_file(folder / file, {name: one for name, one in tensors.items() if one.file.name == file}, written)
+    if len(files) > 1:
+        parameters = sum(math.prod(one.shape) for one in tensors.values())
+        names = {name: tensors[name].file.name for name in sorted(tensors)}
+        index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": names}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -14,26 +19,33 @@ from lm.experiment import UserError
 from lm.stored import read_json
 
 INDEX = "model.safetensors.index.json"
-READ = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights that are read; others hold whole numbers or need scales, which the model does not have."""
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16),
+}  # fmt: skip
+"""Dtypes of weights that are read, in the order in which a file has them; others hold whole numbers or need scales."""
+READ = tuple(DTYPES)
 LFS = b"version https://git-lfs"
 MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file, which `read` reads."""
+    """One tensor of a file, which `read` gives."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
     def finite(self, name: str, dtype: Any = None) -> np.ndarray:
         """The values in `dtype` (None: that of the file). Raises UserError where some are no numbers, or too large for it."""
         given = self.read()
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted below
-            value = given.astype(dtype or given.dtype)
+            value = given.astype(dtype or given.dtype, order="C", copy=False)
         if broken := int(value.size - np.isfinite(value).sum()):
             raise UserError(
                 f"{self.file}: {name} has {broken} values of {value.size} that are no finite {value.dtype} numbers"
@@ -104,6 +116,34 @@ def refuse_tensors(
     ]
     if said:
         raise UserError(f"{where}: {'; '.join(said)}")
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], written: Callable[[int], None] = lambda size: None) -> None:
+    """Write a safetensors file, one tensor in memory at a time, to the byte as the library lays one out.
+
+    Args:
+        tensors: each is written in its dtype, whatever `read` gives.
+        written: called with the number of bytes behind each tensor.
+
+    Raises:
+        UserError: a value is no number, or too large for the dtype.
+    """
+    order = sorted(tensors, key=lambda name: (READ.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        one, start, end = tensors[name], end, end + tensors[name].bytes
+        header[name] = {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            one = tensors[name]
+            stream.write(one.finite(name, DTYPES[one.dtype]).reshape(-1).view(np.uint8).data)
+            written(one.bytes)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def listed(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from lm.experiment import DynamicRope, Layer, Llama3Rope, Model, Pretrain, UserE
 from lm.interop import hf
 from lm.interop.config import read_config
 from lm.interop.export import write
+from lm.interop.origin import read_origin
 from lm.model.families import FAMILIES
 from lm.model.transformer import Transformer
 from lm.objectives.cross_entropy import cross_entropy
@@ -81,13 +82,12 @@ def test_loss_and_gradients(family):
     np.testing.assert_allclose(norm, inputs["grad_global_norm"], rtol=1e-5)
 
 
-def test_out_and_in_again_is_identical(family, tmp_path):
-    model = hf.read(family)
-    write(model, tmp_path, json.loads((family / "config.json").read_text())["model_type"])
-    again = hf.read(tmp_path)
-    assert again.config == model.config
-    for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(old, new)
+def test_what_is_read_is_written_to_the_byte_as_it_came(family, tmp_path):
+    write(hf.read(family), tmp_path, origin=read_origin(family))
+    names = {"config.json", *(file.name for file in family.glob("*.safetensors*"))}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (family / name).read_bytes()
 
 
 def test_greedy_continuation(family):
@@ -195,3 +195,20 @@ def test_unknown_family_and_missing_tensor_are_said(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"num_hidden_layers 2, and the files have 1 layers"):
         hf.read(tmp_path)
+
+
+def test_shards_are_whole_and_have_the_asked_dtype(tmp_path):
+    model = tiny_model(qk_norm=False, tied_head=False)
+    write(model, tmp_path, dtype="bfloat16", shard_bytes=20_000)
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and all(Path(tmp_path / file).stat().st_size < 25_000 for file in files)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model)
+    for old, new in zip(jax.tree.leaves(rounded), jax.tree.leaves(hf.read(tmp_path)), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_number_too_large_for_the_dtype_is_refused_by_name(tmp_path):
+    model = jax.tree.map(lambda x: x * 1e6, tiny_model())
+    with pytest.raises(UserError, match=r"model\.norm\.weight|embed_tokens.* values of .* no finite float16 numbers"):
+        write(model, tmp_path, dtype="float16")

@@ -1,0 +1,22 @@
+"""What an export keeps of the folder that a model's weights came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm.interop.tensors import read_folder
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The text of config.json, and of every tensor its file and dtype."""
+
+    config: str
+    tensors: dict[str, tuple[str, str]]
+
+
+def read_origin(folder: Path) -> Origin:
+    """Read it from a published model's folder. Raises UserError where its files are not complete."""
+    tensors = {name: (one.file.name, one.dtype) for name, one in read_folder(folder).items()}
+    return Origin((folder / "config.json").read_text(encoding="utf-8"), tensors)
