@@ -52,6 +52,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1, 1.0),
+    "rope_interleaved": (False,),
     "is_decoder": (True, False),  # False is what transformers writes for decoders, too
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -62,10 +63,10 @@ ONLY: dict[str, tuple[Any, ...]] = {
 HARMLESS = frozenset(
     {
         "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-        "cross_attention_hidden_size", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id",
+        "cross_attention_hidden_size", "dtype", "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
         "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
         "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
-        "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
+        "transformers.js_config", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
         # of sampling, which older versions kept here
         "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample",
         "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
@@ -105,7 +106,8 @@ def _read_config(config: Any) -> tuple[Model, int]:
         raise UserError(f"holds {shown(config)}; it should be a JSON object")
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"model_type is {shown(name)}; there are {', '.join(FAMILIES)}")
+        made = f" ({shown(config['architectures'])})" if config.get("architectures") else ""
+        raise UserError(f"model_type is {shown(name)}{made}; there are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     _refuse_features(config, family)
     config = {**family.defaults, **config}
