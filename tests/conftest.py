@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, quick compiles, and the folder of golden numbers."""
 
+import gc
 import os
 import shutil
 import signal
@@ -10,12 +11,18 @@ from pathlib import Path
 # Before jax is imported, and for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# The partitioner and every pass over the graph as always; only the code for this processor is made with less care:
-# LLVM does less, and no MLIR is written for a fusion. That takes most of the time out of a step's compilation.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# The partitioner and every pass over the graph run as always. Only code generation does less: LLVM optimises nothing, fusions
+# are emitted without MLIR, and a program is one LLVM module instead of 32. That saves most of a step's compile time.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import pytest
+
+gc.set_threshold(
+    20_000, 10, 10
+)  # tracing makes many objects; at the default a twentieth of the time is garbage collection
 
 # A suite that was started in the background ignores these, and so would the processes that it signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
