@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.optimize
 import scipy.stats
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 LEVEL = 0.95  # confidence level of intervals
 POWER = 0.8  # power at which the smallest detectable effect is computed
@@ -104,7 +105,8 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
         p = 2 * float(scipy.stats.t.sf(abs(mean) / error, count - 1))
     else:
         drawn = _studentised(differences)
-        high_t, low_t = -np.quantile(drawn, (1 - LEVEL) / 2), np.quantile(drawn, (1 + LEVEL) / 2)
+        lower, low_t = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        high_t = -lower
         p = _two_sided(drawn, mean / error)
     return Difference(mean, mean - low_t * error, mean + high_t * error, p, count, detectable(error, count), error)
 
@@ -118,17 +120,22 @@ def _standard_error(values: Float[np.ndarray, " N"]) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
+@functools.lru_cache(maxsize=1024)
 def _t(freedom: int, level: float) -> float:
     return float(scipy.stats.t.isf((1 - level) / 2, freedom))
 
 
 def _studentised(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " R"]:
     """t statistics of bootstrap resamples (fixed seed) about the mean; resamples without spread are left out."""
-    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    resampled = values[draws]
+    resampled = values[_draws(len(values))]
     spread = resampled.std(axis=1, ddof=1)
     kept = spread > 1e-12 * abs(values).max()
     return (resampled.mean(axis=1) - values.mean())[kept] / (spread[kept] / math.sqrt(len(values)))
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(count: int) -> Int[np.ndarray, "R N"]:
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
 
 
 def _two_sided(drawn: Float[np.ndarray, " R"], t: float) -> float:
@@ -138,12 +145,18 @@ def _two_sided(drawn: Float[np.ndarray, " R"], t: float) -> float:
 
 def detectable(error: float, count: int, level: float = 1 - LEVEL) -> float:
     """Smallest true mean that a two-sided t-test of `count` values with this standard error detects with a power of 80 %."""
+    return error * _detectable_errors(count, level)
+
+
+@functools.lru_cache(maxsize=1024)
+def _detectable_errors(count: int, level: float) -> float:
+    """`detectable` in standard errors."""
     threshold = _t(count - 1, 1 - level)
 
     def missing(effect: float) -> float:
         return POWER - float(scipy.stats.nct.sf(threshold, count - 1, effect))
 
-    return error * float(scipy.optimize.brentq(missing, 1e-6, 60 * threshold))
+    return float(scipy.optimize.brentq(missing, 1e-6, 60 * threshold))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
