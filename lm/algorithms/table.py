@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,9 +68,18 @@ def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, config
     Raises:
         UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
     """
+    state = _without_optimizer(stage, config, vocab_size)
+    trained, _ = partition(state.models, stage.trainable)
+    return dataclasses.replace(state, opt_state=jax.eval_shape(optimizer.init, trained))
+
+
+@functools.lru_cache(maxsize=64)
+def _without_optimizer(stage: Stage, config: Model, vocab_size: int) -> TrainState:
+    """`abstract_state` without optimizer state, cached because a plan needs it several times and tracing is slow."""
 
     def make(model: Transformer) -> TrainState:
-        return first_state(stage, optimizer, model, tuple(Scorer(model, None) for _ in reward_names(stage)))
+        scorers = tuple(Scorer(model, None) for _ in reward_names(stage))
+        return first_state(stage, optax.identity(), model, scorers)
 
     return jax.eval_shape(make, abstract_model(config, vocab_size))
 
