@@ -15,7 +15,7 @@ from lm.config.field import flatten, shown
 from lm.data.cache import current_cache
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Experiment, Model, Tokenizer, UserError, to_dict
-from lm.interop import hf
+from lm.interop import gguf, hf
 from lm.interop.config import RUNNING
 from lm.model.transformer import Transformer
 
@@ -42,12 +42,17 @@ class WeightsFormat:
     dtype: Callable[[Path], Any]
 
 
-FORMATS: dict[str, WeightsFormat] = {"hf": WeightsFormat(hf.describe, hf.check, hf.read, hf.files, hf.dtype)}
+FORMATS: dict[str, WeightsFormat] = {
+    name: WeightsFormat(one.describe, one.check, one.read, one.files, one.dtype)
+    for name, one in (("hf", hf), ("gguf", gguf))
+}
 
 
 def normalised(init: str) -> str:
-    """`PREFIX:PATH` of open weights; a path without a prefix is a folder."""
-    return init if init.partition(":")[0] in FORMATS or not init else f"hf:{init}"
+    """`PREFIX:PATH` of open weights; a path without a prefix is a GGUF file, by its ending, or a folder."""
+    if init.partition(":")[0] in FORMATS or not init:
+        return init
+    return f"gguf:{init}" if init.endswith(".gguf") else f"hf:{init}"
 
 
 def located(init: str) -> tuple[WeightsFormat, Path]:

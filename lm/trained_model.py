@@ -113,12 +113,12 @@ class TrainedModel:
 
 
 def load(run: str | Path, stage: str | None = None) -> TrainedModel:
-    """Load a model: a run's, by folder or name in runs/, after `stage` (None: the last), or a published one, by folder.
+    """Load a model: a run's, by folder or name in runs/, after `stage` (None: the last), or a published one, by folder or GGUF file.
 
     Raises:
         UserError: no such run or stage, or nothing trained yet.
     """
-    tried = Path(str(run).removeprefix("hf:")).expanduser(), Path("runs") / run
+    tried = Path(str(run).removeprefix("hf:").removeprefix("gguf:")).expanduser(), Path("runs") / run
     folder = next((path for path in tried if path.exists()), None)
     if folder is None:
         raise UserError(f"there is no folder {run}, and no run of that name in {Path('runs').resolve()}")

@@ -42,6 +42,9 @@ def pytest_addoption(parser):
         "--models", default=str(ROOT.parent / "shared" / "models"), help="folder of published models' files"
     )
     parser.addoption(
+        "--gguf", default=os.environ.get("LM_TESTS_GGUF"), help="GGUF file of a trained model with golden numbers"
+    )
+    parser.addoption(
         "--fast", action="store_true", help="leave out what is marked slow: layouts, whole runs, processes, browsers"
     )
 

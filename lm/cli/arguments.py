@@ -23,7 +23,7 @@ EXPERIMENT_HELP = (
     "a name in experiments/, here or of the clone (quickstart), a dotted name below it, or the path of a .py file"
 )
 RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
-MODEL_HELP = f"{RUN_HELP}; or the folder of a published model (config.json, *.safetensors)"
+MODEL_HELP = f"{RUN_HELP}; or a published model, a folder (config.json, *.safetensors) or GGUF file"
 
 
 WRITTEN = (".html", ".png", ".csv", ".parquet")  # endings of files that comparisons of runs write

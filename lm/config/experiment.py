@@ -42,7 +42,9 @@ class Experiment:
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     mesh: Mesh = knob(Mesh(), affects_training=False)
-    init: str = knob("", "open weights that the first stage starts from, hf:FOLDER; empty: random initial weights")
+    init: str = knob(
+        "", "open weights that the first stage starts from, hf:FOLDER or gguf:FILE; empty: random initial weights"
+    )
 
 
 COLLECTED = "collected:"

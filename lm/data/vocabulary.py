@@ -10,7 +10,8 @@ import sentencepiece
 
 from lm.data.cache import Writer, current_cache
 from lm.data.hub import files as hub_files
-from lm.data.hub.tokenizer import HubTokenizer, TypedControl
+from lm.data.hub.gguf import tokenizer_files
+from lm.data.hub.tokenizer import HubTokenizer, TypedControl, with_options
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import Tokenizer, UserError
@@ -35,7 +36,7 @@ def named_tokenizer(settings: Tokenizer) -> TextTokenizer:
 def load_tokenizer(
     path: str | Path, typed_control: TypedControl | None = None, template: str | None = None
 ) -> TextTokenizer:
-    """Read a tokenizer: a sentencepiece model trained by `train_tokenizer`, or the folder of a published model.
+    """Read a tokenizer: a sentencepiece model trained by `train_tokenizer`, or a published model's, in a folder or GGUF file.
 
     Args:
         typed_control, template: options of a published model's tokenizer, see `HubTokenizer.with_options`.
@@ -44,6 +45,8 @@ def load_tokenizer(
         UserError: it is missing or cannot be read.
     """
     folder = Path(path).expanduser()
+    if folder.suffix == ".gguf":
+        return HubTokenizer(with_options(tokenizer_files(folder), typed_control, template))
     published = (hub_files.TOKENIZER_JSON, hub_files.CONFIG)
     if any((folder / name).is_file() for name in published):
         return HubTokenizer.load(folder, typed_control, template)

@@ -79,7 +79,13 @@ def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
         UserError: a file is missing or damaged, config.json has what the model has not, a tensor is missing, unexpected, of
             another shape or dtype, or not finite.
     """
-    wanted, places, tensors = _opened(Path(folder), **changes)
+    return assemble(*_opened(Path(folder), **changes), mesh)
+
+
+def assemble(
+    wanted: Transformer, places: list[Place], tensors: dict[str, Tensor], mesh: Mesh | None = None
+) -> Transformer:
+    """The model from the tensors of its parameters; `wanted` is abstract. Raises UserError for values that are not finite."""
     leaves = [_from_tensors(place, tensors) for place in places]
     model = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
     return jax.device_put(model, shardings(wanted, mesh) if mesh is not None else None)

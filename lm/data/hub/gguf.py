@@ -1,0 +1,120 @@
+"""Tokenizers in GGUF files, as the files of a published model's folder would have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+
+from lm.config.field import shown
+from lm.data.hub import files as hub_files
+from lm.experiment import UserError
+from lm.interop.gguf_file import read_metadata
+
+KEY = "tokenizer.ggml."
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+"""Of token_type, which has the numbers of sentencepiece."""
+ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+ENDS = ("eos", "eot", "eom")
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _split(digits: str) -> list[dict[str, Any]]:
+    pattern = {"Regex": f"{CONTRACTIONS}|{WORDS}|{digits}|{REST}"}
+    return [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}, _byte_level(False)]
+
+
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_byte_level(True)],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(True)],
+    "qwen2": _split(r"\p{N}"),
+    "llama-bpe": _split(r"\p{N}{1,3}"),
+}
+"""tokenizer.ggml.pre -> steps of the pre-tokenizer of tokenizer.json."""
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in a GGUF file, by name.
+
+    Raises:
+        UserError: the file cannot be read, has no tokenizer, or one of a kind that is not read.
+    """
+    return files_of(read_metadata(path), path)
+
+
+def files_of(found: dict[str, Any], path: Path) -> dict[str, bytes]:
+    """The files of the tokenizer that a GGUF file's metadata describes; see `tokenizer_files`."""
+    kind, tokens, types = (found.get(f"{KEY}{name}") for name in ("model", "tokens", "token_type"))
+    types = types or [1] * len(tokens or ())
+    if kind not in ("gpt2", "llama") or not isinstance(tokens, list) or len(types) != len(tokens):
+        raise UserError(f"{path}: {KEY}model is {shown(kind)}; there are gpt2 and llama, with tokens and their types")
+    named = {role: found.get(f"{KEY}{name}_token_id") for role, name in ROLES.items()}
+    ends = [found[f"{KEY}{name}_token_id"] for name in ENDS if f"{KEY}{name}_token_id" in found]
+    if outside := [index for index in (*named.values(), *ends) if index is not None and not 0 <= index < len(tokens)]:
+        raise UserError(f"{path}: {outside[0]} is the id of a special token, and there are {len(tokens)} tokens")
+    added = [
+        {"id": index, "content": token, "special": kind == CONTROL, "normalized": False}
+        | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    config = {role: tokens[index] for role, index in named.items() if index is not None}
+    config["chat_template"] = found.get("tokenizer.chat_template")
+    if kind == "llama":
+        config["added_tokens_decoder"] = {str(one["id"]): one for one in added}
+        vocabulary = {hub_files.SENTENCEPIECE: _sentencepiece(path, found, tokens, types)}
+    else:
+        vocabulary = {hub_files.TOKENIZER_JSON: json.dumps(_byte_pairs(path, found, tokens, added)).encode()}
+    beside = {hub_files.CONFIG: config, hub_files.GENERATION: {"eos_token_id": ends}}
+    return vocabulary | {name: json.dumps(content).encode() for name, content in beside.items()}
+
+
+def _byte_pairs(path: Path, found: dict[str, Any], tokens: list[str], added: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tokenizer.json of a byte-level BPE."""
+    name, merges = found.get(f"{KEY}pre"), found.get(f"{KEY}merges")
+    if name not in PRE_TOKENIZERS or not isinstance(merges, list):
+        raise UserError(f"{path}: {KEY}pre is {shown(name)}; with merges, there are {', '.join(PRE_TOKENIZERS)}")
+    steps = PRE_TOKENIZERS[name]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if name == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": None,
+        "decoder": _byte_level(True),
+        "model": {
+            "type": "BPE",
+            "ignore_merges": name == "llama-bpe",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+
+
+def _sentencepiece(path: Path, found: dict[str, Any], tokens: list[str], types: list[int]) -> bytes:
+    """The tokenizer.model of a sentencepiece BPE."""
+    scores = found.get(f"{KEY}scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise UserError(f"{path}: {KEY}scores has not as many values as there are tokens, {len(tokens)}")
+    proto = sentencepiece_model.ModelProto()  # type: ignore[attr-defined]
+    for token, score, kind in zip(tokens, scores, types, strict=True):
+        proto.pieces.add(piece=token, score=score, type=kind)
+    proto.trainer_spec.model_type = sentencepiece_model.TrainerSpec.BPE  # type: ignore[attr-defined]
+    proto.trainer_spec.byte_fallback = 6 in types
+    proto.trainer_spec.vocab_size = len(tokens)
+    for role in ("bos", "eos", "unk"):
+        index = found.get(f"{KEY}{ROLES[f'{role}_token']}_token_id")
+        setattr(proto.trainer_spec, f"{role}_id", -1 if index is None else index)
+    proto.trainer_spec.pad_id = -1
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = found.get(f"{KEY}add_space_prefix", True)
+    proto.normalizer_spec.remove_extra_whitespaces = found.get(f"{KEY}remove_extra_whitespaces", False)
+    return proto.SerializeToString()

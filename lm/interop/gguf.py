@@ -1,0 +1,185 @@
+"""Reads models from GGUF files, dequantised; their tokenizers are read by `lm/data/hub/gguf.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lm.config.field import shown
+from lm.experiment import Model, UserError
+from lm.interop.config import ORIGINAL, read_config
+from lm.interop.gguf_file import package, read_metadata, read_tensors
+from lm.interop.hf import assemble
+from lm.interop.places import Place, parameter_places
+from lm.interop.tensors import Tensor, refuse_tensors
+from lm.model.attention import rope_frequencies
+from lm.model.families import FAMILIES
+from lm.model.transformer import Transformer
+
+ARCHITECTURES = {
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "olmo2": "olmo2", "phi3": "phi3", "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}  # fmt: skip
+"""general.architecture -> model_type of config.json."""
+FIELDS = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "context_length": "max_position_embeddings", "rope.freq_base": "rope_theta",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+}  # fmt: skip
+"""Metadata below the name of the architecture -> field of config.json."""
+ROPE_FIELDS = {"rope.scaling.factor": "factor", "rope.scaling.original_context_length": ORIGINAL}
+HARMLESS = ("vocab_size", "rope.scaling.finetuned")
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
+"""Of all published models with ROPE_FACTORS, which have no other note of it."""
+GEMMA_HEAD = 256
+"""Width of a head of those Gemma models whose scores are divided by its root; of others a GGUF does not say by what."""
+
+
+def describe(path: Path) -> tuple[Model, int]:
+    """The model and vocabulary size of a GGUF file. Raises UserError where it cannot be read, or is no known family."""
+    return read_config(_config(Path(path)), str(path))
+
+
+def check(path: Path) -> None:
+    """Raise UserError unless the tensors of a file are those of its metadata; no values are read."""
+    _opened(Path(path))
+
+
+def files(path: Path) -> list[Path]:
+    """The files that determine the model."""
+    return [Path(path)]
+
+
+def dtype(path: Path) -> str:
+    """Dtype of the parameters: what is dequantised is float32."""
+    return "float32"
+
+
+def read(path: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
+    """Read the model of a GGUF file; every tensor must be used.
+
+    Args:
+        changes: fields of Model to set otherwise, such as compute_dtype.
+
+    Raises:
+        UserError: the file is damaged, has what the model has not, or a tensor is missing, unexpected or not finite.
+    """
+    return assemble(*_opened(Path(path), **changes), mesh)
+
+
+def _opened(path: Path, **changes: Any) -> tuple[Transformer, list[Place], dict[str, Tensor]]:
+    """The abstract model of a file, and the place and the tensors of its parameters, under their names in safetensors."""
+    described = _config(path)
+    model, vocab_size = read_config(described, str(path))
+    model = dataclasses.replace(model, **changes)
+    wanted = jax.eval_shape(lambda: Transformer(model, vocab_size, jax.random.key(0)))
+    places = parameter_places(wanted, FAMILIES[described["model_type"]])
+    table = package().get_tensor_name_map(_architecture(path)[0], model.num_layers)
+    names = {table.get_name(name, (".weight", ".bias")): name for place in places for name in place.names}
+    change = _llama if described["model_type"] == "llama" else _gemma if model.norm_plus_one else _same
+    tensors = {
+        names.get(name, name): dataclasses.replace(one, read=functools.partial(change, name, one, model))
+        for name, one in read_tensors(path).items()
+        if name != ROPE_FACTORS
+    }
+    refuse_tensors(
+        str(path), tensors, {name: place.their_shape for place in places for name in place.names}, "the metadata"
+    )
+    return wanted, places, tensors
+
+
+def _same(name: str, tensor: Tensor, model: Model) -> np.ndarray:
+    return tensor.read()
+
+
+def _gemma(name: str, tensor: Tensor, model: Model) -> np.ndarray:
+    """Scales of norms without the 1 that the model adds, and GGUF has in them."""
+    return tensor.read() - 1 if "norm" in name else tensor.read()
+
+
+def _llama(name: str, tensor: Tensor, model: Model) -> np.ndarray:
+    """Rows of queries and keys in the order of halves: GGUF has the two of a rotated pair side by side."""
+    value, heads = tensor.read(), {"attn_q": model.num_heads, "attn_k": model.num_kv_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return value
+    pairs = value.reshape(heads, model.head_dim // 2, 2, *value.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(value.shape)
+
+
+# ---- metadata ------------------------------------------------------------------------------------------------------
+
+
+def _architecture(path: Path) -> tuple[int, str]:
+    """The number of the architecture in the package, and its name."""
+    name = read_metadata(path).get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"{path}: general.architecture is {shown(name)}; there are {', '.join(ARCHITECTURES)}")
+    return next(number for number, known in package().MODEL_ARCH_NAMES.items() if known == name), name
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The metadata of a model as config.json has it. Raises UserError for what the reader does not know."""
+    _, name = _architecture(path)
+    found, tensors = read_metadata(path), read_tensors(path)
+    own = {key.removeprefix(f"{name}."): _rounded(value) for key, value in found.items() if key.startswith(f"{name}.")}
+    config = {theirs: own.pop(key) for key, theirs in FIELDS.items() if key in own}
+    rotated, width = own.pop("rope.dimension_count", None), own.pop("attention.value_length", None)
+    heads = config.get("num_attention_heads")
+    if "head_dim" not in config and isinstance(heads, int) and heads > 0 and "hidden_size" in config:
+        config["head_dim"] = config["hidden_size"] // heads
+    other = [one for one in (rotated, width) if one not in (None, config.get("head_dim"))]
+    if other:
+        raise UserError(
+            f"{path}: heads have a width of {config.get('head_dim')}, and values or rotated parts {other[0]}"
+        )
+    scaling = {theirs: own.pop(key) for key, theirs in ROPE_FIELDS.items() if key in own}
+    kind = own.pop("rope.scaling.type", "none")
+    strange = [key for key, value in own.items() if key not in HARMLESS and value not in (0, None, False, "", [])]
+    if strange:
+        raise UserError(
+            f"{path}: the reader does not know {name}.{strange[0]} {shown(own[strange[0]])}, which may change the model"
+        )
+    embedding = tensors.get("token_embd.weight")
+    config |= {
+        "model_type": ARCHITECTURES[name],
+        "architectures": [FAMILIES[ARCHITECTURES[name]].architecture],
+        "vocab_size": embedding.shape[0] if embedding and embedding.shape else None,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_scaling": None if kind == "none" else {"rope_type": kind, **scaling},
+    }
+    if ROPE_FACTORS in tensors:
+        config["rope_scaling"] = _llama3(path, config, tensors[ROPE_FACTORS])
+    if name == "llama" and "blk.0.attn_q.bias" in tensors:
+        config["attention_bias"] = True
+    if name.startswith("gemma") and config.get("head_dim") != GEMMA_HEAD:
+        raise UserError(
+            f"{path}: of Gemma models, GGUF files with heads of {GEMMA_HEAD} are read, found {config.get('head_dim')}"
+        )
+    return config
+
+
+def _rounded(value: Any) -> Any:
+    """A float32 number as the shortest decimal that stands for it, as config.json has it."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _llama3(path: Path, config: dict[str, Any], factors: Tensor) -> dict[str, Any]:
+    """The RoPE scaling that the divisors of frequencies in a file stand for. Raises UserError for others than Llama 3's."""
+    given = factors.read()
+    scaling = {**LLAMA3, "factor": _rounded(float(given.max(initial=1)))}
+    model, _ = read_config({**config, "rope_scaling": scaling}, str(path))
+    plain, scaled = (rope_frequencies(model.head_dim, model.rope_theta, one) for one in ((), model.rope_scaling))
+    if given.shape != plain.shape or not np.allclose(np.asarray(plain / scaled), given, rtol=1e-3):
+        raise UserError(
+            f"{path}: {ROPE_FACTORS} is not the RoPE scaling of Llama 3, the one with such factors that is read"
+        )
+    return scaling
