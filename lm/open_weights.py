@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lm.config.field import flatten, shown
+from lm.config.rope import longest_sequence
 from lm.data.cache import current_cache
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Experiment, Model, Tokenizer, UserError, to_dict
@@ -87,8 +88,9 @@ def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
         if is_set and name.split(".")[1] not in OWN and value != fixed.get(name):
             has = f"should be {shown(fixed[name])}, as" if name in fixed else "is no setting"
             raise UserError(f"{name} is {shown(value)}; it {has} in {path}, whose weights fix it: leave it out")
+    longest = longest_sequence(model.max_len, [layer.rope_scaling for layer in model.period])
     kept = {name: getattr(experiment.model, name) for name in RUNNING} | {
-        "max_len": _max_len(experiment, model.max_len, "model.max_len" in said, path)
+        "max_len": _max_len(experiment, longest, "model.max_len" in said, path)
     }
     return dataclasses.replace(
         experiment,

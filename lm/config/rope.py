@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -53,6 +53,12 @@ class YarnRope(NamedTuple):
 
 RopeScaling = LinearRope | DynamicRope | Llama3Rope | YarnRope
 ROPE_KINDS: tuple[type[RopeScaling], ...] = (LinearRope, DynamicRope, Llama3Rope, YarnRope)
+
+
+def longest_sequence(max_len: int, scalings: Iterable[Sequence[float]]) -> int:
+    """Most tokens of a sequence of a published model: dynamic scaling goes beyond its original length by its factor."""
+    factors = [rope.factor for rope in map(rope_kind, scalings) if isinstance(rope, DynamicRope)]
+    return int(max_len * min(factors, default=1))
 
 
 def rope_kind(numbers: Sequence[float]) -> RopeScaling | None:

@@ -177,7 +177,7 @@ def write_config(model: Model, vocab_size: int, family: str = "") -> dict[str, A
 
 def computes_the_same(one: Model, other: Model) -> bool:
     """Whether two models differ at most in how they run and in how long their texts may be."""
-    return _essence(replace(one, max_len=other.max_len)) == _essence(other)
+    return _essence(one) | {"max_len": 0} == _essence(other) | {"max_len": 0}
 
 
 def _essence(model: Model) -> Plain:
@@ -285,9 +285,9 @@ def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
 
 
 def _static_rope(layer: Layer, model: Model) -> Layer:
-    """The layer, with the base of dynamic scaling beyond the original length as its own: what it computes."""
+    """The layer, with the base of dynamic scaling as its own: transformers would let it grow with the sequence."""
     rope = rope_kind(layer.rope_scaling)
-    if not isinstance(rope, DynamicRope) or model.max_len <= rope.original_len:
+    if not isinstance(rope, DynamicRope):
         return layer
     theta = dynamic_theta(layer.rope_theta, rope, model.head_dim, model.max_len)
     return replace(layer, rope_theta=theta, rope_scaling=())
@@ -299,8 +299,8 @@ def _rope_fields(layer: Layer) -> Plain:
     if rope is None:
         return {"rope_theta": layer.rope_theta, "rope_type": "default"}
     fields: Plain = {ORIGINAL if name == "original_len" else name: value for name, value in rope._asdict().items()}
-    if isinstance(rope, DynamicRope) or not fields.get("attention_factor", 1):
-        del fields[ORIGINAL if isinstance(rope, DynamicRope) else "attention_factor"]
+    if not fields.get("attention_factor", 1):
+        del fields["attention_factor"]
     if ORIGINAL in fields:
         fields[ORIGINAL] = int(fields[ORIGINAL])
     if "truncate" in fields:

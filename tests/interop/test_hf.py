@@ -15,6 +15,7 @@ from lm.interop import hf
 from lm.interop.config import read_config
 from lm.interop.export import write
 from lm.interop.origin import read_origin
+from lm.model.attention import rope_frequencies
 from lm.model.families import FAMILIES
 from lm.model.transformer import Transformer
 from lm.objectives.cross_entropy import cross_entropy
@@ -142,7 +143,7 @@ MEMBERS = {
     "mistral": {"qk_norm": False, "window": 5},
     "phi3": {"qk_norm": False, "tied_head": False, "window": 5},
     "qwen2": {"qk_norm": False, "qkv_bias": True, "rope_scaling": YarnRope(4.0, 32.0, attention_factor=1.1, truncate=0.0)},
-    "olmo2": {"qk_norm_of": "heads", "norms": "post", "rope_scaling": DynamicRope(2.0, 64.0)},
+    "olmo2": {"qk_norm_of": "heads", "norms": "post"},
     "gemma2": GEMMA,
     "gemma3_text": GEMMA | {
         "qk_norm": True, "pattern": (Layer(window=6), Layer(rope_theta=1e6, rope_scaling=(8.0,))), "final_softcap": 0.0,
@@ -160,6 +161,16 @@ def test_a_member_of_each_family_is_written_as_such_and_read_as_it_was(tmp_path,
     assert again.config == config
     for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_dynamic_scaling_is_written_as_the_base_that_it_is(tmp_path):
+    """In transformers the base would grow with the sequence, and the logits of a text depend on what comes later."""
+    config = dataclasses.replace(SMALL, rope_scaling=DynamicRope(2.0, 32.0))
+    write(jax.jit(lambda: Transformer(config, 96, jax.random.key(0)))(), tmp_path)
+    again, _ = hf.describe(tmp_path)
+    assert again.rope_scaling == () and again.max_len == 64
+    scaled = rope_frequencies(8, config.rope_theta, config.rope_scaling, config.max_len)
+    np.testing.assert_array_equal(rope_frequencies(8, again.rope_theta), scaled)
 
 
 def test_phi3_has_the_tensors_of_llama_in_fewer(tmp_path):
