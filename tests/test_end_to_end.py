@@ -94,7 +94,7 @@ def stop(folder: Path, stage: str, step: int, sign: signal.Signals) -> tuple[int
     It comes while the step after is evaluated, so that the stage does not get to its end before.
     """
     here = folder / "killed" / "stages" / stage
-    process = start(folder, "run", "smoke.py", "--run-dir", "killed")
+    process = start(folder, "run", "smoke.py", "--run-dir", "killed", "--no-report")
 
     def reached() -> bool:
         steps = [line["step"] for line in read_lines(here / "metrics.jsonl")]
@@ -122,10 +122,10 @@ def killed(folder, undisturbed) -> Path:
     code, error = stop(folder, "reason", 9, signal.SIGTERM)
     assert code == 130, error[-3000:]
     assert re.search(
-        r"\nlm: SIGTERM: saved at step 1[01] of 12 of stage reason. To go on: lm run smoke.py --run-dir killed\n$",
+        r"\nlm: SIGTERM: saved at step 1[01] of 12 of stage reason. To go on: lm run smoke.py --run-dir killed --no-report\n$",
         error,
     ), error
-    call(folder, "run", "smoke.py", "--run-dir", "killed")
+    call(folder, "run", "smoke.py", "--run-dir", "killed", "--no-report")
     return folder / "killed"
 
 
@@ -161,7 +161,7 @@ def test_what_a_kill_lost_is_accounted_and_the_parts_make_the_whole(undisturbed,
 
 def test_a_finished_run_is_not_trained_again(folder, undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/**/*")}
-    call(folder, "run", "smoke.py", "--run-dir", "whole")
+    call(folder, "run", "smoke.py", "--run-dir", "whole", "--no-report")
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.glob("stages/**/*")}
 
 

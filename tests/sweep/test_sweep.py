@@ -114,7 +114,7 @@ def test_a_stage_that_trials_share_is_trained_once(finished):
 def test_a_trial_is_the_run_that_it_would_be_alone(finished, tmp_path):
     folder, _ = finished
     trial = read_sweep(folder)[2]
-    words = ["run", str(trial.folder / "experiment.json"), "--run-dir", str(tmp_path / "alone")]
+    words = ["run", str(trial.folder / "experiment.json"), "--run-dir", str(tmp_path / "alone"), "--no-report"]
     subprocess.run([sys.executable, "-m", "lm.cli.main", *words], env=ONE_DEVICE, check=True, stdout=subprocess.DEVNULL)
     alone = dataclasses.replace(trial, folder=tmp_path / "alone")
     for stage in ("pretrain", "sft"):

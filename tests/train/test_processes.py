@@ -60,7 +60,7 @@ experiment = dataclasses.replace(few, stages=(stage,), evals=(), prompts=())
 """
 STAGES = ("pretrain", "sft", "preference", "judged", "scored", "asked", "again", "ppo", "reason")
 LM = ("-m", "lm.cli.main", "run", "smoke.py")
-LONG = ("-m", "lm.cli.main", "run", "alone.py")
+LONG = ("-m", "lm.cli.main", "run", "alone.py", "--no-report")
 STEPS = 80
 
 
@@ -89,7 +89,7 @@ def numbers(run: Path, stage: str, file: str) -> dict:
 
 @pytest.fixture(scope="module")
 def one(folder) -> Path:
-    processes.run(folder, 1, *LM, "--run-dir", "one")
+    processes.run(folder, 1, *LM, "--run-dir", "one", "--no-report")
     return folder / "one"
 
 
