@@ -1,4 +1,4 @@
-"""The files of a published tokenizer: which are read, and what they say of special tokens, ends and chat templates."""
+"""The files of a published tokenizer, and the special tokens, end tokens and chat templates that they define."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG, SPECIAL_MAP, GENERATION, ADDED, OPTIONS = (
 )  # fmt: skip
 READ = (TOKENIZER_JSON, SENTENCEPIECE, TEMPLATE, CONFIG, SPECIAL_MAP, GENERATION, ADDED, OPTIONS)
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-LARGEST = 256 * 2**20  # bytes of a file
+LARGEST = 256 * 2**20  # maximum bytes of a file
 # Of tokens that some families do not mark as special.
 CONTROL_SPELLING = re.compile(r"<[|｜].*[|｜]>|</?s>|<(unk|pad|bos|eos|mask|cls|sep)>", re.DOTALL)
 
@@ -35,12 +35,12 @@ class AddedToken:
 
     @property
     def is_control(self) -> bool:
-        """Whether the token steers the model, so that it is not what somebody types, the assistant included."""
+        """Whether it is a control token, which no text may become, not even the assistant's."""
         return self.special or CONTROL_SPELLING.fullmatch(self.name) is not None
 
 
 def read_files(folder: Path, where: str) -> dict[str, bytes]:
-    """The tokenizer's files in a folder, by name. Raises UserError where there is no tokenizer."""
+    """The tokenizer's files in a folder, by name. Raises UserError if there is no tokenizer."""
     found: dict[str, bytes] = {}
     for name in READ:
         path = folder / name
@@ -59,7 +59,7 @@ def read_files(folder: Path, where: str) -> dict[str, bytes]:
 
 
 def read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no such file. Raises UserError where it is none."""
+    """A file's JSON object; empty if there is no such file. Raises UserError if its content is not a JSON object."""
     if name not in files:
         return {}
     try:
@@ -97,7 +97,7 @@ def added_beside(files: Mapping[str, bytes], where: str) -> list[Any]:
 
 
 def added_tokens(listed: Any, where: str) -> dict[str, AddedToken]:
-    """The added tokens by name. Raises UserError where the list cannot be read."""
+    """The added tokens by name. Raises UserError if the list cannot be read."""
     try:
         tokens = [
             AddedToken(item["content"], item["id"], *(bool(item.get(key)) for key in ("special", "lstrip", "rstrip")))
@@ -109,7 +109,7 @@ def added_tokens(listed: Any, where: str) -> dict[str, AddedToken]:
 
 
 def template_sources(files: Mapping[str, bytes], where: str) -> dict[str, str]:
-    """The chat templates by name; the one that is used unless another is asked for is `default`."""
+    """The chat templates by name; `default` is used unless another is requested."""
     if TEMPLATE in files:
         return {"default": files[TEMPLATE].decode(errors="replace")}
     found = read_json(files, CONFIG, where).get("chat_template")

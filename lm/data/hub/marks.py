@@ -1,4 +1,4 @@
-"""Marks: private characters put into a conversation, which show where its texts are in a template's output."""
+"""Marks: private characters that are inserted into a conversation to find its texts in a template's output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lm.data.hub.vocabulary import split_at
 
 Turn = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# What a template may look for in a text (<think>, [/INST]) stays whole; every other run of letters gets a mark.
+# Tags that a template may look for in a text (<think>, [/INST]) are not split; every other run of letters gets a mark.
 RUN = re.compile(r"</?[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\]|([^\s<\[]+|[<\[])")
 PRIVATE = range(0xF0000, 0x10FFF0)
 
@@ -23,7 +23,7 @@ AMOUNTS: tuple[Amount, ...] = ("all texts", "texts that are not empty", "the ass
 
 @dataclass(frozen=True)
 class TextMark:
-    """A private character that stands in one text of one message, `count` times."""
+    """A private character that occurs in one text of one message, `count` times."""
 
     letter: str
     turn: int
@@ -32,7 +32,7 @@ class TextMark:
 
 
 def all_text(value: Any) -> str:
-    """Every text in the value, with line ends between."""
+    """All texts in a nested value, joined by line ends."""
     found: list[str] = []
 
     def keep(text: str) -> str:
@@ -44,13 +44,13 @@ def all_text(value: Any) -> str:
 
 
 def free_letters(text: str = "") -> Iterator[str]:
-    """Private characters that the text does not have."""
+    """Private characters that do not occur in the text."""
     taken = set(text)
     return (chr(code) for code in PRIVATE if chr(code) not in taken)
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every text in it changed."""
+    """A nested value with a function applied to every text in it."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -63,9 +63,9 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 def mark(messages: Sequence[Turn], letters: Iterator[str], amount: Amount) -> tuple[list[Turn], list[TextMark]]:
     """The messages with marks in their texts, and the marks.
 
-    A text is marked at every run of letters and at its end, so that what is left of it shows where it begins and
-    ends. What a template asks of a text (is it empty, does it begin with a tag, how is it without white space around)
-    has the same answer; whether it did is seen in the output, which without marks must be the same.
+    A text is marked at every run of letters and at its end, so that even a part of it shows where it begins and
+    ends. The conditions that templates test (is a text empty, does it begin with a tag, its content without outer white
+    space) should have the same results; the output, which must be equal apart from the marks, proves it.
     """
     marked, marks = [], []
     for number, turn in enumerate(messages):
@@ -124,7 +124,7 @@ def _marked_part(part: Any, put: Callable[[str], str]) -> Any:
 
 
 def places(text: str, letters: set[str]) -> tuple[str, dict[str, list[int]]]:
-    """The text without the marks, and the places in it that each mark had."""
+    """The text without the marks, and the positions in it of each mark."""
     found: dict[str, list[int]] = {letter: [] for letter in letters}
     pieces = split_at(text, letters)
     at = 0
@@ -138,7 +138,7 @@ def places(text: str, letters: set[str]) -> tuple[str, dict[str, list[int]]]:
 
 @dataclass(frozen=True)
 class Shields:
-    """Private characters that stand for typed control tokens while a template renders."""
+    """Private characters that replace typed control tokens while a template renders."""
 
     letters: Mapping[str, str]  # by the token's name
 
@@ -153,15 +153,15 @@ class Shields:
         return {letter: name for name, letter in self.letters.items()}
 
     def only(self, names: Collection[str]) -> Shields:
-        """The shields of some of the names."""
+        """The shields of these names only."""
         return Shields({name: letter for name, letter in self.letters.items() if name in names})
 
     def put(self, value: Any) -> Any:
-        """The value with a shield for each of the names that is spelt in its texts."""
+        """The value with every name in its texts replaced by its shield."""
         return each_text(value, lambda text: _exchanged(text, self.letters))
 
     def remove(self, text: str) -> str:
-        """The text with the names again."""
+        """The text with every shield replaced by its name again."""
         return _exchanged(text, self.names)
 
 

@@ -19,18 +19,18 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST_STEPS = 1_000_000  # passes of a loop, calls of a macro
+MOST_STEPS = 1_000_000  # maximum iterations of loops and calls of macros
 MOST_SECONDS = 20.0
-MOST_LETTERS = 10_000_000  # of the output, of a string or list on the way
-DEEPEST = 50  # values in values of what a template is given
-WIDE = re.compile(r"\d{6}")  # a width that a format asks for
+MOST_LETTERS = 10_000_000  # maximum size of the output, and of any string or list in between
+DEEPEST = 50  # maximum nesting of the values passed to a template
+WIDE = re.compile(r"\d{6}")  # a width in a format string that is too large
 BLOCK_MARKS = GENERATION_START, GENERATION_END = "\U0010fffa", "\U0010fffb"
 Compiled = jinja2.Template
 FILE = "<template>"  # jinja2's name for a template without a file
 
 
 class TemplateLimit(Exception):
-    """Raised where a template takes too long or makes too much."""
+    """Raised if a template takes too long or its output is too large."""
 
 
 class Meter:
@@ -40,7 +40,7 @@ class Meter:
         self.steps, self.began = 0, time.monotonic()
 
     def step(self) -> str:
-        """Count a pass of a loop; the empty text."""
+        """Count an iteration of a loop; returns the empty text."""
         self.steps += 1
         if self.steps > MOST_STEPS:
             raise TemplateLimit(f"more than {MOST_STEPS:,} passes of its loops")
@@ -67,7 +67,7 @@ def _step() -> str:
 
 
 class GenerationBlocks(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: what the assistant writes, put between two marks."""
+    """`{% generation %}` … `{% endgeneration %}`: puts the assistant's text between two marks."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 reads it from the class)
 
@@ -82,7 +82,7 @@ class GenerationBlocks(Extension):
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox whose loops are counted and whose values are bounded."""
+    """jinja2's sandbox with limits on loop iterations and on the size of values."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -109,7 +109,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operator whose result could be huge."""
+        """Apply an operator whose result could be huge, within the limits."""
         sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
         numbers = [value for value in (left, right) if isinstance(value, int)]
         if operator == "*" and sizes and numbers:
@@ -123,7 +123,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """A call from a template, with bounded numbers, whose result is bounded."""
+        """Make a call of a template, with limits on its arguments and its result."""
         function_itself = getattr(function, "__wrapped__", function)  # jinja2 wraps str.format
         owner = getattr(function_itself, "__self__", None)
         if isinstance(owner, str):
@@ -132,7 +132,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
 
 class _Rewrite(jinja2.visitor.NodeTransformer):
-    """Turns `a ~ b` into a call that bounds its result."""
+    """Turns `a ~ b` into a call that limits its result."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -150,12 +150,12 @@ def _raise(message: Any) -> None:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as chat templates have it: no letter escaped for HTML."""
+    """The filter `tojson` of chat templates: JSON without HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)  # keeps what jinja2 has noted on the function
+    @functools.wraps(function)  # keeps jinja2's attributes of the function
     def bounded(*args: Any, **kwargs: Any) -> Any:
         _check_arguments(function.__name__, (*args, *kwargs.values()))
         return _checked(function(*args, **kwargs))
@@ -164,7 +164,7 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_arguments(name: str, args: tuple[Any, ...]) -> None:
-    """Raise TemplateLimit for what could make a huge text of a small one: widths, formats, replacements."""
+    """Raise TemplateLimit for arguments that could turn a small text into a huge one: widths, formats, replacements."""
     for value in args:
         if isinstance(value, int):
             _check_size(value)
@@ -194,7 +194,7 @@ def _checked(value: Any) -> Any:
 
 
 def output(template: Compiled, variables: dict[str, Any]) -> str:
-    """The output of a template. Raises TemplateLimit where it is too long, or takes too long."""
+    """The output of a template. Raises TemplateLimit if it is too long or takes too long."""
     pieces, size = [], 0
     with metered():
         for piece in template.generate(variables):

@@ -1,4 +1,4 @@
-"""Chat templates: rendering a conversation to text, with one line for whatever is wrong."""
+"""Chat templates: rendering of a conversation to text, with errors of one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TemplateError(BadRow):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template: `names` are the special tokens that it may write, `now` the date that it is told (None: today)."""
+    """A chat template; `names` are the special tokens that it may write, `now` is the date passed to it (None: today)."""
 
     source: str
     names: Mapping[str, str] = field(default_factory=dict)
@@ -37,11 +37,11 @@ class ChatTemplate:
     where: str = "chat template"
 
     def __post_init__(self) -> None:
-        _ = self._compiled  # an error of the template is told when it is loaded
+        _ = self._compiled  # so that an invalid template is reported when it is loaded
 
     @property
     def marks_generation(self) -> bool:
-        """Whether the template says itself what the assistant writes."""
+        """Whether the template marks the assistant's text itself, with generation blocks."""
         return BLOCK.search(self.source) is not None
 
     @functools.cached_property
@@ -61,7 +61,7 @@ class ChatTemplate:
         """The conversation as text; generation blocks are between `sandbox.GENERATION_START` and `GENERATION_END`.
 
         Raises:
-            TemplateError: the template refuses the conversation, or fails on it, or exceeds a limit of the sandbox.
+            TemplateError: the template refuses the conversation, fails on it, or exceeds a limit of the sandbox.
         """
         given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation_prompt}
         try:
@@ -76,7 +76,7 @@ class ChatTemplate:
             raise self._error(error, "refuses the conversation") from error
         except (MemoryError, OverflowError) as error:
             raise self._error(error, "does not end") from error
-        except Exception as error:  # whatever its expressions raise
+        except Exception as error:  # expressions of a template may raise anything
             raise self._error(error, "cannot render the conversation") from error
 
     def _error(self, error: BaseException, what: str) -> TemplateError:

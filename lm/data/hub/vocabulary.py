@@ -1,4 +1,4 @@
-"""Text to ids and back through `tokenizer.json` or a sentencepiece model, with control tokens apart from the text."""
+"""Text to ids and back by `tokenizer.json` or a sentencepiece model, with control tokens kept apart from text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Segment = str | AddedToken
 
 
 class Encoded(NamedTuple):
-    """Ids, and of each the characters [start, end) that it holds."""
+    """Ids, and the characters [start, end) of each."""
 
     ids: list[int]
     starts: list[int]
@@ -37,16 +37,16 @@ class Encoded(NamedTuple):
 
 
 class Vocabulary(Protocol):
-    """What tells two kinds of tokenizer files apart."""
+    """Protocol of a vocabulary, implemented for `tokenizer.json` and for sentencepiece models."""
 
     vocab_size: int
 
     def encode(self, segments: Sequence[Segment], add_special: bool = False) -> Encoded:
-        """Ids and places of text with control tokens between; a control token counts the characters of its name."""
+        """Ids and offsets of texts and control tokens in sequence; a control token counts as the characters of its name."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many plain texts."""
+        """Ids of many texts without control tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -55,18 +55,18 @@ class Vocabulary(Protocol):
 
 
 class JsonVocabulary:
-    """A `tokenizer.json`, through the tokenizers library.
+    """A `tokenizer.json`, read by the tokenizers library.
 
-    With `apart` (control tokens) the library gets these tokens under names that nobody can type: text that spells
-    one is text, while the tokens that a caller puts between texts are matched by the library as ever, with the white
-    space that they swallow and the prefix that depends on them.
+    The control tokens in `apart` are renamed to names that nobody can type. So a text that contains a token's name stays
+    text, while the library matches the tokens that a caller puts between texts as usual, including the white
+    space that they strip and the prefix that depends on them.
     """
 
     def __init__(self, parsed: dict[str, Any], raw: bytes, apart: Mapping[str, AddedToken], where: str):
         secret = secrets.token_hex(8)
         self._typed = re.compile(f"{OPEN}(.*?){secret}{CLOSE}", re.DOTALL)
         self._names = {name: f"{OPEN}{name}{secret}{CLOSE}" for name in apart}
-        # Without the white space of a token its place would not show whether an answer has it; no id depends on this.
+        # Offsets must include a token's white space to show whether it belongs to an answer; this changes no ids.
         exact = parsed | {"post_processor": _untrimmed(parsed.get("post_processor"))}
         try:
             as_it_is = not apart and exact == parsed
@@ -94,7 +94,7 @@ class JsonVocabulary:
         seen = list(accumulate(map(len, names), initial=0))
 
         def place(there: int) -> int:
-            """The place in the text with names as they are."""
+            """The position in the text with the original names."""
             number = min(bisect.bisect_right(at, there), len(names)) - 1
             return min(seen[number] + there - at[number], seen[number + 1])
 
@@ -110,7 +110,7 @@ class JsonVocabulary:
 
 
 def _renamed(parsed: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A `tokenizer.json` whose tokens have other names, wherever it names them."""
+    """A `tokenizer.json` with tokens renamed everywhere that it names them."""
     model = dict(parsed["model"])
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
@@ -134,14 +134,14 @@ def _makes(pair: str | list[str], names: Mapping[str, str]) -> bool:
 
 
 def _untrimmed(value: Any) -> Any:
-    """A post-processor that leaves white space in the places of tokens."""
+    """A post-processor whose token offsets include white space."""
     if isinstance(value, dict):
         return {key: False if key == "trim_offsets" else _untrimmed(item) for key, item in value.items()}
     return [_untrimmed(item) for item in value] if isinstance(value, list) else value
 
 
 def _texts_renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """The value with every text, key or not, that is one of the names renamed."""
+    """A nested value in which every text or key that is one of the names is renamed."""
     if isinstance(value, dict):
         return {names.get(key, key): _texts_renamed(item, names) for key, item in value.items()}
     if isinstance(value, list):
