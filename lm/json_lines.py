@@ -75,7 +75,7 @@ def read_json_lines(path: Path, fields: Mapping[str, type] | None = None) -> lis
     if place is not None:
         what = "does not match its checksum" if place < len(lines) else f"is gone: {len(sums)} lines were written"
         raise UserError(
-            f"{path}:{place + 1} {what}; put back a copy of the file and of its .crc32, or remove {path.parent} to make it anew"
+            f"{path}:{place + 1} {what}; put back a copy of the file and of its .crc32, or remove {path.parent} to rebuild it"
         )
     found = []
     for number, raw in enumerate(lines, start=1):

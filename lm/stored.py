@@ -118,7 +118,7 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(members):
         keys = [key for key, _ in members]
         raise ValueError(
-            f"the key {shown(next(key for key in found if keys.count(key) > 1))} stands twice in an object"
+            f"the key {shown(next(key for key in found if keys.count(key) > 1))} appears twice in one object"
         )
     return found
 

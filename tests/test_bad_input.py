@@ -214,7 +214,7 @@ def test_a_finished_stage_is_read_at_its_last_step_and_another_at_its_newest_sou
     RunFolder(work / "out").summary("pretrain").unlink()  # as if it had been killed before its end
     assert main(list(sample)) == 0
     said = "".join(capsys.readouterr())
-    assert told in said and "passed over" in said
+    assert told in said and "skipped" in said
     assert "leaves 62: shorten it" in refused(capsys, "sample", "out", "--prompt", "the " * 90, "--max-new-tokens", "2")
 
 

@@ -30,7 +30,7 @@ def axis_sizes(mesh: Mesh, devices: int) -> dict[str, int]:
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {shown}: sizes are 1 or more, and at most one is -1")
     if fixed > devices:
-        raise UserError(f"mesh {shown} wants {fixed} devices; there are {devices}")
+        raise UserError(f"mesh {shown} needs {fixed} devices; there are {devices}")
     if free:
         sizes[free[0]] = devices // fixed
     if math.prod(sizes.values()) != devices and free:

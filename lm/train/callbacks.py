@@ -32,7 +32,7 @@ class Callback:
             file = Path(self.function.__code__.co_filename) if hasattr(self.function, "__code__") else Path(self.name)
             raise UserError(
                 f"the callback {self.name} failed on {kind} of stage {stage}: {described(error, file)}; without it the "
-                "same command goes on from the last checkpoint"
+                "same command resumes from the last checkpoint"
             ) from error
 
 

@@ -233,13 +233,13 @@ class Checkpoints:
 
     def _newest_intact(self, warn: Callable[[str], None]) -> int | None:
         for name in _unfinished(self.folder):
-            warn(f"{self.folder / name} was not finished when its run stopped: passed over")
+            warn(f"{self.folder / name} was not finished when its run stopped: skipped")
         steps = self.steps()
         for step in reversed(steps):
             try:
                 _verify(self.folder / f"{step:08d}")
             except Damaged as damage:
-                warn(f"{damage}: passed over, trying the checkpoint before it")
+                warn(f"{damage}: skipped, trying the checkpoint before it")
                 continue
             return step
         if steps:
@@ -297,7 +297,7 @@ class Checkpoints:
                 raise
             raise UserError(
                 f"{path}: the checkpoint could not be saved: {reason}; earlier ones are untouched: "
-                "put that right and run the same command again to go on from there"
+                "fix that and run the same command again to resume from there"
             ) from error
 
 

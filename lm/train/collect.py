@@ -159,7 +159,7 @@ def _append(path: Path, rows: list[Row]) -> None:
         file.append([json.dumps(row).encode() for row in rows])
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror}; put that right and run the same command again to go on"
+            f"{path} cannot be written: {error.strerror}; fix that and run the same command again to resume"
         ) from error
     finally:
         file.close()

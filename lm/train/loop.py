@@ -411,7 +411,7 @@ def restore(
     items = wanted | found.items
     if len(found.items) < len(wanted) and found.step < stage.steps:
         raise UserError(
-            f"stage {stage.name} cannot go on from step {found.step}: its checkpoint has lost "
+            f"stage {stage.name} cannot resume from step {found.step}: its checkpoint has lost "
             f"{', '.join(sorted(wanted.keys() - found.items.keys()))} when the stage was finished ({stage.name}.keep_moments); "
             f"remove {checkpoints.folder.parent} to train it from its start"
         )

@@ -133,8 +133,8 @@ class MetricsLog:
             self._files[kind].append([text.encode("utf-8", errors="replace") for text in texts])
         except OSError as error:
             raise UserError(
-                f"{self._path(kind)} cannot be written: {error.strerror}; put that right and run the same command "
-                "again to go on from the last checkpoint"
+                f"{self._path(kind)} cannot be written: {error.strerror}; fix that and run the same command "
+                "again to resume from the last checkpoint"
             ) from error
         for line in lines:
             self.listener(kind, json_value(line))

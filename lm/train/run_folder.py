@@ -106,7 +106,7 @@ class RunFolder:
 
     def check_whole(self, stages: Iterable[str]) -> None:
         """Raise UserError if environment.json, or the summary of a stage that it lists as finished, was removed."""
-        again = "put back a copy of it, or `lm run` makes it anew"
+        again = "put back a copy of it, or `lm run` rebuilds it"
         if not self.environment.exists() and _has_files(self.path / "stages"):
             raise UserError(f"{self.environment} is gone: {again}")
         recorded = self.read_environment().get(FINISHED, [])

@@ -69,7 +69,7 @@ def _write(folder: Path, stage: Stage, step: int, rollout: Rollout) -> int:
         write_atomic(path, content)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror}; put that right and run the same command again to go on from the "
+            f"{path} cannot be written: {error.strerror}; fix that and run the same command again to resume from the "
             "last checkpoint"
         ) from error
     left = stage.trajectory_mb * MEGABYTE

@@ -79,7 +79,7 @@ def _end(expected: _Expected) -> None:
     process = f"process {jax.process_index()} of {jax.process_count()}"
     print(
         f"\nlm: error: {process} waited {expected.seconds:g} seconds for {expected.what} (--watchdog): stopped, so that "
-        "the same command can go on from the last checkpoint. The stacks of all threads:",
+        "the same command can resume from the last checkpoint. The stacks of all threads:",
         file=sys.stderr,
         flush=True,
     )

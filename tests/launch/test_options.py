@@ -38,7 +38,7 @@ def launch(*words: str) -> int:
     (f"{GKE} --job-name {'a' * 40}", ["at most 39 characters"]),
     (f"{GKE} --name 7b", ["from the experiment's name '7b'", "begin with a letter"]),
     (f"{GKE} --mesh.fsdp 8", ["--topology v5e:4x4 has 16 devices", "fsdp 8", "uses 8", "-1"]),
-    (f"{GKE} --mesh.fsdp 32", ["--topology v5e:4x4", "wants 32 devices; there are 16"]),
+    (f"{GKE} --mesh.fsdp 32", ["--topology v5e:4x4", "needs 32 devices; there are 16"]),
     (f"{GKE} --slices 2", ["--topology v5e:4x4 --slices 2", "mesh.slices is 1; it should be 2"]),
     (f"{GKE} --mesh.slices 2", ["mesh.slices is 2; it should be 1"]),
     (f"{GKE} --pretrain.batch_size 24", ["24 rows", "mesh.fsdp 16"]),

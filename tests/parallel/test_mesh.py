@@ -16,7 +16,7 @@ def test_minus_one_takes_what_is_left():
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        (Mesh(data=16), "wants 16 devices; there are 8"),
+        (Mesh(data=16), "needs 16 devices; there are 8"),
         (Mesh(data=-1, fsdp=-1), "at most one is -1"),
         (Mesh(data=-1, fsdp=3), "does not divide the 8 devices"),
         (Mesh(data=0), "sizes are 1 or more"),
