@@ -77,6 +77,7 @@ HARMLESS = frozenset(
     }
 )  # fmt: skip
 
+SWITCH = "use_sliding_window"
 ORIGINAL = "original_max_position_embeddings"
 ROPES: dict[str, type[RopeScaling]] = {
     "linear": LinearRope, "dynamic": DynamicRope, "llama3": Llama3Rope, "yarn": YarnRope,
@@ -111,6 +112,8 @@ def _read_config(config: Any) -> tuple[Model, int]:
     family = FAMILIES[name]
     _refuse_features(config, family)
     config = {**family.defaults, **config}
+    if SWITCH in family.defaults and not _flag(config, SWITCH):
+        config["sliding_window"] = None
     size = {name: _size(config, name) for name in SIZES}
     heads = size["num_attention_heads"]
     fields = {ours: value for theirs, both in family.fields.items() for ours, value in _same(config, theirs, both)}
@@ -226,6 +229,8 @@ def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
     if family.slides is not None:
         config["sliding_window"] = local.window if local else None
         kinds = [LOCAL if layer.window else FULL for layer in layers]
+        if SWITCH in family.defaults:
+            config |= {SWITCH: local is not None, "max_window_layers": kinds.index(LOCAL) if local else len(kinds)}
         if len(set(kinds)) > 1 or kinds != _kinds({**family.defaults, **config}, family, m.num_layers):
             config["layer_types"] = kinds
     return config
@@ -256,8 +261,9 @@ def _kinds(config: Plain, family: Family, count: int) -> list[str]:
     types = config.get("layer_types")
     if types is None:
         slides = family.slides if config.get("sliding_window") is not None else None
-        if (every := config.get("sliding_window_pattern")) is not None and (type(every) is not int or every < 1):
-            raise UserError(f"sliding_window_pattern is {shown(every)}; it should be a whole number from 1")
+        for name, least in {"sliding_window_pattern": 1, "max_window_layers": 0}.items():
+            if name in family.defaults and (type(config[name]) is not int or config[name] < least):
+                raise UserError(f"{name} is {shown(config[name])}; it should be a whole number from {least}")
         return [LOCAL if slides is not None and slides(config, layer) else FULL for layer in range(count)]
     allowed = (FULL,) if family.slides is None else (FULL, LOCAL)
     if not isinstance(types, list) or any(one not in allowed for one in types):
@@ -319,7 +325,7 @@ def _refuse_features(config: Plain, family: Family) -> None:
         value = config.get(name)
         if name not in family.fields and value is not None and value not in values:
             raise UserError(f"{name} is {shown(value)}; the model has {shown(values[0])} only")
-    window, used = config.get("sliding_window"), config.get("use_sliding_window")
+    window, used = config.get("sliding_window"), config.get(SWITCH)
     if family.slides is None and (used or (window is not None and used is None)):
         raise UserError(
             f"sliding_window is {shown(window)} and use_sliding_window {shown(used)}; {family.model_type} with a "

@@ -66,9 +66,12 @@ def refused(folder, message):
 
 
 CONFIGS = {
-    "a sliding window": ({"use_sliding_window": True, "sliding_window": 4}, "sliding_window is 4"),
-    "a window nobody says unused": ({"sliding_window": 4}, "sliding_window is 4"),
-    "layers with windows": ({"layer_types": ["sliding_attention"] * 2}, "layer_types is .*full_attention"),
+    "a sliding window": ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
+    "a window nobody says unused": ({"model_type": "llama", "sliding_window": 4}, "sliding_window is 4"),
+    "layers with windows": (
+        {"layer_types": ["sliding_attention"] * 2},
+        "sliding_attention, and sliding_window is miss",
+    ),
     "part of a head is turned": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "and in rope": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     "biases": ({"attention_bias": True}, "attention_bias is True"),
@@ -79,6 +82,10 @@ CONFIGS = {
     "other rope": (
         {"rope_scaling": {"type": "longrope", "factor": 4.0}, "rope_parameters": None},
         "rope scaling 'longrope'",
+    ),
+    "odd windows": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"},
+        "max_window_layers is '2'; it should be a whole number from 0",
     ),
     "half a yarn": ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "rope type yarn lacks factor"),
     "odd yarn": (
