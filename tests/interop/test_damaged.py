@@ -67,7 +67,10 @@ def refused(folder, message):
 
 CONFIGS = {
     "a sliding window": ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
-    "a window nobody says unused": ({"model_type": "llama", "sliding_window": 4}, "sliding_window is 4"),
+    "a window nobody says unused": (
+        {"model_type": "llama", "sliding_window": 4, "use_sliding_window": None},
+        "sliding_window is 4",
+    ),
     "layers with windows": (
         {"layer_types": ["sliding_attention"] * 2},
         "sliding_attention, and sliding_window is miss",
