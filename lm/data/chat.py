@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
-from lm.data import bad_rows, json_text
+from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, Unreadable, missing_columns
-from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, canonical, flag
-from lm.data.text_tokenizer import LossOn, Message, Rendered, TextTokenizer
+from lm.data.chatml import REASONING_KEYS
+from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, TOOL_COLUMNS, canonical, flag
+from lm.data.split import canonical_json
+from lm.data.text_tokenizer import LossOn, Message, Rendered, TextTokenizer, Tools
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+FOLLOWING = {
+    "": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}  # fmt: skip
+NO_PLACE = "answers that are labelled or collected are kept without them; leave such prompts out"
 LARGEST_MARGIN = 3e38  # of a float32
 SHOWN_BEFORE = 20  # characters shown before the place where two prompts differ
-TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call")
-TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MARKS = ("weight", "train", "loss")  # flags of a turn: 0 takes it out of the loss
 READ_KEYS = frozenset(
-    ("role", "content", "from", "value", *MARKS, *TOOL_KEYS, *REASONING_KEYS, "type", "text", "train_detail")
+    (
+        "role",
+        "content",
+        "from",
+        "value",
+        *MARKS,
+        "tool_calls",
+        "function_call",
+        *REASONING_KEYS,
+        "type",
+        "text",
+        "train_detail",
+    )
 )
-TOOL_COLUMNS = ("tools", "functions")
-NO_TOOLS = "the chat format of lm has none; leave such conversations out"
+
+
+class ChatInput(NamedTuple):
+    """A conversation, and the definitions of the tools that the assistant may call in it."""
+
+    messages: list[dict[str, Any]]
+    tools: Tools = None
 
 
 def render(
@@ -33,56 +56,102 @@ def render(
     loss_on: LossOn = "answers",
     learn_end: bool = True,
     where: str = "",
+    tools: Tools = None,
 ) -> Rendered:
     """Render messages in the tokenizer's chat format; see `TextTokenizer.render`. A BadRow that it raises names `where`."""
     try:
-        return tokenizer.render(messages, generation_prompt, loss_on, learn_end)
+        return tokenizer.render(messages, generation_prompt, loss_on, learn_end, tools)
     except BadRow as error:
-        raise BadRow(f"{where}: {error}" if where else str(error), error.reason) from error
+        hint = ""
+        if error.reason == bad_rows.TEMPLATE and (texts := _with_text_arguments(messages)) != list(messages):
+            with contextlib.suppress(BadRow):
+                tokenizer.render(texts, generation_prompt, loss_on, learn_end, tools)
+                hint = "; this template takes the arguments of a tool call as JSON text, and here they are an object"
+        raise BadRow(f"{where}: {error}{hint}" if where else f"{error}{hint}", error.reason) from error
+
+
+def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of their tool calls as JSON text."""
+
+    def changed(call: Any) -> Any:
+        if "function" in call:
+            return {**call, "function": changed(call["function"])}
+        given = call.get("arguments")
+        return {**call, "arguments": json.dumps(given)} if isinstance(given, Mapping) else call
+
+    return [
+        {**turn, "tool_calls": [changed(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+        for turn in messages
+    ]
+
+
+def plain_prompt(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """`prompt_messages` of a row where nothing can be done with tools. Raises BadRow for definitions of tools."""
+    if tools_of(row, where):
+        raise BadRow(f"{where}: the prompt has tools, and {NO_PLACE}", bad_rows.TOOLS)
+    return prompt_messages(row, where)
+
+
+def tools_of(row: Mapping[str, Any], where: str) -> Tools:
+    """The definitions of tools in a row's column `tools` (or `functions`), a list or its JSON text; None where there are none."""
+    for name in TOOL_COLUMNS:
+        value = canonical({name: row.get(name)}).get("tools", row.get(name))
+        if isinstance(value, list) and any(value):
+            if not all(isinstance(one, Mapping) and one for one in value):
+                raise BadRow(f"{where}: {name} must be a list of tool definitions, found {value!r:.60}", bad_rows.TOOLS)
+            return value
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")) and value.strip() not in ("[]", "{}"):
+            raise BadRow(f"{where}: {name} is not valid JSON: {value!r:.60}", bad_rows.TOOLS)
+    return None
 
 
 def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> None:
     """Raise BadRow unless `messages` alternate as [system] user assistant user assistant …; names `where` and the turn.
 
-    With `needs_answer` the last turn must be the assistant's; without, the user's.
+    After an assistant's turn there may be tool turns, and the assistant's again. With `needs_answer` the last turn must be the
+    assistant's; without, the user's or a tool's.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise BadRow(
             f"{where}: a conversation must be a list of turns with at least one, found {messages!r:.60}", bad_rows.TURNS
         )
-    expected: tuple[str, ...] = ("system", "user")
+    before = ""
     for number, turn in enumerate(messages, start=1):
         spot = f"{where}, turn {number}"
         _check_turn(turn, spot)
         role = turn["role"]
-        if role not in expected:
-            raise BadRow(f"{spot}: {_misplaced(role, number)}", bad_rows.TURNS)
-        expected = ("assistant",) if role == "user" else ("user",)
+        if role not in FOLLOWING[before]:
+            raise BadRow(f"{spot}: {_misplaced(role, before)}", bad_rows.TURNS)
+        before = role
     last, wanted = messages[-1]["role"], "assistant" if needs_answer else "user"
-    if last != wanted:
+    if last != wanted and (needs_answer or last != "tool"):
         raise BadRow(
             f"{where}, turn {len(messages)}: the last turn must be the {wanted}'s, found the {last}'s", bad_rows.TURNS
         )
 
 
 def _check_turn(turn: Any, spot: str) -> None:
-    """Raise BadRow unless the turn is a role and a text, with flags that can be honoured."""
+    """Raise BadRow unless the turn is a role and a text, or calls of tools, with flags that can be honoured."""
     found: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
-    if found.get("role") in TOOL_ROLES or any(found.get(key) for key in TOOL_KEYS):
-        name = next((key for key in TOOL_KEYS if found.get(key)), f"role {found.get('role')!r}")
-        raise BadRow(f"{spot}: {name} is of a tool, and {NO_TOOLS}", bad_rows.TOOLS)
+    calls = found.get("tool_calls")
+    if found.get("role") == "function_call" or found.get("function_call") or (calls and not _are_calls(calls)):
+        name = "tool_calls" if calls else "function_call"
+        raise BadRow(
+            f"{spot}: {name} must have the name and the arguments of each function, found {turn!r:.80}", bad_rows.TOOLS
+        )
+    if calls and found.get("role") != "assistant":
+        raise BadRow(
+            f"{spot}: tool_calls are the assistant's, found the role {found.get('role')!r:.60}", bad_rows.TOOLS
+        )
     for key in REASONING_KEYS:
-        if found.get(key):
-            raise BadRow(
-                f"{spot}: {key} is not trained on beside the content; put the reasoning into the content, or remove the key",
-                bad_rows.REASONING,
-            )
-    if not {"role", "content"} <= set(found):
+        if not isinstance(found.get(key) or "", str):
+            raise BadRow(f"{spot}: {key} must be a string, found {found[key]!r:.60}", bad_rows.REASONING)
+    if not {"role", "content"} <= set(found) and not (calls and "role" in found):
         raise BadRow(f'{spot}: a turn must be {{"role": …, "content": …}}, found {turn!r:.60}', bad_rows.TURNS)
-    role, content = found["role"], found["content"]
+    role, content = found["role"], found.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"{spot}: unknown role {role!r:.60}; the roles are {', '.join(ROLES)}", bad_rows.TURNS)
-    if not isinstance(content, str):
+    if not isinstance(content, str) and not (content is None and calls):
         raise BadRow(f"{spot}: the content must be a string, or text parts, found {content!r:.60}", bad_rows.CONTENT)
     for key in MARKS:
         if key in found and found[key] is not None and flag(found[key]) is None:
@@ -94,13 +163,23 @@ def _check_turn(turn: Any, spot: str) -> None:
         )
 
 
-def _misplaced(role: str, number: int) -> str:
+def _are_calls(calls: Any) -> bool:
+    """Whether every call has the name of a function."""
+    if not isinstance(calls, list) or not all(isinstance(one, Mapping) for one in calls):
+        return False
+    functions = [one.get("function", one) for one in calls]
+    return all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions)
+
+
+def _misplaced(role: str, before: str) -> str:
     if role == "system":
         return "a system turn can only be the first"
     if role == "user":
         return "two user turns in a row; an assistant turn must come between them"
-    if number == 1:
-        return "a conversation cannot begin with the assistant"
+    if not before:
+        return f"a conversation cannot begin with the {role}"
+    if role == "tool":
+        return "a tool turn must follow an assistant turn or another tool turn"
     return "an assistant turn must follow a user turn"
 
 
@@ -109,9 +188,17 @@ def as_messages(prompt: str | Sequence[Message], role: str = "user") -> list[dic
     if isinstance(prompt, str):
         return [{"role": role, "content": prompt}]
     return [
-        {"role": turn["role"], "content": turn["content"]} | ({} if _marked_to_learn(turn) else {"train": False})
+        {key: value for key, value in turn.items() if key not in (*MARKS, "train_detail")}
+        | ({} if _marked_to_learn(turn) else {"train": False})
         for turn in prompt
     ]
+
+
+def said_by(turn: Message) -> str:
+    """Everything that a turn says: its reasoning, its content, and its calls of tools as JSON."""
+    calls = turn.get("tool_calls")
+    said = [*(turn.get(key) for key in REASONING_KEYS), turn.get("content"), canonical_json(calls) if calls else ""]
+    return "\n".join(text for text in said if text)
 
 
 def _marked_to_learn(turn: Message) -> bool:
@@ -243,22 +330,7 @@ def _read(row: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{found[name]!r:.60}",
                 bad_rows.SYSTEM,
             )
-    for name in TOOL_COLUMNS:
-        if _names_tools(found.get(name)):
-            raise BadRow(
-                f"{where}: the column {name} has tools for the conversation, and {NO_TOOLS}, or the column",
-                bad_rows.TOOLS,
-            )
     return found
-
-
-def _names_tools(value: Any) -> bool:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json_text.loads(value)
-        except ValueError:
-            return False
-    return isinstance(value, list) and any(value)
 
 
 def _answered(prompt: list[dict[str, Any]], answer: Any, where: str, column: str) -> list[dict[str, Any]]:
@@ -286,8 +358,7 @@ def _check_same(
     """Raise BadRow where two prompts differ, naming the turn and showing each from there on."""
     for number, turns in enumerate(zip_longest(one, other), start=1):
         said = [
-            (turn["role"], turn["content"].strip() if strip else turn["content"]) if turn else ("", "")
-            for turn in turns
+            (turn["role"], said_by(turn).strip() if strip else said_by(turn)) if turn else ("", "") for turn in turns
         ]
         if said[0] != said[1]:
             letters = enumerate(zip_longest(*(content for _, content in said)))

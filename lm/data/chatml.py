@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from lm.data.text_tokenizer import LossOn, Message, Rendered
+from lm.data import bad_rows
+from lm.data.bad_rows import BadRow
+from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools
 
 END_OF_TEXT, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+NO_TOOLS = "the chat format of lm has none; leave such conversations out"
+TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Codec(Protocol):
@@ -27,6 +34,7 @@ def render_chatml(
     generation_prompt: bool = False,
     loss_on: LossOn = "answers",
     learn_end: bool = True,
+    tools: Tools = None,
 ) -> Rendered:
     """Render messages in ChatML: `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n` each, then optionally the assistant's header.
 
@@ -34,6 +42,7 @@ def render_chatml(
     its `<|im_end|>` (`loss_on` all: every token of every turn); without `learn_end` no `<|im_end|>`, and nothing of a turn with
     `train` False. A token that straddles header and content is covered. Does not validate the messages.
     """
+    _check_plain(messages, tools)
     start, end = tokenizer.special_ids[TURN_START], tokenizer.special_ids[TURN_END]
     newline = tokenizer.encode("\n")
     tokens: list[int] = []
@@ -59,3 +68,18 @@ def render_chatml(
         tokens += header_ids
         mask += [0] * len(header_ids)
     return Rendered(tokens, mask, last_turn)
+
+
+def _check_plain(messages: Sequence[Message], tools: Tools) -> None:
+    """Raise BadRow for tools, and for reasoning beside the content, which the format has no place for."""
+    if tools:
+        raise BadRow(f"the conversation has tools, and {NO_TOOLS}, or the column", bad_rows.TOOLS)
+    for number, turn in enumerate(messages, start=1):
+        called = next((key for key in TOOL_KEYS if turn.get(key)), "")
+        if called or turn["role"] == "tool":
+            raise BadRow(f"turn {number}: {called or 'role tool'} is of a tool, and {NO_TOOLS}", bad_rows.TOOLS)
+        if key := next((key for key in REASONING_KEYS if turn.get(key)), ""):
+            raise BadRow(
+                f"turn {number}: {key} is not trained on beside the content; put the reasoning into the content, or remove the key",
+                bad_rows.REASONING,
+            )

@@ -19,10 +19,14 @@ Row = Mapping[str, Any]
 Turn = dict[str, Any]
 
 # Names of roles in other layouts.
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLE_NAMES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
+}  # fmt: skip
 TALK_COLUMNS = ("messages", "conversations")  # whole conversations
 ANSWER_COLUMNS = ("chosen", "rejected", "completion")
 SYSTEM_COLUMNS = ("system", "system_prompt")
+TOOL_COLUMNS = ("tools", "functions")  # definitions of tools; functions: without the wrapping of tools
 EMPTY: tuple[Any, ...] = (None, "", [], {}, ())  # values of a flag that mean nothing
 EMPTY_MARKS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's helpful and harmless: a conversation in one string
@@ -50,6 +54,7 @@ LAYOUTS = (
 
 READ_COLUMNS = frozenset((
     "text", "label", "tie", "margin", "history", "answer", "final", *TALK_COLUMNS, *ANSWER_COLUMNS, *SYSTEM_COLUMNS,
+    *TOOL_COLUMNS,
     *(name for layout in LAYOUTS for name in (layout.ask, *layout.context, *layout.answers)),
 ))  # fmt: skip
 
@@ -70,7 +75,7 @@ def canonical(row: Row) -> dict[str, Any]:
         found = _asked(found, layout)
     elif talks and any(side in found for side in ANSWER_COLUMNS) and _last_role(found["messages"]) == "user":
         found["prompt"] = found.pop("messages")  # answers beside the conversation
-    return _with_system(found)
+    return _with_system(_with_tools(found))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -158,6 +163,43 @@ def _history(history: Any) -> list[Any]:
     return turns
 
 
+def _with_tools(found: dict[str, Any]) -> dict[str, Any]:
+    """Parse the definitions of tools, where they are JSON text; those of `functions` get the wrapping of `tools`."""
+    for name in TOOL_COLUMNS:
+        if name in found:
+            found[name] = (
+                [_parsed(one) for one in listed] if isinstance(listed := _list_in(found[name]), list) else listed
+            )
+    functions = found.get("functions")
+    if isinstance(functions, list) and functions and not found.get("tools"):
+        found["tools"] = [{"type": "function", "function": one} for one in found.pop("functions")]
+    return found
+
+
+def _list_in(value: Any) -> Any:
+    """A value, JSON text parsed, as a list; what is no list and no object stays."""
+    value = _parsed(value)
+    return [value] if isinstance(value, Mapping) and value else list(value) if isinstance(value, tuple) else value
+
+
+def _calls_in(value: Any) -> list[Any]:
+    """The calls that a value holds, each a function's name and arguments, with the wrapping of `tool_calls`; else none."""
+    calls = _list_in(value)
+    if not isinstance(calls, list) or not all(isinstance(one, Mapping) and one.get("name") for one in calls):
+        return []
+    return [{"type": "function", "function": one} for one in calls]
+
+
+def _parsed(value: Any) -> Any:
+    """JSON text of a list or an object, parsed; other values stay."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return json_text.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
 def _with_system(found: dict[str, Any]) -> dict[str, Any]:
     """Move the system column to the front of the conversation, unless that has another system turn."""
     for name in SYSTEM_COLUMNS:
@@ -225,7 +267,10 @@ def _turns_or_text(value: Any) -> Any:
 
 
 def _turn(turn: Any) -> Any:
-    """Convert a turn to {"role", "content"} and its non-empty flags; text parts are joined."""
+    """Convert a turn to {"role", "content"} and its other keys that are not empty; text parts are joined.
+
+    A `function_call`, as a key or as the role of a turn, becomes one of `tool_calls`, beside which null content stays.
+    """
     if not isinstance(turn, Mapping):
         return turn
     made: Turn = {str(name): value for name, value in turn.items() if value is not None}
@@ -238,6 +283,15 @@ def _turn(turn: Any) -> Any:
     if isinstance(made.get("role"), str):
         role = made["role"].lower()
         made["role"] = ROLE_NAMES.get(role, role)
+    key = "content" if made.get("role") == "function_call" else "function_call"
+    if "tool_calls" not in made and (calls := _calls_in(made.get(key))):
+        del made[key]
+        made |= {"role": "assistant", "content": made.get("content"), "tool_calls": calls}
+    elif "tool_calls" in made:
+        calls = _list_in(made["tool_calls"])
+        made["tool_calls"] = [_parsed(one) for one in calls] if isinstance(calls, list) else calls
+        if turn.get("content", "") is None:
+            made["content"] = None
     if isinstance(made.get("content"), list | tuple):
         made["content"] = _joined(made["content"])
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,8 +17,8 @@ from lm.data.order import mixture
 from lm.data.selection import WITHHELD, Split, fingerprint, order_key, select, shares, withheld
 from lm.data.sources import NOWHERE, Rows
 from lm.data.split import Places
-from lm.data.supply import LOOKED_AT, Order, Tally, excerpt
-from lm.data.text_tokenizer import TextTokenizer
+from lm.data.supply import LOOKED_AT, Order, Tally, excerpt, left_out_note
+from lm.data.text_tokenizer import Rendered, TextTokenizer
 from lm.data.tokens import unread_columns
 from lm.experiment import Source, UserError
 
@@ -152,23 +153,28 @@ def encode_prompts(
     `wheres` name the rows in errors. Raises UserError if a prompt is too long.
     """
     wheres = wheres or [f"prompt {number}" for number in range(1, len(rows) + 1)]
-    prompts = [_tokens(messages(row, where), tokenizer, where) for row, where in zip(rows, wheres, strict=True)]
+    prompts = [_rendered(messages, row, tokenizer, where).tokens for row, where in zip(rows, wheres, strict=True)]
     _check_lengths([len(prompt) for prompt in prompts], wheres, prompt_len)
     tokens, lengths = packing.left_pad(prompts, prompt_len, tokenizer.pad_id)
     return Prompts(tokens, lengths, [dict(row) for row in rows])
 
 
-def _tokens(messages: Sequence[chat.Message], tokenizer: TextTokenizer, where: str) -> list[int]:
-    return chat.render(messages, tokenizer, generation_prompt=True, where=where).tokens
+def _rendered(messages: MessagesOf, row: Mapping[str, Any], tokenizer: TextTokenizer, where: str) -> Rendered:
+    asked, tools = messages(row, where), chat.tools_of(row, where)
+    return chat.render(asked, tokenizer, generation_prompt=True, where=where, tools=tools)
 
 
 class _Found(NamedTuple):
-    """For every checked row its prompt's length in tokens (0 for a bad row) and an index into REASONS; unread columns."""
+    """For every checked row its prompt's length in tokens (0 for a bad row) and an index into REASONS; unread columns.
+
+    `left_out` counts the prompts by what the chat template leaves out of them.
+    """
 
     lengths: Int64[np.ndarray, " N"]
     flaws: Int64[np.ndarray, " N"]
     errors: dict[int, str]
     unread: tuple[str, ...]
+    left_out: Counter[str]
 
 
 def _look_at(
@@ -176,12 +182,15 @@ def _look_at(
 ) -> _Found:
     """Measure prompts. Raises BadRow for the first row without a prompt or a column, unless the source drops bad rows."""
     lengths, flaws = np.zeros((2, len(indices)), np.int64)
-    errors, unread = dict[int, str](), dict[str, None]()
+    errors, unread, left_out = dict[int, str](), dict[str, None](), Counter[str]()
+    others = bad_rows.names_of_needs(columns)
     for number, index in enumerate(indices):
         row, where = rows[index], rows.where(index)
         try:
             bad_rows.check_columns(row, columns, where)
-            lengths[number] = len(_tokens(messages(row, where), tokenizer, where))
+            found = _rendered(messages, row, tokenizer, where)
+            lengths[number] = len(found.tokens)
+            left_out.update(found.left_out)
         except BadRow as error:
             if not rows.drop:
                 raise BadRow(f"{error}{ADVICE}", error.reason) from error
@@ -189,8 +198,8 @@ def _look_at(
             errors.setdefault(error.reason, str(error))
         else:
             if rows.parts:
-                unread |= dict.fromkeys(unread_columns(row, "prompts", bad_rows.names_of_needs(columns)))
-    return _Found(lengths, flaws, errors, tuple(unread))
+                unread |= dict.fromkeys(unread_columns(row, "prompts", others, tokenizer.template_words))
+    return _Found(lengths, flaws, errors, tuple(unread), left_out)
 
 
 def _fitting(
@@ -209,7 +218,7 @@ def _fitting(
         counts[why], firsts[why] = int(long.sum()), excerpt(rows[index], rows.where(index))
     tally = Tally(
         len(indices), int(found.lengths[left].sum()), 0, 0, int((~left).sum()), reasons=counts, firsts=firsts,
-        unread=found.unread, notes=rows.notes,
+        unread=found.unread, notes=(*rows.notes, *map(left_out_note, found.left_out.values(), found.left_out)),
     )  # fmt: skip
     if not left.any():
         raise UserError(

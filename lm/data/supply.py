@@ -374,9 +374,13 @@ def _template_notes(store: Store, kept: Int64[np.ndarray, " N"]) -> Iterator[str
         return
     for number, name in enumerate(LEFT_OUT):
         if count := int((store.left_out[kept] >> number & 1).sum()):
-            yield f"in {count} examples the chat template leaves out {name}"
+            yield left_out_note(count, name)
     if count := int(store.straddling[kept].sum()):
         yield f"{count} tokens hold characters of an answer and of what is beside it; the loss covers them"
+
+
+def left_out_note(count: int, what: str) -> str:
+    return f"in {count} examples the chat template leaves out {what}"
 
 
 def _none_left(rows: Rows, what: str, dropped: Dropped) -> UserError:

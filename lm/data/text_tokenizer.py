@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 Message = Mapping[str, Any]  # role, content, and `train`: False where a flag takes the turn out of the loss
 LossOn = Literal["answers", "all"]
+Tools = Sequence[Any] | None  # definitions of the tools that the assistant may call
 
 
 # Parts of a conversation that a chat template may leave out, by number, as the cache stores them. Append new ones at the end.
@@ -21,6 +22,8 @@ LEFT_OUT = (
     "tool calls",
     "parts of texts",
     "the mark (generation block) of what the assistant wrote",
+    "tool definitions",
+    "the structure of tool arguments, which are JSON text in the row and quoted in its output",
 )
 
 
@@ -47,6 +50,7 @@ class TextTokenizer(Protocol):
         eos_id, end_ids: the main id that ends an answer, and all ids that do.
         document_ids: the ids before and after a document.
         has_template: whether conversations are rendered by a model's chat template, which may leave things out.
+        template_words: the words of the chat template; a key of a turn that is none of them changes nothing.
     """
 
     vocab_size: int
@@ -57,6 +61,7 @@ class TextTokenizer(Protocol):
     end_ids: tuple[int, ...]
     document_ids: tuple[int, int]
     has_template: bool
+    template_words: frozenset[str]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, in which control tokens are text."""
@@ -84,11 +89,12 @@ class TextTokenizer(Protocol):
         generation_prompt: bool = False,
         loss_on: LossOn = "answers",
         learn_end: bool = True,
+        tools: Tools = None,
     ) -> Rendered:
         """A conversation's ids and loss mask; with `generation_prompt` it ends with the header of the next answer."""
         ...
 
-    def continuation(self, messages: Sequence[Message], reply: Sequence[Message]) -> list[int]:
+    def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
         """The ids of the reply, from the end token of the last message to the header of the next answer."""
         ...
 

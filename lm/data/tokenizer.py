@@ -20,7 +20,7 @@ from pathlib import Path
 import sentencepiece
 
 from lm.data.chatml import END_OF_TEXT, SPECIALS, TURN_END, TURN_START, render_chatml
-from lm.data.text_tokenizer import LossOn, Message, Rendered
+from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools
 from lm.experiment import UserError
 from lm.stored import write_atomic
 
@@ -39,6 +39,7 @@ class SubwordTokenizer:
     """A sentencepiece model with ChatML's special tokens, given as its serialised bytes."""
 
     has_template = False
+    template_words = frozenset[str]()
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         self.model = model
@@ -112,13 +113,14 @@ class SubwordTokenizer:
         generation_prompt: bool = False,
         loss_on: LossOn = "answers",
         learn_end: bool = True,
+        tools: Tools = None,
     ) -> Rendered:
         """Render a conversation in ChatML."""
-        return render_chatml(messages, self, generation_prompt, loss_on, learn_end)
+        return render_chatml(messages, self, generation_prompt, loss_on, learn_end, tools)
 
-    def continuation(self, messages: Sequence[Message], reply: Sequence[Message]) -> list[int]:
+    def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
         """The ids of the reply, from the end token of the last message to the header of the next answer."""
-        return [*self.encode("\n"), *self.render(reply, generation_prompt=True).tokens]
+        return [*self.encode("\n"), *self.render(reply, generation_prompt=True, tools=tools).tokens]
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/tokenizer.model` atomically; returns its path."""

@@ -6,7 +6,7 @@ seed and order are applied when the tokens are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -241,12 +241,14 @@ def _encode_piece(shared: tuple[str, TextTokenizer, bool], piece: readers.Piece)
 
 def encode(kind: Kind, tokenizer: TextTokenizer, named: Iterable[Named], drop: bool) -> Columns:
     """Tokenise rows into columns. A bad row raises; with `drop` it becomes an example without tokens."""
-    todo, unread = iter(named), dict[str, None]()
+    todo, unread, words = iter(named), dict[str, None](), tokenizer.template_words
     parts: list[Columns] = []
     while some := list(islice(todo, ENCODED_AT_ONCE)):
         made = [_made(kind, row, where, drop) for row, where in some]
         for row, _ in some if len(unread) < UNREAD_KEPT else ():
-            unread |= dict.fromkeys(unread_columns(row, kind.reads, ("margin",) if kind.rendering.margins else ()))
+            unread |= dict.fromkeys(
+                unread_columns(row, kind.reads, ("margin",) if kind.rendering.margins else (), words)
+            )
         each = kind.examples_a_row
         made, columns = _encoded(kind, tokenizer, made, [where for _, where in some], drop)
         columns["flaws"] = np.repeat(np.array([one.flaw for one in made], np.int8), each)
@@ -289,11 +291,13 @@ def _renderable(kind: Kind, tokenizer: TextTokenizer, made: Made, where: str, dr
         return Made((None,) * kind.examples_a_row, flaw=error.reason)
 
 
-def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterator[str]:
+def unread_columns(
+    row: Row, reads: Reads, others: Sequence[str] = (), template_words: Container[str] = ()
+) -> Iterator[str]:
     """Columns of a row, and keys of its turns, that this kind of example does not read, except `others`."""
     if isinstance(row, Unreadable):
         return
-    known = ("key", *chat.TOOL_COLUMNS, *others)
+    known = ("key", *layouts.TOOL_COLUMNS, *others)
     names = frozenset(str(name) for name, value in row.items() if value is not None and name not in known)
     used = layouts.read_columns(names, reads)
     yield from sorted(names - used)
@@ -301,7 +305,11 @@ def unread_columns(row: Row, reads: Reads, others: Sequence[str] = ()) -> Iterat
         if isinstance(row[name], list):
             for turn in row[name]:
                 if isinstance(turn, Mapping):
-                    yield from (f"{name}[].{key}" for key, value in turn.items() if key not in chat.READ_KEYS and value)
+                    yield from (
+                        f"{name}[].{key}"
+                        for key, value in turn.items()
+                        if value and key not in chat.READ_KEYS and key not in template_words
+                    )
 
 
 def _dtype(tokenizer: TextTokenizer) -> type:
@@ -326,22 +334,25 @@ def _make_conversation(row: Row, where: str, how: Rendering) -> Made:
     messages = chat.training_messages(row, where, how.loss_on)
     learnt = [turn for turn in messages if turn.get("train", True)]
     answers = [turn for turn in learnt if turn["role"] == "assistant"]
+    example = chat.ChatInput(messages, chat.tools_of(row, where))
     if not (answers if how.loss_on == "answers" else learnt):
-        return Made((messages,), flaw=bad_rows.UNMARKED)
-    return Made((messages,), flaw=0 if all(turn["content"].strip() for turn in answers) else bad_rows.EMPTY_ANSWER)
+        return Made((example,), flaw=bad_rows.UNMARKED)
+    return Made((example,), flaw=0 if all(chat.said_by(turn).strip() for turn in answers) else bad_rows.EMPTY_ANSWER)
 
 
 def _make_pair(row: Row, where: str, how: Rendering) -> Made:
     """A preference pair, the chosen conversation and then the rejected, with loss on the last answer."""
     sides = chat.preference_messages(row, where)
     numbers = {"ties": float(chat.is_tie(row, where)), "margins": chat.margin_of(row, where) if how.margins else 0.0}
-    return Made(sides, numbers, 0 if numbers["ties"] else _flaw(*sides))
+    tools = chat.tools_of(row, where)
+    examples = tuple(chat.ChatInput(side, tools) for side in sides)
+    return Made(examples, numbers, 0 if numbers["ties"] else _flaw(*sides))
 
 
 def _make_judged(row: Row, where: str, _: Rendering) -> Made:
     """A labelled answer, with loss on it."""
     messages, label = chat.judged_messages(row, where)
-    return Made((messages,), {"labels": label}, _flaw(messages))
+    return Made((chat.ChatInput(messages, chat.tools_of(row, where)),), {"labels": label}, _flaw(messages))
 
 
 def _encode_conversations(tokenizer: TextTokenizer, conversations: Sequence[Any], how: Rendering) -> Columns:
@@ -349,9 +360,9 @@ def _encode_conversations(tokenizer: TextTokenizer, conversations: Sequence[Any]
         tokenizer,
         [
             chat.Rendered([], [])
-            if messages is None
-            else chat.render(messages, tokenizer, loss_on=how.loss_on, learn_end=how.learn_end)
-            for messages in conversations
+            if one is None
+            else chat.render(one.messages, tokenizer, loss_on=how.loss_on, learn_end=how.learn_end, tools=one.tools)
+            for one in conversations
         ],
     )
 
@@ -359,8 +370,8 @@ def _encode_conversations(tokenizer: TextTokenizer, conversations: Sequence[Any]
 def _encode_answers(tokenizer: TextTokenizer, conversations: Sequence[Any], _: Rendering) -> Columns:
     """Encode conversations with loss on the last turn only."""
     examples, prompts = [], []
-    for messages in conversations:
-        found = chat.render(messages, tokenizer) if messages else chat.Rendered([], [])
+    for one in conversations:
+        found = chat.render(one.messages, tokenizer, tools=one.tools) if one else chat.Rendered([], [])
         start = found.last_turn
         examples.append(found._replace(mask=[0] * start + found.mask[start:]))
         prompts.append(start)
@@ -390,9 +401,10 @@ def _flaw(*conversations: Sequence[chat.Message]) -> int:
     last = [messages[-1] for messages in conversations]
     if not all(turn.get("train", True) for turn in last):
         return bad_rows.UNMARKED
-    if not all(turn["content"].strip() for turn in last):
+    said = [chat.said_by(turn) for turn in last]
+    if not all(text.strip() for text in said):
         return bad_rows.EMPTY_ANSWER
-    return bad_rows.EQUAL_ANSWERS if len({turn["content"] for turn in last}) < len(last) else bad_rows.WHOLE
+    return bad_rows.EQUAL_ANSWERS if len(set(said)) < len(said) else bad_rows.WHOLE
 
 
 def _text(row: Row, where: str) -> str:

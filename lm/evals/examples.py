@@ -27,7 +27,7 @@ from lm.data.bad_rows import (
     missing_columns,
     names_of_needs,
 )
-from lm.data.chat import is_tie, render, training_messages
+from lm.data.chat import is_tie, render, said_by, tools_of, training_messages
 from lm.data.selection import heldout_rows
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokens import left_out, store_in_memory
@@ -130,8 +130,8 @@ def _conversations(item: Eval, tokenizer: TextTokenizer, max_len: int) -> Exampl
 
     def add(row: dict[str, Any], where: str) -> str:
         messages = training_messages(row, where)
-        tokens, mask = render(messages, tokenizer, where=where)[:2]
-        answers = [turn["content"] for turn in messages if turn["role"] == "assistant" and turn.get("train", True)]
+        tokens, mask = render(messages, tokenizer, where=where, tools=tools_of(row, where))[:2]
+        answers = [said_by(turn) for turn in messages if turn["role"] == "assistant" and turn.get("train", True)]
         if not answers:
             return REASONS[UNMARKED]
         if not any(answer.strip() for answer in answers):
@@ -157,7 +157,9 @@ def _prompts(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) ->
         check_columns(
             row, spec.columns, where, f"the verifier {item.verifier}" if not item.environment else "the environment"
         )
-        tokens = render(spec.messages(row, where), tokenizer, generation_prompt=True, where=where).tokens
+        tokens = render(
+            spec.messages(row, where), tokenizer, generation_prompt=True, where=where, tools=tools_of(row, where)
+        ).tokens
         if len(tokens) > room:
             return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
         # The tasks of an environment may differ in more than their first messages.

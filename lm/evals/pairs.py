@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from lm.data.chat import preference_messages
+from lm.data.chat import preference_messages, said_by
 from lm.evals.examples import TIED, encode_pair, read_examples
 from lm.evals.rows import SHOWN, Measured, Row, Subject, rounded, row_logp, row_scores
 from lm.experiment import Eval
@@ -94,7 +94,7 @@ def _rewards(subject: Subject, sides: list[Row], width: int) -> Float[np.ndarray
 def texts_of_pair(row: dict[str, Any], where: str = "row") -> tuple[str, str, str]:
     """A pair's last prompt turn and the texts of its two answers."""
     chosen, rejected = preference_messages(row, where)
-    return chosen[-2]["content"], chosen[-1]["content"], rejected[-1]["content"]
+    return said_by(chosen[-2]), said_by(chosen[-1]), said_by(rejected[-1])
 
 
 def last_span(mask: list[int]) -> list[int]:

@@ -20,7 +20,7 @@ from jaxtyping import Int32, PRNGKeyArray
 from lm.config.field import shown
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, ColumnNeed
-from lm.data.chat import check_conversation, prompt_messages
+from lm.data.chat import as_messages, check_conversation, prompt_messages, tools_of
 from lm.data.prompts import MessagesOf, PromptFeed, make_prompt_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
@@ -128,7 +128,7 @@ def _reset(environment: Environment, seconds: float, task: Mapping[str, Any], wh
         problem = f"raised {outcome.error}" if outcome.error else f"took longer than {seconds:g} s"
         raise BadRow(f"{where}: {type(environment).__name__}.reset {problem}", bad_rows.TURNS)
     check_conversation(outcome.value, where, needs_answer=False)
-    return [{"role": turn["role"], "content": turn["content"]} for turn in outcome.value]
+    return as_messages(outcome.value)
 
 
 class Sampled(NamedTuple):
@@ -247,7 +247,7 @@ class Episode:
         if not isinstance(reply, list):
             self.finish = reply or (STOP if self.completed else LENGTH)
             return
-        tokens = tokenizer.continuation(self.messages, reply)
+        tokens = tokenizer.continuation(self.messages, reply, tools_of(self.task, "the task"))
         if not self.completed or self.used + len(tokens) >= budget:
             self.finish = LENGTH
             return
@@ -302,7 +302,7 @@ def _reply(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
     if not isinstance(outcome.value, list | tuple):
         raise UserError(f"{where} gave {outcome.value!r:.40}; it returns a list of messages, or None")
     check_conversation([*episode.messages, *outcome.value], where, needs_answer=False)
-    return [{"role": turn["role"], "content": turn["content"]} for turn in outcome.value]
+    return as_messages(outcome.value)
 
 
 def _judge(spec: EnvironmentSpec, judge: Judge, episodes: Sequence[Episode]) -> list[RewardsByName | None]:

@@ -89,7 +89,7 @@ def _prompts(request: SamplingRequest, loaded: LoadedRun) -> list[Turns]:
             raise UserError(f"the experiment {loaded.experiment.name} has no prompts: name a file with --prompts FILE")
         return prompts
     rows = load_rows(request.prompts)
-    turns = [chat.prompt_messages(rows[i], rows.where(i)) for i in range(min(len(rows), request.limit))]
+    turns = [chat.plain_prompt(rows[i], rows.where(i)) for i in range(min(len(rows), request.limit))]
     return [turn[0]["content"] if len(turn) == 1 else turn for turn in turns]
 
 

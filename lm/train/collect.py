@@ -21,7 +21,7 @@ from lm.choices.export import preferences, write_rows
 from lm.choices.log import open_log, read_log
 from lm.choices.pairs import Answer as Answered
 from lm.choices.pairs import Pair, make_task, text_of
-from lm.data.chat import prompt_messages
+from lm.data.chat import plain_prompt, prompt_messages
 from lm.data.sources import load_rows
 from lm.experiment import Collect, Stage, UserError
 from lm.json_lines import JsonLines, read_json_lines, rewrite_json_lines
@@ -138,7 +138,7 @@ def _scores(
 
 
 def _row(group: Sequence[Trajectory], scores: list[float] | None) -> Row:
-    turns = prompt_messages(group[0].task, "the prompt")
+    turns = plain_prompt(group[0].task, "the prompt")
     prompt = turns[0]["content"] if len(turns) == 1 else turns
     made: Row = {"prompt": prompt, "answers": [one.text for one in group]}
     return made if scores is None else made | {"scores": scores}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lm.data.chat import said_by
 from lm.experiment import Stage, UserError
 from lm.parallel.distributed import run_on_main
 from lm.rollout.trajectory import AUTHORS, Rollout
@@ -87,7 +88,10 @@ def _parquet(step: int, rollout: Rollout, group_size: int) -> bytes:
             "step": step,
             "group": number // group_size,
             "task": json.dumps(json_value(dict(one.task)), ensure_ascii=True, default=str),
-            "messages": [{name: _text(turn[name]) for name in ("role", "content", "author")} for turn in one.messages],
+            "messages": [
+                {"role": turn["role"], "content": _text(said_by(turn)), "author": turn["author"]}
+                for turn in one.messages
+            ],
             "tokens": one.tokens,
             "authors": one.authors,
             "logp": one.logp,

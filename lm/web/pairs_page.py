@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.axes
 import numpy as np
 
+from lm.data.chat import said_by
 from lm.web.charts import GRID, SERIES, SvgChart, dress, sketch
 from lm.web.hover import Hovered
 from lm.web.numbers import percent
@@ -103,8 +104,8 @@ def gaps(found: np.ndarray) -> SvgChart:
 
 def _asked(row: dict[str, Any]) -> str:
     prompt = row.get("prompt", row["chosen"][:-1] if isinstance(row["chosen"], list) else "")
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {said_by(turn)}" for turn in prompt)
 
 
 def _said(answer: Any) -> str:
-    return answer if isinstance(answer, str) else answer[-1]["content"]
+    return answer if isinstance(answer, str) else said_by(answer[-1])

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -29,11 +30,12 @@ from lm.data.hub.vocabulary import (
     control_pieces,
     split_at,
 )
-from lm.data.text_tokenizer import LossOn, Message, Rendered
+from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools
 from lm.experiment import UserError
 
 TypedControl = Literal["text", "token"]
 WHERE = "tokenizer.path"
+WORD = re.compile(r"\w+")
 DOCUMENT_END = "<|endoftext|>"  # between documents, where a model has it, whatever ends its answers
 
 
@@ -82,6 +84,7 @@ class HubTokenizer:
         }
         parsed, added = self._read_added()
         written = "\n".join(one.source for one in self._templates.values())
+        self.template_words = frozenset(WORD.findall(written))
         # A token that the template writes is no text of a user's, though files may not mark it as special (<tool_call>).
         self._control = {
             name: one for name, one in added.items() if one.is_control or (name.strip() and name in written)
@@ -196,16 +199,17 @@ class HubTokenizer:
         generation_prompt: bool = False,
         loss_on: LossOn = "answers",
         learn_end: bool = True,
+        tools: Tools = None,
     ) -> Rendered:
         """See `TextTokenizer`; `render_chat` has more to say."""
-        found = self.render_chat(messages, None, generation_prompt, loss_on, learn_end)
+        found = self.render_chat(messages, tools, generation_prompt, loss_on, learn_end)
         return Rendered(found.tokens, found.mask, found.last_start, found.straddling, found.left_out)
 
-    def continuation(self, messages: Sequence[Message], reply: Sequence[Message]) -> list[int]:
+    def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
         """See `TextTokenizer`. Raises TemplateError where the reply changes what is before it."""
-        reader, given = self._reader("default"), _bare([*messages, *reply])
-        talk, shields = self._read(reader, given, None, {}, False)
-        asked, again = self._read(reader, given, None, {}, True)
+        reader, given = self._reader("tool_use" if tools else "default"), _bare([*messages, *reply])
+        talk, shields = self._read(reader, given, tools, {}, False)
+        asked, again = self._read(reader, given, tools, {}, True)
         spans = [one for one in talk.spans if one.turn < len(messages)]
         end = spans[-1].end if spans else 0
         if shields != again or talk.text[:end] != asked.text[:end]:
@@ -262,7 +266,8 @@ class HubTokenizer:
         """The conversation with shields in the place of typed control tokens."""
         one = self._shielded(reader, messages, tools, variables, prompt)
         if prompt:
-            return Conversation(one.text, ()), one.shields
+            left_out = reader.left_out(one.messages, one.tools, variables, one.letters, one.text)
+            return Conversation(one.text, (), left_out), one.shields
         return reader.read(one.messages, one.tools, variables, one.letters), one.shields
 
     def _shielded(

@@ -9,6 +9,7 @@ behind a plain answer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -22,7 +23,7 @@ from lm.data.hub.vocabulary import split_at
 from lm.data.text_tokenizer import LEFT_OUT
 
 PARTS = {"reasoning": LEFT_OUT[5], "call": LEFT_OUT[6]}
-OTHERS, PARTLY, NO_BLOCK = LEFT_OUT[4], LEFT_OUT[7], LEFT_OUT[8]
+OTHERS, PARTLY, NO_BLOCK, NO_DEFINITIONS, QUOTED = LEFT_OUT[4], *LEFT_OUT[7:]
 SHOWN = 30  # characters around a place in an error
 ASKED, ANSWERED = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 
@@ -93,6 +94,7 @@ class Reader:
         derives = bool(answers) and not self.template.marks_generation
         marked = self._marked(messages, tools, variables, letters, text, derives)
         left_out = _left_out(messages, marked) if marked else set()
+        left_out |= self._tools_left_out(messages, tools, variables, output, False)
         if derives and marked:
             spans = list(self._spans(messages, tools, variables, letters, marked))
         else:
@@ -100,16 +102,52 @@ class Reader:
             left_out |= {NO_BLOCK} if set(answers) - {one.turn for one in spans} else set()
         return Conversation(text, tuple(spans), tuple(name for name in LEFT_OUT if name in left_out))
 
+    def left_out(
+        self,
+        messages: Sequence[Turn],
+        tools: Sequence[Any] | None,
+        variables: Mapping[str, Any],
+        letters: Iterator[str],
+        text: str,
+    ) -> tuple[str, ...]:
+        """What the template leaves out of a conversation whose output, with the generation prompt, is this text."""
+        if len(messages) < 2 and not tools:
+            return ()
+        marked = self._marked(messages, tools, variables, letters, text, False, prompt=True)
+        found = _left_out(messages, marked) if marked else set()
+        found |= self._tools_left_out(messages, tools, variables, text, True)
+        return tuple(name for name in LEFT_OUT if name in found)
+
+    def _tools_left_out(
+        self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], output: str, prompt: bool
+    ) -> set[str]:
+        """What the output has not of the definitions of tools, or has in other words of the arguments of calls."""
+        found = set()
+        try:
+            if (
+                tools
+                and without_blocks(self.template.render(messages, None, prompt, variables))[0]
+                == without_blocks(output)[0]
+            ):
+                found.add(NO_DEFINITIONS)
+        except TemplateError:  # the template needs the tools
+            pass
+        calls = [call.get("function", call) for turn in messages for call in turn.get("tool_calls") or ()]
+        texts = [call["arguments"] for call in calls if isinstance(call.get("arguments"), str)]
+        if any(text not in output and json.dumps(text, ensure_ascii=False) in output for text in texts):
+            found.add(QUOTED)
+        return found
+
     def _marked(
         self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], letters: Iterator[str], text: str,
-        needed: bool,
+        needed: bool, prompt: bool = False,
     ) -> Marked | None:  # fmt: skip
         """The conversation with marks in as many texts as the template renders the same."""
         found = None
         for amount in AMOUNTS:
             changed, marks = marking.mark(messages, letters, amount)
             try:
-                found = _marks_of(self.template.render(changed, tools, variables=variables), marks)
+                found = _marks_of(self.template.render(changed, tools, prompt, variables), marks)
             except TemplateError:
                 continue
             if found.text == text:

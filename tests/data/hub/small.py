@@ -42,6 +42,14 @@ ROLES_AS_TEXT = (
     "{% if m.role == 'assistant' %}{{ '<|endoftext|>' }}{% endif %}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
 )
+TOOLS = (  # definitions, calls, results, and reasoning
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function.name + ' ' + call.function.arguments | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML, "blocks": BLOCKS, "trimmed": TRIMMED, "thinking": THINKING, "roles_as_text": ROLES_AS_TEXT
 }  # fmt: skip

@@ -5,9 +5,11 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from lm.data import chat
+from lm.data.tokens import KINDS, encode
 from lm.experiment import UserError
 from tests.data.hub import published
-from tests.data.hub.conversations import check, conversations
+from tests.data.hub.conversations import check, check_tools, conversations, tool_conversations, with_text_arguments
 
 MISSING = "no tokenizers of published models (option --models DIR)"
 
@@ -162,6 +164,30 @@ def test_of_any_conversation_the_mask_covers_the_answers(folder, messages):
         assert "refuses" in str(error) or "no chat template" in str(error)
         return
     check(tokenizer, messages)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(talk=tool_conversations())
+def test_of_any_conversation_with_tools_the_mask_covers_what_the_assistant_wrote(folder, talk):
+    tokenizer, (messages, tools) = published.tokenizer(folder), talk
+    if not check_tools(tokenizer, messages, tools):
+        check_tools(tokenizer, with_text_arguments(messages), tools)
+
+
+def test_rows_with_tools_have_the_ids_and_mask_of_the_template(folder):
+    tokenizer = published.tokenizer(folder, "token")
+    for case in published.cases(folder).get("conversations", ()):
+        if "tool" not in case["name"]:
+            continue
+        row = {"messages": case["messages"], "tools": json.dumps(case["tools"])}
+        if case["messages"][-1]["role"] != "assistant":
+            prompt = {"tools": chat.tools_of(row, "here"), "generation_prompt": True}
+            found = chat.render(chat.prompt_messages(row, "here"), tokenizer, **prompt).tokens
+            assert found == case["ids_with_generation_prompt"], case["name"]
+            continue
+        made = encode(KINDS["conversations"], tokenizer, [(row, "here")], drop=False)
+        assert made["tokens"].tolist() == case["ids"], case["name"]
+        assert made["mask"].tolist() == case["assistant_mask"], case["name"]
 
 
 def test_golden_conversations_have_the_ids_and_mask_of_the_library(golden):
