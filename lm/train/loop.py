@@ -46,7 +46,8 @@ from lm.train.resume import check_checkpoint
 from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop
 from lm.train.stage_warnings import Warnings
-from lm.train.trajectory_files import rewind_trajectories
+from lm.train.trajectory_files import FOLDER as TRAJECTORIES
+from lm.train.trajectory_files import count_trajectories, rewind_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.train_step import Models, Step, TrainState, is_trainable
 from lm.types import TokenBatch
@@ -175,7 +176,7 @@ def summarise(
     """
     if is_main_process():
         counts: dict[str, Any] = {"steps": stage.steps, "final_step": stage.steps, "tokens": tokens, "num_params": size}
-        counts |= {"data": data, "sources": sources}
+        counts |= {"data": data, "sources": sources, TRAJECTORIES: count_trajectories(folder.stage_folder(stage.name))}
         content = counts | more | {"peak_memory_mb": peak_memory_mb()} | costs.total()
         write_sealed(folder.summary(stage.name), content)
         folder.record_finished()

@@ -176,7 +176,8 @@ def _claim_folder(experiment: Experiment, folder: RunFolder) -> None:
     for stage in experiment.stages:
         for kind in KINDS:  # check them now: otherwise the report finds damage after hours of training
             read_lines(folder.stage_folder(stage.name) / f"{kind}.jsonl")
-        check_trajectories(folder.stage_folder(stage.name))
+        done = folder.read_summary(stage.name) if folder.finished(stage.name) else {}
+        check_trajectories(folder.stage_folder(stage.name), done)
         tidy(folder, stage)
 
 

@@ -2,13 +2,15 @@
 
 `step-00000012-1a2b3c4d.parquet` belongs to step 12 and has the CRC-32 1a2b3c4d, by which damage is detected. A file is a
 function of the experiment and its step: a resumed run writes a lost file again with the same content. The oldest files
-are removed when all together exceed `trajectory_mb`, so that the files kept do not depend on kills.
+are removed when all together exceed `trajectory_mb`, so that the files kept do not depend on kills. Those that a finished
+stage kept are counted in its summary.json: a missing one is noticed. Without its folder `trajectories` a stage has none.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 from lm.config.field import UserError
 
 FOLDER = "trajectories"
+"""The folder of the files, and the field of summary.json that counts them."""
 
 
 def trajectory_files(folder: Path) -> list[Path]:
@@ -42,8 +45,25 @@ def rewind_trajectories(folder: Path, step: int) -> None:
             path.unlink()
 
 
-def check_trajectories(folder: Path) -> None:
-    """Raise UserError if a trajectory file does not match its checksum."""
+def count_trajectories(folder: Path) -> dict[str, int]:
+    """The number of trajectory files in a stage's folder and the first and last step of them; {} if there is none."""
+    steps = [step_of(path) for path in trajectory_files(folder)]
+    return {"files": len(steps), "first": steps[0], "last": steps[-1]} if steps else {}
+
+
+def check_counted(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Raise UserError if some of the trajectory files that a finished stage kept are missing."""
+    then, now = summary.get(FOLDER), count_trajectories(folder)
+    if then and then != now and (folder / FOLDER).exists():
+        raise UserError(
+            f"{folder / FOLDER} has {now.get('files', 0)} of the {then['files']} trajectory files that the stage kept, of "
+            f"steps {then['first']} to {then['last']}: put back copies of the others, or remove the folder"
+        )
+
+
+def check_trajectories(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Raise UserError if a trajectory file is damaged, or is missing by the summary of a finished stage."""
+    check_counted(folder, summary)
     for path in trajectory_files(folder):
         _read(path)
 
@@ -59,7 +79,7 @@ def read_trajectories(path: Path, columns: list[str] | None = None) -> list[dict
         return pq.read_table(pa.BufferReader(content), columns=columns).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged: it is no Parquet file of trajectories ({error!s:.100}); remove it"
+            f"{path} is damaged: it is no Parquet file of trajectories ({error!s:.100}); remove the folder"
         ) from error
 
 
@@ -70,5 +90,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if f"{zlib.crc32(content):08x}" != path.stem.split("-")[-1]:
-        raise UserError(f"{path} is damaged: it does not match the checksum in its name; put back a copy, or remove it")
+        raise UserError(
+            f"{path} is damaged: it does not match the checksum in its name; put back a copy, or remove the folder"
+        )
     return content

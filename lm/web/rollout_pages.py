@@ -72,8 +72,15 @@ def write_rollout_pages(run: Run, fill: Callable[..., str], steps: range | None 
         steps: those shown, all of them; None: as many as fit in STAGE_CHARACTERS, evenly spread, the last among them.
 
     Raises:
-        UserError: a trajectory file is damaged, or none is of the steps asked for.
+        UserError: a trajectory file is damaged or missing, or none is of the steps asked for.
     """
+    for stage in run.stages:
+        if stage.summary and stage.summary.get("trajectories"):
+            from lm.train.trajectory_files import (
+                check_counted,  # pyarrow, which a report without rollouts does not need
+            )
+
+            check_counted(run.folder / "stages" / stage.name, stage.summary)
     kept = {
         stage.name: sorted((run.folder / "stages" / stage.name / "trajectories").glob("step-*.parquet"))
         for stage in run.stages

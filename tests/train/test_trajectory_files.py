@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lm.train.stages import run
 from lm.train.trajectory_files import (
     FOLDER,
     check_trajectories,
+    count_trajectories,
     read_trajectories,
     rewind_trajectories,
     step_of,
@@ -79,16 +81,30 @@ def test_the_newest_files_within_the_limit_are_kept(tmp_path):
 
 def test_a_damaged_file_is_told_in_a_line(tmp_path):
     keep_trajectories(tmp_path, STAGE, 1, rollout())
-    check_trajectories(tmp_path)
+    check_trajectories(tmp_path, {})
     (path,) = trajectory_files(tmp_path)
     content = bytearray(path.read_bytes())
     for place in (0, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(UserError, match="damaged"):
-            check_trajectories(tmp_path)
+            check_trajectories(tmp_path, {})
     path.write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
         read_trajectories(path)
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_a_file_that_a_finished_stage_kept_and_lost_is_told_in_a_line(tmp_path, place):
+    for step in (2, 4, 6):
+        keep_trajectories(tmp_path, STAGE, step, rollout())
+    summary = {FOLDER: count_trajectories(tmp_path)}
+    check_trajectories(tmp_path, summary)
+    trajectory_files(tmp_path)[place].unlink()
+    check_trajectories(tmp_path, {})  # of a stage that is not finished, or that an older lm finished
+    with pytest.raises(UserError, match="has 2 of the 3 trajectory files that the stage kept, of steps 2 to 6"):
+        check_trajectories(tmp_path, summary)
+    shutil.rmtree(tmp_path / FOLDER)
+    check_trajectories(tmp_path, summary)
 
 
 def test_bytes_that_are_no_trajectories_are_told_in_a_line(tmp_path):
@@ -115,7 +131,7 @@ def test_bytes_that_are_no_trajectories_are_told_in_a_line(tmp_path):
 def test_a_file_of_another_name_is_told_in_a_line(tmp_path, name):
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / name).write_bytes(b"")
-    for act in (check_trajectories, lambda folder: rewind_trajectories(folder, 3)):
+    for act in (lambda folder: check_trajectories(folder, {}), lambda folder: rewind_trajectories(folder, 3)):
         with pytest.raises(UserError, match=f"{name} has a name that no trajectory file has"):
             act(tmp_path)
 
