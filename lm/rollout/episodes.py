@@ -29,7 +29,7 @@ from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
-from lm.rollout.rewards import compute_rewards, reward_problem
+from lm.rollout.rewards import REWARD, compute_rewards, reward_problem
 from lm.rollout.timed import limited
 from lm.rollout.trajectory import AUTHORS, ENVIRONMENT, LENGTH, MODEL, PROMPT, STOP, TIMEOUT, Trajectory, prompt_text
 from lm.rollout.verifiers import declared_columns, find_verifier, needed_columns
@@ -356,6 +356,6 @@ def _rewards(spec: EnvironmentSpec, episode: Episode) -> RewardsByName | None:
     if problem:
         raise UserError(
             f"{spec.where}: {type(episode.environment).__name__}.reward {problem} for the completion "
-            f"{shown(episode.text)} to the prompt {shown(episode.first_prompt)}; rewards are finite numbers by name"
+            f"{shown(episode.text)} to the prompt {shown(episode.first_prompt)}; rewards are by name, and {REWARD}"
         )
     return {str(name): float(value) for name, value in found.items()}

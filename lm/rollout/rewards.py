@@ -21,6 +21,7 @@ from lm.user_functions import is_function_name
 
 SECONDS = 10.0  # time limit of a verifier for one completion
 LARGEST = 1e9  # for larger rewards, differences within a group lose their digits in float32
+REWARD = f"a reward is a number from {-LARGEST:g} to {LARGEST:g}"
 
 
 class Rewards(NamedTuple):
@@ -55,7 +56,7 @@ def compute_rewards(
         if problem:
             raise UserError(
                 f"{where}: verifier {name!r} {problem} for the completion {shown(completion)} to the prompt "
-                f"{shown(_prompt(row))}; a reward is a finite number"
+                f"{shown(_prompt(row))}; {REWARD}"
             )
     values = np.array([0.0 if outcome.timed_out else outcome.value for outcome in outcomes], np.float32)
     return Rewards(values, np.array([outcome.timed_out for outcome in outcomes], bool))

@@ -27,7 +27,9 @@ def test_rewards_are_the_verifiers():
 )
 def test_what_is_no_finite_number_is_refused_by_name(monkeypatch, bad):
     monkeypatch.setitem(VERIFIERS, "mine", lambda row, completion: bad if completion == "3" else 1)
-    with pytest.raises(UserError, match=r"reason: verifier 'mine' gave .* 'What is 2\?'; a reward is a finite number"):
+    with pytest.raises(
+        UserError, match=r"reason: verifier 'mine' gave .* 'What is 2\?'; a reward is a number from -1e\+09 to 1e\+09"
+    ):
         compute_rewards("mine", ROWS, COMPLETIONS, "reason")
 
 
