@@ -21,12 +21,13 @@ NAMES = ("pretrain", "sft", "dpo", "cpo", "orpo", "kto", "reward_model", "ppo", 
 
 
 def report(monkeypatch, coef):
-    """Make every MLP report the mean square of its output, as what is minimised times `coef`, and how many rows it saw."""
+    """Make every MLP report the mean square of its output over real tokens, minimised times `coef`, and how many rows it saw."""
 
-    def reporting(self, x):
-        y, _ = PLAIN_MLP(self, x)
-        count = jnp.float32(y.shape[0] * y.shape[1])
-        square = Penalty(jnp.square(y).mean(-1).sum(), count, coef)
+    def reporting(self, x, segments):
+        y, _ = PLAIN_MLP(self, x, segments)
+        square = Penalty(
+            (jnp.square(y).mean(-1) * (segments > 0)).sum(), (segments > 0).sum().astype(jnp.float32), coef
+        )
         return y, {"mlp_square": square} | ({} if coef else {"mlp_rows": Mean(jnp.float32(len(y)), jnp.ones(()))})
 
     monkeypatch.setattr(MLP, "__call__", reporting)
@@ -104,3 +105,11 @@ def test_the_gradient_of_loss_and_penalty_equals_finite_differences(name, monkey
         return float(jax.jit(algorithm_of(stage).step(stage, optimizer))(state, random_batch())[1]["loss"])
 
     np.testing.assert_allclose((loss(1) - loss(-1)) / (2 * step), length, rtol=2e-3)
+
+
+def test_padding_changes_no_penalty(monkeypatch):
+    report(monkeypatch, COEF)
+    batch = random_batch()
+    wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 8))) if x.shape == batch.tokens.shape else x, batch)
+    wide = dataclasses.replace(wide, tokens=jnp.where(wide.segments > 0, wide.tokens, 7))
+    assert_same_step(one_step("pretrain", batch=wide), one_step("pretrain", batch=batch))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as named
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
 from lm.model.attention import Attention
@@ -38,16 +38,18 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         angles: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
+        segments: Int[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], Aux]:
         """The residual stream after the block, and the metrics that its parts report.
 
         Args:
             angles: cos and sin of the rotary positions.
             attend: (queries, keys, values) -> heads, head-major.
+            segments: 0 at padding, which a metric of a part leaves out of its mean.
         """
         heads = self.attention(_normed(self.attn_norm, x), angles, attend)
         x = residual(x + _normed(self.attn_post_norm, heads), "mid")
-        y, aux = self.mlp(_normed(self.mlp_norm, x))
+        y, aux = self.mlp(_normed(self.mlp_norm, x), segments)
         return residual(x + _normed(self.mlp_post_norm, y), "out"), aux
 
 

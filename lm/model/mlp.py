@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as named
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lm.experiment import Model
 from lm.model.linear import Linear
@@ -35,7 +35,7 @@ class MLP(nnx.Module):
         self.down = Linear(keys[2], c.mlp_dim**-0.5 * out_std, c.param_dtype, wide, narrow, c.mlp_bias)
         self.activation = c.activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Aux]:
+    def __call__(self, x: Float[Array, "B T D"], segments: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Aux]:
         """Output of the MLP, to be added by the block, and the metrics that it reports (none)."""
         act = ACTIVATIONS[self.activation]
         if self.gate is None:

@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
                 attend = attention_of(c, layer, positions, segments, causal=causal)
 
             def run(x: Array, block: Block) -> tuple[Array, Aux]:
-                return block(x, angles, attend)
+                return block(x, angles, attend, segments)
 
             return run if c.remat == "none" else jax.checkpoint(run, policy=REMAT[c.remat], prevent_cse=False)
 
@@ -221,7 +221,7 @@ class Transformer(nnx.Module):
 
         for number, block in enumerate(self._layers(self.blocks)):
             layer = c.layer(number)
-            x, _ = block(x, angles[layer], attend_cached(number, layer))
+            x, _ = block(x, angles[layer], attend_cached(number, layer), segments)
         cache = KVCache(tuple(keys), tuple(values), slot_positions, slot_segments)
         return self.norm(x), cache
 
