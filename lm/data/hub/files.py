@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, An
     return value
 
 
+def read_date(options: Mapping[str, Any], where: str) -> datetime | None:
+    """The date that chat templates are told, of `options.json`; None: today. Raises UserError where it is no date."""
+    if "today" not in options:
+        return None
+    try:
+        return datetime.fromisoformat(options["today"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: today in {OPTIONS} must be a date, found {options['today']!r:.60}") from error
+
+
 def special_token_names(files: Mapping[str, bytes], where: str) -> dict[str, str]:
     """The names of the special tokens by role (`bos_token` and so on), as templates see them."""
     merged = read_json(files, SPECIAL_MAP, where) | {
@@ -93,19 +104,28 @@ def added_beside(files: Mapping[str, bytes], where: str) -> list[Any]:
     """The added tokens that the files beside a sentencepiece model list, as `tokenizer.json` would."""
     decoder = read_json(files, CONFIG, where).get("added_tokens_decoder") or {}
     listed = [{"content": name, "id": index} for name, index in read_json(files, ADDED, where).items()]
-    return listed + [token | {"id": int(index)} for index, token in decoder.items()]
+    try:
+        return listed + [token | {"id": int(index)} for index, token in decoder.items()]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: added_tokens_decoder in {CONFIG} must have a token by its id: {error!s:.80}"
+        ) from error
 
 
 def added_tokens(listed: Any, where: str) -> dict[str, AddedToken]:
     """The added tokens by name. Raises UserError if the list cannot be read."""
-    try:
-        tokens = [
-            AddedToken(item["content"], item["id"], *(bool(item.get(key)) for key in ("special", "lstrip", "rstrip")))
-            for item in listed
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: the added tokens must each have an id and a content: {error!s:.80}") from error
+    if not isinstance(listed, list):
+        raise UserError(f"{where}: the added tokens must be a list, found {listed!r:.60}")
+    tokens = [_added_token(item, where) for item in listed]
     return {token.name: token for token in tokens if token.name}
+
+
+def _added_token(item: Any, where: str) -> AddedToken:
+    item = item if isinstance(item, dict) else {"content": item}
+    name, index = item.get("content"), item.get("id")
+    if not isinstance(name, str) or type(index) is not int or not 0 <= index < LARGEST:
+        raise UserError(f"{where}: an added token must have a content, which is text, and an id, found {item!r:.80}")
+    return AddedToken(name, index, *(bool(item.get(key)) for key in ("special", "lstrip", "rstrip")))
 
 
 def template_sources(files: Mapping[str, bytes], where: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -76,7 +76,7 @@ class HubTokenizer:
         self.fingerprint: str = _fingerprint(self.files)
         options = hub_files.read_json(self.files, hub_files.OPTIONS, where)
         self._typed_is_text = options.get("typed_control", "text") == "text"
-        now = datetime.fromisoformat(options["today"]) if "today" in options else None
+        now = hub_files.read_date(options, where)
         names = hub_files.special_token_names(self.files, where)
         self._templates = {
             name: ChatTemplate(source, names, now, f"{where}: chat template")
@@ -215,7 +215,9 @@ class HubTokenizer:
         if shields != again or talk.text[:end] != asked.text[:end]:
             raise TemplateError(f"{reader.template.where}: the template writes a turn differently when another follows")
         # Behind the end token and not alone: what is at a text's beginning may differ, and so may white space.
-        before = self._control[talk.text[spans[-1].text_end : end].strip()] if spans else None
+        before = self._control.get(talk.text[spans[-1].text_end : end].strip()) if spans else None
+        if spans and before is None:
+            raise TemplateError(f"{reader.template.where}: the template ends an answer without a token of its own")
         segments = self._rendered(asked.text[end:], shields)
         return self._vocabulary.encode([before, *segments] if before else segments).ids[bool(before) :]
 

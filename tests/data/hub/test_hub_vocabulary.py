@@ -6,6 +6,8 @@ import pytest
 
 from lm.data.hub.tokenizer import HubTokenizer, with_options
 from lm.data.hub.vocabulary import CLOSE, OPEN
+from lm.data.tokenizer import SubwordTokenizer
+from lm.experiment import UserError
 from tests.data.hub import small
 
 LETTERS = ["<", "s", ">", "/", "a", " "]
@@ -102,3 +104,60 @@ def test_the_mask_has_no_hole_where_the_library_leaves_white_space_out_of_places
         assert (found.tokens, found.mask) == (known.tokens, known.mask)
     answer = known.mask[known.mask.index(1) :]
     assert answer[: sum(answer)] == [1] * sum(answer)
+
+
+ODD = (None, True, -1, 2**63, 1.5, "", "é", [], {}, [None], {"content": {}})
+
+
+def changed(name: str, *path: str | int, value) -> dict[str, bytes]:
+    """A small model's files, with another value at a path in one of its JSON files."""
+    found = small.files(added_tokens_decoder={"5": {"content": "</s>"}}, chat_template=small.CHATML)
+    found |= {"options.json": b"{}"}
+    content = json.loads(found[name])
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return found | {name: json.dumps(content).encode()}
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("tokenizer.json", "added_tokens"),
+        *(("tokenizer.json", "added_tokens", 0, key) for key in ("content", "id")),
+        ("tokenizer.json", "model", "vocab"),
+        ("tokenizer_config.json", "added_tokens_decoder"),
+        ("tokenizer_config.json", "added_tokens_decoder", "5"),
+        ("tokenizer_config.json", "eos_token"),
+        ("options.json", "today"),
+        ("options.json", "typed_control"),
+    ],
+    ids=str,
+)
+def test_an_odd_value_in_a_file_is_harmless_or_told_in_one_line(place, value, sentencepiece_model):
+    files = changed(*place, value=value)
+    if place[-1] in ("added_tokens_decoder", "5"):  # read beside a sentencepiece model only
+        files = {name: content for name, content in files.items() if name != "tokenizer.json"}
+        files["tokenizer.model"] = sentencepiece_model
+    try:
+        found = HubTokenizer(files)
+        assert found.decode(found.encode("an answer")) == "an answer"
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model() -> bytes:
+    return SubwordTokenizer.train([small.TEXT], 300).model
+
+
+def test_a_turn_cannot_follow_an_answer_that_has_no_end_token():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q: ' + m.content }}"
+        "{% else %}A: {% generation %}{{ m.content }}{% endgeneration %}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    with pytest.raises(UserError, match="ends an answer without a token"):
+        HubTokenizer(small.files(template)).continuation(talk, [{"role": "user", "content": "more"}])
