@@ -133,9 +133,9 @@ def _config(path: Path) -> dict[str, Any]:
     own = {key.removeprefix(f"{name}."): _rounded(value) for key, value in found.items() if key.startswith(f"{name}.")}
     config = {theirs: own.pop(key) for key, theirs in FIELDS.items() if key in own}
     rotated, width = own.pop("rope.dimension_count", None), own.pop("attention.value_length", None)
-    heads = config.get("num_attention_heads")
-    if "head_dim" not in config and isinstance(heads, int) and heads > 0 and "hidden_size" in config:
-        config["head_dim"] = config["hidden_size"] // heads
+    heads, embedded = (config.get(key) for key in ("num_attention_heads", "hidden_size"))
+    if "head_dim" not in config and type(heads) is type(embedded) is int and heads > 0:
+        config["head_dim"] = embedded // heads
     other = [one for one in (rotated, width) if one not in (None, config.get("head_dim"))]
     if other:
         raise UserError(

@@ -69,10 +69,9 @@ def _reader_class() -> type:
         """Raises ValueError where a file is shorter than it says."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> np.ndarray:
-            found = super()._get(offset, dtype, count, *rest, **more)
-            if len(found) < count:
-                raise ValueError(f"it ends at {len(self.data)} bytes, before its last value")
-            return found
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError(f"it ends after {len(self.data):,} bytes, before its last value")
+            return super()._get(offset, dtype, count, *rest, **more)
 
         def _get_field_parts(self, offset: int, kind: int) -> Any:
             if kind == package().GGUFValueType.ARRAY and (count := self._get(offset + 4, np.uint64)[0]) > MOST_ITEMS:

@@ -168,7 +168,7 @@ def test_a_byte_level_tokenizer(models, name, pre):
     }
     found = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
     assert encoded_as_wanted(found, folder, cases["strings"])
-    with pytest.raises(UserError, match="pre is 'falcon'; with merges, there are gpt-2, smollm, qwen2, llama-bpe"):
+    with pytest.raises(UserError, match="pre is 'falcon'; there are gpt-2, smollm, qwen2, llama-bpe"):
         files_of(found | {"tokenizer.ggml.pre": "falcon"}, folder)
 
 
@@ -178,7 +178,7 @@ def test_the_steps_of_qwen_before_its_merges(models):
         pytest.skip(f"no {file}")
     parsed = json.loads(gzip.decompress(file.read_bytes()))
     found = {f"tokenizer.ggml.{key}": value for key, value in {"model": "gpt2", "pre": "qwen2"}.items()}
-    found |= {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
+    found |= {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.token_type": [1], "tokenizer.ggml.merges": []}
     ours = json.loads(files_of(found, file)["tokenizer.json"])
     assert ours["normalizer"] == parsed["normalizer"]
     for step, theirs in zip(

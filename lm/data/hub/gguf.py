@@ -14,8 +14,9 @@ from lm.experiment import UserError
 from lm.interop.gguf_file import read_metadata
 
 KEY = "tokenizer.ggml."
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""Of token_type, which has the numbers of sentencepiece."""
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+"""Of token_type, which has the numbers of sentencepiece, from 1 to 6."""
+NORMALIZER = {"add_space_prefix": True, "remove_extra_whitespaces": False}
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ENDS = ("eos", "eot", "eom")
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -52,19 +53,21 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
 
 def files_of(found: dict[str, Any], path: Path) -> dict[str, bytes]:
     """The files of the tokenizer that a GGUF file's metadata describes; see `tokenizer_files`."""
-    kind, tokens, types = (found.get(f"{KEY}{name}") for name in ("model", "tokens", "token_type"))
-    types = types or [1] * len(tokens or ())
-    if kind not in ("gpt2", "llama") or not isinstance(tokens, list) or len(types) != len(tokens):
-        raise UserError(f"{path}: {KEY}model is {shown(kind)}; there are gpt2 and llama, with tokens and their types")
+    kind = found.get(f"{KEY}model")
+    if kind not in ("gpt2", "llama"):
+        raise UserError(f"{path}: {KEY}model is {shown(kind)}; there are gpt2 and llama")
+    tokens = _listed(path, found, "tokens", str)
+    types = _listed(path, found, "token_type", int, len(tokens))
     named = {role: found.get(f"{KEY}{name}_token_id") for role, name in ROLES.items()}
     ends = [found[f"{KEY}{name}_token_id"] for name in ENDS if f"{KEY}{name}_token_id" in found]
-    if outside := [index for index in (*named.values(), *ends) if index is not None and not 0 <= index < len(tokens)]:
-        raise UserError(f"{path}: {outside[0]} is the id of a special token, and there are {len(tokens)} tokens")
+    given = [index for index in (*named.values(), *ends) if index is not None]
+    if outside := [index for index in given if type(index) is not int or not 0 <= index < len(tokens)]:
+        raise UserError(f"{path}: {shown(outside[0])} is no id of a special token; there are {len(tokens)} tokens")
     added = [
-        {"id": index, "content": token, "special": kind == CONTROL, "normalized": False}
+        {"id": index, "content": token, "special": types[index] == CONTROL, "normalized": False}
         | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
+        for index, token in enumerate(tokens)
+        if types[index] in (CONTROL, USER_DEFINED)
     ]
     config = {role: tokens[index] for role, index in named.items() if index is not None}
     config["chat_template"] = found.get("tokenizer.chat_template")
@@ -79,42 +82,52 @@ def files_of(found: dict[str, Any], path: Path) -> dict[str, bytes]:
 
 def _byte_pairs(path: Path, found: dict[str, Any], tokens: list[str], added: list[dict[str, Any]]) -> dict[str, Any]:
     """The tokenizer.json of a byte-level BPE."""
-    name, merges = found.get(f"{KEY}pre"), found.get(f"{KEY}merges")
-    if name not in PRE_TOKENIZERS or not isinstance(merges, list):
-        raise UserError(f"{path}: {KEY}pre is {shown(name)}; with merges, there are {', '.join(PRE_TOKENIZERS)}")
-    steps = PRE_TOKENIZERS[name]
+    name = found.get(f"{KEY}pre")
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        raise UserError(f"{path}: {KEY}pre is {shown(name)}; there are {', '.join(PRE_TOKENIZERS)}")
     return {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if name == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name]},
         "post_processor": None,
         "decoder": _byte_level(True),
         "model": {
             "type": "BPE",
             "ignore_merges": name == "llama-bpe",
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": merges,
+            "merges": _listed(path, found, "merges", str),
         },
     }
 
 
 def _sentencepiece(path: Path, found: dict[str, Any], tokens: list[str], types: list[int]) -> bytes:
     """The tokenizer.model of a sentencepiece BPE."""
-    scores = found.get(f"{KEY}scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise UserError(f"{path}: {KEY}scores has not as many values as there are tokens, {len(tokens)}")
+    scores = _listed(path, found, "scores", float, len(tokens))
+    flags = {name: bool(found.get(f"{KEY}{name}", default)) for name, default in NORMALIZER.items()}
     proto = sentencepiece_model.ModelProto()  # type: ignore[attr-defined]
-    for token, score, kind in zip(tokens, scores, types, strict=True):
-        proto.pieces.add(piece=token, score=score, type=kind)
+    for token, score, number in zip(tokens, scores, types, strict=True):
+        proto.pieces.add(piece=token, score=score, type=number)
     proto.trainer_spec.model_type = sentencepiece_model.TrainerSpec.BPE  # type: ignore[attr-defined]
-    proto.trainer_spec.byte_fallback = 6 in types
+    proto.trainer_spec.byte_fallback = BYTE in types
     proto.trainer_spec.vocab_size = len(tokens)
     for role in ("bos", "eos", "unk"):
         index = found.get(f"{KEY}{ROLES[f'{role}_token']}_token_id")
         setattr(proto.trainer_spec, f"{role}_id", -1 if index is None else index)
     proto.trainer_spec.pad_id = -1
     proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = found.get(f"{KEY}add_space_prefix", True)
-    proto.normalizer_spec.remove_extra_whitespaces = found.get(f"{KEY}remove_extra_whitespaces", False)
+    proto.normalizer_spec.add_dummy_prefix = flags["add_space_prefix"]
+    proto.normalizer_spec.remove_extra_whitespaces = flags["remove_extra_whitespaces"]
     return proto.SerializeToString()
+
+
+def _listed(path: Path, found: dict[str, Any], name: str, kind: type, count: int | None = None) -> list[Any]:
+    """An array of the metadata. Raises UserError where it is missing, has other values, or not `count` of them."""
+    values = found.get(f"{KEY}{name}")
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise UserError(f"{path}: {KEY}{name} is {shown(values)}; it should be an array of {kind.__name__}")
+    if count not in (None, len(values)):
+        raise UserError(f"{path}: {KEY}{name} has {len(values)} values; it should have {count}, one for each token")
+    if name == "token_type" and (strange := [value for value in values if not 1 <= value <= BYTE]):
+        raise UserError(f"{path}: {KEY}{name} has {strange[0]}; it should be a number from 1 to {BYTE}")
+    return values
