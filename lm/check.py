@@ -200,6 +200,8 @@ def _check_stage(stage: Stage, model: Model) -> None:
         raise UserError(
             f"{stage.name}.trainable is {list(stage.trainable)}; it should be empty, since the stage trains nothing"
         )
+    if stage.lora.rank and not stage.objective.trains:
+        raise UserError(f"{stage.name}.lora.rank is {stage.lora.rank}; it should be 0, since the stage trains nothing")
     _check_schedule(stage)
     rows, together = rows_per_update(stage), rows_per_example(stage)
     if rows % (together * stage.microbatches):

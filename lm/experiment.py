@@ -19,6 +19,7 @@ from lm.config.field import diff as diff
 from lm.config.field import flatten as flatten
 from lm.config.field import nearest as nearest
 from lm.config.field import takes_function as takes_function
+from lm.config.lora import LoRA as LoRA
 from lm.config.model import Layer as Layer
 from lm.config.model import Mesh as Mesh
 from lm.config.model import Model as Model

@@ -226,8 +226,9 @@ def as_matrices(params: Any) -> Any:
 
     def sides(leaf: Any) -> Any:
         names = leaf.get_metadata("out_sharding") if isinstance(leaf, nnx.Variable) else ()
-        inner = [axis for axis, name in enumerate(names) if name == "embed"]
-        outer = [axis for axis, name in enumerate(names) if name not in ("embed", "layers")]
+        side = "rank" if "rank" in names else "embed"
+        inner = [axis for axis, name in enumerate(names) if name == side]
+        outer = [axis for axis, name in enumerate(names) if name not in (side, "layers")]
         used = inner and outer and "vocab" not in names
         numbers = optax.contrib.MuonDimensionNumbers(tuple(inner), tuple(outer)) if used else None
         return jax.tree.map(lambda _: numbers, leaf)
@@ -240,14 +241,15 @@ def _is_side(leaf: Any) -> bool:
 
 
 def matrices(params: Any) -> Any:
-    """Weight decay mask: True for matrices, except those whose path contains `scale` or `bias`.
+    """Weight decay mask: True for matrices, except those whose path contains `scale`, `bias` or `magnitude`.
 
-    The names decide, not the shapes: the scales of stacked layers have the shape of a matrix, [layers, dim].
+    The names decide, not the shapes: the scales of stacked layers have the shape of a matrix, [layers, dim]. An adapter's
+    factors decay, which draws its product to 0 and the model to its base.
     """
 
     def decays(path: tuple[Any, ...], leaf: Array) -> bool:
         names = {getattr(key, "name", getattr(key, "key", None)) for key in path}
-        return leaf.ndim >= 2 and names.isdisjoint({"scale", "bias"})
+        return leaf.ndim >= 2 and names.isdisjoint({"scale", "bias", "magnitude"})
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -6,6 +6,7 @@ turns any loss into one, and `jax.jit` with shardings compiles it for one device
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lm.experiment import Stage, UserError
+from lm.model.lora import OWN
+from lm.model.parameter import leaf_name
 from lm.optimizer import apply_updates, at_least_float32, global_norm
 from lm.parallel.rules import constrain
 from lm.types import Mean, Penalty, pytree
@@ -59,15 +62,17 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 # ---- trained parameters ----------------------------------------------------------------------------------------------
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """Name of a parameter by its path, such as `policy/blocks/q`; nnx's final `.value` is left out."""
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+def is_trainable(name: str, stage: Stage) -> bool:
+    """Whether a stage trains a parameter: `Stage.trainable` selects it among all, or with an adapter among factors and heads."""
+    return _may_train(name, stage) and _selected(name, stage.trainable)
 
 
-def is_trainable(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter trains: its path matches a pattern (or there are none), and no excluding pattern."""
+def _may_train(name: str, stage: Stage) -> bool:
+    return any(fnmatch.fnmatchcase(name, one) for one in OWN) if stage.lora.rank else "/earlier/" not in name
+
+
+def _selected(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a path matches a pattern (or there are none), and no excluding pattern."""
     excluded = [pattern.removeprefix(EXCLUDES) for pattern in patterns if pattern.startswith(EXCLUDES)]
     included = [pattern for pattern in patterns if not pattern.startswith(EXCLUDES)] or ["*"]
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in included) and not any(
@@ -75,15 +80,15 @@ def is_trainable(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
-def partition(models: Tree, patterns: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """Split the models into two trees, trained and fixed parameters; each has None in place of the other's leaves.
+def partition(models: Tree, stage: Stage) -> tuple[Tree, Tree]:
+    """Split the models of a stage into two trees, trained and fixed parameters; each has None in place of the other's leaves.
 
     An optimizer initialised with the first tree has moments and master weights only for the trained parameters.
     """
 
     def part(wanted: bool) -> Tree:
         def one(path: tuple[Any, ...], leaf: Any) -> Any:
-            return leaf if is_trainable(leaf_name(path), patterns) == wanted else None
+            return leaf if is_trainable(leaf_name(path), stage) == wanted else None
 
         return jax.tree_util.tree_map_with_path(one, models)
 
@@ -105,14 +110,16 @@ def check_trainable(stage: Stage, models: Models) -> None:
         UserError: otherwise; names the pattern, and paths similar to it.
     """
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(models)]
+    names = [name for name in names if _may_train(name, stage)]
+    what = f"parameters that lora.rank {stage.lora.rank} trains in" if stage.lora.rank else "parameters of"
     for pattern in stage.trainable:
         if not fnmatch.filter(names, pattern.removeprefix(EXCLUDES)):
             near = difflib.get_close_matches(pattern.strip("!*"), names, PATHS_SHOWN, cutoff=0.3) or names[:PATHS_SHOWN]
             raise UserError(
-                f"{stage.name}.trainable has {pattern!r}, which matches none of the {len(names)} parameters of this stage; "
+                f"{stage.name}.trainable has {pattern!r}, which matches none of the {len(names)} {what} this stage; "
                 f"near it are {', '.join(near)}"
             )
-    if not any(is_trainable(name, stage.trainable) for name in names):
+    if not any(is_trainable(name, stage) for name in names):
         raise UserError(
             f"{stage.name}.trainable is {', '.join(map(repr, stage.trainable))}, which leaves nothing to train; its "
             f"parameters are {', '.join(names[:PATHS_SHOWN])}{' …' if len(names) > PATHS_SHOWN else ''}"
@@ -126,14 +133,27 @@ def initial_state(
     carry: dict[str, Array],
     frozen: dict[str, Any],
 ) -> TrainState:
-    """The state before the first step, with the optimizer state of the trained parameters.
+    """The state before the first step, with the optimizer state of the trained parameters, which are copied.
 
     Raises:
         UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
     """
     check_trainable(stage, models)
-    trained, _ = partition(models, stage.trainable)
+    trained, fixed = partition(models, stage)
+    models = combine(jax.tree.map(jnp.copy, trained), fixed)
     return TrainState(jnp.int32(0), models, optimizer.init(trained), carry, frozen)
+
+
+def split_state(state: TrainState, stage: Stage) -> tuple[TrainState, Any]:
+    """What a step of the stage changes of its state, and what it only reads."""
+    trained, fixed = partition(state.models, stage)
+    return dataclasses.replace(state, models=trained, frozen={}), (fixed, state.frozen)
+
+
+def join_state(changing: TrainState, read: Any) -> TrainState:
+    """The inverse of `split_state`."""
+    fixed, frozen = read
+    return dataclasses.replace(changing, models=combine(changing.models, fixed), frozen=frozen)
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -187,7 +207,7 @@ def make_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         frozen = state.frozen | batch_stats(state.models, state.frozen, batch) if batch_stats else state.frozen
-        trained, fixed = partition(state.models, stage.trainable)
+        trained, fixed = partition(state.models, stage)
         grads, sums = summed(trained, fixed, frozen, batch)
         weight = jnp.maximum(sums["loss"].weight, 1e-30)
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)

@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lm.experiment import Stage
 from lm.model.heads import Scorer
+from lm.model.lora import without_adapter
 from lm.model.transformer import Transformer
 from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks
@@ -25,6 +26,11 @@ RolloutMaker = Callable[[Engine, TrainState, Tasks, Stage[Any], int, PRNGKeyArra
 def policy_alone(o: Any, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
     """Trained models of an algorithm that trains only the policy."""
     return {"policy": model}
+
+
+def reference_of(models: Models, frozen: dict[str, Any]) -> Transformer:
+    """The model that entered the stage: `frozen["reference"]`, or of a policy with an adapter the model with it off."""
+    return frozen["reference"] if "reference" in frozen else without_adapter(models["policy"])
 
 
 def no_rollout(
@@ -41,7 +47,7 @@ class Algorithm:
     step: the pure training step of a stage, which `jax.jit` compiles.
     models: the models with a gradient, by role, from the config, the model that enters the stage, the reward models that it
         reads and the random key of what is new; may be traced.
-    reads_reference: whether the step reads the model as it was before the stage, `frozen["reference"]`.
+    reads_reference: whether the step reads the model as it was before the stage, `reference_of`.
     carry: what it remembers from one step to the next beside the models, at the start.
     keeps_scorers: whether the reward models that a stage reads are frozen in its state, under `frozen["scorers"]`.
     rollout: samples the completions of a step and makes the batches of its updates, where the objective samples.

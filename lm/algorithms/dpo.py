@@ -8,7 +8,7 @@ import jax
 import optax
 from jaxtyping import Array
 
-from lm.algorithms.algorithm import Algorithm
+from lm.algorithms.algorithm import Algorithm, reference_of
 from lm.experiment import DPO, Stage
 from lm.objectives.dpo import dpo
 from lm.objectives.logprobs import token_logprobs
@@ -31,7 +31,7 @@ def preference_step(stage: Stage[DPO], optimizer: optax.GradientTransformation) 
         if o.caches_reference:
             ref_logp = batch.ref_logp
         else:
-            ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
+            ref_logp = jax.lax.stop_gradient(token_logprobs(reference_of(models, frozen), batch).logp)
         scale = frozen["sft_scale"]
         mean, metrics = dpo(stats.logp, ref_logp, batch.weights, o, log_sum_sq=stats.log_sum_sq, sft_scale=scale)
         return mean, metrics | stats.aux

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
-from lm.algorithms.algorithm import Algorithm
+from lm.algorithms.algorithm import Algorithm, reference_of
 from lm.experiment import GRPO, Stage
 from lm.model.transformer import Transformer
 from lm.objectives.advantages import completion_advantages, drop_truncated
@@ -50,7 +50,7 @@ def grpo_step(stage: Stage[GRPO], optimizer: optax.GradientTransformation) -> St
         stats = token_logprobs(models["policy"], batch, o.temperature, want_entropy=True)
         ref_logp = None
         if o.kl_coef and o.kl_in == "loss":
-            ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch, o.temperature).logp)
+            ref_logp = jax.lax.stop_gradient(token_logprobs(reference_of(models, frozen), batch, o.temperature).logp)
         correction, gap = None, {}
         if o.corrects_sampler:
             gap = {"sampler_kl": weighted(k3(batch.old_logp - batch.sampler_logp), batch.weights)}
@@ -100,7 +100,11 @@ def grpo_rollout(
     )
     rewards, kl = reward_columns(found, o.verifiers), None
     if o.kl_coef and o.kl_in == "reward":
-        kl = fetch(kl_to_reference(state.frozen["reference"], to_devices(batched(found), place, None, len(found)), o))
+        kl = fetch(
+            kl_to_reference(
+                reference_of(state.models, state.frozen), to_devices(batched(found), place, None, len(found)), o
+            )
+        )
     given, means = completion_advantages(jnp.asarray(rewards), o, kl)
     if o.verifiers:
         totals = (rewards * (o.reward_weights or 1.0)).sum(1).tolist()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lm.algorithms.algorithm import Algorithm
+from lm.algorithms.algorithm import Algorithm, reference_of
 from lm.experiment import KTO, Stage
 from lm.objectives.kto import kto, log_ratio_mean, reads_baseline
 from lm.objectives.logprobs import token_logprobs
@@ -28,13 +28,15 @@ def kto_step(stage: Stage[KTO], optimizer: optax.GradientTransformation) -> Step
 
     def loss(models: Models, frozen: Any, batch: LabelledBatch) -> tuple[Mean, dict[str, Mean]]:
         stats = token_logprobs(models["policy"], batch)
-        ref_logp = jax.lax.stop_gradient(token_logprobs(frozen["reference"], batch).logp)
+        ref_logp = jax.lax.stop_gradient(token_logprobs(reference_of(models, frozen), batch).logp)
         mean, metrics = kto(stats.logp, ref_logp, batch.weights, batch.desirable, o, frozen.get("kl"))
         return mean, metrics | stats.aux
 
     def batch_stats(models: Models, frozen: Any, batch: LabelledBatch) -> dict[str, Array]:
         def estimate(piece: TokenBatch) -> Mean:
-            policy, reference = (token_logprobs(model, piece).logp for model in (models["policy"], frozen["reference"]))
+            policy, reference = (
+                token_logprobs(model, piece).logp for model in (models["policy"], reference_of(models, frozen))
+            )
             return log_ratio_mean(policy, reference, piece.weights)
 
         if stage.microbatches == 1:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lm.algorithms.algorithm import Algorithm
+from lm.algorithms.algorithm import Algorithm, reference_of
 from lm.experiment import PPO, Stage
 from lm.model.heads import ScoreHead, Scorer
 from lm.model.transformer import Transformer
@@ -35,7 +35,7 @@ def models(o: PPO, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKey
     """Policy and critic; the critic is a copy of the first reward model (or policy), or a value head that starts at 0."""
     if o.critic == "head":
         return {"policy": model, "critic": ScoreHead(model.config, None)}
-    return {"policy": model, "critic": jax.tree.map(jnp.copy, scorers[0] if scorers else Scorer(model, None))}
+    return {"policy": model, "critic": scorers[0] if scorers else Scorer(model, None)}
 
 
 def carry(o: PPO) -> dict[str, Array]:
@@ -162,7 +162,7 @@ def advantages_and_returns(
 ) -> tuple[dict[str, Float[Array, "B T"]], dict[str, Array]]:
     """Advantages, returns, values and reference log-probabilities of a rollout, by batch field, and metrics."""
     policy, mask = state.models["policy"], batch.weights
-    ref_logp = token_logprobs(state.frozen["reference"], batch, o.temperature).logp * mask
+    ref_logp = token_logprobs(reference_of(state.models, state.frozen), batch, o.temperature).logp * mask
     hidden = policy.hidden(batch.tokens, batch.positions, batch.segments)[0] if o.critic == "head" else None
     judged = with_end(mask) if o.value_after_end else mask
     values = critic_values(state.models["critic"], batch, hidden)[0] * judged

@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
@@ -16,6 +15,7 @@ from lm.algorithms.algorithm import Algorithm
 from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, Stage, reward_names
 from lm.model.flops import forward_flops_per_token, update_flops_per_token
 from lm.model.heads import Scorer
+from lm.model.lora import adapted, freeze_adapter
 from lm.model.transformer import Transformer
 from lm.train_step import TrainState, initial_state, partition
 
@@ -44,17 +44,21 @@ def first_state(
     scorers: tuple[Scorer, ...] = (),
     key: PRNGKeyArray | None = None,
 ) -> TrainState:
-    """The initial training state of a stage; models are copied, since the state is donated to every step.
+    """The initial training state of a stage, whose adapter is put on; what does not train shares its arrays with the models given.
 
     Raises:
-        UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
+        UserError: a pattern of `stage.trainable` or `stage.lora.targets` matches nothing, or nothing trains.
     """
     algorithm, o = algorithm_of(stage), stage.objective
-    model, scorers = jax.tree.map(jnp.copy, (model, scorers))
-    frozen: dict[str, Any] = {"reference": jax.tree.map(jnp.copy, model)} if algorithm.reads_reference(o) else {}
+    model, scorers = freeze_adapter(model), tuple(map(freeze_adapter, scorers))
+    frozen: dict[str, Any] = {"reference": model} if algorithm.reads_reference(o) and not stage.lora.rank else {}
     if algorithm.keeps_scorers:
         frozen["scorers"] = scorers
-    return initial_state(stage, optimizer, algorithm.models(o, model, scorers, key), algorithm.carry(o), frozen)
+    models = algorithm.models(o, model, scorers, key)
+    models = {
+        role: adapted(one, stage, jax.random.key(0) if key is None else key, role) for role, one in models.items()
+    }
+    return initial_state(stage, optimizer, models, algorithm.carry(o), frozen)
 
 
 def abstract_model(config: Model, vocab_size: int) -> Transformer:
@@ -69,7 +73,7 @@ def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, config
         UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
     """
     state = _without_optimizer(stage, config, vocab_size)
-    trained, _ = partition(state.models, stage.trainable)
+    trained, _ = partition(state.models, stage)
     return dataclasses.replace(state, opt_state=jax.eval_shape(optimizer.init, trained))
 
 
@@ -87,7 +91,7 @@ def _without_optimizer(stage: Stage, config: Model, vocab_size: int) -> TrainSta
 def flops_per_token(stage: Stage, model: Model, vocab_size: int) -> float:
     """Operations that an update of the stage does for each token of its rows, by what of its models trains."""
     models = abstract_state(stage, optax.identity(), model, vocab_size).models
-    trained, _ = partition(models, stage.trainable)
+    trained, _ = partition(models, stage)
     passes = algorithm_of(stage).extra_forward_passes(stage.objective)
     others = passes * forward_flops_per_token(model, vocab_size, stage.seq_len)
     return update_flops_per_token(models, trained, stage.seq_len) + others

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from lm.config.field import knob
+from lm.config.lora import LoRA
 from lm.config.objectives import Objective
 
 O_co = TypeVar("O_co", bound=Objective, covariant=True)
@@ -82,8 +83,10 @@ class Stage(Generic[O_co]):
         1, "gradient accumulation: microbatches per batch; must divide its rows", least=1, most=2**24
     )
     trainable: tuple[str, ...] = knob(
-        (), "globs of parameters to train: policy/*norm* only the norms, !policy/embed all but embeddings; empty: all"
+        (),
+        "globs of parameters to train: policy/*norm* only the norms, !policy/embed all but embeddings; empty: all; with lora.rank, of its factors and the heads",
     )
+    lora: LoRA = LoRA()
     eval_every: int = knob(
         0, "steps between evaluations; 0: only before and after the stage", least=0, most=10**9, affects_training=False
     )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lm.experiment import Model
+from lm.model.parameter import leaf_name
 
 # Prefix of a jax device's `device_kind` -> its dense bfloat16 operations per second, by the vendors' data sheets.
 # The longest matching prefix counts. A device of v3 and 7x is half a chip.
@@ -88,7 +89,8 @@ def _update_of_one(model: Any, trained: Any, length: int) -> float:
     missing += 0 if in_layers else 2 * layers - 2.0 * c.num_layers * layer_matrices(c)
     missing += 0 if jax.tree.leaves(table) else head
     missing += 0 if in_layers or jax.tree.leaves(trained_body.norm) else head
-    return 3 * forward_flops_per_token(c, vocab_size, length) - missing
+    factors, fixed = _factors(trained_body.blocks), _factors(body.blocks) - _factors(trained_body.blocks)
+    return 3 * forward_flops_per_token(c, vocab_size, length) - missing + 6.0 * factors + 4.0 * fixed
 
 
 def trains_in_layers(trained: Any) -> bool:
@@ -99,7 +101,15 @@ def trains_in_layers(trained: Any) -> bool:
 
 def _matrices(blocks: Any) -> int:
     """Numbers in the matrices of stacked blocks that are not None."""
-    named = jax.tree_util.tree_leaves_with_path(blocks)
+    return _count(blocks, {"weight"})
+
+
+def _factors(blocks: Any) -> int:
+    """Numbers in the factors of adapters of stacked blocks that are not None."""
+    return _count(blocks, {"a", "b"})
+
+
+def _count(blocks: Any, names: set[str]) -> int:
     return sum(
-        x.size for path, x in named if "weight" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        x.size for path, x in jax.tree_util.tree_leaves_with_path(blocks) if leaf_name(path).split("/")[-1] in names
     )

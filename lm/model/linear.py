@@ -24,7 +24,8 @@ class Linear(nnx.Module):
     """x·w, and a bias if it has one: every matrix of the blocks, and the head.
 
     The weight's dimensions are those of the input, then those of the output, by their logical names. Heads are two
-    dimensions, [heads, head_dim]; an array that has them is head-major, [B H T K].
+    dimensions, [heads, head_dim]; an array that has them is head-major, [B H T K]. An adapter is `lora`; the adapters of
+    earlier stages are `earlier` (`lm/model/lora.py`).
     """
 
     def __init__(
@@ -39,14 +40,74 @@ class Linear(nnx.Module):
         self.weight = normal(key, std, dtype, **inputs, **outputs)
         zeros = jnp.zeros(tuple(outputs.values()), jnp.dtype(dtype))
         self.bias = parameter(zeros, tuple(outputs)) if bias else None
+        self.inputs = len(inputs)
+        self.earlier: LowRank | None = nnx.data(None)
+        self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x·w in x's dtype. An adapter (LoRA) adds its low-rank term to `y` here: `multiply` by one factor, then the other."""
+        """x·w in x's dtype, with what low-rank factors add: those of earlier stages, which are fixed, and this stage's own."""
         y = multiply(x, self.weight)
-        if self.bias is None:
-            return y
-        b = gather(self.bias, x.dtype)
-        return y + (b[:, None] if b.ndim == 2 else b)
+        for factors in (self.earlier, self.lora):
+            if factors is not None:
+                y = y + factors(x)
+                if factors.magnitude is not None:
+                    gain = self.gain(factors)
+                    y = (y.astype(gain.dtype) * of_outputs(gain)).astype(y.dtype)
+        return y if self.bias is None else y + of_outputs(gather(self.bias, x.dtype))
+
+    def entering(self) -> Float[Array, "..."]:
+        """The weight with the factors of earlier stages, in float32 at least."""
+        w, factors = self.weight[...], self.earlier
+        w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        if factors is None:
+            return w
+        return factors.added(w) if factors.magnitude is None else factors.added(w) * factors.magnitude[...]
+
+    def effective(self) -> Float[Array, "..."]:
+        """The weight with all factors, in float32 at least."""
+        w, factors = self.entering(), self.lora
+        if factors is None:
+            return w
+        return factors.added(w) if factors.magnitude is None else factors.added(w) * self.gain(factors)
+
+    def gain(self, factors: LowRank) -> Float[Array, "..."]:
+        """What the magnitude of factors multiplies each output by; the norm of a column is taken as constant (sec. 4.3)."""
+        assert factors.magnitude is not None
+        if not factors.normed:
+            return factors.magnitude[...]
+        norms = column_norms(factors.added(self.entering()), self.inputs)
+        return factors.magnitude[...] / jax.lax.stop_gradient(norms)
+
+
+class LowRank(nnx.Module):
+    """Low-rank factors beside the weight of a `Linear`: it becomes w + scale·a·b (LoRA, arXiv 2106.09685).
+
+    a is [inputs, rank] and b [rank, outputs], with the dimensions of the weight. With a magnitude [outputs] each column of
+    the sum then gets that norm (DoRA, arXiv 2402.09353) if it is `normed`; else the magnitude multiplies the column.
+    """
+
+    def __init__(
+        self, a: nnx.Param, b: nnx.Param, scale: float = 1.0, magnitude: nnx.Param | None = None, normed: bool = True
+    ):
+        self.a, self.b, self.scale, self.magnitude, self.normed = a, b, scale, magnitude, normed
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What the factors add to x·w, in x's dtype."""
+        return multiply(multiply(x, self.a), parameter(self.b[...] * self.scale, axes_of(self.b)))
+
+    def added(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """A weight with the product of the factors added."""
+        return w + jnp.tensordot(self.a[...], self.b[...] * self.scale, 1)
+
+
+def column_norms(w: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
+    """The norm of what leads to each output, over the first `inputs` dimensions."""
+    return jnp.sqrt(jnp.square(w).sum(tuple(range(inputs))))
+
+
+def of_outputs(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A number for each output of a `Linear`, ready to be broadcast over rows and tokens; heads are head-major."""
+    return x[:, None] if x.ndim == 2 else x
 
 
 class Embedding(nnx.Module):

@@ -43,3 +43,10 @@ def axes_of(param: nnx.Param) -> tuple[str | None, ...]:
 def gather(param: nnx.Param, dtype: Any) -> Array:
     """A parameter ready for use: cast to `dtype` and gathered along `embed` on every device."""
     return gathered(param[...], axes_of(param), dtype)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Name of a parameter by its path, such as `policy/blocks/q`; nnx's final `.value` is left out."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "value"

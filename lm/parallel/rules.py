@@ -22,6 +22,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
+    "rank": (),
     # activations
     "batch": ("slices", "data", "fsdp", "expert"),
     "length": ("context",),

@@ -22,7 +22,8 @@ from lm.plan.chips import Topology
 from lm.plan.compiler_text import CompilerFacts, read_compiled, refused_bytes
 from lm.plan.libtpu import VARIABLE, Libtpu, find_libtpu
 from lm.plan.program import Program
-from lm.train.loop import jit_step
+from lm.train.loop import Stepper
+from lm.train_step import split_state
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # nothing runs on a TPU
@@ -66,7 +67,7 @@ def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
     devices = tpu_devices(program.topology, compiler)
     mesh = make_mesh(program.mesh, devices)
     state, batch = program.state(), program.batch()
-    step = jit_step(program.stage, program.optimizer, shardings(state, mesh), mesh)
+    step = Stepper(program.stage, program.optimizer, shardings(split_state(state, program.stage), mesh), mesh)
     began, cpu_began = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as dump, quiet(), without_cpu_flags(), jax.set_mesh(mesh):
         lowered = step.lower(state, batch)

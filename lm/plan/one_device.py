@@ -85,7 +85,7 @@ def update_block(program: Program) -> TracedBlock:
 
 @functools.lru_cache(maxsize=64)
 def _update_block(stage: Stage, model: Model, vocab_size: int) -> TracedBlock:
-    params, _ = partition(abstract_state(stage, optax.identity(), model, vocab_size).models, stage.trainable)
+    params, _ = partition(abstract_state(stage, optax.identity(), model, vocab_size).models, stage)
     optimizer = make_optimizer(stage.optimizer, 1)
     gradients = jax.eval_shape(at_least_float32, params)
     return block_of(jax.make_jaxpr(optimizer.update)(gradients, jax.eval_shape(optimizer.init, params), params))

@@ -67,7 +67,7 @@ class Program:
 
     def trained(self) -> Models:
         """The trained models with abstract values, and None for each frozen parameter."""
-        return partition(self.state().models, self.stage.trainable)[0]
+        return partition(self.state().models, self.stage)[0]
 
     def batch(self) -> TokenBatch:
         """The batch of an update with abstract values."""

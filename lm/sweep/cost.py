@@ -223,7 +223,9 @@ def _shape_costs(experiment: Experiment, stage: Stage) -> tuple[float, int, int,
     """
     o = stage.optimizer
     optimizer = Optimizer(kind=o.kind, state_dtype=o.state_dtype, master_weights=o.master_weights)
-    alike = Stage(stage.name, stage.objective, (), optimizer, seq_len=stage.seq_len, trainable=stage.trainable)
+    alike = Stage(
+        stage.name, stage.objective, (), optimizer, seq_len=stage.seq_len, trainable=stage.trainable, lora=stage.lora
+    )
     return _cached_costs(alike, experiment.model, experiment.tokenizer.vocab_size)
 
 

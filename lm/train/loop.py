@@ -25,6 +25,7 @@ from lm.evals.rows import calling_between_batches
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops
 from lm.model.heads import Scorer, policy_of
+from lm.model.lora import without_base
 from lm.model.transformer import Transformer, num_params
 from lm.open_weights import vocabulary_rows
 from lm.optimizer import make_optimizer, schedule
@@ -33,6 +34,7 @@ from lm.parallel.distributed import is_main_process, run_on_main
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.stored import write_sealed
 from lm.train import goodput
+from lm.train.base import check_base
 from lm.train.batches import Batches
 from lm.train.callbacks import Callback, listener
 from lm.train.checkpoint import Checkpoints
@@ -49,7 +51,7 @@ from lm.train.stage_warnings import Warnings
 from lm.train.trajectory_files import FOLDER as TRAJECTORIES
 from lm.train.trajectory_files import count_trajectories, rewind_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
-from lm.train_step import Models, Step, TrainState, is_trainable
+from lm.train_step import Metrics, Models, Step, TrainState, combine, is_trainable, join_state, split_state
 from lm.types import TokenBatch
 
 PRODUCED = {"policy", "reward"}
@@ -123,8 +125,7 @@ def train_stage(
     ):
         batches.prepare(model, folder, functools.partial(_before_task, run, stage))
         state, start, meta = restore(state, checkpoints, run.mesh, stage)
-        now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
-        check_checkpoint(f"stage {stage.name}", meta, now, run.accept)
+        now = _inputs(run, index, batches, state, meta)
         spent = goodput.seconds_spent(folder) if is_main_process() else 0.0
         run_on_main(lambda: goodput.store_seconds_spent(folder, spent))
         run_on_main(lambda: log.rewind(start, functools.partial(_is_repeated, stage, start, _done_before(folder))))
@@ -153,6 +154,13 @@ def train_stage(
         data = num_params(state.models), batches.report, batches.sources
         summarise(run.folder, stage, loop.tokens, *data, loop.costs, {"evals": evaluator.passed_over})
         run_on_main(lambda: tidy(run.folder, stage))
+
+
+def _inputs(run: RunContext, index: int, batches: Batches, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
+    """What a stage is trained with, as its checkpoints record it. Raises UserError if `meta`, of an earlier one, differs."""
+    now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
+    check_checkpoint(f"stage {run.experiment.stages[index].name}", meta, now, run.accept)
+    return now | check_base(run.experiment, index, meta, policy_of(state.models))
 
 
 def summarise(
@@ -377,20 +385,59 @@ def start_state(
         key: random key of new parameters (a reward model's head).
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
-    init = functools.partial(first_state, stage, optimizer)
-    places = shardings(jax.eval_shape(init, model, scorers, key), mesh)
-    return jax.jit(init, out_shardings=places)(model, scorers, key), jit_step(stage, optimizer, places, mesh)
+    given = model, scorers, key
+
+    def init(*given: Any) -> Any:
+        return split_state(first_state(stage, optimizer, *given), stage)
+
+    traced, shapes = jax.make_jaxpr(init, return_shape=True)(*given)
+    places = shardings(shapes, mesh)
+    # What is only read is mostly what was given: shared with it here, where jit would copy it.
+    inputs = dict(zip(map(id, traced.jaxpr.invars), jax.tree.leaves(given), strict=True))
+    changing = len(jax.tree.leaves(shapes[0]))
+    shared = [None] * changing + [inputs.get(id(var)) for var in traced.jaxpr.outvars[changing:]]
+    where = list(zip(shared, jax.tree.leaves(places), strict=True))
+
+    def new(*given: Any) -> list[jax.Array]:
+        return [x for x, old in zip(jax.tree.leaves(init(*given)), shared, strict=True) if old is None]
+
+    made = iter(jax.jit(new, out_shardings=[place for old, place in where if old is None])(*given))
+    leaves = [next(made) if old is None else jax.device_put(old, place) for old, place in where]
+    state = join_state(*jax.tree.unflatten(jax.tree.structure(shapes), leaves))
+    return state, Stepper(stage, optimizer, places, mesh)
 
 
-def jit_step(stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh) -> Any:
-    """Jit the step of a stage with these state shardings in and out."""
-    return jax.jit(
-        algorithm_of(stage).step(stage, optimizer),
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=(places, None),
-        donate_argnums=0,
-        compiler_options=compiler_options(mesh),
-    )
+class Stepper:
+    """The compiled step of a stage: it takes over what it changes of the state, and only reads the rest.
+
+    Args:
+        places: shardings of the two parts of the state, as `split_state` gives them.
+    """
+
+    def __init__(self, stage: Stage, optimizer: optax.GradientTransformation, places: Any, mesh: Mesh):
+        self.stage, step = stage, algorithm_of(stage).step(stage, optimizer)
+        changes, reads = places
+
+        def changed(changing: TrainState, read: Any, batch: Any) -> tuple[TrainState, Metrics]:
+            state, metrics = step(join_state(changing, read), batch)
+            return split_state(state, stage)[0], metrics
+
+        self.jitted = jax.jit(
+            changed,
+            in_shardings=(changes, reads, batch_sharding(mesh)),
+            out_shardings=(changes, None),
+            donate_argnums=0,
+            compiler_options=compiler_options(mesh),
+        )
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        changing, read = split_state(state, self.stage)
+        changing, metrics = self.jitted(changing, read, batch)
+        return join_state(changing, read), metrics
+
+    def lower(self, state: TrainState, batch: Any) -> Any:
+        """The step for a state and a batch, lowered for compilation."""
+        return self.jitted.lower(*split_state(state, self.stage), batch)
 
 
 def restore(
@@ -398,8 +445,8 @@ def restore(
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """The state, step and meta of the newest intact checkpoint; (`state`, 0, {}) if there is none.
 
-    `frozen` is not in checkpoints: it is the model that entered the stage, saved by the stage before. At the stage's
-    last step the optimizer state may be missing, since only evaluations are left.
+    `frozen` is not in checkpoints, nor is the base of an adapter: a stage before, or what the experiment starts from, has
+    it, and `state` has it from there. At the stage's last step the optimizer state may be missing, since only evaluations are left.
 
     Raises:
         UserError: steps are left, and the checkpoint has no optimizer state.
@@ -416,17 +463,21 @@ def restore(
             f"{', '.join(sorted(wanted.keys() - found.items.keys()))} when the stage was finished ({stage.name}.keep_moments); "
             f"remove {checkpoints.folder.parent} to train it from its start"
         )
-    models = {role: items[role] for role in state.models}
+    models = {role: combine(items[role], model) for role, model in state.models.items()}
     # The optimizer counts updates; a step may have had several.
     state = TrainState(jnp.int32(found.step), models, items["opt_state"], items["carry"], state.frozen)
     return state, found.step, found.meta
 
 
 def checkpoint_items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint by name: every model by its role, with frozen parameters too, `opt_state` and `carry`."""
-    return state.models | {"opt_state": state.opt_state, "carry": state.carry}
+    """The items of a checkpoint by name: every model by its role, of one with an adapter all but the base, `opt_state` and `carry`."""
+    return {role: without_base(model) for role, model in state.models.items()} | {
+        "opt_state": state.opt_state,
+        "carry": state.carry,
+    }
 
 
 def untrained(stage: Stage, models: Models) -> set[str]:
     """Names of the parameters that the stage does not train, of which its folder of checkpoints has one copy."""
-    return {name for name in named_leaves(models) if not is_trainable(name, stage.trainable)}
+    stored = {role: without_base(model) for role, model in models.items()}
+    return {name for name in named_leaves(stored) if not is_trainable(name, stage)}

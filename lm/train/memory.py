@@ -73,7 +73,7 @@ def _trained(stage: Stage, model: Model, vocab_size: int) -> tuple[Transformer |
         whole = abstract_model(model, vocab_size)
         return whole, jax.tree.map(lambda x: None, whole)
     models = abstract_state(stage, optax.identity(), model, vocab_size).models
-    return policy_of(models), policy_of(partition(models, stage.trainable)[0])
+    return policy_of(models), policy_of(partition(models, stage)[0])
 
 
 def device_memory() -> int:

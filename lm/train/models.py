@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import optax
 from jax.sharding import Mesh as DeviceMesh
 
 from lm import open_weights
-from lm.algorithms.table import abstract_model, abstract_state
+from lm.algorithms.table import abstract_state
 from lm.config.objective import ObjectiveConfig
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokenizer import FILE_NAME
@@ -31,15 +32,17 @@ from lm.experiment import (
 )
 from lm.files import is_open_weights
 from lm.model.heads import Scorer
+from lm.model.lora import adapted, base_of, freeze_adapter, has_adapter, without_base
 from lm.model.transformer import Transformer
 from lm.open_weights import vocabulary_rows
 from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
+from lm.train.base import Known, base_stage, check_base, with_base
 from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
-from lm.train_step import Models
 
+NONE_KNOWN: Known = {}
 ROWS_FILE = "made.jsonl"  # the rows of a Collect stage, in its folder
 
 
@@ -82,45 +85,89 @@ def _init(experiment: Experiment, vocab_size: int) -> Transformer:
 def check_trained_parts(experiment: Experiment) -> None:
     """Raise UserError for a stage whose `trainable` patterns match no parameter or leave nothing to train."""
     for stage in experiment.stages:
-        if stage.trainable:
+        if stage.trainable or stage.lora.targets:
             abstract_state(stage, optax.identity(), experiment.model, 1)
 
 
 def model_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, index: int
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    index: int,
+    known: Known = NONE_KNOWN,
 ) -> Transformer:
     """The model that enters stage `index`: that of the stage it starts from, or the one that the run begins with."""
     start = start_of(experiment, index)
-    if start is None:
+    return _model_of(experiment, folder, tokenizer, mesh, start, known)
+
+
+def _model_of(
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    index: int | None,
+    known: Known = NONE_KNOWN,
+) -> Transformer:
+    if index in known and not _lora_before(experiment, index):
+        return base_of(known[index])
+    if index is None:
         return init_model(experiment, tokenizer, mesh)
-    return load_model(experiment, folder, tokenizer, mesh, experiment.stages[start].name)
+    return load_model(experiment, folder, tokenizer, mesh, experiment.stages[index].name, known)
+
+
+def _lora_before(experiment: Experiment, index: int | None) -> bool:
+    """Whether a model has factors: its stage, or one before it, trained an adapter."""
+    while index is not None and not experiment.stages[index].lora.rank:
+        index = start_of(experiment, index)
+    return index is not None
 
 
 def load_model(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    stage: str,
+    known: Known = NONE_KNOWN,
 ) -> Transformer:
     """Load a stage's language model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
     Raises:
-        UserError: the stage has no checkpoint, or its last one is damaged.
+        UserError: the stage has no checkpoint, or its last one, or the base of its adapter, is damaged.
     """
-    return _load(experiment, folder, tokenizer, mesh, stage).items["policy"]
+    return _load(experiment, folder, tokenizer, mesh, stage, known).items["policy"]
 
 
 def _load(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    stage: str,
+    known: Known = NONE_KNOWN,
 ) -> Restored:
-    return _restore_models(
-        {"policy": abstract_model(experiment.model, vocabulary_rows(experiment, tokenizer))},
-        folder,
-        tokenizer,
-        mesh,
-        stage,
-    )
+    index = stage_index(experiment, stage)
+    policy = jax.eval_shape(lambda: _traced(experiment, vocabulary_rows(experiment, tokenizer), index))
+    return _restore((experiment, folder, tokenizer, mesh), index, "policy", policy, lambda base: base, known)
+
+
+def _traced(experiment: Experiment, vocab_size: int, index: int | None) -> Transformer:
+    """The language model that stage `index` leaves, with new values: its structure is that of the trained one."""
+    if index is None:
+        return _init(experiment, vocab_size)
+    before = freeze_adapter(_traced(experiment, vocab_size, start_of(experiment, index)))
+    return adapted(before, experiment.stages[index], jax.random.key(0), "policy")
 
 
 def load_scorer(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    stage: str,
+    known: Known = NONE_KNOWN,
 ) -> Scorer:
     """Load a stage's reward model: of the last step if the stage is finished, else of the newest intact checkpoint.
 
@@ -128,15 +175,24 @@ def load_scorer(
         UserError: there is no such stage, it trains no reward model, or it has no checkpoint.
     """
     layers = _scorer_stage(experiment, folder, stage).trained_model(experiment.model).num_layers
+    index = stage_index(experiment, stage)
 
     def make() -> Scorer:
-        return Scorer(_init(experiment, vocabulary_rows(experiment, tokenizer)), jax.random.key(0), layers)
+        before = _traced(experiment, vocabulary_rows(experiment, tokenizer), start_of(experiment, index))
+        new = Scorer(freeze_adapter(before), jax.random.key(0), layers)
+        return adapted(new, experiment.stages[index], jax.random.key(0), "reward")
 
-    return _restore_models({"reward": jax.eval_shape(make)}, folder, tokenizer, mesh, stage).items["reward"]
+    run, like = (experiment, folder, tokenizer, mesh), jax.eval_shape(make)
+    return _restore(run, index, "reward", like, lambda base: Scorer(base, None, layers), known).items["reward"]
 
 
 def scorers_for(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, names: tuple[str, ...]
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    names: tuple[str, ...],
+    known: Known = NONE_KNOWN,
 ) -> tuple[Scorer, ...]:
     """Load reward models by name: STAGE of this run, or RUN:STAGE of another run's folder.
 
@@ -150,7 +206,7 @@ def scorers_for(
             other = RunFolder(Path(run))
             found.append(load_scorer(_experiment_with_same_tokenizer(name, tokenizer), other, tokenizer, mesh, stage))
         else:
-            found.append(load_scorer(experiment, folder, tokenizer, mesh, stage))
+            found.append(load_scorer(experiment, folder, tokenizer, mesh, stage, known))
     return tuple(found)
 
 
@@ -191,27 +247,47 @@ def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> Obje
 
 
 def scorers_before(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, index: int
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    index: int,
+    known: Known = NONE_KNOWN,
 ) -> tuple[Scorer, ...]:
     """The reward models that stage `index` reads; if none, the last one trained before it (for evals), if any."""
     names = reward_names(experiment.stages[index])
     earlier = [s.name for s in experiment.stages[: index + 1] if s.objective.produces == "scorer"]
     ready = broadcast_from_main(lambda: [name for name in earlier if folder.finished(name)])
-    return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]))
+    return scorers_for(experiment, folder, tokenizer, mesh, names or tuple(ready[-1:]), known)
 
 
-def _restore_models(
-    models: Models, folder: RunFolder, tokenizer: TextTokenizer, mesh: DeviceMesh, stage: str
+def _restore(
+    run: tuple[Experiment, RunFolder, TextTokenizer, DeviceMesh],
+    index: int,
+    role: str,
+    like: Transformer | Scorer,
+    of_base: Callable[[Transformer], Transformer | Scorer],
+    known: Known,
 ) -> Restored:
-    """Restore models of a stage: from its last step if the stage is finished, else from its newest intact checkpoint."""
-    wanted = {role: abstract(model, mesh) for role, model in models.items()}
-    final = broadcast_from_main(lambda: folder.final_step(stage))
-    with Checkpoints(folder.checkpoints(stage)) as checkpoints:
-        found = checkpoints.restore(wanted, only=final)
+    """Restore a stage's model: from its last step if the stage is finished, else from its newest intact checkpoint.
+
+    Args:
+        like: the model as shapes.
+        of_base: what the base of an adapter, which other files have, becomes in it.
+    """
+    (experiment, folder, tokenizer, mesh), stage = run, run[0].stages[index]
+    final = broadcast_from_main(lambda: folder.final_step(stage.name))
+    with Checkpoints(folder.checkpoints(stage.name)) as checkpoints:
+        found = checkpoints.restore({role: abstract(without_base(like), mesh)}, only=final)
     if found is None:
-        raise UserError(f"{folder.path} has no checkpoint of stage {stage!r} yet: `lm run` trains it")
-    check_tokenizer(found.meta, tokenizer, folder, stage)
-    return found
+        raise UserError(f"{folder.path} has no checkpoint of stage {stage.name!r} yet: `lm run` trains it")
+    check_tokenizer(found.meta, tokenizer, folder, stage.name)
+    if not has_adapter(like):
+        return found
+    at = base_stage(experiment, index)
+    model = with_base(found.items[role], of_base(known[at] if at in known else _model_of(*run, at)))
+    check_base(experiment, index, found.meta, model)
+    return replace(found, items={role: model})
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: TextTokenizer, folder: RunFolder, stage: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.train_step import leaf_name
+from lm.model.parameter import leaf_name
 
 PyTree = Any
 Named = dict[str, dict[str, Any]]

@@ -24,6 +24,7 @@ from lm.experiment import (
     rows_per_update,
 )
 from lm.model.heads import policy_of
+from lm.model.lora import merged
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import to_devices
 from lm.parallel.rules import batch_sharding
@@ -47,6 +48,7 @@ from lm.train.trajectory_writer import keep_trajectories
 from lm.train_step import TrainState
 from lm.types import RolloutBatch
 
+_merged = jax.jit(merged, static_argnames="dtype")
 GROUPS_SHOWN = 3  # groups of a rollout that are logged as samples
 
 
@@ -75,7 +77,8 @@ class RolloutBatches(Batches):
         key = jax.random.fold_in(self.key, step)
         o = self.stage.objective
         model = policy_of(state.models)
-        sampler = model if o.samples_as_trained else rounded(model, o.sampler)
+        whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
+        sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
         self.latest = algorithm_of(self.stage).rollout(engine, state, self.tasks, self.stage, step, key, self.place)
         if self.folder:

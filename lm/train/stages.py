@@ -35,16 +35,19 @@ from lm.experiment import (
     UserError,
     resolve_sources,
     reward_names,
+    start_of,
     strict,
     to_dict,
 )
 from lm.model.heads import Scorer
+from lm.model.lora import without_adapter
 from lm.model.transformer import Transformer
 from lm.open_weights import check_weights, fingerprint, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
 from lm.train.agreement import check_same, check_same_data, check_shared
+from lm.train.base import base_stage
 from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
@@ -222,11 +225,12 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
     where = run.experiment, run.folder, run.tokenizer, run.mesh
     stage = run.experiment.stages[index]
     model = model_before(*where, index)
-    scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage)))
+    known = {base_stage(run.experiment, start_of(run.experiment, index)): model}
+    scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage), known))
     if not stage.objective.trains:
         return collect_stage(run, index, model, scorers, began)
     ready = batches or raise_on_all(lambda: _batches(run, index))
-    train_stage(run, index, ready, model, scorers, make_evaluator(*where, index), began)
+    train_stage(run, index, ready, model, scorers, make_evaluator(*where, index, model), began)
 
 
 def _check_experiment(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
@@ -349,20 +353,32 @@ def function_files(experiment: Experiment) -> dict[str, str]:
 
 
 def make_evaluator(
-    experiment: Experiment, folder: RunFolder, tokenizer: TextTokenizer, mesh: Mesh, index: int
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: Mesh,
+    index: int,
+    entering: Transformer | None,
 ) -> Evaluator:
-    """The evaluator of stage `index`; its reference is the model that entered the first preference stage."""
+    """The evaluator of stage `index`; its reference is the model that entered the first preference stage.
+
+    Args:
+        entering: the model that enters the stage, if it is loaded: reference and reward models with its base share that.
+    """
     first = next((i for i, stage in enumerate(experiment.stages) if stage.objective.learns_preferences), None)
+    known = {} if entering is None else {base_stage(experiment, start_of(experiment, index)): entering}
 
     @functools.cache
     def reference() -> Transformer | None:
         if first is None or first > index:
             return None
-        return model_before(experiment, folder, tokenizer, mesh, first)
+        if first == index and entering is not None:
+            return entering
+        return model_before(experiment, folder, tokenizer, mesh, first, known)
 
     @functools.cache
     def scorers() -> tuple[Scorer, ...]:
-        return scorers_before(experiment, folder, tokenizer, mesh, index)
+        return scorers_before(experiment, folder, tokenizer, mesh, index, known)
 
     return Evaluator(experiment, folder, tokenizer, reference, scorers)
 
@@ -380,7 +396,9 @@ def evaluate_run(
     loaded = load_run(run_dir, stage)
     check_collected(loaded.experiment, RunFolder(run_dir))
     index = stage_index(loaded.experiment, loaded.stage)
-    evaluator = make_evaluator(loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh, index)
+    entering = without_adapter(loaded.model) if loaded.experiment.stages[index].lora.rank else None
+    where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh
+    evaluator = make_evaluator(*where, index, entering)
     lines = []
     for number, item in enumerate(loaded.experiment.evals, start=1):
         tell(f"evaluating {number}/{len(loaded.experiment.evals)}: {item.name}")

@@ -1,0 +1,87 @@
+"""The base of an adapter: where a run has it, its fingerprint, and a checkpoint's factors put on it again."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped, UInt32
+
+from lm.experiment import Experiment, UserError, start_of
+from lm.model.lora import APART, has_adapter
+from lm.model.parameter import leaf_name
+from lm.model.transformer import Transformer
+from lm.parallel.distributed import fetch
+from lm.train.named_arrays import named_leaves
+
+M = TypeVar("M")
+Known = Mapping[int | None, Transformer]
+"""Models that are loaded already, by `base_stage` of theirs: their arrays are used, and not read again."""
+ODD = (2654435761, 2246822519), (3266489917, 668265263)
+
+
+def base_stage(experiment: Experiment, index: int | None) -> int | None:
+    """Index of the stage that left the base of stage `index` (itself without an adapter); None: what the run begins with."""
+    while index is not None and experiment.stages[index].lora.rank:
+        index = start_of(experiment, index)
+    return index
+
+
+def with_base(model: M, base: Any) -> M:
+    """A model whose base is missing (`without_base`) with the arrays of one that has it."""
+    leaves = named_leaves(base)
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        return leaves.get(leaf_name(path)) if leaf is None else leaf
+
+    return jax.tree_util.tree_map_with_path(one, model, is_leaf=lambda x: x is None)
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of every bit of a model's base, in whatever way it is sharded."""
+    named = {k: x for k, x in named_leaves(model).items() if not any(fnmatch.fnmatchcase(k, one) for one in APART)}
+    sums = fetch(_sums(named))
+    lines = [f"{name} {x.dtype}{list(x.shape)} {sums[name].tolist()}" for name, x in sorted(named.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@jax.jit
+def _sums(named: dict[str, Array]) -> dict[str, Array]:
+    return jax.tree.map(_sum, named)
+
+
+def _sum(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
+    """Two sums of an array's bits, mixed with their places; integers, so that the order of adding changes nothing."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+
+    def mixed(first: int, second: int) -> Array:
+        y = (bits ^ (place * jnp.uint32(first))) * jnp.uint32(second)
+        return ((y ^ (y >> 15)) * jnp.uint32(first)).sum(dtype=jnp.uint32)
+
+    return jnp.stack([mixed(*odd) for odd in ODD])
+
+
+def check_base(experiment: Experiment, index: int, meta: Mapping[str, Any], model: Any) -> dict[str, str]:
+    """What a checkpoint records of the base of a stage's adapter: its fingerprint; nothing without an adapter.
+
+    Raises:
+        UserError: `meta`, of an earlier checkpoint of the stage, has another one.
+    """
+    if not has_adapter(model):
+        return {}
+    found, at = fingerprint(model), base_stage(experiment, index)
+    then = meta.get("base", found)
+    if then != found:
+        source = f"stage {experiment.stages[at].name}" if at is not None else experiment.init
+        raise UserError(
+            f"the adapter of stage {experiment.stages[index].name} was trained on a base with fingerprint {then[:16]}, and "
+            f"{source or f'the random weights of seed {experiment.seed}'} has {found[:16]}: put back the weights of then"
+        )
+    return {"base": found}

@@ -1,0 +1,116 @@
+"""Adapters on a model: they begin as nothing, stay apart from the base, and merge into what they computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.experiment import DPO, SFT, LoRA, Mesh, UserError
+from lm.model.lora import adapted, base_of, freeze_adapter, has_adapter, linears, merged, without_adapter
+from lm.objectives.logprobs import token_logprobs
+from lm.parallel.mesh import make_mesh
+from lm.train.base import fingerprint
+from lm.train.loop import checkpoint_items, start_state
+from lm.train.named_arrays import named_leaves
+from tests.helpers import random_batch, tiny_model, tiny_stage
+
+KINDS = {
+    "plain": LoRA(rank=3, alpha=6.0),
+    "rs_lora": LoRA(rank=4, rs_lora=True, targets=("blocks/attention/[qo]", "*/down")),
+    "dora": LoRA(rank=3, dora=True),
+}
+
+
+@jax.jit
+def logp(model):
+    return token_logprobs(model, random_batch(4)).logp
+
+
+def moved(model, lora, seed, by=0.1):
+    """The model with a new adapter whose factors are no longer 0."""
+    new = adapted(model, tiny_stage(SFT(), lora=lora), jax.random.key(seed), "policy")
+    rng = np.random.default_rng(seed)
+
+    def change(path, x):
+        own = "lora" in jax.tree_util.keystr(path)
+        return x + by * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if own else x
+
+    return jax.tree_util.tree_map_with_path(change, new)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_and_off_it_is_the_base(kind):
+    base, lora = tiny_model(), KINDS[kind]
+    new = adapted(base, tiny_stage(SFT(), lora=lora), jax.random.key(1), "policy")
+    # DoRA divides a norm by itself, which two programs may round apart.
+    np.testing.assert_allclose(logp(new), logp(base), atol=1e-6 if lora.dora else 0, rtol=0)
+    trained = moved(base, lora, 1)
+    assert np.abs(logp(trained) - logp(base)).max() > 1e-3
+    np.testing.assert_array_equal(logp(without_adapter(trained)), logp(base))
+    assert sum(one.lora is not None for _, one in linears(trained)) == (3 if lora.targets else 7)
+
+
+def test_adapters_of_several_stages_stay_apart_and_merge_into_what_they_compute():
+    model = base = tiny_model()
+    for seed, kind in enumerate(("plain", "dora", "rs_lora", "dora")):
+        entering = logp(model)
+        model = moved(freeze_adapter(model), KINDS[kind], seed)
+        np.testing.assert_allclose(logp(without_adapter(model)), entering, atol=2e-6)
+    np.testing.assert_allclose(logp(merged(model)), logp(model), atol=2e-5)
+    assert not has_adapter(merged(model)) and len(named_leaves(merged(model))) == len(named_leaves(base))
+    for name, leaf in named_leaves(base_of(model)).items():
+        assert leaf is named_leaves(base)[name], name
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+def test_gradients_of_the_factors_are_those_of_finite_differences(kind):
+    model, batch = moved(tiny_model(), KINDS[kind], 2), random_batch(4)
+    rng = np.random.default_rng(0)
+
+    def toward(
+        name, x
+    ):  # the norm of a column counts as constant, so that of DoRA's factors only the magnitude is exact
+        chosen = "magnitude" in name if kind == "dora" else "lora" in name
+        return jnp.asarray(rng.standard_normal(x.shape) * chosen, x.dtype)
+
+    direction = jax.tree_util.tree_map_with_path(lambda path, x: toward(jax.tree_util.keystr(path), x), model)
+
+    @jax.jit
+    def loss(step):
+        return token_logprobs(jax.tree.map(lambda x, d: x + step * d, model, direction), batch).logp.mean()
+
+    gradient, step = jax.grad(loss)(0.0), 1e-3
+    assert abs(gradient) > 1e-3
+    np.testing.assert_allclose((loss(step) - loss(-step)) / (2 * step), gradient, rtol=1e-2)
+
+
+def test_a_stage_copies_no_base_and_saves_none():
+    mesh, stage = make_mesh(Mesh(data=1)), tiny_stage(DPO(), lora=LoRA(rank=2, alpha=2.0))
+    model = tiny_model()
+    state, step = start_state(stage, model, mesh, key=jax.random.key(0))
+    assert "reference" not in state.frozen
+    old, seal = named_leaves(model), fingerprint(model)
+    state, metrics = step(state, random_batch())
+    assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)  # policy and reference are equal
+    new = named_leaves(state.models["policy"])
+    for name, leaf in old.items():
+        assert leaf.unsafe_buffer_pointer() == new[name].unsafe_buffer_pointer(), name
+    saved = named_leaves(checkpoint_items(state)["policy"])
+    assert saved.keys() == new.keys() - old.keys() and all("/lora/" in name for name in saved)
+    state, metrics = step(state, random_batch())
+    assert float(metrics["loss"]) < np.log(2)
+    changed = jax.tree.map(lambda x: x, model)
+    changed.norm.scale[...] = changed.norm.scale[...].at[0].add(1e-7)
+    assert fingerprint(state.models["policy"]) == seal != fingerprint(changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": LoRA(rank=2, targets=("*q_proj",))}, r"tiny\.lora\.targets has '\*q_proj', .* blocks/attention/q, "),
+        ({"lora": LoRA(rank=2), "trainable": ("policy/*norm*",)}, r"tiny\.trainable has .*norm.* lora\.rank 2"),
+    ],
+)
+def test_patterns_that_match_no_layer_or_no_factor_are_refused(changes, said):
+    with pytest.raises(UserError, match=said):
+        start_state(tiny_stage(SFT(), **changes), tiny_model(), make_mesh(Mesh(data=1)))
