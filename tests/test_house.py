@@ -66,21 +66,47 @@ def test_only_an_algorithm_and_its_config_know_the_class_of_an_objective(file):
     )
     if file.relative_to(ROOT).parts[0] in ("algorithms", "config"):
         return
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    asked = [node.lineno for node in calls if asks_for_class(node)]
-    assert not asked, f"asks for the class of an objective in lines {asked}"
+    found = asked_for_class(tree)
+    assert not found, f"asks for the class of an objective in lines {found}"
     named = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in OBJECTIVES]
     assert not named, f"names an objective's class as text in lines {named}"
 
 
-def asks_for_class(call: ast.Call) -> bool:
-    """isinstance(x, …) with the class of an objective, or type(x.objective)."""
-    function = call.func.id if isinstance(call.func, ast.Name) else ""
+CLASSES = {*OBJECTIVES, "Algorithm", "ObjectiveConfig"}
+
+
+def asked_for_class(tree: ast.AST) -> list[int]:
+    """Lines that ask for the class of an objective or algorithm: isinstance, issubclass, `case GRPO():`, type(x.objective)."""
+    return [node.lineno for node in ast.walk(tree) if asks_for_class(node)]
+
+
+def asks_for_class(node: ast.AST) -> bool:
+    if isinstance(node, ast.alias):  # under another name it would not be found
+        return node.name in CLASSES and node.asname is not None
+    if isinstance(node, ast.MatchClass):
+        return named_in(node.cls)
+    function = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
     if function == "type":
-        return ast.unparse(call.args[0]).endswith("objective")
-    names = (
-        {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)}
-        if function == "isinstance"
-        else set()
-    )
-    return not names.isdisjoint(OBJECTIVES)
+        return ast.unparse(node.args[0]).endswith("objective")
+    return function in ("isinstance", "issubclass") and named_in(node.args[1])
+
+
+def named_in(node: ast.AST) -> bool:
+    """Whether one of CLASSES is named in an expression, also as `module.NAME`."""
+    names = {getattr(one, "id", getattr(one, "attr", "")) for one in ast.walk(node)}
+    return not names.isdisjoint(CLASSES)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "isinstance(o, GRPO)",
+        "isinstance(o, (KTO, values.PPO))",
+        "issubclass(kind, ObjectiveConfig)",
+        "type(stage.objective) is kind",
+        "match o:\n    case GRPO():\n        pass",
+        "from lm.experiment import GRPO as Sampled",
+    ],
+)
+def test_a_question_for_the_class_of_an_objective_is_found(code):
+    assert asked_for_class(ast.parse(code))
