@@ -1,5 +1,7 @@
 """Attention in blocks on a CPU is the plain one, values and gradients, on packed rows of any length."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,12 @@ def packed(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     segments[-1, length - length // 3 :] = 0
     starts = np.array([[np.argmax(row == s) for s in row] for row in segments])
     return (np.arange(length)[None] - starts).astype(np.int32), segments
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one compilation instead of one for every operation and shape
+def values_and_gradients(attention, q, k, v, d_out):
+    out, back = jax.vjp(attention, q, k, v)
+    return out, *back(d_out)
 
 
 @pytest.mark.parametrize("length", [7, 128, *(pytest.param(n, marks=pytest.mark.slow) for n in (300, 2100))])
@@ -33,9 +41,9 @@ def test_attention_in_blocks_is_the_plain_one(length):
     def blocks(q, k, v):
         return jnp.where(real, attend_in_blocks(q, k, v, segments), 0)
 
-    (want, back), (have, back_blocks) = jax.vjp(plain, q, k, v), jax.vjp(blocks, q, k, v)
+    (want, *want_back), (have, *have_back) = (values_and_gradients(f, q, k, v, d_out) for f in (plain, blocks))
     np.testing.assert_allclose(have, want, atol=2e-6)
-    for have_d, want_d in zip(back_blocks(d_out), back(d_out), strict=True):
+    for have_d, want_d in zip(have_back, want_back, strict=True):
         np.testing.assert_allclose(have_d, want_d, atol=2e-5)
 
 
@@ -47,10 +55,12 @@ def test_the_last_queries_alone_are_those_of_all(queries):
     q, d_out = (jax.random.normal(k, (2, 4, length, 16)) for k in keys[:2])
     k, v = (jax.random.normal(k, (2, 2, length, 16)) for k in keys[2:])
     d_out = d_out.at[:, :, :-queries].set(0)
-    want, back = jax.vjp(lambda *x: attend_in_blocks(*x, segments), q, k, v)
-    have, back_last = jax.vjp(lambda q, k, v: attend_in_blocks(q[:, :, -queries:], k, v, segments), q, k, v)
+    want, *want_back = values_and_gradients(lambda *x: attend_in_blocks(*x, segments), q, k, v, d_out)
+    have, *have_back = values_and_gradients(
+        lambda q, k, v: attend_in_blocks(q[:, :, -queries:], k, v, segments), q, k, v, d_out[:, :, -queries:]
+    )
     np.testing.assert_allclose(have, want[:, :, -queries:], atol=2e-6)
-    for have_d, want_d in zip(back_last(d_out[:, :, -queries:]), back(d_out), strict=True):
+    for have_d, want_d in zip(have_back, want_back, strict=True):
         np.testing.assert_allclose(have_d, want_d, atol=2e-5)
 
 

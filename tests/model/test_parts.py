@@ -41,10 +41,10 @@ def moved(model):
 def test_the_cache_gives_what_training_computes_and_sizes_are_counted(changes):
     model = moved(tiny_model(**changes))
     c = model.config
-    whole, aux = model.hidden(IDS, POSITIONS, SEGMENTS)
-    cache, found = model.empty_cache(2, 14), []
+    whole, aux = jax.jit(model.hidden)(IDS, POSITIONS, SEGMENTS)
+    cache, found, extend = model.empty_cache(2, 14), [], jax.jit(model.extend)
     for part in (slice(0, 9), slice(9, 10), slice(10, 14)):
-        states, cache = model.extend(cache, jnp.int32(part.start), IDS[:, part], POSITIONS[:, part], SEGMENTS[:, part])
+        states, cache = extend(cache, jnp.int32(part.start), IDS[:, part], POSITIONS[:, part], SEGMENTS[:, part])
         found.append(states)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-4)
     assert aux == {}
