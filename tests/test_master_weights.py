@@ -42,15 +42,14 @@ def dtypes(tree):
 @pytest.mark.parametrize("master", [True, False])
 @pytest.mark.parametrize("kept", ["float32", "bfloat16"])
 def test_the_moments_have_the_dtype_that_is_asked_for(kind, master, kept):
-    model = tiny_model(**NARROW)
+    model = jax.eval_shape(lambda: tiny_model(**NARROW))
     optimizer = make_optimizer(Optimizer(kind=kind, state_dtype=kept, master_weights=master), 10)
-    state = optimizer.init(model)
-    gradients = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3, x.dtype), model)
+    state = jax.eval_shape(optimizer.init, model)
     for _ in range(2):
         rule = state.rule if isinstance(state, MasterWeights) else state
         assert isinstance(state, MasterWeights) == master
         assert dtypes(rule) == {kept}
-        _, state = optimizer.update(gradients, state, model)
+        _, state = jax.eval_shape(optimizer.update, model, state, model)  # gradients have the parameters' dtypes
 
 
 def test_float32_parameters_have_no_copies_and_the_state_that_they_had():
@@ -152,10 +151,10 @@ def test_a_gradient_of_many_microbatches_is_that_of_one_batch():
 def test_masters_lie_as_their_parameters_and_are_the_same_in_any_layout(kind, where):
     stage = tiny_stage(OBJECTIVES["pretrain"], optimizer=dataclasses.replace(SLOW, kind=kind))
     optimizer = make_optimizer(stage.optimizer, 4)
+    before = jax.jit(lambda: first_state(stage, optimizer, tiny_model(**NARROW)))()
 
     def step(mesh_sizes):
-        mesh = make_mesh(layout(**mesh_sizes))
-        state = first_state(stage, optimizer, tiny_model(**NARROW))
+        mesh, state = make_mesh(layout(**mesh_sizes)), before
         places = shardings(jax.eval_shape(lambda: state), mesh)
         for param, master in zip(jax.tree.leaves(places.models), jax.tree.leaves(places.opt_state.master), strict=True):
             assert param.spec == master.spec
