@@ -101,7 +101,7 @@ def test_a_wrong_override_says_what_would_work(words, message):
         (["--model.head_dim", "7"], "head_dim is 7; it should be even"),
         (
             ["--model.rope_scaling", "8,1,4"],
-            r"rope_scaling is \[8.0, 1.0, 4.0\]; it should be empty, or have 1 numbers \(Lin",
+            r"rope_scaling is \[8.0, 1.0, 4.0\]; it should be empty, or have 1 \(LinearRope\), 2",
         ),
         (["--sft.optimizer.peak_lr", "nan"], "sft.optimizer.peak_lr is nan; it should be a number from 1e-12 to 1000"),
         (["--sft.seq_len", "1024"], "sft.seq_len is 1024; it should be at most model.max_len 512"),

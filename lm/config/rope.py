@@ -70,7 +70,7 @@ def rope_fault(numbers: Sequence[float], theta: float, head_dim: int) -> str:
     """What the numbers of a RoPE scaling should be instead; empty if they can be used."""
     counts = {len(kind._fields): kind.__name__ for kind in ROPE_KINDS}
     if numbers and len(numbers) not in counts:
-        return "it should be empty, or have " + ", ".join(f"{n} numbers ({name})" for n, name in counts.items())
+        return f"it should be empty, or have {', '.join(f'{n} ({name})' for n, name in counts.items())} numbers"
     rope = rope_kind(numbers)
     if rope is None:
         return ""

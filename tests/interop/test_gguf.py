@@ -13,12 +13,13 @@ from sentencepiece import sentencepiece_model_pb2
 from lm.data.hub.gguf import files_of
 from lm.data.hub.tokenizer import HubTokenizer, with_options
 from lm.data.vocabulary import load_tokenizer
-from lm.experiment import Model, UserError
+from lm.experiment import Experiment, Model, UserError
 from lm.interop import gguf
 from lm.interop.config import write_config
 from lm.interop.places import parameter_places
 from lm.model.families import FAMILIES
 from lm.model.transformer import Transformer
+from lm.open_weights import with_init
 from tests.interop.test_hf import GEMMA
 
 package = pytest.importorskip("gguf", reason="the tests of GGUF need the package gguf (the extra gguf)")
@@ -209,3 +210,5 @@ def test_a_sentencepiece_tokenizer(tmp_path, models):
         assert ours.encode(text) == theirs.encode(text)
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
     assert ours.end_ids == (2,) and ours.bos_id == 1
+    experiment = with_init(Experiment("open", stages=(), init=f"gguf:{path}"))
+    assert experiment.tokenizer.path == str(path) and experiment.model.num_layers == SMALL.num_layers
