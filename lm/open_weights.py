@@ -18,6 +18,7 @@ from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Experiment, Model, Tokenizer, UserError, to_dict
 from lm.interop import gguf, hf
 from lm.interop.config import RUNNING
+from lm.interop.origin import Origin, read_origin
 from lm.model.transformer import Transformer
 
 OWN = (*RUNNING, "max_len")
@@ -34,6 +35,7 @@ class WeightsFormat:
         read: the model with these of its fields changed, in its shardings.
         files: all files that determine the model.
         dtype: the narrowest dtype of Model.param_dtype that holds every weight exactly.
+        origin: what an export of a model that began with them keeps.
     """
 
     describe: Callable[[Path], tuple[Model, int]]
@@ -41,11 +43,12 @@ class WeightsFormat:
     read: Callable[..., Transformer]
     files: Callable[[Path], list[Path]]
     dtype: Callable[[Path], Any]
+    origin: Callable[[Path], Origin | None]
 
 
 FORMATS: dict[str, WeightsFormat] = {
-    name: WeightsFormat(one.describe, one.check, one.read, one.files, one.dtype)
-    for name, one in (("hf", hf), ("gguf", gguf))
+    name: WeightsFormat(one.describe, one.check, one.read, one.files, one.dtype, origin)
+    for name, one, origin in (("hf", hf, read_origin), ("gguf", gguf, lambda path: None))
 }
 
 
@@ -124,6 +127,12 @@ def fingerprint(init: str) -> str:
     format, path = located(init)
     digests = [f"{file.name} {current_cache().digest(file)}" for file in format.files(path)]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def origin(init: str) -> Origin | None:
+    """What an export of a model that began with these weights keeps of them; None where they are not in its format."""
+    format, path = located(init)
+    return format.origin(path)
 
 
 def read(experiment: Experiment, mesh: Mesh | None) -> Transformer:

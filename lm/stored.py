@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,29 @@ def make_folder(path: Path, flag: str) -> None:
         raise UserError(
             f"the folder {shown(str(path), LONGEST_PATH)} cannot be made: {error.strerror}; name another one ({flag})"
         ) from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which gets this name when the context ends without an exception.
+
+    Raises:
+        UserError: there is something at `path` that is no empty folder, or it cannot be written.
+    """
+    path = path.expanduser().resolve()
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} is no empty folder: name a new one")
+        draft = path.with_name(f".{path.name}.unfinished")
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        draft.mkdir(parents=True)
+        try:
+            yield draft
+            draft.replace(path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{shown(str(path), LONGEST_PATH)} cannot be written: {error.strerror or error}") from error
 
 
 def read_json(path: Path) -> Any:

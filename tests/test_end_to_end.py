@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -196,6 +197,17 @@ def test_a_run_is_a_model_in_a_notebook(undisturbed, monkeypatch, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             wrong()
+
+
+def test_an_exported_stage_is_the_same_model(folder, undisturbed, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["export", "whole", "exported", "--stage", "sft"]) == 0
+    again, own = lm.load("exported"), lm.load("whole", "sft")
+    jax.tree.map(np.testing.assert_array_equal, again.loaded.model, own.loaded.model)
+    assert again.sample("What is an LLM?", max_new_tokens=8) == own.sample("What is an LLM?", max_new_tokens=8)
+    card = (folder / "exported" / "README.md").read_text()
+    assert "# smoke, after stage sft" in card and "| sft | SFT | 12 |" in card and "text: bits per byte" in card
+    assert "preference |" not in card and platform.node() not in card and str(Path.home()) not in card
 
 
 def test_it_answers(folder, undisturbed):

@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "show decoded batches, with the loss mask in colour",
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
+    "export": "write a trained model as a folder that transformers reads",
     "label": "compare answers on a page, and collect preferences",
     "eval": "evaluate a checkpoint on the held-out data again",
     "plan": "estimate memory and step time on TPUs, and choose a mesh",

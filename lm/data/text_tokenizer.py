@@ -101,3 +101,7 @@ class TextTokenizer(Protocol):
     def save(self, folder: str | Path) -> Path:
         """Write the tokenizer's files into a folder."""
         ...
+
+    def published_files(self, max_len: int) -> dict[str, bytes]:
+        """The files by name with which transformers reads the tokenizer; `generation_config.json` has all of `end_ids`."""
+        ...

@@ -21,6 +21,7 @@ import sentencepiece
 
 from lm.data.chatml import END_OF_TEXT, SPECIALS, TURN_END, TURN_START, render_chatml
 from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools
+from lm.data.tokenizer_json import SPACE, published_files
 from lm.experiment import UserError
 from lm.stored import write_atomic
 
@@ -29,7 +30,6 @@ WANTED = "a sentencepiece .model file, or a folder with tokenizer.model or a pub
 TRAINING_BYTES = 2_000_000
 CHUNK = 4_000  # characters; the training text consists of whole chunks, evenly spread
 LONGEST_LINE = 1_000  # characters; sentencepiece skips lines longer than 4192 bytes
-SPACE = "\u2581"  # sentencepiece's own name for a space
 PROBE = " a\n\n    b\t\u00e9\u4f60 "  # round-trips only through a lossless tokenizer
 MIN_VOCAB = 262  # 256 bytes, 3 special tokens, unknown, newline, space
 UNTRAINABLE = re.compile("[\0\r\u2585]+")  # sentencepiece drops training lines with these; they are encoded as bytes
@@ -127,6 +127,10 @@ class SubwordTokenizer:
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_atomic(path, self.model)
+
+    def published_files(self, max_len: int) -> dict[str, bytes]:
+        """See `TextTokenizer`. Raises UserError for a model of another kind than those trained here."""
+        return published_files(self.model, max_len)
 
     @classmethod
     def load(cls, path: str | Path) -> SubwordTokenizer:

@@ -6,9 +6,10 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ def write(
     dtype: str | None = None,
     origin: Origin | None = None,
     shard_bytes: int | None = None,
+    token_ids: Mapping[str, int] = MappingProxyType({}),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write config.json and the safetensors files, with an index where there are several, one tensor in memory at a time.
@@ -48,6 +50,7 @@ def write(
         origin: what the folder that the weights came from had: its config.json is kept, and so are, unless `dtype` or
             `shard_bytes` asks for others, the dtype and the file of every tensor.
         shard_bytes: most bytes of tensors in a file; None: 5 GB.
+        token_ids: fields of a config.json that does not come from an origin: `eos_token_id` and such.
         progress: called with the bytes written and the bytes of all tensors.
 
     Raises:
@@ -55,7 +58,10 @@ def write(
             weights, which would be read with these.
     """
     origin = origin if origin is not None and _describes(origin, model) else None
-    config = _config(model, family, origin)  # what cannot be written is said before anything is
+    # What cannot be written is said before anything is.
+    config = _kept_config(model, origin) if origin else {
+        **token_ids, **write_config(model.config, model.vocab_size, family)
+    }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if others := sorted(file.name for file in folder.glob("*.safetensors*")):
@@ -79,9 +85,7 @@ def _describes(origin: Origin, model: Transformer) -> bool:
     return computes_the_same(theirs, model.config) and vocab_size == model.vocab_size
 
 
-def _config(model: Transformer, family: str, origin: Origin | None) -> dict[str, Any]:
-    if origin is None:
-        return write_config(model.config, model.vocab_size, family)
+def _kept_config(model: Transformer, origin: Origin) -> dict[str, Any]:
     config, longest = json.loads(origin.config), model.config.max_len
     longer = longest > read_config(config)[0].max_len
     return config | ({"max_position_embeddings": longest} if longer else {})

@@ -31,6 +31,7 @@ from lm.experiment import (
     start_of,
 )
 from lm.files import is_open_weights
+from lm.interop.origin import Origin
 from lm.model.heads import Scorer
 from lm.model.lora import adapted, base_of, freeze_adapter, has_adapter, without_base
 from lm.model.transformer import Transformer
@@ -38,6 +39,7 @@ from lm.open_weights import vocabulary_rows
 from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
+from lm.stored import read_record, write_sealed
 from lm.train.base import Known, base_stage, check_base, with_base
 from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
@@ -373,3 +375,17 @@ def load_open_weights(experiment: Experiment) -> LoadedRun:
     vocabulary_rows(experiment, tokenizer)
     mesh = make_mesh(Mesh(data=1))
     return LoadedRun(experiment, tokenizer, open_weights.read(experiment, mesh), mesh, "", 0)
+
+
+def record_origin(experiment: Experiment, folder: RunFolder) -> None:
+    """Keep in the run's folder what an export needs of the open weights that the run begins with."""
+    if experiment.init and not folder.origin.exists() and (found := open_weights.origin(experiment.init)):
+        write_sealed(folder.origin, vars(found))
+
+
+def origin_of(path: Path) -> Origin | None:
+    """What an export of a run, or of open weights, keeps of the open weights; None for a run from random weights."""
+    if is_open_weights(path):
+        return open_weights.origin(str(path))
+    kept = RunFolder(path).origin
+    return Origin(**read_record(kept, {"config": str, "tensors": dict})) if kept.exists() else None

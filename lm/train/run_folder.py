@@ -1,6 +1,6 @@
 """The folder of a run: its layout, its lock, and the experiment that it belongs to.
 
-runs/NAME/  experiment.json  environment.json  tokenizer/  report.html  lock
+runs/NAME/  experiment.json  environment.json  open_weights.json  tokenizer/  report.html  lock
             stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/
 """
 
@@ -43,6 +43,10 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
+
+    @property
+    def origin(self) -> Path:
+        return self.path / "open_weights.json"
 
     @property
     def report(self) -> Path:

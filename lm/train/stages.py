@@ -62,6 +62,7 @@ from lm.train.models import (
     is_collected,
     load_run,
     model_before,
+    record_origin,
     scorers_before,
     scorers_for,
     stage_index,
@@ -211,6 +212,7 @@ def _prepare_data(
             accepted = check_run_inputs(folder, now, accept)
             check_collected(experiment, folder, accept)
         record_environment(folder, found, function_files(experiment))
+        record_origin(experiment, folder)
         if trains:
             record_run_inputs(folder, now, accepted)
         folder.record_finished()

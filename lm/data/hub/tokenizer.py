@@ -328,6 +328,15 @@ class HubTokenizer:
             os.replace(draft, path / name)
         return path
 
+    def published_files(self, max_len: int) -> dict[str, bytes]:
+        """The files as they came; `generation_config.json` gets the ids of `end_ids` that it lacks."""
+        found = {name: content for name, content in self.files.items() if name != hub_files.OPTIONS}
+        known = hub_files.end_ids(found, self._where)
+        if more := [index for index in self.end_ids if index not in known]:
+            generation = hub_files.read_json(found, hub_files.GENERATION, self._where)
+            found[hub_files.GENERATION] = json.dumps(generation | {"eos_token_id": [*more, *known]}, indent=2).encode()
+        return found
+
     @classmethod
     def load(
         cls,

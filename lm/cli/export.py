@@ -1,0 +1,83 @@
+"""Write the model of a run as a folder that transformers and other programs read.
+
+config.json, *.safetensors, the tokenizer's files with the chat template, and
+README.md, which says what the model was trained on:
+
+  lm export quickstart out/quickstart
+  lm export quickstart out/sft --stage sft --dtype bfloat16
+  lm export FOLDER out/half --dtype float16     a published model, written again"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lm.cli.arguments import MODEL_HELP, find_model, number
+
+TAKES_OVERRIDES = False
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # so that no device is taken from a run, and the host's memory is the limit
+DTYPES = ("float32", "bfloat16", "float16")
+SECONDS = 2  # between two lines of progress
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; new, or empty")
+    parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights; else as they came where the run began with open weights, or the parameters' own",
+    )
+    parser.add_argument(
+        "--shard-gb",
+        metavar="GB",
+        type=number(1e-6, 1e6),
+        help="most gigabytes of a file; else 5, or the files that the open weights came in",
+    )
+
+
+def call(arguments: argparse.Namespace) -> int:
+    run_dir, stage = find_model(arguments.run, arguments.stage)
+    os.environ.update(ENVIRONMENT)
+
+    from lm.interop.export import write
+    from lm.stored import new_folder
+    from lm.train.models import load_run, origin_of
+    from lm.train.run_files import read_run
+    from lm.web.model_card import model_card
+
+    with new_folder(arguments.out) as draft:
+        loaded = load_run(run_dir, stage)
+        files = loaded.tokenizer.published_files(loaded.model.config.max_len)
+        if stage is not None:
+            files["README.md"] = model_card(read_run(run_dir), loaded.stage, loaded.step).encode()
+        ids = {"bos_token_id": loaded.tokenizer.document_ids[0], "eos_token_id": loaded.tokenizer.eos_id}
+        size = None if arguments.shard_gb is None else int(1e9 * arguments.shard_gb)
+        write(
+            loaded.model, draft, dtype=arguments.dtype, origin=origin_of(run_dir), shard_bytes=size,
+            token_ids=ids | {"pad_token_id": loaded.tokenizer.pad_id}, progress=_progress(),
+        )  # fmt: skip
+        for name, content in files.items():
+            (draft / name).write_bytes(content)
+        written = [file.stat().st_size for file in draft.iterdir()]
+    after = f", after stage {stage}, step {loaded.step}" if stage else ""
+    print(f"{run_dir}{after}\n{arguments.out}: {len(written)} files, {sum(written) / 1e6:,.1f} MB")
+    return 0
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A function that prints how much is written, every few seconds."""
+    said = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > SECONDS:
+            said = time.monotonic()
+            print(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+    return show

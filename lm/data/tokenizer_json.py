@@ -1,0 +1,103 @@
+"""The files of a tokenizer that was trained here as published models have them, for transformers and what reads its format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+
+from lm.data.chatml import END_OF_TEXT, SPECIALS, TURN_END, TURN_START
+from lm.data.hub import files as hub_files
+from lm.experiment import UserError
+
+SPACE = "\u2581"  # sentencepiece's own name for a space
+TEMPLATE = (
+    "{% for message in messages %}{{ '" + TURN_START + "' + message['role'] + '\\n' + message['content'] + '" + TURN_END
+    + "\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '" + TURN_START + "assistant\\n' }}{% endif %}"
+)  # fmt: skip
+"""`render_chatml` as a chat template."""
+ROLES = {"bos_token": END_OF_TEXT, "eos_token": TURN_END, "pad_token": END_OF_TEXT}
+
+
+def published_files(model: bytes, max_len: int) -> dict[str, bytes]:
+    """Files by name: the tokenizer, its settings with the chat template, and the ids that end an answer.
+
+    Args:
+        model: a serialised sentencepiece model.
+        max_len: most tokens of a text, as the settings state it.
+
+    Raises:
+        UserError: the model is none that is trained here: another algorithm, or pieces that are matched before it.
+    """
+    vocabulary = _bpe(model)
+    added = [
+        {"id": vocabulary["vocab"][name], "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for name in SPECIALS
+    ]  # fmt: skip
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": None, "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": vocabulary,
+    }  # fmt: skip
+    settings = ROLES | {
+        "added_tokens_decoder": {str(one["id"]): {k: v for k, v in one.items() if k != "id"} for one in added},
+        "chat_template": TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_len,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    end, turn_end = (vocabulary["vocab"][name] for name in (END_OF_TEXT, TURN_END))
+    generation = {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end}
+    found = {
+        hub_files.TOKENIZER_JSON: tokenizer, hub_files.CONFIG: settings, hub_files.SPECIAL_MAP: ROLES,
+        hub_files.GENERATION: generation,
+    }  # fmt: skip
+    return {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in found.items()}
+
+
+def _bpe(model: bytes) -> dict[str, Any]:
+    """The vocabulary and merges of `tokenizer.json` that give the ids of the sentencepiece model.
+
+    Pieces have real spaces, so that no text is changed before it is split: a typed U+2581 becomes bytes, as it does here.
+    """
+    proto = sentencepiece_model.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    kinds = sentencepiece_model.ModelProto.SentencePiece.Type  # type: ignore[attr-defined]
+    fixed = [one.piece for one in proto.pieces if one.type in (kinds.USER_DEFINED, kinds.UNUSED) and len(one.piece) > 1]
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE or fixed:
+        raise UserError(
+            f"the tokenizer is a sentencepiece model {f'with the fixed piece {fixed[0]!r}' if fixed else 'without merges'}; "
+            "tokenizer.json is written for one that lm trains: BPE, of which newline alone is fixed"
+        )
+    scores = {one.piece.replace(SPACE, " "): one.score for one in proto.pieces if one.type == kinds.NORMAL}
+    merged = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": {one.piece.replace(SPACE, " "): index for index, one in enumerate(proto.pieces)},
+        "merges": [pair for piece in merged if (pair := _last_merge(piece, scores))],
+    }
+
+
+def _last_merge(piece: str, scores: dict[str, float]) -> list[str] | None:
+    """The two pieces that become this one when it is split alone; None where it never does.
+
+    sentencepiece merges any neighbours whose text is a piece, best score first, then the leftmost. What is merged within a
+    piece's text depends on nothing outside until something reaches across its edge, so there is this one pair only.
+    """
+    parts = list(piece)
+    while len(parts) > 2:
+        pairs = [(scores[both], -at) for at in range(len(parts) - 1) if (both := parts[at] + parts[at + 1]) in scores]
+        if not pairs:
+            return None
+        at = -max(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts

@@ -1,0 +1,65 @@
+"""`lm export` writes a published model's folder again, whole or not at all."""
+
+import json
+import re
+
+import jax
+import pytest
+
+from lm.cli.main import main
+from lm.data.tokenizer import SubwordTokenizer
+from lm.experiment import Model
+from lm.interop.export import write
+from lm.interop.tensors import read_folder
+from lm.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with more rows than its tokenizer has tokens, a field of config.json that lm does not use, and two files."""
+    path = tmp_path_factory.mktemp("published") / "model"
+    tokenizer = SubwordTokenizer.train(["a cat and a dog " * 20], 300)
+    config = Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64)
+    write(Transformer(config, tokenizer.vocab_size + 21, jax.random.key(0)), path, dtype="bfloat16", shard_bytes=9_000)
+    for name, content in tokenizer.published_files(64).items():
+        (path / name).write_bytes(content)
+    described = json.loads((path / "config.json").read_text()) | {"initializer_range": 0.02}
+    (path / "config.json").write_text(json.dumps(described))
+    return path
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_every_file_comes_out_as_it_went_in(folder, tmp_path):
+    assert main(["export", str(folder), str(tmp_path / "deep" / "out")]) == 0
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert contents(tmp_path / "deep" / "out") == contents(folder)
+
+
+def test_another_dtype_changes_the_weights_and_what_says_so(folder, tmp_path):
+    assert main(["export", str(folder), str(tmp_path / "out"), "--dtype", "float16"]) == 0
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert described == json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float16"}
+    assert {tensor.dtype for tensor in read_folder(tmp_path / "out").values()} == {"F16"}
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+BAD = {
+    "a full folder": (["{folder}", "{folder}"], "is no empty folder: name a new one"),
+    "no such run": (["nowhere", "{tmp}/out"], "no run 'nowhere'"),
+    "a stage of no run": (["{folder}", "{tmp}/out", "--stage", "sft"], "--stage is sft; .* has no stages"),
+    "a dtype": (["{folder}", "{tmp}/out", "--dtype", "int8"], "invalid choice: 'int8'"),
+    "below a file": (["{folder}", "{folder}/config.json/out"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_a_line_and_leaves_nothing(folder, tmp_path, capsys, case):
+    words, said = BAD[case]
+    before = contents(folder)
+    assert main(["export", *(word.format(folder=folder, tmp=tmp_path) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count("\n") == 1
+    assert contents(folder) == before and not list(tmp_path.iterdir())
