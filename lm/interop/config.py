@@ -225,7 +225,8 @@ def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
         value = getattr(layers[0] if ours in LAYER_FIELDS else m, ours)
         config[theirs] = value if isinstance(value, bool) else value or None
     if "query_pre_attn_scalar" in config:
-        config["query_pre_attn_scalar"] = m.query_pre_attn_scalar or m.head_dim
+        scalar = m.query_pre_attn_scalar or m.head_dim
+        config["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar  # transformers wants an int
     if family.slides is not None:
         config["sliding_window"] = local.window if local else None
         kinds = [LOCAL if layer.window else FULL for layer in layers]
