@@ -1,4 +1,4 @@
-"""Config of LoRA: low-rank factors beside the matrices of a stage's models, which train instead of these."""
+"""Config of LoRA: low-rank factors that are added to the matrices of a stage's models and train in their place."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ class LoRA:
         least=0,
         most=2**16,
     )
-    alpha: float = knob(32.0, "scale of the adapter: its product counts alpha / rank times", least=1e-6, most=1e6)
+    alpha: float = knob(32.0, "scale of the adapter: its product is multiplied by alpha / rank", least=1e-6, most=1e6)
     targets: tuple[str, ...] = knob(
         (), "globs of the linear layers that get factors: blocks/attention/[qv], *mlp*; empty: all of the blocks"
     )
     rs_lora: bool = knob(False, "rank-stabilised scale, alpha / √rank")
-    dora: bool = knob(False, "DoRA: train the norm of each column of a weight apart from its direction")
+    dora: bool = knob(False, "DoRA: train the norm of each column of a weight separately from its direction")
     merge_for_sampling: bool = knob(
-        False, "sample from weights with the factors merged in, once a rollout: faster, one more copy, other rounding"
+        False,
+        "merge the factors into the sampler's weights, once per rollout: faster, but one more copy and different rounding",
     )
 
     @property
     def scale(self) -> float:
-        """What the product of the two factors is multiplied by: α/r, or α/√r (rsLoRA, arXiv 2312.03732)."""
+        """Multiplier of the product of the factors: α/r, or α/√r (rsLoRA, arXiv 2312.03732)."""
         return self.alpha / (self.rank**0.5 if self.rs_lora else self.rank)

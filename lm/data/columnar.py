@@ -20,7 +20,7 @@ GROUP = 1 << 32  # offset of a row: number of its block * GROUP + index in the b
 UNREADABLE = (ValueError, OverflowError, ArithmeticError, NotImplementedError)  # what pyarrow raises for a single value
 LIBRARY = b"huggingface"  # key of the schema's metadata under which the datasets library describes the columns
 
-AT_ONCE = 1 << 16  # rows located at the same time, or those of a block
+AT_ONCE = 1 << 16  # maximum rows located at once (at least those of a block)
 
 Spans = Int64[np.ndarray, "N 3"]
 Converter = Callable[[Any], Any]
@@ -97,7 +97,7 @@ def locate(name: str, file: Path) -> Iterator[Spans]:
 
 @functools.lru_cache(maxsize=2)
 def block(name: str, file: Path, changed: int, number: int, left_out: tuple[str, ...] = ()) -> Any:
-    """A row group or record batch as a table without some columns; `changed` is the file's time of change."""
+    """A row group or record batch as a table without some columns; `changed` is the file's mtime."""
     if file.name.endswith(".parquet"):
         with _damaged(name, f"damaged in row group {number}"):
             opened = _parquet(name, file)
@@ -123,10 +123,11 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def python_columns(table: Any) -> dict[str, list[Any]]:
-    """The values of each column; in place of one that cannot be read stands the exception that says why.
+    """The values of each column; an unreadable value is replaced by the exception that says why.
 
-    A null field of a struct is left out: Arrow cannot tell it from one that the row did not have (`content` stays). What the datasets library has
-    noted is followed: JSON kept as text is parsed, a class of a ClassLabel becomes its name (but for `label`, a flag).
+    A null field of a struct is left out, because Arrow cannot distinguish it from a missing field (`content` is kept). The
+    datasets library's types are honoured: JSON stored as text is parsed, and a ClassLabel becomes the name of its class
+    (except `label`, a flag).
     """
     features = _features(table.schema)
     return {
@@ -150,7 +151,7 @@ def _values(column: Any, convert: Converter | None) -> list[Any]:
 
 
 def _features(schema: Any) -> Mapping[str, Any]:
-    """What the datasets library has noted of the columns; empty where it has not."""
+    """The datasets library's description of the columns; empty if there is none."""
     try:
         features = json.loads((schema.metadata or {}).get(LIBRARY, b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -159,7 +160,7 @@ def _features(schema: Any) -> Mapping[str, Any]:
 
 
 def _converter(kind: Any, feature: Any, as_flag: bool = False) -> Converter | None:
-    """What turns a value of pyarrow's into that of a JSON row; None where it is the same."""
+    """The function that converts a pyarrow value to a value of a JSON row; None if they are the same."""
     import pyarrow
     import pyarrow.types as types
 

@@ -1,7 +1,7 @@
-"""Folders of data sets: which files are the rows of a split, as Hugging Face's datasets library and its repositories have them.
+"""Data set folders: finds the files of a split, in the layouts of Hugging Face's datasets library and its repositories.
 
-FOLDER, FOLDER/SPLIT, FOLDER/CONFIG and FOLDER/CONFIG/SPLIT name rows. A folder says what it holds by `dataset_dict.json`,
-`state.json`, the `configs` of its README, or by the names of its files (`data/train-00000-of-00002.parquet`).
+A source may be FOLDER, FOLDER/SPLIT, FOLDER/CONFIG or FOLDER/CONFIG/SPLIT. The splits are declared by `dataset_dict.json`,
+`state.json` or the `configs` of the README, or follow from the file names (`data/train-00000-of-00002.parquet`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ DICT, STATE, INFO, INFOS, README = (
 )
 NO_ROWS = (DICT, STATE, INFO, INFOS, "config.json")
 LARGEST_README = 1 << 22  # bytes
-SHOWN = 8  # names in a message
+SHOWN = 8  # maximum names in a message
 
 Splits = Mapping[str, Sequence[Path]]
 
 
 class Found(NamedTuple):
-    """The files of a split. `name` is the same however the split was spelt; `others` are the folder's other splits."""
+    """The files of a split. `name` does not depend on how the source names the split; `others` are the folder's other splits."""
 
     name: str
     files: Sequence[Path]
@@ -50,23 +50,23 @@ class Found(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """The splits of each config of a data set, and the config that is meant where none is named; "" if none is."""
+    """The splits of each config of a data set, and the default config; "" if there is no default."""
 
     splits: Mapping[str, Splits]
     default: str
 
     @classmethod
     def of(cls, splits: Mapping[str, Splits], marked: str = "") -> Configs:
-        """With the default that is marked, or is called so, or is the only one."""
+        """The default is the config marked as default, the one named `default`, or the only one."""
         only = next(iter(splits)) if len(splits) == 1 else ""
         return cls(splits, marked or only or (DEFAULT if DEFAULT in splits else ""))
 
 
 def find(path: str) -> Found | None:
-    """The files that the path of a source names; None where it is no folder of a data set, nor in one.
+    """The files that the path of a source names; None if it is not a data set folder, nor inside one.
 
     Raises:
-        UserError: the folder has no such split, or several and none that is meant by itself, or lacks files.
+        UserError: the folder has no such split, or has several and no default, or lacks files.
     """
     whole = Path(os.path.expanduser(path))
     there = os.path.isdir(whole)
@@ -99,7 +99,7 @@ def _found(folder: Path, configs: Configs, config: str, split: str) -> Found:
 
 
 def _chosen(configs: Configs, names: Sequence[str]) -> tuple[str, str] | None:
-    """The config and split that the names behind the folder mean; None where they mean none, or could mean several."""
+    """The config and split named by the path after the folder; None if there is none, or if the names are ambiguous."""
     config, *rest = names if names and names[0] in configs.splits else [configs.default, *names]
     splits = list(configs.splits.get(config, ()))
     meant = rest or ([TRAIN] if TRAIN in splits else splits)
@@ -115,7 +115,7 @@ def _what_there_is(folder: Path, configs: Configs, names: Sequence[str]) -> str:
 
 
 def _check_shards(files: Sequence[Path]) -> None:
-    """Raise UserError where a file is one of several, as `train-00001-of-00005.parquet` is, that are not all there."""
+    """Raise UserError if shards are missing, such as some of the five of `train-00001-of-00005.parquet`."""
     shards = {(file.parent, match[1], match[3]) for file in files if (match := NUMBERED.match(file.name))}
     for folder, begun, count in sorted(shards):
         matches = [match for file in folder.iterdir() if (match := NUMBERED.match(file.name))]
@@ -127,11 +127,11 @@ def _check_shards(files: Sequence[Path]) -> None:
             )
 
 
-# ---- what a folder says itself ----------------------------------------------------------------------------------------
+# ---- splits declared by files -----------------------------------------------------------------------------------------
 
 
 def _declared(folder: Path, path: str) -> Configs | None:
-    """What the folder's own files declare; None where there are no such files."""
+    """The configs that the folder's own files declare; None if there are no such files."""
     if (folder / DICT).is_file():
         names = _json(folder / DICT, path).get("splits")
         if not isinstance(names, list) or not all(isinstance(name, str) and _is_inside(name) for name in names):
@@ -185,7 +185,7 @@ def _of_config(folder: Path, config: Mapping[str, Any], path: str) -> Splits:
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
-    """The YAML at the top of the README; empty where there is none."""
+    """The YAML at the top of the README; empty if there is none."""
     file = folder / README
     if not file.is_file() or file.stat().st_size > LARGEST_README:
         return {}
@@ -214,14 +214,14 @@ def _is_inside(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts and "://" not in name
 
 
-# ---- what the names of files say --------------------------------------------------------------------------------------
+# ---- splits by file names ---------------------------------------------------------------------------------------------
 
 
 def _by_names(folder: Path, depth: int) -> tuple[Configs | None, bool]:
-    """What the names of files and folders tell, and whether the folder is a data set for certain.
+    """The configs that file and folder names imply, and whether the folder is certainly a data set.
 
-    A folder with files in it whose names are not those of shards, and without a word on a data set beside them, is a folder of
-    files: its splits are those that somebody names (`depth` 1).
+    A folder whose file names are not those of shards, and without other signs of a data set, is a plain folder of
+    files: its splits count only if a source names them (`depth` 1).
     """
     direct, inside = ([file for file in sorted(one.glob("*")) if _has_rows(file)] for one in (folder, folder / "data"))
     certain = (
@@ -238,7 +238,7 @@ def _by_names(folder: Path, depth: int) -> tuple[Configs | None, bool]:
 
 
 def by_files(folder: Path, files: Sequence[Path]) -> dict[str, Splits]:
-    """The splits that the files' names and folders tell, by the datasets library's rules; empty where they tell none."""
+    """The splits implied by file and folder names, by the datasets library's rules; empty if there are none."""
     for split_of in (_split_of_shard, _split_of_folders, _split_of_name):
         found: dict[str, dict[str, list[Path]]] = {}
         for file in files:
@@ -268,18 +268,18 @@ def _split_of_name(file: Path) -> str:
 
 
 def _keyword(name: str) -> str:
-    """The split that a word of the name means; the first of train, validation, test."""
+    """The split that a word of the name stands for; the first of train, validation, test."""
     meant = {KEYWORDS[word] for word in WORD_ENDS.split(name) if word in KEYWORDS}
     return next((split for split in dict.fromkeys(KEYWORDS.values()) if split in meant), "")
 
 
 def _files_at(path: Path) -> list[Path]:
-    """The file with rows at a path, or those below it."""
+    """The data file at a path, or the data files below it."""
     return _files_below(path) if path.is_dir() else [path] if _has_rows(path) else []
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files with rows in a folder and its folders, hidden ones left out; `.json` files only where there are no others."""
+    """The data files in a folder and its subfolders, without hidden ones; `.json` files only if there are no others."""
     found = [
         file
         for file in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata and tensors, through the package gguf, which an extra installs."""
+"""Reads metadata and tensors of GGUF files with the package gguf, which the extra `gguf` installs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_ITEMS = 2**21
 
 
 def package() -> ModuleType:
-    """The package gguf. Raises UserError where it is not installed."""
+    """The package gguf. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("gguf")
     except ModuleNotFoundError as error:
@@ -28,17 +28,17 @@ def package() -> ModuleType:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file by name. Raises UserError where it cannot be read."""
+    """The metadata of a GGUF file by name. Raises UserError if it cannot be read."""
     return _read(*_version(path))[0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a GGUF file by name, which `read` dequantises to float32. Raises UserError where it cannot be read."""
+    """The tensors of a GGUF file by name; `read` dequantises them to float32. Raises UserError if the file cannot be read."""
     return _read(*_version(path))[1]
 
 
 def _version(path: Path) -> tuple[Path, int, int]:
-    """What shows whether a file is the one that was read before."""
+    """A key that changes when the file changes."""
     if not path.is_file():
         raise UserError(f"{path} is no file that can be read; name a .gguf file")
     stat = path.stat()
@@ -66,7 +66,7 @@ def _reader_class() -> type:
     """The package's reader, which notices where a file ends early."""
 
     class CheckedReader(package().GGUFReader):  # type: ignore[misc]
-        """Raises ValueError where a file is shorter than it says."""
+        """Raises ValueError for a file that is shorter than it declares."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> np.ndarray:
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):

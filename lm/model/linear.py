@@ -21,11 +21,11 @@ from lm.parallel.rules import constrain, one_device, platform
 
 
 class Linear(nnx.Module):
-    """x·w, and a bias if it has one: every matrix of the blocks, and the head.
+    """x·w with an optional bias: every matrix of the blocks, and the head.
 
-    The weight's dimensions are those of the input, then those of the output, by their logical names. Heads are two
-    dimensions, [heads, head_dim]; an array that has them is head-major, [B H T K]. An adapter is `lora`; the adapters of
-    earlier stages are `earlier` (`lm/model/lora.py`).
+    The weight's dimensions are those of the input, then those of the output, with logical names. Heads are two
+    dimensions, [heads, head_dim]; arrays with heads are head-major, [B H T K]. `lora` is the adapter of the current stage,
+    `earlier` that of all earlier stages (`lm/model/lora.py`).
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Linear(nnx.Module):
         self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x·w in x's dtype, with what low-rank factors add: those of earlier stages, which are fixed, and this stage's own."""
+        """x·w in x's dtype, plus the low-rank terms: of earlier stages, which are frozen, and of the current stage (LoRA)."""
         y = multiply(x, self.weight)
         for factors in (self.earlier, self.lora):
             if factors is not None:
@@ -56,7 +56,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + of_outputs(gather(self.bias, x.dtype))
 
     def entering(self) -> Float[Array, "..."]:
-        """The weight with the factors of earlier stages, in float32 at least."""
+        """The weight with the factors of earlier stages, in float32 or wider."""
         w, factors = self.weight[...], self.earlier
         w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         if factors is None:
@@ -64,14 +64,14 @@ class Linear(nnx.Module):
         return factors.added(w) if factors.magnitude is None else factors.added(w) * factors.magnitude[...]
 
     def effective(self) -> Float[Array, "..."]:
-        """The weight with all factors, in float32 at least."""
+        """The weight with all factors, in float32 or wider."""
         w, factors = self.entering(), self.lora
         if factors is None:
             return w
         return factors.added(w) if factors.magnitude is None else factors.added(w) * self.gain(factors)
 
     def gain(self, factors: LowRank) -> Float[Array, "..."]:
-        """What the magnitude of factors multiplies each output by; the norm of a column is taken as constant (sec. 4.3)."""
+        """DoRA's multiplier of each output; the norm of a column is treated as a constant (DoRA, sec. 4.3)."""
         assert factors.magnitude is not None
         if not factors.normed:
             return factors.magnitude[...]

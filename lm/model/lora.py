@@ -1,4 +1,4 @@
-"""Adapters on a model: puts low-rank factors beside its linear layers, keeps them apart, takes them off, merges them."""
+"""LoRA adapters: adds low-rank factors to the linear layers of a model, freezes them, removes them, and merges them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Factors = Mapping[str, LowRank | None]
 """Low-rank factors by the path of their linear layer, such as `blocks/attention/q`."""
 
 OWN = ("*/lora/*", "*/score/*", "critic/weight")
-"""Paths of what a stage with an adapter trains, by role: its factors, and the heads of reward models and critics."""
+"""Path patterns of the parameters that a stage with an adapter trains: its factors, and heads of reward models and critics."""
 APART = ("*/lora/*", "*/earlier/*", "score/*")
-"""Paths, in a model with an adapter, of what is not its base."""
+"""Path patterns of the parameters of a model with an adapter that are not part of its base."""
 
 
 def linears(model: nnx.Module, path: str = "") -> Iterator[tuple[str, Linear]]:
-    """The linear layers of a model by their path; stacked layers are one."""
+    """(path, linear layer) of each linear layer of a model; stacked layers count as one."""
     for name, part in vars(model).items():
         where = f"{path}/{name}".lstrip("/")
         if isinstance(part, Linear):
@@ -38,12 +38,12 @@ def linears(model: nnx.Module, path: str = "") -> Iterator[tuple[str, Linear]]:
 
 
 def has_adapter(model: nnx.Module) -> bool:
-    """Whether a model has factors of its own, beside those of earlier stages."""
+    """Whether a model has factors of the current stage, in addition to those of earlier stages."""
     return any(linear.lora is not None for _, linear in linears(model))
 
 
 def with_adapter(model: M, factors: Factors) -> M:
-    """The model with these factors as its own, and no others; its arrays are shared."""
+    """The model with exactly these factors of the current stage; its arrays are shared."""
     model = jax.tree.map(lambda x: x, model)
     for path, linear in linears(model):
         linear.lora = factors.get(path)
@@ -51,12 +51,12 @@ def with_adapter(model: M, factors: Factors) -> M:
 
 
 def without_adapter(model: M) -> M:
-    """The model without its own factors: the model that entered the stage, as a view that shares its arrays."""
+    """The model without the current stage's factors: the model that entered the stage, as a view that shares its arrays."""
     return with_adapter(model, {})
 
 
 def base_of(model: M) -> M:
-    """The model without any factors, of earlier stages neither, as a view that shares its arrays."""
+    """The model without the factors of this and of earlier stages, as a view that shares its arrays."""
     model = without_adapter(model)
     for _, linear in linears(model):
         linear.earlier = None
@@ -64,7 +64,7 @@ def base_of(model: M) -> M:
 
 
 def without_base(model: Any) -> Any:
-    """Of a model with an adapter what is not its base, None in place of the rest; any other model whole."""
+    """A model with an adapter with None in place of its base's parameters; a model without an adapter unchanged."""
     if not (isinstance(model, nnx.Module) and has_adapter(model)):
         return model
 
@@ -75,10 +75,10 @@ def without_base(model: Any) -> Any:
 
 
 def freeze_adapter(model: M) -> M:
-    """The model with its own factors behind those of earlier stages: one pair of factors, of as many columns as both.
+    """The model with the current stage's factors appended to those of earlier stages: one pair whose rank is the sum of both.
 
-    Products add up, so nothing is rounded into a weight. Magnitudes of DoRA become a gain, c, of each output:
-    c·(g·(w + a₁·b₁) + a₂·b₂) = c·g·(w + a₁·b₁ + a₂·b₂/g).
+    The sum of the products is the product of the concatenated factors, so nothing is rounded into a weight. DoRA's
+    magnitudes become a gain, c, of each output: c·(g·(w + a₁·b₁) + a₂·b₂) = c·g·(w + a₁·b₁ + a₂·b₂/g).
     """
     model = jax.tree.map(lambda x: x, model)
     for _, linear in linears(model):
@@ -88,7 +88,7 @@ def freeze_adapter(model: M) -> M:
 
 
 def merged(model: M, dtype: Any = None) -> M:
-    """The model with all factors merged into its weights, in float32, which are then rounded to `dtype` (None: theirs)."""
+    """The model with all factors merged into its weights, computed in float32 and rounded to `dtype` (None: the weights' own)."""
     model = jax.tree.map(lambda x: x, model)
     for _, linear in linears(model):
         if linear.lora is not None or linear.earlier is not None:
@@ -99,7 +99,7 @@ def merged(model: M, dtype: Any = None) -> M:
 
 
 def adapted(model: M, stage: Stage, key: PRNGKeyArray, role: str) -> M:
-    """The model of a role with new factors as `stage.lora` says: a random, b zero, so that it computes what it did.
+    """The model of a role with new factors by `stage.lora`: a random and b zero, so that its outputs do not change.
 
     Raises:
         UserError: a pattern of the targets matches no linear layer of the blocks.
@@ -119,7 +119,7 @@ def adapted(model: M, stage: Stage, key: PRNGKeyArray, role: str) -> M:
 
 
 def _new(linear: Linear, lora: LoRA, key: PRNGKeyArray, path: str) -> LowRank:
-    """New factors: a uniform within ±1/√inputs, as in PEFT, and b zero."""
+    """New factors: a uniform in ±1/√inputs, as in PEFT, and b zero."""
     shape, names = linear.weight.shape, axes_of(linear.weight)
     first = len(_layers(linear))
     middle = first + linear.inputs
@@ -139,7 +139,7 @@ def _new(linear: Linear, lora: LoRA, key: PRNGKeyArray, path: str) -> LowRank:
 
 
 def _joined(linear: Linear) -> LowRank:
-    """The factors of earlier stages and a linear layer's own as one pair, without a scale."""
+    """The factors of earlier stages and of the current stage of a linear layer as one pair, without a scale."""
     before, own = linear.earlier, linear.lora
     assert own is not None
     gain = None if own.magnitude is None else _of_each_layer(Linear.gain, linear)(linear, own)
@@ -158,10 +158,10 @@ def _joined(linear: Linear) -> LowRank:
 
 
 def _layers(linear: Linear) -> tuple[str, ...]:
-    """The dimension that stacked layers have before those of one layer, by its name, if they are stacked."""
+    """("layers",), the name of the leading dimension, if layers are stacked; else ()."""
     return ("layers",) if axes_of(linear.weight)[0] == "layers" else ()
 
 
 def _of_each_layer(function: Callable[..., Any], linear: Linear) -> Callable[..., Array]:
-    """A function of one layer's linear, or of each layer's where they are stacked."""
+    """A function of a single linear layer, mapped over the layers if they are stacked."""
     return jax.vmap(function) if _layers(linear) else function

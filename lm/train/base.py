@@ -1,4 +1,4 @@
-"""The base of an adapter: where a run has it, its fingerprint, and a checkpoint's factors put on it again."""
+"""The base model of an adapter: where a run has it, its fingerprint, and how a checkpoint's factors are put on it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ODD = (2654435761, 2246822519), (3266489917, 668265263)
 
 
 def base_stage(experiment: Experiment, index: int | None) -> int | None:
-    """Index of the stage that left the base of stage `index` (itself without an adapter); None: what the run begins with."""
+    """Index of the last stage up to `index` that trained all weights, and so made the base; None: the run's initial weights."""
     while index is not None and experiment.stages[index].lora.rank:
         index = start_of(experiment, index)
     return index
 
 
 def with_base(model: M, base: Any) -> M:
-    """A model whose base is missing (`without_base`) with the arrays of one that has it."""
+    """A model without its base (`without_base`), completed with the arrays of a model that has the same base."""
     leaves = named_leaves(base)
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -42,7 +42,7 @@ def with_base(model: M, base: Any) -> M:
 
 
 def fingerprint(model: Any) -> str:
-    """A digest of every bit of a model's base, in whatever way it is sharded."""
+    """A digest of all bits of a model's base, independent of its sharding."""
     named = {k: x for k, x in named_leaves(model).items() if not any(fnmatch.fnmatchcase(k, one) for one in APART)}
     sums = fetch(_sums(named))
     lines = [f"{name} {x.dtype}{list(x.shape)} {sums[name].tolist()}" for name, x in sorted(named.items())]
@@ -55,7 +55,7 @@ def _sums(named: dict[str, Array]) -> dict[str, Array]:
 
 
 def _sum(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
-    """Two sums of an array's bits, mixed with their places; integers, so that the order of adding changes nothing."""
+    """Two sums of an array's bits mixed with their indices; integers, so that the order of summation does not matter."""
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
@@ -69,7 +69,7 @@ def _sum(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
 
 
 def check_base(experiment: Experiment, index: int, meta: Mapping[str, Any], model: Any) -> dict[str, str]:
-    """What a checkpoint records of the base of a stage's adapter: its fingerprint; nothing without an adapter.
+    """The entry of a checkpoint's meta for the base of a stage's adapter: its fingerprint; empty without an adapter.
 
     Raises:
         UserError: `meta`, of an earlier checkpoint of the stage, has another one.

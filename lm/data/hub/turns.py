@@ -1,10 +1,9 @@
-"""What the assistant wrote in a rendered conversation, found in the output of the model's own template.
+"""Finds the assistant's text in a conversation rendered by a model's chat template.
 
-A template that has generation blocks says so itself. For the others the conversation is rendered a second time with a
-mark at every run of letters of every text: without the marks the output must be the same, and the marks then show which
-message is where. A turn begins behind its header, which is what the template writes between the message before and the
-assistant's (the generation prompt); it ends with the end token, the first control token that the template writes
-behind a plain answer.
+A template with generation blocks marks it. With other templates the conversation is rendered a second time with a
+mark at every run of letters of every text: apart from the marks both outputs must be equal, and the marks then show where
+each message is. A turn begins after its header, the text between the message before and the assistant's (the generation
+prompt). It ends with the end token, the first control token that the template writes after an answer.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ASKED, ANSWERED = {"role": "user", "content": "question"}, {"role": "assistant",
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) that the assistant wrote as message `turn`; its end token begins at `text_end`."""
+    """Characters [start, end) of the assistant's message `turn`; its end token begins at `text_end`."""
 
     start: int
     text_end: int
@@ -40,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation: its text, what the assistant wrote in it, and what the template left out."""
+    """A rendered conversation: its text, the spans of the assistant's messages, and what the template left out."""
 
     text: str
     spans: tuple[Span, ...]
@@ -49,14 +48,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Marked:
-    """The output of a marked conversation, without marks, and the places of the marks in it."""
+    """The output of a marked conversation with the marks removed, and their positions in it."""
 
     text: str
     marks: Sequence[TextMark]
     places: Mapping[str, Sequence[int]]
 
     def extent(self, turn: int, parts: Collection[str] = ("content", "reasoning", "call")) -> tuple[int, int] | None:
-        """The first and last place of a message's marks; None where the template left the message out."""
+        """The first and last position of a message's marks; None if the template left the message out."""
         found = [
             place for one in self.marks if one.turn == turn and one.part in parts for place in self.places[one.letter]
         ]
@@ -65,7 +64,7 @@ class Marked:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads conversations through one template; `tokens` are the names of the added tokens."""
+    """Renders conversations with one template and finds their turns; `tokens` are the names of the added tokens."""
 
     template: ChatTemplate
     tokens: Collection[str]
@@ -82,7 +81,7 @@ class Reader:
         """The conversation as the template renders it.
 
         Raises:
-            TemplateError: the template refuses it, or what the assistant wrote cannot be told: the place is named.
+            TemplateError: the template refuses it, or the assistant's text cannot be located (names the place).
         """
         if not messages:
             raise TemplateError(f"{self.template.where}: a conversation needs at least one message")
@@ -142,7 +141,7 @@ class Reader:
         self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], letters: Iterator[str], text: str,
         needed: bool, prompt: bool = False,
     ) -> Marked | None:  # fmt: skip
-        """The conversation with marks in as many texts as the template renders the same."""
+        """The conversation with marks in all texts that the template renders unchanged."""
         found = None
         for amount in AMOUNTS:
             changed, marks = marking.mark(messages, letters, amount)
@@ -195,7 +194,7 @@ class Reader:
         self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], letters: Iterator[str], marked: Marked,
         number: int, before: tuple[tuple[int, int], int] | None,
     ) -> int | None:  # fmt: skip
-        """Where the header of an assistant's message ends."""
+        """Position of the end of an assistant message's header."""
         first = marked.extent(number)
         at = 0
         if before is not None:
@@ -204,12 +203,12 @@ class Reader:
             key = f"{turn.get('role')} {bool(tools)} {bool(turn.get('tool_calls'))}"
             for again in (False, True):
                 if again or key not in self._headers:
-                    # No variables: a thinking block that they put into the prompt belongs to the answer.
+                    # Without template variables: a thinking block that they add to the prompt belongs to the answer.
                     self._headers[key] = self._prompt_behind(messages[: previous + 1], tools, letters).lstrip()
                 found = self._behind(marked.text, at, self._headers[key])
                 if found is not None:
                     return found
-        # What the template writes here depends on what follows, or no message is before: looked for by its tokens.
+        # The text here depends on the message after it, or there is no message before: found by its tokens instead.
         header = self._prompt_behind([ASKED], None, letters)
         edges = [0, *accumulate(len(piece) for piece, _ in split_at(header, self.tokens))]
         for edge in [len(header) - len(header.lstrip()), *edges[1:-1]]:
@@ -219,7 +218,7 @@ class Reader:
         return None
 
     def _prompt_behind(self, messages: Sequence[Turn], tools: Any, letters: Iterator[str]) -> str:
-        """What the template writes behind the last message, the generation prompt included; empty where it cannot."""
+        """The text after the last message, including the generation prompt; empty if the template refuses."""
         changed, marks = marking.mark(messages, letters, AMOUNTS[0])
         try:
             shown = _marks_of(self.template.render(changed, tools, generation_prompt=True), marks)
@@ -243,7 +242,7 @@ class Reader:
         return begin + whole if whole else None
 
     def _end_tokens(self, letters: Iterator[str]) -> frozenset[str]:
-        """The tokens that end a plain answer, be it the last or not."""
+        """The tokens that end an answer, the last one or an earlier one."""
         if "plain" not in self._ends:
             found: set[str] = set()
             for messages in ([ASKED, ANSWERED, ASKED, ANSWERED], [ASKED, ANSWERED]):
@@ -265,7 +264,7 @@ class Reader:
         return self._ends["plain"]
 
     def end_tokens(self) -> frozenset[str]:
-        """The tokens that end a plain answer; none where the template does not show them."""
+        """The tokens that end an answer; none if the template's output does not show them."""
         try:
             return self._end_tokens(marking.free_letters())
         except TemplateError:
@@ -274,7 +273,7 @@ class Reader:
     def _block(
         self, answers: Sequence[int], text: str, marked: Marked | None, block: tuple[int, int], number: int
     ) -> Span:
-        """A generation block as the span of the assistant's message whose marks are in it, or else the next one's."""
+        """A generation block as the span of the assistant message whose marks it contains, else of the next one."""
         start, end = block
         extents = {answer: extent for answer in answers if marked and (extent := marked.extent(answer))}
         inside = [answer for answer, (first, last) in extents.items() if first < end and start <= last]
@@ -291,7 +290,7 @@ class Reader:
 
 
 def without_blocks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks of generation blocks, and the blocks' places in it."""
+    """The text without the marks of generation blocks, and the blocks' positions in it."""
     plain, found = marking.places(text, set(BLOCK_MARKS))
     return plain, list(zip(found[GENERATION_START], found[GENERATION_END], strict=False))
 
@@ -302,7 +301,7 @@ def _marks_of(text: str, marks: Sequence[TextMark]) -> Marked:
 
 
 def _left_out(messages: Sequence[Turn], marked: Marked) -> set[str]:
-    """What of the messages is not in the output, or not all of it."""
+    """The parts of the messages that are missing from the output, wholly or in part."""
     found = set()
     for one in marked.marks:
         left, turn = len(marked.places[one.letter]), messages[one.turn]
