@@ -25,7 +25,10 @@ ODD = (2654435761, 2246822519), (3266489917, 668265263)
 
 
 def base_stage(experiment: Experiment, index: int | None) -> int | None:
-    """Index of the last stage up to `index` that trained all weights, and so made the base; None: the run's initial weights."""
+    """Index of the stage whose model is the base: `index` or the nearest stage that it starts from with all weights trained.
+
+    None: the run's initial weights.
+    """
     while index is not None and experiment.stages[index].lora.rank:
         index = start_of(experiment, index)
     return index

@@ -408,7 +408,7 @@ def start_state(
 
 
 class Stepper:
-    """The compiled step of a stage: it takes over what it changes of the state, and only reads the rest.
+    """The compiled step of a stage, which donates the arrays of the state that it changes and only reads the others.
 
     Args:
         places: shardings of the two parts of the state, as `split_state` gives them.
