@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm.experiment import Model, UserError
+from lm.interop.arrays import read_array
 from lm.interop.config import read_config
 from lm.interop.places import EMBED, HEAD, Place, parameter_places
 from lm.interop.tensors import READ, Tensor, read_folder, refuse_tensors
@@ -86,9 +87,9 @@ def assemble(
     wanted: Transformer, places: list[Place], tensors: dict[str, Tensor], mesh: Mesh | None = None
 ) -> Transformer:
     """The model from the tensors of its parameters; `wanted` is abstract. Raises UserError for values that are not finite."""
-    leaves = [_from_tensors(place, tensors) for place in places]
-    model = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-    return jax.device_put(model, shardings(wanted, mesh) if mesh is not None else None)
+    where = [None] * len(places) if mesh is None else jax.tree.leaves(shardings(wanted, mesh))
+    leaves = [read_array(place, tensors, sharding) for place, sharding in zip(places, where, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
 
 def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Model, places: list[Place]) -> None:
@@ -110,15 +111,12 @@ def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
     """Whether a tensor only repeats what the model has anyway: a tied head, or the frequencies of rope."""
     if name == HEAD and EMBED in tensors:
         same = tensors[name].shape == tensors[EMBED].shape and tensors[name].dtype == tensors[EMBED].dtype
-        return same and tensors[name].dtype in READ and np.array_equal(tensors[name].read(), tensors[EMBED].read())
+        if not same or tensors[name].dtype not in READ:
+            return False
+        pairs = zip(tensors[name].blocks(), tensors[EMBED].blocks(), strict=True)
+        return all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pairs)
     found = LAYER.fullmatch(name)
     if found is None or found[2] != FREQUENCIES or config.rope_scaling or tensors[name].dtype not in READ:
         return False
     own = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     return tensors[name].shape == own.shape and np.allclose(tensors[name].read().astype(float), own, rtol=1e-2)
-
-
-def _from_tensors(place: Place, tensors: dict[str, Tensor]) -> np.ndarray:
-    """One parameter of ours from theirs, all layers stacked."""
-    values = [place.to_ours(tensors[name].finite(name, place.dtype)[place.rows]) for name in place.names]
-    return np.stack(values) if place.stacked else values[0]

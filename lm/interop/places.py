@@ -55,13 +55,32 @@ class Place:
         """Rows of the tensor that hold the parameter; all of them, unless the tensor is shared."""
         return slice(self.first, self.first + self.part_shape[0])
 
+    def part(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Rows, and columns, of the tensor with a part of one layer; of several dimensions that are one only the first is split."""
+        if self.inputs:
+            rows, columns = (
+                _flat(self.shape[some], index[some]) for some in (slice(self.inputs, None), slice(self.inputs))
+            )
+            return slice(rows.start + self.first, rows.stop + self.first), columns
+        if self.stacked:
+            return (_flat(self.shape, index),)
+        return tuple(_flat((size,), (one,)) for size, one in zip(self.shape, index, strict=True))
+
+    def shaped(self, part: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        """The values of such a part in the shape of the part of the layer, without a copy."""
+        shape = [len(range(*one.indices(size))) for size, one in zip(self.shape, index, strict=True)]
+        return (part.T if self.inputs else part).reshape(shape)
+
     def to_theirs(self, value: np.ndarray) -> np.ndarray:
         """One layer of the parameter as the `rows` of its tensor."""
         return value.reshape(self.part_shape[::-1]).T if self.inputs else value.reshape(self.part_shape)
 
-    def to_ours(self, part: np.ndarray) -> np.ndarray:
-        """The `rows` of the tensor as one layer of the parameter."""
-        return (part.T if self.inputs else part).reshape(self.shape)
+
+def _flat(sizes: tuple[int, ...], index: tuple[slice, ...]) -> slice:
+    """A part of several dimensions, of which only the first is split, as a part of one."""
+    inner = math.prod(sizes[1:])
+    start, stop, _ = index[0].indices(sizes[0])
+    return slice(start * inner, stop * inner)
 
 
 def parameter_places(model: Transformer, family: Family) -> list[Place]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ DTYPES = {
 READ = tuple(DTYPES)
 LFS = b"version https://git-lfs"
 MOST_NAMED = 10
+LARGEST_HEADER = 10**8  # bytes, of the format
+BLOCK = 2 * 2**20  # bytes that are read at a time
+CACHED = 2**16  # values whose temporary copies stay in a cache
+EXPONENT = 0x7F80  # bits of a bfloat16, all of them set where it is no finite number
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,32 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    offset: int | None = None  # in the file, of tensors that lie there as they are
+
+    def blocks(self, part: tuple[slice, ...] = ()) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, values) of a part of a vector or matrix, some megabytes at a time, which the next ones overwrite.
+
+        Raises:
+            UserError: the file was cut short, or cannot be read.
+        """
+        part = part or tuple(slice(0, size) for size in self.shape)
+        if self.offset is None or not part:
+            yield 0, self.read()[part]
+            return
+        (first, last), dtype = (part[0].start, part[0].stop), DTYPES[self.dtype]
+        width, (left, right) = (self.shape[1], (part[1].start, part[1].stop)) if part[1:] else (1, (0, 1))
+        count = max(1, BLOCK // ((right - left) * dtype.itemsize))
+        memory = np.empty((min(count, last - first), right - left), dtype)
+        with self.file.open("rb", buffering=0) as stream:
+            for start in range(first, last, count):
+                block = memory[: last - start]
+                # Rows that are needed whole lie behind one another.
+                runs = block.reshape(1, -1) if right - left == width else block
+                for number, run in enumerate(runs):
+                    stream.seek(self.offset + ((start + number) * width + left) * dtype.itemsize)
+                    if stream.readinto(run.view(np.uint8).data) != run.nbytes:
+                        raise UserError(f"{self.file} was cut short while it was read: fetch it again")
+                yield start - first, block if part[1:] else block[:, 0]
 
     @property
     def bytes(self) -> int:
@@ -46,11 +76,23 @@ class Tensor:
         given = self.read()
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted below
             value = given.astype(dtype or given.dtype, order="C", copy=False)
-        if broken := int(value.size - np.isfinite(value).sum()):
+        if broken := broken_values(value):
             raise UserError(
                 f"{self.file}: {name} has {broken} values of {value.size} that are no finite {value.dtype} numbers"
             )
         return value
+
+
+def broken_values(values: np.ndarray) -> int:
+    """Number of values that are no finite numbers."""
+    flat, is_bfloat16 = values.reshape(-1), values.dtype == ml_dtypes.bfloat16
+    count = 0
+    for start in range(0, flat.size, CACHED):
+        some = flat[start : start + CACHED]
+        # ten times as fast as isfinite of bfloat16
+        broken = (some.view(np.uint16) & EXPONENT) == EXPONENT if is_bfloat16 else ~np.isfinite(some)
+        count += int(np.count_nonzero(broken))
+    return count
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -192,6 +234,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         opened = safe_open(path, framework="numpy")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         shapes = {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()}
+        offsets = _offsets(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, OverflowError, ValueError, MemoryError) as error:
@@ -201,4 +244,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
     def reading(name: str) -> Callable[[], np.ndarray]:
         return lambda: opened.get_tensor(name)
 
-    return {name: Tensor(path, shape, dtype, reading(name)) for name, (shape, dtype) in shapes.items()}
+    return {name: Tensor(path, shape, dtype, reading(name), offsets[name]) for name, (shape, dtype) in shapes.items()}
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins; ValueError where its header cannot be read."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"its header has {size} bytes")
+        header = json.loads(stream.read(size))
+    return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
