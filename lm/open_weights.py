@@ -1,4 +1,4 @@
-"""Open weights to start from: what they fix of an experiment, their fingerprint, and the model in them."""
+"""Open weights as initial weights: the fields of an experiment that they fix, their fingerprint, and the model in them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from lm.interop.origin import Origin, read_origin
 from lm.model.transformer import Transformer
 
 OWN = (*RUNNING, "max_len")
-"""Fields of Model that stay the experiment's; the weights fix the others."""
+"""Fields of Model that the experiment sets; the weights fix the others."""
 
 
 @dataclass(frozen=True)
 class WeightsFormat:
-    """A kind of open weights, by the prefix of `Experiment.init`.
+    """A format of open weights, named by the prefix of `Experiment.init`.
 
     Attributes:
-        describe: the model and the number of rows of its embedding, from the settings alone.
-        check: raises UserError where the tensors are not those of the settings; reads no values.
-        read: the model with these of its fields changed, in its shardings.
-        files: all files that determine the model.
-        dtype: the narrowest dtype of Model.param_dtype that holds every weight exactly.
+        describe: returns the model and the number of rows of its embedding, from the metadata alone.
+        check: raises UserError unless the tensors are those of the metadata; reads no values.
+        read: reads the model, with some of its fields changed, in its shardings.
+        files: returns all files that determine the model.
+        dtype: returns the narrowest dtype of Model.param_dtype that holds every weight exactly.
         origin: what an export of a model that began with them keeps.
     """
 
@@ -53,7 +53,7 @@ FORMATS: dict[str, WeightsFormat] = {
 
 
 def normalised(init: str) -> str:
-    """`PREFIX:PATH` of open weights; a path without a prefix is a GGUF file, by its ending, or a folder."""
+    """`PREFIX:PATH` of open weights; a path without a prefix is a GGUF file if it ends in .gguf, else a folder."""
     if init.partition(":")[0] in FORMATS or not init:
         return init
     return f"gguf:{init}" if init.endswith(".gguf") else f"hf:{init}"
@@ -66,13 +66,13 @@ def located(init: str) -> tuple[WeightsFormat, Path]:
 
 
 def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
-    """The experiment with the model and tokenizer of its open weights; as it is where it has none.
+    """The experiment with the model and tokenizer of its open weights; unchanged if it has none.
 
     Args:
-        said: fields that the command line sets; others count as set where they are not at their defaults.
+        said: fields set on the command line; other fields count as set if they differ from their defaults.
 
     Raises:
-        UserError: no such weights, or a field is set to another value than the weights have.
+        UserError: the weights do not exist, or a field is set to another value than that of the weights.
     """
     if not experiment.init:
         return experiment
@@ -106,7 +106,7 @@ def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
 
 
 def _max_len(experiment: Experiment, most: int, said: bool, path: Path) -> int:
-    """The context: as set, else that of the longest stage where it is above the default; at most that of the weights."""
+    """`max_len`: as set, else the longest stage's if above the default; at most that of the weights."""
     value = experiment.model.max_len
     if not said and value == Model.max_len:
         return min(most, max(value, *(stage.seq_len for stage in experiment.stages), 0))

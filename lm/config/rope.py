@@ -56,18 +56,18 @@ ROPE_KINDS: tuple[type[RopeScaling], ...] = (LinearRope, DynamicRope, Llama3Rope
 
 
 def longest_sequence(max_len: int, scalings: Iterable[Sequence[float]]) -> int:
-    """Most tokens of a sequence of a published model: dynamic scaling goes beyond its original length by its factor."""
+    """Maximum sequence length of a published model: dynamic scaling extends its original length by its factor."""
     factors = [rope.factor for rope in map(rope_kind, scalings) if isinstance(rope, DynamicRope)]
     return int(max_len * min(factors, default=1))
 
 
 def rope_kind(numbers: Sequence[float]) -> RopeScaling | None:
-    """The kind of RoPE scaling that has as many numbers; None where there are none. Raises KeyError for other counts."""
+    """The kind of RoPE scaling with this count of numbers; None for 0. Raises KeyError for other counts."""
     return {len(kind._fields): kind for kind in ROPE_KINDS}[len(numbers)](*numbers) if numbers else None
 
 
 def rope_fault(numbers: Sequence[float], theta: float, head_dim: int) -> str:
-    """What the numbers of a RoPE scaling should be instead; empty if they can be used."""
+    """A text that says what the numbers of a RoPE scaling should be; empty if they are valid."""
     counts = {len(kind._fields): kind.__name__ for kind in ROPE_KINDS}
     if numbers and len(numbers) not in counts:
         return f"it should be empty, or have {', '.join(f'{n} ({name})' for n, name in counts.items())} numbers"

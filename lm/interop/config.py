@@ -41,13 +41,13 @@ USED = {
     *SIZES, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings",
     "layer_types", "sliding_window", "use_sliding_window",
 }  # fmt: skip
-# Fields of Model that say how it runs and not what it computes; config.json has none of them
+# Fields of Model that decide how it runs, not what it computes; config.json has none of them
 RUNNING = (
     "attention", "attention_blocks", "remat", "scan_unroll", "param_dtype", "compute_dtype", "logits_dtype", "max_logits",
 )  # fmt: skip
 LARGEST_SIZE = 2**31 - 1
 
-# Fields that would change the model: field -> the values with which it is this one
+# Fields that would change the model: field -> the supported values
 ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -59,7 +59,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0),
 }
 
-# Fields that change nothing that a forward pass computes
+# Fields that do not affect a forward pass
 HARMLESS = frozenset(
     {
         "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
@@ -94,7 +94,7 @@ def read_config(config: Any, where: str = "config.json") -> tuple[Model, int]:
         where: the file, for messages.
 
     Raises:
-        UserError: a family or a feature that the model does not have, a field that is missing, no number or unknown.
+        UserError: an unsupported family or feature, or a field that is missing, invalid or unknown.
     """
     try:
         return _read_config(config)
@@ -160,7 +160,7 @@ def write_config(model: Model, vocab_size: int, family: str = "") -> dict[str, A
         family: its model_type, used if that family can represent the model, else the first that can.
 
     Raises:
-        UserError: the model has what no family here has.
+        UserError: no family can represent the model.
     """
     lost: dict[str, list[str]] = {}
     for name, known in sorted(FAMILIES.items(), key=lambda item: item[0] != family):
@@ -179,12 +179,12 @@ def write_config(model: Model, vocab_size: int, family: str = "") -> dict[str, A
 
 
 def computes_the_same(one: Model, other: Model) -> bool:
-    """Whether two models differ at most in how they run and in how long their texts may be."""
+    """Whether two models compute the same; they may differ in how they run and in their maximum length."""
     return _essence(one) | {"max_len": 0} == _essence(other) | {"max_len": 0}
 
 
 def _essence(model: Model) -> Plain:
-    """What a model computes, by field; of the fields of layers the values of all layers."""
+    """The fields of a model that decide what it computes; for fields of layers, the values of all layers."""
     layers = [_static_rope(model.layer(number), model) for number in range(model.num_layers)]
     found = {field: value for field, value in vars(model).items() if field not in (*RUNNING, "pattern")}
     found |= {field: [getattr(layer, field) for layer in layers] for field in LAYER_FIELDS}
@@ -258,7 +258,7 @@ def _layers(config: Plain, family: Family, model: Model, fields: Plain) -> tuple
 
 
 def _kinds(config: Plain, family: Family, count: int) -> list[str]:
-    """Which attention each layer has, as config.json says it, or as its family does where it does not."""
+    """The kind of attention of each layer, by config.json or else by the family's default."""
     types = config.get("layer_types")
     if types is None:
         slides = family.slides if config.get("sliding_window") is not None else None
@@ -316,7 +316,7 @@ def _rope_fields(layer: Layer) -> Plain:
     return {"rope_theta": layer.rope_theta, "rope_type": kind, **fields}
 
 
-# ---- what the model does not have ----------------------------------------------------------------------------------
+# ---- unsupported features ------------------------------------------------------------------------------------------
 
 
 def _refuse_features(config: Plain, family: Family) -> None:
@@ -344,7 +344,7 @@ def _refuse_features(config: Plain, family: Family) -> None:
 
 
 def _rope(config: Plain) -> Plain:
-    """The settings of the rotary embedding from all three places that have had them; UserError where they disagree."""
+    """The RoPE settings, from all three places that versions of config.json keep them. Raises UserError if they disagree."""
     found: Plain = {}
     theta = config.get("rope_theta")
     places = {"rope_scaling": config.get("rope_scaling"), "rope_parameters": config.get("rope_parameters")}
@@ -363,7 +363,7 @@ def _rope(config: Plain) -> Plain:
 
 
 def _rope_scaling(rope: Plain, theta: float, model: Model) -> tuple[float, ...]:
-    """The numbers of a RoPE scaling; UserError where one is missing, unknown or cannot be used."""
+    """The numbers of a RoPE scaling. Raises UserError if one is missing, unknown or out of range."""
     kind = rope.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in ("default", *ROPES):
         raise UserError(f"rope scaling {shown(kind)}; there are default, {', '.join(ROPES)}")
@@ -412,7 +412,7 @@ def _given(config: Plain, name: str, default: Any) -> Any:
 
 
 def _size(config: Plain, name: str) -> int:
-    """A whole number from 1 on; 0 where a field that need not be there is not."""
+    """A whole number of at least 1; 0 for a missing optional field."""
     value = config.get(name)
     if value is None and name in OPTIONAL:
         return 0
@@ -439,7 +439,7 @@ def _flag(config: Plain, name: str) -> bool:
 
 
 def _same(config: Plain, theirs: str, ours: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """(field of Model, value) of a field of config.json that both have; null is false, or 0: without it."""
+    """(field of Model, value) for a field of config.json that Model also has; null means false or 0."""
     if isinstance(getattr(Model, ours[0]), bool):
         value: Any = _flag(config, theirs)
     else:

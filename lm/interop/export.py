@@ -42,7 +42,7 @@ def write(
     token_ids: Mapping[str, int] = MappingProxyType({}),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write config.json and the safetensors files, with an index where there are several, one tensor in memory at a time.
+    """Write config.json and the safetensors files (with an index if there are several), one tensor in memory at a time.
 
     Args:
         family: model_type of the family to write, where several can represent the model; else the first of them.
@@ -80,7 +80,7 @@ def write(
 
 
 def _describes(origin: Origin, model: Transformer) -> bool:
-    """Whether the config.json that came with the weights describes the model still, its longest text aside."""
+    """Whether the config.json that came with the weights still describes the model, except its maximum length."""
     theirs, vocab_size = read_config(json.loads(origin.config))
     return computes_the_same(theirs, model.config) and vocab_size == model.vocab_size
 
@@ -119,7 +119,7 @@ def _tensors(model: Transformer, family: Family, dtype: str | None) -> dict[str,
 
 
 def _read(parts: list[Part]) -> np.ndarray:
-    """A tensor of theirs from the parameters that it holds."""
+    """A tensor of the checkpoint, from the parameters that it holds."""
     found = [place.to_theirs(np.asarray(leaf[layer] if place.stacked else leaf)) for place, leaf, layer in parts]
     return np.concatenate(found) if len(found) > 1 else found[0]
 

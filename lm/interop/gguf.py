@@ -40,13 +40,13 @@ ROPE_FIELDS = {"rope.scaling.factor": "factor", "rope.scaling.original_context_l
 HARMLESS = ("vocab_size", "rope.scaling.finetuned")
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
-"""Of all published models with ROPE_FACTORS, which have no other note of it."""
+"""The same in all published models with ROPE_FACTORS; GGUF files do not contain it."""
 GEMMA_HEAD = 256
 """Width of a head of those Gemma models whose scores are divided by its root; of others a GGUF does not say by what."""
 
 
 def describe(path: Path) -> tuple[Model, int]:
-    """The model and vocabulary size of a GGUF file. Raises UserError where it cannot be read, or is no known family."""
+    """The model and vocabulary size of a GGUF file. Raises UserError if it cannot be read, or its family is unknown."""
     return read_config(_config(Path(path)), str(path))
 
 
@@ -61,7 +61,7 @@ def files(path: Path) -> list[Path]:
 
 
 def dtype(path: Path) -> str:
-    """Dtype of the parameters: what is dequantised is float32."""
+    """Dtype of the parameters: float32, to which tensors are dequantised."""
     return "float32"
 
 
@@ -69,10 +69,10 @@ def read(path: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
     """Read the model of a GGUF file; every tensor must be used.
 
     Args:
-        changes: fields of Model to set otherwise, such as compute_dtype.
+        changes: fields of Model to override, such as compute_dtype.
 
     Raises:
-        UserError: the file is damaged, has what the model has not, or a tensor is missing, unexpected or not finite.
+        UserError: the file is damaged or has an unsupported feature, or a tensor is missing, unexpected or not finite.
     """
     return assemble(*_opened(Path(path), **changes), mesh)
 
@@ -103,12 +103,12 @@ def _same(name: str, tensor: Tensor, model: Model) -> np.ndarray:
 
 
 def _gemma(name: str, tensor: Tensor, model: Model) -> np.ndarray:
-    """Scales of norms without the 1 that the model adds, and GGUF has in them."""
+    """Scales of norms minus 1: GGUF files store 1 + scale, and the model adds the 1 itself."""
     return tensor.read() - 1 if "norm" in name else tensor.read()
 
 
 def _llama(name: str, tensor: Tensor, model: Model) -> np.ndarray:
-    """Rows of queries and keys in the order of halves: GGUF has the two of a rotated pair side by side."""
+    """Rows of queries and keys reordered into halves: GGUF files store the two rows of a rotated pair side by side."""
     value, heads = tensor.read(), {"attn_q": model.num_heads, "attn_k": model.num_kv_heads}.get(name.split(".")[-2])
     if heads is None:
         return value
@@ -128,7 +128,7 @@ def _architecture(path: Path) -> tuple[int, str]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The metadata of a model as config.json has it. Raises UserError for what the reader does not know."""
+    """The metadata of a model as a config.json. Raises UserError for unknown metadata."""
     _, name = _architecture(path)
     found, tensors = read_metadata(path), read_tensors(path)
     own = {key.removeprefix(f"{name}."): _rounded(value) for key, value in found.items() if key.startswith(f"{name}.")}
@@ -169,12 +169,12 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """A float32 number as the shortest decimal that stands for it, as config.json has it."""
+    """A float32 number as its shortest decimal, as in config.json."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _llama3(path: Path, config: dict[str, Any], factors: Tensor) -> dict[str, Any]:
-    """The RoPE scaling that the divisors of frequencies in a file stand for. Raises UserError for others than Llama 3's."""
+    """The RoPE scaling with the frequency divisors of a file. Raises UserError unless it is that of Llama 3."""
     given = factors.read()
     scaling = {**LLAMA3, "factor": _rounded(float(given.max(initial=1)))}
     model, _ = read_config({**config, "rope_scaling": scaling}, str(path))

@@ -30,7 +30,7 @@ def describe(folder: Path) -> tuple[Model, int]:
     """The model and vocabulary size of a folder's config.json.
 
     Raises:
-        UserError: there is no such folder or file, or the file has what the model has not.
+        UserError: the folder or file is missing, or config.json has an unsupported feature.
     """
     return _described(Path(folder))[1:]
 
@@ -41,7 +41,7 @@ def check(folder: Path) -> None:
 
 
 def dtype(folder: Path) -> str:
-    """bfloat16 where all tensors in a folder have it, else float32."""
+    """bfloat16 if all tensors in a folder have it, else float32."""
     return "bfloat16" if {tensor.dtype for tensor in read_folder(folder).values()} == {"BF16"} else "float32"
 
 

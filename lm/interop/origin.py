@@ -1,4 +1,4 @@
-"""What an export keeps of the folder that a model's weights came from."""
+"""The parts of the folder that a model's weights came from that an export keeps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ class Origin:
 
 
 def read_origin(folder: Path) -> Origin:
-    """Read it from a published model's folder. Raises UserError where its files are not complete."""
+    """Read the origin from a published model's folder. Raises UserError if its files are incomplete."""
     tensors = {name: (one.file.name, one.dtype) for name, one in read_folder(folder).items()}
     return Origin((folder / "config.json").read_text(encoding="utf-8"), tensors)

@@ -1,4 +1,4 @@
-"""Where each parameter stands in a checkpoint: names of its tensors and their layout, by the table of `lm/model/families`."""
+"""Locations of parameters in a checkpoint: tensor names and layouts, by the table of `lm/model/families`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Place:
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Shape of the parameter in the tensor: matrices are [out, in]; heads are no dimension of their own."""
+        """Shape of the parameter in the tensor: matrices are [out, in]; heads are not a separate dimension."""
         if not self.inputs:
             return (math.prod(self.shape),) if self.stacked else self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
@@ -84,7 +84,7 @@ def _flat(sizes: tuple[int, ...], index: tuple[slice, ...]) -> slice:
 
 
 def parameter_places(model: Transformer, family: Family) -> list[Place]:
-    """The place of every parameter, in the order of the leaves; the model may be abstract."""
+    """The place of every parameter, in the order of the model's leaves; the model may be abstract."""
     found: dict[str, Place] = {}
     params = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
     for path, param in params:
@@ -104,7 +104,7 @@ def parameter_places(model: Transformer, family: Family) -> list[Place]:
 
 
 def _among_others(name: str, places: dict[str, Place], family: Family) -> Place:
-    """The place of a parameter, behind those that share its tensor and come before it in the table of the family."""
+    """The place of a parameter in a shared tensor, after the parameters that precede it in the family's table."""
     order = [f"blocks/{ours}" for ours in family.layer_names]
     sharing = [other for other in order if other in places and places[other].names == places[name].names]
     if len(sharing) < 2:

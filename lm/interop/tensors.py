@@ -72,7 +72,7 @@ class Tensor:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def finite(self, name: str, dtype: Any = None) -> np.ndarray:
-        """The values in `dtype` (None: that of the file). Raises UserError where some are no numbers, or too large for it."""
+        """The values in `dtype` (None: that of the file). Raises UserError if some are NaN, infinite, or too large for it."""
         given = self.read()
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted below
             value = given.astype(dtype or given.dtype, order="C", copy=False)
@@ -136,7 +136,7 @@ def refuse_tensors(
 
     Args:
         wanted: shapes by name.
-        given: what the shapes follow from, for the message.
+        given: the source of the shapes, for the message.
     """
     both = [name for name in wanted if name in tensors]
     faults = {
@@ -164,11 +164,11 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], written: Callable[[int
     """Write a safetensors file, one tensor in memory at a time, to the byte as the library lays one out.
 
     Args:
-        tensors: each is written in its dtype, whatever `read` gives.
-        written: called with the number of bytes behind each tensor.
+        tensors: each is written in its `dtype`, which may differ from that of the values.
+        written: called after each tensor with its number of bytes.
 
     Raises:
-        UserError: a value is no number, or too large for the dtype.
+        UserError: a value is not finite, or too large for the dtype.
     """
     order = sorted(tensors, key=lambda name: (READ.index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -189,7 +189,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], written: Callable[[int
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in one line: the first ten and the number of the others."""
+    """A list of names in one line: the first ten, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(f"{name if name.isprintable() else repr(name):.120}" for name in names[:MOST_NAMED]) + more
@@ -206,7 +206,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _indexed(folder: Path, places: dict[str, str], files: list[Path]) -> list[Path]:
-    """The files that an index names; UserError where one is outside the folder or missing, or where there are others."""
+    """The files that an index names. Raises UserError if one is outside the folder or missing, or if there are others."""
     names = sorted(set(places.values()))
     outside = [name for name in names if Path(name).name != name or "\\" in name or "\0" in name]
     if outside:
@@ -223,7 +223,7 @@ def _indexed(folder: Path, places: dict[str, str], files: list[Path]) -> list[Pa
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file by name; UserError where it is missing or damaged."""
+    """All tensors of a safetensors file by name. Raises UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is no file that can be read")
     try:
