@@ -11,7 +11,7 @@ import sentencepiece
 from lm.data.cache import Writer, current_cache
 from lm.data.hub import files as hub_files
 from lm.data.hub.gguf import tokenizer_files
-from lm.data.hub.tokenizer import HubTokenizer, TypedControl, with_options
+from lm.data.hub.tokenizer import WHERE, HubTokenizer, TypedControl, with_options
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import Tokenizer, UserError
@@ -30,26 +30,31 @@ def named_tokenizer(settings: Tokenizer) -> TextTokenizer:
             template = Path(settings.chat_template).expanduser().read_text()
         except (OSError, ValueError) as error:
             raise UserError(f"tokenizer.chat_template: {settings.chat_template} cannot be read: {error}") from error
-    return load_tokenizer(settings.path or "", settings.typed_control, template)
+    return load_tokenizer(settings.path or "", settings.typed_control, template, where=f"{WHERE} {settings.path}")
 
 
 def load_tokenizer(
-    path: str | Path, typed_control: TypedControl | None = None, template: str | None = None
+    path: str | Path,
+    typed_control: TypedControl | None = None,
+    template: str | None = None,
+    where: str | None = None,
 ) -> TextTokenizer:
     """Read a tokenizer: a sentencepiece model trained by `train_tokenizer`, or a published model's, in a folder or GGUF file.
 
     Args:
         typed_control, template: options of a published model's tokenizer, see `HubTokenizer.with_options`.
+        where: what an error names (None: the path).
 
     Raises:
         UserError: it is missing or cannot be read.
     """
     folder = Path(path).expanduser()
+    where = where or str(folder)
     if folder.suffix == ".gguf":
-        return HubTokenizer(with_options(tokenizer_files(folder), typed_control, template))
+        return HubTokenizer(with_options(tokenizer_files(folder), typed_control, template, where), where)
     published = (hub_files.TOKENIZER_JSON, hub_files.CONFIG)
     if any((folder / name).is_file() for name in published):
-        return HubTokenizer.load(folder, typed_control, template)
+        return HubTokenizer.load(folder, typed_control, template, where)
     if template is not None or typed_control == "token":
         raise UserError(
             "tokenizer.typed_control and tokenizer.chat_template are for a published model's tokenizer; tokenizer.path "

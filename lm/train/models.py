@@ -16,7 +16,6 @@ from lm import open_weights
 from lm.algorithms.table import abstract_state
 from lm.config.objective import ObjectiveConfig
 from lm.data.text_tokenizer import TextTokenizer
-from lm.data.tokenizer import FILE_NAME
 from lm.data.vocabulary import load_tokenizer, named_tokenizer
 from lm.experiment import (
     COLLECTED,
@@ -298,7 +297,7 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: TextTokenizer, folder: RunF
     accepted = [note.get("tokenizer") for note in folder.read_environment().get("accepted", ())]
     if tokenizer.fingerprint not in (theirs, *accepted):
         raise UserError(
-            f"{folder.tokenizer / FILE_NAME} is not the tokenizer that stage {stage} was trained with (SHA-256 "
+            f"{folder.tokenizer} is not the tokenizer that stage {stage} was trained with (SHA-256 "
             f"{tokenizer.fingerprint[:16]}, then {theirs[:16]}): put back a copy of it"
         )
 

@@ -124,7 +124,7 @@ def _added_token(item: Any, where: str) -> AddedToken:
     item = item if isinstance(item, dict) else {"content": item}
     name, index = item.get("content"), item.get("id")
     if not isinstance(name, str) or type(index) is not int or not 0 <= index < LARGEST:
-        raise UserError(f"{where}: an added token must have a content, which is text, and an id, found {item!r:.80}")
+        raise UserError(f"{where}: an added token must have an id and a content, which is text, found {item!r:.80}")
     return AddedToken(name, index, *(bool(item.get(key)) for key in ("special", "lstrip", "rstrip")))
 
 

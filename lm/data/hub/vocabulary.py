@@ -69,6 +69,7 @@ class JsonVocabulary:
         # Offsets must include a token's white space to show whether it belongs to an answer; this changes no ids.
         exact = parsed | {"post_processor": _untrimmed(parsed.get("post_processor"))}
         try:
+            _check_prefix(parsed.get("model"))
             as_it_is = not apart and exact == parsed
             source = raw.decode() if as_it_is else json.dumps(_renamed(exact, self._names), ensure_ascii=False)
             self._library = tokenizers.Tokenizer.from_str(source)
@@ -107,6 +108,15 @@ class JsonVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """See `Vocabulary`."""
         return self._typed.sub(r"\1", self._library.decode(ids, skip_special_tokens=False))
+
+
+def _check_prefix(model: Any) -> None:
+    """Raise ValueError if a merge lacks the prefix of continuing pieces, at which the library would panic."""
+    prefix: Any = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    for pair in (model.get("merges") or ()) if prefix else ():
+        second = pair.split(" ", 1)[-1] if isinstance(pair, str) else pair[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"the merge {pair!r:.60} does not have the continuing_subword_prefix {prefix!r:.60}")
 
 
 def _renamed(parsed: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 from lm.data.hub.tokenizer import HubTokenizer, with_options
 from lm.data.hub.vocabulary import CLOSE, OPEN
 from lm.data.tokenizer import SubwordTokenizer
-from lm.experiment import UserError
+from lm.data.vocabulary import load_tokenizer, named_tokenizer
+from lm.experiment import Tokenizer, UserError
 from tests.data.hub import small
 
 LETTERS = ["<", "s", ">", "/", "a", " "]
@@ -106,7 +107,7 @@ def test_the_mask_has_no_hole_where_the_library_leaves_white_space_out_of_places
     assert answer[: sum(answer)] == [1] * sum(answer)
 
 
-ODD = (None, True, -1, 2**63, 1.5, "", "é", [], {}, [None], {"content": {}})
+ODD = (None, True, -1, 2**63, 1.5, "", "é", "<|im_end|>", [], {}, [None], {"content": {}})
 
 
 def changed(name: str, *path: str | int, value) -> dict[str, bytes]:
@@ -128,6 +129,7 @@ def changed(name: str, *path: str | int, value) -> dict[str, bytes]:
         ("tokenizer.json", "added_tokens"),
         *(("tokenizer.json", "added_tokens", 0, key) for key in ("content", "id")),
         ("tokenizer.json", "model", "vocab"),
+        ("tokenizer.json", "model", "continuing_subword_prefix"),
         ("tokenizer_config.json", "added_tokens_decoder"),
         ("tokenizer_config.json", "added_tokens_decoder", "5"),
         ("tokenizer_config.json", "eos_token"),
@@ -161,3 +163,13 @@ def test_a_turn_cannot_follow_an_answer_that_has_no_end_token():
     talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     with pytest.raises(UserError, match="ends an answer without a token"):
         HubTokenizer(small.files(template)).continuation(talk, [{"role": "user", "content": "more"}])
+
+
+def test_an_error_names_the_folder_and_for_an_experiment_the_field(tmp_path):
+    for name, content in (small.files() | {"generation_config.json": b"{"}).items():
+        (tmp_path / name).write_bytes(content)
+    said = "generation_config.json is not valid JSON"
+    with pytest.raises(UserError, match=f"^{tmp_path}: {said}"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=f"^tokenizer.path {tmp_path}: {said}"):
+        named_tokenizer(Tokenizer(path=str(tmp_path)))
