@@ -56,9 +56,9 @@ ROPE_KINDS: tuple[type[RopeScaling], ...] = (LinearRope, DynamicRope, Llama3Rope
 
 
 def longest_sequence(max_len: int, scalings: Iterable[Sequence[float]]) -> int:
-    """Maximum sequence length of a published model: dynamic scaling extends its original length by its factor."""
-    factors = [rope.factor for rope in map(rope_kind, scalings) if isinstance(rope, DynamicRope)]
-    return int(max_len * min(factors, default=1))
+    """Maximum sequence length of a published model: dynamic NTK and YaRN extend the original length by their factor."""
+    ropes = [rope for rope in map(rope_kind, scalings) if isinstance(rope, DynamicRope | YarnRope)]
+    return max([max_len, *(int(rope.factor * rope.original_len) for rope in ropes)])
 
 
 def rope_kind(numbers: Sequence[float]) -> RopeScaling | None:

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm.experiment import DynamicRope
+from lm.config.rope import longest_sequence
+from lm.experiment import DynamicRope, YarnRope
 from lm.interop.config import read_config
 from lm.model.attention import rope_attention_factor, rope_frequencies
 from lm.model.transformer import Transformer
@@ -77,3 +78,9 @@ def test_dynamic_scaling_gives_a_token_the_same_logits_packed_cached_and_alone()
     for start, end in ((0, 20), (20, 40)):
         hidden, cache = extend(model, cache, start, ids[:, start:end], places[:, start:end], one[:, start:end])
         np.testing.assert_allclose(model.logits(hidden), whole[:, start:end], atol=1e-5)
+
+
+def test_scaled_models_are_longer_than_the_text_that_they_were_trained_on():
+    assert longest_sequence(64, [(), (8.0,), (8.0, 1.0, 4.0, 64.0)]) == 64
+    assert longest_sequence(64, [DynamicRope(4.0, 64.0)]) == 256
+    assert longest_sequence(128, [YarnRope(4.0, 64.0), ()]) == 256
