@@ -71,8 +71,10 @@ def files_of(found: dict[str, Any], path: Path) -> dict[str, bytes]:
     ]
     config = {role: tokens[index] for role, index in named.items() if index is not None}
     config["chat_template"] = found.get("tokenizer.chat_template")
+    config["add_bos_token"] = bool(found.get(f"{KEY}add_bos_token", kind == "llama"))
+    config["tokenizer_class"] = {"llama": "LlamaTokenizer", "gpt2": "PreTrainedTokenizerFast"}[kind]
     if kind == "llama":
-        config["added_tokens_decoder"] = {str(one["id"]): one for one in added}
+        config["added_tokens_decoder"] = {str(one.pop("id")): one for one in added}
         vocabulary = {hub_files.SENTENCEPIECE: _sentencepiece(path, found, tokens, types)}
     else:
         vocabulary = {hub_files.TOKENIZER_JSON: json.dumps(_byte_pairs(path, found, tokens, added)).encode()}
