@@ -36,19 +36,19 @@ from lm.experiment import UserError
 TypedControl = Literal["text", "token"]
 WHERE = "tokenizer.path"
 WORD = re.compile(r"\w+")
-DOCUMENT_END = "<|endoftext|>"  # between documents, where a model has it, whatever ends its answers
+DOCUMENT_END = "<|endoftext|>"  # separates documents in models that have it, even if another token ends answers
 
 
 class RenderedChat(NamedTuple):
-    """A conversation's tokens and loss mask, and what is to be said about them."""
+    """A conversation's tokens and loss mask, with numbers for remarks about them."""
 
     tokens: list[int]
     mask: list[int]
     text: str
     spans: tuple[Span, ...]
-    straddling: int  # tokens that hold characters of the assistant's and others
-    left_out: tuple[str, ...]  # what the template leaves out, of `LEFT_OUT`
-    last_start: int  # the first token of the assistant's last turn; their number where there is none
+    straddling: int  # number of tokens with characters both of the assistant's text and of other text
+    left_out: tuple[str, ...]  # parts that the template leaves out, named as in `LEFT_OUT`
+    last_start: int  # index of the first token of the assistant's last turn; without one, the number of tokens
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class ShieldedChat:
 
 
 class HubTokenizer:
-    """A published model's tokenizer, given as its files' bytes; `options.json` among them has what was asked for.
+    """A published model's tokenizer, given as its files' bytes; `options.json` among them has the user's options.
 
     Args:
-        vocabulary: of the same files, where it has been read before.
+        vocabulary: that of the same files, if it has been read before.
     """
 
     has_template = True
@@ -126,7 +126,7 @@ class HubTokenizer:
         return self._added[name].id if name in self._added else None
 
     def _read_ends(self, names: Mapping[str, str]) -> tuple[int, ...]:
-        """The ids that end an answer: the template's, the settings', the special token's."""
+        """The ids that end an answer: of the template, of the generation settings, and of the special token."""
         written = sorted(self._reader("default").end_tokens()) if self._templates else []
         ids = [
             *map(self._id_of, written),
@@ -159,7 +159,7 @@ class HubTokenizer:
         """Encode text to ids; control tokens that it spells are text, unless `typed_control` is token.
 
         Args:
-            special_tokens: put those around it that the model's files ask for.
+            special_tokens: add the special tokens around the text that the model's files define.
         """
         return self._vocabulary.encode(self._segments(text), special_tokens).ids
 
@@ -201,12 +201,12 @@ class HubTokenizer:
         learn_end: bool = True,
         tools: Tools = None,
     ) -> Rendered:
-        """See `TextTokenizer`; `render_chat` has more to say."""
+        """See `TextTokenizer`; `render_chat` returns more details."""
         found = self.render_chat(messages, tools, generation_prompt, loss_on, learn_end)
         return Rendered(found.tokens, found.mask, found.last_start, found.straddling, found.left_out)
 
     def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
-        """See `TextTokenizer`. Raises TemplateError where the reply changes what is before it."""
+        """See `TextTokenizer`. Raises TemplateError if the reply changes the rendering of earlier messages."""
         reader, given = self._reader("tool_use" if tools else "default"), _bare([*messages, *reply])
         talk, shields = self._read(reader, given, tools, {}, False)
         asked, again = self._read(reader, given, tools, {}, True)
@@ -214,7 +214,7 @@ class HubTokenizer:
         end = spans[-1].end if spans else 0
         if shields != again or talk.text[:end] != asked.text[:end]:
             raise TemplateError(f"{reader.template.where}: the template writes a turn differently when another follows")
-        # Behind the end token and not alone: what is at a text's beginning may differ, and so may white space.
+        # Encoded after the end token, not alone: tokens at the beginning of a text may differ, as may white space.
         before = self._control.get(talk.text[spans[-1].text_end : end].strip()) if spans else None
         if spans and before is None:
             raise TemplateError(f"{reader.template.where}: the template ends an answer without a token of its own")
@@ -321,7 +321,7 @@ class HubTokenizer:
         """Write the files into `folder` as they came; returns it."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        # The last one shows that all are there.
+        # Written last: its presence shows that all files are complete.
         for name, content in sorted(self.files.items(), key=lambda file: file[0] in hub_files.VOCABULARIES):
             draft = path / f"{name}.{os.getpid()}.tmp"
             draft.write_bytes(content)
@@ -329,7 +329,7 @@ class HubTokenizer:
         return path
 
     def published_files(self, max_len: int) -> dict[str, bytes]:
-        """The files as they came; `generation_config.json` gets the ids of `end_ids` that it lacks."""
+        """The unchanged files, except that `generation_config.json` gets the ids of `end_ids` that it lacks."""
         found = {name: content for name, content in self.files.items() if name != hub_files.OPTIONS}
         known = hub_files.end_ids(found, self._where)
         if more := [index for index in self.end_ids if index not in known]:
@@ -345,7 +345,7 @@ class HubTokenizer:
         template: str | None = None,
         where: str = WHERE,
     ) -> HubTokenizer:
-        """Read a model's folder. Raises UserError where there is no tokenizer in it, or none that can be read.
+        """Read a model's folder. Raises UserError if its tokenizer is missing or cannot be read.
 
         Args:
             typed_control, template: see `with_options`.
@@ -359,12 +359,12 @@ class HubTokenizer:
 def with_options(
     files: Mapping[str, bytes], typed_control: TypedControl | None, template: str | None, where: str = WHERE
 ) -> dict[str, bytes]:
-    """The files, with what is asked for beside them.
+    """The files, with the user's options added as `options.json`.
 
     Args:
-        typed_control: what a control token is that somebody typed: the text that it is spelt with (the default), or,
-            as the libraries have it, the control token.
-        template: a chat template instead of the model's own.
+        typed_control: how a control token in a message's text is encoded: as its text (the default), or, as in the
+            models' own libraries, as the control token.
+        template: a chat template to use instead of the model's own.
     """
     found = dict(files) | ({} if template is None else {hub_files.TEMPLATE: template.encode()})
     options = hub_files.read_json(found, hub_files.OPTIONS, where)
