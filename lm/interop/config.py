@@ -62,8 +62,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
 # Fields that do not affect a forward pass
 HARMLESS = frozenset(
     {
-        "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-        "cross_attention_hidden_size", "dtype", "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
+        "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation",
+        "auto_map", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
         "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
         "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
         "transformers.js_config", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
@@ -396,6 +396,7 @@ def _yarn_fields(given: Plain, max_len: int) -> Plain:
     """The fields of YaRN, where mscale and mscale_all_dim have become the attention factor that they stand for."""
     given = {ORIGINAL: max_len, **given, "truncate": float(_flag({"truncate": True, **given}, "truncate"))}
     weights = [given.pop(name, 0) for name in ("mscale", "mscale_all_dim")]
+    given.pop("finetuned", None)  # that the model was trained with the scaling
     if "attention_factor" in given or not all(weights) or "factor" not in given:
         return given
     factor = max(1.0, _positive("factor", given["factor"]))
