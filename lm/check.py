@@ -202,6 +202,8 @@ def _check_stage(stage: Stage, model: Model) -> None:
         )
     if stage.lora.rank and not stage.objective.trains:
         raise UserError(f"{stage.name}.lora.rank is {stage.lora.rank}; it should be 0, since the stage trains nothing")
+    if stage.lora.base != "model" and not stage.lora.rank:
+        raise UserError(f"{stage.name}.lora.base is {stage.lora.base}, and only an adapter trains on it: set lora.rank")
     _check_schedule(stage)
     rows, together = rows_per_update(stage), rows_per_example(stage)
     if rows % (together * stage.microbatches):

@@ -16,6 +16,7 @@ from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, 
 from lm.model.flops import forward_flops_per_token, update_flops_per_token
 from lm.model.heads import Scorer
 from lm.model.lora import adapted, freeze_adapter
+from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
 from lm.train_step import TrainState, initial_state, partition
 
@@ -51,6 +52,7 @@ def first_state(
     """
     algorithm, o = algorithm_of(stage), stage.objective
     model, scorers = freeze_adapter(model), tuple(map(freeze_adapter, scorers))
+    model = set_base(model, stage.lora.base)
     frozen: dict[str, Any] = {"reference": model} if algorithm.reads_reference(o) and not stage.lora.rank else {}
     if algorithm.keeps_scorers:
         frozen["scorers"] = scorers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lm.config.field import knob
 
@@ -21,6 +22,10 @@ class LoRA:
     )
     rs_lora: bool = knob(False, "rank-stabilised scale, alpha / √rank")
     dora: bool = knob(False, "DoRA: train the norm of each column of a weight separately from its direction")
+    base: Literal["model", "bfloat16", "int8", "nf4"] = knob(
+        "model",
+        "how the weights of the blocks are stored, which are only read: as model.param_dtype, rounded to bfloat16, or quantised to 8 or 4 bits",
+    )
     merge_for_sampling: bool = knob(
         False,
         "merge the factors into the sampler's weights, once per rollout: faster, but one more copy and different rounding",

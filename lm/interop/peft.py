@@ -61,7 +61,7 @@ HARMLESS = frozenset(
 
 
 @dataclass(frozen=True)
-class Target:
+class AdapterTarget:
     """A Linear of the blocks: its path in our model, and its place in a checkpoint, all layers together."""
 
     path: str
@@ -81,13 +81,15 @@ class Target:
         return self.place.shape[self.place.inputs :]
 
 
-def _targets(model: Transformer, family: Family) -> list[Target]:
+def _targets(model: Transformer, family: Family) -> list[AdapterTarget]:
     """Every Linear of the blocks of a model; what its weights are stored as, and its factors, make no difference."""
     base = jax.eval_shape(lambda: Transformer(model.config, model.vocab_size, jax.random.key(0)))
     params = jax.tree_util.tree_leaves_with_path(base, is_leaf=lambda x: isinstance(x, nnx.Variable))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in params]
     places = zip(names, parameter_places(base, family), strict=True)
-    return [Target(name.removesuffix("/weight"), place) for name, place in places if place.stacked and place.inputs]
+    return [
+        AdapterTarget(name.removesuffix("/weight"), place) for name, place in places if place.stacked and place.inputs
+    ]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def read_factors(folder: Path, model: Transformer, family: Family) -> dict[str, 
 
 
 def _low_rank(
-    target: Target,
+    target: AdapterTarget,
     axes: tuple[str | None, ...],
     ranks: Mapping[str, tuple[int, float]],
     tensors: Mapping[str, Tensor],
@@ -318,7 +320,7 @@ def write_adapter(model: Transformer, folder: Path, family: Family, base: str = 
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerFactors:
     """One layer of a Linear with its low-rank factors, which is some rows of a module."""
 
     place: Place
@@ -334,18 +336,18 @@ class Part:
         return np.asarray(column_norms(one.effective(), one.inputs)).reshape(-1)
 
 
-def _by_module(targets: list[Target], found: Mapping[str, Linear]) -> dict[str, list[Part]]:
+def _by_module(targets: list[AdapterTarget], found: Mapping[str, Linear]) -> dict[str, list[LayerFactors]]:
     """The Linears with factors of each module; a fused projection has several."""
-    modules: dict[str, list[Part]] = {}
+    modules: dict[str, list[LayerFactors]] = {}
     for target in targets:
         linear = found[target.path]
         if (low := linear.lora or linear.earlier) is not None:
             for layer, name in enumerate(target.modules):
-                modules.setdefault(name, []).append(Part(target.place, linear, low, layer))
+                modules.setdefault(name, []).append(LayerFactors(target.place, linear, low, layer))
     return {name: sorted(parts, key=lambda part: part.place.first) for name, parts in modules.items()}
 
 
-def _module_factors(parts: list[Part]) -> tuple[np.ndarray, np.ndarray, float]:
+def _module_factors(parts: list[LayerFactors]) -> tuple[np.ndarray, np.ndarray, float]:
     """A [r, in], B [out, r] and the scale of a module, from all Linears that are rows of it.
 
     Their ranks follow one another, with zeros in the other rows of B, unless all have the same A.

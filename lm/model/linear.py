@@ -8,6 +8,8 @@ writes directly into the layout that attention reads, and no reshape hides the s
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,10 +124,33 @@ class Embedding(nnx.Module):
         return look_up(table, constrain(tokens, "batch", "length"))
 
 
-def multiply(x: Float[Array, "..."], weight: nnx.Param) -> Float[Array, "..."]:
+def multiply(x: Float[Array, "..."], weight: Any) -> Float[Array, "..."]:
     """x·w in x's dtype, after gathering the weight; the names of its dimensions tell which of them are heads."""
-    w = gather(weight, x.dtype)
-    return (project if w.ndim == 2 else to_heads if axes_of(weight)[-1] == "head_dim" else from_heads)(x, w)
+    names = axes_of(weight)
+    product = project if len(names) == 2 else to_heads if names[-1] == "head_dim" else from_heads
+    return product(x, gather(weight, x.dtype)) if isinstance(weight, nnx.Param) else _multiply_fixed(x, weight, product)
+
+
+def _multiply_fixed(x: Float[Array, "..."], weight: Any, product: Callable[..., Array]) -> Float[Array, "..."]:
+    """x·w of a quantised weight (`lm/model/quantised.py`), which has no gradient.
+
+    The weight is read again on the way back: a loop over layers would keep what was read of every layer until then.
+    """
+    shape, dtype = x.shape, x.dtype
+
+    @jax.custom_vjp
+    def multiplied(x: Array, weight: Any) -> Array:
+        return product(x, weight.read(dtype))
+
+    def forward(x: Array, weight: Any) -> tuple[Array, Any]:
+        return multiplied(x, weight), weight
+
+    def backward(weight: Any, dy: Array) -> tuple[Array, None]:
+        _, of_x = jax.vjp(lambda x: product(x, weight.read(dtype)), jnp.zeros(shape, dtype))
+        return *of_x(dy), None
+
+    multiplied.defvjp(forward, backward)
+    return multiplied(x, weight)
 
 
 def project(

@@ -34,8 +34,12 @@ def stack_layers(make: Callable[[PRNGKeyArray], nnx.Module], keys: PRNGKeyArray)
     return jax.vmap(nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers", graph=False))(keys)
 
 
-def axes_of(param: nnx.Param) -> tuple[str | None, ...]:
-    """Logical names of a parameter's dimensions; inside a scan over layers without `layers`."""
+def axes_of(param: Any) -> tuple[str | None, ...]:
+    """Logical names of a parameter's dimensions; inside a scan over layers without `layers`.
+
+    Those of a quantised weight (`lm/model/quantised.py`) are those of its codes.
+    """
+    param = param if isinstance(param, nnx.Variable) else param.codes
     names: tuple[str | None, ...] = param.get_metadata("out_sharding")
     return names[-param.get_value().ndim :]
 

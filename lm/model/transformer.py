@@ -28,7 +28,7 @@ from lm.model.attention import (
 from lm.model.block import Block
 from lm.model.linear import Embedding, Linear, project
 from lm.model.norm import Norm
-from lm.model.parameter import axes_of, gather, parameter, stack_layers
+from lm.model.parameter import axes_of, gather, leaf_name, parameter, stack_layers
 from lm.model.shared_prompt import shared_attention_of
 from lm.parallel.row_order import WHOLE, from_zigzag, to_zigzag, zigzag_layout
 from lm.parallel.rules import constrain, platform
@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
         """This model with a function applied to its matrices; norms and biases are unchanged."""
 
         def changed(path: tuple, x: Array) -> Array:
-            return change(x) if "weight" in jax.tree_util.keystr(path, simple=True, separator="/").split("/") else x
+            return change(x) if leaf_name(path).endswith("weight") else x
 
         return jax.tree_util.tree_map_with_path(changed, self)
 

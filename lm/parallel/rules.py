@@ -126,10 +126,18 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
-        place = NamedSharding(mesh, spec(leaf.get_metadata("out_sharding")))
-        return jax.tree.map(lambda _: place, leaf)  # no leaves where an optimizer has no state for this parameter
+        names = leaf.get_metadata("out_sharding")
+        # No leaves where an optimizer has no state for this parameter. Scales of a quantised weight may be too few to be split.
+        return jax.tree.map(lambda x: NamedSharding(mesh, spec(_divisible(names, x.shape, mesh.shape))), leaf)
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _divisible(
+    names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> tuple[str | None, ...]:
+    """The names of the dimensions, None in place of one whose size is no multiple of its shards."""
+    return tuple(name if size % ways(name, sizes) == 0 else None for name, size in zip(names, shape, strict=True))
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:

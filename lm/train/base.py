@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 
-from lm.experiment import Experiment, UserError, start_of
-from lm.model.lora import APART, has_adapter
+from lm.experiment import Experiment, Stage, UserError, start_of
+from lm.model.lora import APART
 from lm.model.parameter import leaf_name
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch
@@ -71,15 +71,14 @@ def _sum(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     return jnp.stack([mixed(*odd) for odd in ODD])
 
 
-def check_base(experiment: Experiment, index: int, meta: Mapping[str, Any], model: Any) -> dict[str, str]:
-    """The entry of a checkpoint's meta for the base of a stage's adapter: its fingerprint; empty without an adapter.
+def recorded_base(stage: Stage, model: Transformer) -> dict[str, str]:
+    """What a checkpoint records of the model under a stage's adapter: its fingerprint; nothing without an adapter."""
+    return {"base": fingerprint(model)} if stage.lora.rank else {}
 
-    Raises:
-        UserError: `meta`, of an earlier checkpoint of the stage, has another one.
-    """
-    if not has_adapter(model):
-        return {}
-    found, at = fingerprint(model), base_stage(experiment, index)
+
+def check_base(experiment: Experiment, index: int, meta: Mapping[str, Any], recorded: Mapping[str, str]) -> None:
+    """Raise UserError if the meta of a stage's checkpoint records another base than this."""
+    found, at = recorded.get("base", ""), base_stage(experiment, index)
     then = meta.get("base", found)
     if then != found:
         source = f"stage {experiment.stages[at].name}" if at is not None else experiment.init
@@ -87,4 +86,3 @@ def check_base(experiment: Experiment, index: int, meta: Mapping[str, Any], mode
             f"the adapter of stage {experiment.stages[index].name} was trained on a base with fingerprint {then[:16]}, and "
             f"{source or f'the random weights of seed {experiment.seed}'} has {found[:16]}: put back the weights of then"
         )
-    return {"base": found}

@@ -26,6 +26,7 @@ from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops
 from lm.model.heads import Scorer, policy_of
 from lm.model.lora import without_base
+from lm.model.quantised import set_base
 from lm.model.transformer import Transformer, num_params
 from lm.open_weights import vocabulary_rows
 from lm.optimizer import make_optimizer, schedule
@@ -34,7 +35,7 @@ from lm.parallel.distributed import is_main_process, run_on_main
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.stored import write_sealed
 from lm.train import goodput
-from lm.train.base import check_base
+from lm.train.base import check_base, recorded_base
 from lm.train.batches import Batches
 from lm.train.callbacks import Callback, listener
 from lm.train.checkpoint import Checkpoints
@@ -117,6 +118,7 @@ def train_stage(
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
     key = jax.random.fold_in(jax.random.key(run.experiment.seed), index)
+    base = recorded_base(stage, model)  # before it is quantised, which devices may round otherwise
     state, step_fn = start_state(stage, model, run.mesh, scorers, key)
     with (
         contextlib.closing(batches),
@@ -125,7 +127,7 @@ def train_stage(
     ):
         batches.prepare(model, folder, functools.partial(_before_task, run, stage))
         state, start, meta = restore(state, checkpoints, run.mesh, stage)
-        now = _inputs(run, index, batches, state, meta)
+        now = _inputs(run, index, batches, base, meta)
         spent = goodput.seconds_spent(folder) if is_main_process() else 0.0
         run_on_main(lambda: goodput.store_seconds_spent(folder, spent))
         run_on_main(lambda: log.rewind(start, functools.partial(_is_repeated, stage, start, _done_before(folder))))
@@ -156,11 +158,14 @@ def train_stage(
         run_on_main(lambda: tidy(run.folder, stage))
 
 
-def _inputs(run: RunContext, index: int, batches: Batches, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
+def _inputs(
+    run: RunContext, index: int, batches: Batches, base: dict[str, str], meta: dict[str, Any]
+) -> dict[str, Any]:
     """What a stage is trained with, as its checkpoints record it. Raises UserError if `meta`, of an earlier one, differs."""
     now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
     check_checkpoint(f"stage {run.experiment.stages[index].name}", meta, now, run.accept)
-    return now | check_base(run.experiment, index, meta, policy_of(state.models))
+    check_base(run.experiment, index, meta, base)
+    return now | base
 
 
 def summarise(
@@ -385,7 +390,7 @@ def start_state(
         key: random key of new parameters (a reward model's head).
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
-    given = model, scorers, key
+    given = set_base(model, stage.lora.base, mesh), scorers, key
 
     def init(*given: Any) -> Any:
         return split_state(first_state(stage, optimizer, *given), stage)

@@ -58,7 +58,9 @@ def least_bytes(model: Model, stage: Stage, sizes: dict[str, int], vocab_size: i
     o, weights = stage.optimizer, BYTES[model.param_dtype]
     moments = (2 if o.kind == "adamw" else 1) * BYTES[o.state_dtype]
     master = 4 if weights < 4 and o.master_weights else 0
-    state = num_params(whole) * weights + num_params(trained) * (weights + moments + master)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole)) + num_params(trained) * (
+        weights + moments + master
+    )
     # The rows of a group share the activations of their prompt.
     length = stage.objective.max_new_tokens if stage.objective.samples else stage.seq_len
     tokens = rows_per_update(stage) // stage.microbatches * length / math.prod(sizes.values())

@@ -33,13 +33,14 @@ from lm.files import is_open_weights
 from lm.interop.origin import Origin
 from lm.model.heads import Scorer
 from lm.model.lora import adapted, base_of, freeze_adapter, has_adapter, without_base
+from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
 from lm.open_weights import vocabulary_rows
 from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.stored import read_record, write_sealed
-from lm.train.base import Known, base_stage, check_base, with_base
+from lm.train.base import Known, base_stage, check_base, recorded_base, with_base
 from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
 
@@ -286,9 +287,10 @@ def _restore(
     if not has_adapter(like):
         return found
     at = base_stage(experiment, index)
-    model = with_base(found.items[role], of_base(known[at] if at in known else _model_of(*run, at)))
-    check_base(experiment, index, found.meta, model)
-    return replace(found, items={role: model})
+    base = known[at] if at in known else _model_of(*run, at)
+    if at not in known:  # else this session has checked it, and it may be quantised
+        check_base(experiment, index, found.meta, recorded_base(stage, base))
+    return replace(found, items={role: with_base(found.items[role], of_base(base))})
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: TextTokenizer, folder: RunFolder, stage: str) -> None:
@@ -349,11 +351,12 @@ def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
         if not trained:
             raise UserError(f"{run_dir} has no checkpoint yet: `lm run` trains it")
         stage = trained[-1]
-    stage_index(experiment, stage)
+    index = stage_index(experiment, stage)
     if stage not in speaks:
         raise UserError(f"stage {stage} of {run_dir} trains no language model; those that do are {', '.join(speaks)}")
     found = _load(experiment, folder, tokenizer, mesh, stage)
-    return LoadedRun(experiment, tokenizer, found.items["policy"], mesh, stage, found.step)
+    model = set_base(found.items["policy"], experiment.stages[index].lora.base, mesh)
+    return LoadedRun(experiment, tokenizer, model, mesh, stage, found.step)
 
 
 def experiment_on(path: Path) -> Experiment:

@@ -41,6 +41,7 @@ from lm.experiment import (
 )
 from lm.model.heads import Scorer
 from lm.model.lora import without_adapter
+from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
 from lm.open_weights import check_weights, fingerprint, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
@@ -376,7 +377,8 @@ def make_evaluator(
             return None
         if first == index and entering is not None:
             return entering
-        return model_before(experiment, folder, tokenizer, mesh, first, known)
+        found = model_before(experiment, folder, tokenizer, mesh, first, known)
+        return set_base(found, experiment.stages[first].lora.base, mesh)
 
     @functools.cache
     def scorers() -> tuple[Scorer, ...]:

@@ -1,0 +1,169 @@
+"""Weights that are only read, in 8 or 4 bits a number: int8 with a scale for each output, and NF4 with double quantisation."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from lm.experiment import UserError
+from lm.model.lora import APART, linears
+from lm.model.parameter import axes_of, gather, leaf_name, parameter
+from lm.parallel.rules import shardings
+
+M = TypeVar("M", bound=nnx.Module)
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The values of the 16 codes, 4-bit NormalFloat (QLoRA, arXiv 2305.14314, sec. 3 and appendix E).
+
+With Q the quantile function of the normal distribution and δ = 0.9677083: 0, the Q(p) of 8 p from δ down to 1/2, which is left
+out, and -Q(p) of 7, equally spaced each, all divided by Q(δ). Of normal weights each code takes about as many, and 0 is exact.
+"""
+BLOCK, GROUP = 64, 256
+"""Weights that share a scale, and scales that share a step: at most; the largest divisor of the dimension that is none larger."""
+
+
+class Int8Weight(nnx.Module):
+    """w ≈ scale·code: codes within ±127, and a scale for each output, the largest |w| of its inputs / 127."""
+
+    def __init__(self, weight: nnx.Param, inputs: int):
+        w, names = weight[...].astype(jnp.float32), axes_of(weight)
+        of_inputs = tuple(range(inputs))
+        scale = _nonzero(jnp.abs(w).max(of_inputs, keepdims=True)) / 127
+        self.codes = parameter(jnp.round(w / scale).astype(jnp.int8), names)
+        self.scale = parameter(scale, tuple(None if axis in of_inputs else name for axis, name in enumerate(names)))
+        self.dtype = weight.dtype  # of the weight that was given
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def read(self, dtype: Any) -> Float[Array, "..."]:
+        """The weight in `dtype`, gathered: its codes travel, one byte each."""
+        codes, scale = gather(self.codes, jnp.int8), gather(self.scale, jnp.float32)
+        return (codes * scale).astype(dtype)
+
+    def __getitem__(self, _: Any) -> Float[Array, "..."]:
+        return self.read(jnp.float32)
+
+
+class NF4Weight(nnx.Module):
+    """w ≈ scale·NF4[code]: the scale is the largest |w| of a block along the last dimension of the input.
+
+    Scales are int8 themselves, scale ≈ middle + step·code, middle and step in float32 for a group along the last dimension of the
+    output. (QLoRA takes the mean of all scales from them. The middle of a group's largest and smallest leaves half the error and
+    makes quantising twice the same as once.) Two codes are a byte, the first in its upper half: 4.13 bits a weight.
+    """
+
+    def __init__(self, weight: nnx.Param, inputs: int):
+        w, names = weight[...].astype(jnp.float32), axes_of(weight)
+        axis = inputs - 1
+        if w.shape[axis] % 2:
+            raise UserError(f"lora.base nf4 packs two weights in a byte; {names[axis]} {w.shape[axis]} should be even")
+        blocks = _split(w, axis, 2 * _divisor(w.shape[axis] // 2, BLOCK // 2))
+        largest = jnp.abs(blocks).max(axis + 1)
+        edges = jnp.asarray([(a + b) / 2 for a, b in itertools.pairwise(NF4)], jnp.float32)
+        codes = jnp.searchsorted(edges, blocks / jnp.expand_dims(_nonzero(largest), axis + 1), method="compare_all")
+        pairs = _split(codes.reshape(w.shape).astype(jnp.uint8), axis, 2)
+        self.codes = parameter(pairs.take(0, axis + 1) << 4 | pairs.take(1, axis + 1), names)
+        groups = _split(largest, w.ndim - 1, _divisor(w.shape[-1], GROUP))
+        low, high = groups.min(-1), groups.max(-1)
+        middle, step = (low + high) / 2, _nonzero(high - low) / 254
+        scales = jnp.round((groups - middle[..., None]) / step[..., None]).astype(jnp.int8)
+        self.scales = parameter(scales.reshape(largest.shape), names)
+        self.middle, self.step = (parameter(x, (*names[:-1], None)) for x in (middle, step))
+        self.axis, self.dtype = axis - w.ndim, weight.dtype  # from the end, as layers are taken off the front
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.codes.shape)
+        shape[self.axis] *= 2
+        return tuple(shape)
+
+    def read(self, dtype: Any) -> Float[Array, "..."]:
+        """The weight in `dtype`, gathered: its codes travel, half a byte each."""
+        codes, scales = gather(self.codes, jnp.uint8), gather(self.scales, jnp.int8)
+        middle, step = (gather(one, jnp.float32)[..., None] for one in (self.middle, self.step))
+        axis = codes.ndim + self.axis
+        groups = _split(scales, scales.ndim - 1, scales.shape[-1] // middle.shape[-2])
+        scale = (middle + step * groups).reshape(scales.shape)
+        w = _nf4(jnp.stack([codes >> 4, codes & 15], axis + 1)).reshape(self.shape)
+        blocks = _split(w, axis, w.shape[axis] // scale.shape[axis])
+        return (blocks * jnp.expand_dims(scale, axis + 1)).astype(dtype).reshape(w.shape)
+
+    def __getitem__(self, _: Any) -> Float[Array, "..."]:
+        return self.read(jnp.float32)
+
+
+QUANTISED = {"int8": Int8Weight, "nf4": NF4Weight}
+"""LoRA.base -> how the weights of the blocks are stored."""
+
+
+def set_base(model: M, base: str, mesh: Mesh | None = None) -> M:
+    """Store a model's weights, in place, as `LoRA.base` says: of the blocks quantised, other matrices in bfloat16; returns the model.
+
+    One weight is replaced after another, so that there is never a second copy of them all. What is quantised stays as it is.
+    """
+    if base == "model":
+        return model
+    for path, linear in linears(model):
+        if base in QUANTISED and "blocks/" in path and isinstance(linear.weight, nnx.Param):
+            quantise = functools.partial(_quantised, QUANTISED[base], linear.inputs)
+            places = shardings(jax.eval_shape(quantise, linear.weight), mesh) if mesh is not None else None
+            linear.weight = jax.jit(quantise, out_shardings=places)(linear.weight)
+
+    for keys, param in jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Param)):
+        name = leaf_name(keys)
+        if name.endswith("weight") and not any(fnmatch.fnmatchcase(name, one) for one in APART):
+            param.set_value(param[...].astype(jnp.bfloat16))
+    return model
+
+
+def _quantised(make: Callable[..., Any], inputs: int, weight: nnx.Param) -> Any:
+    """A weight quantised; one of stacked layers layer by layer, which keeps what is in float32 on the way small."""
+    names = axes_of(weight)
+    if names[0] != "layers":
+        return make(weight, inputs)
+    stacked = jax.lax.map(lambda one: make(parameter(one, names[1:]), inputs), weight[...])
+    return jax.tree.map(
+        lambda part: parameter(part[...], ("layers", *part.get_metadata("out_sharding"))),
+        stacked,
+        is_leaf=lambda part: isinstance(part, nnx.Variable),
+    )
+
+
+def _nf4(codes: Int[Array, "..."]) -> Float[Array, "..."]:
+    """NF4[codes] by the bits of the codes: selections are vector operations on every device, and look-ups in a table are not.
+
+    The barrier makes the 16 values depend on the codes: a scan would broadcast constants before its loop, and keep these.
+    """
+    table, codes = jax.lax.optimization_barrier((jnp.asarray(NF4, jnp.float32), codes))
+    values = list(table)
+    for bit in (1, 2, 4, 8):
+        values = [jnp.where(codes & bit, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _split(x: Array, axis: int, size: int) -> Array:
+    """x with a dimension cut into pieces of this size, which are a dimension behind it."""
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+
+
+def _divisor(size: int, most: int) -> int:
+    return next(number for number in range(min(size, most), 0, -1) if size % number == 0)
+
+
+def _nonzero(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x, and 1 where it is 0: what is divided by it is 0 then."""
+    return jnp.where(x > 0, x, 1)
