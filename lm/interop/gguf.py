@@ -131,6 +131,10 @@ def _config(path: Path) -> dict[str, Any]:
     """The metadata of a model as a config.json. Raises UserError for unknown metadata."""
     _, name = _architecture(path)
     found, tensors = read_metadata(path), read_tensors(path)
+    if found.get("split.count", 1) not in (0, 1):
+        raise UserError(
+            f"{path} is one of {shown(found['split.count'])} files of a model: merge them (llama-gguf-split)"
+        )
     own = {key.removeprefix(f"{name}."): _rounded(value) for key, value in found.items() if key.startswith(f"{name}.")}
     config = {theirs: own.pop(key) for key, theirs in FIELDS.items() if key in own}
     rotated, width = own.pop("rope.dimension_count", None), own.pop("attention.value_length", None)

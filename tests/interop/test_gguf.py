@@ -130,7 +130,8 @@ def test_damaged_headers_are_read_or_refused_in_a_line(tmp_path, whole):
     [
         ({"llama__expert_count": 8}, "does not know llama.expert_count 8"),
         ({"llama__attention__value_length": 16}, "heads have a width of 8, and values or rotated parts 16"),
-        ({"llama__rope__scaling__type": "longrope"}, "rope"),
+        ({"llama__rope__scaling__type": "longrope"}, "rope scaling 'longrope'"),
+        ({"split__count": 3}, "is one of 3 files of a model"),
     ],
 )
 def test_what_the_model_does_not_have_is_refused(tmp_path, more, message):
