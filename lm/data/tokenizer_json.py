@@ -1,4 +1,4 @@
-"""The files of a tokenizer that was trained here as published models have them, for transformers and what reads its format."""
+"""Converts a tokenizer trained here to the files of published models, for transformers and other readers of its format."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def published_files(model: bytes, max_len: int) -> dict[str, bytes]:
 
     Args:
         model: a serialised sentencepiece model.
-        max_len: most tokens of a text, as the settings state it.
+        max_len: maximum tokens of a text, for the settings.
 
     Raises:
-        UserError: the model is none that is trained here: another algorithm, or pieces that are matched before it.
+        UserError: the model was not trained here: it has another algorithm, or pieces that are matched before it.
     """
     vocabulary = _bpe(model)
     added = [
@@ -88,7 +88,7 @@ def _bpe(model: bytes) -> dict[str, Any]:
 
 
 def _last_merge(piece: str, scores: dict[str, float]) -> list[str] | None:
-    """The two pieces that become this one when it is split alone; None where it never does.
+    """The two pieces whose merge gives this piece when its text is tokenised alone; None if no merge gives it.
 
     sentencepiece merges any neighbours whose text is a piece, best score first, then the leftmost. What is merged within a
     piece's text depends on nothing outside until something reaches across its edge, so there is this one pair only.

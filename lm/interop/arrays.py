@@ -26,9 +26,9 @@ Index = tuple[slice, ...]
 
 
 def read_array(place: Place, tensors: Mapping[str, Tensor], sharding: NamedSharding | None) -> jax.Array:
-    """A parameter, of which each process reads only its own shards; without a sharding on the default device.
+    """A parameter, of which each process reads only its own shards; without a sharding it is on the default device.
 
-    For a CPU the tensors are read into the memory of the array; for other devices one layer at a time is in host memory.
+    On a CPU, tensors are read directly into the memory of the array; for other devices, host memory holds one layer at a time.
 
     Raises:
         UserError: a file is cut short, or some values are no finite numbers of the parameter's dtype.
@@ -74,7 +74,7 @@ def _part(place: Place, tensors: Mapping[str, Tensor], name: str, index: Index) 
 
 
 def _filled(place: Place, tensors: Mapping[str, Tensor], index: Index) -> np.ndarray:
-    """A part of a parameter, all of its layers, as an array that jax on a CPU takes without a copy."""
+    """A part of a parameter with all of its layers, as an array that jax on a CPU uses without a copy."""
     names, inner = (place.names[index[0]], index[1:]) if place.stacked else (place.names, index)
     part = place.part(inner)
     shape = tuple(len(range(*one.indices(size))) for one, size in zip(inner, place.shape, strict=True))
@@ -113,7 +113,7 @@ def _assign(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def _narrower(tensor: Tensor, dtype: np.dtype) -> np.dtype:
-    """The dtype of a tensor's file, or another that has no more bits."""
+    """The dtype of a tensor's file, or the other dtype if that is not wider."""
     return min(dtype, DTYPES[tensor.dtype], key=lambda one: one.itemsize)
 
 

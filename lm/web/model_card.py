@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it was trained on, and how it measured before and after."""
+"""README.md (model card) of an exported model: its training data, and held-out numbers before and after."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lm.web.numbers import count
 from lm.web.templates import templates
 from lm.web.text import visible
 
-MARKS = re.compile(r"([\\`*_\[\]|#~$])")  # what Markdown would take for its own
+MARKS = re.compile(r"([\\`*_\[\]|#~$])")  # characters with a meaning in Markdown
 
 
 def model_card(run: Run, stage: str, step: int) -> str:
-    """The card of the model after a stage, as Markdown; folders of the machine are not in it."""
+    """The model card of the model after a stage, as Markdown, without paths of this machine."""
     number = [one.name for one in run.stages].index(stage)
     stages = run.stages[: number + 1]
     columns = [name for name in story.columns(run) if name not in {one.name for one in run.stages[number + 1 :]}]
@@ -52,7 +52,7 @@ def _made_with(run: Run) -> list[tuple[str, str]]:
 
 
 def _begin(experiment: dict[str, Any]) -> str:
-    """What the first stage began with."""
+    """The initial weights of the first stage, in words."""
     init = experiment.get("init") or ""
     return f"the open weights {init.partition(':')[2]}" if init else "random weights"
 
