@@ -41,7 +41,7 @@ def call(arguments: argparse.Namespace) -> int:
     print(f"{run_dir}{f', after stage {stage}' if stage else ''}; {HELP}", flush=True)
     # While the first question is typed; the first answer waits for it.
     compiler = concurrent.futures.ThreadPoolExecutor(1)
-    compiled = compiler.submit(compile_stream, loaded.model, arguments.top_k, arguments.top_p)
+    compiled = compiler.submit(compile_stream, loaded.model, loaded.tokenizer, arguments.top_k, arguments.top_p)
     messages: Messages = []
     turn = 0
     while text := _ask():

@@ -81,7 +81,7 @@ class LocalEngine:
             generate(
                 self.model, tokens, lengths, request.key, request.temperature, limits, group_size=request.group_size,
                 max_new_tokens=request.max_new_tokens, top_k=request.top_k, top_p=request.top_p,
-                end_ids=self.tokenizer.end_ids, pad_id=self.tokenizer.pad_id,
+                end_ids=self.tokenizer.end_ids, pad_id=self.tokenizer.pad_id, vocab_size=self.tokenizer.vocab_size,
             )
         )  # fmt: skip
         return [self._completion(*row) for row in zip(out.tokens, out.logp, out.mask.sum(1).tolist(), strict=True)]

@@ -49,30 +49,44 @@ def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Floa
 
 
 def choose(
-    logits: Float[Array, "B V"], key: PRNGKeyArray, temperature: Float[Array, ""], top_k: int = 0, top_p: float = 1.0
+    logits: Float[Array, "B V"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+    top_k: int = 0,
+    top_p: float = 1.0,
+    vocab_size: int | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Sample one token per row; its log-probability is at this temperature, before top-k and top-p (greedy: at 1).
 
     Uses the inverse CDF: one uniform number per row, without noise or a sort over the vocabulary.
+
+    Args:
+        vocab_size: number of tokens where the model has more rows, as published models do; None: as many. Rows without a
+            token are never sampled. They stay in the normaliser of the log-probability, as they do in training.
     """
     greedy = temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
     best = scaled.max(-1, keepdims=True)
-    odds = jnp.exp(scaled - best)  # not normalised
-    kept = filter_logits(scaled, top_k, top_p)
+    total = jnp.exp(scaled - best).sum(-1)
+    place = jnp.arange(logits.shape[-1])
+    real = scaled if vocab_size in (None, len(place)) else jnp.where(place < vocab_size, scaled, -jnp.inf)
+    top = real.max(-1, keepdims=True)
+    odds = jnp.exp(real - top)  # not normalised
+    kept = filter_logits(real, top_k, top_p)
     mass = jnp.cumsum(jnp.where(kept == -jnp.inf, 0.0, odds), axis=-1)
     u = jax.random.uniform(key, (logits.shape[0], 1)) * mass[:, -1:]
     # `<=` skips tokens without mass; because of rounding, the largest index with mass is the upper limit.
-    place = jnp.arange(logits.shape[-1])
     last = jnp.max(jnp.where((kept > -jnp.inf) & (odds > 0), place, 0), axis=-1)
     sampled = jnp.minimum(jnp.sum(mass <= u, axis=-1), last)
-    likeliest = jnp.min(jnp.where(scaled == best, place, place[-1]), axis=-1)
+    likeliest = jnp.min(jnp.where(real == top, place, place[-1]), axis=-1)
     token = jnp.where(greedy, likeliest, sampled)
-    logp = jnp.take_along_axis(scaled - best, token[:, None], axis=-1)[:, 0] - jnp.log(odds.sum(-1))
+    logp = jnp.take_along_axis(scaled - best, token[:, None], axis=-1)[:, 0] - jnp.log(total)
     return token, logp
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p", "end_ids", "pad_id"))
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p", "end_ids", "pad_id", "vocab_size")
+)
 def generate(
     model: Transformer,
     tokens: Int[Array, "P S"],
@@ -87,6 +101,7 @@ def generate(
     top_p: float = 1.0,
     end_ids: tuple[int, ...],
     pad_id: int,
+    vocab_size: int | None = None,
 ) -> Samples:
     """Complete left-padded prompts; compiles once per shape and stops when every row has ended.
 
@@ -96,6 +111,7 @@ def generate(
         limits: maximum tokens of each completion, where lower than max_new_tokens.
         group_size: number of completions of each prompt, adjacent rows of the result. The prompt is computed once.
         end_ids: the tokens that end a completion.
+        vocab_size: see `choose`.
     """
     model = model.for_sampling()
     rows, width = len(tokens) * group_size, tokens.shape[1]
@@ -108,7 +124,7 @@ def generate(
 
     def one_more(carry: tuple) -> tuple:
         step, done, logits, cache, out = carry
-        token, logp = choose(logits, jax.random.fold_in(key, step), temperature, top_k, top_p)
+        token, logp = choose(logits, jax.random.fold_in(key, step), temperature, top_k, top_p, vocab_size)
         token = jnp.where(done, pad_id, token)
         out = Samples(
             out.tokens.at[:, step].set(token),
@@ -170,7 +186,10 @@ def _stream_program(model: Transformer) -> Callable[..., tuple[Int[Array, ""], K
 def _compiled_stream(quick: bool) -> Callable[..., tuple[Int[Array, ""], KVCache]]:
     options = QUICK if quick else None
     return jax.jit(
-        _stream_step, static_argnames=("top_k", "top_p"), donate_argnames=("cache",), compiler_options=options
+        _stream_step,
+        static_argnames=("top_k", "top_p", "vocab_size"),
+        donate_argnames=("cache",),
+        compiler_options=options,
     )
 
 
@@ -184,11 +203,12 @@ def _stream_step(
     temperature: Float[Array, ""],
     top_k: int,
     top_p: float,
+    vocab_size: int,
 ) -> tuple[Int[Array, ""], KVCache]:
     """Add `length` real tokens (the rest is right padding) from slot `start`; the next token, sampled."""
     column = jnp.arange(tokens.shape[1])[None, :]
     hidden, cache = model.extend(cache, start, tokens, start + column, (column < length).astype(jnp.int32))
-    token, _ = choose(model.logits(hidden[:, length - 1]), key, temperature, top_k, top_p)
+    token, _ = choose(model.logits(hidden[:, length - 1]), key, temperature, top_k, top_p, vocab_size)
     return token[0], cache
 
 
@@ -219,7 +239,7 @@ def stream(
     def step(start: int, tokens: np.ndarray, length: int, number: int, cache: KVCache) -> tuple[int, KVCache]:
         token, cache = program(
             model, cache, jnp.int32(start), tokens, jnp.int32(length), jax.random.fold_in(key, number),
-            jnp.float32(temperature), top_k, top_p,
+            jnp.float32(temperature), top_k, top_p, tokenizer.vocab_size,
         )  # fmt: skip
         return int(token), cache
 
@@ -242,12 +262,13 @@ def stream(
             token, cache = step(len(prompt) + number - 1, np.array([[token]], np.int32), 1, number, cache)
 
 
-def compile_stream(model: Transformer, top_k: int = 0, top_p: float = 1.0) -> None:
+def compile_stream(model: Transformer, tokenizer: TextTokenizer, top_k: int = 0, top_p: float = 1.0) -> None:
     """Compile the two functions that `stream` runs, for a short prompt and for one more token, in parallel."""
 
     def one(width: int) -> None:
         arguments = (jnp.int32(0), np.zeros((1, width), np.int32), jnp.int32(1), jax.random.key(0), jnp.float32(1.0))
-        jax.block_until_ready(_stream_program(model)(model, _stream_cache(model), *arguments, top_k, top_p))
+        options = top_k, top_p, tokenizer.vocab_size
+        jax.block_until_ready(_stream_program(model)(model, _stream_cache(model), *arguments, *options))
 
     with concurrent.futures.ThreadPoolExecutor(2) as both:
         list(both.map(one, (_chunk(model.config.max_len, 1), 1)))

@@ -66,7 +66,7 @@ def asked(monkeypatch) -> list:
 
     monkeypatch.setitem(sys.modules, "lm.train.models", types.SimpleNamespace(load_run=load_run))
     monkeypatch.setitem(sys.modules, "lm.rollout.engine", types.SimpleNamespace(generate_text=generate_text))
-    sampler = types.SimpleNamespace(stream=stream, compile_stream=lambda model, top_k, top_p: None)
+    sampler = types.SimpleNamespace(stream=stream, compile_stream=lambda model, tokenizer, top_k, top_p: None)
     monkeypatch.setitem(sys.modules, "lm.rollout.sampler", sampler)
     monkeypatch.setitem(sys.modules, "lm.data.chat", types.SimpleNamespace(render=render))
     return calls

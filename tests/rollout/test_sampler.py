@@ -46,6 +46,20 @@ def test_sampler_and_trainer_agree(temperature):
     assert batch.weights.sum() == out.mask.sum() > 0
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 100.0}, {"top_k": 1}, {"top_p": 0.2}])
+def test_rows_without_a_token_are_never_sampled_and_stay_in_the_normaliser(options):
+    real, (tokens, lengths) = 20, prompts(rows=4)
+    tokens = tokens % real
+    model = tiny_model(tied_head=False)
+    model.head.weight = model.head.weight.replace(model.head.weight[...].at[:, real:].multiply(30.0))  # the likeliest
+    assert np.asarray(sample(model, tokens, lengths, **options).tokens).max() >= real
+    out = jax.device_get(sample(model, tokens, lengths, vocab_size=real, **options))
+    assert out.tokens.max() < real and (options.get("temperature") != 100 or len(np.unique(out.tokens)) > real // 2)
+    batch = as_batch(tokens, lengths, out, np.ones(len(tokens)))
+    logp = token_logprobs(model, jax.tree.map(jnp.asarray, batch), options.get("temperature") or 1.0).logp
+    np.testing.assert_allclose(logp * batch.weights, batch.old_logp * batch.weights, rtol=1e-4, atol=1e-3)
+
+
 def test_ragged_prompts_are_answered_as_alone():
     model, (tokens, lengths) = tiny_model(), prompts(rows=4)
     assert len(set(lengths.tolist())) > 2

@@ -44,7 +44,7 @@ def test_a_stream_in_pieces_is_the_answer_in_one_batch(tokenizer, model, words):
 
 
 def test_two_programs_serve_every_length_and_the_context_can_be_filled(tokenizer, model):
-    compile_stream(model)
+    compile_stream(model, tokenizer)
     program = sampler._stream_program(model)
     before = program._cache_size()
     messages = conversation(1)
