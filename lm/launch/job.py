@@ -115,10 +115,8 @@ def check_mesh(experiment: Experiment, devices: int, slices: int, asked: str, pl
         )
     if sizes["slices"] != slices:
         raise UserError(f"{asked}: mesh.slices is {sizes['slices']}; it should be {slices} (--mesh.slices {slices})")
-    # A tokenizer file is on the job's machines, which check its size. Every mesh divides 0.
-    vocab_size = experiment.tokenizer.vocab_size if experiment.tokenizer.path is None else 0
     try:
-        check_fits(experiment, sizes, vocab_size, platform)
+        check_fits(experiment, sizes, platform)
     except UserError as error:
         raise UserError(f"{asked}: {error}") from error
 

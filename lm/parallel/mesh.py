@@ -63,8 +63,10 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> DeviceMesh:
     return DeviceMesh(np.asarray(placed), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def check_fits(experiment: Experiment, sizes: dict[str, int], vocab_size: int, platform: str | None = None) -> None:
+def check_fits(experiment: Experiment, sizes: dict[str, int], platform: str | None = None) -> None:
     """Check that sharded dimensions are divisible by their mesh axes and that the attention kernel suits the devices.
+
+    The vocabulary need not be: XLA pads it (`constrain` in `rules.py`).
 
     Args:
         platform: platform of the devices; None: this machine's.
@@ -81,7 +83,6 @@ def check_fits(experiment: Experiment, sizes: dict[str, int], vocab_size: int, p
         "model.num_heads": (m.num_heads, "heads"),
         "model.num_kv_heads": (m.num_kv_heads, "kv_heads"),
         "model.mlp_dim": (m.mlp_dim, "mlp"),
-        "tokenizer.vocab_size": (vocab_size, "vocab"),
     } | {f"{stage.name}.seq_len": (stage.seq_len, "length") for stage in experiment.stages}
     for field, (value, name) in split.items():
         if value % ways(name, sizes):

@@ -68,14 +68,20 @@ def split_ways(size: int, name: str) -> int:
 def constrain(x: Array, *names: str | None) -> Array:
     """Constrain an activation's sharding by logical axis names; does nothing without a mesh (`jax.set_mesh`).
 
-    A dimension not divisible by its axes is not sharded: an evaluation may have few rows.
+    A dimension not divisible by its axes is not sharded: an evaluation may have few rows. The vocabulary is: XLA pads it
+    inside the program, and no number depends on the padding.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     sized = zip(names, x.shape, strict=False)  # dimensions after the last name are not sharded
-    fits = (name if name and split_ways(size, name) > 1 else None for name, size in sized)
+    fits = (name if name and _splits(size, name, mesh.shape) else None for name, size in sized)
     return jax.lax.with_sharding_constraint(x, spec(tuple(fits)))
+
+
+def _splits(size: int, name: str, sizes: Mapping[str, int]) -> bool:
+    parts = ways(name, sizes)
+    return parts > 1 and (name == "vocab" or size % parts == 0)
 
 
 def row_major(x: Array, *names: str) -> Array:
@@ -118,6 +124,9 @@ def gathered(w: Array, names: tuple[str | None, ...], dtype: Any) -> Array:
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a tree's leaves: by logical axis names where a leaf has them, else replicated.
+
+    A program cannot be given an array that its devices do not divide. So a table of such a vocabulary is whole along this
+    dimension between steps, and no layout changes its shape.
 
     Args:
         tree: abstract values (`jax.eval_shape`); parameters, optimizer state or a whole TrainState.

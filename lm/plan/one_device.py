@@ -42,7 +42,7 @@ def one_device(program: Program) -> Program:
         max_logits=model.max_logits * ways("length", sizes),  # the limit is per device, but rows are traced whole
         scan_unroll=1,  # the same memory and work, faster to trace
     )
-    return dataclasses.replace(program, model=local, vocab_size=program.vocab_size // ways("vocab", sizes))
+    return dataclasses.replace(program, model=local, vocab_size=-(-program.vocab_size // ways("vocab", sizes)))
 
 
 def local_batch(program: Program) -> tuple[int, int]:

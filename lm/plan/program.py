@@ -105,6 +105,5 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
             f"the mesh uses {used} of the {topology.devices} devices of {topology.slices} x {topology.name}: set one of "
             "its axes to -1, which takes all remaining devices"
         )
-    vocab_size = experiment.tokenizer.vocab_size
-    check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, vocab_size, platform="tpu")
-    return Program(stage, experiment.model, vocab_size, topology, sizes)
+    check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, platform="tpu")
+    return Program(stage, experiment.model, experiment.tokenizer.vocab_size, topology, sizes)

@@ -203,7 +203,7 @@ def _prepare_data(
     print_on_main("reading the data")
     tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or load_tokenizer(folder.tokenizer)
     rows = raise_on_all(lambda: vocabulary_rows(experiment, tokenizer))
-    raise_on_all(lambda: check_fits(experiment, dict(mesh.shape), rows))
+    raise_on_all(lambda: check_fits(experiment, dict(mesh.shape)))
     raise_on_all(lambda: check_memory(experiment, dict(mesh.shape), rows))
 
     def record() -> None:

@@ -13,6 +13,7 @@ from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding, shardings
 from lm.types import NOTHING_SHARED
+from tests import helpers
 from tests.helpers import OBJECTIVES, grouped_batch, layout, random_batch, tiny_model, tiny_stage
 
 pytestmark = pytest.mark.slow
@@ -121,6 +122,16 @@ def assert_same(got, wanted):
     assert got[2].keys() == wanted[2].keys()
     for key, value in got[2].items():
         np.testing.assert_allclose(value, wanted[2][key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_a_vocabulary_that_the_mesh_does_not_divide_changes_nothing(monkeypatch):
+    monkeypatch.setattr(helpers, "VOCAB", 67)
+    changes = {"max_len": 63, "tied_head": False}  # of a model that no other test has made with the usual vocabulary
+    *_, state = prepared(OBJECTIVES["grpo_token"], {"tensor": 2, "fsdp": 2}, {}, changes)
+    head = state.models["policy"].head.weight[...]
+    assert head.shape == (32, 67) and head.sharding.shard_shape(head.shape) == (16, 67)
+    split = two_steps(OBJECTIVES["grpo_token"], {"tensor": 2, "fsdp": 2}, {}, changes)
+    assert_same(split, two_steps(OBJECTIVES["grpo_token"], {}, {}, changes))
 
 
 def repeating_batch(seed=0):
