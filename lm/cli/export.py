@@ -1,10 +1,12 @@
 """Write the model of a run as a folder that transformers and other programs read.
 
 config.json, *.safetensors, the tokenizer's files with the chat template, and
-README.md, which says what the model was trained on:
+README.md, which says what the model was trained on. A stage with an adapter
+(LoRA) is written as one, in PEFT's format, or with --merge as a whole model:
 
   lm export quickstart out/quickstart
   lm export quickstart out/sft --stage sft --dtype bfloat16
+  lm export RUN out/merged --stage dpo --merge
   lm export FOLDER out/half --dtype float16     a published model, written again"""
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lm.cli.arguments import MODEL_HELP, find_model, number
+from lm.experiment import Experiment, LoRA, UserError, start_of
 
 TAKES_OVERRIDES = False
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # so that no device is taken from a run, and the host's memory is the limit
@@ -28,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; new, or empty")
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
+    parser.add_argument("--merge", action="store_true", help="merge the factors of an adapter into the weights")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -45,7 +50,10 @@ def call(arguments: argparse.Namespace) -> int:
     run_dir, stage = find_model(arguments.run, arguments.stage)
     os.environ.update(ENVIRONMENT)
 
-    from lm.interop.export import write
+    from lm.interop.export import family_of, write
+    from lm.interop.peft import write_adapter
+    from lm.model.lora import merged
+    from lm.model.quantised import dequantised
     from lm.stored import new_folder
     from lm.train.models import load_run, origin_of
     from lm.train.run_files import read_run
@@ -58,16 +66,43 @@ def call(arguments: argparse.Namespace) -> int:
             files["README.md"] = model_card(read_run(run_dir), loaded.stage, loaded.step).encode()
         ids = {"bos_token_id": loaded.tokenizer.document_ids[0], "eos_token_id": loaded.tokenizer.eos_id}
         size = None if arguments.shard_gb is None else int(1e9 * arguments.shard_gb)
-        write(
-            loaded.model, draft, dtype=arguments.dtype, origin=origin_of(run_dir), shard_bytes=size,
-            token_ids=ids | {"pad_token_id": loaded.tokenizer.pad_id}, progress=_progress(),
-        )  # fmt: skip
+        origin, lora = origin_of(run_dir), _adapter_of(loaded)
+        if lora.rank and not arguments.merge:
+            base, family = _base_of(loaded.experiment, loaded.stage), family_of(loaded.model, origin)
+            write_adapter(loaded.model, draft, family, base, lora.rs_lora, arguments.dtype)
+        else:
+            write(
+                merged(dequantised(loaded.model), arguments.dtype), draft, dtype=arguments.dtype, origin=origin, shard_bytes=size,
+                token_ids=ids | {"pad_token_id": loaded.tokenizer.pad_id}, progress=_progress(),
+            )  # fmt: skip
         for name, content in files.items():
             (draft / name).write_bytes(content)
         written = [file.stat().st_size for file in draft.iterdir()]
     after = f", after stage {stage}, step {loaded.step}" if stage else ""
     print(f"{run_dir}{after}\n{arguments.out}: {len(written)} files, {sum(written) / 1e6:,.1f} MB")
     return 0
+
+
+def _adapter_of(loaded: Any) -> LoRA:
+    """The adapter that the loaded stage trained; of rank 0 if none."""
+    return next((one.lora for one in loaded.experiment.stages if one.name == loaded.stage), LoRA())
+
+
+def _base_of(experiment: Experiment, stage: str) -> str:
+    """Name of the model that an adapter belongs to. Raises UserError where that is no model that can be named or written."""
+    names = [one.name for one in experiment.stages]
+    at: int | None = names.index(stage)
+    while at is not None and experiment.stages[at].lora.rank:
+        at = start_of(experiment, at)
+    if at is None and experiment.init:
+        return Path(experiment.init.partition(":")[2]).name
+    before = start_of(experiment, at) if at is not None else None
+    while before is not None and not experiment.stages[before].lora.rank:
+        before = start_of(experiment, before)
+    if at is None or before is not None:
+        what = "random weights" if at is None else f"stage {names[at]}, which has factors of {names[before or 0]}"
+        raise UserError(f"the adapter of stage {stage} is on {what}: --merge writes the whole model")
+    return ""
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -79,6 +79,12 @@ def write(
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
+def family_of(model: Transformer, origin: Origin | None = None) -> Family:
+    """The family whose names the tensors of a model get in a checkpoint: that of its origin, else the first that has it."""
+    config = json.loads(origin.config) if origin is not None and _describes(origin, model) else None
+    return FAMILIES[(config or write_config(model.config, model.vocab_size))["model_type"]]
+
+
 def _describes(origin: Origin, model: Transformer) -> bool:
     """Whether the config.json that came with the weights still describes the model, except its maximum length."""
     theirs, vocab_size = read_config(json.loads(origin.config))

@@ -277,12 +277,15 @@ def _texts(value: Any, field: str) -> list[str]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(model: Transformer, folder: Path, family: Family, base: str = "", rs_lora: bool = False) -> None:
+def write_adapter(
+    model: Transformer, folder: Path, family: Family, base: str = "", rs_lora: bool = False, dtype: str | None = None
+) -> None:
     """Write all factors of a model, its own and those of earlier stages, as one adapter that PEFT reads onto the base model.
 
     Args:
         base: name or folder of the base model, which PEFT loads where it is asked for the adapter alone.
         rs_lora: α is written for scale = α/√r (arXiv 2312.03732) instead of α/r.
+        dtype: of the tensors; None: as they are.
 
     Raises:
         UserError: the model has no factors.
@@ -313,9 +316,8 @@ def write_adapter(model: Transformer, folder: Path, family: Family, base: str = 
     config |= {"use_rslora": rs_lora, "use_dora": dora, "base_model_name_or_path": base or None}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
+    stored = {name: np.ascontiguousarray(x.astype(jnp.dtype(dtype or x.dtype))) for name, x in tensors.items()}
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
     write_json_atomic(folder / CONFIG, config)
 
 

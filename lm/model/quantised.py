@@ -130,6 +130,21 @@ def set_base(model: M, base: str, mesh: Mesh | None = None) -> M:
     return model
 
 
+def dequantised(model: M) -> M:
+    """The model with its quantised weights as parameters again, in the dtype that they had; other arrays are shared."""
+    model = jax.tree.map(lambda x: x, model)
+    for _, linear in linears(model):
+        if not isinstance(linear.weight, nnx.Param):
+            names, read = axes_of(linear.weight), functools.partial(_read, linear.weight.dtype)
+            value = jax.lax.map(read, linear.weight) if names[0] == "layers" else read(linear.weight)
+            linear.weight = parameter(value, names)
+    return model
+
+
+def _read(dtype: Any, weight: Any) -> Array:
+    return weight.read(dtype)
+
+
 def _quantised(make: Callable[..., Any], inputs: int, weight: nnx.Param) -> Any:
     """A weight quantised; one of stacked layers layer by layer, which keeps what is in float32 on the way small."""
     names = axes_of(weight)

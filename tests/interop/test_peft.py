@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lm.experiment import SFT, LoRA, Stage, UserError
+from lm.cli.export import _base_of
+from lm.experiment import SFT, Experiment, LoRA, Stage, UserError
 from lm.interop import hf
 from lm.interop.peft import CONFIG, WEIGHTS, read_adapter, read_factors, write_adapter
 from lm.model.families import FAMILIES
@@ -205,3 +206,16 @@ def test_an_adapter_for_another_base(folder, tmp_path_factory):
     (other / WEIGHTS).rename(other / "adapter_model.bin")
     with pytest.raises(UserError, match=r"has adapter_model.bin and no adapter_model.safetensors"):
         read_factors(other, tiny_model(num_layers=2), LLAMA)
+
+
+def test_the_base_of_an_adapter_is_named_or_merging_asked_for():
+    def experiment(*ranks: int, init: str = "") -> Experiment:
+        stages = tuple(Stage(f"s{i}", SFT(), (), steps=1, lora=LoRA(rank=rank)) for i, rank in enumerate(ranks))
+        return Experiment("e", stages, init=init)
+
+    assert _base_of(experiment(2, 2, init="hf:models/some-model"), "s1") == "some-model"
+    assert _base_of(experiment(0, 2), "s1") == ""
+    with pytest.raises(UserError, match=r"the adapter of stage s0 is on random weights: --merge"):
+        _base_of(experiment(2), "s0")
+    with pytest.raises(UserError, match=r"adapter of stage s2 is on stage s1, which has factors of s0: --merge"):
+        _base_of(experiment(2, 0, 2, init="hf:m"), "s2")

@@ -10,7 +10,7 @@ import pytest
 from lm.experiment import SFT, LoRA, Mesh, Stage, UserError
 from lm.model.lora import adapted, linears
 from lm.model.parameter import parameter
-from lm.model.quantised import NF4, QUANTISED, set_base
+from lm.model.quantised import NF4, QUANTISED, dequantised, set_base
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import shardings
 from tests.helpers import tiny_model
@@ -78,9 +78,8 @@ def test_a_model_computes_with_the_weights_that_were_stored(base):
     tokens = jnp.arange(32).reshape(2, 16)
     inputs = tokens, jnp.broadcast_to(jnp.arange(16), (2, 16)), jnp.ones((2, 16), jnp.int32)
     stored = set_base(tiny_model(), base)
-    plain = jax.tree.map(lambda x: x, stored)
-    for _, linear in linears(plain):
-        linear.weight = linear.weight if hasattr(linear.weight, "get_metadata") else as_parameter(linear.weight)
+    plain = dequantised(stored)
+    assert all(linear.weight.dtype == jnp.float32 for _, linear in linears(plain))
     stage = Stage("sft", SFT(), (), steps=1, lora=LoRA(rank=2))
 
     def gradient(model):
@@ -109,9 +108,3 @@ def test_a_model_computes_with_the_weights_that_were_stored(base):
         spread = set_base(jax.device_put(model, shardings(model, mesh)), base, mesh)
         np.testing.assert_allclose(logits(spread), expected, atol=2e-5)
     assert "tensor" in spread.blocks.mlp.up.weight.codes[...].sharding.spec
-
-
-def as_parameter(weight):
-    names = weight.codes.get_metadata("out_sharding")
-    layers = [jax.tree.map(lambda x, i=i: x[i], weight)[...] for i in range(weight.shape[0])]
-    return parameter(jnp.stack(layers), names)
