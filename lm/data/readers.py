@@ -128,12 +128,12 @@ def why_not_a_file(path: str) -> str | None:
     return None
 
 
-def cuts(spans: Spans, kind: str) -> Iterator[tuple[int, int]]:
-    """Row ranges (start, stop) of pieces of about PIECE_BYTES; a Parquet row group is not split."""
+def cuts(spans: Spans, kind: str, smaller: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges (start, stop) of pieces of about PIECE_BYTES / `smaller`; a Parquet row group is not split."""
     start, done = 0, np.cumsum(spans[:, 1])
     last = np.flatnonzero(np.diff(spans[:, 0] // GROUP)) if kind == ".parquet" else np.arange(len(spans) - 1)
     last = np.append(last, len(spans) - 1)[: len(spans)]  # rows after which a piece may end
-    full = np.diff(done[last] // PIECE_BYTES, prepend=0) > 0
+    full = np.diff(done[last] * smaller // PIECE_BYTES, prepend=0) > 0
     for end in [*(last[full] + 1).tolist(), len(spans)]:
         if end > start:
             yield start, end

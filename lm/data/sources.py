@@ -74,11 +74,11 @@ class Part:
         spans = np.array(self.entry.array("spans")[start:stop])
         return Piece(self.name, self.file, self.kind, start, spans, self.columns, self.drop)
 
-    def pieces(self) -> Iterator[Piece]:
-        """All rows, in pieces."""
+    def pieces(self, smaller: int = 1) -> Iterator[Piece]:
+        """All rows, in pieces of about PIECE_BYTES / `smaller`."""
         for start in range(0, len(self), readers.SPANS):
             many = self.piece(start, min(start + readers.SPANS, len(self)))
-            for low, high in readers.cuts(many.spans, self.kind):
+            for low, high in readers.cuts(many.spans, self.kind, smaller):
                 yield many._replace(first=start + low, spans=many.spans[low:high])
 
 

@@ -27,6 +27,8 @@ NEVER = np.iinfo(np.int32).max  # `firsts` of an example without any loss
 UNREAD_KEPT = 100  # approximate number of names of unread columns kept for a piece
 ENCODED_AT_ONCE = 256  # documents (or rows in memory) whose tokens are held as Python integers at once
 
+TEMPLATE_SLOWNESS = 8  # a chat template takes about so many times as long as ChatML
+
 Named = tuple[Row, str]  # a row, and its location for messages
 Columns = dict[str, np.ndarray]
 ANSWERED = (
@@ -157,11 +159,12 @@ def store_of(rows: Rows, kind: str, tokenizer: TextTokenizer) -> Store:
 
         return _store([cache.entry("tokens", made_of | {"content": rows.fingerprint}, build, rows.path)])
     shared = kind, tokenizer, rows.drop
-    with WorkerPool(label, "tokens", sum(part.text_bytes for part in rows.parts), shared) as pool:
+    slowness = TEMPLATE_SLOWNESS if tokenizer.has_template and kind != "documents" else 1
+    with WorkerPool(label, "tokens", sum(part.text_bytes for part in rows.parts), shared, slowness=slowness) as pool:
 
         def entry(part: Any) -> Entry:
             def build(writer: Writer) -> None:
-                for size, columns in pool.map(_encode_piece, part.pieces()):
+                for size, columns in pool.map(_encode_piece, part.pieces(slowness)):
                     _append(writer, columns)
                     pool.progress.advance(size, len(columns["tokens"]))
 

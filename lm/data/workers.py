@@ -38,9 +38,18 @@ class WorkerPool:
     A context manager. Without worker processes, tasks run in the calling thread.
     """
 
-    def __init__(self, label: str, unit: str, text_bytes: int, shared: Any = None, processes: int | None = None):
+    def __init__(
+        self,
+        label: str,
+        unit: str,
+        text_bytes: int,
+        shared: Any = None,
+        processes: int | None = None,
+        slowness: int = 1,
+    ):
         self.shared = shared
-        self.processes = (cores() if text_bytes >= WORTH_BYTES else 1) if processes is None else processes
+        many = text_bytes * slowness >= WORTH_BYTES
+        self.processes = (cores() if many else 1) if processes is None else processes
         self.progress = BuildProgress(label, unit, text_bytes, self.processes)
         self._stopped = threading.Event()
         self._pool: ProcessPoolExecutor | None = None

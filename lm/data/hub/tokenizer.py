@@ -15,6 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from lm.data.hub import files as hub_files
 from lm.data.hub.files import AddedToken
 from lm.data.hub.marks import Shields, all_text, free_letters
@@ -57,7 +59,7 @@ class ShieldedChat:
 
     messages: list[dict[str, Any]]
     tools: Any
-    text: str
+    output: str  # generation blocks between marks
     shields: Shields
     letters: Iterator[str]
 
@@ -89,6 +91,7 @@ class HubTokenizer:
         self._control = {
             name: one for name, one in added.items() if one.is_control or (name.strip() and name in written)
         }
+        self._first_letters = {name[0] for name in (*self._control, *BLOCK_MARKS)}
         self._assistants_own = {name: one for name, one in self._control.items() if not one.is_control}
         self._added = added
         self._vocabulary = vocabulary or self._read_vocabulary(parsed)
@@ -148,7 +151,7 @@ class HubTokenizer:
 
     @functools.cached_property
     def _readers(self) -> dict[str, Reader]:
-        return {name: Reader(template, self._added.keys()) for name, template in self._templates.items()}
+        return {name: Reader(template, self.added_names) for name, template in self._templates.items()}
 
     def _reader(self, name: str) -> Reader:
         if not self._templates:
@@ -241,14 +244,15 @@ class HubTokenizer:
         reader = self._reader("tool_use" if tools else "default")
         talk, shields = self._read(reader, _bare(messages), tools, variables or {}, generation_prompt)
         encoded = self._vocabulary.encode(self._rendered(talk.text, shields))
-        sizes = [len(shields.names.get(letter, letter)) for letter in talk.text]
-        at = list(accumulate(sizes, initial=0))
-        spans = tuple(Span(at[one.start], at[one.text_end], at[one.end], one.turn) for one in talk.spans)
-        inside, mask = _masks(encoded, at[-1], spans, messages, loss_on, learn_end)
-        straddling = sum(0 < part < 1 for part in inside)
+        spans, text = talk.spans, shields.remove(talk.text)
+        if shields.names:
+            sizes = [len(shields.names.get(letter, letter)) for letter in talk.text]
+            at = list(accumulate(sizes, initial=0))
+            spans = tuple(Span(at[one.start], at[one.text_end], at[one.end], one.turn) for one in spans)
+        mask, straddling = _mask(encoded, len(text), spans, messages, loss_on, learn_end)
         last = spans[-1].start if spans else 0
         first = next((i for i, end in enumerate(encoded.ends) if end > last), 0) if spans else len(encoded.ids)
-        return RenderedChat(encoded.ids, mask, shields.remove(talk.text), spans, straddling, talk.left_out, first)
+        return RenderedChat(encoded.ids, mask, text, spans, straddling, talk.left_out, first)
 
     def template_text(
         self,
@@ -260,7 +264,7 @@ class HubTokenizer:
         """What the chat template makes of a conversation. Raises TemplateError where it refuses it."""
         reader = self._reader("tool_use" if tools else "default")
         shielded = self._shielded(reader, _bare(messages), tools, variables or {}, generation_prompt)
-        return shielded.shields.remove(shielded.text)
+        return shielded.shields.remove(without_blocks(shielded.output)[0])
 
     def _read(
         self, reader: Reader, messages: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any], prompt: bool
@@ -268,9 +272,10 @@ class HubTokenizer:
         """The conversation with shields in the place of typed control tokens."""
         one = self._shielded(reader, messages, tools, variables, prompt)
         if prompt:
-            left_out = reader.left_out(one.messages, one.tools, variables, one.letters, one.text)
-            return Conversation(one.text, (), left_out), one.shields
-        return reader.read(one.messages, one.tools, variables, one.letters), one.shields
+            text = without_blocks(one.output)[0]
+            left_out = reader.left_out(one.messages, one.tools, variables, one.letters, text)
+            return Conversation(text, (), left_out), one.shields
+        return reader.read(one.messages, one.tools, variables, one.letters, one.output), one.shields
 
     def _shielded(
         self, reader: Reader, messages: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any], prompt: bool
@@ -278,7 +283,8 @@ class HubTokenizer:
         """The conversation with shields for as many typed control tokens as the template does not look for."""
         typed = all_text([messages, tools, dict(variables)])
         letters = free_letters(typed)
-        shields = Shields.of([name for name in (*self._control, *BLOCK_MARKS) if name in typed], letters)
+        possible = () if self._first_letters.isdisjoint(typed) else (*self._control, *BLOCK_MARKS)
+        shields = Shields.of([name for name in possible if name in typed], letters)
         narrow = shields.only(shields.letters.keys() - self._assistants_own.keys())
         plain = reader.template.render(messages, tools, prompt, variables)
         for wide in (shields, narrow):
@@ -290,7 +296,7 @@ class HubTokenizer:
                 else reader.template.render(given, offered, prompt, variables)
             )
             if shields.remove(text) == plain:
-                return ShieldedChat(given, offered, without_blocks(text)[0], shields, letters)
+                return ShieldedChat(given, offered, text, shields, letters)
         raise TemplateError(
             f"{reader.template.where}: the template takes control tokens that a message types for its own; "
             "tokenizer.typed_control token accepts that"
@@ -299,7 +305,8 @@ class HubTokenizer:
     def _rendered(self, text: str, shields: Shields) -> list[Segment]:
         """Text and control tokens of a template's output."""
         segments: list[Segment] = []
-        for piece, is_token in split_at(text, [*self._control, *shields.names]):
+        names = self.control_names.union(shields.names) if shields.names else self.control_names
+        for piece, is_token in split_at(text, names):
             if is_token and piece in self._control:
                 segments.append(self._control[piece])
             elif is_token and not self._typed_is_text:
@@ -376,21 +383,21 @@ def with_options(
     return found | ({hub_files.OPTIONS: json.dumps(options, sort_keys=True).encode()} if options else {})
 
 
-def _masks(
+def _mask(
     encoded: Encoded, size: int, spans: Sequence[Span], messages: Sequence[Turn], loss_on: str, learn_end: bool
-) -> tuple[list[float], list[int]]:
-    """Of every token the share of its characters that the assistant wrote, and whether the loss covers it."""
-    wrote, learnt = [0] * size, [int(loss_on == "all")] * size
+) -> tuple[list[int], int]:
+    """Of every token whether the loss covers it, and the number of tokens of which the assistant wrote a part."""
+    wrote, learnt = np.zeros(size, np.int64), np.full(size, int(loss_on == "all"))
     for one in spans:
-        wrote[one.start : one.end] = [1] * (one.end - one.start)
-        learns = int(messages[one.turn].get("train", True) is not False)
-        learnt[one.start : one.end] = [learns] * (one.end - one.start)
+        wrote[one.start : one.end] = 1
+        learnt[one.start : one.end] = messages[one.turn].get("train", True) is not False
         if not learn_end:
-            learnt[one.text_end : one.end] = [0] * (one.end - one.text_end)
-    sums = [list(accumulate(values, initial=0)) for values in (wrote, learnt)]
-    edges = [(start, max(end, start)) for start, end in zip(encoded.starts, encoded.ends, strict=True)]
-    inside = [(sums[0][end] - sums[0][start]) / (end - start) if end > start else 0.0 for start, end in edges]
-    return inside, [int(sums[1][end] > sums[1][start]) for start, end in edges]
+            learnt[one.text_end : one.end] = 0
+    starts = np.array(encoded.starts, np.int64)
+    ends = np.maximum(np.array(encoded.ends, np.int64), starts)
+    inside, covered = (np.concatenate([[0], np.cumsum(values)]) for values in (wrote, learnt))
+    parts = inside[ends] - inside[starts]
+    return (covered[ends] > covered[starts]).astype(int).tolist(), int(((parts > 0) & (parts < ends - starts)).sum())
 
 
 def _bare(messages: Sequence[Turn]) -> list[dict[str, Any]]:

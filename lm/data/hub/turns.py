@@ -77,15 +77,15 @@ class Reader:
         tools: Sequence[Any] | None,
         variables: Mapping[str, Any],
         letters: Iterator[str],
+        output: str,
     ) -> Conversation:
-        """The conversation as the template renders it.
+        """The conversation as the template renders it, to `output`.
 
         Raises:
             TemplateError: the template refuses it, or the assistant's text cannot be located (names the place).
         """
         if not messages:
             raise TemplateError(f"{self.template.where}: a conversation needs at least one message")
-        output = self.template.render(messages, tools, variables=variables)
         if output.count(GENERATION_START) != output.count(GENERATION_END):
             raise TemplateError(f"{self.template.where}: the template cuts the output of its generation blocks")
         text, blocks = without_blocks(output)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
@@ -88,18 +87,12 @@ class JsonVocabulary:
         names = [one if isinstance(one, str) else one.name for one in segments]
         given = [one if isinstance(one, str) else self._names.get(one.name, one.name) for one in segments]
         found = self._library.encode("".join(given), add_special_tokens=add_special)
-        starts, ends = zip(*found.offsets, strict=True) if found.offsets else ((), ())
-        if names == given:
-            return Encoded(found.ids, list(starts), list(ends))
-        at = list(accumulate(map(len, given), initial=0))
-        seen = list(accumulate(map(len, names), initial=0))
-
-        def place(there: int) -> int:
-            """The position in the text with the original names."""
-            number = min(bisect.bisect_right(at, there), len(names)) - 1
-            return min(seen[number] + there - at[number], seen[number + 1])
-
-        return Encoded(found.ids, list(map(place, starts)), list(map(place, ends)))
+        places = np.array(found.offsets, np.int64).reshape(-1, 2)
+        if names != given:
+            at, seen = (np.cumsum([0, *map(len, some)]) for some in (given, names))
+            number = np.minimum(np.searchsorted(at, places, "right"), len(names)) - 1
+            places = np.minimum(seen[number] + places - at[number], seen[number + 1])
+        return Encoded(found.ids, *places.T.tolist())
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Vocabulary`."""
