@@ -68,6 +68,10 @@ def schema_of(name: str, file: Path) -> Any:
         schema = _parquet(name, file).schema_arrow
     else:
         schema = _batches(name, file, file.stat().st_mtime_ns)[0]
+    with _damaged(name, "its columns have names that cannot be read"):
+        schema.to_string(
+            show_field_metadata=False, show_schema_metadata=False
+        )  # decodes every name, of nested ones too
     if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
         raise UserError(f"{name}: the column {twice[0]!r:.60} appears twice")
     return schema
@@ -105,7 +109,10 @@ def block(name: str, file: Path, changed: int, number: int, left_out: tuple[str,
             return opened.read_row_group(number, columns=kept if left_out else None)
     import pyarrow
 
-    return pyarrow.Table.from_batches([_batches(name, file, changed)[1][number]]).drop_columns(list(left_out))
+    batch = _batches(name, file, changed)[1][number]
+    with _damaged(name, f"damaged in record batch {number}"):
+        batch.validate(full=True)  # reading text or lists at offsets that a damaged file gives would end the process
+    return pyarrow.Table.from_batches([batch]).drop_columns(list(left_out))
 
 
 def bytes_columns(name: str, file: Path, named: Container[str]) -> tuple[str, ...]:

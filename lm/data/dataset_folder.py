@@ -154,11 +154,12 @@ def _saved(folder: Path, path: str) -> tuple[str, list[Path]]:
         raise UserError(
             f"{path}: {folder} holds a selection of rows by their numbers; flatten_indices() before save_to_disk"
         )
-    files = [one.get("filename") if isinstance(one, dict) else None for one in state.get("_data_files") or ()]
+    listed = state.get("_data_files")
+    files = [isinstance(one, dict) and one.get("filename") for one in listed] if isinstance(listed, list) else []
     if not files or not all(isinstance(name, str) and _is_inside(name) for name in files):
         raise UserError(f"{path}: {folder / STATE} must list the files of the data set, and none outside its folder")
     for name in files:
-        if not (folder / str(name)).is_file():
+        if not os.path.isfile(folder / str(name)):  # False for a name that is too long, where a Path raises
             raise UserError(f"{path}: {folder / str(name)} is missing; save or copy the data set again")
     return str(state.get("_split") or TRAIN), [folder / str(name) for name in files]
 
@@ -194,7 +195,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(parts[1])
-    except yaml.YAMLError:  # a README may begin with a line and have another
+    except (yaml.YAMLError, ValueError, RecursionError):  # a README may begin with a line and have another
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -282,7 +283,7 @@ def _files_below(folder: Path) -> list[Path]:
     """The data files in a folder and its subfolders, without hidden ones; `.json` files only if there are no others."""
     found = [
         file
-        for file in sorted(folder.rglob("*"))
+        for file in (sorted(folder.rglob("*")) if os.path.isdir(folder) else ())
         if _has_rows(file) and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
     ]
     return [file for file in found if kind_of(file) != ".json"] or found

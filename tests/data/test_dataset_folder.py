@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
@@ -202,3 +203,32 @@ def test_a_damaged_arrow_file_is_told(splits, content):
     file.write_bytes(file.read_bytes()[:200] if content is None else content)
     with pytest.raises(UserError, match="not a whole Arrow file"):
         load_rows(f"{splits}/test")
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("all/train/state.json", '{"_data_files": true}', "must list the files"),
+        ("all/train/state.json", json.dumps({"_data_files": [{"filename": "a" * 300}]}), "is missing"),
+        ("named/README.md", README.format(more="").replace("data_dir: other", f"data_dir: {'a' * 300}"), ""),
+        ("named/README.md", "---\nx: 2020-99-99\n---\n", ""),
+    ],
+    ids=["a flag", "a long name", "a long folder", "no date"],
+)
+def test_odd_files_beside_the_rows_are_harmless_or_told_in_one_line(splits, configs, tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    path = str((tmp_path / name).parent.parent if "state" in name else tmp_path / "named" / "main")
+    try:
+        assert list(load_rows(path)) and not said
+    except UserError as error:
+        assert said in str(error) and "\n" not in str(error)
+
+
+def test_offsets_beyond_the_text_are_told_and_not_read(tmp_path):
+    offsets = np.array([0, 3, 2**31 - 1, 5], np.int32)  # pyarrow would end the process
+    texts = pyarrow.StringArray.from_buffers(3, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"a" * 8))
+    batch = pyarrow.record_batch([texts], ["text"])
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), batch.schema) as file:
+        file.write_batch(batch)
+    with pytest.raises(UserError, match="damaged in record batch 0"):
+        list(load_rows(str(tmp_path / "a.arrow")))
