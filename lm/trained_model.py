@@ -36,7 +36,8 @@ class TrainedModel:
     loaded: LoadedRun
 
     def __repr__(self) -> str:
-        return f"TrainedModel({str(self.folder)!r}, after stage {self.loaded.stage!r})"
+        stage = f", after stage {self.loaded.stage!r}" if self.loaded.stage else ""
+        return f"TrainedModel({str(self.folder)!r}{stage})"
 
     def sample(
         self,
@@ -83,8 +84,13 @@ class TrainedModel:
         )  # fmt: skip
         return [answer.text for answer in answers]
 
-    def logprobs(self, prompts: str | Sequence[Prompt], answers: str | Sequence[str]) -> list[list[TokenLogprob]]:
+    def logprobs(
+        self, prompts: str | Sequence[Prompt], answers: str | Sequence[str], *, raw: bool = False
+    ) -> list[list[TokenLogprob]]:
         """Of each prompt's answer the tokens, with the one that ends the turn, and the log-probability of each.
+
+        Args:
+            raw: the answers continue the prompts as text, and no turn ends.
 
         Raises:
             UserError: as many answers as prompts are needed, or a prompt and its answer do not fit in the context.
@@ -92,14 +98,24 @@ class TrainedModel:
         given, said = _listed(prompts), [answers] if isinstance(answers, str) else list(answers)
         if len(given) != len(said):
             raise UserError(f"there are {len(given)} prompts and {len(said)} answers; each prompt needs its answer")
-        return [self._logprobs(prompt, answer) for prompt, answer in zip(given, said, strict=True)]
+        rendered = self._continued if raw else self._answered
+        return [self._logprobs(*rendered(prompt, answer)) for prompt, answer in zip(given, said, strict=True)]
 
-    def _logprobs(self, prompt: Prompt, answer: str) -> list[TokenLogprob]:
-        tokenizer, longest = self.loaded.tokenizer, self.loaded.experiment.model.max_len
+    def _answered(self, prompt: Prompt, answer: str) -> tuple[list[int], int, int]:
+        """The tokens of a conversation, and where its last answer begins and ends."""
         turns = _asked(prompt)
-        tokens, mask, last = render([*turns, {"role": "assistant", "content": answer}], tokenizer)[:3]
-        end = len(mask) - mask[::-1].index(1)  # behind the token that ends the answer
-        start = mask.index(1, last)
+        tokens, mask, last = render([*turns, {"role": "assistant", "content": answer}], self.loaded.tokenizer)[:3]
+        return tokens, mask.index(1, last), len(mask) - mask[::-1].index(1)  # behind the token that ends the answer
+
+    def _continued(self, prompt: Prompt, answer: str) -> tuple[list[int], int, int]:
+        """The tokens of a document, and where those begin that hold nothing of its prompt."""
+        tokenizer, text = self.loaded.tokenizer, str(prompt)
+        ids, starts = tokenizer.encode_offsets(text + answer)
+        first = sum(start < len(text) for start in starts)
+        return [tokenizer.document_ids[0], *ids], 1 + first, 1 + len(ids)
+
+    def _logprobs(self, tokens: list[int], start: int, end: int) -> list[TokenLogprob]:
+        tokenizer, longest = self.loaded.tokenizer, self.loaded.experiment.model.max_len
         if end > longest:
             raise UserError(f"a prompt and its answer have {end} tokens; model.max_len is {longest}")
         width = min(longest, max(16, 1 << (end - 1).bit_length()))  # few widths, few compilations

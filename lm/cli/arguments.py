@@ -56,6 +56,11 @@ def find_run(name: str) -> Path:
     if folder is None:
         known = sorted(path.parent.name for path in Path("runs").glob("*/experiment.json"))
         raise UserError(f"no run {shown(name)}; runs/ here has: {', '.join(known) or 'nothing'}{nearest(name, known)}")
+    if is_open_weights(folder):
+        raise UserError(
+            f"{folder} is a published model and not a run; lm sample, lm chat and lm export take it, and other commands "
+            f"take EXPERIMENT --init {folder}"
+        )
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
     return folder

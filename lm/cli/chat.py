@@ -17,6 +17,7 @@ from lm.experiment import UserError
 from lm.web.text import visible
 
 TAKES_OVERRIDES = False
+LONGEST = 8192  # tokens of a conversation with open weights, whose own context may be too large for a cache
 Messages = list[dict[str, str]]
 HELP = "/clear begins a new conversation, /help shows this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
 COMMAND = re.compile(r"/[a-z]+")
@@ -32,12 +33,16 @@ def call(arguments: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):  # line editing and history, where the system has them
         import readline  # noqa: F401
 
+    from lm.data.chat import render
     from lm.rollout.sampler import compile_stream
     from lm.train.compilations import keep_compilations
     from lm.train.models import load_run
 
     keep_compilations()
-    loaded = load_run(run_dir, stage)
+    loaded = load_run(run_dir, stage, LONGEST)
+    render(
+        [{"role": "user", "content": "hello"}], loaded.tokenizer, generation_prompt=True
+    )  # raises without a template
     print(f"{run_dir}{f', after stage {stage}' if stage else ''}; {HELP}", flush=True)
     # While the first question is typed; the first answer waits for it.
     compiler = concurrent.futures.ThreadPoolExecutor(1)

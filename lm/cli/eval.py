@@ -5,7 +5,11 @@ recorded. With --pairs, accuracy and calibration of the run's reward model (or
 of a language model's implicit reward) on the preference pairs of a file:
 
   lm eval rlhf --stage ppo
-  lm eval seed0 seed1 --pairs FILE --heldout 0.15 --page pairs.html"""
+  lm eval seed0 seed1 --pairs FILE --heldout 0.15 --page pairs.html
+
+Open weights are evaluated by the evals of an experiment, in place of RUN:
+
+  lm eval EXPERIMENT --init FOLDER"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ import json
 import math
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm.cli.arguments import RUN_HELP, add_cache, find_runs, find_stage, number, page_path
+from lm.cli.arguments import RUN_HELP, add_cache, find_runs, find_stage, number, page_path, resolve
 from lm.experiment import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ TAKES_OVERRIDES = False
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="+", help=f"{RUN_HELP}; with --pairs several are an ensemble")
+    parser.add_argument("--init", metavar="FOLDER", help="open weights to evaluate; RUN is then an experiment")
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected to score")
     parser.add_argument(
@@ -43,6 +49,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
+    if arguments.init is not None:
+        return evaluate_weights(arguments)
     runs = find_runs(arguments.run)
     if arguments.pairs is not None:
         return pairs(runs, arguments)
@@ -57,12 +65,37 @@ def call(arguments: argparse.Namespace) -> int:
 
     own = next(files.evals for files in read_run(run_dir).stages if files.name == stage)
 
-    def tell(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     print(f"{run_dir}, after stage {stage}\n", flush=True)
     with cache_at(arguments.cache):
         print(table(evaluate_run(run_dir, stage, tell), own))
+    return 0
+
+
+def tell(text: str) -> None:
+    """Print a line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def evaluate_weights(arguments: argparse.Namespace) -> int:
+    """Measure open weights by the evals of an experiment."""
+    others = (arguments.stage, arguments.pairs, arguments.heldout, arguments.page)
+    if len(arguments.run) > 1 or arguments.json or any(other is not None for other in others):
+        raise UserError("--init takes one experiment, and no --stage, --pairs, --heldout, --json or --page")
+    experiment = resolve(arguments.run[0], ["--init", arguments.init])
+    if not experiment.evals:
+        raise UserError(f"the experiment {experiment.name} has no evals: name one that has")
+
+    from lm.stored import cache_at
+    from lm.train.stages import evaluate_open_weights
+
+    print(f"{experiment.init}, by the evals of {experiment.name}\n", flush=True)
+    with cache_at(arguments.cache):
+        lines = evaluate_open_weights(experiment, tell)
+    print(aligned([("eval", "metric", "count", "value")] + [
+        (line["eval"], line["metric"], str(line["count"]), f"{line[line['metric']]:.4f}") for line in lines
+    ]))  # fmt: skip
+    if missing := {item.name for item in experiment.evals} - {line["eval"] for line in lines}:
+        print(f"\nnot measured without a reference, a reward model or collected data: {', '.join(sorted(missing))}")
     return 0
 
 
@@ -129,9 +162,13 @@ def table(lines: list[dict[str, Any]], own: list[dict[str, Any]]) -> str:
             differ.append(line["eval"])
         shown = "–" if then is None else f"{then:.4f}"
         rows.append((line["eval"], line["metric"], str(line["count"]), f"{value:.4f}", shown, change))
+    return f"{aligned(rows)}\n\n{_verdict(lines, recorded, differ)}"
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of a table as text: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = [_row(row, widths) for row in rows]
-    return "\n".join([*text, "", _verdict(lines, recorded, differ)])
+    return "\n".join(_row(row, widths) for row in rows)
 
 
 def _row(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -53,10 +53,29 @@ def files(folder: Path) -> list[Path]:
 def _described(folder: Path) -> tuple[Family, Model, int]:
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: a folder with config.json and *.safetensors is needed")
-    described = read_json(path)
+        raise UserError(_why_missing(folder))
+    try:
+        described = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}: fetch it again; a gated model needs a login with its licence accepted") from error
     model, vocab_size = read_config(described, str(path))
     return FAMILIES[described["model_type"]], model, vocab_size
+
+
+def _why_missing(folder: Path) -> str:
+    """What to do about a folder without config.json."""
+    if not folder.is_dir():
+        return (
+            f"there is no folder {folder}: it should have config.json and *.safetensors; nothing is downloaded, `hf download "
+            "NAME --local-dir FOLDER` fetches a model"
+        )
+    if snapshots := sorted(str(path.parent) for path in folder.glob("snapshots/*/config.json")):
+        return f"{folder} has no config.json; name the snapshot in it, {snapshots[-1]}"
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"{folder} has no config.json; name the GGUF file in it, gguf:{folder / files[0]}"
+    return (
+        f"{folder} has no config.json: it should have config.json and *.safetensors; the download may have been refused"
+    )
 
 
 def _opened(folder: Path, **changes: Any) -> tuple[Transformer, list[Place], dict[str, Tensor]]:

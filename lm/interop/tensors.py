@@ -107,11 +107,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if places is not None:
         files = _indexed(folder, places, files)
     if not files:
-        other = next((name for name in ("pytorch_model.bin", "consolidated.00.pth") if (folder / name).exists()), "")
-        raise UserError(
-            f"{folder} has no *.safetensors file"
-            + (f"; {other} is not read: convert it to safetensors" if other else "")
-        )
+        raise UserError(_why_no_files(folder))
     found: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in read_file(file).items():
@@ -127,6 +123,20 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if missing:
         raise UserError(f"{folder / INDEX} names {listed(missing)}, which the files do not have")
     return found
+
+
+def _why_no_files(folder: Path) -> str:
+    """What to do about a folder without safetensors files."""
+    pickled = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt", "*.ckpt") for file in folder.glob(kind))
+    if not pickled:
+        return f"{folder} has no *.safetensors file; the download is not complete"
+    said = f"{folder} has no *.safetensors file, and {pickled[0]} is a pickle, which is not read: convert it by transformers, "
+    if any(name.startswith("consolidated.") for name in pickled):
+        return f"{said}python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir {folder} --output_dir NEW"
+    return (
+        f"{said}python -c 'from transformers import AutoModelForCausalLM as M; "
+        f'M.from_pretrained("{folder}").save_pretrained("NEW")\''
+    )
 
 
 def refuse_tensors(

@@ -330,8 +330,11 @@ class LoadedRun:
     step: int
 
 
-def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
+def load_run(run_dir: Path, stage: str | None = None, longest: int | None = None) -> LoadedRun:
     """Load a run's language model after `stage` (None: the last with a checkpoint), or open weights, onto one device.
+
+    Args:
+        longest: limit of the context of open weights, in tokens.
 
     Raises:
         UserError: it is not a run's folder, there is no such stage, or it has no checkpoint yet.
@@ -339,7 +342,7 @@ def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
     if is_open_weights(run_dir):
         if stage:
             raise UserError(f"{run_dir} is no run, and has no stage {stage!r}")
-        return load_open_weights(experiment_on(run_dir))
+        return load_open_weights(experiment_on(run_dir, longest))
     folder = RunFolder(run_dir)
     experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
     # One device, since the run may have used a larger machine.
@@ -359,11 +362,11 @@ def load_run(run_dir: Path, stage: str | None = None) -> LoadedRun:
     return LoadedRun(experiment, tokenizer, model, mesh, stage, found.step)
 
 
-def experiment_on(path: Path) -> Experiment:
-    """An experiment without stages on open weights, in whole context and with parameters in the dtype of the files."""
+def experiment_on(path: Path, longest: int | None = None) -> Experiment:
+    """An experiment without stages on open weights, with parameters in the dtype of the files."""
     format, _ = open_weights.located(str(path))
     model, _ = format.describe(path)
-    own = Model(max_len=model.max_len, param_dtype=format.dtype(path))
+    own = Model(max_len=min(model.max_len, longest or model.max_len), param_dtype=format.dtype(path))
     return open_weights.with_init(Experiment(name="open", stages=(), init=str(path), model=own), ("model.max_len",))
 
 

@@ -57,10 +57,12 @@ from lm.train.loop import Interrupted, RunContext, tidy, train_stage
 from lm.train.memory import check_memory
 from lm.train.metrics import KINDS, read_lines
 from lm.train.models import (
+    LoadedRun,
     check_reward_models,
     check_trained_parts,
     inputs_ready,
     is_collected,
+    load_open_weights,
     load_run,
     model_before,
     record_origin,
@@ -403,8 +405,22 @@ def evaluate_run(
     entering = without_adapter(loaded.model) if loaded.experiment.stages[index].lora.rank else None
     where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh
     evaluator = make_evaluator(*where, index, entering)
+    return _evaluate(loaded, evaluator, "after", tell)
+
+
+def evaluate_open_weights(
+    experiment: Experiment, tell: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
+    """Run an experiment's evals on the open weights that it begins with; returns lines as in eval.jsonl."""
+    experiment, _ = _check_experiment(experiment, None)
+    loaded = load_open_weights(experiment)
+    evaluator = Evaluator(experiment, RunFolder(Path()), loaded.tokenizer, lambda: None)
+    return _evaluate(loaded, evaluator, "before", tell)
+
+
+def _evaluate(loaded: LoadedRun, evaluator: Evaluator, when: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     lines = []
     for number, item in enumerate(loaded.experiment.evals, start=1):
         tell(f"evaluating {number}/{len(loaded.experiment.evals)}: {item.name}")
-        lines += [line for line, _ in evaluator.lines(item, loaded.model, loaded.step, "after")]
+        lines += [line for line, _ in evaluator.lines(item, loaded.model, loaded.step, when)]
     return lines

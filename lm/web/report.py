@@ -46,7 +46,7 @@ def render(run: Run, rollout_pages: Sequence[StagePages] = ()) -> str:
         unfinished=_unfinished(run),
         headlines=story.headlines(run),
         columns=story.columns(run),
-        models=["random", *(stage.name for stage in story.policy_stages(run))],
+        models=[story.initial(run), *(stage.name for stage in story.policy_stages(run))],
         lessons=[(stage.name, OBJECTIVES[stage.kind].caption) for stage in run.stages],
         prompts=story.prompt_table(run),
         heldout=story.heldout_table(run),
@@ -100,7 +100,8 @@ def _sentence(run: Run) -> str:
     machine = story.machine(run)
     taken = f" in {duration(seconds)}" if seconds and not _unfinished(run) else ""
     taken += f" on {machine}" if taken and machine else ""
-    return f"{model}, trained from random weights by {through}{taken}."
+    init = run.experiment.get("init")
+    return f"{model}, trained from {f'the open weights {init}' if init else 'random weights'} by {through}{taken}."
 
 
 def _unfinished(run: Run) -> str:

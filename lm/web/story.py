@@ -141,8 +141,13 @@ def _starts(run: Run) -> list[tuple[StageFiles, StageFiles | None]]:
     return [(stage, None if at is None else run.stages[at]) for stage, at in zip(run.stages, places, strict=True)]
 
 
+def initial(run: Run) -> str:
+    """The kind of the weights that a run begins with."""
+    return "open weights" if run.experiment.get("init") else "random"
+
+
 def columns(run: Run) -> list[str]:
-    return ["random", *(stage.name for stage in trained_stages(run))]
+    return [initial(run), *(stage.name for stage in trained_stages(run))]
 
 
 def heldout_table(run: Run) -> list[HeldoutRow]:
@@ -219,7 +224,7 @@ def headlines(run: Run) -> list[Headline]:
         if best_stage != stage and metric.show(best[key]) != metric.show(line[key]):
             notes.append(f"best {metric.show(best[key])}, after {best_stage}")
         if lines[0]:
-            notes.append(f"random {metric.show(lines[0][key])}")
+            notes.append(f"{initial(run)} {metric.show(lines[0][key])}")
         if "xz_bits_per_byte" in line:
             notes.append(f"xz -9e {_bits(line['xz_bits_per_byte'])}")
         found.append(Headline(f"{name}: {metric.label.split(',')[0]}", metric.show(line[key]), notes))

@@ -44,7 +44,7 @@ def asked(monkeypatch) -> list:
     calls: list = []
     loaded = types.SimpleNamespace(experiment=PLAN, tokenizer=None, model=None, mesh=None, stage="pretrain")
 
-    def load_run(run_dir, stage=None):
+    def load_run(run_dir, stage=None, longest=None):
         calls.append((str(run_dir), stage))
         return loaded
 

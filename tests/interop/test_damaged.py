@@ -211,7 +211,10 @@ FOLDERS = {
     "half a file": (half, "is not a whole safetensors file"),
     "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is not a whole safetensors file"),
     "a folder for a file": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is no file"),
-    "no weights": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pytorch_model.bin is not read: convert"),
+    "no weights": (
+        lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle, which is not read: convert it by transformers",
+    ),
     "a stale file": (stale, "is in model.safetensors and in old.safetensors"),
     "a stale file beside an index": (stale_beside_an_index, "zz.safetensors, which .* does not name"),
     "an index of files elsewhere": (elsewhere, "'../../etc/passwd'; it should be a file of the same folder"),

@@ -1,0 +1,80 @@
+"""A run that begins with open weights: what they fix, its first numbers, and its resumption."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from lm.cli.arguments import resolve
+from lm.experiment import SFT, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer, UserError
+from lm.interop.export import write
+from lm.model.transformer import Transformer
+from lm.open_weights import with_init
+from lm.train.stages import evaluate_open_weights, run
+from tests.data.hub import small
+
+SHAPE = Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=128)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A published model of one layer, whose embedding has five rows more than its tokenizer has tokens."""
+    folder = tmp_path_factory.mktemp("weights")
+    tokenizer = small.tokenizer()
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
+    write(jax.jit(lambda: Transformer(SHAPE, tokenizer.vocab_size + 5, jax.random.key(0)))(), folder)
+    return folder
+
+
+def experiment(folder, **changes) -> Experiment:
+    rows = [{"prompt": f"what is {number}?", "completion": "it is a system"} for number in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(str(folder / "rows.jsonl"), holdout=0.2)
+    stage = Stage("sft", SFT(), (source,), steps=2, batch_size=2, seq_len=64, optimizer=Optimizer(warmup_steps=0))
+    held_out = (Eval("talks", source, metric="bits_per_byte", count=2),)
+    return Experiment("open", (stage,), held_out, mesh=Mesh(data=1), **changes)
+
+
+def test_shape_tokenizer_and_context_come_from_the_folder(weights, tmp_path):
+    found = with_init(experiment(tmp_path, init=str(weights), model=Model(remat="full")))
+    assert found.init == f"hf:{weights}" and found.tokenizer.path == str(weights)
+    assert found.tokenizer.vocab_size == small.tokenizer().vocab_size + 5
+    assert found.model == dataclasses.replace(SHAPE, remat="full")
+    assert with_init(found) == found
+
+
+def test_what_the_weights_fix_is_not_set_otherwise(weights, tmp_path):
+    for changes, said in (
+        ({"model": Model(mlp_dim=48)}, "model.mlp_dim is 48; it should be 32, as in"),
+        ({"model": Model(max_len=256)}, "model.max_len is 256; it should be at most 128"),
+        ({"tokenizer": Tokenizer(vocab_size=300)}, "tokenizer.vocab_size is 300; it should be"),
+    ):
+        with pytest.raises(UserError, match=said):
+            with_init(experiment(tmp_path, init=str(weights), **changes))
+
+
+def test_a_default_is_an_override_on_the_command_line(weights, tmp_path):
+    (tmp_path / "plain.py").write_text(
+        "from lm.experiment import *\n"
+        "experiment = Experiment('plain', (Stage('sft', SFT(), (Source('gen:instruct'),), seq_len=32),))\n"
+    )
+    init = [str(tmp_path / "plain.py"), ["--init", str(weights), "--model.max_len", "64"]]
+    assert resolve(*init).model.max_len == 64
+    with pytest.raises(UserError, match=r"model.num_layers is 6; it should be 1, as in"):
+        resolve(init[0], [*init[1], f"--model.num_layers={Model.num_layers}"])
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_weights_and_is_resumed_with_no_others(weights, tmp_path):
+    whole = experiment(tmp_path, init=str(weights))
+    run(whole, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "stages" / "sft" / "eval.jsonl").read_text().splitlines()]
+    (before,) = (line["bits_per_byte"] for line in lines if line["when"] == "before")
+    assert before == pytest.approx(evaluate_open_weights(whole)[0]["bits_per_byte"], rel=1e-6)
+    more = dataclasses.replace(whole, stages=(*whole.stages, dataclasses.replace(whole.stages[0], name="again")))
+    file = weights / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match=rf"the data of hf:{weights} had SHA-256 \w+ and now have"):
+        run(more, tmp_path / "run")
