@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from lm.config.field import flatten, shown
@@ -18,7 +19,9 @@ from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Experiment, Model, Tokenizer, UserError, to_dict
 from lm.interop import gguf, hf
 from lm.interop.config import RUNNING
+from lm.interop.export import family_of
 from lm.interop.origin import Origin, read_origin
+from lm.interop.peft import read_adapter
 from lm.model.transformer import Transformer
 
 OWN = (*RUNNING, "max_len")
@@ -75,6 +78,10 @@ def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
         UserError: the weights do not exist, or a field is set to another value than that of the weights.
     """
     if not experiment.init:
+        if experiment.adapter:
+            raise UserError(
+                f"adapter is {experiment.adapter}, and init is empty: name the open weights that it belongs to"
+            )
         return experiment
     format, path = located(experiment.init)
     model, rows = format.describe(path)
@@ -116,10 +123,12 @@ def _max_len(experiment: Experiment, most: int, said: bool, path: Path) -> int:
 
 
 def check_weights(experiment: Experiment) -> None:
-    """Raise UserError unless the tensors of the experiment's open weights are those of its model."""
+    """Raise UserError unless the tensors of the experiment's open weights, and of its adapter, are those of its model."""
     if experiment.init:
         format, path = located(experiment.init)
         format.check(path)
+        rows = experiment.tokenizer.vocab_size
+        jax.eval_shape(lambda: with_adapter(experiment, Transformer(experiment.model, rows, jax.random.key(0))))
 
 
 def fingerprint(init: str) -> str:
@@ -142,7 +151,16 @@ def read(experiment: Experiment, mesh: Mesh | None) -> Transformer:
         UserError: there is none, or it cannot be read.
     """
     format, path = located(experiment.init)
-    return format.read(path, mesh, **{name: getattr(experiment.model, name) for name in OWN})
+    model = format.read(path, mesh, **{name: getattr(experiment.model, name) for name in OWN})
+    return with_adapter(experiment, model, mesh)
+
+
+def with_adapter(experiment: Experiment, model: Transformer, mesh: Mesh | None = None) -> Transformer:
+    """The model with the experiment's adapter, if it has one, as factors of an earlier stage."""
+    if not experiment.adapter:
+        return model
+    family = family_of(model, origin(experiment.init))
+    return read_adapter(Path(experiment.adapter).expanduser(), model, family, mesh)
 
 
 def vocabulary_rows(experiment: Experiment, tokenizer: TextTokenizer) -> int:

@@ -99,8 +99,9 @@ def _base_of(experiment: Experiment, stage: str) -> str:
     before = start_of(experiment, at) if at is not None else None
     while before is not None and not experiment.stages[before].lora.rank:
         before = start_of(experiment, before)
-    if at is None or before is not None:
-        what = "random weights" if at is None else f"stage {names[at]}, which has factors of {names[before or 0]}"
+    if at is None or before is not None or experiment.adapter:
+        factors = names[before] if before is not None else experiment.adapter
+        what = "random weights" if at is None else f"stage {names[at]}, which has factors of {factors}"
         raise UserError(f"the adapter of stage {stage} is on {what}: --merge writes the whole model")
     return ""
 

@@ -45,6 +45,9 @@ class Experiment:
     init: str = knob(
         "", "open weights that the first stage starts from, hf:FOLDER or gguf:FILE; empty: random initial weights"
     )
+    adapter: str = knob(
+        "", "folder of a PEFT adapter on the open weights of init, whose factors do not train; empty: none"
+    )
 
 
 COLLECTED = "collected:"

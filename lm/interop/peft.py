@@ -113,8 +113,9 @@ def read_factors(folder: Path, model: Transformer, family: Family) -> dict[str, 
     folder, targets = Path(folder), _targets(model, family)
     if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists():
         raise UserError(f"{folder} has {PICKLED} and no {WEIGHTS}, which save_pretrained of PEFT writes")
+    described = read_json(folder / CONFIG)
     try:
-        config = _checked(read_json(folder / CONFIG))
+        config = _checked(described)
         ranks = _ranks(config, [name for target in targets for name in target.modules])
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None

@@ -81,7 +81,9 @@ def init_model(experiment: Experiment, tokenizer: TextTokenizer, mesh: DeviceMes
 
 
 def _init(experiment: Experiment, vocab_size: int) -> Transformer:
-    return Transformer(experiment.model, vocab_size, jax.random.key(experiment.seed))
+    return open_weights.with_adapter(
+        experiment, Transformer(experiment.model, vocab_size, jax.random.key(experiment.seed))
+    )
 
 
 def check_trained_parts(experiment: Experiment) -> None:
@@ -123,7 +125,7 @@ def _lora_before(experiment: Experiment, index: int | None) -> bool:
     """Whether a model has factors: its stage, or one before it, trained an adapter."""
     while index is not None and not experiment.stages[index].lora.rank:
         index = start_of(experiment, index)
-    return index is not None
+    return index is not None or bool(experiment.adapter)
 
 
 def load_model(

@@ -39,6 +39,7 @@ from lm.experiment import (
     strict,
     to_dict,
 )
+from lm.interop.peft import WEIGHTS
 from lm.model.heads import Scorer
 from lm.model.lora import without_adapter
 from lm.model.quantised import set_base
@@ -47,6 +48,7 @@ from lm.open_weights import check_weights, fingerprint, vocabulary_rows, with_in
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
+from lm.stored import file_sha256
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.base import base_stage
 from lm.train.batches import Batches
@@ -345,6 +347,8 @@ def fingerprints(experiment: Experiment) -> dict[str, str]:
     read = {source.path: source for source in [*sources, *(item.source for item in experiment.evals)]}
     functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
     weights = {experiment.init: fingerprint(experiment.init)} if experiment.init else {}
+    if experiment.adapter:
+        weights[experiment.adapter] = file_sha256(Path(experiment.adapter).expanduser() / WEIGHTS)
     return (
         {path: rows_of(source).fingerprint for path, source in sorted(read.items()) if not path.startswith(COLLECTED)}
         | weights

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,12 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lm.cli.export import _base_of
-from lm.experiment import SFT, Experiment, LoRA, Stage, UserError
+from lm.experiment import SFT, Experiment, LoRA, Stage, Tokenizer, UserError
 from lm.interop import hf
+from lm.interop.export import write
 from lm.interop.peft import CONFIG, WEIGHTS, read_adapter, read_factors, write_adapter
 from lm.model.families import FAMILIES
 from lm.model.lora import adapted, freeze_adapter, linears, merged, with_adapter
 from lm.objectives.logprobs import token_logprobs
+from lm.open_weights import check_weights, with_init
+from lm.open_weights import read as read_open_weights
 from lm.types import TokenBatch
 from tests.helpers import tiny_model
 
@@ -209,9 +213,9 @@ def test_an_adapter_for_another_base(folder, tmp_path_factory):
 
 
 def test_the_base_of_an_adapter_is_named_or_merging_asked_for():
-    def experiment(*ranks: int, init: str = "") -> Experiment:
+    def experiment(*ranks: int, init: str = "", adapter: str = "") -> Experiment:
         stages = tuple(Stage(f"s{i}", SFT(), (), steps=1, lora=LoRA(rank=rank)) for i, rank in enumerate(ranks))
-        return Experiment("e", stages, init=init)
+        return Experiment("e", stages, init=init, adapter=adapter)
 
     assert _base_of(experiment(2, 2, init="hf:models/some-model"), "s1") == "some-model"
     assert _base_of(experiment(0, 2), "s1") == ""
@@ -219,3 +223,21 @@ def test_the_base_of_an_adapter_is_named_or_merging_asked_for():
         _base_of(experiment(2), "s0")
     with pytest.raises(UserError, match=r"adapter of stage s2 is on stage s1, which has factors of s0: --merge"):
         _base_of(experiment(2, 0, 2, init="hf:m"), "s2")
+    with pytest.raises(UserError, match=r"adapter of stage s1 is on stage s0, which has factors of folder: --merge"):
+        _base_of(experiment(0, 2, init="hf:m", adapter="folder"), "s1")
+
+
+def test_an_experiment_begins_with_an_adapter_on_its_open_weights(folder, tmp_path):
+    base = tiny_model(num_layers=2)
+    write(base, tmp_path / "base")
+    experiment = Experiment("e", (), init=f"hf:{tmp_path / 'base'}", adapter=str(folder))
+    experiment = replace(experiment, model=base.config, tokenizer=Tokenizer(vocab_size=base.vocab_size))
+    check_weights(experiment)
+    started = read_open_weights(experiment, None)
+    expected = read_adapter(folder, base, LLAMA)
+    for one, other in zip(jax.tree.leaves(started), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match=r"nowhere/adapter_config.json does not exist"):
+        check_weights(replace(experiment, adapter="nowhere"))
+    with pytest.raises(UserError, match=r"adapter is a, and init is empty: name the open weights"):
+        with_init(Experiment("e", (), adapter="a"))
