@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lm.experiment import reward_names
+from lm.model.heads import Scorer
 from lm.plan import analytic
 from lm.plan.analytic import Memory, model_flops
 from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
@@ -23,6 +25,7 @@ CAVEATS = {
     "collectives": "the compiler gives no time for collectives: modelled as a ring over all links of a chip",
     "kernels": f"nor attention kernels: modelled as executed FLOPs at {KERNEL_EFFICIENCY:.0%} of the peak",
     "sparsecore": "nor gathers on SparseCore: assumed to overlap the rest completely",
+    "critic": "the critic's base is counted by itself; in a run policy and critic share these arrays",
     "network": "transfers between slices are modelled from a host's share of the data-centre network",
 }
 
@@ -102,6 +105,7 @@ def by_arithmetic(program: Program) -> Plan:
     found = analytic.estimate(program)
     notes = [CAVEATS["analytic"], CAVEATS["kernels"][4:]]
     notes += [CAVEATS["network"]] if program.topology.slices > 1 else []
+    notes += [CAVEATS["critic"]] if _critic_shares_base(program) else []
     notes += [f"not counted, since their FLOPs are unknown: kernels {', '.join(found.unpriced_kernels)}"] * bool(
         found.unpriced_kernels
     )
@@ -154,11 +158,18 @@ def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = 
     return _compiled(arithmetic, compiled)
 
 
+def _critic_shares_base(program: Program) -> bool:
+    """Whether a stage with an adapter trains a critic with a body that is the policy's base."""
+    critic = program.state().models.get("critic")
+    return program.stage.lora.rank > 0 and isinstance(critic, Scorer) and not reward_names(program.stage)
+
+
 def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
     topology, cost = arithmetic.program.topology, compiled.facts.cost
     notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
     notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []
     notes += [CAVEATS["network"]] if topology.slices > 1 else []
+    notes += [CAVEATS["critic"]] if _critic_shares_base(arithmetic.program) else []
     notes += [*compiled.compiler.notes, *compiled.facts.notes]
     notes += [f"not counted: kernels {', '.join(cost.unpriced_kernels)}"] * bool(cost.unpriced_kernels)
     notes += [f"counted as one iteration: loops {', '.join(cost.unknown_loops)}"] * bool(cost.unknown_loops)

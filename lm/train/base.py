@@ -34,6 +34,19 @@ def base_stage(experiment: Experiment, index: int | None) -> int | None:
     return index
 
 
+def adapters_on_random_weights(experiment: Experiment) -> list[str]:
+    """One line for each stage whose adapter has a base that nothing has trained."""
+    stages = enumerate(experiment.stages)
+    untrained = [
+        one for i, one in stages if one.lora.rank and base_stage(experiment, i) is None and not experiment.init
+    ]
+    return [
+        f"{stage.name}.lora.rank is {stage.lora.rank}, and its base are the random initial weights, which no stage trains: "
+        "an earlier stage without lora, or --init FOLDER, gives it a trained base"
+        for stage in untrained
+    ]
+
+
 def with_base(model: M, base: Any) -> M:
     """A model without its base (`without_base`), completed with the arrays of a model that has the same base."""
     leaves = named_leaves(base)

@@ -20,6 +20,7 @@ from lm.evals.preferences import Worth, prefers_shorter, worth
 from lm.evals.rows import Subject
 from lm.experiment import Source, UserError, from_dict
 from lm.parallel.mesh import make_mesh
+from lm.train.base import base_stage
 from lm.train.models import load_model, load_scorer, model_before, stage_index, with_collected_paths
 from lm.train.run_folder import RunFolder
 
@@ -130,8 +131,9 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
         raise UserError(
             f"stage {name} of {run_dir} comes before any preference stage: it has no reference, so no implicit reward"
         )
-    reference = model_before(experiment, folder, tokenizer, mesh, first)
     model = load_model(experiment, folder, tokenizer, mesh, name)
+    known = {base_stage(experiment, stage_index(experiment, name)): model}  # an adapter's reference shares its base
+    reference = model_before(experiment, folder, tokenizer, mesh, first, known)
     return f"{run_dir}, {name} (implicit reward)", Subject(model, tokenizer, reference)
 
 

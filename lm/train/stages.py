@@ -50,7 +50,7 @@ from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
 from lm.stored import file_sha256
 from lm.train.agreement import check_same, check_same_data, check_shared
-from lm.train.base import base_stage
+from lm.train.base import adapters_on_random_weights, base_stage
 from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
@@ -202,7 +202,7 @@ def _prepare_data(
         UserError: data, mesh, memory or another run's reward model does not fit the experiment, or a fingerprint differs
             from the start of the run.
     """
-    for line in short_warmups(experiment):
+    for line in [*short_warmups(experiment), *adapters_on_random_weights(experiment)]:
         print_on_main(line)
     print_on_main("reading the data")
     tokenizer = run_on_main(lambda: make_tokenizer(experiment, folder.tokenizer)) or load_tokenizer(folder.tokenizer)

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.experiment import DPO, SFT, LoRA, Mesh, UserError
+from lm.experiment import DPO, PPO, SFT, LoRA, Mesh, Optimizer, UserError
 from lm.model.lora import adapted, base_of, freeze_adapter, has_adapter, linears, merged, without_adapter
 from lm.objectives.logprobs import token_logprobs
+from lm.optimizer import as_matrices, matrices
 from lm.parallel.mesh import make_mesh
 from lm.train.base import fingerprint
 from lm.train.loop import checkpoint_items, start_state
 from lm.train.named_arrays import named_leaves
+from lm.train_step import partition
 from tests.helpers import random_batch, tiny_model, tiny_stage
 
 KINDS = {
@@ -102,6 +104,29 @@ def test_a_stage_copies_no_base_and_saves_none():
     changed = jax.tree.map(lambda x: x, model)
     changed.norm.scale[...] = changed.norm.scale[...].at[0].add(1e-7)
     assert fingerprint(state.models["policy"]) == seal != fingerprint(changed)
+
+
+def test_policy_and_critic_share_a_base_and_have_factors_of_their_own():
+    stage = tiny_stage(PPO(max_new_tokens=8), lora=LoRA(rank=2))
+    state, _ = start_state(stage, tiny_model(), make_mesh(Mesh(data=1)), key=jax.random.key(0))
+    policy, critic = named_leaves(state.models["policy"]), named_leaves(state.models["critic"].body)
+    assert policy.keys() == critic.keys()
+    for name, leaf in policy.items():
+        alike = leaf.unsafe_buffer_pointer() == critic[name].unsafe_buffer_pointer()
+        assert alike == ("/lora/" not in name), name
+    assert not np.array_equal(policy["blocks/mlp/up/lora/a"], critic["blocks/mlp/up/lora/a"])
+
+
+def test_muon_turns_factors_and_no_magnitude_decays():
+    stage = tiny_stage(SFT(), lora=LoRA(rank=2, dora=True), optimizer=Optimizer(kind="muon"))
+    models = jax.eval_shape(lambda m: adapted(m, stage, jax.random.key(0), "policy"), jax.eval_shape(tiny_model))
+    trained, _ = partition({"policy": models}, stage)
+    decays, sides = named_leaves(matrices(trained)), as_matrices(trained)["policy"].blocks.attention
+    assert {name.split("/")[-1] for name, decay in decays.items() if decay} == {"a", "b"}
+    assert all("magnitude" in name for name, decay in decays.items() if not decay)
+    found = [one.get_value() for lora in (sides.q.lora, sides.o.lora) for one in (lora.a, lora.b)]
+    # The rank against all else, whichever of the two sides is `embed`.
+    assert [tuple(one) for one in found] == [((2,), (1,)), ((1,), (2, 3)), ((3,), (1, 2)), ((1,), (2,))]
 
 
 @pytest.mark.parametrize(

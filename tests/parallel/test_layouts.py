@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm.algorithms.table import algorithm_of, first_state
+from lm.experiment import LoRA
 from lm.model.heads import Scorer
 from lm.optimizer import adam, clipped, matrices, muon, schedule
 from lm.parallel.mesh import make_mesh
@@ -56,9 +57,9 @@ CASES = [
 ]
 
 
-def made(objective, model_changes):
+def made(objective, model_changes, **changes):
     """The optimizer of a tiny stage, and the state that it begins with."""
-    stage = tiny_stage(objective)
+    stage = tiny_stage(objective, **changes)
     # The chain of every run, but for an eps as large as the gradient: with the usual one an element's first updates
     # are its gradient's sign, which rounding decides where the gradient is nearly 0.
     o = stage.optimizer
@@ -74,8 +75,8 @@ def made(objective, model_changes):
 
 
 @functools.cache
-def made_plain(objective):
-    optimizer, state = made(objective, {})
+def made_plain(objective, lora):
+    optimizer, state = made(objective, {}, lora=lora)
     return optimizer, jax.device_get(state)
 
 
@@ -83,7 +84,7 @@ def prepared(objective, mesh_sizes, stage_changes, model_changes):
     """The mesh, the jitted step and its first arguments, on the devices, in a layout."""
     stage = tiny_stage(objective, **stage_changes)
     mesh = make_mesh(layout(**mesh_sizes))
-    optimizer, state = made(objective, model_changes) if model_changes else made_plain(objective)
+    optimizer, state = made(objective, model_changes) if model_changes else made_plain(objective, stage.lora)
     places = shardings(jax.eval_shape(lambda x: x, state), mesh)
     step = jax.jit(
         algorithm_of(stage).step(stage, optimizer),
@@ -111,6 +112,13 @@ def plain(name):
 @pytest.mark.parametrize(("name", "where"), CASES)
 def test_same_result_in_any_layout(name, where):
     assert_same(two_steps(OBJECTIVES[name], *LAYOUTS[where]), plain(name))
+
+
+@pytest.mark.parametrize("where", ["data2_fsdp2_tensor2", "microbatches2_on_data2_fsdp2"])
+def test_an_adapter_gives_the_same_result_in_any_layout(where):
+    lora, (sizes, changes, _) = {"lora": LoRA(rank=4, alpha=4.0, dora=True)}, LAYOUTS[where]
+    wanted = two_steps(OBJECTIVES["dpo"], {}, lora, {})
+    assert_same(two_steps(OBJECTIVES["dpo"], sizes, changes | lora, {}), wanted)
 
 
 def assert_same(got, wanted):
