@@ -112,6 +112,7 @@ def _checked(row: Mapping[str, Any], where: str) -> tuple[Turns, list[Answer]]:
     if missing:
         found = ", ".join(map(str, row)) or "none"
         raise UserError(f"{where}: needs the columns prompt and answers; the columns found are {found:.200}")
+    chat.refuse_tools(row, where)
     prompt, answers, sources = row["prompt"], row["answers"], row.get("sources")
     if not isinstance(answers, list) or len(answers) < 2:
         raise UserError(f"{where}: answers must be a list of two or more, found {answers!r:.60}")

@@ -87,9 +87,14 @@ def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
 
 def plain_prompt(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """`prompt_messages` of a row where nothing can be done with tools. Raises BadRow for definitions of tools."""
+    refuse_tools(row, where)
+    return prompt_messages(row, where)
+
+
+def refuse_tools(row: Mapping[str, Any], where: str) -> None:
+    """Raise BadRow for definitions of tools, which would be lost with the answers."""
     if tools_of(row, where):
         raise BadRow(f"{where}: the prompt has tools, and {NO_PLACE}", bad_rows.TOOLS)
-    return prompt_messages(row, where)
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> Tools:

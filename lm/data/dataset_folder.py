@@ -42,7 +42,7 @@ Splits = Mapping[str, Sequence[Path]]
 
 
 class Found(NamedTuple):
-    """The files of a split. `name` does not depend on how the source names the split; `others` are the folder's other splits."""
+    """The files of a split. `name` is the same however it was spelt; `others` are the other splits, and files of no split."""
 
     name: str
     files: Sequence[Path]
@@ -95,7 +95,10 @@ def _found(folder: Path, configs: Configs, config: str, split: str) -> Found:
     if not files:
         raise UserError(f"{name}: the folder has no file of this split; fetch the data set again")
     _check_shards(files)
-    return Found(name, files, [other for other in configs.splits[config] if other != split])
+    in_splits = {file for splits in configs.splits.values() for some in splits.values() for file in some}
+    unread = [str(file.relative_to(folder)) for file in _files_below(folder) if file not in in_splits]
+    others = [*(other for other in configs.splits[config] if other != split), *unread]
+    return Found(name, files, [*others[:SHOWN], *([f"and {len(others) - SHOWN} more"] if len(others) > SHOWN else [])])
 
 
 def _chosen(configs: Configs, names: Sequence[str]) -> tuple[str, str] | None:
@@ -228,7 +231,8 @@ def _by_names(folder: Path, depth: int) -> tuple[Configs | None, bool]:
     certain = (
         any((folder / name).is_file() for name in (INFO, INFOS))
         or "dataset_info" in _front_matter(folder)
-        or any(SHARD.fullmatch(file.name) for file in (*direct, *inside))
+        or any(SHARD.fullmatch(file.name) for file in inside)
+        or any(_split_of_shard(Path(file.name)) for file in direct)
     )
     if certain or (depth == 0 and not direct):
         files = _files_below(folder)
@@ -257,7 +261,7 @@ def _config_of(file: Path) -> str:
 
 def _split_of_shard(file: Path) -> str:
     shard = SHARD.fullmatch(file.name)
-    return shard[1] if shard else ""
+    return shard[1] if shard and (file.parent.name == "data" or _keyword(shard[1])) else ""
 
 
 def _split_of_folders(file: Path) -> str:

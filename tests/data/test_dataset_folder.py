@@ -88,7 +88,8 @@ def configs(tmp_path) -> Path:
 def test_a_saved_folder_has_its_training_rows_and_its_splits_by_name(splits):
     assert list(load_rows(str(splits))) == list(load_rows(f"{splits}/train")) == rows("train")
     assert list(load_rows(f"{splits}/test")) == rows("test")
-    assert any("not read: test" in note for note in load_rows(str(splits)).notes)
+    write(splits / "train" / "more.jsonl", rows("more"))
+    assert any("not read: test, train/more.jsonl" in note for note in load_rows(str(splits)).notes)
     with pytest.raises(UserError, match=r"no dev in .*; the splits are train, test: name one, as .*/all/train"):
         load_rows(f"{splits}/dev")
 
@@ -189,10 +190,10 @@ def test_one_split_by_two_names_has_one_holdout(splits):
 
 
 def test_files_of_a_plain_folder_are_all_read_and_told_from_splits(tmp_path):
-    for split in ("train", "test"):
-        write(tmp_path / f"{split}.jsonl", rows(split))
+    for name, split in (("train", "train"), ("test", "test"), ("part-00000-of-00001", "more")):
+        write(tmp_path / f"{name}.jsonl", rows(split))
     found = load_rows(str(tmp_path))
-    assert list(found) == rows("test") + rows("train")
+    assert list(found) == rows("more") + rows("test") + rows("train")
     assert any("named after splits (test, train), and all are read" in note for note in found.notes)
     assert list(load_rows(f"{tmp_path}/train")) == rows("train")
 
