@@ -70,8 +70,8 @@ def test_a_token_sees_those_after_it_only_where_attention_is_not_causal():
 def test_what_layers_report_is_added_up(monkeypatch):
     plain = MLP.__call__
 
-    def reporting(self, x):
-        return plain(self, x)[0], {"tokens": Mean(jnp.float32(3.0), jnp.float32(2.0))}
+    def reporting(self, x, segments):
+        return plain(self, x, segments)[0], {"tokens": Mean(jnp.float32(3.0), jnp.float32(2.0))}
 
     monkeypatch.setattr(MLP, "__call__", reporting)
     for changes in ({"num_layers": 3}, VARIANTS["pattern with a layer left over"]):
