@@ -14,7 +14,7 @@ from lm.experiment import UserError
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import generate_text
 from lm.train.compilations import keep_compilations
-from lm.train.models import LoadedRun, load_run
+from lm.train.models import LoadedRun, load_adapters, load_run
 from lm.types import TokenBatch
 
 Prompt = str | Sequence[dict[str, str]]
@@ -128,8 +128,11 @@ class TrainedModel:
         return [TokenLogprob(piece, float(value)) for piece, value in zip(pieces, found, strict=True)]
 
 
-def load(run: str | Path, stage: str | None = None) -> TrainedModel:
+def load(run: str | Path, stage: str | None = None, adapter: str | Path | None = None) -> TrainedModel:
     """Load a model: a run's, by folder or name in runs/, after `stage` (None: the last), or a published one, by folder or GGUF file.
+
+    Args:
+        adapter: folder of a PEFT adapter on it.
 
     Raises:
         UserError: no such run or stage, or nothing trained yet.
@@ -139,7 +142,8 @@ def load(run: str | Path, stage: str | None = None) -> TrainedModel:
     if folder is None:
         raise UserError(f"there is no folder {run}, and no run of that name in {Path('runs').resolve()}")
     keep_compilations()
-    return TrainedModel(folder, load_run(folder, stage))
+    adapters = load_adapters(load_run(folder, stage), folder, [] if adapter is None else [str(adapter)])
+    return TrainedModel(folder, *adapters.values())
 
 
 def _listed(prompts: str | Sequence[Prompt]) -> list[Prompt]:

@@ -137,6 +137,10 @@ def check_stage(name: str | None, names: Iterable[str], where: str) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
     """Add the sampling options."""
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", action="append", default=[],
+        help="a PEFT adapter on the model; can be repeated: several are compared",
+    )  # fmt: skip
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument(
         "--max-new-tokens",

@@ -1,7 +1,8 @@
 """Talk to the model of a run.
 
 Ctrl-C stops an answer; at the prompt it ends the conversation, and so do
-Ctrl-D and an empty line. /clear begins a new conversation, /help shows this."""
+Ctrl-D and an empty line. /clear begins a new conversation, /help shows this.
+With --adapter, once or more, /adapter NAME goes on with that folder's."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import concurrent.futures
 import contextlib
 import re
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from lm.cli.arguments import MODEL_HELP, add_sampling, find_model, sampling
@@ -19,8 +21,8 @@ from lm.web.text import visible
 TAKES_OVERRIDES = False
 LONGEST = 8192  # tokens of a conversation with open weights, whose own context may be too large for a cache
 Messages = list[dict[str, str]]
-HELP = "/clear begins a new conversation, /help shows this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
-COMMAND = re.compile(r"/[a-z]+")
+HELP = "/clear begins a new conversation, /adapter NAME goes on with another adapter, /help shows this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
+COMMAND = re.compile(r"/[a-z]+( \S+)?")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +38,11 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.data.chat import render
     from lm.rollout.sampler import compile_stream
     from lm.train.compilations import keep_compilations
-    from lm.train.models import load_run
+    from lm.train.models import load_adapters, load_run
 
     keep_compilations()
-    loaded = load_run(run_dir, stage, LONGEST)
+    adapters = load_adapters(load_run(run_dir, stage, LONGEST), run_dir, arguments.adapter)
+    loaded = next(iter(adapters.values()))
     render(
         [{"role": "user", "content": "hello"}], loaded.tokenizer, generation_prompt=True
     )  # raises without a template
@@ -51,7 +54,8 @@ def call(arguments: argparse.Namespace) -> int:
     turn = 0
     while text := _ask():
         if COMMAND.fullmatch(text):
-            print(command(text, messages))
+            print(command(text, messages, adapters))
+            loaded = adapters.get(text.removeprefix("/adapter "), loaded)
             continue
         try:
             compiled.result()
@@ -64,11 +68,15 @@ def call(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def command(text: str, messages: Messages) -> str:
+def command(text: str, messages: Messages, adapters: Collection[str] = ()) -> str:
     """Run a line that begins with / on the conversation; returns what to print."""
+    word, _, name = text.partition(" ")
     if text == "/clear":
         messages.clear()
         return "[a new conversation]"
+    if word == "/adapter":
+        there = ", ".join(filter(None, adapters)) or "none, --adapter FOLDER names one"
+        return f"[adapter {name}]" if name in adapters else f"[no adapter {name or 'without a name'}; there is {there}]"
     return f"[{HELP}]" if text == "/help" else f"[no command {text}; {HELP}]"
 
 

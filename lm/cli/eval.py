@@ -35,6 +35,7 @@ TAKES_OVERRIDES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="+", help=f"{RUN_HELP}; with --pairs several are an ensemble")
     parser.add_argument("--init", metavar="FOLDER", help="open weights to evaluate; RUN is then an experiment")
+    parser.add_argument("--adapter", metavar="FOLDER", help="with --init: a PEFT adapter on these weights")
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected to score")
     parser.add_argument(
@@ -54,6 +55,8 @@ def call(arguments: argparse.Namespace) -> int:
     runs = find_runs(arguments.run)
     if arguments.pairs is not None:
         return pairs(runs, arguments)
+    if arguments.adapter is not None:
+        raise UserError("--adapter is for open weights: lm eval EXPERIMENT --init FOLDER --adapter FOLDER")
     if len(runs) > 1 or arguments.heldout is not None or arguments.json or arguments.page:
         raise UserError("several runs, --heldout, --json and --page are for --pairs FILE")
     run_dir = runs[0]
@@ -81,7 +84,8 @@ def evaluate_weights(arguments: argparse.Namespace) -> int:
     others = (arguments.stage, arguments.pairs, arguments.heldout, arguments.page)
     if len(arguments.run) > 1 or arguments.json or any(other is not None for other in others):
         raise UserError("--init takes one experiment, and no --stage, --pairs, --heldout, --json or --page")
-    experiment = resolve(arguments.run[0], ["--init", arguments.init])
+    adapter = [] if arguments.adapter is None else ["--adapter", arguments.adapter]
+    experiment = resolve(arguments.run[0], ["--init", arguments.init, *adapter])
     if not experiment.evals:
         raise UserError(f"the experiment {experiment.name} has no evals: name one that has")
 

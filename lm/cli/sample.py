@@ -9,10 +9,15 @@ The prompts are the experiment's own, or yours:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lm.cli.arguments import MODEL_HELP, add_sampling, at_least, find_model, sampling
 from lm.experiment import UserError
 from lm.web.text import visible
+
+if TYPE_CHECKING:
+    from lm.train.models import LoadedRun
 
 TAKES_OVERRIDES = False
 
@@ -37,12 +42,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def call(arguments: argparse.Namespace) -> int:
     run_dir, stage = find_model(arguments.run, arguments.stage)
 
-    from lm.rollout.engine import generate_text
     from lm.train.compilations import keep_compilations
-    from lm.train.models import load_run
+    from lm.train.models import load_adapters, load_run
 
     keep_compilations()
-    loaded = load_run(run_dir, stage)
+    adapters = load_adapters(load_run(run_dir, stage), run_dir, arguments.adapter)
+    for name, loaded in adapters.items():
+        title = f"{run_dir}, after stage {stage}" if stage else str(run_dir)
+        print(f"{title}, adapter {name}" if name else title)
+        _show_answers(loaded, run_dir, arguments)
+    return 0
+
+
+def _show_answers(loaded: LoadedRun, run_dir: Path, arguments: argparse.Namespace) -> None:
+    """Print the model's answer to each prompt."""
+    from lm.rollout.engine import generate_text
+
     prompts = arguments.prompt or list(loaded.experiment.prompts)
     given = {"seed": arguments.seed} | sampling(arguments)
     scores = None
@@ -56,11 +71,9 @@ def call(arguments: argparse.Namespace) -> int:
         answers, scores = best_answers(loaded, run_dir, prompts, arguments.best_of, arguments.reward, **given)
     else:
         answers = generate_text(loaded.model, loaded.tokenizer, prompts, raw=arguments.raw, **given)
-    print(f"{run_dir}, after stage {stage}" if stage else run_dir)
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         print(f"\n> {prompt}\n{visible(answer.text)}")
         if scores is not None:
             print(f"[score {scores[number]:.2f}, the best of {arguments.best_of}]")
         if not answer.eos:
             print(f"[cut at {arguments.max_new_tokens} tokens]")
-    return 0

@@ -30,7 +30,9 @@ from lm.experiment import (
     start_of,
 )
 from lm.files import is_open_weights
+from lm.interop.export import family_of
 from lm.interop.origin import Origin
+from lm.interop.peft import read_adapter
 from lm.model.heads import Scorer
 from lm.model.lora import adapted, base_of, freeze_adapter, has_adapter, without_base
 from lm.model.quantised import set_base
@@ -362,6 +364,23 @@ def load_run(run_dir: Path, stage: str | None = None, longest: int | None = None
     found = _load(experiment, folder, tokenizer, mesh, stage)
     model = set_base(found.items["policy"], experiment.stages[index].lora.base, mesh)
     return LoadedRun(experiment, tokenizer, model, mesh, stage, found.step)
+
+
+def load_adapters(loaded: LoadedRun, run_dir: Path, folders: list[str]) -> dict[str, LoadedRun]:
+    """A loaded model with each of several PEFT adapters by the name of its folder, on the same base; "" without folders.
+
+    Raises:
+        UserError: a folder is no adapter for this model, or two have the same name.
+    """
+    found = {"": loaded} if not folders else {}
+    for folder in map(Path, folders):
+        name = folder.expanduser().resolve().name
+        if name in found:
+            raise UserError(f"--adapter has two folders named {name}: rename one of them")
+        family = family_of(loaded.model, origin_of(run_dir))
+        model = read_adapter(folder.expanduser(), loaded.model, family, loaded.mesh)
+        found[name] = replace(loaded, model=model)
+    return found
 
 
 def experiment_on(path: Path, longest: int | None = None) -> Experiment:

@@ -48,6 +48,9 @@ def asked(monkeypatch) -> list:
         calls.append((str(run_dir), stage))
         return loaded
 
+    def load_adapters(loaded, run_dir, folders):
+        return {Path(folder).name: loaded for folder in folders} or {"": loaded}
+
     def generate_text(model, tokenizer, prompts, **options):
         calls.append((prompts, options))
         return [Answer(f"about {prompt}\x1b[2J", prompt.endswith("?")) for prompt in prompts]
@@ -64,7 +67,8 @@ def asked(monkeypatch) -> list:
     def render(messages, tokenizer, generation_prompt=False):
         return types.SimpleNamespace(tokens=[0] * (len(messages) * 10))
 
-    monkeypatch.setitem(sys.modules, "lm.train.models", types.SimpleNamespace(load_run=load_run))
+    models = types.SimpleNamespace(load_run=load_run, load_adapters=load_adapters)
+    monkeypatch.setitem(sys.modules, "lm.train.models", models)
     monkeypatch.setitem(sys.modules, "lm.rollout.engine", types.SimpleNamespace(generate_text=generate_text))
     sampler = types.SimpleNamespace(stream=stream, compile_stream=lambda model, tokenizer, top_k, top_p: None)
     monkeypatch.setitem(sys.modules, "lm.rollout.sampler", sampler)
@@ -93,6 +97,13 @@ def test_sample_asks_the_experiments_prompts_or_yours(run_dir, asked, capsys):
     out = capsys.readouterr().out
     assert "\n> One\nabout One␛[2J\n[cut at 128 tokens]\n" in out
     assert "\n> Two?\nabout Two?␛[2J\n\n> 3" in out
+
+
+def test_every_adapter_answers_under_its_name(run_dir, asked, capsys):
+    assert main(["sample", "small", "--adapter", "out/one", "--adapter", "out/two"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n> What is an LLM?\n") == 2
+    assert out.index("after stage pretrain, adapter one") < out.index("after stage pretrain, adapter two")
 
 
 def test_stages_are_checked_before_anything_is_loaded(run_dir, asked, capsys):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lm.cli.chat import command
 from lm.cli.export import _base_of
-from lm.experiment import SFT, Experiment, LoRA, Stage, Tokenizer, UserError
+from lm.experiment import SFT, Experiment, LoRA, Mesh, Stage, Tokenizer, UserError
 from lm.interop import hf
 from lm.interop.export import write
 from lm.interop.peft import CONFIG, WEIGHTS, read_adapter, read_factors, write_adapter
@@ -21,6 +22,8 @@ from lm.model.lora import adapted, freeze_adapter, linears, merged, with_adapter
 from lm.objectives.logprobs import token_logprobs
 from lm.open_weights import check_weights, with_init
 from lm.open_weights import read as read_open_weights
+from lm.parallel.mesh import make_mesh
+from lm.train.models import LoadedRun, load_adapters
 from lm.types import TokenBatch
 from tests.helpers import tiny_model
 
@@ -241,3 +244,18 @@ def test_an_experiment_begins_with_an_adapter_on_its_open_weights(folder, tmp_pa
         check_weights(replace(experiment, adapter="nowhere"))
     with pytest.raises(UserError, match=r"adapter is a, and init is empty: name the open weights"):
         with_init(Experiment("e", (), adapter="a"))
+
+
+def test_several_adapters_on_one_base(folder, tmp_path):
+    """Each answers as itself, by the name of its folder, and shares the arrays of the base."""
+    write(tiny_model(num_layers=2), tmp_path / "base")
+    base = tiny_model(num_layers=2)
+    loaded = LoadedRun(Experiment("e", ()), None, base, make_mesh(Mesh(data=1)), "", 0)
+    other = shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("base", "other"))
+    found = load_adapters(loaded, tmp_path / "base", [str(folder), str(other)])
+    assert list(found) == [folder.name, "other"]
+    assert all(one.model.embed.weight[...] is base.embed.weight[...] for one in found.values())
+    assert command("/adapter other", [], found) == "[adapter other]"
+    assert command("/adapter nobody", [], found) == f"[no adapter nobody; there is {folder.name}, other]"
+    with pytest.raises(UserError, match=r"--adapter has two folders named other: rename one of them"):
+        load_adapters(loaded, tmp_path / "base", [str(other), str(other)])
