@@ -81,11 +81,17 @@ def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
         settings |= {name: _value_text(sweep.axes[name], point[name]) for name in point if name not in settings}
         return Trial(settings, experiment, digest([sweep.name, settings, seed]), impossible)
     try:
-        experiment = check(experiment)
+        experiment = check(_with_init(experiment) if experiment.init else experiment)
     except UserError as error:
         impossible = str(error)
     key = key_of(experiment)
     return Trial(settings, dataclasses.replace(experiment, name=f"{sweep.name}-{key}"), key, impossible)
+
+
+def _with_init(experiment: Experiment) -> Experiment:
+    from lm.open_weights import with_init  # with jax
+
+    return with_init(experiment)
 
 
 def error_text(error: Exception) -> str:
