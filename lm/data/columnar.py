@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ UNREADABLE = (ValueError, OverflowError, ArithmeticError, NotImplementedError)  
 LIBRARY = b"huggingface"  # key of the schema's metadata under which the datasets library describes the columns
 
 AT_ONCE = 1 << 16  # maximum rows located at once (at least those of a block)
+
+SCHEMAS = 256  # files whose schemas are kept
 
 Spans = Int64[np.ndarray, "N 3"]
 Converter = Callable[[Any], Any]
@@ -46,7 +48,7 @@ def _parquet(name: str, file: Path) -> Any:
         return pyarrow.parquet.ParquetFile(file)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)
 def _batches(name: str, file: Path, changed: int) -> tuple[Any, list[Any]]:
     """The schema and record batches of an Arrow file or stream, mapped into memory; compressed ones are unpacked."""
     import pyarrow
@@ -62,12 +64,11 @@ def _batches(name: str, file: Path, changed: int) -> tuple[Any, list[Any]]:
         return found.schema, [found.get_batch(number) for number in range(found.num_record_batches)]
 
 
-def schema_of(name: str, file: Path) -> Any:
-    """The file's Arrow schema. Raises UserError for a damaged file, or a column that appears twice."""
-    if file.name.endswith(".parquet"):
-        schema = _parquet(name, file).schema_arrow
-    else:
-        schema = _batches(name, file, file.stat().st_mtime_ns)[0]
+@functools.lru_cache(maxsize=SCHEMAS)
+def schema_of(name: str, file: Path, changed: int) -> Any:
+    """The file's Arrow schema; `changed` is its modification time. Raises UserError for a damaged file, or a column that appears twice."""
+    is_parquet = file.name.endswith(".parquet")
+    schema = _parquet(name, file).schema_arrow if is_parquet else _batches(name, file, changed)[0]
     with _damaged(name, "its columns have names that cannot be read"):
         schema.to_string(
             show_field_metadata=False, show_schema_metadata=False
@@ -79,7 +80,7 @@ def schema_of(name: str, file: Path) -> Any:
 
 def locate(name: str, file: Path) -> Iterator[Spans]:
     """The spans of the rows: place, average size in bytes, and no line."""
-    schema_of(name, file)
+    schema_of(name, file, file.stat().st_mtime_ns)
     with _damaged(name, "not a whole parquet file"):
         if file.name.endswith(".parquet"):
             metadata = _parquet(name, file).metadata
@@ -115,9 +116,10 @@ def block(name: str, file: Path, changed: int, number: int, left_out: tuple[str,
     return pyarrow.Table.from_batches([batch]).drop_columns(list(left_out))
 
 
-def bytes_columns(name: str, file: Path, named: Container[str]) -> tuple[str, ...]:
+@functools.lru_cache(maxsize=SCHEMAS)
+def bytes_columns(name: str, file: Path, changed: int, named: frozenset[str]) -> tuple[str, ...]:
     """The columns of images, audio or other bytes, unless they are among the names."""
-    return tuple(one.name for one in schema_of(name, file) if one.name not in named and _has_bytes(one.type))
+    return tuple(one.name for one in schema_of(name, file, changed) if one.name not in named and _has_bytes(one.type))
 
 
 def _has_bytes(kind: Any) -> bool:
@@ -129,18 +131,23 @@ def _has_bytes(kind: Any) -> bool:
     return any(map(_has_bytes, inner))
 
 
-def python_columns(table: Any) -> dict[str, list[Any]]:
+def python_columns(table: Any, converters: Mapping[str, Converter | None]) -> dict[str, list[Any]]:
     """The values of each column; an unreadable value is replaced by the exception that says why.
 
     A null field of a struct is left out, because Arrow cannot distinguish it from a missing field (`content` is kept). The
     datasets library's types are honoured: JSON stored as text is parsed, and a ClassLabel becomes the name of its class
     (except `label`, a flag).
     """
-    features = _features(table.schema)
-    return {
-        name: _values(column, _converter(column.type, features.get(name), name == "label"))
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    }
+    columns = zip(table.column_names, table.columns, strict=True)
+    return {name: _values(column, converters[name]) for name, column in columns}
+
+
+@functools.lru_cache(maxsize=SCHEMAS)
+def converters_of(name: str, file: Path, changed: int) -> Mapping[str, Converter | None]:
+    """What turns the values of each column of a file into those of JSON rows."""
+    schema = schema_of(name, file, changed)
+    features = _features(schema)
+    return {field.name: _converter(field.type, features.get(field.name), field.name == "label") for field in schema}
 
 
 def _values(column: Any, convert: Converter | None) -> list[Any]:

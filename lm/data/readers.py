@@ -328,12 +328,15 @@ def bytes_columns(piece: Piece) -> tuple[str, ...]:
     """The columns of images, audio or other bytes of a Parquet or Arrow file, which are not read: no stage reads them."""
     if piece.kind not in columnar.KINDS:
         return ()
-    return columnar.bytes_columns(piece.name, piece.file, READ_COLUMNS | names_of(piece.columns).keys())
+    changed, named = piece.file.stat().st_mtime_ns, READ_COLUMNS.union(names_of(piece.columns))
+    return columnar.bytes_columns(piece.name, piece.file, changed, named)
 
 
 def _python_rows(table: Any, piece: Piece, first: int) -> Iterator[Row]:
     """Convert a table to rows; an unreadable value of a column that no stage reads is left out."""
-    theirs, columns = names_of(piece.columns), columnar.python_columns(table)
+    theirs = names_of(piece.columns)
+    converters = columnar.converters_of(piece.name, piece.file, piece.file.stat().st_mtime_ns)
+    columns = columnar.python_columns(table, converters)
     for place in range(len(table)):
         row: Row = {name: values[place] for name, values in columns.items()}
         for name, error in [item for item in row.items() if isinstance(item[1], Exception)]:
