@@ -7,7 +7,8 @@ names), or are sampled from a run:
   lm label quickstart --prompts prompts.jsonl --temperature 0.7 1.0
   lm label quickstart --prompts prompts.jsonl --stage sft preference
 
-The last is a blind comparison of two stages. Choices go to a file beside the
+The last is a blind comparison of two stages; `--adapter A --adapter B` compares
+two PEFT adapters on one model. Choices go to a file beside the
 answers, each before the page moves on, and the same command continues where it
 stopped. With --export they become rows of `prompt`, `chosen`, `rejected`, which
 a preference stage trains on: for a pair with several judgements the answer
@@ -26,7 +27,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from lm.cli.arguments import add_sampling, at_least, find_run, find_stage, number, sampling
+from lm.cli.arguments import add_sampling, at_least, find_model, find_run, find_stage, number, sampling
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -153,8 +154,13 @@ def _is_run(what: str) -> bool:
 def _answers_file(arguments: argparse.Namespace) -> Path:
     """Path of the file of answers, which need not exist yet where answers are sampled."""
     if _is_run(arguments.what):
-        return arguments.answers_file or find_run(arguments.what) / "label" / "answers.jsonl"
-    for flag in ("prompts", "against", "stage", "answers", "answers_file"):
+        if arguments.answers_file is not None:
+            return arguments.answers_file
+        folder, stage = find_model(arguments.what, None)
+        if stage is None:
+            raise UserError(f"{folder} is a published model: name the file of the sampled answers, --answers-file FILE")
+        return folder / "label" / "answers.jsonl"
+    for flag in ("prompts", "against", "stage", "adapter", "answers", "answers_file"):
         if getattr(arguments, flag):
             name = flag.replace("_", "-")
             raise UserError(f"--{name} is for answers that are sampled from a run; {arguments.what} has its own")
@@ -169,18 +175,23 @@ def _beside(answers: Path, what: str) -> Path:
 
 def _sample(arguments: argparse.Namespace, path: Path) -> None:
     """Sample the file of answers unless it exists."""
-    run_dir = find_run(arguments.what)
-    who = [(run_dir, find_stage(run_dir, stage)) for stage in arguments.stage or [None]]
+    who = [find_model(arguments.what, stage) for stage in arguments.stage or [None]]
     for other in arguments.against:
         name, _, stage = other.partition(":")
         who.append((find_run(name), find_stage(find_run(name), stage or None)))
 
     from lm.train.answers import Contestant, SamplingRequest, sample_rows
 
-    contestants = [Contestant(folder, stage) for folder, stage in dict.fromkeys(who)]
+    contestants = [
+        Contestant(folder, stage or "", adapter)
+        for folder, stage in dict.fromkeys(who)
+        for adapter in dict.fromkeys(arguments.adapter or [""])
+    ]
     answers = arguments.answers or (2 if len(contestants) == 1 else 1)
     if len(contestants) == 1 and answers < 2:
-        raise UserError("--answers 1 leaves nothing to compare: ask for 2 or more, or for several stages or runs")
+        raise UserError(
+            "--answers 1 leaves nothing to compare: ask for 2 or more, or for several stages, runs or adapters"
+        )
     given = sampling(arguments) | {"temperatures": tuple(arguments.temperature)}
     del given["temperature"]
     asked = SamplingRequest(arguments.prompts, arguments.limit, answers, seed=arguments.seed, **given)

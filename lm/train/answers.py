@@ -18,10 +18,11 @@ from lm.data.sources import load_rows
 from lm.evals.pairs import last_span
 from lm.evals.rows import rounded, row_scores
 from lm.experiment import UserError
+from lm.interop.peft import WEIGHTS
 from lm.rollout.engine import TextCompletion, generate_text
-from lm.stored import read_sealed, write_sealed
+from lm.stored import file_sha256, read_sealed, write_sealed
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import LoadedRun, load_run, scorers_for
+from lm.train.models import LoadedRun, load_adapters, load_run, scorers_for
 from lm.train.run_folder import RunFolder
 
 BATCH = 32  # prompts per batch
@@ -29,10 +30,11 @@ BATCH = 32  # prompts per batch
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model whose answers are compared: a stage of a run."""
+    """A model whose answers are compared: a stage of a run, or open weights (stage ""), and a PEFT adapter on it."""
 
     run_dir: Path
     stage: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def sample_rows(contestants: Sequence[Contestant], request: SamplingRequest, pat
     names = _names(contestants, request)
     prompts: list[Turns] = []
     for contestant in contestants:
-        loaded = load_run(contestant.run_dir, contestant.stage)
+        loaded = load_run(contestant.run_dir, contestant.stage or None)
+        if contestant.adapter:
+            (loaded,) = load_adapters(loaded, contestant.run_dir, [contestant.adapter]).values()
         prompts = prompts or _prompts(request, loaded)
         for number in range(request.answers):
             texts.append(list(_answers(loaded, prompts, request, number)))
@@ -115,7 +119,9 @@ def _names(contestants: Sequence[Contestant], request: SamplingRequest) -> list[
     several = len({contestant.run_dir for contestant in contestants}) > 1
     names = []
     for contestant in contestants:
-        name = f"{contestant.run_dir}, {contestant.stage}" if several else contestant.stage
+        adapter = f"adapter {Path(contestant.adapter).name}" if contestant.adapter else ""
+        parts = [str(contestant.run_dir) if several else "", contestant.stage, adapter]
+        name = ", ".join(filter(None, parts)) or str(contestant.run_dir)
         for number in range(request.answers):
             hot = len(set(request.temperatures)) > 1
             names.append(f"{name}, temperature {_temperature(request, number):g}" if hot else name)
@@ -129,10 +135,17 @@ def _settings(contestants: Sequence[Contestant], request: SamplingRequest) -> di
             "stage": contestant.stage,
             "step": max(Checkpoints(RunFolder(contestant.run_dir).checkpoints(contestant.stage)).steps(), default=None),
         }
+        | ({"adapter": _digest(Path(contestant.adapter).expanduser() / WEIGHTS)} if contestant.adapter else {})
         for contestant in contestants
     ]
     data = load_rows(request.prompts).fingerprint if request.prompts else ""
     return json.loads(json.dumps({"models": models, "data": data, **asdict(request)}))
+
+
+def _digest(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"--adapter: {file} does not exist")
+    return file_sha256(file)
 
 
 def _check_same(settings: dict[str, Any], beside: Path, path: Path) -> None:

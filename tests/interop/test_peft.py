@@ -23,6 +23,7 @@ from lm.objectives.logprobs import token_logprobs
 from lm.open_weights import check_weights, with_init
 from lm.open_weights import read as read_open_weights
 from lm.parallel.mesh import make_mesh
+from lm.train.answers import Contestant, SamplingRequest, _names, _settings
 from lm.train.models import LoadedRun, load_adapters
 from lm.types import TokenBatch
 from tests.helpers import tiny_model
@@ -259,3 +260,13 @@ def test_several_adapters_on_one_base(folder, tmp_path):
     assert command("/adapter nobody", [], found) == f"[no adapter nobody; there is {folder.name}, other]"
     with pytest.raises(UserError, match=r"--adapter has two folders named other: rename one of them"):
         load_adapters(loaded, tmp_path / "base", [str(other), str(other)])
+
+
+def test_answers_of_two_adapters_are_told_apart_for_labels(folder):
+    request = SamplingRequest("", 1, 1, (0.0,), 8, 0, 1.0, 0)
+    contestants = [Contestant(folder, "", str(folder / "one")), Contestant(folder, "sft", str(folder / "two"))]
+    assert _names(contestants, request) == ["adapter one", "sft, adapter two"]
+    with pytest.raises(UserError, match=r"--adapter: .*one/adapter_model.safetensors does not exist"):
+        _settings(contestants, request)
+    one, other = (_settings([Contestant(folder, "", adapter)], request) for adapter in ("", str(folder)))
+    assert one != other and len(other["models"][0]["adapter"]) == 64
