@@ -1,4 +1,4 @@
-"""Reads safetensors checkpoints in the layout of Hugging Face transformers; families are in `lm/model/families`."""
+"""Reads safetensors checkpoints of Hugging Face transformers; `write` of `export.py` writes them; families: `lm/model/families`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from lm.experiment import Model, UserError
 from lm.interop.arrays import read_array
-from lm.interop.config import read_config
+from lm.interop.config import read_config, write_config
+from lm.interop.export import write
 from lm.interop.places import EMBED, HEAD, Place, parameter_places
 from lm.interop.tensors import READ, Tensor, read_folder, refuse_tensors
 from lm.model.families import FAMILIES
@@ -21,6 +22,19 @@ from lm.model.families.family import Family
 from lm.model.transformer import Transformer
 from lm.parallel.rules import shardings
 from lm.stored import read_json
+
+__all__ = [
+    "FAMILIES",
+    "assemble",
+    "check",
+    "describe",
+    "dtype",
+    "files",
+    "read",
+    "read_config",
+    "write",
+    "write_config",
+]
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
 FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # which old checkpoints of Llama have in every layer
