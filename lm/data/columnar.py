@@ -184,6 +184,8 @@ def _converter(kind: Any, feature: Any, as_flag: bool = False) -> Converter | No
     if noted.get("_type") == "ClassLabel" and isinstance(noted.get("names"), list) and not as_flag:
         names = dict(enumerate(noted["names"]))
         return lambda value: names.get(value) if isinstance(value, int) else value
+    if types.is_map(kind):
+        return lambda value: None if value is None else dict(value)
     if types.is_struct(kind):
         fields = [kind.field(number) for number in range(kind.num_fields)]
         of_field = {field.name: _converter(field.type, noted.get(field.name)) for field in fields}

@@ -153,14 +153,19 @@ def encode_prompts(
     `wheres` name the rows in errors. Raises UserError if a prompt is too long.
     """
     wheres = wheres or [f"prompt {number}" for number in range(1, len(rows) + 1)]
-    prompts = [_rendered(messages, row, tokenizer, where).tokens for row, where in zip(rows, wheres, strict=True)]
+    prompts = [render_prompt(messages, row, tokenizer, where).tokens for row, where in zip(rows, wheres, strict=True)]
     _check_lengths([len(prompt) for prompt in prompts], wheres, prompt_len)
     tokens, lengths = packing.left_pad(prompts, prompt_len, tokenizer.pad_id)
     return Prompts(tokens, lengths, [dict(row) for row in rows])
 
 
-def _rendered(messages: MessagesOf, row: Mapping[str, Any], tokenizer: TextTokenizer, where: str) -> Rendered:
-    asked, tools = messages(row, where), chat.tools_of(row, where)
+def render_prompt(messages: MessagesOf, row: Mapping[str, Any], tokenizer: TextTokenizer, where: str) -> Rendered:
+    """A row's prompt up to the header of the answer, with the row's tools.
+
+    Environments may have a column of that name for themselves; only a chat template is told of it.
+    """
+    told = tokenizer.has_template or messages is chat.prompt_messages
+    asked, tools = messages(row, where), chat.tools_of(row, where) if told else None
     return chat.render(asked, tokenizer, generation_prompt=True, where=where, tools=tools)
 
 
@@ -188,7 +193,7 @@ def _look_at(
         row, where = rows[index], rows.where(index)
         try:
             bad_rows.check_columns(row, columns, where)
-            found = _rendered(messages, row, tokenizer, where)
+            found = render_prompt(messages, row, tokenizer, where)
             lengths[number] = len(found.tokens)
             left_out.update(found.left_out)
         except BadRow as error:

@@ -28,6 +28,7 @@ from lm.data.bad_rows import (
     names_of_needs,
 )
 from lm.data.chat import is_tie, render, said_by, tools_of, training_messages
+from lm.data.prompts import render_prompt
 from lm.data.selection import heldout_rows
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokens import left_out, store_in_memory
@@ -157,9 +158,7 @@ def _prompts(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) ->
         check_columns(
             row, spec.columns, where, f"the verifier {item.verifier}" if not item.environment else "the environment"
         )
-        tokens = render(
-            spec.messages(row, where), tokenizer, generation_prompt=True, where=where, tools=tools_of(row, where)
-        ).tokens
+        tokens = render_prompt(spec.messages, row, tokenizer, where).tokens
         if len(tokens) > room:
             return f"longer than {room} tokens (model.max_len {max_len} less max_new_tokens {item.max_new_tokens})"
         # The tasks of an environment may differ in more than their first messages.

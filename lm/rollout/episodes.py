@@ -247,7 +247,8 @@ class Episode:
         if not isinstance(reply, list):
             self.finish = reply or (STOP if self.completed else LENGTH)
             return
-        tokens = tokenizer.continuation(self.messages, reply, tools_of(self.task, "the task"))
+        tools = tools_of(self.task, "the task") if tokenizer.has_template else None
+        tokens = tokenizer.continuation(self.messages, reply, tools)
         if not self.completed or self.used + len(tokens) >= budget:
             self.finish = LENGTH
             return

@@ -95,3 +95,14 @@ def test_the_prompt_of_a_conversation_stops_before_the_last_answer(tokenizer):
     assert np.array_equal(prompts.tokens[0], prompts.tokens[1])
     text = tokenizer.decode(prompts.tokens[0], specials=True)
     assert text.endswith("<|im_start|>user\nuuu<|im_end|>\n" + HEADER) and text.count("aaa") == 1
+
+
+def test_tools_are_refused_in_a_prompt_of_ones_own_chat_format_and_are_an_environments_own(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "x?", "tools": [{"name": "hammer"}]}])
+    with pytest.raises(
+        UserError, match=r"a\.jsonl line 1: the conversation has tools, and the chat format of lm has none"
+    ):
+        make_prompt_feed((Source(path, holdout=0.0),), 1, 64, tokenizer, 0)
+    asked = [{"role": "user", "content": "own"}]
+    feed = make_prompt_feed((Source(path, holdout=0.0),), 1, 64, tokenizer, 0, messages=lambda row, where: asked)
+    assert "own" in tokenizer.decode(feed.batch(0).tokens[0])
