@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -19,8 +20,9 @@ from lm.experiment import UserError
 from lm.interop.places import Place
 from lm.interop.tensors import DTYPES, Tensor, broken_values
 
-COLUMNS = 512  # of a block that are transposed at a time
+COLUMNS = 2048  # of a block that are transposed at a time
 MOST_THREADS = 4
+TASK = 32 * 2**20  # bytes of a tensor that one thread reads
 
 Index = tuple[slice, ...]
 
@@ -79,19 +81,23 @@ def _filled(place: Place, tensors: Mapping[str, Tensor], index: Index) -> np.nda
     part = place.part(inner)
     shape = tuple(len(range(*one.indices(size))) for one, size in zip(inner, place.shape, strict=True))
     # Small pages, aligned as jax wants them: huge ones, which numpy asks for, take the system several times as long to find.
-    memory = mmap.mmap(-1, len(names) * math.prod(shape) * place.dtype.itemsize)
+    size = len(names) * math.prod(shape) * place.dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = np.frombuffer(memory, place.dtype).reshape(len(names), *shape)
 
-    def fill(layer: np.ndarray, name: str) -> None:
-        if place.inputs:
-            target = layer.reshape(math.prod(shape[: place.inputs]), -1).T
-        else:
-            target = layer.reshape([one.stop - one.start for one in part])
-        for first, block in _blocks(name, tensors[name], part, place.dtype):
-            _copy(target[first : first + len(block)], block)
+    rows = part[0].stop - part[0].start
+    some = max(1, rows * TASK * len(names) // size)
+
+    def fill(task: tuple[int, int]) -> None:
+        number, start = task
+        name, layer, stop = names[number], whole[number], min(start + some, rows)
+        target = layer.reshape(-1, rows).T if place.inputs else layer.reshape(rows, -1)
+        inside = (slice(part[0].start + start, part[0].start + stop), *part[1:])
+        for first, block in _blocks(name, tensors[name], inside, place.dtype):
+            _copy(target[start + first : start + first + len(block)], block.reshape(len(block), -1))
 
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, whole, names))
+        list(pool.map(fill, itertools.product(range(len(names)), range(0, rows, some))))
     return whole if place.stacked else whole[0]
 
 

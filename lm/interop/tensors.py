@@ -27,7 +27,7 @@ READ = tuple(DTYPES)
 LFS = b"version https://git-lfs"
 MOST_NAMED = 10
 LARGEST_HEADER = 10**8  # bytes, of the format
-BLOCK = 2 * 2**20  # bytes that are read at a time
+BLOCK = 3 * 2**20  # bytes that are read at a time
 CACHED = 2**16  # values whose temporary copies stay in a cache
 EXPONENT = 0x7F80  # bits of a bfloat16, all of them set where it is no finite number
 
