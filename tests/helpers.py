@@ -15,6 +15,7 @@ from lm.experiment import (
     ORPO,
     PPO,
     SFT,
+    LoRA,
     Mesh,
     Model,
     Optimizer,
@@ -23,6 +24,7 @@ from lm.experiment import (
     Source,
     Stage,
 )
+from lm.model.lora import adapted
 from lm.model.transformer import Transformer
 from lm.types import CriticBatch, RolloutBatch, SharedPrompt, TokenBatch, pytree
 
@@ -92,6 +94,18 @@ class EveryBatch(CriticBatch):
     ties: jax.Array
     desirable: jax.Array
     mismatched: TokenBatch
+
+
+def with_moved_adapter(model: Transformer, lora: LoRA, seed: int, by=0.1) -> Transformer:
+    """The model with a new adapter whose factors are no longer 0."""
+    new = adapted(model, tiny_stage(SFT(), lora=lora), jax.random.key(seed), "policy")
+    rng = np.random.default_rng(seed)
+
+    def change(path, x):
+        own = "lora" in jax.tree_util.keystr(path)
+        return x + by * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if own else x
+
+    return jax.tree_util.tree_map_with_path(change, new)
 
 
 def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> EveryBatch:

@@ -14,7 +14,7 @@ from lm.train.base import fingerprint
 from lm.train.loop import checkpoint_items, start_state
 from lm.train.named_arrays import named_leaves
 from lm.train_step import partition
-from tests.helpers import random_batch, tiny_model, tiny_stage
+from tests.helpers import random_batch, tiny_model, tiny_stage, with_moved_adapter
 
 KINDS = {
     "plain": LoRA(rank=3, alpha=6.0),
@@ -28,25 +28,13 @@ def logp(model):
     return token_logprobs(model, random_batch(4)).logp
 
 
-def moved(model, lora, seed, by=0.1):
-    """The model with a new adapter whose factors are no longer 0."""
-    new = adapted(model, tiny_stage(SFT(), lora=lora), jax.random.key(seed), "policy")
-    rng = np.random.default_rng(seed)
-
-    def change(path, x):
-        own = "lora" in jax.tree_util.keystr(path)
-        return x + by * jnp.asarray(rng.standard_normal(x.shape), x.dtype) if own else x
-
-    return jax.tree_util.tree_map_with_path(change, new)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_adapter_changes_nothing_and_off_it_is_the_base(kind):
     base, lora = tiny_model(), KINDS[kind]
     new = adapted(base, tiny_stage(SFT(), lora=lora), jax.random.key(1), "policy")
     # DoRA divides a norm by itself, which two programs may round apart.
     np.testing.assert_allclose(logp(new), logp(base), atol=1e-6 if lora.dora else 0, rtol=0)
-    trained = moved(base, lora, 1)
+    trained = with_moved_adapter(base, lora, 1)
     assert np.abs(logp(trained) - logp(base)).max() > 1e-3
     np.testing.assert_array_equal(logp(without_adapter(trained)), logp(base))
     assert sum(one.lora is not None for _, one in linears(trained)) == (3 if lora.targets else 7)
@@ -56,7 +44,7 @@ def test_adapters_of_several_stages_stay_apart_and_merge_into_what_they_compute(
     model = base = tiny_model()
     for seed, kind in enumerate(("plain", "dora", "rs_lora", "dora")):
         entering = logp(model)
-        model = moved(freeze_adapter(model), KINDS[kind], seed)
+        model = with_moved_adapter(freeze_adapter(model), KINDS[kind], seed)
         np.testing.assert_allclose(logp(without_adapter(model)), entering, atol=2e-6)
     np.testing.assert_allclose(logp(merged(model)), logp(model), atol=2e-5)
     assert not has_adapter(merged(model)) and len(named_leaves(merged(model))) == len(named_leaves(base))
@@ -66,7 +54,7 @@ def test_adapters_of_several_stages_stay_apart_and_merge_into_what_they_compute(
 
 @pytest.mark.parametrize("kind", ["plain", "dora"])
 def test_gradients_of_the_factors_are_those_of_finite_differences(kind):
-    model, batch = moved(tiny_model(), KINDS[kind], 2), random_batch(4)
+    model, batch = with_moved_adapter(tiny_model(), KINDS[kind], 2), random_batch(4)
     rng = np.random.default_rng(0)
 
     def toward(

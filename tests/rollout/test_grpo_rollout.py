@@ -12,7 +12,7 @@ from lm.algorithms.grpo import fill, grpo_rollout, has_preference
 from lm.algorithms.table import ALGORITHMS, first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
-from lm.experiment import GRPO, Experiment, Source, UserError
+from lm.experiment import GRPO, Experiment, LoRA, Source, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.advantages import group_advantages
 from lm.objectives.logprobs import token_logprobs
@@ -24,7 +24,7 @@ from lm.rollout.episodes import make_tasks
 from lm.rollout.rounding import rounded
 from lm.rollout.trajectory import rewards_of
 from lm.train.rollouts import RolloutBatches
-from tests.helpers import TINY, layout, tiny_stage
+from tests.helpers import TINY, layout, tiny_stage, with_moved_adapter
 
 GROUP = 4
 MODEL = dataclasses.replace(TINY, max_len=80)
@@ -111,6 +111,18 @@ def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, m
     for policy, said in ((model, batch.old_logp), (rounded(model, "int4"), batch.sampler_logp)):
         np.testing.assert_allclose(said, logprobs(policy, batch), atol=1e-4)
     assert np.abs(batch.old_logp - batch.sampler_logp).max() > 1e-3
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_sampler_with_an_adapter_agrees_with_the_trainer(tokenizer, model, merge):
+    one = dataclasses.replace(stage(), lora=LoRA(rank=2, dora=True, merge_for_sampling=merge))
+    mesh = make_mesh(layout())
+    with jax.set_mesh(mesh):
+        rollouts = RolloutBatches(Experiment("tiny", (one,), model=MODEL), 0, tokenizer, mesh)
+        state = first_state(one, make_optimizer(one.optimizer, 10), model)
+        moved = with_moved_adapter(model, one.lora, 1)
+        _, metrics = rollouts(0, dataclasses.replace(state, models={"policy": moved}))
+    assert metrics["sampler_gap_max"] < 1e-4
 
 
 def rollouts_of(tokenizer, mesh, **changes):
