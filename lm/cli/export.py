@@ -7,6 +7,7 @@ README.md, which says what the model was trained on. A stage with an adapter
   lm export quickstart out/quickstart
   lm export quickstart out/sft --stage sft --dtype bfloat16
   lm export RUN out/merged --stage dpo --merge
+  lm export FOLDER out/merged --adapter ADAPTER
   lm export FOLDER out/half --dtype float16     a published model, written again"""
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; new, or empty")
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
+    parser.add_argument("--adapter", metavar="FOLDER", action="append", default=[], help="a PEFT adapter on the model")
     parser.add_argument("--merge", action="store_true", help="merge the factors of an adapter into the weights")
     parser.add_argument(
         "--dtype",
@@ -55,12 +57,14 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.model.lora import merged
     from lm.model.quantised import dequantised
     from lm.stored import new_folder
-    from lm.train.models import load_run, origin_of
+    from lm.train.models import load_adapters, load_run, origin_of
     from lm.train.run_files import read_run
     from lm.web.model_card import model_card
 
     with new_folder(arguments.out) as draft:
-        loaded = load_run(run_dir, stage)
+        loaded, *others = load_adapters(load_run(run_dir, stage), run_dir, arguments.adapter).values()
+        if others:
+            raise UserError(f"--adapter is given {len(others) + 1} times; an export has one")
         files = loaded.tokenizer.published_files(loaded.model.config.max_len)
         if stage is not None:
             files["README.md"] = model_card(read_run(run_dir), loaded.stage, loaded.step).encode()
