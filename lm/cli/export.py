@@ -54,7 +54,7 @@ def call(arguments: argparse.Namespace) -> int:
 
     from lm.interop.export import family_of, write
     from lm.interop.peft import write_adapter
-    from lm.model.lora import merged
+    from lm.model.lora import linears, merged
     from lm.model.quantised import dequantised
     from lm.stored import new_folder
     from lm.train.models import load_adapters, load_run, origin_of
@@ -66,11 +66,14 @@ def call(arguments: argparse.Namespace) -> int:
         if others:
             raise UserError(f"--adapter is given {len(others) + 1} times; an export has one")
         files = loaded.tokenizer.published_files(loaded.model.config.max_len)
+        origin, lora = origin_of(run_dir), _adapter_of(loaded)
+        if arguments.merge and not any(one.lora or one.earlier for _, one in linears(loaded.model)):
+            raise UserError(f"--merge is for a model with adapters (lora.rank); {arguments.run} has none")
+        library = "peft" if lora.rank and not arguments.merge else "transformers"
         if stage is not None:
-            files["README.md"] = model_card(read_run(run_dir), loaded.stage, loaded.step).encode()
+            files["README.md"] = model_card(read_run(run_dir), loaded.stage, loaded.step, library).encode()
         ids = {"bos_token_id": loaded.tokenizer.document_ids[0], "eos_token_id": loaded.tokenizer.eos_id}
         size = None if arguments.shard_gb is None else int(1e9 * arguments.shard_gb)
-        origin, lora = origin_of(run_dir), _adapter_of(loaded)
         if lora.rank and not arguments.merge:
             base, family = _base_of(loaded.experiment, loaded.stage), family_of(loaded.model, origin)
             write_adapter(loaded.model, draft, family, base, lora.rs_lora, arguments.dtype)

@@ -17,12 +17,17 @@ from lm.web.text import visible
 MARKS = re.compile(r"([\\`*_\[\]|#~$])")  # characters with a meaning in Markdown
 
 
-def model_card(run: Run, stage: str, step: int) -> str:
-    """The model card of the model after a stage, as Markdown, without paths of this machine."""
+def model_card(run: Run, stage: str, step: int, library: str = "transformers") -> str:
+    """The model card of the model after a stage, as Markdown, without paths of this machine.
+
+    Args:
+        library: that reads the folder.
+    """
     number = [one.name for one in run.stages].index(stage)
     stages = run.stages[: number + 1]
     columns = [name for name in story.columns(run) if name not in {one.name for one in run.stages[number + 1 :]}]
     experiment = public(run.experiment)
+    columns[0] = "open weights" if experiment.get("init") else columns[0]
     rows = [
         (one.name, one.kind, f"{step if one.name == stage else one.steps_done:,}", plan, data)
         for one, plan in zip(stages, experiment["stages"], strict=False)
@@ -32,6 +37,7 @@ def model_card(run: Run, stage: str, step: int) -> str:
     page.filters |= {"md": lambda value: MARKS.sub(r"\\\1", " ".join(visible(str(value)).split()))}
     card = page.get_template("model_card.md.j2").render(
         version=__version__,
+        library=library,
         name=run.experiment["name"],
         stage=stage,
         begin=_begin(experiment),

@@ -8,7 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from lm.cli.main import main
 from lm.experiment import DPO, SFT, LoRA, Source, Stage, Tokenizer, UserError
+from lm.interop import hf
+from lm.interop.peft import read_adapter
+from lm.model.families import FAMILIES
 from lm.model.lora import base_of, linears
 from lm.train.models import load_run
 from lm.train.named_arrays import named_leaves
@@ -76,3 +80,29 @@ def test_an_adapter_goes_on_to_the_bit_and_knows_its_base(trained, tmp_path):
     with pytest.raises(UserError, match=r"base with fingerprint \w{16}, and stage full has \w{16}") as error:
         load_run(again, "dpo")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_an_adapter_leaves_merged_or_as_peft_reads_it(trained, tmp_path, capsys):
+    _, folder = trained
+    asked = {"merged": ["--stage", "dpo", "--merge"], "adapter": ["--stage", "dpo"], "base": ["--stage", "full"]}
+    for name, words in asked.items():
+        assert main(["export", str(folder), str(tmp_path / name), *words]) == 0
+    assert "adapter_config.json" in {file.name for file in (tmp_path / "adapter").iterdir()}
+    base = hf.read(tmp_path / "base")
+    tokens = np.random.default_rng(0).integers(0, base.vocab_size, (2, 24))
+    positions = np.broadcast_to(np.arange(24), tokens.shape)
+    logits = [
+        np.asarray(model(tokens, positions, np.ones_like(tokens)))
+        for model in (
+            load_run(folder, "dpo").model,
+            hf.read(tmp_path / "merged"),
+            read_adapter(tmp_path / "adapter", base, FAMILIES["qwen3"]),
+            base,
+        )
+    ]
+    for found in logits[1:3]:
+        np.testing.assert_allclose(found, logits[0], atol=1e-5 * np.abs(logits[0]).max())
+    assert np.abs(logits[3] - logits[0]).max() > 1e-4 * np.abs(logits[0]).max()
+    assert main(["export", str(folder), str(tmp_path / "none"), "--stage", "full", "--merge"]) == 2
+    assert "--merge is for a model with adapters" in capsys.readouterr().err
