@@ -26,7 +26,7 @@ from lm.experiment import Experiment, LoRA, UserError, start_of
 TAKES_OVERRIDES = False
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # so that no device is taken from a run, and the host's memory is the limit
 DTYPES = ("float32", "bfloat16", "float16")
-SECONDS = 2  # between two lines of progress
+SECONDS = 5  # between two lines of progress
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +121,6 @@ def _progress() -> Callable[[int, int], None]:
         nonlocal said
         if time.monotonic() - said > SECONDS:
             said = time.monotonic()
-            print(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+            print(f"written {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
 
     return show
