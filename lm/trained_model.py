@@ -57,7 +57,7 @@ class TrainedModel:
             temperature: 0 takes the likeliest token.
             top_k: sample among the k likeliest tokens; 0: all.
             top_p: sample among the likeliest tokens of this mass.
-            raw: continue the prompts as text instead of answering them.
+            raw: continue the prompts as text instead of answering them, as a model without a chat template always does.
 
         Raises:
             UserError: a prompt does not fit in the context with its answer, or an option is out of its range.
@@ -77,7 +77,7 @@ class TrainedModel:
         given = _listed(prompts)
         if not given:
             return []
-        asked = given if raw else [_asked(prompt) for prompt in given]
+        asked = given if raw or not self.loaded.tokenizer.chats else [_asked(prompt) for prompt in given]
         answers = generate_text(
             self.loaded.model, self.loaded.tokenizer, asked,  # type: ignore[arg-type]
             max_new_tokens=new, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, raw=raw,

@@ -7,10 +7,13 @@ import jax
 import pytest
 
 from lm.cli.arguments import resolve
+from lm.data.bad_rows import BadRow
+from lm.data.chat import render
 from lm.experiment import SFT, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer, UserError
 from lm.interop.export import write
 from lm.model.transformer import Transformer
 from lm.open_weights import with_init
+from lm.rollout.sampler import encode_prompt
 from lm.train.stages import evaluate_open_weights, run
 from tests.data.hub import small
 
@@ -64,6 +67,16 @@ def test_a_default_is_an_override_on_the_command_line(weights, tmp_path):
     assert resolve(*init).model.max_len == 64
     with pytest.raises(UserError, match=r"model.num_layers is 6; it should be 1, as in"):
         resolve(init[0], [*init[1], f"--model.num_layers={Model.num_layers}"])
+
+
+def test_a_model_without_a_chat_template_continues_prompts_and_refuses_conversations(tmp_path):
+    tokenizer = small.tokenizer(template=None)
+    assert encode_prompt(tokenizer, "the user") == [tokenizer.document_ids[0], *tokenizer.encode("the user")]
+    turns = [{"role": "user", "content": "1 + 2"}, {"role": "assistant", "content": "3"}]
+    for call in (lambda: render(turns, tokenizer), lambda: encode_prompt(tokenizer, turns[:1])):
+        with pytest.raises(UserError, match=r"has no chat template.*--tokenizer.chat_template FILE") as found:
+            call()
+        assert not isinstance(found.value, BadRow)  # bad_rows drop would leave every row out
 
 
 @pytest.mark.slow

@@ -71,7 +71,8 @@ def call(arguments: argparse.Namespace) -> int:
             raise UserError(f"--merge is for a model with adapters (lora.rank); {arguments.run} has none")
         library = "peft" if lora.rank and not arguments.merge else "transformers"
         if stage is not None:
-            files["README.md"] = model_card(read_run(run_dir), loaded.stage, loaded.step, library).encode()
+            card = model_card(read_run(run_dir), loaded.stage, loaded.step, library, loaded.tokenizer.chats)
+            files["README.md"] = card.encode()
         ids = {"bos_token_id": loaded.tokenizer.document_ids[0], "eos_token_id": loaded.tokenizer.eos_id}
         size = None if arguments.shard_gb is None else int(1e9 * arguments.shard_gb)
         if lora.rank and not arguments.merge:

@@ -50,6 +50,7 @@ class TextTokenizer(Protocol):
         eos_id, end_ids: the main id that ends an answer, and all ids that do.
         document_ids: the ids before and after a document.
         has_template: whether conversations are rendered by a model's chat template, which may leave things out.
+        chats: whether it renders conversations; a published model without a chat template does not.
         template_words: the words of the chat template; a key of a turn that is none of them changes nothing.
     """
 
@@ -61,6 +62,7 @@ class TextTokenizer(Protocol):
     end_ids: tuple[int, ...]
     document_ids: tuple[int, int]
     has_template: bool
+    chats: bool
     template_words: frozenset[str]
 
     def encode(self, text: str) -> list[int]:

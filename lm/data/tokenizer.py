@@ -39,6 +39,7 @@ class SubwordTokenizer:
     """A sentencepiece model with ChatML's special tokens, given as its serialised bytes."""
 
     has_template = False
+    chats = True
     template_words = frozenset[str]()
 
     def __init__(self, model: bytes, name: str = "tokenizer"):

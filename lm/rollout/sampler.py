@@ -166,8 +166,11 @@ def _read(
 
 
 def encode_prompt(tokenizer: TextTokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
-    """Tokens of a chat (or a single user turn) up to the start of the assistant's turn; raw: of the start of a document."""
-    if raw:
+    """Tokens of a chat (or a single user turn) up to the start of the assistant's turn; raw: of the start of a document.
+
+    A prompt for a model without a chat template is raw too.
+    """
+    if raw or (isinstance(prompt, str) and not tokenizer.chats):
         return [tokenizer.document_ids[0], *tokenizer.encode(str(prompt))]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return render(messages, tokenizer, generation_prompt=True).tokens

@@ -221,6 +221,8 @@ def check_evals(experiment: Experiment, tokenizer: TextTokenizer) -> list[str]:
                 f"{room}: shorten the prompt, or raise model.max_len"
             )
     lines = []
+    if experiment.prompts and not tokenizer.chats:
+        lines.append("prompts: the model has no chat template and continues them as text")
     for item in experiment.evals:
         if not uncollected(item):
             try:

@@ -17,11 +17,12 @@ from lm.web.text import visible
 MARKS = re.compile(r"([\\`*_\[\]|#~$])")  # characters with a meaning in Markdown
 
 
-def model_card(run: Run, stage: str, step: int, library: str = "transformers") -> str:
+def model_card(run: Run, stage: str, step: int, library: str = "transformers", chats: bool = True) -> str:
     """The model card of the model after a stage, as Markdown, without paths of this machine.
 
     Args:
         library: that reads the folder.
+        chats: whether the model has a chat template.
     """
     number = [one.name for one in run.stages].index(stage)
     stages = run.stages[: number + 1]
@@ -38,6 +39,7 @@ def model_card(run: Run, stage: str, step: int, library: str = "transformers") -
     card = page.get_template("model_card.md.j2").render(
         version=__version__,
         library=library,
+        chats=chats,
         name=run.experiment["name"],
         stage=stage,
         begin=_begin(experiment),

@@ -84,6 +84,7 @@ class HubTokenizer:
             name: ChatTemplate(source, names, now, f"{where}: chat template")
             for name, source in hub_files.template_sources(self.files, where).items()
         }
+        self.chats = bool(self._templates)
         parsed, added = self._read_added()
         written = "\n".join(one.source for one in self._templates.values())
         self.template_words = frozenset(WORD.findall(written))
@@ -154,8 +155,11 @@ class HubTokenizer:
         return {name: Reader(template, self.added_names) for name, template in self._templates.items()}
 
     def _reader(self, name: str) -> Reader:
-        if not self._templates:
-            raise TemplateError(f"{self._where}: the model has no chat template; name one, or train on texts")
+        if not self.chats:
+            raise UserError(
+                f"{self._where} has no chat template, which conversations need: --tokenizer.chat_template FILE names one "
+                "(Jinja), or train on texts"
+            )
         return self._readers[name if name in self._readers else "default"]
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
