@@ -1,4 +1,4 @@
-"""Open weights as initial weights: the fields of an experiment that they fix, their fingerprint, and the model in them."""
+"""Open weights as initial weights (`Experiment.init`): the fields that they fix, their fingerprint, and the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WeightsFormat:
         read: reads the model, with some of its fields changed, in its shardings.
         files: returns all files that determine the model.
         dtype: returns the narrowest dtype of Model.param_dtype that holds every weight exactly.
-        origin: what an export of a model that began with them keeps.
+        origin: returns the parts of the files that an export of a model trained from them keeps; None if there are none.
     """
 
     describe: Callable[[Path], tuple[Model, int]]
@@ -139,16 +139,16 @@ def fingerprint(init: str) -> str:
 
 
 def origin(init: str) -> Origin | None:
-    """What an export of a model that began with these weights keeps of them; None where they are not in its format."""
+    """The parts of these weights' files that an export keeps; None for a format other than the export's."""
     format, path = located(init)
     return format.origin(path)
 
 
 def read(experiment: Experiment, mesh: Mesh | None) -> Transformer:
-    """The model of an experiment's open weights.
+    """Read the model of an experiment's open weights, with its adapter.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: the files are missing or cannot be read.
     """
     format, path = located(experiment.init)
     model = format.read(path, mesh, **{name: getattr(experiment.model, name) for name in OWN})
@@ -156,7 +156,7 @@ def read(experiment: Experiment, mesh: Mesh | None) -> Transformer:
 
 
 def with_adapter(experiment: Experiment, model: Transformer, mesh: Mesh | None = None) -> Transformer:
-    """The model with the experiment's adapter, if it has one, as factors of an earlier stage."""
+    """The model with the factors of the experiment's adapter, if there is one, as those of an earlier stage."""
     if not experiment.adapter:
         return model
     family = family_of(model, origin(experiment.init))
@@ -164,7 +164,7 @@ def with_adapter(experiment: Experiment, model: Transformer, mesh: Mesh | None =
 
 
 def vocabulary_rows(experiment: Experiment, tokenizer: TextTokenizer) -> int:
-    """Rows of the embedding: those of the open weights, else one for each token.
+    """Number of rows of the embedding: that of the open weights, else the tokenizer's number of tokens.
 
     Raises:
         UserError: the tokenizer has more tokens than the open weights have rows.

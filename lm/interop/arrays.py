@@ -20,7 +20,7 @@ from lm.experiment import UserError
 from lm.interop.places import Place
 from lm.interop.tensors import DTYPES, Tensor, broken_values
 
-COLUMNS = 2048  # of a block that are transposed at a time
+COLUMNS = 2048  # columns of a block transposed at a time
 MOST_THREADS = 4
 TASK = 32 * 2**20  # bytes of a tensor that one thread reads
 
@@ -28,12 +28,12 @@ Index = tuple[slice, ...]
 
 
 def read_array(place: Place, tensors: Mapping[str, Tensor], sharding: NamedSharding | None) -> jax.Array:
-    """A parameter, of which each process reads only its own shards; without a sharding it is on the default device.
+    """A parameter read from its tensors; each process reads only its own shards. Without a sharding: on the default device.
 
     On a CPU, tensors are read directly into the memory of the array; for other devices, host memory holds one layer at a time.
 
     Raises:
-        UserError: a file is cut short, or some values are no finite numbers of the parameter's dtype.
+        UserError: a file is cut short, or a value is not finite in the parameter's dtype.
     """
     shape = (len(place.names), *place.shape) if place.stacked else place.shape
     if sharding is None:
@@ -44,7 +44,7 @@ def read_array(place: Place, tensors: Mapping[str, Tensor], sharding: NamedShard
 
 
 def on_devices(place: Place, tensors: Mapping[str, Tensor], sharding: NamedSharding) -> jax.Array:
-    """A parameter whose layers are put on the devices one by one, which stack them and widen their dtype."""
+    """A parameter whose layers are copied one by one to the devices, where they are cast and stacked."""
     axes = sharding.spec[1:] if place.stacked else sharding.spec
     inner = NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
@@ -66,7 +66,7 @@ def _with_layer(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
 
 
 def _part(place: Place, tensors: Mapping[str, Tensor], name: str, index: Index) -> np.ndarray:
-    """A part of one layer, in the narrower dtype of the file's and the parameter's; jax transposes it on the way."""
+    """A part of one layer, in the narrower of the file's dtype and the parameter's."""
     part = place.part(index)
     dtype = _narrower(tensors[name], place.dtype)
     values = np.empty([one.stop - one.start for one in part], dtype)
@@ -76,11 +76,11 @@ def _part(place: Place, tensors: Mapping[str, Tensor], name: str, index: Index) 
 
 
 def _filled(place: Place, tensors: Mapping[str, Tensor], index: Index) -> np.ndarray:
-    """A part of a parameter with all of its layers, as an array that jax on a CPU uses without a copy."""
+    """A part of a parameter, all layers together, in memory that jax uses on a CPU without a copy."""
     names, inner = (place.names[index[0]], index[1:]) if place.stacked else (place.names, index)
     part = place.part(inner)
     shape = tuple(len(range(*one.indices(size))) for one, size in zip(inner, place.shape, strict=True))
-    # Small pages, aligned as jax wants them: huge ones, which numpy asks for, take the system several times as long to find.
+    # Small pages have the alignment that jax needs; allocating the huge pages that numpy requests takes several times as long.
     size = len(names) * math.prod(shape) * place.dtype.itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = np.frombuffer(memory, place.dtype).reshape(len(names), *shape)
@@ -102,7 +102,7 @@ def _filled(place: Place, tensors: Mapping[str, Tensor], index: Index) -> np.nda
 
 
 def _copy(target: np.ndarray, block: np.ndarray) -> None:
-    """Copy a block of [out, in] into a transposed array: by jax, since numpy transposes at a tenth of its speed."""
+    """Copy a block [out, in] into an array that may be transposed; jax transposes, ten times as fast as numpy."""
     if target.flags.c_contiguous:
         _assign(target, block)
         return
@@ -112,27 +112,27 @@ def _copy(target: np.ndarray, block: np.ndarray) -> None:
 
 
 def _assign(target: np.ndarray, values: np.ndarray) -> None:
-    if (values.dtype, target.dtype) == (ml_dtypes.bfloat16, np.float32):  # a fourth of the time of a cast
+    if (values.dtype, target.dtype) == (ml_dtypes.bfloat16, np.float32):  # four times as fast as a cast
         np.left_shift(values.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
     else:
         target[...] = values
 
 
 def _narrower(tensor: Tensor, dtype: np.dtype) -> np.dtype:
-    """The dtype of a tensor's file, or the other dtype if that is not wider."""
+    """The narrower of the dtype of a tensor's file and `dtype`; `dtype` if they are equally wide."""
     return min(dtype, DTYPES[tensor.dtype], key=lambda one: one.itemsize)
 
 
 def _blocks(name: str, tensor: Tensor, part: Index, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, values) of a part of a tensor, in the narrower dtype of the file and of the parameter.
+    """Yield (first row, values) of a part of a tensor, in the narrower of the file's dtype and `dtype`.
 
     Raises:
-        UserError: after the last block, where some values are no finite numbers of the dtype.
+        UserError: after the last block, if a value was not finite.
     """
     narrow = _narrower(tensor, dtype)
     broken = count = 0
     for start, block in tensor.blocks(part):
-        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is counted below
             block = block.astype(narrow, copy=False)
         broken, count = broken + broken_values(block), count + block.size
         yield start, block

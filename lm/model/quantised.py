@@ -1,4 +1,4 @@
-"""Weights that are only read, in 8 or 4 bits a number: int8 with a scale for each output, and NF4 with double quantisation."""
+"""Quantised weights of a frozen base model: int8 with one scale per output, and NF4 (4 bits) with double quantisation."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ NF4 = (
 )  # fmt: skip
 """The values of the 16 codes, 4-bit NormalFloat (QLoRA, arXiv 2305.14314, sec. 3 and appendix E).
 
-With Q the quantile function of the normal distribution and δ = 0.9677083: 0, the Q(p) of 8 p from δ down to 1/2, which is left
-out, and -Q(p) of 7, equally spaced each, all divided by Q(δ). Of normal weights each code takes about as many, and 0 is exact.
+Q is the quantile function of the normal distribution, and δ = 0.9677083. The positive values are Q(p)/Q(δ) at 8 equally spaced
+p from δ down to 1/2 (excluded), the negative ones -Q(p)/Q(δ) at 7. Normally distributed weights use all codes about equally
+often, and 0 is exact.
 """
 BLOCK, GROUP = 64, 256
-"""Weights that share a scale, and scales that share a step: at most; the largest divisor of the dimension that is none larger."""
+"""Maximum number of weights that share a scale, and of scales that share a step; the largest divisor of the dimension up to it
+is used."""
 
 
 class Int8Weight(nnx.Module):
-    """w ≈ scale·code: codes within ±127, and a scale for each output, the largest |w| of its inputs / 127."""
+    """w ≈ scale·code, with codes within ±127; the scale of an output is the largest |w| of its inputs, divided by 127."""
 
     def __init__(self, weight: nnx.Param, inputs: int):
         w, names = weight[...].astype(jnp.float32), axes_of(weight)
@@ -43,14 +45,14 @@ class Int8Weight(nnx.Module):
         scale = _nonzero(jnp.abs(w).max(of_inputs, keepdims=True)) / 127
         self.codes = parameter(jnp.round(w / scale).astype(jnp.int8), names)
         self.scale = parameter(scale, tuple(None if axis in of_inputs else name for axis, name in enumerate(names)))
-        self.dtype = weight.dtype  # of the weight that was given
+        self.dtype = weight.dtype  # of the original weight
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
     def read(self, dtype: Any) -> Float[Array, "..."]:
-        """The weight in `dtype`, gathered: its codes travel, one byte each."""
+        """The weight in `dtype`, gathered from all devices as codes of one byte."""
         codes, scale = gather(self.codes, jnp.int8), gather(self.scale, jnp.float32)
         return (codes * scale).astype(dtype)
 
@@ -59,11 +61,11 @@ class Int8Weight(nnx.Module):
 
 
 class NF4Weight(nnx.Module):
-    """w ≈ scale·NF4[code]: the scale is the largest |w| of a block along the last dimension of the input.
+    """w ≈ scale·NF4[code]; the scale is the largest |w| of a block along the last dimension of the input.
 
-    Scales are int8 themselves, scale ≈ middle + step·code, middle and step in float32 for a group along the last dimension of the
-    output. (QLoRA takes the mean of all scales from them. The middle of a group's largest and smallest leaves half the error and
-    makes quantising twice the same as once.) Two codes are a byte, the first in its upper half: 4.13 bits a weight.
+    Scales are quantised to int8: scale ≈ middle + step·code, with middle and step in float32 for each group along the last
+    dimension of the output. QLoRA subtracts the mean of all scales instead of the middle of a group's range; the middle halves
+    the error, and a second quantisation changes nothing. A byte holds two codes, the first in its upper half: 4.13 bits a weight.
     """
 
     def __init__(self, weight: nnx.Param, inputs: int):
@@ -83,7 +85,7 @@ class NF4Weight(nnx.Module):
         scales = jnp.round((groups - middle[..., None]) / step[..., None]).astype(jnp.int8)
         self.scales = parameter(scales.reshape(largest.shape), names)
         self.middle, self.step = (parameter(x, (*names[:-1], None)) for x in (middle, step))
-        self.axis, self.dtype = axis - w.ndim, weight.dtype  # from the end, as layers are taken off the front
+        self.axis, self.dtype = axis - w.ndim, weight.dtype  # from the end: scanning removes the axis of layers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,7 +94,7 @@ class NF4Weight(nnx.Module):
         return tuple(shape)
 
     def read(self, dtype: Any) -> Float[Array, "..."]:
-        """The weight in `dtype`, gathered: its codes travel, half a byte each."""
+        """The weight in `dtype`, gathered from all devices as codes of half a byte."""
         codes, scales = gather(self.codes, jnp.uint8), gather(self.scales, jnp.int8)
         middle, step = (gather(one, jnp.float32)[..., None] for one in (self.middle, self.step))
         axis = codes.ndim + self.axis
@@ -107,13 +109,14 @@ class NF4Weight(nnx.Module):
 
 
 QUANTISED = {"int8": Int8Weight, "nf4": NF4Weight}
-"""LoRA.base -> how the weights of the blocks are stored."""
+"""LoRA.base -> storage of the blocks' weights."""
 
 
 def set_base(model: M, base: str, mesh: Mesh | None = None) -> M:
-    """Store a model's weights, in place, as `LoRA.base` says: of the blocks quantised, other matrices in bfloat16; returns the model.
+    """Convert a model's weights in place to the storage `base` of `LoRA.base`, and return the model.
 
-    One weight is replaced after another, so that there is never a second copy of them all. What is quantised stays as it is.
+    The blocks' weights are quantised (unless `base` is bfloat16), other matrices become bfloat16. Weights are replaced one at a
+    time, so that memory never holds a second copy of all. Weights that are already quantised stay unchanged.
     """
     if base == "model":
         return model
@@ -131,7 +134,7 @@ def set_base(model: M, base: str, mesh: Mesh | None = None) -> M:
 
 
 def dequantised(model: M) -> M:
-    """The model with its quantised weights as parameters again, in the dtype that they had; other arrays are shared."""
+    """The model with its quantised weights as parameters in their original dtype; other arrays are shared."""
     model = jax.tree.map(lambda x: x, model)
     for _, linear in linears(model):
         if not isinstance(linear.weight, nnx.Param):
@@ -146,7 +149,7 @@ def _read(dtype: Any, weight: Any) -> Array:
 
 
 def _quantised(make: Callable[..., Any], inputs: int, weight: nnx.Param) -> Any:
-    """A weight quantised; one of stacked layers layer by layer, which keeps what is in float32 on the way small."""
+    """A quantised weight; stacked layers are quantised one by one, so that the float32 intermediates stay small."""
     names = axes_of(weight)
     if names[0] != "layers":
         return make(weight, inputs)
@@ -159,9 +162,9 @@ def _quantised(make: Callable[..., Any], inputs: int, weight: nnx.Param) -> Any:
 
 
 def _nf4(codes: Int[Array, "..."]) -> Float[Array, "..."]:
-    """NF4[codes] by the bits of the codes: selections are vector operations on every device, and look-ups in a table are not.
+    """NF4[codes], by selecting on the bits of the codes: unlike table look-ups, selections are vector operations on every device.
 
-    The barrier makes the 16 values depend on the codes: a scan would broadcast constants before its loop, and keep these.
+    The barrier makes the 16 values depend on the codes; otherwise a scan broadcasts them before its loop and keeps the copies.
     """
     table, codes = jax.lax.optimization_barrier((jnp.asarray(NF4, jnp.float32), codes))
     values = list(table)
@@ -171,7 +174,7 @@ def _nf4(codes: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _split(x: Array, axis: int, size: int) -> Array:
-    """x with a dimension cut into pieces of this size, which are a dimension behind it."""
+    """x with a dimension split into two: pieces, and the `size` elements of a piece."""
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
 
@@ -180,5 +183,5 @@ def _divisor(size: int, most: int) -> int:
 
 
 def _nonzero(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x, and 1 where it is 0: what is divided by it is 0 then."""
+    """x with 1 in place of 0, as a divisor of values that are 0 there."""
     return jnp.where(x > 0, x, 1)
