@@ -144,14 +144,17 @@ def origin(init: str) -> Origin | None:
     return format.origin(path)
 
 
-def read(experiment: Experiment, mesh: Mesh | None) -> Transformer:
+def read(experiment: Experiment, mesh: Mesh | None, store: hf.Store | None = None) -> Transformer:
     """Read the model of an experiment's open weights, with its adapter.
+
+    Args:
+        store: called with each parameter before the next one is read; the model keeps what it returns.
 
     Raises:
         UserError: the files are missing or cannot be read.
     """
     format, path = located(experiment.init)
-    model = format.read(path, mesh, **{name: getattr(experiment.model, name) for name in OWN})
+    model = format.read(path, mesh, store, **{name: getattr(experiment.model, name) for name in OWN})
     return with_adapter(experiment, model, mesh)
 
 

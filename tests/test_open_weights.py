@@ -4,18 +4,27 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from lm.cli.arguments import resolve
 from lm.data.bad_rows import BadRow
 from lm.data.chat import render
-from lm.experiment import SFT, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer, UserError
+from lm.experiment import DPO, SFT, Eval, Experiment, LoRA, Mesh, Model, Optimizer, Source, Stage, Tokenizer, UserError
+from lm.interop import hf
 from lm.interop.export import write
+from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
-from lm.open_weights import with_init
+from lm.open_weights import read, with_init
+from lm.parallel.mesh import make_mesh
 from lm.rollout.sampler import encode_prompt
+from lm.train import models
+from lm.train.base import fingerprint, read_stored
+from lm.train.checkpoint import Checkpoints
+from lm.train.models import load_run
 from lm.train.stages import evaluate_open_weights, run
 from tests.data.hub import small
+from tests.train.runs import metrics
 
 SHAPE = Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=128)
 
@@ -91,3 +100,54 @@ def test_a_run_begins_with_the_weights_and_is_resumed_with_no_others(weights, tm
     file.write_bytes(file.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UserError, match=rf"the data of hf:{weights} had SHA-256 \w+ and now have"):
         run(more, tmp_path / "run")
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "int8", "nf4"])
+def test_a_base_is_stored_while_it_is_read_as_afterwards(weights, tmp_path, monkeypatch, base):
+    mesh, whole = make_mesh(Mesh(data=1, fsdp=2)), with_init(experiment(tmp_path, init=str(weights)))
+    before, live = {id(one) for one in jax.live_arrays()}, []
+    original = hf.read_array
+
+    def read_array(*given):
+        live.append(sum(one.nbytes for one in jax.live_arrays() if id(one) not in before))
+        return original(*given)
+
+    monkeypatch.setattr(hf, "read_array", read_array)
+    stored, known = read_stored(whole, mesh, base)
+    assert max(live) < sum(one.nbytes for one in jax.tree.leaves(stored))
+    monkeypatch.undo()
+    model = read(whole, mesh)
+    assert known == fingerprint(model)
+    set_base(model, base, mesh)
+    assert jax.tree.structure(stored) == jax.tree.structure(model)
+    for one, other in zip(jax.tree.leaves(stored), jax.tree.leaves(model), strict=True):
+        assert one.sharding == other.sharding and one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_quantised_run_has_the_numbers_of_one_that_reads_all_weights_first(weights, tmp_path, monkeypatch):
+    one = experiment(tmp_path, init=str(weights))
+    rows = [{"prompt": f"what is {n}?", "chosen": "it is a system", "rejected": "a system"} for n in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = Source(str(tmp_path / "pairs.jsonl"), holdout=0.2)
+    sft = dataclasses.replace(one.stages[0], lora=LoRA(rank=2, dora=True, base="nf4"), save_every=1)
+    dpo = dataclasses.replace(sft, name="dpo", objective=DPO(), sources=(pairs,))
+    last = dataclasses.replace(sft, name="last", lora=LoRA(rank=2, base="int8"))
+    evals = (*one.evals, Eval("prefers", pairs, metric="pair_accuracy", count=2))
+    run(dataclasses.replace(one, stages=(sft, dpo), evals=evals), tmp_path / "run")
+    more = dataclasses.replace(one, stages=(sft, dpo, last), evals=evals)
+    run(more, tmp_path / "run")
+    monkeypatch.setattr(models, "read_stored", lambda experiment, mesh, base: (read(experiment, mesh), ""))
+    run(more, tmp_path / "whole")
+    for stage in ("sft", "dpo", "last"):
+        assert metrics(tmp_path / "run", stage) == metrics(tmp_path / "whole", stage)
+        found = [
+            Checkpoints(tmp_path / name / "stages" / stage / "checkpoints").newest_meta() for name in ("run", "whole")
+        ]
+        assert found[0]["base"] == found[1]["base"]
+    theirs = load_run(tmp_path / "run", "dpo").model
+    monkeypatch.undo()
+    ours = load_run(tmp_path / "run", "dpo").model
+    for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(leaf, other)

@@ -15,7 +15,7 @@ from lm.config.field import shown
 from lm.experiment import Model, UserError
 from lm.interop.config import ORIGINAL, read_config
 from lm.interop.gguf_file import package, read_metadata, read_tensors
-from lm.interop.hf import assemble
+from lm.interop.hf import Store, assemble
 from lm.interop.places import Place, parameter_places
 from lm.interop.tensors import Tensor, refuse_tensors
 from lm.model.attention import rope_frequencies
@@ -65,16 +65,17 @@ def dtype(path: Path) -> str:
     return "float32"
 
 
-def read(path: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
+def read(path: Path, mesh: Mesh | None = None, store: Store | None = None, **changes: Any) -> Transformer:
     """Read the model of a GGUF file; every tensor must be used.
 
     Args:
+        store: called with each parameter before the next one is read; the model keeps what it returns.
         changes: fields of Model to override, such as compute_dtype.
 
     Raises:
         UserError: the file is damaged or has an unsupported feature, or a tensor is missing, unexpected or not finite.
     """
-    return assemble(*_opened(Path(path), **changes), mesh)
+    return assemble(*_opened(Path(path), **changes), mesh, store)
 
 
 def _opened(path: Path, **changes: Any) -> tuple[Transformer, list[Place], dict[str, Tensor]]:

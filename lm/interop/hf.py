@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from lm.experiment import Model, UserError
@@ -19,7 +21,9 @@ from lm.interop.places import EMBED, HEAD, Place, parameter_places
 from lm.interop.tensors import READ, Tensor, read_folder, refuse_tensors
 from lm.model.families import FAMILIES
 from lm.model.families.family import Family
+from lm.model.parameter import axes_of, leaf_name, parameter
 from lm.model.transformer import Transformer
+from lm.parallel.distributed import raise_on_all
 from lm.parallel.rules import shardings
 from lm.stored import read_json
 
@@ -36,6 +40,8 @@ __all__ = [
     "write_config",
 ]
 
+Store = Callable[[str, nnx.Param, int], Any]
+"""What is kept of a parameter, by its name and how many of its first dimensions are the input of a matrix."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
 FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # which old checkpoints of Llama have in every layer
 
@@ -103,26 +109,41 @@ def _opened(folder: Path, **changes: Any) -> tuple[Transformer, list[Place], dic
     return wanted, places, tensors
 
 
-def read(folder: Path, mesh: Mesh | None = None, **changes: Any) -> Transformer:
+def read(folder: Path, mesh: Mesh | None = None, store: Store | None = None, **changes: Any) -> Transformer:
     """Read the model in a folder with config.json and *.safetensors; every tensor must be used.
 
     Args:
+        store: called with each parameter before the next one is read; the model keeps what it returns.
         changes: fields of Model to set otherwise, such as compute_dtype.
 
     Raises:
         UserError: a file is missing or damaged, config.json has what the model has not, a tensor is missing, unexpected, of
             another shape or dtype, or not finite.
     """
-    return assemble(*_opened(Path(folder), **changes), mesh)
+    return assemble(*_opened(Path(folder), **changes), mesh, store)
 
 
 def assemble(
-    wanted: Transformer, places: list[Place], tensors: dict[str, Tensor], mesh: Mesh | None = None
+    wanted: Transformer,
+    places: list[Place],
+    tensors: dict[str, Tensor],
+    mesh: Mesh | None = None,
+    store: Store | None = None,
 ) -> Transformer:
     """The model from the tensors of its parameters; `wanted` is abstract. Raises UserError for values that are not finite."""
     where = [None] * len(places) if mesh is None else jax.tree.leaves(shardings(wanted, mesh))
-    leaves = [read_array(place, tensors, sharding) for place, sharding in zip(places, where, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+    if store is None:
+        read = [read_array(place, tensors, sharding) for place, sharding in zip(places, where, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(wanted), read)
+    params, structure = jax.tree_util.tree_flatten_with_path(wanted, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def kept(path: tuple[Any, ...], param: nnx.Param, place: Place, sharding: Any) -> Any:
+        # Storing may be a computation of all processes, which one that cannot read would leave waiting.
+        value = raise_on_all(lambda: read_array(place, tensors, sharding))
+        return jax.block_until_ready(store(leaf_name(path), parameter(value, axes_of(param)), place.inputs))
+
+    leaves = [kept(*one, *at) for one, *at in zip(params, places, where, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Model, places: list[Place]) -> None:

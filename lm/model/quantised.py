@@ -121,16 +121,28 @@ def set_base(model: M, base: str, mesh: Mesh | None = None) -> M:
     if base == "model":
         return model
     for path, linear in linears(model):
-        if base in QUANTISED and "blocks/" in path and isinstance(linear.weight, nnx.Param):
-            quantise = functools.partial(_quantised, QUANTISED[base], linear.inputs)
-            places = shardings(jax.eval_shape(quantise, linear.weight), mesh) if mesh is not None else None
-            linear.weight = jax.jit(quantise, out_shardings=places)(linear.weight)
-
+        if isinstance(linear.weight, nnx.Param):
+            linear.weight = stored(f"{path}/weight", linear.weight, linear.inputs, base, mesh)
     for keys, param in jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Param)):
-        name = leaf_name(keys)
-        if name.endswith("weight") and not any(fnmatch.fnmatchcase(name, one) for one in APART):
-            param.set_value(param[...].astype(jnp.bfloat16))
+        if (new := stored(leaf_name(keys), param, 0, base, mesh)) is not param:
+            param.set_value(new[...])
     return model
+
+
+def stored(name: str, param: nnx.Param, inputs: int, base: str, mesh: Mesh | None = None) -> Any:
+    """A parameter as `LoRA.base` says: a linear layer of the blocks quantised, another matrix in bfloat16, others as they are.
+
+    Args:
+        inputs: dimensions of the input of a linear layer.
+    """
+    is_matrix = name.endswith("weight") and not any(fnmatch.fnmatchcase(name, one) for one in APART)
+    if not is_matrix:
+        return param
+    if base not in QUANTISED or "blocks/" not in name:
+        return parameter(param[...].astype(jnp.bfloat16), axes_of(param))
+    quantise = functools.partial(_quantised, QUANTISED[base], inputs)
+    places = shardings(jax.eval_shape(quantise, param), mesh) if mesh is not None else None
+    return jax.jit(quantise, out_shardings=places)(param)
 
 
 def dequantised(model: M) -> M:

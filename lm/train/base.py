@@ -9,11 +9,15 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Shaped, UInt32
 
+from lm import open_weights
 from lm.experiment import Experiment, Stage, UserError, start_of
 from lm.model.lora import APART
 from lm.model.parameter import leaf_name
+from lm.model.quantised import QUANTISED, stored
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch
 from lm.train.named_arrays import named_leaves
@@ -49,20 +53,46 @@ def adapters_on_random_weights(experiment: Experiment) -> list[str]:
 
 def with_base(model: M, base: Any) -> M:
     """A model without its base (`without_base`), completed with the arrays of a model that has the same base."""
-    leaves = named_leaves(base)
 
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        return leaves.get(leaf_name(path)) if leaf is None else leaf
+    def is_weight(x: Any) -> bool:
+        return isinstance(x, (nnx.Variable, *QUANTISED.values()))
 
-    return jax.tree_util.tree_map_with_path(one, model, is_leaf=lambda x: x is None)
+    kept = {leaf_name(path): one for path, one in jax.tree.leaves_with_path(base, is_leaf=is_weight)}
+
+    def one(path: tuple[Any, ...], param: Any) -> Any:
+        return param if jax.tree.leaves(param) else jax.tree.map(lambda x: x, kept.get(leaf_name(path), param))
+
+    return jax.tree_util.tree_map_with_path(one, model, is_leaf=is_weight)
 
 
 def fingerprint(model: Any) -> str:
     """A digest of all bits of a model's base, independent of its sharding."""
     named = {k: x for k, x in named_leaves(model).items() if not any(fnmatch.fnmatchcase(k, one) for one in APART)}
+    return _digest(_sums_of(named))
+
+
+def read_stored(experiment: Experiment, mesh: Mesh, base: str) -> tuple[Transformer, str]:
+    """The open weights, each stored as `LoRA.base` says before the next is read, and the fingerprint of what was read.
+
+    There are never more than the stored weights and one parameter as it was read.
+    """
+    lines: list[str] = []
+
+    def store(name: str, param: nnx.Param, inputs: int) -> Any:
+        lines.extend(_sums_of({name: param[...]}))
+        return stored(name, param, inputs, base, mesh)
+
+    return open_weights.read(experiment, mesh, store), _digest(lines)
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _sums_of(named: dict[str, Array]) -> list[str]:
+    """A line for each array, by name: its dtype, shape, and sums of its bits."""
     sums = fetch(_sums(named))
-    lines = [f"{name} {x.dtype}{list(x.shape)} {sums[name].tolist()}" for name, x in sorted(named.items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return [f"{name} {x.dtype}{list(x.shape)} {sums[name].tolist()}" for name, x in named.items()]
 
 
 @jax.jit
@@ -84,9 +114,13 @@ def _sum(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     return jnp.stack([mixed(*odd) for odd in ODD])
 
 
-def recorded_base(stage: Stage, model: Transformer) -> dict[str, str]:
-    """What a checkpoint records of the model under a stage's adapter: its fingerprint; nothing without an adapter."""
-    return {"base": fingerprint(model)} if stage.lora.rank else {}
+def recorded_base(stage: Stage, model: Transformer, known: str = "") -> dict[str, str]:
+    """What a checkpoint records of the model under a stage's adapter: its fingerprint; nothing without an adapter.
+
+    Args:
+        known: the fingerprint, of a model that is stored as `LoRA.base` says already; "": it is computed.
+    """
+    return {"base": known or fingerprint(model)} if stage.lora.rank else {}
 
 
 def check_base(experiment: Experiment, index: int, meta: Mapping[str, Any], recorded: Mapping[str, str]) -> None:

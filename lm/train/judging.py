@@ -133,7 +133,7 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
         )
     model = load_model(experiment, folder, tokenizer, mesh, name)
     known = {base_stage(experiment, stage_index(experiment, name)): model}  # an adapter's reference shares its base
-    reference = model_before(experiment, folder, tokenizer, mesh, first, known)
+    reference, _ = model_before(experiment, folder, tokenizer, mesh, first, known)
     return f"{run_dir}, {name} (implicit reward)", Subject(model, tokenizer, reference)
 
 

@@ -35,7 +35,7 @@ from lm.parallel.distributed import is_main_process, run_on_main
 from lm.parallel.rules import abstract, batch_sharding, shardings
 from lm.stored import write_sealed
 from lm.train import goodput
-from lm.train.base import check_base, recorded_base
+from lm.train.base import check_base
 from lm.train.batches import Batches
 from lm.train.callbacks import Callback, listener
 from lm.train.checkpoint import Checkpoints
@@ -101,6 +101,7 @@ def train_stage(
     index: int,
     batches: Batches,
     model: Transformer,
+    base: dict[str, str],
     scorers: tuple[Scorer, ...],
     evaluator: Evaluator,
     began: float,
@@ -108,6 +109,7 @@ def train_stage(
     """Train a stage to its end, from the entering model or from its newest checkpoint.
 
     Args:
+        base: what its checkpoints record of the model's base (`recorded_base`).
         scorers: the reward models that the stage reads.
         began: time.monotonic() when this session's work on the stage began.
 
@@ -118,7 +120,6 @@ def train_stage(
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
     key = jax.random.fold_in(jax.random.key(run.experiment.seed), index)
-    base = recorded_base(stage, model)  # before it is quantised, which devices may round otherwise
     state, step_fn = start_state(stage, model, run.mesh, scorers, key)
     with (
         contextlib.closing(batches),
@@ -130,9 +131,7 @@ def train_stage(
         now = _inputs(run, index, batches, base, meta)
         spent = goodput.seconds_spent(folder) if is_main_process() else 0.0
         run_on_main(lambda: goodput.store_seconds_spent(folder, spent))
-        run_on_main(lambda: log.rewind(start, functools.partial(_is_repeated, stage, start, _done_before(folder))))
-        run_on_main(lambda: log.check_steps(start))
-        run_on_main(lambda: rewind_trajectories(folder, start))
+        run_on_main(lambda: _rewind(log, stage, folder, start))
         costs = Costs(began, meta.get("costs", {}), spent)
         loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
         evaluator.tell = loop.show_activity
@@ -156,6 +155,13 @@ def train_stage(
         data = num_params(state.models), batches.report, batches.sources
         summarise(run.folder, stage, loop.tokens, *data, loop.costs, {"evals": evaluator.passed_over})
         run_on_main(lambda: tidy(run.folder, stage))
+
+
+def _rewind(log: MetricsLog, stage: Stage, folder: Path, start: int) -> None:
+    """Drop the lines and trajectories that the stage wrote after step `start`. Raises UserError if earlier ones are missing."""
+    log.rewind(start, functools.partial(_is_repeated, stage, start, _done_before(folder)))
+    log.check_steps(start)
+    rewind_trajectories(folder, start)
 
 
 def _inputs(

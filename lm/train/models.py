@@ -42,7 +42,7 @@ from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.stored import read_record, write_sealed
-from lm.train.base import Known, base_stage, check_base, recorded_base, with_base
+from lm.train.base import Known, base_stage, check_base, read_stored, recorded_base, with_base
 from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
 
@@ -102,10 +102,18 @@ def model_before(
     mesh: DeviceMesh,
     index: int,
     known: Known = NONE_KNOWN,
-) -> Transformer:
-    """The model that enters stage `index`: that of the stage it starts from, or the one that the run begins with."""
+    base: str = "model",
+) -> tuple[Transformer, str]:
+    """The model that enters stage `index`: that of the stage it starts from, or the one that the run begins with.
+
+    Args:
+        base: as `LoRA.base`, how open weights are stored while they are read; other weights stay as they are.
+
+    Returns:
+        the model, and the fingerprint that checkpoints record of its base if that is known without a computation, else "".
+    """
     start = start_of(experiment, index)
-    return _model_of(experiment, folder, tokenizer, mesh, start, known)
+    return _model_of(experiment, folder, tokenizer, mesh, start, known, base)
 
 
 def _model_of(
@@ -115,12 +123,16 @@ def _model_of(
     mesh: DeviceMesh,
     index: int | None,
     known: Known = NONE_KNOWN,
-) -> Transformer:
+    base: str = "model",
+) -> tuple[Transformer, str]:
     if index in known and not _lora_before(experiment, index):
-        return base_of(known[index])
-    if index is None:
-        return init_model(experiment, tokenizer, mesh)
-    return load_model(experiment, folder, tokenizer, mesh, experiment.stages[index].name, known)
+        return base_of(known[index]), ""
+    if index is not None:
+        found = _load(experiment, folder, tokenizer, mesh, experiment.stages[index].name, known, base)
+        return found.items["policy"], found.meta.get("base", "")
+    if base == "model" or not experiment.init or experiment.adapter:  # an adapter may need the weights as they are
+        return init_model(experiment, tokenizer, mesh), ""
+    return raise_on_all(lambda: read_stored(experiment, mesh, base))
 
 
 def _lora_before(experiment: Experiment, index: int | None) -> bool:
@@ -153,10 +165,11 @@ def _load(
     mesh: DeviceMesh,
     stage: str,
     known: Known = NONE_KNOWN,
+    base: str = "model",
 ) -> Restored:
     index = stage_index(experiment, stage)
     policy = jax.eval_shape(lambda: _traced(experiment, vocabulary_rows(experiment, tokenizer), index))
-    return _restore((experiment, folder, tokenizer, mesh), index, "policy", policy, lambda base: base, known)
+    return _restore((experiment, folder, tokenizer, mesh), index, "policy", policy, lambda model: model, known, base)
 
 
 def _traced(experiment: Experiment, vocab_size: int, index: int | None) -> Transformer:
@@ -274,12 +287,14 @@ def _restore(
     like: Transformer | Scorer,
     of_base: Callable[[Transformer], Transformer | Scorer],
     known: Known,
+    base: str = "model",
 ) -> Restored:
     """Restore a stage's model: from its last step if the stage is finished, else from its newest intact checkpoint.
 
     Args:
         like: the model as shapes.
         of_base: what the base of an adapter, which other files have, becomes in it.
+        base: how open weights are stored that are the base (`model_before`).
     """
     (experiment, folder, tokenizer, mesh), stage = run, run[0].stages[index]
     final = broadcast_from_main(lambda: folder.final_step(stage.name))
@@ -290,11 +305,15 @@ def _restore(
     check_tokenizer(found.meta, tokenizer, folder, stage.name)
     if not has_adapter(like):
         return found
-    at = base_stage(experiment, index)
-    base = known[at] if at in known else _model_of(*run, at)
-    if at not in known:  # else this session has checked it, and it may be quantised
-        check_base(experiment, index, found.meta, recorded_base(stage, base))
-    return replace(found, items={role: with_base(found.items[role], of_base(base))})
+    at, meta = base_stage(experiment, index), found.meta
+    if at in known:  # this session has checked it, and it may be quantised
+        model = known[at]
+    else:
+        model, fingerprint = _model_of(*run, at, base=base)
+        recorded = recorded_base(stage, model, fingerprint)
+        check_base(experiment, index, meta, recorded)
+        meta = meta | recorded
+    return replace(found, items={role: with_base(found.items[role], of_base(model))}, meta=meta)
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: TextTokenizer, folder: RunFolder, stage: str) -> None:
@@ -361,8 +380,9 @@ def load_run(run_dir: Path, stage: str | None = None, longest: int | None = None
     index = stage_index(experiment, stage)
     if stage not in speaks:
         raise UserError(f"stage {stage} of {run_dir} trains no language model; those that do are {', '.join(speaks)}")
-    found = _load(experiment, folder, tokenizer, mesh, stage)
-    model = set_base(found.items["policy"], experiment.stages[index].lora.base, mesh)
+    base = experiment.stages[index].lora.base
+    found = _load(experiment, folder, tokenizer, mesh, stage, base=base)
+    model = set_base(found.items["policy"], base, mesh)
     return LoadedRun(experiment, tokenizer, model, mesh, stage, found.step)
 
 

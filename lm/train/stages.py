@@ -50,7 +50,7 @@ from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
 from lm.stored import file_sha256
 from lm.train.agreement import check_same, check_same_data, check_shared
-from lm.train.base import adapters_on_random_weights, base_stage
+from lm.train.base import adapters_on_random_weights, base_stage, recorded_base
 from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
@@ -231,13 +231,15 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
     """Train a stage from the models that it needs; `batches` is None for data that did not exist when the run started."""
     where = run.experiment, run.folder, run.tokenizer, run.mesh
     stage = run.experiment.stages[index]
-    model = model_before(*where, index)
+    base = "model" if reward_names(stage) else stage.lora.base  # reward models share the base as it is
+    model, fingerprint = model_before(*where, index, base=base)
     known = {base_stage(run.experiment, start_of(run.experiment, index)): model}
     scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage), known))
     if not stage.objective.trains:
         return collect_stage(run, index, model, scorers, began)
     ready = batches or raise_on_all(lambda: _batches(run, index))
-    train_stage(run, index, ready, model, scorers, make_evaluator(*where, index, model), began)
+    recorded = recorded_base(stage, model, fingerprint)  # before it is quantised, which devices may round otherwise
+    train_stage(run, index, ready, model, recorded, scorers, make_evaluator(*where, index, model), began)
 
 
 def _check_experiment(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
@@ -383,8 +385,9 @@ def make_evaluator(
             return None
         if first == index and entering is not None:
             return entering
-        found = model_before(experiment, folder, tokenizer, mesh, first, known)
-        return set_base(found, experiment.stages[first].lora.base, mesh)
+        base = experiment.stages[first].lora.base
+        found, _ = model_before(experiment, folder, tokenizer, mesh, first, known, base)
+        return set_base(found, base, mesh)
 
     @functools.cache
     def scorers() -> tuple[Scorer, ...]:
