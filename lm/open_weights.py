@@ -80,7 +80,7 @@ def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
     if not experiment.init:
         if experiment.adapter:
             raise UserError(
-                f"adapter is {experiment.adapter}, and init is empty: name the open weights that it belongs to"
+                f"adapter is {experiment.adapter}, and init is empty: --init must name the adapter's open weights"
             )
         return experiment
     format, path = located(experiment.init)
@@ -96,8 +96,8 @@ def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
     for name, value in ours.items():
         is_set = name in said or value != defaults.get(name)
         if is_set and name.split(".")[1] not in OWN and value != fixed.get(name):
-            has = f"should be {shown(fixed[name])}, as" if name in fixed else "is no setting"
-            raise UserError(f"{name} is {shown(value)}; it {has} in {path}, whose weights fix it: leave it out")
+            has = f"should be {shown(fixed[name])}, as" if name in fixed else "does not exist"
+            raise UserError(f"{name} is {shown(value)}; it {has} in {path}, whose weights determine it: leave it out")
     longest = longest_sequence(model.max_len, [layer.rope_scaling for layer in model.period])
     kept = {name: getattr(experiment.model, name) for name in RUNNING} | {
         "max_len": _max_len(experiment, longest, "model.max_len" in said, path)

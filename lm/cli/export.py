@@ -1,8 +1,8 @@
 """Write the model of a run as a folder that transformers and other programs read.
 
-config.json, *.safetensors, the tokenizer's files with the chat template, and
-README.md, which says what the model was trained on. A stage with an adapter
-(LoRA) is written as one, in PEFT's format, or with --merge as a whole model:
+The folder has config.json, *.safetensors, the tokenizer's files with the chat
+template, and a model card (README.md). A stage trained with LoRA is written as
+an adapter in PEFT's format, or with --merge as a whole model:
 
   lm export quickstart out/quickstart
   lm export quickstart out/sft --stage sft --dtype bfloat16
@@ -24,7 +24,7 @@ from lm.cli.arguments import MODEL_HELP, find_model, number
 from lm.experiment import Experiment, LoRA, UserError, start_of
 
 TAKES_OVERRIDES = False
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # so that no device is taken from a run, and the host's memory is the limit
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # takes no device from a run; the limit is the host's memory
 DTYPES = ("float32", "bfloat16", "float16")
 SECONDS = 5  # between two lines of progress
 
@@ -32,19 +32,19 @@ SECONDS = 5  # between two lines of progress
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; new, or empty")
-    parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
-    parser.add_argument("--adapter", metavar="FOLDER", action="append", default=[], help="a PEFT adapter on the model")
-    parser.add_argument("--merge", action="store_true", help="merge the factors of an adapter into the weights")
+    parser.add_argument("--stage", metavar="NAME", help="export the model after this stage; else after the last one")
+    parser.add_argument("--adapter", metavar="FOLDER", action="append", default=[], help="add a PEFT adapter")
+    parser.add_argument("--merge", action="store_true", help="merge adapters into the weights")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the weights; else as they came where the run began with open weights, or the parameters' own",
+        help="dtype of the weights; else that of the open weights for a run from open weights, or the parameters'",
     )
     parser.add_argument(
         "--shard-gb",
         metavar="GB",
         type=number(1e-6, 1e6),
-        help="most gigabytes of a file; else 5, or the files that the open weights came in",
+        help="maximum gigabytes per file; else 5, or the same files as the open weights",
     )
 
 
@@ -64,7 +64,7 @@ def call(arguments: argparse.Namespace) -> int:
     with new_folder(arguments.out) as draft:
         loaded, *others = load_adapters(load_run(run_dir, stage), run_dir, arguments.adapter).values()
         if others:
-            raise UserError(f"--adapter is given {len(others) + 1} times; an export has one")
+            raise UserError(f"--adapter is given {len(others) + 1} times; an export takes one")
         files = loaded.tokenizer.published_files(loaded.model.config.max_len)
         origin, lora = origin_of(run_dir), _adapter_of(loaded)
         if arguments.merge and not any(one.lora or one.earlier for _, one in linears(loaded.model)):
@@ -92,12 +92,12 @@ def call(arguments: argparse.Namespace) -> int:
 
 
 def _adapter_of(loaded: Any) -> LoRA:
-    """The adapter that the loaded stage trained; of rank 0 if none."""
+    """The LoRA config of the loaded stage; rank 0 if it trained no adapter."""
     return next((one.lora for one in loaded.experiment.stages if one.name == loaded.stage), LoRA())
 
 
 def _base_of(experiment: Experiment, stage: str) -> str:
-    """Name of the model that an adapter belongs to. Raises UserError where that is no model that can be named or written."""
+    """Name of an adapter's base model; "" if the run trained it. Raises UserError if the base cannot be exported or named."""
     names = [one.name for one in experiment.stages]
     at: int | None = names.index(stage)
     while at is not None and experiment.stages[at].lora.rank:
@@ -109,13 +109,13 @@ def _base_of(experiment: Experiment, stage: str) -> str:
         before = start_of(experiment, before)
     if at is None or before is not None or experiment.adapter:
         factors = names[before] if before is not None else experiment.adapter
-        what = "random weights" if at is None else f"stage {names[at]}, which has factors of {factors}"
-        raise UserError(f"the adapter of stage {stage} is on {what}: --merge writes the whole model")
+        what = "random weights" if at is None else f"the model of stage {names[at]}, which has factors of {factors}"
+        raise UserError(f"the base of the adapter of stage {stage} is {what}: use --merge to write the whole model")
     return ""
 
 
 def _progress() -> Callable[[int, int], None]:
-    """A function that prints how much is written, every few seconds."""
+    """A function that prints the number of megabytes written, at most every few seconds."""
     said = time.monotonic()
 
     def show(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The parts of the folder that a model's weights came from that an export keeps."""
+"""Parts of an open model's folder that an export of a model trained from it keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lm.interop.tensors import read_folder
 
 @dataclass(frozen=True)
 class Origin:
-    """The text of config.json, and of every tensor its file and dtype."""
+    """The text of config.json, and the file and dtype of every tensor by name."""
 
     config: str
     tensors: dict[str, tuple[str, str]]

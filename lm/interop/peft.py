@@ -33,14 +33,14 @@ CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 PREFIX = "base_model.model."  # before the name of a module, in the names of tensors
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 ALL_LINEAR = "all-linear"
-MATCH_SECONDS = 1.0  # for a pattern of a file and one name; one that needs longer would not end
+MATCH_SECONDS = 1.0  # time limit for matching a pattern with a name
 
 USED = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern",
 }  # fmt: skip
-# Fields that would change what the adapter computes: field -> the values with which it is this one. Other initial values than
-# these are taken from the base model's weights, which are then others, too.
+# Fields that can change what the adapter computes: field -> the supported values. Other values of init_lora_weights also change
+# the weights of the base model.
 ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -50,7 +50,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "use_rslora": (True, False),
     "use_dora": (True, False),
 }
-# Fields that say how the adapter was trained or is stored. A Linear of PyTorch has no fan_in_fan_out: PEFT sets it to false there.
+# Fields about training or storage. PEFT sets fan_in_fan_out to false for PyTorch's Linear.
 HARMLESS = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
@@ -62,14 +62,14 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """A Linear of the blocks: its path in our model, and its place in a checkpoint, all layers together."""
+    """A Linear of the blocks, all layers together: its path in our model and its place in a checkpoint."""
 
     path: str
     place: Place
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The name of the module of each layer."""
+        """Name of the module in each layer."""
         return tuple(name.removesuffix(".weight") for name in self.place.names)
 
     @property
@@ -82,7 +82,7 @@ class AdapterTarget:
 
 
 def _targets(model: Transformer, family: Family) -> list[AdapterTarget]:
-    """Every Linear of the blocks of a model; what its weights are stored as, and its factors, make no difference."""
+    """Every Linear of a model's blocks, whether or not its weights are quantised or it has factors."""
     base = jax.eval_shape(lambda: Transformer(model.config, model.vocab_size, jax.random.key(0)))
     params = jax.tree_util.tree_leaves_with_path(base, is_leaf=lambda x: isinstance(x, nnx.Variable))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in params]
@@ -96,7 +96,7 @@ def _targets(model: Transformer, family: Family) -> list[AdapterTarget]:
 
 
 def read_adapter(folder: Path, model: Transformer, family: Family, mesh: Mesh | None = None) -> Transformer:
-    """The model with the adapter of a folder behind its own, all as factors of an earlier stage (see `read_factors`)."""
+    """The model with a folder's adapter added to its own, all as factors of an earlier stage (see `read_factors`)."""
     factors = read_factors(folder, model, family)
     if mesh is not None:
         factors = jax.device_put(factors, shardings(factors, mesh))
@@ -104,15 +104,15 @@ def read_adapter(folder: Path, model: Transformer, family: Family, mesh: Mesh | 
 
 
 def read_factors(folder: Path, model: Transformer, family: Family) -> dict[str, LowRank]:
-    """The factors of an adapter for a base model, by the path of the Linear; every tensor of the adapter must be used.
+    """The factors of an adapter, by the path of their Linear in the base model; every tensor of the adapter must be used.
 
     Raises:
-        UserError: a file is missing or damaged, the configuration has what LoRA here has not, or it is an adapter for
-            another base model: a tensor is missing, unexpected, of another shape or dtype, or not finite.
+        UserError: a file is missing or damaged, the configuration has an unsupported setting, or the adapter belongs to
+            another base model: a tensor is missing, unexpected, not finite, or has another shape or dtype.
     """
     folder, targets = Path(folder), _targets(model, family)
     if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists():
-        raise UserError(f"{folder} has {PICKLED} and no {WEIGHTS}, which save_pretrained of PEFT writes")
+        raise UserError(f"{folder} has {PICKLED} but no {WEIGHTS}; PEFT's save_pretrained writes one")
     described = read_json(folder / CONFIG)
     try:
         config = _checked(described)
@@ -145,9 +145,9 @@ def _low_rank(
     tensors: Mapping[str, Tensor],
     dora: bool,
 ) -> LowRank:
-    """One Linear's factors; layers of a lower rank, and those without any, are filled up with zeros.
+    """The factors of one Linear; layers of a lower rank, and layers without factors, are padded with zeros.
 
-    The largest scale of the layers stays apart; b of the others is multiplied by what theirs is less.
+    All layers share the largest scale; b of a layer with a smaller scale is multiplied by the ratio.
     """
     outputs, inputs = target.place.part_shape
     own = [ranks[name] for name in target.modules if name in ranks]
@@ -168,7 +168,7 @@ def _low_rank(
     if dora:
         if bare := [name for name in target.modules if name not in ranks]:
             raise UserError(
-                f"use_dora without {listed(bare)} in target_modules is not read: all layers or none have it"
+                f"use_dora is true, and target_modules lacks {listed(bare)}: DoRA needs all layers of a module or none"
             )
         value = np.stack([read(name, MAGNITUDE) for name in target.modules]).reshape(layers, *target.outputs)
         magnitude = parameter(jnp.asarray(value), ("layers", *of_outputs))
@@ -184,7 +184,7 @@ def _low_rank(
 
 
 def _checked(config: Any) -> Mapping[str, Any]:
-    """The configuration, with every field used, known to have no effect, or refused."""
+    """The configuration. Raises UserError for a field that is neither supported nor known to have no effect."""
     if not isinstance(config, dict):
         raise UserError(f"holds {shown(config)}; it should be a JSON object")
     for name, values in ONLY.items():
@@ -201,7 +201,7 @@ def _checked(config: Any) -> Mapping[str, Any]:
 
 
 def _ranks(config: Mapping[str, Any], modules: list[str]) -> dict[str, tuple[int, float]]:
-    """Rank and scale, α/r or α/√r, of every module that the adapter changes, by PEFT's rules."""
+    """Rank and scale (α/r or α/√r) of every module that the adapter changes, by PEFT's rules."""
     found = {}
     for name in modules:
         if not _is_named(config, "target_modules", name) or _is_named(config, "exclude_modules", name):
@@ -219,14 +219,14 @@ def _ranks(config: Mapping[str, Any], modules: list[str]) -> dict[str, tuple[int
         found[name] = (rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     if not found:
         raise UserError(
-            f"target_modules is {shown(config['target_modules'])}, which names none of the base model's modules, such as "
+            f"target_modules is {shown(config['target_modules'])}, which matches none of the base model's modules, such as "
             f"{listed(modules[:3])}"
         )
     return found
 
 
 def _is_named(config: Mapping[str, Any], field: str, name: str) -> bool:
-    """Whether a list has a module by its name, or the end of it, or a pattern matches the whole name."""
+    """Whether a field selects a module: a list by the name or its end, a pattern by a match with the whole name."""
     wanted = config.get(field)
     if isinstance(wanted, str):
         return wanted.lower() == ALL_LINEAR or _match(wanted, name, field) is not None
@@ -236,7 +236,7 @@ def _is_named(config: Mapping[str, Any], field: str, name: str) -> bool:
 
 
 def _in_layers(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a module is in one of layers_to_transform; none are named: in any."""
+    """Whether a module is in one of layers_to_transform, which means all layers if it is empty."""
     layers, given = config.get("layers_to_transform"), config.get("layers_pattern") or "[^.]*"
     if layers is None or layers == []:
         return True
@@ -257,14 +257,14 @@ def _by_pattern(config: Mapping[str, Any], field: str, otherwise: str, name: str
     if not isinstance(patterns, dict):
         raise UserError(f"{field} is {shown(patterns)}; it should be an object of patterns and their values")
     found = [value for key, value in patterns.items() if _match(rf"(?:.*\.)?(?:{key})", name, field)]
-    return found[0] if found else config.get(otherwise, 8)  # which is PEFT's default of both
+    return found[0] if found else config.get(otherwise, 8)  # PEFT's default for rank and alpha
 
 
 def _match(pattern: str, name: str, field: str) -> regex.Match[str] | None:
     try:
         return regex.fullmatch(pattern, name, timeout=MATCH_SECONDS)
     except regex.error as error:
-        raise UserError(f"{field} has {shown(pattern)}, which is no regular expression: {error}") from error
+        raise UserError(f"{field} has {shown(pattern)}, which is not a regular expression: {error}") from error
     except TimeoutError:
         raise UserError(f"{field} has {shown(pattern)}, which takes more than {MATCH_SECONDS:g} s to match") from None
 
@@ -281,12 +281,12 @@ def _texts(value: Any, field: str) -> list[str]:
 def write_adapter(
     model: Transformer, folder: Path, family: Family, base: str = "", rs_lora: bool = False, dtype: str | None = None
 ) -> None:
-    """Write all factors of a model, its own and those of earlier stages, as one adapter that PEFT reads onto the base model.
+    """Write all factors of a model, of this stage and of earlier ones, as one adapter in PEFT's format.
 
     Args:
-        base: name or folder of the base model, which PEFT loads where it is asked for the adapter alone.
-        rs_lora: α is written for scale = α/√r (arXiv 2312.03732) instead of α/r.
-        dtype: of the tensors; None: as they are.
+        base: name or folder of the base model, which PEFT loads if only the adapter is given.
+        rs_lora: write α for scale = α/√r (arXiv 2312.03732) instead of α/r.
+        dtype: of the tensors; None: unchanged.
 
     Raises:
         UserError: the model has no factors.
@@ -307,12 +307,12 @@ def write_adapter(
             tensors |= {PREFIX + name + A: a[:rank], PREFIX + name + B: b[:, :rank]}
             if dora and sum(part.place.part_shape[0] for part in parts) < len(b):
                 raise UserError(
-                    f"DoRA of some rows of {name} cannot be written: lora.targets should have all or none of it"
+                    f"DoRA of some rows of {name} cannot be written: lora.targets should select all of it or none"
                 )
             if dora:
                 tensors[PREFIX + name + MAGNITUDE] = np.concatenate([part.magnitude() for part in parts])
     if not settings:
-        raise UserError("the model has no adapter, or one whose factors are all zeros")
+        raise UserError("the model has no adapter, or only factors of zeros")
     config = _described(settings, [name for target in targets for name in target.modules])
     config |= {"use_rslora": rs_lora, "use_dora": dora, "base_model_name_or_path": base or None}
     folder = Path(folder)
@@ -324,7 +324,7 @@ def write_adapter(
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One layer of a Linear with its low-rank factors, which is some rows of a module."""
+    """One layer of a Linear with its low-rank factors; it may be a part of a module's rows (fused projections)."""
 
     place: Place
     linear: Linear
@@ -340,7 +340,7 @@ class LayerFactors:
 
 
 def _by_module(targets: list[AdapterTarget], found: Mapping[str, Linear]) -> dict[str, list[LayerFactors]]:
-    """The Linears with factors of each module; a fused projection has several."""
+    """The Linears with factors, by module; a fused projection has several."""
     modules: dict[str, list[LayerFactors]] = {}
     for target in targets:
         linear = found[target.path]
@@ -351,9 +351,9 @@ def _by_module(targets: list[AdapterTarget], found: Mapping[str, Linear]) -> dic
 
 
 def _module_factors(parts: list[LayerFactors]) -> tuple[np.ndarray, np.ndarray, float]:
-    """A [r, in], B [out, r] and the scale of a module, from all Linears that are rows of it.
+    """A [r, in], B [out, r] and the scale of a module, from all Linears that are parts of it.
 
-    Their ranks follow one another, with zeros in the other rows of B, unless all have the same A.
+    Unless all share one A, their factors are concatenated along the rank, with zeros in the other rows of B.
     """
     a = [np.asarray(part.low.a[...][part.layer]).reshape(part.place.part_shape[1], -1).T for part in parts]
     b = [np.asarray(part.low.b[...][part.layer]).reshape(-1, part.place.part_shape[0]).T for part in parts]
@@ -367,7 +367,7 @@ def _module_factors(parts: list[LayerFactors]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _described(found: Mapping[str, tuple[int, float]], modules: list[str]) -> dict[str, Any]:
-    """adapter_config.json of modules with these (rank, α); the end of a name stands for all layers where they are the same."""
+    """adapter_config.json of modules with these (rank, α); if all layers agree, the last part of the name stands for all."""
     ends: dict[str, list[str]] = {}
     for name in modules:
         ends.setdefault(name.rpartition(".")[2], []).append(name)

@@ -22,31 +22,31 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16),
 }  # fmt: skip
-"""Dtypes of weights that are read, in the order in which a file has them; others hold whole numbers or need scales."""
+"""Supported dtypes of weights, in the order of the tensors in a file; the others are integers or need scales."""
 READ = tuple(DTYPES)
 LFS = b"version https://git-lfs"
 MOST_NAMED = 10
 LARGEST_HEADER = 10**8  # bytes, of the format
 BLOCK = 3 * 2**20  # bytes that are read at a time
-CACHED = 2**16  # values whose temporary copies stay in a cache
-EXPONENT = 0x7F80  # bits of a bfloat16, all of them set where it is no finite number
+CACHED = 2**16  # values processed at a time, so that temporary copies stay in the CPU's cache
+EXPONENT = 0x7F80  # exponent bits of a bfloat16; all are set if the value is not finite
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file, which `read` gives."""
+    """One tensor of a file: its metadata, and `read`, which returns its values."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
-    offset: int | None = None  # in the file, of tensors that lie there as they are
+    offset: int | None = None  # of the values in the file; None if they must be converted
 
     def blocks(self, part: tuple[slice, ...] = ()) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, values) of a part of a vector or matrix, some megabytes at a time, which the next ones overwrite.
+        """Yield (first row, values) of a part of a vector or matrix, some megabytes at a time; each block reuses the memory.
 
         Raises:
-            UserError: the file was cut short, or cannot be read.
+            UserError: the file was cut short while it was read.
         """
         part = part or tuple(slice(0, size) for size in self.shape)
         if self.offset is None or not part:
@@ -59,7 +59,7 @@ class Tensor:
         with self.file.open("rb", buffering=0) as stream:
             for start in range(first, last, count):
                 block = memory[: last - start]
-                # Rows that are needed whole lie behind one another.
+                # Whole rows are contiguous in the file.
                 runs = block.reshape(1, -1) if right - left == width else block
                 for number, run in enumerate(runs):
                     stream.seek(self.offset + ((start + number) * width + left) * dtype.itemsize)
@@ -72,9 +72,9 @@ class Tensor:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def finite(self, name: str, dtype: Any = None) -> np.ndarray:
-        """The values in `dtype` (None: that of the file). Raises UserError if some are NaN, infinite, or too large for it."""
+        """The values in `dtype` (None: the file's). Raises UserError if a value is NaN, infinite or too large for it."""
         given = self.read()
-        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted below
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is counted below
             value = given.astype(dtype or given.dtype, order="C", copy=False)
         if broken := broken_values(value):
             raise UserError(
@@ -84,22 +84,22 @@ class Tensor:
 
 
 def broken_values(values: np.ndarray) -> int:
-    """Number of values that are no finite numbers."""
+    """Number of values that are not finite."""
     flat, is_bfloat16 = values.reshape(-1), values.dtype == ml_dtypes.bfloat16
     count = 0
     for start in range(0, flat.size, CACHED):
         some = flat[start : start + CACHED]
-        # ten times as fast as isfinite of bfloat16
+        # Ten times as fast as isfinite for bfloat16.
         broken = (some.view(np.uint16) & EXPONENT) == EXPONENT if is_bfloat16 else ~np.isfinite(some)
         count += int(np.count_nonzero(broken))
     return count
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name, from the files in its index, else from all *.safetensors.
+    """All tensors of a folder by name, from the files in its index; without an index, from all *.safetensors files.
 
     Raises:
-        UserError: there is no file, one is missing, damaged or not named by the index, or a tensor is in two files.
+        UserError: there is no file, one is missing, damaged or not in the index, or a tensor is in two files.
     """
     files = sorted(folder.glob("*.safetensors"))
     index = folder / INDEX
@@ -113,15 +113,15 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         for name, tensor in read_file(file).items():
             if name in found:
                 raise UserError(
-                    f"{folder}: {name} is in {found[name].file.name} and in {file.name}: one of them is to be removed"
+                    f"{folder}: {name} is in both {found[name].file.name} and {file.name}: remove one of them"
                 )
             if places is not None and places.get(name) != file.name:
-                where = f"says {places[name]}" if name in places else "does not name it"
-                raise UserError(f"{file} has {name}, and {INDEX} {where}: they do not belong together")
+                where = f"places it in {places[name]}" if name in places else "does not have it"
+                raise UserError(f"{file} has {name}, but {INDEX} {where}: fetch both again")
             found[name] = tensor
     missing = [name for name in places or () if name not in found]
     if missing:
-        raise UserError(f"{folder / INDEX} names {listed(missing)}, which the files do not have")
+        raise UserError(f"{folder / INDEX} lists {listed(missing)}, missing from the files")
     return found
 
 
@@ -129,8 +129,8 @@ def _why_no_files(folder: Path) -> str:
     """What to do about a folder without safetensors files."""
     pickled = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt", "*.ckpt") for file in folder.glob(kind))
     if not pickled:
-        return f"{folder} has no *.safetensors file; the download is not complete"
-    said = f"{folder} has no *.safetensors file, and {pickled[0]} is a pickle, which is not read: convert it by transformers, "
+        return f"{folder} has no *.safetensors file; the download is incomplete"
+    said = f"{folder} has no *.safetensors file; {pickled[0]} is a pickle, which is not read: convert it with transformers, "
     if any(name.startswith("consolidated.") for name in pickled):
         return f"{said}python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir {folder} --output_dir NEW"
     return (
@@ -142,9 +142,10 @@ def _why_no_files(folder: Path) -> str:
 def refuse_tensors(
     where: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], given: str
 ) -> None:
-    """Raise UserError, in one line that names all kinds of fault, unless the tensors are those wanted.
+    """Raise UserError unless the tensors have the wanted names, shapes and a supported dtype; it lists all differences.
 
     Args:
+        where: first words of the message.
         wanted: shapes by name.
         given: the source of the shapes, for the message.
     """
@@ -171,10 +172,10 @@ def refuse_tensors(
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], written: Callable[[int], None] = lambda size: None) -> None:
-    """Write a safetensors file, one tensor in memory at a time, to the byte as the library lays one out.
+    """Write a safetensors file with one tensor in memory at a time; the bytes equal those that the library writes.
 
     Args:
-        tensors: each is written in its `dtype`, which may differ from that of the values.
+        tensors: each is written in its `dtype`, which may differ from the dtype of its values.
         written: called after each tensor with its number of bytes.
 
     Raises:
@@ -199,35 +200,35 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], written: Callable[[int
 
 
 def listed(names: Iterable[str]) -> str:
-    """A list of names in one line: the first ten, and the number of the others."""
+    """Names in one line: the first ten, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(f"{name if name.isprintable() else repr(name):.120}" for name in names[:MOST_NAMED]) + more
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    if path.exists() and not path.is_file():  # of a pipe the reading would not end
+    if path.exists() and not path.is_file():  # reading a pipe might never end
         raise UserError(f"{path} is no file that can be read")
     content = read_json(path)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise UserError(f"{path} has no weight_map of tensors and their files: put back a copy of it, or remove it")
+        raise UserError(f"{path} has no weight_map of tensors and their files: restore it, or remove it")
     return places
 
 
 def _indexed(folder: Path, places: dict[str, str], files: list[Path]) -> list[Path]:
-    """The files that an index names. Raises UserError if one is outside the folder or missing, or if there are others."""
+    """The files that an index lists. Raises UserError if one is missing or outside the folder, or if there are others."""
     names = sorted(set(places.values()))
     outside = [name for name in names if Path(name).name != name or "\\" in name or "\0" in name]
     if outside:
-        raise UserError(f"{folder / INDEX} names {outside[0]!r:.80}; it should be a file of the same folder")
+        raise UserError(f"{folder / INDEX} lists {outside[0]!r:.80}; it should be a file in the same folder")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise UserError(f"{folder} lacks {listed(missing)}, which {INDEX} names")
+        raise UserError(f"{folder} lacks {listed(missing)}, which {INDEX} lists")
     stale = [file.name for file in files if file.name not in names]
     if stale:
         raise UserError(
-            f"{folder} has {listed(stale)}, which {INDEX} does not name: move what is not part of the model away"
+            f"{folder} has {listed(stale)}, which {INDEX} does not list: move files that are not part of the model away"
         )
     return [folder / name for name in names]
 
@@ -240,7 +241,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as stream:
             start = stream.read(len(LFS))
         if start == LFS:
-            raise UserError(f"{path} is a pointer of git-lfs and not the file itself: `git lfs pull` fetches it")
+            raise UserError(f"{path} is a git-lfs pointer, not the file itself: `git lfs pull` fetches it")
         opened = safe_open(path, framework="numpy")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         shapes = {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()}
@@ -249,7 +250,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, OverflowError, ValueError, MemoryError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"{path} is not a whole safetensors file: {why:.200}: fetch it again") from error
+        raise UserError(f"{path} is not a complete safetensors file: {why:.200}: fetch it again") from error
 
     def reading(name: str) -> Callable[[], np.ndarray]:
         return lambda: opened.get_tensor(name)
@@ -258,7 +259,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _offsets(path: Path) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins; ValueError where its header cannot be read."""
+    """The offset of each tensor in a safetensors file. Raises ValueError if the header cannot be read."""
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         if size > LARGEST_HEADER:

@@ -1,4 +1,4 @@
-"""The base model of an adapter: where a run has it, its fingerprint, and how a checkpoint's factors are put on it."""
+"""The base model of an adapter: the stage that produced it, its fingerprint, and the addition of a checkpoint's factors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lm.train.named_arrays import named_leaves
 
 M = TypeVar("M")
 Known = Mapping[int | None, Transformer]
-"""Models that are loaded already, by `base_stage` of theirs: their arrays are used, and not read again."""
+"""Models that are already loaded, by the `base_stage` of each; their arrays are shared instead of read again."""
 ODD = (2654435761, 2246822519), (3266489917, 668265263)
 
 
 def base_stage(experiment: Experiment, index: int | None) -> int | None:
-    """Index of the stage whose model is the base: `index` or the nearest stage that it starts from with all weights trained.
+    """Index of the stage whose model is the base: the last one up to `index`, along `start`, that trained all weights.
 
     None: the run's initial weights.
     """
@@ -39,20 +39,20 @@ def base_stage(experiment: Experiment, index: int | None) -> int | None:
 
 
 def adapters_on_random_weights(experiment: Experiment) -> list[str]:
-    """One line for each stage whose adapter has a base that nothing has trained."""
+    """One line for each stage whose adapter has an untrained base."""
     stages = enumerate(experiment.stages)
     untrained = [
         one for i, one in stages if one.lora.rank and base_stage(experiment, i) is None and not experiment.init
     ]
     return [
-        f"{stage.name}.lora.rank is {stage.lora.rank}, and its base are the random initial weights, which no stage trains: "
-        "an earlier stage without lora, or --init FOLDER, gives it a trained base"
+        f"{stage.name}.lora.rank is {stage.lora.rank}, and its base is the random initial weights, which no stage trains: "
+        "train an earlier stage without lora, or start from open weights (--init FOLDER)"
         for stage in untrained
     ]
 
 
 def with_base(model: M, base: Any) -> M:
-    """A model without its base (`without_base`), completed with the arrays of a model that has the same base."""
+    """A model without its base (see `without_base`), completed with the arrays of `base`."""
 
     def is_weight(x: Any) -> bool:
         return isinstance(x, (nnx.Variable, *QUANTISED.values()))
@@ -115,21 +115,21 @@ def _sum(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
 
 
 def recorded_base(stage: Stage, model: Transformer, known: str = "") -> dict[str, str]:
-    """What a checkpoint records of the model under a stage's adapter: its fingerprint; nothing without an adapter.
+    """The checkpoint's entry for the base of a stage's adapter, its fingerprint; empty without an adapter.
 
     Args:
-        known: the fingerprint, of a model that is stored as `LoRA.base` says already; "": it is computed.
+        known: fingerprint of a model whose weights are already stored as `LoRA.base`; "": computed here.
     """
     return {"base": known or fingerprint(model)} if stage.lora.rank else {}
 
 
 def check_base(experiment: Experiment, index: int, meta: Mapping[str, Any], recorded: Mapping[str, str]) -> None:
-    """Raise UserError if the meta of a stage's checkpoint records another base than this."""
+    """Raise UserError if the meta of a stage's checkpoint records a base other than `recorded`."""
     found, at = recorded.get("base", ""), base_stage(experiment, index)
     then = meta.get("base", found)
     if then != found:
         source = f"stage {experiment.stages[at].name}" if at is not None else experiment.init
         raise UserError(
             f"the adapter of stage {experiment.stages[index].name} was trained on a base with fingerprint {then[:16]}, and "
-            f"{source or f'the random weights of seed {experiment.seed}'} has {found[:16]}: put back the weights of then"
+            f"{source or f'the random weights of seed {experiment.seed}'} has {found[:16]}: restore the weights of that time"
         )

@@ -167,7 +167,7 @@ def _rewind(log: MetricsLog, stage: Stage, folder: Path, start: int) -> None:
 def _inputs(
     run: RunContext, index: int, batches: Batches, base: dict[str, str], meta: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a stage is trained with, as its checkpoints record it. Raises UserError if `meta`, of an earlier one, differs."""
+    """Fingerprints of a stage's inputs, recorded in its checkpoints. Raises UserError if an earlier checkpoint's `meta` differs."""
     now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
     check_checkpoint(f"stage {run.experiment.stages[index].name}", meta, now, run.accept)
     check_base(run.experiment, index, meta, base)
@@ -403,7 +403,7 @@ def start_state(
 
     traced, shapes = jax.make_jaxpr(init, return_shape=True)(*given)
     places = shardings(shapes, mesh)
-    # What is only read is mostly what was given: shared with it here, where jit would copy it.
+    # Most arrays that the step only reads are inputs: they are shared here, because jit would copy them.
     inputs = dict(zip(map(id, traced.jaxpr.invars), jax.tree.leaves(given), strict=True))
     changing = len(jax.tree.leaves(shapes[0]))
     shared = [None] * changing + [inputs.get(id(var)) for var in traced.jaxpr.outvars[changing:]]
@@ -419,7 +419,7 @@ def start_state(
 
 
 class Stepper:
-    """The compiled step of a stage, which donates the arrays of the state that it changes and only reads the others.
+    """The compiled step of a stage: it donates the arrays that it changes and only reads the others.
 
     Args:
         places: shardings of the two parts of the state, as `split_state` gives them.
@@ -456,8 +456,8 @@ def restore(
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """The state, step and meta of the newest intact checkpoint; (`state`, 0, {}) if there is none.
 
-    `frozen` is not in checkpoints, nor is the base of an adapter: a stage before, or what the experiment starts from, has
-    it, and `state` has it from there. At the stage's last step the optimizer state may be missing, since only evaluations are left.
+    Checkpoints hold neither `frozen` nor the base of an adapter; `state` has both from an earlier stage or the initial
+    weights. At the stage's last step the optimizer state may be missing, since only evaluations are left.
 
     Raises:
         UserError: steps are left, and the checkpoint has no optimizer state.
@@ -470,8 +470,8 @@ def restore(
     items = wanted | found.items
     if len(found.items) < len(wanted) and found.step < stage.steps:
         raise UserError(
-            f"stage {stage.name} cannot resume from step {found.step}: its checkpoint has lost "
-            f"{', '.join(sorted(wanted.keys() - found.items.keys()))} when the stage was finished ({stage.name}.keep_moments); "
+            f"stage {stage.name} cannot resume from step {found.step}: its checkpoint lost "
+            f"{', '.join(sorted(wanted.keys() - found.items.keys()))} when the stage finished ({stage.name}.keep_moments); "
             f"remove {checkpoints.folder.parent} to train it from its start"
         )
     models = {role: combine(items[role], model) for role, model in state.models.items()}
@@ -481,7 +481,7 @@ def restore(
 
 
 def checkpoint_items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint by name: every model by its role, of one with an adapter all but the base, `opt_state` and `carry`."""
+    """The items of a checkpoint by name: each model by its role (without the base of an adapter), `opt_state` and `carry`."""
     return {role: without_base(model) for role, model in state.models.items()} | {
         "opt_state": state.opt_state,
         "carry": state.carry,
@@ -489,6 +489,6 @@ def checkpoint_items(state: TrainState) -> dict[str, Any]:
 
 
 def untrained(stage: Stage, models: Models) -> set[str]:
-    """Names of the parameters that the stage does not train, of which its folder of checkpoints has one copy."""
+    """Names of the parameters that the stage does not train, which its checkpoints store once for all steps."""
     stored = {role: without_base(model) for role, model in models.items()}
     return {name for name in named_leaves(stored) if not is_trainable(name, stage)}

@@ -1,4 +1,4 @@
-"""README.md (model card) of an exported model: its training data, and held-out numbers before and after."""
+"""The model card (README.md) of an exported model: training stages, data, and held-out numbers before and after each stage."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lm.web.numbers import count
 from lm.web.templates import templates
 from lm.web.text import visible
 
-MARKS = re.compile(r"([\\`*_\[\]|#~$])")  # characters with a meaning in Markdown
+MARKS = re.compile(r"([\\`*_\[\]|#~$])")  # special characters of Markdown
 
 
 def model_card(run: Run, stage: str, step: int, library: str = "transformers", chats: bool = True) -> str:
     """The model card of the model after a stage, as Markdown, without paths of this machine.
 
     Args:
-        library: that reads the folder.
+        library: name of the library that reads the folder.
         chats: whether the model has a chat template.
     """
     number = [one.name for one in run.stages].index(stage)

@@ -208,15 +208,15 @@ def swapped(folder):
 
 FOLDERS = {
     "a pointer of git-lfs": (pointer, "is a pointer of git-lfs"),
-    "half a file": (half, "is not a whole safetensors file"),
-    "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is not a whole safetensors file"),
+    "half a file": (half, "is not a complete safetensors file"),
+    "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is not a complete safetensors file"),
     "a folder for a file": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is no file"),
     "no weights": (
         lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
-        "pytorch_model.bin is a pickle, which is not read: convert it by transformers",
+        "pytorch_model.bin is a pickle, which is not read: convert it with transformers",
     ),
     "a stale file": (stale, "is in model.safetensors and in old.safetensors"),
-    "a stale file beside an index": (stale_beside_an_index, "zz.safetensors, which .* does not name"),
+    "a stale file beside an index": (stale_beside_an_index, "zz.safetensors, which .* does not list"),
     "an index of files elsewhere": (elsewhere, "'../../etc/passwd'; it should be a file of the same folder"),
     "a missing shard": (no_shard, "lacks model-00002-of-00002.safetensors"),
     "shards that were swapped": (swapped, "says model-00002-of-00002.safetensors: they do not belong"),

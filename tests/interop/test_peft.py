@@ -159,7 +159,7 @@ BAD = {
     "rank_pattern": ({"(": 2}, r"rank_pattern has .* which is no regular expression"),
     "r": (0, r"r of model.layers.0.self_attn.\w+ is 0; it should be a whole number from 1"),
     "lora_alpha": ("8", r"lora_alpha of .* is '8'; it should be a number above 0"),
-    "target_modules": (["query"], r"names none of the base model's modules, such as model.layers.0.self_attn"),
+    "target_modules": (["query"], r"matches none of the base model's modules, such as model.layers.0.self_attn"),
     "use_dora": (True, r"adapter for another base model: \d+ tensors are missing: .*lora_magnitude_vector"),
 }
 
@@ -242,7 +242,9 @@ def test_an_experiment_begins_with_an_adapter_on_its_open_weights(folder, tmp_pa
         np.testing.assert_array_equal(one, other)
     with pytest.raises(UserError, match=r"nowhere/adapter_config.json does not exist"):
         check_weights(replace(experiment, adapter="nowhere"))
-    with pytest.raises(UserError, match=r"adapter is a, and init is empty: name the open weights"):
+    with pytest.raises(
+        UserError, match=r"adapter is a, and init is empty: --init must name the adapter's open weights"
+    ):
         with_init(Experiment("e", (), adapter="a"))
 
 
