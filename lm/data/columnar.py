@@ -17,7 +17,7 @@ from lm.experiment import UserError
 
 KINDS = (".parquet", ".arrow")
 GROUP = 1 << 32  # offset of a row: number of its block * GROUP + index in the block
-UNREADABLE = (ValueError, OverflowError, ArithmeticError, NotImplementedError)  # what pyarrow raises for a single value
+UNREADABLE = (ValueError, OverflowError, ArithmeticError, NotImplementedError)  # errors of pyarrow for a single value
 LIBRARY = b"huggingface"  # key of the schema's metadata under which the datasets library describes the columns
 
 AT_ONCE = 1 << 16  # maximum rows located at once (at least those of a block)
@@ -53,7 +53,7 @@ def _batches(name: str, file: Path, changed: int) -> tuple[Any, list[Any]]:
     """The schema and record batches of an Arrow file or stream, mapped into memory; compressed ones are unpacked."""
     import pyarrow
 
-    with _damaged(name, "not a whole Arrow file"):
+    with _damaged(name, "not a complete Arrow file"):
         source = pyarrow.memory_map(str(file))
         try:
             found = pyarrow.ipc.open_file(source)
@@ -66,7 +66,7 @@ def _batches(name: str, file: Path, changed: int) -> tuple[Any, list[Any]]:
 
 @functools.lru_cache(maxsize=SCHEMAS)
 def schema_of(name: str, file: Path, changed: int) -> Any:
-    """The file's Arrow schema; `changed` is its modification time. Raises UserError for a damaged file, or a column that appears twice."""
+    """The file's Arrow schema; `changed` is its mtime. Raises UserError if the file is damaged or a column appears twice."""
     is_parquet = file.name.endswith(".parquet")
     schema = _parquet(name, file).schema_arrow if is_parquet else _batches(name, file, changed)[0]
     with _damaged(name, "its columns have names that cannot be read"):
@@ -118,7 +118,7 @@ def block(name: str, file: Path, changed: int, number: int, left_out: tuple[str,
 
 @functools.lru_cache(maxsize=SCHEMAS)
 def bytes_columns(name: str, file: Path, changed: int, named: frozenset[str]) -> tuple[str, ...]:
-    """The columns of images, audio or other bytes, unless they are among the names."""
+    """The columns of images, audio or other bytes, except those in `named`."""
     return tuple(one.name for one in schema_of(name, file, changed) if one.name not in named and _has_bytes(one.type))
 
 
@@ -132,11 +132,11 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def python_columns(table: Any, converters: Mapping[str, Converter | None]) -> dict[str, list[Any]]:
-    """The values of each column; an unreadable value is replaced by the exception that says why.
+    """The values of each column; an unreadable value is replaced by its exception.
 
-    A null field of a struct is left out, because Arrow cannot distinguish it from a missing field (`content` is kept). The
-    datasets library's types are honoured: JSON stored as text is parsed, and a ClassLabel becomes the name of its class
-    (except `label`, a flag).
+    A null field of a struct is left out, because Arrow cannot distinguish it from a missing field (`content` is kept). Types
+    of the datasets library are converted: JSON stored as text is parsed, and a ClassLabel becomes the name of its class
+    (except in the column `label`, a flag).
     """
     columns = zip(table.column_names, table.columns, strict=True)
     return {name: _values(column, converters[name]) for name, column in columns}
@@ -144,7 +144,7 @@ def python_columns(table: Any, converters: Mapping[str, Converter | None]) -> di
 
 @functools.lru_cache(maxsize=SCHEMAS)
 def converters_of(name: str, file: Path, changed: int) -> Mapping[str, Converter | None]:
-    """What turns the values of each column of a file into those of JSON rows."""
+    """For each column of a file, the function that converts its values to those of JSON rows."""
     schema = schema_of(name, file, changed)
     features = _features(schema)
     return {field.name: _converter(field.type, features.get(field.name), field.name == "label") for field in schema}

@@ -1,4 +1,4 @@
-"""Data set folders: finds the files of a split, in the layouts of Hugging Face's datasets library and its repositories.
+"""Data set folders: finds the files of a split, in the layouts of Hugging Face's datasets library and hub repositories.
 
 A source may be FOLDER, FOLDER/SPLIT, FOLDER/CONFIG or FOLDER/CONFIG/SPLIT. The splits are declared by `dataset_dict.json`,
 `state.json` or the `configs` of the README, or follow from the file names (`data/train-00000-of-00002.parquet`).
@@ -42,7 +42,7 @@ Splits = Mapping[str, Sequence[Path]]
 
 
 class Found(NamedTuple):
-    """The files of a split. `name` is the same however it was spelt; `others` are the other splits, and files of no split."""
+    """The files of a split. `name` does not depend on the spelling of the path; `others` are other splits and unread files."""
 
     name: str
     files: Sequence[Path]
@@ -63,7 +63,7 @@ class Configs(NamedTuple):
 
 
 def find(path: str) -> Found | None:
-    """The files that the path of a source names; None if it is not a data set folder, nor inside one.
+    """The files that a source's path selects; None if it is neither a data set folder nor inside one.
 
     Raises:
         UserError: the folder has no such split, or has several and no default, or lacks files.
@@ -102,7 +102,7 @@ def _found(folder: Path, configs: Configs, config: str, split: str) -> Found:
 
 
 def _chosen(configs: Configs, names: Sequence[str]) -> tuple[str, str] | None:
-    """The config and split named by the path after the folder; None if there is none, or if the names are ambiguous."""
+    """The config and split that the rest of the path names; None if they do not exist or are ambiguous."""
     config, *rest = names if names and names[0] in configs.splits else [configs.default, *names]
     splits = list(configs.splits.get(config, ()))
     meant = rest or ([TRAIN] if TRAIN in splits else splits)
@@ -118,7 +118,7 @@ def _what_there_is(folder: Path, configs: Configs, names: Sequence[str]) -> str:
 
 
 def _check_shards(files: Sequence[Path]) -> None:
-    """Raise UserError if shards are missing, such as some of the five of `train-00001-of-00005.parquet`."""
+    """Raise UserError if shards are missing: five must exist for `train-00001-of-00005.parquet`."""
     shards = {(file.parent, match[1], match[3]) for file in files if (match := NUMBERED.match(file.name))}
     for folder, begun, count in sorted(shards):
         matches = [match for file in folder.iterdir() if (match := NUMBERED.match(file.name))]
@@ -134,7 +134,7 @@ def _check_shards(files: Sequence[Path]) -> None:
 
 
 def _declared(folder: Path, path: str) -> Configs | None:
-    """The configs that the folder's own files declare; None if there are no such files."""
+    """The configs that files in the folder declare; None without such files."""
     if (folder / DICT).is_file():
         names = _json(folder / DICT, path).get("splits")
         if not isinstance(names, list) or not all(isinstance(name, str) and _is_inside(name) for name in names):
@@ -155,14 +155,14 @@ def _saved(folder: Path, path: str) -> tuple[str, list[Path]]:
     state = _json(folder / STATE, path)
     if state.get("_indices_data_files"):
         raise UserError(
-            f"{path}: {folder} holds a selection of rows by their numbers; flatten_indices() before save_to_disk"
+            f"{path}: {folder} holds a selection of rows by index; call flatten_indices() before save_to_disk"
         )
     listed = state.get("_data_files")
     files = [isinstance(one, dict) and one.get("filename") for one in listed] if isinstance(listed, list) else []
     if not files or not all(isinstance(name, str) and _is_inside(name) for name in files):
         raise UserError(f"{path}: {folder / STATE} must list the files of the data set, and none outside its folder")
     for name in files:
-        if not os.path.isfile(folder / str(name)):  # False for a name that is too long, where a Path raises
+        if not os.path.isfile(folder / str(name)):  # False for a name that is too long; Path.is_file raises
             raise UserError(f"{path}: {folder / str(name)} is missing; save or copy the data set again")
     return str(state.get("_split") or TRAIN), [folder / str(name) for name in files]
 
@@ -182,7 +182,9 @@ def _of_config(folder: Path, config: Mapping[str, Any], path: str) -> Splits:
         split, paths = (one.get("split"), one.get("path")) if isinstance(one, dict) else (TRAIN, one)
         for pattern in paths if isinstance(paths, list) else [paths]:
             if not isinstance(pattern, str) or not _is_inside(pattern):
-                raise UserError(f"{path}: {folder / README}: data_files {pattern!r:.80} names no files of this folder")
+                raise UserError(
+                    f"{path}: {folder / README}: data_files {pattern!r:.80} must be a pattern inside this folder"
+                )
             matches = sorted(glob.glob(str(Path(inside) / pattern), root_dir=folder, recursive=True))
             splits.setdefault(str(split), []).extend(file for match in matches for file in _files_at(folder / match))
     return splits
@@ -198,7 +200,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(parts[1])
-    except (yaml.YAMLError, ValueError, RecursionError):  # a README may begin with a line and have another
+    except (yaml.YAMLError, ValueError, RecursionError):  # the two lines may be rules of Markdown
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -224,8 +226,8 @@ def _is_inside(name: str) -> bool:
 def _by_names(folder: Path, depth: int) -> tuple[Configs | None, bool]:
     """The configs that file and folder names imply, and whether the folder is certainly a data set.
 
-    A folder whose file names are not those of shards, and without other signs of a data set, is a plain folder of
-    files: its splits count only if a source names them (`depth` 1).
+    Without shard names or other signs of a data set, it is a plain folder of files: its splits count only if the path
+    names one (`depth` 1).
     """
     direct, inside = ([file for file in sorted(one.glob("*")) if _has_rows(file)] for one in (folder, folder / "data"))
     certain = (
@@ -255,7 +257,7 @@ def by_files(folder: Path, files: Sequence[Path]) -> dict[str, Splits]:
 
 
 def _config_of(file: Path) -> str:
-    """The folders that a file lies in, without those that name its split."""
+    """The folders above a file, without `data` and those that name its split."""
     return "/".join(part for part in file.parts[:-1] if part != "data" and not _keyword(part)) or DEFAULT
 
 
@@ -284,7 +286,7 @@ def _files_at(path: Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The data files in a folder and its subfolders, without hidden ones; `.json` files only if there are no others."""
+    """The visible data files in a folder and its subfolders; `.json` files only if there are no others."""
     found = [
         file
         for file in (sorted(folder.rglob("*")) if os.path.isdir(folder) else ())

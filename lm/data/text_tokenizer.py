@@ -21,16 +21,17 @@ LEFT_OUT = (
     "reasoning",
     "tool calls",
     "parts of texts",
-    "the mark (generation block) of what the assistant wrote",
+    "generation blocks around assistant messages",
     "tool definitions",
     "the structure of tool arguments, which are JSON text in the row and quoted in its output",
 )
 
 
 class Rendered(NamedTuple):
-    """Token ids and loss mask: 1 for each token that the loss covers; and where the last turn begins.
+    """Token ids, loss mask (1 for each token that the loss covers), and the index at which the last turn begins.
 
-    `straddling` counts tokens with characters of an answer and others, `left_out` names what the template leaves out.
+    `straddling` counts tokens with characters both of an answer and of other text; `left_out` names the parts that the
+    template leaves out.
     """
 
     tokens: list[int]
@@ -44,14 +45,14 @@ class TextTokenizer(Protocol):
     """Text to ids and back, and conversations to ids and loss mask.
 
     Attributes:
-        fingerprint: SHA-256 of what determines ids and masks.
+        fingerprint: SHA-256 of everything that determines ids and masks.
         special_ids: the ids of special tokens by name.
         pad_id: the id of padding.
         eos_id, end_ids: the main id that ends an answer, and all ids that do.
         document_ids: the ids before and after a document.
-        has_template: whether conversations are rendered by a model's chat template, which may leave things out.
-        chats: whether it renders conversations; a published model without a chat template does not.
-        template_words: the words of the chat template; a key of a turn that is none of them changes nothing.
+        has_template: whether conversations are rendered by a model's chat template, which may leave parts out.
+        chats: whether conversations can be rendered; false for a published model without a chat template.
+        template_words: the words in the chat template; a turn's key that is not among them has no effect.
     """
 
     vocab_size: int
@@ -66,7 +67,7 @@ class TextTokenizer(Protocol):
     template_words: frozenset[str]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, in which control tokens are text."""
+        """Ids of a text; control tokens that it spells are text."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -74,7 +75,7 @@ class TextTokenizer(Protocol):
         ...
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text, and of each the index of the character that has its first byte."""
+        """Ids of a text, and for each id the index of the character that has its first byte."""
         ...
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
@@ -93,7 +94,7 @@ class TextTokenizer(Protocol):
         learn_end: bool = True,
         tools: Tools = None,
     ) -> Rendered:
-        """A conversation's ids and loss mask; with `generation_prompt` it ends with the header of the next answer."""
+        """Ids and loss mask of a conversation; with `generation_prompt` it ends with the header of the next answer."""
         ...
 
     def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
@@ -105,5 +106,5 @@ class TextTokenizer(Protocol):
         ...
 
     def published_files(self, max_len: int) -> dict[str, bytes]:
-        """The files by name with which transformers reads the tokenizer; `generation_config.json` has all of `end_ids`."""
+        """The tokenizer's files for transformers, by name; `generation_config.json` has all of `end_ids`."""
         ...

@@ -1,4 +1,4 @@
-"""Converts a tokenizer trained here to the files of published models, for transformers and other readers of its format."""
+"""Converts a tokenizer trained by lm to tokenizer.json and the files beside it, for transformers and other libraries."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROLES = {"bos_token": END_OF_TEXT, "eos_token": TURN_END, "pad_token": END_OF_TE
 
 
 def published_files(model: bytes, max_len: int) -> dict[str, bytes]:
-    """Files by name: the tokenizer, its settings with the chat template, and the ids that end an answer.
+    """The files by name: the tokenizer, its settings with the chat template, and the ids that end an answer.
 
     Args:
         model: a serialised sentencepiece model.
-        max_len: maximum tokens of a text, for the settings.
+        max_len: maximum length of a text in tokens, for the settings.
 
     Raises:
-        UserError: the model was not trained here: it has another algorithm, or pieces that are matched before it.
+        UserError: the model was not trained by lm: it is not BPE, or has fixed pieces other than newline.
     """
     vocabulary = _bpe(model)
     added = [
@@ -59,9 +59,9 @@ def published_files(model: bytes, max_len: int) -> dict[str, bytes]:
 
 
 def _bpe(model: bytes) -> dict[str, Any]:
-    """The vocabulary and merges of `tokenizer.json` that give the ids of the sentencepiece model.
+    """Vocabulary and merges for `tokenizer.json` that give the same ids as the sentencepiece model.
 
-    Pieces have real spaces, so that no text is changed before it is split: a typed U+2581 becomes bytes, as it does here.
+    Pieces have real spaces, so that texts are split unchanged; a U+2581 in a text becomes bytes, as in the tokenizer of lm.
     """
     proto = sentencepiece_model.ModelProto.FromString(model)  # type: ignore[attr-defined]
     kinds = sentencepiece_model.ModelProto.SentencePiece.Type  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def _bpe(model: bytes) -> dict[str, Any]:
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE or fixed:
         raise UserError(
             f"the tokenizer is a sentencepiece model {f'with the fixed piece {fixed[0]!r}' if fixed else 'without merges'}; "
-            "tokenizer.json is written for one that lm trains: BPE, of which newline alone is fixed"
+            "tokenizer.json is written only for those that lm trains: BPE with newline as the only fixed piece"
         )
     scores = {one.piece.replace(SPACE, " "): one.score for one in proto.pieces if one.type == kinds.NORMAL}
     merged = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
@@ -90,8 +90,8 @@ def _bpe(model: bytes) -> dict[str, Any]:
 def _last_merge(piece: str, scores: dict[str, float]) -> list[str] | None:
     """The two pieces whose merge gives this piece when its text is tokenised alone; None if no merge gives it.
 
-    sentencepiece merges any neighbours whose text is a piece, best score first, then the leftmost. What is merged within a
-    piece's text depends on nothing outside until something reaches across its edge, so there is this one pair only.
+    sentencepiece merges any two neighbours whose joined text is a piece, best score first, then leftmost. Until a merge crosses
+    the edge of the piece's text, merges inside do not depend on the text around it, so that exactly one pair gives the piece.
     """
     parts = list(piece)
     while len(parts) > 2:

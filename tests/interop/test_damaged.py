@@ -207,7 +207,7 @@ def swapped(folder):
 
 
 FOLDERS = {
-    "a pointer of git-lfs": (pointer, "is a pointer of git-lfs"),
+    "a pointer of git-lfs": (pointer, "is a git-lfs pointer"),
     "half a file": (half, "is not a complete safetensors file"),
     "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is not a complete safetensors file"),
     "a folder for a file": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is no file"),

@@ -20,13 +20,13 @@ CONFIG, SPECIAL_MAP, GENERATION, ADDED, OPTIONS = (
 READ = (TOKENIZER_JSON, SENTENCEPIECE, TEMPLATE, CONFIG, SPECIAL_MAP, GENERATION, ADDED, OPTIONS)
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LARGEST = 256 * 2**20  # maximum bytes of a file
-# Of tokens that some families do not mark as special.
+# Spellings of control tokens that some families do not mark as special.
 CONTROL_SPELLING = re.compile(r"<[|｜].*[|｜]>|</?s>|<(unk|pad|bos|eos|mask|cls|sep)>", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is matched before the text between is tokenized."""
+    """A token that is matched in the text before the rest is tokenized."""
 
     name: str
     id: int
@@ -36,7 +36,7 @@ class AddedToken:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is a control token, which no text may become, not even the assistant's."""
+        """Whether it is a control token, which no message's text may become, not even the assistant's."""
         return self.special or CONTROL_SPELLING.fullmatch(self.name) is not None
 
 
@@ -47,15 +47,17 @@ def read_files(folder: Path, where: str) -> dict[str, bytes]:
         path = folder / name
         if path.is_file():
             if path.stat().st_size > LARGEST:
-                raise UserError(f"{where}: {path} has more than {LARGEST:,} bytes; that is no tokenizer's file")
+                raise UserError(f"{where}: {path} has more than {LARGEST:,} bytes, too many for a tokenizer's file")
             found[name] = path.read_bytes()
     if not {TOKENIZER_JSON, SENTENCEPIECE} & found.keys():
         raise UserError(f"{where}: {folder} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE}; name a model's folder")
     for name in (TOKENIZER_JSON, SENTENCEPIECE):
         if name in found and not found[name].strip():
-            raise UserError(f"{where}: {folder / name} is empty; the download was cut short or refused")
+            raise UserError(f"{where}: {folder / name} is empty; fetch it again")
         if found.get(name, b"").startswith(b"version https://git-lfs"):
-            raise UserError(f"{where}: {folder / name} is a pointer of Git LFS; fetch the file itself (git lfs pull)")
+            raise UserError(
+                f"{where}: {folder / name} is a git-lfs pointer, not the file itself: `git lfs pull` fetches it"
+            )
     return found
 
 
@@ -73,7 +75,7 @@ def read_json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, An
 
 
 def read_date(options: Mapping[str, Any], where: str) -> datetime | None:
-    """The date that chat templates are told, of `options.json`; None: today. Raises UserError where it is no date."""
+    """The date passed to chat templates, from `options.json`; None: today. Raises UserError if it is not a date."""
     if "today" not in options:
         return None
     try:
@@ -92,7 +94,7 @@ def special_token_names(files: Mapping[str, bytes], where: str) -> dict[str, str
 
 
 def end_ids(files: Mapping[str, bytes], where: str) -> tuple[int, ...]:
-    """The ids that end a text, of `generation_config.json`."""
+    """The ids that end a text, from `generation_config.json`."""
     value = read_json(files, GENERATION, where).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
@@ -101,15 +103,13 @@ def end_ids(files: Mapping[str, bytes], where: str) -> tuple[int, ...]:
 
 
 def added_beside(files: Mapping[str, bytes], where: str) -> list[Any]:
-    """The added tokens that the files beside a sentencepiece model list, as `tokenizer.json` would."""
+    """The added tokens listed by the files beside a sentencepiece model, in the layout of `tokenizer.json`."""
     decoder = read_json(files, CONFIG, where).get("added_tokens_decoder") or {}
     listed = [{"content": name, "id": index} for name, index in read_json(files, ADDED, where).items()]
     try:
         return listed + [token | {"id": int(index)} for index, token in decoder.items()]
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: added_tokens_decoder in {CONFIG} must have a token by its id: {error!s:.80}"
-        ) from error
+        raise UserError(f"{where}: added_tokens_decoder in {CONFIG} must map ids to tokens: {error!s:.80}") from error
 
 
 def added_tokens(listed: Any, where: str) -> dict[str, AddedToken]:
@@ -124,7 +124,7 @@ def _added_token(item: Any, where: str) -> AddedToken:
     item = item if isinstance(item, dict) else {"content": item}
     name, index = item.get("content"), item.get("id")
     if not isinstance(name, str) or type(index) is not int or not 0 <= index < LARGEST:
-        raise UserError(f"{where}: an added token must have an id and a content, which is text, found {item!r:.80}")
+        raise UserError(f"{where}: an added token must have an id and a text `content`, found {item!r:.80}")
     return AddedToken(name, index, *(bool(item.get(key)) for key in ("special", "lstrip", "rstrip")))
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files, as the files of a published model's folder would have them."""
+"""Converts the tokenizer in a GGUF file to the files of a published model's folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm.interop.gguf_file import read_metadata
 
 KEY = "tokenizer.ggml."
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
-"""Of token_type, which has the numbers of sentencepiece, from 1 to 6."""
+"""Values of tokenizer.ggml.token_type, which are sentencepiece's numbers from 1 to 6."""
 NORMALIZER = {"add_space_prefix": True, "remove_extra_whitespaces": False}
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ENDS = ("eos", "eot", "eom")
@@ -39,14 +39,14 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "qwen2": _split(r"\p{N}"),
     "llama-bpe": _split(r"\p{N}{1,3}"),
 }
-"""tokenizer.ggml.pre -> steps of the pre-tokenizer of tokenizer.json."""
+"""tokenizer.ggml.pre -> steps of the pre-tokenizer in tokenizer.json."""
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
     """The files of the tokenizer in a GGUF file, by name.
 
     Raises:
-        UserError: the file cannot be read, has no tokenizer, or one of a kind that is not read.
+        UserError: the file cannot be read, has no tokenizer, or one of an unsupported kind.
     """
     return files_of(read_metadata(path), path)
 
@@ -55,14 +55,14 @@ def files_of(found: dict[str, Any], path: Path) -> dict[str, bytes]:
     """The files of the tokenizer that a GGUF file's metadata describes; see `tokenizer_files`."""
     kind = found.get(f"{KEY}model")
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"{path}: {KEY}model is {shown(kind)}; there are gpt2 and llama")
+        raise UserError(f"{path}: {KEY}model is {shown(kind)}; it should be gpt2 or llama")
     tokens = _listed(path, found, "tokens", str)
     types = _listed(path, found, "token_type", int, len(tokens))
     named = {role: found.get(f"{KEY}{name}_token_id") for role, name in ROLES.items()}
     ends = [found[f"{KEY}{name}_token_id"] for name in ENDS if f"{KEY}{name}_token_id" in found]
     given = [index for index in (*named.values(), *ends) if index is not None]
     if outside := [index for index in given if type(index) is not int or not 0 <= index < len(tokens)]:
-        raise UserError(f"{path}: {shown(outside[0])} is no id of a special token; there are {len(tokens)} tokens")
+        raise UserError(f"{path}: {shown(outside[0])} is not the id of a token; there are {len(tokens)} tokens")
     added = [
         {"id": index, "content": token, "special": types[index] == CONTROL, "normalized": False}
         | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
@@ -124,7 +124,7 @@ def _sentencepiece(path: Path, found: dict[str, Any], tokens: list[str], types: 
 
 
 def _listed(path: Path, found: dict[str, Any], name: str, kind: type, count: int | None = None) -> list[Any]:
-    """An array of the metadata. Raises UserError where it is missing, has other values, or not `count` of them."""
+    """An array of the metadata. Raises UserError if it is missing, or its values have another type or number."""
     values = found.get(f"{KEY}{name}")
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         raise UserError(f"{path}: {KEY}{name} is {shown(values)}; it should be an array of {kind.__name__}")

@@ -34,7 +34,7 @@ class TemplateLimit(Exception):
 
 
 class Meter:
-    """Counts the steps of one rendering. Raises TemplateLimit past its limits."""
+    """Counts the steps of one rendering, and raises TemplateLimit if there are too many."""
 
     def __init__(self) -> None:
         self.steps, self.began = 0, time.monotonic()
@@ -123,7 +123,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Make a call of a template, with limits on its arguments and its result."""
+        """Make a template's call, with limits on its arguments and its result."""
         function_itself = getattr(function, "__wrapped__", function)  # jinja2 wraps str.format
         owner = getattr(function_itself, "__self__", None)
         if isinstance(owner, str):

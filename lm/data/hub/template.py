@@ -29,7 +29,7 @@ class TemplateError(BadRow):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template; `names` are the special tokens that it may write, `now` is the date passed to it (None: today)."""
+    """A chat template; `names` are the special tokens that it may use, `now` is the date passed to it (None: today)."""
 
     source: str
     names: Mapping[str, str] = field(default_factory=dict)

@@ -42,7 +42,7 @@ DOCUMENT_END = "<|endoftext|>"  # separates documents in models that have it, ev
 
 
 class RenderedChat(NamedTuple):
-    """A conversation's tokens and loss mask, with numbers for remarks about them."""
+    """A conversation's tokens and loss mask, with counts for the log."""
 
     tokens: list[int]
     mask: list[int]
@@ -55,7 +55,7 @@ class RenderedChat(NamedTuple):
 
 @dataclass(frozen=True)
 class ShieldedChat:
-    """A conversation with shields, what the template makes of it, and private characters that are free."""
+    """A conversation with shields, the template's output for it, and private characters that are still unused."""
 
     messages: list[dict[str, Any]]
     tools: Any
@@ -88,7 +88,7 @@ class HubTokenizer:
         parsed, added = self._read_added()
         written = "\n".join(one.source for one in self._templates.values())
         self.template_words = frozenset(WORD.findall(written))
-        # A token that the template writes is no text of a user's, though files may not mark it as special (<tool_call>).
+        # Tokens that the template writes are control tokens too, although files may not mark them as special (<tool_call>).
         self._control = {
             name: one for name, one in added.items() if one.is_control or (name.strip() and name in written)
         }
@@ -130,7 +130,7 @@ class HubTokenizer:
         return self._added[name].id if name in self._added else None
 
     def _read_ends(self, names: Mapping[str, str]) -> tuple[int, ...]:
-        """The ids that end an answer: of the template, of the generation settings, and of the special token."""
+        """The ids that end an answer: from the template, the generation settings and the special tokens."""
         written = sorted(self._reader("default").end_tokens()) if self._templates else []
         ids = [
             *map(self._id_of, written),
@@ -140,14 +140,14 @@ class HubTokenizer:
         found = tuple(dict.fromkeys(index for index in ids if index is not None))
         if not found:
             raise UserError(
-                f"{self._where}: the files name no token that ends a text (eos_token in {hub_files.CONFIG})"
+                f"{self._where}: the files define no token that ends a text (eos_token in {hub_files.CONFIG})"
             )
         if max(found) >= self.vocab_size:
             raise UserError(f"{self._where}: the end token {max(found)} is not among the {self.vocab_size} tokens")
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the files' bytes, which another process reads again."""
+        """Pickled as the files' bytes, which the other process parses again."""
         return HubTokenizer, (self.files, self._where)
 
     @functools.cached_property
@@ -157,8 +157,8 @@ class HubTokenizer:
     def _reader(self, name: str) -> Reader:
         if not self.chats:
             raise UserError(
-                f"{self._where} has no chat template, which conversations need: --tokenizer.chat_template FILE names one "
-                "(Jinja), or train on texts"
+                f"{self._where} has no chat template, which conversations need: give one in Jinja with "
+                "--tokenizer.chat_template FILE, or train on texts"
             )
         return self._readers[name if name in self._readers else "default"]
 
@@ -182,7 +182,7 @@ class HubTokenizer:
         return found.ids, found.starts
 
     def _segments(self, text: str) -> list[Segment]:
-        """A plain text: the tokens in it that an assistant writes are tokens."""
+        """The segments of a plain text; tokens that an assistant writes, such as <tool_call>, become tokens."""
         matched = self._assistants_own if self._typed_is_text else {}
         return [matched[piece] if found else piece for piece, found in split_at(without_surrogates(text), matched)]
 
@@ -220,11 +220,13 @@ class HubTokenizer:
         spans = [one for one in talk.spans if one.turn < len(messages)]
         end = spans[-1].end if spans else 0
         if shields != again or talk.text[:end] != asked.text[:end]:
-            raise TemplateError(f"{reader.template.where}: the template writes a turn differently when another follows")
-        # Encoded after the end token, not alone: tokens at the beginning of a text may differ, as may white space.
+            raise TemplateError(
+                f"{reader.template.where}: the template renders a turn differently when another one follows"
+            )
+        # Encoded after the end token, not alone: the first tokens of a text, and white space, may be encoded differently.
         before = self._control.get(talk.text[spans[-1].text_end : end].strip()) if spans else None
         if spans and before is None:
-            raise TemplateError(f"{reader.template.where}: the template ends an answer without a token of its own")
+            raise TemplateError(f"{reader.template.where}: the template ends an answer without an end token")
         segments = self._rendered(asked.text[end:], shields)
         return self._vocabulary.encode([before, *segments] if before else segments).ids[bool(before) :]
 
@@ -237,13 +239,14 @@ class HubTokenizer:
         learn_end: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
-        """Render a conversation through the model's chat template, to ids and loss mask.
+        """Render a conversation by the model's chat template, to ids and loss mask.
 
-        The mask covers what the assistant wrote and its end token (`loss_on` all: everything); without `learn_end` no end
-        token, and nothing of a message with `train` False. A token that the assistant's text has a part in is covered.
+        The mask covers the assistant's text and its end tokens (`loss_on` all: everything), but no end tokens without
+        `learn_end`, and no message with `train` False. A token that contains any of the assistant's text is covered.
 
         Raises:
-            TemplateError: no template, or it refuses the conversation, or what the assistant wrote cannot be told.
+            TemplateError: the template refuses the conversation, or the assistant's text cannot be located in its output.
+            UserError: there is no template.
         """
         reader = self._reader("tool_use" if tools else "default")
         talk, shields = self._read(reader, _bare(messages), tools, variables or {}, generation_prompt)
@@ -265,7 +268,7 @@ class HubTokenizer:
         generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """What the chat template makes of a conversation. Raises TemplateError where it refuses it."""
+        """The chat template's output for a conversation. Raises TemplateError if the template refuses it."""
         reader = self._reader("tool_use" if tools else "default")
         shielded = self._shielded(reader, _bare(messages), tools, variables or {}, generation_prompt)
         return shielded.shields.remove(without_blocks(shielded.output)[0])
@@ -273,7 +276,7 @@ class HubTokenizer:
     def _read(
         self, reader: Reader, messages: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any], prompt: bool
     ) -> tuple[Conversation, Shields]:
-        """The conversation with shields in the place of typed control tokens."""
+        """The rendered conversation with shields in place of typed control tokens, and the shields."""
         one = self._shielded(reader, messages, tools, variables, prompt)
         if prompt:
             text = without_blocks(one.output)[0]
@@ -284,7 +287,7 @@ class HubTokenizer:
     def _shielded(
         self, reader: Reader, messages: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any], prompt: bool
     ) -> ShieldedChat:
-        """The conversation with shields for as many typed control tokens as the template does not look for."""
+        """The conversation with shields for all typed control tokens, or for those that the template does not look for."""
         typed = all_text([messages, tools, dict(variables)])
         letters = free_letters(typed)
         possible = () if self._first_letters.isdisjoint(typed) else (*self._control, *BLOCK_MARKS)
@@ -302,12 +305,12 @@ class HubTokenizer:
             if shields.remove(text) == plain:
                 return ShieldedChat(given, offered, text, shields, letters)
         raise TemplateError(
-            f"{reader.template.where}: the template takes control tokens that a message types for its own; "
-            "tokenizer.typed_control token accepts that"
+            f"{reader.template.where}: the template depends on control tokens that a message spells out; "
+            "tokenizer.typed_control token accepts them as control tokens"
         )
 
     def _rendered(self, text: str, shields: Shields) -> list[Segment]:
-        """Text and control tokens of a template's output."""
+        """The segments (text and control tokens) of a template's output."""
         segments: list[Segment] = []
         names = self.control_names.union(shields.names) if shields.names else self.control_names
         for piece, is_token in split_at(text, names):
@@ -329,7 +332,7 @@ class HubTokenizer:
         return HubTokenizer(files, self._where, None if self._typed_is_text else self._vocabulary)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the files into `folder` as they came; returns it."""
+        """Write the unchanged files into `folder`, and return it."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         # Written last: its presence shows that all files are complete.
@@ -383,14 +386,14 @@ def with_options(
         options |= {"typed_control": typed_control}
     options = {name: value for name, value in options.items() if value != "text"}
     if any("strftime_now" in source for source in hub_files.template_sources(found, where).values()):
-        options.setdefault("today", date.today().isoformat())  # a run has the same date to its end
+        options.setdefault("today", date.today().isoformat())  # the same date until the end of the run
     return found | ({hub_files.OPTIONS: json.dumps(options, sort_keys=True).encode()} if options else {})
 
 
 def _mask(
     encoded: Encoded, size: int, spans: Sequence[Span], messages: Sequence[Turn], loss_on: str, learn_end: bool
 ) -> tuple[list[int], int]:
-    """Of every token whether the loss covers it, and the number of tokens of which the assistant wrote a part."""
+    """The loss mask, and the number of tokens that contain both the assistant's text and other text."""
     wrote, learnt = np.zeros(size, np.int64), np.full(size, int(loss_on == "all"))
     for one in spans:
         wrote[one.start : one.end] = 1
@@ -405,7 +408,7 @@ def _mask(
 
 
 def _bare(messages: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The messages without what is said of them for training and in a trajectory."""
+    """The messages without the keys that only training and trajectories use."""
     return [{key: value for key, value in turn.items() if key not in ("train", "author")} for turn in messages]
 
 
@@ -415,7 +418,7 @@ def _put_shields(turn: Turn, shields: Shields) -> dict[str, Any]:
 
 
 def _fingerprint(files: Mapping[str, bytes]) -> str:
-    """SHA-256 of what determines ids and masks."""
+    """SHA-256 of everything that determines ids and masks."""
     parts = [f"{name} {hashlib.sha256(content).hexdigest()}" for name, content in sorted(files.items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -79,7 +79,7 @@ class Reader:
         letters: Iterator[str],
         output: str,
     ) -> Conversation:
-        """The conversation as the template renders it, to `output`.
+        """The conversation that the template rendered to `output`, with the spans of the assistant's messages.
 
         Raises:
             TemplateError: the template refuses it, or the assistant's text cannot be located (names the place).
@@ -109,7 +109,7 @@ class Reader:
         letters: Iterator[str],
         text: str,
     ) -> tuple[str, ...]:
-        """What the template leaves out of a conversation whose output, with the generation prompt, is this text."""
+        """The parts that the template leaves out of a conversation; `text` is its output with the generation prompt."""
         if len(messages) < 2 and not tools:
             return ()
         marked = self._marked(messages, tools, variables, letters, text, False, prompt=True)
@@ -120,7 +120,7 @@ class Reader:
     def _tools_left_out(
         self, messages: Sequence[Turn], tools: Any, variables: Mapping[str, Any], output: str, prompt: bool
     ) -> set[str]:
-        """What the output has not of the definitions of tools, or has in other words of the arguments of calls."""
+        """Whether the output lacks the definitions of tools, or quotes the arguments of calls a second time."""
         found = set()
         try:
             if (
@@ -163,7 +163,7 @@ class Reader:
             min(len(text), len(found.text)),
         )
         raise TemplateError(
-            f"{where}: what the assistant wrote cannot be told: the template changes its texts near "
+            f"{where}: the assistant's text cannot be located: the template changes texts near "
             f"{text[max(0, at - SHOWN) : at + SHOWN]!r}; give it generation blocks"
         )
 
@@ -228,7 +228,7 @@ class Reader:
         return shown.text[extent[1] :] if extent else ""
 
     def _behind(self, text: str, at: int, header: str) -> int | None:
-        """Where the header ends in the text from `at`, or as much of it as the text has, up to a token's edge."""
+        """Position after the header in the text from `at`, or after as many whole tokens of it as the text has."""
         begin = at + len(text[at:]) - len(text[at:].lstrip())
         if header and text.startswith(header, begin):
             return begin + len(header)
@@ -242,7 +242,7 @@ class Reader:
         return begin + whole if whole else None
 
     def _end_tokens(self, letters: Iterator[str]) -> frozenset[str]:
-        """The tokens that end an answer, the last one or an earlier one."""
+        """The tokens that end an answer, in the last turn or in an earlier one."""
         if "plain" not in self._ends:
             found: set[str] = set()
             for messages in ([ASKED, ANSWERED, ASKED, ANSWERED], [ASKED, ANSWERED]):
@@ -257,8 +257,8 @@ class Reader:
                     found |= {shown.text[slice(*behind)]} if behind else set()
             if not found:
                 raise TemplateError(
-                    f"{self.template.where}: the template ends an assistant's turn with no token of the tokenizer, so "
-                    "that a model would not learn to end it; give it generation blocks"
+                    f"{self.template.where}: the template ends an assistant's turn without a token of the tokenizer, so "
+                    "that a model would not learn to end its turn; give it generation blocks"
                 )
             self._ends["plain"] = frozenset(found)
         return self._ends["plain"]
@@ -285,7 +285,7 @@ class Reader:
     def _unclear(self, number: int, why: str, text: str, at: int) -> TemplateError:
         near = text[max(0, at - SHOWN) : at + SHOWN]
         return TemplateError(
-            f"{self.template.where}: turn {number + 1}: what the assistant wrote cannot be told near {near!r}: {why}"
+            f"{self.template.where}: turn {number + 1}: the assistant's text cannot be located near {near!r}: {why}"
         )
 
 

@@ -24,7 +24,7 @@ OPEN, CLOSE = "\U0010fffe", "\U0010ffff"  # noncharacters around a control token
 SPACE = "\u2581"
 
 Segment = str | AddedToken
-"""Text, or a control token that was not typed."""
+"""Text, or a control token that is not from a text."""
 
 
 class Encoded(NamedTuple):
@@ -56,9 +56,9 @@ class Vocabulary(Protocol):
 class JsonVocabulary:
     """A `tokenizer.json`, read by the tokenizers library.
 
-    The control tokens in `apart` are renamed to names that nobody can type. So a text that contains a token's name stays
-    text, while the library matches the tokens that a caller puts between texts as usual, including the white
-    space that they strip and the prefix that depends on them.
+    The control tokens in `apart` are renamed to names that nobody can type. A text that contains a token's name therefore
+    stays text, while the library matches the tokens that a caller puts between texts, including the white space
+    that they strip and the prefix that depends on them.
     """
 
     def __init__(self, parsed: dict[str, Any], raw: bytes, apart: Mapping[str, AddedToken], where: str):
@@ -104,7 +104,7 @@ class JsonVocabulary:
 
 
 def _check_prefix(model: Any) -> None:
-    """Raise ValueError if a merge lacks the prefix of continuing pieces, at which the library would panic."""
+    """Raise ValueError if a merge lacks the prefix of continuing pieces, because the library would panic."""
     prefix: Any = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
     for pair in (model.get("merges") or ()) if prefix else ():
         second = pair.split(" ", 1)[-1] if isinstance(pair, str) else pair[-1]
@@ -113,7 +113,7 @@ def _check_prefix(model: Any) -> None:
 
 
 def _renamed(parsed: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A `tokenizer.json` with tokens renamed everywhere that it names them."""
+    """A `tokenizer.json` with tokens renamed everywhere."""
     model = dict(parsed["model"])
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
@@ -153,7 +153,7 @@ def _texts_renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 class SentencepieceVocabulary:
-    """A sentencepiece model, with the tokens that the files beside it add.
+    """A sentencepiece model and the added tokens of the files beside it.
 
     `prefix_once`: only a text at the very beginning gets the model's prefix (`legacy` false in its settings).
     """
@@ -188,7 +188,7 @@ class SentencepieceVocabulary:
             for piece in reader.encode(text, return_type="proto").pieces if text else ():
                 ids.append(piece.id)
                 starts.append(at + left + begins[piece.begin])
-                # A byte of a character, or the prefix, has no extent in the library's answer; the character is in it.
+                # The library gives no extent for a byte of a character, or for the prefix; the whole character is used.
                 ends.append(at + left + stops[max(piece.end, min(piece.begin + 1, len(stops) - 1))])
             at += len(one)
         return Encoded(ids, starts, ends)
@@ -231,7 +231,8 @@ def control_pieces(model: bytes, where: str) -> dict[str, AddedToken]:
 
 
 def _places(text: str) -> tuple[list[int], list[int]]:
-    """Of every place between two bytes of the text, the character that it is in: its number, and that of the next."""
+    """By byte offset: the index of the character in which a piece beginning there starts, and the index after the one in which a
+    piece ending there stops."""
     of_byte = [number for number, letter in enumerate(text) for _ in letter.encode()]
     return [*of_byte, len(text)], [0, *(number + 1 for number in of_byte)]
 
@@ -243,7 +244,7 @@ def _without_prefix(model: bytes) -> bytes:
 
 
 def split_at(text: str, names: Iterable[str]) -> list[tuple[str, bool]]:
-    """The text in pieces, each with whether it is one of the names: the leftmost, and the longest of those."""
+    """The text split at the names, leftmost and longest first; each piece comes with whether it is a name."""
     pattern = _either(frozenset(names))
     pieces = [text] if pattern is None else pattern.split(text)
     return [(piece, number % 2 == 1) for number, piece in enumerate(pieces) if piece]

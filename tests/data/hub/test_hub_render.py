@@ -105,15 +105,15 @@ def test_straddling_tokens_are_counted():
     [
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", None),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no token"),
-        ("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}", "cannot be told"),
+        ("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}", "cannot be located"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "turn 2"),
         (
             "{% for m in messages %}{{ m.content }}{% if m.content != 'the answer' %}<|im_end|>{% endif %}{% endfor %}",
-            "cannot be told",
+            "cannot be located",
         ),
     ],
 )
-def test_where_the_answer_cannot_be_told_the_conversation_is_refused(template, said):
+def test_where_the_answer_cannot_be_located_the_conversation_is_refused(template, said):
     tokenizer = HubTokenizer(small.files(template))
     if said is None:
         assert tokenizer.render_chat(TALK[:2]).spans
