@@ -29,7 +29,7 @@ SHARD_BYTES = 5_000_000_000
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 Part = tuple[Place, jax.Array, int]
-"""A parameter's place, its array, and the layer of it."""
+"""A parameter's place, its array, and the index of the layer."""
 
 
 def write(
@@ -45,20 +45,19 @@ def write(
     """Write config.json and the safetensors files (with an index if there are several), one tensor in memory at a time.
 
     Args:
-        family: model_type of the family to write, where several can represent the model; else the first of them.
-        dtype: of all tensors; None: as they came (`origin`), else as the parameters are.
-        origin: what the folder that the weights came from had: its config.json is kept, and so are, unless `dtype` or
-            `shard_bytes` asks for others, the dtype and the file of every tensor.
-        shard_bytes: most bytes of tensors in a file; None: 5 GB.
-        token_ids: fields of a config.json that does not come from an origin: `eos_token_id` and such.
-        progress: called with the bytes written and the bytes of all tensors.
+        family: model_type to write; "": the first family that can represent the model.
+        dtype: of all tensors; None: that of `origin`, else the parameters'.
+        origin: from the folder of the original weights; its config.json is kept, and without `dtype` and `shard_bytes`
+            also the dtype and file of every tensor.
+        shard_bytes: maximum bytes of tensors per file; None: 5 GB.
+        token_ids: fields such as `eos_token_id` for a config.json without an origin.
+        progress: called with the number of bytes written so far and the total.
 
     Raises:
-        UserError: the model has what no family here has, a number does not fit in the dtype, or the folder has other
-            weights, which would be read with these.
+        UserError: no family can represent the model, a value does not fit the dtype, or the folder already has weights.
     """
     origin = origin if origin is not None and _describes(origin, model) else None
-    # What cannot be written is said before anything is.
+    # Errors are raised before anything is written.
     config = _kept_config(model, origin) if origin else {
         **token_ids, **write_config(model.config, model.vocab_size, family)
     }  # fmt: skip
@@ -80,13 +79,13 @@ def write(
 
 
 def family_of(model: Transformer, origin: Origin | None = None) -> Family:
-    """The family whose names the tensors of a model get in a checkpoint: that of its origin, else the first that has it."""
+    """The family that names a model's tensors in a checkpoint: that of its origin, else the first that can represent it."""
     config = json.loads(origin.config) if origin is not None and _describes(origin, model) else None
     return FAMILIES[(config or write_config(model.config, model.vocab_size))["model_type"]]
 
 
 def _describes(origin: Origin, model: Transformer) -> bool:
-    """Whether the config.json that came with the weights still describes the model, except its maximum length."""
+    """Whether the original config.json still describes the model, except for its maximum length."""
     theirs, vocab_size = read_config(json.loads(origin.config))
     return computes_the_same(theirs, model.config) and vocab_size == model.vocab_size
 
@@ -98,7 +97,7 @@ def _kept_config(model: Transformer, origin: Origin) -> dict[str, Any]:
 
 
 def _with_dtype(config: dict[str, Any], dtypes: set[str]) -> dict[str, Any]:
-    """The config with the dtype of its tensors: of those that they have the first in the table, which holds the others."""
+    """The config with a dtype of its tensors; if it has to be changed, the widest."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     known = [name for name in dtypes if DTYPES[name].name == config.get(key)]
     return config if known else config | {key: next(dtype.name for name, dtype in DTYPES.items() if name in dtypes)}
@@ -108,7 +107,7 @@ def _with_dtype(config: dict[str, Any], dtypes: set[str]) -> dict[str, Any]:
 
 
 def _tensors(model: Transformer, family: Family, dtype: str | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, layer by layer; none is made before it is read."""
+    """The tensors of a checkpoint, layer by layer; values are computed only when a tensor is read."""
     parts: dict[str, list[Part]] = {}
     for place, leaf in zip(parameter_places(model, family), jax.tree.leaves(model), strict=True):
         for layer, name in enumerate(place.names):
@@ -125,7 +124,7 @@ def _tensors(model: Transformer, family: Family, dtype: str | None) -> dict[str,
 
 
 def _read(parts: list[Part]) -> np.ndarray:
-    """A tensor of the checkpoint, from the parameters that it holds."""
+    """The values of a tensor in the checkpoint, from the parameters that it holds."""
     found = [place.to_theirs(np.asarray(leaf[layer] if place.stacked else leaf)) for place, leaf, layer in parts]
     return np.concatenate(found) if len(found) > 1 else found[0]
 
@@ -136,14 +135,14 @@ def _depth(name: str) -> float:
 
 
 def _as_they_came(tensors: dict[str, Tensor], origin: Origin) -> dict[str, Tensor]:
-    """The tensors with the file and dtype that they came with; a tied head that was stored is there again."""
+    """The tensors with their original file and dtype, and with the copy of a tied head if the original has one."""
     there = tensors if HEAD in tensors or HEAD not in origin.tensors else tensors | {HEAD: tensors[EMBED]}
     return {name: replace(one, file=Path(origin.tensors[name][0]), dtype=origin.tensors[name][1])
             for name, one in there.items()}  # fmt: skip
 
 
 def _in_files(tensors: dict[str, Tensor], most: int) -> dict[str, Tensor]:
-    """The tensors in files of at most so many bytes, or of one tensor."""
+    """The tensors assigned to files of at most `most` bytes; a larger tensor has a file to itself."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, one in tensors.items():

@@ -42,7 +42,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
 """The same in all published models with ROPE_FACTORS; GGUF files do not contain it."""
 GEMMA_HEAD = 256
-"""Width of a head of those Gemma models whose scores are divided by its root; of others a GGUF does not say by what."""
+"""Head size of the Gemma models that scale attention scores by its square root; for others a GGUF file lacks the scale."""
 
 
 def describe(path: Path) -> tuple[Model, int]:
@@ -79,7 +79,7 @@ def read(path: Path, mesh: Mesh | None = None, store: Store | None = None, **cha
 
 
 def _opened(path: Path, **changes: Any) -> tuple[Transformer, list[Place], dict[str, Tensor]]:
-    """The abstract model of a file, and the place and the tensors of its parameters, under their names in safetensors."""
+    """The abstract model of a file, the places of its parameters, and its tensors by their names in safetensors."""
     described = _config(path)
     model, vocab_size = read_config(described, str(path))
     model = dataclasses.replace(model, **changes)
@@ -121,7 +121,7 @@ def _llama(name: str, tensor: Tensor, model: Model) -> np.ndarray:
 
 
 def _architecture(path: Path) -> tuple[int, str]:
-    """The number of the architecture in the package, and its name."""
+    """The package's number for the architecture, and the architecture's name."""
     name = read_metadata(path).get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{path}: general.architecture is {shown(name)}; there are {', '.join(ARCHITECTURES)}")

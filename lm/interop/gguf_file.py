@@ -16,7 +16,7 @@ from lm.interop.tensors import LFS, Tensor
 
 INSTALL = "pip install 'lm[gguf]'"
 MOST_ITEMS = 2**21
-"""Of an array in the metadata: the longest are vocabularies and merges. A damaged length would be read for hours."""
+"""Maximum length of an array in the metadata, above the largest vocabularies; a damaged length would be read for hours."""
 
 
 def package() -> ModuleType:
@@ -51,7 +51,7 @@ def _read(path: Path, changed: int, size: int) -> tuple[dict[str, Any], dict[str
     try:
         with path.open("rb") as stream:
             if stream.read(len(LFS)) == LFS:
-                raise UserError(f"{path} is a pointer of git-lfs and not the file itself: `git lfs pull` fetches it")
+                raise UserError(f"{path} is a git-lfs pointer, not the file itself: `git lfs pull` fetches it")
         opened = reader(path)
         metadata = {name: field.contents() for name, field in opened.fields.items()}
         return metadata, {one.name: _tensor(path, one) for one in opened.tensors}
@@ -59,11 +59,11 @@ def _read(path: Path, changed: int, size: int) -> tuple[dict[str, Any], dict[str
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
         said = " ".join(str(error).split())
-        raise UserError(f"{path} is not a whole GGUF file: {said:.200}: fetch it again") from error
+        raise UserError(f"{path} is not a complete GGUF file: {said:.200}: fetch it again") from error
 
 
 def _reader_class() -> type:
-    """The package's reader, which notices where a file ends early."""
+    """The package's reader with checks for a truncated or damaged file."""
 
     class CheckedReader(package().GGUFReader):  # type: ignore[misc]
         """Raises ValueError for a file that is shorter than it declares."""
@@ -91,6 +91,6 @@ def _dequantised(path: Path, one: Any, shape: tuple[int, ...]) -> Callable[[], n
         try:
             return package().dequantize(one.data, one.tensor_type).reshape(shape)
         except (NotImplementedError, ValueError) as error:
-            raise UserError(f"{path}: {one.name} is {one.tensor_type.name}, which is not read: {error}") from error
+            raise UserError(f"{path}: {one.name} is {one.tensor_type.name}, which is not supported: {error}") from error
 
     return read

@@ -1,4 +1,4 @@
-"""Reads safetensors checkpoints of Hugging Face transformers; `write` of `export.py` writes them; families: `lm/model/families`."""
+"""Reads safetensors checkpoints in the layout of Hugging Face transformers; `export.py` writes them."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 Store = Callable[[str, nnx.Param, int], Any]
-"""What is kept of a parameter, by its name and how many of its first dimensions are the input of a matrix."""
+"""Converts a parameter to its stored form, given its name and the number of leading input dimensions of a matrix."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
-FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # which old checkpoints of Llama have in every layer
+FREQUENCIES = "self_attn.rotary_emb.inv_freq"  # a tensor of every layer in old Llama checkpoints
 
 
 def describe(folder: Path) -> tuple[Model, int]:
@@ -99,7 +99,7 @@ def _why_missing(folder: Path) -> str:
 
 
 def _opened(folder: Path, **changes: Any) -> tuple[Transformer, list[Place], dict[str, Tensor]]:
-    """The abstract model of a folder, and the place and the tensors of its parameters."""
+    """The abstract model of a folder, the places of its parameters, and its tensors by name."""
     family, config, vocab_size = _described(folder)
     config = dataclasses.replace(config, **changes)
     tensors = read_folder(folder)
@@ -113,12 +113,12 @@ def read(folder: Path, mesh: Mesh | None = None, store: Store | None = None, **c
     """Read the model in a folder with config.json and *.safetensors; every tensor must be used.
 
     Args:
-        store: called with each parameter before the next one is read; the model keeps what it returns.
-        changes: fields of Model to set otherwise, such as compute_dtype.
+        store: called with each parameter before the next one is read; the model keeps its result.
+        changes: fields of Model to override, such as compute_dtype.
 
     Raises:
-        UserError: a file is missing or damaged, config.json has what the model has not, a tensor is missing, unexpected, of
-            another shape or dtype, or not finite.
+        UserError: a file is missing or damaged, config.json has an unsupported feature, or a tensor is missing, unexpected, not
+            finite, or has another shape or dtype.
     """
     return assemble(*_opened(Path(folder), **changes), mesh, store)
 
@@ -130,7 +130,7 @@ def assemble(
     mesh: Mesh | None = None,
     store: Store | None = None,
 ) -> Transformer:
-    """The model from the tensors of its parameters; `wanted` is abstract. Raises UserError for values that are not finite."""
+    """The abstract model `wanted` with the values of its tensors. Raises UserError if a value is not finite."""
     where = [None] * len(places) if mesh is None else jax.tree.leaves(shardings(wanted, mesh))
     if store is None:
         read = [read_array(place, tensors, sharding) for place, sharding in zip(places, where, strict=True)]
@@ -138,7 +138,7 @@ def assemble(
     params, structure = jax.tree_util.tree_flatten_with_path(wanted, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def kept(path: tuple[Any, ...], param: nnx.Param, place: Place, sharding: Any) -> Any:
-        # Storing may be a computation of all processes, which one that cannot read would leave waiting.
+        # `store` may be a computation of all processes; a process that cannot read must not leave the others waiting.
         value = raise_on_all(lambda: read_array(place, tensors, sharding))
         return jax.block_until_ready(store(leaf_name(path), parameter(value, axes_of(param)), place.inputs))
 
@@ -147,7 +147,7 @@ def assemble(
 
 
 def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Model, places: list[Place]) -> None:
-    """Raise, in one line that names all kinds of it, where the tensors are not those that config.json describes."""
+    """Raise UserError unless the tensors are those that config.json describes; it lists all differences."""
     layers = {int(found[1]) for name in tensors if (found := LAYER.fullmatch(name)) and len(found[1]) < 10}
     count = max(layers, default=-1) + 1
     if config.num_layers != count:
@@ -162,7 +162,7 @@ def _refuse_other_tensors(folder: Path, tensors: dict[str, Tensor], config: Mode
 
 
 def _is_known(name: str, tensors: dict[str, Tensor], config: Model) -> bool:
-    """Whether a tensor only repeats what the model has anyway: a tied head, or the frequencies of rope."""
+    """Whether a tensor is redundant: a copy of the tied head, or RoPE frequencies that follow from config.json."""
     if name == HEAD and EMBED in tensors:
         same = tensors[name].shape == tensors[EMBED].shape and tensors[name].dtype == tensors[EMBED].dtype
         if not same or tensors[name].dtype not in READ:

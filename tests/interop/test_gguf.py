@@ -107,7 +107,7 @@ def whole(tmp_path_factory):
 def test_a_file_that_ends_early_is_refused_in_a_line(tmp_path, whole, part):
     path = tmp_path / "part.gguf"
     path.write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(UserError, match=r"^[^\n]*part.gguf is not a whole GGUF file: [^\n]*: fetch it again$"):
+    with pytest.raises(UserError, match=r"^[^\n]*part.gguf is not a complete GGUF file: [^\n]*: fetch it again$"):
         gguf.read(path)
 
 

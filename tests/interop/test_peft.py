@@ -156,7 +156,7 @@ BAD = {
     "init_lora_weights": ("pissa", r"init_lora_weights is 'pissa'; it should be True or False or gaussian"),
     "trainable_token_indices": ([1, 2], r"does not know trainable_token_indices \[1, 2\]"),
     "layers_to_transform": (["1"], r"layers_to_transform is \['1'\]; it should be numbers of layers"),
-    "rank_pattern": ({"(": 2}, r"rank_pattern has .* which is no regular expression"),
+    "rank_pattern": ({"(": 2}, r"rank_pattern has .* which is not a regular expression"),
     "r": (0, r"r of model.layers.0.self_attn.\w+ is 0; it should be a whole number from 1"),
     "lora_alpha": ("8", r"lora_alpha of .* is '8'; it should be a number above 0"),
     "target_modules": (["query"], r"matches none of the base model's modules, such as model.layers.0.self_attn"),
@@ -211,7 +211,7 @@ def test_an_adapter_for_another_base(folder, tmp_path_factory):
     with pytest.raises(UserError, match=rf"{first} has \d+ values of \d+ that are no finite float32 numbers"):
         read_factors(other, tiny_model(num_layers=2), LLAMA)
     (other / WEIGHTS).rename(other / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"has adapter_model.bin and no adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"has adapter_model.bin but no adapter_model.safetensors"):
         read_factors(other, tiny_model(num_layers=2), LLAMA)
 
 
@@ -222,11 +222,17 @@ def test_the_base_of_an_adapter_is_named_or_merging_asked_for():
 
     assert _base_of(experiment(2, 2, init="hf:models/some-model"), "s1") == "some-model"
     assert _base_of(experiment(0, 2), "s1") == ""
-    with pytest.raises(UserError, match=r"the adapter of stage s0 is on random weights: --merge"):
+    with pytest.raises(UserError, match=r"the base of the adapter of stage s0 is random weights: use --merge"):
         _base_of(experiment(2), "s0")
-    with pytest.raises(UserError, match=r"adapter of stage s2 is on stage s1, which has factors of s0: --merge"):
+    with pytest.raises(
+        UserError,
+        match=r"base of the adapter of stage s2 is the model of stage s1, which has factors of s0: use --merge",
+    ):
         _base_of(experiment(2, 0, 2, init="hf:m"), "s2")
-    with pytest.raises(UserError, match=r"adapter of stage s1 is on stage s0, which has factors of folder: --merge"):
+    with pytest.raises(
+        UserError,
+        match=r"base of the adapter of stage s1 is the model of stage s0, which has factors of folder: use --merge",
+    ):
         _base_of(experiment(0, 2, init="hf:m", adapter="folder"), "s1")
 
 
