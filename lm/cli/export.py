@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.cli.arguments import MODEL_HELP, find_model, number
-from lm.experiment import Experiment, LoRA, UserError, start_of
+from lm.experiment import Experiment, LoRA, UserError
 
 TAKES_OVERRIDES = False
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # takes no device from a run; the limit is the host's memory
@@ -98,15 +98,13 @@ def _adapter_of(loaded: Any) -> LoRA:
 
 def _base_of(experiment: Experiment, stage: str) -> str:
     """Name of an adapter's base model; "" if the run trained it. Raises UserError if the base cannot be exported or named."""
+    from lm.train.base import adapter_stage, base_stage
+
     names = [one.name for one in experiment.stages]
-    at: int | None = names.index(stage)
-    while at is not None and experiment.stages[at].lora.rank:
-        at = start_of(experiment, at)
+    at = base_stage(experiment, names.index(stage))
     if at is None and experiment.init:
         return Path(experiment.init.partition(":")[2]).name
-    before = start_of(experiment, at) if at is not None else None
-    while before is not None and not experiment.stages[before].lora.rank:
-        before = start_of(experiment, before)
+    before = adapter_stage(experiment, at)
     if at is None or before is not None or experiment.adapter:
         factors = names[before] if before is not None else experiment.adapter
         what = "random weights" if at is None else f"the model of stage {names[at]}, which has factors of {factors}"

@@ -33,7 +33,16 @@ def base_stage(experiment: Experiment, index: int | None) -> int | None:
 
     None: the run's initial weights.
     """
-    while index is not None and experiment.stages[index].lora.rank:
+    return _nearest(experiment, index, with_adapter=False)
+
+
+def adapter_stage(experiment: Experiment, index: int | None) -> int | None:
+    """Index of the last stage up to `index`, along `start`, that trained an adapter; None if there is none."""
+    return _nearest(experiment, index, with_adapter=True)
+
+
+def _nearest(experiment: Experiment, index: int | None, with_adapter: bool) -> int | None:
+    while index is not None and bool(experiment.stages[index].lora.rank) != with_adapter:
         index = start_of(experiment, index)
     return index
 

@@ -42,7 +42,7 @@ from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
 from lm.stored import read_record, write_sealed
-from lm.train.base import Known, base_stage, check_base, read_stored, recorded_base, with_base
+from lm.train.base import Known, adapter_stage, base_stage, check_base, read_stored, recorded_base, with_base
 from lm.train.checkpoint import Checkpoints, Restored
 from lm.train.run_folder import RunFolder
 
@@ -137,9 +137,7 @@ def _model_of(
 
 def _lora_before(experiment: Experiment, index: int | None) -> bool:
     """Whether a model has factors: its stage, or one before it, trained an adapter."""
-    while index is not None and not experiment.stages[index].lora.rank:
-        index = start_of(experiment, index)
-    return index is not None or bool(experiment.adapter)
+    return adapter_stage(experiment, index) is not None or bool(experiment.adapter)
 
 
 def load_model(
