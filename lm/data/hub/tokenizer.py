@@ -261,18 +261,6 @@ class HubTokenizer:
         first = next((i for i, end in enumerate(encoded.ends) if end > last), 0) if spans else len(encoded.ids)
         return RenderedChat(encoded.ids, mask, text, spans, straddling, talk.left_out, first)
 
-    def template_text(
-        self,
-        messages: Sequence[Turn],
-        tools: Sequence[Any] | None = None,
-        generation_prompt: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The chat template's output for a conversation. Raises TemplateError if the template refuses it."""
-        reader = self._reader("tool_use" if tools else "default")
-        shielded = self._shielded(reader, _bare(messages), tools, variables or {}, generation_prompt)
-        return shielded.shields.remove(without_blocks(shielded.output)[0])
-
     def _read(
         self, reader: Reader, messages: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any], prompt: bool
     ) -> tuple[Conversation, Shields]:
@@ -325,11 +313,6 @@ class HubTokenizer:
                 else:
                     segments.append(said)
         return segments
-
-    def with_template(self, template: str) -> HubTokenizer:
-        """The same tokenizer with another chat template."""
-        files = self.files | {hub_files.TEMPLATE: template.encode()}
-        return HubTokenizer(files, self._where, None if self._typed_is_text else self._vocabulary)
 
     def save(self, folder: str | Path) -> Path:
         """Write the unchanged files into `folder`, and return it."""

@@ -185,7 +185,7 @@ class Reader:
             start = self._start(messages, tools, variables, letters, marked, number, before)
             if start is None or start > first:
                 raise self._unclear(number, "the end of its header is not found", text, first)
-            end = _first_of(text, ends, last, limit)
+            end = next(_named(text, ends, last, limit), None)
             if end is None:
                 raise self._unclear(number, f"no end token ({' or '.join(sorted(ends))}) follows it", text, last)
             yield Span(start, end[0], end[1], number)
@@ -253,7 +253,7 @@ class Reader:
                     continue
                 for number in range(1, len(messages), 2):
                     extent = shown.extent(number)
-                    behind = _first_of(shown.text, self.tokens, extent[1], len(shown.text)) if extent else None
+                    behind = next(_named(shown.text, self.tokens, extent[1], len(shown.text)), None) if extent else None
                     found |= {shown.text[slice(*behind)]} if behind else set()
             if not found:
                 raise TemplateError(
@@ -279,7 +279,7 @@ class Reader:
         inside = [answer for answer, (first, last) in extents.items() if first < end and start <= last]
         before = [answer for answer, (first, _) in extents.items() if first < end]
         turn = (inside or before or [answers[min(number, len(answers) - 1)]])[-1] if answers else 0
-        token = _last_of(text, self.tokens, start, end)
+        *_, token = None, *_named(text, self.tokens, start, end)
         return Span(start, token[0] if token and not text[token[1] : end].strip() else end, end, turn)
 
     def _unclear(self, number: int, why: str, text: str, at: int) -> TemplateError:
@@ -312,19 +312,10 @@ def _left_out(messages: Sequence[Turn], marked: Marked) -> set[str]:
     return found
 
 
-def _first_of(text: str, names: Collection[str], start: int, stop: int) -> tuple[int, int] | None:
+def _named(text: str, names: Collection[str], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The positions (begin, end) of the names in text[start:stop]."""
     at = start
     for piece, is_name in split_at(text[start:stop], names):
         if is_name:
-            return at, at + len(piece)
+            yield at, at + len(piece)
         at += len(piece)
-    return None
-
-
-def _last_of(text: str, names: Collection[str], start: int, stop: int) -> tuple[int, int] | None:
-    found, at = None, start
-    for piece, is_name in split_at(text[start:stop], names):
-        if is_name:
-            found = at, at + len(piece)
-        at += len(piece)
-    return found

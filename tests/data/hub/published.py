@@ -34,8 +34,8 @@ def files(folder: Path, without: str = "") -> dict[str, bytes]:
 
 
 @functools.lru_cache(maxsize=4)  # a family's tests follow one another
-def tokenizer(folder: Path, typed_control: TypedControl = "text") -> HubTokenizer:
-    return HubTokenizer(with_options(files(folder), typed_control, None))
+def tokenizer(folder: Path, typed_control: TypedControl = "text", template: str | None = None) -> HubTokenizer:
+    return HubTokenizer(with_options(files(folder), typed_control, template))
 
 
 @functools.lru_cache(maxsize=1)

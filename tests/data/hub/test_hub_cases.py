@@ -126,7 +126,7 @@ def test_generation_blocks_give_the_mask(folder):
         pytest.skip(f"{folder.name} has no template with generation blocks")
     known = published.cases(folder, "cases_generation_tag.json")
     template = published.read(folder / known["template"]).decode()
-    tokenizer = published.tokenizer(folder, "token").with_template(template)
+    tokenizer = published.tokenizer(folder, "token", template=template)
     for case in known["conversations"]:
         found = tokenizer.render_chat(**arguments(case))
         assert (found.text, found.tokens, found.mask) == (case["text"], case["ids"], case["assistant_mask"]), case[
@@ -160,7 +160,7 @@ def test_a_sentencepiece_model_gives_the_ids_of_its_tokenizer_json(folder):
 def test_of_any_conversation_the_mask_covers_the_answers(folder, messages):
     tokenizer = published.tokenizer(folder)
     try:
-        tokenizer.template_text(messages)
+        tokenizer._reader("default").template.render(messages)
     except UserError as error:
         assert "refuses" in str(error) or "no chat template" in str(error)
         return
