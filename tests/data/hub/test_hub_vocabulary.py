@@ -161,7 +161,7 @@ def test_a_turn_cannot_follow_an_answer_that_has_no_end_token():
         "{% else %}A: {% generation %}{{ m.content }}{% endgeneration %}{% endif %}{{ '\n' }}{% endfor %}"
     )
     talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-    with pytest.raises(UserError, match="ends an answer without a token"):
+    with pytest.raises(UserError, match="ends an answer without an end token"):
         HubTokenizer(small.files(template)).continuation(talk, [{"role": "user", "content": "more"}])
 
 

@@ -134,7 +134,7 @@ def test_a_chat_template_needs_a_published_tokenizer(tmp_path, folder):
         ("tokenizer.json", b'{"model": {"type": "none"}, "added_tokens": []}', r"cannot be read|is not a tokenizer"),
         ("tokenizer.json", b'{"model": 3, "added_tokens": [{"id": 1, "content": "<s>"}]}', r"is not a tokenizer"),
         ("tokenizer.json", b'{"added_tokens": [{"id": 1, "content": "<s>"}]}', r"is not a tokenizer"),
-        ("tokenizer.json", b'{"added_tokens": [{"content": "<s>"}]}', "id and a content"),
+        ("tokenizer.json", b'{"added_tokens": [{"content": "<s>"}]}', "id and a text"),
         ("tokenizer.json", b'{"model": 3}', r"cannot be read|is not a tokenizer"),
         ("tokenizer_config.json", b"{}", "eos_token"),
         ("tokenizer_config.json", b'{"eos_token": "<|im_end|>", "chat_template": 3', "not valid JSON"),
