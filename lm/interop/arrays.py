@@ -137,4 +137,4 @@ def _blocks(name: str, tensor: Tensor, part: Index, dtype: np.dtype) -> Iterator
         broken, count = broken + broken_values(block), count + block.size
         yield start, block
     if broken:
-        raise UserError(f"{tensor.file}: {name} has {broken} values of {count} that are no finite {dtype} numbers")
+        raise UserError(f"{tensor.file}: {name} has {broken} of {count} values that are not finite in {dtype}")

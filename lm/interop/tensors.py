@@ -78,7 +78,7 @@ class Tensor:
             value = given.astype(dtype or given.dtype, order="C", copy=False)
         if broken := broken_values(value):
             raise UserError(
-                f"{self.file}: {name} has {broken} values of {value.size} that are no finite {value.dtype} numbers"
+                f"{self.file}: {name} has {broken} of {value.size} values that are not finite in {value.dtype}"
             )
         return value
 

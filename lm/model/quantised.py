@@ -130,10 +130,12 @@ def set_base(model: M, base: str, mesh: Mesh | None = None) -> M:
 
 
 def stored(name: str, param: nnx.Param, inputs: int, base: str, mesh: Mesh | None = None) -> Any:
-    """A parameter as `LoRA.base` says: a linear layer of the blocks quantised, another matrix in bfloat16, others as they are.
+    """A parameter in the storage `base` of `LoRA.base`: Linears of the blocks quantised, other matrices in bfloat16.
+
+    Vectors, and parameters that train beside an adapter, stay unchanged.
 
     Args:
-        inputs: dimensions of the input of a linear layer.
+        inputs: number of leading input dimensions of a Linear's weight.
     """
     is_matrix = name.endswith("weight") and not any(fnmatch.fnmatchcase(name, one) for one in APART)
     if not is_matrix:

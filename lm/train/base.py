@@ -81,9 +81,9 @@ def fingerprint(model: Any) -> str:
 
 
 def read_stored(experiment: Experiment, mesh: Mesh, base: str) -> tuple[Transformer, str]:
-    """The open weights, each stored as `LoRA.base` says before the next is read, and the fingerprint of what was read.
+    """Read open weights into the storage `base` of `LoRA.base`; also returns the fingerprint of the original weights.
 
-    There are never more than the stored weights and one parameter as it was read.
+    Parameters are converted one at a time: memory holds the converted ones and at most one original.
     """
     lines: list[str] = []
 

@@ -104,13 +104,13 @@ def model_before(
     known: Known = NONE_KNOWN,
     base: str = "model",
 ) -> tuple[Transformer, str]:
-    """The model that enters stage `index`: that of the stage it starts from, or the one that the run begins with.
+    """The model that enters stage `index`: that of the stage it starts from, or the run's initial model.
 
     Args:
-        base: as `LoRA.base`, how open weights are stored while they are read; other weights stay as they are.
+        base: storage of open weights (see `LoRA.base`), converted while they are read; other weights stay unchanged.
 
     Returns:
-        the model, and the fingerprint that checkpoints record of its base if that is known without a computation, else "".
+        the model, and the fingerprint of its base; "" if it still has to be computed.
     """
     start = start_of(experiment, index)
     return _model_of(experiment, folder, tokenizer, mesh, start, known, base)
@@ -130,7 +130,7 @@ def _model_of(
     if index is not None:
         found = _load(experiment, folder, tokenizer, mesh, experiment.stages[index].name, known, base)
         return found.items["policy"], found.meta.get("base", "")
-    if base == "model" or not experiment.init or experiment.adapter:  # an adapter may need the weights as they are
+    if base == "model" or not experiment.init or experiment.adapter:  # an adapter may need the original weights
         return init_model(experiment, tokenizer, mesh), ""
     return raise_on_all(lambda: read_stored(experiment, mesh, base))
 
@@ -171,7 +171,7 @@ def _load(
 
 
 def _traced(experiment: Experiment, vocab_size: int, index: int | None) -> Transformer:
-    """The language model that stage `index` leaves, with new values: its structure is that of the trained one."""
+    """A new language model with the structure of the one that stage `index` trains."""
     if index is None:
         return _init(experiment, vocab_size)
     before = freeze_adapter(_traced(experiment, vocab_size, start_of(experiment, index)))
@@ -385,10 +385,10 @@ def load_run(run_dir: Path, stage: str | None = None, longest: int | None = None
 
 
 def load_adapters(loaded: LoadedRun, run_dir: Path, folders: list[str]) -> dict[str, LoadedRun]:
-    """A loaded model with each of several PEFT adapters by the name of its folder, on the same base; "" without folders.
+    """A loaded model with each of several PEFT adapters, by the adapter folder's name; without folders, the model by "".
 
     Raises:
-        UserError: a folder is no adapter for this model, or two have the same name.
+        UserError: a folder has no adapter for this model, or two folders have the same name.
     """
     found = {"": loaded} if not folders else {}
     for folder in map(Path, folders):
@@ -413,7 +413,7 @@ def load_open_weights(experiment: Experiment) -> LoadedRun:
     """Load the open weights that an experiment starts from, onto one device of this machine.
 
     Raises:
-        UserError: they cannot be read, or the tokenizer is not theirs.
+        UserError: they cannot be read, or the tokenizer belongs to another model.
     """
     tokenizer = named_tokenizer(experiment.tokenizer)
     vocabulary_rows(experiment, tokenizer)
@@ -422,13 +422,13 @@ def load_open_weights(experiment: Experiment) -> LoadedRun:
 
 
 def record_origin(experiment: Experiment, folder: RunFolder) -> None:
-    """Keep in the run's folder what an export needs of the open weights that the run begins with."""
+    """Save the origin of the run's open weights in its folder, for exports."""
     if experiment.init and not folder.origin.exists() and (found := open_weights.origin(experiment.init)):
         write_sealed(folder.origin, vars(found))
 
 
 def origin_of(path: Path) -> Origin | None:
-    """What an export of a run, or of open weights, keeps of the open weights; None for a run from random weights."""
+    """The origin of a run's open weights, or of open weights themselves; None for a run from random weights."""
     if is_open_weights(path):
         return open_weights.origin(str(path))
     kept = RunFolder(path).origin

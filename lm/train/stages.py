@@ -231,14 +231,14 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
     """Train a stage from the models that it needs; `batches` is None for data that did not exist when the run started."""
     where = run.experiment, run.folder, run.tokenizer, run.mesh
     stage = run.experiment.stages[index]
-    base = "model" if reward_names(stage) else stage.lora.base  # reward models share the base as it is
+    base = "model" if reward_names(stage) else stage.lora.base  # reward models share the original base
     model, fingerprint = model_before(*where, index, base=base)
     known = {base_stage(run.experiment, start_of(run.experiment, index)): model}
     scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage), known))
     if not stage.objective.trains:
         return collect_stage(run, index, model, scorers, began)
     ready = batches or raise_on_all(lambda: _batches(run, index))
-    recorded = recorded_base(stage, model, fingerprint)  # before it is quantised, which devices may round otherwise
+    recorded = recorded_base(stage, model, fingerprint)  # before quantisation, whose rounding may depend on the device
     train_stage(run, index, ready, model, recorded, scorers, make_evaluator(*where, index, model), began)
 
 

@@ -148,8 +148,11 @@ TENSORS = {
     ),
     "one that is gone": (lambda t: t.pop(HEAD), "1 tensor is missing: lm_head.weight"),
     "a smaller vocabulary": (lambda t: t.update({HEAD: t[HEAD][:30].copy()}), r"lm_head.weight \[30, 16\].*\[40, 16\]"),
-    "no numbers": (lambda t: t[NORM].fill(np.inf), "model.norm.weight has 16 values of 16 that are no finite float32"),
-    "too large": (lambda t: t.update({NORM: np.full(16, 1e300)}), "no finite float32"),
+    "no numbers": (
+        lambda t: t[NORM].fill(np.inf),
+        "model.norm.weight has 16 of 16 values that are not finite in float32",
+    ),
+    "too large": (lambda t: t.update({NORM: np.full(16, 1e300)}), "not finite in float32"),
     "all others": (
         lambda t: [t.update({f"x{name}": t.pop(name)}) for name in list(t)],
         "files have 0 layers",

@@ -208,7 +208,7 @@ def test_an_adapter_for_another_base(folder, tmp_path_factory):
     tensors = load_file(folder / WEIGHTS)
     first = next(iter(tensors))
     save_file(tensors | {first: np.full_like(tensors[first], np.nan)}, other / WEIGHTS)
-    with pytest.raises(UserError, match=rf"{first} has \d+ values of \d+ that are no finite float32 numbers"):
+    with pytest.raises(UserError, match=rf"{first} has \d+ of \d+ values that are not finite in float32"):
         read_factors(other, tiny_model(num_layers=2), LLAMA)
     (other / WEIGHTS).rename(other / "adapter_model.bin")
     with pytest.raises(UserError, match=r"has adapter_model.bin but no adapter_model.safetensors"):
