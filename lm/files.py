@@ -45,7 +45,7 @@ def file_of(name: str) -> Path:
     below = Path(*parts[:-1], f"{parts[-1]}.py")
     found = next((folder / below for folder in EXPERIMENTS if all(parts) and (folder / below).is_file()), None)
     if is_open_weights(Path(name)):
-        raise UserError(f"{name} is a published model and not an experiment: name an experiment, and --init {name}")
+        raise UserError(f"{name} is a published model, not an experiment: name an experiment, and --init {name}")
     if found is None:
         modules = (path.relative_to(folder).with_suffix("") for folder in EXPERIMENTS for path in folder.rglob("*.py"))
         names = sorted({".".join(module.parts) for module in modules})

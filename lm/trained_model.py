@@ -53,10 +53,10 @@ class TrainedModel:
         """An answer to each prompt.
 
         Args:
-            max_new_tokens: longest answer; None: 128, or half of the context where that is less.
-            temperature: 0 takes the likeliest token.
-            top_k: sample among the k likeliest tokens; 0: all.
-            top_p: sample among the likeliest tokens of this mass.
+            max_new_tokens: maximum length of an answer; None: 128, or half of the context if that is less.
+            temperature: sampling temperature; 0: greedy.
+            top_k: sample from the k most likely tokens; 0: all.
+            top_p: sample from the most likely tokens of this total probability.
             raw: continue the prompts as text instead of answering them, as a model without a chat template always does.
 
         Raises:
@@ -87,13 +87,13 @@ class TrainedModel:
     def logprobs(
         self, prompts: str | Sequence[Prompt], answers: str | Sequence[str], *, raw: bool = False
     ) -> list[list[TokenLogprob]]:
-        """Of each prompt's answer the tokens, with the one that ends the turn, and the log-probability of each.
+        """The tokens of each prompt's answer, including the end token, each with its log-probability.
 
         Args:
-            raw: the answers continue the prompts as text, and no turn ends.
+            raw: the answers continue the prompts as text, without an end token.
 
         Raises:
-            UserError: as many answers as prompts are needed, or a prompt and its answer do not fit in the context.
+            UserError: the numbers of prompts and answers differ, or a prompt and its answer do not fit in the context.
         """
         given, said = _listed(prompts), [answers] if isinstance(answers, str) else list(answers)
         if len(given) != len(said):
@@ -102,13 +102,13 @@ class TrainedModel:
         return [self._logprobs(*rendered(prompt, answer)) for prompt, answer in zip(given, said, strict=True)]
 
     def _answered(self, prompt: Prompt, answer: str) -> tuple[list[int], int, int]:
-        """The tokens of a conversation, and where its last answer begins and ends."""
+        """The tokens of a conversation, and the indices at which its last answer begins and ends."""
         turns = _asked(prompt)
         tokens, mask, last = render([*turns, {"role": "assistant", "content": answer}], self.loaded.tokenizer)[:3]
-        return tokens, mask.index(1, last), len(mask) - mask[::-1].index(1)  # behind the token that ends the answer
+        return tokens, mask.index(1, last), len(mask) - mask[::-1].index(1)  # after the end token
 
     def _continued(self, prompt: Prompt, answer: str) -> tuple[list[int], int, int]:
-        """The tokens of a document, and where those begin that hold nothing of its prompt."""
+        """The tokens of a document, the index of the first one without any of the prompt's text, and the end."""
         tokenizer, text = self.loaded.tokenizer, str(prompt)
         ids, starts = tokenizer.encode_offsets(text + answer)
         first = sum(start < len(text) for start in starts)
@@ -132,10 +132,10 @@ def load(run: str | Path, stage: str | None = None, adapter: str | Path | None =
     """Load a model: a run's, by folder or name in runs/, after `stage` (None: the last), or a published one, by folder or GGUF file.
 
     Args:
-        adapter: folder of a PEFT adapter on it.
+        adapter: folder of a PEFT adapter to add to it.
 
     Raises:
-        UserError: no such run or stage, or nothing trained yet.
+        UserError: there is no such run or stage, or nothing is trained yet.
     """
     tried = Path(str(run).removeprefix("hf:").removeprefix("gguf:")).expanduser(), Path("runs") / run
     folder = next((path for path in tried if path.exists()), None)
@@ -147,7 +147,7 @@ def load(run: str | Path, stage: str | None = None, adapter: str | Path | None =
 
 
 def _listed(prompts: str | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list: a string is one, and so is a single conversation."""
+    """Prompts as a list; a string or a single conversation counts as one prompt."""
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)

@@ -58,8 +58,8 @@ def find_run(name: str) -> Path:
         raise UserError(f"no run {shown(name)}; runs/ here has: {', '.join(known) or 'nothing'}{nearest(name, known)}")
     if is_open_weights(folder):
         raise UserError(
-            f"{folder} is a published model and not a run; lm sample, lm chat and lm export take it, and other commands "
-            f"take EXPERIMENT --init {folder}"
+            f"{folder} is a published model, not a run: use it in lm sample, lm chat, lm label or lm export, and in other "
+            f"commands as EXPERIMENT --init {folder}"
         )
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
@@ -139,7 +139,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new
     """Add the sampling options."""
     parser.add_argument(
         "--adapter", metavar="FOLDER", action="append", default=[],
-        help="a PEFT adapter on the model; can be repeated: several are compared",
+        help="add a PEFT adapter to the model; can be repeated, to compare several",
     )  # fmt: skip
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument(

@@ -35,7 +35,7 @@ TAKES_OVERRIDES = False
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="+", help=f"{RUN_HELP}; with --pairs several are an ensemble")
     parser.add_argument("--init", metavar="FOLDER", help="open weights to evaluate; RUN is then an experiment")
-    parser.add_argument("--adapter", metavar="FOLDER", help="with --init: a PEFT adapter on these weights")
+    parser.add_argument("--adapter", metavar="FOLDER", help="with --init: add a PEFT adapter to these weights")
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected to score")
     parser.add_argument(

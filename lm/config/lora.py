@@ -1,4 +1,4 @@
-"""Config of LoRA: low-rank factors that are added to the matrices of a stage's models and train in their place."""
+"""Config of LoRA: low-rank factors that are added to the matrices of a stage's models and trained instead of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LoRA:
     dora: bool = knob(False, "DoRA: train the norm of each column of a weight separately from its direction")
     base: Literal["model", "bfloat16", "int8", "nf4"] = knob(
         "model",
-        "how the weights of the blocks are stored, which are only read: as model.param_dtype, rounded to bfloat16, or quantised to 8 or 4 bits",
+        "storage of the blocks' frozen weights: model (model.param_dtype), bfloat16, or quantised to 8 bits (int8) or 4 bits (nf4)",
     )
     merge_for_sampling: bool = knob(
         False,

@@ -94,7 +94,7 @@ class LowRank(nnx.Module):
         self.a, self.b, self.scale, self.magnitude, self.normed = a, b, scale, magnitude, normed
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """What the factors add to x·w, in x's dtype."""
+        """scale·x·a·b in x's dtype, the term that is added to x·w."""
         return multiply(multiply(x, self.a), parameter(self.b[...] * self.scale, axes_of(self.b)))
 
     def added(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -103,12 +103,12 @@ class LowRank(nnx.Module):
 
 
 def column_norms(w: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
-    """The norm of what leads to each output, over the first `inputs` dimensions."""
+    """The norm of the weights of each output, over the first `inputs` dimensions."""
     return jnp.sqrt(jnp.square(w).sum(tuple(range(inputs))))
 
 
 def of_outputs(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A number for each output of a `Linear`, ready to be broadcast over rows and tokens; heads are head-major."""
+    """One value per output of a `Linear`, with dimensions that broadcast over rows and tokens; heads are head-major."""
     return x[:, None] if x.ndim == 2 else x
 
 
@@ -125,7 +125,7 @@ class Embedding(nnx.Module):
 
 
 def multiply(x: Float[Array, "..."], weight: Any) -> Float[Array, "..."]:
-    """x·w in x's dtype, after gathering the weight; the names of its dimensions tell which of them are heads."""
+    """x·w in x's dtype, after gathering the weight; the names of its dimensions identify those of heads."""
     names = axes_of(weight)
     product = project if len(names) == 2 else to_heads if names[-1] == "head_dim" else from_heads
     return product(x, gather(weight, x.dtype)) if isinstance(weight, nnx.Param) else _multiply_fixed(x, weight, product)
@@ -134,7 +134,7 @@ def multiply(x: Float[Array, "..."], weight: Any) -> Float[Array, "..."]:
 def _multiply_fixed(x: Float[Array, "..."], weight: Any, product: Callable[..., Array]) -> Float[Array, "..."]:
     """x·w of a quantised weight (`lm/model/quantised.py`), which has no gradient.
 
-    The weight is read again on the way back: a loop over layers would keep what was read of every layer until then.
+    The backward pass dequantises the weight again: otherwise a loop over layers would keep all dequantised weights until then.
     """
     shape, dtype = x.shape, x.dtype
 

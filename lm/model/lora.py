@@ -64,7 +64,7 @@ def base_of(model: M) -> M:
 
 
 def without_base(model: Any) -> Any:
-    """A model with an adapter with None in place of its base's parameters; a model without an adapter unchanged."""
+    """A model with None in place of the parameters of its adapter's base; a model without an adapter is unchanged."""
     if not (isinstance(model, nnx.Module) and has_adapter(model)):
         return model
 
