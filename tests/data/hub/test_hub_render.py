@@ -104,7 +104,7 @@ def test_straddling_tokens_are_counted():
     ("template", "said"),
     [
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", None),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no token"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "without a token"),
         ("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}", "cannot be located"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "turn 2"),
         (
