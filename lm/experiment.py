@@ -6,6 +6,7 @@ They are defined in `lm/config/`, which imports nothing slow, so that `lm --help
 from lm.config.experiment import COLLECTED as COLLECTED
 from lm.config.experiment import Eval as Eval
 from lm.config.experiment import Experiment as Experiment
+from lm.config.experiment import adapters_before as adapters_before
 from lm.config.experiment import resolve_sources as resolve_sources
 from lm.config.experiment import reward_names as reward_names
 from lm.config.experiment import rows_per_example as rows_per_example

@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray
 
 from lm.algorithms import cpo, dpo, grpo, kto, orpo, ppo, pretrain, reward_model, sft
 from lm.algorithms.algorithm import Algorithm
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Model, Pretrain, RewardModel, Stage, reward_names
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, LoRA, Model, Pretrain, RewardModel, Stage, reward_names
 from lm.model.flops import forward_flops_per_token, update_flops_per_token
 from lm.model.heads import Scorer
 from lm.model.lora import adapted, freeze_adapter
@@ -68,31 +68,47 @@ def abstract_model(config: Model, vocab_size: int) -> Transformer:
     return jax.eval_shape(lambda: Transformer(config, vocab_size, jax.random.key(0)))
 
 
-def abstract_state(stage: Stage, optimizer: optax.GradientTransformation, config: Model, vocab_size: int) -> TrainState:
+def abstract_state(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    config: Model,
+    vocab_size: int,
+    before: tuple[LoRA, ...] = (),
+) -> TrainState:
     """The first state of a stage, as shapes; reward models that it reads are taken to be as large as its language model.
+
+    Args:
+        before: adapters of earlier stages, whose factors the model keeps.
 
     Raises:
         UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
     """
-    state = _without_optimizer(stage, config, vocab_size)
+    state = _without_optimizer(stage, config, vocab_size, before)
     trained, _ = partition(state.models, stage)
     return dataclasses.replace(state, opt_state=jax.eval_shape(optimizer.init, trained))
 
 
 @functools.lru_cache(maxsize=64)
-def _without_optimizer(stage: Stage, config: Model, vocab_size: int) -> TrainState:
+def _without_optimizer(stage: Stage, config: Model, vocab_size: int, before: tuple[LoRA, ...]) -> TrainState:
     """`abstract_state` without optimizer state, cached because a plan needs it several times and tracing is slow."""
 
     def make(model: Transformer) -> TrainState:
+        for lora in before:
+            earlier = dataclasses.replace(stage, lora=lora)
+            model = freeze_adapter(adapted(model, earlier, jax.random.key(0), "policy"))
         scorers = tuple(Scorer(model, None) for _ in reward_names(stage))
         return first_state(stage, optax.identity(), model, scorers)
 
     return jax.eval_shape(make, abstract_model(config, vocab_size))
 
 
-def flops_per_token(stage: Stage, model: Model, vocab_size: int) -> float:
-    """Operations that an update of the stage does for each token of its rows, by what of its models trains."""
-    models = abstract_state(stage, optax.identity(), model, vocab_size).models
+def flops_per_token(stage: Stage, model: Model, vocab_size: int, before: tuple[LoRA, ...] = ()) -> float:
+    """Operations that an update of the stage does for each token of its rows, by what of its models trains.
+
+    Args:
+        before: adapters of earlier stages, as for `abstract_state`.
+    """
+    models = abstract_state(stage, optax.identity(), model, vocab_size, before).models
     trained, _ = partition(models, stage)
     passes = algorithm_of(stage).extra_forward_passes(stage.objective)
     others = passes * forward_flops_per_token(model, vocab_size, stage.seq_len)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lm.config.field import UserError, knob, nearest
+from lm.config.lora import LoRA
 from lm.config.model import Mesh, Model, Tokenizer
 from lm.config.objective import environment_knob, reward_seconds_knob
 from lm.config.stage import Source, Stage
@@ -70,6 +71,15 @@ def start_of(experiment: Experiment, index: int) -> int | None:
     name = experiment.stages[index].start
     speaks = [i for i, s in earlier if s.objective.produces == "policy" and name in ("", s.name)]
     return speaks[-1] if speaks else None
+
+
+def adapters_before(experiment: Experiment, index: int) -> tuple[LoRA, ...]:
+    """The adapters of the stages whose models stage `index` starts from, which its model keeps, first to last."""
+    start = start_of(experiment, index)
+    if start is None:
+        return ()
+    own = experiment.stages[start].lora
+    return (*adapters_before(experiment, start), *((own,) if own.rank else ()))
 
 
 def reward_names(stage: Stage) -> tuple[str, ...]:

@@ -105,7 +105,8 @@ def _casts(program: Program) -> int:
 
 def model_flops(program: Program) -> float:
     """Model FLOPs of an update on one device, as counted for MFU (without recomputation)."""
-    return flops_per_token(program.stage, program.model, program.vocab_size) * program.tokens_per_device
+    once = flops_per_token(program.stage, program.model, program.vocab_size, program.before)
+    return once * program.tokens_per_device
 
 
 def _peak(gradient: Usage, update: Usage, casts: int) -> dict[str, int]:

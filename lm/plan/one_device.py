@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lm.algorithms.table import abstract_state, algorithm_of
-from lm.experiment import Model, Stage, rows_per_example
+from lm.experiment import LoRA, Model, Stage, rows_per_example
 from lm.optimizer import at_least_float32, make_optimizer
 from lm.parallel.rules import RULES, ways
 from lm.plan.program import Program, abstract_batch
@@ -61,14 +61,15 @@ def analysis_of(program: Program) -> Analysis:
 def gradient_block(program: Program) -> tuple[TracedBlock, set[Value]]:
     """The traced gradient computation of one device's rows (without optimizer), and which of its inputs are parameters."""
     local, (rows, tokens) = one_device(program), local_batch(program)
-    return _gradient_block(local.stage, local.model, local.vocab_size, rows, tokens, single_device_mesh(program))
+    shapes = local.model, local.vocab_size, local.before
+    return _gradient_block(local.stage, shapes, rows, tokens, single_device_mesh(program))
 
 
 @functools.lru_cache(maxsize=64)
 def _gradient_block(
-    stage: Stage, model: Model, vocab_size: int, rows: int, tokens: int, mesh: AbstractMesh
+    stage: Stage, shapes: tuple[Model, int, tuple[LoRA, ...]], rows: int, tokens: int, mesh: AbstractMesh
 ) -> tuple[TracedBlock, set[Value]]:
-    state = abstract_state(stage, optax.identity(), model, vocab_size)
+    state = abstract_state(stage, optax.identity(), *shapes)
     step = algorithm_of(stage).step(stage, optax.identity())
     with jax.sharding.use_abstract_mesh(mesh):
         block = block_of(jax.make_jaxpr(step)(state, abstract_batch(stage, rows, tokens)))
@@ -80,12 +81,12 @@ def _gradient_block(
 def update_block(program: Program) -> TracedBlock:
     """The traced optimizer update, a function of (gradients, optimizer state, parameters)."""
     local = one_device(program)
-    return _update_block(local.stage, local.model, local.vocab_size)
+    return _update_block(local.stage, local.model, local.vocab_size, local.before)
 
 
 @functools.lru_cache(maxsize=64)
-def _update_block(stage: Stage, model: Model, vocab_size: int) -> TracedBlock:
-    params, _ = partition(abstract_state(stage, optax.identity(), model, vocab_size).models, stage)
+def _update_block(stage: Stage, model: Model, vocab_size: int, before: tuple[LoRA, ...]) -> TracedBlock:
+    params, _ = partition(abstract_state(stage, optax.identity(), model, vocab_size, before).models, stage)
     optimizer = make_optimizer(stage.optimizer, 1)
     gradients = jax.eval_shape(at_least_float32, params)
     return block_of(jax.make_jaxpr(optimizer.update)(gradients, jax.eval_shape(optimizer.init, params), params))

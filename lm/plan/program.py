@@ -14,10 +14,12 @@ import optax
 from lm.algorithms.table import abstract_model, abstract_state, algorithm_of
 from lm.experiment import (
     Experiment,
+    LoRA,
     Mesh,
     Model,
     Stage,
     UserError,
+    adapters_before,
     rows_per_update,
     updates_per_step,
 )
@@ -31,13 +33,19 @@ from lm.types import NOTHING_SHARED, SharedPrompt, TokenBatch
 
 @dataclass(frozen=True)
 class Program:
-    """One stage on one topology; `sizes` has the size of each mesh axis, including slices."""
+    """One stage on one topology.
+
+    Attributes:
+        sizes: size of each mesh axis, including slices.
+        before: adapters of earlier stages, whose factors the model keeps.
+    """
 
     stage: Stage
     model: Model
     vocab_size: int
     topology: Topology
     sizes: dict[str, int]
+    before: tuple[LoRA, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -63,7 +71,7 @@ class Program:
 
     def state(self) -> TrainState:
         """The training state with abstract values."""
-        return abstract_state(self.stage, self.optimizer, self.model, self.vocab_size)
+        return abstract_state(self.stage, self.optimizer, self.model, self.vocab_size, self.before)
 
     def trained(self) -> Models:
         """The trained models with abstract values, and None for each frozen parameter."""
@@ -106,4 +114,5 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
             "its axes to -1, which takes all remaining devices"
         )
     check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, platform="tpu")
-    return Program(stage, experiment.model, experiment.tokenizer.vocab_size, topology, sizes)
+    before = adapters_before(experiment, [one.name for one in experiment.stages].index(stage.name))
+    return Program(stage, experiment.model, experiment.tokenizer.vocab_size, topology, sizes, before)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Layer, Model, Pretrain, RewardModel, UserError
+from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Layer, LoRA, Model, Pretrain, RewardModel, UserError
 from lm.files import load
 from lm.model.attention import attention_mask
 from lm.model.flops import forward_flops_per_token
@@ -68,6 +68,18 @@ def test_the_state_is_counted_to_the_byte():
     assert plan(experiment(model={"compute_dtype": "float32"})).memory.casts == 0
     assert plan(experiment(DPO())).memory.reference == memory.parameters
     assert plan(experiment(DPO(reference="cached"))).memory.reference == 0
+
+
+def test_a_stage_counts_the_factors_of_earlier_stages():
+    value = experiment()
+    first = dataclasses.replace(value.stages[0], lora=LoRA(rank=4, base="nf4"))
+    later = dataclasses.replace(first, name="later", lora=LoRA(rank=8, base="nf4"))
+    chain = dataclasses.replace(value, stages=(first, later))
+    once, twice = (plan_stage(chain, name, SMALL).memory for name in ("train", "later"))
+    alone = plan_stage(dataclasses.replace(value, stages=(later,)), "later", SMALL).memory
+    assert twice.parameters - alone.parameters == alone.parameters - once.parameters
+    assert twice.parameters - alone.parameters == pytest.approx(once.optimizer / 2, abs=64)
+    assert twice.optimizer == alone.optimizer
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
