@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 EXPERIMENT = """
 from lm.experiment import (
-    DPO, GRPO, KTO, PPO, SFT, Collect, Eval, Experiment, Mesh, Model, Optimizer, Pretrain, RewardModel, Source, Stage, Tokenizer,
+    DPO, GRPO, KTO, PPO, SFT, Collect, Eval, Experiment, LoRA, Mesh, Model, Optimizer, Pretrain, RewardModel, Source, Stage,
+    Tokenizer,
 )
 
 few = {"optimizer": Optimizer(peak_lr=1e-3, warmup_steps=2), "steps": 3, "batch_size": 4, "save_every": 2}
@@ -38,7 +39,7 @@ experiment = Experiment(
         Stage("judged", KTO(), (preferences,), seq_len=128, **few),
         Stage("scored", RewardModel(), (preferences,), seq_len=128, **few),
         Stage("asked", Collect(judge="scored", max_new_tokens=8), (preferences,), seq_len=96, **few),
-        Stage("again", DPO(), (Source("collected:asked", holdout=0.0),), seq_len=96, **few),
+        Stage("again", DPO(), (Source("collected:asked", holdout=0.0),), seq_len=96, lora=LoRA(rank=2), **few),
         Stage("ppo", PPO(reward_models=("scored",), max_new_tokens=8, epochs=1), (preferences,), seq_len=96, **few),
         Stage("reason", GRPO("style", group_size=4, max_new_tokens=8, updates_per_rollout=2), (preferences,), seq_len=96, **few),
     ),
