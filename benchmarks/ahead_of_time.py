@@ -10,6 +10,7 @@ Every row is what `lm plan` says of an experiment of experiments/pods/ on a topo
     objectives  a DPO and a GRPO update of the 8B model
     memory      the same shapes under several rematerialisation policies: arithmetic against the compiler
     context     long rows, split over more and more devices
+    lora        SFT with adapters of rank 16 on every kind of base: arithmetic against the compiler
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from lm.experiment import DPO, GRPO, Experiment
+from lm.experiment import DPO, GRPO, SFT, Experiment, LoRA
 from lm.files import load
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
@@ -50,7 +51,8 @@ class Row:
     topology: str
     slices: int = 1
     rows_per_device: int = 0  # 0: the experiment's own batch
-    objective: DPO | GRPO | None = None
+    objective: SFT | DPO | GRPO | None = None
+    lora: LoRA | None = None
     seq_len: int = 0  # 0: the experiment's own
     microbatches: int = 0
     remat: str = ""  # the experiment's own
@@ -67,6 +69,7 @@ class Row:
         changes: dict[str, Any] = {
             "batch_size": self.rows_per_device * devices,
             "objective": self.objective,
+            "lora": self.lora,
             "seq_len": self.seq_len,
             "microbatches": self.microbatches,
         }
@@ -110,6 +113,14 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "context": tuple(
         Row(f"0.6B, v5e 4x4, 16 rows of 8,192, context {c}", SMALL, "v5e:4x4", rows_per_device=1, seq_len=8192, context=c)
         for c in (1, 2, 4)
+    ),
+    "lora": tuple(
+        Row(f"0.6B, v5e 2x2, {name}", SMALL, "v5e:2x2", rows_per_device=1, remat="full", objective=SFT(), lora=lora)
+        for name, lora in (
+            *((f"LoRA, base {base}", LoRA(rank=16, base=base)) for base in ("model", "bfloat16", "int8", "nf4")),
+            ("DoRA, base model", LoRA(rank=16, dora=True)), ("DoRA, base nf4", LoRA(rank=16, dora=True, base="nf4")),
+            ("all weights", LoRA()),
+        )
     ),
 }  # fmt: skip
 KEPT = (
