@@ -110,3 +110,10 @@ def named_in(node: ast.AST) -> bool:
 )
 def test_a_question_for_the_class_of_an_objective_is_found(code):
     assert asked_for_class(ast.parse(code))
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports a test file of a folder that is no package by its name alone."""
+    tests = Path(__file__).parent
+    names = Counter(file.name for file in tests.rglob("test_*.py") if not (file.parent / "__init__.py").exists())
+    assert [name for name, count in names.items() if count > 1] == []

@@ -48,7 +48,7 @@ def roll(tokenizer, model, monkeypatch):
         stage = tiny_stage(o, sources=(Source("gen:arithmetic"),), batch_size=PROMPTS, seq_len=80)
         mesh = make_mesh(layout())
         with jax.set_mesh(mesh):
-            state = types.SimpleNamespace(frozen={"reference": reference})
+            state = types.SimpleNamespace(models={"policy": model}, frozen={"reference": reference})
             tasks = make_tasks(stage, tokenizer, seed=0)
             place = batch_sharding(mesh)
             return grpo_rollout(LocalEngine(model, tokenizer), state, tasks, stage, 0, jax.random.key(0), place), o
