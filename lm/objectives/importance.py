@@ -75,7 +75,9 @@ def off_policy_mask(logp: Tokens, sampler_logp: Tokens, advantages: Tokens, mask
 def top_entropy_mask(entropy: Tokens, mask: Tokens, share: float) -> Tokens:
     """Mask of the tokens with the highest entropy, a fraction `share` of all ("Beyond the 80/20 rule", arXiv:2506.01939).
 
-    The threshold is a quantile (with linear interpolation) over all rows, which must therefore be the whole batch.
+    The threshold is a quantile over all rows, which must therefore be the whole batch. Without interpolation, whose rounding
+    could put it above tokens of equal entropy, such as the first ones of a group's completions.
     """
-    threshold = jnp.nanquantile(jnp.where(mask > 0, jax.lax.stop_gradient(entropy), jnp.nan), 1 - share)
+    known = jnp.where(mask > 0, jax.lax.stop_gradient(entropy), jnp.nan)
+    threshold = jnp.nanquantile(known, 1 - share, method="higher")
     return mask * (entropy >= threshold)
