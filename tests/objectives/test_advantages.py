@@ -15,6 +15,8 @@ from lm.objectives.advantages import (
     drop_truncated,
     group_advantages,
 )
+from lm.objectives.aggregation import token_mean
+from lm.objectives.importance import product_ratio
 from lm.objectives.kl import completion_kl
 
 
@@ -61,10 +63,14 @@ def test_golden_rloo(golden, dtype):
             kl_estimator="k1",
         )
         with precision(dtype) as tolerance:
-            logps = (jnp.asarray(x[name]) for name in ("gen_old_logps", "gen_ref_logps"))
-            kl = completion_kl(*logps, jnp.asarray(x["gen_completion_mask"], dtype), o.kl_estimator)
+            old_logp, ref_logp = (jnp.asarray(x[name]) for name in ("gen_old_logps", "gen_ref_logps"))
+            mask = jnp.asarray(x["gen_completion_mask"], dtype)
+            kl = completion_kl(old_logp, ref_logp, mask, o.kl_estimator)
             advantages, _ = completion_advantages(jnp.asarray(x[p["rewards"]]), o, kl)
             assert_close(advantages, case.outputs["advantages"], tolerance, case.name)
+            assert_close(product_ratio(old_logp, mask)[:, 0], case.outputs["old_logps_sum"], tolerance, case.name)
+            if "kl" in case.outputs:  # theirs is reported per token
+                assert_close(kl.sum() / mask.sum(), case.outputs["kl"], tolerance, f"{case.name} kl")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,6 +84,7 @@ def test_golden_mask_of_truncated_completions(golden, dtype):
                 ended = ((case.inputs["completion_ids"] == 2) & (case.inputs["completion_mask_raw"] > 0)).any(1)
                 mask = drop_truncated(mask, jnp.asarray(ended))
             assert_close(mask, case.outputs["completion_mask"], tolerance, case.name)
+            assert token_mean(mask, mask, 0).weight == case.outputs["num_items_in_batch"]
 
 
 def advantages_by_hand(rewards: np.ndarray, size: int, baseline: str, scale: str) -> np.ndarray:

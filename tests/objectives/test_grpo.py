@@ -22,7 +22,7 @@ from objective_checks import (
 from lm.experiment import GRPO
 from lm.objectives.aggregation import AGGREGATIONS
 from lm.objectives.grpo import entropy_scale, grpo
-from lm.objectives.importance import RATIO_LEVELS
+from lm.objectives.importance import RATIO_LEVELS, top_entropy_mask
 from lm.objectives.surrogates import SURROGATES
 
 # bnpo is the token mean of one microbatch alone, dapo that of the whole batch.
@@ -85,6 +85,12 @@ def golden_metrics(case: Case) -> dict[str, str]:
     return {ours: theirs for ours, theirs in names.items() if theirs in case.outputs}
 
 
+def golden_tokens_of_bonus(case: Case) -> float:
+    """Number of tokens that the entropy bonus is a mean of."""
+    mask = jnp.asarray(golden_arrays(case, "float64")["mask"])
+    return float(top_entropy_mask(jnp.asarray(case.inputs["entropy"]), mask, case.params["top_entropy_quantile"]).sum())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "grpo", dtype)
@@ -92,11 +98,10 @@ def test_golden(golden, dtype):
     for case in cases:
         with precision(dtype) as tolerance:
             o, arrays = golden_config(case.params), golden_arrays(case, dtype)
-            kept = case.outputs["grad_entropy"] != 0 if "grad_entropy" in case.outputs else None
             scale = None
-            if case.params["loss_type"] in OVER_ALL_TOKENS and kept is not None:
+            if case.params["loss_type"] in OVER_ALL_TOKENS and case.params["entropy_coef"]:
                 # Theirs divides the bonus by the tokens it is of, the loss by those of the whole batch.
-                scale = case.params["num_items_in_batch"] / kept.sum()
+                scale = case.params["num_items_in_batch"] / golden_tokens_of_bonus(case)
 
             def scalar(logp, entropy, o=o, arrays=arrays, params=case.params, scale=scale):
                 mean, metrics = grpo(logp, o=o, entropy=entropy, entropy_scale=scale, **arrays)
@@ -107,16 +112,21 @@ def test_golden(golden, dtype):
             size = float(np.abs(case.inputs["advantages"]).max())
             assert_close(value, case.outputs["loss"], tolerance, f"{case.name} loss", scale=size)
             assert_close(gradients[0], case.outputs["grad_logps"], tolerance, f"{case.name} gradient")
-            if kept is not None:
+            if "grad_entropy" in case.outputs:
                 assert_close(gradients[1], case.outputs["grad_entropy"], tolerance, f"{case.name} gradient of entropy")
             for ours, theirs in golden_metrics(case).items():
                 assert_close(metrics[ours].value(), case.outputs[theirs], tolerance, f"{case.name} {ours}")
+            if {"clip_low_frac", "clip_high_frac"} <= golden_metrics(
+                case
+            ).keys() and "clip_ratio_region_mean" in case.outputs:
+                region = metrics["clip_low_frac"].value() + metrics["clip_high_frac"].value()
+                assert_close(region, case.outputs["clip_ratio_region_mean"], tolerance, f"{case.name} clipped")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_rloo(golden, dtype):
     cases = [case for case in golden_cases(golden, "rloo", dtype) if "grad_logps" in case.outputs]
-    assert len(cases) == 2
+    assert cases
     for case in cases:
         p, x = case.params, case.inputs
         o = GRPO(ratio_level="product", aggregation="sequence", clip_low=p["epsilon"], clip_high=p["epsilon_high"])
