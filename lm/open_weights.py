@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh as DeviceMesh
 
 from lm.config.field import flatten, shown
+from lm.config.objectives import Objective
 from lm.config.rope import longest_sequence
 from lm.data.cache import current_cache
 from lm.data.text_tokenizer import TextTokenizer
-from lm.experiment import Experiment, Model, Tokenizer, UserError, to_dict
+from lm.data.vocabulary import is_tokenizer, named_tokenizer
+from lm.experiment import (
+    DPO,
+    SFT,
+    Eval,
+    Experiment,
+    Mesh,
+    Model,
+    Pretrain,
+    Source,
+    Stage,
+    Tokenizer,
+    UserError,
+    to_dict,
+)
 from lm.interop import gguf, hf
 from lm.interop.config import RUNNING
 from lm.interop.export import family_of
@@ -26,6 +41,7 @@ from lm.model.transformer import Transformer
 
 OWN = (*RUNNING, "max_len")
 """Fields of Model that the experiment sets; the weights fix the others."""
+DEFAULT_TOKENS = 1024  # tokens of a row of the default experiment, if the context of the weights has as many
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,40 @@ def _max_len(experiment: Experiment, most: int, said: bool, path: Path) -> int:
     return value
 
 
+def default_experiment(
+    path: Path, said: Mapping[str, str], model: Model | None = None, measured: bool = False
+) -> Experiment:
+    """The experiment on open weights that stands where a command is given them instead of one.
+
+    It has one stage on generated data: SFT, or pretraining if the weights have a tokenizer without a chat template.
+
+    Args:
+        said: overrides, of which those of the tokenizer decide whether there is a chat template.
+        model: its settings that the weights leave open; None: those of `Model`, with parameters in the dtype of the files.
+        measured: all data is held out, and measured by the eval `heldout`; otherwise all is trained on.
+    """
+    format, path = located(str(path))
+    theirs, _ = format.describe(path)
+    length = min(DEFAULT_TOKENS, longest_sequence(theirs.max_len, [layer.rope_scaling for layer in theirs.period]))
+    settings = Tokenizer(path=said.get("tokenizer.path", str(path)), chat_template=said.get("tokenizer.chat_template"))
+    chats = not is_tokenizer(Path(settings.path or path)) or named_tokenizer(settings).chats
+    objective: Objective
+    name, objective, data = ("sft", SFT(), "gen:instruct") if chats else ("pretrain", Pretrain(), "gen:docs")
+    source = Source(data, holdout=float(measured))
+    if measured and chats:  # the stage is not run; after a preference stage there are evals of every kind
+        objective = DPO()
+    stage = Stage(name, objective, (source,), batch_size=16, seq_len=2 if measured else length)
+    return Experiment(
+        name="open",
+        init=str(path),
+        stages=(stage,),
+        evals=(Eval("heldout", source, "bits_per_byte", max_new_tokens=min(64, length // 2)),) if measured else (),
+        prompts=(),
+        mesh=Mesh(data=1, fsdp=-1),
+        model=dataclasses.replace(model or Model(param_dtype=format.dtype(path)), max_len=length),
+    )
+
+
 def check_weights(experiment: Experiment) -> None:
     """Raise UserError unless the tensors of the experiment's open weights, and of its adapter, are those of its model."""
     if experiment.init:
@@ -144,7 +194,7 @@ def origin(init: str) -> Origin | None:
     return format.origin(path)
 
 
-def read(experiment: Experiment, mesh: Mesh | None, store: hf.Store | None = None) -> Transformer:
+def read(experiment: Experiment, mesh: DeviceMesh | None, store: hf.Store | None = None) -> Transformer:
     """Read the model of an experiment's open weights, with its adapter.
 
     Args:
@@ -158,7 +208,7 @@ def read(experiment: Experiment, mesh: Mesh | None, store: hf.Store | None = Non
     return with_adapter(experiment, model, mesh)
 
 
-def with_adapter(experiment: Experiment, model: Transformer, mesh: Mesh | None = None) -> Transformer:
+def with_adapter(experiment: Experiment, model: Transformer, mesh: DeviceMesh | None = None) -> Transformer:
     """The model with the factors of the experiment's adapter, if there is one, as those of an earlier stage."""
     if not experiment.adapter:
         return model

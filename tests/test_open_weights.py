@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from lm.cli.arguments import resolve
+from lm.cli.main import main
 from lm.data.bad_rows import BadRow
 from lm.data.chat import render
 from lm.experiment import DPO, SFT, Eval, Experiment, LoRA, Mesh, Model, Optimizer, Source, Stage, Tokenizer, UserError
 from lm.interop import hf
-from lm.interop.export import write
+from lm.interop.export import family_of, write
+from lm.interop.peft import write_adapter
+from lm.model.lora import adapted, linears
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
 from lm.open_weights import read, with_init
@@ -94,7 +98,7 @@ def test_a_run_begins_with_the_weights_and_is_resumed_with_no_others(weights, tm
     run(whole, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "stages" / "sft" / "eval.jsonl").read_text().splitlines()]
     (before,) = (line["bits_per_byte"] for line in lines if line["when"] == "before")
-    assert before == pytest.approx(evaluate_open_weights(whole)[0]["bits_per_byte"], rel=1e-6)
+    assert before == pytest.approx(evaluate_open_weights(whole)[""][0]["bits_per_byte"], rel=1e-6)
     more = dataclasses.replace(whole, stages=(*whole.stages, dataclasses.replace(whole.stages[0], name="again")))
     file = weights / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + bytes(4))
@@ -151,3 +155,73 @@ def test_a_quantised_run_has_the_numbers_of_one_that_reads_all_weights_first(wei
     ours = load_run(tmp_path / "run", "dpo").model
     for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.fixture(scope="module")
+def adapters(weights, tmp_path_factory):
+    """Folders of two adapters on the weights: `none`, whose factors change nothing, and `some`."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = hf.read(weights)
+    for name, scale in (("none", 0.0), ("some", 0.3)):
+        one = adapted(model, Stage("sft", SFT(), (), lora=LoRA(rank=2, alpha=2)), jax.random.key(1), "policy")
+        for _, linear in linears(one):
+            linear.lora.b[...] = scale * jax.random.normal(jax.random.key(2), linear.lora.b.shape)
+        write_adapter(one, folder / name, family_of(model), str(weights))
+    return folder
+
+
+def test_adapters_are_evaluated_beside_each_other_with_their_base_as_reference(weights, adapters, tmp_path):
+    rows = [{"prompt": f"what is {n}?", "chosen": "it is a system", "rejected": "a system"} for n in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = experiment(tmp_path, init=str(weights))
+    prefers = Eval("prefers", Source(str(tmp_path / "pairs.jsonl"), holdout=1.0), metric="pair_accuracy")
+    stage = dataclasses.replace(start.stages[0], objective=DPO())
+    start = dataclasses.replace(start, stages=(stage,), evals=(*start.evals, prefers))
+    none, some = str(adapters / "none"), str(adapters / "some")
+    (alone,) = evaluate_open_weights(start)[""]  # without a reference there is no implicit reward
+    found = evaluate_open_weights(start, adapters=[none, some])
+    assert list(found) == ["none", "some"]
+    assert found["none"][0] == alone and found["some"][0] != alone
+    (begun,) = evaluate_open_weights(dataclasses.replace(start, adapter=some))[""]
+    assert found["some"][0] == begun
+    assert [lines[1]["count"] for lines in found.values()] == [9, 9]
+    assert abs(found["none"][1]["margin"]) < 1e-5 < abs(found["some"][1]["margin"])
+
+
+def test_the_commands_take_a_published_model_alone(weights, adapters, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "what is it?", "completion": "it is a system"}) + "\n")
+    for name in (str(weights), f"hf:{weights}"):
+        assert main(["plan", name, "--topology", "v5e:1x1", "--json", "--sft.batch-size", "8"]) == 0
+        assert json.loads(capsys.readouterr().out)["stages"][0]["stage"] == "sft"
+        assert main(["data", name, "--sft.sources.0.path", str(tmp_path / "rows.jsonl")]) == 0
+        assert "what is it?" in (shown := capsys.readouterr().out) and "⟦it is a system" in shown
+        measured = ["--evals.heldout.source.path", str(tmp_path / "rows.jsonl"), "--model.max-len", "100"]
+        assert (
+            main(["eval", name, *measured, "--adapter", str(adapters / "none"), "--adapter", str(adapters / "some")])
+            == 0
+        )
+        head, line = capsys.readouterr().out.splitlines()[-2:]
+        assert head.split() == ["eval", "metric", "count", "none", "some"] and len(line.split()) == 5
+    for words, said in (
+        (
+            ["plan", str(weights), "--topology", "v5e:1x1", "--init", "other"],
+            "--init is other, and .* name one of them",
+        ),
+        (["eval", str(weights), "--stage", "sft"], "a published model is evaluated alone"),
+        (["eval", str(weights), "--evals.heldout.metric", "pairs"], "evals.heldout.metric is 'pairs'; it should be"),
+    ):
+        assert main(words) == 2
+        assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_model_without_a_chat_template_is_shown_and_planned_with_documents(weights, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((weights / name).read_bytes())
+    for name, content in small.tokenizer(template=None).files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "it is a system"}) + "\n")
+    assert main(["data", str(tmp_path), "--pretrain.sources.0.path", str(tmp_path / "rows.jsonl")]) == 0
+    assert "it is a system" in capsys.readouterr().out
+    for file in small.tokenizer(template=None).files:
+        (tmp_path / file).unlink()
+    assert main(["plan", str(tmp_path), "--topology", "v5e:1x1", "--stage", "sft"]) == 0  # config.json is enough

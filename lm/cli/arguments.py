@@ -14,7 +14,7 @@ from typing import Any
 from lm.changes import read_experiment
 from lm.check import check
 from lm.config.field import Range, describe, nearest, shown
-from lm.experiment import OBJECTIVES, Experiment, UserError, from_dict, to_dict
+from lm.experiment import OBJECTIVES, Experiment, Model, UserError, from_dict, to_dict
 from lm.files import is_open_weights, load
 from lm.overrides import overridden, override
 
@@ -23,7 +23,8 @@ EXPERIMENT_HELP = (
     "a name in experiments/, here or of the clone (quickstart), a dotted name below it, or the path of a .py file"
 )
 RUN_HELP = "a run's folder (runs/quickstart), or its name in runs/"
-MODEL_HELP = f"{RUN_HELP}; or a published model, a folder (config.json, *.safetensors) or GGUF file"
+WEIGHTS_HELP = "or a published model, a folder (config.json, *.safetensors) or GGUF file"
+MODEL_HELP = f"{RUN_HELP}; {WEIGHTS_HELP}"
 
 
 WRITTEN = (".html", ".png", ".csv", ".parquet")  # endings of files that comparisons of runs write
@@ -35,7 +36,31 @@ def resolve(name: str, overrides: list[str]) -> Experiment:
     Raises:
         UserError: no such experiment or knob, or a value that cannot work.
     """
-    experiment, said = load(name), overridden(overrides)
+    return _resolved(load(name), overrides)
+
+
+def resolve_model(name: str, overrides: list[str], model: Model | None = None, measured: bool = False) -> Experiment:
+    """Load an experiment as `resolve` does; for a published model, make the default one on it.
+
+    Args:
+        model, measured: of the default experiment (`default_experiment`).
+
+    Raises:
+        UserError: as `resolve`; or the overrides name other open weights.
+    """
+    weights = weights_of(name)
+    if weights is None:
+        return resolve(name, overrides)
+    said = overridden(overrides)
+    if "init" in said:
+        raise UserError(f"--init is {said['init']}, and {name} is a published model too: name one of them")
+    from lm.open_weights import default_experiment  # with jax
+
+    return _resolved(default_experiment(weights, said, model, measured), overrides)
+
+
+def _resolved(experiment: Experiment, overrides: list[str]) -> Experiment:
+    said = overridden(overrides)
     if not (init := said.get("init", experiment.init)):
         return check(override(experiment, overrides))
     from lm.open_weights import with_init  # with jax
@@ -58,8 +83,8 @@ def find_run(name: str) -> Path:
         raise UserError(f"no run {shown(name)}; runs/ here has: {', '.join(known) or 'nothing'}{nearest(name, known)}")
     if is_open_weights(folder):
         raise UserError(
-            f"{folder} is a published model, not a run: use it in lm sample, lm chat, lm label or lm export, and in other "
-            f"commands as EXPERIMENT --init {folder}"
+            f"{folder} is a published model, not a run: lm sample, chat, eval, plan, data, label and export take it; "
+            f"other commands take EXPERIMENT --init {folder}"
         )
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
@@ -72,13 +97,19 @@ def find_model(name: str, stage: str | None) -> tuple[Path, str | None]:
     Raises:
         UserError: there is neither; or the run has no such stage, or no checkpoint of it.
     """
-    weights = Path(name.split(":", 1)[-1]).expanduser()
-    if is_open_weights(weights):
+    weights = weights_of(name)
+    if weights is not None:
         if stage is not None:
             raise UserError(f"--stage is {stage}; {name} is no run, and has no stages")
         return weights, None
     run_dir = find_run(name)
     return run_dir, find_stage(run_dir, stage)
+
+
+def weights_of(name: str) -> Path | None:
+    """The path of open weights, with or without the prefix of their format; None for any other name."""
+    path = Path(name.split(":", 1)[-1]).expanduser()
+    return path if is_open_weights(path) else None
 
 
 def without_pages(names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
   lm data quickstart --stage sft           two rows of the first batch
   lm data quickstart --stage sft --step 7  the rows that step 7 sees
+  lm data FOLDER --sft.sources.0.path FILE rows as a published model reads them
 
 Tokens with loss are green. Where the output is not a terminal, or
 NO_COLOR is set, they stand in ⟦ ⟧."""
@@ -17,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.cli.arguments import EXPERIMENT_HELP, add_cache, at_least, check_stage, resolve
-from lm.experiment import COLLECTED, Stage
+from lm.cli.arguments import EXPERIMENT_HELP, WEIGHTS_HELP, add_cache, at_least, check_stage, resolve_model
+from lm.experiment import COLLECTED, Model, Stage
 from lm.web.text import visible
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "lm data EXPERIMENT [options] [--a.b.c VALUE ...]"
-    parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
+    parser.usage = "lm data EXPERIMENT|FOLDER [options] [--a.b.c VALUE ...]"
+    parser.add_argument("experiment", metavar="EXPERIMENT", help=f"{EXPERIMENT_HELP}; {WEIGHTS_HELP}")
     parser.add_argument("--stage", metavar="NAME", help="only this stage; else all of them")
     parser.add_argument("--step", metavar="N", type=at_least(0), default=0, help="which batch, from 0 (%(default)s)")
     parser.add_argument(
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    experiment = resolve(arguments.experiment, arguments.overrides)
+    experiment = resolve_model(arguments.experiment, arguments.overrides, Model())
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 

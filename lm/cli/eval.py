@@ -7,13 +7,16 @@ of a language model's implicit reward) on the preference pairs of a file:
   lm eval rlhf --stage ppo
   lm eval seed0 seed1 --pairs FILE --heldout 0.15 --page pairs.html
 
-Open weights are evaluated by the evals of an experiment, in place of RUN:
+A published model is evaluated on your file, or by the evals of an experiment;
+with --adapter, adapters are compared, beside each other:
 
-  lm eval EXPERIMENT --init FOLDER"""
+  lm eval FOLDER --evals.heldout.source.path FILE --evals.heldout.metric reward
+  lm eval EXPERIMENT --init FOLDER --adapter ONE --adapter OTHER"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -22,20 +25,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm.cli.arguments import RUN_HELP, add_cache, find_runs, find_stage, number, page_path, resolve
+from lm.cli.arguments import (
+    MODEL_HELP,
+    add_cache,
+    find_runs,
+    find_stage,
+    number,
+    page_path,
+    resolve_model,
+    weights_of,
+)
 from lm.experiment import UserError
 
 if TYPE_CHECKING:
     from lm.evals.preferences import BootstrapEstimate
     from lm.train.judging import PairScores
 
-TAKES_OVERRIDES = False
+TAKES_OVERRIDES = True
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", nargs="+", help=f"{RUN_HELP}; with --pairs several are an ensemble")
+    parser.usage = "lm eval RUN|EXPERIMENT|FOLDER [options] [--a.b.c VALUE ...]"
+    parser.add_argument(
+        "run", metavar="RUN", nargs="+", help=f"{MODEL_HELP}; with --pairs several runs are an ensemble"
+    )
     parser.add_argument("--init", metavar="FOLDER", help="open weights to evaluate; RUN is then an experiment")
-    parser.add_argument("--adapter", metavar="FOLDER", help="with --init: add a PEFT adapter to these weights")
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", action="append", default=[],
+        help="add a PEFT adapter to the model; can be repeated, to compare several",
+    )  # fmt: skip
     parser.add_argument("--stage", metavar="NAME", help="the model after this stage; else the last one trained")
     parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected to score")
     parser.add_argument(
@@ -50,13 +68,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    if arguments.init is not None:
+    if arguments.init is not None or weights_of(arguments.run[0]) is not None:
         return evaluate_weights(arguments)
     runs = find_runs(arguments.run)
+    if arguments.overrides:
+        raise UserError(
+            f"{arguments.overrides[0]} is for lm eval FOLDER and lm eval EXPERIMENT --init FOLDER; the evals of {runs[0]} are those "
+            "of its experiment"
+        )
     if arguments.pairs is not None:
+        if arguments.adapter:
+            raise UserError("--pairs scores runs as they are: it takes no --adapter")
         return pairs(runs, arguments)
-    if arguments.adapter is not None:
-        raise UserError("--adapter is for open weights: lm eval EXPERIMENT --init FOLDER --adapter FOLDER")
     if len(runs) > 1 or arguments.heldout is not None or arguments.json or arguments.page:
         raise UserError("several runs, --heldout, --json and --page are for --pairs FILE")
     run_dir = runs[0]
@@ -70,7 +93,8 @@ def call(arguments: argparse.Namespace) -> int:
 
     print(f"{run_dir}, after stage {stage}\n", flush=True)
     with cache_at(arguments.cache):
-        print(table(evaluate_run(run_dir, stage, tell), own))
+        measured = evaluate_run(run_dir, stage, tell, arguments.adapter)
+    print(comparison(measured, own) if arguments.adapter else table(measured[""], own))
     return 0
 
 
@@ -83,24 +107,44 @@ def evaluate_weights(arguments: argparse.Namespace) -> int:
     """Measure open weights by the evals of an experiment."""
     others = (arguments.stage, arguments.pairs, arguments.heldout, arguments.page)
     if len(arguments.run) > 1 or arguments.json or any(other is not None for other in others):
-        raise UserError("--init takes one experiment, and no --stage, --pairs, --heldout, --json or --page")
-    adapter = [] if arguments.adapter is None else ["--adapter", arguments.adapter]
-    experiment = resolve(arguments.run[0], ["--init", arguments.init, *adapter])
+        raise UserError(
+            "a published model is evaluated alone, or by one experiment, without --stage, --pairs, --heldout, --json and --page"
+        )
+    named = [] if arguments.init is None else ["--init", arguments.init]
+    experiment = resolve_model(arguments.run[0], [*named, *arguments.overrides], measured=True)
+    if arguments.adapter:  # instead of the experiment's own
+        experiment = dataclasses.replace(experiment, adapter="")
     if not experiment.evals:
         raise UserError(f"the experiment {experiment.name} has no evals: name one that has")
 
     from lm.stored import cache_at
     from lm.train.stages import evaluate_open_weights
 
-    print(f"{experiment.init}, by the evals of {experiment.name}\n", flush=True)
+    data = ", ".join(f"{item.name} on {item.source.path}" for item in experiment.evals)
+    print(f"{experiment.init}, by the evals of {experiment.name}: {data}\n", flush=True)
     with cache_at(arguments.cache):
-        lines = evaluate_open_weights(experiment, tell)
-    print(aligned([("eval", "metric", "count", "value")] + [
-        (line["eval"], line["metric"], str(line["count"]), f"{line[line['metric']]:.4f}") for line in lines
-    ]))  # fmt: skip
-    if missing := {item.name for item in experiment.evals} - {line["eval"] for line in lines}:
+        measured = evaluate_open_weights(experiment, tell, arguments.adapter)
+    print(comparison(measured))
+    if missing := {item.name for item in experiment.evals} - {
+        line["eval"] for lines in measured.values() for line in lines
+    }:
         print(f"\nnot measured without a reference, a reward model or collected data: {', '.join(sorted(missing))}")
     return 0
+
+
+def comparison(measured: dict[str, list[dict[str, Any]]], own: Sequence[dict[str, Any]] = ()) -> str:
+    """A table of evals with a column for each model, after the numbers that the run recorded at the same step, if it did."""
+    columns = {name or "value": {line["eval"]: line for line in lines} for name, lines in measured.items()}
+    steps = {line["step"] for lines in measured.values() for line in lines}
+    recorded = {line["eval"]: line for line in own if line["step"] in steps}
+    columns = ({"in the run": recorded} if recorded else {}) | columns
+    evals = {line["eval"]: line for lines in measured.values() for line in lines}
+    rows = [("eval", "metric", "count", *columns)]
+    for name, line in evals.items():
+        metric = line["metric"]
+        values = (f"{found[name][metric]:.4f}" if name in found else "–" for found in columns.values())
+        rows.append((name, metric, str(line["count"]), *values))
+    return aligned(rows)
 
 
 def pairs(runs: list[Path], arguments: argparse.Namespace) -> int:

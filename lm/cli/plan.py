@@ -8,6 +8,10 @@ which needs no TPU either:
   lm plan EXPERIMENT --topology v5p:2x4x4 --compile --libtpu DIR
   lm plan EXPERIMENT --topology v5p:2x4x4 --search --model.num-layers 32
 
+A published model is planned with SFT of all weights in bfloat16:
+
+  lm plan FOLDER --topology v5e:2x4 --sft.lora.rank 16
+
 Any knob of the experiment can be overridden; tokenizer.vocab_size is the size
 of the vocabulary. Exits with 1 if the stage does not fit."""
 
@@ -18,18 +22,19 @@ import json
 import os
 from pathlib import Path
 
-from lm.cli.arguments import EXPERIMENT_HELP, at_least, check_stage, resolve
-from lm.experiment import UserError
+from lm.cli.arguments import EXPERIMENT_HELP, WEIGHTS_HELP, at_least, check_stage, resolve_model
+from lm.experiment import Model, UserError
 
 TAKES_OVERRIDES = True
 EXIT_DOES_NOT_FIT = 1
 SHOWN = 20  # layouts
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # plan on the CPU, so that no device is taken from a run
+DEFAULT = Model(param_dtype="bfloat16", compute_dtype="bfloat16", remat="full")  # of a published model
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lm plan EXPERIMENT --topology CHIP:SHAPE [options] [--a.b.c VALUE ...]"
-    parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
+    parser.add_argument("experiment", metavar="EXPERIMENT", help=f"{EXPERIMENT_HELP}; {WEIGHTS_HELP}")
     parser.add_argument(
         "--topology", metavar="CHIP:SHAPE", required=True, help="one slice, such as v5e:4x4 or v5p:2x4x4"
     )
@@ -54,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    experiment = resolve(arguments.experiment, arguments.overrides)
+    experiment = resolve_model(arguments.experiment, arguments.overrides, DEFAULT)
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     if arguments.hlo and not arguments.compile:
         raise UserError("--hlo saves the compiled program: it needs --compile")

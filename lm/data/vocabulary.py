@@ -17,9 +17,9 @@ from lm.data.tokenizer import FILE_NAME, SubwordTokenizer
 from lm.experiment import Tokenizer, UserError
 
 
-def is_tokenizer(folder: Path) -> bool:
-    """Whether a complete tokenizer is saved in the folder."""
-    return any((folder / name).is_file() for name in (FILE_NAME, hub_files.TOKENIZER_JSON))
+def is_tokenizer(path: Path) -> bool:
+    """Whether a complete tokenizer is saved in a folder, or in a GGUF file."""
+    return path.suffix == ".gguf" or any((path / name).is_file() for name in (FILE_NAME, hub_files.TOKENIZER_JSON))
 
 
 def named_tokenizer(settings: Tokenizer) -> TextTokenizer:

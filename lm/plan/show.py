@@ -19,7 +19,7 @@ def show(plan: Plan, largest_batch: int | None) -> str:
     slices = f"{topology.slices} x " if topology.slices > 1 else ""
     how = f"by {plan.compiler or 'the compiler'}" if plan.source == "compiled" else "by arithmetic"
     head = f"stage {program.stage.name} on {slices}{topology.name} ({topology.devices} devices), {how}"
-    lines = [head, f"mesh {layout(plan)}", ""]
+    lines = [head, f"mesh {layout(plan)}", _settings(plan), ""]
     lines += [*_memory(plan, largest_batch), "", *_time(plan), "", *_collectives(plan)]
     if plan.sampling:
         lines += ["", *_sampler(plan)]
@@ -73,6 +73,13 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def _settings(plan: Plan) -> str:
+    """What a step trains: rows of tokens, and the weights or an adapter."""
+    stage, model = plan.program.stage, plan.program.model
+    what = f"LoRA of rank {stage.lora.rank}" if stage.lora.rank else "all weights"
+    return f"{plan.program.rows} rows of {stage.seq_len:,} tokens, {what} ({model.param_dtype}), remat {model.remat}"
 
 
 def _memory(plan: Plan, largest_batch: int | None) -> list[str]:

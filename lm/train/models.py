@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -384,7 +384,7 @@ def load_run(run_dir: Path, stage: str | None = None, longest: int | None = None
     return LoadedRun(experiment, tokenizer, model, mesh, stage, found.step)
 
 
-def load_adapters(loaded: LoadedRun, run_dir: Path, folders: list[str]) -> dict[str, LoadedRun]:
+def load_adapters(loaded: LoadedRun, run_dir: Path, folders: Sequence[str]) -> dict[str, LoadedRun]:
     """A loaded model with each of several PEFT adapters, by the adapter folder's name; without folders, the model by "".
 
     Raises:

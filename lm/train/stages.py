@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from lm.model.heads import Scorer
 from lm.model.lora import without_adapter
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
-from lm.open_weights import check_weights, fingerprint, vocabulary_rows, with_init
+from lm.open_weights import check_weights, fingerprint, located, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
@@ -54,7 +54,7 @@ from lm.train.base import adapters_on_random_weights, base_stage, recorded_base
 from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
-from lm.train.evaluate import Evaluator, check_evals
+from lm.train.evaluate import Evaluator, Line, check_evals
 from lm.train.loop import Interrupted, RunContext, tidy, train_stage
 from lm.train.memory import check_memory
 from lm.train.metrics import KINDS, read_lines
@@ -64,6 +64,7 @@ from lm.train.models import (
     check_trained_parts,
     inputs_ready,
     is_collected,
+    load_adapters,
     load_open_weights,
     load_run,
     model_before,
@@ -81,6 +82,9 @@ from lm.train.signals import stop_on_signals
 from lm.train.trajectory_files import check_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.user_functions import check_functions, search_recorded
+
+Measurements = dict[str, list[Line]]
+"""Lines as in eval.jsonl, by the name of the adapter; "" without one."""
 
 
 def run(
@@ -397,9 +401,12 @@ def make_evaluator(
 
 
 def evaluate_run(
-    run_dir: Path, stage: str | None = None, tell: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
-    """Run a run's evals again on a stage's checkpoint; returns lines as in eval.jsonl.
+    run_dir: Path,
+    stage: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    adapters: Sequence[str] = (),
+) -> Measurements:
+    """Run a run's evals again on a stage's checkpoint, or on it with each of several PEFT adapters.
 
     Args:
         stage: name of the stage; None: the last with a checkpoint.
@@ -412,22 +419,30 @@ def evaluate_run(
     entering = without_adapter(loaded.model) if loaded.experiment.stages[index].lora.rank else None
     where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh
     evaluator = make_evaluator(*where, index, entering)
-    return _evaluate(loaded, evaluator, "after", tell)
+    return _evaluate(load_adapters(loaded, run_dir, adapters), evaluator, "after", tell)
 
 
 def evaluate_open_weights(
-    experiment: Experiment, tell: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
-    """Run an experiment's evals on the open weights that it begins with; returns lines as in eval.jsonl."""
+    experiment: Experiment, tell: Callable[[str], None] = lambda text: None, adapters: Sequence[str] = ()
+) -> Measurements:
+    """Run an experiment's evals on the open weights that it begins with, or on these with each of several PEFT adapters.
+
+    The reference of an adapter is the model without it.
+    """
     experiment, _ = _check_experiment(experiment, None)
     loaded = load_open_weights(experiment)
-    evaluator = Evaluator(experiment, RunFolder(Path()), loaded.tokenizer, lambda: None)
-    return _evaluate(loaded, evaluator, "before", tell)
+    reference = loaded.model if adapters else None
+    evaluator = Evaluator(experiment, RunFolder(Path()), loaded.tokenizer, lambda: reference)
+    _, path = located(experiment.init)
+    return _evaluate(load_adapters(loaded, path, adapters), evaluator, "before", tell)
 
 
-def _evaluate(loaded: LoadedRun, evaluator: Evaluator, when: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    lines = []
-    for number, item in enumerate(loaded.experiment.evals, start=1):
-        tell(f"evaluating {number}/{len(loaded.experiment.evals)}: {item.name}")
-        lines += [line for line, _ in evaluator.lines(item, loaded.model, loaded.step, when)]
-    return lines
+def _evaluate(
+    models: dict[str, LoadedRun], evaluator: Evaluator, when: str, tell: Callable[[str], None]
+) -> Measurements:
+    def lines(name: str, loaded: LoadedRun) -> Iterator[Line]:
+        for number, item in enumerate(loaded.experiment.evals, start=1):
+            tell(f"evaluating {f'{name}, ' if name else ''}{number}/{len(loaded.experiment.evals)}: {item.name}")
+            yield from (line for line, _ in evaluator.lines(item, loaded.model, loaded.step, when))
+
+    return {name: list(lines(name, loaded)) for name, loaded in models.items()}

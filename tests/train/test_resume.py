@@ -48,7 +48,7 @@ def test_rows_that_an_eval_passes_over_are_counted_in_its_line(whole):
     long = "".join(json.dumps({"question": f"Tell {'b ' * 99}{n}", "answer": "no"}) + "\n" for n in range(20))
     try:
         file.write_text(long + kept)
-        (line,) = evaluate_run(whole / "whole")
+        (line,) = evaluate_run(whole / "whole")[""]
     finally:
         file.write_text(kept)
     (why,) = line["passed_over"]
