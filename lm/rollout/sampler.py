@@ -48,9 +48,16 @@ def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Floa
     return logits
 
 
+def completion_keys(key: PRNGKeyArray, prompts: Int[Array, " B"], samples: Int[Array, " B"]) -> PRNGKeyArray:
+    """A key for each completion, by the number of its prompt and its number among the completions of the prompt."""
+    fold = jax.random.fold_in
+    return jax.vmap(lambda prompt, sample: fold(fold(key, prompt), sample))(prompts, samples)
+
+
 def choose(
     logits: Float[Array, "B V"],
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
+    steps: Int[Array, " B"],
     temperature: Float[Array, ""],
     top_k: int = 0,
     top_p: float = 1.0,
@@ -61,6 +68,7 @@ def choose(
     Uses the inverse CDF: one uniform number per row, without noise or a sort over the vocabulary.
 
     Args:
+        keys, steps: key of each row's completion and number of its token, which together give the row's uniform number.
         vocab_size: number of tokens where the model has more rows, as published models do; None: as many. Rows without a
             token are never sampled. They stay in the normaliser of the log-probability, as they do in training.
     """
@@ -74,7 +82,8 @@ def choose(
     odds = jnp.exp(real - top)  # not normalised
     kept = filter_logits(real, top_k, top_p)
     mass = jnp.cumsum(jnp.where(kept == -jnp.inf, 0.0, odds), axis=-1)
-    u = jax.random.uniform(key, (logits.shape[0], 1)) * mass[:, -1:]
+    uniform = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(key, step)))(keys, steps)
+    u = uniform[:, None] * mass[:, -1:]
     # `<=` skips tokens without mass; because of rounding, the largest index with mass is the upper limit.
     last = jnp.max(jnp.where((kept > -jnp.inf) & (odds > 0), place, 0), axis=-1)
     sampled = jnp.minimum(jnp.sum(mass <= u, axis=-1), last)
@@ -115,6 +124,8 @@ def generate(
     """
     model = model.for_sampling()
     rows, width = len(tokens) * group_size, tokens.shape[1]
+    number = jnp.arange(rows)
+    keys = completion_keys(key, number // group_size, number % group_size)
     lengths, last, cache = _read(model, tokens, lengths, group_size, width + max_new_tokens)
     temperature = jnp.asarray(temperature, jnp.float32)
 
@@ -124,7 +135,7 @@ def generate(
 
     def one_more(carry: tuple) -> tuple:
         step, done, logits, cache, out = carry
-        token, logp = choose(logits, jax.random.fold_in(key, step), temperature, top_k, top_p, vocab_size)
+        token, logp = choose(logits, keys, jnp.broadcast_to(step, rows), temperature, top_k, top_p, vocab_size)
         token = jnp.where(done, pad_id, token)
         out = Samples(
             out.tokens.at[:, step].set(token),
@@ -203,6 +214,7 @@ def _stream_step(
     tokens: Int[Array, "1 T"],
     length: Int[Array, ""],
     key: PRNGKeyArray,
+    number: Int[Array, ""],
     temperature: Float[Array, ""],
     top_k: int,
     top_p: float,
@@ -211,7 +223,7 @@ def _stream_step(
     """Add `length` real tokens (the rest is right padding) from slot `start`; the next token, sampled."""
     column = jnp.arange(tokens.shape[1])[None, :]
     hidden, cache = model.extend(cache, start, tokens, start + column, (column < length).astype(jnp.int32))
-    token, _ = choose(model.logits(hidden[:, length - 1]), key, temperature, top_k, top_p, vocab_size)
+    token, _ = choose(model.logits(hidden[:, length - 1]), key, number[None], temperature, top_k, top_p, vocab_size)
     return token[0], cache
 
 
@@ -237,11 +249,12 @@ def stream(
         raise UserError(f"the conversation has {len(prompt)} tokens; model.max_len is {model.config.max_len}")
     width = _chunk(model.config.max_len, len(prompt))
     cache, program = _stream_cache(model), _stream_program(model)
-    key = jax.random.key(seed)
+    first = jnp.zeros(1, jnp.int32)
+    key = completion_keys(jax.random.key(seed), first, first)
 
     def step(start: int, tokens: np.ndarray, length: int, number: int, cache: KVCache) -> tuple[int, KVCache]:
         token, cache = program(
-            model, cache, jnp.int32(start), tokens, jnp.int32(length), jax.random.fold_in(key, number),
+            model, cache, jnp.int32(start), tokens, jnp.int32(length), key, jnp.int32(number),
             jnp.float32(temperature), top_k, top_p, tokenizer.vocab_size,
         )  # fmt: skip
         return int(token), cache
@@ -269,7 +282,8 @@ def compile_stream(model: Transformer, tokenizer: TextTokenizer, top_k: int = 0,
     """Compile the two functions that `stream` runs, for a short prompt and for one more token, in parallel."""
 
     def one(width: int) -> None:
-        arguments = (jnp.int32(0), np.zeros((1, width), np.int32), jnp.int32(1), jax.random.key(0), jnp.float32(1.0))
+        tokens, key = np.zeros((1, width), np.int32), jax.random.key(0)[None]
+        arguments = (jnp.int32(0), tokens, jnp.int32(1), key, jnp.int32(0), jnp.float32(1.0))
         options = top_k, top_p, tokenizer.vocab_size
         jax.block_until_ready(_stream_program(model)(model, _stream_cache(model), *arguments, *options))
 

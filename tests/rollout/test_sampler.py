@@ -9,7 +9,7 @@ from lm.algorithms.grpo import spread
 from lm.data.packing import left_pad
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.mesh import make_mesh
-from lm.rollout.sampler import choose, filter_logits, generate
+from lm.rollout.sampler import choose, completion_keys, filter_logits, generate
 from lm.types import NOTHING_SHARED, SharedPrompt
 from tests.helpers import VOCAB, layout, tiny_model
 from tests.rollout.rows import as_batch
@@ -71,11 +71,11 @@ def test_ragged_prompts_are_answered_as_alone():
 
 def test_a_prompt_read_once_for_its_group_is_answered_as_read_for_each():
     model, (tokens, lengths) = tiny_model(), prompts()
-    once = sample(model, tokens, lengths, group_size=3)
-    often = sample(model, np.repeat(tokens, 3, axis=0), np.repeat(lengths, 3))
+    once = sample(model, tokens, lengths, 0.0, group_size=3)
+    often = sample(model, np.repeat(tokens, 3, axis=0), np.repeat(lengths, 3), 0.0)
     np.testing.assert_array_equal(once.tokens, often.tokens)
     np.testing.assert_allclose(once.logp, often.logp, atol=1e-6)
-    assert len({row.tobytes() for row in np.asarray(once.tokens[:3])}) > 1
+    assert len({row.tobytes() for row in np.asarray(sample(model, tokens, lengths, group_size=3).tokens[:3])}) == 3
 
 
 @pytest.mark.slow
@@ -125,14 +125,23 @@ def test_other_temperatures_do_not_compile_again():
     assert generate._cache_size() == size
 
 
+def test_random_numbers_belong_to_the_completion():
+    """Of the group's size and of the number of prompts nothing depends."""
+    model, (tokens, lengths) = tiny_model(), prompts(rows=4)
+    few, many = (sample(model, tokens[:p], lengths[:p], group_size=g).tokens for p, g in ((2, 3), (4, 5)))
+    np.testing.assert_array_equal(few.reshape(2, 3, -1), many.reshape(4, 5, -1)[:2, :3])
+
+
 def test_frequencies_are_the_probabilities():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05, 0.0]))
     rows = jnp.broadcast_to(logits, (20_000, 5))
-    token, logp = choose(rows, jax.random.key(0), jnp.float32(1.0))
+    number = jnp.arange(len(rows))
+    keys = completion_keys(jax.random.key(0), number // 8, number % 8)
+    token, logp = choose(rows, keys, 0 * number, jnp.float32(1.0))
     counts = np.bincount(token, minlength=5) / len(token)
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05, 0.0], atol=0.015)
     np.testing.assert_allclose(logp, logits[token], atol=1e-5)
-    token, _ = choose(rows, jax.random.key(1), jnp.float32(0.5))
+    token, _ = choose(rows, keys, 0 * number + 1, jnp.float32(0.5))
     sharper = np.array([0.5, 0.3, 0.15, 0.05, 0.0]) ** 2
     np.testing.assert_allclose(np.bincount(token, minlength=5) / len(token), sharper / sharper.sum(), atol=0.015)
 
