@@ -62,12 +62,12 @@ class WeightsFormat:
     read: Callable[..., Transformer]
     files: Callable[[Path], list[Path]]
     dtype: Callable[[Path], Any]
-    origin: Callable[[Path], Origin | None]
+    origin: Callable[..., Origin | None]
 
 
 FORMATS: dict[str, WeightsFormat] = {
     name: WeightsFormat(one.describe, one.check, one.read, one.files, one.dtype, origin)
-    for name, one, origin in (("hf", hf, read_origin), ("gguf", gguf, lambda path: None))
+    for name, one, origin in (("hf", hf, read_origin), ("gguf", gguf, lambda path, tokenizer: None))
 }
 
 
@@ -188,10 +188,14 @@ def fingerprint(init: str) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def origin(init: str) -> Origin | None:
-    """The parts of these weights' files that an export keeps; None for a format other than the export's."""
+def origin(init: str, tokenizer: str | None = None) -> Origin | None:
+    """The parts of these weights' files that an export keeps; None for a format other than the export's.
+
+    Args:
+        tokenizer: path of another tokenizer that the model has.
+    """
     format, path = located(init)
-    return format.origin(path)
+    return format.origin(path, Path(tokenizer or path).expanduser())
 
 
 def read(experiment: Experiment, mesh: DeviceMesh | None, store: hf.Store | None = None) -> Transformer:

@@ -83,7 +83,8 @@ def call(arguments: argparse.Namespace) -> int:
                 merged(dequantised(loaded.model), arguments.dtype), draft, dtype=arguments.dtype, origin=origin, shard_bytes=size,
                 token_ids=ids | {"pad_token_id": loaded.tokenizer.pad_id}, progress=_progress(),
             )  # fmt: skip
-        for name, content in files.items():
+        copied = {} if origin is None else {name: text.encode("latin-1") for name, text in origin.files.items()}
+        for name, content in (copied | files).items():
             (draft / name).write_bytes(content)
         written = [file.stat().st_size for file in draft.iterdir()]
     after = f", after stage {stage}, step {loaded.step}" if stage else ""

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lm.interop.tensors import read_folder
 
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # of use, which go wherever the weights go
+VOCABULARY = ("vocab.json", "merges.txt")  # a tokenizer.json in the form that older programs read
+
 
 @dataclass(frozen=True)
 class Origin:
-    """The text of config.json, and the file and dtype of every tensor by name."""
+    """The text of config.json, the file and dtype of every tensor by name, and files to copy.
+
+    files: bytes by name, as text in Latin-1, which JSON can hold.
+    """
 
     config: str
-    tensors: dict[str, tuple[str, str]]
+    tensors: Mapping[str, tuple[str, str]]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_origin(folder: Path) -> Origin:
-    """Read the origin from a published model's folder. Raises UserError if its files are incomplete."""
+def read_origin(folder: Path, tokenizer: Path | None = None) -> Origin:
+    """Read the origin from a published model's folder.
+
+    Args:
+        tokenizer: folder of the model's tokenizer; None: the same.
+
+    Raises:
+        UserError: its files are incomplete.
+    """
     tensors = {name: (one.file.name, one.dtype) for name, one in read_folder(folder).items()}
-    return Origin((folder / "config.json").read_text(encoding="utf-8"), tensors)
+    copied = [file for name in TERMS for file in folder.glob(name)]
+    copied += [(tokenizer or folder) / name for name in VOCABULARY]
+    files = {file.name: file.read_bytes().decode("latin-1") for file in copied if file.is_file()}
+    return Origin((folder / "config.json").read_text(encoding="utf-8"), tensors, files)

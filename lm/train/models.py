@@ -423,7 +423,9 @@ def load_open_weights(experiment: Experiment) -> LoadedRun:
 
 def record_origin(experiment: Experiment, folder: RunFolder) -> None:
     """Save the origin of the run's open weights in its folder, for exports."""
-    if experiment.init and not folder.origin.exists() and (found := open_weights.origin(experiment.init)):
+    if not experiment.init or folder.origin.exists():
+        return
+    if found := open_weights.origin(experiment.init, experiment.tokenizer.path):
         write_sealed(folder.origin, vars(found))
 
 
@@ -432,4 +434,4 @@ def origin_of(path: Path) -> Origin | None:
     if is_open_weights(path):
         return open_weights.origin(str(path))
     kept = RunFolder(path).origin
-    return Origin(**read_record(kept, {"config": str, "tensors": dict})) if kept.exists() else None
+    return Origin(**read_record(kept, {"config": str, "tensors": dict}, {"files": dict})) if kept.exists() else None

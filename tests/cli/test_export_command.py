@@ -16,12 +16,18 @@ from lm.model.transformer import Transformer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with more rows than its tokenizer has tokens, a field of config.json that lm does not use, and two files."""
+    """A model with more rows than its tokenizer has tokens, a field of config.json and files that lm does not use, and two files."""
     path = tmp_path_factory.mktemp("published") / "model"
     tokenizer = SubwordTokenizer.train(["a cat and a dog " * 20], 300)
     config = Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64)
     write(Transformer(config, tokenizer.vocab_size + 21, jax.random.key(0)), path, dtype="bfloat16", shard_bytes=9_000)
     for name, content in tokenizer.published_files(64).items():
+        (path / name).write_bytes(content)
+    for name, content in {
+        "LICENSE": b"Terms, in Latin-1: \xe9",
+        "vocab.json": b"{}",
+        "merges.txt": b"#version: 0.2\n",
+    }.items():
         (path / name).write_bytes(content)
     described = json.loads((path / "config.json").read_text()) | {"initializer_range": 0.02}
     (path / "config.json").write_text(json.dumps(described))
