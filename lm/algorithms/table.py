@@ -77,6 +77,8 @@ def abstract_state(
 ) -> TrainState:
     """The first state of a stage, as shapes; reward models that it reads are taken to be as large as its language model.
 
+    Parameters that are the same array, such as an adapter's base in policy and critic, are the same object.
+
     Args:
         before: adapters of earlier stages, whose factors the model keeps.
 
@@ -92,14 +94,19 @@ def abstract_state(
 def _without_optimizer(stage: Stage, config: Model, vocab_size: int, before: tuple[LoRA, ...]) -> TrainState:
     """`abstract_state` without optimizer state, cached because a plan needs it several times and tracing is slow."""
 
-    def make(model: Transformer) -> TrainState:
+    def make(model: Transformer, bodies: list[Transformer]) -> TrainState:
         for lora in before:
             earlier = dataclasses.replace(stage, lora=lora)
             model = freeze_adapter(adapted(model, earlier, jax.random.key(0), "policy"))
-        scorers = tuple(Scorer(model, None) for _ in reward_names(stage))
-        return first_state(stage, optax.identity(), model, scorers)
+        return first_state(stage, optax.identity(), model, tuple(Scorer(body, None) for body in bodies))
 
-    return jax.eval_shape(make, abstract_model(config, vocab_size))
+    bodies = [abstract_model(config, vocab_size) for _ in reward_names(stage)]
+    traced, state = jax.make_jaxpr(make, return_shape=True)(abstract_model(config, vocab_size), bodies)
+    leaves, tree = jax.tree.flatten(state)
+    known: dict[int, Any] = {}
+    return jax.tree.unflatten(
+        tree, [known.setdefault(id(of), one) for of, one in zip(traced.jaxpr.outvars, leaves, strict=True)]
+    )
 
 
 def flops_per_token(stage: Stage, model: Model, vocab_size: int, before: tuple[LoRA, ...] = ()) -> float:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import jax
+from flax import nnx
 
 from lm.algorithms.table import algorithm_of, flops_per_token
 from lm.plan.kernels import HOST_RATE
@@ -63,14 +64,14 @@ class DeviceEstimate:
 
 def estimate(program: Program) -> DeviceEstimate:
     """Estimate memory and time of a stage's update."""
-    state = program.state()
+    state, counted = program.state(), set[int]()
     analysis = analysis_of(program)
     gradient = analysis.usage(*gradient_block(program))
     update = analysis.in_parts(update_block(program))
     memory = Memory(
-        parameters=parameter_bytes(state.models, program),
+        parameters=parameter_bytes(state.models, program, counted),
         optimizer=parameter_bytes((state.opt_state, state.carry), program),
-        reference=parameter_bytes(state.frozen, program),
+        reference=parameter_bytes(state.frozen, program, counted),
         batch=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch())) // program.topology.devices,
         **_peak(gradient, update, _casts(program)),
     )
@@ -94,6 +95,13 @@ def estimate(program: Program) -> DeviceEstimate:
         traffic=tuple(wires),
         unpriced_kernels=tuple(sorted(gradient.kernels)),
     )
+
+
+def repeated_bytes(program: Program) -> int:
+    """Bytes on one device that the arguments of a step have more than its state, because some are the same array."""
+    state = program.state().models, program.state().frozen
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return sum(parameter_bytes(leaf, program) for leaf in leaves) - parameter_bytes(state, program)
 
 
 def _casts(program: Program) -> int:

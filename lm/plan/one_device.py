@@ -138,14 +138,21 @@ def cast_bytes(params: Any, program: Program) -> int:
     return sum(map(one, jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))))
 
 
-def parameter_bytes(tree: Any, program: Program) -> int:
-    """Bytes on one device of a tree of parameters or of optimizer state."""
+def parameter_bytes(tree: Any, program: Program, counted: set[int] | None = None) -> int:
+    """Bytes on one device of a tree of parameters or of optimizer state, in which an array that occurs twice counts once.
+
+    Args:
+        counted: ids of the arrays that do not count; those of the tree are added.
+    """
+    counted = set() if counted is None else counted
 
     def one(leaf: Any) -> int:
         names = leaf.get_metadata("out_sharding") if isinstance(leaf, nnx.Variable) else ()
         count = 1
         for name in names:
             count *= ways(name, program.sizes) if name in RULES else 1
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf)) // count
+        new = [x for x in jax.tree.leaves(leaf) if id(x) not in counted]
+        counted.update(map(id, new))
+        return sum(x.size * x.dtype.itemsize for x in new) // count
 
     return sum(map(one, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lm.experiment import reward_names
-from lm.model.heads import Scorer
 from lm.plan import analytic
-from lm.plan.analytic import Memory, model_flops
+from lm.plan.analytic import Memory, model_flops, repeated_bytes
 from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
 from lm.plan.compiler_text import untested
 from lm.plan.kernels import KERNEL_EFFICIENCY
@@ -25,7 +24,7 @@ CAVEATS = {
     "collectives": "the compiler gives no time for collectives: modelled as a ring over all links of a chip",
     "kernels": f"nor attention kernels: modelled as executed FLOPs at {KERNEL_EFFICIENCY:.0%} of the peak",
     "sparsecore": "nor gathers on SparseCore: assumed to overlap the rest completely",
-    "critic": "the critic's base is counted by itself; in a run policy and critic share these arrays",
+    "reward models": "reward models are counted with weights of their own; those with adapters on the policy's base share it in a run",
     "network": "transfers between slices are modelled from a host's share of the data-centre network",
 }
 
@@ -105,7 +104,7 @@ def by_arithmetic(program: Program) -> Plan:
     found = analytic.estimate(program)
     notes = [CAVEATS["analytic"], CAVEATS["kernels"][4:]]
     notes += [CAVEATS["network"]] if program.topology.slices > 1 else []
-    notes += [CAVEATS["critic"]] if _critic_shares_base(program) else []
+    notes += _caveat_of_reward_models(program)
     notes += [f"not counted, since their FLOPs are unknown: kernels {', '.join(found.unpriced_kernels)}"] * bool(
         found.unpriced_kernels
     )
@@ -158,10 +157,8 @@ def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = 
     return _compiled(arithmetic, compiled)
 
 
-def _critic_shares_base(program: Program) -> bool:
-    """Whether a stage with an adapter trains a critic with a body that is the policy's base."""
-    critic = program.state().models.get("critic")
-    return program.stage.lora.rank > 0 and isinstance(critic, Scorer) and not reward_names(program.stage)
+def _caveat_of_reward_models(program: Program) -> list[str]:
+    return [CAVEATS["reward models"]] if program.stage.lora.rank and reward_names(program.stage) else []
 
 
 def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
@@ -169,14 +166,14 @@ def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
     notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
     notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []
     notes += [CAVEATS["network"]] if topology.slices > 1 else []
-    notes += [CAVEATS["critic"]] if _critic_shares_base(arithmetic.program) else []
+    notes += _caveat_of_reward_models(arithmetic.program)
     notes += [*compiled.compiler.notes, *compiled.facts.notes]
     notes += [f"not counted: kernels {', '.join(cost.unpriced_kernels)}"] * bool(cost.unpriced_kernels)
     notes += [f"counted as one iteration: loops {', '.join(cost.unknown_loops)}"] * bool(cost.unknown_loops)
     return Plan(
         program=arithmetic.program,
         source="compiled",
-        update_bytes=compiled.facts.peak_bytes,
+        update_bytes=compiled.facts.peak_bytes - repeated_bytes(arithmetic.program),
         step_s=cost.schedule_s,
         bound_s=cost.bound_s,
         compile_s=compiled.seconds,

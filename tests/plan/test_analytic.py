@@ -13,7 +13,7 @@ from lm.model.attention import attention_mask
 from lm.model.flops import forward_flops_per_token
 from lm.overrides import override
 from lm.plan.advise import largest_batch, plan_stage, ways_to_fit
-from lm.plan.analytic import estimate, model_flops
+from lm.plan.analytic import estimate, model_flops, repeated_bytes
 from lm.plan.chips import parse_topology
 from lm.plan.program import resolve
 from lm.plan.search import factors, layouts
@@ -80,6 +80,28 @@ def test_a_stage_counts_the_factors_of_earlier_stages():
     assert twice.parameters - alone.parameters == alone.parameters - once.parameters
     assert twice.parameters - alone.parameters == pytest.approx(once.optimizer / 2, abs=64)
     assert twice.optimizer == alone.optimizer
+
+
+@pytest.mark.parametrize("base", ["model", "nf4"])
+def test_policy_and_critic_with_adapters_have_one_base(base):
+    """Beside what GRPO has, PPO has the critic's factors and head; with a reward model that model's base, once."""
+
+    def parts(objective):
+        value = experiment(objective)
+        stage = dataclasses.replace(value.stages[0], lora=LoRA(rank=4, base=base))
+        program = resolve(dataclasses.replace(value, stages=(stage,)), stage, SMALL)
+        return estimate(program).memory, repeated_bytes(program)
+
+    policy, none = parts(OBJECTIVES["grpo"])
+    shared, repeated = parts(PPO(verifier="answer", max_new_tokens=64))
+    judged, again = parts(OBJECTIVES["ppo"])
+    factors = (policy.optimizer + 8) // 2  # two moments of each factor
+    assert none == 0 and shared.reference == 0 and repeated > 0
+    assert 0 < shared.parameters - policy.parameters - factors < 2048  # the head
+    assert policy.parameters - factors <= repeated <= policy.parameters
+    whole = estimate(resolve(experiment(), experiment().stages[0], SMALL)).memory.parameters
+    assert judged.parameters + judged.reference - shared.parameters == pytest.approx(whole, abs=2048)
+    assert again == pytest.approx(whole, abs=2048)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
