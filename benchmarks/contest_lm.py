@@ -8,11 +8,13 @@ FOLDER has the kit's `contests.py`, which says what each contest is and times it
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,12 +22,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm.algorithms.grpo import grpo_rollout
 from lm.data.prompts import Prompts
 from lm.experiment import DPO, GRPO, Mesh, Model, Objective, Optimizer, Pretrain, Source, Stage
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding
-from lm.rollout import environments
+from lm.rollout.engine import LocalEngine
+from lm.rollout.environment import RewardsByName
+from lm.rollout.episodes import EnvironmentSpec, Episode, Tasks, environment_spec
 from lm.rollout.sampler import generate
 from lm.train.loop import start_state
 from lm.types import TokenBatch
@@ -120,26 +125,30 @@ class Words:
     """A tokenizer of one word an id, in which nothing ends an answer: no such token is ever sampled."""
 
     pad_id = PAD
+    chats, has_template = True, False
 
     def __init__(self, vocab_size: int):
-        self.eos_id = vocab_size
+        self.vocab_size, self.end_ids = vocab_size, (vocab_size,)
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"w{i}" for i in ids)
 
 
 class RandomPrompts:
-    """An environment of random prompts, with the reward that the peers' GRPO contestants have."""
+    """A feed of random prompts, the same ones at every step."""
 
     def __init__(self, kit: ModuleType, prompts: int, length: int):
         rows = [{"prompt": f"prompt {i}"} for i in range(prompts)]
+        self.prompt_len, self.tokenizer = length, Words(kit.MODEL["vocab"])
         self.all = Prompts(random_tokens(kit, prompts, length), np.full(prompts, length, np.int32), rows)
 
-    def prompts(self, step: int) -> Prompts:
+    def batch(self, step: int) -> Prompts:
         return self.all
 
-    def reward(self, row: dict, completion: str) -> float:
-        return float(sum(map(ord, completion[:64])) % 7)
+
+def judge(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[RewardsByName | None]:
+    """The reward that the peers' GRPO contestants have."""
+    return [{"reward": float(sum(map(ord, episode.text[:64])) % 7)} for episode in episodes]
 
 
 def reinforcement(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
@@ -148,15 +157,15 @@ def reinforcement(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dic
     )  # fmt: skip
     stage = stage_of(kit, objective, c["prompts"], c["prompt"] + c["new"])
     train = Trainer(stage, model)
-    environment: Any = RandomPrompts(kit, c["prompts"], c["prompt"])
-    tokenizer: Any = Words(kit.MODEL["vocab"])
+    feed: Any = RandomPrompts(kit, c["prompts"], c["prompt"])
+    spec = dataclasses.replace(environment_spec((), "", stage.name, stage.name, 10.0), judge=judge)
+    tasks, place = Tasks(feed, spec), batch_sharding(train.mesh)
     seconds: list[float] = []
 
     def step() -> None:
         began, number = time.perf_counter(), len(seconds)
-        rollout = environments.roll_out(
-            train.state.models["policy"], environment, stage, tokenizer, number, jax.random.key(number)
-        )  # fmt: skip
+        engine = LocalEngine(train.state.models["policy"], feed.tokenizer, number)
+        rollout = grpo_rollout(engine, train.state, tasks, stage, number, jax.random.key(number), place)
         seconds.append(time.perf_counter() - began)
         for batch in rollout.batches:
             train(batch)
