@@ -200,7 +200,7 @@ def _sample(arguments: argparse.Namespace, path: Path) -> None:
 
 def _token(host: str, file: Path | None) -> str | None:
     """The access token: from the file, or a new one where other machines are served."""
-    from lm.label.server import LOCAL
+    from lm.web.local_server import LOCAL
 
     if file is None:
         return None if host in LOCAL else secrets.token_urlsafe(24)

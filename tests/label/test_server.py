@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from lm.choices.desk import LEASE, LEASES_PER_ADDRESS
 from lm.choices.log import read_log
 from lm.experiment import UserError
-from lm.label import connections
 from lm.label.server import Server, answer
+from lm.web import connections
 from tests.label.label_rows import desk_of, questions
 
 TOKEN = "a-token-of-the-test-0123"
