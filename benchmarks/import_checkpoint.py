@@ -1,4 +1,4 @@
-"""Time and memory of reading a published model's checkpoint, beside those of reading the bytes of its files.
+"""Time and memory of reading a published model's checkpoint, beside those of reading the bytes, and of a LoRA step on it.
 
     python benchmarks/import_checkpoint.py                       # Llama 3.2 1B in bfloat16, five files
     python benchmarks/import_checkpoint.py --config config.json  # another model's sizes
@@ -30,6 +30,7 @@ LLAMA_3_2_1B: dict[str, Any] = {
     },
 }  # fmt: skip
 MB = 2**20
+ROWS_OF_A_STEP = 1, 512  # rows, tokens in each
 
 
 def make(folder: Path, config: dict[str, Any], files: int) -> int:
@@ -106,6 +107,35 @@ def measure(reader: str, folder: Path) -> None:
     print(json.dumps({"seconds": seconds, "beside": memory("VmHWM") - before - kept}))
 
 
+def lora_step(folder: Path, rows: int, length: int) -> None:
+    """Print seconds of a LoRA SFT step (rank 16, all linear layers, bfloat16) and the peak of the process's memory."""
+    import jax
+    import numpy as np
+
+    from lm.experiment import SFT, LoRA, Mesh, Optimizer, Source, Stage
+    from lm.interop import hf
+    from lm.parallel.mesh import make_mesh
+    from lm.parallel.rules import batch_sharding
+    from lm.train.loop import start_state
+    from lm.types import TokenBatch
+
+    mesh = make_mesh(Mesh(data=1))
+    jax.set_mesh(mesh)
+    changes = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16", "remat": "full", "max_len": length}
+    model = hf.read(folder, mesh, **changes)
+    optimizer, lora = Optimizer(peak_lr=1e-4), LoRA(rank=16)
+    stage = Stage("sft", SFT(), (Source("random"),), optimizer, batch_size=rows, seq_len=length, lora=lora)
+    state, step = start_state(stage, model, mesh)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (rows, length)).astype(np.int32)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    batch = TokenBatch(tokens, np.ones(tokens.shape, np.float32), np.ones_like(tokens), places)
+    for _ in range(2):  # the first compiles
+        start = time.perf_counter()
+        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        loss = float(metrics["loss"])
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": memory("VmHWM"), "loss": loss}))
+
+
 def in_process(reader: str, folder: Path, cold: bool) -> dict[str, Any]:
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
@@ -125,8 +155,12 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest of so many counts")
     parser.add_argument("--folder", type=Path, help="for the temporary folder; else where the system has them")
+    parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=READERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.step:
+        lora_step(arguments.folder, *ROWS_OF_A_STEP)
+        return
     if arguments.measure:
         measure(arguments.measure, arguments.folder)
         return
@@ -148,6 +182,13 @@ def main() -> None:
                 seconds, peak = min(run["seconds"] for run in runs), max(peak, *(run["beside"] for run in runs))
                 cells += [f"{seconds:.2f}", f"{seconds / baseline.setdefault(cold, seconds):.2f}"]
             print(f"| {' | '.join([*cells, f'{peak / MB:.0f}', f'{peak / largest:.2f}'])} |", flush=True)
+        command = [sys.executable, __file__, "--step", "--folder", str(folder)]
+        step = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    rows, length = ROWS_OF_A_STEP
+    print(
+        f"\na LoRA SFT step, rank 16, all linear layers, {rows} x {length} tokens: {step['seconds']:.1f} s, "
+        f"peak of the process {step['peak'] / 2**30:.1f} GiB"
+    )
 
 
 if __name__ == "__main__":
