@@ -84,7 +84,7 @@ def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
         )
     for number, layer in enumerate(m.period):
         where = f"model.pattern.{number}" if m.pattern else "model"
-        if fault := rope_fault(layer.rope_scaling, layer.rope_theta, m.head_dim):
+        if fault := rope_fault(layer.rope_scaling, layer.rope_theta, m.rotated):
             raise UserError(f"{where}.rope_scaling is {list(layer.rope_scaling)}; {fault}")
     if not m.qk_norm and m.qk_norm_of != Model.qk_norm_of:
         raise UserError(
@@ -96,6 +96,8 @@ def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
         )
     if m.head_dim % 2:
         raise UserError(f"model.head_dim is {m.head_dim}; it should be even, since RoPE rotates pairs of dimensions")
+    if m.rotated % 2 or m.rotated > m.head_dim:
+        raise UserError(f"model.rope_dim is {m.rope_dim}; it should be even, and at most model.head_dim, {m.head_dim}")
     sizes = {"model.head_dim": m.head_dim} | {f"{stage.name}.seq_len": stage.seq_len for stage in stages}
     for name, size in sizes.items():
         if m.attention == "splash" and size % 128:

@@ -29,6 +29,7 @@ from lm.config.objectives import *  # noqa: F403
 from lm.config.rope import DynamicRope as DynamicRope
 from lm.config.rope import LinearRope as LinearRope
 from lm.config.rope import Llama3Rope as Llama3Rope
+from lm.config.rope import LongRope as LongRope
 from lm.config.rope import YarnRope as YarnRope
 from lm.config.serialize import from_dict as from_dict
 from lm.config.serialize import strict as strict

@@ -61,9 +61,12 @@ class Model:
     rope_theta: float = knob(10_000.0, "RoPE base frequency (theta)", least=1, most=1e12)
     rope_scaling: tuple[float, ...] = knob(
         (),
-        "RoPE scaling by its count of numbers (lm/config/rope.py): LinearRope 1, DynamicRope 2, Llama3Rope 4, YarnRope 6; empty: none",
+        "RoPE scaling by its count of numbers (lm/config/rope.py): LinearRope 1, DynamicRope 2, Llama3Rope 4, YarnRope 6, LongRope 3 + the rotated dimensions; empty: none",
         least=0,
         most=2**26,
+    )
+    rope_dim: int = knob(
+        0, "dimensions of a head that RoPE rotates, the first ones; 0: all", least=2, most=2**14, special=0
     )
     norm_eps: float = knob(1e-6, "epsilon added to the mean square in RMSNorm", least=1e-12, most=1)
     norm_plus_one: bool = knob(False, "RMSNorm multiplies by 1 + scale instead of scale, as in Gemma")
@@ -120,6 +123,11 @@ class Model:
         least=1,
         most=2**40,
     )
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that RoPE rotates."""
+        return self.rope_dim or self.head_dim
 
     @property
     def period(self) -> tuple[Layer, ...]:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 from lm.config.field import shown
 from lm.config.model import LAYER_FIELDS
-from lm.config.rope import (
-    DynamicRope,
-    LinearRope,
-    Llama3Rope,
-    RopeScaling,
-    YarnRope,
-    dynamic_theta,
-    rope_fault,
-    rope_kind,
-    yarn_attention_factor,
-)
+from lm.config.rope import LongRope, longest_sequence, rope_kind
 from lm.experiment import Layer, Model, UserError, from_dict, to_dict
+from lm.interop.rope import ORIGINAL, PART, read_rope, read_scaling, rope_fields, rotated_part, static_rope
+from lm.interop.values import Plain, flag, given, positive, read_size
 from lm.model.families import FAMILIES
 from lm.model.families.family import Family
 
-Plain = dict[str, Any]
 FULL, LOCAL = "full_attention", "sliding_attention"
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -36,7 +26,6 @@ SIZES = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
-OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 USED = {
     *SIZES, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings",
     "layer_types", "sliding_window", "use_sliding_window",
@@ -45,13 +34,12 @@ USED = {
 RUNNING = (
     "attention", "attention_blocks", "remat", "scan_unroll", "param_dtype", "compute_dtype", "logits_dtype", "max_logits",
 )  # fmt: skip
-LARGEST_SIZE = 2**31 - 1
 
 # Fields that would change the model: field -> the supported values
 ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "partial_rotary_factor": (1, 1.0),
+    "partial_rotary_factor": (1, 1.0),  # but in a family that rotates a part
     "rope_interleaved": (False,),
     "is_decoder": (True, False),  # False is what transformers writes for decoders, too
     "is_encoder_decoder": (False,),
@@ -78,11 +66,6 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 SWITCH = "use_sliding_window"
-ORIGINAL = "original_max_position_embeddings"
-ROPES: dict[str, type[RopeScaling]] = {
-    "linear": LinearRope, "dynamic": DynamicRope, "llama3": Llama3Rope, "yarn": YarnRope,
-}  # fmt: skip
-"""rope_type -> kind of RoPE scaling; default has none."""
 
 
 def read_config(config: Any, where: str = "config.json") -> tuple[Model, int]:
@@ -112,9 +95,9 @@ def _read_config(config: Any) -> tuple[Model, int]:
     family = FAMILIES[name]
     _refuse_features(config, family)
     config = {**family.defaults, **config}
-    if SWITCH in family.defaults and not _flag(config, SWITCH):
+    if SWITCH in family.defaults and not flag(config, SWITCH):
         config["sliding_window"] = None
-    size = {name: _size(config, name) for name in SIZES}
+    size = {name: read_size(config, name) for name in SIZES}
     heads = size["num_attention_heads"]
     fields = {ours: value for theirs, both in family.fields.items() for ours, value in _same(config, theirs, both)}
     of_layers = {name: fields.pop(name) for name in LAYER_FIELDS if name in fields}
@@ -126,8 +109,8 @@ def _read_config(config: Any) -> tuple[Model, int]:
         head_dim=size["head_dim"] or size["hidden_size"] // heads,
         mlp_dim=size["intermediate_size"],
         max_len=size["max_position_embeddings"] or family.max_len,
-        norm_eps=_positive("rms_norm_eps", _given(config, "rms_norm_eps", 1e-6)),
-        tied_head=_flag(config, "tie_word_embeddings"),
+        norm_eps=positive("rms_norm_eps", given(config, "rms_norm_eps", 1e-6)),
+        tied_head=flag(config, "tie_word_embeddings"),
         activation=_activation(config, family.activation),
         embed_scale=size["hidden_size"] ** 0.5 if family.scales_embedding else 1.0,
         **dict(family.fixed) | fields,
@@ -138,10 +121,13 @@ def _read_config(config: Any) -> tuple[Model, int]:
         raise UserError(f"head_dim is {model.head_dim}; it should be even, at least 2")
     if model.query_pre_attn_scalar == model.head_dim:
         model = replace(model, query_pre_attn_scalar=0.0)
+    model = replace(model, rope_dim=rotated_part(config, model.head_dim) if family.rotates_part else 0)
     from_dict(to_dict(model), Model, "model")  # the ranges of the fields, whoever sets them
     model = with_layers(model, _layers(config, family, model, of_layers))
     from_dict(to_dict(model), Model, "model")
-    return model, size["vocab_size"]
+    ropes = [rope_kind(layer.rope_scaling) for layer in model.period]
+    trained = [int(rope.original_len) for rope in ropes if isinstance(rope, LongRope)]
+    return replace(model, max_len=min([model.max_len, *trained])), size["vocab_size"]
 
 
 def with_layers(model: Model, layers: tuple[Layer, ...]) -> Model:
@@ -185,19 +171,21 @@ def computes_the_same(one: Model, other: Model) -> bool:
 
 def _essence(model: Model) -> Plain:
     """The fields of a model that decide what it computes; for fields of layers, the values of all layers."""
-    layers = [_static_rope(model.layer(number), model) for number in range(model.num_layers)]
+    layers = [static_rope(model.layer(number), model) for number in range(model.num_layers)]
     found = {field: value for field, value in vars(model).items() if field not in (*RUNNING, "pattern")}
     found |= {field: [getattr(layer, field) for layer in layers] for field in LAYER_FIELDS}
+    if any(isinstance(rope_kind(layer.rope_scaling), LongRope) for layer in layers):
+        found["max_len"] = 0  # the published length is that of the scaling
     return found | {"query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim}
 
 
 def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
-    layers = [_static_rope(m.layer(number), m) for number in range(m.num_layers)]
+    layers = [static_rope(m.layer(number), m) for number in range(m.num_layers)]
     full = next((layer for layer in layers if not layer.window), layers[0])
     local = next((layer for layer in layers if layer.window), None)
-    rope = nested = _rope_fields(full)
+    rope = nested = rope_fields(full)
     if family.local_rope_theta is not None:
-        nested = {FULL: rope, LOCAL: _rope_fields(local or Layer(rope_theta=family.local_rope_theta))}
+        nested = {FULL: rope, LOCAL: rope_fields(local or Layer(rope_theta=family.local_rope_theta))}
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -221,6 +209,11 @@ def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
         "mlp_bias": False,
         "torch_dtype": m.param_dtype,
     }
+    if m.rope_dim and family.rotates_part:
+        rope[PART] = config[PART] = m.rope_dim / m.head_dim
+    if isinstance(rope_kind(full.rope_scaling), LongRope):
+        config["max_position_embeddings"] = longest_sequence(2, [full.rope_scaling])
+        config |= {ORIGINAL: rope[ORIGINAL]} if ORIGINAL in family.defaults else {}
     for theirs, (ours, *_) in family.fields.items():
         value = getattr(layers[0] if ours in LAYER_FIELDS else m, ours)
         config[theirs] = value if isinstance(value, bool) else value or None
@@ -244,14 +237,14 @@ def _layers(config: Plain, family: Family, model: Model, fields: Plain) -> tuple
     """Settings of every layer."""
     window = 0
     if family.slides is not None and config.get("sliding_window") is not None:
-        window = _size(config, "sliding_window")
+        window = read_size(config, "sliding_window")
     rope, local = _ropes(config, family)
-    theta = _positive("rope_theta", rope.get("rope_theta", family.rope_theta))
-    local_theta = _positive("rope_theta", local.get("rope_theta", family.local_rope_theta or theta))
+    theta = positive("rope_theta", rope.get("rope_theta", family.rope_theta))
+    local_theta = positive("rope_theta", local.get("rope_theta", family.local_rope_theta or theta))
     each = {
-        FULL: Layer(rope_theta=theta, rope_scaling=_rope_scaling(rope, theta, model), **fields),
+        FULL: Layer(rope_theta=theta, rope_scaling=read_scaling(rope, theta, model), **fields),
         LOCAL: Layer(
-            window=window, rope_theta=local_theta, rope_scaling=_rope_scaling(local, local_theta, model), **fields
+            window=window, rope_theta=local_theta, rope_scaling=read_scaling(local, local_theta, model), **fields
         ),
     }
     return tuple(each[kind] for kind in _kinds(config, family, model.num_layers))
@@ -279,7 +272,7 @@ def _kinds(config: Plain, family: Family, count: int) -> list[str]:
 def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
     """The settings of the rotary embedding of layers without and with a window."""
     if family.local_rope_theta is None:
-        rope = _rope(config)
+        rope = read_rope(config)
         return rope, rope
     given = config.get("rope_parameters")
     if not isinstance(given, dict) or not {FULL, LOCAL} & set(given):
@@ -288,32 +281,7 @@ def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
         raise UserError(f"rope_parameters has {', '.join(map(shown, strange))}, which the reader does not use")
     full = {name: config.get(name) for name in ("rope_scaling", "rope_theta")}
     local = {"rope_theta": config.get("rope_local_base_freq"), "rope_parameters": given.get(LOCAL)}
-    return _rope(full | {"rope_parameters": given.get(FULL)}), _rope(local)
-
-
-def _static_rope(layer: Layer, model: Model) -> Layer:
-    """The layer, with the base of dynamic scaling as its own: transformers would let it grow with the sequence."""
-    rope = rope_kind(layer.rope_scaling)
-    if not isinstance(rope, DynamicRope):
-        return layer
-    theta = dynamic_theta(layer.rope_theta, rope, model.head_dim, model.max_len)
-    return replace(layer, rope_theta=theta, rope_scaling=())
-
-
-def _rope_fields(layer: Layer) -> Plain:
-    """RoPE of a layer as fields of config.json."""
-    rope = rope_kind(layer.rope_scaling)
-    if rope is None:
-        return {"rope_theta": layer.rope_theta, "rope_type": "default"}
-    fields: Plain = {ORIGINAL if name == "original_len" else name: value for name, value in rope._asdict().items()}
-    if not fields.get("attention_factor", 1):
-        del fields["attention_factor"]
-    if ORIGINAL in fields:
-        fields[ORIGINAL] = int(fields[ORIGINAL])
-    if "truncate" in fields:
-        fields["truncate"] = bool(fields["truncate"])
-    kind = next(name for name, kind in ROPES.items() if isinstance(rope, kind))
-    return {"rope_theta": layer.rope_theta, "rope_type": kind, **fields}
+    return read_rope(full | {"rope_parameters": given.get(FULL)}), read_rope(local)
 
 
 # ---- unsupported features ------------------------------------------------------------------------------------------
@@ -324,7 +292,8 @@ def _refuse_features(config: Plain, family: Family) -> None:
     only = {**ONLY, **family.only}
     for name, values in only.items():
         value = config.get(name)
-        if name not in family.fields and value is not None and value not in values:
+        read = name in family.fields or (name == PART and family.rotates_part)
+        if not read and value is not None and value not in values:
             raise UserError(f"{name} is {shown(value)}; the model has {shown(values[0])} only")
     window, used = config.get("sliding_window"), config.get(SWITCH)
     if family.slides is None and (used or (window is not None and used is None)):
@@ -343,113 +312,20 @@ def _refuse_features(config: Plain, family: Family) -> None:
         raise UserError(f"the reader does not know {which}{more}, which may change the model; remove what does not")
 
 
-def _rope(config: Plain) -> Plain:
-    """The RoPE settings, from all three places that versions of config.json keep them. Raises UserError if they disagree."""
-    found: Plain = {}
-    theta = config.get("rope_theta")
-    places = {"rope_scaling": config.get("rope_scaling"), "rope_parameters": config.get("rope_parameters")}
-    for place, value in {"rope_theta": {"rope_theta": theta} if theta is not None else None, **places}.items():
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{place} is {shown(value)}; it should be an object")
-        given = {"rope_type" if name == "type" else name: one for name, one in (value or {}).items() if one is not None}
-        for name, one in given.items():
-            if name in found and found[name] != one:
-                raise UserError(f"{place} has {name} {shown(one)}, and another field has {shown(found[name])}")
-        found |= given
-    partial = found.pop("partial_rotary_factor", 1.0)
-    if partial not in ONLY["partial_rotary_factor"]:
-        raise UserError(f"partial_rotary_factor is {shown(partial)}; the model has 1 only")
-    return found
-
-
-def _rope_scaling(rope: Plain, theta: float, model: Model) -> tuple[float, ...]:
-    """The numbers of a RoPE scaling. Raises UserError if one is missing, unknown or out of range."""
-    kind = rope.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in ("default", *ROPES):
-        raise UserError(f"rope scaling {shown(kind)}; there are default, {', '.join(ROPES)}")
-    given = {name: value for name, value in rope.items() if name not in ("rope_type", "rope_theta")}
-    made = ROPES.get(kind)
-    ours = {ORIGINAL if name == "original_len" else name: name for name in made._fields} if made else {}
-    if kind == "dynamic" and given.setdefault(ORIGINAL, model.max_len) != model.max_len:
-        raise UserError(
-            f"rope type dynamic has {ORIGINAL} {shown(given[ORIGINAL])}; it should be max_position_embeddings"
-        )
-    if kind == "yarn":
-        given = _yarn_fields(given, model.max_len)
-    if strange := sorted(set(given) - set(ours)):
-        raise UserError(f"rope type {kind} has {', '.join(map(shown, strange))}, which the reader does not use")
-    if made is None:
-        return ()
-    if missing := [name for name, own in ours.items() if name not in given and own not in made._field_defaults]:
-        raise UserError(f"rope type {kind} lacks {', '.join(missing)}")
-    scaling = made(
-        **{ours[name]: value if name == "truncate" else _positive(name, value) for name, value in given.items()}
-    )
-    if fault := rope_fault(scaling, theta, model.head_dim):
-        raise UserError(
-            f"rope type {kind} has {', '.join(f'{name} {value}' for name, value in given.items())}; {fault}"
-        )
-    return scaling
-
-
-def _yarn_fields(given: Plain, max_len: int) -> Plain:
-    """The fields of YaRN, where mscale and mscale_all_dim have become the attention factor that they stand for."""
-    given = {ORIGINAL: max_len, **given, "truncate": float(_flag({"truncate": True, **given}, "truncate"))}
-    weights = [given.pop(name, 0) for name in ("mscale", "mscale_all_dim")]
-    given.pop("finetuned", None)  # that the model was trained with the scaling
-    if "attention_factor" in given or not all(weights) or "factor" not in given:
-        return given
-    factor = max(1.0, _positive("factor", given["factor"]))
-    up, down = (yarn_attention_factor(factor, _positive("mscale", one)) for one in weights)
-    return {**given, "attention_factor": up / down}
-
-
 # ---- fields --------------------------------------------------------------------------------------------------------
-
-
-def _given(config: Plain, name: str, default: Any) -> Any:
-    value = config.get(name)
-    return default if value is None else value
-
-
-def _size(config: Plain, name: str) -> int:
-    """A whole number of at least 1; 0 for a missing optional field."""
-    value = config.get(name)
-    if value is None and name in OPTIONAL:
-        return 0
-    if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
-        what = "is missing" if name not in config else f"is {shown(value)}"
-        raise UserError(f"{name} {what}; it should be a whole number from 1 to {LARGEST_SIZE}")
-    return value
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"{name} is {shown(value)}; it should be a number above 0")
-    try:
-        return float(value)
-    except OverflowError:
-        raise UserError(f"{name} is {shown(value)}; it is too large") from None
-
-
-def _flag(config: Plain, name: str) -> bool:
-    value = _given(config, name, False)
-    if not isinstance(value, bool):
-        raise UserError(f"{name} is {shown(value)}; it should be true or false")
-    return value
 
 
 def _same(config: Plain, theirs: str, ours: tuple[str, ...]) -> list[tuple[str, Any]]:
     """(field of Model, value) for a field of config.json that Model also has; null means false or 0."""
     if isinstance(getattr(Model, ours[0]), bool):
-        value: Any = _flag(config, theirs)
+        value: Any = flag(config, theirs)
     else:
-        value = 0.0 if config.get(theirs) is None else _positive(theirs, config[theirs])
+        value = 0.0 if config.get(theirs) is None else positive(theirs, config[theirs])
     return [(name, value) for name in ours]
 
 
 def _activation(config: Plain, name: str) -> Any:
-    value = _given(config, name, "gelu_pytorch_tanh" if name == "hidden_activation" else "silu")
+    value = given(config, name, "gelu_pytorch_tanh" if name == "hidden_activation" else "silu")
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise UserError(f"{name} is {shown(value)}; there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm.config.rope import longest_sequence
 from lm.experiment import UserError
 from lm.interop.config import computes_the_same, read_config, write_config
 from lm.interop.origin import Origin
@@ -92,7 +93,8 @@ def _describes(origin: Origin, model: Transformer) -> bool:
 
 def _kept_config(model: Transformer, origin: Origin) -> dict[str, Any]:
     config, longest = json.loads(origin.config), model.config.max_len
-    longer = longest > read_config(config)[0].max_len
+    theirs, _ = read_config(config)
+    longer = longest > longest_sequence(theirs.max_len, [layer.rope_scaling for layer in theirs.period])
     return config | ({"max_position_embeddings": longest} if longer else {})
 
 

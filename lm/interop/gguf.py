@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from lm.config.field import shown
 from lm.experiment import Model, UserError
-from lm.interop.config import ORIGINAL, read_config
+from lm.interop.config import read_config
 from lm.interop.gguf_file import package, read_metadata, read_tensors
 from lm.interop.hf import Store, assemble
 from lm.interop.places import Place, parameter_places
+from lm.interop.rope import ORIGINAL
 from lm.interop.tensors import Tensor, refuse_tensors
 from lm.model.attention import rope_frequencies
 from lm.model.families import FAMILIES

@@ -15,6 +15,7 @@ from lm.config.rope import (
     DynamicRope,
     LinearRope,
     Llama3Rope,
+    LongRope,
     YarnRope,
     dynamic_theta,
     rope_kind,
@@ -76,9 +77,11 @@ def rope_frequencies(
     """RoPE angle per position of each pair of dimensions, in radians.
 
     Args:
+        head_dim: dimensions of a head that are rotated.
         scaling: numbers of one of the kinds in `lm/config/rope.py`.
-        max_len: maximum length of a sequence, on which the base of DynamicRope depends.
-    Source: RoFormer (arXiv 2104.09864) eq. 15; Llama 3 (arXiv 2407.21783) sec. 3.4.3; YaRN (arXiv 2309.00071) sec. 3.
+        max_len: maximum length of a sequence, on which the base of DynamicRope and the factors of LongRope depend.
+    Source: RoFormer (arXiv 2104.09864) eq. 15; Llama 3 (arXiv 2407.21783) sec. 3.4.3; YaRN (arXiv 2309.00071) sec. 3; LongRoPE
+    (arXiv 2402.13753) sec. 3.
     """
     rope = rope_kind(scaling)
     if isinstance(rope, DynamicRope):
@@ -87,6 +90,8 @@ def rope_frequencies(
     match rope:
         case LinearRope(factor):
             return frequencies / factor
+        case LongRope(_, original, _, short, long):
+            return frequencies / jnp.array(long if max_len > original else short, jnp.float32)
         case Llama3Rope(factor, low, high, original):
             turns = original * frequencies / (2 * math.pi)
             keep = jnp.clip((turns - low) / (high - low), 0, 1)
@@ -112,9 +117,11 @@ def _yarn_range(rope: YarnRope, head_dim: int, theta: float) -> tuple[float, flo
 
 
 def rope_attention_factor(scaling: tuple[float, ...]) -> float:
-    """Multiplier of rotated queries and keys: that of YaRN, else 1."""
+    """Multiplier of rotated queries and keys: that of YaRN or LongRoPE, else 1."""
     rope = rope_kind(scaling)
-    return rope.attention_factor or yarn_attention_factor(rope.factor) if isinstance(rope, YarnRope) else 1.0
+    if isinstance(rope, YarnRope):
+        return rope.attention_factor or yarn_attention_factor(rope.factor)
+    return rope.attention_factor if isinstance(rope, LongRope) else 1.0
 
 
 def rope_angles(
@@ -127,8 +134,10 @@ def rope_angles(
 
 
 def rotate(x: Float[Array, "B H T K"], angles: tuple[Array, Array]) -> Float[Array, "B H T K"]:
-    """Apply RoPE: rotate the pairs (x[i], x[i + K/2]) by the angle of their position."""
+    """Apply RoPE: rotate the pairs (x[i], x[i + R/2]) of the first R dimensions, those with angles, by the angle of their position."""
     cos, sin = angles
+    if (rotated := 2 * cos.shape[-1]) < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :rotated], angles), x[..., rotated:]], axis=-1)
     if platform() == "tpu" and x.dtype == jnp.bfloat16:
         # Exchanging halves of a vector is slow there; a product with a matrix of -1, 0 and 1 is exact and almost free.
         turned = jnp.einsum("bhtk,kj->bhtj", x, _quarter_turn(x.shape[-1]), preferred_element_type=jnp.float32)

@@ -234,7 +234,7 @@ class Transformer(nnx.Module):
 
     def _angles(self, positions: Int[Array, "B T"], layer: Layer) -> tuple[Array, Array]:
         c, scaling = self.config, layer.rope_scaling
-        frequencies = rope_frequencies(c.head_dim, layer.rope_theta, scaling, c.max_len)
+        frequencies = rope_frequencies(c.rotated, layer.rope_theta, scaling, c.max_len)
         return rope_angles(positions, frequencies, rope_attention_factor(scaling))
 
 

@@ -84,8 +84,17 @@ CONFIGS = {
     "scales": ({"quantization_config": {"quant_method": "fp8"}}, "does not know quantization_config"),
     "other rope": (
         {"rope_scaling": {"type": "longrope", "factor": 4.0}, "rope_parameters": None},
-        "rope scaling 'longrope'",
+        "rope type longrope lacks short_factor, long_factor",
     ),
+    "short factors": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": 2}, "rope_parameters": None},
+        "long_factor is 2; it should be a list of numbers",
+    ),
+    "more of a head than it has": (
+        {"model_type": "phi3", "partial_rotary_factor": 2.0},
+        "partial_rotary_factor is 2.0; it should be at most 1",
+    ),
+    "an unknown rope": ({"rope_scaling": {"type": ["su"]}, "rope_parameters": None}, r"rope scaling \['su'\]"),
     "odd windows": (
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"},
         "max_window_layers is '2'; it should be a whole number from 0",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lm.experiment import DynamicRope, Layer, Llama3Rope, Model, Pretrain, UserError, YarnRope
+from lm.experiment import DynamicRope, Layer, Llama3Rope, LongRope, Model, Pretrain, UserError, YarnRope
 from lm.interop import hf
 from lm.interop.config import read_config
 from lm.interop.export import write
@@ -150,7 +150,8 @@ MEMBERS = {
     "llama": {"qk_norm": False, "tied_head": False, "rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 64.0), "qkv_bias": True,
               "output_bias": True, "mlp_bias": True},
     "mistral": {"qk_norm": False, "window": 5},
-    "phi3": {"qk_norm": False, "tied_head": False, "window": 5},
+    "phi3": {"qk_norm": False, "tied_head": False, "window": 5, "rope_dim": 6,
+             "rope_scaling": LongRope(2.0, 64.0, 1.1, (1.0, 1.1, 1.3), (2.0, 3.0, 4.0)).numbers},
     "qwen2": {"qk_norm": False, "qkv_bias": True, "rope_scaling": YarnRope(4.0, 32.0, attention_factor=1.1, truncate=0.0)},
     "olmo2": {"qk_norm_of": "heads", "norms": "post"},
     "gemma2": GEMMA,

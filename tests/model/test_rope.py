@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lm.config.rope import longest_sequence
-from lm.experiment import DynamicRope, YarnRope
+from lm.experiment import DynamicRope, LongRope, UserError, YarnRope
 from lm.interop.config import read_config
-from lm.model.attention import rope_attention_factor, rope_frequencies
+from lm.model.attention import rope_angles, rope_attention_factor, rope_frequencies, rotate
 from lm.model.transformer import Transformer
 from tests.helpers import tiny_model
 
@@ -84,3 +84,39 @@ def test_scaled_models_are_longer_than_the_text_that_they_were_trained_on():
     assert longest_sequence(64, [(), (8.0,), (8.0, 1.0, 4.0, 64.0)]) == 64
     assert longest_sequence(64, [DynamicRope(4.0, 64.0)]) == 256
     assert longest_sequence(128, [YarnRope(4.0, 64.0), ()]) == 256
+    assert longest_sequence(64, [LongRope(32.0, 4096.0, 1.2, (1.0,), (2.0,)).numbers]) == 131072
+
+
+PHI3 = CONFIG | {
+    "model_type": "phi3", "partial_rotary_factor": 0.75, "max_position_embeddings": 256, "original_max_position_embeddings": 64,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0, 9.0, 11.0]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("longest", [64, 256])
+def test_longrope_divides_each_frequency_of_the_rotated_part_by_its_own_factor(longest):
+    """By the equations in float64: 12 of 16 dimensions, the long factors beyond the original length, larger scores in both cases."""
+    model, _ = read_config(PHI3)
+    assert model.rope_dim == 12 and model.max_len == 64
+    model = dataclasses.replace(model, max_len=longest)
+    scaling = PHI3["rope_scaling"]
+    divisors = np.array(scaling["long_factor" if longest > 64 else "short_factor"], np.float64)
+    frequencies = 1 / (divisors * 10_000.0 ** (np.arange(0, 12, 2) / 12))
+    found = rope_frequencies(model.rotated, model.rope_theta, model.rope_scaling, model.max_len)
+    np.testing.assert_allclose(found, frequencies, rtol=1e-6)
+    factor = rope_attention_factor(model.rope_scaling)
+    assert factor == pytest.approx(np.sqrt(1 + np.log(256 / 64) / np.log(64)), rel=1e-12)
+    x, places = np.random.default_rng(0).standard_normal((1, 2, 9, 16)), np.arange(20, 29)
+    turned = factor * np.exp(1j * places[:, None] * frequencies) * (x[..., :6] + 1j * x[..., 6:12])
+    expected = np.concatenate([turned.real, turned.imag, x[..., 12:]], -1)
+    ours = rotate(x.astype(np.float32), rope_angles(places[None], found, factor))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_a_longrope_config_is_that_of_its_original_length_and_may_be_lengthened():
+    """Its former name and a value of attention_factor are read; a wrong count of factors names both."""
+    model, _ = read_config(PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"type": "su", "attention_factor": 1.5}})
+    assert rope_attention_factor(model.rope_scaling) == 1.5
+    assert longest_sequence(model.max_len, [model.rope_scaling]) == 256
+    with pytest.raises(UserError, match="it should have 8 short and 8 long factors, found 6 and 6"):
+        read_config(PHI3 | {"partial_rotary_factor": 1.0})

@@ -48,6 +48,7 @@ class Family:
         slides: (config, layer) -> whether that layer has a window where the config has no layer_types; None: none has.
         rope_theta: rope base, where the config has none.
         local_rope_theta: rope base of layers with a window, where the config has no other; None: that of all layers.
+        rotates_part: `partial_rotary_factor` says which part of a head is rotated.
         layer_names: tensors of a layer, ours -> theirs; those with the same tensor stand in it one behind another, in this order.
     """
 
@@ -64,4 +65,5 @@ class Family:
     slides: Callable[[Plain, int], bool] | None = None
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
+    rotates_part: bool = False
     layer_names: Mapping[str, str] = field(default_factory=lambda: LLAMA_LAYER)

@@ -9,9 +9,10 @@ FAMILY = Family(
     architecture="Phi3ForCausalLM",
     max_len=4096,
     fixed={"qk_norm": False},
-    defaults={"rms_norm_eps": 1e-5},
+    defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     only={"embd_pdrop": (0, 0.0), "resid_pdrop": (0, 0.0)},
-    ignored=("original_max_position_embeddings",),  # read by longrope alone, which is refused
+    ignored=("original_max_position_embeddings",),  # read by longrope alone
+    rotates_part=True,
     slides=lambda config, layer: True,
     layer_names=LLAMA_LAYER
     | {"attention/q/weight": QKV, "attention/k/weight": QKV, "attention/v/weight": QKV}
