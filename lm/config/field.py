@@ -272,9 +272,13 @@ def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
     return FUNCTION in names and isinstance(value, str) and ":" in value
 
 
+# Verifiers whose name may be followed by `:` and a parameter, as in regex:PATTERN. A file of such a name is regex.py:FUNCTION.
+WITH_PARAMETER = ("regex", "json_schema", "format", "language", "overlong", "python_tests")
+
+
 def is_function_name(name: Any) -> bool:
     """Whether a field's value names a function of the user's own, FILE:FUNCTION."""
-    return isinstance(name, str) and ":" in name
+    return isinstance(name, str) and ":" in name and name.partition(":")[0] not in WITH_PARAMETER
 
 
 # ---- in words ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from lm.data.split import Places
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
+from lm.rollout.answer_rewards import TOKENS
+from lm.rollout.code_tests import sandbox_notes
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
 from lm.rollout.rewards import REWARD, compute_rewards, reward_problem
@@ -46,7 +48,8 @@ class EnvironmentSpec:
     """The environment or the verifiers of a stage or eval, which turn rows into episodes and give rewards.
 
     `judge` is None if nothing here gives rewards, `columns` are those that every row needs, `messages` gives the first
-    messages of a row, `where` names the stage or the eval in errors, and `seconds` is the time limit of one call.
+    messages of a row, `where` names the stage or the eval in errors, `seconds` is the time limit of one call, and `notes` are
+    lines for the log.
     """
 
     make: Callable[[], Any]
@@ -55,6 +58,7 @@ class EnvironmentSpec:
     messages: MessagesOf
     where: str
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def environment_spec(
@@ -82,6 +86,7 @@ def environment_spec(
         prompt_messages,
         where,
         seconds,
+        sandbox_notes(verifiers),
     )
 
 
@@ -91,6 +96,10 @@ class Tasks:
 
     feed: PromptFeed
     spec: EnvironmentSpec
+
+    def report(self) -> str:
+        """Lines for the log: the prompts, and the notes of their environment."""
+        return "\n".join((self.feed.report(), *self.spec.notes))
 
 
 def make_tasks(stage: Stage, tokenizer: TextTokenizer, seed: int, elsewhere: Places = NOWHERE) -> Tasks:
@@ -235,6 +244,11 @@ class Episode:
         """Tokens after the prompt."""
         return sum(len(tokens) for tokens, _, _ in self.parts) - self.prompt_length
 
+    @property
+    def sampled(self) -> int:
+        """Tokens that the model sampled."""
+        return sum(int((authors == MODEL).sum()) for _, authors, _ in self.parts)
+
     def complete(self, completion: Completion, tokenizer: TextTokenizer) -> None:
         """Add a turn of the model."""
         self._add(completion.tokens, np.where(completion.sampled, MODEL, ENVIRONMENT), completion.logp)
@@ -327,7 +341,8 @@ def judge_answers(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[Re
     if not episodes:
         return []
     names = episodes[0].environment.verifiers
-    rows, answers = [one.task for one in episodes], [one.text for one in episodes]
+    rows = [{**one.task, TOKENS: one.sampled} for one in episodes]
+    answers = [one.text for one in episodes]
     found = [compute_rewards(name, rows, answers, spec.where, spec.seconds) for name in names]
     late = np.any([one.late for one in found], axis=0)
     values = np.stack([one.values for one in found], axis=1).tolist()

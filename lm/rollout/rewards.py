@@ -15,11 +15,14 @@ from lm.config.field import shown
 from lm.data.chat import prompt_messages
 from lm.data.workers import cores
 from lm.experiment import UserError
-from lm.rollout.timed import CallOutcome, TimedWorker, limited
+from lm.rollout.timed import START_SECONDS, CallOutcome, TimedWorker, limited, within
 from lm.rollout.verifiers import find_verifier
 from lm.user_functions import is_function_name
 
 SECONDS = 10.0  # time limit of a verifier for one completion
+GRACE = 1.0  # seconds more for a verifier of STOPS_ITSELF before its worker is killed
+STOPS_ITSELF = ("python_tests",)  # these end at their limit by `seconds_left`
+IN_WORKERS = ("regex", "json_schema", "python_tests")
 LARGEST = 1e9  # for larger rewards, differences within a group lose their digits in float32
 REWARD = f"a reward is a number from {-LARGEST:g} to {LARGEST:g}"
 
@@ -68,14 +71,20 @@ def timeout_metric(count: int) -> dict[str, float]:
 
 
 def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float) -> list[CallOutcome]:
-    """The outcome of each call. A user's own verifier runs in processes that can be killed, others in this process."""
-    if not is_function_name(name):
+    """The outcome of each call. Code, patterns and schemas of others run in processes that can be killed, other verifiers in this one."""
+    rule = name.partition(":")[0]
+    if not is_function_name(name) and rule not in IN_WORKERS:
         return [limited(seconds, find_verifier(name), row, completion) for row, completion in answered]
     workers = _workers()[: len(answered)]
 
+    def call(worker: TimedWorker, row: Mapping[str, Any], text: str) -> CallOutcome:
+        if rule in IN_WORKERS:  # a new worker reads the rule first, which does not count
+            worker.call(_prepare, name, seconds=START_SECONDS)
+        limit = seconds + GRACE * (rule in STOPS_ITSELF)
+        return worker.call(_by_name, name, dict(row), text, seconds, seconds=limit)
+
     def share(place: int) -> list[CallOutcome]:
-        own = answered[place :: len(workers)]
-        return [workers[place].call(_by_name, name, dict(row), text, seconds=seconds) for row, text in own]
+        return [call(workers[place], row, text) for row, text in answered[place :: len(workers)]]
 
     outcomes: list[CallOutcome] = [CallOutcome()] * len(answered)
     with ThreadPoolExecutor(max(1, len(workers))) as threads:
@@ -84,8 +93,13 @@ def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seco
     return outcomes
 
 
-def _by_name(name: str, row: Mapping[str, Any], completion: str) -> Any:
-    return find_verifier(name)(row, completion)
+def _prepare(name: str) -> None:
+    find_verifier(name)
+
+
+def _by_name(name: str, row: Mapping[str, Any], completion: str, seconds: float) -> Any:
+    with within(seconds):
+        return find_verifier(name)(row, completion)
 
 
 @functools.cache

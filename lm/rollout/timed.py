@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import resource
 import signal
@@ -117,7 +118,11 @@ def serve(descriptor: int, memory_bytes: int, library: str) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             function, arguments = pipe.recv()
-            pipe.send(outcome_of(function, *arguments))
+            try:
+                outcome = outcome_of(function, *arguments)
+            except TookTooLong:
+                outcome = CallOutcome(timed_out=True)
+            pipe.send(outcome)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -146,6 +151,25 @@ def limited(seconds: float, function: Callable[..., Any], *arguments: Any) -> Ca
 
 class TookTooLong(BaseException):
     """Raised when a call exceeds its time limit; not an `Exception`, so that the called code does not catch it."""
+
+
+_deadline = math.inf
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Context of a call with a time limit that the called code keeps itself, by `seconds_left`."""
+    global _deadline
+    before, _deadline = _deadline, time.monotonic() + seconds
+    try:
+        yield
+    finally:
+        _deadline = before
+
+
+def seconds_left() -> float:
+    """Seconds that are left of the call that this process is making; infinite without a limit."""
+    return _deadline - time.monotonic()
 
 
 @contextlib.contextmanager

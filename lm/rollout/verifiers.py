@@ -1,7 +1,11 @@
-"""Verifiers: rules that map (row, completion) to a reward in [0, 1]; they raise only at their time limit."""
+"""Verifiers: rules that map (row, completion) to a reward, most in [0, 1]; they raise only at their time limit.
+
+Those of RULES take a parameter, as in `regex:PATTERN`.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +14,7 @@ from lm.config.objective import VERIFIER_ARGUMENTS
 from lm.data.bad_rows import ColumnNeed, is_blank
 from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
-from lm.rollout import mathematics
+from lm.rollout import answer_rewards, code_tests, mathematics
 from lm.rollout.answer_match import expected_reading, matches
 from lm.rollout.timed import TookTooLong
 from lm.user_functions import is_function_name, load_function
@@ -66,10 +70,37 @@ def helpful(row: Mapping[str, Any], completion: str) -> float:
     return 0.5 * answer(row, completion) + 0.5 * style(row, completion)
 
 
-VERIFIERS: dict[str, Verifier] = {"answer": answer, "style": style, "helpful": helpful}
+VERIFIERS: dict[str, Verifier] = {
+    "answer": answer,
+    "style": style,
+    "helpful": helpful,
+    "exact": lambda row, completion: answer_rewards.exact(expected_answer(row), completion),
+    "choice": lambda row, completion: answer_rewards.choice(row, expected_answer(row), completion),
+}
+# name -> function of the parameter, empty without one; raises UserError for a parameter that makes no sense
+RULES: dict[str, Callable[[str], Verifier]] = {
+    "regex": answer_rewards.regex,
+    "json_schema": answer_rewards.json_schema,
+    "format": answer_rewards.tag_format,
+    "language": answer_rewards.language,
+    "overlong": answer_rewards.overlong,
+    "python_tests": code_tests.python_tests,
+}
 
 # the columns without which a verifier cannot judge a row
-NEEDS: dict[str, tuple[ColumnNeed, ...]] = {"answer": (EXPECTED,), "style": (), "helpful": (EXPECTED,)}
+NEEDS: dict[str, tuple[ColumnNeed, ...]] = {
+    "answer": (EXPECTED,),
+    "style": (),
+    "helpful": (EXPECTED,),
+    "exact": (EXPECTED,),
+    "choice": (EXPECTED,),
+    "regex": (),
+    "json_schema": ("schema",),  # without a file
+    "format": (),
+    "language": (),
+    "overlong": (),
+    "python_tests": (code_tests.COLUMNS,),
+}
 
 
 def find_verifier(name: str, where: str = "verifier") -> Verifier:
@@ -80,14 +111,28 @@ def find_verifier(name: str, where: str = "verifier") -> Verifier:
     """
     if is_function_name(name):
         return load_function(name, where, VERIFIER_ARGUMENTS)
-    if name not in VERIFIERS:
-        raise UserError(f"{where} is {name!r}; there are {', '.join(VERIFIERS)}, and {FUNCTION} of your own")
-    return VERIFIERS[name]
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    try:
+        return _rule(name)
+    except UserError as error:
+        raise UserError(f"{where} is {name!r}; {error}") from None
+
+
+@functools.cache
+def _rule(name: str) -> Verifier:
+    rule, _, parameter = name.partition(":")
+    if rule not in RULES:
+        raise UserError(f"there are {', '.join((*VERIFIERS, *RULES))}, and {FUNCTION} of your own")
+    return RULES[rule](parameter)
 
 
 def needed_columns(name: str) -> tuple[ColumnNeed, ...]:
     """Columns that a verifier needs; for a user's own verifier its attribute `columns`, if any."""
-    return declared_columns(name, find_verifier(name)) if is_function_name(name) else NEEDS[name]
+    if is_function_name(name):
+        return declared_columns(name, find_verifier(name))
+    rule, _, file = name.partition(":")
+    return () if rule == "json_schema" and file else NEEDS[rule]
 
 
 def declared_columns(name: str, found: Any) -> tuple[ColumnNeed, ...]:

@@ -86,7 +86,7 @@ class Jail:
     def run(
         self, what: JailProgram, limits: JailLimits | None = None, channel: socket.socket | None = None
     ) -> JailOutcome:
-        """Run a program; `channel` is one end of a socket to the program of another jail.
+        """Run a program; `channel` is one end of a socket to the program of another jail, and is closed here.
 
         Raises:
             UserError: the jail cannot be made.
@@ -125,6 +125,8 @@ class Jail:
             assert self._control is not None
             passed = [theirs.fileno(), *([channel.fileno()] if channel else [])]
             socket.send_fds(self._control, [b"r"], passed)
+            if channel:
+                channel.close()
         return ours
 
     def _start(self) -> None:

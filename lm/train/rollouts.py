@@ -65,7 +65,7 @@ class RolloutBatches(Batches):
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
         self.tasks: Tasks = make_tasks(self.stage, tokenizer, experiment.seed, elsewhere)
         feed = self.tasks.feed
-        self.report, self.sources, self.fingerprint = feed.report(), feed.sources(), feed.fingerprint
+        self.report, self.sources, self.fingerprint = self.tasks.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
         self.folder: Path | None = None
         self.agreement: GapBound | None = None  # the latest float32 comparison of sampler and trainer

@@ -285,7 +285,7 @@ def _all_batches(run: RunContext, stages: list[int]) -> dict[int, Batches]:
     for index in stages:
         stage = whole.stages[index]
         if not stage.objective.trains:
-            _print_lines(stage, make_tasks(stage, run.tokenizer, whole.seed, run.held_out).feed.report())
+            _print_lines(stage, make_tasks(stage, run.tokenizer, whole.seed, run.held_out).report())
         elif inputs_ready(stage, whole, run.folder):
             batches[index] = _batches(run, index)
     return batches

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lm.data.bad_rows import BadRow, check_columns
 from lm.data.curriculum.style import CLOSERS, OPENERS
 from lm.experiment import UserError
-from lm.rollout.verifiers import NEEDS, VERIFIERS, expected_answer, needed_columns
+from lm.rollout.verifiers import NEEDS, RULES, VERIFIERS, expected_answer, needed_columns
 
 answer, style = VERIFIERS["answer"], VERIFIERS["style"]
 
@@ -90,8 +90,8 @@ def test_listing_several_numbers_is_never_right(value, others):
     assert answer({"answer": str(value)}, " ".join(map(str, [*others, value]))) == 0.0
 
 
-def test_needs_cover_the_table():
-    assert NEEDS.keys() == VERIFIERS.keys()
+def test_needs_cover_the_tables():
+    assert NEEDS.keys() == {**VERIFIERS, **RULES}.keys()
 
 
 @given(row=ROWS)
