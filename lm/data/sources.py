@@ -336,6 +336,7 @@ GENERATORS: dict[str, Callable[[int], Row]] = {
     "arithmetic": curriculum.arithmetic_row,
     "preferences": curriculum.preference_row,
     "chains": curriculum.chain_row,
+    "short_answers": curriculum.short_answer_row,
 }
 
 

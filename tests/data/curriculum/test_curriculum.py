@@ -20,6 +20,7 @@ from lm.data.curriculum import (
     instruct_row,
     knowledge,
     preference_row,
+    short_answer_row,
     words,
 )
 from lm.data.curriculum.draw import Draw
@@ -32,7 +33,7 @@ ROWS = 3000
 answer, style = VERIFIERS["answer"], VERIFIERS["style"]
 
 
-@pytest.mark.parametrize("make", [instruct_row, arithmetic_row, preference_row])
+@pytest.mark.parametrize("make", [instruct_row, arithmetic_row, preference_row, short_answer_row])
 def test_rows_are_pure_functions_of_the_index(make):
     assert [make(i) for i in (5, LENGTH - 1, 5)] == [make(5), make(LENGTH - 1), make(5)]
     assert len({str(make(i)) for i in range(200)}) > 150
@@ -57,11 +58,24 @@ def test_every_family_is_right_dressed_or_not(family):
                 assert undress(text)[0] == bool(opener) and undress(text)[2] == bool(closer)
 
 
-@pytest.mark.parametrize("make", [instruct_row, arithmetic_row])
+@pytest.mark.parametrize("make", [instruct_row, arithmetic_row, short_answer_row])
 def test_demonstrations_are_valid_and_right(make):
     for row in map(make, range(ROWS)):
         check_conversation(row["messages"], "row")
         assert answer(row, row["messages"][1]["content"]) == 1.0
+
+
+def test_short_answers_share_a_key_in_all_wordings():
+    asked = defaultdict(set)
+    for row in map(short_answer_row, range(ROWS)):
+        asked[row["key"]].add(row["question"])
+        assert row["question"].endswith(' End your reply with "The answer is" and the answer.')
+    keys = {
+        word: {key for key, questions in asked.items() if any(word in q for q in questions)}
+        for word in ("Rome", '"cup"', "7 + 8")
+    }
+    assert keys == {"Rome": {"capital:Italy"}, '"cup"': {"plural:cup"}, "7 + 8": {"small_sum:7+8"}}
+    assert sum(map(len, asked.values())) > 2 * len(asked)
 
 
 def test_python_is_right_about_the_python_answers():
