@@ -60,13 +60,14 @@ def main(paths: list[str]) -> None:
             sides = [[statistics.fmean(one[part]) for one in rewards] for part in (slice(ENDS), slice(-ENDS, None))]
             cells = [interval(side) for side in (*sides, [b - a for a, b in zip(*sides, strict=True)])]
             print(f"| {stage.name} | rollouts' reward, first and last {ENDS} steps | {' | '.join(cells)} |")
-    print("\n| stage | seconds | first step after | peak memory |\n|---|---|---|---|")
+    print("\n| stage | seconds | first step after | seconds a step | peak memory |\n|---|---|---|---|---|")
     for stage in experiment.stages:
         if not all(f.summary(stage.name).is_file() for f in folders):
             continue  # not finished in every run
         s = [read_json(f.summary(stage.name)) for f in folders]
         cells = [statistics.fmean(x[k] for x in s) for k in ("seconds", "first_step_seconds", "peak_memory_mb")]
-        print(f"| {stage.name} | {cells[0]:.0f} s | {cells[1]:.0f} s | {cells[2]:,.0f} MB |")
+        step = statistics.fmean((x.get("step_seconds", 0.0) + x.get("sample_seconds", 0.0)) / x["steps"] for x in s)
+        print(f"| {stage.name} | {cells[0]:.0f} s | {cells[1]:.0f} s | {step:.2f} s | {cells[2]:,.0f} MB |")
 
 
 if __name__ == "__main__":
