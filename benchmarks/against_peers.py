@@ -1,10 +1,11 @@
 """The CPU contests against other trainers and samplers, interleaved: runs the peers' kit with `lm` in its table.
 
     python benchmarks/against_peers.py --kit FOLDER [--rounds 3] [--contests A B] [--cores 1] [--quick]
+    python benchmarks/against_peers.py --kit FOLDER --lora [--rounds 3]     # contest A with an adapter, against TRL + PEFT
 
 FOLDER has the kit's run.py and the peers; $PEER_KIT if not given. Each peer needs an interpreter of its own, named by an
 environment variable (see contestants.json: TORCH_PY, TUNIX_PY, MKL_SHIM); one whose variables are not set is left out.
-Prints the tables and keeps the rows in benchmarks/results/contests.json, which is started anew by every run.
+Prints the tables and keeps the rows in benchmarks/results/contests.json (contests_lora.json), which is started anew by every run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "contests.json"
 KEPT = (
     "contestant", "contest", "dtype", "round", "tokens_per_s", "tokens_per_cpu_s", "step_ms", "compile_s",
     "peak_rss_mb", "others", "cores", "quick", "rollout_ms", "update_ms",
@@ -40,6 +40,7 @@ def tables(
     cores: int = 0,
     quick: bool = False,
     only: str = "",
+    lora: bool = False,
 ) -> str:
     """Run the contests, keep the rows, and give them as Markdown.
 
@@ -47,14 +48,16 @@ def tables(
         cores: pin every contestant to this many and rank by CPU time, for a machine that others use; 0: all, by time.
         quick: a quarter of the work.
         only: a regular expression on "contestant dtype".
+        lora: contest A with an adapter of rank 16 on all linear layers.
     """
     folder = kit or os.environ.get("PEER_KIT")
     if not folder or not (Path(folder) / "run.py").is_file():
         return f"skipped: no run.py in {folder!r}; name the kit's folder by --kit or PEER_KIT"
     with tempfile.TemporaryDirectory() as place:
         out = Path(place, "rows.jsonl")
-        command = [sys.executable, "run.py", "--list", str(HERE / "contestants.json"), "--out", str(out)]
-        command += ["--rounds", str(rounds), "--cores", str(cores), "--only", only, "--contests", *contests]
+        command = [sys.executable, "run.py", "--list", str(HERE / _file("contestants", lora)), "--out", str(out)]
+        command += ["--rounds", str(rounds), "--cores", str(cores), "--only", only]
+        command += ["--contests", *(["A"] if lora else contests)]
         environment = os.environ | {"LM_PY": sys.executable, "LM_ROOT": str(HERE.parent.resolve())}
         subprocess.run(
             [*command, *(["--quick"] if quick else [])], cwd=folder, env=environment, stdout=sys.stderr, check=True
@@ -62,10 +65,15 @@ def tables(
         rows = [json.loads(line) for line in out.read_text().splitlines()]
     failed = [row for row in rows if "error" in row]
     kept = [{name: row[name] for name in KEPT if name in row} for row in rows if "error" not in row]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
+    results = HERE / "results" / _file("contests", lora)
+    results.parent.mkdir(exist_ok=True)
+    results.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
     problems = [f"{r['contestant']} {r['contest']} {r['dtype']} failed: {r['error'].strip()[-200:]}" for r in failed]
     return "\n\n".join([markdown(kept), *problems])
+
+
+def _file(name: str, lora: bool) -> str:
+    return f"{name}_lora.json" if lora else f"{name}.json"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -108,12 +116,13 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=0, help="pin to so many cores and rank by CPU time; 0: all cores")
     parser.add_argument("--quick", action="store_true", help="a quarter of the work")
     parser.add_argument("--only", default="", help='regular expression on "contestant dtype"')
+    parser.add_argument("--lora", action="store_true", help="contest A with an adapter of rank 16, against TRL + PEFT")
     parser.add_argument("--kept", action="store_true", help="print the tables of the rows that were kept; run nothing")
     a = parser.parse_args()
     if a.kept:
-        print(markdown(json.loads(RESULTS.read_text())))
+        print(markdown(json.loads((HERE / "results" / _file("contests", a.lora)).read_text())))
     else:
-        print(tables(a.kit, a.rounds, a.contests, a.cores, a.quick, a.only))
+        print(tables(a.kit, a.rounds, a.contests, a.cores, a.quick, a.only, a.lora))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/contest_lm.py A --dtype float32 --kit FOLDER
 
-FOLDER has the kit's `contests.py`, which says what each contest is and times it; $PEER_KIT if not given.
+FOLDER has the kit's `contests.py`, which says what each contest is and times it; $PEER_KIT if not given. Contest `lora` is A with
+an adapter of rank 16 on all linear layers of a base in the contest's dtype.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +26,7 @@ import numpy as np
 
 from lm.algorithms.grpo import grpo_rollout
 from lm.data.prompts import Prompts
-from lm.experiment import DPO, GRPO, Mesh, Model, Objective, Optimizer, Pretrain, Source, Stage
+from lm.experiment import DPO, GRPO, LoRA, Mesh, Model, Objective, Optimizer, Pretrain, Source, Stage
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding
@@ -48,13 +50,13 @@ def load_kit(folder: str | None) -> ModuleType:
 
 
 def model_of(kit: ModuleType, contest: str, dtype: str) -> Transformer:
-    """The contests' decoder. Training keeps float32 parameters, sampling alone has them in `dtype` too."""
+    """The contests' decoder. What trains is in float32, the parameters that are only read in `dtype`."""
     m = kit.MODEL
     config = Model(
         num_layers=m["layers"], embed_dim=m["d_model"], num_heads=m["heads"], num_kv_heads=m["kv_heads"],
         head_dim=m["head_dim"], mlp_dim=m["ffn"], max_len=1024, rope_theta=m["rope_theta"], norm_eps=m["norm_eps"],
         qk_norm=False, tied_head=m["tied"], scan_unroll=m["layers"], compute_dtype=dtype,
-        param_dtype=dtype if contest == "B" else "float32",
+        param_dtype=dtype if contest in ("B", "lora") else "float32",
     )  # fmt: skip
     return jax.jit(lambda key: Transformer(config, m["vocab"], key))(jax.random.key(0))
 
@@ -75,7 +77,7 @@ class Trainer:
     def __init__(self, stage: Stage, model: Transformer):
         self.mesh = make_mesh(Mesh())
         jax.set_mesh(self.mesh)
-        self.state, self.step = start_state(stage, model, self.mesh)
+        self.state, self.step = start_state(stage, model, self.mesh, key=jax.random.key(0))
 
     def __call__(self, batch: TokenBatch) -> float:
         """One update; the loss, read back."""
@@ -95,10 +97,15 @@ def random_tokens(kit: ModuleType, *shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(FIRST_WORD, kit.MODEL["vocab"], shape).astype(np.int32)
 
 
-def pretrain(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
-    train = Trainer(stage_of(kit, Pretrain(), c["batch"], c["seq"]), model)
+def pretrain(kit: ModuleType, c: dict[str, Any], model: Transformer, rank: int = 0) -> dict[str, Any]:
+    lora = LoRA(rank=rank, alpha=2 * rank or 1)
+    train = Trainer(replace(stage_of(kit, Pretrain(), c["batch"], c["seq"]), lora=lora), model)
     batch = random_rows(kit, c["batch"], c["seq"], prompt=1)
     return kit.timed(lambda: train(batch), "A")
+
+
+def adapter(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
+    return pretrain(kit, c, model, rank=16)
 
 
 def sampling(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def reinforcement(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dic
     return result | {"rollout_ms": round(rollout * 1e3, 1), "update_ms": round(update * 1e3, 1)}
 
 
-CONTESTS = {"A": pretrain, "B": sampling, "C": preference, "D": reinforcement}
+CONTESTS = {"A": pretrain, "B": sampling, "C": preference, "D": reinforcement, "lora": adapter}
 
 
 def main() -> None:
@@ -187,9 +194,10 @@ def main() -> None:
     arguments = parser.parse_args()
     kit = load_kit(arguments.kit)
     model = model_of(kit, arguments.contest, arguments.dtype)
-    result = CONTESTS[arguments.contest](kit, kit.CONTESTS[arguments.contest], model)
+    sizes = "A" if arguments.contest == "lora" else arguments.contest
+    result = CONTESTS[arguments.contest](kit, kit.CONTESTS[sizes], model)
     extra = {name: result.pop(name) for name in ("rollout_ms", "update_ms") if name in result}
-    kit.emit("lm", arguments.contest, arguments.dtype, result, **extra)
+    kit.emit("lm", sizes, arguments.dtype, result, **extra)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ SIZES = {
     "A": {"batch": 8, "seq": 16},
     "B": {"batch": 2, "prompt": 8, "new": 8, "temperature": 1.0},
     "C": {"pairs": 8, "seq": 16, "prompt": 8, "beta": 0.1},
+    "lora": {"batch": 8, "seq": 16},
     "D": {"prompts": 4, "group": 2, "prompt": 8, "new": 8, "temperature": 1.0, "beta": 0.0, "warmup": 0},
 }
 
@@ -23,7 +24,7 @@ def test_each_contest_takes_a_step(contest):
     spec.loader.exec_module(module)
 
     def timed(step, name):
-        assert name == contest
+        assert name == ("A" if contest == "lora" else contest)
         step()
         return {"times": [1.0]}
 
