@@ -63,34 +63,42 @@ def token_logprobs(
     """
     model = model.with_whole_tables()
     max_logits = model.config.max_logits if max_logits is None else max_logits
-    states, targets, align, aux = _predictions(model, batch, hidden)
+    states, targets, align, aux = predictions(model, batch, hidden)
 
     def project(model, hidden, targets):
         return _measure(model.logits(hidden), targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq)
 
-    rows, time = targets.shape
     vocab = jax.eval_shape(model.logits, states).shape[-1]
+    stats = project_tokens(project, model, (states, targets), vocab, max_logits)
+    return dataclasses.replace(align(stats), aux=aux)
+
+
+def project_tokens(
+    project: Callable[..., Any], models: Any, inputs: tuple[Array, ...], vocab: int, max_logits: int
+) -> Any:
+    """`project(models, *inputs)`, statistics [B, N] from inputs [B, N, ...]; over chunks of N where B·N·vocab exceeds max_logits."""
+    rows, time = inputs[0].shape[:2]
     row_parts, time_parts, vocab_parts = (
         split_ways(n, name) for n, name in zip((rows, time, vocab), AXES, strict=True)
     )
     row, time_here = rows // row_parts * (vocab // vocab_parts), time // time_parts
     if row * time_here <= max_logits:
-        return dataclasses.replace(align(project(model, states, targets)), aux=aux)
+        return project(models, *inputs)
     chunks = -(-time_here // max(1, max_logits // row))
     split = functools.partial(_split_time, parts=time_parts, chunks=chunks)
     # The gradients of the chunks are summed in the dtype of the weights that the chunks share: float32 or wider.
-    shared = jax.tree.map(_in_float32, model)
+    shared = jax.tree.map(_in_float32, models)
     remat = jax.checkpoint(functools.partial(project, shared), prevent_cse=False)
-    stats = jax.lax.map(lambda chunk: remat(*chunk), (split(states), split(targets)))
-    return dataclasses.replace(align(jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats)), aux=aux)
+    stats = jax.lax.map(lambda chunk: remat(*chunk), tuple(map(split, inputs)))
+    return jax.tree.map(lambda x: _join_time(x, time_parts, time_here), stats)
 
 
 AXES = ("batch", "length", "vocab")
 
 
-def _predictions(
+def predictions(
     model: Any, batch: TokenBatch, hidden: tuple[Array, Aux] | None
-) -> tuple[Array, Array, Callable[[TokenStats], TokenStats], Aux]:
+) -> tuple[Array, Array, Callable[[Any], Any], Aux]:
     """Hidden states [B, N, D], the tokens [B, N] that they predict, a function that aligns statistics to [B, T], and aux."""
     shared = shared_prompt.usable(batch, model.config) if hidden is None else None
     prompt = shared_prompt.common_width(batch)
@@ -171,7 +179,7 @@ def _measure(
 
 
 def _measure_forward(logits, targets, temperature, want_entropy, want_mean_logp, want_log_sum_sq):
-    z = _scaled(logits, temperature)
+    z = scaled_logits(logits, temperature)
     best = z.max(-1)
     weights = jnp.exp(z - best[..., None])
     total = weights.sum(-1)
@@ -193,7 +201,7 @@ def _measure_backward(temperature, want_entropy, want_mean_logp, want_log_sum_sq
     """Gradient of `_measure`. With p = softmax(z): d logp = 1[y] - p, d lse = p, d entropy = -p·(log p + entropy),
     d mean_logp = 1/V - p."""
     logits, targets, best, total, entropy = saved
-    z = _scaled(logits, temperature) - best[..., None]
+    z = scaled_logits(logits, temperature) - best[..., None]
     p = jnp.exp(z) / total[..., None]
     gradient = jnp.where(_chosen(targets, z), g.logp[..., None], 0.0) + p * (g.lse - g.logp)[..., None]
     if g.mean_logp is not None:
@@ -206,7 +214,8 @@ def _measure_backward(temperature, want_entropy, want_mean_logp, want_log_sum_sq
 _measure.defvjp(_measure_forward, _measure_backward)
 
 
-def _scaled(logits: Float[Array, "B T V"], temperature: float) -> Float[Array, "B T V"]:
+def scaled_logits(logits: Float[Array, "B T V"], temperature: float) -> Float[Array, "B T V"]:
+    """The logits divided by the temperature, in float32 or wider."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
 
 
