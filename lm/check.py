@@ -20,6 +20,7 @@ from lm.experiment import (
     reward_names,
     rows_per_example,
     rows_per_update,
+    start_of,
     strict,
     updates_per_step,
 )
@@ -40,6 +41,7 @@ def check(experiment: Experiment) -> Experiment:
     for number, stage in enumerate(experiment.stages):
         _check_stage(stage, m)
         _check_earlier(experiment.stages[:number], stage)
+        _check_teacher(experiment, number)
         for name in set(stage.evals) - set(known):
             raise UserError(f"{stage.name}.evals has {name!r}; the experiment's evals are {', '.join(known) or 'none'}")
     makers = [stage.name for stage in experiment.stages if stage.objective.produces == "rows"]
@@ -239,6 +241,25 @@ def _check_earlier(earlier: tuple[Stage, ...], stage: Stage) -> None:
     makers = [name for name, kind in kinds.items() if kind.produces == "rows"]
     for source in stage.sources:
         _check_made(f"{where} reads {source.path}; the earlier Collect stages are", source, makers)
+
+
+def _check_teacher(experiment: Experiment, number: int) -> None:
+    """Check the stage of this run that a stage learns from: it is an earlier one, and its prompts or its model differ."""
+    stage, start = experiment.stages[number], start_of(experiment, number)
+    name = stage.objective.teacher_name
+    if not name or ":" in name:
+        return
+    speaks = [s.name for s in experiment.stages[:number] if s.objective.produces == "policy"]
+    if name not in speaks:
+        raise UserError(
+            f"{stage.name}.objective.teacher is {name!r}; earlier stages that train a language model are {_listed(speaks)}, and "
+            "RUN:NAME is a stage of another run, hf:FOLDER or gguf:FILE open weights"
+        )
+    if start is not None and name == experiment.stages[start].name:
+        raise UserError(
+            f"{stage.name}.objective.teacher is {name!r}, the stage that {stage.name} starts from: leave teacher empty, set "
+            "teacher_prompt, or name another stage"
+        )
 
 
 def _check_made(what: str, source: Source, makers: list[str]) -> None:

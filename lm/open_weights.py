@@ -71,9 +71,14 @@ FORMATS: dict[str, WeightsFormat] = {
 }
 
 
+def names_weights(name: str) -> bool:
+    """Whether a name begins with the prefix of a format of open weights."""
+    return name.partition(":")[0] in FORMATS
+
+
 def normalised(init: str) -> str:
     """`PREFIX:PATH` of open weights; a path without a prefix is a GGUF file if it ends in .gguf, else a folder."""
-    if init.partition(":")[0] in FORMATS or not init:
+    if names_weights(init) or not init:
         return init
     return f"gguf:{init}" if init.endswith(".gguf") else f"hf:{init}"
 
@@ -126,6 +131,20 @@ def with_init(experiment: Experiment, said: Container[str] = ()) -> Experiment:
             experiment.tokenizer, vocab_size=rows, path=experiment.tokenizer.path or str(path)
         ),
     )
+
+
+def experiment_on(init: str, longest: int | None = None, like: Model | None = None) -> Experiment:
+    """An experiment without stages on open weights, with parameters in the dtype of the files.
+
+    Args:
+        longest: limit of the context, in tokens.
+        like: a model whose other fields of how a model runs it takes; None: their defaults.
+    """
+    format, path = located(init)
+    model, _ = format.describe(path)
+    running = {name: getattr(like or Model(), name) for name in RUNNING} | {"param_dtype": format.dtype(path)}
+    own = Model(max_len=min(model.max_len, longest or model.max_len), **running)
+    return with_init(Experiment(name="open", stages=(), init=init, model=own), ("model.max_len",))
 
 
 def _max_len(experiment: Experiment, most: int, said: bool, path: Path) -> int:

@@ -136,3 +136,13 @@ class CriticBatch(RolloutBatch):
     ref_logp: Float[Anywhere, "B T"]
     values: Float[Anywhere, "B T"]
     returns: Float[Anywhere, "B T"]
+
+
+@pytree
+class DistillBatch(RolloutBatch):
+    """Completions that the student sampled or that the data has, with the rows that the teacher reads.
+
+    A teacher's row has the student's completion in the same columns; its prompt may differ.
+    """
+
+    teacher: TokenBatch

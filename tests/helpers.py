@@ -15,6 +15,7 @@ from lm.experiment import (
     ORPO,
     PPO,
     SFT,
+    Distill,
     LoRA,
     Mesh,
     Model,
@@ -66,6 +67,7 @@ OBJECTIVES = {
         kl_coef=0.1,
         kl_correction=True,
     ),
+    "distill": Distill(max_new_tokens=8, teacher_prompt="{prompt} {answer}", beta=0.3, divergence_temperature=0.7),
 }
 
 
@@ -94,6 +96,7 @@ class EveryBatch(CriticBatch):
     ties: jax.Array
     desirable: jax.Array
     mismatched: TokenBatch
+    teacher: TokenBatch
 
 
 def with_moved_adapter(model: Transformer, lora: LoRA, seed: int, by=0.1) -> Transformer:
@@ -135,6 +138,7 @@ def random_batch(rows: int = 16, length: int = 16, seed: int = 0) -> EveryBatch:
         values=jnp.asarray(rng.standard_normal((rows, length)) * weights, jnp.float32),
         returns=jnp.asarray(rng.standard_normal((rows, length)) * weights, jnp.float32),
         mismatched=dataclasses.replace(plain, tokens=jnp.roll(plain.tokens, 1, axis=0)),
+        teacher=dataclasses.replace(plain, tokens=jnp.roll(plain.tokens, 1, axis=0)),
     )
 
 

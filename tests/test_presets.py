@@ -21,7 +21,20 @@ from lm.check import check
 from lm.cli.main import main
 from lm.config import presets
 from lm.config.presets import PRESETS
-from lm.experiment import CPO, DPO, GRPO, OBJECTIVES, PPO, Experiment, Mesh, RewardModel, Source, Stage, UserError
+from lm.experiment import (
+    CPO,
+    DPO,
+    GRPO,
+    OBJECTIVES,
+    PPO,
+    Distill,
+    Experiment,
+    Mesh,
+    RewardModel,
+    Source,
+    Stage,
+    UserError,
+)
 from lm.objectives.grpo import grpo
 from lm.overrides import override
 from lm.parallel.mesh import make_mesh
@@ -164,7 +177,8 @@ NOT_FIELDS = {
     "batch": "what it is trained on", "max_logits": "Model.max_logits", "head": "part of the model", "scorer": "a model",
     "want_entropy": "asked for by a step", "want_mean_logp": "asked for by a step", "want_log_sum_sq": "asked for by a step",
     "x": "what a surrogate reads of the tokens", "stats": "log-probabilities of the batch",
-    "logits": "made by the model", "size": "made by the batch",
+    "logits": "made by the model", "size": "made by the batch", "student": "the model that is trained", "vocab": "made by the models",
+    "models": "those that project to the vocabulary", "project": "statistics of logits",
 }  # fmt: skip
 
 
@@ -235,6 +249,9 @@ REFUSED_OTHERS = [
     (DPO(tau=0.3), "tau", "losses"),
     (CPO(gamma=2.0), "gamma", "loss"),
     (RewardModel(tie_width=2.0), "tie_width", "ties"),
+    (Distill(), "teacher", "teacher_prompt"),
+    (Distill(teacher="some:sft", on_policy=0.0, verifier="answer"), "verifier", "on_policy"),
+    (Distill(teacher="some:sft", on_policy=0.0, temperature=0.5), "temperature", "on_policy"),
 ]
 
 

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
-from lm.algorithms import cpo, dpo, grpo, kto, orpo, ppo, pretrain, reward_model, sft
+from lm import open_weights
+from lm.algorithms import cpo, distill, dpo, grpo, kto, orpo, ppo, pretrain, reward_model, sft
 from lm.algorithms.algorithm import Algorithm
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, LoRA, Model, Pretrain, RewardModel, Stage, reward_names
+from lm.changes import stored_experiment
+from lm.experiment import (
+    CPO,
+    DPO,
+    GRPO,
+    KTO,
+    ORPO,
+    PPO,
+    SFT,
+    Distill,
+    LoRA,
+    Model,
+    Pretrain,
+    RewardModel,
+    Stage,
+    from_dict,
+    reward_names,
+)
 from lm.model.flops import forward_flops_per_token, update_flops_per_token
 from lm.model.heads import Scorer
 from lm.model.lora import adapted, freeze_adapter
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
 from lm.train_step import TrainState, initial_state, partition
+
+Sizes = tuple[Model, int]
+"""Config of a language model, and the number of rows of its embedding."""
 
 ALGORITHMS: dict[type, Algorithm] = {
     Pretrain: pretrain.ALGORITHM,
@@ -30,6 +52,7 @@ ALGORITHMS: dict[type, Algorithm] = {
     RewardModel: reward_model.ALGORITHM,
     PPO: ppo.ALGORITHM,
     GRPO: grpo.ALGORITHM,
+    Distill: distill.ALGORITHM,
 }
 
 
@@ -44,6 +67,7 @@ def first_state(
     model: Transformer,
     scorers: tuple[Scorer, ...] = (),
     key: PRNGKeyArray | None = None,
+    teacher: Transformer | None = None,
 ) -> TrainState:
     """The initial training state of a stage, whose adapter is put on; what does not train shares its arrays with the models given.
 
@@ -56,11 +80,33 @@ def first_state(
     frozen: dict[str, Any] = {"reference": model} if algorithm.reads_reference(o) and not stage.lora.rank else {}
     if algorithm.keeps_scorers:
         frozen["scorers"] = scorers
+    if teacher is not None:
+        frozen["teacher"] = freeze_adapter(teacher)
     models = algorithm.models(o, model, scorers, key)
     models = {
         role: adapted(one, stage, jax.random.key(0) if key is None else key, role) for role, one in models.items()
     }
     return initial_state(stage, optimizer, models, algorithm.carry(o), frozen)
+
+
+def teacher_sizes(stage: Stage, config: Model, vocab_size: int) -> Sizes | None:
+    """Config and vocabulary of the model that a stage learns from, from its metadata; None without one.
+
+    Args:
+        config, vocab_size: those of the stage's own model, which earlier stages share.
+
+    Raises:
+        UserError: the open weights or the run do not exist.
+    """
+    name = stage.objective.teacher_name
+    if open_weights.names_weights(name):
+        found = open_weights.experiment_on(name, stage.seq_len, config)
+        return found.model, found.tokenizer.vocab_size
+    run = name.rpartition(":")[0]
+    if run:
+        experiment = from_dict(stored_experiment(Path(run)))
+        return experiment.model, experiment.tokenizer.vocab_size if experiment.init else vocab_size
+    return (config, vocab_size) if name else None
 
 
 def abstract_model(config: Model, vocab_size: int) -> Transformer:
@@ -74,6 +120,7 @@ def abstract_state(
     config: Model,
     vocab_size: int,
     before: tuple[LoRA, ...] = (),
+    teacher: Sizes | None = None,
 ) -> TrainState:
     """The first state of a stage, as shapes; reward models that it reads are taken to be as large as its language model.
 
@@ -81,27 +128,33 @@ def abstract_state(
 
     Args:
         before: adapters of earlier stages, whose factors the model keeps.
+        teacher: sizes of the model that the stage learns from; None: as `teacher_sizes` finds them.
 
     Raises:
         UserError: a pattern of `stage.trainable` matches no parameter, or nothing trains.
     """
-    state = _without_optimizer(stage, config, vocab_size, before)
+    teacher = teacher or teacher_sizes(stage, config, vocab_size)
+    state = _without_optimizer(stage, config, vocab_size, before, teacher)
     trained, _ = partition(state.models, stage)
     return dataclasses.replace(state, opt_state=jax.eval_shape(optimizer.init, trained))
 
 
 @functools.lru_cache(maxsize=64)
-def _without_optimizer(stage: Stage, config: Model, vocab_size: int, before: tuple[LoRA, ...]) -> TrainState:
+def _without_optimizer(
+    stage: Stage, config: Model, vocab_size: int, before: tuple[LoRA, ...], teacher: Sizes | None
+) -> TrainState:
     """`abstract_state` without optimizer state, cached because a plan needs it several times and tracing is slow."""
 
-    def make(model: Transformer, bodies: list[Transformer]) -> TrainState:
+    def make(model: Transformer, bodies: list[Transformer], learnt_from: Transformer | None) -> TrainState:
         for lora in before:
             earlier = dataclasses.replace(stage, lora=lora)
             model = freeze_adapter(adapted(model, earlier, jax.random.key(0), "policy"))
-        return first_state(stage, optax.identity(), model, tuple(Scorer(body, None) for body in bodies))
+        scorers = tuple(Scorer(body, None) for body in bodies)
+        return first_state(stage, optax.identity(), model, scorers, teacher=learnt_from)
 
     bodies = [abstract_model(config, vocab_size) for _ in reward_names(stage)]
-    traced, state = jax.make_jaxpr(make, return_shape=True)(abstract_model(config, vocab_size), bodies)
+    inputs = abstract_model(config, vocab_size), bodies, abstract_model(*teacher) if teacher else None
+    traced, state = jax.make_jaxpr(make, return_shape=True)(*inputs)
     leaves, tree = jax.tree.flatten(state)
     known: dict[int, Any] = {}
     return jax.tree.unflatten(
@@ -118,5 +171,6 @@ def flops_per_token(stage: Stage, model: Model, vocab_size: int, before: tuple[L
     models = abstract_state(stage, optax.identity(), model, vocab_size, before).models
     trained, _ = partition(models, stage)
     passes = algorithm_of(stage).extra_forward_passes(stage.objective)
-    others = passes * forward_flops_per_token(model, vocab_size, stage.seq_len)
+    read = teacher_sizes(stage, model, vocab_size) or (model, vocab_size)
+    others = passes * forward_flops_per_token(*read, stage.seq_len)
     return update_flops_per_token(models, trained, stage.seq_len) + others

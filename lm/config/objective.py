@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -66,7 +67,7 @@ class ObjectiveConfig:
     A subclass overrides what differs from the defaults below.
 
     data: kind of examples that a stage reads. A class that reads prompts has the fields max_new_tokens, temperature,
-        verifier, reward_seconds and tis_clip.
+        verifier and reward_seconds, and if it trains tis_clip.
     produces: result of a stage: a language model ("policy"), a reward model ("scorer"), or rows for later stages.
     learns_preferences: whether held-out pairs are evaluated with the implicit reward, relative to the model before the first
         stage of this kind.
@@ -150,6 +151,11 @@ class ObjectiveConfig:
         return True
 
     @property
+    def has_ratios(self) -> bool:
+        """Whether an importance correction of the sampler is possible, `tis_clip`."""
+        return self.samples
+
+    @property
     def corrects_sampler(self) -> bool:
         """Whether old log-probabilities are recomputed by the trainer, beside the sampler's, for an importance correction."""
         return False
@@ -158,6 +164,21 @@ class ObjectiveConfig:
     def reward_model_names(self) -> tuple[str, ...]:
         """Reward models used by the stage, as NAME or RUN:NAME."""
         return ()
+
+    @property
+    def teacher_name(self) -> str:
+        """The model that the stage learns from, beside the model before it: NAME, RUN:NAME or open weights; empty: none."""
+        return ""
+
+    @property
+    def privileged_prompt(self) -> str:
+        """The last turn of a prompt with what the policy does not read in training: {prompt} and columns of the row; empty: none."""
+        return ""
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether a stage that samples also trains on the answers of its rows."""
+        return False
 
     @property
     def caches_reference(self) -> bool:
@@ -217,6 +238,21 @@ def check_environment(where: str, environment: str, verifiers: tuple[str, ...]) 
         raise UserError(
             f"{where}.environment is {environment}, which gives its own rewards, so {where}.verifier {', '.join(verifiers)} "
             "would not be used: leave one of the two out"
+        )
+
+
+COLUMN = re.compile(r"\{(\w+)\}")
+"""A column's name in a privileged prompt."""
+PROMPT = "prompt"  # stands for the text of the prompt's last turn in it
+
+
+def check_privileged_prompt(where: str, template: str) -> None:
+    """Raise UserError if a privileged prompt lacks {prompt} or has no column beside it; `where` is its dotted name."""
+    columns = COLUMN.findall(template)
+    if template and (PROMPT not in columns or set(columns) == {PROMPT}):
+        raise UserError(
+            f"{where} is {template!r}; it should have {{prompt}} and the name of at least one column, as "
+            "'{prompt} The answer is {final}.', or be empty"
         )
 
 

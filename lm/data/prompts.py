@@ -108,11 +108,12 @@ def make_prompt_feed(
     elsewhere: Places = NOWHERE,
     max_new_tokens: int = 0,
     messages: MessagesOf = chat.prompt_messages,
+    also_read: Sequence[str] = (),
 ) -> PromptFeed:
     """The feed of prompts of a stage that samples, each prompt of at most prompt_len tokens.
 
     `columns` are required in every row (`lm.rollout.verifiers.NEEDS`); `max_new_tokens` is only used for advice in errors.
-    `messages` extracts the prompt's turns from (row, location). Every row of a file is checked here, and the first few
+    `messages` extracts the prompt's turns from (row, location); `also_read` are columns that it reads beside the prompt's. Every row of a file is checked here, and the first few
     hundred rows of a generator. Raises UserError if a prompt is too long or a column is missing, unless the source drops
     such rows.
     """
@@ -122,7 +123,7 @@ def make_prompt_feed(
         order = Order(None if split == "heldout" else order_key(seed, "prompts", number))
         endless = _endless(rows, order)
         checked = [indices[k] for k in range(LOOKED_AT)] if endless else indices
-        found = _look_at(rows, checked, tokenizer, columns, messages)
+        found = _look_at(rows, checked, tokenizer, columns, messages, also_read)
         kept, tally = _fitting(rows, checked, found, prompt_len, max_new_tokens)
         tally = replace(tally, partial=endless)
         if split == "train" and (number_withheld := withheld(source, rows, elsewhere)):
@@ -183,12 +184,17 @@ class _Found(NamedTuple):
 
 
 def _look_at(
-    rows: Rows, indices: Sequence[int], tokenizer: TextTokenizer, columns: Sequence[ColumnNeed], messages: MessagesOf
+    rows: Rows,
+    indices: Sequence[int],
+    tokenizer: TextTokenizer,
+    columns: Sequence[ColumnNeed],
+    messages: MessagesOf,
+    also_read: Sequence[str],
 ) -> _Found:
     """Measure prompts. Raises BadRow for the first row without a prompt or a column, unless the source drops bad rows."""
     lengths, flaws = np.zeros((2, len(indices)), np.int64)
     errors, unread, left_out = dict[int, str](), dict[str, None](), Counter[str]()
-    others = bad_rows.names_of_needs(columns)
+    others = [*bad_rows.names_of_needs(columns), *also_read]
     for number, index in enumerate(indices):
         row, where = rows[index], rows.where(index)
         try:

@@ -63,6 +63,14 @@ def load_tokenizer(
     return SubwordTokenizer.load(folder)
 
 
+def same_vocabulary(one: TextTokenizer, other: TextTokenizer) -> bool:
+    """Whether two tokenizers have the same token at every id, but for ids that one of them shows no text for."""
+    if one.fingerprint == other.fingerprint or one.vocab_size != other.vocab_size:
+        return one.fingerprint == other.fingerprint
+    texts = ([each.decode([number], specials=True) for each in (one, other)] for number in range(one.vocab_size))
+    return all(left == right or not (left and right) for left, right in texts)
+
+
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> SubwordTokenizer:
     """Train a tokenizer, or take the cached one of the same texts; saves it into `folder`."""
     hashed = hashlib.sha256()

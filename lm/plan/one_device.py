@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lm.algorithms.table import abstract_state, algorithm_of
+from lm.algorithms.table import Sizes, abstract_state, algorithm_of
 from lm.experiment import LoRA, Model, Stage, rows_per_example
 from lm.optimizer import at_least_float32, make_optimizer
 from lm.parallel.rules import RULES, ways
@@ -33,16 +33,22 @@ SPLIT = ("vocab", "heads", "kv_heads", "mlp")  # dimensions of parameters that a
 
 def one_device(program: Program) -> Program:
     """A program whose model and vocabulary have the sizes of one device's share."""
-    model, sizes = program.model, program.sizes
-    local = dataclasses.replace(
-        model,
-        num_heads=model.num_heads // ways("heads", sizes),
-        num_kv_heads=model.num_kv_heads // ways("kv_heads", sizes),
-        mlp_dim=model.mlp_dim // ways("mlp", sizes),
-        max_logits=model.max_logits * ways("length", sizes),  # the limit is per device, but rows are traced whole
-        scan_unroll=1,  # the same memory and work, faster to trace
-    )
-    return dataclasses.replace(program, model=local, vocab_size=-(-program.vocab_size // ways("vocab", sizes)))
+    sizes = program.sizes
+
+    def share(model: Model, vocab_size: int) -> Sizes:
+        local = dataclasses.replace(
+            model,
+            num_heads=model.num_heads // ways("heads", sizes),
+            num_kv_heads=model.num_kv_heads // ways("kv_heads", sizes),
+            mlp_dim=model.mlp_dim // ways("mlp", sizes),
+            max_logits=model.max_logits * ways("length", sizes),  # the limit is per device, but rows are traced whole
+            scan_unroll=1,  # the same memory and work, faster to trace
+        )
+        return local, -(-vocab_size // ways("vocab", sizes))
+
+    model, vocab_size = share(program.model, program.vocab_size)
+    teacher = share(*program.teacher) if program.teacher else None
+    return dataclasses.replace(program, model=model, vocab_size=vocab_size, teacher=teacher)
 
 
 def local_batch(program: Program) -> tuple[int, int]:
@@ -61,13 +67,13 @@ def analysis_of(program: Program) -> Analysis:
 def gradient_block(program: Program) -> tuple[TracedBlock, set[Value]]:
     """The traced gradient computation of one device's rows (without optimizer), and which of its inputs are parameters."""
     local, (rows, tokens) = one_device(program), local_batch(program)
-    shapes = local.model, local.vocab_size, local.before
+    shapes = local.model, local.vocab_size, local.before, local.teacher
     return _gradient_block(local.stage, shapes, rows, tokens, single_device_mesh(program))
 
 
 @functools.lru_cache(maxsize=64)
 def _gradient_block(
-    stage: Stage, shapes: tuple[Model, int, tuple[LoRA, ...]], rows: int, tokens: int, mesh: AbstractMesh
+    stage: Stage, shapes: tuple[Model, int, tuple[LoRA, ...], Sizes | None], rows: int, tokens: int, mesh: AbstractMesh
 ) -> tuple[TracedBlock, set[Value]]:
     state = abstract_state(stage, optax.identity(), *shapes)
     step = algorithm_of(stage).step(stage, optax.identity())
@@ -81,12 +87,14 @@ def _gradient_block(
 def update_block(program: Program) -> TracedBlock:
     """The traced optimizer update, a function of (gradients, optimizer state, parameters)."""
     local = one_device(program)
-    return _update_block(local.stage, local.model, local.vocab_size, local.before)
+    return _update_block(local.stage, local.model, local.vocab_size, local.before, local.teacher)
 
 
 @functools.lru_cache(maxsize=64)
-def _update_block(stage: Stage, model: Model, vocab_size: int, before: tuple[LoRA, ...]) -> TracedBlock:
-    params, _ = partition(abstract_state(stage, optax.identity(), model, vocab_size, before).models, stage)
+def _update_block(
+    stage: Stage, model: Model, vocab_size: int, before: tuple[LoRA, ...], teacher: Sizes | None
+) -> TracedBlock:
+    params, _ = partition(abstract_state(stage, optax.identity(), model, vocab_size, before, teacher).models, stage)
     optimizer = make_optimizer(stage.optimizer, 1)
     gradients = jax.eval_shape(at_least_float32, params)
     return block_of(jax.make_jaxpr(optimizer.update)(gradients, jax.eval_shape(optimizer.init, params), params))
@@ -106,8 +114,8 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
     gradient, is assumed to be split like it. Sizes are sorted, because a gradient may be computed transposed.
     """
     found: dict[tuple[int, ...], int] = {}
-    params = one_device(program).state().models
-    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    state = one_device(program).state()
+    for leaf in jax.tree.leaves((state.frozen, state.models), is_leaf=lambda x: isinstance(x, nnx.Variable)):
         names: tuple[str, ...] = leaf.get_metadata("out_sharding")
         shape = leaf.get_value().shape
         count = 1

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.algorithms.table import abstract_model, abstract_state, algorithm_of
+from lm.algorithms.table import Sizes, abstract_model, abstract_state, algorithm_of, teacher_sizes
 from lm.experiment import (
     Experiment,
     LoRA,
@@ -38,6 +38,7 @@ class Program:
     Attributes:
         sizes: size of each mesh axis, including slices.
         before: adapters of earlier stages, whose factors the model keeps.
+        teacher: config and vocabulary of the model that the stage learns from, if its objective names one.
     """
 
     stage: Stage
@@ -46,6 +47,7 @@ class Program:
     topology: Topology
     sizes: dict[str, int]
     before: tuple[LoRA, ...] = ()
+    teacher: Sizes | None = None
 
     @property
     def rows(self) -> int:
@@ -71,7 +73,7 @@ class Program:
 
     def state(self) -> TrainState:
         """The training state with abstract values."""
-        return abstract_state(self.stage, self.optimizer, self.model, self.vocab_size, self.before)
+        return abstract_state(self.stage, self.optimizer, self.model, self.vocab_size, self.before, self.teacher)
 
     def trained(self) -> Models:
         """The trained models with abstract values, and None for each frozen parameter."""
@@ -87,12 +89,13 @@ def abstract_batch(stage: Stage, rows: int, length: int) -> TokenBatch:
     o = stage.objective
     whole, real = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     plain = TokenBatch(tokens=whole, weights=real, segments=whole, positions=whole)
-    special: dict[str, Any] = vars(plain) | {"mismatched": plain}
+    special: dict[str, Any] = vars(plain) | {"mismatched": plain, "teacher": plain}
     special |= dict.fromkeys(("margins", "ties", "desirable"), jax.ShapeDtypeStruct((rows,), jnp.float32))
     if o.samples:  # prompts have equal width and need no logits
         group = o.completions_per_prompt
         group, rest = divmod(group, o.updates_per_step if group > 1 else 1)
         special["shared"] = NOTHING_SHARED if rest else SharedPrompt(group, length - o.max_new_tokens)
+        special["teacher"] = dataclasses.replace(plain, shared=special["shared"])
     kind = algorithm_of(stage).batch(o)
     return kind(**{field.name: special.get(field.name, real) for field in dataclasses.fields(kind)})
 
@@ -115,4 +118,5 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
         )
     check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, platform="tpu")
     before = adapters_before(experiment, [one.name for one in experiment.stages].index(stage.name))
-    return Program(stage, experiment.model, experiment.tokenizer.vocab_size, topology, sizes, before)
+    shapes = experiment.model, experiment.tokenizer.vocab_size
+    return Program(stage, *shapes, topology, sizes, before, teacher_sizes(stage, *shapes))

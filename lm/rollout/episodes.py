@@ -21,6 +21,7 @@ from lm.config.field import shown
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, ColumnNeed
 from lm.data.chat import as_messages, check_conversation, prompt_messages, tools_of
+from lm.data.privileged import answer_tokens, context_columns, context_messages, with_answers
 from lm.data.prompts import MessagesOf, PromptFeed, make_prompt_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
@@ -92,10 +93,16 @@ def environment_spec(
 
 @dataclass(frozen=True)
 class Tasks:
-    """Source of a stage's episodes: prompts as a pure function of the step, and their environment."""
+    """Source of a stage's episodes: prompts as a pure function of the step, and their environment.
+
+    `privileged_feed` has the same tasks with the privileged prompts, if the objective has them; `answer` gives the tokens of the
+    answer that a row has, if the stage trains on them.
+    """
 
     feed: PromptFeed
     spec: EnvironmentSpec
+    privileged_feed: PromptFeed | None = None
+    answer: Callable[[Mapping[str, Any], str], list[int]] | None = None
 
     def report(self) -> str:
         """Lines for the log: the prompts, and the notes of their environment."""
@@ -112,6 +119,10 @@ def make_tasks(stage: Stage, tokenizer: TextTokenizer, seed: int, elsewhere: Pla
     spec = environment_spec(
         o.verifier_names, o.environment_name, stage.name, f"{stage.name}.objective", o.reward_seconds
     )
+    answer = functools.partial(answer_tokens, spec.messages, tokenizer) if o.reads_answers else None
+    messages = with_answers(spec.messages, answer) if answer else spec.messages
+    read = context_columns(o.privileged_prompt)
+    told = functools.partial(context_messages, messages, o.privileged_prompt) if read else messages
     feed = make_prompt_feed(
         stage.sources,
         stage.batch_size,
@@ -121,9 +132,11 @@ def make_tasks(stage: Stage, tokenizer: TextTokenizer, seed: int, elsewhere: Pla
         columns=spec.columns,
         elsewhere=elsewhere,
         max_new_tokens=o.max_new_tokens,
-        messages=spec.messages,
+        messages=told,
+        also_read=read,
     )
-    return Tasks(feed, spec)
+    # The privileged prompts are the longer ones, so that they were checked.
+    return Tasks(dataclasses.replace(feed, messages=spec.messages), spec, feed if read else None, answer)
 
 
 def first_messages(make: Callable[[], Environment], seconds: float, task: Mapping[str, Any], where: str) -> Messages:

@@ -103,6 +103,7 @@ def train_stage(
     model: Transformer,
     base: dict[str, str],
     scorers: tuple[Scorer, ...],
+    teacher: Transformer | None,
     evaluator: Evaluator,
     began: float,
 ) -> None:
@@ -110,7 +111,7 @@ def train_stage(
 
     Args:
         base: what its checkpoints record of the model's base (`recorded_base`).
-        scorers: the reward models that the stage reads.
+        scorers, teacher: the reward models that the stage reads, and the model that it learns from if its objective names one.
         began: time.monotonic() when this session's work on the stage began.
 
     Raises:
@@ -120,7 +121,7 @@ def train_stage(
     stage = run.experiment.stages[index]
     folder = run.folder.stage_folder(stage.name)
     key = jax.random.fold_in(jax.random.key(run.experiment.seed), index)
-    state, step_fn = start_state(stage, model, run.mesh, scorers, key)
+    state, step_fn = start_state(stage, model, run.mesh, scorers, key, teacher)
     with (
         contextlib.closing(batches),
         MetricsLog(folder, listener(run.callbacks, stage.name)) as log,
@@ -187,8 +188,7 @@ def summarise(
     """Write the stage's summary.json, whose existence marks the stage as finished.
 
     Args:
-        tokens: number of tokens trained on.
-        size: number of parameters.
+        tokens, size: number of tokens trained on, and of parameters.
         data: description of the data, as text.
         sources: counts of each source's examples (`Tally.to_json`).
         more: further entries: `files` (SHA-256 of the files for later stages, by name), `evals` (skipped rows by eval).
@@ -387,16 +387,21 @@ def _count_tokens(batch: TokenBatch) -> jax.Array:
 
 
 def start_state(
-    stage: Stage, model: Transformer, mesh: Mesh, scorers: tuple[Scorer, ...] = (), key: PRNGKeyArray | None = None
+    stage: Stage,
+    model: Transformer,
+    mesh: Mesh,
+    scorers: tuple[Scorer, ...] = (),
+    key: PRNGKeyArray | None = None,
+    teacher: Transformer | None = None,
 ) -> tuple[TrainState, Step]:
     """The sharded state at step 0 of a stage, and its step function, which compiles on first use.
 
     Args:
-        scorers: the reward models that the stage reads.
+        scorers, teacher: the reward models that the stage reads, and the model that it learns from if its objective names one.
         key: random key of new parameters (a reward model's head).
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps * updates_per_step(stage))
-    given = set_base(model, stage.lora.base, mesh), scorers, key
+    given = set_base(model, stage.lora.base, mesh), scorers, key, teacher
 
     def init(*given: Any) -> Any:
         return split_state(first_state(stage, optimizer, *given), stage)

@@ -16,7 +16,7 @@ from lm import open_weights
 from lm.algorithms.table import abstract_state
 from lm.config.objective import ObjectiveConfig
 from lm.data.text_tokenizer import TextTokenizer
-from lm.data.vocabulary import load_tokenizer, named_tokenizer
+from lm.data.vocabulary import load_tokenizer, named_tokenizer, same_vocabulary
 from lm.experiment import (
     COLLECTED,
     Experiment,
@@ -37,7 +37,7 @@ from lm.model.heads import Scorer
 from lm.model.lora import adapted, base_of, freeze_adapter, has_adapter, without_base
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
-from lm.open_weights import vocabulary_rows
+from lm.open_weights import experiment_on, vocabulary_rows
 from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import abstract, shardings
@@ -263,6 +263,66 @@ def _scorer_stage(experiment: Experiment, folder: RunFolder, stage: str) -> Obje
     return found
 
 
+def load_teacher(
+    experiment: Experiment,
+    folder: RunFolder,
+    tokenizer: TextTokenizer,
+    mesh: DeviceMesh,
+    stage: Stage,
+    known: Known = NONE_KNOWN,
+) -> Transformer | None:
+    """Load the model that a stage learns from: a stage of this run or of another, or open weights; None if it names none.
+
+    Raises:
+        UserError: there is no such model, or it has another vocabulary than this run.
+    """
+    name = stage.objective.teacher_name
+    if not name:
+        return None
+    other, (run, _, last) = check_teacher(stage, tokenizer, experiment.model), name.rpartition(":")
+    if other is None:
+        return load_model(experiment, folder, tokenizer, mesh, name, known)
+    if other.init == name:
+        return open_weights.read(other, mesh)
+    return load_model(other, RunFolder(Path(run)), load_tokenizer(RunFolder(Path(run)).tokenizer), mesh, last)
+
+
+def check_teacher(stage: Stage, tokenizer: TextTokenizer, like: Model) -> Experiment | None:
+    """The experiment of a teacher that is not of this run, checked before anything is trained; None for others.
+
+    Args:
+        like: the model of this run, as which open weights run.
+
+    Raises:
+        UserError: there is no such run, stage or folder, or it has another vocabulary or a shorter context than the stage.
+    """
+    name, where = stage.objective.teacher_name, f"{stage.name}.objective.teacher is {stage.objective.teacher_name}"
+    run, _, last = name.rpartition(":")
+    if open_weights.names_weights(name):
+        found = experiment_on(name, stage.seq_len, like)
+        theirs = named_tokenizer(found.tokenizer)
+    elif run:
+        folder = RunFolder(Path(run))
+        found, theirs = from_dict(folder.read_experiment()), load_tokenizer(folder.tokenizer)
+        speaks = [s.name for s in found.stages if s.objective.produces == "policy"]
+        if last not in speaks:
+            raise UserError(f"{where}; the stages of {run} that train a language model are {', '.join(speaks)}")
+        if not Checkpoints(folder.checkpoints(last)).steps():
+            raise UserError(f"{where}; {run} has no checkpoint of stage {last!r} yet: `lm run` trains it")
+    else:
+        return None
+    if not same_vocabulary(theirs, tokenizer):
+        raise UserError(
+            f"{where}, whose vocabulary of {theirs.vocab_size} tokens is not that of this run, {tokenizer.vocab_size} tokens: their "
+            "distributions cannot be compared; use its tokenizer for this run, tokenizer.path"
+        )
+    if found.model.max_len < stage.seq_len:
+        raise UserError(
+            f"{where}, whose context is {found.model.max_len} tokens: {stage.name}.seq_len {stage.seq_len} should be at most that"
+        )
+    return found
+
+
 def scorers_before(
     experiment: Experiment,
     folder: RunFolder,
@@ -363,7 +423,7 @@ def load_run(run_dir: Path, stage: str | None = None, longest: int | None = None
     if is_open_weights(run_dir):
         if stage:
             raise UserError(f"{run_dir} is no run, and has no stage {stage!r}")
-        return load_open_weights(experiment_on(run_dir, longest))
+        return load_open_weights(experiment_on(str(run_dir), longest))
     folder = RunFolder(run_dir)
     experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
     # One device, since the run may have used a larger machine.
@@ -399,14 +459,6 @@ def load_adapters(loaded: LoadedRun, run_dir: Path, folders: Sequence[str]) -> d
         model = read_adapter(folder.expanduser(), loaded.model, family, loaded.mesh)
         found[name] = replace(loaded, model=model)
     return found
-
-
-def experiment_on(path: Path, longest: int | None = None) -> Experiment:
-    """An experiment without stages on open weights, with parameters in the dtype of the files."""
-    format, _ = open_weights.located(str(path))
-    model, _ = format.describe(path)
-    own = Model(max_len=min(model.max_len, longest or model.max_len), param_dtype=format.dtype(path))
-    return open_weights.with_init(Experiment(name="open", stages=(), init=str(path), model=own), ("model.max_len",))
 
 
 def load_open_weights(experiment: Experiment) -> LoadedRun:

@@ -81,10 +81,12 @@ class RolloutBatches(Batches):
         sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
         self.latest = algorithm_of(self.stage).rollout(engine, state, self.tasks, self.stage, step, key, self.place)
-        if self.folder:
+        if self.folder and self.latest.trajectories:
             self.notes |= keep_trajectories(self.folder, self.stage, step + 1, self.latest)
         # Every process has the whole rollout and places its own devices' rows.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
+        if not self.latest.trajectories:  # nothing was sampled
+            return batches, self.latest.metrics
         once = batches[: o.updates_per_epoch]  # the first epoch: each row of the rollout once
         pieces = self.stage.microbatches
         views = [trainer_view(model, batch, o.temperature, pieces) for batch in once]
@@ -107,9 +109,10 @@ class RolloutBatches(Batches):
             f"much as rounding in {config.compute_dtype} at temperature {o.temperature:g} may make"
         )
         if not o.tis_clip:
+            corrected = f"{where}.objective.tis_clip 2 corrects for it by importance weights; "
             raise UserError(
-                f"{where}: {told}: gradients would be of another policy. {where}.objective.tis_clip 2 corrects for it by "
-                "importance weights; model.compute_dtype float32 reduces rounding"
+                f"{where}: {told}: gradients would be of another policy. {corrected if o.has_ratios else ''}model.compute_dtype "
+                "float32 reduces rounding"
             )
         self.notes["sampler_gap"] = f"{told}: importance weights up to {o.tis_clip:g} (tis_clip) correct for it"
 

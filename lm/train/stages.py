@@ -44,7 +44,7 @@ from lm.model.heads import Scorer
 from lm.model.lora import without_adapter
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
-from lm.open_weights import check_weights, fingerprint, located, vocabulary_rows, with_init
+from lm.open_weights import check_weights, fingerprint, located, names_weights, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.mesh import check_fits, make_mesh
 from lm.rollout.episodes import make_tasks
@@ -61,12 +61,14 @@ from lm.train.metrics import KINDS, read_lines
 from lm.train.models import (
     LoadedRun,
     check_reward_models,
+    check_teacher,
     check_trained_parts,
     inputs_ready,
     is_collected,
     load_adapters,
     load_open_weights,
     load_run,
+    load_teacher,
     model_before,
     record_origin,
     scorers_before,
@@ -228,6 +230,7 @@ def _prepare_data(
 
     run_on_main(record)
     raise_on_all(lambda: check_reward_models(experiment, tokenizer))
+    raise_on_all(lambda: [check_teacher(stage, tokenizer, experiment.model) for stage in experiment.stages])
     return tokenizer, raise_on_all(lambda: held_out_elsewhere(experiment))
 
 
@@ -235,15 +238,18 @@ def _train(run: RunContext, index: int, batches: Batches | None, began: float) -
     """Train a stage from the models that it needs; `batches` is None for data that did not exist when the run started."""
     where = run.experiment, run.folder, run.tokenizer, run.mesh
     stage = run.experiment.stages[index]
-    base = "model" if reward_names(stage) else stage.lora.base  # reward models share the original base
+    shares_base = reward_names(stage) or stage.objective.teacher_name  # these models need the original base
+    base = "model" if shares_base else stage.lora.base
     model, fingerprint = model_before(*where, index, base=base)
     known = {base_stage(run.experiment, start_of(run.experiment, index)): model}
     scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage), known))
     if not stage.objective.trains:
         return collect_stage(run, index, model, scorers, began)
     ready = batches or raise_on_all(lambda: _batches(run, index))
+    teacher = raise_on_all(lambda: load_teacher(*where, stage, known))
     recorded = recorded_base(stage, model, fingerprint)  # before quantisation, whose rounding may depend on the device
-    train_stage(run, index, ready, model, recorded, scorers, make_evaluator(*where, index, model), began)
+    evaluator = make_evaluator(*where, index, model)
+    train_stage(run, index, ready, model, recorded, scorers, teacher, evaluator, began)
 
 
 def _check_experiment(experiment: Experiment, until: str | None) -> tuple[Experiment, int]:
@@ -352,7 +358,8 @@ def fingerprints(experiment: Experiment) -> dict[str, str]:
     sources = [source for stage in experiment.stages for source in stage.sources]
     read = {source.path: source for source in [*sources, *(item.source for item in experiment.evals)]}
     functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
-    weights = {experiment.init: fingerprint(experiment.init)} if experiment.init else {}
+    named = {experiment.init, *(stage.objective.teacher_name for stage in experiment.stages)}
+    weights = {name: fingerprint(name) for name in sorted(filter(names_weights, named))}
     if experiment.adapter:
         weights[experiment.adapter] = file_sha256(Path(experiment.adapter).expanduser() / WEIGHTS)
     return (

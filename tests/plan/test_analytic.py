@@ -1,13 +1,30 @@
 """Plans by arithmetic: every experiment in seconds, memory as the compiler has it, sampler, layouts, advice."""
 
 import dataclasses
+import json
 import typing
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from lm.experiment import CPO, DPO, GRPO, KTO, ORPO, PPO, SFT, Layer, LoRA, Model, Pretrain, RewardModel, UserError
+from lm.experiment import (
+    CPO,
+    DPO,
+    GRPO,
+    KTO,
+    ORPO,
+    PPO,
+    SFT,
+    Distill,
+    Layer,
+    LoRA,
+    Model,
+    Pretrain,
+    RewardModel,
+    UserError,
+    to_dict,
+)
 from lm.files import load
 from lm.model.attention import attention_mask
 from lm.model.flops import forward_flops_per_token
@@ -30,6 +47,7 @@ OBJECTIVES = {
     "orpo": ORPO(),
     "kto": KTO(),
     "grpo": GRPO(max_new_tokens=64, group_size=4, kl_coef=0.1),
+    "distill": Distill(teacher_prompt="{prompt} {answer}", max_new_tokens=64),
     "reward_model": RewardModel(),
     "ppo": PPO(reward_models=("reward",), max_new_tokens=64),
     "ppo_head": PPO(verifier="answer", max_new_tokens=64, critic="head"),
@@ -109,14 +127,28 @@ def test_every_objective_is_planned(name):
     found = plan(experiment(OBJECTIVES[name]))
     described = found.to_json()
     assert described["fits"] and 0 < described["mfu"] < 1 and described["step_ms"] >= described["bound_ms"] > 0
-    assert (described["sampler"] is not None) == (name in ("grpo", "ppo", "ppo_head"))
+    assert (described["sampler"] is not None) == (name in ("grpo", "distill", "ppo", "ppo_head"))
     of_pairs = dict.fromkeys(("dpo", "dpo_cached", "dpo_mixed", "cpo", "orpo", "reward_model"), 32)
     rows = {**of_pairs, "grpo": 64}.get(name, 16)
-    others = {"dpo": 1, "dpo_mixed": 1, "grpo": 1, "kto": 3}.get(name, 0)
+    others = {"dpo": 1, "dpo_mixed": 1, "grpo": 1, "distill": 1, "kto": 3}.get(name, 0)
     policies, scorers = {"reward_model": (0, 1), "ppo": (1, 1)}.get(name, (1, 0))
     whole, body = (forward_flops_per_token(found.program.model, size, 256) for size in (1024, 0))
     per_token = (3 * policies + others) * whole + 3 * scorers * body
     assert model_flops(found.program) == pytest.approx(per_token * rows * 256 / 4)
+
+
+def test_a_larger_teacher_is_counted(tmp_path):
+    """Its parameters in the state, its forward pass in the FLOPs."""
+    small = experiment(Distill(teacher_prompt="{prompt} {answer}", max_new_tokens=64))
+    large = dataclasses.replace(small, model=dataclasses.replace(small.model, num_layers=2 * small.model.num_layers))
+    (tmp_path / "experiment.json").write_text(json.dumps(to_dict(large)))
+    told = experiment(Distill(teacher=f"{tmp_path}:train", max_new_tokens=64))
+    found, before, whole = plan(told), plan(small), plan(large)
+    assert found.memory.reference == whole.memory.reference > before.memory.reference
+    sizes = [forward_flops_per_token(one.model, 1024, 256) for one in (small, large)]
+    assert model_flops(found.program) == pytest.approx(
+        model_flops(before.program) * (3 * sizes[0] + sizes[1]) / (4 * sizes[0])
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 128, 129, 130, 300, 512, 4096])
