@@ -27,10 +27,11 @@ REASONS = (
     "with a value that cannot be read",
     "with a system column that disagrees",
     "that the chat template refuses",
+    "with chat_template_kwargs that cannot be read",
 )
 (
     WHOLE, EMPTY_ANSWER, EQUAL_ANSWERS, EMPTY_TEXT, UNMARKED, JSON, COLUMNS, TURNS, TOOLS, REASONING, CONTENT, FLAG, PROMPTS,
-    FIELDS, VALUE, SYSTEM, TEMPLATE,
+    FIELDS, VALUE, SYSTEM, TEMPLATE, VARIABLES,
 ) = range(len(REASONS))  # fmt: skip
 ADVICE = "; bad_rows drop leaves such rows out, counted"
 

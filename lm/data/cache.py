@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from lm.experiment import UserError
 from lm.stored import NO_LOCKS, cache_folder, file_sha256, read_json, sealed, unsealed
 
-VERSION = 10  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
+VERSION = 11  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
 TOLD_SECONDS = 1.0  # after this time a process that waits for another one prints a line
 ABANDONED_SECONDS = 86_400.0
 SETTLED_SECONDS = 2.0  # a file modified more recently may change again without a new mtime

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, Unreadable, missing_columns
 from lm.data.chatml import REASONING_KEYS
-from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, TOOL_COLUMNS, canonical, flag
+from lm.data.layouts import LAYOUTS, SYSTEM_COLUMNS, TOOL_COLUMNS, VARIABLE_COLUMN, canonical, flag
 from lm.data.split import canonical_json
-from lm.data.text_tokenizer import LossOn, Message, Rendered, TextTokenizer, Tools
+from lm.data.text_tokenizer import LossOn, Message, Rendered, TextTokenizer, Tools, Variables
 
 ROLES = ("system", "user", "assistant", "tool")
 FOLLOWING = {
@@ -24,6 +24,9 @@ FOLLOWING = {
 NO_PLACE = "answers that are labelled or collected are kept without them; leave such prompts out"
 LARGEST_MARGIN = 3e38  # of a float32
 SHOWN_BEFORE = 20  # characters shown before the place where two prompts differ
+NO_VARIABLES: Variables = {}
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+"""Variables of a chat template that a row cannot set by name."""
 MARKS = ("weight", "train", "loss")  # flags of a turn: 0 takes it out of the loss
 READ_KEYS = frozenset(
     (
@@ -43,10 +46,11 @@ READ_KEYS = frozenset(
 
 
 class ChatInput(NamedTuple):
-    """A conversation, and the definitions of the tools that the assistant may call in it."""
+    """A conversation, the definitions of the tools that the assistant may call in it, and variables of the chat template."""
 
     messages: list[dict[str, Any]]
     tools: Tools = None
+    variables: Variables = NO_VARIABLES
 
 
 def render(
@@ -57,15 +61,16 @@ def render(
     learn_end: bool = True,
     where: str = "",
     tools: Tools = None,
+    variables: Variables = NO_VARIABLES,
 ) -> Rendered:
     """Render messages in the tokenizer's chat format; see `TextTokenizer.render`. A BadRow that it raises names `where`."""
     try:
-        return tokenizer.render(messages, generation_prompt, loss_on, learn_end, tools)
+        return tokenizer.render(messages, generation_prompt, loss_on, learn_end, tools, variables)
     except BadRow as error:
         hint = ""
         if error.reason == bad_rows.TEMPLATE and (texts := _with_text_arguments(messages)) != list(messages):
             with contextlib.suppress(BadRow):
-                tokenizer.render(texts, generation_prompt, loss_on, learn_end, tools)
+                tokenizer.render(texts, generation_prompt, loss_on, learn_end, tools, variables)
                 hint = "; this template takes the arguments of a tool call as JSON text, and here they are an object"
         raise BadRow(f"{where}: {error}{hint}" if where else f"{error}{hint}", error.reason) from error
 
@@ -86,15 +91,17 @@ def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def plain_prompt(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """`prompt_messages` of a row where nothing can be done with tools. Raises BadRow for definitions of tools."""
+    """`prompt_messages` of a row whose answer is kept without tools and template variables. Raises BadRow for such rows."""
     refuse_tools(row, where)
     return prompt_messages(row, where)
 
 
 def refuse_tools(row: Mapping[str, Any], where: str) -> None:
-    """Raise BadRow for definitions of tools, which would be lost with the answers."""
+    """Raise BadRow for definitions of tools and for template variables, which would be lost with the answers."""
     if tools_of(row, where):
         raise BadRow(f"{where}: the prompt has tools, and {NO_PLACE}", bad_rows.TOOLS)
+    if variables_of(row, where):
+        raise BadRow(f"{where}: the prompt has {VARIABLE_COLUMN}, and {NO_PLACE}", bad_rows.VARIABLES)
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> Tools:
@@ -108,6 +115,23 @@ def tools_of(row: Mapping[str, Any], where: str) -> Tools:
         if isinstance(value, str) and value.lstrip().startswith(("[", "{")) and value.strip() not in ("[]", "{}"):
             raise BadRow(f"{where}: {name} is not valid JSON: {value!r:.60}", bad_rows.TOOLS)
     return None
+
+
+def variables_of(row: Mapping[str, Any], where: str) -> Variables:
+    """The variables that a row gives the chat template, in its column `chat_template_kwargs`: an object, or its JSON text."""
+    value = row.get(VARIABLE_COLUMN)
+    if isinstance(value, str) and value.strip():
+        with contextlib.suppress(ValueError, RecursionError):  # of no JSON: it stays a text, and is refused
+            value = json.loads(value)
+    if value in (None, "", {}):
+        return NO_VARIABLES
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise BadRow(f"{where}: {VARIABLE_COLUMN} must be an object, found {value!r:.60}", bad_rows.VARIABLES)
+    if taken := [name for name in value if name in GIVEN]:
+        raise BadRow(
+            f"{where}: {VARIABLE_COLUMN} has {taken[0]}, which comes from the row's other columns", bad_rows.VARIABLES
+        )
+    return {name: one for name, one in value.items() if one is not None}
 
 
 def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> None:

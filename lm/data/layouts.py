@@ -26,6 +26,7 @@ ROLE_NAMES = {
 TALK_COLUMNS = ("messages", "conversations")  # whole conversations
 ANSWER_COLUMNS = ("chosen", "rejected", "completion")
 SYSTEM_COLUMNS = ("system", "system_prompt")
+VARIABLE_COLUMN = "chat_template_kwargs"  # variables of a published model's chat template
 TOOL_COLUMNS = ("tools", "functions")  # definitions of tools; functions: without the wrapping of tools
 EMPTY: tuple[Any, ...] = (None, "", [], {}, ())  # values of a flag that mean nothing
 EMPTY_MARKS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")

@@ -47,8 +47,9 @@ def answer_tokens(messages: MessagesOf, tokenizer: TextTokenizer, row: Mapping[s
     """
     prompt = render_prompt(messages, row, tokenizer, where).tokens
     said = chat.training_messages(row, where)
+    told = row if tokenizer.has_template else {}
     whole = chat.render(
-        said, tokenizer, where=where, tools=chat.tools_of(row, where) if tokenizer.has_template else None
+        said, tokenizer, where=where, tools=chat.tools_of(told, where), variables=chat.variables_of(told, where)
     )
     end = len(whole.mask) - whole.mask[::-1].index(1) if any(whole.mask) else 0
     if whole.tokens[: len(prompt)] != prompt or end <= len(prompt):

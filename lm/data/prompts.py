@@ -167,7 +167,8 @@ def render_prompt(messages: MessagesOf, row: Mapping[str, Any], tokenizer: TextT
     """
     told = tokenizer.has_template or messages is chat.prompt_messages
     asked, tools = messages(row, where), chat.tools_of(row, where) if told else None
-    return chat.render(asked, tokenizer, generation_prompt=True, where=where, tools=tools)
+    variables = chat.variables_of(row, where) if tokenizer.has_template else chat.NO_VARIABLES
+    return chat.render(asked, tokenizer, generation_prompt=True, where=where, tools=tools, variables=variables)
 
 
 class _Found(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 Message = Mapping[str, Any]  # role, content, and `train`: False where a flag takes the turn out of the loss
 LossOn = Literal["answers", "all"]
 Tools = Sequence[Any] | None  # definitions of the tools that the assistant may call
+Variables = Mapping[str, Any]  # of a chat template
 
 
 # Parts of a conversation that a chat template may leave out, by number, as the cache stores them. Append new ones at the end.
@@ -93,11 +94,22 @@ class TextTokenizer(Protocol):
         loss_on: LossOn = "answers",
         learn_end: bool = True,
         tools: Tools = None,
+        variables: Variables | None = None,
     ) -> Rendered:
-        """Ids and loss mask of a conversation; with `generation_prompt` it ends with the header of the next answer."""
+        """Ids and loss mask of a conversation; with `generation_prompt` it ends with the header of the next answer.
+
+        Args:
+            variables: of the chat template, in addition to the model's own; without a template they have no effect.
+        """
         ...
 
-    def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
+    def continuation(
+        self,
+        messages: Sequence[Message],
+        reply: Sequence[Message],
+        tools: Tools = None,
+        variables: Variables | None = None,
+    ) -> list[int]:
         """The ids of the reply, from the end token of the last message to the header of the next answer."""
         ...
 

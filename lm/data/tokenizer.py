@@ -20,7 +20,7 @@ from pathlib import Path
 import sentencepiece
 
 from lm.data.chatml import END_OF_TEXT, SPECIALS, TURN_END, TURN_START, render_chatml
-from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools
+from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools, Variables
 from lm.data.tokenizer_json import SPACE, published_files
 from lm.experiment import UserError
 from lm.stored import write_atomic
@@ -115,11 +115,18 @@ class SubwordTokenizer:
         loss_on: LossOn = "answers",
         learn_end: bool = True,
         tools: Tools = None,
+        variables: Variables | None = None,
     ) -> Rendered:
         """Render a conversation in ChatML."""
         return render_chatml(messages, self, generation_prompt, loss_on, learn_end, tools)
 
-    def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
+    def continuation(
+        self,
+        messages: Sequence[Message],
+        reply: Sequence[Message],
+        tools: Tools = None,
+        variables: Variables | None = None,
+    ) -> list[int]:
         """The ids of the reply, from the end token of the last message to the header of the next answer."""
         return [*self.encode("\n"), *self.render(reply, generation_prompt=True, tools=tools).tokens]
 

@@ -301,6 +301,9 @@ def unread_columns(
     if isinstance(row, Unreadable):
         return
     known = ("key", *layouts.TOOL_COLUMNS, *others)
+    if template_words and isinstance(variables := row.get(layouts.VARIABLE_COLUMN), Mapping):
+        known = (*known, layouts.VARIABLE_COLUMN)
+        yield from (f"{layouts.VARIABLE_COLUMN}.{name}" for name in variables if name not in template_words)
     names = frozenset(str(name) for name, value in row.items() if value is not None and name not in known)
     used = layouts.read_columns(names, reads)
     yield from sorted(names - used)
@@ -337,7 +340,7 @@ def _make_conversation(row: Row, where: str, how: Rendering) -> Made:
     messages = chat.training_messages(row, where, how.loss_on)
     learnt = [turn for turn in messages if turn.get("train", True)]
     answers = [turn for turn in learnt if turn["role"] == "assistant"]
-    example = chat.ChatInput(messages, chat.tools_of(row, where))
+    example = chat.ChatInput(messages, chat.tools_of(row, where), chat.variables_of(row, where))
     if not (answers if how.loss_on == "answers" else learnt):
         return Made((example,), flaw=bad_rows.UNMARKED)
     return Made((example,), flaw=0 if all(chat.said_by(turn).strip() for turn in answers) else bad_rows.EMPTY_ANSWER)
@@ -347,15 +350,16 @@ def _make_pair(row: Row, where: str, how: Rendering) -> Made:
     """A preference pair, the chosen conversation and then the rejected, with loss on the last answer."""
     sides = chat.preference_messages(row, where)
     numbers = {"ties": float(chat.is_tie(row, where)), "margins": chat.margin_of(row, where) if how.margins else 0.0}
-    tools = chat.tools_of(row, where)
-    examples = tuple(chat.ChatInput(side, tools) for side in sides)
+    offered = chat.tools_of(row, where), chat.variables_of(row, where)
+    examples = tuple(chat.ChatInput(side, *offered) for side in sides)
     return Made(examples, numbers, 0 if numbers["ties"] else _flaw(*sides))
 
 
 def _make_judged(row: Row, where: str, _: Rendering) -> Made:
     """A labelled answer, with loss on it."""
     messages, label = chat.judged_messages(row, where)
-    return Made((chat.ChatInput(messages, chat.tools_of(row, where)),), {"labels": label}, _flaw(messages))
+    example = chat.ChatInput(messages, chat.tools_of(row, where), chat.variables_of(row, where))
+    return Made((example,), {"labels": label}, _flaw(messages))
 
 
 def _encode_conversations(tokenizer: TextTokenizer, conversations: Sequence[Any], how: Rendering) -> Columns:
@@ -364,7 +368,14 @@ def _encode_conversations(tokenizer: TextTokenizer, conversations: Sequence[Any]
         [
             chat.Rendered([], [])
             if one is None
-            else chat.render(one.messages, tokenizer, loss_on=how.loss_on, learn_end=how.learn_end, tools=one.tools)
+            else chat.render(
+                one.messages,
+                tokenizer,
+                loss_on=how.loss_on,
+                learn_end=how.learn_end,
+                tools=one.tools,
+                variables=one.variables,
+            )
             for one in conversations
         ],
     )
@@ -374,7 +385,11 @@ def _encode_answers(tokenizer: TextTokenizer, conversations: Sequence[Any], _: R
     """Encode conversations with loss on the last turn only."""
     examples, prompts = [], []
     for one in conversations:
-        found = chat.render(one.messages, tokenizer, tools=one.tools) if one else chat.Rendered([], [])
+        found = (
+            chat.render(one.messages, tokenizer, tools=one.tools, variables=one.variables)
+            if one
+            else chat.Rendered([], [])
+        )
         start = found.last_turn
         examples.append(found._replace(mask=[0] * start + found.mask[start:]))
         prompts.append(start)

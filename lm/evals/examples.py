@@ -27,7 +27,7 @@ from lm.data.bad_rows import (
     missing_columns,
     names_of_needs,
 )
-from lm.data.chat import is_tie, render, said_by, tools_of, training_messages
+from lm.data.chat import is_tie, render, said_by, tools_of, training_messages, variables_of
 from lm.data.prompts import render_prompt
 from lm.data.selection import heldout_rows
 from lm.data.text_tokenizer import TextTokenizer
@@ -131,7 +131,8 @@ def _conversations(item: Eval, tokenizer: TextTokenizer, max_len: int) -> Exampl
 
     def add(row: dict[str, Any], where: str) -> str:
         messages = training_messages(row, where)
-        tokens, mask = render(messages, tokenizer, where=where, tools=tools_of(row, where))[:2]
+        tools, variables = tools_of(row, where), variables_of(row, where)
+        tokens, mask = render(messages, tokenizer, where=where, tools=tools, variables=variables)[:2]
         answers = [said_by(turn) for turn in messages if turn["role"] == "assistant" and turn.get("train", True)]
         if not answers:
             return REASONS[UNMARKED]

@@ -20,7 +20,7 @@ from jaxtyping import Int32, PRNGKeyArray
 from lm.config.field import shown
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, ColumnNeed
-from lm.data.chat import as_messages, check_conversation, prompt_messages, tools_of
+from lm.data.chat import as_messages, check_conversation, prompt_messages, tools_of, variables_of
 from lm.data.privileged import answer_tokens, context_columns, context_messages, with_answers
 from lm.data.prompts import MessagesOf, PromptFeed, make_prompt_feed
 from lm.data.sources import NOWHERE
@@ -274,8 +274,9 @@ class Episode:
         if not isinstance(reply, list):
             self.finish = reply or (STOP if self.completed else LENGTH)
             return
-        tools = tools_of(self.task, "the task") if tokenizer.has_template else None
-        tokens = tokenizer.continuation(self.messages, reply, tools)
+        told = self.task if tokenizer.has_template else {}  # an environment may have columns of these names for itself
+        offered = tools_of(told, "the task"), variables_of(told, "the task")
+        tokens = tokenizer.continuation(self.messages, reply, *offered)
         if not self.completed or self.used + len(tokens) >= budget:
             self.finish = LENGTH
             return

@@ -32,7 +32,7 @@ from lm.data.hub.vocabulary import (
     control_pieces,
     split_at,
 )
-from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools
+from lm.data.text_tokenizer import LossOn, Message, Rendered, Tools, Variables
 from lm.experiment import UserError
 
 TypedControl = Literal["text", "token"]
@@ -59,6 +59,7 @@ class ShieldedChat:
 
     messages: list[dict[str, Any]]
     tools: Any
+    variables: Mapping[str, Any]
     output: str  # generation blocks between marks
     shields: Shields
     letters: Iterator[str]
@@ -207,16 +208,23 @@ class HubTokenizer:
         loss_on: LossOn = "answers",
         learn_end: bool = True,
         tools: Tools = None,
+        variables: Variables | None = None,
     ) -> Rendered:
         """See `TextTokenizer`; `render_chat` returns more details."""
-        found = self.render_chat(messages, tools, generation_prompt, loss_on, learn_end)
+        found = self.render_chat(messages, tools, generation_prompt, loss_on, learn_end, variables)
         return Rendered(found.tokens, found.mask, found.last_start, found.straddling, found.left_out)
 
-    def continuation(self, messages: Sequence[Message], reply: Sequence[Message], tools: Tools = None) -> list[int]:
+    def continuation(
+        self,
+        messages: Sequence[Message],
+        reply: Sequence[Message],
+        tools: Tools = None,
+        variables: Variables | None = None,
+    ) -> list[int]:
         """See `TextTokenizer`. Raises TemplateError if the reply changes the rendering of earlier messages."""
         reader, given = self._reader("tool_use" if tools else "default"), _bare([*messages, *reply])
-        talk, shields = self._read(reader, given, tools, {}, False)
-        asked, again = self._read(reader, given, tools, {}, True)
+        talk, shields = self._read(reader, given, tools, variables or {}, False)
+        asked, again = self._read(reader, given, tools, variables or {}, True)
         spans = [one for one in talk.spans if one.turn < len(messages)]
         end = spans[-1].end if spans else 0
         if shields != again or talk.text[:end] != asked.text[:end]:
@@ -268,9 +276,9 @@ class HubTokenizer:
         one = self._shielded(reader, messages, tools, variables, prompt)
         if prompt:
             text = without_blocks(one.output)[0]
-            left_out = reader.left_out(one.messages, one.tools, variables, one.letters, text)
+            left_out = reader.left_out(one.messages, one.tools, one.variables, one.letters, text)
             return Conversation(text, (), left_out), one.shields
-        return reader.read(one.messages, one.tools, variables, one.letters, one.output), one.shields
+        return reader.read(one.messages, one.tools, one.variables, one.letters, one.output), one.shields
 
     def _shielded(
         self, reader: Reader, messages: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any], prompt: bool
@@ -284,14 +292,14 @@ class HubTokenizer:
         plain = reader.template.render(messages, tools, prompt, variables)
         for wide in (shields, narrow):
             given = [_put_shields(turn, narrow if turn.get("role") == "assistant" else wide) for turn in messages]
-            offered = wide.put(tools)
+            offered, named = wide.put(tools), wide.put(dict(variables))
             text = (
                 plain
-                if (given, offered) == (messages, tools)
-                else reader.template.render(given, offered, prompt, variables)
+                if (given, offered, named) == (messages, tools, variables)
+                else reader.template.render(given, offered, prompt, named)
             )
             if shields.remove(text) == plain:
-                return ShieldedChat(given, offered, text, shields, letters)
+                return ShieldedChat(given, offered, named, text, shields, letters)
         raise TemplateError(
             f"{reader.template.where}: the template depends on control tokens that a message spells out; "
             "tokenizer.typed_control token accepts them as control tokens"
