@@ -118,7 +118,8 @@ def grpo_rollout(
     if o.drop_truncated:
         ended = jnp.asarray([found[i].ended for i in chosen])
         batch = dataclasses.replace(batch, weights=np.asarray(drop_truncated(batch.weights, ended)))
-    return Rollout(spread(batch, o.updates_per_rollout), found, advantages, chosen, metrics)
+    rows = np.concatenate([chosen[i :: o.updates_per_rollout] for i in range(o.updates_per_rollout)])
+    return Rollout(spread(batch, o.updates_per_rollout), found, advantages, chosen, metrics, rows=rows)
 
 
 def reward_columns(trajectories: Sequence[Trajectory], names: Sequence[str]) -> Float[np.ndarray, "N K"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lm.algorithms.algorithm import Algorithm, reference_of
 from lm.experiment import PPO, Stage
@@ -144,14 +144,22 @@ def ppo_rollout(
     advantages = per_token["advantages"].sum(1) / np.maximum(host.weights.sum(1), 1)
     batches = make_minibatches(CriticBatch(**vars(host) | per_token), o, key)
     found = [rescored(one, score) for one, score in zip(found, scores.tolist(), strict=True)]
-    return Rollout(batches, found, advantages, np.arange(count), metrics, has_trainer_logp=o.corrects_sampler)
+    return Rollout(
+        batches, found, advantages, np.arange(count), metrics, has_trainer_logp=o.corrects_sampler,
+        rows=epoch_order(key, 0, count),
+    )  # fmt: skip
+
+
+def epoch_order(key: PRNGKeyArray, epoch: int, count: int) -> Int[np.ndarray, " B"]:
+    """The random order of a rollout's `count` rows in an epoch."""
+    return np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), count))
 
 
 def make_minibatches(batch: CriticBatch, o: PPO, key: PRNGKeyArray) -> list[CriticBatch]:
     """Minibatches of a rollout for all epochs; each epoch contains every row once, in a random order."""
     batches = []
     for epoch in range(o.epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.tokens)))
+        order = epoch_order(key, epoch, len(batch.tokens))
         batches += [jax.tree.map(lambda x, rows=rows: x[rows], batch) for rows in np.split(order, o.minibatches)]
     return batches
 

@@ -68,7 +68,8 @@ class Trajectory:
 class Rollout:
     """Result of a step's sampling: the batches of its updates, and all trajectories with their advantages.
 
-    `chosen` are the trajectories that are in the batches, in order. `has_trainer_logp`: `old_logp` of the batches is already
+    `chosen` are the trajectories that are in the batches, in order; `rows` is the trajectory of each row of the first
+    epoch's batches, None where that is `chosen`. `has_trainer_logp`: `old_logp` of the batches is already
     the trainer's, not the sampler's.
     """
 
@@ -78,6 +79,7 @@ class Rollout:
     chosen: Int[np.ndarray, " B"]
     metrics: dict[str, float]
     has_trainer_logp: bool = False
+    rows: Int[np.ndarray, " B"] | None = None
 
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:

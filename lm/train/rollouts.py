@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lm.algorithms.algorithm import reference_of
 from lm.algorithms.table import algorithm_of
 from lm.data.pipeline import make_feed
 from lm.data.sources import NOWHERE
@@ -26,7 +27,7 @@ from lm.experiment import (
 from lm.model.heads import policy_of
 from lm.model.lora import merged
 from lm.model.transformer import Transformer
-from lm.parallel.distributed import to_devices
+from lm.parallel.distributed import fetch, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.engine import LocalEngine
 from lm.rollout.episodes import Tasks, make_tasks
@@ -44,9 +45,9 @@ from lm.rollout.sampler_gap import (
 from lm.rollout.trajectory import Rollout
 from lm.train.batches import Batches, CachedReferenceBatches
 from lm.train.metrics import MetricsLog
-from lm.train.trajectory_writer import keep_trajectories
+from lm.train.trajectory_writer import TokenNumbers, keep_trajectories, token_numbers
 from lm.train_step import TrainState
-from lm.types import RolloutBatch
+from lm.types import CriticBatch, RolloutBatch
 
 _merged = jax.jit(merged, static_argnames="dtype")
 GROUPS_SHOWN = 3  # groups of a rollout that are logged as samples
@@ -81,8 +82,6 @@ class RolloutBatches(Batches):
         sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
         self.latest = algorithm_of(self.stage).rollout(engine, state, self.tasks, self.stage, step, key, self.place)
-        if self.folder and self.latest.trajectories:
-            self.notes |= keep_trajectories(self.folder, self.stage, step + 1, self.latest)
         # Every process has the whole rollout and places its own devices' rows.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
         if not self.latest.trajectories:  # nothing was sampled
@@ -91,12 +90,32 @@ class RolloutBatches(Batches):
         pieces = self.stage.microbatches
         views = [trainer_view(model, batch, o.temperature, pieces) for batch in once]
         gap = sampler_gap(views, once, precision(model.config))
+        if self.folder:
+            numbers = self._token_numbers(self.latest, state, once, views)
+            self.notes |= keep_trajectories(self.folder, self.stage, step + 1, self.latest, numbers)
         if o.samples_as_trained and is_suspicious(gap, self.agreement):
             self.agreement = agreement(model, views, once, gap, o.temperature, pieces)
             self._check(gap, self.agreement, step, model.config)
         if o.corrects_sampler and not self.latest.has_trainer_logp:
             batches = [with_trainer_logp(batch, view) for batch, view in zip(batches, views, strict=True)]
         return batches, self.latest.metrics | gap.metrics()
+
+    def _token_numbers(
+        self, rollout: Rollout, state: TrainState, batches: list[RolloutBatch], views: list[TrainerView]
+    ) -> TokenNumbers:
+        """What the trajectory file keeps of the trainer's numbers; the reference's log-probabilities if the step reads them."""
+        if not self.stage.trajectory_mb:
+            return {}
+        algorithm, o = algorithm_of(self.stage), self.stage.objective
+        columns = {"trainer_logp": [view.logp for view in views]}
+        if issubclass(algorithm.batch(o), CriticBatch):
+            columns["ref_logp"] = [vars(batch)["ref_logp"] for batch in batches]
+            columns["token_advantages"] = [batch.advantages for batch in batches]
+        elif algorithm.reads_reference(o):
+            reference, pieces = reference_of(state.models, state.frozen), self.stage.microbatches
+            columns["ref_logp"] = [trainer_view(reference, batch, o.temperature, pieces).logp for batch in batches]
+        rows = rollout.chosen if rollout.rows is None else rollout.rows
+        return token_numbers(rows, rollout.batches[: len(batches)], fetch(columns))
 
     def _check(self, gap: SamplerGap, found: GapBound, step: int, config: Model) -> None:
         """Raise UserError if rounding does not explain the sampler gap; with importance correction, only note a warning."""

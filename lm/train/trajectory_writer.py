@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float32, Int
 
 from lm.data.chat import said_by
 from lm.experiment import Stage, UserError
 from lm.parallel.distributed import run_on_main
-from lm.rollout.trajectory import AUTHORS, Rollout
+from lm.rollout.trajectory import AUTHORS, MODEL, Rollout, Trajectory
 from lm.stored import write_atomic
 from lm.train.metrics import json_value
 from lm.train.trajectory_files import FOLDER, trajectory_files
+from lm.types import RolloutBatch
 
 MEGABYTE = 10**6
+
+TokenNumbers = Mapping[int, Mapping[str, Float32[np.ndarray, " T"]]]
+"""Trajectory, by its place in the rollout -> column -> a number for each of its tokens."""
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("author", pa.string())])
 SCHEMA = pa.schema(
@@ -35,20 +42,50 @@ SCHEMA = pa.schema(
         ("trained", pa.bool_()),  # whether an update used it
         ("version", pa.int32()),
         ("finish", pa.string()),
+        # Of trajectories in the batches, 0 on tokens that the model did not sample; null: not computed.
+        ("trainer_logp", pa.list_(pa.float32())),  # the trainer's, before the step's first update
+        ("ref_logp", pa.list_(pa.float32())),  # the reference's, for a KL penalty
+        ("token_advantages", pa.list_(pa.float32())),  # where the tokens of a trajectory have different ones
+        ("largest_gap", pa.float32()),  # largest |logp - trainer_logp|
+        ("sampled", pa.int32()),  # number of tokens that the model sampled
+        ("errors", pa.int32()),  # number of the environment's messages that report an error
     ],
     metadata={"authors": ", ".join(f"{number} {name}" for number, name in enumerate(AUTHORS))},
 )
 
 
-def keep_trajectories(folder: Path, stage: Stage, step: int, rollout: Rollout) -> dict[str, str]:
+def token_numbers(
+    rows: Int[np.ndarray, " R"], batches: Sequence[RolloutBatch], columns: Mapping[str, Sequence[np.ndarray]]
+) -> TokenNumbers:
+    """Per-token arrays of batches, as numbers of each trajectory's tokens.
+
+    Args:
+        rows: the trajectory of each row of the batches, in order.
+        batches: on the host.
+        columns: for each column an array [B, T] of every batch.
+    """
+    real = np.concatenate([batch.segments > 0 for batch in batches])
+    whole = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return {
+        int(trajectory): {name: values[row][real[row]] for name, values in whole.items()}
+        for row, trajectory in enumerate(rows)
+    }
+
+
+def keep_trajectories(
+    folder: Path, stage: Stage, step: int, rollout: Rollout, numbers: TokenNumbers | None = None
+) -> dict[str, str]:
     """Write the trajectories of step `step` (from 1) on process 0, and remove the oldest files beyond `trajectory_mb`.
+
+    Args:
+        numbers: what the trainer computed for the tokens, by column of SCHEMA.
 
     Returns warnings by kind: that one step needs more than the limit.
 
     Raises:
         UserError: the file cannot be written.
     """
-    size = (run_on_main(lambda: _write(folder, stage, step, rollout)) if stage.trajectory_mb else 0) or 0
+    size = (run_on_main(lambda: _write(folder, stage, step, rollout, numbers or {})) if stage.trajectory_mb else 0) or 0
     if size <= stage.trajectory_mb * MEGABYTE:
         return {}
     return {
@@ -57,13 +94,13 @@ def keep_trajectories(folder: Path, stage: Stage, step: int, rollout: Rollout) -
     }
 
 
-def _write(folder: Path, stage: Stage, step: int, rollout: Rollout) -> int:
+def _write(folder: Path, stage: Stage, step: int, rollout: Rollout, numbers: TokenNumbers) -> int:
     """Write the file of a step and remove the oldest files beyond the limit; returns the size of the new file in bytes.
 
     Raises:
         UserError: the file cannot be written.
     """
-    content = _parquet(step, rollout, stage.objective.completions_per_prompt)
+    content = _parquet(step, rollout, stage.objective.completions_per_prompt, numbers)
     path = folder / FOLDER / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +118,7 @@ def _write(folder: Path, stage: Stage, step: int, rollout: Rollout) -> int:
     return len(content)
 
 
-def _parquet(step: int, rollout: Rollout, group_size: int) -> bytes:
+def _parquet(step: int, rollout: Rollout, group_size: int, numbers: TokenNumbers) -> bytes:
     trained = set(rollout.chosen.tolist())
     rows = [
         {
@@ -101,12 +138,23 @@ def _parquet(step: int, rollout: Rollout, group_size: int) -> bytes:
             "trained": number in trained,
             "version": one.version,
             "finish": one.finish,
+            "sampled": one.length,
+            "errors": sum(bool(turn.get("error")) for turn in one.messages),
+            **_token_columns(one, numbers.get(number, {})),
         }
         for number, (one, advantage) in enumerate(zip(rollout.trajectories, rollout.advantages, strict=True))
     ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def _token_columns(one: Trajectory, numbers: Mapping[str, Float32[np.ndarray, " T"]]) -> Mapping[str, object]:
+    """The trainer's columns of a trajectory."""
+    own = one.authors == MODEL
+    if "trainer_logp" not in numbers or not own.any():
+        return numbers
+    return {**numbers, "largest_gap": float(np.abs(one.logp - numbers["trainer_logp"])[own].max())}
 
 
 def _text(text: str) -> str:
