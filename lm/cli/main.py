@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": "compare runs over seeds, with intervals and p-values",
     "rerun": "train a run again and check that every number is the same",
     "reproduce": "test a claim of a paper, and write the verdict",
+    "rollouts": "look at sampled trajectories on a page, token by token",
     "report": "write report.html: samples, held-out numbers and curves of a run",
     "launch": "start a run on a TPU pod, a cluster, or in local processes",
 }

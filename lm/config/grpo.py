@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -179,6 +180,15 @@ class GRPO(ObjectiveConfig):
     @property
     def samples_as_trained(self) -> bool:
         return self.sampler == "same"
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        bounds = {
+            "clipped": (1 - self.clip_low, 1 + self.clip_high),
+            "gmpo": (math.exp(-self.clip_low), math.exp(self.clip_high)),
+            "cispo": (0.0, self.clip_high),
+        }
+        return bounds.get(self.surrogate, super().ratio_bounds)
 
     @property
     def corrects_sampler(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -159,6 +160,11 @@ class ObjectiveConfig:
     def corrects_sampler(self) -> bool:
         """Whether old log-probabilities are recomputed by the trainer, beside the sampler's, for an importance correction."""
         return False
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        """Bounds of the importance ratio, within which a token has a gradient."""
+        return 0.0, math.inf
 
     @property
     def reward_model_names(self) -> tuple[str, ...]:

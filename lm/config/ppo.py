@@ -122,6 +122,10 @@ class PPO(ObjectiveConfig):
         return self.minibatches
 
     @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        return 1 - self.clip, 1 + self.clip
+
+    @property
     def corrects_sampler(self) -> bool:
         return self.tis_clip > 0
 

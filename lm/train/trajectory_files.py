@@ -74,9 +74,24 @@ def read_trajectories(path: Path, columns: list[str] | None = None) -> list[dict
     Raises:
         UserError: the file is damaged, or cannot be read.
     """
+    return read_columns(path, columns).to_pylist()
+
+
+def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read columns of a trajectory file, or all; one that an older lm did not write is null.
+
+    Raises:
+        UserError: the file is damaged, or cannot be read.
+    """
     content = _read(path)
     try:
-        return pq.read_table(pa.BufferReader(content), columns=columns).to_pylist()
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            there = set(file.schema_arrow.names)
+            table = file.read([name for name in columns if name in there] if columns is not None else None)
+            table.validate(full=True)
+        for name in [name for name in columns or () if name not in there]:
+            table = table.append_column(name, pa.nulls(len(table)))
+        return table
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged: it is no Parquet file of trajectories ({error!s:.100}); remove the folder"

@@ -7,11 +7,13 @@ import shutil
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lm.experiment import GRPO, Experiment, Mesh, Model, Source, Stage, Tokenizer, UserError
+from lm.algorithms.ppo import epoch_order, make_minibatches
+from lm.experiment import GRPO, PPO, Experiment, Mesh, Model, Source, Stage, Tokenizer, UserError
 from lm.rollout.trajectory import AUTHORS, Rollout, Trajectory
 from lm.train.stages import run
 from lm.train.trajectory_files import (
@@ -23,7 +25,8 @@ from lm.train.trajectory_files import (
     step_of,
     trajectory_files,
 )
-from lm.train.trajectory_writer import MEGABYTE, keep_trajectories
+from lm.train.trajectory_writer import MEGABYTE, keep_trajectories, token_numbers
+from lm.types import CriticBatch, array_fields
 from lm.user_functions import SEARCH_PATH
 from tests.helpers import tiny_stage
 from tests.train.runs import forget_last_checkpoint, metrics
@@ -175,7 +178,7 @@ def finished(tmp_path_factory):
 
 
 def guessing(folder: Path) -> Experiment:
-    objective = GRPO(environment="guess:Guess", group_size=4, max_new_tokens=32, kl_coef=0.1, updates_per_rollout=2)
+    objective = GRPO(environment="guess:Guess", group_size=4, max_new_tokens=46, kl_coef=0.1, updates_per_rollout=2)
     return Experiment(
         name="guess",
         prompts=(),
@@ -200,9 +203,24 @@ def test_two_turns_are_trained_on_and_written(finished):
     assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
     # Float32: what the sampler said over both turns is what the trainer computes.
     assert max(line["sampler_gap_max"] for line in lines) < 1e-4
+    assert max(row["largest_gap"] for row in rows) < 1e-4, "a row has the trainer's numbers of its own tokens"
+    for row in rows[:16]:  # the first step's policy is the reference
+        np.testing.assert_allclose(row["ref_logp"], row["trainer_logp"], atol=1e-4)
+        assert row["token_advantages"] is None and row["sampled"] == np.sum(np.array(row["authors"]) == 1)
     sampled = np.mean([np.sum(np.array(row["authors"]) == 1) for row in rows[:16]])
     assert lines[0]["completion_length"] == pytest.approx(sampled)
     assert lines[0]["reward"] == pytest.approx(np.mean([row["reward"] for row in rows[:16]]))
+
+
+def test_the_numbers_of_shuffled_minibatches_are_their_rows_own():
+    o, key, size = PPO(minibatches=2, epochs=2), jax.random.key(1), 6
+    values = np.tile(np.arange(size, dtype=np.float32)[:, None], (1, 4))
+    real = np.triu(np.ones((size, 4), np.int32))  # so that rows have 4, 3, 2, 1, 0 and 0 tokens
+    fields = dict.fromkeys(array_fields(CriticBatch), values) | {"segments": real}
+    once = make_minibatches(CriticBatch(**fields), o, key)[: o.updates_per_epoch]
+    found = token_numbers(epoch_order(key, 0, size), once, {"trainer_logp": [batch.old_logp for batch in once]})
+    for trajectory in range(size):
+        assert found[trajectory]["trainer_logp"].tolist() == [trajectory] * max(0, 4 - trajectory)
 
 
 @pytest.mark.slow
