@@ -6,6 +6,7 @@ in the label page's format), made.jsonl (preference pairs or conversations: the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from lm.choices.desk import Desk, standing
 from lm.choices.export import preferences, write_rows
 from lm.choices.log import open_log, read_log
 from lm.choices.pairs import Answer as Answered
 from lm.choices.pairs import Pair, make_task, text_of
+from lm.config.collect import NO_LEAST
 from lm.data.chat import plain_prompt, prompt_messages
 from lm.data.sources import load_rows
 from lm.experiment import Collect, Stage, UserError
@@ -47,6 +49,7 @@ from lm.train.watchdog import PATIENCE
 ANSWERS, LABELS = "answers.jsonl", "labels.jsonl"
 PEOPLE = "people"
 ANSWER_FIELDS = {"answers": list}
+HINTED = 2**30  # folded into a step's key for the answers to its prompts with the hint
 
 Row = dict[str, Any]
 
@@ -111,22 +114,50 @@ def _answer(
     stage: Stage[Collect] = run.experiment.stages[index]
     o = stage.objective
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.experiment.seed), index), step)
+    scored = functools.partial(_scored_answers, run, stage, model, scorers, step=step)
+    found, scores, line = scored(tasks, key=key)
+    groups = [found[start : start + o.answers] for start in range(0, len(found), o.answers)]
+    made = [_row(group, marks) for group, marks in zip(groups, scores, strict=True)]
+    missed = [number for number, marks in enumerate(scores) if marks and max(marks) < o.least_score]
+    if o.least_score > NO_LEAST:
+        line["solved"] = 1 - len(missed) / len(made)
+    if missed and tasks.privileged_feed:
+        hinted = dataclasses.replace(tasks, feed=tasks.privileged_feed)
+        more, again, metrics = scored(hinted, key=jax.random.fold_in(key, HINTED))
+        for number in missed:
+            made[number]["answers"] += [one.text for one in more[number * o.answers : (number + 1) * o.answers]]
+            made[number]["scores"] += again[number] or []
+        line["solved_with_hint"] = float(np.mean([max(row["scores"]) >= o.least_score for row in made]))
+        line |= timeout_metric(int(sum(one.get("reward_timeouts", 0) for one in (line, metrics))))
+        found += more
+    folder = run.folder.stage_folder(stage.name)
+    keep_trajectories(folder, stage, step + 1, Rollout([], found, np.zeros(len(found)), np.arange(0), {}))
+    return made, line, sum(one.length for one in found)
+
+
+def _scored_answers(
+    run: RunContext,
+    stage: Stage[Collect],
+    model: Transformer,
+    scorers: tuple[Scorer, ...],
+    tasks: Tasks,
+    *,
+    step: int,
+    key: PRNGKeyArray,
+) -> tuple[list[Trajectory], list[list[float] | None], dict[str, float]]:
+    """Sample the answers to each prompt of a step: trajectories, scores of each prompt's (None where people judge), metrics."""
+    o = stage.objective
     found, timeouts = sample_trajectories(
         LocalEngine(model, run.tokenizer), tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
         group_size=o.answers, judged=not (o.judge or scorers),
     )  # fmt: skip
-    folder = run.folder.stage_folder(stage.name)
-    keep_trajectories(folder, stage, step + 1, Rollout([], found, np.zeros(len(found)), np.arange(0), {}))
     line = sample_metrics(found)
-    groups = [found[start : start + o.answers] for start in range(0, len(found), o.answers)]
-    scores: list[list[float] | None] = [None] * len(groups)
-    if o.judge != PEOPLE:
-        judged = _scores(run, scorers, tasks, found, o.max_new_tokens) if scorers else rewards_of(found)
-        check_finite(judged, [one.prompt for one in found], f"{stage.name}, step {step + 1}")
-        line |= {"reward": float(judged.mean())} | timeout_metric(timeouts)
-        scores = list(judged.reshape(-1, o.answers).astype(float).tolist())
-    made = [_row(group, marks) for group, marks in zip(groups, scores, strict=True)]
-    return made, line, sum(one.length for one in found)
+    if o.judge == PEOPLE:
+        return found, [None] * (len(found) // o.answers), line
+    judged = _scores(run, scorers, tasks, found, o.max_new_tokens) if scorers else rewards_of(found)
+    check_finite(judged, [one.prompt for one in found], f"{stage.name}, step {step + 1}")
+    line |= {"reward": float(judged.mean())} | timeout_metric(timeouts)
+    return found, list(judged.reshape(-1, o.answers).astype(float).tolist()), line
 
 
 def _scores(
@@ -208,13 +239,26 @@ def _wait_for_people(folder: Path, name: str, count: int) -> None:
         )
 
 
-def make_best(folder: Path, name: str, o: Collect) -> None:
-    """Write SFT rows from each prompt's highest-scored answer (rejection sampling, arXiv:2307.09288, section 3.2.3)."""
+def make_conversations(folder: Path, name: str, o: Collect) -> None:
+    """Write SFT rows from the answers that reach `least_score`: each prompt's best (rejection sampling, arXiv:2307.09288,
+    section 3.2.3), or all different ones (STaR, arXiv:2203.14465; RFT, arXiv:2308.01825).
+
+    Raises:
+        UserError: no answer reaches it.
+    """
     rows = []
     for number, row in enumerate(_rows_of(folder / ANSWERS), start=1):
-        best = row["answers"][int(np.argmax(row["scores"]))]
         asked = prompt_messages(row, f"{folder / ANSWERS} line {number}")
-        rows.append({"messages": [*asked, {"role": "assistant", "content": best}]})
+        right = [(text, s) for text, s in zip(row["answers"], row["scores"], strict=True) if s >= o.least_score]
+        texts = list(dict.fromkeys(text for text, _ in right))[: o.most_answers or None]
+        if o.make == "best":
+            texts = [max(right, key=lambda one: one[1])[0]] if right else []
+        rows += [{"messages": [*asked, {"role": "assistant", "content": text}]} for text in texts]
+    if not rows:
+        raise UserError(
+            f"{name}: none of the answers in {folder / ANSWERS} reaches {name}.objective.least_score {o.least_score:g}: there is "
+            "nothing to train on; a lower one, more answers for each prompt, easier prompts or a hint help"
+        )
     write_rows(folder / ROWS_FILE, rows)
 
 
@@ -227,4 +271,4 @@ def _rows_of(path: Path) -> list[Row]:
     return rows
 
 
-MAKERS = {"pairs": make_pairs, "best": make_best}
+MAKERS = {"pairs": make_pairs, "best": make_conversations, "all": make_conversations}

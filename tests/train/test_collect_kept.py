@@ -1,0 +1,103 @@
+"""Rejection-sampled answers: which are kept as rows, hints for prompts without a right answer (STaR), and SFT on what was kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lm.experiment import SFT, Collect, Source, Stage, UserError, from_dict
+from lm.json_lines import rewrite_json_lines
+from lm.train.collect import ANSWERS, make_conversations
+from lm.train.models import ROWS_FILE
+from lm.train.stages import run
+from tests.train.runs import CONSTANT, experiment, metrics, write_questions
+
+JUDGED = [
+    {"prompt": "one", "answers": ["a", "b", "a", "c"], "scores": [1.0, 0.0, 1.0, 0.5]},
+    {"prompt": "two", "answers": ["a", "b"], "scores": [0.0, 0.25]},
+    {"prompt": "three", "answers": ["d", "e", "f"], "scores": [0.5, 1.0, 1.0]},
+]
+
+
+def written(folder: Path, **fields) -> list[tuple[str, str]]:
+    (folder / ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in JUDGED))
+    make_conversations(folder, "collect", Collect(verifier="answer", **fields))
+    rows = [json.loads(line)["messages"] for line in (folder / ROWS_FILE).read_text().splitlines()]
+    return [(asked["content"], said["content"]) for asked, said in rows]
+
+
+@pytest.mark.parametrize(
+    "fields, kept",
+    [
+        ({"make": "best"}, ["one a", "two b", "three e"]),
+        ({"make": "best", "least_score": 0.5}, ["one a", "three e"]),
+        ({"make": "all"}, ["one a", "one b", "one c", "two a", "two b", "three d", "three e", "three f"]),
+        ({"make": "all", "least_score": 0.5}, ["one a", "one c", "three d", "three e", "three f"]),
+        ({"make": "all", "least_score": 0.5, "most_answers": 1}, ["one a", "three d"]),
+    ],
+)
+def test_answers_that_reach_the_least_score_are_written_once_each(tmp_path, fields, kept):
+    assert [" ".join(pair) for pair in written(tmp_path, **fields)] == kept
+
+
+def test_no_right_answer_is_told(tmp_path):
+    with pytest.raises(
+        UserError, match=r"none of the answers in .* reaches collect.objective.least_score 2: .* a hint help"
+    ):
+        written(tmp_path, make="best", least_score=2.0)
+
+
+VERIFIER = "import zlib\n\ndef score(row, completion):\n    return zlib.crc32(completion.encode()) % 4 / 3\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model that is collected from with a hint, and trained on what was kept."""
+    root = tmp_path_factory.mktemp("star")
+    write_questions(root)
+    (root / "judge.py").write_text(VERIFIER)
+    asked, few = Source(str(root / "asked.jsonl"), holdout=0.2), {"batch_size": 4, "seq_len": 48}
+    collect = Collect(
+        verifier=f"{root / 'judge.py'}:score", make="all", least_score=1.0, answers=1, hint="{prompt} {answer}",
+        max_new_tokens=4,
+    )  # fmt: skip
+    whole = experiment(root)
+    stages = (
+        Stage("base", SFT(), (asked,), CONSTANT, **few, steps=2),
+        Stage("collect", collect, (asked,), steps=3, **few),
+        Stage("star", SFT(), (Source("collected:collect", holdout=0.0),), CONSTANT, **few, steps=2, start="base"),
+    )
+    run(type(whole)(**vars(whole) | {"stages": stages, "evals": ()}), root / "run")
+    return root
+
+
+def answers(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "stages" / "collect" / ANSWERS).read_text().splitlines()]
+
+
+def test_prompts_without_a_right_answer_are_asked_again_with_the_hint(folder):
+    rows = answers(folder / "run")
+    first = [row["scores"][0] for row in rows]
+    assert min(first) < 1 <= max(first) or max(first) < 1
+    assert [len(row["answers"]) for row in rows] == [1 if score >= 1 else 2 for score in first]
+    assert all("no" not in row["prompt"] and row["prompt"].startswith("Tell") for row in rows)
+    for number, line in enumerate(metrics(folder / "run", "collect")):
+        of_step = rows[4 * number : 4 * number + 4]
+        assert line["solved"] == sum(row["scores"][0] >= 1 for row in of_step) / 4
+        assert line.get("solved_with_hint", 1.0) == sum(max(row["scores"]) >= 1 for row in of_step) / 4
+
+
+def test_a_resumed_collection_is_the_same(folder):
+    copy = folder / "resumed"
+    shutil.copytree(folder / "run", copy)
+    here = copy / "stages" / "collect"
+    (here / "summary.json").unlink()
+    shutil.rmtree(copy / "stages" / "star")
+    file = here / ANSWERS
+    rewrite_json_lines(file, file.read_bytes().splitlines()[:5])  # one step, and one row of the next
+    run(from_dict(json.loads((copy / "experiment.json").read_text())), copy)
+    assert answers(copy) == answers(folder / "run")
+    assert metrics(copy, "star") == metrics(folder / "run", "star")
