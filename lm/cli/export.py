@@ -2,7 +2,8 @@
 
 The folder has config.json, *.safetensors, the tokenizer's files with the chat
 template, and a model card (README.md). A stage trained with LoRA is written as
-an adapter in PEFT's format, or with --merge as a whole model:
+an adapter in PEFT's format, or with --merge as a whole model; a reward model
+as a classifier of sequences with one label, always whole:
 
   lm export quickstart out/quickstart
   lm export quickstart out/sft --stage sft --dtype bfloat16
@@ -22,6 +23,7 @@ from typing import Any
 
 from lm.cli.arguments import MODEL_HELP, find_model, number
 from lm.experiment import Experiment, LoRA, UserError
+from lm.stored import new_folder
 
 TAKES_OVERRIDES = False
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # takes no device from a run; the limit is the host's memory
@@ -56,11 +58,12 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.interop.peft import write_adapter
     from lm.model.lora import linears, merged
     from lm.model.quantised import dequantised
-    from lm.stored import new_folder
-    from lm.train.models import load_adapters, load_run, origin_of
+    from lm.train.models import load_adapters, load_reward_model, load_run, origin_of
     from lm.train.run_files import read_run
     from lm.web.model_card import model_card
 
+    if stage is not None and (judge := load_reward_model(run_dir, stage)):
+        return export_reward_model(run_dir, stage, *judge, arguments)
     with new_folder(arguments.out) as draft:
         loaded, *others = load_adapters(load_run(run_dir, stage), run_dir, arguments.adapter).values()
         if others:
@@ -83,13 +86,48 @@ def call(arguments: argparse.Namespace) -> int:
                 merged(dequantised(loaded.model), arguments.dtype), draft, dtype=arguments.dtype, origin=origin, shard_bytes=size,
                 token_ids=ids | {"pad_token_id": loaded.tokenizer.pad_id}, progress=_progress(),
             )  # fmt: skip
-        copied = {} if origin is None else {name: text.encode("latin-1") for name, text in origin.files.items()}
-        for name, content in (copied | files).items():
-            (draft / name).write_bytes(content)
-        written = [file.stat().st_size for file in draft.iterdir()]
+        written = _write_beside(draft, origin, files)
     after = f", after stage {stage}, step {loaded.step}" if stage else ""
     print(f"{run_dir}{after}\n{arguments.out}: {len(written)} files, {sum(written) / 1e6:,.1f} MB")
     return 0
+
+
+def export_reward_model(run_dir: Path, stage: str, tokenizer: Any, scorer: Any, arguments: argparse.Namespace) -> int:
+    """Write a reward model, with its adapters merged, as a classifier of sequences with one label."""
+    from lm.interop.export import write
+    from lm.model.lora import merged
+    from lm.model.quantised import dequantised
+    from lm.train.models import origin_of
+    from lm.train.run_files import read_run
+    from lm.web.model_card import model_card
+
+    if arguments.adapter:
+        raise UserError(f"--adapter is for language models; stage {stage} of {run_dir} trains a reward model")
+    run = read_run(run_dir)
+    step = next(one.steps_done for one in run.stages if one.name == stage)
+    size = None if arguments.shard_gb is None else int(1e9 * arguments.shard_gb)
+    # Where padding is also the end of an answer, other programs would look for the score before it.
+    pad = None if tokenizer.pad_id in tokenizer.end_ids else tokenizer.pad_id
+    ids = {"bos_token_id": tokenizer.document_ids[0], "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    with new_folder(arguments.out) as draft:
+        write(
+            merged(dequantised(scorer), arguments.dtype), draft, dtype=arguments.dtype, origin=origin_of(run_dir),
+            shard_bytes=size, token_ids=ids, progress=_progress(),
+        )  # fmt: skip
+        card = model_card(run, stage, step, "transformers", tokenizer.chats, scores=True)
+        files = tokenizer.published_files(scorer.config.max_len) | {"README.md": card.encode()}
+        written = _write_beside(draft, origin_of(run_dir), files)
+    print(f"{run_dir}, reward model of stage {stage}, step {step}")
+    print(f"{arguments.out}: {len(written)} files, {sum(written) / 1e6:,.1f} MB")
+    return 0
+
+
+def _write_beside(draft: Path, origin: Any, files: dict[str, bytes]) -> list[int]:
+    """Write the files beside the weights, with those of the origin; returns the sizes of all."""
+    copied = {} if origin is None else {name: text.encode("latin-1") for name, text in origin.files.items()}
+    for name, content in (copied | files).items():
+        (draft / name).write_bytes(content)
+    return [file.stat().st_size for file in draft.iterdir()]
 
 
 def _adapter_of(loaded: Any) -> LoRA:

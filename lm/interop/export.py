@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.config.rope import longest_sequence
@@ -23,18 +24,21 @@ from lm.interop.places import EMBED, HEAD, Place, parameter_places
 from lm.interop.tensors import DTYPES, INDEX, Tensor, listed, write_file
 from lm.model.families import FAMILIES
 from lm.model.families.family import Family
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 
 NAMES = {dtype.name: theirs for theirs, dtype in DTYPES.items()}
 SHARD_BYTES = 5_000_000_000
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+SCORE = "score.weight"
+CLASSIFIER = {"id2label": {"0": "score"}, "label2id": {"score": 0}}  # of one label
 
 Part = tuple[Place, jax.Array, int]
 """A parameter's place, its array, and the index of the layer."""
 
 
 def write(
-    model: Transformer,
+    model: Transformer | Scorer,
     folder: Path,
     family: str = "",
     dtype: str | None = None,
@@ -44,6 +48,8 @@ def write(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write config.json and the safetensors files (with an index if there are several), one tensor in memory at a time.
+
+    A reward model is written as a classifier of sequences with one label, whose logit is the score at the last token.
 
     Args:
         family: model_type to write; "": the first family that can represent the model.
@@ -57,6 +63,8 @@ def write(
     Raises:
         UserError: no family can represent the model, a value does not fit the dtype, or the folder already has weights.
     """
+    scorer = model if isinstance(model, Scorer) else None
+    model = model.body if isinstance(model, Scorer) else model
     origin = origin if origin is not None and _describes(origin, model) else None
     # Errors are raised before anything is written.
     config = _kept_config(model, origin) if origin else {
@@ -66,10 +74,16 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     if others := sorted(file.name for file in folder.glob("*.safetensors*")):
         raise UserError(f"{folder} has {listed(others)} of another model: name an empty folder")
-    tensors = _tensors(model, FAMILIES[config["model_type"]], dtype)
-    if origin is not None and dtype is None:
+    family_found = FAMILIES[config["model_type"]]
+    tensors = _tensors(model, family_found, dtype)
+    if scorer is not None:
+        tensors |= _score_tensor(scorer, dtype)
+        config |= {"pad_token_id": token_ids.get("pad_token_id"), **CLASSIFIER}
+        config["architectures"] = [family_found.architecture.replace("ForCausalLM", "ForSequenceClassification")]
+    as_it_came = origin is not None and scorer is None
+    if origin is not None and as_it_came and dtype is None:
         tensors = _as_they_came(tensors, origin)
-    if origin is None or dtype is not None or shard_bytes is not None:
+    if not as_it_came or dtype is not None or shard_bytes is not None:
         tensors = _in_files(tensors, shard_bytes or SHARD_BYTES)
     _write_files(folder, tensors, progress)
     dtypes = {tensors[name].dtype for name in tensors}
@@ -77,6 +91,12 @@ def write(
     if origin is not None and json.loads(text) == json.loads(origin.config):
         text = origin.config
     (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _score_tensor(scorer: Scorer, dtype: str | None) -> dict[str, Tensor]:
+    weight = scorer.score.weight[...]
+    kind = NAMES[dtype or jnp.dtype(weight.dtype).name]
+    return {SCORE: Tensor(Path("model.safetensors"), (1, *weight.shape), kind, lambda: np.asarray(weight)[None])}
 
 
 def family_of(model: Transformer, origin: Origin | None = None) -> Family:

@@ -444,6 +444,16 @@ def load_run(run_dir: Path, stage: str | None = None, longest: int | None = None
     return LoadedRun(experiment, tokenizer, model, mesh, stage, found.step)
 
 
+def load_reward_model(run_dir: Path, stage: str) -> tuple[TextTokenizer, Scorer] | None:
+    """The tokenizer and the reward model of a run's stage, onto one device; None if the stage trains a language model."""
+    folder = RunFolder(run_dir)
+    experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
+    if experiment.stages[stage_index(experiment, stage)].objective.produces != "scorer":
+        return None
+    tokenizer, mesh = load_tokenizer(folder.tokenizer), make_mesh(Mesh(data=1))
+    return tokenizer, load_scorer(experiment, folder, tokenizer, mesh, stage)
+
+
 def load_adapters(loaded: LoadedRun, run_dir: Path, folders: Sequence[str]) -> dict[str, LoadedRun]:
     """A loaded model with each of several PEFT adapters, by the adapter folder's name; without folders, the model by "".
 

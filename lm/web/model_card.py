@@ -17,12 +17,15 @@ from lm.web.text import visible
 MARKS = re.compile(r"([\\`*_\[\]|#~$])")  # special characters of Markdown
 
 
-def model_card(run: Run, stage: str, step: int, library: str = "transformers", chats: bool = True) -> str:
+def model_card(
+    run: Run, stage: str, step: int, library: str = "transformers", chats: bool = True, scores: bool = False
+) -> str:
     """The model card of the model after a stage, as Markdown, without paths of this machine.
 
     Args:
         library: name of the library that reads the folder.
         chats: whether the model has a chat template.
+        scores: whether it is a reward model.
     """
     number = [one.name for one in run.stages].index(stage)
     stages = run.stages[: number + 1]
@@ -40,6 +43,7 @@ def model_card(run: Run, stage: str, step: int, library: str = "transformers", c
         version=__version__,
         library=library,
         chats=chats,
+        scores=scores,
         name=run.experiment["name"],
         stage=stage,
         begin=_begin(experiment),

@@ -5,13 +5,16 @@ import re
 
 import jax
 import pytest
+from safetensors.numpy import load_file
 
 from lm.cli.main import main
 from lm.data.tokenizer import SubwordTokenizer
-from lm.experiment import Model
+from lm.experiment import Experiment, LoRA, Mesh, Model, RewardModel, Source, Stage, Tokenizer
 from lm.interop.export import write
 from lm.interop.tensors import read_folder
 from lm.model.transformer import Transformer
+from lm.train.models import load_reward_model
+from lm.train.stages import run
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,38 @@ def test_another_dtype_changes_the_weights_and_what_says_so(folder, tmp_path):
     assert described == json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float16"}
     assert {tensor.dtype for tensor in read_folder(tmp_path / "out").values()} == {"F16"}
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_a_run_is_exported_whole(tmp_path, capsys):
+    """Also if it was trained with an adapter; the language model that it began with is exported as one."""
+    rows = [{"prompt": f"Say {n}", "chosen": f"{n} yes", "rejected": "no"} for n in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=48)
+    stage = Stage(
+        "reward",
+        RewardModel(),
+        (Source(str(tmp_path / "pairs.jsonl")),),
+        steps=1,
+        batch_size=2,
+        seq_len=48,
+        lora=LoRA(rank=2),
+    )
+    run(
+        Experiment("judge", (stage,), prompts=(), tokenizer=Tokenizer(vocab_size=320), model=small, mesh=Mesh(data=1)),
+        tmp_path / "run",
+    )
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--stage", "reward"]) == 0
+    tokenizer, scorer = load_reward_model(tmp_path / "run", "reward")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert (tensors["score.weight"][0] == scorer.score.weight[...]).all()
+    assert not any("lora" in name for name in tensors)
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert described["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert described["pad_token_id"] == tokenizer.pad_id
+    assert "AutoModelForSequenceClassification" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "two"), "--stage", "reward", "--adapter", "x"]) == 2
+    assert "--adapter is for language models" in capsys.readouterr().err
 
 
 BAD = {

@@ -17,6 +17,7 @@ from lm.interop.export import write
 from lm.interop.origin import read_origin
 from lm.model.attention import rope_frequencies
 from lm.model.families import FAMILIES
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.logprobs import token_logprobs
@@ -171,6 +172,25 @@ def test_a_member_of_each_family_is_written_as_such_and_read_as_it_was(tmp_path,
     assert again.config == config
     for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_a_reward_model_is_written_as_a_classifier_of_one_label(tmp_path):
+    """Its first layers as of a language model, without a head, and the score's weight; open weights do not change the files."""
+    config = dataclasses.replace(SMALL, qk_norm=False, tied_head=False)
+    language = jax.jit(lambda: Transformer(config, 96, jax.random.key(0)))()
+    write(language, tmp_path / "language")
+    scorer = Scorer(language, jax.random.key(1), layers=2)
+    write(scorer, tmp_path / "scorer", dtype="bfloat16", token_ids={"pad_token_id": 3})
+    write(Scorer(language, jax.random.key(1)), tmp_path / "whole", origin=read_origin(tmp_path / "language"))
+    described = json.loads((tmp_path / "scorer" / "config.json").read_text())
+    assert described["architectures"] == ["LlamaForSequenceClassification"] and len(described["id2label"]) == 1
+    assert (described["num_hidden_layers"], described["pad_token_id"]) == (2, 3)
+    theirs, cut, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("language", "scorer", "whole"))
+    del theirs["lm_head.weight"]
+    weight = whole.pop("score.weight")
+    np.testing.assert_array_equal(weight, np.asarray(scorer.score.weight[...])[None])
+    assert whole.keys() == theirs.keys() and all((whole[name] == theirs[name]).all() for name in theirs)
+    assert cut.keys() == {"score.weight", *(name for name in theirs if ".layers.2." not in name)}
 
 
 def test_dynamic_scaling_is_written_as_the_base_that_it_is(tmp_path):
