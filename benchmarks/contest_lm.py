@@ -30,10 +30,9 @@ from lm.experiment import DPO, GRPO, LoRA, Mesh, Model, Objective, Optimizer, Pr
 from lm.model.transformer import Transformer
 from lm.parallel.mesh import make_mesh
 from lm.parallel.rules import batch_sharding
-from lm.rollout.engine import LocalEngine
+from lm.rollout.engine import LocalEngine, Request
 from lm.rollout.environment import RewardsByName
 from lm.rollout.episodes import EnvironmentSpec, Episode, Tasks, environment_spec
-from lm.rollout.sampler import generate
 from lm.train.loop import start_state
 from lm.types import TokenBatch
 
@@ -110,14 +109,12 @@ def adapter(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str,
 
 def sampling(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
     tokens = random_tokens(kit, c["batch"], c["prompt"])
-    lengths = np.full(len(tokens), c["prompt"], np.int32)
+    tokenizer: Any = Words(kit.MODEL["vocab"])
+    engine = LocalEngine(model, tokenizer)
 
     def step() -> None:
-        out = generate(
-            model, tokens, lengths, jax.random.key(0), c["temperature"],
-            max_new_tokens=c["new"], end_ids=(kit.MODEL["vocab"],), pad_id=PAD,
-        )  # fmt: skip
-        assert np.asarray(out.mask).sum() == len(tokens) * c["new"]
+        request = Request(tokens, jax.random.key(0), c["new"], c["temperature"])
+        assert all(len(one.tokens) == c["new"] for one in engine.complete(request))
 
     return kit.timed(step, "B")
 

@@ -28,6 +28,7 @@ from lm.model.kernels.jax_splash import jax_splash
 from lm.model.linear import Linear, contract
 from lm.model.norm import Norm
 from lm.parallel.rules import constrain, device_kind, platform, split_ways
+from lm.types import pytree
 
 
 class Attention(nnx.Module):
@@ -264,6 +265,47 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores.reshape(b, n, h // n, t, s), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, n, (h // n) * t, s)
     return jnp.einsum("bnqs,bnsk->bnqk", weights, v).reshape(b, h, t, d)
+
+
+@pytree
+class PartialHeads:
+    """Attention over a part of a query's keys: the sum of values, not normalised, and the softmax's maximum and total."""
+
+    heads: Float[Array, "B H T K"]
+    top: Float[Array, "B H T 1"]
+    total: Float[Array, "B H T 1"]
+
+
+def attend_partly(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B N S K"],
+    v: Float[Array, "B N S K"],
+    mask: Bool[Array, "B T S"],
+    softcap: float = 0.0,
+) -> PartialHeads:
+    """`attend` over a part of the keys; `join_parts` gives the heads.
+
+    Masked keys change no bit of the result. A query without a key in this part has a part without weight.
+    """
+    b, h, t, d = q.shape
+    n, s = k.shape[1], k.shape[2]
+    scores = _products(q.reshape(b, n, (h // n) * t, d), k) / math.sqrt(d)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, n, h // n, t, s), -1e30)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    rows = weights.astype(v.dtype).reshape(b, n, (h // n) * t, s)
+    heads = jnp.einsum("bnqs,bnsk->bnqk", rows, v, preferred_element_type=_accumulator(q))
+    return PartialHeads(heads.reshape(b, h, t, d), top.reshape(b, h, t, 1), total.reshape(b, h, t, 1))
+
+
+def join_parts(one: PartialHeads, other: PartialHeads) -> Float[Array, "B H T K"]:
+    """The heads of queries whose keys are in two parts; at least one of a query's keys is not masked."""
+    top = jnp.maximum(one.top, other.top)
+    mine, its = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    return (one.heads * mine + other.heads * its) / (one.total * mine + other.total * its)
 
 
 def _products(q: Float[Array, "B N Q K"], k: Float[Array, "B N S K"]) -> Float[Array, "B N Q S"]:

@@ -199,7 +199,6 @@ class Transformer(nnx.Module):
         Layers are unrolled, so that each layer's cache is updated in place.
         """
         c = self.config
-        x = self._embed(tokens)
 
         def put(old: Array, new: Array, axis: int) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
@@ -210,7 +209,6 @@ class Transformer(nnx.Module):
             layer: attention_mask(positions, slot_positions, segments, slot_segments, layer.window)
             for layer in c.period
         }
-        angles = {layer: self._angles(positions, layer) for layer in c.period}
 
         def attend_cached(number: int, layer: Layer) -> Attend:
             def attend_slots(q: Array, k: Array, v: Array) -> Array:
@@ -219,11 +217,23 @@ class Transformer(nnx.Module):
 
             return attend_slots
 
+        hidden = self.attended(tokens, positions, segments, attend_cached)
+        return hidden, KVCache(tuple(keys), tuple(values), slot_positions, slot_segments)
+
+    def attended(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        attend_of: Callable[[int, Layer], Attend],
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of tokens, with the attention function of each layer, which keeps keys and values where it likes."""
+        c, x = self.config, self._embed(tokens)
+        angles = {layer: self._angles(positions, layer) for layer in c.period}
         for number, block in enumerate(self._layers(self.blocks)):
             layer = c.layer(number)
-            x, _ = block(x, angles[layer], attend_cached(number, layer), segments)
-        cache = KVCache(tuple(keys), tuple(values), slot_positions, slot_segments)
-        return self.norm(x), cache
+            x, _ = block(x, angles[layer], attend_of(number, layer), segments)
+        return self.norm(x)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream before the first block."""

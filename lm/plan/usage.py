@@ -22,9 +22,9 @@ from lm.plan.chips import Chip
 from lm.plan.kernels import KERNEL_EFFICIENCY, splash_flops
 from lm.plan.trace import Op, TracedBlock, Value
 
+# Not here: updates of a part of an array (dynamic_update_slice, scatter), which happen in place.
 WRITTEN = frozenset(
-    ("dot_general", "conv_general_dilated", "pallas_call", "gather", "scatter", "scatter-add", "scatter_add", "sort",
-     "top_k", "cumsum", "argmax", "argmin", "reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or",
+    ("dot_general", "conv_general_dilated", "pallas_call", "gather", "scatter-add", "scatter_add", "sort", "top_k", "cumsum", "argmax", "argmin", "reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or",
      "reduce_prod", "scan", "while", "cond", "random_bits", "threefry2x32", "custom_call")
 )  # fmt: skip
 COPIES = frozenset(("convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "copy"))

@@ -6,7 +6,8 @@ and never a model, so that another engine (such as an inference server) is anoth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,12 +15,16 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
-from lm.data.packing import left_pad
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch
-from lm.rollout.sampler import encode_prompt, generate
+from lm.rollout.batching import Batching, Occupant, Sizes, sizes_of
+from lm.rollout.sampler import encode_prompt
+from lm.rollout.slots import Slots, empty_reader, empty_slots, fill_lanes, read_chunk, sample_tokens, sampling_model
+
+REFILL = 8  # slots are refilled when this fraction of them, 1/8, have ended
+BURST = 16  # tokens between two looks for stop strings
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Request:
 
     The `group_size` completions of a prompt are adjacent. Prompts are padded to `width` tokens, so that requests of the
     same width compile once (0: the longest prompt). `limits` are the maximum new tokens of single completions, where lower
-    than `max_new_tokens`; a limit of 0 leaves the prompt unchanged.
+    than `max_new_tokens`; a limit of 0 leaves the prompt unchanged. A completion ends with the token after which its text has one
+    of the strings of `stop`.
     """
 
     prompts: Sequence[Any]  # arrays or lists of token ids
@@ -40,13 +46,15 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     limits: Sequence[int] | None = None
+    stop: Sequence[str] = ()
 
 
 class Completion(NamedTuple):
     """Sampled tokens after a prompt, up to and including the end token.
 
     `logp` are the sampler's log-probabilities, `sampled` is true for tokens that the model chose (the engine inserted the
-    others), `ended` says whether the last token is the end token, and `version` is the number of training steps of the weights.
+    others), `ended` says whether the last token is the end token, `version` is the number of training steps of the weights, and
+    `stopped` is the stop string that ended the completion, if one did.
     """
 
     tokens: Int32[np.ndarray, " N"]
@@ -54,6 +62,7 @@ class Completion(NamedTuple):
     sampled: Bool[np.ndarray, " N"]
     ended: bool
     version: int
+    stopped: str = ""
 
 
 class Engine(Protocol):
@@ -66,34 +75,93 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """The engine of this process; `version` is the number of training steps of its model's weights."""
+    """The engine of this process; `version` is the number of training steps of its model's weights.
+
+    Completions are sampled in `slots` slots (0: the number that suits the device); a slot whose completion has ended goes on
+    with another. A completion depends on the request's key, its prompt, the number of the prompt and its number in the group, not
+    on its slot nor on other completions: it is equal to the bit beside any others, for one number of slots, kind of device and mesh.
+    """
 
     model: Transformer
     tokenizer: TextTokenizer
     version: int = 0
+    slots: int = 0
 
     def complete(self, request: Request) -> list[Completion]:
-        """See `Engine`; the samples of a row do not depend on the prompts of other rows."""
+        """See `Engine`."""
+        count, group = len(request.prompts), request.group_size
+        limits = np.full((count, group), request.max_new_tokens)
+        if request.limits is not None:
+            limits = np.minimum(limits, np.reshape(request.limits, limits.shape))
         width = request.width or max(map(len, request.prompts))
-        tokens, lengths = left_pad(request.prompts, width, self.tokenizer.pad_id)
-        limits = None if request.limits is None else np.asarray(request.limits, np.int32)
-        out = fetch(
-            generate(
-                self.model, tokens, lengths, request.key, request.temperature, limits, group_size=request.group_size,
-                max_new_tokens=request.max_new_tokens, top_k=request.top_k, top_p=request.top_p,
-                end_ids=self.tokenizer.end_ids, pad_id=self.tokenizer.pad_id, vocab_size=self.tokenizer.vocab_size,
-            )
-        )  # fmt: skip
-        return [self._completion(*row) for row in zip(out.tokens, out.logp, out.mask.sum(1).tolist(), strict=True)]
+        batching = Batching(sizes_of(count, group, width, request.max_new_tokens, self.slots), limits.tolist())
+        nothing = self._completion(np.zeros(0, np.int32), np.zeros(0, np.float32), request.stop)
+        found = [nothing] * (count * group)
+        for place, tokens, logp in self._ended(request, batching):
+            found[place.prompt * group + place.sample] = self._completion(tokens, logp, request.stop)
+        return found
 
-    def _completion(self, tokens: np.ndarray, logp: np.ndarray, size: int) -> Completion:
+    def _ended(self, request: Request, batching: Batching) -> Iterator[tuple[Occupant, np.ndarray, np.ndarray]]:
+        """Each completion's tokens and log-probabilities, as soon as it has ended."""
+        s, model = batching.sizes, sampling_model(self.model)
+        slots, reader = empty_slots(model, s.slots, s.lanes, s.prompt, s.new), empty_reader(model, s.reading, s.prompt)
+        while batching.waits or batching.running:
+            while chosen := batching.next_prompts():
+                slots, reader = _read(model, slots, reader, s, request.prompts, chosen)
+            slots = sample_tokens(
+                model, slots, batching.assign(), request.key, request.temperature, BURST if request.stop else s.new,
+                max(1, s.slots // REFILL) if batching.waits else s.slots + 1, end_ids=tuple(self.tokenizer.end_ids),
+                top_k=request.top_k, top_p=request.top_p, vocab_size=self.tokenizer.vocab_size,
+            )  # fmt: skip
+            done, steps, tokens, logp = fetch((slots.done, slots.steps, slots.tokens, slots.logp))
+            if request.stop:
+                cut = zip(tokens, steps, strict=True)
+                done = done | [bool(self._stopped(own[:size], request.stop)[1]) for own, size in cut]
+            for slot, place in batching.end(done):
+                yield place, tokens[slot, : steps[slot]], logp[slot, : steps[slot]]
+
+    def _completion(self, tokens: np.ndarray, logp: np.ndarray, stop: Sequence[str]) -> Completion:
+        size, stopped = self._stopped(tokens, stop)
         ended = size > 0 and int(tokens[size - 1]) in self.tokenizer.end_ids
-        return Completion(tokens[:size], logp[:size], np.ones(size, bool), ended, self.version)
+        # Copies: a view would keep the arrays of all slots.
+        return Completion(tokens[:size].copy(), logp[:size].copy(), np.ones(size, bool), ended, self.version, stopped)
+
+    def _stopped(self, tokens: np.ndarray, stop: Sequence[str]) -> tuple[int, str]:
+        """The number of tokens until one of the strings is in the text, and this string; else all tokens, and no string."""
+
+        def first(size: int) -> str:
+            text = self.tokenizer.decode(tokens[:size].tolist()) if stop else ""
+            return next((one for one in stop if one in text), "")
+
+        if not first(len(tokens)):
+            return len(tokens), ""
+        size = bisect.bisect_left(range(len(tokens)), True, key=lambda size: bool(first(size)))
+        return size, first(size)
+
+
+def _read(
+    model: Transformer,
+    slots: Slots,
+    reader: tuple[Any, Any],
+    sizes: Sizes,
+    prompts: Sequence[Any],
+    chosen: Sequence[tuple[int, int, int]],
+) -> tuple[Slots, tuple[Any, Any]]:
+    """Read the chosen (row of the reader, lane, prompt) in chunks, and put them into their lanes."""
+    tokens, lengths = np.zeros((sizes.reading, sizes.prompt), np.int32), np.zeros(sizes.reading, np.int32)
+    lanes = np.full(sizes.reading, sizes.lanes, np.int32)  # no lane has this number
+    for row, lane, prompt in chosen:
+        lengths[row], lanes[row] = len(prompts[prompt]), lane % (sizes.lanes // sizes.shards)
+        tokens[row, : lengths[row]] = prompts[prompt]
+    for start in range(0, lengths.max(), sizes.chunk):
+        reader = read_chunk(model, *reader, np.int32(start), tokens[:, start : start + sizes.chunk], lengths)
+    return fill_lanes(slots, *reader, lengths, lanes), reader
 
 
 def completion_text(tokenizer: TextTokenizer, completion: Completion) -> str:
-    """The text of a completion, without its end token."""
-    return tokenizer.decode(completion.tokens[: len(completion.tokens) - completion.ended].tolist())
+    """The text of a completion, without its end token; up to its stop string, if one ended it."""
+    text = tokenizer.decode(completion.tokens[: len(completion.tokens) - completion.ended].tolist())
+    return text[: text.index(completion.stopped)] if completion.stopped else text
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,20 @@
-"""Sampling with a key-value cache: batches for rollouts and evaluation, and a token stream for chat."""
+"""Choice of the next token, and a token stream for chat."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
-import operator
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lm.data.chat import render
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import KVCache, Transformer, num_params
-from lm.parallel.rules import constrain, split_ways
-from lm.types import pytree
-
-
-@pytree
-class Samples:
-    """Completions, right padded; `mask` is 1 up to and including the end token, `logp` the log-probabilities at sampling."""
-
-    tokens: Int[Array, "B N"]
-    logp: Float[Array, "B N"]
-    mask: Bool[Array, "B N"]
 
 
 def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -91,89 +79,6 @@ def choose(
     token = jnp.where(greedy, likeliest, sampled)
     logp = jnp.take_along_axis(scaled - best, token[:, None], axis=-1)[:, 0] - jnp.log(total)
     return token, logp
-
-
-@functools.partial(
-    jax.jit, static_argnames=("group_size", "max_new_tokens", "top_k", "top_p", "end_ids", "pad_id", "vocab_size")
-)
-def generate(
-    model: Transformer,
-    tokens: Int[Array, "P S"],
-    lengths: Int[Array, " P"],
-    key: PRNGKeyArray,
-    temperature: float | Float[Array, ""] = 1.0,
-    limits: Int[Array, " B"] | None = None,
-    *,
-    group_size: int = 1,
-    max_new_tokens: int,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    end_ids: tuple[int, ...],
-    pad_id: int,
-    vocab_size: int | None = None,
-) -> Samples:
-    """Complete left-padded prompts; compiles once per shape and stops when every row has ended.
-
-    Args:
-        tokens, lengths: prompts with their last token in the last column, and their numbers of real tokens.
-        temperature: 0 is greedy. It is traced, so another temperature does not compile again.
-        limits: maximum tokens of each completion, where lower than max_new_tokens.
-        group_size: number of completions of each prompt, adjacent rows of the result. The prompt is computed once.
-        end_ids: the tokens that end a completion.
-        vocab_size: see `choose`.
-    """
-    model = model.for_sampling()
-    rows, width = len(tokens) * group_size, tokens.shape[1]
-    number = jnp.arange(rows)
-    keys = completion_keys(key, number // group_size, number % group_size)
-    lengths, last, cache = _read(model, tokens, lengths, group_size, width + max_new_tokens)
-    temperature = jnp.asarray(temperature, jnp.float32)
-
-    def going_on(carry: tuple) -> Bool[Array, ""]:
-        step, done, *_ = carry
-        return (step < max_new_tokens) & ~jnp.all(done)
-
-    def one_more(carry: tuple) -> tuple:
-        step, done, logits, cache, out = carry
-        token, logp = choose(logits, keys, jnp.broadcast_to(step, rows), temperature, top_k, top_p, vocab_size)
-        token = jnp.where(done, pad_id, token)
-        out = Samples(
-            out.tokens.at[:, step].set(token),
-            out.logp.at[:, step].set(jnp.where(done, 0.0, logp)),
-            out.mask.at[:, step].set(~done),
-        )
-        hidden, cache = model.extend(
-            cache, width + step, token[:, None], (lengths + step)[:, None], jnp.ones((rows, 1), jnp.int32)
-        )
-        done = functools.reduce(operator.or_, (token == one for one in end_ids), done)
-        if limits is not None:
-            done = done | (step + 1 >= limits)
-        return step + 1, done, model.logits(hidden[:, 0]), cache, out
-
-    empty = (rows, max_new_tokens)
-    out = Samples(jnp.full(empty, pad_id), jnp.zeros(empty, jnp.float32), jnp.zeros(empty, bool))
-    done = constrain(jnp.zeros(rows, bool) if limits is None else limits <= 0, "batch")
-    first = (jnp.int32(0), done, model.logits(last), cache, out)
-    *_, out = jax.lax.while_loop(going_on, one_more, first)
-    return out
-
-
-def _read(
-    model: Transformer, tokens: Int[Array, "P S"], lengths: Int[Array, " P"], group_size: int, size: int
-) -> tuple[Int[Array, " B"], Float[Array, "B D"], KVCache]:
-    """For each completion: its prompt's length, the hidden state of the prompt's last token, a cache for `size` tokens."""
-    repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, group_size, axis=0))
-    # With fewer prompts than devices, the prompt is computed once per completion: all devices compute at the same time.
-    once = split_ways(len(tokens), "batch") == split_ways(len(tokens) * group_size, "batch")
-    if not once:
-        tokens, lengths = repeat((tokens, lengths))
-    rows, width = tokens.shape
-    column = jnp.arange(width)[None, :] - (width - lengths[:, None])
-    positions, segments = jnp.maximum(column, 0), (column >= 0).astype(jnp.int32)
-    cache = model.empty_cache(rows, size)
-    hidden, cache = model.extend(cache, jnp.int32(0), tokens, positions, segments)
-    found = lengths, hidden[:, -1], cache
-    return repeat(found) if once else found
 
 
 def encode_prompt(tokenizer: TextTokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:

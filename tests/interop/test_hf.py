@@ -21,9 +21,9 @@ from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.cross_entropy import cross_entropy
 from lm.objectives.logprobs import token_logprobs
-from lm.rollout.sampler import generate
 from lm.types import TokenBatch
 from tests.helpers import tiny_model
+from tests.rollout.rows import generate
 
 
 def families(golden: Path) -> list[Path]:

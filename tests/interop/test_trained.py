@@ -11,7 +11,7 @@ import pytest
 
 from lm.data.vocabulary import load_tokenizer
 from lm.interop import gguf, hf
-from lm.rollout.sampler import generate
+from tests.rollout.rows import generate
 
 CLOSE = 1e-4  # of a logit: what float32 leaves of float64 in a trained model
 

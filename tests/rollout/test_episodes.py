@@ -14,10 +14,9 @@ from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import Completion, LocalEngine, Request
 from lm.rollout.episodes import EnvironmentSpec, conclude, environment_spec, judge_environments, run_episodes
-from lm.rollout.sampler import generate
 from lm.rollout.trajectory import ENVIRONMENT, LENGTH, MODEL, PROMPT, STOP, TIMEOUT, trajectory_batch
 from tests.helpers import TINY
-from tests.rollout.rows import as_batch
+from tests.rollout.rows import as_batch, generate
 
 WIDTH, NEW = 24, 40
 

@@ -9,10 +9,11 @@ from lm.algorithms.grpo import spread
 from lm.data.packing import left_pad
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.mesh import make_mesh
-from lm.rollout.sampler import choose, completion_keys, filter_logits, generate
+from lm.rollout.sampler import choose, completion_keys, filter_logits
+from lm.rollout.slots import sample_tokens
 from lm.types import NOTHING_SHARED, SharedPrompt
 from tests.helpers import VOCAB, layout, tiny_model
-from tests.rollout.rows import as_batch
+from tests.rollout.rows import as_batch, generate
 
 EOS, PAD = 1, 0
 
@@ -119,10 +120,10 @@ def test_rows_end_at_eos_and_stay_ended():
 def test_other_temperatures_do_not_compile_again():
     model, (tokens, lengths) = tiny_model(), prompts()
     sample(model, tokens, lengths, 0.5)
-    size = generate._cache_size()
+    size = sample_tokens._cache_size()
     for temperature in (0.0, 0.9, 1.3):
         sample(model, tokens, lengths, temperature, seed=3)
-    assert generate._cache_size() == size
+    assert sample_tokens._cache_size() == size
 
 
 def test_random_numbers_belong_to_the_completion():

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from lm.data.packing import left_pad
-from lm.rollout.sampler import generate
 from lm.rollout.sampler_gap import (
     GapBound,
     agreement,
@@ -20,7 +19,7 @@ from lm.rollout.sampler_gap import (
     trainer_view,
 )
 from tests.helpers import VOCAB, tiny_model
-from tests.rollout.rows import as_batch
+from tests.rollout.rows import as_batch, generate
 
 SEEDS = 20
 TEMPERATURES = (0.1, 0.5, 1.0)

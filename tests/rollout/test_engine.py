@@ -1,0 +1,152 @@
+"""The engine: a completion is the same in any slot, beside any others; it is what a whole forward pass for each token gives."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.experiment import Layer, LoRA
+from lm.model.lora import merged
+from lm.parallel.mesh import make_mesh
+from lm.rollout.engine import LocalEngine, Request, completion_text
+from lm.rollout.sampler import choose, completion_keys
+from lm.rollout.slots import read_chunk, sample_tokens
+from tests.helpers import VOCAB, layout, tiny_model, with_moved_adapter
+
+END, NEW, WIDTH = 1, 20, 40
+TOKENIZER = SimpleNamespace(
+    end_ids=(END,), pad_id=0, vocab_size=VOCAB, decode=lambda ids: "".join(chr(ord("0") + one) for one in ids)
+)
+KEY = jax.random.key(5)
+FAMILIES = {
+    "plain": {},
+    "windows": {"pattern": (Layer(window=5), Layer())},
+    "softcap": {"pattern": (Layer(softcap=2.0, window=7),), "final_softcap": 3.0},
+    "bfloat16": {"compute_dtype": "bfloat16"},
+    "post_norms": {"norms": "post", "qk_norm_of": "heads"},
+}
+
+
+def prompts_of(count, seed=0, most=WIDTH):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, VOCAB, rng.integers(1, most + 1)).tolist() for _ in range(count)]
+
+
+def complete(model, prompts, slots=0, **changes):
+    request = dataclasses.replace(Request(prompts, KEY, NEW, width=WIDTH), **changes)
+    return LocalEngine(model, TOKENIZER, slots=slots).complete(request)
+
+
+def plain_completion(model, prompt, number, sample, temperature=1.0):
+    """A completion by a whole forward pass for every token."""
+    key, tokens, logps = completion_keys(KEY, jnp.array([number]), jnp.array([sample])), list(prompt), []
+    forward = jax.jit(type(model).__call__)
+    for step in range(NEW):
+        padded = jnp.array([tokens + [0] * (WIDTH + NEW - len(tokens))])
+        places = jnp.arange(padded.shape[1])[None]
+        logits = forward(model, padded, places, jnp.ones_like(padded))[:, len(tokens) - 1]
+        token, logp = choose(logits, key, jnp.array([step]), jnp.float32(temperature))
+        tokens.append(int(token[0]))
+        logps.append(float(logp[0]))
+        if tokens[-1] == END:
+            break
+    return tokens[len(prompt) :], logps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_are_those_of_whole_forward_passes(family):
+    model, prompts = tiny_model(3, **FAMILIES[family]), prompts_of(3)
+    found = complete(model, prompts, slots=2, group_size=2)
+    for number, prompt in enumerate(prompts):
+        tokens, logps = plain_completion(model, prompt, number, 1)
+        one = found[2 * number + 1]
+        close = 0.1 if family == "bfloat16" else 1e-4
+        if family != "bfloat16":
+            assert one.tokens.tolist() == tokens
+        np.testing.assert_allclose(one.logp[:3], logps[:3], atol=close)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("group", "slots"), [(1, 7), (4, 6), (3, 16)])
+def test_a_completion_is_equal_to_the_bit_in_any_slot_and_beside_any_others(group, slots, dtype):
+    """Its prompt keeps its number; the neighbours end at other times, are others, or do not exist."""
+    model, prompts = tiny_model(1, compute_dtype=dtype), prompts_of(30)
+    expected = complete(model, prompts, slots, group_size=group)
+    rng = np.random.default_rng(group)
+    for trial in range(4):
+        limits = np.where(rng.random((30, group)) < 0.5, NEW, rng.integers(0, NEW, (30, group)))
+        kept = rng.random(30) < 0.4
+        limits[kept] = NEW
+        others = [
+            one if keep else other for one, keep, other in zip(prompts, kept, prompts_of(30, 9 + trial), strict=True)
+        ]
+        found = complete(model, others, slots, group_size=group, limits=limits.ravel().tolist())
+        for number in np.flatnonzero(np.repeat(kept, group)):
+            assert found[number].tokens.tobytes() == expected[number].tokens.tobytes()
+            assert found[number].logp.tobytes() == expected[number].logp.tobytes()
+        for one, limit in zip(found, limits.ravel(), strict=True):
+            assert len(one.tokens) <= limit and (one.ended or len(one.tokens) == limit)
+
+
+def test_other_numbers_of_slots_give_the_same_tokens():
+    model, prompts = tiny_model(1), prompts_of(12)
+    expected = complete(model, prompts, 4, group_size=4)
+    for slots in (1, 3, 8, 48):
+        for one, other in zip(complete(model, prompts, slots, group_size=4), expected, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
+def test_each_program_compiles_once_for_all_requests_of_a_shape():
+    model = tiny_model()
+    complete(model, prompts_of(9), 4)
+    before = sample_tokens._cache_size(), read_chunk._cache_size()
+    complete(model, prompts_of(30, 2), 4, temperature=0.3)
+    assert (sample_tokens._cache_size(), read_chunk._cache_size()) == before
+
+
+def test_long_prompts_are_read_in_chunks(monkeypatch):
+    model, prompts = tiny_model(), prompts_of(10)
+    expected = complete(model, prompts)
+    monkeypatch.setattr("lm.rollout.batching.CHUNK", 16)
+    for one, other in zip(complete(model, prompts), expected, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
+def test_adapters_are_applied_or_merged():
+    model, prompts = with_moved_adapter(tiny_model(), LoRA(rank=4), seed=1), prompts_of(6)
+    applied, whole = complete(model, prompts, 4), complete(merged(model, "float32"), prompts, 4)
+    for one, other in zip(applied, whole, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logp, other.logp, atol=1e-4)
+    assert any(len(a.tokens) != len(b.tokens) or (a.tokens != b.tokens).any() for a, b in zip(applied, complete(tiny_model(), prompts, 4), strict=True))  # fmt: skip
+
+
+def test_a_stop_string_ends_a_completion_after_the_token_that_completes_it():
+    model, prompts = tiny_model(1), prompts_of(12)
+    whole = complete(model, prompts, 4)
+    texts = [TOKENIZER.decode(one.tokens.tolist()) for one in whole]
+    stop = [texts[0][4:6], texts[5][7]]
+    for one, text, long in zip(complete(model, prompts, 4, stop=stop), texts, whole, strict=True):
+        places = [(text.index(x) + len(x), number, x) for number, x in enumerate(stop) if x in text]
+        size, _, string = min(places, default=(len(text), 0, ""))
+        assert one.tokens.tolist() == long.tokens[:size].tolist() and one.stopped == string
+        np.testing.assert_array_equal(one.logp, long.logp[:size])
+        assert completion_text(TOKENIZER, one) == (text[: size - len(string)] if string else text[: size - one.ended])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"data": 8}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("group", [1, 4])
+def test_completions_are_the_same_on_many_devices(sizes, group):
+    model, prompts = tiny_model(), prompts_of(11)
+    alone = complete(model, prompts, 8, group_size=group)
+    with jax.set_mesh(make_mesh(layout(**sizes))):
+        spread_out = complete(model, prompts, 8, group_size=group)
+    for one, other in zip(alone, spread_out, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
