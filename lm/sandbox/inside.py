@@ -169,6 +169,7 @@ def run_tests(tests: list[str], setup: str = "", entry_point: str = "") -> None:
     names = {
         name: Remote(stream, {"name": name}) if called else _ask(stream, name=name)
         for name, called in first["names"].items()
+        if _may_name(name, entry_point)
     }
     sys.modules["solution"] = types.ModuleType("solution")
     sys.modules["solution"].__dict__.update(names)
@@ -190,8 +191,14 @@ def run_tests(tests: list[str], setup: str = "", entry_point: str = "") -> None:
 MODES: dict[str, Callable[..., None]] = {"program": run_program, "calls": serve_calls, "tests": run_tests}
 
 
+def _may_name(name: str, entry_point: str) -> bool:
+    """Whether a test sees a name of the program: `abs` or `math` of its own could make any test pass."""
+    known = hasattr(builtins, name) or name in sys.stdlib_module_names
+    return name.isidentifier() and not name.startswith("__") and (name == entry_point or not known)
+
+
 def _call_tests(space: Mapping[str, Any], entry_point: str, names: Mapping[str, Any]) -> None:
-    own = {name: value for name, value in space.items() if name not in names}
+    own = {name: value for name, value in space.items() if value is not names.get(name)}
     if callable(own.get("check")) and entry_point:
         own["check"](space[entry_point])
     case = getattr(sys.modules.get("unittest"), "TestCase", ())

@@ -102,6 +102,26 @@ def test_no_code_writes_its_own_verdict(score, code):
         assert score(ASSERTS, code) == 0
 
 
+WRONG = "def double(x):\n    return 9\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"test": "def check(f):\n    assert f(3) == 6", "entry_point": "double"}, "def check(f): pass"),
+        ({"tests": "def test_it():\n    assert double(3) == 6"}, "def test_it(): pass"),
+        ({"tests": "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(double(1), 2)"}, "class T: pass"),
+        ({"tests": "assert abs(double(2) - 4) < 1"}, "def abs(x): return 0"),
+        ({"tests": "assert all(double(x) == 2 * x for x in range(1, 4))"}, "def all(x): return True\ndef range(*x): return []"),
+        ({"tests": "import math\nassert math.isclose(double(2), 4)"}, "class math:\n    isclose = staticmethod(lambda *a: True)"),
+        ({"tests": "assert math.isclose(double(2), 4)"}, "class math:\n    isclose = staticmethod(lambda *a: True)"),
+        ({"tests": "assert math.isclose(double(2), 4)"}, "import os\nos.write(3, b'{\"names\": {\"__builtins__\": true}}\\n')"),
+    ],
+)  # fmt: skip
+def test_no_name_of_the_program_replaces_one_of_the_tests(score, row, code):
+    assert score(row, WRONG + code) == 0
+
+
 @pytest.mark.parametrize(
     "code", ["print('3'); print('12')", "import os\nos.write(1, b'3\\n12\\n'); os._exit(0)", "exit(0)"]
 )
