@@ -18,7 +18,9 @@ experiment = Experiment(
     tokenizer=Tokenizer(vocab_size=300),
     model=Model(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128, max_len=96),
     stages=(
-        Stage("sft", SFT(), (functions,), Optimizer(peak_lr=3e-3), steps=200, batch_size=16, seq_len=96, save_every=200),
+        Stage(
+            "sft", SFT(), (functions,), Optimizer(peak_lr=3e-3), steps=200, batch_size=16, seq_len=96, save_every=200
+        ),
         Stage(
             "grpo",
             GRPO(verifier="python_tests", group_size=8, max_new_tokens=32),
