@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lm.evals.examples import read_examples, spec_of
-from lm.evals.rows import ROWS, SHOWN, Measured, Subject, between_batches, mean_of, rounded
+from lm.evals.rows import ROWS, SHOWN, Measured, Subject, mean_of, rounded
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
@@ -133,7 +133,6 @@ def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tupl
     episodes: list[Episode] = []
     numbers: list[dict[str, float]] = []
     for start in range(0, len(asked.encoded), at_once):
-        between_batches()
         part = range(start, min(start + at_once, len(asked.encoded)))
         filled = [*part, *[part[-1]] * (at_once - len(part))]  # a fixed shape compiles once
         key = jax.random.fold_in(jax.random.key(subject.seed), start)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from lm.between_batches import between_batches
 from lm.data.text_tokenizer import TextTokenizer
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
@@ -22,25 +21,8 @@ from lm.types import TokenBatch
 ROWS = 64  # rows in one forward pass or one batch of samples: bounds memory, and one shape compiles once
 SHOWN = 12  # examples kept for the report
 
-_between: contextvars.ContextVar[Callable[[], None]] = contextvars.ContextVar("between batches")
-
 Measurable = TypeVar("Measurable", Transformer, Scorer, Transformer | Scorer)
 Row = tuple[list[int], list[int]]  # token ids and loss mask
-
-
-@contextlib.contextmanager
-def calling_between_batches(check: Callable[[], None]) -> Iterator[None]:
-    """Context in which every measurement calls `check` before each batch; an error it raises ends the measurement."""
-    token = _between.set(check)
-    try:
-        yield
-    finally:
-        _between.reset(token)
-
-
-def between_batches() -> None:
-    """Call the function set by `calling_between_batches`."""
-    _between.get(lambda: None)()
 
 
 @dataclass(frozen=True)

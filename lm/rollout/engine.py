@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
+from lm.between_batches import between_batches
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import Transformer
@@ -24,7 +25,8 @@ from lm.rollout.sampler import encode_prompt
 from lm.rollout.slots import Slots, empty_reader, empty_slots, fill_lanes, read_chunk, sample_tokens, sampling_model
 
 REFILL = 8  # slots are refilled when this fraction of them, 1/8, have ended
-BURST = 16  # tokens between two looks for stop strings
+LOOK = 64  # tokens between two looks at what has ended, and for a signal
+STOP_LOOK = 16  # the same where strings end completions
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,11 @@ class LocalEngine:
         s, model = batching.sizes, sampling_model(self.model)
         slots, reader = empty_slots(model, s.slots, s.lanes, s.prompt, s.new), empty_reader(model, s.reading, s.prompt)
         while batching.waits or batching.running:
+            between_batches()
             while chosen := batching.next_prompts():
                 slots, reader = _read(model, slots, reader, s, request.prompts, chosen)
             slots = sample_tokens(
-                model, slots, batching.assign(), request.key, request.temperature, BURST if request.stop else s.new,
+                model, slots, batching.assign(), request.key, request.temperature, STOP_LOOK if request.stop else LOOK,
                 max(1, s.slots // REFILL) if batching.waits else s.slots + 1, end_ids=tuple(self.tokenizer.end_ids),
                 top_k=request.top_k, top_p=request.top_p, vocab_size=self.tokenizer.vocab_size,
             )  # fmt: skip

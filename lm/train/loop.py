@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from lm.algorithms.table import algorithm_of, first_state, flops_per_token
+from lm.between_batches import calling_between_batches
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.text_tokenizer import TextTokenizer
-from lm.evals.rows import calling_between_batches
 from lm.experiment import Experiment, Stage, UserError, updates_per_step
 from lm.model.flops import peak_flops
 from lm.model.heads import Scorer, policy_of
@@ -279,7 +279,7 @@ class _Loop:
     def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
         """Context of an evaluation at `step`: its time is counted as `eval_seconds`, and the watchdog waits longer.
 
-        A signal ends it between two batches: the state after step `done` is saved at once, and the resumed run repeats
+        A signal ends it between two batches or two looks of the sampler: the state after step `done` is saved at once, and the resumed run repeats
         the evaluation.
         """
         what = f"the evaluation after step {step} of stage {self.stage.name}"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.between_batches import calling_between_batches
 from lm.experiment import Layer, LoRA
 from lm.model.lora import merged
 from lm.parallel.mesh import make_mesh
@@ -150,3 +151,22 @@ def test_completions_are_the_same_on_many_devices(sizes, group):
     for one, other in zip(alone, spread_out, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
+def test_sampling_calls_the_check_every_few_tokens_and_ends_with_its_error(monkeypatch):
+    monkeypatch.setattr("lm.rollout.engine.LOOK", 4)
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 3:
+            raise InterruptedError
+
+    model = tiny_model()
+    request = Request(prompts_of(2), KEY, NEW, width=WIDTH)
+    nothing_ends = dataclasses.replace(
+        LocalEngine(model, TOKENIZER), tokenizer=SimpleNamespace(**vars(TOKENIZER) | {"end_ids": (VOCAB,)})
+    )
+    with calling_between_batches(check), pytest.raises(InterruptedError):
+        nothing_ends.complete(request)
+    assert len(calls) == 3

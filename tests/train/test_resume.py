@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.evals.rows import between_batches
+from lm.between_batches import between_batches
 from lm.experiment import UserError
 from lm.files import load
 from lm.json_lines import checksums, read_json_lines, rewrite_json_lines
