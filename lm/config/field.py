@@ -273,7 +273,7 @@ def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
 
 
 # Verifiers whose name may be followed by `:` and a parameter, as in regex:PATTERN. A file of such a name is regex.py:FUNCTION.
-WITH_PARAMETER = ("regex", "json_schema", "format", "language", "overlong", "python_tests")
+WITH_PARAMETER = ("regex", "json_schema", "format", "language", "overlong", "python_tests", "endpoint")
 
 
 def is_function_name(name: Any) -> bool:

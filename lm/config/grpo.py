@@ -46,7 +46,7 @@ class GRPO(ObjectiveConfig):
     verifier: str = knob(
         "answer",
         "verifier that gives the reward: answer, exact, choice, regex:PATTERN, json_schema, format, language:CODE, overlong:LOW-HIGH, "
-        "python_tests, style, helpful, or FILE:FUNCTION of your own",
+        "python_tests, endpoint:FILE, style, helpful, or FILE:FUNCTION of your own",
     )
     verifiers: tuple[str, ...] = knob(
         (), "several verifiers, which replace `verifier`; each is logged as metric reward_NAME; empty: `verifier` alone"

@@ -30,6 +30,7 @@ from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
 from lm.rollout.answer_rewards import TOKENS
 from lm.rollout.code_tests import sandbox_notes
+from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
 from lm.rollout.rewards import REWARD, compute_rewards, reward_problem
@@ -49,8 +50,8 @@ class EnvironmentSpec:
     """The environment or the verifiers of a stage or eval, which turn rows into episodes and give rewards.
 
     `judge` is None if nothing here gives rewards, `columns` are those that every row needs, `messages` gives the first
-    messages of a row, `where` names the stage or the eval in errors, `seconds` is the time limit of one call, and `notes` are
-    lines for the log.
+    messages of a row, `where` names the stage or the eval in errors, `seconds` is the time limit of one call, `notes` are
+    lines for the log, and `record` holds the replies of a judge behind an endpoint.
     """
 
     make: Callable[[], Any]
@@ -60,6 +61,7 @@ class EnvironmentSpec:
     where: str
     seconds: float
     notes: tuple[str, ...] = ()
+    record: JudgeRecord | None = None
 
 
 def environment_spec(
@@ -357,7 +359,7 @@ def judge_answers(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> list[Re
     names = episodes[0].environment.verifiers
     rows = [{**one.task, TOKENS: one.sampled} for one in episodes]
     answers = [one.text for one in episodes]
-    found = [compute_rewards(name, rows, answers, spec.where, spec.seconds) for name in names]
+    found = [compute_rewards(name, rows, answers, spec.where, spec.seconds, spec.record) for name in names]
     late = np.any([one.late for one in found], axis=0)
     values = np.stack([one.values for one in found], axis=1).tolist()
     return [None if late[i] else dict(zip(names, values[i], strict=True)) for i in range(len(episodes))]

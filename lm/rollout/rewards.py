@@ -15,7 +15,8 @@ from lm.config.field import shown
 from lm.data.chat import prompt_messages
 from lm.data.workers import cores
 from lm.experiment import UserError
-from lm.rollout.timed import START_SECONDS, CallOutcome, TimedWorker, limited, within
+from lm.rollout.endpoint_judge import JudgeRecord, recorded_in
+from lm.rollout.timed import START_SECONDS, CallOutcome, TimedWorker, limited, whole_outcome_of, within
 from lm.rollout.verifiers import find_verifier
 from lm.user_functions import is_function_name
 
@@ -23,6 +24,8 @@ SECONDS = 10.0  # time limit of a verifier for one completion
 GRACE = 1.0  # seconds more for a verifier of STOPS_ITSELF before its worker is killed
 STOPS_ITSELF = ("python_tests",)  # these end at their limit by `seconds_left`
 IN_WORKERS = ("regex", "json_schema", "python_tests")
+IN_THREADS = ("endpoint",)  # these wait for others
+THREADS = 32
 LARGEST = 1e9  # for larger rewards, differences within a group lose their digits in float32
 REWARD = f"a reward is a number from {-LARGEST:g} to {LARGEST:g}"
 
@@ -40,18 +43,24 @@ class Rewards(NamedTuple):
 
 
 def compute_rewards(
-    name: str, rows: Sequence[Mapping[str, Any]], completions: Sequence[str], where: str, seconds: float = SECONDS
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[str],
+    where: str,
+    seconds: float = SECONDS,
+    record: JudgeRecord | None = None,
 ) -> Rewards:
     """The reward of each completion by the verifier `name`, for the row that it answers.
 
     Args:
         where: the stage or evaluation, for messages.
         seconds: time limit of one reward; a call that takes longer is stopped and its reward is 0.
+        record: replies of a judge behind an endpoint, read from it and added to it.
 
     Raises:
         UserError: the verifier raised, or its reward is not a finite number; names the prompt.
     """
-    outcomes = _outcomes(name, list(zip(rows, completions, strict=True)), seconds)
+    outcomes = _outcomes(name, list(zip(rows, completions, strict=True)), seconds, record)
     for row, completion, outcome in zip(rows, completions, outcomes, strict=True):
         problem = (
             f"raised {outcome.error}" if outcome.error else "" if outcome.timed_out else reward_problem(outcome.value)
@@ -70,9 +79,14 @@ def timeout_metric(count: int) -> dict[str, float]:
     return {"reward_timeouts": float(count)} if count else {}
 
 
-def _outcomes(name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float) -> list[CallOutcome]:
+def _outcomes(
+    name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float, record: JudgeRecord | None
+) -> list[CallOutcome]:
     """The outcome of each call. Code, patterns and schemas of others run in processes that can be killed, other verifiers in this one."""
     rule = name.partition(":")[0]
+    if rule in IN_THREADS:
+        with ThreadPoolExecutor(THREADS) as threads:
+            return list(threads.map(lambda one: whole_outcome_of(_by_name, name, *one, seconds, record), answered))
     if not is_function_name(name) and rule not in IN_WORKERS:
         return [limited(seconds, find_verifier(name), row, completion) for row, completion in answered]
     workers = _workers()[: len(answered)]
@@ -97,8 +111,10 @@ def _prepare(name: str) -> None:
     find_verifier(name)
 
 
-def _by_name(name: str, row: Mapping[str, Any], completion: str, seconds: float) -> Any:
-    with within(seconds):
+def _by_name(
+    name: str, row: Mapping[str, Any], completion: str, seconds: float, record: JudgeRecord | None = None
+) -> Any:
+    with within(seconds), recorded_in(record):
         return find_verifier(name)(row, completion)
 
 

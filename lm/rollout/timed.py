@@ -118,11 +118,7 @@ def serve(descriptor: int, memory_bytes: int, library: str) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             function, arguments = pipe.recv()
-            try:
-                outcome = outcome_of(function, *arguments)
-            except TookTooLong:
-                outcome = CallOutcome(timed_out=True)
-            pipe.send(outcome)
+            pipe.send(whole_outcome_of(function, *arguments))
 
 
 def _end_with_parent(parent: int) -> None:
@@ -140,6 +136,14 @@ def outcome_of(function: Callable[..., Any], *arguments: Any) -> CallOutcome:
         return CallOutcome(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
+def whole_outcome_of(function: Callable[..., Any], *arguments: Any) -> CallOutcome:
+    """The outcome of a function that keeps its time limit itself, and raises TookTooLong at it."""
+    try:
+        return outcome_of(function, *arguments)
+    except TookTooLong:
+        return CallOutcome(timed_out=True)
+
+
 def limited(seconds: float, function: Callable[..., Any], *arguments: Any) -> CallOutcome:
     """The outcome of function(*arguments), called in this process with a time limit (see `alarm`)."""
     try:
@@ -153,23 +157,22 @@ class TookTooLong(BaseException):
     """Raised when a call exceeds its time limit; not an `Exception`, so that the called code does not catch it."""
 
 
-_deadline = math.inf
+_call = threading.local()  # `deadline`: of the call that a thread is making
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Context of a call with a time limit that the called code keeps itself, by `seconds_left`."""
-    global _deadline
-    before, _deadline = _deadline, time.monotonic() + seconds
+    before, _call.deadline = getattr(_call, "deadline", math.inf), time.monotonic() + seconds
     try:
         yield
     finally:
-        _deadline = before
+        _call.deadline = before
 
 
 def seconds_left() -> float:
-    """Seconds that are left of the call that this process is making; infinite without a limit."""
-    return _deadline - time.monotonic()
+    """Seconds that are left of the call that this thread is making; infinite without a limit."""
+    return getattr(_call, "deadline", math.inf) - time.monotonic()
 
 
 @contextlib.contextmanager

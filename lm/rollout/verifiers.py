@@ -14,7 +14,7 @@ from lm.config.objective import VERIFIER_ARGUMENTS
 from lm.data.bad_rows import ColumnNeed, is_blank
 from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
-from lm.rollout import answer_rewards, code_tests, mathematics
+from lm.rollout import answer_rewards, code_tests, endpoint_judge, mathematics
 from lm.rollout.answer_match import expected_reading, matches
 from lm.rollout.timed import TookTooLong
 from lm.user_functions import is_function_name, load_function
@@ -85,6 +85,7 @@ RULES: dict[str, Callable[[str], Verifier]] = {
     "language": answer_rewards.language,
     "overlong": answer_rewards.overlong,
     "python_tests": code_tests.python_tests,
+    "endpoint": endpoint_judge.endpoint,
 }
 
 # the columns without which a verifier cannot judge a row
@@ -100,6 +101,7 @@ NEEDS: dict[str, tuple[ColumnNeed, ...]] = {
     "language": (),
     "overlong": (),
     "python_tests": (code_tests.COLUMNS,),
+    "endpoint": (),
 }
 
 

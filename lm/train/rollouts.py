@@ -29,6 +29,7 @@ from lm.model.lora import merged
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch, to_devices
 from lm.parallel.rules import batch_sharding
+from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.engine import LocalEngine
 from lm.rollout.episodes import Tasks, make_tasks
 from lm.rollout.rounding import rounded
@@ -73,6 +74,9 @@ class RolloutBatches(Batches):
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.folder = folder
+        if any(name.startswith("endpoint:") for name in self.stage.objective.verifier_names):
+            record = JudgeRecord(folder, jax.process_index())
+            self.tasks = dataclasses.replace(self.tasks, spec=dataclasses.replace(self.tasks.spec, record=record))
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[RolloutBatch], dict[str, float]]:
         key = jax.random.fold_in(self.key, step)

@@ -139,7 +139,7 @@ def test_every_rule_is_total(name, completion, expected):
 
 
 def test_every_rule_is_tested():
-    assert {name.partition(":")[0] for name in NAMES} | {"python_tests", "language"} == RULES.keys() | {
+    assert {name.partition(":")[0] for name in NAMES} | {"python_tests", "language", "endpoint"} == RULES.keys() | {
         "exact",
         "choice",
     }

@@ -1,0 +1,130 @@
+"""Reward by a language model behind an OpenAI-compatible endpoint, recorded so that a resumed run gets the same rewards.
+
+The verifier `endpoint:FILE` reads a JSON file with `url` (up to /v1), `model`, `prompt` (with {prompt}, {completion} and columns of the
+row in braces) and `most`, the score that is worth 1. The score is the last number of the reply. A request that fails is
+sent again, and one that has not succeeded within `reward_seconds` counts as a reward that took too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm.config.field import UserError, shown
+from lm.data.chat import prompt_messages
+from lm.json_lines import JsonLines, read_json_lines
+from lm.rollout.timed import TookTooLong, seconds_left
+
+FIELDS = {"url": str, "model": str, "prompt": str, "most": int | float}
+OPTIONAL = {"key_variable": str}  # the environment variable with the API key, which is sent and never stored
+FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between attempts, doubled after each
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class JudgeRecord:
+    """The replies of a stage's judge by the hash of the request, in a JSON-lines file; a failed request is recorded as null."""
+
+    def __init__(self, folder: Path, process: int = 0):
+        self._lock, self._file = threading.Lock(), JsonLines(folder / f"judge-{process}.jsonl")
+        # Those of all processes: after a resume with other processes, another one may judge an answer.
+        files = sorted(folder.glob("judge-*.jsonl"))
+        lines = [line for path in files for _, line in read_json_lines(path, {"request": str})]
+        self._replies: dict[str, str | None] = {line["request"]: line["reply"] for line in lines}
+
+    def find(self, request: str) -> tuple[bool, str | None]:
+        """Whether the request is recorded, and its reply."""
+        with self._lock:
+            return request in self._replies, self._replies.get(request)
+
+    def add(self, request: str, reply: str | None) -> None:
+        """Record the reply to a request."""
+        with self._lock:
+            self._replies[request] = reply
+            self._file.append([json.dumps({"request": request, "reply": reply}).encode()])
+
+
+_call = threading.local()  # `record`: of the call that a thread is making
+
+
+@contextlib.contextmanager
+def recorded_in(record: JudgeRecord | None) -> Iterator[None]:
+    """Context of a call whose replies are read from a record, and added to it."""
+    _call.record = record
+    try:
+        yield
+    finally:
+        _call.record = None
+
+
+def endpoint(file: str) -> Callable[[Mapping[str, Any], str], float]:
+    """The verifier `endpoint:FILE`: the judge's score divided by `most`, from 0 to 1.
+
+    Raises:
+        UserError: the file is missing or lacks a field.
+    """
+    judge = _read(file)
+
+    def score(row: Mapping[str, Any], completion: str) -> float:
+        body = _body(judge, row, completion)
+        request = hashlib.sha256(body).hexdigest()
+        kept: JudgeRecord | None = getattr(_call, "record", None)
+        found, reply = kept.find(request) if kept else (False, None)
+        if not found:
+            reply = _reply(judge, body)
+            if kept:
+                kept.add(request, reply)
+        if reply is None:
+            raise TookTooLong
+        return max(0.0, min(1.0, float(NUMBER.findall(reply)[-1]) / judge["most"]))
+
+    return score
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        judge = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"endpoint:{file} cannot be read: {error}") from None
+    known = FIELDS | OPTIONAL
+    right = isinstance(judge, dict) and FIELDS.keys() <= judge.keys() <= known.keys()
+    if not right or not all(isinstance(value, known[name]) for name, value in judge.items()) or not judge["most"] > 0:
+        raise UserError(
+            f"endpoint:{file} is {shown(judge)}; it should have {', '.join(FIELDS)} (above 0), and may have {', '.join(OPTIONAL)}"
+        )
+    return judge
+
+
+def _body(judge: Mapping[str, Any], row: Mapping[str, Any], completion: str) -> bytes:
+    values = {**row, "prompt": prompt_messages(row, "the prompt")[-1]["content"], "completion": completion}
+    text = re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), judge["prompt"])
+    asked = {"model": judge["model"], "temperature": 0, "messages": [{"role": "user", "content": text}]}
+    return json.dumps(asked, sort_keys=True).encode()
+
+
+def _reply(judge: Mapping[str, Any], body: bytes) -> str | None:
+    """The judge's reply, which has a number; None if no attempt succeeded in time."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(judge.get("key_variable", "")):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(f"{judge['url'].rstrip('/')}/chat/completions", body, headers)
+    wait = FIRST_WAIT
+    while (left := seconds_left()) > 0:
+        try:
+            with urllib.request.urlopen(request, timeout=min(left, 3600.0)) as response:
+                text = str(json.load(response)["choices"][0]["message"]["content"])
+            if NUMBER.search(text):
+                return text
+        except (OSError, ValueError, LookupError, TypeError):  # down, overloaded, or no such reply: asked again
+            pass
+        time.sleep(max(0.0, min(wait, seconds_left())))
+        wait = min(2 * wait, LONGEST_WAIT)
+    return None

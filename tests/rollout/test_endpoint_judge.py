@@ -1,0 +1,115 @@
+"""The judge behind an endpoint: its score is the reward, failures are retried and counted, replies are recorded and replayed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from lm.experiment import UserError
+from lm.rollout.endpoint_judge import JudgeRecord
+from lm.rollout.rewards import compute_rewards
+from lm.rollout.verifiers import find_verifier
+
+ROWS = [{"question": f"What is {n}?", "answer": str(n)} for n in range(3)]
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Scores a completion by its length; answers `failures` requests with an error first."""
+
+    failures = 0
+    reply = "I give {} of 10. Score: {}"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((body, self.headers.get("Authorization")))
+        failed = len(self.server.asked) <= self.server.failures
+        text = body["messages"][0]["content"]
+        content = self.server.reply.format(1, len(text.rpartition("|")[2]))
+        data = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+        self.send_response(503 if failed else 200)
+        self.end_headers()
+        self.wfile.write(b"busy" if failed else data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as found:
+        found.asked, found.failures, found.reply = [], 0, Judge.reply
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+@pytest.fixture
+def name(server, tmp_path):
+    judge = {
+        "url": f"http://127.0.0.1:{server.server_port}/v1",
+        "model": "big",
+        "most": 10,
+        "key_variable": "JUDGE_KEY",
+    }
+    (tmp_path / "judge.json").write_text(
+        json.dumps(judge | {"prompt": "Rate {prompt} ({answer}, {other}):|{completion}"})
+    )
+    return f"endpoint:{tmp_path}/judge.json"
+
+
+def test_the_score_of_the_reply_is_the_reward(server, name, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    found = compute_rewards(name, ROWS, ["a" * 5, "", "a" * 40], "reason")
+    assert found.values.tolist() == pytest.approx([0.5, 0, 1])
+    body, key = next(one for one in server.asked if "aaaaa" in str(one) and "a" * 40 not in str(one))
+    assert body["messages"][0]["content"] == "Rate What is 0? (0, {other}):|aaaaa"
+    assert (body["model"], body["temperature"], key) == ("big", 0, "Bearer secret")
+
+
+def test_a_judge_that_fails_is_asked_again(server, name):
+    server.failures = 2
+    assert compute_rewards(name, ROWS[:1], ["aaa"], "reason").values.tolist() == pytest.approx([0.3])
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("trouble", ["down", "no number"])
+def test_a_judge_that_never_answers_is_counted(server, name, trouble):
+    if trouble == "down":
+        server.failures = 1000
+    else:
+        server.reply = "I cannot say."
+    found = compute_rewards(name, ROWS, ["a", "b", "c"], "reason", seconds=1.0)
+    assert found.late.tolist() == [True] * 3
+    assert len(server.asked) >= 6
+
+
+def test_replies_are_replayed_and_failures_too(server, name, tmp_path):
+    record = JudgeRecord(tmp_path)
+    first = compute_rewards(name, ROWS, ["a", "bb", "ccc"], "reason", record=record)
+    server.failures = 1000
+    missing = compute_rewards(name, ROWS[:1], ["dddd"], "reason", seconds=0.5, record=record)
+    server.shutdown()
+    asked, again = len(server.asked), JudgeRecord(tmp_path, 1)
+    assert (
+        compute_rewards(name, ROWS, ["a", "bb", "ccc"], "reason", record=again).values.tolist() == first.values.tolist()
+    )
+    assert (
+        missing.late.tolist()
+        == compute_rewards(name, ROWS[:1], ["dddd"], "reason", record=again).late.tolist()
+        == [True]
+    )
+    assert len(server.asked) == asked
+    assert "secret" not in (tmp_path / "judge-0.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"url": "u", "model": "m", "prompt": "p", "most": 0}', '{"url": 1}']
+)
+def test_a_file_that_describes_no_judge_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "judge.json").write_text(content)
+    with pytest.raises(UserError, match=r"reason\.objective\.verifier is 'endpoint:.*judge\.json") as caught:
+        find_verifier(f"endpoint:{tmp_path}/judge.json", "reason.objective.verifier")
+    assert "\n" not in str(caught.value)
