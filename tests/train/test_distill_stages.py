@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm.check import check
 from lm.cli.main import main
-from lm.experiment import SFT, Distill, Experiment, Mesh, Model, Source, Stage, Tokenizer, from_dict
+from lm.data.tokenizer import SubwordTokenizer
+from lm.data.vocabulary import load_tokenizer
+from lm.experiment import SFT, Distill, Experiment, Mesh, Model, Source, Stage, Tokenizer, UserError, from_dict
+from lm.train.models import check_teacher
 from lm.train.stages import run
 from lm.train.trajectory_files import read_trajectories, trajectory_files
 from tests.train.runs import CONSTANT, forget_last_checkpoint, metrics, write_questions
@@ -97,3 +102,34 @@ def test_resumed_is_the_same_to_the_bit(folder, resumed, stage):
     files = [trajectory_files(one / "stages" / stage) for one in (folder / "run", resumed)]
     assert [one.name for one in files[0]] == [one.name for one in files[1]]
     assert all(read_trajectories(one) for one in files[0])
+
+
+@pytest.mark.parametrize(
+    "teacher, told",
+    [
+        ("{root}/teacher:wanting", "the stages of .*teacher that train a language model are sft"),
+        ("{root}/nowhere:sft", "nowhere is not the folder of a run"),
+        ("{root}/teacher:sft", "whose vocabulary of 320 tokens is not that of this run, 300 tokens"),
+        ("hf:{root}/exported", "whose vocabulary of 320 tokens is not that of this run, 300 tokens"),
+        ("hf:{root}/nowhere", "nowhere"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_told_before_training(folder, teacher, told):
+    other = SubwordTokenizer.train(["Tell me and Gladly do, or tell no one"] * 9, 300)
+    stage = distilled(folder, "distill", teacher=teacher.format(root=folder))
+    with pytest.raises(UserError, match=told):
+        check_teacher(stage, other, Model())
+
+
+def test_a_teacher_with_a_shorter_context_is_told(folder):
+    stage = dataclasses.replace(distilled(folder, "distill", teacher=f"{folder}/teacher:sft"), seq_len=96)
+    with pytest.raises(UserError, match=r"whose context is 64 tokens: distill\.seq_len 96 should be at most that"):
+        check_teacher(stage, load_tokenizer(folder / "teacher" / "tokenizer"), Model())
+
+
+@pytest.mark.parametrize(
+    "teacher, told", [("wanting", "are sft, and RUN:NAME"), ("sft", "starts from: leave teacher empty")]
+)
+def test_a_teacher_of_this_run_is_an_earlier_stage_and_not_the_student_itself(tmp_path, teacher, told):
+    with pytest.raises(UserError, match=told):
+        check(small(tmp_path, distilled(tmp_path, "distill", teacher=teacher)))
