@@ -26,6 +26,7 @@ from lm.train.trajectory_writer import keep_trajectories
 from lm.web.rollout_index import FILTERS, SORTS
 from lm.web.rollout_tokens import describe_tokens, pieces
 from lm.web.rollout_viewer import RolloutViewer, serve_rollouts
+from tests.browser_checks import CONTRAST
 
 STAGE = Stage("reason", GRPO(group_size=2, clip_high=0.5), (Source("gen:arithmetic"),), steps=9, batch_size=2)
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\">\x1b[31m"
@@ -289,3 +290,114 @@ def test_the_server_is_for_this_machine_and_tells_errors_as_json(run):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(request)
             assert caught.value.code == status and json.loads(caught.value.read())["error"]
+
+
+@contextlib.contextmanager
+def opened(browser, run, query="", **options):
+    """The page in a browser, and everything that went wrong or was asked of others."""
+    with serving(run) as address, contextlib.closing(browser.new_context(**options)) as context:
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        wrong = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(address) or wrong.append(request.url))
+        page.goto(f"{address}/{query}")
+        page.wait_for_selector("#groups a", state="attached")
+        yield page
+        assert not wrong and page.title() == "told: rollouts"
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+
+
+def shows(page, expected):
+    """Wait until the list has these groups."""
+    page.wait_for_function(
+        "(told) => JSON.stringify([...document.querySelectorAll('#groups b')].map((b) => b.textContent)) === told",
+        arg=json.dumps(
+            [f"step {step} · {group}" for step, group in expected], separators=(",", ":"), ensure_ascii=False
+        ),
+    )
+
+
+@pytest.mark.slow
+def test_filters_and_search_are_in_the_address_and_survive_a_reload(run, browser):
+    with opened(browser, run) as page:
+        page.check("[value=no_signal]")
+        shows(page, [(5, 2), (4, 2), (3, 2), (2, 1), (2, 2), (1, 1), (1, 2)])
+        page.fill("[name=search]", "answer")
+        shows(page, [(5, 2), (4, 2), (3, 2), (2, 2), (1, 2)])
+        page.select_option("[name=sort]", "oldest")
+        shows(page, [(1, 2), (2, 2), (3, 2), (4, 2), (5, 2)])
+        page.fill("[name=steps]", "2-3")
+        shows(page, [(2, 2), (3, 2)])
+        page.reload()
+        shows(page, [(2, 2), (3, 2)])
+        assert page.is_checked("[value=no_signal]") and page.input_value("[name=search]") == "answer"
+        page.fill("[name=steps]", "x")
+        page.wait_for_selector("#problem:has-text('steps is')")
+
+
+@pytest.mark.slow
+def test_a_group_by_keys_and_its_tokens_by_colour(run, browser):
+    with opened(browser, run, "?sort=oldest") as page:
+        page.click("#groups a >> nth=4")  # step 3, prompt 1
+        page.wait_for_selector("#where:has-text('Step 3, prompt 1')")
+        page.wait_for_selector(".completion >> nth=0 >> [data-token]")
+        assert page.locator(".completion >> nth=0 >> .block.model").inner_text() == "forty two"
+        assert "right 1" in page.inner_text(".completion >> nth=0") and "style 0" in page.inner_text(
+            ".completion >> nth=0"
+        )
+        plain = "document.querySelectorAll('.completion [data-token][style]').length"
+        page.select_option("#colour", "gap")
+        page.wait_for_function(f"{plain} > 0")
+        assert "trainer less sampler" in page.inner_text("#legend") and "colour=gap" in page.url
+        assert page.locator("#colour option[value=kl]").is_disabled(), "no reference was read"
+        page.hover(".completion >> nth=0 >> [data-token] >> nth=0")
+        told = page.inner_text("#token")
+        assert "ratio 1.03" in told and "log p −1" in told and "version 3" in told
+        page.keyboard.press("j")
+        page.wait_for_selector("#where:has-text('Step 3, prompt 2')")
+        assert "<img src=x" in page.inner_text("#prompt") and not page.query_selector("#detail img")
+        page.wait_for_selector(".completion >> nth=1 >> [data-token]")
+        blocks = page.locator(".completion >> nth=1 >> .block").all_inner_texts()
+        assert blocks == ["日本 🎉", "fine", "then 7"]
+        page.keyboard.press("k")
+        page.wait_for_selector("#where:has-text('Step 3, prompt 1')")
+        page.go_back()
+        page.wait_for_selector("#where:has-text('Step 3, prompt 2')")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#detail", state="hidden")
+
+
+@pytest.mark.slow
+def test_a_prompt_is_followed_over_its_steps(run, browser):
+    with opened(browser, run, "?group=2.1") as page:
+        page.click("#follow")
+        shows(page, [(step, 1) for step in range(1, 6)])
+        assert page.locator("#history circle").count() == 5
+        page.click("#unfollow")
+        page.wait_for_selector("#followed", state="hidden")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_small_screen_in_both_schemes(run, browser, scheme):
+    viewport = {"width": 400, "height": 800}
+    with opened(browser, run, "?group=4.2", viewport=viewport, color_scheme=scheme) as page:
+        page.wait_for_selector(".completion >> nth=1 >> [data-token]")
+        assert page.is_hidden("#list") and page.is_visible("#back")
+        for place in ("#where", ".line b", ".block.model", ".block.environment", "#legend", ".flag"):
+            contrast, paper = page.evaluate(CONTRAST, place)
+            assert contrast >= 4.5 and (paper < 0.2) == (scheme == "dark"), place
+        page.click("#back")
+        page.wait_for_selector("#list:visible")
+
+
+@pytest.mark.slow
+def test_a_run_without_its_tokenizer_and_with_a_damaged_file_is_shown_as_text(run, browser):
+    (run / "tokenizer").unlink()
+    path = trajectory_files(run / "stages" / "reason")[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with opened(browser, run, "?group=4.2") as page:
+        page.wait_for_selector(".completion .block")
+        assert "tokens are not shown" in page.inner_text("#problem") and path.name in page.inner_text("#problem")
+        assert page.locator(".completion >> nth=1 >> .block").all_inner_texts() == ["日本 🎉", "Traceback", "then 7"]
