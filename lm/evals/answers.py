@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lm.evals.examples import read_examples, spec_of
 from lm.evals.rows import ROWS, SHOWN, Measured, Subject, mean_of, rounded
+from lm.evals.votes import answer_key, majority_at_k
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import token_logprobs
@@ -93,20 +94,31 @@ def best_of_n(item: Eval, subject: Subject) -> Measured:
 def pass_at_k(item: Eval, subject: Subject) -> Measured:
     """Metric `pass_at_k`: fraction of prompts with at least one answer of full reward in k, for k = 1, 2, 4, … best_of.
 
-    The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right answers in n (arXiv:2107.03374, eq. 1).
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right answers in n (arXiv:2107.03374, eq. 1). Also `best_at_k`, the
+    mean of the highest reward among k, and `maj_at_k`, of the most frequent answer among k, for rows with an expected answer. Each
+    with its standard error over prompts.
     """
     found, timeouts = answers_of(item, subject, item.best_of)
-    rewards = rewards_of([one.trajectory for one in found])
-    counts = (rewards >= 1).reshape(-1, item.best_of).sum(1)
+    rewards = rewards_of([one.trajectory for one in found]).reshape(-1, item.best_of)
+    counts = (rewards >= 1).sum(1)
+    votes = not item.environment and all(expected_answer(one.trajectory.task) for one in found)
+    keys = np.array([answer_key(one.trajectory.text) for one in found] if votes else []).reshape(-1, item.best_of)
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
     values: dict[str, Any] = timeout_metric(timeouts)
     for k in sizes:
         values |= mean_of(
             f"pass_at_{k}", [1 - math.comb(item.best_of - c, k) / math.comb(item.best_of, k) for c in counts.tolist()]
         )
-    last = f"pass_at_{sizes[-1]}"
-    values |= {"k": sizes[-1], "pass_at_k": values[last], "pass_at_k_stderr": values[f"{last}_stderr"]}
+        values |= mean_of(f"best_at_{k}", best_of(rewards, rewards, k))
+        if votes:
+            voted = [majority_at_k(given.tolist(), own, k) for given, own in zip(keys, rewards, strict=True)]
+            values |= mean_of(f"maj_at_{k}", voted)
+    last = {name: f"_{sizes[-1]}".join(name.rsplit("_k", 1)) for name in _AT_K}
+    values |= {"k": sizes[-1]} | {name: values[key] for name, key in last.items() if key in values}
     return Measured(values, len(counts))
+
+
+_AT_K = tuple(f"{kind}_at_k{end}" for kind in ("pass", "best", "maj") for end in ("", "_stderr"))
 
 
 def best_of(scores: Float[np.ndarray, "P N"], numbers: Float[np.ndarray, "P N"], n: int) -> Float[np.ndarray, " P"]:

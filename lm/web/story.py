@@ -71,7 +71,7 @@ METRICS = {
         +1,
         percent,
         _points,
-        (("k", "k", lambda value: f"{value:.0f}"), ("pass@1", "pass_at_1", percent)),
+        (("k", "k", lambda value: f"{value:.0f}"), ("pass@1", "pass_at_1", percent), ("maj@k", "maj_at_k", percent)),
     ),
 }
 
