@@ -340,6 +340,11 @@ SAMPLING_WARNINGS: dict[str, MetricWarning] = {
         "A larger max_new_tokens or more SFT before this stage helps",
         steps=1,
     ),
+    "mostly_truncated": MetricWarning(
+        lambda line: line.get("eos_rate", 1) < 0.5,
+        "in the {steps} steps up to step {step} more than half of the answers were cut off at max_new_tokens (eos_rate {eos_rate:.2g}): "
+        "their rewards are of unfinished answers. A larger max_new_tokens, or a penalty on length, helps",
+    ),
     "reward_timeouts": MetricWarning(
         lambda line: line.get("reward_timeouts", 0) > 0,
         "at step {step} {reward_timeouts:.0f} rewards took longer than objective.reward_seconds ({reward_seconds:g} s; for formulas at "

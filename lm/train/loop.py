@@ -151,6 +151,7 @@ def train_stage(
             if start == stage.steps:  # no step ran in this session
                 evaluator.before(index, model, log)
             evaluator.after(index, policy_of(state.models), log, model)
+            loop.warnings.compare_held_out()
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
         data = num_params(state.models), batches.report, batches.sources
@@ -300,8 +301,7 @@ class _Loop:
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
         """Yield (steps done, state) after each step from `start`; saves every `save_every` steps and after a signal."""
         self.progress = progress = Progress(self.stage.name, self.stage.steps, start)
-        folder = self.run.folder.stage_folder(self.stage.name)
-        self.warnings = Warnings(self.run.experiment, self.stage, folder, self.log, progress.say)
+        self.warnings = Warnings(self.run.experiment, self.stage, self.log, progress.say)
         try:
             for step in range(start, self.stage.steps):
                 self.trace.before(step + 1)

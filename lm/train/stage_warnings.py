@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm.config.objective import WARNING_STEPS, MetricWarning
@@ -14,21 +15,34 @@ from lm.train.metrics import MetricsLog, read_lines
 Line = dict[str, Any]
 
 
+COLLAPSES = {
+    "entropy": (
+        0.1,
+        "the policy samples nearly the same answer each time. entropy_coef, a higher clip_high or fewer steps help",
+    ),
+    "grad_norm": (0.01, "the policy hardly learns any more. Prompts that the model sometimes gets right help"),
+    "completion_length": (0.2, "answers get very short, which some rewards favour. Look at them with `lm rollouts`"),
+}
+"""Metrics of stages that sample: the fraction of their mean over the first steps below which they have collapsed, and what it means."""
+ACCURACIES = {"reward": "reward", "pass_at_k": "pass_at_1"}
+"""Metrics of evals with an accuracy that training should raise, and its name."""
+
+
 class Warnings:
     """Shows the warnings of a stage and writes them to its `warnings.jsonl` ({"step", "kind", "text"}), each kind once.
 
     Create it after the log was rewound: warnings already in the file, also of earlier sessions, are not repeated.
     """
 
-    def __init__(
-        self, experiment: Experiment, stage: Stage, folder: Path, log: MetricsLog, show: Callable[[str], None]
-    ) -> None:
+    def __init__(self, experiment: Experiment, stage: Stage, log: MetricsLog, show: Callable[[str], None]) -> None:
+        folder = log.folder
         self.stage, self.log, self.show = stage, log, show
         self.possible = {
             kind: (one, min(one.steps, stage.steps)) for kind, one in stage.objective.metric_warnings.items()
         }
         lines = read_lines(folder / "metrics.jsonl") if self.possible and log.active else []
         self.recent: deque[Line] = deque(lines[-WARNING_STEPS:], maxlen=WARNING_STEPS)
+        self.first, self.evals_seen = lines[:WARNING_STEPS], 0
         self.told = {line.get("kind") for line in read_lines(folder / "warnings.jsonl")} if log.active else set()
         if experiment.model.param_dtype != "float32" and not stage.optimizer.master_weights:
             self.add(
@@ -40,8 +54,27 @@ class Warnings:
     def see(self, line: Line) -> None:
         """Check a step's metrics for warning signs."""
         self.recent.append(line)
+        if len(self.first) < WARNING_STEPS:
+            self.first.append(line)
         for kind, text in found(self.possible, list(self.recent), vars(self.stage.objective)):
             self.add(kind, text, line["step"])
+        if self.stage.objective.samples:
+            for kind, text in collapsed(self.first, list(self.recent)):
+                self.add(kind, text, line["step"])
+            self.compare_held_out()
+
+    def compare_held_out(self) -> None:
+        """Warn if the reward has risen while the accuracy of an eval has fallen; looks only after a new measurement."""
+        path = self.log.folder / "eval.jsonl"
+        size = path.stat().st_size if self.log.active and path.exists() else 0
+        if size == self.evals_seen or not self.stage.objective.samples:
+            return
+        self.evals_seen = size
+        evals, metrics = read_lines(path), read_lines(self.log.folder / "metrics.jsonl")
+        for name in dict.fromkeys(line["eval"] for line in evals if line["metric"] in ACCURACIES):
+            step, text = diverged(name, metrics, [line for line in evals if line["eval"] == name])
+            if text:
+                self.add(f"held_out_falls_{name}", text, step)
 
     def add(self, kind: str, text: str, step: int = 0) -> None:
         """Show and log a warning, unless one of its kind was already."""
@@ -60,3 +93,53 @@ def found(
         last = lines[-steps:]
         if len(last) == steps and all(map(warning.shows, last)):
             yield kind, warning.text.format(**objective | last[-1] | {"steps": steps})
+
+
+def collapsed(first: Sequence[Line], last: Sequence[Line]) -> Iterator[tuple[str, str]]:
+    """(kind, text) of each metric of COLLAPSES that stayed far below its mean over the stage's first steps."""
+    if min(len(first), len(last)) < WARNING_STEPS or first[-1]["step"] >= last[0]["step"]:
+        return
+    for name, (fraction, meaning) in COLLAPSES.items():
+        if all(math.isfinite(line.get(name) or math.nan) for line in first):
+            start = statistics.fmean(line[name] for line in first)
+            now = [math.nan if (value := line.get(name)) is None else value for line in last]
+            if all(value < fraction * start for value in now):
+                yield (
+                    f"{name}_collapse",
+                    f"in the {len(last)} steps up to step {last[-1]['step']} {name} was below {fraction:.0%} of its first value "
+                    f"({start:.3g}, now {now[-1]:.3g}): {meaning}",
+                )
+
+
+def diverged(name: str, metrics: Sequence[Line], evals: Sequence[Line]) -> tuple[int, str]:
+    """(step, text) if an eval's accuracy has fallen from its best measurement while the reward of training rose, else (0, "").
+
+    Both changes must exceed twice their standard error; the reward is the mean over WARNING_STEPS steps before a measurement (after
+    one before the first step).
+    """
+    key = ACCURACIES[evals[-1]["metric"]]
+    known = [line for line in evals if None not in (line.get(key), line.get(f"{key}_stderr"))]
+    rewards = {line["step"]: line["reward"] for line in metrics if line.get("reward") is not None}
+    if len(known) < 2 or not rewards:
+        return 0, ""
+    best, last = max(known, key=lambda line: line[key]), known[-1]
+    before, after = (_rewards_at(rewards, line["step"]) for line in (best, last))
+    fall, fall_error = best[key] - last[key], math.hypot(best[f"{key}_stderr"], last[f"{key}_stderr"])
+    if min(len(before), len(after)) < 2 or not fall > 2 * fall_error:
+        return 0, ""
+    rise = statistics.fmean(after) - statistics.fmean(before)
+    rise_error = math.sqrt(sum(statistics.variance(part) / len(part) for part in (before, after)))
+    if not rise > 2 * rise_error:
+        return 0, ""
+    return last["step"], (
+        f"from step {best['step']} to step {last['step']} the reward rose from {statistics.fmean(before):.3g} to "
+        f"{statistics.fmean(after):.3g} while the held-out accuracy of {name} fell from {best[key]:.3g} to {last[key]:.3g} (standard error "
+        f"{fall_error:.2g}): the policy learns what the reward favours, not the task. The model of step {best['step']} was better"
+    )
+
+
+def _rewards_at(rewards: dict[int, float], step: int) -> list[float]:
+    """The rewards of the WARNING_STEPS steps that end at a measurement, or of the first ones for one before them."""
+    steps = sorted(rewards)
+    chosen = [one for one in steps if one <= step][-WARNING_STEPS:] if step else steps[:WARNING_STEPS]
+    return [rewards[one] for one in chosen]

@@ -21,7 +21,7 @@ def warned(folder, objective, lines, first=1, **changes):
     stage = tiny_stage(objective, steps=changes.pop("steps", 100))
     with MetricsLog(folder) as log:
         log.rewind(first - 1)
-        watch = Warnings(Experiment("tiny", (stage,), model=TINY), stage, folder, log, shown.append)
+        watch = Warnings(Experiment("tiny", (stage,), model=TINY), stage, log, shown.append)
         for step, line in enumerate(lines, first):
             log.metrics({"step": step} | line)
             watch.see({"step": step} | line)
@@ -53,6 +53,72 @@ def test_answers_that_are_all_truncated_are_said_once(tmp_path):
     assert "at step 2 every answer was cut off at max_new_tokens" in text
 
 
+def test_truncation_beyond_its_threshold_is_said(tmp_path):
+    (text,) = warned(tmp_path, GRPO(), [GOOD, *[GOOD | {"eos_rate": 0.4}] * (STEPS + 2)])
+    assert f"in the {STEPS} steps up to step {STEPS + 1} more than half of the answers were cut off" in text
+
+
+HEALTHY = GOOD | {"entropy": 2.0, "grad_norm": 0.5, "completion_length": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "low"), [("entropy", 0.1), ("grad_norm", 1e-3), ("completion_length", 9.0)], ids=str
+)
+def test_a_collapse_is_said_with_its_step(tmp_path, metric, low):
+    fallen, spared = HEALTHY | {metric: low}, HEALTHY | {metric: HEALTHY[metric] / 2}
+    lines = [*[HEALTHY] * (STEPS + 2), *[fallen] * (STEPS - 1), HEALTHY, *[spared] * STEPS]
+    assert warned(tmp_path / "spared", GRPO(), lines) == []
+    (text,) = warned(tmp_path / "fallen", GRPO(), [*lines, *[fallen] * STEPS])
+    assert f"up to step {len(lines) + STEPS} {metric} was below" in text
+    assert len(warned(tmp_path / "fallen", GRPO(), [fallen], first=len(lines) + STEPS + 1)) == 0, "once, over resumes"
+
+
+def test_a_stage_that_begins_low_has_not_collapsed(tmp_path):
+    assert warned(tmp_path, GRPO(), [HEALTHY | {"entropy": 0.01}] * (3 * STEPS)) == []
+
+
+def held_out(folder, rewards, accuracies, metric="reward", error=0.01):
+    """What is shown of a stage with these rewards by step and accuracies by {step: accuracy}."""
+    shown, stage = [], tiny_stage(GRPO(), steps=100)
+    key = {"reward": "reward", "pass_at_k": "pass_at_1"}[metric]
+    with MetricsLog(folder) as log:
+        watch = Warnings(Experiment("tiny", (stage,), model=TINY), stage, log, shown.append)
+        for step, reward in enumerate(rewards, 1):
+            log.metrics({"step": step} | GOOD | {"reward": reward})
+            watch.see({"step": step} | GOOD | {"reward": reward})
+            if step in accuracies:
+                line = {"step": step, "when": "during", "eval": "held", "metric": metric, key: accuracies[step]}
+                log.evaluation(line | {f"{key}_stderr": error})
+        watch.compare_held_out()
+    return shown
+
+
+RISING = [0.2 + 0.02 * step for step in range(30)]
+
+
+@pytest.mark.parametrize("metric", ["reward", "pass_at_k"])
+def test_a_reward_that_rises_while_held_out_accuracy_falls_is_said_with_its_step(tmp_path, metric):
+    (text,) = held_out(tmp_path, RISING, {10: 0.6, 20: 0.5, 30: 0.4}, metric)
+    assert "from step 10 to step 20 the reward rose from 0.34 to 0.54" in text
+    assert "held-out accuracy of held fell from 0.6 to 0.5" in text and "step 10 was better" in text
+    (line,) = read_lines(tmp_path / "warnings.jsonl")
+    assert (line["kind"], line["step"]) == ("held_out_falls_held", 20)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "accuracies", "error"),
+    [
+        (RISING, {10: 0.4, 20: 0.5, 30: 0.6}, 0.01),  # both rise
+        (RISING, {10: 0.6, 20: 0.5, 30: 0.5}, 0.1),  # within the error
+        ([0.5] * 30, {10: 0.6, 20: 0.4, 30: 0.3}, 0.01),  # the reward is flat
+        (RISING[::-1], {10: 0.6, 20: 0.4, 30: 0.3}, 0.01),  # both fall
+        (RISING, {30: 0.3}, 0.01),  # one measurement
+    ],
+)
+def test_other_courses_of_held_out_accuracy_warn_of_nothing(tmp_path, rewards, accuracies, error):
+    assert held_out(tmp_path, rewards, accuracies, error=error) == []
+
+
 def test_a_resumed_stage_goes_on_counting_and_says_nothing_twice(tmp_path):
     assert warned(tmp_path, GRPO(), [FLAT] * (STEPS - 1)) == []
     assert len(warned(tmp_path, GRPO(), [FLAT], first=STEPS)) == 1
@@ -74,5 +140,5 @@ def test_narrow_parameters_without_master_weights_are_said(tmp_path):
     for master in (True, False):
         stage = tiny_stage(SFT(), optimizer=Optimizer(master_weights=master))
         with MetricsLog(tmp_path) as log:
-            Warnings(Experiment("tiny", (stage,), model=narrow), stage, tmp_path, log, shown.append)
+            Warnings(Experiment("tiny", (stage,), model=narrow), stage, log, shown.append)
     assert len(shown) == 1 and "tiny.optimizer.master_weights is false" in shown[0]
