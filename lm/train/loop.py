@@ -151,7 +151,6 @@ def train_stage(
             if start == stage.steps:  # no step ran in this session
                 evaluator.before(index, model, log)
             evaluator.after(index, policy_of(state.models), log, model)
-            loop.warnings.compare_held_out()
         with loop.costs.of("save_seconds"):
             checkpoints.wait()
         data = num_params(state.models), batches.report, batches.sources
@@ -264,10 +263,9 @@ class _Loop:
         self.updates = updates_per_step(stage)
         self.rate = schedule(stage.optimizer, stage.steps * self.updates)
         self.trace = Trace(run.folder.stage_folder(stage.name) / "profile", run.profile)
-        # Model FLOPs utilisation per token per second; None where the chip's peak is unknown.
         peak = peak_flops(jax.devices()[0].device_kind)
         cost = flops_per_token(stage, run.experiment.model, vocabulary_rows(run.experiment, run.tokenizer))
-        self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None
+        self.mfu_per_rate = cost / (peak * run.mesh.size) if peak else None  # model FLOPs utilisation
 
     def show_activity(self, text: str) -> None:
         """Show the current activity (compiling, an evaluation) in the progress line, or print it before the first step."""
@@ -280,8 +278,7 @@ class _Loop:
     def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
         """Context of an evaluation at `step`: its time is counted as `eval_seconds`, and the watchdog waits longer.
 
-        A signal ends it between two batches or two looks of the sampler: the state after step `done` is saved at once, and the resumed run repeats
-        the evaluation.
+        A signal ends it between two batches or two looks of the sampler: the state after step `done` is saved, and a resumed run repeats it.
         """
         what = f"the evaluation after step {step} of stage {self.stage.name}"
 
@@ -292,6 +289,8 @@ class _Loop:
         try:
             with self.costs.of("eval_seconds"), self.run.watchdog.patiently(what), calling_between_batches(check):
                 yield
+            if self.progress is not None:
+                self.warnings.compare_held_out()
         except StoppedBySignal as stopped:
             if self.pending is not None:
                 self._report(self.pending)

@@ -42,7 +42,7 @@ class Warnings:
         }
         lines = read_lines(folder / "metrics.jsonl") if self.possible and log.active else []
         self.recent: deque[Line] = deque(lines[-WARNING_STEPS:], maxlen=WARNING_STEPS)
-        self.first, self.evals_seen = lines[:WARNING_STEPS], 0
+        self.first = lines[:WARNING_STEPS]
         self.told = {line.get("kind") for line in read_lines(folder / "warnings.jsonl")} if log.active else set()
         if experiment.model.param_dtype != "float32" and not stage.optimizer.master_weights:
             self.add(
@@ -61,16 +61,12 @@ class Warnings:
         if self.stage.objective.samples:
             for kind, text in collapsed(self.first, list(self.recent)):
                 self.add(kind, text, line["step"])
-            self.compare_held_out()
 
     def compare_held_out(self) -> None:
-        """Warn if the reward has risen while the accuracy of an eval has fallen; looks only after a new measurement."""
-        path = self.log.folder / "eval.jsonl"
-        size = path.stat().st_size if self.log.active and path.exists() else 0
-        if size == self.evals_seen or not self.stage.objective.samples:
+        """Warn if the reward has risen while the accuracy of an eval has fallen; call it after an evaluation."""
+        if not (self.log.active and self.stage.objective.samples):
             return
-        self.evals_seen = size
-        evals, metrics = read_lines(path), read_lines(self.log.folder / "metrics.jsonl")
+        evals, metrics = (read_lines(self.log.folder / f"{kind}.jsonl") for kind in ("eval", "metrics"))
         for name in dict.fromkeys(line["eval"] for line in evals if line["metric"] in ACCURACIES):
             step, text = diverged(name, metrics, [line for line in evals if line["eval"] == name])
             if text:

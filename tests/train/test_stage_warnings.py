@@ -89,7 +89,7 @@ def held_out(folder, rewards, accuracies, metric="reward", error=0.01):
             if step in accuracies:
                 line = {"step": step, "when": "during", "eval": "held", "metric": metric, key: accuracies[step]}
                 log.evaluation(line | {f"{key}_stderr": error})
-        watch.compare_held_out()
+                watch.compare_held_out()
     return shown
 
 
