@@ -74,6 +74,13 @@ def test_prompts_have_an_answer_in_every_column(finished):
     assert story.columns(run) == ["random", *DONE]
 
 
+@pytest.mark.parametrize(("init", "name"), [("", "random"), ("hf:folder", "open weights")])
+def test_the_page_names_the_model_that_the_run_begins_with(finished, init, name):
+    run = read_run(finished)
+    page = render(dataclasses.replace(run, experiment=run.experiment | {"init": init}))
+    assert f"<b>{name}</b> is the model that the run begins with." in page
+
+
 def test_markup_of_the_model_is_shown_and_not_obeyed(tmp_path):
     hostile = "<script>alert(1)</script><b>bold</b>&amp;\x00\x1b[31m\ud800"
     folder = write_run(tmp_path / "run")
