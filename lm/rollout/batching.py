@@ -19,8 +19,10 @@ from jaxtyping import Bool
 from lm.parallel.rules import platform, ways
 from lm.rollout.slots import Assignment
 
-CHUNK = 256  # tokens of a prompt that are read at a time
-READ = 512  # tokens of all prompts that are read at a time, in each shard
+CHUNK = 256  # most tokens of a prompt that are read at a time
+READ = 512  # most tokens of all prompts that are read at a time, in each shard
+LEAST_READ = 128  # least of them, if so many prompts wait
+REFILL = 8  # slots are refilled when this fraction of them, 1/8, have ended
 SLOTS = {"cpu": 32}  # slots of each shard
 MOST_SLOTS = 256  # on other devices
 
@@ -30,7 +32,8 @@ class Sizes:
     """Shapes of the engine's programs. `shards` is the number of parts of the batch, each with its share of the rest.
 
     `places` is the number of slots that can share a lane, `reading` the number of prompts that are read together, `prompt`
-    and `new` the maximum tokens of a prompt and of a completion, `chunk` the tokens of a prompt that are read at a time.
+    and `new` the maximum tokens of a prompt and of a completion, `chunk` the tokens of a prompt that are read at a time,
+    `refill` the number of ended completions after which others get their slots.
     """
 
     shards: int
@@ -41,6 +44,7 @@ class Sizes:
     prompt: int
     new: int
     chunk: int
+    refill: int
 
 
 def sizes_of(prompts: int, group_size: int, width: int, new: int, slots: int = 0) -> Sizes:
@@ -56,10 +60,13 @@ def sizes_of(prompts: int, group_size: int, width: int, new: int, slots: int = 0
     places = min(group_size, rows)
     # Twice the lanes that full groups need, so that slots whose group is ending may begin another.
     lanes = rows if places == 1 else min(-(-prompts // shards), 2 * math.ceil(rows / places))
-    chunk = min(max(width, 1), CHUNK)
+    chunks = max(1, -(-width // CHUNK))
+    chunk = max(1, -(-width // chunks))
+    # As many as a refill needs, and enough tokens for fast products.
+    reading = min(lanes, max(1, READ // chunk), max(-(-rows // (REFILL * places)), LEAST_READ // chunk))
     return Sizes(
-        shards, shards * rows, shards * lanes, places, shards * min(lanes, max(1, READ // chunk)),
-        -(-max(width, 1) // chunk) * chunk, new, chunk,
+        shards, shards * rows, shards * lanes, places, shards * reading, chunks * chunk, new, chunk,
+        max(1, shards * rows // REFILL),
     )  # fmt: skip
 
 

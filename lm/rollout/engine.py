@@ -24,7 +24,6 @@ from lm.rollout.batching import Batching, Occupant, Sizes, sizes_of
 from lm.rollout.sampler import encode_prompt
 from lm.rollout.slots import Slots, empty_reader, empty_slots, fill_lanes, read_chunk, sample_tokens, sampling_model
 
-REFILL = 8  # slots are refilled when this fraction of them, 1/8, have ended
 LOOK = 64  # tokens between two looks at what has ended, and for a signal
 STOP_LOOK = 16  # the same where strings end completions
 
@@ -113,7 +112,7 @@ class LocalEngine:
                 slots, reader = _read(model, slots, reader, s, request.prompts, chosen)
             slots = sample_tokens(
                 model, slots, batching.assign(), request.key, request.temperature, STOP_LOOK if request.stop else LOOK,
-                max(1, s.slots // REFILL) if batching.waits else s.slots + 1, end_ids=tuple(self.tokenizer.end_ids),
+                s.refill if batching.waits else s.slots + 1, end_ids=tuple(self.tokenizer.end_ids),
                 top_k=request.top_k, top_p=request.top_p, vocab_size=self.tokenizer.vocab_size,
             )  # fmt: skip
             done, steps, tokens, logp = fetch((slots.done, slots.steps, slots.tokens, slots.logp))
