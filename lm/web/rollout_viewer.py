@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -148,6 +149,11 @@ class RolloutViewer:
             raise UserError(f"place {place}: the group has {len(rows)} completions")
         names = ["tokens", "authors", "logp", "trainer_logp", "ref_logp", "token_advantages", "advantage", "version"]
         (row,) = self._rows(index, rows[place : place + 1], names)
+        if max(row["tokens"], default=0) >= self.tokenizer.vocab_size:
+            raise UserError(
+                f"token {max(row['tokens'])} is not among the {self.tokenizer.vocab_size} of {RunFolder(self.run).tokenizer}: "
+                "put back the tokenizer that sampled it; the texts are shown"
+            )
         return describe_tokens(row, self._experiment_stage(self._stage(query)).objective, self.tokenizer)
 
     def _experiment_stage(self, name: str) -> Stage:
@@ -275,4 +281,7 @@ def serve_rollouts(run: Path, stage: str | None, port: int) -> LocalServer:
     Raises:
         UserError: the run has no such trajectories, or the port is in use.
     """
-    return LocalServer("rollouts", RolloutViewer(run, stage).pages(), port=port)
+    viewer = RolloutViewer(run, stage)
+    server = LocalServer("rollouts", viewer.pages(), port=port)
+    threading.Thread(target=viewer.stages[viewer.first].index, daemon=True).start()  # ready when the page is opened
+    return server

@@ -41,7 +41,12 @@ let timer = 0;
 
 const at = (values, i) => (values === null || values === undefined ? null : values[i]);
 const log = (value) => (value === null ? null : Math.log(value));
-const short = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(3)).toString().replace("-", "−"));
+
+function short(value) {
+  if (value === null || value === undefined) return "–";
+  const text = value && Math.abs(value) < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(3)).toString();
+  return text.replaceAll("-", "−");
+}
 
 function make(tag, className, text) {
   const one = document.createElement(tag);

@@ -141,6 +141,13 @@ def test_tokens_have_their_authors_and_numbers(run, tokenizer):
     assert set(dialogue["authors"]) == {0, 1, 2} and dialogue["gap"] is None
 
 
+def test_a_tokenizer_that_lacks_a_token_is_told_in_a_line(run):
+    viewer = RolloutViewer(run)
+    viewer.tokenizer.vocab_size = 5
+    with pytest.raises(UserError, match="is not among the 5 of"):
+        viewer.tokens({"step": "5", "group": "1"})
+
+
 def test_pieces_together_are_the_text(tokenizer):
     made, _ = tokenizer
     text = "a é 日本語 🎉🎉 \n\tz"
