@@ -1,8 +1,8 @@
-"""GRPO on Python code that is judged by tests: functions of one line. About two minutes on a CPU.
+"""GRPO on Python code that is judged by tests: functions of one line. A few minutes on a CPU.
 
     lm run write_code
 
-An SFT stage imitates demonstrations (write_code.jsonl) whose operator is right once in three times. GRPO then trains on the tests of
+An SFT stage imitates demonstrations (write_code.jsonl) whose operator is right half of the time. GRPO then trains on the tests of
 each row. The model's code runs in a sandbox: bubblewrap where it is installed, else Linux namespaces; the log names it.
 """
 
@@ -19,7 +19,7 @@ experiment = Experiment(
     model=Model(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128, max_len=96),
     stages=(
         Stage(
-            "sft", SFT(), (functions,), Optimizer(peak_lr=3e-3), steps=200, batch_size=16, seq_len=96, save_every=200
+            "sft", SFT(), (functions,), Optimizer(peak_lr=3e-3), steps=300, batch_size=16, seq_len=96, save_every=300
         ),
         Stage(
             "grpo",
@@ -27,7 +27,7 @@ experiment = Experiment(
             (functions,),
             Optimizer(peak_lr=1e-3, warmup_steps=5),
             steps=30,
-            batch_size=4,
+            batch_size=8,
             seq_len=96,
             save_every=30,
         ),
