@@ -19,6 +19,10 @@ QUICK = (
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("no deadline")  # a busy machine is no fault of an example
+settings.load_profile("no deadline")
 
 gc.set_threshold(
     20_000, 10, 10

@@ -201,7 +201,7 @@ def pieces_of(messages, tokenizer):
 WORDS = st.text("abc \n", min_size=1, max_size=60)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=WORDS, chosen=WORDS, rejected=WORDS, seq_len=st.integers(16, 80))
 def test_what_is_too_long_keeps_the_ends_of_its_answers(tokenizer, prompt, chosen, rejected, seq_len):
     """The prompt loses its beginning, the same for both; without any of it an answer loses its own, after its header."""

@@ -27,7 +27,7 @@ def library(tokenizer):
     return read
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS)
 def test_any_text_has_the_same_ids(tokenizer, library, text):
     ids = tokenizer.encode(text)

@@ -122,7 +122,7 @@ VALUES = st.recursive(
 JUNK = st.dictionaries(NAMES, VALUES, max_size=5)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(JUNK)
 def test_any_row_has_a_canonical_form_which_is_its_own(row):
     once = canonical(row)

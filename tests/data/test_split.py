@@ -74,7 +74,7 @@ FILE = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     files=st.lists(FILE, min_size=2, max_size=3),
     holdouts=st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]), min_size=3, max_size=3),

@@ -40,7 +40,7 @@ PIECES = st.sampled_from([*SPECIALS, "\n", "    ", "\u2581", "<0x41>", "7", "the
 TEXTS = st.lists(PIECES | st.text(max_size=8), max_size=12).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS)
 def test_any_text_comes_back_and_holds_no_special_token(tokenizer, text):
     ids, starts = tokenizer.encode_offsets(text)
@@ -124,7 +124,7 @@ def test_any_alphabet_gets_a_vocabulary_that_gives_its_texts_back(name):
     tokenizer = SubwordTokenizer.train(["".join(draw.choices(letters, k=400)) for _ in range(20)], 400)
     assert 262 <= tokenizer.vocab_size <= 400
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(text=st.text(st.sampled_from(letters) | st.characters(), max_size=60) | TEXTS)
     def gives_back(text):
         assert tokenizer.decode(tokenizer.encode(text)) == "".join(
@@ -171,7 +171,6 @@ def test_too_small_a_vocabulary_and_missing_or_broken_model_are_clear_errors(tmp
         SubwordTokenizer.load(tmp_path / "broken.model")
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([*SPECIALS, "<", "|", ">", "\\", "<|", "|>", "im_end", "<|im_end|>"]) | TEXTS, max_size=6)
 )

@@ -231,7 +231,7 @@ BODIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(["show", "choose", "undo"]), BODIES | PLAIN), min_size=1, max_size=6))
 def test_whatever_is_sent_is_refused_or_can_be_read_back(tmp_path_factory, requests):
     with desk_of(tmp_path_factory.mktemp("desk"), questions(2)) as desk:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.experiment import UserError
@@ -131,7 +131,6 @@ NAMES = ["exact", "choice", "regex:a.c", "json_schema", "format", "overlong:1-2"
 TEXTS = st.text(max_size=60) | st.sampled_from(["A", "(B)", "```json\n{}\n```", TAGGED, "\ud800", "\0"])
 
 
-@settings(deadline=None)
 @given(name=st.sampled_from(NAMES), completion=TEXTS, expected=TEXTS)
 def test_every_rule_is_total(name, completion, expected):
     row = {"answer": expected, "choices": [expected, "A"], "schema": {}, "completion_tokens": 1}

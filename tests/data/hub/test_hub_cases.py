@@ -155,7 +155,7 @@ def test_a_sentencepiece_model_gives_the_ids_of_its_tokenizer_json(folder):
             assert (found.tokens, found.mask) == (case["ids"], case["assistant_mask"]), case["name"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(messages=conversations())
 def test_of_any_conversation_the_mask_covers_the_answers(folder, messages):
     tokenizer = published.tokenizer(folder)
@@ -167,7 +167,7 @@ def test_of_any_conversation_the_mask_covers_the_answers(folder, messages):
     check(tokenizer, messages)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(talk=tool_conversations())
 def test_of_any_conversation_with_tools_the_mask_covers_what_the_assistant_wrote(folder, talk):
     tokenizer, (messages, tools) = published.tokenizer(folder), talk

@@ -17,13 +17,13 @@ TALK = [
 
 
 @pytest.mark.parametrize("name", small.TEMPLATES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(messages=conversations())
 def test_of_any_conversation_the_mask_covers_the_answers(name, messages):
     check(small.tokenizer(small.TEMPLATES[name]), messages)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(messages=conversations())
 def test_derived_spans_are_those_of_generation_blocks(messages):
     derived, written = small.tokenizer(small.CHATML), small.tokenizer(small.BLOCKS)

@@ -172,7 +172,7 @@ def test_malformed_tools_are_refused_with_the_turn(row, said):
         tokens(row, small.tokenizer(small.TOOLS))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(talk=tool_conversations())
 def test_of_any_conversation_with_tools_the_mask_covers_what_the_assistant_wrote(talk):
     assert check_tools(small.tokenizer(small.TOOLS), *talk)
