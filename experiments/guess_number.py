@@ -17,6 +17,11 @@ class GuessNumber:
     """Environment: after a first wrong guess it replies whether the row's `secret` is higher or lower; two guesses in all."""
 
     columns = ("secret",)
+    full_reward = 2.0
+
+    @staticmethod
+    def solution(task):
+        return [str(task["secret"])]
 
     def reset(self, task):
         self.secret, self.guesses = int(task["secret"]), []

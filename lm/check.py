@@ -120,7 +120,7 @@ def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
             f"evals.{item.name}.temperature is {item.temperature} and metric is pass_at_k; it should be above 0, since greedy "
             "answers are all the same"
         )
-    check_environment(f"evals.{item.name}", item.environment, (item.verifier,))
+    check_environment(f"evals.{item.name}", item.environment, (item.verifier,), item.max_turns)
     if item.environment and item.metric not in ("reward", "pass_at_k", "best_of_n"):
         raise UserError(
             f"evals.{item.name}.environment is {item.environment} and metric is {item.metric}, which does not use it; environment "

@@ -27,7 +27,7 @@ from lm.parallel.distributed import fetch, to_devices
 from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks, sample_trajectories
 from lm.rollout.rewards import timeout_metric
-from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
+from lm.rollout.trajectory import Rollout, Trajectory, reward_metrics, rewards_of, sample_metrics, trajectory_batch
 from lm.train_step import Models, Step, TrainState, make_step
 from lm.types import NOTHING_SHARED, Mean, RolloutBatch, SharedPrompt
 
@@ -112,6 +112,7 @@ def grpo_rollout(
     advantages, chosen = np.asarray(given), fill(rewards, o.group_size, stage.batch_size)
     metrics = {name: float(mean.value()) for name, mean in means.items()} | sample_metrics(found)
     metrics |= {f"reward_{name}": float(rewards[:, place].mean()) for place, name in enumerate(o.verifiers)}
+    metrics |= reward_metrics(found) if o.environment else {}
     metrics |= timeout_metric(timeouts) | ({"rollouts": attempt + 1} if o.rollouts > 1 else {})
     metrics |= {} if kl is None else {"kl": float(np.mean(kl))}
     batch = batched([found[i] for i in chosen], advantages=advantages[chosen], group_size=o.group_size)

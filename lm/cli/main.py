@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "train an experiment, or resume it",
     "config": "show the resolved value of an experiment, and every knob",
     "data": "show decoded batches, with the loss mask in colour",
+    "env": "check an environment or a verifier on its tasks",
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
     "export": "write a trained model as a folder that transformers reads",

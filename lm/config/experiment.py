@@ -9,7 +9,7 @@ from typing import Literal
 from lm.config.field import UserError, knob, nearest
 from lm.config.lora import LoRA
 from lm.config.model import Mesh, Model, Tokenizer
-from lm.config.objective import environment_knob, reward_seconds_knob
+from lm.config.objective import environment_knob, max_turns_knob, reward_seconds_knob
 from lm.config.stage import Source, Stage
 
 
@@ -27,6 +27,7 @@ class Eval:
     best_of: int = knob(16, "metrics best_of_n and pass_at_k: answers sampled for each prompt", least=1, most=2**16)
     reward_seconds: float = reward_seconds_knob()
     environment: str = environment_knob()
+    max_turns: int = max_turns_knob()
 
 
 @dataclass(frozen=True)

@@ -272,8 +272,19 @@ def takes_function(value: Any, names: tuple[Any, ...]) -> bool:
     return FUNCTION in names and isinstance(value, str) and ":" in value
 
 
-# Verifiers whose name may be followed by `:` and a parameter, as in regex:PATTERN. A file of such a name is regex.py:FUNCTION.
-WITH_PARAMETER = ("regex", "json_schema", "format", "language", "overlong", "python_tests", "endpoint")
+# Verifiers and environments whose name may be followed by `:` and a parameter, as in regex:PATTERN. A file of such a name is
+# regex.py:FUNCTION.
+WITH_PARAMETER = (
+    "regex",
+    "json_schema",
+    "format",
+    "language",
+    "overlong",
+    "python_tests",
+    "endpoint",
+    "gym",
+    "search",
+)
 
 
 def is_function_name(name: Any) -> bool:

@@ -28,6 +28,7 @@ from lm.config.objective import (
     entropy_coef_knob,
     environment_knob,
     max_new_tokens_knob,
+    max_turns_knob,
     reward_seconds_knob,
     temperature_knob,
     tis_clip_knob,
@@ -130,6 +131,7 @@ class GRPO(ObjectiveConfig):
     tis_low: float = knob(*TIS_LOW, least=0, most=1)
     reward_seconds: float = reward_seconds_knob()
     environment: str = environment_knob()
+    max_turns: int = max_turns_knob()
 
     data = "prompts"
     takes_presets = True
@@ -174,6 +176,10 @@ class GRPO(ObjectiveConfig):
         return self.environment
 
     @property
+    def turn_limit(self) -> int:
+        return self.max_turns
+
+    @property
     def max_rollouts(self) -> int:
         return self.rollouts
 
@@ -195,7 +201,7 @@ class GRPO(ObjectiveConfig):
         return self.tis_clip > 0 or not self.samples_as_trained
 
     def check(self, stage: Stage, model: Model) -> None:
-        check_environment(f"{stage.name}.objective", self.environment, self.verifier_names)
+        check_environment(f"{stage.name}.objective", self.environment, self.verifier_names, self.max_turns)
         if stage.batch_size * self.group_size % self.updates_per_rollout:
             raise UserError(
                 f"{stage.name}.objective.updates_per_rollout is {self.updates_per_rollout}; it should divide the "

@@ -99,8 +99,13 @@ class ObjectiveConfig:
 
     @property
     def environment_name(self) -> str:
-        """The environment, FILE:CLASS, that replies to its completions and gives their rewards; empty: the verifiers do."""
+        """The environment that replies to its completions and gives their rewards; empty: the verifiers do."""
         return ""
+
+    @property
+    def turn_limit(self) -> int:
+        """Maximum number of the model's turns in an episode; 0: no limit."""
+        return 0
 
     @property
     def trains(self) -> bool:
@@ -228,18 +233,24 @@ def reward_seconds_knob() -> Any:
 
 
 def environment_knob() -> Any:
-    """The `environment` field, which names a class of the user's own."""
+    """The `environment` field, which names a built-in environment or a class of the user's own."""
     text = (
-        "environment of your own, as FILE:CLASS, which replies between the model's turns and gives the rewards; empty: single-turn "
-        "answers scored by the verifier"
+        "environment that replies between the model's turns and gives the rewards: countdown, calculator, python, search:FILE, gym:NAME, or "
+        "FILE:CLASS of your own; empty: single-turn answers scored by the verifier"
     )
     return knob("", text)
 
 
-def check_environment(where: str, environment: str, verifiers: tuple[str, ...]) -> None:
-    """Raise UserError if `environment` is not FILE:CLASS, or is combined with a verifier; `where` prefixes the field names."""
-    if environment and not is_function_name(environment):
-        raise UserError(f"{where}.environment is {environment!r}; it should be FILE:CLASS, for instance my_file:Guess")
+def max_turns_knob() -> Any:
+    """The `max_turns` field, the budget of turns of an episode."""
+    text = "maximum number of the model's turns in an environment; 0: as many as fit in max_new_tokens"
+    return knob(0, text, least=1, most=10**6, special=0)
+
+
+def check_environment(where: str, environment: str, verifiers: tuple[str, ...], max_turns: int) -> None:
+    """Raise UserError if `environment` is combined with a verifier, or `max_turns` is without one; `where` prefixes the field names."""
+    if max_turns and not environment:
+        raise UserError(f"{where}.max_turns is {max_turns}, and there is no {where}.environment: an answer is one turn")
     if environment and verifiers != ("answer",):
         raise UserError(
             f"{where}.environment is {environment}, which gives its own rewards, so {where}.verifier {', '.join(verifiers)} "

@@ -46,7 +46,7 @@ class Optimizer:
 @dataclass(frozen=True)
 class Source:
     path: str = knob(
-        help="data of the source: a file, a folder of files, a data set's FOLDER or FOLDER/SPLIT, tfds:NAME/SPLIT, gen:NAME (built-in generator) or collected:STAGE (rows of an earlier Collect stage); in an eval also stage:NAME, the source of that stage"
+        help="data of the source: a file, a folder of files, a data set's FOLDER or FOLDER/SPLIT, tfds:NAME/SPLIT, gen:NAME (built-in generator), gym:NAME (family of reasoning-gym) or collected:STAGE (rows of an earlier Collect stage); in an eval also stage:NAME, the source of that stage"
     )
     weight: float = knob(
         1.0, "relative weight of this source in the mixture of examples; 0: not trained on", least=0, most=1e9

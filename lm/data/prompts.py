@@ -18,7 +18,7 @@ from lm.data.selection import WITHHELD, Split, fingerprint, order_key, select, s
 from lm.data.sources import NOWHERE, Rows
 from lm.data.split import Places
 from lm.data.supply import LOOKED_AT, Order, Tally, excerpt, left_out_note
-from lm.data.text_tokenizer import Rendered, TextTokenizer
+from lm.data.text_tokenizer import Rendered, TextTokenizer, Tools
 from lm.data.tokens import unread_columns
 from lm.experiment import Source, UserError
 
@@ -166,9 +166,14 @@ def render_prompt(messages: MessagesOf, row: Mapping[str, Any], tokenizer: TextT
     Environments may have a column of that name for themselves; only a chat template is told of it.
     """
     told = tokenizer.has_template or messages is chat.prompt_messages
-    asked, tools = messages(row, where), chat.tools_of(row, where) if told else None
+    asked, tools = messages(row, where), offered_tools(messages, row, where) if told else None
     variables = chat.variables_of(row, where) if tokenizer.has_template else chat.NO_VARIABLES
     return chat.render(asked, tokenizer, generation_prompt=True, where=where, tools=tools, variables=variables)
+
+
+def offered_tools(messages: MessagesOf, row: Mapping[str, Any], where: str) -> Tools:
+    """The definitions of an environment's own tools (the attribute `tools` of its `messages`), else those of the row."""
+    return getattr(messages, "tools", None) or chat.tools_of(row, where)
 
 
 class _Found(NamedTuple):

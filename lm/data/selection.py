@@ -16,7 +16,7 @@ from jaxtyping import Int
 from lm.data import dataset_folder
 from lm.data.order import mixture_shares
 from lm.data.readers import Row
-from lm.data.sources import NOWHERE, Rows, rows_of, split_rows, texts_of, why_missing
+from lm.data.sources import GENERATED, NOWHERE, Rows, rows_of, split_rows, texts_of, why_missing
 from lm.data.split import Places, split_key, split_place
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import COLLECTED, Experiment, Source, UserError, resolve_sources
@@ -230,7 +230,7 @@ def _content(path: str) -> str:
     """One name for all paths with the same keys: the same file, or generators with the same prompts."""
     if path.startswith("tfds:python_docs"):
         return "gen:docs"
-    if path.startswith(("gen:", "tfds:")):
+    if path.startswith((*GENERATED, "tfds:")):
         return {"gen:preferences": "gen:instruct"}.get(path, path)
     if "\0" in path:
         return path
@@ -239,4 +239,4 @@ def _content(path: str) -> str:
 
 
 def _is_generator(path: str) -> bool:
-    return _content(path).startswith("gen:")
+    return _content(path).startswith(GENERATED)

@@ -3,7 +3,7 @@
 A file is read once from start to end; the offsets of its rows and their places in the split are cached.
 
 Paths: `.txt`, `.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, a folder of these, a folder of a data set
-(`lm.data.dataset_folder`), `tfds:NAME/SPLIT`, `gen:NAME`.
+(`lm.data.dataset_folder`), `tfds:NAME/SPLIT`, `gen:NAME`, `gym:NAME`.
 `lm.data.layouts` lists the column layouts that are read; other columns are ignored and named once.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from jaxtyping import Int64
 
-from lm.data import curriculum, dataset_folder, python_docs, readers, tfds_rows
+from lm.data import curriculum, dataset_folder, gym, python_docs, readers, tfds_rows
 from lm.data.bad_rows import Unreadable, with_advice
 from lm.data.cache import Cache, Entry, Writer, current_cache
 from lm.data.columnar import KINDS
@@ -36,6 +36,7 @@ from lm.experiment import COLLECTED, Source, UserError, nearest
 PROBED = 256  # rows of a generator that its fingerprint covers
 STRIDE = 16  # generated rows per training example: the first of them that is not held out
 SEARCHED = 100_000  # generated rows searched for held-out rows
+GENERATED = ("gen:", "gym:")  # beginnings of the paths of generated rows
 NO_SPANS = np.zeros((0, 3), np.int64)
 HELDOUT_GENERATED = 500  # held-out rows taken from a generator
 NOWHERE: Places = np.zeros(0)  # no key is held out by another source
@@ -140,7 +141,7 @@ def load_rows(path: str, data_dir: str | Path | None = None, columns: tuple[str,
         UserError: a missing, unknown, empty or broken file; names file and line.
     """
     readers.names_of(columns)
-    if path.startswith("gen:"):
+    if path.startswith(GENERATED):
         rows = _generated(path)
         if columns:
             return replace(rows, fetch=lambda i: _renamed(rows.fetch(i), columns), columns=columns, drop=drop)
@@ -305,19 +306,30 @@ def _search_held_out(path: str, holdout: float) -> tuple[int, ...]:
 
 @functools.cache
 def _generated(path: str) -> Rows:
-    name = path.removeprefix("gen:")
+    kind, _, name = path.partition(":")
+    if kind == "gym":
+        make = functools.partial(gym.gym_row, name)
+        return _few(path, make, gym.FEWER[name]) if name in gym.FEWER else _endless(path, make, gym.LENGTH)
     if name == "docs":
         return _in_memory(path, _documents(), python_docs.fingerprint(_documents()))
     if name == "drills":
-        drills = [curriculum.drill_row(index) for index in range(curriculum.DRILLS)]
-        return _in_memory(path, drills, hashlib.sha256(canonical_json(drills).encode()).hexdigest())
-    if name not in GENERATORS:
-        names = [f"gen:{known}" for known in ("docs", "drills", *GENERATORS)]
+        return _few(path, curriculum.drill_row, curriculum.DRILLS)
+    if name not in curriculum.GENERATORS:
+        names = [f"gen:{known}" for known in ("docs", "drills", *curriculum.GENERATORS)]
         hint = nearest(path, names) or f"; there are {', '.join(names)}"
         raise UserError(f"{path}: there is no such generator{hint}")
-    make = functools.lru_cache(maxsize=64)(GENERATORS[name])  # the split reads a row before it is used
+    return _endless(path, curriculum.GENERATORS[name], curriculum.LENGTH)
+
+
+def _few(path: str, generate: Callable[[int], Row], length: int) -> Rows:
+    made = [generate(index) for index in range(length)]
+    return _in_memory(path, made, hashlib.sha256(canonical_json(made).encode()).hexdigest())
+
+
+def _endless(path: str, generate: Callable[[int], Row], length: int) -> Rows:
+    make = functools.lru_cache(maxsize=64)(generate)  # the split reads a row before it is used
     digest = hashlib.sha256(canonical_json([make(index) for index in range(PROBED)]).encode())
-    return Rows(path, curriculum.LENGTH, make, digest.hexdigest(), lambda i: f"{path} row {i}", generated=True)
+    return Rows(path, length, make, digest.hexdigest(), lambda i: f"{path} row {i}", generated=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -329,15 +341,6 @@ def _documents() -> tuple[Row, ...]:
 
     entry = current_cache().entry("documents", python_docs.made_of(), build, "the documents of Python's own library")
     return tuple(json.loads(entry.path("rows").read_bytes()))
-
-
-GENERATORS: dict[str, Callable[[int], Row]] = {
-    "instruct": curriculum.instruct_row,
-    "arithmetic": curriculum.arithmetic_row,
-    "preferences": curriculum.preference_row,
-    "chains": curriculum.chain_row,
-    "short_answers": curriculum.short_answer_row,
-}
 
 
 def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
@@ -383,7 +386,7 @@ def _read_file(name: str, file: Path, cache: Cache, pool: WorkerPool, columns: t
     if kind is None:
         raise UserError(
             f"{name}: cannot read this kind of file; a source is {', '.join(FILES)}, a folder of these, "
-            "tfds:NAME/SPLIT or gen:NAME"
+            "tfds:NAME/SPLIT, gen:NAME or gym:NAME"
         )
     content = cache.digest(file)
 
@@ -472,10 +475,10 @@ def _in_memory(path: str, rows: Sequence[Row], fingerprint: str) -> Rows:
 
 def why_missing(path: str) -> str | None:
     """One line on why a source's file is missing or cannot be read, and what is there instead; None if it can be read."""
-    if path.startswith(("gen:", "tfds:", COLLECTED)):
+    if path.startswith((*GENERATED, "tfds:", COLLECTED)):
         return None
     if not path.strip():
-        return "a source has an empty path; name a file, a folder, tfds:NAME/SPLIT or gen:NAME"
+        return "a source has an empty path; name a file, a folder, tfds:NAME/SPLIT, gen:NAME or gym:NAME"
     if why := readers.why_not_a_file(path):
         return why
     file = Path(path).expanduser()

@@ -177,7 +177,7 @@ def _prompts(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) ->
 def spec_of(item: Eval) -> EnvironmentSpec:
     """The environment (or verifier) of an eval that samples answers."""
     where = f"evals.{item.name}"
-    return environment_spec((item.verifier,), item.environment, where, where, item.reward_seconds)
+    return environment_spec((item.verifier,), item.environment, where, where, item.reward_seconds, item.max_turns)
 
 
 def _pairs(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) -> Examples:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lm.data.chat import Message, prompt_messages
-from lm.experiment import UserError
+from lm.experiment import UserError, nearest
+from lm.rollout.environments.table import ENVIRONMENTS, written
 from lm.rollout.verifiers import find_verifier
-from lm.user_functions import load_function
+from lm.user_functions import is_function_name, load_function
 
 RewardsByName = Mapping[str, float]
 
@@ -19,8 +20,10 @@ RewardsByName = Mapping[str, float]
 class Environment(Protocol):
     """Protocol of an environment; an instance is one episode, constructed without arguments.
 
-    `reset` must depend on the task alone, since all completions of a group answer the same messages. The class attribute
-    `columns` may name the columns that every row must have.
+    `reset` must depend on the task alone, since all completions of a group answer the same messages. The class may have further
+    attributes: `columns`, the columns that every row must have; `tools`, the tools (`lm/rollout/environments/tools.py`) that a chat template
+    tells the model of; `unrewarded`, the names of rewards that are recorded and not learned from; `solution(task)`, the turns of an episode with
+    the full reward, and `full_reward` (1 if missing), both for `lm env check`.
     """
 
     def reset(self, task: Mapping[str, Any]) -> Sequence[Message]:
@@ -28,7 +31,7 @@ class Environment(Protocol):
         ...
 
     def step(self, completion: str) -> Sequence[Message] | None:
-        """The reply to the model's turn (a user message), or None if the episode is over."""
+        """The reply to the model's turn (a user message, or messages of role tool), or None if the episode is over."""
         ...
 
     def reward(self) -> RewardsByName:
@@ -58,14 +61,32 @@ class VerifierEnvironment:
 
 
 def find_environment(name: str, where: str) -> type[Environment]:
-    """The user's environment class that FILE:CLASS names.
+    """The environment of that name, from ENVIRONMENTS or the class that FILE:CLASS names.
 
     Raises:
         UserError: it is missing, or not an environment; `where` is the field that names it.
     """
+    if not is_function_name(name):
+        return _built_in(name, where)
     found = load_function(name, where)
     missing = [method for method in ("reset", "step", "reward") if not callable(getattr(found, method, None))]
     if not isinstance(found, type) or missing:
         problem = f"has no method {missing[0]}" if missing else "is no class"
         raise UserError(f"{where} is {name!r}, which {problem}; an environment is a class with reset, step and reward")
     return found
+
+
+def _built_in(name: str, where: str) -> type[Environment]:
+    kind, _, argument = name.partition(":")
+    known = [written(*one) for one in ENVIRONMENTS.items()]
+    if kind not in ENVIRONMENTS:
+        raise UserError(
+            f"{where} is {name!r}{nearest(name, known)}; there are {', '.join(known)}, and FILE:CLASS of your own"
+        )
+    found = ENVIRONMENTS[kind]
+    if bool(argument) != bool(found.argument):
+        raise UserError(f"{where} is {name!r}; it should be {written(kind, found)}")
+    try:
+        return found.load(argument)
+    except UserError as error:
+        raise UserError(f"{where} is {name!r}; {error}") from error

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -20,9 +20,9 @@ from jaxtyping import Int32, PRNGKeyArray
 from lm.config.field import shown
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, ColumnNeed
-from lm.data.chat import as_messages, check_conversation, prompt_messages, tools_of, variables_of
+from lm.data.chat import as_messages, check_conversation, prompt_messages, variables_of
 from lm.data.privileged import answer_tokens, context_columns, context_messages, with_answers
-from lm.data.prompts import MessagesOf, PromptFeed, make_prompt_feed
+from lm.data.prompts import MessagesOf, PromptFeed, make_prompt_feed, offered_tools
 from lm.data.sources import NOWHERE
 from lm.data.split import Places
 from lm.data.text_tokenizer import TextTokenizer
@@ -33,9 +33,21 @@ from lm.rollout.code_tests import sandbox_notes
 from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
+from lm.rollout.environments.tools import Tool
 from lm.rollout.rewards import REWARD, compute_rewards, reward_problem
 from lm.rollout.timed import limited
-from lm.rollout.trajectory import AUTHORS, ENVIRONMENT, LENGTH, MODEL, PROMPT, STOP, TIMEOUT, Trajectory, prompt_text
+from lm.rollout.trajectory import (
+    AUTHORS,
+    ENVIRONMENT,
+    LENGTH,
+    MODEL,
+    MOST_TURNS,
+    PROMPT,
+    STOP,
+    TIMEOUT,
+    Trajectory,
+    prompt_text,
+)
 from lm.rollout.verifiers import declared_columns, find_verifier, needed_columns
 
 TURNS = 2**30  # folded into a rollout's key for its turns after the first; larger than any token index
@@ -51,7 +63,7 @@ class EnvironmentSpec:
 
     `judge` is None if nothing here gives rewards, `columns` are those that every row needs, `messages` gives the first
     messages of a row, `where` names the stage or the eval in errors, `seconds` is the time limit of one call, `notes` are
-    lines for the log, and `record` holds the replies of a judge behind an endpoint.
+    lines for the log, `record` holds the replies of a judge behind an endpoint, and `max_turns` is the number of the model's turns (0: no limit).
     """
 
     make: Callable[[], Any]
@@ -62,12 +74,13 @@ class EnvironmentSpec:
     seconds: float
     notes: tuple[str, ...] = ()
     record: JudgeRecord | None = None
+    max_turns: int = 0
 
 
 def environment_spec(
-    verifiers: Sequence[str], environment: str, where: str, field: str, seconds: float
+    verifiers: Sequence[str], environment: str, where: str, field: str, seconds: float, max_turns: int = 0
 ) -> EnvironmentSpec:
-    """The environment FILE:CLASS if set, else the verifiers, else prompts without rewards.
+    """The environment if set, else the verifiers, else prompts without rewards.
 
     Args:
         field: prefix of the fields `verifier` and `environment` in errors.
@@ -78,8 +91,9 @@ def environment_spec(
     if environment:
         make = find_environment(environment, f"{field}.environment")
         columns = declared_columns(environment, make)
-        messages = functools.partial(first_messages, make, seconds)
-        return EnvironmentSpec(make, judge_environments, columns, messages, where, seconds)
+        return EnvironmentSpec(
+            make, judge_environments, columns, FirstMessages(make, seconds), where, seconds, max_turns=max_turns
+        )
     for verifier in verifiers:
         find_verifier(verifier, f"{field}.{'verifier' if len(verifiers) == 1 else 'verifiers'}")
     return EnvironmentSpec(
@@ -119,7 +133,7 @@ def make_tasks(stage: Stage, tokenizer: TextTokenizer, seed: int, elsewhere: Pla
     """
     o: Any = stage.objective
     spec = environment_spec(
-        o.verifier_names, o.environment_name, stage.name, f"{stage.name}.objective", o.reward_seconds
+        o.verifier_names, o.environment_name, stage.name, f"{stage.name}.objective", o.reward_seconds, o.turn_limit
     )
     answer = functools.partial(answer_tokens, spec.messages, tokenizer) if o.reads_answers else None
     messages = with_answers(spec.messages, answer) if answer else spec.messages
@@ -141,9 +155,20 @@ def make_tasks(stage: Stage, tokenizer: TextTokenizer, seed: int, elsewhere: Pla
     return Tasks(dataclasses.replace(feed, messages=spec.messages), spec, feed if read else None, answer)
 
 
-def first_messages(make: Callable[[], Environment], seconds: float, task: Mapping[str, Any], where: str) -> Messages:
-    """The first messages of an environment for a row. Raises BadRow if it raises, takes too long or returns none."""
-    return _reset(make(), seconds, task, where)
+@dataclass(frozen=True)
+class FirstMessages:
+    """The first messages of an environment for a row; a call raises BadRow if `reset` raises, takes too long or returns none."""
+
+    make: Callable[[], Environment]
+    seconds: float
+
+    def __call__(self, task: Mapping[str, Any], where: str) -> Messages:
+        return _reset(self.make(), self.seconds, task, where)
+
+    @property
+    def tools(self) -> list[Any]:
+        """The definitions of the environment's own tools."""
+        return [tool.definition for tool in getattr(self.make, "tools", ()) if isinstance(tool, Tool)]
 
 
 def _reset(environment: Environment, seconds: float, task: Mapping[str, Any], where: str) -> Messages:
@@ -152,7 +177,15 @@ def _reset(environment: Environment, seconds: float, task: Mapping[str, Any], wh
         problem = f"raised {outcome.error}" if outcome.error else f"took longer than {seconds:g} s"
         raise BadRow(f"{where}: {type(environment).__name__}.reset {problem}", bad_rows.TURNS)
     check_conversation(outcome.value, where, needs_answer=False)
-    return as_messages(outcome.value)
+    return _encodable(as_messages(outcome.value))
+
+
+def _encodable(messages: Messages) -> Messages:
+    """The messages with ? for what UTF-8 cannot encode, such as half a surrogate pair."""
+    return [
+        turn | {"content": turn["content"].encode(errors="replace").decode()} if turn.get("content") else turn
+        for turn in messages
+    ]
 
 
 class Sampled(NamedTuple):
@@ -234,14 +267,14 @@ class Episode:
     """An episode in progress: its messages, and its tokens with the author and log-probability of each."""
 
     def __init__(self, spec: EnvironmentSpec, task: Mapping[str, Any], tokens: Sequence[int]):
-        self.environment: Any = spec.make()
+        self.spec, self.environment = spec, cast(Any, spec.make())
         messages = _reset(self.environment, spec.seconds, task, spec.where)
         self.task, self.prompt_length = task, len(tokens)
         self.messages = [turn | {"author": AUTHORS[PROMPT]} for turn in messages]
         self.parts: list[
             tuple[np.ndarray, np.ndarray, np.ndarray]
         ] = []  # tokens, their authors, their log-probabilities
-        self.text, self.finish, self.completed, self.version = "", "", False, 0
+        self.text, self.finish, self.completed, self.version, self.turns = "", "", False, 0, 0
         self._add(tokens, PROMPT)
 
     @property
@@ -268,7 +301,7 @@ class Episode:
         """Add a turn of the model."""
         self._add(completion.tokens, np.where(completion.sampled, MODEL, ENVIRONMENT), completion.logp)
         self.text, self.completed = completion_text(tokenizer, completion), completion.ended
-        self.version = completion.version
+        self.version, self.turns = completion.version, self.turns + 1
         self.messages.append({"role": "assistant", "content": self.text, "author": AUTHORS[MODEL]})
 
     def proceed(self, reply: Messages | str | None, tokenizer: TextTokenizer, budget: int) -> None:
@@ -276,9 +309,13 @@ class Episode:
         if not isinstance(reply, list):
             self.finish = reply or (STOP if self.completed else LENGTH)
             return
+        if self.turns == self.spec.max_turns:
+            self.finish = MOST_TURNS if self.completed else LENGTH
+            return
         told = self.task if tokenizer.has_template else {}  # an environment may have columns of these names for itself
-        offered = tools_of(told, "the task"), variables_of(told, "the task")
-        tokens = tokenizer.continuation(self.messages, reply, *offered)
+        tools = offered_tools(self.spec.messages, told, "the task") if tokenizer.has_template else None
+        reply = reply if tokenizer.has_template else _without_tool_role(reply)
+        tokens = tokenizer.continuation(self.messages, reply, tools, variables_of(told, "the task"))
         if not self.completed or self.used + len(tokens) >= budget:
             self.finish = LENGTH
             return
@@ -297,8 +334,13 @@ class Episode:
             finish=self.finish,
             version=self.version,
             rewards=rewards,
-            reward=float(sum(rewards.values())),
+            reward=self.total(rewards),
         )
+
+    def total(self, rewards: RewardsByName) -> float:
+        """The sum of the rewards that the policy learns from."""
+        unrewarded = getattr(self.environment, "unrewarded", ())
+        return float(sum(value for name, value in rewards.items() if name not in unrewarded))
 
     def _add(self, tokens: Any, author: Any, logp: Any = 0.0) -> None:
         """Add tokens with their author and log-probability; these may be arrays, or one value for all tokens."""
@@ -306,6 +348,13 @@ class Episode:
         self.parts.append(
             (np.asarray(tokens, np.int32), np.full(size, author, np.int8), np.full(size, logp, np.float32))
         )
+
+
+def _without_tool_role(reply: Messages) -> Messages:
+    """The reply for a chat format that has no tool turns: their contents in one user turn."""
+    if reply[0]["role"] != "tool":
+        return reply
+    return [{"role": "user", "content": "\n".join(turn["content"] for turn in reply)}]
 
 
 def _shared_out(numbers: Sequence[int], act: Callable[[list[int]], list[Any]]) -> dict[int, Any]:
@@ -320,10 +369,11 @@ def _replies(
     spec: EnvironmentSpec, episodes: Sequence[Episode], going: Sequence[int]
 ) -> dict[int, Messages | str | None]:
     """The reply to each running episode: messages, None if it is over, TIMEOUT if the environment took too long."""
-    return _shared_out(going, lambda own: [_reply(spec, episodes[number]) for number in own])
+    return _shared_out(going, lambda own: [reply_to(spec, episodes[number]) for number in own])
 
 
-def _reply(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
+def reply_to(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
+    """The reply to the latest turn: messages, None if the episode is over, TIMEOUT. Raises UserError if `step` raised or gave no messages."""
     outcome = limited(spec.seconds, episode.environment.step, episode.text)
     where = f"{spec.where}: {type(episode.environment).__name__}.step"
     if outcome.error:
@@ -333,7 +383,7 @@ def _reply(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
     if not isinstance(outcome.value, list | tuple):
         raise UserError(f"{where} gave {outcome.value!r:.40}; it returns a list of messages, or None")
     check_conversation([*episode.messages, *outcome.value], where, needs_answer=False)
-    return as_messages(outcome.value)
+    return _encodable(as_messages(outcome.value))
 
 
 def _judge(spec: EnvironmentSpec, judge: Judge, episodes: Sequence[Episode]) -> list[RewardsByName | None]:

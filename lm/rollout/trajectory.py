@@ -15,8 +15,8 @@ AUTHORS = ("prompt", "model", "environment")
 """Authors of tokens, indexed by `Trajectory.authors`."""
 PROMPT, MODEL, ENVIRONMENT = range(len(AUTHORS))
 
-STOP, LENGTH, TIMEOUT = "stop", "length", "timeout"
-"""Why an episode ended: over after a complete turn; out of tokens; the environment took too long."""
+STOP, LENGTH, TIMEOUT, MOST_TURNS = "stop", "length", "timeout", "turns"
+"""Why an episode ended: over after a complete turn; out of tokens; the environment took too long; out of turns."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,12 @@ def rewards_of(trajectories: Sequence[Trajectory]) -> Float32[np.ndarray, " N"]:
 def rescored(trajectory: Trajectory, score: float) -> Trajectory:
     """The trajectory with `score` as its training reward."""
     return replace(trajectory, rewards={**trajectory.rewards, "score": score}, reward=score)
+
+
+def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """The mean of each reward by name, as metrics `reward_NAME`; 0 counts where an episode has none of that name."""
+    names = dict.fromkeys(name for one in trajectories for name in one.rewards)
+    return {f"reward_{name}": float(np.mean([one.rewards.get(name, 0.0) for one in trajectories])) for name in names}
 
 
 def sample_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
