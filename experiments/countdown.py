@@ -1,9 +1,9 @@
-"""GRPO in the built-in environment `countdown`: make a target from three numbers. Minutes a seed on two CPU cores.
+"""GRPO in the built-in environment `countdown`: make a target from three numbers. Not yet measured to its end.
 
     lm run countdown
 
 An SFT stage imitates demonstrations of which about one in seven searches and the others guess (`lm/data/curriculum/countdown.py`); GRPO
-finds out that searching is right. The eval samples at temperature 1, so that its reward is pass@1.
+can find out that searching is right. The eval samples at temperature 1, so that its reward is pass@1.
 """
 
 from lm.experiment import GRPO, SFT, Eval, Experiment, Model, Optimizer, Source, Stage, Tokenizer

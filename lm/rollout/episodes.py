@@ -354,7 +354,8 @@ def _without_tool_role(reply: Messages) -> Messages:
     """The reply for a chat format that has no tool turns: their contents in one user turn."""
     if reply[0]["role"] != "tool":
         return reply
-    return [{"role": "user", "content": "\n".join(turn["content"] for turn in reply)}]
+    failed = {"error": True} if any(turn.get("error") for turn in reply) else {}
+    return [{"role": "user", "content": "\n".join(turn["content"] for turn in reply), **failed}]
 
 
 def _shared_out(numbers: Sequence[int], act: Callable[[list[int]], list[Any]]) -> dict[int, Any]:

@@ -85,7 +85,12 @@ def test_every_call_is_answered(call, said):
     environment.reset(ROW)
     (reply,) = environment.step(call)
     failed = said != "84"
-    assert reply["role"] == "tool" and said in reply["content"] and reply["content"].startswith("Error: ") == failed
+    assert (
+        reply.get("error", False) == failed
+        and reply["role"] == "tool"
+        and said in reply["content"]
+        and reply["content"].startswith("Error: ") == failed
+    )
     assert environment.reward() == {"answer": 0.0, "tool_used": 1.0, "tool_errors": float(failed)}
     assert environment.step("The answer is 84.") is None and environment.reward()["answer"] == 1.0
 
@@ -136,6 +141,7 @@ def test_budgets_of_turns_and_tokens_end_an_episode(tokenizer):
     assert play(tokenizer, call, "The answer is 84.", max_turns=2).finish == STOP
     cut = play(tokenizer, "<tool>calc: 1+…")
     assert (cut.finish, cut.rewards["tool_errors"]) == (LENGTH, 1.0)
+    assert play(tokenizer, "<tool>calc: x</tool>", "1").messages[2]["error"]
     assert play(tokenizer, call, new=len(tokenizer.encode(call)) + 2).finish == LENGTH  # no room for the result
 
 
@@ -167,6 +173,7 @@ def test_a_chat_template_is_told_of_the_tools_and_of_their_results(model):
         pytest.skip(f"there is no {folder}")
     tokenizer = published.tokenizer(folder)
     call = '<tool_call>\n{"name": "calc", "arguments": {"expression": "12*7"}}\n</tool_call>'
+    assert play(tokenizer, call.replace("12*7", "x"), "The answer is 84.").messages[2]["error"]
     found = play(tokenizer, call, "The answer is 84.")
     shown = tokenizer.show(found.tokens.tolist())
     assert '"name": "calc"' in shown and "<tool_response>\n84\n</tool_response>" in shown

@@ -42,7 +42,9 @@ class ToolDialogue:
         found = tool_replies(completion, self.tools)
         self.replies += found
         self.last = "" if found else completion
-        return [{"role": "tool", "content": one.text} for one in found] or None
+        return [
+            {"role": "tool", "content": one.text, **({"error": True} if one.failed else {})} for one in found
+        ] or None
 
     def reward(self) -> dict[str, float]:
         """The reward of the answer, and what is recorded about the calls."""
