@@ -19,6 +19,8 @@ PRIVATE = range(0xF0000, 0x10FFF0)
 
 Amount = Literal["all texts", "texts that are not empty", "the assistant's texts"]
 AMOUNTS: tuple[Amount, ...] = ("all texts", "texts that are not empty", "the assistant's texts")
+# Where in a text of white space alone the mark is: templates may strip it at both ends, at its start, or at its end.
+BLANK_PLACES = (0.5, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,23 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def mark(messages: Sequence[Turn], letters: Iterator[str], amount: Amount) -> tuple[list[Turn], list[TextMark]]:
+def blank_places(messages: Sequence[Turn]) -> tuple[float, ...]:
+    """The places of marks to try: more than one if a message is white space alone."""
+    texts = [turn.get("content") for turn in messages]
+    return BLANK_PLACES if any(isinstance(one, str) and one and not one.strip() for one in texts) else BLANK_PLACES[:1]
+
+
+def mark(
+    messages: Sequence[Turn], letters: Iterator[str], amount: Amount, blank: float = BLANK_PLACES[0]
+) -> tuple[list[Turn], list[TextMark]]:
     """The messages with marks in their texts, and the marks.
 
     A text is marked at every run of letters and at its end, so that even a part of it shows where it begins and
     ends. The conditions that templates test (is a text empty, does it begin with a tag, its content without outer white
     space) should have the same results; the output, which must be equal apart from the marks, proves it.
+
+    Args:
+        blank: where the mark of white space alone is, as a fraction of its length.
     """
     marked, marks = [], []
     for number, turn in enumerate(messages):
@@ -76,7 +89,7 @@ def mark(messages: Sequence[Turn], letters: Iterator[str], amount: Amount) -> tu
 
         def put(text: str, part: str, at_end: bool = True, number: int = number) -> str:
             letter = next(letters)
-            changed = _with_marks(text, letter, at_end)
+            changed = _with_marks(text, letter, at_end, blank)
             marks.append(TextMark(letter, number, part, changed.count(letter)))
             return changed
 
@@ -98,10 +111,11 @@ def mark(messages: Sequence[Turn], letters: Iterator[str], amount: Amount) -> tu
     return marked, marks
 
 
-def _with_marks(text: str, letter: str, at_end: bool) -> str:
+def _with_marks(text: str, letter: str, at_end: bool, blank: float) -> str:
     end = len(text.rstrip())
     if not text.strip():
-        return text[: len(text) // 2] + letter + text[len(text) // 2 :]
+        at = int(blank * len(text))
+        return text[:at] + letter + text[at:]
     if not at_end:
         return letter + text
     runs = [found.start() for found in RUN.finditer(text, 0, end) if found.group(1)]

@@ -8,14 +8,14 @@ prompt). It ends with the end token, the first control token that the template w
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from lm.data.hub import marks as marking
-from lm.data.hub.marks import AMOUNTS, TextMark
+from lm.data.hub.marks import AMOUNTS, TextMark, blank_places
 from lm.data.hub.sandbox import BLOCK_MARKS, GENERATION_END, GENERATION_START
 from lm.data.hub.template import ChatTemplate, TemplateError, Turn
 from lm.data.hub.vocabulary import split_at
@@ -143,8 +143,8 @@ class Reader:
     ) -> Marked | None:  # fmt: skip
         """The conversation with marks in all texts that the template renders unchanged."""
         found = None
-        for amount in AMOUNTS:
-            changed, marks = marking.mark(messages, letters, amount)
+        for blank, amount in itertools.product(blank_places(messages), AMOUNTS):
+            changed, marks = marking.mark(messages, letters, amount, blank)
             try:
                 found = _marks_of(self.template.render(changed, tools, prompt, variables), marks)
             except TemplateError:
@@ -210,7 +210,7 @@ class Reader:
                     return found
         # The text here depends on the message after it, or there is no message before: found by its tokens instead.
         header = self._prompt_behind([ASKED], None, letters)
-        edges = [0, *accumulate(len(piece) for piece, _ in split_at(header, self.tokens))]
+        edges = [0, *itertools.accumulate(len(piece) for piece, _ in split_at(header, self.tokens))]
         for edge in [len(header) - len(header.lstrip()), *edges[1:-1]]:
             place = marked.text.find(header[edge:], at, first[0]) if first and header[edge:].strip() else -1
             if place >= 0:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from lm.data import bad_rows, chat
 from lm.data.bad_rows import BadRow
@@ -157,6 +157,7 @@ def test_a_sentencepiece_model_gives_the_ids_of_its_tokenizer_json(folder):
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(messages=conversations())
+@example(messages=[{"role": "user", "content": ""}, {"role": "assistant", "content": "\n"}])  # stripped at one end
 def test_of_any_conversation_the_mask_covers_the_answers(folder, messages):
     tokenizer = published.tokenizer(folder)
     try:
