@@ -130,7 +130,7 @@ def test_damaged_headers_are_read_or_refused_in_a_line(tmp_path, whole):
     [
         ({"llama__expert_count": 8}, "does not know llama.expert_count 8"),
         ({"llama__attention__value_length": 16}, "heads have a width of 8, and values or rotated parts 16"),
-        ({"llama__rope__scaling__type": "longrope"}, "rope scaling 'longrope'"),
+        ({"llama__rope__scaling__type": "longrope"}, "rope type longrope lacks short_factor, long_factor"),
         ({"split__count": 3}, "is one of 3 files of a model"),
     ],
 )
