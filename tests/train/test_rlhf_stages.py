@@ -133,7 +133,9 @@ def test_collected_answers_are_in_the_label_pages_file_and_are_learnt_from(folde
 
 def test_a_stage_starts_where_it_says(folder):
     """The reference of DPO is the model after sft and not the one after PPO: at its first step nothing has moved."""
-    assert metrics(folder / "whole", "dpo")[0]["reward_margin"] == 0
+    first, last = metrics(folder / "whole", "dpo")[0], metrics(folder / "whole", "dpo")[-1]
+    # Rounding differs between the programs of policy and reference.
+    assert abs(first["reward_margin"]) < 1e-6 < 1e-4 < abs(last["reward_margin"])
     assert metrics(folder / "whole", "head")[0]["kl"] == pytest.approx(0, abs=1e-4)
 
 
