@@ -15,7 +15,7 @@ import numpy as np
 import regex
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lm.config.field import shown
 from lm.experiment import UserError
@@ -27,7 +27,7 @@ from lm.model.lora import freeze_adapter, linears, with_adapter
 from lm.model.parameter import axes_of, parameter
 from lm.model.transformer import Transformer
 from lm.parallel.rules import shardings
-from lm.stored import read_json, write_json_atomic
+from lm.stored import read_json, write_atomic, write_json_atomic
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # before the name of a module, in the names of tensors
@@ -318,7 +318,7 @@ def write_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: np.ascontiguousarray(x.astype(jnp.dtype(dtype or x.dtype))) for name, x in tensors.items()}
-    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    write_atomic(folder / WEIGHTS, save(stored, {"format": "pt"}))  # save_file would let nobody else read it
     write_json_atomic(folder / CONFIG, config)
 
 

@@ -97,6 +97,7 @@ def test_golden_adapter_is_written_as_it_was(adapter, tmp_path):
     one, other = load_file(adapter / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / CONFIG).stat().st_mode  # who may read one may read both
     again = read_factors(tmp_path, base, family)
     assert {path: low.scale for path, low in again.items()} == {path: part(model, path).lora.scale for path in again}
 
