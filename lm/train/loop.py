@@ -47,7 +47,7 @@ from lm.train.profile import Trace
 from lm.train.provenance import package_versions
 from lm.train.resume import check_checkpoint
 from lm.train.run_folder import RunFolder
-from lm.train.signals import Stop
+from lm.train.signals import Stop, StoppedBySignal
 from lm.train.stage_warnings import Warnings
 from lm.train.trajectory_files import FOLDER as TRAJECTORIES
 from lm.train.trajectory_files import count_trajectories, rewind_trajectories
@@ -76,10 +76,6 @@ class RunContext:
         default_factory=lambda: NOWHERE
     )  # keys held out by one source that another source contains (`held_out_elsewhere`)
     accept: bool = False  # resume although data, tokenizer or versions differ from the checkpoint's
-
-
-class StoppedBySignal(Exception):
-    """Raised when a signal arrives during an evaluation."""
 
 
 class Interrupted(Exception):
@@ -275,27 +271,29 @@ class _Loop:
             print(f"{self.stage.name}  {text}", flush=True)
 
     @contextlib.contextmanager
-    def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
-        """Context of an evaluation at `step`: its time is counted as `eval_seconds`, and the watchdog waits longer.
+    def ending_on_signal(self, state: TrainState, done: int) -> Iterator[None]:
+        """Context of an evaluation or a rollout, which a signal ends between two batches or two looks of the sampler.
 
-        A signal ends it between two batches or two looks of the sampler: the state after step `done` is saved, and a resumed run repeats it.
+        The state after step `done` is saved, and a resumed run repeats the evaluation or the rollout.
         """
-        what = f"the evaluation after step {step} of stage {self.stage.name}"
-
-        def check() -> None:
-            if reason := self.run.stop.now():
-                raise StoppedBySignal(reason)
-
         try:
-            with self.costs.of("eval_seconds"), self.run.watchdog.patiently(what), calling_between_batches(check):
+            with calling_between_batches(self.run.stop.check):
                 yield
-            if self.progress is not None:
-                self.warnings.compare_held_out()
         except StoppedBySignal as stopped:
             if self.pending is not None:
                 self._report(self.pending)
             self._save(state, done)
             self._interrupt(str(stopped), done)
+
+    @contextlib.contextmanager
+    def evaluating(self, step: int, done: int, state: TrainState) -> Iterator[None]:
+        """Context of an evaluation at `step`: its time is counted as `eval_seconds`, and the watchdog waits longer."""
+        what = f"the evaluation after step {step} of stage {self.stage.name}"
+        patient = self.run.watchdog.patiently(what)
+        with self.ending_on_signal(state, done), self.costs.of("eval_seconds"), patient:
+            yield
+        if self.progress is not None:
+            self.warnings.compare_held_out()
 
     def steps(self, state: TrainState, start: int, step_fn: Step) -> Iterator[tuple[int, TrainState]]:
         """Yield (steps done, state) after each step from `start`; saves every `save_every` steps and after a signal."""
@@ -334,7 +332,7 @@ class _Loop:
     def _step(self, state: TrainState, step: int, step_fn: Step, new: bool) -> tuple[TrainState, PendingMetrics]:
         if new:
             self.show_activity("compiling")
-        with self.costs.of(self.batches.cost):
+        with self.ending_on_signal(state, step), self.costs.of(self.batches.cost):
             batches, extra = self.batches(step, state)
         for kind, text in self.batches.notes.items():
             self.warnings.add(kind, text, step + 1)

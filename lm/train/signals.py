@@ -15,6 +15,10 @@ from jax.experimental import multihost_utils
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StoppedBySignal(Exception):
+    """Raised when a signal arrives during an evaluation or a rollout."""
+
+
 @dataclass
 class Stop:
     """Stop request: `requested` is the name of the signal that this process received ("SIGINT", "SIGTERM"), or None."""
@@ -34,6 +38,11 @@ class Stop:
         if not multihost_utils.reached_preemption_sync_point(self.asked):
             return None
         return f"{self.requested or 'SIGTERM'} to one of {jax.process_count()} processes"
+
+    def check(self) -> None:
+        """Raise StoppedBySignal, with the reason, if it is time to stop; as for `now`, on all processes at the same points."""
+        if reason := self.now():
+            raise StoppedBySignal(reason)
 
 
 @contextlib.contextmanager

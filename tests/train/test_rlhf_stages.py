@@ -29,9 +29,12 @@ from lm.json_lines import checksums
 from lm.rollout.verifiers import NEEDS, VERIFIERS
 from lm.train.answers import best_answers
 from lm.train.judging import judge_pairs
+from lm.train.loop import Interrupted
 from lm.train.metrics import read_lines
 from lm.train.models import load_run, load_scorer
+from lm.train.rollouts import RolloutBatches
 from lm.train.run_folder import RunFolder
+from lm.train.signals import Stop
 from lm.train.stages import run
 from lm.web.pairs_page import write_pairs_page
 from tests.train.runs import forget_last_checkpoint, metrics
@@ -167,6 +170,24 @@ def test_resumed_is_the_same_to_the_bit(folder, resumed, stage):
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
         np.testing.assert_array_equal(a, b)
     assert metrics(folder / "whole", stage) == metrics(resumed, stage)
+
+
+def test_a_signal_in_a_rollout_saves_the_step_before_it(folder, monkeypatch):
+    where, rolled, now, step = folder / "stopped", [], Stop.now, RolloutBatches.__call__
+    shutil.copytree(folder / "whole", where)
+    forget_last_checkpoint(where, "ppo", STEPS // SAVED)
+
+    def rollout(self, number, state):
+        rolled.append((self.stage.name, number))
+        return step(self, number, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutBatches, "__call__", rollout)
+        patch.setattr(Stop, "now", lambda self: "SIGTERM" if rolled and rolled[-1] == ("ppo", SAVED + 2) else now(self))
+        with pytest.raises(Interrupted, match=f"SIGTERM: saved at step {SAVED + 2} of {STEPS} of stage ppo"):
+            run(experiment(folder), where)
+    run(experiment(folder), where)
+    assert metrics(folder / "whole", "ppo") == metrics(where, "ppo")
 
 
 def _parameters(run_dir: Path, stage: str):
