@@ -17,7 +17,7 @@ from tests.helpers import OBJECTIVES, grouped_batch, random_batch, tiny_model, t
 COEF = 0.3
 PLAIN_MLP = MLP.__call__
 # one a row of the table, and a critic with a body of its own
-NAMES = ("pretrain", "sft", "dpo", "cpo", "orpo", "kto", "reward_model", "ppo", "ppo_head", "grpo_token")
+NAMES = ("pretrain", "sft", "dpo", "cpo", "orpo", "kto", "reward_model", "ppo", "ppo_head", "grpo_token", "distill")
 
 
 def report(monkeypatch, coef):
