@@ -1,4 +1,4 @@
-"""Turns SIGINT, SIGTERM and preemption notices into a flag that the training loop reads between two steps."""
+"""Turns SIGINT, SIGTERM and preemption notices into a flag, read between two steps and within evaluations and rollouts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def stop_on_signals() -> Iterator[Stop]:
         if stop.requested is None:
             stop.requested = signal.Signals(number).name
             # print() is not reentrant: the signal may have interrupted one.
-            os.write(2, f"\n{stop.requested}: stopping after this step (Ctrl-C stops at once)\n".encode())
+            os.write(2, f"\n{stop.requested}: saving a checkpoint, then stopping (Ctrl-C stops at once)\n".encode())
             if not alone:
                 os.kill(os.getpid(), signal.SIGTERM)
 

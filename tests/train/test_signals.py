@@ -14,7 +14,7 @@ def test_the_first_signal_only_sets_the_flag(name, capfd):
         assert stop.requested is None
         os.kill(os.getpid(), getattr(signal, name))
         assert stop.requested == name
-    assert capfd.readouterr().err.strip().startswith(f"{name}: stopping after this step")
+    assert capfd.readouterr().err.strip().startswith(f"{name}: saving a checkpoint, then stopping")
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
