@@ -123,7 +123,7 @@ def killed(folder, undisturbed) -> Path:
     code, error = stop(folder, "reason", 9, signal.SIGTERM)
     assert code == 130, error[-3000:]
     assert re.search(
-        r"\nlm: SIGTERM: saved at step 1[01] of 12 of stage reason. To go on: lm run smoke.py --run-dir killed --no-report\n$",
+        r"\nlm: SIGTERM: saved at step (9|1[01]) of 12 of stage reason. To go on: lm run smoke.py --run-dir killed --no-report\n$",
         error,
     ), error
     call(folder, "run", "smoke.py", "--run-dir", "killed", "--no-report")
