@@ -18,6 +18,7 @@ from lm import __version__
 from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_USER
 from lm.config.field import LONGEST_VALUE, message_line
 from lm.experiment import UserError, nearest
+from lm.parallel.topology import GPU_MEMORY
 
 COMMANDS = {
     "run": "train an experiment, or resume it",
@@ -29,7 +30,7 @@ COMMANDS = {
     "export": "write a trained model as a folder that transformers reads",
     "label": "compare answers on a page, and collect preferences",
     "eval": "evaluate a checkpoint on the held-out data again",
-    "plan": "estimate memory and step time on TPUs, and choose a mesh",
+    "plan": "estimate memory and step time on TPUs or GPUs, and choose a mesh",
     "sweep": "run the trials of a sweep with any number of workers",
     "compare": "compare runs over seeds, with intervals and p-values",
     "rerun": "train a run again and check that every number is the same",
@@ -118,7 +119,10 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _run(words: list[str]) -> int:
-    for name, value in (ENVIRONMENT | ({"JAX_PLATFORMS": "cpu"} if _libtpu_without_a_tpu() else {})).items():
+    settings = ENVIRONMENT | ({"JAX_PLATFORMS": "cpu"} if _libtpu_without_a_tpu() else {})
+    if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):  # an older name of the same setting
+        settings |= {"XLA_CLIENT_MEM_FRACTION": str(GPU_MEMORY)}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     try:
         code = _dispatch(words)

@@ -1,9 +1,10 @@
-"""Plan a stage for TPUs: memory, step time and layout.
+"""Plan a stage for TPUs or GPUs: memory, step time and layout.
 
 By arithmetic in seconds on any machine, or with --compile by the TPU compiler,
 which needs no TPU either:
 
   lm plan quickstart --topology v5e:2x2
+  lm plan EXPERIMENT --topology h100:8
   lm plan EXPERIMENT --topology v5p:2x4x4 --compile --hlo step.hlo.txt.gz
   lm plan EXPERIMENT --topology v5p:2x4x4 --compile --libtpu DIR
   lm plan EXPERIMENT --topology v5p:2x4x4 --search --model.num-layers 32
@@ -36,7 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lm plan EXPERIMENT --topology CHIP:SHAPE [options] [--a.b.c VALUE ...]"
     parser.add_argument("experiment", metavar="EXPERIMENT", help=f"{EXPERIMENT_HELP}; {WEIGHTS_HELP}")
     parser.add_argument(
-        "--topology", metavar="CHIP:SHAPE", required=True, help="one slice, such as v5e:4x4 or v5p:2x4x4"
+        "--topology",
+        metavar="CHIP:SHAPE",
+        required=True,
+        help="one slice, such as v5e:4x4 or v5p:2x4x4, or the GPUs of a host, such as h100:8",
     )
     parser.add_argument(
         "--slices",
@@ -77,6 +81,8 @@ def call(arguments: argparse.Namespace) -> int:
     if arguments.compile:
         find_libtpu(arguments.libtpu)  # raises for a missing compiler before minutes of work
     topology = parse_topology(arguments.topology, arguments.slices)
+    if arguments.compile and topology.chip.platform != "tpu":
+        raise UserError(f"--compile asks the TPU compiler, and {topology.name} is of GPUs: plan it without")
     names = [arguments.stage] if arguments.stage else [stage.name for stage in experiment.stages]
     plans = [plan_stage(experiment, name, topology) for name in names]
     plan = max(plans, key=lambda plan: plan.bytes)

@@ -55,7 +55,7 @@ class SliceTopology:
     @property
     def devices(self) -> int:
         """Number of JAX devices (one per chip, except for tpu7x)."""
-        return self.chips * DEVICES_PER_CHIP[self.kind]
+        return self.chips * DEVICES_PER_CHIP.get(self.kind, 1)
 
     @property
     def accelerator_type(self) -> str:

@@ -1,4 +1,4 @@
-"""Table of TPU slices by chip name and shape, and the number of JAX devices per chip."""
+"""Table of TPU slices and GPU hosts by chip name and shape, and the number of JAX devices per chip."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from lm.experiment import UserError, nearest
 TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 TORUS_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
+GPU_HOST = ("1", "2", "4", "8")
+
 SHAPES: dict[str, tuple[str, ...]] = {
     "v4": TORUS_3D,
     "v5e": TORUS_2D,
     "v5p": TORUS_3D,
     "v6e": TORUS_2D,
     "tpu7x": ("1x1x1", *TORUS_3D),
+    "a100": GPU_HOST,
+    "h100": GPU_HOST,
+    "h200": GPU_HOST,
 }
-DEVICES_PER_CHIP = {"v4": 1, "v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
+GPU_MEMORY = 0.92  # share of a GPU's memory that JAX takes at the start, by lm/cli/main.py; its own default is 0.75
+DEVICES_PER_CHIP = {"tpu7x": 2}  # of the other chips 1
 
 
 def parse_slice(name: str, chips: Iterable[str] = SHAPES) -> tuple[str, str]:
@@ -33,5 +39,5 @@ def parse_slice(name: str, chips: Iterable[str] = SHAPES) -> tuple[str, str]:
         hint = nearest(chip, chips)
         raise UserError(f"--topology {name!r}: no chip {chip!r}; there are {', '.join(chips)} (v5p:2x4x4){hint}")
     if shape not in SHAPES[chip]:
-        raise UserError(f"--topology {name!r}: {chip} has no slice {shape!r}; there are {', '.join(SHAPES[chip])}")
+        raise UserError(f"--topology {name!r}: {chip} has no shape {shape!r}; there are {', '.join(SHAPES[chip])}")
     return chip, shape

@@ -101,8 +101,9 @@ def _update_block(
 
 
 def single_device_mesh(program: Program) -> AbstractMesh:
-    """An abstract mesh of one TPU device with all axes, so that traced code takes the branches for this kind of device."""
-    device = AbstractDevice(device_kind=program.topology.chip.kind, num_cores=1, platform="tpu")
+    """An abstract mesh of one device with all axes, so that traced code takes the branches for this kind of device."""
+    chip = program.topology.chip
+    device = AbstractDevice(device_kind=chip.kind, num_cores=1, platform=chip.platform)
     axes = tuple(program.sizes)
     return AbstractMesh((1,) * len(axes), axes, (AxisType.Auto,) * len(axes), abstract_device=device)
 

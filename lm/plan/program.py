@@ -116,7 +116,7 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
             f"the mesh uses {used} of the {topology.devices} devices of {topology.slices} x {topology.name}: set one of "
             "its axes to -1, which takes all remaining devices"
         )
-    check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, platform="tpu")
+    check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, topology.chip.platform)
     before = adapters_before(experiment, [one.name for one in experiment.stages].index(stage.name))
     shapes = experiment.model, experiment.tokenizer.vocab_size
     return Program(stage, *shapes, topology, sizes, before, teacher_sizes(stage, *shapes))

@@ -44,7 +44,7 @@ def test_slices_that_the_documentation_names(name, accelerator_type, hosts, devi
     ("v5lite", ["'v5lite'", "v5e"]),
     ("v5e:3x3", ["'3x3'", "1x1, 2x2, 2x4, 4x4"]),
     ("v5p:4x4", ["'4x4'", "2x2x1, 2x2x2"]),
-    ("v5p", ["v5p has no slice ''", "2x4x4"]),
+    ("v5p", ["v5p has no shape ''", "2x4x4"]),
 ])  # fmt: skip
 def test_a_name_that_does_not_exist_shows_those_that_do(name, words):
     with pytest.raises(UserError) as error:
