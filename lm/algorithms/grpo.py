@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from lm.algorithms.algorithm import Algorithm, reference_of
 from lm.experiment import GRPO, Stage
+from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.advantages import completion_advantages, drop_truncated
 from lm.objectives.cross_entropy import weighted
@@ -27,6 +28,7 @@ from lm.parallel.distributed import fetch, to_devices
 from lm.rollout.engine import Engine
 from lm.rollout.episodes import Tasks, sample_trajectories
 from lm.rollout.rewards import timeout_metric
+from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, Trajectory, reward_metrics, rewards_of, sample_metrics, trajectory_batch
 from lm.train_step import Models, Step, TrainState, make_step
 from lm.types import NOTHING_SHARED, Mean, RolloutBatch, SharedPrompt
@@ -84,21 +86,11 @@ def grpo_rollout(
     prompts, and groups without one fill what is missing after the last. Metrics are of everything sampled.
     """
     o = stage.objective
-    found: list[Trajectory] = []
-    timeouts, attempt = 0, 0
-    for attempt in range(o.rollouts):
-        own_key = jax.random.fold_in(key, attempt) if attempt else key
-        sampled = sample_trajectories(
-            engine, tasks, step * o.rollouts + attempt, own_key,
-            max_new_tokens=o.max_new_tokens, temperature=o.temperature, group_size=o.group_size,
-        )  # fmt: skip
-        found, timeouts = found + sampled.trajectories, timeouts + sampled.timeouts
-        if has_preference(reward_columns(found, o.verifiers), o.group_size).sum() >= stage.batch_size:
-            break
     batched = functools.partial(
         trajectory_batch, prompt_width=tasks.feed.prompt_len, width=o.max_new_tokens, pad_id=tasks.feed.tokenizer.pad_id
     )
-    rewards, kl = reward_columns(found, o.verifiers), None
+    found, counts = sample_groups(engine, state, tasks, stage, step, key, place, batched)
+    rewards, kl = reward_columns(found, o.combined_rewards), None
     if o.kl_coef and o.kl_in == "reward":
         kl = fetch(
             kl_to_reference(
@@ -106,15 +98,14 @@ def grpo_rollout(
             )
         )
     given, means = completion_advantages(jnp.asarray(rewards), o, kl)
-    if o.verifiers:
+    if o.combined_rewards:
         totals = (rewards * (o.reward_weights or 1.0)).sum(1).tolist()
         found = [dataclasses.replace(one, reward=total) for one, total in zip(found, totals, strict=True)]
     advantages, chosen = np.asarray(given), fill(rewards, o.group_size, stage.batch_size)
     metrics = {name: float(mean.value()) for name, mean in means.items()} | sample_metrics(found)
-    metrics |= {f"reward_{name}": float(rewards[:, place].mean()) for place, name in enumerate(o.verifiers)}
+    metrics |= {f"reward_{name}": float(rewards[:, place].mean()) for place, name in enumerate(o.combined_rewards)}
     metrics |= reward_metrics(found) if o.environment else {}
-    metrics |= timeout_metric(timeouts) | ({"rollouts": attempt + 1} if o.rollouts > 1 else {})
-    metrics |= {} if kl is None else {"kl": float(np.mean(kl))}
+    metrics |= counts | ({} if kl is None else {"kl": float(np.mean(kl))})
     batch = batched([found[i] for i in chosen], advantages=advantages[chosen], group_size=o.group_size)
     if o.drop_truncated:
         ended = jnp.asarray([found[i].ended for i in chosen])
@@ -123,8 +114,61 @@ def grpo_rollout(
     return Rollout(spread(batch, o.updates_per_rollout), found, advantages, chosen, metrics, rows=rows)
 
 
+def sample_groups(
+    engine: Engine,
+    state: TrainState,
+    tasks: Tasks,
+    stage: Stage[GRPO],
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
+    batched: Callable[[Sequence[Trajectory]], RolloutBatch],
+) -> tuple[list[Trajectory], dict[str, float]]:
+    """The step's trajectories with their rewards by name, sampled until enough groups have a preference, and metrics."""
+    o = stage.objective
+    found: list[Trajectory] = []
+    timeouts, attempt = 0, 0
+    for attempt in range(o.rollouts):
+        own_key = jax.random.fold_in(key, attempt) if attempt else key
+        sampled = sample_trajectories(
+            engine, tasks, step * o.rollouts + attempt, own_key,
+            max_new_tokens=o.max_new_tokens, temperature=o.temperature, group_size=o.group_size,
+        )  # fmt: skip
+        new = sampled.trajectories
+        if o.reward_models:
+            batch = to_devices(batched(new), place, None, len(new))
+            new = with_scores(new, state.frozen["scorers"], batch, stage, step)
+        found, timeouts = found + new, timeouts + sampled.timeouts
+        if has_preference(reward_columns(found, o.combined_rewards), o.group_size).sum() >= stage.batch_size:
+            break
+    return found, timeout_metric(timeouts) | ({"rollouts": attempt + 1.0} if o.rollouts > 1 else {})
+
+
+def with_scores(
+    trajectories: Sequence[Trajectory],
+    scorers: tuple[Scorer, ...],
+    batch: RolloutBatch,
+    stage: Stage[GRPO],
+    step: int,
+) -> list[Trajectory]:
+    """The trajectories of a batch with the score of each reward model of the stage among their rewards, by its name.
+
+    Raises:
+        UserError: a score is not finite; names the prompt.
+    """
+    columns = {}
+    for name, scorer in zip(stage.objective.reward_models, scorers, strict=True):
+        scores = np.asarray(fetch(score_rows((scorer,), batch)))
+        check_finite(scores, [one.prompt for one in trajectories], f"{stage.name}, step {step + 1}, {name}")
+        columns[name] = scores.tolist()
+    return [
+        dataclasses.replace(one, rewards={**one.rewards, **{name: scores[i] for name, scores in columns.items()}})
+        for i, one in enumerate(trajectories)
+    ]
+
+
 def reward_columns(trajectories: Sequence[Trajectory], names: Sequence[str]) -> Float[np.ndarray, "N K"]:
-    """Rewards [N, K] of the trajectories by verifier name (0 after a timeout); without names, their single reward."""
+    """Rewards [N, K] of the trajectories by name (0 after a timeout); without names, their single reward."""
     if not names:
         return rewards_of(trajectories)[:, None]
     return np.array([[one.rewards.get(name, 0.0) for name in names] for one in trajectories], np.float32)
@@ -166,4 +210,5 @@ ALGORITHM = Algorithm(
     reads_reference=reads_reference,
     batch=lambda o: RolloutBatch,
     extra_forward_passes=extra_forward_passes,
+    keeps_scorers=True,
 )

@@ -78,7 +78,7 @@ def first_state(
     model, scorers = freeze_adapter(model), tuple(map(freeze_adapter, scorers))
     model = set_base(model, stage.lora.base)
     frozen: dict[str, Any] = {"reference": model} if algorithm.reads_reference(o) and not stage.lora.rank else {}
-    if algorithm.keeps_scorers:
+    if algorithm.keeps_scorers and scorers:
         frozen["scorers"] = scorers
     if teacher is not None:
         frozen["teacher"] = freeze_adapter(teacher)

@@ -52,7 +52,13 @@ class GRPO(ObjectiveConfig):
     verifiers: tuple[str, ...] = knob(
         (), "several verifiers, which replace `verifier`; each is logged as metric reward_NAME; empty: `verifier` alone"
     )
-    reward_weights: tuple[float, ...] = knob((), "weight of each of `verifiers`; empty: 1 each", least=0, most=1e6)
+    reward_models: tuple[str, ...] = knob(
+        (),
+        "reward models, each a reward beside those of the verifiers (verifier empty: without any), by stage: NAME, or RUN:NAME of another run",
+    )
+    reward_weights: tuple[float, ...] = knob(
+        (), "weight of each of `verifiers`, then of each of `reward_models`; empty: 1 each", least=0, most=1e6
+    )
     reward_combination: Literal["sum", "decoupled"] = knob(
         "sum", "several rewards are summed, then normalised; or normalised one by one, then summed (GDPO)"
     )
@@ -135,6 +141,7 @@ class GRPO(ObjectiveConfig):
 
     data = "prompts"
     takes_presets = True
+    reward_model_field = "reward_models"
     functions: ClassVar = {"verifier": VERIFIER_ARGUMENTS, "verifiers": VERIFIER_ARGUMENTS, "environment": ""}
     caption = "is trained by reinforcement learning: sampled answers that the verifier rewards become more likely."
     charts = (
@@ -170,6 +177,16 @@ class GRPO(ObjectiveConfig):
     @property
     def verifier_names(self) -> tuple[str, ...]:
         return self.verifiers or super().verifier_names
+
+    @property
+    def reward_model_names(self) -> tuple[str, ...]:
+        return self.reward_models
+
+    @property
+    def combined_rewards(self) -> tuple[str, ...]:
+        """Names of the rewards that are combined into one; empty where a single verifier or an environment gives it."""
+        several = self.verifiers or self.reward_models
+        return self.verifier_names + self.reward_models if several else ()
 
     @property
     def environment_name(self) -> str:

@@ -80,9 +80,9 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
         "be false, or kl_in loss",
     ),
     (
-        lambda o: o.reward_combination == "decoupled" and len(o.verifiers) < 2,
-        "reward_combination is decoupled and verifiers is {o.verifiers}; GDPO normalises several rewards one by one: verifiers "
-        "should be two or more, or reward_combination sum",
+        lambda o: o.reward_combination == "decoupled" and len(o.combined_rewards) < 2,
+        "reward_combination is decoupled and verifiers is {o.verifiers}, reward_models {o.reward_models}; GDPO normalises several "
+        "rewards one by one: these should be two or more, or reward_combination sum",
     ),
     (
         lambda o: o.reward_combination == "decoupled" and o.advantage_scale == "none",
@@ -105,9 +105,9 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
         "empty, or reward_combination sum",
     ),
     (
-        lambda o: o.reward_weights and len(o.reward_weights) != len(o.verifiers),
-        "reward_weights is {o.reward_weights} and verifiers is {o.verifiers}; reward_weights should be empty, or have one number "
-        "for each verifier",
+        lambda o: o.reward_weights and len(o.reward_weights) != len(o.combined_rewards),
+        "reward_weights is {o.reward_weights} and verifiers is {o.verifiers}, reward_models {o.reward_models}; reward_weights should "
+        "be empty, or have one number for each of the rewards {o.combined_rewards}",
     ),
     (
         lambda o: o.reward_weights and not any(o.reward_weights),
@@ -116,6 +116,19 @@ CONFLICTS: tuple[tuple[Callable[[GRPO], Any], str], ...] = (
     (
         lambda o: len(set(o.verifiers)) < len(o.verifiers),
         "verifiers is {o.verifiers}; it should have each verifier only once",
+    ),
+    (
+        lambda o: len(set(o.reward_models)) < len(o.reward_models),
+        "reward_models is {o.reward_models}; it should have each reward model only once",
+    ),
+    (
+        lambda o: not (o.verifier_names or o.reward_models or o.environment),
+        "verifier, reward_models and environment are empty; one of them should give the rewards",
+    ),
+    (
+        lambda o: o.environment and o.reward_models,
+        "environment is {o.environment} and reward_models is {o.reward_models}; an environment gives its own rewards: one of the "
+        "two should be empty",
     ),
     (
         lambda o: o.reward_clip and (len(o.reward_clip) != 2 or o.reward_clip[0] >= o.reward_clip[1]),

@@ -133,7 +133,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-KEPT = frozenset({"group_size", "verifiers"})
+KEPT = frozenset({"group_size", "verifiers", "reward_models"})
 """Fields that a preset leaves unchanged unless it sets them; every other field that any preset sets is reset to its default."""
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lm.experiment import (
     DPO,
+    GRPO,
     PPO,
     SFT,
     Collect,
@@ -36,6 +37,7 @@ from lm.train.rollouts import RolloutBatches
 from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop
 from lm.train.stages import run
+from lm.train.trajectory_files import read_trajectories, trajectory_files
 from lm.web.pairs_page import write_pairs_page
 from tests.train.runs import forget_last_checkpoint, metrics
 
@@ -63,6 +65,7 @@ def experiment(folder: Path) -> Experiment:
             Stage("twin", RewardModel(), (pairs,), batch_size=8, **shared),
             Stage("ppo", ppo, (asked,), batch_size=8, eval_every=6, evals=("manners",), **shared),
             Stage("head", PPO(verifier="brevity", critic="head", max_new_tokens=12, epochs=1), (asked,), batch_size=8, start="sft", **shared),
+            Stage("grpo", GRPO(verifiers=("brevity",), reward_models=("reward", "twin"), reward_weights=(0.5, 1, 2), group_size=4, max_new_tokens=12), (asked,), batch_size=2, start="sft", **shared),
             Stage("dpo", DPO(), (made,), batch_size=4, start="sft", **shared),
         ),
         evals=(
@@ -117,6 +120,25 @@ def test_ppo_raises_the_score_and_knows_its_reference(folder):
     assert all({"score", "entropy", "distinct_2"} <= line.keys() for line in (before, during, after))
 
 
+def test_reward_models_are_rewards_of_grpo_beside_the_verifiers(folder):
+    lines = metrics(folder / "whole", "grpo")
+    assert len(lines) == STEPS
+    for line in lines:
+        parts = [line[f"reward_{name}"] for name in ("brevity", "reward", "twin")]
+        assert line["reward"] == pytest.approx(np.dot(parts, (0.5, 1, 2)), abs=1e-5)
+
+
+def test_a_trajectory_keeps_the_score_that_the_reward_model_gives_its_tokens(folder):
+    loaded = load_run(folder / "whole", "sft")
+    scorer = load_scorer(loaded.experiment, RunFolder(folder / "whole"), loaded.tokenizer, loaded.mesh, "twin")
+    rows = read_trajectories(trajectory_files(folder / "whole" / "stages" / "grpo")[0])
+    for row in rows[:3]:
+        tokens = np.asarray(row["tokens"])[None]
+        places = np.arange(tokens.shape[1])[None]
+        scores, _ = scorer(tokens, places, np.ones_like(tokens))
+        assert dict(row["rewards"])["twin"] == pytest.approx(float(scores[0, -1]), abs=1e-4)
+
+
 def test_best_of_n_is_measured_when_the_reward_model_is_made(folder):
     (line,) = evals(folder / "whole", "reward", "best")
     assert line["best_of"] == [1, 2, 4] and line["score"] == sorted(line["score"])
@@ -142,7 +164,7 @@ def test_a_stage_starts_where_it_says(folder):
     assert metrics(folder / "whole", "head")[0]["kl"] == pytest.approx(0, abs=1e-4)
 
 
-RESUMED = ("reward", "ppo", "head")
+RESUMED = ("reward", "ppo", "head", "grpo")
 
 
 @pytest.fixture(scope="module")
