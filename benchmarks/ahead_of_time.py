@@ -124,7 +124,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
 }  # fmt: skip
 KEPT = (
-    "topology", "slices", "mesh", "source", "fits", "devices", "hbm_bytes_per_device", "step_ms", "bound_ms", "mfu",
+    "topology", "slices", "mesh", "source", "fits", "devices", "hbm_bytes_per_device", "update_ms", "bound_ms", "mfu",
     "tokens_per_s_per_device", "compile_s", "compile_cpu_s", "compiler", "time_ms", "sampler",
 )  # fmt: skip
 
@@ -161,7 +161,7 @@ def _commit() -> str:
 
 def markdown(table: str, results: dict[str, dict[str, Any]]) -> str:
     """A table of what is kept, one line a row and source."""
-    head = "| | source | fits | GB | ms a step | bound | MFU | tokens/s a device | compile CPU s | commit |"
+    head = "| | source | fits | GB | ms an update | bound | MFU | tokens/s a device | compile CPU s | commit |"
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
     return "\n".join([*lines, *_lines(table, results)])
 
@@ -173,7 +173,7 @@ def _lines(table: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
             compiling = f"{r['compile_cpu_s']:.0f}" if r["compile_cpu_s"] else ""
             yield (
                 f"| {row.name} | {source} | {'yes' if r['fits'] else 'no'} | {r['hbm_bytes_per_device'] / 1e9:.1f} "
-                f"| {r['step_ms']:,.0f}{growth} | {r['bound_ms']:,.0f} | {r['mfu']:.1%} "
+                f"| {r['update_ms']:,.0f}{growth} | {r['bound_ms']:,.0f} | {r['mfu']:.1%} "
                 f"| {r['tokens_per_s_per_device']:,.0f} | {compiling} | {r['commit']} |"
             )
             if r["sampler"]:
@@ -185,12 +185,12 @@ def _lines(table: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _growth(table: str, row: Row, found: dict[str, Any], results: dict[str, dict[str, Any]], source: str) -> str:
-    """By how much a step takes longer than on the smallest slice of the same experiment."""
+    """By how much an update takes longer than on the smallest slice of the same experiment."""
     first = next(other for other in TABLES[table] if other.experiment == row.experiment)
     base = results.get(first.name, {}).get(source)
     if table != "scaling" or base is None or first is row:
         return ""
-    return f" ({found['step_ms'] / base['step_ms'] - 1:+.1%})"
+    return f" ({found['update_ms'] / base['update_ms'] - 1:+.1%})"
 
 
 def main() -> None:

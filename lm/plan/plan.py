@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.experiment import reward_names
+from lm.experiment import reward_names, updates_per_step
 from lm.plan import analytic
 from lm.plan.analytic import Memory, model_flops, repeated_bytes
 from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
@@ -36,7 +36,7 @@ class Plan:
     program: Program
     source: str  # "analytic" or "compiled"
     update_bytes: int
-    step_s: float
+    update_s: float
     bound_s: float
     compile_s: float
     memory: Memory  # by arithmetic, whatever the source
@@ -62,13 +62,20 @@ class Plan:
         return self.bytes <= self.limit
 
     @property
+    def step_s(self) -> float:
+        """Seconds of a step: its updates, and if it samples its rollouts at most, with the trainer's pass over them."""
+        found = self.sampling
+        sampled = found.rollouts * found.rollout_s + found.trainer_s if found else 0.0
+        return updates_per_step(self.program.stage) * self.update_s + sampled
+
+    @property
     def mfu(self) -> float:
-        return model_flops(self.program) / (self.program.topology.chip.peak * self.step_s)
+        return model_flops(self.program) / (self.program.topology.chip.peak * self.update_s)
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second per device of the update, without sampling."""
-        return self.program.tokens_per_device / self.step_s
+        return self.program.tokens_per_device / self.update_s
 
     def to_json(self) -> dict[str, Any]:
         """The plan as one plain object."""
@@ -83,6 +90,9 @@ class Plan:
             "devices": program.topology.devices,
             "hbm_bytes_per_device": self.bytes,
             "hbm_limit_bytes": self.limit,
+            "update_ms": 1e3 * self.update_s,
+            "rollout_ms": 1e3 * self.sampling.rollout_s if self.sampling else 0.0,
+            "rollout_tokens_per_s_per_device": self.sampling.tokens_per_s if self.sampling else 0.0,
             "step_ms": 1e3 * self.step_s,
             "bound_ms": 1e3 * self.bound_s,
             "mfu": self.mfu,
@@ -112,7 +122,7 @@ def by_arithmetic(program: Program) -> Plan:
         program=program,
         source="analytic",
         update_bytes=found.memory.total,
-        step_s=found.step_s,
+        update_s=found.step_s,
         bound_s=found.bound_s,
         compile_s=0.0,
         memory=found.memory,
@@ -174,7 +184,7 @@ def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
         program=arithmetic.program,
         source="compiled",
         update_bytes=compiled.facts.peak_bytes - repeated_bytes(arithmetic.program),
-        step_s=cost.schedule_s,
+        update_s=cost.schedule_s,
         bound_s=cost.bound_s,
         compile_s=compiled.seconds,
         memory=arithmetic.memory,

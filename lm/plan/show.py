@@ -104,7 +104,7 @@ def _memory(plan: Plan, largest_batch: int | None) -> list[str]:
 def _time(plan: Plan) -> list[str]:
     rows = [("time per update, ms", "")]
     rows += [(f"  {name}", _ms(seconds)) for name, seconds in plan.parts_s.items() if seconds]
-    rows += [("  step", _ms(plan.step_s)), ("  lower bound, all overlapped", _ms(plan.bound_s))]
+    rows += [("  update", _ms(plan.update_s)), ("  lower bound, all overlapped", _ms(plan.bound_s))]
     compiled = f", compiled in {plan.compile_s:.0f} s" if plan.compile_s else ""
     return [*table(rows), f"MFU {plan.mfu:.1%}, {plan.tokens_per_s:,.0f} tokens/s per device{compiled}"]
 

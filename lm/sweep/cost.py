@@ -246,8 +246,4 @@ def _cached_costs(stage: Stage, model: Model, vocab_size: int) -> tuple[float, i
 def _hours(experiment: Experiment, name: str, topology: str) -> float:
     """Device-hours of a stage by the arithmetic of `lm plan`, with completions of maximal length."""
     plan = plan_stage(experiment, name, parse_topology(topology, experiment.mesh.slices))
-    stage = plan.program.stage
-    sampling = plan.sampling
-    sampled = sampling.rollouts * sampling.rollout_s + sampling.trainer_s if sampling else 0.0
-    seconds = stage.steps * (updates_per_step(stage) * plan.step_s + sampled)
-    return seconds * plan.program.topology.devices / 3600
+    return plan.program.stage.steps * plan.step_s * plan.program.topology.devices / 3600

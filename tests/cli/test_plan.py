@@ -8,7 +8,7 @@ from lm.cli.main import main
 
 EXPERIMENT = "from tests.plan.plan_helpers import experiment as make\nexperiment = make()\n"
 KEYS = {
-    "fits", "devices", "hbm_bytes_per_device", "step_ms", "bound_ms", "mfu", "tokens_per_s_per_device", "compile_s", "source",
+    "fits", "devices", "hbm_bytes_per_device", "update_ms", "rollout_ms", "rollout_tokens_per_s_per_device", "step_ms", "bound_ms", "mfu", "tokens_per_s_per_device", "compile_s", "source",
 }  # fmt: skip
 HUGE = ["--train.batch_size", "8192", "--model.remat", "none", "--tokenizer.vocab_size", "32768"]
 

@@ -237,7 +237,9 @@ def test_the_trainers_pass_over_a_rollout_is_counted():
         plan(experiment(GRPO(max_new_tokens=64, group_size=4, updates_per_rollout=n), rows=16)) for n in (1, 4)
     )
     assert one.sampling.trainer_s == pytest.approx(four.sampling.trainer_s, rel=0.25)
-    assert 0.1 < one.sampling.trainer_s / one.step_s < 0.5
+    assert 0.1 < one.sampling.trainer_s / one.update_s < 0.5
+    assert one.step_s == pytest.approx(one.update_s + one.sampling.rollout_s + one.sampling.trainer_s)
+    assert four.step_s == pytest.approx(4 * four.update_s + four.sampling.rollout_s + four.sampling.trainer_s)
     assert one.bytes >= one.memory.state + one.sampling.trainer_bytes
 
 
