@@ -34,7 +34,7 @@ from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
 from lm.rollout.environments.tools import Tool
-from lm.rollout.rewards import REWARD, compute_rewards, reward_problem
+from lm.rollout.rewards import REWARD, between_calls, compute_rewards, reward_problem
 from lm.rollout.timed import limited
 from lm.rollout.trajectory import (
     AUTHORS,
@@ -375,6 +375,7 @@ def _replies(
 
 def reply_to(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
     """The reply to the latest turn: messages, None if the episode is over, TIMEOUT. Raises UserError if `step` raised or gave no messages."""
+    between_calls()
     outcome = limited(spec.seconds, episode.environment.step, episode.text)
     where = f"{spec.where}: {type(episode.environment).__name__}.step"
     if outcome.error:
@@ -426,6 +427,7 @@ def judge_environments(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> li
 
 
 def _rewards(spec: EnvironmentSpec, episode: Episode) -> RewardsByName | None:
+    between_calls()
     outcome = limited(spec.seconds, episode.environment.reward)
     if outcome.timed_out:
         return None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import atexit
 import functools
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from lm.between_batches import between_batches
 from lm.config.field import shown
 from lm.data.chat import prompt_messages
 from lm.data.workers import cores
@@ -26,8 +29,11 @@ STOPS_ITSELF = ("python_tests",)  # these end at their limit by `seconds_left`
 IN_WORKERS = ("regex", "json_schema", "python_tests")
 IN_THREADS = ("endpoint",)  # these wait for others
 THREADS = 32
+LOOK_SECONDS = 0.2  # time between two looks for a signal while calls run
 LARGEST = 1e9  # for larger rewards, differences within a group lose their digits in float32
 REWARD = f"a reward is a number from {-LARGEST:g} to {LARGEST:g}"
+
+T = TypeVar("T")
 
 
 class Rewards(NamedTuple):
@@ -85,10 +91,15 @@ def _outcomes(
     """The outcome of each call. Code, patterns and schemas of others run in processes that can be killed, other verifiers in this one."""
     rule = name.partition(":")[0]
     if rule in IN_THREADS:
-        with ThreadPoolExecutor(THREADS) as threads:
-            return list(threads.map(lambda one: whole_outcome_of(_by_name, name, *one, seconds, record), answered))
+        return _in_threads(
+            THREADS, [functools.partial(whole_outcome_of, _by_name, name, *one, seconds, record) for one in answered]
+        )
     if not is_function_name(name) and rule not in IN_WORKERS:
-        return [limited(seconds, find_verifier(name), row, completion) for row, completion in answered]
+        made = []
+        for row, completion in answered:
+            between_calls()
+            made.append(limited(seconds, find_verifier(name), row, completion))
+        return made
     workers = _workers()[: len(answered)]
 
     def call(worker: TimedWorker, row: Mapping[str, Any], text: str) -> CallOutcome:
@@ -97,14 +108,38 @@ def _outcomes(
         limit = seconds + GRACE * (rule in STOPS_ITSELF)
         return worker.call(_by_name, name, dict(row), text, seconds, seconds=limit)
 
+    stopped = threading.Event()
+
     def share(place: int) -> list[CallOutcome]:
-        return [call(workers[place], row, text) for row, text in answered[place :: len(workers)]]
+        mine = answered[place :: len(workers)]
+        return [call(workers[place], row, text) for row, text in mine if not stopped.is_set()]
 
     outcomes: list[CallOutcome] = [CallOutcome()] * len(answered)
-    with ThreadPoolExecutor(max(1, len(workers))) as threads:
-        for place, found in enumerate(threads.map(share, range(len(workers)))):
-            outcomes[place :: len(workers)] = found
+    shares = [functools.partial(share, place) for place in range(len(workers))]
+    for place, found in enumerate(_in_threads(len(workers), shares, stopped)):
+        outcomes[place :: len(workers)] = found
     return outcomes
+
+
+def _in_threads(count: int, calls: Sequence[Callable[[], T]], stopped: threading.Event | None = None) -> list[T]:
+    """The results of calls in threads; a signal sets `stopped`, and the calls that have not begun are not made."""
+    with ThreadPoolExecutor(max(1, count)) as threads:
+        running = [threads.submit(call) for call in calls]
+        try:
+            while wait(running, LOOK_SECONDS).not_done:
+                between_calls()
+        except BaseException:
+            if stopped is not None:
+                stopped.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [one.result() for one in running]
+
+
+def between_calls() -> None:
+    """`between_batches` between the calls of verifiers and environments, where one process makes all of them."""
+    if jax.process_count() == 1:
+        between_batches()
 
 
 def _prepare(name: str) -> None:

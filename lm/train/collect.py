@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
+from lm.between_batches import calling_between_batches
 from lm.choices.desk import Desk, standing
 from lm.choices.export import preferences, write_rows
 from lm.choices.log import open_log, read_log
@@ -42,6 +43,7 @@ from lm.train.goodput import Costs, seconds_spent
 from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
 from lm.train.models import ROWS_FILE
+from lm.train.signals import StoppedBySignal
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.trajectory_writer import keep_trajectories
 from lm.train.watchdog import PATIENCE
@@ -95,10 +97,13 @@ def _sample(
         log.rewind(start)
         run_on_main(lambda: rewind_trajectories(path.parent, start))
         for step in range(start, stage.steps):
-            if reason := run.stop.now():
-                raise Interrupted(f"{reason}: kept the answers of {step} of {stage.steps} steps of stage {stage.name}")
             run.watchdog.expect(f"step {step + 1} of stage {stage.name}", PATIENCE)
-            rows, line, tokens = _answer(run, index, model, scorers, tasks, step)
+            try:  # a signal ends the rollout on the way, and a resumed run repeats it
+                with calling_between_batches(run.stop.check):
+                    rows, line, tokens = _answer(run, index, model, scorers, tasks, step)
+            except StoppedBySignal as stopped:
+                kept = f"kept the answers of {step} of {stage.steps} steps of stage {stage.name}"
+                raise Interrupted(f"{stopped}: {kept}") from stopped
             # Metrics first: if a kill prevents the answers from being written, the metrics are rewound.
             log.metrics({"step": step + 1, "time": costs.total()["seconds"], **line})
             run_on_main(functools.partial(_append, path, rows))

@@ -7,9 +7,13 @@ import time
 import numpy as np
 import pytest
 
+from lm.between_batches import calling_between_batches
+from lm.data.workers import cores
 from lm.experiment import UserError
+from lm.rollout import rewards
 from lm.rollout.rewards import compute_rewards
 from lm.rollout.verifiers import VERIFIERS
+from lm.user_functions import load_function
 
 ROWS = [{"question": f"What is {n}?", "answer": str(n)} for n in range(4)]
 COMPLETIONS = ["0", "1", "3", "3"]
@@ -84,3 +88,28 @@ def test_a_verifier_of_a_file_is_killed_where_it_hangs_and_goes_on(tmp_path):
     assert found.timeouts == 1
     with pytest.raises(UserError, match="the process that ran it ended"):
         compute_rewards(name, [ROWS[2]], ["2"], "reason", seconds=2.0)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["a built-in verifier", "one of a file", "one that waits for others"])
+def test_a_signal_is_not_kept_waiting_by_slow_verifiers(tmp_path, monkeypatch, kind):
+    mine, calls = tmp_path / "mine.py", tmp_path / "calls"
+    mine.write_text(
+        f"import time\ndef score(row, completion):\n    open({str(calls)!r}, 'a').write('x')\n    time.sleep(0.5)\n    return 1.0\n"
+    )
+    score = load_function(f"{mine}:score", "verifier")
+    name = f"{mine}:score" if kind == "one of a file" else "mine"
+    monkeypatch.setitem(VERIFIERS, "mine", score)
+    monkeypatch.setattr(rewards, "IN_THREADS", ("mine",) if kind == "one that waits for others" else ())
+    monkeypatch.setattr(rewards, "THREADS", 2)
+
+    def check():
+        if calls.exists():
+            raise Stopped
+
+    with calling_between_batches(check), pytest.raises(Stopped):
+        compute_rewards(name, ROWS * 25, COMPLETIONS * 25, "reason")
+    assert len(calls.read_text()) <= 2 * max(2, cores())

@@ -10,9 +10,13 @@ import pytest
 
 from lm.experiment import SFT, Collect, Source, Stage, UserError, from_dict
 from lm.json_lines import rewrite_json_lines
+from lm.rollout import engine
 from lm.train.collect import ANSWERS, make_conversations
+from lm.train.loop import Interrupted
 from lm.train.models import ROWS_FILE
+from lm.train.signals import Stop
 from lm.train.stages import run
+from lm.train.trajectory_files import count_trajectories
 from tests.train.runs import CONSTANT, experiment, metrics, write_questions
 
 JUDGED = [
@@ -101,3 +105,27 @@ def test_a_resumed_collection_is_the_same(folder):
     run(from_dict(json.loads((copy / "experiment.json").read_text())), copy)
     assert answers(copy) == answers(folder / "run")
     assert metrics(copy, "star") == metrics(folder / "run", "star")
+
+
+@pytest.mark.parametrize("looks, kept", [(0, 0), (2, 1)])
+def test_a_signal_ends_the_sampling_and_a_resume_samples_the_same(folder, monkeypatch, looks, kept):
+    where, looked, sample = folder / f"stopped-{looks}", [], engine.sample_tokens
+    shutil.copytree(folder / "run", where)
+    for stage in ("collect", "star"):
+        shutil.rmtree(where / "stages" / stage)
+
+    def sampled(*arguments, **options):
+        looked.append(0)
+        return sample(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "sample_tokens", sampled)
+        patch.setattr(Stop, "now", lambda self: "SIGTERM" if len(looked) > looks else None)
+        with pytest.raises(Interrupted, match=f"SIGTERM: kept the answers of {kept} of 3 steps of stage collect"):
+            run(from_dict(json.loads((where / "experiment.json").read_text())), where)
+    assert len(looked) == looks + 1
+    run(from_dict(json.loads((where / "experiment.json").read_text())), where)
+    for name in (ANSWERS, ROWS_FILE):
+        assert (folder / "run/stages/collect" / name).read_bytes() == (where / "stages/collect" / name).read_bytes()
+    assert metrics(folder / "run", "collect") == metrics(where, "collect")
+    assert count_trajectories(folder / "run/stages/collect") == count_trajectories(where / "stages/collect")
