@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def regex(pattern: str) -> Rule:
 
 def json_schema(file: str) -> Rule:
     """The verifier `json_schema:FILE`: 1 if the completion is JSON that a JSON schema allows; without FILE the column `schema` has it."""
-    validate = _validator(Path(file).read_text(), file) if file and _readable(file) else None
+    validate = _validator(_text_of(file), file) if file else None
 
     def score(row: Mapping[str, Any], completion: str) -> float:
         allows = validate or _validator(_as_json(row["schema"]), "the column schema")
@@ -85,10 +86,13 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _readable(file: str) -> bool:
-    if not Path(file).is_file():
+def _text_of(file: str) -> str:
+    if not os.path.isfile(file):  # False for a name that is too long, where a Path raises
         raise UserError(f"json_schema:{file}: there is no such file")
-    return True
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"json_schema:{file} cannot be read: {error}") from None
 
 
 def _as_json(schema: Any) -> str:
@@ -103,9 +107,13 @@ def _validator(schema: str, where: str) -> Callable[[Any], bool]:
 
     try:
         parsed = json.loads(schema)
+        if not isinstance(parsed, dict | bool) or (
+            isinstance(parsed, dict) and not isinstance(parsed.get("$schema", ""), str)
+        ):
+            raise ValueError("it should be an object, its $schema a text")
         kind = validators.validator_for(parsed)
         kind.check_schema(parsed)
-    except (ValueError, SchemaError) as error:
+    except (ValueError, RecursionError, SchemaError) as error:
         raise UserError(f"json_schema: {where} is no JSON schema: {str(error).splitlines()[0]}") from None
     validator = kind(parsed, registry=Registry())  # an empty registry: nothing is fetched
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import threading
@@ -23,6 +24,7 @@ from lm.config.field import UserError, shown
 from lm.data.chat import prompt_messages
 from lm.json_lines import JsonLines, read_json_lines
 from lm.rollout.timed import TookTooLong, seconds_left
+from lm.stored import read_json
 
 FIELDS = {"url": str, "model": str, "prompt": str, "most": int | float}
 OPTIONAL = {"key_variable": str}  # the environment variable with the API key, which is sent and never stored
@@ -37,8 +39,10 @@ class JudgeRecord:
         self._lock, self._file = threading.Lock(), JsonLines(folder / f"judge-{process}.jsonl")
         # Those of all processes: after a resume with other processes, another one may judge an answer.
         files = sorted(folder.glob("judge-*.jsonl"))
-        lines = [line for path in files for _, line in read_json_lines(path, {"request": str})]
-        self._replies: dict[str, str | None] = {line["request"]: line["reply"] for line in lines}
+        self._replies: dict[str, str | None] = {}
+        for path in files:
+            for _, line in read_json_lines(path, {"request": str}):
+                self._replies[line["request"]] = _recorded_reply(path, line.get("reply", ""))
 
     def find(self, request: str) -> tuple[bool, str | None]:
         """Whether the request is recorded, and its reply."""
@@ -50,6 +54,15 @@ class JudgeRecord:
         with self._lock:
             self._replies[request] = reply
             self._file.append([json.dumps({"request": request, "reply": reply}).encode()])
+
+
+def _recorded_reply(path: Path, reply: Any) -> str | None:
+    """A reply of the record: null, or a text that has a number."""
+    if reply is not None and not (isinstance(reply, str) and NUMBER.search(reply)):
+        raise UserError(
+            f"{path} has the reply {shown(reply)}, which has no score; remove that line, and the judge is asked again"
+        )
+    return reply
 
 
 _call = threading.local()  # `record`: of the call that a thread is making
@@ -90,17 +103,24 @@ def endpoint(file: str) -> Callable[[Mapping[str, Any], str], float]:
 
 
 def _read(file: str) -> dict[str, Any]:
-    try:
-        judge = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"endpoint:{file} cannot be read: {error}") from None
+    judge = read_json(Path(file))
     known = FIELDS | OPTIONAL
     right = isinstance(judge, dict) and FIELDS.keys() <= judge.keys() <= known.keys()
-    if not right or not all(isinstance(value, known[name]) for name, value in judge.items()) or not judge["most"] > 0:
+    if (
+        not right
+        or not all(isinstance(value, known[name]) for name, value in judge.items())
+        or not _is_most(judge["most"])
+    ):
         raise UserError(
             f"endpoint:{file} is {shown(judge)}; it should have {', '.join(FIELDS)} (above 0), and may have {', '.join(OPTIONAL)}"
         )
+    if not re.fullmatch(r"https?://[!-~]+", judge["url"]):
+        raise UserError(f"endpoint:{file}: url is {shown(judge['url'])}; it should begin with http:// or https://")
     return judge
+
+
+def _is_most(most: Any) -> bool:
+    return not isinstance(most, bool) and 0 < most < math.inf
 
 
 def _body(judge: Mapping[str, Any], row: Mapping[str, Any], completion: str) -> bytes:
@@ -123,7 +143,13 @@ def _reply(judge: Mapping[str, Any], body: bytes) -> str | None:
                 text = str(json.load(response)["choices"][0]["message"]["content"])
             if NUMBER.search(text):
                 return text
-        except (OSError, ValueError, LookupError, TypeError):  # down, overloaded, or no such reply: asked again
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RecursionError,
+        ):  # down, overloaded, or no such reply: asked again
             pass
         time.sleep(max(0.0, min(wait, seconds_left())))
         wait = min(2 * wait, LONGEST_WAIT)

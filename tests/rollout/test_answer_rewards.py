@@ -106,13 +106,24 @@ def test_a_schema_of_a_file_needs_no_column(tmp_path):
     assert find_verifier(name)({}, '{"n": 2}') == 1
 
 
-@pytest.mark.parametrize("schema", ['{"type": 5}', "{", '{"$schema": "no"}'])
+@pytest.mark.parametrize(
+    "schema",
+    ['{"type": 5}', "{", '{"$schema": "no"}', "5", "null", '{"$schema": []}', '{"$schema": 1e9}', "[" * 100_000],
+)
 def test_a_column_that_holds_no_schema_is_named(schema):
     if "no" in schema:
         assert find_verifier("json_schema")({"schema": schema}, "1") == 1  # an unknown dialect is read as the newest
         return
     with pytest.raises(UserError, match="the column schema is no JSON schema"):
         find_verifier("json_schema")({"schema": schema}, "1")
+
+
+def test_a_file_that_holds_no_schema_is_refused(tmp_path):
+    for content in (b"", b"{", b'{"a": "\xed\xa0"}'):
+        (tmp_path / "s.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"s\.json (is no JSON schema|cannot be read)") as caught:
+            find_verifier(f"json_schema:{tmp_path}/s.json")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_schema_fetches_nothing():

@@ -105,11 +105,37 @@ def test_replies_are_replayed_and_failures_too(server, name, tmp_path):
     assert "secret" not in (tmp_path / "judge-0.jsonl").read_text()
 
 
+def described(**fields) -> str:
+    return json.dumps({"url": "http://here/v1", "model": "m", "prompt": "p", "most": 10} | fields)
+
+
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"url": "u", "model": "m", "prompt": "p", "most": 0}', '{"url": 1}']
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"url": 1}',
+        "[" * 100_000,
+        "\udcff",
+        described(most=0),
+        described(most=True),
+        described(most=float("nan")),
+        described(most=float("inf")),
+        described(url="u"),
+        described(url="ftp://here"),
+        described(more=1),
+    ],
 )
 def test_a_file_that_describes_no_judge_is_refused_in_one_line(tmp_path, content):
-    (tmp_path / "judge.json").write_text(content)
+    (tmp_path / "judge.json").write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match=r"reason\.objective\.verifier is 'endpoint:.*judge\.json") as caught:
         find_verifier(f"endpoint:{tmp_path}/judge.json", "reason.objective.verifier")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reply", ['"no number"', "7", "[]", "{}", '""'])
+def test_a_recorded_reply_without_a_score_is_refused(tmp_path, reply):
+    (tmp_path / "judge-0.jsonl").write_text(f'{{"request": "a", "reply": {reply}}}\n')
+    with pytest.raises(UserError, match=r"judge-0\.jsonl has the reply .*, which has no score; remove that line"):
+        JudgeRecord(tmp_path)
