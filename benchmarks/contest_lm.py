@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.algorithms.grpo import grpo_rollout
+from lm.algorithms.grpo import grpo_rollout, grpo_sample
 from lm.data.prompts import Prompts
 from lm.experiment import DPO, GRPO, LoRA, Mesh, Model, Objective, Optimizer, Pretrain, Source, Stage
 from lm.model.transformer import Transformer
@@ -169,7 +169,9 @@ def reinforcement(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dic
     def step() -> None:
         began, number = time.perf_counter(), len(seconds)
         engine = LocalEngine(train.state.models["policy"], feed.tokenizer, number)
-        rollout = grpo_rollout(engine, train.state, tasks, stage, number, jax.random.key(number), place)
+        key = jax.random.key(number)
+        sampled = grpo_sample(engine, {}, tasks, stage, number, key, place)
+        rollout = grpo_rollout(sampled, train.state, tasks, stage, number, key, place)
         seconds.append(time.perf_counter() - began)
         for batch in rollout.batches:
             train(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from lm.model.heads import Scorer
 from lm.model.lora import without_adapter
 from lm.model.transformer import Transformer
 from lm.rollout.engine import Engine
-from lm.rollout.episodes import Tasks
+from lm.rollout.episodes import Sampled, Tasks, sample_trajectories
 from lm.rollout.trajectory import Rollout
 from lm.train_step import Models, Step, TrainState
 from lm.types import TokenBatch
 
-RolloutMaker = Callable[[Engine, TrainState, Tasks, Stage[Any], int, PRNGKeyArray, NamedSharding], Rollout]
+Sampler = Callable[[Engine, Mapping[str, Any], Tasks, Stage[Any], int, PRNGKeyArray, NamedSharding], Sampled]
+RolloutMaker = Callable[[Sampled, TrainState, Tasks, Stage[Any], int, PRNGKeyArray, NamedSharding], Rollout]
 
 
 def policy_alone(o: Any, model: Transformer, scorers: tuple[Scorer, ...], key: PRNGKeyArray | None) -> Models:
@@ -33,8 +34,25 @@ def reference_of(models: Models, frozen: dict[str, Any]) -> Transformer:
     return frozen["reference"] if "reference" in frozen else without_adapter(models["policy"])
 
 
+def sample_once(
+    engine: Engine,
+    frozen: Mapping[str, Any],
+    tasks: Tasks,
+    stage: Stage,
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
+) -> Sampled:
+    """Sample the completions of each prompt of the step, and reward them."""
+    o: Any = stage.objective
+    return sample_trajectories(
+        engine, tasks, step, key,
+        max_new_tokens=o.max_new_tokens, temperature=o.temperature, group_size=o.completions_per_prompt,
+    )  # fmt: skip
+
+
 def no_rollout(
-    engine: Engine, state: TrainState, tasks: Tasks, stage: Stage, step: int, key: PRNGKeyArray, place: NamedSharding
+    sampled: Sampled, state: TrainState, tasks: Tasks, stage: Stage, step: int, key: PRNGKeyArray, place: NamedSharding
 ) -> Rollout:
     """Rollout of an algorithm that does not sample: raises TypeError."""
     raise TypeError(f"{type(stage.objective).__name__} samples nothing")
@@ -50,7 +68,8 @@ class Algorithm:
     reads_reference: whether the step reads the model as it was before the stage, `reference_of`.
     carry: what it remembers from one step to the next beside the models, at the start.
     keeps_scorers: whether the reward models that a stage reads are frozen in its state, under `frozen["scorers"]`.
-    rollout: samples the completions of a step and makes the batches of its updates, where the objective samples.
+    sample: samples and rewards the completions of a step, where the objective samples; of the state it reads `frozen` alone.
+    rollout: makes the batches of a step's updates from these completions and the state before the step.
     batch: the type of its batches.
     extra_forward_passes: forward passes over a batch's rows of which no gradient is taken.
     """
@@ -60,6 +79,7 @@ class Algorithm:
     reads_reference: Callable[[Any], bool] = lambda o: False
     carry: Callable[[Any], dict[str, Array]] = lambda o: {}
     keeps_scorers: bool = False
+    sample: Sampler = sample_once
     rollout: RolloutMaker = no_rollout
     batch: Callable[[Any], type[TokenBatch]] = lambda o: TokenBatch
     extra_forward_passes: Callable[[Any], int] = lambda o: 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,12 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import PRNGKeyArray
 
-from lm.algorithms.algorithm import Algorithm, reference_of
+from lm.algorithms.algorithm import Algorithm, reference_of, sample_once
 from lm.experiment import Distill, Stage
 from lm.objectives.cross_entropy import weighted
 from lm.objectives.distill import token_divergence
 from lm.rollout.engine import Engine
-from lm.rollout.episodes import Tasks, sample_trajectories
+from lm.rollout.episodes import Sampled, Tasks
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.trajectory import (
     MODEL,
@@ -52,8 +52,23 @@ def distill_step(stage: Stage[Distill], optimizer: optax.GradientTransformation)
     return make_step(loss, stage, optimizer)
 
 
-def distill_rollout(
+def distill_sample(
     engine: Engine,
+    frozen: Mapping[str, Any],
+    tasks: Tasks,
+    stage: Stage[Distill],
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
+) -> Sampled:
+    """Sample a completion of each prompt of the step, or nothing, by chance (GKD, arXiv:2306.13649, algorithm 1)."""
+    if float(jax.random.uniform(jax.random.fold_in(key, CHOICE))) < stage.objective.on_policy:
+        return sample_once(engine, frozen, tasks, stage, step, key, place)
+    return Sampled([], 0)
+
+
+def distill_rollout(
+    sampled: Sampled,
     state: TrainState,
     tasks: Tasks,
     stage: Stage[Distill],
@@ -61,19 +76,15 @@ def distill_rollout(
     key: PRNGKeyArray,
     place: NamedSharding,
 ) -> Rollout:
-    """Sample a completion of each prompt of the step, or take the answers of the data, by chance (GKD, arXiv:2306.13649, algorithm 1)."""
-    o = stage.objective
+    """The batch of a step's sampled completions, or of the data's answers if nothing was sampled."""
+    o, (found, timeouts) = stage.objective, sampled
     metrics: dict[str, float] = {}
-    sampled: list[Trajectory] = []
-    if float(jax.random.uniform(jax.random.fold_in(key, CHOICE))) < o.on_policy:
-        sampled, timeouts = sample_trajectories(
-            engine, tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature
-        )
-        metrics = sample_metrics(sampled) | timeout_metric(timeouts)
-        metrics |= {"reward": float(rewards_of(sampled).mean())} if o.verifier else {}
-    completions = sampled or data_trajectories(tasks, step, o.max_new_tokens)
+    if found:
+        metrics = sample_metrics(found) | timeout_metric(timeouts)
+        metrics |= {"reward": float(rewards_of(found).mean())} if o.verifier else {}
+    completions = found or data_trajectories(tasks, step, o.max_new_tokens)
     batch = distill_batch(completions, tasks, step, o.max_new_tokens)
-    return Rollout([batch], sampled, np.zeros(len(sampled)), np.arange(len(sampled)), metrics)
+    return Rollout([batch], found, np.zeros(len(found)), np.arange(len(found)), metrics)
 
 
 def data_trajectories(tasks: Tasks, step: int, most: int) -> list[Trajectory]:
@@ -128,6 +139,7 @@ def with_prompts(completions: Sequence[Trajectory], tasks: Tasks, step: int) -> 
 
 ALGORITHM = Algorithm(
     distill_step,
+    sample=distill_sample,
     rollout=distill_rollout,
     reads_reference=lambda o: not o.teacher,
     batch=lambda o: DistillBatch,

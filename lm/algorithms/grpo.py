@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
-from lm.algorithms.algorithm import Algorithm, reference_of
+from lm.algorithms.algorithm import Algorithm, reference_of, sample_once
 from lm.experiment import GRPO, Stage
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
@@ -26,7 +26,7 @@ from lm.objectives.kl import completion_kl, k3
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.distributed import fetch, to_devices
 from lm.rollout.engine import Engine
-from lm.rollout.episodes import Tasks, sample_trajectories
+from lm.rollout.episodes import Sampled, Tasks
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, Trajectory, reward_metrics, rewards_of, sample_metrics, trajectory_batch
@@ -71,8 +71,37 @@ def grpo_step(stage: Stage[GRPO], optimizer: optax.GradientTransformation) -> St
     return make_step(loss, stage, optimizer, batch_stats if o.entropy_coef and o.top_entropy == 1 else None)
 
 
-def grpo_rollout(
+def grpo_sample(
     engine: Engine,
+    frozen: Mapping[str, Any],
+    tasks: Tasks,
+    stage: Stage[GRPO],
+    step: int,
+    key: PRNGKeyArray,
+    place: NamedSharding,
+) -> Sampled:
+    """Sample a group of completions for each prompt of the step, with their rewards by name.
+
+    With `rollouts` above 1, further prompts are sampled until there are as many groups with a preference as the step has prompts.
+    """
+    o = stage.objective
+    found: list[Trajectory] = []
+    timeouts = 0
+    for attempt in range(o.rollouts):
+        own_key = jax.random.fold_in(key, attempt) if attempt else key
+        sampled = sample_once(engine, frozen, tasks, stage, step * o.rollouts + attempt, own_key, place)
+        new = sampled.trajectories
+        if o.reward_models:
+            batch = trajectory_batch(new, tasks.feed.prompt_len, o.max_new_tokens, tasks.feed.tokenizer.pad_id)
+            new = with_scores(new, frozen["scorers"], to_devices(batch, place, None, len(new)), stage, step)
+        found, timeouts = found + new, timeouts + sampled.timeouts
+        if has_preference(reward_columns(found, o.combined_rewards), o.group_size).sum() >= stage.batch_size:
+            break
+    return Sampled(found, timeouts)
+
+
+def grpo_rollout(
+    sampled: Sampled,
     state: TrainState,
     tasks: Tasks,
     stage: Stage[GRPO],
@@ -80,16 +109,14 @@ def grpo_rollout(
     key: PRNGKeyArray,
     place: NamedSharding,
 ) -> Rollout:
-    """Sample a group of completions for each prompt of the step, reward them and compute their advantages.
+    """Advantages of a step's completions, and the batches of its updates.
 
-    With `rollouts` above 1, further prompts are sampled until there are as many groups with a preference as the step has
-    prompts, and groups without one fill what is missing after the last. Metrics are of everything sampled.
+    Groups with a preference come first; groups without one fill what is missing. Metrics are of everything sampled.
     """
-    o = stage.objective
+    o, (found, timeouts) = stage.objective, sampled
     batched = functools.partial(
         trajectory_batch, prompt_width=tasks.feed.prompt_len, width=o.max_new_tokens, pad_id=tasks.feed.tokenizer.pad_id
     )
-    found, counts = sample_groups(engine, state, tasks, stage, step, key, place, batched)
     rewards, kl = reward_columns(found, o.combined_rewards), None
     if o.kl_coef and o.kl_in == "reward":
         kl = fetch(
@@ -105,43 +132,15 @@ def grpo_rollout(
     metrics = {name: float(mean.value()) for name, mean in means.items()} | sample_metrics(found)
     metrics |= {f"reward_{name}": float(rewards[:, place].mean()) for place, name in enumerate(o.combined_rewards)}
     metrics |= reward_metrics(found) if o.environment else {}
-    metrics |= counts | ({} if kl is None else {"kl": float(np.mean(kl))})
+    metrics |= timeout_metric(timeouts)
+    metrics |= {"rollouts": len(found) / (stage.batch_size * o.group_size)} if o.rollouts > 1 else {}
+    metrics |= {} if kl is None else {"kl": float(np.mean(kl))}
     batch = batched([found[i] for i in chosen], advantages=advantages[chosen], group_size=o.group_size)
     if o.drop_truncated:
         ended = jnp.asarray([found[i].ended for i in chosen])
         batch = dataclasses.replace(batch, weights=np.asarray(drop_truncated(batch.weights, ended)))
     rows = np.concatenate([chosen[i :: o.updates_per_rollout] for i in range(o.updates_per_rollout)])
     return Rollout(spread(batch, o.updates_per_rollout), found, advantages, chosen, metrics, rows=rows)
-
-
-def sample_groups(
-    engine: Engine,
-    state: TrainState,
-    tasks: Tasks,
-    stage: Stage[GRPO],
-    step: int,
-    key: PRNGKeyArray,
-    place: NamedSharding,
-    batched: Callable[[Sequence[Trajectory]], RolloutBatch],
-) -> tuple[list[Trajectory], dict[str, float]]:
-    """The step's trajectories with their rewards by name, sampled until enough groups have a preference, and metrics."""
-    o = stage.objective
-    found: list[Trajectory] = []
-    timeouts, attempt = 0, 0
-    for attempt in range(o.rollouts):
-        own_key = jax.random.fold_in(key, attempt) if attempt else key
-        sampled = sample_trajectories(
-            engine, tasks, step * o.rollouts + attempt, own_key,
-            max_new_tokens=o.max_new_tokens, temperature=o.temperature, group_size=o.group_size,
-        )  # fmt: skip
-        new = sampled.trajectories
-        if o.reward_models:
-            batch = to_devices(batched(new), place, None, len(new))
-            new = with_scores(new, state.frozen["scorers"], batch, stage, step)
-        found, timeouts = found + new, timeouts + sampled.timeouts
-        if has_preference(reward_columns(found, o.combined_rewards), o.group_size).sum() >= stage.batch_size:
-            break
-    return found, timeout_metric(timeouts) | ({"rollouts": attempt + 1.0} if o.rollouts > 1 else {})
 
 
 def with_scores(
@@ -206,6 +205,7 @@ def spread(batch: RolloutBatch, updates: int) -> list[RolloutBatch]:
 
 ALGORITHM = Algorithm(
     grpo_step,
+    sample=grpo_sample,
     rollout=grpo_rollout,
     reads_reference=reads_reference,
     batch=lambda o: RolloutBatch,

@@ -21,8 +21,7 @@ from lm.objectives.importance import sampler_correction
 from lm.objectives.logprobs import token_logprobs, token_values
 from lm.objectives.ppo import adaptive_kl_coef, experience, explained_variance, mask_share, ppo, token_rewards, with_end
 from lm.parallel.distributed import fetch, to_devices
-from lm.rollout.engine import Engine
-from lm.rollout.episodes import Tasks, sample_trajectories
+from lm.rollout.episodes import Sampled, Tasks
 from lm.rollout.rewards import timeout_metric
 from lm.rollout.sampler_gap import trainer_view
 from lm.rollout.scores import check_finite, score_rows
@@ -101,7 +100,7 @@ def critic_values(
 
 
 def ppo_rollout(
-    engine: Engine,
+    sampled: Sampled,
     state: TrainState,
     tasks: Tasks,
     stage: Stage[PPO],
@@ -109,15 +108,12 @@ def ppo_rollout(
     key: PRNGKeyArray,
     place: NamedSharding,
 ) -> Rollout:
-    """Sample an answer to each prompt of the step, score it, and prepare the batches of every update.
+    """Score the answers to the prompts of the step, and prepare the batches of every update.
 
     Raises:
         UserError: a score is not finite; names the prompt.
     """
-    o = stage.objective
-    found, timeouts = sample_trajectories(
-        engine, tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature
-    )
+    o, (found, timeouts) = stage.objective, sampled
     host, count = (
         trajectory_batch(found, tasks.feed.prompt_len, o.max_new_tokens, tasks.feed.tokenizer.pad_id),
         len(found),

@@ -85,7 +85,9 @@ class RolloutBatches(Batches):
         whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
         sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
         engine = LocalEngine(sampler, self.tokenizer, step)
-        self.latest = algorithm_of(self.stage).rollout(engine, state, self.tasks, self.stage, step, key, self.place)
+        algorithm = algorithm_of(self.stage)
+        sampled = algorithm.sample(engine, state.frozen, self.tasks, self.stage, step, key, self.place)
+        self.latest = algorithm.rollout(sampled, state, self.tasks, self.stage, step, key, self.place)
         # Every process has the whole rollout and places its own devices' rows.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
         if not self.latest.trajectories:  # nothing was sampled

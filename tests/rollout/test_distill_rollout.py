@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.algorithms.distill import distill_rollout
+from lm.algorithms.distill import distill_rollout, distill_sample
 from lm.algorithms.table import first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
@@ -47,7 +47,8 @@ def rollout(tokenizer, path: str, objective: Distill, step: int = 0):
     tasks = make_tasks(stage, tokenizer, 0)
     place = batch_sharding(make_mesh(layout()))
     state = first_state(stage, make_optimizer(stage.optimizer, 1), model)
-    return distill_rollout(LocalEngine(model, tokenizer), state, tasks, stage, step, jax.random.key(step), place)
+    sampled = distill_sample(LocalEngine(model, tokenizer), {}, tasks, stage, step, jax.random.key(step), place)
+    return distill_rollout(sampled, state, tasks, stage, step, jax.random.key(step), place)
 
 
 @pytest.mark.parametrize("on_policy", [0.0, 1.0])

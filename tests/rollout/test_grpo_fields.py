@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.algorithms.grpo import grpo_rollout
+from lm.algorithms.grpo import grpo_rollout, grpo_sample
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import GRPO, Source
@@ -51,7 +51,8 @@ def roll(tokenizer, model, monkeypatch):
             state = types.SimpleNamespace(models={"policy": model}, frozen={"reference": reference})
             tasks = make_tasks(stage, tokenizer, seed=0)
             place = batch_sharding(mesh)
-            return grpo_rollout(LocalEngine(model, tokenizer), state, tasks, stage, 0, jax.random.key(0), place), o
+            sampled = grpo_sample(LocalEngine(model, tokenizer), {}, tasks, stage, 0, jax.random.key(0), place)
+            return grpo_rollout(sampled, state, tasks, stage, 0, jax.random.key(0), place), o
 
     return run
 

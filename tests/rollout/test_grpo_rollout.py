@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.algorithms.grpo import fill, grpo_rollout, has_preference
+from lm.algorithms.grpo import fill, grpo_rollout, grpo_sample, has_preference
 from lm.algorithms.table import ALGORITHMS, first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
@@ -83,7 +83,8 @@ def test_prompts_are_asked_until_the_batch_is_full(tokenizer, model, monkeypatch
     monkeypatch.setitem(verifiers.VERIFIERS, "style", lambda row, text: next(given))
     one = stage(rollouts=3)
     tasks = make_tasks(one, tokenizer, seed=0)
-    found = grpo_rollout(LocalEngine(model, tokenizer), None, tasks, one, 2, jax.random.key(0), None)
+    sampled = grpo_sample(LocalEngine(model, tokenizer), {}, tasks, one, 2, jax.random.key(0), None)
+    found = grpo_rollout(sampled, None, tasks, one, 2, jax.random.key(0), None)
     assert found.metrics["rollouts"] == turns and next(given, None) is None
     assert found.metrics["reward"] == pytest.approx(np.mean(groups))
     assert len(found.batches[0].tokens) == len(found.chosen) == 4 * GROUP
