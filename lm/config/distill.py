@@ -16,7 +16,9 @@ from lm.config.objective import (
     MetricChart,
     ObjectiveConfig,
     check_privileged_prompt,
+    check_staleness,
     max_new_tokens_knob,
+    max_staleness_knob,
     reward_seconds_knob,
 )
 
@@ -53,6 +55,7 @@ class Distill(ObjectiveConfig):
     temperature: float = knob(1.0, "sampling temperature of the student", least=0.01, most=100)
     verifier: str = knob("", "verifier or FILE:FUNCTION of your own whose reward of the samples is logged; empty: none")
     reward_seconds: float = reward_seconds_knob()
+    max_staleness: int = max_staleness_knob()
 
     tis_clip: ClassVar = 0.0  # no ratios
     data = "prompts"
@@ -94,6 +97,7 @@ class Distill(ObjectiveConfig):
                 f"{where}.teacher is empty and teacher_prompt is empty: the model itself with the same prompt teaches nothing; teacher "
                 "should be a stage, a run or open weights, or teacher_prompt have a column that the student does not read"
             )
+        check_staleness(stage)
         check_privileged_prompt(f"{where}.teacher_prompt", self.teacher_prompt)
         unread = [name for name in ("verifier", "temperature") if getattr(self, name) != getattr(type(self), name)]
         if not self.on_policy and unread:

@@ -25,9 +25,11 @@ from lm.config.objective import (
     MetricWarning,
     ObjectiveConfig,
     check_environment,
+    check_staleness,
     entropy_coef_knob,
     environment_knob,
     max_new_tokens_knob,
+    max_staleness_knob,
     max_turns_knob,
     reward_seconds_knob,
     temperature_knob,
@@ -138,6 +140,7 @@ class GRPO(ObjectiveConfig):
     reward_seconds: float = reward_seconds_knob()
     environment: str = environment_knob()
     max_turns: int = max_turns_knob()
+    max_staleness: int = max_staleness_knob()
 
     data = "prompts"
     takes_presets = True
@@ -225,3 +228,4 @@ class GRPO(ObjectiveConfig):
                 f"{stage.batch_size * self.group_size} completions of a rollout"
             )
         check_grpo(self, stage)
+        check_staleness(stage)

@@ -157,6 +157,11 @@ class ObjectiveConfig:
         return True
 
     @property
+    def staleness(self) -> int:
+        """Training steps between the weights that sample a step's completions and those before the step."""
+        return getattr(self, "max_staleness", 0)
+
+    @property
     def has_ratios(self) -> bool:
         """Whether an importance correction of the sampler is possible, `tis_clip`."""
         return self.samples
@@ -224,6 +229,25 @@ def tis_clip_knob() -> Any:
     """The `tis_clip` field, which turns on the importance correction for the mismatch of sampler and trainer."""
     text = "upper bound of the importance weight π_trainer / π_sampler (TIS), usually 2; 0: no correction"
     return knob(0.0, text, least=1e-3, most=1e6, special=0)
+
+
+def max_staleness_knob() -> Any:
+    """The `max_staleness` field, which lets the rollouts of later steps be sampled while a step trains."""
+    text = (
+        "training steps between the weights that sample a step's completions and those that it trains; the rollout of a later step is "
+        "sampled while this one trains; 0: each step samples with its own weights, then trains"
+    )
+    return knob(0, text, least=0, most=64)
+
+
+def check_staleness(stage: Stage) -> None:
+    """Raise UserError if the rollouts that max_staleness keeps in flight are more than the stage has steps."""
+    most = stage.objective.staleness
+    if most >= stage.steps:
+        raise UserError(
+            f"{stage.name}.objective.max_staleness is {most} and {stage.name}.steps is {stage.steps}: every step would train on "
+            f"completions of the model before the stage; max_staleness should be at most {stage.steps - 1}, or steps at least {most + 1}"
+        )
 
 
 def reward_seconds_knob() -> Any:

@@ -22,8 +22,10 @@ from lm.config.objective import (
     MetricWarning,
     ObjectiveConfig,
     check_sampler_correction,
+    check_staleness,
     entropy_coef_knob,
     max_new_tokens_knob,
+    max_staleness_knob,
     reward_seconds_knob,
     temperature_knob,
     tis_clip_knob,
@@ -76,6 +78,7 @@ class PPO(ObjectiveConfig):
     tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
     tis_mode: Literal["truncate", "mask"] = knob(*TIS_MODE)
     tis_low: float = knob(*TIS_LOW, least=0, most=1)
+    max_staleness: int = max_staleness_knob()
 
     data = "prompts"
     learns_preferences = True
@@ -132,6 +135,7 @@ class PPO(ObjectiveConfig):
     def check(self, stage: Stage, model: Model) -> None:
         where = f"{stage.name}.objective"
         check_sampler_correction(where, self)
+        check_staleness(stage)
         if not self.reward_models and not self.verifier:
             raise UserError(
                 f"{where}.reward_models and verifier are empty; reward_models should name the stage of a reward model, or verifier "

@@ -54,9 +54,9 @@ class SamplerGap:
     largest: float
     relative: float
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, name: str = "sampler_gap") -> dict[str, float]:
         """Metrics of the gap, reported at every rollout."""
-        return {"sampler_gap_mean": self.mean, "sampler_gap_p99": self.p99, "sampler_gap_max": self.largest}
+        return {f"{name}_mean": self.mean, f"{name}_p99": self.p99, f"{name}_max": self.largest}
 
 
 @dataclass(frozen=True)

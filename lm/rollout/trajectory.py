@@ -111,6 +111,11 @@ def sample_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
+def staleness_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+    """Metric `staleness`: training steps between the weights that sampled and those before step `step` (from 0), on average."""
+    return {"staleness": float(np.mean([step - one.version for one in trajectories]))}
+
+
 def trajectory_batch(
     trajectories: Sequence[Trajectory],
     prompt_width: int,

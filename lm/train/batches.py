@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -13,6 +14,7 @@ from lm.experiment import Stage
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import own_rows, to_devices
 from lm.parallel.rules import batch_sharding
+from lm.train.checkpoint import Checkpoints
 from lm.train.metrics import MetricsLog
 from lm.train.reference import REFERENCE, ReferenceLogps, add_ref_logp, precompute_reference_logps
 from lm.train_step import TrainState
@@ -83,6 +85,16 @@ class Batches:
             folder: the stage's folder, where results are cached.
             before: called with a description before each slow task; raises if the run should stop.
         """
+
+    def resume(self, meta: Mapping[str, Any]) -> None:
+        """Read what a checkpoint's meta names of later steps. Raises UserError if it is missing or damaged."""
+
+    def work_ahead(self, step: int) -> None:
+        """Prepare later steps while the devices compute the updates of this one."""
+
+    def record(self, step: int, checkpoints: Checkpoints) -> dict[str, Any]:
+        """What the meta of a checkpoint after `step` steps, which joins `checkpoints`, has of later steps."""
+        return {}
 
     def make(self, step: int) -> TokenBatch:
         """This process's rows of a step's batch, in host memory."""

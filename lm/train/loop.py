@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -41,16 +40,18 @@ from lm.train.callbacks import Callback, listener
 from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
-from lm.train.metrics import MetricsLog, Progress, peak_memory_mb, read_lines
+from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
 from lm.train.named_arrays import named_leaves
 from lm.train.profile import Trace
 from lm.train.provenance import package_versions
 from lm.train.resume import check_checkpoint
+from lm.train.rewind import evals_due, rewind
+from lm.train.rollout_log import forget
 from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop, StoppedBySignal
 from lm.train.stage_warnings import Warnings
 from lm.train.trajectory_files import FOLDER as TRAJECTORIES
-from lm.train.trajectory_files import count_trajectories, rewind_trajectories
+from lm.train.trajectory_files import count_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.train_step import Metrics, Models, Step, TrainState, combine, is_trainable, join_state, split_state
 from lm.types import TokenBatch
@@ -128,7 +129,7 @@ def train_stage(
         now = _inputs(run, index, batches, base, meta)
         spent = goodput.seconds_spent(folder) if is_main_process() else 0.0
         run_on_main(lambda: goodput.store_seconds_spent(folder, spent))
-        run_on_main(lambda: _rewind(log, stage, folder, start))
+        run_on_main(lambda: rewind(log, stage, folder, start))
         costs = Costs(began, meta.get("costs", {}), spent)
         loop = _Loop(run, stage, batches, log, checkpoints, meta.get("tokens", 0), now, costs)
         evaluator.tell = loop.show_activity
@@ -154,13 +155,6 @@ def train_stage(
         run_on_main(lambda: tidy(run.folder, stage))
 
 
-def _rewind(log: MetricsLog, stage: Stage, folder: Path, start: int) -> None:
-    """Drop the lines and trajectories that the stage wrote after step `start`. Raises UserError if earlier ones are missing."""
-    log.rewind(start, functools.partial(_is_repeated, stage, start, _done_before(folder)))
-    log.check_steps(start)
-    rewind_trajectories(folder, start)
-
-
 def _inputs(
     run: RunContext, index: int, batches: Batches, base: dict[str, str], meta: dict[str, Any]
 ) -> dict[str, Any]:
@@ -168,6 +162,7 @@ def _inputs(
     now = {"data": batches.fingerprint, "tokenizer": run.tokenizer.fingerprint, "versions": package_versions()}
     check_checkpoint(f"stage {run.experiment.stages[index].name}", meta, now, run.accept)
     check_base(run.experiment, index, meta, base)
+    batches.resume(meta)
     return now | base
 
 
@@ -198,32 +193,16 @@ def summarise(
 
 
 def tidy(folder: RunFolder, stage: Stage) -> None:
-    """Clean up a finished stage: drop the optimizer state and the checkpoints that only serve resuming.
+    """Clean up a finished stage: drop what only serves resuming, and with `keep_moments` false the optimizer state.
 
     Repeated whenever the run is resumed, in case a kill prevented it.
     """
     step, checkpoints = folder.final_step(stage.name), folder.checkpoints(stage.name)
+    if step is not None:
+        forget(folder.stage_folder(stage.name))
     if step is not None and checkpoints.is_dir() and not stage.keep_moments:
         with Checkpoints(checkpoints, stage.keep_last, stage.keep_every) as found:
             found.finish(step, PRODUCED)
-
-
-def _done_before(folder: Path) -> set[str]:
-    """Names of the evals whose "before" measurement is complete: a line in eval.jsonl follows its samples."""
-    return {line["eval"] for line in read_lines(folder / "eval.jsonl") if line["when"] == "before"}
-
-
-def _is_repeated(stage: Stage, start: int, before: set[str], kind: str, line: dict[str, Any]) -> bool:
-    """Whether a logged line belongs to an evaluation that a stage resumed at step `start` runs again.
-
-    Args:
-        before: names of the evals whose "before" measurement is complete.
-    """
-    if kind not in ("eval", "samples") or line.get("kind") == "rollout":
-        return False
-    if line["when"] == "before":
-        return kind == "samples" and line["kind"] != "prompt" and line.get("eval") not in before
-    return line["when"] == "after" or (line["when"] == "during" and line["step"] == start and evals_due(stage, start))
 
 
 def _before_task(run: RunContext, stage: Stage, what: str) -> None:
@@ -231,11 +210,6 @@ def _before_task(run: RunContext, stage: Stage, what: str) -> None:
     if reason := run.stop.now():
         raise Interrupted(f"{reason}: stopped before the first step of stage {stage.name}")
     run.watchdog.expect(what, PATIENCE)
-
-
-def evals_due(stage: Stage, step: int) -> bool:
-    """Whether evals run between steps `step` and `step` + 1."""
-    return bool(stage.eval_every) and step % stage.eval_every == 0 and 0 < step < stage.steps
 
 
 class _Loop:
@@ -344,13 +318,15 @@ class _Loop:
             jax.block_until_ready(metrics)
             self.costs.add("compile_seconds", began)
             self.costs.seconds.setdefault("first_step_seconds", time.monotonic() - self.run.started)
+        with self.costs.of(self.batches.cost):
+            self.batches.work_ahead(step)
         return state, PendingMetrics(step + 1, [_count_tokens(batch) for batch in batches], metrics, extra)
 
     def _save(self, state: TrainState, step: int) -> None:
         with self.costs.of("save_seconds"):
-            if is_main_process():
-                self.log.sync()
-            meta = {"costs": self.costs.total(), "tokens": self.tokens, **self.now}
+            self.log.sync()
+            ahead = self.batches.record(step, self.checkpoints)
+            meta = {"costs": self.costs.total(), "tokens": self.tokens, **self.now, **ahead}
             self.checkpoints.save(step, checkpoint_items(state), meta, untrained(self.stage, state.models))
 
     def _report(self, pending: PendingMetrics) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lm.parallel.distributed import fetch, to_devices
 from lm.parallel.rules import batch_sharding
 from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.engine import LocalEngine
-from lm.rollout.episodes import Tasks, make_tasks
+from lm.rollout.episodes import Sampled, Tasks, make_tasks
 from lm.rollout.rounding import rounded
 from lm.rollout.sampler_gap import (
     GapBound,
@@ -43,9 +43,11 @@ from lm.rollout.sampler_gap import (
     sampler_gap,
     trainer_view,
 )
-from lm.rollout.trajectory import Rollout
+from lm.rollout.trajectory import Rollout, staleness_metrics, trajectory_batch
 from lm.train.batches import Batches, CachedReferenceBatches
+from lm.train.checkpoint import Checkpoints
 from lm.train.metrics import MetricsLog
+from lm.train.rollouts_ahead import RolloutsAhead
 from lm.train.trajectory_writer import TokenNumbers, keep_trajectories, token_numbers
 from lm.train_step import TrainState
 from lm.types import CriticBatch, RolloutBatch
@@ -71,6 +73,7 @@ class RolloutBatches(Batches):
         self.latest: Rollout | None = None
         self.folder: Path | None = None
         self.agreement: GapBound | None = None  # the latest float32 comparison of sampler and trainer
+        self.ahead = RolloutsAhead(self.stage, self._sample_checked) if self.stage.objective.staleness else None
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.folder = folder
@@ -79,14 +82,10 @@ class RolloutBatches(Batches):
             self.tasks = dataclasses.replace(self.tasks, spec=dataclasses.replace(self.tasks.spec, record=record))
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[RolloutBatch], dict[str, float]]:
-        key = jax.random.fold_in(self.key, step)
-        o = self.stage.objective
+        key, o, algorithm = jax.random.fold_in(self.key, step), self.stage.objective, algorithm_of(self.stage)
         model = policy_of(state.models)
-        whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
-        sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
-        engine = LocalEngine(sampler, self.tokenizer, step)
-        algorithm = algorithm_of(self.stage)
-        sampled = algorithm.sample(engine, state.frozen, self.tasks, self.stage, step, key, self.place)
+        ahead = self.ahead.of_step(step, model, state.frozen) if self.ahead else None
+        sampled = ahead.sampled if ahead else self._sample(model, state.frozen, step, step)
         self.latest = algorithm.rollout(sampled, state, self.tasks, self.stage, step, key, self.place)
         # Every process has the whole rollout and places its own devices' rows.
         batches = [to_devices(batch, self.place, None, len(batch.tokens)) for batch in self.latest.batches]
@@ -95,16 +94,61 @@ class RolloutBatches(Batches):
         once = batches[: o.updates_per_epoch]  # the first epoch: each row of the rollout once
         pieces = self.stage.microbatches
         views = [trainer_view(model, batch, o.temperature, pieces) for batch in once]
-        gap = sampler_gap(views, once, precision(model.config))
         if self.folder:
             numbers = self._token_numbers(self.latest, state, once, views)
             self.notes |= keep_trajectories(self.folder, self.stage, step + 1, self.latest, numbers)
-        if o.samples_as_trained and is_suspicious(gap, self.agreement):
-            self.agreement = agreement(model, views, once, gap, o.temperature, pieces)
-            self._check(gap, self.agreement, step, model.config)
+        if ahead:
+            gap = ahead.metrics | staleness_metrics(sampled.trajectories, step)
+            gap |= sampler_gap(views, once, precision(model.config)).metrics("log_ratio")
+        else:
+            gap = self._checked_gap(model, views, once, step, pieces)
         if o.corrects_sampler and not self.latest.has_trainer_logp:
             batches = [with_trainer_logp(batch, view) for batch, view in zip(batches, views, strict=True)]
-        return batches, self.latest.metrics | gap.metrics()
+        return batches, self.latest.metrics | gap
+
+    def _sample(self, model: Transformer, frozen: Mapping[str, Any], step: int, version: int) -> Sampled:
+        """Completions of a step by the policy `model` after `version` steps, with their rewards; `frozen` is that of the state."""
+        o = self.stage.objective
+        whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
+        sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
+        engine = LocalEngine(sampler, self.tokenizer, version)
+        key = jax.random.fold_in(self.key, step)
+        return algorithm_of(self.stage).sample(engine, frozen, self.tasks, self.stage, step, key, self.place)
+
+    def _sample_checked(
+        self, model: Transformer, frozen: Mapping[str, Any], step: int, version: int
+    ) -> tuple[Sampled, dict[str, float]]:
+        """`_sample`, and the gap of sampler and trainer for the weights that sampled, which no later step has."""
+        sampled, o, feed = self._sample(model, frozen, step, version), self.stage.objective, self.tasks.feed
+        size, pieces = self.stage.batch_size * o.completions_per_prompt, self.stage.microbatches * o.updates_per_epoch
+        batches = []
+        for start in range(0, len(sampled.trajectories), size):
+            rows = sampled.trajectories[start : start + size]
+            batch = trajectory_batch(rows, feed.prompt_len, o.max_new_tokens, feed.tokenizer.pad_id)
+            batches.append(to_devices(batch, self.place, None, size))
+        views = [trainer_view(model, batch, o.temperature, pieces) for batch in batches]
+        return sampled, self._checked_gap(model, views, batches, step, pieces) if batches else {}
+
+    def _checked_gap(
+        self, model: Transformer, views: list[TrainerView], batches: list[RolloutBatch], step: int, pieces: int
+    ) -> dict[str, float]:
+        """Metrics of the gap between sampler and trainer. Raises UserError if rounding does not explain it."""
+        gap, o = sampler_gap(views, batches, precision(model.config)), self.stage.objective
+        if o.samples_as_trained and is_suspicious(gap, self.agreement):
+            self.agreement = agreement(model, views, batches, gap, o.temperature, pieces)
+            self._check(gap, self.agreement, step, model.config)
+        return gap.metrics()
+
+    def resume(self, meta: Mapping[str, Any]) -> None:
+        if self.ahead and self.folder:
+            self.ahead.resume(self.folder, meta)
+
+    def work_ahead(self, step: int) -> None:
+        if self.ahead:
+            self.ahead.sample_next(step)
+
+    def record(self, step: int, checkpoints: Checkpoints) -> dict[str, Any]:
+        return self.ahead.record(step, checkpoints) if self.ahead else {}
 
     def _token_numbers(
         self, rollout: Rollout, state: TrainState, batches: list[RolloutBatch], views: list[TrainerView]
@@ -145,7 +189,7 @@ class RolloutBatches(Batches):
         log.samples(list(_groups(self.latest, self.stage, step)) if self.latest else [])
 
     def close(self) -> None:
-        """Nothing to stop: rollouts are not prefetched, since each needs the model of its step."""
+        """Nothing to stop: no thread samples."""
 
 
 def make_batches(

@@ -65,7 +65,7 @@ def check_trajectories(folder: Path, summary: Mapping[str, Any]) -> None:
     """Raise UserError if a trajectory file is damaged, or is missing by the summary of a finished stage."""
     check_counted(folder, summary)
     for path in trajectory_files(folder):
-        _read(path)
+        read_sealed_file(path)
 
 
 def read_trajectories(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
     Raises:
         UserError: the file is damaged, or cannot be read.
     """
-    content = _read(path)
+    content = read_sealed_file(path)
     try:
         with pq.ParquetFile(pa.BufferReader(content)) as file:
             there = set(file.schema_arrow.names)
@@ -98,14 +98,13 @@ def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
         ) from error
 
 
-def _read(path: Path) -> bytes:
+def read_sealed_file(path: Path, remedy: str = "put back a copy, or remove the folder") -> bytes:
+    """The content of a file with its CRC-32 in its name. Raises UserError, with the remedy, if it is damaged or missing."""
     step_of(path)
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
     if f"{zlib.crc32(content):08x}" != path.stem.split("-")[-1]:
-        raise UserError(
-            f"{path} is damaged: it does not match the checksum in its name; put back a copy, or remove the folder"
-        )
+        raise UserError(f"{path} is damaged, it does not match the checksum in its name: {remedy}")
     return content

@@ -124,22 +124,16 @@ def _parquet(step: int, rollout: Rollout, group_size: int, numbers: TokenNumbers
         {
             "step": step,
             "group": number // group_size,
-            "task": json.dumps(json_value(dict(one.task)), ensure_ascii=True, default=str),
             "messages": [
                 {"role": turn["role"], "content": _text(said_by(turn)), "author": turn["author"]}
                 for turn in one.messages
             ],
-            "tokens": one.tokens,
-            "authors": one.authors,
-            "logp": one.logp,
-            "rewards": [(_text(name), value) for name, value in one.rewards.items()],
             "reward": one.reward,
             "advantage": float(advantage),
             "trained": number in trained,
-            "version": one.version,
-            "finish": one.finish,
             "sampled": one.length,
             "errors": sum(bool(turn.get("error")) for turn in one.messages),
+            **sampled_columns(one),
             **_token_columns(one, numbers.get(number, {})),
         }
         for number, (one, advantage) in enumerate(zip(rollout.trajectories, rollout.advantages, strict=True))
@@ -147,6 +141,19 @@ def _parquet(step: int, rollout: Rollout, group_size: int, numbers: TokenNumbers
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def sampled_columns(one: Trajectory) -> dict[str, object]:
+    """Columns of a trajectory that are known when it has been sampled."""
+    return {
+        "task": json.dumps(json_value(dict(one.task)), ensure_ascii=True, default=str),
+        "tokens": one.tokens,
+        "authors": one.authors,
+        "logp": one.logp,
+        "rewards": [(_text(name), value) for name, value in one.rewards.items()],
+        "version": one.version,
+        "finish": one.finish,
+    }
 
 
 def _token_columns(one: Trajectory, numbers: Mapping[str, Float32[np.ndarray, " T"]]) -> Mapping[str, object]:
