@@ -20,7 +20,7 @@ from lm.algorithms.table import algorithm_of, first_state
 from lm.check import check
 from lm.cli.main import main
 from lm.config import presets
-from lm.config.presets import PRESETS
+from lm.config.presets import PRESETS, apply_preset
 from lm.experiment import (
     CPO,
     DPO,
@@ -37,6 +37,7 @@ from lm.experiment import (
     UserError,
 )
 from lm.objectives.grpo import grpo
+from lm.objectives.importance import sampler_correction
 from lm.overrides import override
 from lm.parallel.mesh import make_mesh
 from tests.helpers import random_batch, tiny_model, tiny_stage
@@ -52,6 +53,12 @@ def test_a_preset_is_a_value_that_can_run_and_be_set_by_name(name):
     words = [word for other in ("rloo", name) for word in ("--reason.objective.preset", other)]
     found = check(override(EXPERIMENT, words)).stages[0].objective
     assert dataclasses.replace(found, verifiers=value.verifiers) == value  # nothing of the preset before it is left
+
+
+def test_a_preset_keeps_the_importance_correction_or_sets_all_of_it():
+    given = GRPO(tis_clip=3.0, tis_mode="mask", tis_low=0.1)
+    assert apply_preset(given, "dapo", "x").tis_low == 0.1
+    assert apply_preset(given, "tis", "x") == presets.tis
 
 
 def test_an_unknown_preset_and_one_of_another_objective_are_refused():
@@ -76,6 +83,7 @@ def by_hand(o_name: str, x: dict[str, np.ndarray]) -> float:
     log_ratio = x["logp"] - x["old_logp"]
     ratio, advantage, logp = np.exp(log_ratio), x["advantages"], x["logp"]
     kl = np.exp(x["ref_logp"] - logp) - (x["ref_logp"] - logp) - 1
+    weight = np.exp(x["old_logp"] - x["sampler_logp"])
     geometric, product = np.exp(log_ratio.mean(1, keepdims=True)), np.exp(log_ratio.sum(1, keepdims=True))
 
     def clip(r, low=0.2, high=0.2):
@@ -105,6 +113,9 @@ def by_hand(o_name: str, x: dict[str, np.ndarray]) -> float:
         "high_entropy": lambda: clip(ratio, high=0.28) * (x["entropy"] >= np.quantile(x["entropy"], 0.8)),
         "deepseek_v3_2": lambda: clip(ratio) * ((advantage >= 0) | (-log_ratio.mean(1, keepdims=True) <= 0.05))
         - 0.04 * ratio * kl,
+        "tis": lambda: np.minimum(weight, 2) * clip(ratio),
+        "icepop": lambda: weight * ((weight >= 0.5) & (weight <= 5)) * clip(ratio),
+        "decoupled": lambda: weight * (weight <= 5) * clip(ratio),
     }  # fmt: skip
     return float(-np.mean(gains[o_name]()))
 
@@ -116,11 +127,15 @@ def test_the_loss_of_a_preset_is_its_equation(name):
     x = {key: -rng.exponential(size=(6, 5)) for key in ("logp", "entropy")}
     x |= {key: x["logp"] + 0.3 * rng.normal(size=(6, 5)) for key in ("old_logp", "ref_logp")}
     x["advantages"] = np.broadcast_to(rng.normal(size=(6, 1)), (6, 5)).copy()
+    x["sampler_logp"] = x["old_logp"] - np.linspace(-2, 2, 30).reshape(6, 5)
     o = PRESETS[name].config
     with jax.enable_x64(True):
         arrays = {key: jnp.asarray(value) for key, value in x.items()} | {"mask": jnp.ones((6, 5))}
         if not o.kl_coef or o.kl_in == "reward":
             del arrays["ref_logp"]
+        sampler_logp = arrays.pop("sampler_logp")
+        if o.tis_clip:
+            arrays["correction"] = sampler_correction(arrays["old_logp"], sampler_logp, arrays["mask"], o)
         assert float(grpo(**arrays, o=o)[0].value()) == pytest.approx(by_hand(name, x), rel=1e-10)
 
 

@@ -130,11 +130,29 @@ PRESETS: dict[str, Preset] = {
         "neither number: β is DeepSeekMath's, off_policy_kl 0.05 is our choice (TRL proposes 0.5)",
         GRPO(aggregation="sequence", kl_coef=0.04, kl_correction=True, off_policy_kl=0.05),
     ),
+    "tis": Preset(
+        "TIS, Yao et al. 2025, fengyao.notion.site/off-policy-rl",
+        "min(w, 2)·min(r·A, clip(r, 1-ε, 1+ε)·A) with w = π_old / π_sampler, where π_old is the policy before the step",
+        GRPO(tis_clip=2.0),
+    ),
+    "icepop": Preset(
+        "IcePop, arXiv:2510.18855",
+        "w·min(r·A, clip(r, 1-ε, 1+ε)·A) with w = π_old / π_sampler; tokens with w outside [0.5, 5] are masked",
+        GRPO(tis_clip=5.0, tis_mode="mask", tis_low=0.5),
+    ),
+    "decoupled": Preset(
+        "AReaL, arXiv:2505.24298, eq. 5; the bound is its code's",
+        "w·min(r·A, clip(r, 1-ε, 1+ε)·A) with r = π / π_old and w = π_old / π_sampler, where π_old is the policy before the step "
+        "and π_sampler an older one (max_staleness); tokens with w above 5 are masked",
+        GRPO(tis_clip=5.0, tis_mode="mask"),
+    ),
 }
 
 
 KEPT = frozenset({"group_size", "verifiers", "reward_models"})
 """Fields that a preset leaves unchanged unless it sets them; every other field that any preset sets is reset to its default."""
+CORRECTION = frozenset({"tis_clip", "tis_level", "tis_mode", "tis_low"})
+"""Fields of the importance correction, which goes with any member of the family: a preset sets all of them or none."""
 
 
 def apply_preset(o: Any, name: str, where: str) -> GRPO:
@@ -147,8 +165,10 @@ def apply_preset(o: Any, name: str, where: str) -> GRPO:
         raise UserError(f"{where} is {name!r}; presets are of GRPO, and this objective is {type(o).__name__}")
     if name not in PRESETS:
         raise UserError(f"{where} is {name!r}{nearest(name, PRESETS)}; it should be one of {', '.join(PRESETS)}")
-    touched = {field for preset in PRESETS.values() for field in preset.fields} - KEPT
-    fields = {field: getattr(PRESETS[name].config, field) for field in touched} | PRESETS[name].fields
+    own = PRESETS[name].fields
+    touched = {field for preset in PRESETS.values() for field in preset.fields} - KEPT - CORRECTION
+    touched |= CORRECTION if CORRECTION & own.keys() else frozenset()
+    fields = {field: getattr(PRESETS[name].config, field) for field in touched} | own
     return dataclasses.replace(o, **fields | ({"verifiers": o.verifiers} if o.verifiers else {}))
 
 

@@ -47,20 +47,29 @@ def completion_mean(values: Tokens, mask: Tokens) -> Tokens:
 # ---- mismatch of sampler and trainer -------------------------------------------------------------------------------
 
 
-def sampler_correction(old_logp: Tokens, sampler_logp: Tokens, mask: Tokens, o: GRPO | PPO) -> Tokens:
-    """Bounded importance weight π_old / π_sampler of each token, which corrects the mismatch of sampler and trainer.
+def truncated(ratio: Tokens, o: GRPO | PPO) -> Tokens:
+    """Weights above tis_clip are tis_clip (TIS, Yao et al. 2025, fengyao.notion.site/off-policy-rl)."""
+    return jnp.minimum(ratio, o.tis_clip)
 
-    At tis_level "sequence" every token of a row has the product of the row's ratios. tis_mode "truncate" caps the weight at
-    tis_clip (TIS, Yao et al. 2025, fengyao.notion.site/off-policy-rl); "mask" sets weights outside [tis_low, tis_clip] to 0
-    (IcePop, arXiv:2510.18855).
+
+def masked(ratio: Tokens, o: GRPO | PPO) -> Tokens:
+    """Weights outside [tis_low, tis_clip] are 0 (IcePop, arXiv:2510.18855; AReaL's decoupled objective with tis_low 0)."""
+    return jnp.where((ratio >= o.tis_low) & (ratio <= o.tis_clip), ratio, 0.0)
+
+
+CORRECTIONS: dict[str, Callable[[Tokens, GRPO | PPO], Tokens]] = {"truncate": truncated, "mask": masked}
+
+
+def sampler_correction(old_logp: Tokens, sampler_logp: Tokens, mask: Tokens, o: GRPO | PPO) -> Tokens:
+    """Bounded importance weight π_old / π_sampler of each token, where the sampler has other numerics or older weights.
+
+    The log-probabilities of a token are those of the weights that sampled it, whatever their version. At tis_level "sequence"
+    every token of a row has the product of the row's ratios. tis_mode chooses the bound.
     """
     log_ratio = jnp.where(mask > 0, old_logp - sampler_logp, 0.0)
     if o.tis_level == "sequence":
         log_ratio = jnp.broadcast_to(log_ratio.sum(1, keepdims=True), log_ratio.shape)
-    ratio = jnp.exp(log_ratio)
-    if o.tis_mode == "truncate":
-        return jnp.minimum(ratio, o.tis_clip)
-    return jnp.where((ratio >= o.tis_low) & (ratio <= o.tis_clip), ratio, 0.0)
+    return CORRECTIONS[o.tis_mode](jnp.exp(log_ratio), o)
 
 
 def off_policy_mask(logp: Tokens, sampler_logp: Tokens, advantages: Tokens, mask: Tokens, max_kl: float) -> Tokens:

@@ -221,6 +221,10 @@ CLAIMS: dict[str, Callable[[], np.ndarray]] = {
     "deepseek_v3_2": lambda: (
         policy_gradient(scaled(R), BY_LENGTH) - 0.04 * token_gradient(K3 + TO_REFERENCE, BY_LENGTH)
     ),
+    # π_old / π_sampler is 1 where they are the same
+    "tis": lambda: policy_gradient(scaled(R), OVER_TOKENS),
+    "icepop": lambda: policy_gradient(scaled(R), OVER_TOKENS),
+    "decoupled": lambda: policy_gradient(scaled(R), OVER_TOKENS),
 }
 
 
