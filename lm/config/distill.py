@@ -10,8 +10,10 @@ from lm.config.model import Model
 from lm.config.objective import (
     COMPLETION_LENGTH,
     ENDED,
+    LOG_RATIO,
     REWARD,
     SAMPLING_WARNINGS,
+    STALENESS,
     VERIFIER_ARGUMENTS,
     MetricChart,
     ObjectiveConfig,
@@ -71,7 +73,7 @@ class Distill(ObjectiveConfig):
             "Nats per token; healthy: the curves approach each other.",
         ),
     )
-    small_charts = (ENDED,)
+    small_charts = (ENDED, STALENESS, LOG_RATIO)
     metric_warnings: ClassVar = SAMPLING_WARNINGS
 
     @property

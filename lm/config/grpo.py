@@ -15,8 +15,10 @@ from lm.config.objective import (
     ENDED,
     ENTROPY,
     KL_TO_START,
+    LOG_RATIO,
     REWARD,
     SAMPLING_WARNINGS,
+    STALENESS,
     TIS_LEVEL,
     TIS_LOW,
     TIS_MODE,
@@ -159,6 +161,8 @@ class GRPO(ObjectiveConfig):
         MetricChart("Rollouts per step", {"rollouts": ""}, "To fill the batch; healthy: steady."),
         MetricChart("KL from sampler to trainer", {"sampler_kl": ""}, "Their mismatch per token; healthy: close to 0."),
         KL_TO_START,
+        STALENESS,
+        LOG_RATIO,
     )
     metric_warnings: ClassVar = SAMPLING_WARNINGS | {
         "equal_rewards": MetricWarning(

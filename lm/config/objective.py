@@ -360,6 +360,14 @@ COMPLETION_LENGTH = MetricChart("Completion length", {"completion_length": "toke
 ENTROPY = MetricChart("Entropy", {"entropy": "nats per token"}, "Healthy: falls slowly, without collapsing to 0.")
 ENDED = MetricChart("Completions that ended", {"eos_rate": ""}, "Not cut off; healthy: close to 100 %.", percent=True)
 KL_TO_START = MetricChart("KL to the start", {"kl": ""}, "Nats, to the model before the stage; healthy: bounded.")
+STALENESS = MetricChart(
+    "Age of the sampler's weights", {"staleness": ""}, "Training steps behind the policy, at most max_staleness."
+)
+LOG_RATIO = MetricChart(
+    "Log-ratio to the sampler's weights",
+    {"log_ratio_mean": "mean", "log_ratio_p99": "99th percentile"},
+    "|Δ log p| of a token before the step, with max_staleness; healthy: small and steady.",
+)
 CHOSEN_REJECTED = {"reward_chosen": "chosen", "reward_rejected": "rejected"}
 IMPLICIT_NOTE = "Scaled log-probability, relative to the reference if any; healthy: the gap grows."
 IMPLICIT_REWARD = MetricChart("Implicit reward", CHOSEN_REJECTED, IMPLICIT_NOTE)

@@ -13,7 +13,9 @@ from lm.config.objective import (
     ENDED,
     ENTROPY,
     KL_TO_START,
+    LOG_RATIO,
     SAMPLING_WARNINGS,
+    STALENESS,
     TIS_LEVEL,
     TIS_LOW,
     TIS_MODE,
@@ -103,6 +105,8 @@ class PPO(ObjectiveConfig):
         MetricChart("Ratios clipped", {"clip_frac": ""}, "Tokens beyond the clip range; healthy: few.", percent=True),
         MetricChart("Values clipped", {"value_clip_frac": ""}, "Values beyond value_clip; healthy: few.", percent=True),
         MetricChart("KL to the rollout", {"old_kl": ""}, "Policy against the one that sampled; healthy: close to 0."),
+        STALENESS,
+        LOG_RATIO,
     )
     metric_warnings: ClassVar = SAMPLING_WARNINGS | {
         "equal_rewards": MetricWarning(

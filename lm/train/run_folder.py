@@ -1,7 +1,7 @@
 """The folder of a run: its layout, its lock, and the experiment that it belongs to.
 
 runs/NAME/  experiment.json  environment.json  open_weights.json  tokenizer/  report.html  lock
-            stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/
+            stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/  ahead/
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ experiment = Experiment(
         Stage("collect", Collect(verifier="style", max_new_tokens=4, make="best"), (asked,), steps=2, batch_size=4, seq_len=48),
         Stage("sft", SFT(), (asked,), steps=3, save_every=1, keep_moments=False, **often),
         Stage("grpo", GRPO(group_size=2, max_new_tokens=4, verifier="style"), (asked,), steps=3, save_every=2, **often),
+        Stage("stale", GRPO(group_size=2, max_new_tokens=4, verifier="style", max_staleness=1), (asked,), steps=3, save_every=1, **often),
     ),
     evals=(Eval("asked", asked, verifier="style", count=4, max_new_tokens=4),),
 )
@@ -48,6 +49,8 @@ POINTS = (
     ("shutil.rmtree", r"stages/sft/checkpoints/00000003/opt_state", 1),
     ("os.rename", r"stages/grpo/checkpoints/00000002/manifest\.json\.tmp", 1),
     ("os.rename", r"stages/grpo/trajectories/step-00000003.*\.tmp", 1),
+    ("os.rename", r"stages/stale/ahead/step-00000003.*\.tmp", 1),
+    ("os.rename", r"stages/stale/checkpoints/00000003/manifest\.json\.tmp", 1),
 )
 COMMAND = """
 import json, os, re, signal, sys
@@ -90,17 +93,17 @@ def test_a_run_that_was_killed_at_every_kind_of_change_is_the_whole_run(tmp_path
         assert run.returncode == -signal.SIGKILL, f"{event} {path}: {run.returncode}\n{run.stdout}{run.stderr}"
     assert main([*command, "pieces"]) == 0
     whole, pieces = Path("whole"), Path("pieces")
-    for stage in ("collect", "sft", "grpo"):
+    for stage in ("collect", "sft", "grpo", "stale"):
         assert metrics(whole, stage) == metrics(pieces, stage)
         for kind in ("eval", "samples"):
             assert lines(whole, stage, kind) == lines(pieces, stage, kind)
-    for stage in ("sft", "grpo"):
+    for stage in ("sft", "grpo", "stale"):
         folders = [RunFolder(run).checkpoints(stage) for run in (whole, pieces)]
         assert [path.name for path in sorted(folders[0].iterdir())] == [
             path.name for path in sorted(folders[1].iterdir())
         ]
         one, other = (arrays(ocp.load_checkpointables((folder / "00000003").absolute())) for folder in folders)
-        assert one == other and any("opt_state" in name for name in one) == (stage == "grpo")
+        assert one == other and any("opt_state" in name for name in one) == (stage != "sft")
     for name in ("answers.jsonl", "made.jsonl"):
         assert (whole / "stages/collect" / name).read_bytes() == (pieces / "stages/collect" / name).read_bytes()
     assert files(whole) == files(pieces)
