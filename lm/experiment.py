@@ -24,6 +24,7 @@ from lm.config.lora import LoRA as LoRA
 from lm.config.model import Layer as Layer
 from lm.config.model import Mesh as Mesh
 from lm.config.model import Model as Model
+from lm.config.model import RolloutMesh as RolloutMesh
 from lm.config.model import Tokenizer as Tokenizer
 from lm.config.objectives import *  # noqa: F403
 from lm.config.rope import DynamicRope as DynamicRope

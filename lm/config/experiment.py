@@ -8,7 +8,7 @@ from typing import Literal
 
 from lm.config.field import UserError, knob, nearest
 from lm.config.lora import LoRA
-from lm.config.model import Mesh, Model, Tokenizer
+from lm.config.model import Mesh, Model, RolloutMesh, Tokenizer
 from lm.config.objective import environment_knob, max_turns_knob, reward_seconds_knob
 from lm.config.stage import Source, Stage
 
@@ -44,6 +44,7 @@ class Experiment:
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     mesh: Mesh = knob(Mesh(), affects_training=False)
+    rollout_mesh: RolloutMesh = knob(RolloutMesh(), affects_training=False)
     init: str = knob(
         "", "open weights that the first stage starts from, hf:FOLDER or gguf:FILE; empty: random initial weights"
     )

@@ -157,3 +157,14 @@ class Mesh:
         most=2**20,
         special=-1,
     )
+
+
+@dataclass(frozen=True)
+class RolloutMesh:
+    tensor: int = knob(
+        0,
+        "devices that split heads, MLP and vocabulary of the sampler, while the others split the completions; 0: the mesh of training",
+        least=1,
+        most=2**20,
+        special=0,
+    )

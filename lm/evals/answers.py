@@ -151,7 +151,9 @@ def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tupl
         prompts = [asked.encoded[i] for i in filled]
         request = Request(prompts, key, item.max_new_tokens, item.temperature, each, width)
         rows = [asked.rows[i] for i in filled]
-        found = run_episodes(LocalEngine(model, tokenizer), spec_of(item), rows, request, tokenizer)
+        found = run_episodes(
+            LocalEngine(model, tokenizer, layout=subject.layout), spec_of(item), rows, request, tokenizer
+        )
         episodes += found[: len(part) * each]
         numbers += _numbers(item, subject, [one.trajectory({}) for one in found], width)[: len(part) * each]
     trajectories, timeouts = conclude(spec_of(item), episodes)

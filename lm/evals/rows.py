@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from lm.between_batches import between_batches
 from lm.data.text_tokenizer import TextTokenizer
+from lm.experiment import RolloutMesh
 from lm.model.heads import Scorer
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import last_scores, token_logprobs
@@ -39,7 +40,7 @@ class Subject(Generic[Measurable]):
     """The measured model (language model or scorer); `reference` is the reference of implicit rewards and KL.
 
     `scorers` are reward models whose mean score is reported, if any; `seed` is the sampling seed; `talks` are the paths of
-    sources that are trained on as conversations.
+    sources that are trained on as conversations; `layout` is how sampling uses the devices.
     """
 
     model: Measurable
@@ -48,6 +49,7 @@ class Subject(Generic[Measurable]):
     scorers: tuple[Scorer, ...] = ()
     seed: int = 0
     talks: frozenset[str] = frozenset()
+    layout: RolloutMesh = RolloutMesh()
 
 
 @jax.jit

@@ -58,6 +58,10 @@ def _normed(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"
 
 
 def residual(x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
-    """The residual stream, sharded on the mesh and named for rematerialisation."""
+    """The residual stream, sharded on the mesh and named for rematerialisation.
+
+    Of a single token, row-major layout would have tiles that are mostly padding.
+    """
     places = ("batch", "length", "act_embed")
-    return named(constrain(row_major(x, *places), *places), name)
+    x = row_major(x, *places) if x.shape[1] > 1 else x
+    return named(constrain(x, *places), name)

@@ -31,7 +31,7 @@ from lm.model.norm import Norm
 from lm.model.parameter import axes_of, gather, leaf_name, parameter, stack_layers
 from lm.model.shared_prompt import shared_attention_of
 from lm.parallel.row_order import WHOLE, from_zigzag, to_zigzag, zigzag_layout
-from lm.parallel.rules import constrain, platform
+from lm.parallel.rules import constrain, one_device, shardings
 from lm.types import Aux, SharedPrompt, pytree
 
 PRODUCTS = ("qkv", "attention", "mid", "mlp", "rms")
@@ -166,13 +166,15 @@ class Transformer(nnx.Module):
     def for_sampling(self) -> Transformer:
         """This model with its matrices in the compute dtype: cast once, not for every token.
 
-        On CPU its blocks are a tuple with separate arrays for each layer; a loop would copy them out of the stack in every
-        iteration.
+        Its parameters are placed by the rules on the current mesh, which may be another one than that of this model. Its
+        blocks are a tuple with separate arrays for each layer; a loop would copy them out of the stack in every iteration.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
         model = self.with_matrices(lambda x: x.astype(dtype))
-        if platform() == "cpu":
-            model.blocks = nnx.data(jax.lax.optimization_barrier(self._layers(model.blocks)))
+        if not one_device():
+            places = shardings(model, jax.sharding.get_abstract_mesh())
+            model = jax.lax.with_sharding_constraint(model, places)
+        model.blocks = nnx.data(jax.lax.optimization_barrier(self._layers(model.blocks)))
         return model
 
     def _layers(self, blocks: Block | tuple[Block, ...]) -> tuple[Block, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh as DeviceMesh
 
-from lm.experiment import Experiment, Mesh, UserError, rows_per_update
+from lm.experiment import Experiment, Mesh, RolloutMesh, UserError, rows_per_update
 from lm.parallel.rules import RULES, ways
 
 
@@ -63,6 +63,31 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> DeviceMesh:
     return DeviceMesh(np.asarray(placed), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def rollout_sizes(layout: RolloutMesh, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the mesh axes while completions are sampled: `tensor` devices of a slice split heads, the others completions.
+
+    Args:
+        sizes: of the mesh of training, which has the same devices.
+    """
+    if not layout.tensor:
+        return dict(sizes)
+    inside = math.prod(sizes.values()) // sizes["slices"]
+    return dict.fromkeys(sizes, 1) | {
+        "slices": sizes["slices"],
+        "data": inside // layout.tensor,
+        "tensor": layout.tensor,
+    }
+
+
+def rollout_mesh(layout: RolloutMesh, mesh: DeviceMesh) -> DeviceMesh:
+    """The devices of the mesh of training, in the same order, arranged for sampling.
+
+    One program reads arrays of both meshes because the order is the same, and devices that split heads are neighbours in both.
+    """
+    sizes = rollout_sizes(layout, mesh.shape)
+    return DeviceMesh(mesh.devices.reshape(tuple(sizes.values())), tuple(sizes), axis_types=mesh.axis_types)
+
+
 def check_fits(experiment: Experiment, sizes: dict[str, int], platform: str | None = None) -> None:
     """Check that sharded dimensions are divisible by their mesh axes and that the attention kernel suits the devices.
 
@@ -76,6 +101,7 @@ def check_fits(experiment: Experiment, sizes: dict[str, int], platform: str | No
     """
     m = experiment.model
     platform = platform or jax.default_backend()
+    _check_rollout_mesh(experiment, sizes)
     if m.attention == "splash" and platform != "tpu":
         raise UserError(f"model.attention splash is a kernel for TPUs; the devices here are {platform}")
     split = {
@@ -96,6 +122,24 @@ def check_fits(experiment: Experiment, sizes: dict[str, int], platform: str | No
             )
 
 
+def _check_rollout_mesh(experiment: Experiment, sizes: dict[str, int]) -> None:
+    """Raise UserError if the devices or the model cannot be split as `rollout_mesh` says; it lists the sizes that can."""
+    m, asked = experiment.model, experiment.rollout_mesh.tensor
+    devices = math.prod(sizes.values()) // sizes["slices"]
+    split = {
+        "model.num_heads": m.num_heads,
+        "model.num_kv_heads": m.num_kv_heads,
+        "model.mlp_dim": m.mlp_dim,
+    }
+    common = math.gcd(devices, *split.values())
+    if asked and common % asked:
+        told = ", ".join(f"{field} {value}" for field, value in split.items())
+        raise UserError(
+            f"rollout_mesh.tensor is {asked}; it should divide the {devices} devices of the mesh{'' if sizes['slices'] == 1 else ' in a slice'}, "
+            f"{told}: {_listed(common)}, or be 0, the mesh of training"
+        )
+
+
 def _axes(name: str, sizes: dict[str, int]) -> str:
     """`mesh.data x mesh.fsdp = 2 x 2 = 4`, of the axes larger than 1."""
     used = [axis for axis in RULES[name] if sizes[axis] > 1]
@@ -106,11 +150,13 @@ def _axes(name: str, sizes: dict[str, int]) -> str:
 
 
 def _divisors(value: int) -> str:
-    found = [n for n in range(1, value + 1) if value % n == 0]
-    shown = [str(n) for n in found]
-    if len(shown) > 12:
-        shown = [*shown[:8], "…", *shown[-3:]]
-    return f"{value} divides by {', '.join(shown)}"
+    return f"{value} divides by {_listed(value)}"
+
+
+def _listed(value: int) -> str:
+    """The divisors of a number as text, the middle of many left out."""
+    shown = [str(n) for n in range(1, value + 1) if value % n == 0]
+    return ", ".join([*shown[:8], "…", *shown[-3:]] if len(shown) > 12 else shown)
 
 
 def _shown(sizes: dict[str, int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": (),
     # activations
     "batch": ("slices", "data", "fsdp", "expert"),
+    "sampled": ("slices", "data", "fsdp", "expert", "tensor"),  # rows of logits from which tokens are chosen
     "length": ("context",),
     "act_embed": (),
 }
@@ -122,7 +123,7 @@ def gathered(w: Array, names: tuple[str | None, ...], dtype: Any) -> Array:
     return gather(w)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of a tree's leaves: by logical axis names where a leaf has them, else replicated.
 
     A program cannot be given an array that its devices do not divide. So a table of such a vocabulary is whole along this
@@ -145,7 +146,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def _divisible(
     names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> tuple[str | None, ...]:
-    """The names of the dimensions, None in place of one whose size is no multiple of its shards."""
+    """The names of the dimensions, None in place of one whose size is no multiple of its shards.
+
+    One layer of a stack lacks the first dimension, which keeps its name.
+    """
+    names = names[len(names) - len(shape) :]
     return tuple(name if size % ways(name, sizes) == 0 else None for name, size in zip(names, shape, strict=True))
 
 

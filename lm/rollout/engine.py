@@ -7,6 +7,7 @@ and never a model, so that another engine (such as an inference server) is anoth
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +18,10 @@ from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
 from lm.between_batches import between_batches
 from lm.data.text_tokenizer import TextTokenizer
-from lm.experiment import UserError
+from lm.experiment import RolloutMesh, UserError
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch
+from lm.parallel.mesh import rollout_mesh
 from lm.rollout.batching import Batching, Occupant, Sizes, sizes_of
 from lm.rollout.sampler import encode_prompt
 from lm.rollout.slots import Slots, empty_reader, empty_slots, fill_lanes, read_chunk, sample_tokens, sampling_model
@@ -81,15 +83,22 @@ class LocalEngine:
     Completions are sampled in `slots` slots (0: the number that suits the device); a slot whose completion has ended goes on
     with another. A completion depends on the request's key, its prompt, the number of the prompt and its number in the group, not
     on its slot nor on other completions: it is equal to the bit beside any others, for one number of slots, kind of device and mesh.
+    `layout` arranges the devices of the current mesh for sampling; the first program of a request reshards the weights.
     """
 
     model: Transformer
     tokenizer: TextTokenizer
     version: int = 0
     slots: int = 0
+    layout: RolloutMesh = RolloutMesh()
 
     def complete(self, request: Request) -> list[Completion]:
         """See `Engine`."""
+        mesh = jax.sharding.get_mesh()
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(rollout_mesh(self.layout, mesh)):
+            return self._completions(request)
+
+    def _completions(self, request: Request) -> list[Completion]:
         count, group = len(request.prompts), request.group_size
         limits = np.full((count, group), request.max_new_tokens)
         if request.limits is not None:

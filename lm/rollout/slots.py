@@ -161,7 +161,10 @@ def sample_tokens(
 
     def one_more(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
         count, slots = carry
-        token, logp = choose(model.logits(slots.hidden), keys, slots.steps, temperature, top_k, top_p, vocab_size)
+        token, logp = choose(
+            _whole_rows(model.logits(slots.hidden)), keys, slots.steps, temperature, top_k, top_p, vocab_size
+        )
+        token, logp = _placed((token, logp))
         at = jnp.where(slots.done, new, slots.steps)  # what a slot that is done writes is dropped
         done = functools.reduce(operator.or_, (token == one for one in end_ids), slots.done)
         caches = list(slots.keys), list(slots.values)
@@ -251,6 +254,16 @@ def _attention_of(
         return attend
 
     return attend_of
+
+
+def _whole_rows(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+    """Logits with the vocabulary on one device, and rows split over the devices that split the vocabulary.
+
+    The first constraint keeps the compiler from gathering the head instead.
+    """
+    if split_ways(len(logits), "sampled") == split_ways(len(logits), "batch"):
+        return logits
+    return constrain(constrain(logits, "batch", "vocab"), "sampled")
 
 
 def _placed(tree: Any) -> Any:

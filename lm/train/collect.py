@@ -152,8 +152,9 @@ def _scored_answers(
 ) -> tuple[list[Trajectory], list[list[float] | None], dict[str, float]]:
     """Sample the answers to each prompt of a step: trajectories, scores of each prompt's (None where people judge), metrics."""
     o = stage.objective
+    engine = LocalEngine(model, run.tokenizer, layout=run.experiment.rollout_mesh)
     found, timeouts = sample_trajectories(
-        LocalEngine(model, run.tokenizer), tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
+        engine, tasks, step, key, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
         group_size=o.answers, judged=not (o.judge or scorers),
     )  # fmt: skip
     line = sample_metrics(found)

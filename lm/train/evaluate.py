@@ -176,7 +176,9 @@ class Evaluator:
     def _subject(
         self, model: Transformer | Scorer, reference: Transformer | None = None, scorers: tuple[Scorer, ...] = ()
     ) -> Subject:
-        return Subject(model, self.tokenizer, reference, scorers, self.experiment.seed, talks_of(self.experiment))
+        experiment = self.experiment
+        layout = experiment.rollout_mesh
+        return Subject(model, self.tokenizer, reference, scorers, experiment.seed, talks_of(experiment), layout)
 
     def _answer_prompts(self, model: Transformer | Scorer, log: MetricsLog, step: int, when: str) -> None:
         prompts = list(self.experiment.prompts)

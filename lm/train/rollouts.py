@@ -65,7 +65,7 @@ class RolloutBatches(Batches):
         self, experiment: Experiment, index: int, tokenizer: TextTokenizer, mesh: Mesh, elsewhere: Places = NOWHERE
     ):
         self.place, self.notes = batch_sharding(mesh), {}
-        self.stage, self.tokenizer = experiment.stages[index], tokenizer
+        self.stage, self.tokenizer, self.layout = experiment.stages[index], tokenizer, experiment.rollout_mesh
         self.key = jax.random.fold_in(jax.random.key(experiment.seed), index)
         self.tasks: Tasks = make_tasks(self.stage, tokenizer, experiment.seed, elsewhere)
         feed = self.tasks.feed
@@ -111,7 +111,7 @@ class RolloutBatches(Batches):
         o = self.stage.objective
         whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
         sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
-        engine = LocalEngine(sampler, self.tokenizer, version)
+        engine = LocalEngine(sampler, self.tokenizer, version, layout=self.layout)
         key = jax.random.fold_in(self.key, step)
         return algorithm_of(self.stage).sample(engine, frozen, self.tasks, self.stage, step, key, self.place)
 

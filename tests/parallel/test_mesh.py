@@ -2,8 +2,8 @@
 
 import pytest
 
-from lm.experiment import SFT, Experiment, Mesh, Model, UserError
-from lm.parallel.mesh import axis_sizes, check_fits
+from lm.experiment import SFT, Experiment, Mesh, Model, RolloutMesh, UserError
+from lm.parallel.mesh import axis_sizes, check_fits, rollout_sizes
 from tests.helpers import tiny_stage
 
 
@@ -25,6 +25,29 @@ def test_minus_one_takes_what_is_left():
 def test_a_mesh_that_cannot_be_is_refused(mesh, message):
     with pytest.raises(UserError, match=message):
         axis_sizes(mesh, 8)
+
+
+def test_a_layout_of_sampling_takes_all_devices_of_the_mesh():
+    ones = dict.fromkeys(("slices", "data", "fsdp", "expert", "context", "tensor"), 1)
+    sizes = ones | {"slices": 2, "fsdp": 8, "tensor": 2}
+    assert rollout_sizes(RolloutMesh(4), sizes) == ones | {"slices": 2, "data": 4, "tensor": 4}
+    assert rollout_sizes(RolloutMesh(), sizes) == sizes
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sizes", "can"),
+    [
+        (3, {"fsdp": 8}, "the 8 devices of the mesh, model.num_heads 4, model.num_kv_heads 4, model.mlp_dim 1024: 1, 2, 4,"),
+        (8, {"fsdp": 8}, ".*: 1, 2, 4, or be 0"),
+        (4, {"fsdp": 2}, "the 2 devices of the mesh, model.num_heads 4, model.num_kv_heads 4, model.mlp_dim 1024: 1, 2,"),
+        (4, {"slices": 2, "fsdp": 2}, "the 2 devices of the mesh in a slice, .*: 1, 2,"),
+    ],
+)  # fmt: skip
+def test_a_layout_of_sampling_that_cannot_be_is_refused_with_those_that_can(tensor, sizes, can):
+    model = Model(num_heads=4, num_kv_heads=4, mlp_dim=1024)
+    value = Experiment(name="x", stages=(tiny_stage(SFT()),), model=model, rollout_mesh=RolloutMesh(tensor))
+    with pytest.raises(UserError, match=f"^rollout_mesh.tensor is {tensor}; it should divide {can}"):
+        check_fits(value, axis_sizes(Mesh(**({"data": 1} | sizes)), 8), platform="cpu")
 
 
 @pytest.mark.parametrize(

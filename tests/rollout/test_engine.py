@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from lm.between_batches import calling_between_batches
-from lm.experiment import Layer, LoRA
+from lm.experiment import Layer, LoRA, RolloutMesh
 from lm.model.lora import merged
-from lm.parallel.mesh import make_mesh
+from lm.parallel.mesh import make_mesh, rollout_mesh
+from lm.parallel.rules import shardings
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.rollout.sampler import choose, completion_keys
-from lm.rollout.slots import read_chunk, sample_tokens
+from lm.rollout.slots import empty_slots, read_chunk, sample_tokens, sampling_model
 from tests.helpers import VOCAB, layout, tiny_model, with_moved_adapter
 
 END, NEW, WIDTH = 1, 20, 40
@@ -151,6 +152,36 @@ def test_completions_are_the_same_on_many_devices(sizes, group):
     for one, other in zip(alone, spread_out, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tensor"), [("plain", 1), ("windows", 2), ("bfloat16", 2)])
+def test_completions_are_the_same_where_sampling_has_a_layout_of_its_own(family, tensor):
+    """Weights sharded over `fsdp` are resharded by one program, and the cache is split over completions and heads."""
+    model, prompts = tiny_model(**FAMILIES[family]), prompts_of(11)
+    mesh, own = make_mesh(layout(fsdp=8)), RolloutMesh(tensor)
+    model = jax.device_put(model, shardings(model, mesh))
+    request = Request(prompts, KEY, NEW, temperature=0.0 if family == "bfloat16" else 1.0, group_size=4, width=WIDTH)
+    with jax.set_mesh(mesh):
+        expected = LocalEngine(model, TOKENIZER, slots=8).complete(request)
+        found = LocalEngine(model, TOKENIZER, slots=8, layout=own).complete(request)
+    for one, other in zip(found, expected, strict=True):
+        if family != "bfloat16":
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+        np.testing.assert_allclose(one.logp[:1], other.logp[:1], atol=0.05)
+
+
+def test_a_sampler_of_its_own_layout_has_whole_rows_of_weights():
+    model, mesh = tiny_model(compute_dtype="bfloat16"), make_mesh(layout(fsdp=8))
+    model = jax.device_put(model, shardings(model, mesh))
+    with jax.set_mesh(rollout_mesh(RolloutMesh(2), mesh)):
+        weight = sampling_model(model).blocks[0].mlp.gate.weight[...]
+        cache = empty_slots(sampling_model(model), 8, 4, 16, 16)
+    embed, mlp = weight.shape
+    assert weight.dtype == jnp.bfloat16 and weight.sharding.shard_shape(weight.shape) == (embed, mlp // 2)
+    rows, heads = cache.keys[0].shape[:2]
+    assert cache.keys[0].sharding.shard_shape(cache.keys[0].shape)[:2] == (rows // 4, heads // 2)
 
 
 def test_sampling_calls_the_check_every_few_tokens_and_ends_with_its_error(monkeypatch):
