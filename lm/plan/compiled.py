@@ -7,13 +7,14 @@ import gzip
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from lm.experiment import UserError
 from lm.parallel.mesh import make_mesh
@@ -68,9 +69,24 @@ def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
     mesh = make_mesh(program.mesh, devices)
     state, batch = program.state(), program.batch()
     step = Stepper(program.stage, program.optimizer, shardings(split_state(state, program.stage), mesh), mesh)
+    return compile_program(lambda: step.lower(state, batch), mesh, program.topology, compiler)
+
+
+def compile_program(
+    lower: Callable[[], Any], mesh: Mesh, topology: Topology, compiler: Libtpu, unknown: int = 1
+) -> Compiled:
+    """Compile a program for the devices of a mesh.
+
+    Args:
+        lower: traces and lowers it.
+        unknown: iterations of a loop whose number the program does not tell.
+
+    Raises:
+        OutOfMemory: the program does not fit into a device's memory.
+    """
     began, cpu_began = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as dump, quiet(), without_cpu_flags(), jax.set_mesh(mesh):
-        lowered = step.lower(state, batch)
+        lowered = lower()
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
@@ -78,7 +94,7 @@ def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
                 raise OutOfMemory(needed, str(error).splitlines()[0]) from None
             raise
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
-        facts = read_compiled(compiled, Path(dump), compiler.version, program.topology.chip, program.topology.slices)
+        facts = read_compiled(compiled, Path(dump), compiler.version, topology.chip, topology.slices, unknown)
     return Compiled(facts, seconds, cpu_seconds, compiler)
 
 

@@ -37,13 +37,16 @@ class CompilerFacts:
     notes: tuple[str, ...]
 
 
-def read_compiled(compiled: Any, dump: Path, libtpu: str | None, chip: Chip, slices: int) -> CompilerFacts:
+def read_compiled(
+    compiled: Any, dump: Path, libtpu: str | None, chip: Chip, slices: int, unknown: int = 1
+) -> CompilerFacts:
     """Read the facts of an executable.
 
     Args:
         compiled: the result of `jax.stages.Lowered.compile`.
         dump: the folder given to the compiler options xla_dump_to and xla_dump_hlo_as_text.
         libtpu: version of the compiler; None if unknown.
+        unknown: iterations of a loop whose number the program does not tell.
 
     Raises:
         UserError: the text of an untested version cannot be read.
@@ -54,10 +57,12 @@ def read_compiled(compiled: Any, dump: Path, libtpu: str | None, chip: Chip, sli
         notes += (
             "the compiler listed no allocations: memory is that of memory_analysis(), which may be 40 % too large",
         )
-    return CompilerFacts(allocated or _analysed_bytes(compiled), read_module(text, libtpu, chip, slices), text, notes)
+    return CompilerFacts(
+        allocated or _analysed_bytes(compiled), read_module(text, libtpu, chip, slices, unknown), text, notes
+    )
 
 
-def read_module(text: str, libtpu: str | None, chip: Chip, slices: int = 1) -> CompiledCost:
+def read_module(text: str, libtpu: str | None, chip: Chip, slices: int = 1, unknown: int = 1) -> CompiledCost:
     """Read FLOPs, collectives and estimated seconds of a program from its text alone.
 
     Raises:
@@ -66,7 +71,7 @@ def read_module(text: str, libtpu: str | None, chip: Chip, slices: int = 1) -> C
     try:
         if "estimated_cycles" not in text:
             raise ValueError("no instruction has estimated_cycles")
-        return estimate(parse(text), chip, slices)
+        return estimate(parse(text), chip, slices, unknown)
     except (ValueError, LookupError, AttributeError, AssertionError) as error:
         if not (notes := untested(libtpu)):
             raise

@@ -9,7 +9,7 @@ the scheduled computations (entry, loop bodies times their trip counts, the slow
     async     overlapping collectives: the same, in a queue of their own
     host      copies to and from host memory, in a queue of their own
     network   transfers between slices over the data-centre network, in a queue of their own, counted as an all-reduce
-    unpriced  other instructions without a cycle count: bytes / HBM rate
+    unpriced  other instructions without a cycle count: bytes / HBM rate; of gathers and scatters in place, the rows that they touch
 
 Copies inside the chip, including gathers on SparseCore, overlap the rest and count as 0.
 
@@ -83,7 +83,7 @@ class CompiledCost:
     unpriced_kernels: tuple[str, ...]
     collectives: tuple[Collective, ...]
     trips: dict[str, int]
-    unknown_loops: tuple[str, ...]  # loops with unknown trip count, counted as one iteration
+    unknown_loops: tuple[str, ...]  # loops with unknown trip count
 
     @property
     def device_s(self) -> float:
@@ -115,16 +115,20 @@ class _Clock:
         self.now = max(self.now, self.flight.pop(name or "", 0.0))
 
 
-def estimate(module: Module, chip: Chip, slices: int = 1) -> CompiledCost:
-    """Estimate the cost of one execution of a module on one device of a chip."""
-    return _Estimate(module, chip, slices).cost()
+def estimate(module: Module, chip: Chip, slices: int = 1, unknown: int = 1) -> CompiledCost:
+    """Estimate the cost of one execution of a module on one device of a chip.
+
+    Args:
+        unknown: iterations of a loop whose number the module does not tell.
+    """
+    return _Estimate(module, chip, slices, unknown).cost()
 
 
 class _Estimate:
     """Simulation of a module. `times` is the number of runs of a computation per step; with 0 nothing is recorded."""
 
-    def __init__(self, module: Module, chip: Chip, slices: int):
-        self.module, self.chip, self.slices, self.work = module, chip, slices, Work(module)
+    def __init__(self, module: Module, chip: Chip, slices: int, unknown: int = 1):
+        self.module, self.chip, self.slices, self.unknown, self.work = module, chip, slices, unknown, Work(module)
         self.seconds: dict[str, float] = defaultdict(float)
         self.product_flops = self.kernel_flops = 0.0
         self.kernels: Counter[str] = Counter()
@@ -167,7 +171,7 @@ class _Estimate:
         turns = trip_count(self.module, computation, loop)
         if turns is None:
             self.unknown_loops.add(loop.name)
-        turns = 1 if turns is None else turns
+        turns = self.unknown if turns is None else turns
         if times:
             self.trips[loop.name] = turns
         body = loop.attribute("body") or ""
@@ -295,7 +299,7 @@ class _Estimate:
         elif i.op in ("dynamic-slice", "slice", "gather"):
             moved = 2 * i.bytes
         else:
-            moved = i.bytes + sum(near)
+            moved = 2 * self.work.rows_in_place(i) or i.bytes + sum(near)
         self._book(clock, "unpriced", moved / self.chip.hbm_rate, times)
 
     def _started_by(self, done: Instruction, computation: str) -> str | None:

@@ -95,6 +95,19 @@ class Work:
             return 2.0 * math.prod(result) * math.prod(left[int(axis)] for axis in axes if axis)
         return convolution_flops(instruction, left, right, result)
 
+    def rows_in_place(self, fusion: Instruction) -> float:
+        """Bytes of the rows that a fusion reads by a gather, or writes by a scatter in place; 0 for other instructions.
+
+        The compiler names the operand of a scatter whose memory the result takes; it touches no other rows.
+        """
+        inside = self.module.computations.get(fusion.attribute("calls") or "", {})
+        for one in inside.values():
+            if one.op == "gather":
+                return one.bytes
+            if one.op == "scatter" and re.search(r'"aliasing_operands":\{"lists":\[\{', fusion.attributes):
+                return inside[one.operands[-1]].bytes
+        return 0.0
+
     def kernel_flops(self, instruction: Instruction, computation: str) -> float:
         """FLOPs of one call of an attention kernel; 0 for other kernels."""
         operands = self.module.operands(instruction, computation)

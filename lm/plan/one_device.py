@@ -102,10 +102,15 @@ def _update_block(
 
 def single_device_mesh(program: Program) -> AbstractMesh:
     """An abstract mesh of one device with all axes, so that traced code takes the branches for this kind of device."""
+    return whole_mesh(dataclasses.replace(program, sizes=dict.fromkeys(program.sizes, 1)))
+
+
+def whole_mesh(program: Program) -> AbstractMesh:
+    """An abstract mesh of all devices of a program."""
     chip = program.topology.chip
     device = AbstractDevice(device_kind=chip.kind, num_cores=1, platform=chip.platform)
-    axes = tuple(program.sizes)
-    return AbstractMesh((1,) * len(axes), axes, (AxisType.Auto,) * len(axes), abstract_device=device)
+    axis_types = (AxisType.Auto,) * len(program.sizes)
+    return AbstractMesh(tuple(program.sizes.values()), tuple(program.sizes), axis_types, abstract_device=device)
 
 
 def parts(program: Program) -> dict[tuple[int, ...], int]:

@@ -12,6 +12,7 @@ from lm.experiment import reward_names, updates_per_step
 from lm.plan import analytic
 from lm.plan.analytic import Memory, model_flops, repeated_bytes
 from lm.plan.compiled import Compiled, OutOfMemory, compile_step, save_text
+from lm.plan.compiled_sampling import compiled_sampling
 from lm.plan.compiler_text import untested
 from lm.plan.kernels import KERNEL_EFFICIENCY
 from lm.plan.libtpu import find_libtpu
@@ -144,14 +145,18 @@ def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = 
     If the step does not fit, the compiler gives no module, and the time stays that by arithmetic.
 
     Args:
-        hlo: file for the compiled module's text; None: not saved.
+        hlo: file for the compiled module's text, and with `sampler_` before its name for that of sampling; None: not saved.
         libtpu: path of the compiler, see lm/plan/libtpu.py; None: the one that jax would load.
 
     Raises:
         UserError: there is no compiler, or no folder for the text.
     """
-    program = arithmetic.program
+    program, sampled = arithmetic.program, arithmetic.sampling
     try:
+        if sampled:
+            sampled, text = compiled_sampling(program, sampled, libtpu)
+            if hlo:
+                save_text(text, hlo.with_name(f"sampler_{hlo.name}"))
         compiled = compile_step(program, libtpu)
     except OutOfMemory as error:
         compiler = find_libtpu(libtpu)
@@ -164,7 +169,7 @@ def by_compiler(arithmetic: Plan, hlo: Path | None = None, libtpu: str | None = 
         )
     if hlo:
         save_text(compiled.facts.text, hlo)
-    return _compiled(arithmetic, compiled)
+    return _compiled(dataclasses.replace(arithmetic, sampling=sampled), compiled)
 
 
 def _caveat_of_reward_models(program: Program) -> list[str]:
@@ -172,7 +177,7 @@ def _caveat_of_reward_models(program: Program) -> list[str]:
 
 
 def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
-    topology, cost = arithmetic.program.topology, compiled.facts.cost
+    topology, cost, sampled = arithmetic.program.topology, compiled.facts.cost, arithmetic.sampling
     notes = [CAVEATS["collectives"], CAVEATS["kernels"]]
     notes += [CAVEATS["sparsecore"]] if topology.chip.sparse_gathers else []
     notes += [CAVEATS["network"]] if topology.slices > 1 else []
@@ -186,7 +191,7 @@ def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
         update_bytes=compiled.facts.peak_bytes - repeated_bytes(arithmetic.program),
         update_s=cost.schedule_s,
         bound_s=cost.bound_s,
-        compile_s=compiled.seconds,
+        compile_s=compiled.seconds + (sampled.compile_s if sampled else 0.0),
         memory=arithmetic.memory,
         parts_s={
             "products": cost.product_s,
@@ -199,9 +204,9 @@ def _compiled(arithmetic: Plan, compiled: Compiled) -> Plan:
             "between slices": cost.network_s,
         },
         collectives=_described(cost.collectives),
-        sampling=arithmetic.sampling,
+        sampling=sampled,
         notes=tuple(notes),
-        compile_cpu_s=compiled.cpu_seconds,
+        compile_cpu_s=compiled.cpu_seconds + (sampled.compile_cpu_s if sampled else 0.0),
         compiler=compiled.compiler.name,
     )
 
@@ -219,12 +224,13 @@ def _sampler(plan: Plan) -> dict[str, Any] | None:
     if found is None:
         return None
     return {
+        "source": "compiled" if found.compiler else "analytic",
         "rows_per_device": found.rows,
         "cache_bytes": found.cache_bytes,
         "hbm_bytes_per_device": plan.memory.state + found.peak_bytes,
         "token_ms": 1e3 * found.token_s,
-        "token_hbm_ms": 1e3 * found.memory_s,
-        "token_network_ms": 1e3 * found.network_s,
+        "roofline_ms": {name: 1e3 * seconds for name, seconds in found.roofline.items()},
+        "reshard_ms": 1e3 * found.reshard_s,
         "tokens_per_s_per_device": found.tokens_per_s,
         "rollout_s": found.rollout_s,
         "rollouts_per_step_at_most": found.rollouts,

@@ -17,6 +17,7 @@ from lm.experiment import (
     LoRA,
     Mesh,
     Model,
+    RolloutMesh,
     Stage,
     UserError,
     adapters_before,
@@ -25,7 +26,7 @@ from lm.experiment import (
 )
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
-from lm.parallel.mesh import axis_sizes, check_fits
+from lm.parallel.mesh import axis_sizes, check_fits, rollout_sizes
 from lm.plan.chips import Topology
 from lm.train_step import Models, TrainState, partition
 from lm.types import NOTHING_SHARED, SharedPrompt, TokenBatch
@@ -39,6 +40,7 @@ class Program:
         sizes: size of each mesh axis, including slices.
         before: adapters of earlier stages, whose factors the model keeps.
         teacher: config and vocabulary of the model that the stage learns from, if its objective names one.
+        rollout: layout of sampling on the same devices.
     """
 
     stage: Stage
@@ -48,6 +50,12 @@ class Program:
     sizes: dict[str, int]
     before: tuple[LoRA, ...] = ()
     teacher: Sizes | None = None
+    rollout: RolloutMesh = RolloutMesh()
+
+    @property
+    def sampler(self) -> Program:
+        """This program on the mesh of sampling."""
+        return dataclasses.replace(self, sizes=rollout_sizes(self.rollout, self.sizes))
 
     @property
     def rows(self) -> int:
@@ -119,4 +127,4 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
     check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, topology.chip.platform)
     before = adapters_before(experiment, [one.name for one in experiment.stages].index(stage.name))
     shapes = experiment.model, experiment.tokenizer.vocab_size
-    return Program(stage, *shapes, topology, sizes, before, teacher_sizes(stage, *shapes))
+    return Program(stage, *shapes, topology, sizes, before, teacher_sizes(stage, *shapes), experiment.rollout_mesh)

@@ -124,12 +124,13 @@ def _sampler(plan: Plan) -> list[str]:
     return [
         *table(
             [
-                ("sampler, by arithmetic", ""),
-                ("  rows at a time", str(found.rows)),
+                (f"sampler, by {found.compiler or 'arithmetic'}", ""),
+                ("  rows at a time", f"{found.rows:g}"),
                 ("  cache, GB", f"{found.cache_bytes / GB:.3f}"),
-                ("  a token of every row, by HBM bandwidth, ms", _ms(found.memory_s)),
-                ("  a token of every row, by gathering parameters, ms", _ms(found.network_s)),
+                ("  a token of every row, ms", _exact_ms(found.token_s)),
+                *((f"    roofline: {name}", _exact_ms(seconds)) for name, seconds in found.roofline.items()),
                 ("  tokens/s per device, at most", f"{found.tokens_per_s:,.0f}"),
+                ("  weights to the sampler's layout, ms", _exact_ms(found.reshard_s)),
                 ("  rollout of full length, s", f"{found.rollout_s:,.1f}"),
                 ("  rollouts per step, at most", str(found.rollouts)),
                 ("  trainer's log-probabilities of the completions, s", f"{found.trainer_s:,.1f}"),
@@ -137,6 +138,10 @@ def _sampler(plan: Plan) -> list[str]:
         ),
         "",
     ]
+
+
+def _exact_ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f}"
 
 
 def _ms(seconds: float) -> str:

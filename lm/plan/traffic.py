@@ -43,7 +43,8 @@ def traffic(program: Program, usage: Usage) -> list[Traffic]:
     return [item for item in found if item.devices > 1 and item.bytes]
 
 
-def _one(program: Program, what: str, axes: tuple[str, ...], kind: str, size: float) -> Traffic:
+def collective(program: Program, what: str, axes: tuple[str, ...], kind: str, size: float) -> Traffic:
+    """A collective of `size` bytes over those of the axes that are larger than 1."""
     chip, axes = program.topology.chip, tuple(axis for axis in axes if program.sizes[axis] > 1)
     devices = math.prod(program.sizes[axis] for axis in axes)
     rate = chip.network if NETWORK in axes else chip.interconnect
@@ -69,16 +70,16 @@ def _parameters(program: Program, usage: Usage) -> list[Traffic]:
     others = [axis for axis in (*RULES["batch"], *RULES["length"]) if axis not in RULES["embed"]]
     inside = tuple(axis for axis in others if axis != NETWORK)
     return [
-        _one(program, "parameters", RULES["embed"], "all-gather", usage.gathered),
-        _one(program, "gradients", RULES["embed"], "all-reduce", usage.summed),
-        _one(program, "gradients", inside, "all-reduce", part * pieces),
-        _one(program, "gradients", (NETWORK,), "all-reduce", part * pieces),
+        collective(program, "parameters", RULES["embed"], "all-gather", usage.gathered),
+        collective(program, "gradients", RULES["embed"], "all-reduce", usage.summed),
+        collective(program, "gradients", inside, "all-reduce", part * pieces),
+        collective(program, "gradients", (NETWORK,), "all-reduce", part * pieces),
     ]
 
 
 def gather_seconds(program: Program, usage: Usage) -> float:
     """Seconds of gathering parameters."""
-    return _one(program, "", RULES["embed"], "all-gather", usage.gathered).seconds
+    return collective(program, "", RULES["embed"], "all-gather", usage.gathered).seconds
 
 
 def _activations(program: Program) -> list[Traffic]:
@@ -95,7 +96,7 @@ def _activations(program: Program) -> list[Traffic]:
     keys = 2 * rows * tokens * model.num_kv_heads * model.head_dim * itemsize
     gathers = model.num_layers * (1 + recomputed + others)
     return [
-        _one(program, "activations", split, "all-reduce", residual * sums),
-        _one(program, "keys and values", RULES["length"], "all-gather", keys * gathers),
-        _one(program, "their gradients", RULES["length"], "reduce-scatter", keys * model.num_layers * backward),
+        collective(program, "activations", split, "all-reduce", residual * sums),
+        collective(program, "keys and values", RULES["length"], "all-gather", keys * gathers),
+        collective(program, "their gradients", RULES["length"], "reduce-scatter", keys * model.num_layers * backward),
     ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lm.experiment import Experiment, Mesh, Model, Optimizer, Pretrain, Source, Stage, Tokenizer
+from lm.experiment import Experiment, Mesh, Model, Optimizer, Pretrain, RolloutMesh, Source, Stage, Tokenizer
 
 MODEL = Model(
     num_layers=2, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=512, max_len=256,
@@ -10,7 +10,7 @@ MODEL = Model(
 )  # fmt: skip
 
 
-def experiment(objective=None, model=None, mesh=None, rows=16, vocab_size=1024, **stage) -> Experiment:
+def experiment(objective=None, model=None, mesh=None, rows=16, vocab_size=1024, rollout=0, **stage) -> Experiment:
     """One stage, `train`, of a small model; fsdp over all devices."""
     values = {"batch_size": rows, "seq_len": 256} | stage
     only = Stage("train", objective or Pretrain(), (Source("text.txt"),), Optimizer(), **values)
@@ -20,6 +20,7 @@ def experiment(objective=None, model=None, mesh=None, rows=16, vocab_size=1024, 
         tokenizer=Tokenizer(vocab_size=vocab_size),
         model=dataclasses.replace(MODEL, **(model or {})),
         mesh=Mesh(**({"data": 1, "fsdp": -1} | (mesh or {}))),
+        rollout_mesh=RolloutMesh(rollout),
     )
 
 

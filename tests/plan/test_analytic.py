@@ -227,8 +227,22 @@ def test_the_sampler_reads_its_cache_and_the_parameters_for_every_token():
     token = 2 * m.num_layers * m.num_kv_heads * m.head_dim * 2  # bytes of its keys and values
     assert short.rows == 32 and short.cache_bytes == token * (4 * 192 + 32 * 64)  # each prompt once for its group
     assert short.peak_bytes > short.cache_bytes
-    assert short.memory_s >= short.cache_bytes / SMALL.chip.hbm_rate
+    assert short.token_s >= short.cache_s == (4 * 192 + 32 * 32) * token / SMALL.chip.hbm_rate  # half the answer
     assert long.rollout_s > short.rollout_s
+
+
+def test_a_layout_of_its_own_gathers_no_weights_for_a_token():
+    grpo, rows = GRPO(max_new_tokens=64, group_size=8), {"rows": 16, "seq_len": 256}
+    trained, own = (plan(experiment(grpo, **rows, rollout=n)).sampling for n in (0, 2))
+    weights = 2 * sum(
+        x.size for x in jax.tree.leaves(resolve(experiment(grpo), experiment(grpo).stages[0], SMALL).parameters())
+    )
+    assert trained.reshard_s == 0 < own.reshard_s
+    assert own.weights_s == pytest.approx(trained.weights_s / 2, rel=0.01)
+    assert trained.weights_s == pytest.approx(weights / SMALL.chip.hbm_rate, rel=0.01)
+    assert own.rows == trained.rows and own.cache_bytes == trained.cache_bytes  # half the heads of twice the rows
+    assert own.collectives_s < 0.1 * trained.collectives_s
+    assert own.token_s >= max(own.roofline.values())
 
 
 def test_the_trainers_pass_over_a_rollout_is_counted():

@@ -115,6 +115,47 @@ def test_a_trip_count_that_cannot_be_read_is_named():
     assert cost.unknown_loops == ("while",)
 
 
+def test_a_loop_of_unknown_length_has_the_iterations_that_it_is_given():
+    module = parse(TEXT.replace("%limit = s32[] constant(3)", "%limit = s32[] copy(%i)"))
+    one, ten = estimate(module, CHIP), estimate(module, CHIP, unknown=10)
+    assert ten.product_flops == 10 * one.product_flops > 0
+
+
+ROWS = """
+%fused_rows (p0: bf16[64,1024,128], p1: s32[64], p2: bf16[64,128]) -> bf16[64,1024,128] {{
+  %p0 = bf16[64,1024,128]{{2,1,0}} parameter(0)
+  %p1 = s32[64]{{0}} parameter(1)
+  %p2 = bf16[64,128]{{1,0}} parameter(2)
+  ROOT %rows = {op}, metadata={{op_name="jit(f)/rows"}}
+}}
+"""
+SCATTER = "bf16[64,1024,128]{2,1,0} scatter(%p0, %p1, %p2), to_apply=%add"
+GATHER = "bf16[64,128]{1,0} gather(%p0, %p1), slice_sizes={1,1,128}"
+
+
+@pytest.mark.parametrize(
+    ("op", "aliased", "moved"),
+    [
+        (SCATTER, '[{"indices":["0","3"]}]', 2 * 64 * 128 * 2),
+        (SCATTER, "[]", 2 * 64 * 1024 * 128 * 2 + 64 * 4 + 64 * 128 * 2),
+        (GATHER, "[]", 2 * 64 * 128 * 2),
+    ],
+)
+def test_a_fusion_in_place_moves_the_rows_that_it_reads_or_writes(op, aliased, moved):
+    config = f'backend_config={{"aliasing_operands":{{"lists":{aliased}}}}}'
+    shape = op.split(" ")[0]
+    text = f"""HloModule step, is_scheduled=true
+{ROWS.format(op=op)}
+ENTRY %main (a: bf16[64,1024,128], i: s32[64], x: bf16[64,128]) -> {shape} {{
+  %a = bf16[64,1024,128]{{2,1,0}} parameter(0)
+  %i = s32[64]{{0}} parameter(1)
+  %x = bf16[64,128]{{1,0}} parameter(2)
+  ROOT %rows_fusion = {shape} fusion(%a, %i, %x), kind=kCustom, calls=%fused_rows, {config}
+}}
+"""
+    assert estimate(parse(text), CHIP).unpriced_s == pytest.approx(moved / CHIP.hbm_rate)
+
+
 def test_transfers_between_slices_have_a_queue_of_their_own():
     attributes = 'channel_id=3, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="sum_0"}'
     text = TEXT.replace(
