@@ -11,12 +11,18 @@ A published model is evaluated on your file, or by the evals of an experiment;
 with --adapter, adapters are compared, beside each other:
 
   lm eval FOLDER --evals.heldout.source.path FILE --evals.heldout.metric reward
-  lm eval EXPERIMENT --init FOLDER --adapter ONE --adapter OTHER"""
+  lm eval EXPERIMENT --init FOLDER --adapter ONE --adapter OTHER
+
+Tasks of lm-evaluation-harness (extra `bench`), or your own in its YAML form:
+
+  lm eval RUN --tasks arc_easy,hellaswag --limit 200
+  lm eval FOLDER --tasks my_tasks/ --fewshot 5"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import sys
@@ -28,6 +34,8 @@ from typing import TYPE_CHECKING, Any
 from lm.cli.arguments import (
     MODEL_HELP,
     add_cache,
+    at_least,
+    find_run,
     find_runs,
     find_stage,
     number,
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
     from lm.train.judging import PairScores
 
 TAKES_OVERRIDES = True
+TASK_FLAGS = ("limit", "fewshot", "chat", "samples")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,12 +71,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=number(0, 1),
         help="with --pairs: only the rows that a source with this holdout holds out",
     )
-    parser.add_argument("--json", action="store_true", help="with --pairs: one object")
+    parser.add_argument("--json", action="store_true", help="with --pairs or --tasks: one object")
     parser.add_argument("--page", metavar="FILE", type=page_path, help="with --pairs: a page with the calibration")
+    parser.add_argument(
+        "--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, or YAML files or folders of your own"
+    )
+    parser.add_argument("--limit", metavar="N", type=at_least(1), help="with --tasks: the first N items of each task")
+    parser.add_argument(
+        "--fewshot",
+        metavar="N",
+        type=at_least(0),
+        help="with --tasks: examples before each item; else as the task says",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="with --tasks: ask through the chat template; else where the model has been trained on conversations",
+    )
+    parser.add_argument(
+        "--no-chat", dest="chat", action="store_false", default=None, help="with --tasks: without the chat template"
+    )
+    parser.add_argument("--samples", metavar="FILE", type=Path, help="with --tasks: write what was asked and answered")
     add_cache(parser)
 
 
 def call(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        return benchmarks(arguments)
+    given = [f"--{name}" for name in TASK_FLAGS if getattr(arguments, name) is not None]
+    if given:
+        raise UserError(f"{given[0]} is for --tasks NAME,...")
     if arguments.init is not None or weights_of(arguments.run[0]) is not None:
         return evaluate_weights(arguments)
     runs = find_runs(arguments.run)
@@ -95,6 +129,43 @@ def call(arguments: argparse.Namespace) -> int:
     with cache_at(arguments.cache):
         measured = evaluate_run(run_dir, stage, tell, arguments.adapter)
     print(comparison(measured, own) if arguments.adapter else table(measured[""], own))
+    return 0
+
+
+def benchmarks(arguments: argparse.Namespace) -> int:
+    """Measure tasks on one model, and print a table or JSON."""
+    others = ("init", "pairs", "heldout", "page")
+    if len(arguments.run) > 1 or len(arguments.adapter) > 1 or any(getattr(arguments, x) is not None for x in others):
+        raise UserError(
+            "--tasks measures one model, with at most one --adapter, without --init, --pairs, --heldout and --page"
+        )
+    if arguments.overrides:
+        raise UserError(
+            f"{arguments.overrides[0]}: --tasks measures a model as it is, and takes no field of an experiment"
+        )
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'lm[bench]'")
+    run_dir = weights_of(arguments.run[0]) or find_run(arguments.run[0])
+
+    from lm.stored import cache_at, write_atomic
+    from lm.train.benchmarks import TaskSettings, run_benchmarks
+
+    names = tuple(name for name in arguments.tasks.split(",") if name)
+    settings = TaskSettings(names, arguments.limit, arguments.fewshot, arguments.chat)
+    adapter = next(iter(arguments.adapter), None)
+    with cache_at(arguments.cache):
+        model, results, samples = run_benchmarks(run_dir, arguments.stage, adapter, settings, tell)
+    if arguments.samples:
+        lines = [json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in samples]
+        write_atomic(arguments.samples, "".join(lines).encode())
+    if arguments.json:
+        print(json.dumps({"model": model, "results": [dataclasses.asdict(one) for one in results]}, indent=1))
+        return 0
+    rows = [("task", "metric", "shots", "items", "value", "± 1 s.e.")]
+    for one in results:
+        error = "" if one.stderr is None else f"{one.stderr:.4f}"
+        rows.append((one.task, one.metric, str(one.fewshot), str(one.count), f"{one.value:.4f}", error))
+    print(f"{model}\n\n{aligned(rows)}")
     return 0
 
 

@@ -73,6 +73,22 @@ def token_logprobs(
     return dataclasses.replace(align(stats), aux=aux)
 
 
+def logprobs_at(
+    model: Any, states: Float[Array, "N D"], targets: Int[Array, " N"]
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Log-probability, in nats, of the target of each hidden state, and 1 where it is the most likely token.
+
+    Only these states are projected to the vocabulary, in chunks as in `token_logprobs`.
+    """
+
+    def project(model, states, targets):
+        return _measure(model.logits(states), targets, 1.0, False, False, False)
+
+    vocab = jax.eval_shape(model.logits, states[None]).shape[-1]
+    stats = project_tokens(project, model, (states[None], targets[None]), vocab, model.config.max_logits)
+    return stats.logp[0], stats.correct[0]
+
+
 def project_tokens(
     project: Callable[..., Any], models: Any, inputs: tuple[Array, ...], vocab: int, max_logits: int
 ) -> Any:

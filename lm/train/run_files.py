@@ -17,12 +17,14 @@ from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder
 
 Line = dict[str, Any]
+BENCHMARK = ("task", "metric", "fewshot", "chat", "limit")
+"""The fields that say what a line of benchmarks.jsonl measures."""
 WHEN_ORDER = {"before": 0, "during": 1, "after": 2}
 
 
 @dataclass(frozen=True)
 class StageFiles:
-    """The files of one stage, read: metrics, evals, samples, summary, the steps that have a checkpoint, and warnings."""
+    """The files of one stage, read: metrics, evals, samples, summary, the steps that have a checkpoint, warnings and benchmarks."""
 
     name: str
     kind: str
@@ -33,6 +35,7 @@ class StageFiles:
     summary: Line | None
     checkpoints: tuple[int, ...]
     warnings: tuple[Line, ...] = ()
+    benchmarks: tuple[Line, ...] = ()
 
     @property
     def steps_done(self) -> int:
@@ -89,6 +92,7 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
         summary=read_sealed(summary) if summary.is_file() else None,
         checkpoints=tuple(sorted(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/manifest.json"))),
         warnings=tuple(_last_of_each(read_lines(folder / "warnings.jsonl"), "text")),
+        benchmarks=tuple(_last_of_each(_numbers(folder / "benchmarks.jsonl"), *BENCHMARK)),
     )
 
 

@@ -2,6 +2,7 @@
 
 runs/NAME/  experiment.json  environment.json  open_weights.json  tokenizer/  report.html  lock
             stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/  ahead/
+                             benchmarks.jsonl
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ def render(run: Run, rollout_pages: Sequence[StagePages] = ()) -> str:
         lessons=[(stage.name, OBJECTIVES[stage.kind].caption) for stage in run.stages],
         prompts=story.prompt_table(run),
         heldout=story.heldout_table(run),
+        benchmarks=story.benchmark_table(run),
         curves=[
             (stage, found)
             for index, stage in enumerate(run.stages)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lm import experiment as experiments
 from lm.overrides import knobs
-from lm.train.run_files import Line, Run, StageFiles, step_order
+from lm.train.run_files import BENCHMARK, Line, Run, StageFiles, step_order
 from lm.web.numbers import percent, signed
 
 T = TypeVar("T")
@@ -189,6 +189,25 @@ def _cell(line: Line | None, old: Line | None, metric: MetricStyle) -> TableCell
     noise = 2 * math.hypot(standard_error(line), standard_error(old))
     tone = "even" if abs(change) <= noise else "better" if change * metric.sign > 0 else "worse"
     return TableCell(metric.show(value), metric.change(change), tone, note)
+
+
+def benchmark_table(run: Run) -> list[tuple[str, str, list[str | None]]]:
+    """Rows of (task, what was measured, the value of each language model with its standard error), by `lm eval --tasks`."""
+    stages = policy_stages(run)
+    found = {tuple(line.get(name) for name in BENCHMARK): line for stage in stages for line in stage.benchmarks}
+    table = []
+    for key, line in found.items():
+        own = [
+            [one for one in stage.benchmarks if tuple(one.get(name) for name in BENCHMARK) == key] for stage in stages
+        ]
+        label = f"{line['metric']}, {line['count']:,} items, {line['fewshot']} shots{', as chat' if line.get('chat') else ''}"
+        table.append((line["task"], label, [_with_error(lines[-1]) if lines else None for lines in own]))
+    return table
+
+
+def _with_error(line: Line) -> str:
+    value, error = (line.get(name, math.nan) for name in ("value", "stderr"))
+    return f"{value:.4g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
 
 
 def standard_error(line: Line) -> float:

@@ -1,0 +1,59 @@
+"""Log-likelihoods of continuations: packed, shared and cut as one alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.evals import continuations
+from lm.evals.continuations import Continuation, score_continuations
+from lm.experiment import UserError
+from tests.helpers import VOCAB, tiny_model
+
+LONGEST = 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(max_len=LONGEST)
+
+
+def alone(model, context, tokens):
+    """Reference: the logits of one row without padding."""
+    row = np.array([[*context, *tokens]])[:, -(LONGEST + 1) : -1]
+    hidden, _ = model.hidden(row, np.arange(row.shape[1])[None], np.ones_like(row))
+    logp = jax.nn.log_softmax(model.logits(hidden[0]).astype(jnp.float32))[-len(tokens) :]
+    chosen = logp[np.arange(len(tokens)), np.array(tokens)]
+    return float(chosen.sum()), bool((chosen >= logp.max(-1)).all())
+
+
+def requests(count, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        Continuation(draw.integers(0, VOCAB, draw.integers(1, 40)).tolist(), draw.integers(0, VOCAB, draw.integers(1, 9)).tolist())
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def test_packed_continuations_have_the_likelihood_of_each_alone(model, monkeypatch):
+    monkeypatch.setattr(continuations, "TOKENS", 4 * LONGEST)  # several forward passes
+    asked = requests(40)
+    for one, found in zip(asked, score_continuations(model, asked), strict=True):
+        logp, greedy = alone(model, one.context, one.tokens)
+        assert found.logp == pytest.approx(logp, abs=1e-4) and found.greedy == greedy
+
+
+def test_single_tokens_after_one_context_are_read_once(model):
+    context = requests(1)[0].context
+    seen: list[dict] = []
+    asked = [Continuation(context, [token]) for token in range(VOCAB)]
+    found = score_continuations(model, asked, seen.append)
+    assert len(seen) == 1 and sorted(seen[0]) == list(range(VOCAB))
+    assert sum(np.exp(one.logp) for one in found) == pytest.approx(1, abs=1e-5)
+    assert sum(one.greedy for one in found) == 1
+
+
+@pytest.mark.parametrize("one", [Continuation([], [1]), Continuation([1], []), Continuation([1], [1] * (LONGEST + 1))])
+def test_what_cannot_be_scored_is_refused(model, one):
+    with pytest.raises(UserError, match="a continuation has"):
+        score_continuations(model, [one])
