@@ -168,3 +168,10 @@ class RolloutMesh:
         most=2**20,
         special=0,
     )
+    devices: int = knob(
+        0,
+        "devices that only sample while the others train, with objective.max_staleness; 0: sampling and training take turns on all",
+        least=1,
+        most=2**20,
+        special=0,
+    )

@@ -100,17 +100,19 @@ def check_mesh(experiment: Experiment, devices: int, slices: int, asked: str, pl
     Raises:
         UserError: the mesh uses another number of devices or slices, or does not divide the shapes of the experiment.
     """
-    from lm.parallel.mesh import axis_sizes, check_fits  # jax: only where there is something to launch
+    from lm.parallel.mesh import axis_sizes, check_fits, check_split  # jax: only where there is something to launch
 
+    trains = devices - experiment.rollout_mesh.devices
     try:
-        sizes = axis_sizes(experiment.mesh, devices)
+        check_split(experiment, devices, platform)
+        sizes = axis_sizes(experiment.mesh, trains)
     except UserError as error:
         raise UserError(f"{asked}: {error}") from error
     used = math.prod(sizes.values())
-    if used != devices:
+    if used != trains:
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "of one device"
         raise UserError(
-            f"{asked} has {devices} devices; the mesh ({shown}) uses {used}: "
+            f"{asked} has {trains} devices; the mesh ({shown}) uses {used}: "
             "set one axis to -1, which takes all remaining devices (--mesh.data -1)"
         )
     if sizes["slices"] != slices:

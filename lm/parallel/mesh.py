@@ -88,6 +88,51 @@ def rollout_mesh(layout: RolloutMesh, mesh: DeviceMesh) -> DeviceMesh:
     return DeviceMesh(mesh.devices.reshape(tuple(sizes.values())), tuple(sizes), axis_types=mesh.axis_types)
 
 
+def sampler_mesh(layout: RolloutMesh) -> DeviceMesh | None:
+    """The mesh of the devices that only sample, the last of this run; None if sampling and training take turns."""
+    if not layout.devices:
+        return None
+    return rollout_mesh(layout, make_mesh(Mesh(data=-1), jax.devices()[-layout.devices :]))
+
+
+def check_split(experiment: Experiment, devices: int, platform: str | None = None) -> None:
+    """Check that `rollout_mesh.devices` of these devices can sample while the others train.
+
+    Raises:
+        UserError: they cannot; names the numbers that can.
+    """
+    asked, stages = experiment.rollout_mesh.devices, experiment.stages
+    if not asked:
+        return
+    if not any(stage.objective.staleness for stage in stages):
+        raise UserError(
+            f"rollout_mesh.devices is {asked} and no stage has objective.max_staleness: these devices would wait while the others "
+            "train; rollout_mesh.devices should be 0, or max_staleness at least 1"
+        )
+    if told := _split_problem(experiment, devices, asked, platform):
+        can = [str(n) for n in range(1, devices) if not _split_problem(experiment, devices, n, platform)]
+        remedy = f"it can be {', '.join(can[:12])}" if can else "no number can: it should be 0, taking turns"
+        raise UserError(f"rollout_mesh.devices is {asked} of {devices} devices: {told}; {remedy}")
+
+
+def _split_problem(experiment: Experiment, devices: int, asked: int, platform: str | None) -> str:
+    """Why this number of devices cannot sample alone; "" if it can."""
+    if asked >= devices:
+        return "none is left for training"
+    try:
+        check_fits(experiment, axis_sizes(experiment.mesh, devices - asked), platform)
+        sizes = axis_sizes(Mesh(data=-1), asked)
+        _check_rollout_mesh(experiment, sizes)
+    except UserError as error:
+        return str(error)
+    parts = rollout_sizes(experiment.rollout_mesh, sizes)["data"]
+    for stage in experiment.stages:
+        rows = rows_per_update(stage) // stage.microbatches
+        if stage.objective.staleness and rows % parts:
+            return f"{stage.name}: {rows} rows in a microbatch are not a multiple of {parts}"
+    return ""
+
+
 def check_fits(experiment: Experiment, sizes: dict[str, int], platform: str | None = None) -> None:
     """Check that sharded dimensions are divisible by their mesh axes and that the attention kernel suits the devices.
 

@@ -72,7 +72,7 @@ def estimate(program: Program) -> DeviceEstimate:
         parameters=parameter_bytes(state.models, program, counted),
         optimizer=parameter_bytes((state.opt_state, state.carry), program),
         reference=parameter_bytes(state.frozen, program, counted),
-        batch=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch())) // program.topology.devices,
+        batch=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch())) // program.devices,
         **_peak(gradient, update, _casts(program)),
     )
     wires = traffic(program, gradient)

@@ -50,9 +50,15 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Peak memory: of the update, or of sampling together with the training state."""
-        sampled = self.memory.state + self.sampling.peak_bytes if self.sampling else 0
-        return max(self.update_bytes, sampled)
+        """Peak memory: of the update, or of sampling together with the training state, where the same devices do both."""
+        found = self.sampling
+        if found is None:
+            return self.update_bytes
+        if self.program.rollout.devices:
+            return max(
+                self.update_bytes, self.memory.state + found.trainer_bytes, found.copy_bytes + found.sampler_bytes
+            )
+        return found.copy_bytes + max(self.update_bytes, self.memory.state + found.peak_bytes)
 
     @property
     def limit(self) -> int:
@@ -64,10 +70,15 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step: its updates, and if it samples its rollouts at most, with the trainer's pass over them."""
-        found = self.sampling
-        sampled = found.rollouts * found.rollout_s + found.trainer_s if found else 0.0
-        return updates_per_step(self.program.stage) * self.update_s + sampled
+        """Seconds of a step: its updates, and if it samples its rollouts at most, with the trainer's pass over them.
+
+        Updates and rollouts take turns on the devices; on devices of their own the slower of the two counts.
+        """
+        found, trained = self.sampling, updates_per_step(self.program.stage) * self.update_s
+        if found is None:
+            return trained
+        trained, sampled = trained + found.trainer_s, found.rollouts * (found.rollout_s + found.check_s)
+        return max(trained, sampled) if self.program.rollout.devices else trained + sampled
 
     @property
     def mfu(self) -> float:
@@ -225,6 +236,9 @@ def _sampler(plan: Plan) -> dict[str, Any] | None:
         return None
     return {
         "source": "compiled" if found.compiler else "analytic",
+        "mesh": plan.program.sampler.sizes,
+        "takes_turns": not plan.program.rollout.devices,
+        "max_staleness": plan.program.stage.objective.staleness,
         "rows_per_device": found.rows,
         "cache_bytes": found.cache_bytes,
         "hbm_bytes_per_device": plan.memory.state + found.peak_bytes,

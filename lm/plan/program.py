@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from lm.experiment import (
 )
 from lm.model.transformer import Transformer
 from lm.optimizer import make_optimizer
-from lm.parallel.mesh import axis_sizes, check_fits, rollout_sizes
+from lm.parallel.mesh import axis_sizes, check_fits, check_split, rollout_sizes
 from lm.plan.chips import Topology
 from lm.train_step import Models, TrainState, partition
 from lm.types import NOTHING_SHARED, SharedPrompt, TokenBatch
@@ -40,7 +40,7 @@ class Program:
         sizes: size of each mesh axis, including slices.
         before: adapters of earlier stages, whose factors the model keeps.
         teacher: config and vocabulary of the model that the stage learns from, if its objective names one.
-        rollout: layout of sampling on the same devices.
+        rollout: layout of sampling, on the same devices or on others.
     """
 
     stage: Stage
@@ -55,7 +55,13 @@ class Program:
     @property
     def sampler(self) -> Program:
         """This program on the mesh of sampling."""
-        return dataclasses.replace(self, sizes=rollout_sizes(self.rollout, self.sizes))
+        alone = dict.fromkeys(self.sizes, 1) | {"data": self.rollout.devices} if self.rollout.devices else self.sizes
+        return dataclasses.replace(self, sizes=rollout_sizes(self.rollout, alone))
+
+    @property
+    def devices(self) -> int:
+        """Number of devices of the mesh."""
+        return math.prod(self.sizes.values())
 
     @property
     def rows(self) -> int:
@@ -65,7 +71,7 @@ class Program:
     @property
     def tokens_per_device(self) -> float:
         """Tokens of an update divided by the number of devices."""
-        return self.rows * self.stage.seq_len / self.topology.devices
+        return self.rows * self.stage.seq_len / self.devices
 
     @property
     def mesh(self) -> Mesh:
@@ -117,14 +123,18 @@ def resolve(experiment: Experiment, stage: Stage, topology: Topology) -> Program
     if not stage.objective.trains:
         raise UserError(f"stage {stage.name} does not train, so there is no step to plan: name another with --stage")
     mesh = dataclasses.replace(experiment.mesh, slices=topology.slices)
-    sizes = axis_sizes(mesh, topology.devices)
-    used = functools.reduce(lambda product, size: product * size, sizes.values())
-    if used != topology.devices:
+    check_split(experiment, topology.devices, topology.chip.platform)
+    devices, rollout = topology.devices - experiment.rollout_mesh.devices, experiment.rollout_mesh
+    sizes = axis_sizes(mesh, devices)
+    used = math.prod(sizes.values())
+    if used != devices:
         raise UserError(
-            f"the mesh uses {used} of the {topology.devices} devices of {topology.slices} x {topology.name}: set one of "
+            f"the mesh uses {used} of the {devices} devices of {topology.slices} x {topology.name}: set one of "
             "its axes to -1, which takes all remaining devices"
         )
     check_fits(dataclasses.replace(experiment, stages=(stage,)), sizes, topology.chip.platform)
+    if not stage.objective.staleness:  # it samples with the devices that train
+        rollout = dataclasses.replace(rollout, devices=0)
     before = adapters_before(experiment, [one.name for one in experiment.stages].index(stage.name))
     shapes = experiment.model, experiment.tokenizer.vocab_size
-    return Program(stage, *shapes, topology, sizes, before, teacher_sizes(stage, *shapes), experiment.rollout_mesh)
+    return Program(stage, *shapes, topology, sizes, before, teacher_sizes(stage, *shapes), rollout)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.model.heads import policy_of
 from lm.model.transformer import Transformer
 from lm.parallel.rules import RULES
 from lm.plan.one_device import (
@@ -53,6 +54,8 @@ class Sampling:
     new_tokens: float  # of each slot, one completion after another
     rollouts: int  # maximal number of rollouts per step
     trainer_s: float  # seconds of the trainer's forward pass over all tokens of a step, for comparison with the sampler
+    check_s: float  # seconds of that pass with the weights that sampled, if these are older
+    copy_bytes: int  # copy of these weights
     compiler: str = ""  # whose memory and seconds the sampler's are; empty: by arithmetic
     compile_s: float = 0.0
     compile_cpu_s: float = 0.0
@@ -83,7 +86,7 @@ def sampling(program: Program) -> Sampling | None:
     objective = program.stage.objective
     if not objective.samples:
         return None
-    sampler, devices = program.sampler, program.topology.devices
+    sampler = program.sampler
     sizes = engine_sizes(sampler)
     local = _of_one_device(sizes)
     with jax.sharding.use_abstract_mesh(single_device_mesh(sampler)):
@@ -100,7 +103,7 @@ def sampling(program: Program) -> Sampling | None:
     completions = program.stage.batch_size * objective.completions_per_prompt
     return Sampling(
         sizes=sizes,
-        rows=sizes.slots / devices,
+        rows=sizes.slots / sampler.devices,
         cache_bytes=prompts + own,
         sampler_bytes=turn.peak.total() + reading.peak.total() + parameter_bytes(whole, sampler),
         trainer_bytes=trainer_bytes,
@@ -113,7 +116,17 @@ def sampling(program: Program) -> Sampling | None:
         new_tokens=objective.max_new_tokens * max(1.0, completions / sizes.slots),
         rollouts=objective.max_rollouts,
         trainer_s=trainer_s * completions / program.rows,
+        check_s=trainer_s * completions / program.rows * program.devices / sampler.devices * bool(objective.staleness),
+        copy_bytes=_copy_bytes(program),
     )
+
+
+def _copy_bytes(program: Program) -> int:
+    """Bytes on one device of the weights that sample while the others train: of all on devices of their own, else of what trains."""
+    if not program.stage.objective.staleness:
+        return 0
+    policy = program.parameters() if program.rollout.devices else policy_of(program.trained())
+    return parameter_bytes(policy, program.sampler if program.rollout.devices else program)
 
 
 def engine_sizes(sampler: Program) -> Sizes:

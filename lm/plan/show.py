@@ -124,7 +124,7 @@ def _sampler(plan: Plan) -> list[str]:
     return [
         *table(
             [
-                (f"sampler, by {found.compiler or 'arithmetic'}", ""),
+                (f"sampler{_where(plan)}, by {found.compiler or 'arithmetic'}", ""),
                 ("  rows at a time", f"{found.rows:g}"),
                 ("  cache, GB", f"{found.cache_bytes / GB:.3f}"),
                 ("  a token of every row, ms", _exact_ms(found.token_s)),
@@ -134,10 +134,20 @@ def _sampler(plan: Plan) -> list[str]:
                 ("  rollout of full length, s", f"{found.rollout_s:,.1f}"),
                 ("  rollouts per step, at most", str(found.rollouts)),
                 ("  trainer's log-probabilities of the completions, s", f"{found.trainer_s:,.1f}"),
+                (
+                    f"  step, {'the slower of the two' if plan.program.rollout.devices else 'in turns'}, s",
+                    f"{plan.step_s:,.1f}",
+                ),
             ]
         ),
         "",
     ]
+
+
+def _where(plan: Plan) -> str:
+    """Where sampling takes place if not on the devices that train."""
+    alone = plan.program.rollout.devices
+    return f" on {alone} devices of its own" if alone else ""
 
 
 def _exact_ms(seconds: float) -> str:

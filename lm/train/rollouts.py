@@ -28,6 +28,7 @@ from lm.model.heads import policy_of
 from lm.model.lora import merged
 from lm.model.transformer import Transformer
 from lm.parallel.distributed import fetch, to_devices
+from lm.parallel.mesh import sampler_mesh
 from lm.parallel.rules import batch_sharding
 from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.engine import LocalEngine
@@ -47,7 +48,7 @@ from lm.rollout.trajectory import Rollout, staleness_metrics, trajectory_batch
 from lm.train.batches import Batches, CachedReferenceBatches
 from lm.train.checkpoint import Checkpoints
 from lm.train.metrics import MetricsLog
-from lm.train.rollouts_ahead import RolloutsAhead
+from lm.train.rollouts_ahead import EngineOn, RolloutsAhead
 from lm.train.trajectory_writer import TokenNumbers, keep_trajectories, token_numbers
 from lm.train_step import TrainState
 from lm.types import CriticBatch, RolloutBatch
@@ -73,7 +74,9 @@ class RolloutBatches(Batches):
         self.latest: Rollout | None = None
         self.folder: Path | None = None
         self.agreement: GapBound | None = None  # the latest float32 comparison of sampler and trainer
-        self.ahead = RolloutsAhead(self.stage, self._sample_checked) if self.stage.objective.staleness else None
+        alone = sampler_mesh(experiment.rollout_mesh) if self.stage.objective.staleness else None
+        self.alone, self.sampler_mesh = alone is not None, alone or mesh
+        self.ahead = RolloutsAhead(self.stage, self._sample_checked, alone) if self.stage.objective.staleness else None
 
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.folder = folder
@@ -109,9 +112,11 @@ class RolloutBatches(Batches):
     def _sample(self, model: Transformer, frozen: Mapping[str, Any], step: int, version: int) -> Sampled:
         """Completions of a step by the policy `model` after `version` steps, with their rewards; `frozen` is that of the state."""
         o = self.stage.objective
-        whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
-        sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
-        engine = LocalEngine(sampler, self.tokenizer, version, layout=self.layout)
+        with jax.set_mesh(self.sampler_mesh):
+            whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
+            sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
+        local = LocalEngine(sampler, self.tokenizer, version, layout=self.layout)
+        engine = EngineOn(local, self.sampler_mesh) if self.alone else local
         key = jax.random.fold_in(self.key, step)
         return algorithm_of(self.stage).sample(engine, frozen, self.tasks, self.stage, step, key, self.place)
 
@@ -125,9 +130,10 @@ class RolloutBatches(Batches):
         for start in range(0, len(sampled.trajectories), size):
             rows = sampled.trajectories[start : start + size]
             batch = trajectory_batch(rows, feed.prompt_len, o.max_new_tokens, feed.tokenizer.pad_id)
-            batches.append(to_devices(batch, self.place, None, size))
-        views = [trainer_view(model, batch, o.temperature, pieces) for batch in batches]
-        return sampled, self._checked_gap(model, views, batches, step, pieces) if batches else {}
+            batches.append(to_devices(batch, batch_sharding(self.sampler_mesh), None, size))
+        with jax.set_mesh(self.sampler_mesh):
+            views = [trainer_view(model, batch, o.temperature, pieces) for batch in batches]
+            return sampled, self._checked_gap(model, views, batches, step, pieces) if batches else {}
 
     def _checked_gap(
         self, model: Transformer, views: list[TrainerView], batches: list[RolloutBatch], step: int, pieces: int

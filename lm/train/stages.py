@@ -46,7 +46,7 @@ from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
 from lm.open_weights import check_weights, fingerprint, located, names_weights, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
-from lm.parallel.mesh import check_fits, make_mesh
+from lm.parallel.mesh import check_fits, check_split, make_mesh
 from lm.rollout.episodes import make_tasks
 from lm.stored import file_sha256
 from lm.train.agreement import check_same, check_same_data, check_shared
@@ -272,7 +272,13 @@ def _make_run_mesh(experiment: Experiment) -> Mesh:
     Raises:
         UserError: the mesh does not fit the devices, or leaves a process without any.
     """
-    mesh = make_mesh(experiment.mesh)
+    alone, devices = experiment.rollout_mesh.devices, jax.devices()
+    check_split(experiment, len(devices))
+    if alone and jax.process_count() > 1:
+        raise UserError(
+            f"rollout_mesh.devices is {alone} and the run has {jax.process_count()} processes, which sample on all devices: it should be 0"
+        )
+    mesh = make_mesh(experiment.mesh, devices[: len(devices) - alone])
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if idle:
         raise UserError(

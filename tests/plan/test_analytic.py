@@ -22,6 +22,7 @@ from lm.experiment import (
     Model,
     Pretrain,
     RewardModel,
+    RolloutMesh,
     UserError,
     to_dict,
 )
@@ -329,3 +330,19 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
 def test_the_largest_batch_of_pairs_may_part_them_over_devices(name):
     value = experiment(OBJECTIVES[name])
     assert largest_batch(plan(value), value) >= 16
+
+
+@pytest.mark.parametrize("alone", [0, 2])
+def test_a_step_with_a_sampler_of_its_own_takes_the_slower_of_the_two(alone):
+    value = experiment(GRPO(max_new_tokens=64, group_size=4, max_staleness=1), rows=16)
+    value = dataclasses.replace(value, rollout_mesh=RolloutMesh(devices=alone))
+    found = plan(value)
+    sampled, parts = found.sampling, found.to_json()
+    trained = found.update_s + sampled.trainer_s
+    rollout = sampled.rollout_s + sampled.check_s
+    assert found.step_s == (max(trained, rollout) if alone else trained + rollout)
+    assert found.program.devices == 4 - alone and found.program.sampler.devices == (alone or 4)
+    assert parts["sampler"]["takes_turns"] == (not alone) and parts["sampler"]["max_staleness"] == 1
+    today = plan(experiment(GRPO(max_new_tokens=64, group_size=4), rows=16))
+    assert today.step_s == today.update_s + today.sampling.rollout_s + today.sampling.trainer_s
+    assert found.bytes > (0 if alone else today.bytes)  # one more copy of what trains

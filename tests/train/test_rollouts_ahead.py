@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lm.check import check
-from lm.experiment import GRPO, PPO, Distill, Experiment, Mesh, Model, Source, Stage, Tokenizer, UserError
+from lm.experiment import GRPO, PPO, Distill, Experiment, Mesh, Model, RolloutMesh, Source, Stage, Tokenizer, UserError
+from lm.parallel.mesh import check_split
 from lm.rollout.episodes import Sampled
 from lm.train.loop import Interrupted
 from lm.train.models import load_run
@@ -190,3 +191,23 @@ def test_without_staleness_nothing_is_logged_ahead(asked, tmp_path):
     run(experiment(asked, o, steps=1), tmp_path / "run")
     assert not (tmp_path / "run/stages/reason" / AHEAD).exists()
     assert "staleness" not in metrics(tmp_path / "run", "reason")[0]
+
+
+def test_a_sampler_on_devices_of_its_own_gives_the_same_run(whole, tmp_path):
+    value, folder = whole
+    run(dataclasses.replace(value, rollout_mesh=RolloutMesh(devices=1)), tmp_path / "run")
+    same(value, folder, tmp_path / "run")
+
+
+def test_a_mesh_that_cannot_be_split_is_refused_with_the_sizes_that_can(asked):
+    value = experiment(asked, OBJECTIVES["grpo"], batch_size=6)  # 12 rows
+    value = dataclasses.replace(value, mesh=Mesh(), rollout_mesh=RolloutMesh(devices=5))
+    with pytest.raises(
+        UserError, match=r"rollout_mesh\.devices is 5 of 8 devices: reason: 12 rows in a .* 5; it can be 2, 4, 6$"
+    ):
+        check_split(value, 8)
+    with pytest.raises(UserError, match="none is left for training"):
+        check_split(dataclasses.replace(value, rollout_mesh=RolloutMesh(devices=8)), 8)
+    idle = dataclasses.replace(OBJECTIVES["grpo"], max_staleness=0)
+    with pytest.raises(UserError, match=r"devices is 1 and no stage has objective\.max_staleness"):
+        check_split(dataclasses.replace(experiment(asked, idle), rollout_mesh=RolloutMesh(devices=1)), 8)
