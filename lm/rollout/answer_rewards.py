@@ -61,7 +61,7 @@ def regex(pattern: str) -> Rule:
     """The verifier `regex:PATTERN`: 1 if the pattern is found in the completion."""
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"regex:{pattern} is no regular expression: {error}") from None
     return lambda row, completion: float(compiled.search(completion) is not None)
 

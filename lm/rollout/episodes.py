@@ -163,12 +163,25 @@ class FirstMessages:
     seconds: float
 
     def __call__(self, task: Mapping[str, Any], where: str) -> Messages:
-        return _reset(self.make(), self.seconds, task, where)
+        return _reset(_created(self.make, self.seconds, where), self.seconds, task, where)
 
     @property
     def tools(self) -> list[Any]:
         """The definitions of the environment's own tools."""
         return [tool.definition for tool in getattr(self.make, "tools", ()) if isinstance(tool, Tool)]
+
+
+def _created(make: Callable[[], Any], seconds: float, where: str) -> Any:
+    """An instance of an environment. Raises UserError if its class cannot be created."""
+    outcome = limited(seconds, make)
+    if hasattr(outcome.value, "reset"):
+        return outcome.value
+    took = f"took longer than {seconds:g} s" if outcome.timed_out else f"gave {shown(outcome.value)}"
+    problem = f"raised {outcome.error}" if outcome.error else took
+    raise UserError(
+        f"{where}: {getattr(make, '__name__', make)}() {problem}; it should be a class with reset, step and reward that is "
+        "created without arguments"
+    )
 
 
 def _reset(environment: Environment, seconds: float, task: Mapping[str, Any], where: str) -> Messages:
@@ -267,7 +280,7 @@ class Episode:
     """An episode in progress: its messages, and its tokens with the author and log-probability of each."""
 
     def __init__(self, spec: EnvironmentSpec, task: Mapping[str, Any], tokens: Sequence[int]):
-        self.spec, self.environment = spec, cast(Any, spec.make())
+        self.spec, self.environment = spec, cast(Any, _created(spec.make, spec.seconds, spec.where))
         messages = _reset(self.environment, spec.seconds, task, spec.where)
         self.task, self.prompt_length = task, len(tokens)
         self.messages = [turn | {"author": AUTHORS[PROMPT]} for turn in messages]

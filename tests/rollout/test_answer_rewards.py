@@ -81,6 +81,7 @@ def test_the_share_of_a_language_is_that_of_its_letters():
     ("name", "problem"),
     [
         ("regex:(", "is no regular expression: missing"),
+        ("regex:a{9999999999}", "is no regular expression: the repetition number is too large"),
         ("format:a b", "it should be names of tags, for instance format:think,answer"),
         ("language:xx", "it should be one of ar, bg"),
         ("language", "it should be one of ar, bg"),

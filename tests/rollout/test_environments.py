@@ -180,6 +180,11 @@ def test_a_chat_template_is_told_of_the_tools_and_of_their_results(model):
     assert found.rewards == {"answer": 1.0, "tool_used": 1.0, "tool_errors": 0.0}
 
 
+def test_search_among_rows_that_never_end_is_refused():
+    with pytest.raises(UserError, match="search:gen:instruct: its rows are generated and never end"):
+        find_environment("search:gen:instruct", "env")
+
+
 def test_search_finds_the_passage_that_has_the_words(tmp_path):
     file = tmp_path / "corpus.jsonl"
     texts = ["Paris is the capital of France.", "Rome is the capital of Italy.", "Cats sleep."]

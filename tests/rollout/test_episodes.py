@@ -200,6 +200,25 @@ def test_a_broken_environment_is_told_in_a_line(tokenizer, bad, worse, said):
     assert "\n" not in str(told.value) and str(told.value).startswith("tiny: Broken.")
 
 
+class NeedsMore(Guess):
+    def __init__(self, more):
+        self.more = more
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (NeedsMore, r"NeedsMore\(\) raised TypeError: .*'more'"),
+        (type("Fails", (Guess,), {"__init__": lambda self: 1 / 0}), r"Fails\(\) raised ZeroDivisionError"),
+        (type("Other", (Guess,), {"__new__": lambda kind: 5}), r"Other\(\) gave 5"),
+    ],
+)
+def test_an_environment_that_cannot_be_created_is_told_in_a_line(tokenizer, kind, said):
+    with pytest.raises(UserError, match=f"tiny: {said}.*; it should be a class with reset, step and reward") as told:
+        run_episodes(Scripted(tokenizer, [["7"]]), spec(kind), [{"secret": 9}], begin(tokenizer, 1), tokenizer)
+    assert "\n" not in str(told.value)
+
+
 def test_an_environment_that_takes_too_long_gets_no_reward_and_is_counted(tokenizer):
     def slow(self, text):
         while True:

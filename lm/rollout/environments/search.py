@@ -35,8 +35,11 @@ class SearchIndex:
     @classmethod
     @cache
     def of_file(cls, path: str) -> SearchIndex:
-        """The index of a file's rows, each the passage of its texts. Raises UserError if there is no such file, or no text in it."""
-        passages = ["\n".join(filter(None, (str(row.get("title") or ""), *texts_of(row)))) for row in load_rows(path)]
+        """The index of a file's rows, each the passage of its texts. Raises UserError if there is no such file, it has no end, or no text is in it."""
+        rows = load_rows(path)
+        if rows.generated:
+            raise UserError(f"search:{path}: its rows are generated and never end; name a file of passages")
+        passages = ["\n".join(filter(None, (str(row.get("title") or ""), *texts_of(row)))) for row in rows]
         if not any(passages):
             raise UserError(f"search:{path}: the rows have no texts; a passage is the column text")
         return cls(passages)
