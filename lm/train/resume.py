@@ -33,9 +33,13 @@ def run_inputs(tokenizer: TextTokenizer, data: Mapping[str, str]) -> RunInputs:
 def check_run_inputs(folder: RunFolder, now: RunInputs, accept: bool) -> list[str]:
     """Compare a run's recorded inputs with the current ones; returns the accepted differences, a line each.
 
+    Before the first stage has begun any inputs are accepted, so that corrected data can be run again.
+
     Raises:
         UserError: there are differences and `accept` is false.
     """
+    if not folder.has_begun():
+        return []
     known = folder.read_environment()
     then = known.get("began") or _inputs_of_last_session(known) | _inputs_of_checkpoints(folder)
     if "python" in then and then["python"] != now["python"]:

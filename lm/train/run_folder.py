@@ -20,7 +20,9 @@ from typing import Any
 
 from lm.changes import EXPERIMENTS, Changes, changes, edited, normalised, read_experiment, stored_experiment
 from lm.experiment import UserError
+from lm.shapes import misfit
 from lm.stored import make_folder, read_sealed, take_lock, write_json_atomic, write_sealed
+from lm.train.run_shapes import PART_OF_SESSION, SUMMARY
 
 MOST_DIFFERENCES = 10
 FINISHED = "finished"
@@ -71,6 +73,8 @@ class RunFolder:
         found = read_sealed(self.summary(stage))
         if not isinstance(found.get("final_step", found.get("steps")), int):
             raise UserError(f"{self.summary(stage)} is damaged: it does not say at which step the stage ended")
+        if fault := misfit(found, SUMMARY):
+            raise UserError(f"{self.summary(stage)} is damaged: its {fault:.80} cannot be read; put back a copy of it")
         return found
 
     def final_step(self, stage: str) -> int | None:
@@ -99,6 +103,11 @@ class RunFolder:
         runs = found.get("runs")
         if not isinstance(runs, list) or not all(isinstance(session, dict) for session in runs):
             raise UserError(f"{self.environment} is damaged: it has no list of sessions; put back a copy of it")
+        for place, session in enumerate(runs):
+            if fault := misfit(session, PART_OF_SESSION):
+                raise UserError(
+                    f"{self.environment} is damaged: runs.{place}.{fault:.80} cannot be read; put back a copy of it"
+                )
         if not isinstance(found.get(FINISHED, []), list):
             raise UserError(f"{self.environment} is damaged: {FINISHED!r} is no list of stages; put back a copy of it")
         return found
@@ -109,10 +118,14 @@ class RunFolder:
         if known and known.get(FINISHED) != now:
             write_sealed(self.environment, known | {FINISHED: now})
 
+    def has_begun(self) -> bool:
+        """Whether a stage has files; until then the run depends on no earlier session."""
+        return _has_files(self.path / "stages")
+
     def check_whole(self, stages: Iterable[str]) -> None:
         """Raise UserError if environment.json, or the summary of a stage that it lists as finished, was removed."""
         again = "put back a copy of it, or `lm run` rebuilds it"
-        if not self.environment.exists() and _has_files(self.path / "stages"):
+        if not self.environment.exists() and self.has_begun():
             raise UserError(f"{self.environment} is gone: {again}")
         recorded = self.read_environment().get(FINISHED, [])
         for name in stages:
@@ -154,13 +167,13 @@ class RunFolder:
             raise UserError(*self._refusal(found))
         if begun:
             check(found)
+        else:
+            shutil.rmtree(self.tokenizer, ignore_errors=True)  # the texts that it learns from may have changed
         if there != experiment:
             for name, _, _ in found.more_steps if begun else ():
                 self.summary(name).unlink(missing_ok=True)
             if begun:
                 self._print_changes(found)
-            else:
-                shutil.rmtree(self.tokenizer, ignore_errors=True)
             self._replace_experiment(there, experiment)
         return begun > 0 or there == experiment
 

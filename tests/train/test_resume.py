@@ -13,7 +13,7 @@ from lm.experiment import UserError
 from lm.files import load
 from lm.json_lines import checksums, read_json_lines, rewrite_json_lines
 from lm.stored import read_sealed, write_sealed
-from lm.train import evaluate
+from lm.train import evaluate, stages
 from lm.train.checkpoint import Checkpoints
 from lm.train.loop import Interrupted
 from lm.train.metrics import read_lines
@@ -82,6 +82,23 @@ def test_other_data_are_refused_with_the_difference_and_may_be_accepted(whole, u
         assert len(recorded["accepted"][0]["differences"]) == 1 and recorded["began"]["data"]
     finally:
         file.write_text(kept)
+
+
+def test_data_that_were_corrected_before_the_first_stage_are_no_difference(whole, tmp_path, monkeypatch):
+    write_questions(tmp_path)
+    file, folder = tmp_path / "asked.jsonl", RunFolder(tmp_path / "run")
+    kept = file.read_text()
+    long = "".join(json.dumps({"question": f"Tell {'zz ' * 99}{n}", "answer": "no"}) + "\n" for n in range(5))
+    file.write_text(kept + long)
+    with pytest.raises(UserError, match=r"asked\.jsonl line \d+"):
+        run(experiment(tmp_path), folder.path)
+    before = folder.read_environment()["began"]
+    file.write_text(kept)
+    monkeypatch.setattr(stages, "_train_all", lambda *arguments: None)
+    run(experiment(tmp_path), folder.path)
+    now = folder.read_environment()["began"]
+    assert now["data"] != before["data"] and now["tokenizer"] != before["tokenizer"]
+    assert now["tokenizer"] == RunFolder(whole / "whole").read_environment()["began"]["tokenizer"]
 
 
 def test_other_versions_are_refused(whole, unfinished):
