@@ -15,6 +15,7 @@ import os
 import re
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -114,9 +115,20 @@ def _read(file: str) -> dict[str, Any]:
         raise UserError(
             f"endpoint:{file} is {shown(judge)}; it should have {', '.join(FIELDS)} (above 0), and may have {', '.join(OPTIONAL)}"
         )
-    if not re.fullmatch(r"https?://[!-~]+", judge["url"]):
-        raise UserError(f"endpoint:{file}: url is {shown(judge['url'])}; it should begin with http:// or https://")
+    if not _is_url(judge["url"]):
+        raise UserError(f"endpoint:{file}: url is {shown(judge['url'])}; it should be as http://HOST:PORT/v1")
+    if not re.fullmatch(r"\w+", judge.get("key_variable", "_"), re.ASCII):
+        raise UserError(
+            f"endpoint:{file}: key_variable is {shown(judge['key_variable'])}; it should be the name of a variable"
+        )
     return judge
+
+
+def _is_url(url: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"https?://[!-~]+", url) and urllib.parse.urlsplit(url).hostname)
+    except ValueError:
+        return False
 
 
 def _is_most(most: Any) -> bool:

@@ -124,6 +124,9 @@ def described(**fields) -> str:
         described(most=float("inf")),
         described(url="u"),
         described(url="ftp://here"),
+        described(url="http://[here"),
+        described(url="http://:80"),
+        described(key_variable="\ud800"),
         described(more=1),
     ],
 )
