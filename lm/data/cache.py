@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -279,9 +280,9 @@ def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
     except UserError:
         return MANIFEST, {}
     manifest = unsealed(content) if isinstance(content, dict) else None
-    if manifest is None:
+    files = (manifest or {}).get("files")
+    if not isinstance(files, dict) or not all(map(_is_array, files.values())):
         return MANIFEST, {}
-    files = manifest["files"]
     for name, file in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != file["bytes"]:
             return name, files
@@ -296,6 +297,15 @@ def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
                 return name, files
         _verified[folder] = stamps
     return "", files
+
+
+def _is_array(file: Any) -> bool:
+    """Whether a value of a manifest describes the file of an array, and its size agrees."""
+    try:
+        size = math.prod(file["shape"]) * np.dtype(file["dtype"]).itemsize
+        return file["bytes"] == size and all(type(length) is int for length in file["shape"]) and "sha256" in file
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _stamps(folder: Path, files: Mapping[str, Any]) -> list[list[int]]:

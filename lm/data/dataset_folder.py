@@ -114,6 +114,8 @@ def _what_there_is(folder: Path, configs: Configs, names: Sequence[str]) -> str:
     config = names[0] if names and names[0] in configs.splits else configs.default
     kind, there = ("splits", list(configs.splits[config])) if config else ("configs", list(configs.splits))
     begun = f"{folder}/{config}" if config and len(configs.splits) > 1 else folder
+    if not there:
+        return f"the files in {begun} declare no {kind}; fetch the data set again"
     return f"{asked}; the {kind} are {', '.join(there[:SHOWN])}: name one, as {begun}/{there[0]}"
 
 

@@ -89,4 +89,5 @@ def _of_run(result: Result, what: str) -> float:
     summaries = [stage.summary for stage in result.stages.values() if stage.summary]
     if not summaries:
         return 0.0
-    return float(summaries[-1][what] if what == "num_params" else sum(one[what] for one in summaries))
+    values = [one.get(what, 0) for one in summaries]
+    return float(values[-1] if what == "num_params" else sum(values))

@@ -29,6 +29,7 @@ from typing import Any
 
 from lm.experiment import UserError
 from lm.parallel.distributed import broadcast_from_main, is_main_process
+from lm.shapes import is_count, is_text, misfit
 from lm.stored import SEAL, file_sha256, read_json, sealed, unsealed, write_json_atomic
 from lm.train.named_arrays import (
     Named,
@@ -44,6 +45,7 @@ from lm.train.named_arrays import (
 
 MANIFEST = "manifest.json"
 UNTRAINED = "untrained"
+SHAPE = {"items": {"*": {"*": is_text}}, "files": {"*": is_text}}
 LAST_WITHOUT_ROLES = "63547b6"
 STEP_NAME = re.compile(r"\d{8,}")
 
@@ -382,6 +384,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     found = unsealed(content) if isinstance(content, dict) else None
     if found is None:
         raise Damaged(f"{path / MANIFEST} does not match its own checksum")
+    if misfit(found, SHAPE | ({} if path.name == UNTRAINED else {"step": is_count, "meta": {}})):
+        raise Damaged(f"{path / MANIFEST} does not list the checkpoint's files and arrays")
     return found
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from lm.changes import read_experiment
 from lm.config.field import shown
 from lm.experiment import UserError, from_dict, to_dict
-from lm.stored import read_sealed
+from lm.shapes import misfit
 from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder
+from lm.train.run_shapes import SESSION, line_fault
 
 Line = dict[str, Any]
 BENCHMARK = ("task", "metric", "fewshot", "chat", "limit")
@@ -69,6 +70,14 @@ def read_run(folder: Path) -> Run:
     return Run(folder, experiment, sessions, stages)
 
 
+def check_sessions(run: Run) -> None:
+    """Raise UserError if environment.json lacks something that the report tells of a session."""
+    for place, session in enumerate(run.sessions):
+        if fault := misfit(session, SESSION):
+            file = RunFolder(run.folder).environment
+            raise UserError(f"{file}: runs.{place} has no {fault:.80} that can be read; put back a copy of it")
+
+
 def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = True) -> StageFiles:
     """Read the files of one stage, begun or not; samples only if `texts`. Raises UserError if a line is not JSON."""
     folder = run_dir / "stages" / name
@@ -80,7 +89,7 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
         metrics=_last_of_each(_numbers(folder / "metrics.jsonl"), "step"),
         evals=_last_of_each(_numbers(folder / "eval.jsonl"), "step", "when", "eval"),
         samples=_last_of_each(
-            read_lines(folder / "samples.jsonl") if texts else [],
+            _lines(folder / "samples.jsonl") if texts else [],
             "kind",
             "step",
             "when",
@@ -89,16 +98,27 @@ def read_stage(run_dir: Path, name: str, kind: str, steps: int, texts: bool = Tr
             "chosen",
             "rejected",
         ),
-        summary=read_sealed(summary) if summary.is_file() else None,
+        summary=RunFolder(run_dir).read_summary(name) if summary.is_file() else None,
         checkpoints=tuple(sorted(int(path.parent.name) for path in folder.glob("checkpoints/[0-9]*/manifest.json"))),
-        warnings=tuple(_last_of_each(read_lines(folder / "warnings.jsonl"), "text")),
+        warnings=tuple(_last_of_each(_lines(folder / "warnings.jsonl"), "text")),
         benchmarks=tuple(_last_of_each(_numbers(folder / "benchmarks.jsonl"), *BENCHMARK)),
     )
 
 
+def _lines(path: Path) -> list[Line]:
+    """Read the lines of a stage's file. Raises UserError if one has not the fields that pages and comparisons read."""
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if fault := line_fault(path.stem, line):
+            raise UserError(
+                f"{path}:{number} is not a line that was written here: its {fault:.80} cannot be read; remove that line"
+            )
+    return lines
+
+
 def _numbers(path: Path) -> list[Line]:
     """Read lines of numbers; null (a number that was not finite) becomes nan."""
-    return [{key: math.nan if value is None else value for key, value in line.items()} for line in read_lines(path)]
+    return [{key: math.nan if value is None else value for key, value in line.items()} for line in _lines(path)]
 
 
 def _last_of_each(lines: list[Line], *names: str) -> list[Line]:

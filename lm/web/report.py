@@ -13,7 +13,7 @@ import markupsafe
 from lm import __version__
 from lm.experiment import OBJECTIVES
 from lm.stored import write_atomic
-from lm.train.run_files import Run, read_run
+from lm.train.run_files import Run, check_sessions, read_run
 from lm.web import charts, costs, story, watch
 from lm.web.data_counts import data_counts
 from lm.web.numbers import count, duration, plain, signed
@@ -33,6 +33,7 @@ def write_report(run_dir: Path, rollout_steps: range | None = None) -> Path:
         lm.experiment.UserError: the folder is not a run, or one of its files is broken (names the line).
     """
     run = read_run(run_dir)
+    check_sessions(run)
     page = render(run, write_rollout_pages(run, fill, rollout_steps))
     return write_page(run_dir / "report.html", page)
 

@@ -393,7 +393,7 @@ def total_seconds(run: Run) -> float:
 
 
 def num_params(run: Run) -> int | None:
-    return next((stage.summary["num_params"] for stage in run.stages if stage.summary), None)
+    return next((stage.summary.get("num_params") for stage in run.stages if stage.summary), None)
 
 
 def knob_table(run: Run) -> list[tuple[str, Any, str]]:

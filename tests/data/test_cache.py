@@ -22,7 +22,7 @@ from lm.data.python_docs import documents
 from lm.data.sources import load_rows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Pretrain, Source, Stage, UserError
-from lm.stored import cache_at
+from lm.stored import cache_at, sealed
 
 BUILDER = """
 import sys, time
@@ -255,3 +255,20 @@ def test_a_full_disk_is_told_and_what_was_begun_is_removed(tmp_path, small_disk)
         Cache(small_disk / "cache").entry("test", {"a": 1}, too_much, "numbers")
     assert not list((small_disk / "cache").iterdir())
     assert Cache(small_disk / "cache").entry("test", {"a": 1}, thousand, "numbers").length("numbers") == 1000
+
+
+@pytest.mark.parametrize(
+    "files",
+    [5, {}, {"numbers": 5}, {"numbers": {"dtype": "<i8", "shape": [9], "bytes": 72}}, {"numbers": {"dtype": "nope"}}],
+)
+def test_a_manifest_that_describes_no_arrays_is_damaged(tmp_path, files):
+    cache = Cache(tmp_path)
+
+    def entry():
+        return cache.entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
+
+    manifest = entry().folder / "manifest.json"
+    if files == {}:
+        files = {"numbers": json.loads(manifest.read_bytes())["files"]["numbers"] | {"shape": [8]}}
+    manifest.write_text(json.dumps(sealed({"version": 1, "files": files})))
+    assert entry().array("numbers").tolist() == list(range(9))

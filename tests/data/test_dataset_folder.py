@@ -233,3 +233,12 @@ def test_offsets_beyond_the_text_are_told_and_not_read(tmp_path):
         file.write_batch(batch)
     with pytest.raises(UserError, match="damaged in record batch 0"):
         list(load_rows(str(tmp_path / "a.arrow")))
+
+
+@pytest.mark.parametrize("declared", [b"{}", b'{"splits": []}'])
+def test_a_data_set_that_declares_no_splits_is_refused_in_one_line(tmp_path, declared):
+    (tmp_path / "dataset_dict.json").write_bytes(declared)
+    with pytest.raises(
+        UserError, match=r"must list the names of the splits|declare no splits; fetch the data set again"
+    ):
+        load_rows(str(tmp_path))

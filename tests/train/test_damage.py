@@ -24,7 +24,7 @@ from lm.train import goodput
 from lm.train.checkpoint import Checkpoints
 from lm.train.metrics import KINDS, MetricsLog, read_lines
 from lm.train.provenance import last_session
-from lm.train.run_files import read_run
+from lm.train.run_files import read_run, read_stage
 from lm.train.run_folder import RunFolder
 from tests.train.runs import experiment, write_questions
 
@@ -70,7 +70,8 @@ def folder(tmp_path_factory) -> Path:
     with MetricsLog(stage) as log:
         for step in (1, 2, 3):
             log.metrics({"step": step, "time": 1.0, "loss": 0.5})
-            log.evaluation({"step": step, "when": "during", "eval": "asked", "reward": 0.25})
+            measured = {"metric": "reward", "count": 4, "reward": 0.25}
+            log.evaluation({"step": step, "when": "during", "eval": "asked"} | measured)
             log.samples([{"kind": "prompt", "step": step, "when": "during", "prompt": "a", "answer": "b"}])
     write_sealed(run.summary("sft"), {"steps": 3, "final_step": 3, "tokens": 7, "seconds": 1.0})
     write_sealed(stage / "time.json", {"seconds": 3.0})
@@ -109,6 +110,53 @@ READERS = {
     "cache/test-*/manifest.json": [cached],
     "cache/test-*/numbers": [cached],
 }  # fmt: skip
+
+
+BAD_LINES = {
+    "metrics": ({"step": -1}, {"step": 1, "loss": "0.5"}, {"step": 1, "loss": [1]}, {"step": 1, "loss": 10**30}, {"step": 1, "loss": 1e200}),
+    "eval": (
+        {"metric": "reward"}, {"metric": "nope", "nope": 1}, {"metric": ["reward"], "reward": 1}, {"metric": "reward", "reward": "1"},
+        {"metric": "reward", "reward": 1, "count": None}, {"metric": "reward", "reward": 1, "when": "later"},
+        {"metric": "best_of_n", "best_of": 4}, {"metric": "reward", "reward": 1, "passed_over": {"why": "2"}},
+    ),
+    "samples": (
+        {"kind": "prompt", "prompt": 5, "answer": "a"}, {"kind": "other"}, {"kind": "pair", "prompt": "a", "chosen": "b", "margin": 0},
+        {"kind": "rollout", "prompt": "a", "completions": [{"text": None}]}, {"kind": "heldout", "prompt": "a", "answer": "b", "eval": {}},
+    ),
+    "warnings": ({"text": 5},),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "line"), [(kind, line) for kind, lines in BAD_LINES.items() for line in lines])
+def test_a_line_that_no_page_could_show_is_refused(tmp_path, kind, line):
+    place = {"step": 1, "when": "during"} | ({"eval": "asked", "count": 4} if kind == "eval" else {})
+    (tmp_path / "stages" / "sft").mkdir(parents=True)
+    (tmp_path / "stages" / "sft" / f"{kind}.jsonl").write_text(json.dumps(place | line) + "\n")
+    with pytest.raises(
+        UserError, match=rf"{kind}\.jsonl:1 is not (a line|an object) that was written here: .*; remove that line$"
+    ):
+        read_stage(tmp_path, "sft", "SFT", 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds": "1"},
+        {"num_params": -1},
+        {"sources": [5]},
+        {"sources": [{"dropped": {"why": "a"}}]},
+        {"trajectories": {"files": 1}},
+    ],
+)
+def test_a_summary_that_no_page_could_show_is_refused(folder, changes):
+    file = RunFolder(folder).summary("sft")
+    whole = file.read_bytes()
+    try:
+        write_sealed(file, read_sealed(file) | changes)
+        with pytest.raises(UserError, match=r"summary\.json is damaged: its [a-z_.0-9]+ cannot be read"):
+            read_run(folder)
+    finally:
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -1,0 +1,81 @@
+"""What the files of a run hold: shapes of their lines and objects (`lm/shapes.py`), as far as pages and comparisons read them."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+from lm.experiment import Eval
+from lm.shapes import Shape, anything, is_count, is_list, is_none, is_number, is_text, misfit, one_of
+
+NUMBER = (is_number, is_none)  # null: it was not finite
+PLACE = {"step": is_count, "when": one_of("before", "during", "after")}
+MEASURED = {**PLACE, "eval": is_text, "count": is_count, "passed_over?": {"*": is_count}}
+METRICS = typing.get_args(typing.get_type_hints(Eval)["metric"])
+COMPLETION = {"text": is_text, "reward": NUMBER, "advantage": NUMBER}
+
+LINES: dict[str, tuple[str, dict[str, Shape]]] = {
+    "metrics": ("", {"": {"step": is_count, "*": NUMBER}}),
+    "eval": (
+        "metric",
+        {name: {**MEASURED, name: NUMBER, "metric": is_text, "*": NUMBER} for name in METRICS}
+        | {"best_of_n": {**MEASURED, "best_of?": [is_count], "metric": is_text, "*": (NUMBER, [NUMBER])}},
+    ),
+    "samples": (
+        "kind",
+        {
+            "prompt": {**PLACE, "prompt": is_text, "answer": is_text},
+            "pair": {**PLACE, "prompt": is_text, "chosen": is_text, "rejected": is_text, "margin": NUMBER},
+            "heldout": {
+                **PLACE, "eval": is_text, "prompt": is_text, "answer": is_text, "expected?": is_text, "reward?": NUMBER,
+                "score?": NUMBER,
+            },
+            "rollout": {**PLACE, "prompt": is_text, "completions": [COMPLETION]},
+        },
+    ),
+    "warnings": ("", {"": {"step": is_count, "text": is_text}}),
+}  # fmt: skip
+"""The lines of a stage's JSON-lines files, by the name of the file: the field that tells of which kind a line is, and the shape of each."""
+
+SOURCE = {
+    "dropped?": ({"*": is_count}, is_none),
+    "first?": ({"*": anything}, is_none),
+    "unread?": (is_list, is_none),
+}
+SECONDS = ("step", "sample", "data", "compile", "eval", "save", "start", "lost", "first_step")
+SUMMARY: Shape = {
+    "steps?": is_count,
+    "final_step?": is_count,
+    "num_params?": is_count,
+    "tokens?": is_number,
+    "peak_memory_mb?": NUMBER,
+    "seconds?": is_number,
+    **{f"{name}_seconds?": is_number for name in SECONDS},
+    "sources?": ([SOURCE], is_none),
+    "trajectories?": ({"files": is_count, "first": is_count, "last": is_count}, lambda value: not value),
+}
+"""The end of a stage, summary.json."""
+
+SESSION: Shape = {
+    "command": [is_text],
+    "started": is_text,
+    "python": is_text,
+    "platform": is_text,
+    "versions": {"*": (is_text, is_none)},
+    "devices": {"platform": is_text, "kind": anything, "count": anything},
+    "git": ({"commit": (is_text, is_none), "dirty": anything}, is_none),
+    "data_fingerprint": {"*": anything},
+    "cpu": anything,
+    "cores": anything,
+}
+"""One of `runs` of environment.json."""
+PART_OF_SESSION: Shape = {f"{name}?": shape for name, shape in SESSION.items()}
+
+
+def line_fault(kind: str, line: dict[str, Any]) -> str:
+    """The field that makes a line of a stage's file KIND.jsonl unreadable; "" for a line as it was written."""
+    if kind not in LINES:
+        return ""
+    field, shapes = LINES[kind]
+    name = line.get(field, "")
+    return misfit(line, shapes[name]) if isinstance(name, str) and name in shapes else field
