@@ -126,6 +126,10 @@ def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:
             f"evals.{item.name}.environment is {item.environment} and metric is {item.metric}, which does not use it; environment "
             "should be empty"
         )
+    if item.asked_as == "chat" and item.metric not in ("choice_accuracy", "continuation_accuracy"):
+        raise UserError(
+            f"evals.{item.name}.asked_as is chat and metric is {item.metric}, which does not use it; asked_as should be text"
+        )
     if item.max_new_tokens >= m.max_len:
         raise UserError(
             f"evals.{item.name}.max_new_tokens is {item.max_new_tokens}; it should be below model.max_len {m.max_len}, which also "

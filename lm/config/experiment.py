@@ -17,8 +17,17 @@ from lm.config.stage import Source, Stage
 class Eval:
     name: str = knob(help="name of the eval, as in tables and in Stage.evals", name=True)
     source: Source = knob(help="source of the held-out examples")
-    metric: Literal["bits_per_byte", "reward", "pair_accuracy", "best_of_n", "pass_at_k"] = knob(
-        "reward", "what is measured; best_of_n needs a reward model, pair_accuracy one or a preference stage"
+    metric: Literal[
+        "bits_per_byte",
+        "reward",
+        "pair_accuracy",
+        "best_of_n",
+        "pass_at_k",
+        "choice_accuracy",
+        "continuation_accuracy",
+    ] = knob(
+        "reward",
+        "what is measured; choice_accuracy: log-likelihood of given choices; best_of_n needs a reward model, pair_accuracy one or a preference stage",
     )
     verifier: str = knob("answer", "metrics reward, best_of_n and pass_at_k: verifier, or FILE:FUNCTION of your own")
     count: int = knob(200, "number of held-out examples (bits_per_byte: rows of tokens)", least=1, most=10**9)
@@ -28,6 +37,9 @@ class Eval:
     reward_seconds: float = reward_seconds_knob()
     environment: str = environment_knob()
     max_turns: int = max_turns_knob()
+    asked_as: Literal["text", "chat"] = knob(
+        "text", "metrics of choices: the choice continues the question as text, or is the answer in the chat format"
+    )
 
 
 @dataclass(frozen=True)

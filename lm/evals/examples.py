@@ -32,6 +32,7 @@ from lm.data.prompts import render_prompt
 from lm.data.selection import heldout_rows
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokens import left_out, store_in_memory
+from lm.evals.choices import read_choices
 from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, UserError
 from lm.rollout.episodes import EnvironmentSpec, environment_spec
@@ -204,6 +205,26 @@ def _pairs(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) -> E
     return Examples(found.unit, found.rows, found.encoded, found.texts, found.left_out, cut)
 
 
+def _choices(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) -> Examples:
+    """Distinct rows of choices whose texts all fit in the context."""
+    found, seen = Examples("questions"), set[str]()
+
+    def add(row: dict[str, Any], where: str) -> str:
+        if isinstance(row, Unreadable):
+            raise row.error
+        choices = read_choices(row, where, item, tokenizer)
+        if max(len(one.context) + len(one.tokens) - 1 for one in choices.tokens) > max_len:
+            return f"longer than the {max_len} tokens of model.max_len"
+        if (key := repr(choices.tokens)) in seen:
+            return "that are duplicates"
+        seen.add(key)
+        found.rows.append(row)
+        found.encoded.append(choices)
+        return ""
+
+    return _filled(item, found, add)
+
+
 def encode_pair(
     row: Mapping[str, Any], where: str, tokenizer: TextTokenizer, max_len: int
 ) -> tuple[list[Row], bool] | str:
@@ -247,4 +268,6 @@ READERS: dict[str, Callable[[Eval, TextTokenizer, int, bool], Examples]] = {
     "best_of_n": _prompts,
     "pass_at_k": _prompts,
     "pair_accuracy": _pairs,
+    "choice_accuracy": _choices,
+    "continuation_accuracy": _choices,
 }

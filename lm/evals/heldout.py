@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from lm.evals.answers import best_of_n, pass_at_k, reward
+from lm.evals.choices import Choices, choice_accuracy, continuation_accuracy
 from lm.evals.examples import read_examples
 from lm.evals.pairs import pair_accuracy
 from lm.evals.rows import Measured, Subject, row_logp
@@ -38,10 +39,19 @@ def bits_per_byte(item: Eval, subject: Subject[Transformer]) -> Measured:
     return Measured(values, len(found.encoded))
 
 
+def _of_choices(metric: Callable[[Eval, Subject, list[Choices]], Measured]) -> Callable[[Eval, Subject], Measured]:
+    """A metric of rows of choices, which are read here."""
+    return lambda item, subject: metric(
+        item, subject, read_examples(item, subject.tokenizer, subject.model.config.max_len).encoded
+    )
+
+
 METRICS: dict[str, Callable[[Eval, Subject], Measured]] = {
     "bits_per_byte": bits_per_byte,
     "reward": reward,
     "pair_accuracy": pair_accuracy,
     "best_of_n": best_of_n,
     "pass_at_k": pass_at_k,
+    "choice_accuracy": _of_choices(choice_accuracy),
+    "continuation_accuracy": _of_choices(continuation_accuracy),
 }

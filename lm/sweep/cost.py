@@ -178,12 +178,15 @@ def flops(experiment: Experiment, index: int) -> float:
     return stage.steps * updates_per_step(stage) * rows_per_update(stage) * stage.seq_len * per_token
 
 
+ROWS_OF_METRIC = {"pair_accuracy": 2, "choice_accuracy": 4}  # rows read for an example; of choices the usual number
+
+
 def evaluation_flops(experiment: Experiment, stage: Stage) -> float:
     """Upper bound of the FLOPs of evals before, during and after a stage, with every row of length `max_len`."""
     during = stage.steps // stage.eval_every if stage.eval_every else 0
     rows = 0
     for item in experiment.evals:
-        each = {"pair_accuracy": 2, "best_of_n": item.best_of, "pass_at_k": item.best_of}.get(item.metric, 1)
+        each = ROWS_OF_METRIC.get(item.metric, item.best_of if item.metric in ("best_of_n", "pass_at_k") else 1)
         rows += item.count * each * (2 + (during if item.name in stage.evals else 0))
     rows += len(experiment.prompts) * (2 + during)
     return rows * experiment.model.max_len * _forward(experiment, experiment.model.max_len)

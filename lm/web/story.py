@@ -65,6 +65,17 @@ METRICS = {
         _points,
         (("margin, nats", "margin", _bits), ("baseline: the longer answer", "longer_accuracy", percent)),
     ),
+    "choice_accuracy": MetricStyle(
+        "right choices, by log-likelihood",
+        "questions",
+        +1,
+        percent,
+        _points,
+        (("by log-likelihood a byte", "choice_accuracy_bytes", percent), ("a random choice", "chance", percent)),
+    ),
+    "continuation_accuracy": MetricStyle(
+        "right continuations, greedy", "questions", +1, percent, _points, (("loss, nats per token", "loss", _bits),)
+    ),
     "pass_at_k": MetricStyle(
         "pass@k",
         "prompts",
