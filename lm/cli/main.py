@@ -37,6 +37,7 @@ COMMANDS = {
     "reproduce": "test a claim of a paper, and write the verdict",
     "rollouts": "look at sampled trajectories on a page, token by token",
     "report": "write report.html: samples, held-out numbers and curves of a run",
+    "runs": "list runs with state and size, or remove some",
     "launch": "start a run on a TPU pod, a cluster, or in local processes",
 }
 
