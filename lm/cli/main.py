@@ -126,6 +126,7 @@ def _run(words: list[str]) -> int:
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     try:
+        _check_current_folder()
         code = _dispatch(words)
         sys.stdout.flush()
         return code
@@ -144,6 +145,14 @@ def _run(words: list[str]) -> int:
         name = name if len(name) <= LONGEST_VALUE else f"{name[:LONGEST_VALUE]}…"
         print(f"lm: error: {message_line(name)}: {error.strerror}", file=sys.stderr)
         return EXIT_USER
+
+
+def _check_current_folder() -> None:
+    """Raise UserError if the current folder has been removed, since every relative path would fail."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been removed: change to one that is there (cd)") from None
 
 
 def _libtpu_without_a_tpu() -> bool:

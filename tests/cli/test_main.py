@@ -235,3 +235,13 @@ def test_ctrl_c_before_the_command_has_begun_waits_for_it(here, before):
         "-c", begin + "os.execv(sys.executable, [sys.executable, '-m', 'lm.cli.main', 'config', 'small'])", cwd=here
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_current_folder_that_was_removed_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["config", "tiny"]) == 2
+    assert (
+        capsys.readouterr().err == "lm: error: the current folder has been removed: change to one that is there (cd)\n"
+    )
