@@ -51,6 +51,10 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def is_none(value: Any) -> bool:
     return value is None
 

@@ -38,11 +38,13 @@ from lm.experiment import UserError, nearest
 from lm.json_lines import JsonLines, read_json_lines
 from lm.model.transformer import Transformer
 from lm.rollout.engine import LocalEngine, Request, completion_text
+from lm.shapes import is_flag, is_number, is_text, misfit
 
 evaluator.get_git_commit_hash = lambda: (
     ""
 )  # it runs git in the current folder, which prints an error where that is no clone
 
+ANSWER = (is_text, is_number, [(is_number, is_flag)])
 AT_ONCE = 64  # prompts that are completed between two writes of what is done
 
 
@@ -71,7 +73,12 @@ class Answers:
     known: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.known = {line["request"]: line["answer"] for _, line in read_json_lines(self.path, {"request": str})}
+        for number, (_, line) in enumerate(read_json_lines(self.path, {"request": str}), start=1):
+            if fault := misfit(line.get("answer"), ANSWER, "answer"):
+                raise UserError(
+                    f"{self.path}:{number} is no answer that was kept here: its {fault} cannot be read; remove that line"
+                )
+            self.known[line["request"]] = line["answer"]
         self._file = JsonLines(self.path)
 
     def add(self, answers: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from lm.experiment import Eval
-from lm.shapes import Shape, anything, is_count, is_list, is_none, is_number, is_text, misfit, one_of
+from lm.shapes import Shape, anything, is_count, is_flag, is_list, is_none, is_number, is_text, misfit, one_of
 
 NUMBER = (is_number, is_none)  # null: it was not finite
 PLACE = {"step": is_count, "when": one_of("before", "during", "after")}
@@ -34,6 +34,15 @@ LINES: dict[str, tuple[str, dict[str, Shape]]] = {
         },
     ),
     "warnings": ("", {"": {"step": is_count, "text": is_text}}),
+    "benchmarks": (
+        "",
+        {
+            "": {
+                "step": is_count, "task": is_text, "metric": is_text, "count": is_count, "fewshot": NUMBER, "chat?": is_flag,
+                "limit?": NUMBER, "value?": NUMBER, "stderr?": NUMBER,
+            }
+        },
+    ),
 }  # fmt: skip
 """The lines of a stage's JSON-lines files, by the name of the file: the field that tells of which kind a line is, and the shape of each."""
 

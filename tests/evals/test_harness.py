@@ -11,6 +11,7 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness (the ext
 from lm.cli.main import main
 from lm.evals import harness
 from lm.evals.continuations import Continuation, score_continuations
+from lm.experiment import UserError
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.train.metrics import read_lines
 from lm.train.stages import run
@@ -164,3 +165,10 @@ def test_a_file_without_its_columns_is_told_in_one_line(place, capsys):
     assert main(["eval", str(place / "run"), "--tasks", str(file), "--no-chat"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("lm: error: --tasks")
+
+
+@pytest.mark.parametrize("answer", ["null", "{}", '["a", true]', "[[1]]"])
+def test_a_kept_answer_that_is_none_is_refused(tmp_path, answer):
+    (tmp_path / "a.jsonl").write_text(f'{{"request": "a", "answer": {answer}}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1 is no answer that was kept here: .*; remove that line"):
+        harness.Answers(tmp_path / "a.jsonl")

@@ -124,6 +124,7 @@ BAD_LINES = {
         {"kind": "rollout", "prompt": "a", "completions": [{"text": None}]}, {"kind": "heldout", "prompt": "a", "answer": "b", "eval": {}},
     ),
     "warnings": ({"text": 5},),
+    "benchmarks": ({"task": 5}, {"task": "a", "metric": "acc", "count": 4, "fewshot": [0]}),
 }  # fmt: skip
 
 
