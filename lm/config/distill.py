@@ -101,7 +101,11 @@ class Distill(ObjectiveConfig):
             )
         check_staleness(stage)
         check_privileged_prompt(f"{where}.teacher_prompt", self.teacher_prompt)
-        unread = [name for name in ("verifier", "temperature") if getattr(self, name) != getattr(type(self), name)]
+        unread = [
+            name
+            for name in ("verifier", "temperature", "max_staleness")
+            if getattr(self, name) != getattr(type(self), name)
+        ]
         if not self.on_policy and unread:
             raise UserError(
                 f"{where}.{unread[0]} is {getattr(self, unread[0])} and on_policy is 0, which samples nothing: on_policy should be above "
