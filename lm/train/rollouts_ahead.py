@@ -73,7 +73,7 @@ class RolloutsAhead:
         self.names = {int(step): name for step, name in meta.get(AHEAD, {}).items()}
         for number, content in rollout_log.read(folder, self.names.values()).items():
             self.ready[number - 1] = RolloutAhead(*rollout_log.decode(content))
-        self.needed = set(range(min(self.names, default=0)))  # the files of earlier checkpoints are kept
+        self.needed = set(range(max(self.names, default=-1) + 1))  # by this checkpoint and earlier ones
         self._prune()
 
     def of_step(self, step: int, policy: Transformer, frozen: Mapping[str, Any]) -> RolloutAhead:
