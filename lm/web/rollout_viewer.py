@@ -18,7 +18,7 @@ from lm.data.text_tokenizer import TextTokenizer
 from lm.data.vocabulary import load_tokenizer
 from lm.experiment import Stage, UserError, from_dict
 from lm.train.run_folder import RunFolder
-from lm.train.trajectory_files import read_columns, trajectory_files
+from lm.train.trajectory_files import check_counted, read_columns, trajectory_files
 from lm.web.local_server import CSS, HTML, SCRIPT, LocalServer, Page, Reply, error_reply, file_page, json_reply
 from lm.web.rollout_index import FILTERS, SORTS, RolloutIndex, StageRollouts, search
 from lm.web.rollout_tokens import describe_tokens
@@ -106,7 +106,7 @@ class RolloutViewer:
             "steps": [int(steps.min()), int(steps.max())] if len(steps) else [],
             "filters": {one: int(which.sum()) for one, which in index.flags.items()},
             "rewards": list(index.rewards),
-            "damaged": [visible(text) for text in index.damaged],
+            "damaged": [visible(text) for text in (*index.damaged, *self._missing(name))],
             "no_tokens": visible(self.no_tokens),
             "total": {"groups": len(index.starts) - 1, "rollouts": len(steps)},
             "groups_found": len(chosen),
@@ -119,6 +119,16 @@ class RolloutViewer:
             ],
         }
         return told | ({"history": _history(index, chosen)} if query.get("task") else {})
+
+    def _missing(self, stage: str) -> list[str]:
+        """What is wrong if a finished stage lacks some of the files that it kept."""
+        run = RunFolder(self.run)
+        try:
+            if run.finished(stage):
+                check_counted(run.stage_folder(stage), run.read_summary(stage))
+        except UserError as error:
+            return [str(error)]
+        return []
 
     def group(self, query: Query) -> Line:
         """A group: its prompt, and every completion with its rewards, without the tokens."""
