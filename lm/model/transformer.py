@@ -31,7 +31,7 @@ from lm.model.norm import Norm
 from lm.model.parameter import axes_of, gather, leaf_name, parameter, stack_layers
 from lm.model.shared_prompt import shared_attention_of
 from lm.parallel.row_order import WHOLE, from_zigzag, to_zigzag, zigzag_layout
-from lm.parallel.rules import constrain, one_device, shardings
+from lm.parallel.rules import constrain, one_device, platform, shardings
 from lm.types import Aux, SharedPrompt, pytree
 
 PRODUCTS = ("qkv", "attention", "mid", "mlp", "rms")
@@ -67,6 +67,18 @@ class KVCache:
     values: tuple[Float[Array, "B N S K"], ...]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
+
+
+def write(into: Callable[[Array, Array], Array], old: Array, new: Array) -> Array:
+    """`into(old, new)`, which puts `new` into some places of `old`; on CPU bfloat16 numbers are written as integers.
+
+    XLA would convert all of `old` to float32 there, and the result back.
+    """
+    new = new.astype(old.dtype)
+    if platform() != "cpu" or old.dtype != jnp.bfloat16:
+        return into(old, new)
+    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+    return jax.lax.bitcast_convert_type(into(bits(old), bits(new)), old.dtype)
 
 
 class Transformer(nnx.Module):
@@ -203,7 +215,7 @@ class Transformer(nnx.Module):
         c = self.config
 
         def put(old: Array, new: Array, axis: int) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
+            return write(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis), old, new)
 
         slot_positions, slot_segments = put(cache.positions, positions, 1), put(cache.segments, segments, 1)
         keys, values = list(cache.keys), list(cache.values)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Layer
 from lm.model.attention import attend_partly, join_parts
-from lm.model.transformer import Attend, KVCache, Transformer
+from lm.model.transformer import Attend, KVCache, Transformer, write
 from lm.parallel.rules import constrain, split_ways
 from lm.rollout.sampler import choose, completion_keys
 from lm.types import Anywhere, pytree
@@ -110,8 +110,10 @@ def fill_lanes(
     """Copy prompts that have been read into their lanes; a row whose lane does not exist is dropped."""
     shards = split_ways(len(slots.keys[0]), "batch")
 
-    def put(old: Array, new: Array) -> Array:
+    def into(old: Array, new: Array) -> Array:
         return _by_shard(lambda x, y, at: x.at[at].set(y, mode="drop"), shards, old, new, lanes)
+
+    put = functools.partial(write, into)
 
     filled = dataclasses.replace(
         slots,
@@ -236,6 +238,9 @@ def _attention_of(
     column, age = jnp.arange(prompt), slots.steps[:, None, None] - jnp.arange(new)
     there = (column < slots.prompt_lengths[:, None])[:, None]
 
+    def put(cache: Array, new: Array) -> Array:
+        return cache.at[rows, :, at].set(new, mode="drop")
+
     def attend_of(number: int, layer: Layer) -> Attend:
         window = layer.window
         in_prompt = there & (position - column < window if window else True)
@@ -243,7 +248,7 @@ def _attention_of(
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             for cache, one in zip(caches, (k, v), strict=True):
-                cache[number] = cache[number].at[rows, :, at].set(one[:, :, 0].astype(cache[number].dtype), mode="drop")
+                cache[number] = write(put, cache[number], one[:, :, 0])
             of_lanes = jnp.swapaxes(to_lanes(q[:, :, 0]), 1, 2)
             keys, values = slots.prompt_keys[number], slots.prompt_values[number]
             prompts = attend_partly(of_lanes, keys, values, in_prompt, layer.softcap)
