@@ -69,16 +69,38 @@ def choose(
     top = real.max(-1, keepdims=True)
     odds = jnp.exp(real - top)  # not normalised
     kept = filter_logits(real, top_k, top_p)
-    mass = jnp.cumsum(jnp.where(kept == -jnp.inf, 0.0, odds), axis=-1)
     uniform = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(key, step)))(keys, steps)
-    u = uniform[:, None] * mass[:, -1:]
-    # `<=` skips tokens without mass; because of rounding, the largest index with mass is the upper limit.
-    last = jnp.max(jnp.where((kept > -jnp.inf) & (odds > 0), place, 0), axis=-1)
-    sampled = jnp.minimum(jnp.sum(mass <= u, axis=-1), last)
+    sampled = inverse_cdf(jnp.where(kept == -jnp.inf, 0.0, odds), uniform)
     likeliest = jnp.min(jnp.where(real == top, place, place[-1]), axis=-1)
     token = jnp.where(greedy, likeliest, sampled)
     logp = jnp.take_along_axis(scaled - best, token[:, None], axis=-1)[:, 0] - jnp.log(total)
     return token, logp
+
+
+def inverse_cdf(odds: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The index at which the cumulative sum of each row passes its uniform number, as a part of the row's total.
+
+    Sums over pieces of the row come first, so that the cumulative sums are over one piece only.
+    """
+    rows, size = odds.shape
+    pieces = jnp.pad(odds, ((0, 0), (0, -size % PIECE))).reshape(rows, -1, PIECE)
+    sums = pieces.sum(-1)
+    mass = jnp.cumsum(sums, axis=-1)
+    u = uniform * mass[:, -1]
+    piece = _passed(mass, sums, u)[:, None]
+    before = jnp.take_along_axis(mass - sums, piece, axis=-1)[:, 0]
+    inside = jnp.take_along_axis(pieces, piece[:, :, None], axis=1)[:, 0]
+    return piece[:, 0] * PIECE + _passed(jnp.cumsum(inside, axis=-1), inside, u - before)
+
+
+PIECE = 128  # tokens
+
+
+def _passed(mass: Float[Array, "B N"], odds: Float[Array, "B N"], u: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first index with odds whose cumulative `mass` is above u; the last one with odds if rounding leaves none."""
+    place = jnp.where(odds > 0, jnp.arange(odds.shape[-1]), -1)
+    first = jnp.min(jnp.where((mass > u[:, None]) & (place >= 0), place, odds.shape[-1]), axis=-1)
+    return jnp.minimum(first, place.max(-1))
 
 
 def encode_prompt(tokenizer: TextTokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:

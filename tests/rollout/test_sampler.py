@@ -9,7 +9,7 @@ from lm.algorithms.grpo import spread
 from lm.data.packing import left_pad
 from lm.objectives.logprobs import token_logprobs
 from lm.parallel.mesh import make_mesh
-from lm.rollout.sampler import choose, completion_keys, filter_logits
+from lm.rollout.sampler import choose, completion_keys, filter_logits, inverse_cdf
 from lm.rollout.slots import sample_tokens
 from lm.types import NOTHING_SHARED, SharedPrompt
 from tests.helpers import VOCAB, layout, tiny_model
@@ -131,6 +131,20 @@ def test_random_numbers_belong_to_the_completion():
     model, (tokens, lengths) = tiny_model(), prompts(rows=4)
     few, many = (sample(model, tokens[:p], lengths[:p], group_size=g).tokens for p, g in ((2, 3), (4, 5)))
     np.testing.assert_array_equal(few.reshape(2, 3, -1), many.reshape(4, 5, -1)[:2, :3])
+
+
+@pytest.mark.parametrize("size", [3, 128, 1000])
+def test_sampling_by_pieces_of_the_vocabulary_is_the_inverse_cdf(size):
+    rng = np.random.default_rng(size)
+    odds = rng.random((200, size)) * (rng.random((200, size)) < 0.3)
+    odds[:, size // 2] += 0.1
+    uniform = rng.random(200).astype(np.float32)
+    uniform[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
+    found = np.asarray(inverse_cdf(jnp.float32(odds), jnp.asarray(uniform)))
+    assert (odds[np.arange(200), found] > 0).all()
+    mass = np.cumsum(odds, axis=-1) / odds.sum(-1, keepdims=True)
+    before = np.where(found > 0, mass[np.arange(200), found - 1], 0)
+    assert (before <= uniform + 1e-5).all() and (mass[np.arange(200), found] >= uniform - 1e-5).all()
 
 
 def test_frequencies_are_the_probabilities():
