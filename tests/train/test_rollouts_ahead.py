@@ -25,7 +25,7 @@ from tests.train.test_trajectory_files import rollout
 OBJECTIVES = {
     "grpo": GRPO("style", group_size=2, max_new_tokens=4, tis_clip=2.0, max_staleness=2),
     "ppo": PPO(verifier="style", max_new_tokens=4, max_staleness=2),
-    "distill": Distill(teacher_prompt="{question} {answer}", max_new_tokens=4, on_policy=0.7, max_staleness=2),
+    "distill": Distill(teacher_prompt="{prompt} {answer}", max_new_tokens=4, on_policy=0.7, max_staleness=2),
 }
 
 
