@@ -245,7 +245,7 @@ def find_tasks(names: Sequence[str]) -> tuple[list[str], TaskManager]:
     for path in paths:
         if not path.exists():
             raise UserError(f"--tasks {path}: there is no such file or folder")
-    folders = [str(path if path.is_dir() else path.parent) for path in paths]
+    folders = sorted({str(path if path.is_dir() else path.parent) for path in paths})
     manager = TaskManager(include_path=folders or None)
     known = manager.all_tasks
     found: list[str] = []
@@ -280,9 +280,8 @@ def measure_tasks(
     limit: int | None,
     fewshot: int | None,
     chat: bool,
-    seed: int,
 ) -> tuple[list[TaskResult], list[dict[str, Any]]]:
-    """The metrics of tasks, and what was asked and answered for each item.
+    """The metrics of tasks, and what was asked and answered for each item; examples are drawn by the harness's own seed.
 
     Raises:
         UserError: a task cannot be loaded, for instance because its data is not on this machine.
@@ -299,9 +298,8 @@ def measure_tasks(
         )
     with contextlib.redirect_stdout(io.StringIO()):  # it prints notes
         found = evaluator.simple_evaluate(
-            model, tasks=_outermost(loaded), num_fewshot=fewshot, limit=limit,
-            task_manager=manager, apply_chat_template=chat, fewshot_as_multiturn=chat, bootstrap_iters=1000,
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+            model, tasks=_outermost(loaded), num_fewshot=fewshot, limit=limit, task_manager=manager,
+            apply_chat_template=chat, fewshot_as_multiturn=chat, bootstrap_iters=1000,
         )  # fmt: skip
     assert found is not None
     results = [one for task in found["results"] for one in _metrics(task, found)]

@@ -74,9 +74,7 @@ def run_benchmarks(
     make_folder(folder, "--cache DIR")
     answers = Answers(folder / f"{model_digest(loaded)}.jsonl", progress)
     model = HarnessModel(loaded.model, loaded.tokenizer, answers, settings.seed)
-    results, samples = measure_tasks(
-        model, names, manager, limit=settings.limit, fewshot=settings.fewshot, chat=chat, seed=settings.seed
-    )
+    results, samples = measure_tasks(model, names, manager, limit=settings.limit, fewshot=settings.fewshot, chat=chat)
     after = f", after stage {loaded.stage}" if loaded.stage else ""
     if loaded.stage and adapter is None and not is_open_weights(run_dir):
         _record(RunFolder(run_dir).stage_folder(loaded.stage), loaded.step, results, chat, settings.limit)
