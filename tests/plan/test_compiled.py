@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 
 from lm.cli.main import main
-from lm.experiment import UserError
+from lm.experiment import GRPO, UserError
 from lm.plan import analytic, compiled, libtpu
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
 from lm.plan.compiled import compile_step
+from lm.plan.compiled_sampling import compiled_sampling
 from lm.plan.compiler_text import read_module
 from lm.plan.plan import by_compiler
 from lm.plan.program import resolve
+from lm.plan.sampling import sampling
 from tests.plan.plan_helpers import experiment
 from tests.plan.test_hlo_cost import OTHER, other_estimate
 
@@ -90,6 +92,18 @@ def test_the_other_estimator_agrees_on_the_compiled_text(planned):
     other = other_estimate(file)
     assert result["step_ms"] == pytest.approx(1e3 * other["schedule_s"], rel=5e-3)
     assert result["bound_ms"] == pytest.approx(1e3 * other["bound_s"], rel=5e-3)
+
+
+@needs_compiler
+def test_the_engines_programs_are_compiled_in_the_layout_of_sampling():
+    value = experiment(GRPO(max_new_tokens=64, group_size=4), rollout=2, vocab_size=8192)
+    program = resolve(value, value.stages[0], TOPOLOGY)
+    expected = sampling(program)
+    found, text = compiled_sampling(program, expected)
+    assert "while" in text and found.sizes == expected.sizes
+    assert found.compiler == libtpu.find_libtpu(None).name and found.compile_s > 0
+    assert found.token_s >= max(found.weights_s, found.cache_s) and found.prompt_s > 0
+    assert found.rollout_s == found.reshard_s + found.prompt_s + found.new_tokens * found.token_s
 
 
 @needs_compiler
