@@ -24,7 +24,7 @@ PLAIN = json.loads(json.dumps(to_dict(base)))
 SESSION = {
     "versions": {"jax": "1"},
     "git": {"commit": "c0ffee" * 6, "dirty": False},
-    "devices": {"kind": "cpu"},
+    "devices": {"platform": "cpu", "kind": "cpu", "count": 1},
     "data_fingerprint": {"gen:drills": "abc"},
     "started": "2026-01-01",
 }
@@ -187,7 +187,7 @@ def test_the_axis_that_matters_is_called_important(tmp_path):
 
 def test_a_law_is_fitted_where_only_size_or_only_tokens_differ(tmp_path):
     results = []
-    for i, size in enumerate((1e4, 1e5, 1e6)):
+    for i, size in enumerate((10_000, 100_000, 1_000_000)):
         one = written(tmp_path / f"s{i}", 5 * size**-0.1, 0, model__num_layers=i + 1)
         for file in one.folder.glob("stages/*/summary.json"):
             file.write_text(json.dumps({"steps": 6, "tokens": 100, "num_params": size, "seconds": 1}))
