@@ -77,6 +77,10 @@ class Distill(ObjectiveConfig):
     metric_warnings: ClassVar = SAMPLING_WARNINGS
 
     @property
+    def staleness(self) -> int:
+        return self.max_staleness
+
+    @property
     def teacher_name(self) -> str:
         return self.teacher
 

@@ -204,6 +204,10 @@ class GRPO(ObjectiveConfig):
         return self.max_turns
 
     @property
+    def staleness(self) -> int:
+        return self.max_staleness
+
+    @property
     def max_rollouts(self) -> int:
         return self.rollouts
 

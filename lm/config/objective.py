@@ -159,7 +159,7 @@ class ObjectiveConfig:
     @property
     def staleness(self) -> int:
         """Training steps between the weights that sample a step's completions and those before the step."""
-        return getattr(self, "max_staleness", 0)
+        return 0
 
     @property
     def has_ratios(self) -> bool:

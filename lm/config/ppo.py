@@ -121,6 +121,10 @@ class PPO(ObjectiveConfig):
         return self.epochs * self.minibatches
 
     @property
+    def staleness(self) -> int:
+        return self.max_staleness
+
+    @property
     def reward_model_names(self) -> tuple[str, ...]:
         return self.reward_models
 

@@ -40,9 +40,10 @@ def test_it_says_what_ran_where_and_from_what():
 
 def test_a_resumed_run_adds_a_session(tmp_path):
     folder = RunFolder(tmp_path)
-    record_environment(folder, "first")
-    record_environment(folder, "second")
-    assert [entry["data_fingerprint"] for entry in read_json(folder.environment)["runs"]] == ["first", "second"]
+    first, second = {"data.txt": "abc"}, {"data.txt": "xyz"}
+    record_environment(folder, first)
+    record_environment(folder, second)
+    assert [entry["data_fingerprint"] for entry in read_json(folder.environment)["runs"]] == [first, second]
 
 
 SECRETS = {
