@@ -10,6 +10,9 @@ from lm.train.run_folder import RunFolder
 from lm.train.stages import run
 from tests.train.runs import experiment, write_questions
 
+# One worker has the run, which is made once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -19,6 +19,9 @@ from lm.trained_model import load
 from lm.web.report import write_report
 from tests.train.runs import experiment, write_questions
 
+# One worker has the run, which is made once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("harness")]
+
 TASK = """
 task: {name}
 dataset_path: json
