@@ -90,9 +90,9 @@ class Answers:
 class HarnessModel(TemplateLM):
     """A language model as the harness asks it: log-likelihoods of continuations and texts, and greedy or sampled completions."""
 
-    def __init__(self, model: Transformer, tokenizer: TextTokenizer, answers: Answers, seed: int = 0):
+    def __init__(self, model: Transformer, tokenizer: TextTokenizer, answers: Answers):
         super().__init__()
-        self.model, self.own, self.answers, self.seed = model, tokenizer, answers, seed
+        self.model, self.own, self.answers = model, tokenizer, answers
         self._rendered: dict[str, list[int]] = {}  # text of a rendered conversation -> its tokens
 
     @property
@@ -199,7 +199,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text of each completion, up to the first of its stop strings or the end token."""
         asked = [(request.args[0], json.dumps(request.args[1], sort_keys=True)) for request in requests]
-        keys = [_key("completion", *one, self.seed) for one in asked]
+        keys = [_key("completion", *one) for one in asked]
         missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in self.answers.known}
         groups: dict[str, list[tuple[list[int], str]]] = {}
         for key, (context, settings) in missing.items():
@@ -225,7 +225,7 @@ class HarnessModel(TemplateLM):
             )
         stop = [text for text in handle_stop_sequences(given.get("until"), None) if text]
         request = Request(
-            [tokens[-room:] for tokens in prompts], jax.random.key(self.seed), new, float(given.get("temperature") or 0.0),
+            [tokens[-room:] for tokens in prompts], jax.random.key(0), new, float(given.get("temperature") or 0.0),
             top_k=int(given.get("top_k") or 0), top_p=float(given.get("top_p") or 1.0), stop=stop,
         )  # fmt: skip
         return [completion_text(self.own, one) for one in LocalEngine(self.model, self.own).complete(request)]

@@ -41,7 +41,6 @@ class TaskSettings:
     limit: int | None = None
     fewshot: int | None = None
     chat: bool | None = None
-    seed: int = 0
 
 
 def run_benchmarks(
@@ -73,7 +72,7 @@ def run_benchmarks(
     folder = cache_folder() / "benchmarks"
     make_folder(folder, "--cache DIR")
     answers = Answers(folder / f"{model_digest(loaded)}.jsonl", progress)
-    model = HarnessModel(loaded.model, loaded.tokenizer, answers, settings.seed)
+    model = HarnessModel(loaded.model, loaded.tokenizer, answers)
     results, samples = measure_tasks(model, names, manager, limit=settings.limit, fewshot=settings.fewshot, chat=chat)
     after = f", after stage {loaded.stage}" if loaded.stage else ""
     if loaded.stage and adapter is None and not is_open_weights(run_dir):

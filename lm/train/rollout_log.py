@@ -16,13 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lm.config.field import UserError
 from lm.parallel.distributed import is_main_process, raise_on_all, run_on_main
 from lm.rollout.episodes import Sampled
 from lm.rollout.trajectory import Trajectory
-from lm.stored import write_atomic
 from lm.train.metrics import json_value
-from lm.train.trajectory_files import read_sealed_file, step_of
+from lm.train.trajectory_files import read_sealed_file, step_of, write_step_file
 from lm.train.trajectory_writer import sampled_columns
 
 AHEAD = "ahead"
@@ -79,20 +77,9 @@ def decode(content: bytes) -> tuple[Sampled, dict[str, float]]:
 
 def write(folder: Path, step: int, content: bytes) -> str:
     """Write the file of step `step` (from 1) on process 0; returns its name. Raises UserError if it cannot be written."""
-    path = folder / AHEAD / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
 
-    def save() -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, content)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be written: {error.strerror}; fix that and run the same command again to resume from the "
-                "last checkpoint"
-            ) from error
-
-    run_on_main(save)
-    return path.name
+    run_on_main(lambda: write_step_file(folder / AHEAD, step, content))
+    return f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
 
 
 def read(folder: Path, names: Iterable[str]) -> dict[int, bytes]:

@@ -14,10 +14,10 @@ from typing import Any
 from lm.changes import read_experiment
 from lm.experiment import UserError
 from lm.stored import take_lock
+from lm.train.metrics import SHOWN
 from lm.train.run_folder import RunFolder
 
 TAIL = 1 << 16  # bytes at the end of a file that hold its last line
-SHOWN = ("loss", "reward", "reward_accuracy")
 
 
 @dataclass(frozen=True)

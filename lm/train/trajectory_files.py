@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lm.config.field import UserError
+from lm.stored import write_atomic
 
 FOLDER = "trajectories"
 """The folder of the files, and the field of summary.json that counts them."""
@@ -34,6 +35,23 @@ def step_of(path: Path) -> int:
     if named is None:
         raise UserError(f"{path} has a name that no trajectory file has: step-00000012-1a2b3c4d.parquet; move it away")
     return int(named[1])
+
+
+def write_step_file(folder: Path, step: int, content: bytes) -> Path:
+    """Write the Parquet file of a step, named by the step and its CRC-32, into a folder (made if missing); returns its path.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = folder / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_atomic(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; fix that and run the same command again to resume from the "
+            "last checkpoint"
+        ) from error
 
 
 def rewind_trajectories(folder: Path, step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int
 
 from lm.data.chat import said_by
-from lm.experiment import Stage, UserError
+from lm.experiment import Stage
 from lm.parallel.distributed import run_on_main
 from lm.rollout.trajectory import AUTHORS, MODEL, Rollout, Trajectory
-from lm.stored import write_atomic
 from lm.train.metrics import json_value
-from lm.train.trajectory_files import FOLDER, trajectory_files
+from lm.train.trajectory_files import FOLDER, trajectory_files, write_step_file
 from lm.types import RolloutBatch
 
 MEGABYTE = 10**6
@@ -101,15 +99,7 @@ def _write(folder: Path, stage: Stage, step: int, rollout: Rollout, numbers: Tok
         UserError: the file cannot be written.
     """
     content = _parquet(step, rollout, stage.objective.completions_per_prompt, numbers)
-    path = folder / FOLDER / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}; fix that and run the same command again to resume from the "
-            "last checkpoint"
-        ) from error
+    write_step_file(folder / FOLDER, step, content)
     left = stage.trajectory_mb * MEGABYTE
     for known in reversed(trajectory_files(folder)):
         left -= known.stat().st_size
