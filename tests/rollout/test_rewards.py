@@ -69,7 +69,7 @@ def test_a_verifier_that_hangs_costs_its_limit_and_is_counted(monkeypatch):
     found = compute_rewards("mine", ROWS, COMPLETIONS, "reason", seconds=0.2)
     assert found.values.tolist() == [1, 1, 0, 0]
     assert found.timeouts == 2
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_verifier_of_a_file_is_killed_where_it_hangs_and_goes_on(tmp_path):

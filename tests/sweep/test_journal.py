@@ -63,4 +63,4 @@ def test_a_journal_that_a_killed_worker_was_writing_is_not_held(tmp_path):
     folder.journal.with_name("journal.log.lock").symlink_to("journal.log")  # Optuna's own lock, of a killed process
     began = time.monotonic()
     study.tell(study.take(), value=1.0)
-    assert Study(sweep, folder).counts() == (1, 4) and time.monotonic() - began < 5
+    assert Study(sweep, folder).counts() == (1, 4) and time.monotonic() - began < 20
