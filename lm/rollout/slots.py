@@ -147,13 +147,11 @@ def sample_tokens(
         end_ids: the tokens that end a completion.
         vocab_size: see `choose`.
     """
-    rows, shards = len(slots.done), split_ways(len(slots.done), "batch")
-    shared = assigned.members.shape[1] > 1
-    new, every = slots.tokens.shape[1], jnp.arange(rows)
+    rows = len(slots.done)
     temperature = jnp.asarray(temperature, jnp.float32)
     keys = completion_keys(key, assigned.prompts, assigned.samples)
 
-    slots, lengths = _begin(slots, assigned, shared, shards)
+    slots, lengths = begin(slots, assigned)
     before = slots.done.sum()
 
     def going_on(carry: tuple[Array, Slots]) -> Bool[Array, ""]:
@@ -164,32 +162,51 @@ def sample_tokens(
     def one_more(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
         count, slots = carry
         token, logp = choose(
-            _whole_rows(model.logits(slots.hidden)), keys, slots.steps, temperature, top_k, top_p, vocab_size
+            whole_rows(model.logits(slots.hidden)), keys, slots.steps, temperature, top_k, top_p, vocab_size
         )
-        token, logp = _placed((token, logp))
-        at = jnp.where(slots.done, new, slots.steps)  # what a slot that is done writes is dropped
-        done = functools.reduce(operator.or_, (token == one for one in end_ids), slots.done)
-        caches = list(slots.keys), list(slots.values)
-        attend_of = _attention_of(model, slots, assigned, caches, lengths, at, shared, shards)
-        ones = jnp.ones((rows, 1), jnp.int32)
-        found = model.attended(token[:, None], (lengths + slots.steps)[:, None], ones, attend_of)
-        steps = slots.steps + ~slots.done
-        return count + 1, dataclasses.replace(
-            slots,
-            tokens=slots.tokens.at[every, at].set(token, mode="drop"),
-            logp=slots.logp.at[every, at].set(logp, mode="drop"),
-            keys=tuple(caches[0]),
-            values=tuple(caches[1]),
-            hidden=found[:, 0],
-            steps=steps,
-            done=done | (steps >= assigned.limits),
-        )
+        return count + 1, append(model, slots, assigned, lengths, token, logp, end_ids)
 
     return _placed(jax.lax.while_loop(going_on, one_more, (jnp.int32(0), slots))[1])
 
 
-def _begin(slots: Slots, assigned: Assignment, shared: bool, shards: int) -> tuple[Slots, Int[Array, " R"]]:
+def append(
+    model: Transformer,
+    slots: Slots,
+    assigned: Assignment,
+    lengths: Int[Array, " R"],
+    token: Int[Array, " R"],
+    logp: Float[Array, " R"],
+    end_ids: tuple[int, ...],
+) -> Slots:
+    """The slots with one more token each, read by the model; slots that are done stay as they are.
+
+    Args:
+        lengths: length of each slot's prompt.
+    """
+    rows, new, every = len(slots.done), slots.tokens.shape[1], jnp.arange(len(slots.done))
+    token, logp = _placed((token, logp))
+    at = jnp.where(slots.done, new, slots.steps)  # what a slot that is done writes is dropped
+    done = functools.reduce(operator.or_, (token == one for one in end_ids), slots.done)
+    caches = list(slots.keys), list(slots.values)
+    attend_of = _attention_of(model, slots, assigned, caches, lengths, at)
+    ones = jnp.ones((rows, 1), jnp.int32)
+    found = model.attended(token[:, None], (lengths + slots.steps)[:, None], ones, attend_of)
+    steps = slots.steps + ~slots.done
+    return dataclasses.replace(
+        slots,
+        tokens=slots.tokens.at[every, at].set(token, mode="drop"),
+        logp=slots.logp.at[every, at].set(logp, mode="drop"),
+        keys=tuple(caches[0]),
+        values=tuple(caches[1]),
+        hidden=found[:, 0],
+        steps=steps,
+        done=done | (steps >= assigned.limits),
+    )
+
+
+def begin(slots: Slots, assigned: Assignment) -> tuple[Slots, Int[Array, " R"]]:
     """The slots with the completions that begin now, and the length of each slot's prompt."""
+    shared, shards = _sharing(slots, assigned)
 
     def of_lane(x: Array) -> Array:
         return _by_shard(lambda x, lane: x[lane], shards, x, assigned.lanes) if shared else x
@@ -204,6 +221,11 @@ def _begin(slots: Slots, assigned: Assignment, shared: bool, shards: int) -> tup
     return begun, of_lane(slots.prompt_lengths)
 
 
+def _sharing(slots: Slots, assigned: Assignment) -> tuple[bool, int]:
+    """Whether slots share lanes, and the number of shards of the batch."""
+    return assigned.members.shape[1] > 1, split_ways(len(slots.done), "batch")
+
+
 def _attention_of(
     model: Transformer,
     slots: Slots,
@@ -211,8 +233,6 @@ def _attention_of(
     caches: tuple[list[Array], list[Array]],
     lengths: Int[Array, " R"],
     at: Int[Array, " R"],
-    shared: bool,
-    shards: int,
 ) -> Callable[[int, Layer], Attend]:
     """The attention of one new token per slot, over its prompt and its new tokens; puts its key and value into `caches`.
 
@@ -221,6 +241,7 @@ def _attention_of(
         at: column of each slot's new token.
     """
     rows = jnp.arange(len(at))
+    shared, shards = _sharing(slots, assigned)
 
     def to_lanes(x: Array) -> Array:
         """What the places of each lane hold, [L, W, ...]; of an empty place, zeros."""
@@ -261,7 +282,7 @@ def _attention_of(
     return attend_of
 
 
-def _whole_rows(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+def whole_rows(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
     """Logits with the vocabulary on one device, and rows split over the devices that split the vocabulary.
 
     The first constraint keeps the compiler from gathering the head instead.
