@@ -14,7 +14,7 @@ from lm.experiment import UserError
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import generate_text
 from lm.train.compilations import keep_compilations
-from lm.train.models import LoadedRun, load_adapters, load_run
+from lm.train.loaded_run import LoadedRun, load_adapters, load_run
 from lm.types import TokenBatch
 
 Prompt = str | Sequence[dict[str, str]]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lm.cli.main import main
 from lm.config.field import LONGEST_LINE, LONGEST_VALUE
 from lm.experiment import UserError
+from lm.train.loaded_run import load_run
 from lm.train.metrics import read_lines
-from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
 
 EXPERIMENT = """

@@ -18,8 +18,8 @@ import lm
 from lm.cli.main import main
 from lm.experiment import UserError
 from lm.train.goodput import PARTS
+from lm.train.loaded_run import load_run
 from lm.train.metrics import read_lines
-from lm.train.models import load_run
 
 # One worker has the runs: they are made once.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("end_to_end")]

@@ -25,7 +25,7 @@ from lm.rollout.sampler import encode_prompt
 from lm.train import models
 from lm.train.base import fingerprint, read_stored
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import load_run
+from lm.train.loaded_run import load_run
 from lm.train.stages import evaluate_open_weights, run
 from tests.data.hub import small
 from tests.train.runs import metrics

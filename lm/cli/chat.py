@@ -38,7 +38,7 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.data.chat import render
     from lm.rollout.sampler import compile_stream
     from lm.train.compilations import keep_compilations
-    from lm.train.models import load_adapters, load_run
+    from lm.train.loaded_run import load_adapters, load_run
 
     keep_compilations()
     adapters = load_adapters(load_run(run_dir, stage, LONGEST), run_dir, arguments.adapter)

@@ -58,7 +58,7 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.interop.peft import write_adapter
     from lm.model.lora import linears, merged
     from lm.model.quantised import dequantised
-    from lm.train.models import load_adapters, load_reward_model, load_run, origin_of
+    from lm.train.loaded_run import load_adapters, load_reward_model, load_run, origin_of
     from lm.train.run_files import read_run
     from lm.web.model_card import model_card
 
@@ -97,7 +97,7 @@ def export_reward_model(run_dir: Path, stage: str, tokenizer: Any, scorer: Any, 
     from lm.interop.export import write
     from lm.model.lora import merged
     from lm.model.quantised import dequantised
-    from lm.train.models import origin_of
+    from lm.train.loaded_run import origin_of
     from lm.train.run_files import read_run
     from lm.web.model_card import model_card
 

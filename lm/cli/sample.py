@@ -17,7 +17,7 @@ from lm.experiment import UserError
 from lm.web.text import visible
 
 if TYPE_CHECKING:
-    from lm.train.models import LoadedRun
+    from lm.train.loaded_run import LoadedRun
 
 TAKES_OVERRIDES = False
 
@@ -43,7 +43,7 @@ def call(arguments: argparse.Namespace) -> int:
     run_dir, stage = find_model(arguments.run, arguments.stage)
 
     from lm.train.compilations import keep_compilations
-    from lm.train.models import load_adapters, load_run
+    from lm.train.loaded_run import load_adapters, load_run
 
     keep_compilations()
     adapters = load_adapters(load_run(run_dir, stage), run_dir, arguments.adapter)

@@ -22,8 +22,9 @@ from lm.interop.peft import WEIGHTS
 from lm.rollout.engine import TextCompletion, generate_text
 from lm.stored import file_sha256, read_sealed, write_sealed
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import LoadedRun, load_adapters, load_run, scorers_for
+from lm.train.loaded_run import LoadedRun, load_adapters, load_run
 from lm.train.run_folder import RunFolder
+from lm.train.scorers import scorers_for
 
 BATCH = 32  # prompts per batch
 
@@ -178,8 +179,7 @@ def best_answers(
     scorers = [s.name for s in loaded.experiment.stages if s.objective.produces == "scorer"]
     if reward is None and not scorers:
         raise UserError(f"{run_dir} has no reward model to choose by: name one of another run, --reward RUN:STAGE")
-    where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh
-    (scorer,) = scorers_for(*where, (reward or scorers[-1],))
+    (scorer,) = scorers_for(loaded.stored(run_dir), (reward or scorers[-1],))
     repeated = [prompt for prompt in prompts for _ in range(count)]
     answers = generate_text(loaded.model, loaded.tokenizer, repeated, **given)
     rows = []

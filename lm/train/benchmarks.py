@@ -22,8 +22,8 @@ from lm.json_lines import JsonLines
 from lm.parallel.distributed import fetch
 from lm.stored import cache_folder, make_folder
 from lm.train.compilations import keep_compilations
+from lm.train.loaded_run import LoadedRun, load_adapters, load_run
 from lm.train.metrics import json_value
-from lm.train.models import LoadedRun, load_adapters, load_run
 from lm.train.run_folder import RunFolder
 
 FILE = "benchmarks.jsonl"

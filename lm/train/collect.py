@@ -39,10 +39,10 @@ from lm.rollout.scores import check_finite, score_rows
 from lm.rollout.trajectory import Rollout, Trajectory, rewards_of, sample_metrics, trajectory_batch
 from lm.stored import file_sha256
 from lm.train.callbacks import listener
+from lm.train.collected import ROWS_FILE
 from lm.train.goodput import Costs, seconds_spent
 from lm.train.loop import Interrupted, RunContext, summarise
 from lm.train.metrics import MetricsLog, Progress
-from lm.train.models import ROWS_FILE
 from lm.train.signals import StoppedBySignal
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.trajectory_writer import keep_trajectories

@@ -17,8 +17,8 @@ from lm.model.transformer import Transformer
 from lm.parallel.distributed import broadcast_from_main, is_main_process
 from lm.rollout.engine import generate_text
 from lm.rollout.sampler import encode_prompt
+from lm.train.collected import is_collected
 from lm.train.metrics import MetricsLog, read_lines
-from lm.train.models import is_collected
 from lm.train.run_folder import RunFolder
 
 Line = dict[str, Any]

@@ -21,8 +21,10 @@ from lm.evals.rows import Subject
 from lm.experiment import Source, UserError, from_dict
 from lm.parallel.mesh import make_mesh
 from lm.train.base import base_stage
-from lm.train.models import load_model, load_scorer, model_before, stage_index, with_collected_paths
+from lm.train.collected import with_collected_paths
+from lm.train.models import StoredRun, load_model, model_before, stage_index
 from lm.train.run_folder import RunFolder
+from lm.train.scorers import load_scorer
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
     """The name and model that score: the requested stage of a run, or its last reward model."""
     folder = RunFolder(run_dir)
     experiment = with_collected_paths(from_dict(folder.read_experiment()), folder)
-    tokenizer, mesh = load_tokenizer(folder.tokenizer), make_mesh(type(experiment.mesh)(data=1))
+    tokenizer = load_tokenizer(folder.tokenizer)
+    run = StoredRun(experiment, folder, tokenizer, make_mesh(type(experiment.mesh)(data=1)))
     if stage is not None:
         stage_index(experiment, stage)
     kinds = {s.name: s.objective for s in experiment.stages}
@@ -125,15 +128,15 @@ def _subject(run_dir: Path, stage: str | None) -> tuple[str, Subject]:
         )
     name = stage or scorers[-1]
     if name in scorers:
-        return f"{run_dir}, {name}", Subject(load_scorer(experiment, folder, tokenizer, mesh, name), tokenizer)
+        return f"{run_dir}, {name}", Subject(load_scorer(run, name), tokenizer)
     first = next((i for i, s in enumerate(experiment.stages) if s.objective.learns_preferences), None)
     if first is None or stage_index(experiment, name) < first:
         raise UserError(
             f"stage {name} of {run_dir} comes before any preference stage: it has no reference, so no implicit reward"
         )
-    model = load_model(experiment, folder, tokenizer, mesh, name)
+    model = load_model(run, name)
     known = {base_stage(experiment, stage_index(experiment, name)): model}  # an adapter's reference shares its base
-    reference, _ = model_before(experiment, folder, tokenizer, mesh, first, known)
+    reference, _ = model_before(run, first, known)
     return f"{run_dir}, {name} (implicit reward)", Subject(model, tokenizer, reference)
 
 

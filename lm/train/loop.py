@@ -41,6 +41,7 @@ from lm.train.checkpoint import Checkpoints
 from lm.train.evaluate import Evaluator
 from lm.train.goodput import Costs
 from lm.train.metrics import MetricsLog, Progress, peak_memory_mb
+from lm.train.models import StoredRun
 from lm.train.named_arrays import named_leaves
 from lm.train.profile import Trace
 from lm.train.provenance import package_versions
@@ -77,6 +78,11 @@ class RunContext:
         default_factory=lambda: NOWHERE
     )  # keys held out by one source that another source contains (`held_out_elsewhere`)
     accept: bool = False  # resume although data, tokenizer or versions differ from the checkpoint's
+
+    @property
+    def stored(self) -> StoredRun:
+        """What models are loaded from."""
+        return StoredRun(self.experiment, self.folder, self.tokenizer, self.mesh)
 
 
 class Interrupted(Exception):

@@ -12,7 +12,7 @@ from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import Experiment, UserError
 from lm.stored import file_sha256, write_sealed
 from lm.train.checkpoint import Checkpoints
-from lm.train.models import ROWS_FILE
+from lm.train.collected import ROWS_FILE
 from lm.train.provenance import package_versions
 from lm.train.run_folder import RunFolder
 

@@ -54,33 +54,20 @@ from lm.train.base import adapters_on_random_weights, base_stage, recorded_base
 from lm.train.batches import Batches
 from lm.train.callbacks import listener, load_callbacks
 from lm.train.collect import collect_stage
+from lm.train.collected import inputs_ready, is_collected, with_collected_paths
 from lm.train.evaluate import Evaluator, Line, check_evals
+from lm.train.loaded_run import LoadedRun, load_adapters, load_open_weights, load_run, record_origin
 from lm.train.loop import Interrupted, RunContext, tidy, train_stage
 from lm.train.memory import check_memory
 from lm.train.metrics import KINDS, read_lines
-from lm.train.models import (
-    LoadedRun,
-    check_reward_models,
-    check_teacher,
-    check_trained_parts,
-    inputs_ready,
-    is_collected,
-    load_adapters,
-    load_open_weights,
-    load_run,
-    load_teacher,
-    model_before,
-    record_origin,
-    scorers_before,
-    scorers_for,
-    stage_index,
-    with_collected_paths,
-)
+from lm.train.models import StoredRun, check_trained_parts, model_before, stage_index
 from lm.train.provenance import record_environment
 from lm.train.resume import check_collected, check_more_steps, check_run_inputs, record_run_inputs, run_inputs
 from lm.train.rollouts import make_batches
 from lm.train.run_folder import RunFolder
+from lm.train.scorers import check_reward_models, scorers_before, scorers_for
 from lm.train.signals import stop_on_signals
+from lm.train.teachers import check_teacher, load_teacher
 from lm.train.trajectory_files import check_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.user_functions import check_functions, search_recorded
@@ -236,19 +223,18 @@ def _prepare_data(
 
 def _train(run: RunContext, index: int, batches: Batches | None, began: float) -> None:
     """Train a stage from the models that it needs; `batches` is None for data that did not exist when the run started."""
-    where = run.experiment, run.folder, run.tokenizer, run.mesh
-    stage = run.experiment.stages[index]
+    stored, stage = run.stored, run.experiment.stages[index]
     shares_base = reward_names(stage) or stage.objective.teacher_name  # these models need the original base
     base = "model" if shares_base else stage.lora.base
-    model, fingerprint = model_before(*where, index, base=base)
+    model, fingerprint = model_before(stored, index, base=base)
     known = {base_stage(run.experiment, start_of(run.experiment, index)): model}
-    scorers = raise_on_all(lambda: scorers_for(*where, reward_names(stage), known))
+    scorers = raise_on_all(lambda: scorers_for(stored, reward_names(stage), known))
     if not stage.objective.trains:
         return collect_stage(run, index, model, scorers, began)
     ready = batches or raise_on_all(lambda: _batches(run, index))
-    teacher = raise_on_all(lambda: load_teacher(*where, stage, known))
+    teacher = raise_on_all(lambda: load_teacher(stored, stage, known))
     recorded = recorded_base(stage, model, fingerprint)  # before quantisation, whose rounding may depend on the device
-    evaluator = make_evaluator(*where, index, model)
+    evaluator = make_evaluator(stored, index, model)
     train_stage(run, index, ready, model, recorded, scorers, teacher, evaluator, began)
 
 
@@ -380,19 +366,13 @@ def function_files(experiment: Experiment) -> dict[str, str]:
     return {name: found["file"] for name, found in check_functions(experiment).items()}
 
 
-def make_evaluator(
-    experiment: Experiment,
-    folder: RunFolder,
-    tokenizer: TextTokenizer,
-    mesh: Mesh,
-    index: int,
-    entering: Transformer | None,
-) -> Evaluator:
+def make_evaluator(run: StoredRun, index: int, entering: Transformer | None) -> Evaluator:
     """The evaluator of stage `index`; its reference is the model that entered the first preference stage.
 
     Args:
         entering: the model that enters the stage, if it is loaded: reference and reward models with its base share that.
     """
+    experiment = run.experiment
     first = next((i for i, stage in enumerate(experiment.stages) if stage.objective.learns_preferences), None)
     known = {} if entering is None else {base_stage(experiment, start_of(experiment, index)): entering}
 
@@ -403,14 +383,14 @@ def make_evaluator(
         if first == index and entering is not None:
             return entering
         base = experiment.stages[first].lora.base
-        found, _ = model_before(experiment, folder, tokenizer, mesh, first, known, base)
-        return set_base(found, base, mesh)
+        found, _ = model_before(run, first, known, base)
+        return set_base(found, base, run.mesh)
 
     @functools.cache
     def scorers() -> tuple[Scorer, ...]:
-        return scorers_before(experiment, folder, tokenizer, mesh, index, known)
+        return scorers_before(run, index, known)
 
-    return Evaluator(experiment, folder, tokenizer, reference, scorers)
+    return Evaluator(experiment, run.folder, run.tokenizer, reference, scorers)
 
 
 def evaluate_run(
@@ -430,8 +410,7 @@ def evaluate_run(
     check_collected(loaded.experiment, RunFolder(run_dir))
     index = stage_index(loaded.experiment, loaded.stage)
     entering = without_adapter(loaded.model) if loaded.experiment.stages[index].lora.rank else None
-    where = loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh
-    evaluator = make_evaluator(*where, index, entering)
+    evaluator = make_evaluator(loaded.stored(run_dir), index, entering)
     return _evaluate(load_adapters(loaded, run_dir, adapters), evaluator, "after", tell)
 
 

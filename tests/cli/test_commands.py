@@ -68,7 +68,7 @@ def asked(monkeypatch) -> list:
         return types.SimpleNamespace(tokens=[0] * (len(messages) * 10))
 
     models = types.SimpleNamespace(load_run=load_run, load_adapters=load_adapters)
-    monkeypatch.setitem(sys.modules, "lm.train.models", models)
+    monkeypatch.setitem(sys.modules, "lm.train.loaded_run", models)
     monkeypatch.setitem(sys.modules, "lm.rollout.engine", types.SimpleNamespace(generate_text=generate_text))
     sampler = types.SimpleNamespace(stream=stream, compile_stream=lambda model, tokenizer, top_k, top_p: None)
     monkeypatch.setitem(sys.modules, "lm.rollout.sampler", sampler)

@@ -13,7 +13,7 @@ from lm.experiment import Experiment, LoRA, Mesh, Model, RewardModel, Source, St
 from lm.interop.export import write
 from lm.interop.tensors import read_folder
 from lm.model.transformer import Transformer
-from lm.train.models import load_reward_model
+from lm.train.loaded_run import load_reward_model
 from lm.train.stages import run
 
 

@@ -24,7 +24,7 @@ from lm.open_weights import check_weights, with_init
 from lm.open_weights import read as read_open_weights
 from lm.parallel.mesh import make_mesh
 from lm.train.answers import Contestant, SamplingRequest, _names, _settings
-from lm.train.models import LoadedRun, load_adapters
+from lm.train.loaded_run import LoadedRun, load_adapters
 from lm.types import TokenBatch
 from tests.helpers import tiny_model
 

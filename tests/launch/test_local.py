@@ -15,8 +15,8 @@ import pytest
 from lm.cli.main import main
 from lm.launch.local import newest_checkpoint
 from lm.train.checkpoint import Checkpoints
+from lm.train.loaded_run import load_run
 from lm.train.metrics import read_lines
-from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ from lm.experiment import SFT, Collect, Source, Stage, UserError, from_dict
 from lm.json_lines import rewrite_json_lines
 from lm.rollout import engine
 from lm.train.collect import ANSWERS, make_conversations
+from lm.train.collected import ROWS_FILE
 from lm.train.loop import Interrupted
-from lm.train.models import ROWS_FILE
 from lm.train.signals import Stop
 from lm.train.stages import run
 from lm.train.trajectory_files import count_trajectories

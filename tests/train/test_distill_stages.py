@@ -15,8 +15,8 @@ from lm.cli.main import main
 from lm.data.tokenizer import SubwordTokenizer
 from lm.data.vocabulary import load_tokenizer
 from lm.experiment import SFT, Distill, Experiment, Mesh, Model, Source, Stage, Tokenizer, UserError, from_dict
-from lm.train.models import check_teacher
 from lm.train.stages import run
+from lm.train.teachers import check_teacher
 from lm.train.trajectory_files import read_trajectories, trajectory_files
 from tests.train.runs import CONSTANT, forget_last_checkpoint, metrics, write_questions
 

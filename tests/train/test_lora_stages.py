@@ -14,7 +14,7 @@ from lm.interop import hf
 from lm.interop.peft import read_adapter
 from lm.model.families import FAMILIES
 from lm.model.lora import base_of, linears
-from lm.train.models import load_run
+from lm.train.loaded_run import load_run
 from lm.train.named_arrays import named_leaves
 from lm.train.stages import run
 from tests.train.runs import CONSTANT, experiment, metrics

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lm.experiment import CPO, DPO, KTO, ORPO, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer
+from lm.train.loaded_run import load_run
 from lm.train.metrics import read_lines
-from lm.train.models import load_run
 from lm.train.stages import run
 from tests.train.runs import forget_last_checkpoint, metrics
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lm.stored import read_json
+from lm.train.loaded_run import load_run
 from lm.train.metrics import read_lines
-from lm.train.models import load_run
 from tests import processes
 from tests.train.runs import CLOCKS, metrics
 

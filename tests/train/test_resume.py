@@ -15,9 +15,9 @@ from lm.json_lines import checksums, read_json_lines, rewrite_json_lines
 from lm.stored import read_sealed, write_sealed
 from lm.train import evaluate, stages
 from lm.train.checkpoint import Checkpoints
+from lm.train.loaded_run import load_run
 from lm.train.loop import Interrupted
 from lm.train.metrics import read_lines
-from lm.train.models import load_run
 from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop
 from lm.train.stages import evaluate_run, run

@@ -30,11 +30,11 @@ from lm.json_lines import checksums
 from lm.rollout.verifiers import NEEDS, VERIFIERS
 from lm.train.answers import best_answers
 from lm.train.judging import judge_pairs
+from lm.train.loaded_run import load_run
 from lm.train.loop import Interrupted
 from lm.train.metrics import read_lines
-from lm.train.models import load_run, load_scorer
 from lm.train.rollouts import RolloutBatches
-from lm.train.run_folder import RunFolder
+from lm.train.scorers import load_scorer
 from lm.train.signals import Stop
 from lm.train.stages import run
 from lm.train.trajectory_files import read_trajectories, trajectory_files
@@ -130,7 +130,7 @@ def test_reward_models_are_rewards_of_grpo_beside_the_verifiers(folder):
 
 def test_a_trajectory_keeps_the_score_that_the_reward_model_gives_its_tokens(folder):
     loaded = load_run(folder / "whole", "sft")
-    scorer = load_scorer(loaded.experiment, RunFolder(folder / "whole"), loaded.tokenizer, loaded.mesh, "twin")
+    scorer = load_scorer(loaded.stored(folder / "whole"), "twin")
     rows = read_trajectories(trajectory_files(folder / "whole" / "stages" / "grpo")[0])
     for row in rows[:3]:
         tokens = np.asarray(row["tokens"])[None]
@@ -216,7 +216,7 @@ def _parameters(run_dir: Path, stage: str):
     if stage != "reward":
         return load_run(run_dir, stage).model
     loaded = load_run(run_dir, "sft")
-    return load_scorer(loaded.experiment, RunFolder(run_dir), loaded.tokenizer, loaded.mesh, "reward")
+    return load_scorer(loaded.stored(run_dir), "reward")
 
 
 def test_answers_that_were_cut_are_sampled_again_and_the_same(folder, resumed):

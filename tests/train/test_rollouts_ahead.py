@@ -12,8 +12,8 @@ from lm.check import check
 from lm.experiment import GRPO, PPO, Distill, Experiment, Mesh, Model, RolloutMesh, Source, Stage, Tokenizer, UserError
 from lm.parallel.mesh import check_split
 from lm.rollout.episodes import Sampled
+from lm.train.loaded_run import load_run
 from lm.train.loop import Interrupted
-from lm.train.models import load_run
 from lm.train.rollout_log import AHEAD, decode, encode
 from lm.train.rollouts_ahead import RolloutsAhead
 from lm.train.signals import Stop

@@ -26,7 +26,7 @@ from lm.experiment import (
 )
 from lm.rollout.engine import generate_text
 from lm.rollout.sampler import stream
-from lm.train.models import load_run
+from lm.train.loaded_run import load_run
 from lm.train.stages import run
 from tests.data.hub import published, small
 
