@@ -10,7 +10,7 @@ from typing import Any
 
 from lm.config.former import former_name, former_value
 from lm.experiment import OBJECTIVES, Experiment, Stage, UserError, diff, from_dict, to_dict
-from lm.stored import read_json, read_sealed
+from lm.stored import read_json, read_record
 
 Plain = dict[str, Any]
 COLLECTING = {name for name, kind in OBJECTIVES.items() if kind.produces == "rows"}
@@ -83,7 +83,7 @@ def read_experiment(folder: Path) -> Plain:
 def edited(folder: Path, experiment: Plain) -> str:
     """What differs between an experiment and the one that environment.json of the run's folder names; "" where nothing does."""
     environment = folder / "environment.json"
-    recorded = read_sealed(environment).get(EXPERIMENTS, []) if environment.exists() else []
+    recorded = read_record(environment, {f"{EXPERIMENTS}?": [{}]}).get(EXPERIMENTS, []) if environment.exists() else []
     if not recorded or any(normalised(experiment) == normalised(one) for one in recorded):
         return ""
     different = [

@@ -1,11 +1,14 @@
 """Rollouts that are sampled while a step trains: which weights sample them, and that a run that was stopped goes on to the bit."""
 
 import dataclasses
+import io
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lm.check import check
@@ -14,7 +17,7 @@ from lm.parallel.mesh import check_split
 from lm.rollout.episodes import Sampled
 from lm.train.loaded_run import load_run
 from lm.train.loop import Interrupted
-from lm.train.rollout_log import AHEAD, decode, encode
+from lm.train.rollout_log import AHEAD, decode, encode, read, write
 from lm.train.rollouts_ahead import RolloutsAhead
 from lm.train.signals import Stop
 from lm.train.stages import run
@@ -61,6 +64,29 @@ def test_a_rollout_is_the_same_after_it_was_logged():
             assert getattr(one, name) == getattr(other, name)
         assert list(one.rewards.items()) == list(other.rewards.items())
     assert decode(encode(Sampled([], 0), {})) == (Sampled([], 0), {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.drop_columns(["logp"]),
+        lambda t: t.set_column(0, "task", pa.array(["5"] * 4)),
+        lambda t: t.set_column(1, "messages", pa.array(['[{"role": "user"}]'] * 4)),
+        lambda t: t.set_column(1, "messages", pa.array(["[" * 9] * 4)),
+        lambda t: t.replace_schema_metadata({}),
+        lambda t: t.replace_schema_metadata({**t.schema.metadata, b"metrics": b"[]"}),
+        lambda t: t.replace_schema_metadata({**t.schema.metadata, b"timeouts": b"many"}),
+    ],
+)
+def test_a_log_of_another_program_is_told_in_a_line_whatever_its_seal(tmp_path, change):
+    sink = io.BytesIO()
+    whole = encode(Sampled(rollout().trajectories, 0), {"sampler_gap_mean": 0.5})
+    assert list(read(tmp_path, [write(tmp_path, 1, whole)])) == [1]
+    pq.write_table(change(pq.read_table(io.BytesIO(whole))), sink)
+    name = write(tmp_path, 1, sink.getvalue())
+    with pytest.raises(UserError, match=rf"{name} is damaged: it holds no rollout .*cannot be resumed") as told:
+        read(tmp_path, [name])
+    assert "\n" not in str(told.value)
 
 
 class Killed(BaseException):
