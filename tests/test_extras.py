@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = ("tpu", "cuda", "plan", "gguf", "gym", "bench", "docs", "dev")
+EXTRAS = ("tpu", "cuda", "plan", "gguf", "gym", "bench", "serve", "docs", "dev")
 COMBINATIONS = [names for count in range(len(EXTRAS) + 1) for names in itertools.combinations(EXTRAS, count)]
 # Of packages that a machine without a GPU does not have installed: what version 0.10.2 of the plugin asks for.
 NOT_INSTALLED = {
