@@ -91,7 +91,7 @@ def _packed(inputs: Sequence[_Input], longest: int) -> Iterator[list[list[_Input
             yield rows
             rows, room = [], []
         if not rows:
-            width = _width(size, longest)
+            width = row_width(size, longest)
         if place is None or not rows:
             place = len(rows)
             rows.append([])
@@ -102,7 +102,7 @@ def _packed(inputs: Sequence[_Input], longest: int) -> Iterator[list[list[_Input
         yield rows
 
 
-def _width(size: int, longest: int) -> int:
+def row_width(size: int, longest: int) -> int:
     """Width of rows whose longest input has `size` tokens: few widths, at most an eighth wider than it."""
     step = max(16, 1 << max(0, (size - 1).bit_length() - 3))
     return min(rounded(-(-size // step) * step, longest), longest)
@@ -110,7 +110,7 @@ def _width(size: int, longest: int) -> int:
 
 def _score(model: Transformer, rows: Sequence[Sequence[_Input]], longest: int) -> dict[int, Likelihood]:
     """The likelihoods of the continuations in one batch of rows."""
-    width = _width(len(rows[0][0].tokens), longest)
+    width = row_width(len(rows[0][0].tokens), longest)
     shape = max(1, TOKENS // width), width
     tokens, segments, positions = np.zeros((3, *shape), np.int32)
     where: list[int] = []

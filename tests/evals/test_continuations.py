@@ -35,6 +35,7 @@ def requests(count, seed=0):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_packed_continuations_have_the_likelihood_of_each_alone(model, monkeypatch):
     monkeypatch.setattr(continuations, "TOKENS", 4 * LONGEST)  # several forward passes
     asked = requests(40)

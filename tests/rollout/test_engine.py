@@ -58,6 +58,7 @@ def plain_completion(model, prompt, number, sample, temperature=1.0):
     return tokens[len(prompt) :], logps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_those_of_whole_forward_passes(family):
     model, prompts = tiny_model(3, **FAMILIES[family]), prompts_of(3)
@@ -71,6 +72,7 @@ def test_completions_are_those_of_whole_forward_passes(family):
         np.testing.assert_allclose(one.logp[:3], logps[:3], atol=close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("group", "slots"), [(1, 7), (4, 6), (3, 16)])
 def test_a_completion_is_equal_to_the_bit_in_any_slot_and_beside_any_others(group, slots, dtype):
@@ -93,6 +95,7 @@ def test_a_completion_is_equal_to_the_bit_in_any_slot_and_beside_any_others(grou
             assert len(one.tokens) <= limit and (one.ended or len(one.tokens) == limit)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_slots_give_the_same_tokens():
     model, prompts = tiny_model(1), prompts_of(12)
     expected = complete(model, prompts, 4, group_size=4)

@@ -129,6 +129,7 @@ def same(value: Experiment, one: Path, other: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_each_step_trains_on_samples_of_the_weights_two_steps_ago(whole):
     _, folder = whole
     lines = [line for line in metrics(folder, "reason") if "staleness" in line]  # others sampled nothing
@@ -145,6 +146,7 @@ def test_each_step_trains_on_samples_of_the_weights_two_steps_ago(whole):
     assert not (folder / "stages/reason" / AHEAD).exists()  # a finished stage needs none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(1,), (4,), (5, 6)])  # the checkpoint of step 4 is resumed twice
 def test_a_run_that_was_killed_goes_on_to_the_bit(whole, tmp_path, monkeypatch, steps):
     value, folder = whole
@@ -159,6 +161,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(whole, tmp_path, monkeypatch, 
     same(value, folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_rollout_saves_the_step_that_trains_meanwhile(whole, tmp_path, monkeypatch):
     (value, folder), arrived, sample_next = whole, [], RolloutsAhead.sample_next
 
@@ -187,6 +190,7 @@ def broken(asked, tmp_path_factory):
     return value, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["bit", "gone"])
 def test_a_rollout_that_a_checkpoint_needs_and_that_is_damaged_stops_the_run_in_a_line(broken, tmp_path, damage):
     value, folder = broken
@@ -218,6 +222,7 @@ def test_without_staleness_nothing_is_logged_ahead(asked, tmp_path):
     assert "staleness" not in metrics(tmp_path / "run", "reason")[0]
 
 
+@pytest.mark.slow
 def test_a_sampler_on_devices_of_its_own_gives_the_same_run(whole, tmp_path):
     value, folder = whole
     run(dataclasses.replace(value, rollout_mesh=RolloutMesh(devices=1)), tmp_path / "run")

@@ -284,6 +284,7 @@ def test_a_resumed_run_has_the_same_files(finished, monkeypatch):
     assert trajectory_files(folder) == before and metrics(finished / "run", "grpo") == lines
 
 
+@pytest.mark.slow
 def test_a_damaged_file_ends_a_resume_before_it_trains(finished, monkeypatch):
     monkeypatch.setenv(SEARCH_PATH, str(finished))
     path = trajectory_files(finished / "run" / "stages" / "grpo")[0]
