@@ -10,6 +10,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _run(list(argv))
     _start_with_allocator()
+    sys.unraisablehook = interrupted_again
     signal.signal(signal.SIGINT, interrupt)  # also where a script that began this in its background has it ignored
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -118,6 +120,14 @@ def interrupt(number: int, frame: FrameType | None) -> None:
             os.kill(os.getpid(), number)
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def interrupted_again(told: Any) -> None:
+    """Hook for exceptions that Python cannot raise: a Ctrl-C inside a destructor, which would be lost, comes once more."""
+    if isinstance(told.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(told)
 
 
 def _run(words: list[str]) -> int:

@@ -204,13 +204,22 @@ def test_config_help_lists_every_knob_with_its_help(here, capsys):
 
 
 @pytest.mark.parametrize(
-    "code, returned, told", [("import interrupted", -signal.SIGINT, ""), ("kill()", 0, "caught\n")]
+    "code, returned, told",
+    [
+        ("import interrupted", -signal.SIGINT, ""),
+        ("kill()", 0, "caught\n"),
+        ("Destroyed(); time.sleep(60)", 0, "caught\n"),  # Python ignores exceptions of destructors
+    ],
 )
 def test_ctrl_c_ends_the_process_inside_an_import_and_raises_elsewhere(tmp_path, code, returned, told):
     (tmp_path / "interrupted.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", "utf-8")
     script = f"""
-import os, signal
-from lm.cli.main import interrupt
+import os, signal, sys, time
+from lm.cli.main import interrupt, interrupted_again
+sys.unraisablehook = interrupted_again
+class Destroyed:
+    def __del__(self):
+        kill()
 kill = lambda: os.kill(os.getpid(), signal.SIGINT)
 signal.signal(signal.SIGINT, interrupt)
 try:
