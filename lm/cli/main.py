@@ -41,6 +41,7 @@ COMMANDS = {
     "report": "write report.html: samples, held-out numbers and curves of a run",
     "runs": "list runs with state and size, or remove some",
     "launch": "start a run on a TPU pod, a cluster, or in local processes",
+    "completion": "make bash, zsh or fish complete commands, names and fields",
 }
 
 # Environment to set before jax and its libraries are imported, unless set already.
@@ -97,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     if argv is not None:
         return _run(list(argv))
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`lm completion`)
+        importlib.import_module("lm.cli.completion").complete(COMMANDS, Parser)
     _start_with_allocator()
     sys.unraisablehook = interrupted_again
     signal.signal(signal.SIGINT, interrupt)  # also where a script that began this in its background has it ignored
@@ -220,7 +223,7 @@ def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], l
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lm COMMAND …",
