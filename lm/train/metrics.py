@@ -1,4 +1,4 @@
-"""Logs of a stage: JSON-lines files with TensorBoard scalars, and the progress line on the terminal."""
+"""Logs of a stage: JSON-lines files, and the progress line on the terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOWN = ("loss", "reward", "reward_accuracy")
 
 
 class MetricsLog:
-    """Writes the JSON-lines files of a stage's folder, and TensorBoard scalars in its `tensorboard/`.
+    """Writes the JSON-lines files of a stage's folder.
 
     Lines that belong together are one write, so a kill truncates at most the last one, which is dropped when the file
     is opened again. Every line has a checksum in a file beside it (`lm/json_lines.py`). Only process 0 writes.
@@ -43,18 +43,14 @@ class MetricsLog:
         self.listener = listener
         self.active = _first_process()
         self._files: dict[str, JsonLines] = {}
-        self._tensorboard: Any = None
-        self._purge_from: int | None = None
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Write a line of training metrics, {"step": …, "time": …, "loss": …, …}; each number is a TensorBoard scalar."""
+        """Write a line of training metrics, {"step": …, "time": …, "loss": …, …}."""
         self._write("metrics", [line])
-        self._scalars("train", line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """Write an eval result, {"step": …, "when": …, "eval": NAME, …}; each number is a TensorBoard scalar of NAME."""
+        """Write an eval result, {"step": …, "when": …, "eval": NAME, …}."""
         self._write("eval", [line])
-        self._scalars(f"eval/{line['eval']}", line)
 
     def sample(self, line: dict[str, Any]) -> None:
         """Write one sample."""
@@ -80,7 +76,6 @@ class MetricsLog:
         if not self.active:
             return
         self.close()
-        self._purge_from = step + 1
         for kind in KINDS:
             file = self._path(kind)
             if file.exists() or checksums(file).exists():
@@ -111,9 +106,6 @@ class MetricsLog:
         for stream in self._files.values():
             stream.close()
         self._files.clear()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -139,17 +131,6 @@ class MetricsLog:
             ) from error
         for line in lines:
             self.listener(kind, json_value(line))
-
-    def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
-        if not self.active:
-            return
-        if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_from)
-        for name, value in json_value(line).items():
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
 
 
 class Progress:

@@ -1,6 +1,6 @@
 """The folder of a run: its layout, its lock, and the experiment that it belongs to.
 
-runs/NAME/  experiment.json  environment.json  open_weights.json  tokenizer/  report.html  lock
+runs/NAME/  experiment.json  environment.json  open_weights.json  tokenizer/  report.html  lock  sinks/
             stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/  ahead/
                              benchmarks.jsonl
 """
