@@ -16,6 +16,7 @@ from typing import Any
 
 from lm.experiment import UserError
 from lm.json_lines import JsonLines, checksums, read_json_lines, rewrite_json_lines
+from lm.notebook import notebook_line
 
 KINDS = ("metrics", "eval", "samples", "warnings")
 FIELDS: dict[str, dict[str, type]] = {
@@ -134,7 +135,7 @@ class MetricsLog:
 
 
 class Progress:
-    """Progress of a stage: a rich progress bar on a terminal, else a plain line every ten seconds.
+    """Progress of a stage: a rich progress bar on a terminal, a line that is written over in a notebook, else one every ten seconds.
 
     Only process 0 shows it.
 
@@ -152,7 +153,8 @@ class Progress:
         self._doing = ""
         self._bar: Any = None
         self._task: Any = None
-        if self.active and sys.stdout.isatty():
+        self._line = notebook_line() if self.active else None
+        if self.active and self._line is None and sys.stdout.isatty():
             self._bar, self._task = _rich_bar(label, total, start)
             self._bar.start()
 
@@ -187,9 +189,13 @@ class Progress:
             self._bar.update(
                 self._task, completed=step, numbers=f"{left}  {shown}  {rate}"
             )  # a narrow terminal cuts the end
+            return
+        text = f"{self.label}  step {step}/{self.total}  {shown}  {rate}  {left}"
+        if self._line is not None:
+            self._line.show(text, now=step >= self.total)
         elif self.active and (step >= self.total or time.monotonic() - self._printed >= PLAIN_EVERY_SECONDS):
             self._printed = time.monotonic()
-            print(f"{self.label}  step {step}/{self.total}  {shown}  {rate}  {left}", flush=True)
+            print(text, flush=True)
 
     def show_activity(self, text: str) -> None:
         """Show the activity between two steps: `compiling`, `evaluating 3/12: docs`.
@@ -198,6 +204,9 @@ class Progress:
         """
         if self._bar is not None:
             self._bar.update(self._task, numbers=text, refresh=True)
+            return
+        if self._line is not None:
+            self._line.show(f"{self.label}  {text}")
             return
         kind, now = text.split()[0].rstrip(":"), time.monotonic()
         wait = PLAIN_EVERY_SECONDS if kind == self._doing else CHANGE_SECONDS
