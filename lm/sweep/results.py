@@ -12,7 +12,7 @@ from typing import Any
 
 from lm.changes import normalised, read_experiment
 from lm.experiment import Experiment, UserError, nearest
-from lm.shapes import is_flag, is_number, is_text
+from lm.shapes import is_flag, is_number, is_text, misfit
 from lm.stored import read_record
 from lm.train.provenance import last_session
 from lm.train.run_files import StageFiles, read_stage
@@ -29,6 +29,13 @@ TRIAL = {
     "impossible?": is_flag,
 }
 SWEEP = {"base": {}, "axes": {}, "search": {"kind": is_text}, "baseline?": {}}
+EXPERIMENT = {
+    "seed": is_number,
+    "model": {"max_len": is_number},
+    "evals": [{"name": is_text, "metric": is_text}],
+    "stages": [{"name": is_text, "objective": {"kind": is_text}, "steps": is_number}],
+}
+"""What comparisons read of an experiment that this lm cannot read, as that of a trial that cannot run."""
 MAIN_FIELD = {"best_of_n": "reward"}  # metrics whose main field has another name than the metric
 
 
@@ -128,8 +135,13 @@ def measurements(stage: StageFiles, name: str, field: str) -> list[tuple[int, fl
 
 
 def read_result(folder: Path) -> Result:
-    """Read one run. Raises UserError if the folder is not a run's."""
-    return Result(folder, normalised(read_experiment(folder)))
+    """Read one run. Raises UserError if the folder is not a run's, or its experiment.json lacks a field."""
+    found = normalised(read_experiment(folder))
+    if fault := misfit(found, EXPERIMENT):
+        raise UserError(
+            f"{folder / 'experiment.json'} is damaged: its {fault:.80} cannot be read; put back a copy of it"
+        )
+    return Result(folder, found)
 
 
 def read_sweep(folder: Path) -> list[Result]:

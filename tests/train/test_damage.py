@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lm import json_lines
-from lm.changes import read_experiment
+from lm.changes import changes, normalised, read_experiment, stored_experiment
 from lm.choices.log import read_log
 from lm.cli.main import main
 from lm.data.cache import Cache
@@ -20,7 +20,7 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import SFT, Experiment, Source, Stage, UserError, from_dict, to_dict
 from lm.json_lines import checksums, read_json_lines
 from lm.stored import read_sealed, sealed, write_json_atomic, write_sealed
-from lm.sweep.results import read_description, read_trial
+from lm.sweep.results import read_description, read_result, read_trial
 from lm.train import goodput
 from lm.train.checkpoint import Checkpoints
 from lm.train.loaded_run import origin_of
@@ -118,6 +118,17 @@ def cached(run: Path) -> None:
     assert len(entry.array("numbers")) == entry.length("numbers") == 9
 
 
+def unrecorded(run: Path) -> None:
+    """Read experiment.json as comparisons and a resume do where no environment.json says what it was."""
+    plan, alone = json.loads(json.dumps(to_dict(PLAN))), run / "alone"
+    alone.mkdir(exist_ok=True)
+    shutil.copy(run / "experiment.json", alone)
+    assert read_result(alone).seed is not None
+    there = stored_experiment(alone)
+    for one, other in ((there, plan), (plan, there)):
+        changes(normalised(one), normalised(other), 1)
+
+
 def inputs_checked(run: Path) -> None:
     now = {"data": {"asked.jsonl": "0" * 64}, "tokenizer": "1" * 64, "versions": {"jax": "1"}, "python": "3.11"}
     check_run_inputs(RunFolder(run), now, accept=True)
@@ -125,7 +136,7 @@ def inputs_checked(run: Path) -> None:
 
 STAGE = "stages/sft"
 READERS = {
-    "experiment.json": [read_experiment, lambda run: from_dict(read_experiment(run)), read_run],
+    "experiment.json": [read_experiment, lambda run: from_dict(read_experiment(run)), read_run, unrecorded],
     "environment.json": [read_experiment, last_session, read_run, search_recorded, inputs_checked],
     "open_weights.json": [origin_of],
     "trial.json": [lambda run: read_trial(run / "trial.json")],
@@ -225,7 +236,7 @@ def test_a_reader_is_total_whatever_a_right_seal_is_of(folder, name):
                     read(folder)
                 except UserError as error:
                     wrong += 1
-                    assert "\n" not in str(error) and str(file.parent) in str(error)
+                    assert "\n" not in str(error) and str(folder) in str(error)
     finally:
         file.write_bytes(whole)
     assert wrong or "cache" in name  # whose entries are built again
