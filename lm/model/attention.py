@@ -182,7 +182,6 @@ def attention_of(
     segments: Int[Array, "B T"],
     first: int = 0,
     causal: bool = True,
-    branches: Int[Array, "B T"] | None = None,
 ) -> Callable[[Array, Array, Array], Array]:
     """The attention function (queries, keys, values) -> heads for rows with these positions and segments.
 
@@ -193,16 +192,10 @@ def attention_of(
         layer: the layer whose window and soft cap apply.
         first: index of the first query; tokens before it are keys only.
         causal: False: a token also attends to tokens after it.
-        branches: number of each token's branch: tokens of branch 0 are seen by their whole segment, those of another by that
-            branch alone, by plain attention.
     """
     window, softcap = layer.window, layer.softcap
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
-    if branches is not None:
-        mask = attention_mask(positions, positions, segments, segments, window, causal)
-        mask &= (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-        return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, softcap), "attention")
     if name == "splash":
         fits = causal and not first and splash.fits(rows, length, config.head_dim)
         name = _checked_splash(config.attention, length) if fits else "plain"
@@ -282,37 +275,60 @@ class PartialHeads:
     top: Float[Array, "B H T 1"]
     total: Float[Array, "B H T 1"]
 
+    @property
+    def normalised(self) -> Float[Array, "B H T K"]:
+        """The heads, if all keys of the queries are in this part, and at least one of each is not masked."""
+        return self.heads / self.total
+
+
+def keys_turned() -> bool:
+    """Whether blocks of cached keys have their tokens last: the products of few queries are several times as fast on CPU."""
+    return platform() == "cpu"
+
+
+def turned(x: Float[Array, "... S K"]) -> Float[Array, "..."]:
+    """Keys as `keys_turned` says."""
+    return jnp.swapaxes(x, -1, -2) if keys_turned() else x
+
 
 def attend_partly(
     q: Float[Array, "B H T K"],
-    k: Float[Array, "B N S K"],
-    v: Float[Array, "B N S K"],
-    mask: Bool[Array, "B T S"],
+    k: Float[Array, "B N X K S"],
+    v: Float[Array, "B N X S K"],
+    mask: Bool[Array, "B _ C"],
     softcap: float = 0.0,
 ) -> PartialHeads:
-    """`attend` over a part of the keys; `join_parts` gives the heads.
+    """`attend` over a part of the keys, in X blocks of S columns; blocks of keys are as `turned` gives them.
 
     Masked keys change no bit of the result. A query without a key in this part has a part without weight.
     """
     b, h, t, d = q.shape
-    n, s = k.shape[1], k.shape[2]
-    scores = _products(q.reshape(b, n, (h // n) * t, d), k) / math.sqrt(d)
+    n, x, s = v.shape[1:4]
+    grouped = q.astype(k.dtype).reshape(b, n, 1, (h // n) * t, d)
+    shape = "bnxks" if keys_turned() else "bnxsk"
+    scores = jnp.einsum(
+        f"bnxqk,{shape}->bnxqs",
+        jnp.broadcast_to(grouped, (b, n, x, *grouped.shape[3:])),
+        k,
+        preferred_element_type=_accumulator(q),
+    ) / math.sqrt(d)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, None, None], scores.reshape(b, n, h // n, t, s), -1e30)
-    top = scores.max(-1, keepdims=True)
+    seen = jnp.swapaxes(mask.reshape(b, -1, x, s), 1, 2)[:, None, :, None]
+    scores = jnp.where(seen, scores.reshape(b, n, x, h // n, t, s), -1e30)
+    top = scores.max((2, 5), keepdims=True)
     weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    rows = weights.astype(v.dtype).reshape(b, n, (h // n) * t, s)
-    heads = jnp.einsum("bnqs,bnsk->bnqk", rows, v, preferred_element_type=_accumulator(q))
+    total = weights.sum(-1).sum(2)
+    rows = weights.astype(v.dtype).reshape(b, n, x, (h // n) * t, s)
+    heads = jnp.einsum("bnxqs,bnxsk->bnxqk", rows, v, preferred_element_type=_accumulator(q)).sum(2)
     return PartialHeads(heads.reshape(b, h, t, d), top.reshape(b, h, t, 1), total.reshape(b, h, t, 1))
 
 
-def join_parts(one: PartialHeads, other: PartialHeads) -> Float[Array, "B H T K"]:
-    """The heads of queries whose keys are in two parts; at least one of a query's keys is not masked."""
+def join_parts(one: PartialHeads, other: PartialHeads) -> PartialHeads:
+    """Attention over the keys of two parts; a part in which all keys are masked changes no bit."""
     top = jnp.maximum(one.top, other.top)
     mine, its = jnp.exp(one.top - top), jnp.exp(other.top - top)
-    return (one.heads * mine + other.heads * its) / (one.total * mine + other.total * its)
+    return PartialHeads(one.heads * mine + other.heads * its, top, one.total * mine + other.total * its)
 
 
 def _products(q: Float[Array, "B N Q K"], k: Float[Array, "B N S K"]) -> Float[Array, "B N Q S"]:

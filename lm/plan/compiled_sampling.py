@@ -18,7 +18,7 @@ from lm.plan.one_device import parameter_bytes
 from lm.plan.program import Program
 from lm.plan.sampling import Sampling, reads
 from lm.rollout.engine import LOOK
-from lm.rollout.slots import Assignment, empty_reader, empty_slots, read_chunk, sample_tokens
+from lm.rollout.slots import Assignment, empty_reader, empty_slots, placement, read_chunk, sample_tokens
 
 
 def compiled_sampling(program: Program, found: Sampling, libtpu: str | None = None) -> tuple[Sampling, str]:
@@ -71,4 +71,4 @@ def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
 
 def _split(x: Any, mesh: Mesh) -> NamedSharding:
     """Where the engine places an array of slots, lanes or prompts."""
-    return NamedSharding(mesh, spec(("batch", *("kv_heads",) * (x.ndim == 4))))
+    return NamedSharding(mesh, spec(placement(x)))

@@ -96,7 +96,7 @@ def sampling(program: Program) -> Sampling | None:
         slots = jax.eval_shape(lambda: empty_slots(model, local.slots, local.lanes, local.prompt, local.new))
         reading = _usage(sampler, model, functools.partial(_read, local))
         turn = _usage(sampler, model, functools.partial(_sample, local, objective.temperature))
-    prompts, own = _bytes((slots.prompt_keys, slots.prompt_values)), _bytes((slots.keys, slots.values))
+    prompts, own = _bytes(slots.prompts), _bytes(slots.columns)
     one = turn.turns[-1]  # one iteration of the loop over new tokens
     rate, network_s = sampler.topology.chip.hbm_rate, gather_seconds(sampler, one) + _sum_seconds(sampler, local.slots)
     trainer_bytes, trainer_s = _trainer_pass(program)

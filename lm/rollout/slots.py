@@ -20,10 +20,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lm.experiment import Layer
-from lm.model.attention import attend_partly, join_parts
-from lm.model.transformer import Attend, KVCache, Transformer, write
+from lm.model.transformer import Attend, KVCache, Transformer
 from lm.parallel.rules import constrain, split_ways
 from lm.rollout.sampler import choose, completion_keys
+from lm.rollout.slot_cache import (
+    Columns,
+    attend_columns,
+    columns_of,
+    empty_columns,
+    longest,
+    put_token,
+    visible_columns,
+)
 from lm.types import Anywhere, pytree
 
 
@@ -31,12 +39,10 @@ from lm.types import Anywhere, pytree
 class Slots:
     """Prompts in lanes and completions in slots, with their caches; `hidden` is the state that the next token follows."""
 
-    prompt_keys: tuple[Float[Array, "L H S K"], ...]  # one array per layer
-    prompt_values: tuple[Float[Array, "L H S K"], ...]
+    prompts: tuple[Columns, ...]  # of the lanes, one for each layer
     prompt_lengths: Int[Array, " L"]
     prompt_hidden: Float[Array, "L D"]
-    keys: tuple[Float[Array, "R H N K"], ...]
-    values: tuple[Float[Array, "R H N K"], ...]
+    columns: tuple[Columns, ...]  # of the slots' own tokens
     hidden: Float[Array, "R D"]
     steps: Int[Array, " R"]  # tokens sampled so far
     done: Bool[Array, " R"]
@@ -67,11 +73,9 @@ sampling_model = jax.jit(Transformer.for_sampling)
 def empty_slots(model: Transformer, slots: int, lanes: int, prompt: int, new: int) -> Slots:
     """Slots and lanes without contents, for prompts of at most `prompt` and completions of at most `new` tokens."""
     width, dtype = model.config.embed_dim, jnp.dtype(model.config.compute_dtype)
-    of_prompts, of_slots = model.empty_cache(lanes, prompt), model.empty_cache(slots, new)
     made = Slots(
-        of_prompts.keys, of_prompts.values, jnp.zeros(lanes, jnp.int32), jnp.zeros((lanes, width), dtype),
-        of_slots.keys, of_slots.values, jnp.zeros((slots, width), dtype), jnp.zeros(slots, jnp.int32),
-        jnp.ones(slots, bool), jnp.zeros((slots, new), jnp.int32), jnp.zeros((slots, new), jnp.float32),
+        empty_columns(model.config, lanes, prompt), jnp.zeros(lanes, jnp.int32), jnp.zeros((lanes, width), dtype),
+        empty_columns(model.config, slots, new), jnp.zeros((slots, width), dtype), jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool), jnp.zeros((slots, new), jnp.int32), jnp.zeros((slots, new), jnp.float32),
     )  # fmt: skip
     return _placed(made)
 
@@ -108,17 +112,18 @@ def fill_lanes(
     slots: Slots, cache: KVCache, hidden: Float[Array, "P D"], lengths: Int[Array, " P"], lanes: Int[Array, " P"]
 ) -> Slots:
     """Copy prompts that have been read into their lanes; a row whose lane does not exist is dropped."""
-    shards = split_ways(len(slots.keys[0]), "batch")
+    shards = split_ways(len(slots.done), "batch")
 
-    def into(old: Array, new: Array) -> Array:
+    def put(old: Array, new: Array) -> Array:
         return _by_shard(lambda x, y, at: x.at[at].set(y, mode="drop"), shards, old, new, lanes)
 
-    put = functools.partial(write, into)
-
+    read = tuple(
+        columns_of(keys, values, lengths, like)
+        for keys, values, like in zip(cache.keys, cache.values, slots.prompts, strict=True)
+    )
     filled = dataclasses.replace(
         slots,
-        prompt_keys=tuple(map(put, slots.prompt_keys, cache.keys)),
-        prompt_values=tuple(map(put, slots.prompt_values, cache.values)),
+        prompts=jax.tree.map(put, slots.prompts, read),
         prompt_lengths=put(slots.prompt_lengths, lengths),
         prompt_hidden=put(slots.prompt_hidden, hidden),
     )
@@ -187,8 +192,8 @@ def append(
     token, logp = _placed((token, logp))
     at = jnp.where(slots.done, new, slots.steps)  # what a slot that is done writes is dropped
     done = functools.reduce(operator.or_, (token == one for one in end_ids), slots.done)
-    caches = list(slots.keys), list(slots.values)
-    attend_of = _attention_of(model, slots, assigned, caches, lengths, at)
+    columns = list(slots.columns)
+    attend_of = _attention_of(slots, assigned, columns, lengths)
     ones = jnp.ones((rows, 1), jnp.int32)
     found = model.attended(token[:, None], (lengths + slots.steps)[:, None], ones, attend_of)
     steps = slots.steps + ~slots.done
@@ -196,8 +201,7 @@ def append(
         slots,
         tokens=slots.tokens.at[every, at].set(token, mode="drop"),
         logp=slots.logp.at[every, at].set(logp, mode="drop"),
-        keys=tuple(caches[0]),
-        values=tuple(caches[1]),
+        columns=tuple(columns),
         hidden=found[:, 0],
         steps=steps,
         done=done | (steps >= assigned.limits),
@@ -227,20 +231,13 @@ def _sharing(slots: Slots, assigned: Assignment) -> tuple[bool, int]:
 
 
 def _attention_of(
-    model: Transformer,
-    slots: Slots,
-    assigned: Assignment,
-    caches: tuple[list[Array], list[Array]],
-    lengths: Int[Array, " R"],
-    at: Int[Array, " R"],
+    slots: Slots, assigned: Assignment, columns: list[Columns], lengths: Int[Array, " R"]
 ) -> Callable[[int, Layer], Attend]:
-    """The attention of one new token per slot, over its prompt and its new tokens; puts its key and value into `caches`.
+    """The attention of one new token per slot, over its prompt and its new tokens; puts its key and value into `columns`.
 
     Args:
         lengths: length of each slot's prompt.
-        at: column of each slot's new token.
     """
-    rows = jnp.arange(len(at))
     shared, shards = _sharing(slots, assigned)
 
     def to_lanes(x: Array) -> Array:
@@ -254,28 +251,21 @@ def _attention_of(
             return x[:, 0]
         return _by_shard(lambda x, lane, place: x[lane, place], shards, x, assigned.lanes, assigned.places)
 
-    prompt, new = slots.prompt_keys[0].shape[2], slots.tokens.shape[1]
-    position = to_lanes(lengths + slots.steps)[:, :, None]
-    column, age = jnp.arange(prompt), slots.steps[:, None, None] - jnp.arange(new)
-    there = (column < slots.prompt_lengths[:, None])[:, None]
-
-    def put(cache: Array, new: Array) -> Array:
-        return cache.at[rows, :, at].set(new, mode="drop")
+    position, new = to_lanes(lengths + slots.steps), slots.steps + 1
+    used_of_prompts, used = longest(lengths, ~slots.done), longest(new, ~slots.done)
 
     def attend_of(number: int, layer: Layer) -> Attend:
-        window = layer.window
-        in_prompt = there & (position - column < window if window else True)
-        in_slot = (age >= 0) & (age < window if window else True)
+        prompts, size = slots.prompts[number], columns[number].size
+        in_prompt = visible_columns(prompts, slots.prompt_lengths, position, layer)
+        in_slot = visible_columns(columns[number], new, slots.steps[:, None], layer)
+        at = jnp.where(slots.done, size, slots.steps % size)  # what a slot that is done writes is dropped
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            for cache, one in zip(caches, (k, v), strict=True):
-                cache[number] = write(put, cache[number], one[:, :, 0])
+            columns[number] = own = put_token(columns[number], k[:, :, 0], v[:, :, 0], at)
             of_lanes = jnp.swapaxes(to_lanes(q[:, :, 0]), 1, 2)
-            keys, values = slots.prompt_keys[number], slots.prompt_values[number]
-            prompts = attend_partly(of_lanes, keys, values, in_prompt, layer.softcap)
-            back = jax.tree.map(lambda x: to_slots(jnp.swapaxes(x, 1, 2))[:, :, None], prompts)
-            own = attend_partly(q, caches[0][number], caches[1][number], in_slot, layer.softcap)
-            return join_parts(back, own).astype(q.dtype)
+            of_prompts = attend_columns(of_lanes, prompts, in_prompt, used_of_prompts, layer.softcap)
+            back = jax.tree.map(lambda x: to_slots(jnp.swapaxes(x, 1, 2))[:, :, None], of_prompts)
+            return attend_columns(q, own, in_slot, used, layer.softcap, back).normalised.astype(q.dtype)
 
         return attend
 
@@ -294,7 +284,12 @@ def whole_rows(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
 
 def _placed(tree: Any) -> Any:
     """The arrays with slots, lanes or prompts split over the mesh: always alike, so that no program compiles again."""
-    return jax.tree.map(lambda x: constrain(x, "batch", *("kv_heads",) * (x.ndim == 4)), tree)
+    return jax.tree.map(lambda x: constrain(x, *placement(x)), tree)
+
+
+def placement(x: Array) -> tuple[str, ...]:
+    """Logical names of the first dimensions of an array of slots, lanes or prompts: that of the batch, and the heads of a cache."""
+    return ("batch", "kv_heads") if x.ndim > 3 else ("batch",)
 
 
 def _by_shard(function: Callable[..., Array], shards: int, *arrays: Array) -> Array:

@@ -15,6 +15,7 @@ from lm.parallel.mesh import make_mesh, rollout_mesh
 from lm.parallel.rules import shardings
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.rollout.sampler import choose, completion_keys
+from lm.rollout.slot_cache import chunks_of
 from lm.rollout.slots import empty_slots, read_chunk, sample_tokens, sampling_model
 from tests.helpers import VOCAB, layout, tiny_model, with_moved_adapter
 
@@ -58,7 +59,6 @@ def plain_completion(model, prompt, number, sample, temperature=1.0):
     return tokens[len(prompt) :], logps
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_those_of_whole_forward_passes(family):
     model, prompts = tiny_model(3, **FAMILIES[family]), prompts_of(3)
@@ -72,7 +72,6 @@ def test_completions_are_those_of_whole_forward_passes(family):
         np.testing.assert_allclose(one.logp[:3], logps[:3], atol=close)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("group", "slots"), [(1, 7), (4, 6), (3, 16)])
 def test_a_completion_is_equal_to_the_bit_in_any_slot_and_beside_any_others(group, slots, dtype):
@@ -95,7 +94,31 @@ def test_a_completion_is_equal_to_the_bit_in_any_slot_and_beside_any_others(grou
             assert len(one.tokens) <= limit and (one.ended or len(one.tokens) == limit)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("family", ["plain", "windows", "bfloat16"])
+def test_completions_are_equal_to_the_bit_whichever_part_of_the_caches_is_read(family, monkeypatch):
+    """The part follows the longest prompt and completion in progress, so it depends on the others."""
+    monkeypatch.setattr("lm.rollout.slot_cache.BLOCK", 4)
+    monkeypatch.setattr("lm.rollout.engine.LOOK", 4)
+    assert chunks_of(NEW) == [(1, 4), (1, 4), (1, 4), (2, 4)] and chunks_of(WIDTH, window=5) == [(1, 4), (1, 4)]
+    model, prompts = tiny_model(3, **FAMILIES[family]), [one[:9] for one in prompts_of(12)]
+    alone = complete(model, prompts, 4, group_size=2, limits=[NEW, NEW] + [1] * 22)[:2]
+    others = [prompts[0], *prompts_of(12, 7)[1:]]
+    for one, other in zip(alone, complete(model, others, 4, group_size=2), strict=False):
+        assert one.tokens.tobytes() == other.tokens.tobytes() and one.logp.tobytes() == other.logp.tobytes()
+    if family != "bfloat16":
+        tokens, logps = plain_completion(model, prompts[0], 0, 1)
+        assert alone[1].tokens.tolist() == tokens and len(tokens) > 12
+        np.testing.assert_allclose(alone[1].logp, logps, atol=1e-4)
+
+
+def test_a_layer_with_a_window_has_columns_for_its_window_only():
+    model = sampling_model(tiny_model(3, **FAMILIES["windows"]))
+    slots = empty_slots(model, slots=2, lanes=1, prompt=30, new=20)
+    windows = [model.config.layer(number).window for number in range(model.config.num_layers)]
+    assert [one.size for one in slots.columns] == [window or 20 for window in windows]
+    assert [one.size for one in slots.prompts] == [window or 30 for window in windows]
+
+
 def test_other_numbers_of_slots_give_the_same_tokens():
     model, prompts = tiny_model(1), prompts_of(12)
     expected = complete(model, prompts, 4, group_size=4)
@@ -180,11 +203,11 @@ def test_a_sampler_of_its_own_layout_has_whole_rows_of_weights():
     model = jax.device_put(model, shardings(model, mesh))
     with jax.set_mesh(rollout_mesh(RolloutMesh(2), mesh)):
         weight = sampling_model(model).blocks[0].mlp.gate.weight[...]
-        cache = empty_slots(sampling_model(model), 8, 4, 16, 16)
+        keys = empty_slots(sampling_model(model), 8, 4, 16, 16).columns[0].keys[0]
     embed, mlp = weight.shape
     assert weight.dtype == jnp.bfloat16 and weight.sharding.shard_shape(weight.shape) == (embed, mlp // 2)
-    rows, heads = cache.keys[0].shape[:2]
-    assert cache.keys[0].sharding.shard_shape(cache.keys[0].shape)[:2] == (rows // 4, heads // 2)
+    rows, heads = keys.shape[:2]
+    assert keys.sharding.shard_shape(keys.shape)[:2] == (rows // 4, heads // 2)
 
 
 def test_sampling_calls_the_check_every_few_tokens_and_ends_with_its_error(monkeypatch):
