@@ -27,22 +27,18 @@ from lm.experiment import (
 
 @dataclass(frozen=True)
 class Knob:
-    """A field of an experiment that the command line can override: dotted name, type in words, value, help and default.
-
-    `default` is dataclasses.MISSING where a file has to give the value.
-    """
+    """A field of an experiment that the command line can override: dotted name, type in words, value and help."""
 
     name: str
     type: str
     value: Any
     help: str
-    default: Any
 
 
 def knobs(experiment: Experiment) -> list[Knob]:
     """All knobs of an experiment, in the order of the dataclasses."""
     return [
-        Knob(name, describe(kind, metadata.get("range")), value, metadata.get("help", ""), metadata["default"])
+        Knob(name, describe(kind, metadata.get("range")), value, metadata.get("help", ""))
         for name, (_, kind, value, metadata) in _leaves(experiment).items()
     ]
 
@@ -121,7 +117,7 @@ def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[t
                 inside = "" if f.name == "stages" else f"{name}."
                 found |= _leaves(member, f"{inside}{getattr(member, 'name', i)}.", (*here, i))
         else:
-            found[name] = (here, hints[f.name], item, {**f.metadata, "default": f.default})
+            found[name] = (here, hints[f.name], item, f.metadata)
     return found
 
 

@@ -8,6 +8,7 @@ writes directly into the layout that attention reads, and no reshape hides the s
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -124,8 +125,50 @@ class Embedding(nnx.Module):
         return look_up(table, constrain(tokens, "batch", "length"))
 
 
+class WeightBlocks(nnx.Module):
+    """A weight in blocks of `WIDTH` outputs, each contiguous: a CPU multiplies few rows by it a quarter faster. For sampling only."""
+
+    def __init__(self, weight: nnx.Param, inputs: int):
+        self.names, self.shape = axes_of(weight), weight.shape
+        flat = weight[...].reshape(math.prod(self.shape[:inputs]), -1)
+        blocks = jnp.moveaxis(flat.reshape(len(flat), -1, WIDTH), 1, 0)
+        self.blocks = parameter(blocks, (None, None, None))
+
+    def __getitem__(self, _: Any) -> Float[Array, "..."]:
+        blocks = self.blocks[...]
+        return jnp.moveaxis(blocks, 0, 1).reshape(self.shape)
+
+    def times(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x·w in x's dtype, like `multiply`."""
+        flat = x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1) if self.names[0] == "heads" else x
+        y = self.project(flat, x.dtype)
+        return y.reshape(*y.shape[:2], *self.shape[1:]).swapaxes(1, 2) if self.names[-1] == "head_dim" else y
+
+    def project(self, x: Float[Array, "... I"], preferred: DTypeLike) -> Float[Array, "... O"]:
+        """x·w over all leading dimensions of x, as `project`."""
+        flat, blocks = x.reshape(-1, x.shape[-1]), self.blocks[...].astype(x.dtype)
+        y = contract(jnp.broadcast_to(flat, (len(blocks), *flat.shape)), blocks, 1)
+        return jnp.moveaxis(y, 0, 1).reshape(*x.shape[:-1], -1).astype(preferred)
+
+
+WIDTH = 64  # outputs of a block of a weight
+
+
+def block_weights(module: nnx.Module) -> None:
+    """Replace the weights of a module's linear layers by blocks, in place, where these divide them; quantised weights stay."""
+    for part in vars(module).values():
+        if isinstance(part, Linear) and isinstance(part.weight, nnx.Param):
+            if math.prod(part.weight.shape[part.inputs :]) % WIDTH == 0:
+                blocks: Any = WeightBlocks(part.weight, part.inputs)
+                part.weight = blocks
+        elif isinstance(part, nnx.Module):
+            block_weights(part)
+
+
 def multiply(x: Float[Array, "..."], weight: Any) -> Float[Array, "..."]:
     """x·w in x's dtype, after gathering the weight; the names of its dimensions identify those of heads."""
+    if isinstance(weight, WeightBlocks):
+        return weight.times(x)
     names = axes_of(weight)
     product = project if len(names) == 2 else to_heads if names[-1] == "head_dim" else from_heads
     return product(x, gather(weight, x.dtype)) if isinstance(weight, nnx.Param) else _multiply_fixed(x, weight, product)

@@ -26,7 +26,7 @@ from lm.model.attention import (
     rope_frequencies,
 )
 from lm.model.block import Block
-from lm.model.linear import Embedding, Linear, project
+from lm.model.linear import Embedding, Linear, WeightBlocks, block_weights, project
 from lm.model.norm import Norm
 from lm.model.parameter import axes_of, gather, leaf_name, parameter, stack_layers
 from lm.model.shared_prompt import shared_attention_of
@@ -113,18 +113,14 @@ class Transformer(nnx.Module):
         segments: Int[Array, "B T"],
         shared: SharedPrompt | None = None,
         causal: bool = True,
-        branches: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         """The last hidden state of each token, normed; and the metrics of the layers by name, such as a router's loss.
 
         Args:
             shared: set if the rows are folded, each a prompt and all its answers (shared_prompt.py).
             causal: False: a token attends to its whole segment, as in an encoder.
-            branches: continuations of one context in one segment, each a branch (`attention_of`); its positions begin after
-                those of the context. The rows are not split over devices.
         """
-        c, whole = self.config, shared or branches is not None
-        cut = WHOLE if whole else zigzag_layout(tokens.shape[1])
+        c, cut = self.config, WHOLE if shared else zigzag_layout(tokens.shape[1])
         tokens, positions, segments = (to_zigzag(x, cut) for x in (tokens, positions, segments))
         x = self._embed(tokens)
 
@@ -134,7 +130,7 @@ class Transformer(nnx.Module):
             if shared:
                 attend = shared_attention_of(c, layer, positions, segments, shared)
             else:
-                attend = attention_of(c, layer, positions, segments, causal=causal, branches=branches)
+                attend = attention_of(c, layer, positions, segments, causal=causal)
 
             def run(x: Array, block: Block) -> tuple[Array, Aux]:
                 return block(x, angles, attend, segments)
@@ -147,8 +143,11 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every token of the vocabulary, in `config.logits_dtype` (float64 for a float64 model)."""
         dtype = jnp.promote_types(hidden.dtype, jnp.dtype(self.config.logits_dtype))
-        weight = self.embed.weight[...].T if self.head is None else self.head.weight[...]
-        logits, cap = project(hidden, weight.astype(hidden.dtype), preferred=dtype), self.config.final_softcap
+        weight, cap = self.embed.weight[...].T if self.head is None else self.head.weight, self.config.final_softcap
+        if isinstance(weight, WeightBlocks):
+            logits = weight.project(hidden, dtype)
+        else:
+            logits = project(hidden, weight[...].astype(hidden.dtype), preferred=dtype)
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def with_whole_tables(self) -> Transformer:
@@ -191,6 +190,13 @@ class Transformer(nnx.Module):
             places = shardings(model, jax.sharding.get_abstract_mesh())
             model = jax.lax.with_sharding_constraint(model, places)
         model.blocks = nnx.data(jax.lax.optimization_barrier(self._layers(model.blocks)))
+        return model
+
+    def for_decoding(self) -> Transformer:
+        """This model of `for_sampling` for reading one token of each row: on one CPU device with its weights in blocks."""
+        model = jax.tree.map(lambda x: x, self)
+        for part in (*model.blocks, model) if platform() == "cpu" and one_device() else ():
+            block_weights(part)
         return model
 
     def _layers(self, blocks: Block | tuple[Block, ...]) -> tuple[Block, ...]:

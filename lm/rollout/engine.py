@@ -24,7 +24,16 @@ from lm.parallel.distributed import fetch
 from lm.parallel.mesh import rollout_mesh
 from lm.rollout.batching import Batching, Occupant, Sizes, sizes_of
 from lm.rollout.sampler import encode_prompt
-from lm.rollout.slots import Slots, empty_reader, empty_slots, fill_lanes, read_chunk, sample_tokens, sampling_model
+from lm.rollout.slots import (
+    Slots,
+    decoding_model,
+    empty_reader,
+    empty_slots,
+    fill_lanes,
+    read_chunk,
+    sample_tokens,
+    sampling_model,
+)
 
 LOOK = 64  # tokens between two looks at what has ended, and for a signal
 STOP_LOOK = 16  # the same where strings end completions
@@ -114,13 +123,14 @@ class LocalEngine:
     def _ended(self, request: Request, batching: Batching) -> Iterator[tuple[Occupant, np.ndarray, np.ndarray]]:
         """Each completion's tokens and log-probabilities, as soon as it has ended."""
         s, model = batching.sizes, sampling_model(self.model)
+        decoder = decoding_model(model)
         slots, reader = empty_slots(model, s.slots, s.lanes, s.prompt, s.new), empty_reader(model, s.reading, s.prompt)
         while batching.waits or batching.running:
             between_batches()
             while chosen := batching.next_prompts():
                 slots, reader = _read(model, slots, reader, s, request.prompts, chosen)
             slots = sample_tokens(
-                model, slots, batching.assign(), request.key, request.temperature, STOP_LOOK if request.stop else LOOK,
+                decoder, slots, batching.assign(), request.key, request.temperature, STOP_LOOK if request.stop else LOOK,
                 s.refill if batching.waits else s.slots + 1, end_ids=tuple(self.tokenizer.end_ids),
                 top_k=request.top_k, top_p=request.top_p, vocab_size=self.tokenizer.vocab_size,
             )  # fmt: skip

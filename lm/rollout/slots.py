@@ -67,6 +67,7 @@ class Assignment:
 
 
 sampling_model = jax.jit(Transformer.for_sampling)
+decoding_model = jax.jit(Transformer.for_decoding)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "lanes", "prompt", "new"))

@@ -148,9 +148,7 @@ def with_seed(experiment: Experiment, seed: int) -> Experiment:
 
 def key_of(experiment: Experiment) -> str:
     """The key of an experiment: a digest of its value except the name."""
-    return digest(
-        {k: v for k, v in without_defaults(resolve_sources(experiment)).items() if k not in ("name", "sinks")}
-    )
+    return digest({k: v for k, v in without_defaults(resolve_sources(experiment)).items() if k != "name"})
 
 
 def digest(value: Any) -> str:

@@ -51,8 +51,6 @@ SOURCE = {
     "first?": ({"*": anything}, is_none),
     "unread?": (is_list, is_none),
 }
-VERSIONS = {"*": (is_text, is_none)}
-INPUTS = {"data?": {"*": is_text}, "tokenizer?": is_text, "versions?": VERSIONS, "python?": is_text}
 SECONDS = ("step", "sample", "data", "compile", "eval", "save", "start", "lost", "first_step")
 SUMMARY: Shape = {
     "steps?": is_count,
@@ -63,7 +61,6 @@ SUMMARY: Shape = {
     "seconds?": is_number,
     **{f"{name}_seconds?": is_number for name in SECONDS},
     "sources?": ([SOURCE], is_none),
-    "files?": {"*": is_text},
     "trajectories?": ({"files": is_count, "first": is_count, "last": is_count}, lambda value: not value),
 }
 """The end of a stage, summary.json."""
@@ -73,7 +70,7 @@ SESSION: Shape = {
     "started": is_text,
     "python": is_text,
     "platform": is_text,
-    "versions": VERSIONS,
+    "versions": {"*": (is_text, is_none)},
     "devices": {"platform": is_text, "kind": anything, "count": anything},
     "git": ({"commit": (is_text, is_none), "dirty": anything}, is_none),
     "data_fingerprint": {"*": anything},
@@ -81,23 +78,7 @@ SESSION: Shape = {
     "cores": anything,
 }
 """One of `runs` of environment.json."""
-ENVIRONMENT: Shape = {
-    "runs": [{**{f"{name}?": shape for name, shape in SESSION.items()}, "functions?": {"*": is_text}}],
-    "began?": INPUTS,
-    "accepted?": is_list,
-    "finished?": [is_text],
-}
-"""environment.json. An older lm wrote only a part of a session."""
-
-CHECKPOINT: Shape = {
-    **{name: INPUTS[name] for name in ("tokenizer?", "versions?")},
-    "data?": is_text,
-    "base?": is_text,
-    "tokens?": is_number,
-    "costs?": {"*": is_number},
-    "ahead?": lambda names: misfit(names, {"*": is_text}) == "" and all(map(str.isdecimal, names)),
-}
-"""What a checkpoint says beside its arrays, the `meta` of its manifest."""
+PART_OF_SESSION: Shape = {f"{name}?": shape for name, shape in SESSION.items()}
 
 
 def line_fault(kind: str, line: dict[str, Any]) -> str:
