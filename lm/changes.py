@@ -10,7 +10,8 @@ from typing import Any
 
 from lm.config.former import former_name, former_value
 from lm.experiment import OBJECTIVES, Experiment, Stage, UserError, diff, from_dict, to_dict
-from lm.stored import read_json, read_sealed
+from lm.shapes import is_count, is_text, misfit
+from lm.stored import read_json, read_record
 
 Plain = dict[str, Any]
 COLLECTING = {name for name, kind in OBJECTIVES.items() if kind.produces == "rows"}
@@ -83,7 +84,7 @@ def read_experiment(folder: Path) -> Plain:
 def edited(folder: Path, experiment: Plain) -> str:
     """What differs between an experiment and the one that environment.json of the run's folder names; "" where nothing does."""
     environment = folder / "environment.json"
-    recorded = read_sealed(environment).get(EXPERIMENTS, []) if environment.exists() else []
+    recorded = read_record(environment, {f"{EXPERIMENTS}?": [{}]}).get(EXPERIMENTS, []) if environment.exists() else []
     if not recorded or any(normalised(experiment) == normalised(one) for one in recorded):
         return ""
     different = [
@@ -99,6 +100,13 @@ def _is_stage(value: Any) -> bool:
         return False
     name, kind = value.get("name"), value["objective"].get("kind")
     return isinstance(name, str) and Path(name).name == name and "\0" not in name and isinstance(kind, str)
+
+
+COMPARED = {
+    "tokenizer?": {},
+    "stages": [{"name": is_text, "objective": {"kind": is_text}, "steps?": is_count, "optimizer?": {}}],
+}
+"""What `changes` reads of two experiments. Of one that lacks it, as an older lm or a hand may have written it, all counts as different."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def changes(old: Plain, new: Plain, begun: int) -> Changes:
     Args:
         begun: how many stages of the run have files: the settings of a later one, its sources aside, may change.
     """
-    if not all(isinstance(one.get("stages"), list) for one in (old, new)):
+    if any(misfit(one, COMPARED) for one in (old, new)):
         return Changes(refused=tuple(diff(old, new)))
     before, after = _trained_part(old, begun), _trained_part(new, begun)
     if old.get("tokenizer", {}).get("path") is not None:  # else the vocabulary is learnt from the text of all stages
@@ -129,7 +137,11 @@ def changes(old: Plain, new: Plain, begun: int) -> Changes:
         before["stages"] = before["stages"][: max(begun, len(after["stages"]))]
     more, reasons = [], []
     for ours, theirs in zip(before["stages"], after["stages"], strict=False):
-        if "steps" not in ours or ours["steps"] == theirs.get("steps") or ours["name"] != theirs["name"]:
+        if (
+            not {"steps"} <= ours.keys() & theirs.keys()
+            or ours["steps"] == theirs["steps"]
+            or ours["name"] != theirs["name"]
+        ):
             continue
         if reason := _why_not(ours, theirs):
             reasons.append(reason)

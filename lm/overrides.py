@@ -27,18 +27,22 @@ from lm.experiment import (
 
 @dataclass(frozen=True)
 class Knob:
-    """A field of an experiment that the command line can override: dotted name, type in words, value and help."""
+    """A field of an experiment that the command line can override: dotted name, type in words, value, help and default.
+
+    `default` is dataclasses.MISSING where a file has to give the value.
+    """
 
     name: str
     type: str
     value: Any
     help: str
+    default: Any
 
 
 def knobs(experiment: Experiment) -> list[Knob]:
     """All knobs of an experiment, in the order of the dataclasses."""
     return [
-        Knob(name, describe(kind, metadata.get("range")), value, metadata.get("help", ""))
+        Knob(name, describe(kind, metadata.get("range")), value, metadata.get("help", ""), metadata["default"])
         for name, (_, kind, value, metadata) in _leaves(experiment).items()
     ]
 
@@ -117,7 +121,7 @@ def _leaves(value: Any, prefix: str = "", path: tuple = ()) -> dict[str, tuple[t
                 inside = "" if f.name == "stages" else f"{name}."
                 found |= _leaves(member, f"{inside}{getattr(member, 'name', i)}.", (*here, i))
         else:
-            found[name] = (here, hints[f.name], item, f.metadata)
+            found[name] = (here, hints[f.name], item, {**f.metadata, "default": f.default})
     return found
 
 

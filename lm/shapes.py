@@ -69,3 +69,8 @@ def anything(value: Any) -> bool:
 
 def one_of(*values: Any) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in values
+
+
+def list_of(count: int, shape: Shape) -> Callable[[Any], bool]:
+    """The shape of a list of so many items."""
+    return lambda value: isinstance(value, list) and len(value) == count and not misfit(value, [shape])

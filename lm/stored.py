@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config.field import UserError, shown
+from lm.shapes import Shape, misfit
 
 LONGEST_PATH = 400  # characters of a path that an error shows
 SEAL = "sha256"
@@ -164,16 +165,15 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return rest
 
 
-def read_record(path: Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`read_sealed` for an object that has `fields` of these types; optional fields are checked if present.
+def read_record(path: Path, shape: Mapping[str, Shape], remedy: str = "put back a copy of it") -> dict[str, Any]:
+    """`read_sealed` for an object of this shape, as a program that is not this one may have written another under a right seal.
 
     Raises:
-        UserError: as `read_sealed`, or a field is missing or has another type.
+        UserError: as `read_sealed`, or a field is missing or of another type; names the field and the remedy.
     """
     found = read_sealed(path)
-    for name, kind in {**fields, **{name: kind for name, kind in (optional or {}).items() if name in found}}.items():
-        if not isinstance(found.get(name), kind):
-            raise UserError(f"{path} is damaged: it has no {name!r} that can be read; put back a copy of it")
+    if fault := misfit(found, shape):
+        raise UserError(f"{path} is damaged: its {fault:.80} cannot be read; {remedy}")
     return found
 
 

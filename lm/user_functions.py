@@ -23,7 +23,8 @@ from typing import Any
 from lm.config.field import FUNCTION, is_function_name
 from lm.config.objective import VERIFIER_ARGUMENTS
 from lm.experiment import Experiment, UserError, nearest
-from lm.stored import read_sealed
+from lm.shapes import is_text
+from lm.stored import read_record
 
 SEARCH_PATH = "LM_FUNCTIONS"
 """Environment variable with the folders that are searched first, joined like PATH; child processes inherit it."""
@@ -97,15 +98,12 @@ def function_names(experiment: Experiment) -> list[tuple[str, str, str]]:
 def search_recorded(run_dir: Path) -> None:
     """Look for FILE first where the last session of a run found it, as its environment.json says."""
     file = run_dir / "environment.json"
-    sessions = read_sealed(file).get("runs") if file.is_file() else []
-    session = sessions[-1] if isinstance(sessions, list) and sessions else {}
-    functions = session.get("functions", {}) if isinstance(session, dict) else None
-    if not isinstance(functions, dict) or not all(isinstance(found, str) for found in functions.values()):
-        raise UserError(f"{file} is damaged: its last session has no functions by name; put back a copy of it")
-    for name, found in functions.items():
-        path = _as_path(name.rpartition(":")[0])
-        if not path.is_absolute():
-            search_first(Path(found).parents[0 if ".." in path.parts else len(path.parts) - 1])
+    sessions = read_record(file, {"runs": [{"functions?": {"*": is_text}}]})["runs"] if file.is_file() else []
+    for name, found in (sessions[-1] if sessions else {}).get("functions", {}).items():
+        path = _as_path(name.rpartition(":")[0] or name)
+        folders = Path(found.replace("\0", "")).parents[0 if ".." in path.parts else len(path.parts) - 1 :]
+        if folders and not path.is_absolute():
+            search_first(folders[0])
 
 
 def check_functions(experiment: Experiment) -> dict[str, dict[str, str]]:

@@ -84,6 +84,7 @@ def test_rematerialisation_unrolling_and_pieces_of_logits_change_no_penalty(chan
     assert_same_step(one_step("pretrain", model_changes=changes), one_step("pretrain"))
 
 
+@pytest.mark.slow
 def test_a_shared_prompt_counts_as_often_as_it_stands_in_rows(monkeypatch):
     report(monkeypatch, COEF)
     shared = grouped_batch()
@@ -91,6 +92,7 @@ def test_a_shared_prompt_counts_as_often_as_it_stands_in_rows(monkeypatch):
     assert_same_step(one_step("grpo_token", batch=shared), one_step("grpo_token", batch=alone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "reward_model"])
 def test_the_gradient_of_loss_and_penalty_equals_finite_differences(name, monkeypatch):
     report(monkeypatch, COEF)

@@ -152,6 +152,7 @@ def finite(run_dir) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(run_dir).model))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(work, capsys):
     wild = ("--pretrain.optimizer.peak_lr", "1e3", "--pretrain.save_every", "1", "--until", "pretrain")
     said = refused(capsys, *run(*wild, "--pretrain.steps", "30", "--pretrain.optimizer.weight_decay", "1e3"))

@@ -1,4 +1,4 @@
-"""Every extra of pyproject.toml, and every combination, fits the versions of constraints.txt: by metadata, nothing is downloaded."""
+"""Every extra of pyproject.toml, and every pair of them, fits the versions of constraints.txt: by metadata, nothing is downloaded."""
 
 import functools
 import itertools
@@ -15,8 +15,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = ("tpu", "cuda", "plan", "gguf", "gym", "bench", "docs", "dev")
-COMBINATIONS = [names for count in range(len(EXTRAS) + 1) for names in itertools.combinations(EXTRAS, count)]
+EXTRAS = tuple("tpu cuda plan gguf gym bench serve tensorboard wandb trackio mlflow docs dev".split())
+# With one version of each package, what extras need together is what each of them needs.
+COMBINATIONS = [(), *itertools.combinations(EXTRAS, 1), *itertools.combinations(EXTRAS, 2), EXTRAS]
 # Of packages that a machine without a GPU does not have installed: what version 0.10.2 of the plugin asks for.
 NOT_INSTALLED = {
     "jax-cuda13-plugin": [

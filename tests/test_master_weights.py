@@ -74,6 +74,7 @@ def trained(kind, dtype, steps=8):
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_parameters_are_their_masters_rounded_to_the_bit(kind):
     for state in trained(kind, "bfloat16"):
@@ -99,6 +100,7 @@ def _child(tree, key):
     return getattr(tree, key.name) if hasattr(key, "name") else tree[key.key]
 
 
+@pytest.mark.slow
 def test_without_masters_the_same_steps_are_rounded_away():
     """What the default is for."""
     model = tiny_model(**NARROW)

@@ -170,6 +170,7 @@ def adapters(weights, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_are_evaluated_beside_each_other_with_their_base_as_reference(weights, adapters, tmp_path):
     rows = [{"prompt": f"what is {n}?", "chosen": "it is a system", "rejected": "a system"} for n in range(9)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

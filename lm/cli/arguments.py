@@ -1,10 +1,12 @@
-"""Shared parts of the commands: exit codes, lookup of experiments, runs and stages, and sampling options."""
+"""Shared parts of the commands: exit codes, lookup of experiments, runs and stages, options of sampling and of serving."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import secrets
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -27,6 +29,8 @@ WEIGHTS_HELP = "or a published model, a folder (config.json, *.safetensors) or G
 MODEL_HELP = f"{RUN_HELP}; {WEIGHTS_HELP}"
 
 
+LOCALHOST = "localhost"
+SHORTEST_TOKEN = 16
 WRITTEN = (".html", ".png", ".csv", ".parquet")  # endings of files that comparisons of runs write
 
 
@@ -214,6 +218,43 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         type=folder_path,
         help="folder for tokenised data, shared by all runs; else lm in $XDG_CACHE_HOME or in ~/.cache",
     )
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Add the options of address and token."""
+    parser.add_argument("--host", default=LOCALHOST, help="address to serve on (%(default)s: this machine only)")
+    parser.add_argument(
+        "--port", metavar="N", type=at_least(0, 65_535), default=8000, help="0: any that is free (%(default)s)"
+    )
+    parser.add_argument(
+        "--token-file", metavar="FILE", type=Path, help="file with the access token; else one is generated"
+    )
+
+
+def access_token(host: str, file: Path | None) -> str | None:
+    """The access token: from the file, or a new one where other machines are served."""
+    from lm.web.local_server import LOCAL
+
+    if file is None:
+        return None if host in LOCAL else secrets.token_urlsafe(24)
+    if not file.is_file():
+        raise UserError(f"--token-file {file}: there is no such file")
+    token = file.read_text("utf-8", errors="replace").strip()
+    if len(token) < SHORTEST_TOKEN or not all(
+        letter.isascii() and (letter.isalnum() or letter in "-_") for letter in token
+    ):
+        raise UserError(f"--token-file {file} must hold {SHORTEST_TOKEN} or more letters, digits, - or _")
+    return token
+
+
+def link(arguments: argparse.Namespace, port: int, token: str | None) -> str:
+    """The address to open, with the token unless a file holds it."""
+    everywhere = arguments.host in ("0.0.0.0", "::", "")
+    host = socket.gethostname() if everywhere else arguments.host
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    if token is None:
+        return address
+    return f"{address}?token={f'TOKEN, with what {arguments.token_file} holds' if arguments.token_file else token}"
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:

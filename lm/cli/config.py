@@ -4,32 +4,39 @@ All its values by their dotted names, as they are or with your changes:
 
   lm config quickstart
   lm config quickstart --sft.steps 200
-  lm config quickstart --help              every knob with its type and help
+  lm config quickstart --help              every field with its range and help
+  lm config quickstart --search warmup     only those that say so
   lm config --presets                      named members of the GRPO family
   lm config quickstart --reason.objective.preset dapo     one of them"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from lm import experiment as experiments
 from lm.cli.arguments import EXPERIMENT_HELP, resolve
 from lm.config.presets import PRESETS
-from lm.experiment import Experiment, UserError
+from lm.experiment import Experiment, UserError, nearest
 from lm.files import load
-from lm.overrides import knobs, override
+from lm.overrides import Knob, knobs, override
 
 TAKES_OVERRIDES = True
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "lm config [EXPERIMENT] [--presets] [--json] [--help] [--a.b.c VALUE ...]"
+    parser.usage = "lm config [EXPERIMENT] [options] [--a.b.c VALUE ...]"
     # --help goes through `call`, which knows the knobs of the experiment.
     parser.add_argument(
-        "-h", "--help", action="store_true", help="show this, and the knobs of EXPERIMENT if it is named"
+        "-h", "--help", action="store_true", help="show this, and the fields of EXPERIMENT if it is named"
+    )
+    parser.add_argument(
+        "--search", metavar="WORDS", help="show the fields of EXPERIMENT that have these words in their name or help"
     )
     parser.set_defaults(show_help=parser.print_help)
     parser.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help=EXPERIMENT_HELP)
@@ -38,11 +45,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def call(arguments: argparse.Namespace) -> int:
-    if arguments.help:
+    words = (arguments.search or "").split()
+    if arguments.search is not None and not (words and arguments.experiment):
+        raise UserError("--search WORDS needs an EXPERIMENT whose fields are searched, and a word")
+    if arguments.help and not words:
         arguments.show_help()
-        if arguments.experiment:
-            print(f"\nknobs of {arguments.experiment}:\n")
-            print(knob_help(override(load(arguments.experiment), arguments.overrides)))
+    if arguments.experiment and (arguments.help or words):
+        text = knob_help(override(load(arguments.experiment), arguments.overrides), words)
+        print(text if words else f"\nfields of {arguments.experiment}:\n\n{text}")
+    if arguments.help or words:
         return 0
     if arguments.presets:
         print(preset_help())
@@ -85,17 +96,37 @@ def preset_help(width: int = 80) -> str:
     return "\n".join(lines)
 
 
-def knob_help(experiment: Experiment, width: int = 80) -> str:
-    """Help text of every knob: flag, value, help and type."""
-    lines = []
-    for knob in knobs(experiment):
-        flag = f"--{knob.name} {as_typed(knob.value)}"
-        about = f"{knob.help} ({knob.type})" if knob.help else knob.type
-        lines += textwrap.wrap(
-            flag, width, subsequent_indent="        ", break_long_words=False, break_on_hyphens=False
-        )
-        lines += textwrap.wrap(about, width, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+def knob_help(experiment: Experiment, words: Sequence[str] = ()) -> str:
+    """Help of every field by the part of the experiment: value, what it is, type or range, default.
+
+    Args:
+        words: only fields with all of these in their name or help, in capital or small letters.
+
+    Raises:
+        UserError: no field has them.
+    """
+    said = {knob: f"{knob.name} {knob.help} {knob.type}" for knob in knobs(experiment)}
+    found = [knob for knob, text in said.items() if all(word.casefold() in text.casefold() for word in words)]
+    if not found:
+        near = nearest(words[0], {word for text in said.values() for word in re.findall(r"\w+", text)})
+        raise UserError(f"no field of {experiment.name} has {' '.join(words)} in its name or help{near}")
+    parts: dict[str, list[str]] = {}
+    for knob in found:
+        parts.setdefault(knob.name.rpartition(".")[0], []).extend(_help_lines(knob))
+    stages = experiments.to_dict(experiment)["stages"]
+    titles = {stage["name"]: f", stage of {stage['objective']['kind']}" for stage in stages}
+    blocks = [[f"== {part or 'the experiment'}{titles.get(part, '')} ==", *lines] for part, lines in parts.items()]
+    return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def _help_lines(knob: Knob, width: int = 80) -> list[str]:
+    default = "" if knob.default is dataclasses.MISSING else f"; default {as_typed(knob.default)}"
+    about = f"{knob.help} ({knob.type}{default})" if knob.help else f"{knob.type}{default}"
+    flag = f"--{knob.name} {as_typed(knob.value)}"
+    return [
+        *textwrap.wrap(flag, width, subsequent_indent="        ", break_long_words=False, break_on_hyphens=False),
+        *textwrap.wrap(about, width, initial_indent="      ", subsequent_indent="      "),
+    ]
 
 
 def as_typed(value: Any) -> str:

@@ -22,17 +22,24 @@ not trust, put it behind a proxy with TLS."""
 from __future__ import annotations
 
 import argparse
-import secrets
-import socket
 from pathlib import Path
 from typing import Any
 
-from lm.cli.arguments import add_sampling, at_least, find_model, find_run, find_stage, number, sampling
+from lm.cli.arguments import (
+    access_token,
+    add_address,
+    add_sampling,
+    at_least,
+    find_model,
+    find_run,
+    find_stage,
+    link,
+    number,
+    sampling,
+)
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
-LOCALHOST = "localhost"
-SHORTEST_TOKEN = 16
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--annotators-per-pair", metavar="N", type=at_least(1), default=1, help="people who judge a pair (%(default)s)"
     )
-    parser.add_argument("--host", default=LOCALHOST, help="address to serve on (%(default)s: this machine only)")
-    parser.add_argument(
-        "--port", metavar="N", type=at_least(0, 65_535), default=8000, help="0: any that is free (%(default)s)"
-    )
-    parser.add_argument(
-        "--token-file", metavar="FILE", type=Path, help="file with the access token; else one is generated"
-    )
+    add_address(parser)
     parser.add_argument(
         "--export",
         metavar="FILE",
@@ -98,7 +99,7 @@ def call(arguments: argparse.Namespace) -> int:
     if _is_run(arguments.what):
         _sample(arguments, answers)
     task = make_task(load_rows(str(answers)))
-    token = _token(arguments.host, arguments.token_file)
+    token = access_token(arguments.host, arguments.token_file)
     with open_log(labels) as log:
         desk = Desk(task.pairs, log, per_pair=arguments.annotators_per_pair, seed=arguments.seed)
         remarks = [*task.remarks, log.remark, desk.strangers()]
@@ -113,7 +114,7 @@ def serve(desk: Any, arguments: argparse.Namespace, token: str | None) -> None:
 
     server = Server(desk, arguments.host, arguments.port, token)
     print(f"{len(desk)} pairs, judged by {desk.per_pair} each; choices go to {desk.log.path}")
-    print(f"open {_link(arguments, server.server_port, token)} (Ctrl-C ends)", flush=True)
+    print(f"open {link(arguments, server.server_port, token)} (Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -196,28 +197,3 @@ def _sample(arguments: argparse.Namespace, path: Path) -> None:
     del given["temperature"]
     asked = SamplingRequest(arguments.prompts, arguments.limit, answers, seed=arguments.seed, **given)
     print(f"{'sampled' if sample_rows(contestants, asked, path) else 'kept'}: the answers in {path}", flush=True)
-
-
-def _token(host: str, file: Path | None) -> str | None:
-    """The access token: from the file, or a new one where other machines are served."""
-    from lm.web.local_server import LOCAL
-
-    if file is None:
-        return None if host in LOCAL else secrets.token_urlsafe(24)
-    if not file.is_file():
-        raise UserError(f"--token-file {file}: there is no such file")
-    token = file.read_text("utf-8", errors="replace").strip()
-    if len(token) < SHORTEST_TOKEN or not all(
-        letter.isascii() and (letter.isalnum() or letter in "-_") for letter in token
-    ):
-        raise UserError(f"--token-file {file} must hold {SHORTEST_TOKEN} or more letters, digits, - or _")
-    return token
-
-
-def _link(arguments: argparse.Namespace, port: int, token: str | None) -> str:
-    everywhere = arguments.host in ("0.0.0.0", "::", "")
-    host = socket.gethostname() if everywhere else arguments.host
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    if token is None:
-        return address
-    return f"{address}?token={f'TOKEN, with what {arguments.token_file} holds' if arguments.token_file else token}"

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
@@ -28,6 +29,7 @@ COMMANDS = {
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
     "export": "write a trained model as a folder that transformers reads",
+    "serve": "serve models over the OpenAI protocol",
     "label": "compare answers on a page, and collect preferences",
     "eval": "evaluate a checkpoint on the held-out data again",
     "plan": "estimate memory and step time on TPUs or GPUs, and choose a mesh",
@@ -39,6 +41,7 @@ COMMANDS = {
     "report": "write report.html: samples, held-out numbers and curves of a run",
     "runs": "list runs with state and size, or remove some",
     "launch": "start a run on a TPU pod, a cluster, or in local processes",
+    "completion": "make bash, zsh or fish complete commands, names and fields",
 }
 
 # Environment to set before jax and its libraries are imported, unless set already.
@@ -95,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     if argv is not None:
         return _run(list(argv))
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`lm completion`)
+        importlib.import_module("lm.cli.completion").complete(COMMANDS, Parser)
     _start_with_allocator()
+    sys.unraisablehook = interrupted_again
     signal.signal(signal.SIGINT, interrupt)  # also where a script that began this in its background has it ignored
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -117,6 +123,14 @@ def interrupt(number: int, frame: FrameType | None) -> None:
             os.kill(os.getpid(), number)
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def interrupted_again(told: Any) -> None:
+    """Hook for exceptions that Python cannot raise: a Ctrl-C inside a destructor, which would be lost, comes once more."""
+    if isinstance(told.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(told)
 
 
 def _run(words: list[str]) -> int:
@@ -209,7 +223,7 @@ def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], l
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lm COMMAND …",

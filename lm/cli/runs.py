@@ -1,12 +1,14 @@
-"""List runs, or remove some, or their older checkpoints.
+"""List runs, remove some or their older checkpoints, or send their numbers on.
 
   lm runs                          the runs in runs/: state, metrics, size, when
   lm runs sweeps/pretraining
   lm runs rm runs/old              the whole folder, after a question
   lm runs rm quickstart --checkpoints
+  lm runs send quickstart --sinks wandb,mlflow
 
 --checkpoints removes what neither a resume nor a later stage reads: all but the
-last checkpoint of a finished stage, and all but the newest two of the others."""
+last checkpoint of a finished stage, and all but the newest two of the others.
+send gives a sink all the lines of metrics and evals that it lacks."""
 
 from __future__ import annotations
 
@@ -18,31 +20,36 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lm.cli.arguments import find_runs
-from lm.experiment import UserError
+from lm.experiment import UserError, nearest
 
 TAKES_OVERRIDES = False
-REMOVE = "rm"
+REMOVE, SEND = "rm", "send"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "lm runs [FOLDER] [--json] | lm runs rm RUN... [--checkpoints] [--yes]"
+    parser.usage = "lm runs [FOLDER] [--json]\n       lm runs rm RUN... [--checkpoints] [--yes]\n       lm runs send RUN... --sinks NAME,..."
     parser.add_argument(
-        "words", metavar="FOLDER", nargs="*", help="folder of the runs (runs); or rm and runs to remove"
+        "words", metavar="FOLDER", nargs="*", help="folder of the runs (runs); or rm, or send, and runs"
     )
     parser.add_argument("--checkpoints", action="store_true", help="with rm: only older checkpoints")
     parser.add_argument("--yes", action="store_true", help="with rm: without a question")
+    parser.add_argument("--sinks", metavar="NAME,...", help="with send: tensorboard, wandb, trackio, mlflow")
     parser.add_argument("--json", action="store_true", help="list as one JSON array")
 
 
 def call(arguments: argparse.Namespace) -> int:
     if arguments.words[:1] == [REMOVE]:
         return remove_runs(arguments)
+    if arguments.words[:1] == [SEND]:
+        return send_runs(arguments)
     if len(arguments.words) > 1:
         raise UserError(
             f"lm runs lists one folder; {arguments.words[1]!r} is a second (to remove runs: lm runs rm RUN...)"
         )
     if arguments.checkpoints or arguments.yes:
         raise UserError("--checkpoints and --yes are for lm runs rm RUN...")
+    if arguments.sinks is not None:
+        raise UserError("--sinks is for lm runs send RUN...")
 
     from lm.train.run_list import list_runs
 
@@ -114,4 +121,20 @@ def remove_runs(arguments: argparse.Namespace) -> int:
     for run, paths in chosen.items():
         remove(run, paths)
     print("removed")
+    return 0
+
+
+def send_runs(arguments: argparse.Namespace) -> int:
+    """Send what sinks lack of runs."""
+    from lm.train.run_folder import RunFolder
+    from lm.train.sinks.feed import SINKS, send_run
+
+    names = [name for name in (arguments.sinks or "").split(",") if name]
+    unknown = [name for name in names if name not in SINKS]
+    if unknown or not names or not arguments.words[1:]:
+        hint = nearest(unknown[0], SINKS) if unknown else ""
+        raise UserError(f"lm runs send RUN... --sinks NAME,...: there are {', '.join(SINKS)}{hint}")
+    for run in find_runs(arguments.words[1:]):
+        for name, count in send_run(RunFolder(run), names).items():
+            print(f"{run}: {count:,} lines to {name}")
     return 0

@@ -63,6 +63,9 @@ class Experiment:
     adapter: str = knob(
         "", "folder of a PEFT adapter on the open weights of init, whose factors do not train; empty: none"
     )
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = knob(
+        (), "where the run's numbers are shown besides its own files; empty: nowhere", affects_training=False
+    )
 
 
 COLLECTED = "collected:"

@@ -348,7 +348,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """
     if isinstance(value, dict):
         members: list[tuple[str, Any]] = list(value.items())
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         members = [(str(item.get("name", i)), item) for i, item in enumerate(value)]
     else:
         return {prefix: value}

@@ -28,9 +28,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from lm.experiment import UserError
+from lm.shapes import is_count, is_text
 from lm.stored import NO_LOCKS, cache_folder, file_sha256, read_json, sealed, unsealed
 
-VERSION = 11  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
+VERSION = 12  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
 TOLD_SECONDS = 1.0  # after this time a process that waits for another one prints a line
 ABANDONED_SECONDS = 86_400.0
 SETTLED_SECONDS = 2.0  # a file modified more recently may change again without a new mtime
@@ -54,14 +55,22 @@ class Entry:
         return self.folder / name
 
     def length(self, name: str) -> int:
-        return int(self.files[name]["shape"][0])
+        return int(self.described(name)["shape"][0])
+
+    def described(self, name: str) -> Mapping[str, Any]:
+        """What the manifest says of an array. Raises UserError if a manifest that was not written here lacks it."""
+        if name not in self.files:
+            raise UserError(
+                f"{self.folder / MANIFEST} has no array {name!r}: remove {self.folder}, and it is built again"
+            )
+        return self.files[name]
 
     def array(self, name: str) -> np.ndarray:
-        file = self.files[name]
+        file = self.described(name)
         return _mapped(self.path(name), file["dtype"], tuple(file["shape"]))
 
     def span(self, name: str, start: int, stop: int) -> np.ndarray:
-        dtype, shape = np.dtype(self.files[name]["dtype"]), self.files[name]["shape"]
+        dtype, shape = np.dtype(self.described(name)["dtype"]), self.described(name)["shape"]
         width = int(np.prod(shape[1:], dtype=np.int64))
         flat = np.fromfile(self.path(name), dtype, (stop - start) * width, offset=start * width * dtype.itemsize)
         return flat.reshape(-1, *shape[1:])
@@ -109,9 +118,8 @@ class Writer:
                 size = stream.tell()
                 dtype, shape = self._kinds[name]
                 files[name] = {"dtype": dtype, "shape": shape, "bytes": size, "sha256": self._hashes[name].hexdigest()}
-            content = json.loads(json.dumps({"version": VERSION, "made_of": made_of, "files": files}))
             with (self._folder / MANIFEST).open("w", encoding="utf-8") as manifest:
-                json.dump(sealed(content), manifest, indent=1)
+                json.dump(sealed(_content(made_of, files)), manifest, indent=1)
                 manifest.flush()
                 os.fsync(manifest.fileno())
         return files
@@ -136,11 +144,11 @@ class Cache:
         """
         key = hashlib.sha256(json.dumps([VERSION, kind, made_of], sort_keys=True).encode()).hexdigest()[:40]
         folder = self.folder / f"{kind}-{key}"
-        if (found := self._open(folder)) is not None:
+        if (found := self._open(folder, made_of)) is not None:
             return found
         with self._alone(folder, label):
             # Another process may have built it while this one waited for the lock.
-            return self._open(folder) or self._build(folder, made_of, build)
+            return self._open(folder, made_of) or self._build(folder, made_of, build)
 
     def digest(self, file: Path) -> str:
         """SHA-256 of a file's content; a file with an unchanged size, mtime, ctime and inode is not read again."""
@@ -165,11 +173,11 @@ class Cache:
                 "another folder with --cache DIR"
             ) from error
 
-    def _open(self, folder: Path) -> Entry | None:
+    def _open(self, folder: Path, made_of: Mapping[str, Any]) -> Entry | None:
         """The entry if it exists and is intact; a damaged one is reported and set aside."""
         if not folder.exists():
             return None
-        damage, files = _damage(folder)
+        damage, files = _damage(folder, made_of)
         if not damage:
             return Entry(folder, files)
         print(f"lm: {folder / damage} is damaged: rebuilding it", file=sys.stderr, flush=True)
@@ -273,7 +281,7 @@ _verified: dict[Path, list[list[int]]] = {}
 """Entries that this process has verified: folder → stamps of its files at that time."""
 
 
-def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
+def _damage(folder: Path, made_of: Mapping[str, Any]) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
     """(the first file of an entry that differs from its manifest, "" for none; the manifest's files)."""
     try:
         content = read_json(folder / MANIFEST)
@@ -281,7 +289,9 @@ def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
         return MANIFEST, {}
     manifest = unsealed(content) if isinstance(content, dict) else None
     files = (manifest or {}).get("files")
-    if not isinstance(files, dict) or not all(map(_is_array, files.values())):
+    if not isinstance(files, dict) or not all(map(_is_array, files.values())) or manifest != _content(made_of, files):
+        return MANIFEST, {}
+    if not {MANIFEST, *files} >= {file.name for file in folder.iterdir()}:
         return MANIFEST, {}
     for name, file in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != file["bytes"]:
@@ -299,11 +309,17 @@ def _damage(folder: Path) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
     return "", files
 
 
+def _content(made_of: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says, in the types that JSON gives back."""
+    return json.loads(json.dumps({"version": VERSION, "made_of": made_of, "files": files}))
+
+
 def _is_array(file: Any) -> bool:
     """Whether a value of a manifest describes the file of an array, and its size agrees."""
     try:
         size = math.prod(file["shape"]) * np.dtype(file["dtype"]).itemsize
-        return file["bytes"] == size and all(type(length) is int for length in file["shape"]) and "sha256" in file
+        sizes = [file["bytes"], *file["shape"]]
+        return sizes[0] == size and len(sizes) > 1 and all(map(is_count, sizes)) and is_text(file["sha256"])
     except (KeyError, TypeError, ValueError):
         return False
 

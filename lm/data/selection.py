@@ -58,7 +58,7 @@ def _why_empty(source: Source, rows: Rows, split: Split, withheld: int) -> str:
     keys = len(np.unique(rows.measures.places))
     if keys == 1 < len(rows):
         row = rows[0]
-        by = "key" if row.get("key") is not None else "question"
+        by = "key" if row.get("key") not in (None, "") else "question"
         shown = split_key(row)
         return f"{line} (all {len(rows)} rows have the same {by}, {shown!r:.60}, and are on one side)"
     known = "" if keys == len(rows) else f", {keys} different prompts"

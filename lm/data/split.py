@@ -29,12 +29,12 @@ Places = Float64[np.ndarray, " N"]
 
 
 def split_key(row: Mapping[str, Any]) -> str:
-    """The split key of a row: its `key` unless null, else its prompt, else its texts.
+    """The split key of a row: its `key` unless null or empty (as an empty cell of a CSV file), else its prompt, else its texts.
 
     Other columns (an id, a source, a date) are not part of it; a row without any text is keyed by all its columns.
     """
     key = row.get("key")
-    if key is not None:
+    if key is not None and key != "":
         return key if isinstance(key, str) else canonical_json(key)
     row = canonical(row)
     if asked := asked_of(row):

@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from lm.experiment import UserError
+from lm.notebook import notebook_line
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -113,7 +114,7 @@ class WorkerPool:
 
 
 class BuildProgress:
-    """Progress of a build: rich's bar on a terminal, else a plain line every ten seconds; silent for quick builds."""
+    """Progress of a build: rich's bar on a terminal, one line in a notebook, else a line every ten seconds; silent for quick builds."""
 
     def __init__(self, label: str, unit: str, total: int, processes: int):
         self.label, self.unit, self.total, self.processes = label, unit, total, processes
@@ -122,6 +123,7 @@ class BuildProgress:
         self._lock = threading.Lock()
         self._bar: Any = None
         self._task: Any = None
+        self._line = notebook_line()
 
     def advance(self, text_bytes: int, units: int) -> None:
         """Add finished bytes of text, and the tokens or rows made from them, to the counts."""
@@ -129,10 +131,12 @@ class BuildProgress:
             self._bytes += text_bytes
             self._units += units
             now = time.monotonic()
-            if now - self._printed < (0.5 if sys.stderr.isatty() else PLAIN_EVERY_SECONDS):
+            if now - self._printed < (0.5 if sys.stderr.isatty() or self._line else PLAIN_EVERY_SECONDS):
                 return
             self._printed = now
-            if sys.stderr.isatty():
+            if self._line is not None:
+                self._line.show(f"{self.label}  {self._numbers(now)}")
+            elif sys.stderr.isatty():
                 self._show_bar(now)
             else:
                 print(f"{self.label}  {self._numbers(now)}", file=sys.stderr, flush=True)

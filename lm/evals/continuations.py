@@ -1,7 +1,8 @@
-"""Log-likelihoods of continuations after contexts, packed into rows; each distinct input is read once."""
+"""Log-likelihoods of continuations after contexts, packed into rows; each context is read once for all its continuations."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from lm.objectives.logprobs import logprobs_at
 from lm.parallel.distributed import fetch
 
 TOKENS = 8192  # of one forward pass: bounds memory
+SCORES = 1 << 28  # attention scores of one layer where rows have branches, by plain attention: bounds memory too
 SCORED = 256  # the tokens that a forward pass scores are rounded up to a multiple of this, so that few shapes compile
 
 
@@ -36,12 +38,34 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-@dataclass(frozen=True)
-class _Input:
-    """Tokens that are read once, and the continuations that end in them: (index of the request, its tokens)."""
+class _Tree:
+    """A context with several continuations: tokens that are read once, and the places that predict each continuation.
 
-    tokens: tuple[int, ...]
-    scored: list[tuple[int, tuple[int, ...]]]
+    The tokens are those of the context, whose branch is 0, and after them those of each branch: a continuation without its last
+    token, which predicts nothing. Continuations of one token have no branch, and equal ones share theirs.
+    """
+
+    def __init__(self, context: tuple[int, ...]):
+        self.context = len(context)
+        self.tokens, self.branches, self.positions = list(context), [0] * len(context), list(range(len(context)))
+        self.starts: dict[tuple[int, ...], int] = {}  # places of the first tokens of the branches
+        self.scored: list[tuple[int, tuple[int, ...], range]] = []  # (request, targets, places of its branch)
+
+    def fits(self, said: tuple[int, ...], most: int) -> bool:
+        """Whether the tree has at most `most` tokens with a further continuation, or no more than without it."""
+        new = 0 if said[:-1] in self.starts else len(said) - 1
+        return not new or len(self.tokens) + new <= most
+
+    def add(self, index: int, said: tuple[int, ...]) -> None:
+        """Add the continuation of a request."""
+        branch, size = said[:-1], len(said) - 1
+        if branch not in self.starts:
+            self.starts[branch] = len(self.tokens)
+            self.tokens += branch
+            self.branches += [1 + max(self.branches)] * size
+            self.positions += range(self.context, self.context + size)
+        start = self.starts[branch]
+        self.scored.append((index, said, range(start, start + size)))
 
 
 def score_continuations(
@@ -51,8 +75,8 @@ def score_continuations(
 ) -> list[Likelihood]:
     """The likelihood of each continuation given its context, the longest first.
 
-    Tokens of a context before the last `max_len` + 1 of all are left out, as lm-evaluation-harness does. Continuations whose inputs
-    are equal (single tokens after one context, such as the letters of choices) share a forward pass.
+    Tokens of a context before the last `max_len` + 1 of all are left out, as lm-evaluation-harness does. Continuations of one
+    context, such as the choices of a question, read it once.
 
     Args:
         done: called after each forward pass with its results by index.
@@ -61,17 +85,9 @@ def score_continuations(
         UserError: a continuation alone is longer than the context of the model.
     """
     longest = model.config.max_len
-    inputs: dict[tuple[int, ...], _Input] = {}
-    for index, one in enumerate(requests):
-        if not one.context or not 0 < len(one.tokens) <= longest:
-            raise UserError(
-                f"a continuation has {len(one.tokens)} tokens after {len(one.context)}; it should have from 1 to model.max_len "
-                f"{longest}, after at least 1"
-            )
-        tokens = tuple([*one.context, *one.tokens][-(longest + 1) : -1])
-        inputs.setdefault(tokens, _Input(tokens, [])).scored.append((index, tuple(one.tokens)))
+    most = min(longest, math.isqrt(SCORES // model.config.num_heads))
     found: dict[int, Likelihood] = {}
-    for rows in _packed(sorted(inputs.values(), key=lambda one: -len(one.tokens)), longest):
+    for rows in _packed(sorted(_trees(requests, longest, most), key=lambda one: -len(one.tokens)), longest):
         between_batches()
         new = _score(model, rows, longest)
         done(new)
@@ -79,19 +95,36 @@ def score_continuations(
     return [found[index] for index in range(len(requests))]
 
 
-def _packed(inputs: Sequence[_Input], longest: int) -> Iterator[list[list[_Input]]]:
-    """Rows of inputs for one forward pass after another: each row has as many as fit in the width of the first, the longest."""
-    rows: list[list[_Input]] = []
+def _trees(requests: Sequence[Continuation], longest: int, most: int) -> list[_Tree]:
+    """The requests by their contexts, as many to a tree as fit in `most` tokens, at least one."""
+    trees: dict[tuple[int, ...], list[_Tree]] = {}
+    for index, one in enumerate(requests):
+        if not one.context or not 0 < len(one.tokens) <= longest:
+            raise UserError(
+                f"a continuation has {len(one.tokens)} tokens after {len(one.context)}; it should have from 1 to model.max_len "
+                f"{longest}, after at least 1"
+            )
+        context, said = tuple(one.context[-(longest + 1 - len(one.tokens)) :]), tuple(one.tokens)
+        known = trees.setdefault(context, [])
+        if not known or not known[-1].fits(said, most):
+            known.append(_Tree(context))
+        known[-1].add(index, said)
+    return [tree for known in trees.values() for tree in known]
+
+
+def _packed(trees: Sequence[_Tree], longest: int) -> Iterator[list[list[_Tree]]]:
+    """Rows of trees for one forward pass after another: each row has as many as fit in the width of the first, the longest."""
+    rows: list[list[_Tree]] = []
     room: list[int] = []
     width = 0
-    for one in inputs:
+    for one in trees:
         size = len(one.tokens)
         place = next((row for row, left in enumerate(room) if size <= left), None)
         if place is None and rows and (len(rows) + 1) * width > TOKENS:
             yield rows
             rows, room = [], []
         if not rows:
-            width = _width(size, longest)
+            width = row_width(size, longest)
         if place is None or not rows:
             place = len(rows)
             rows.append([])
@@ -102,35 +135,41 @@ def _packed(inputs: Sequence[_Input], longest: int) -> Iterator[list[list[_Input
         yield rows
 
 
-def _width(size: int, longest: int) -> int:
+def row_width(size: int, longest: int) -> int:
     """Width of rows whose longest input has `size` tokens: few widths, at most an eighth wider than it."""
     step = max(16, 1 << max(0, (size - 1).bit_length() - 3))
     return min(rounded(-(-size // step) * step, longest), longest)
 
 
-def _score(model: Transformer, rows: Sequence[Sequence[_Input]], longest: int) -> dict[int, Likelihood]:
+def _score(model: Transformer, rows: Sequence[Sequence[_Tree]], longest: int) -> dict[int, Likelihood]:
     """The likelihoods of the continuations in one batch of rows."""
-    width = _width(len(rows[0][0].tokens), longest)
-    shape = max(1, TOKENS // width), width
-    tokens, segments, positions = np.zeros((3, *shape), np.int32)
+    width = row_width(len(rows[0][0].tokens), longest)
+    # A batch that is not full, such as the last one, has a power of two of rows.
+    count = min(max(1, TOKENS // width), 1 << (len(rows) - 1).bit_length())
+    tokens, segments, positions, branches = np.zeros((4, count, width), np.int32)
     where: list[int] = []
     targets: list[int] = []
     owners: list[tuple[int, int]] = []  # (request, number of its tokens)
-    for row, inputs in enumerate(rows):
+    for row, trees in enumerate(rows):
         start = 0
-        for number, one in enumerate(inputs, start=1):
-            end = start + len(one.tokens)
-            tokens[row, start:end], segments[row, start:end] = one.tokens, number
-            positions[row, start:end] = np.arange(end - start)
-            for index, said in one.scored:
-                where += range(row * width + end - len(said), row * width + end)
+        for number, one in enumerate(trees, start=1):
+            part = slice(start, start + len(one.tokens))
+            tokens[row, part], segments[row, part] = one.tokens, number
+            positions[row, part] = one.positions
+            if max(one.branches) > 1:  # one branch alone continues its context
+                branches[row, part] = one.branches
+            for index, said, places in one.scored:
+                where += (row * width + start + place for place in (one.context - 1, *places))
                 targets += said
                 owners.append((index, len(said)))
-            start = end
+            start = part.stop
     padding = -len(where) % SCORED
     logp, correct = fetch(
-        _logprobs(model, tokens, positions, segments, np.pad(where, (0, padding)), np.pad(targets, (0, padding)))
-    )
+        _logprobs(
+            model, tokens, positions, segments, branches if branches.any() else None,
+            np.pad(where, (0, padding)), np.pad(targets, (0, padding)),
+        )
+    )  # fmt: skip
     starts = np.cumsum([0, *(size for _, size in owners)])[:-1]
     sums = np.add.reduceat(logp.astype(np.float64)[: len(where)], starts)
     least = np.minimum.reduceat(correct[: len(where)], starts)
@@ -143,10 +182,11 @@ def _logprobs(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    branches: Int[Array, "B T"] | None,
     where: Int[Array, " N"],
     targets: Int[Array, " N"],
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-probabilities of targets predicted at the flat places `where`, and 1 where they are the most likely."""
     model = model.with_whole_tables()
-    hidden, _ = model.hidden(tokens, positions, segments)
+    hidden, _ = model.hidden(tokens, positions, segments, branches=branches)
     return logprobs_at(model, hidden.reshape(-1, hidden.shape[-1])[where], targets)

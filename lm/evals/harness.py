@@ -31,9 +31,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lm.data.chat import render
-from lm.data.hub.tokenizer import HubTokenizer
+from lm.data.hub.tokenizer import HubTokenizer, with_options
 from lm.data.text_tokenizer import TextTokenizer
-from lm.evals.continuations import Continuation, Likelihood, score_continuations
+from lm.evals.continuations import Continuation, Likelihood, row_width, score_continuations
 from lm.experiment import UserError, nearest
 from lm.json_lines import JsonLines, read_json_lines
 from lm.model.transformer import Transformer
@@ -93,6 +93,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, model: Transformer, tokenizer: TextTokenizer, answers: Answers):
         super().__init__()
         self.model, self.own, self.answers = model, tokenizer, answers
+        self._published = _published(tokenizer)
         self._rendered: dict[str, list[int]] = {}  # text of a rendered conversation -> its tokens
 
     @property
@@ -130,10 +131,11 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokens of a text as the published or exported tokenizer gives them, so that results equal those of transformers.
 
-        The files of a published model may put special tokens around a text; those that `lm export` writes do not.
+        The files of a published model may put special tokens around a text; those that `lm export` writes do not. Control
+        tokens in the text of a task are control tokens; in a message of a conversation they stay text.
         """
-        if isinstance(self.own, HubTokenizer):
-            return self.own.encode(string, special_tokens=add_special_tokens is not False)
+        if self._published:
+            return self._published.encode(string, special_tokens=add_special_tokens is not False)
         return self.own.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -226,9 +228,17 @@ class HarnessModel(TemplateLM):
         stop = [text for text in handle_stop_sequences(given.get("until"), None) if text]
         request = Request(
             [tokens[-room:] for tokens in prompts], jax.random.key(0), new, float(given.get("temperature") or 0.0),
-            top_k=int(given.get("top_k") or 0), top_p=float(given.get("top_p") or 1.0), stop=stop,
+            width=row_width(min(room, max(map(len, prompts))), room), top_k=int(given.get("top_k") or 0),
+            top_p=float(given.get("top_p") or 1.0), stop=stop,
         )  # fmt: skip
         return [completion_text(self.own, one) for one in LocalEngine(self.model, self.own).complete(request)]
+
+
+def _published(tokenizer: TextTokenizer) -> HubTokenizer | None:
+    """A published tokenizer as its own library reads a text: a control token that is spelt out is that token."""
+    if not isinstance(tokenizer, HubTokenizer):
+        return None
+    return HubTokenizer(with_options(tokenizer.files, "token", None))
 
 
 def _key(*parts: Any) -> str:

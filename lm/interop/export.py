@@ -159,6 +159,11 @@ def _depth(name: str) -> float:
 def _as_they_came(tensors: dict[str, Tensor], origin: Origin) -> dict[str, Tensor]:
     """The tensors with their original file and dtype, and with the copy of a tied head if the original has one."""
     there = tensors if HEAD in tensors or HEAD not in origin.tensors else tensors | {HEAD: tensors[EMBED]}
+    missing = [name for name in there if origin.tensors.get(name, ("", ""))[1] not in DTYPES]
+    if missing:
+        raise UserError(
+            f"the original weights are stored without tensor {missing[0]}: use --dtype to write other files"
+        )
     return {name: replace(one, file=Path(origin.tensors[name][0]), dtype=origin.tensors[name][1])
             for name, one in there.items()}  # fmt: skip
 

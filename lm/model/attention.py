@@ -182,6 +182,7 @@ def attention_of(
     segments: Int[Array, "B T"],
     first: int = 0,
     causal: bool = True,
+    branches: Int[Array, "B T"] | None = None,
 ) -> Callable[[Array, Array, Array], Array]:
     """The attention function (queries, keys, values) -> heads for rows with these positions and segments.
 
@@ -192,10 +193,16 @@ def attention_of(
         layer: the layer whose window and soft cap apply.
         first: index of the first query; tokens before it are keys only.
         causal: False: a token also attends to tokens after it.
+        branches: number of each token's branch: tokens of branch 0 are seen by their whole segment, those of another by that
+            branch alone, by plain attention.
     """
     window, softcap = layer.window, layer.softcap
     name = BEST.get(platform(), "plain") if config.attention == "auto" else config.attention
     rows, length = positions.shape
+    if branches is not None:
+        mask = attention_mask(positions, positions, segments, segments, window, causal)
+        mask &= (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+        return lambda q, k, v: named(attend(q, whole_rows(k), whole_rows(v), mask, softcap), "attention")
     if name == "splash":
         fits = causal and not first and splash.fits(rows, length, config.head_dim)
         name = _checked_splash(config.attention, length) if fits else "plain"

@@ -113,14 +113,18 @@ class Transformer(nnx.Module):
         segments: Int[Array, "B T"],
         shared: SharedPrompt | None = None,
         causal: bool = True,
+        branches: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         """The last hidden state of each token, normed; and the metrics of the layers by name, such as a router's loss.
 
         Args:
             shared: set if the rows are folded, each a prompt and all its answers (shared_prompt.py).
             causal: False: a token attends to its whole segment, as in an encoder.
+            branches: continuations of one context in one segment, each a branch (`attention_of`); its positions begin after
+                those of the context. The rows are not split over devices.
         """
-        c, cut = self.config, WHOLE if shared else zigzag_layout(tokens.shape[1])
+        c, whole = self.config, shared or branches is not None
+        cut = WHOLE if whole else zigzag_layout(tokens.shape[1])
         tokens, positions, segments = (to_zigzag(x, cut) for x in (tokens, positions, segments))
         x = self._embed(tokens)
 
@@ -130,7 +134,7 @@ class Transformer(nnx.Module):
             if shared:
                 attend = shared_attention_of(c, layer, positions, segments, shared)
             else:
-                attend = attention_of(c, layer, positions, segments, causal=causal)
+                attend = attention_of(c, layer, positions, segments, causal=causal, branches=branches)
 
             def run(x: Array, block: Block) -> tuple[Array, Aux]:
                 return block(x, angles, attend, segments)

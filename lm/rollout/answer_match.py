@@ -28,13 +28,17 @@ _PLAIN = _FULL_WIDTH | _MINUS | _SPACES | _INVISIBLE | _OTHER
 _EMPHASIS = [
     re.compile(r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*?[^\s*])\1(?![\w*])"),
     re.compile(r"(?<!\w)(_{1,3})(?=[^\s_])([^_\n]*?[^\s_])\1(?!\w)"),
+    re.compile(r"(```)\w*\n([^`]+?)\n?```"),
     re.compile(r"(`{1,3})([^`\n]+)\1"),
+    re.compile(r"<(b|i|u|em|strong)>([^<>]*)</\1>"),
 ]
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s{$][^\s$]*)")  # of one token, without braces
 _LATEX_TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|operatorname|mbox)\s*\{([^{}]*)\}"
 )
 _LATEX_BOX = re.compile(r"\\(?:boxed|fbox|box)\s*\{([^{}]*)\}")
-_LATEX_SPACE = re.compile(r"\\(?:[,;:! ]|quad\b|qquad\b|left\b|right\b|displaystyle\b)|~")
+_LATEX_SPACE = re.compile(r"\\(?:[,;: ]|quad\b|qquad\b)|~")
+_LATEX_LAYOUT = re.compile(r"\\(?:!|left\b|right\b|displaystyle\b)")
 _DELIMITERS = re.compile(r"\\[()\[\]]|\$\$")
 _INLINE = re.compile(r"(?<![\w$])\$([^$\n]+)\$(?!\w)")
 
@@ -46,13 +50,13 @@ def plain(text: str) -> str:
     )
     for pattern in _EMPHASIS:
         text = pattern.sub(lambda match: match[2], text)
-    return text
+    return _BARE_BOX.sub(r"\\boxed{\1}", text)
 
 
 def without_latex(text: str) -> str:
     """The text without LaTeX delimiters, spacing and text commands."""
-    text = text.replace("{,}", ",").replace(r"\,", " ").replace(r"\%", "%").replace(r"\$", "$")
-    text = _LATEX_SPACE.sub("", _DELIMITERS.sub("", text))
+    text = text.replace("{,}", ",").replace(r"\%", "%").replace(r"\$", "$")
+    text = _LATEX_LAYOUT.sub("", _LATEX_SPACE.sub(" ", _DELIMITERS.sub("", text)))
     text = _INLINE.sub(lambda match: match[1], text)
     for pattern in (_LATEX_TEXT, _LATEX_BOX):
         while (shorter := pattern.sub(lambda match: match[1], text)) != text:
@@ -62,33 +66,43 @@ def without_latex(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def trimmed(text: str) -> str:
-    """The text without outer spaces, final punctuation, quotation marks, outer brackets, and a list marker."""
+def trimmed(text: str, final: str = "") -> str:
+    """The text without outer spaces, final punctuation and pictures, quotation marks, outer brackets, and a list marker.
+
+    Args:
+        final: punctuation that stays at the end.
+    """
     before = None
     while text != before:
         before = text
         text = text.strip().strip("\"'“”‘").strip()
-        text = re.sub(r"[.,;:!?]+$", "", text)
+        text = _FINAL.sub("", text) if not final or not text.endswith(final) else text
         if re.fullmatch(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}", text) and "," not in text:
             text = text[1:-1]
     return text
 
 
+_FINAL = re.compile(r"(?:[.,;:!?…]+|(?<=.)\s*[✅✓✔☑\ufe0f\U0001f300-\U0001faff]+)$", re.DOTALL)
+
 # ---- extraction of the answer ----------------------------------------------------------------------------------------
 
 _MARKS = re.compile(
     r"(?P<box>\\(?:boxed|fbox|box)\s*\{)|(?P<tag><answer>)|(?P<rule>####)"
-    r"|(?P<words>\banswer(?:\s+(?:is|was|equals)\b|\s*[:=])\s*[:=]?)",
+    r"|(?P<words>\banswer(?:\s+to\s+[^.:=\n]{1,80}?)?(?:\s+(?:is|was|equals|(?:would|should|must|will)\s+be)\b|\s*[:=])\s*[:=]?)",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(
-    r"(?<=[.!?])\s+|;\s|\s-\s+(?=[A-Za-z])|,?\s+\(?(?:because|since|as|so|which|where|hence|thus)\s", re.IGNORECASE
+    r"(?:(?<=[.!?])\s+|;\s)(?!remainder\b)|\s-\s+(?=[A-Za-z])|,\s+not\s"
+    r"|,?\s+\(?(?:because|since|as|so|which|where|hence|thus)\s",
+    re.IGNORECASE,
 )
 _LEADS = re.compile(
-    r"^(?:(?:exactly|simply|just|only|equal to|equals|approximately|about|roughly|around|therefore|thus|so|then|now)\b|[:=≈~])\s*",
+    r"^(?:(?:exactly|simply|just|only|equal to|equals|approximately|about|roughly|around|therefore|thus|so|then|now|"
+    r"clearly|indeed|obviously|definitely|actually)\b|[:=≈~])\s*",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"^\(?([A-Z])[).:](?:\s|$)")  # B) Paris
+_FACTORIAL = re.compile(r"[\d)]!$")  # or an exclamation
 _LEFT_SIDE = re.compile(r"^[^=<>≤≥≠]*[^\d\s.,$=<>≤≥≠][^=<>≤≥≠]*=(?P<right>[^=<>≤≥≠]+)$")
 
 
@@ -118,7 +132,10 @@ def readings(answer: str, marked: bool = True) -> list[str]:
     """Readings of an answer: unchanged, its first sentence, and, for a marked answer, the right side of its equation."""
     found = []
     for text in (answer, _SENTENCE.split(answer.strip(), maxsplit=1)[0]):
-        text = trimmed(without_latex(text))
+        text = without_latex(text)
+        if _FACTORIAL.search(text):
+            found.append(trimmed(text, "!"))
+        text = trimmed(text)
         while (shorter := _LEADS.sub("", text)) != text:
             text = trimmed(shorter)
         found.append(text)
@@ -151,25 +168,39 @@ _DIGITS = (
 _POWER = r"(?:[eE][+-]?\d{1,4}|\s?(?:×|\*|\\times|\\cdot|x)\s?10\s?(?:\^|\*\*)\s?\{?(?P<power>[+-]?\d{1,4})\}?)?"
 _NUMBER = re.compile(rf"(?P<digits>{_DIGITS})(?P<scale>{_POWER})")
 _FRACTION = re.compile(
-    r"(?:(?P<whole>\d{1,15}) ?)?\\frac\s*(?:\{\s*(?P<a>\d{1,15})\s*\}\s*\{\s*(?P<b>\d{1,15})\s*\}|(?P<c>\d)\s*(?P<d>\d))"
+    r"(?:(?P<whole>\d{1,15}) ?)?\\frac\s*"
+    r"(?:\{\s*(?P<a>[+-]?\d{1,15})\s*\}\s*\{\s*(?P<b>[+-]?\d{1,15})\s*\}|(?P<c>\d)\s*(?P<d>\d))"
 )
+_REPEATING = re.compile(r"(?P<fixed>\d{0,15}\.\d{0,15})\\overline\s*\{\s*(?P<digits>\d{1,15})\s*\}")
 _SLASH = re.compile(r"(?:(?P<whole>\d{1,15}) )?(?P<a>\d{1,15})\s?/\s?(?P<b>\d{1,15})(?P<c>)(?P<d>)")
 _VULGAR = re.compile(r"(?P<whole>\d{0,15})\s?(?P<part>[¼-¾⅐-⅞])")
 _HEAD = re.compile(
     r"^(?P<sign>[+-]?)\s?(?P<currency>(?:us|a|c)?[$€£¥₹]|usd|eur|gbp)?\s?(?P<sign2>[+-]?)", re.IGNORECASE
 )
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+           "mn": 10**6, "bn": 10**9, "lakh": 10**5, "crore": 10**7}  # fmt: skip
 _SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-_UNIT = re.compile(r"[^\W\d_][^\d=<>+*\\{}$,;:?!&|]{0,60}|[°%′″'\"€£¥₹][^\d=<>+*\\{}$,;:?!&|]{0,40}")
+_UNIT = re.compile(r"[^\W\d_][^\d=<>+*\\{}$,;:?!&|]{0,60}|[°%′″'\"€£¥₹¢][^\d=<>+*\\{}$,;:?!&|]{0,40}")
 # Words after a number that change its value, or show that it is not the answer.
 _NO_UNIT = frozenset(
     "or and not but nor no plus minus times over by squared cubed factorial half halves third thirds quarter quarters "
+    "fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths "
+    "thousandth thousandths millionth millionths mil pi alpha beta gamma delta theta lambda phi omega sqrt log ln exp sin cos tan "
     "remainder more less fewer than to either if except is was are were isn't be been would could should may might "
     "wrong incorrect maybe perhaps through between until versus vs mod modulo divided multiplied root power zero one two "
     "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
     "twenty thirty forty fifty sixty seventy eighty ninety x y z n".split()
 )
 _MOST_UNIT_WORDS = 6
+_LETTER = re.compile(r"[a-zͰ-Ͽ](?![\w.])")  # a variable, π or i, but for these units
+_LETTER_UNITS = frozenset("mgshldcfvwj")
+_PRODUCT = re.compile(r"[a-z]{2}(?![a-z])")  # of two variables where it follows a number at once, but for these units
+_PAIR_UNITS = frozenset(
+    "am pm cm mm km nm um kg mg ug ml cl dl kl ft in yd mi lb oz hr ms ns pt qt st nd rd th gb mb kb tb kw mw hz pa kj ev "
+    "cc yr wk rs".split()
+)
+_POWER_OF_UNIT = re.compile(r"(?<=[a-z])\s?\^\s?\{?\s?([234])\s?\}?(?!\w)")
+_ORDINAL = re.compile(r"^\^\s?\{?\s?(st|nd|rd|th)\s?\}?(?!\w)")
 
 
 def quantity(text: str) -> Quantity | None:
@@ -181,7 +212,9 @@ def quantity(text: str) -> Quantity | None:
     if head["sign"] and head["sign2"]:
         return None
     rest = text[head.end() :]
-    for pattern, value_of in ((_FRACTION, _mixed), (_SLASH, _mixed), (_VULGAR, _vulgar), (_NUMBER, _decimal)):
+    for pattern, value_of in (
+        (_FRACTION, _mixed), (_SLASH, _mixed), (_VULGAR, _vulgar), (_REPEATING, _repeating), (_NUMBER, _decimal)
+    ):  # fmt: skip
         match = pattern.match(rest)
         if match and (value := value_of(match)) is not None:
             found = _with_unit(value, rest[match.end() :], head["currency"])
@@ -201,6 +234,13 @@ def _vulgar(match: re.Match[str]) -> Fraction:
     return int(match["whole"] or 0) + part
 
 
+def _repeating(match: re.Match[str]) -> Fraction:
+    """0.1\\overline{6} = 0.1 + 0.0666…"""
+    fixed, digits = match["fixed"], match["digits"]
+    period = Fraction(int(digits), 10 ** len(digits) - 1)
+    return Fraction(f"0{fixed}0") + period / 10 ** len(fixed.partition(".")[2])
+
+
 def _decimal(match: re.Match[str]) -> Fraction | None:
     digits, scale = match["digits"], match["scale"]
     european = digits.count(".") > 1 or ("." in digits and digits.find(",") > digits.find("."))
@@ -216,9 +256,15 @@ def _with_unit(value: Fraction, rest: str, currency: str | None) -> Quantity | N
     """The number with the unit after it; None if the text after it is more than a unit."""
     if re.match(r"[kKMB](?!\w)", rest):
         value, rest = value * _SUFFIXES[rest[0]], rest[1:]
-    words = rest.strip().strip(".").lower().replace("(", " ").replace(")", " ").split()
-    if words and words[0] in _SCALES:
-        value, words = value * _SCALES[words[0]], words[1:]
+    rest = _ORDINAL.sub(r"\1", rest.strip(".").lower())
+    rest = _POWER_OF_UNIT.sub(lambda match: "²³⁴"[int(match[1]) - 2], rest)
+    if _PRODUCT.match(rest) and rest[:2] not in _PAIR_UNITS and rest[:2] not in _SCALES:
+        return None
+    words = rest.strip().strip(".").replace("(", " ").replace(")", " ").split()
+    if words and (scale := _SCALES.get(words[0].removesuffix("s"))):
+        value, words = value * scale, words[1:]
+    if words and _LETTER.match(words[0]) and words[0][0] not in _LETTER_UNITS:
+        return None
     if not words:
         return Quantity(value, (currency or "").lower())
     unit = " ".join(words)
@@ -237,12 +283,13 @@ def same_quantity(given: Quantity, expected: Quantity) -> bool:
         scaled = (given.value / 100, expected.value) if percent > 0 else (given.value, expected.value / 100)
         other = expected.unit if percent > 0 else given.unit
         return other == "" and (given.value == expected.value or scaled[0] == scaled[1])
-    if given.unit and expected.unit and _unit_key(given.unit) != _unit_key(expected.unit):
+    units = zip(*(re.split(r"\s*/\s*|\s+per\s+", unit) for unit in (given.unit, expected.unit)), strict=False)
+    if given.unit and expected.unit and any(_unit_key(one) != _unit_key(other) for one, other in units):
         return False
     return given.value == expected.value
 
 
-_UNIT_NAMES = {"$": "dollar", "us$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro", "£": "pound", "gbp": "pound",
+_UNIT_NAMES = {"¢": "cent", "$": "dollar", "us$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro", "£": "pound", "gbp": "pound",
                "°": "degree", "kilometer": "km", "kilometre": "km", "meter": "m", "metre": "m", "centimeter": "cm",
                "centimetre": "cm", "kilogram": "kg", "gram": "g", "hour": "h", "hr": "h", "minute": "min", "second": "s",
                "sec": "s"}  # fmt: skip
@@ -250,7 +297,7 @@ _UNIT_NAMES = {"$": "dollar", "us$": "dollar", "usd": "dollar", "€": "euro", "
 
 def _unit_key(unit: str) -> str:
     """The short name of a unit's first word in the singular; words after it (`per day`, `of fabric`) are ignored."""
-    word = re.split(r"[\s/]", unit, maxsplit=1)[0].strip(".")
+    word = unit.split(" ", 1)[0].strip(".")
     if len(word) > 3 and word.endswith("s"):
         word = word[:-2] if word.endswith(("shes", "ches", "xes")) else word[:-1]
     return _UNIT_NAMES.get(word, word)
@@ -258,8 +305,10 @@ def _unit_key(unit: str) -> str:
 
 # ---- equality of answers ---------------------------------------------------------------------------------------------
 
-_MATHEMATICS = re.compile(r"\\[a-zA-Z{]|[\^√π∞∪∩≤≥<>±]|[\w)]\s*[+*/=-]\s*[\w(]|\b(?:sqrt|pi)\b|\d[a-z]\b|\d\(")
-_WORD = re.compile(r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|pi\b|ln\b)[a-zA-Z]{3,}")
+_MATHEMATICS = re.compile(
+    r"\\[a-zA-Z{]|[\^√π∞∅∪∩≤≥<>±]|^\{.*\}$|\*\*|[\w)]\s*[+*/=-]\s*[\w(\\-]|\d!|\b(?:sqrt|pi|infinity)\b|\d[a-z]\b|\d\("
+)
+_WORD = re.compile(r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|pi\b|ln\b|infinity\b)[a-zA-Z]{3,}")
 
 
 def matches(expected: str, completion: str, bare: str | None = None) -> tuple[bool | None, list[str]]:
@@ -292,7 +341,8 @@ def expected_reading(expected: str) -> str:
     text = plain(expected)
     text = text.rpartition("####")[2] if "####" in text else text
     boxed = list(re.finditer(r"\\(?:boxed|fbox|box)\s*\{", text))
-    return trimmed(without_latex(_inside_braces(text[boxed[-1].end() :]) if boxed else text))
+    text = without_latex(_inside_braces(text[boxed[-1].end() :]) if boxed else text)
+    return trimmed(text, "!" if _FACTORIAL.search(text) else "")
 
 
 def same_text(given: str, expected: str) -> bool:

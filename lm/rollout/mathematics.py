@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import re
 
 from lm.rollout import timed
 from lm.rollout.timed import CallOutcome, TimedWorker
@@ -39,13 +40,28 @@ def _worker() -> TimedWorker:
     return worker
 
 
+_SYMBOLS = {ord(sign): rf"\{name} " for sign, name in {
+    "∞": "infty", "∅": "emptyset", "π": "pi", "∪": "cup", "∩": "cap", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm", "·": "cdot",
+    "×": "times", "÷": "div",
+}.items()}  # fmt: skip
+
+
+def as_latex(text: str) -> str:
+    """A plain formula in LaTeX, as far as math-verify does not read it: √2, ∞, 3*pi, x**2, {1, 2}."""
+    text = re.sub(r"√\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", text.replace("**", "^")).translate(_SYMBOLS)
+    text = re.sub(
+        r"(?<![\\a-zA-Z])(?:pi\b|inf(?:inity|ty)?\b)", lambda match: rf"\{'pi' if match[0] == 'pi' else 'infty'} ", text
+    )
+    return rf"\{text[:-1]}\}}" if text.startswith("{") and text.endswith("}") else text
+
+
 def _verify(expected: str, given: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     config = [LatexExtractionConfig()]
     parsed = [
-        parse(f"${text}$", extraction_config=config, parsing_timeout=None, raise_on_error=False)
+        parse(f"${as_latex(text)}$", extraction_config=config, parsing_timeout=None, raise_on_error=False)
         for text in (expected, given)
     ]
     return all(parsed) and bool(verify(*parsed, timeout_seconds=None, raise_on_error=False))

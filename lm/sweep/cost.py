@@ -19,6 +19,7 @@ from lm.model.flops import forward_flops_per_token
 from lm.optimizer import make_optimizer
 from lm.plan.advise import plan_stage
 from lm.plan.chips import parse_topology
+from lm.shapes import is_number
 from lm.stored import read_record
 from lm.sweep.folder import SweepFolder
 from lm.sweep.shared import stage_keys
@@ -161,7 +162,7 @@ def _stage(trial: Trial, index: int, shared: Path, run_dir: Path, topology: str 
     stage = experiment.stages[index]
     summaries = [shared / "summary.json", run_dir / "stages" / stage.name / "summary.json"]
     measured = next(
-        (read_record(path, {}, {"seconds": (int, float)}).get("seconds", 0.0) for path in summaries if path.is_file()),
+        (read_record(path, {"seconds?": is_number}).get("seconds", 0.0) for path in summaries if path.is_file()),
         0.0,
     )
     hours = None if topology is None else _hours(experiment, stage.name, topology)

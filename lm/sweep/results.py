@@ -12,6 +12,7 @@ from typing import Any
 
 from lm.changes import normalised, read_experiment
 from lm.experiment import Experiment, UserError, nearest
+from lm.shapes import is_flag, is_number, is_text, misfit
 from lm.stored import read_record
 from lm.train.provenance import last_session
 from lm.train.run_files import StageFiles, read_stage
@@ -19,7 +20,22 @@ from lm.train.run_files import StageFiles, read_stage
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss"})
 DIVERGED = re.compile(r"\b(loss|grad_norm) is (nan|-?inf) at step")  # matches a run's error message
 DESCRIPTION = "sweep.json"
-ENDED = {"failed": str, "pruned": bool, "impossible": bool}  # how a trial ended, in its trial.json
+TRIAL = {
+    "settings": {"*": is_text},
+    "seed": is_number,
+    "wanted": is_flag,
+    "failed?": is_text,
+    "pruned?": is_flag,
+    "impossible?": is_flag,
+}
+SWEEP = {"base": {}, "axes": {}, "search": {"kind": is_text}, "baseline?": {}}
+EXPERIMENT = {
+    "seed": is_number,
+    "model": {"max_len": is_number},
+    "evals": [{"name": is_text, "metric": is_text}],
+    "stages": [{"name": is_text, "objective": {"kind": is_text}, "steps": is_number}],
+}
+"""What comparisons read of an experiment that this lm cannot read, as that of a trial that cannot run."""
 MAIN_FIELD = {"best_of_n": "reward"}  # metrics whose main field has another name than the metric
 
 
@@ -119,8 +135,13 @@ def measurements(stage: StageFiles, name: str, field: str) -> list[tuple[int, fl
 
 
 def read_result(folder: Path) -> Result:
-    """Read one run. Raises UserError if the folder is not a run's."""
-    return Result(folder, normalised(read_experiment(folder)))
+    """Read one run. Raises UserError if the folder is not a run's, or its experiment.json lacks a field."""
+    found = normalised(read_experiment(folder))
+    if fault := misfit(found, EXPERIMENT):
+        raise UserError(
+            f"{folder / 'experiment.json'} is damaged: its {fault:.80} cannot be read; put back a copy of it"
+        )
+    return Result(folder, found)
 
 
 def read_sweep(folder: Path) -> list[Result]:
@@ -135,7 +156,7 @@ def read_sweep(folder: Path) -> list[Result]:
     for file in sorted((folder / "trials").glob("*/trial.json")):
         known = read_trial(file)
         if known["wanted"]:
-            extra = {name: known[name] for name in ("settings", *ENDED) if name in known}
+            extra = {name: known[name] for name in ("settings", "failed", "pruned", "impossible") if name in known}
             found.append(dataclasses.replace(read_result(file.parent), **extra))
     axes = read_description(folder)["axes"]
     return sorted(found, key=lambda result: ([_place(axes.get(n), v) for n, v in result.settings.items()], result.seed))
@@ -143,12 +164,12 @@ def read_sweep(folder: Path) -> list[Result]:
 
 def read_description(folder: Path) -> dict[str, Any]:
     """Read sweep.json: base, axes and search. Raises UserError if it is damaged."""
-    return read_record(folder / DESCRIPTION, {"base": dict, "axes": dict, "search": dict})
+    return read_record(folder / DESCRIPTION, SWEEP)
 
 
 def read_trial(file: Path) -> dict[str, Any]:
     """Read a trial.json: settings, seed, whether it is wanted, how it ended. Raises UserError if it is damaged."""
-    return read_record(file, {"settings": dict, "seed": int, "wanted": bool}, ENDED)
+    return read_record(file, TRIAL)
 
 
 def _place(axis: Any, value: str) -> float:

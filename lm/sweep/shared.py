@@ -20,7 +20,7 @@ def stage_keys(experiment: Experiment) -> list[str]:
     """
     resolved = resolve_sources(experiment)
     plain = without_defaults(resolved)
-    common = {name: value for name, value in plain.items() if name not in ("name", "stages")}
+    common = {name: value for name, value in plain.items() if name not in ("name", "sinks", "stages")}
     if experiment.tokenizer.path is None:
         common["texts"] = [_text(source) for stage in resolved.stages for source in stage.sources]
     return [digest([common, plain["stages"][: last + 1]]) for last in range(len(plain["stages"]))]

@@ -148,7 +148,9 @@ def with_seed(experiment: Experiment, seed: int) -> Experiment:
 
 def key_of(experiment: Experiment) -> str:
     """The key of an experiment: a digest of its value except the name."""
-    return digest({k: v for k, v in without_defaults(resolve_sources(experiment)).items() if k != "name"})
+    return digest(
+        {k: v for k, v in without_defaults(resolve_sources(experiment)).items() if k not in ("name", "sinks")}
+    )
 
 
 def digest(value: Any) -> str:

@@ -42,10 +42,12 @@ from lm.train.named_arrays import (
     signature,
     write_arrays,
 )
+from lm.train.run_shapes import CHECKPOINT
 
 MANIFEST = "manifest.json"
 UNTRAINED = "untrained"
 SHAPE = {"items": {"*": {"*": is_text}}, "files": {"*": is_text}}
+SHAPE_OF_STEP = SHAPE | {"step": is_count, "meta": CHECKPOINT}
 LAST_WITHOUT_ROLES = "63547b6"
 STEP_NAME = re.compile(r"\d{8,}")
 
@@ -162,8 +164,14 @@ class Checkpoints:
             _check_same(path, item, signature(named), manifest["items"])
         apart = self.folder / UNTRAINED
         fixed = full_names(_read_manifest(apart)["items"]) if UNTRAINED in manifest else set()
-        loaded = read_arrays(path, part_of(wanted, lambda name: name not in fixed))
-        loaded |= read_arrays(apart, part_of(wanted, lambda name: name in fixed))
+        try:
+            loaded = read_arrays(path, part_of(wanted, lambda name: name not in fixed))
+            loaded |= read_arrays(apart, part_of(wanted, lambda name: name in fixed))
+        except (KeyError, ValueError, OSError) as error:
+            raise UserError(
+                f"{path}: its files have not the arrays that its {MANIFEST} lists ({' '.join(str(error).split()):.200}); "
+                "put back a copy of the folder, or remove it"
+            ) from error
         items = {item: rebuild(item, abstract[item], loaded) for item in there}
         return Restored(manifest["step"], items, manifest["meta"])
 
@@ -384,8 +392,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     found = unsealed(content) if isinstance(content, dict) else None
     if found is None:
         raise Damaged(f"{path / MANIFEST} does not match its own checksum")
-    if misfit(found, SHAPE | ({} if path.name == UNTRAINED else {"step": is_count, "meta": {}})):
-        raise Damaged(f"{path / MANIFEST} does not list the checkpoint's files and arrays")
+    if fault := misfit(found, SHAPE if path.name == UNTRAINED else SHAPE_OF_STEP):
+        raise Damaged(f"{path / MANIFEST} is none of a checkpoint: its {fault:.80} cannot be read")
+    if found.get("step", 0) != int(path.name if path.name != UNTRAINED else 0):
+        raise Damaged(f"{path / MANIFEST} is that of step {found['step']}")
     return found
 
 

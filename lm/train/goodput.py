@@ -7,10 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lm.config.field import shown
-from lm.experiment import UserError
 from lm.shapes import is_number
-from lm.stored import read_sealed, write_sealed
+from lm.stored import read_record, write_sealed
 from lm.train.metrics import read_lines
 
 # Categories other than steps, in seconds, as in the summary; `step_seconds` is the rest.
@@ -66,9 +64,7 @@ class Costs:
 
 def seconds_spent(folder: Path) -> float:
     """Seconds that earlier sessions are known to have spent on a stage; to be read before its metrics are rewound."""
-    kept = read_sealed(_file(folder)).get("seconds", 0.0) if _file(folder).exists() else 0.0
-    if not is_number(kept):
-        raise UserError(f"{_file(folder)} is damaged: its seconds are {shown(kept)}; remove it")
+    kept = read_record(_file(folder), {"seconds": is_number}, "remove it")["seconds"] if _file(folder).exists() else 0.0
     times = (line.get("time") for line in read_lines(folder / "metrics.jsonl"))
     return max([kept, *(time for time in times if isinstance(time, int | float))])
 

@@ -19,14 +19,14 @@ from lm.experiment import (
 )
 from lm.files import is_open_weights
 from lm.interop.export import family_of
-from lm.interop.origin import Origin
+from lm.interop.origin import Origin, stored_origin
 from lm.interop.peft import read_adapter
 from lm.model.heads import Scorer
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
 from lm.open_weights import experiment_on, vocabulary_rows
 from lm.parallel.mesh import make_mesh
-from lm.stored import read_record, write_sealed
+from lm.stored import write_sealed
 from lm.train.checkpoint import Checkpoints
 from lm.train.collected import with_collected_paths
 from lm.train.models import StoredRun, load_stage, stage_index
@@ -135,4 +135,4 @@ def origin_of(path: Path) -> Origin | None:
     if is_open_weights(path):
         return open_weights.origin(str(path))
     kept = RunFolder(path).origin
-    return Origin(**read_record(kept, {"config": str, "tensors": dict}, {"files": dict})) if kept.exists() else None
+    return stored_origin(kept) if kept.exists() else None

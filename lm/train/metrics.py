@@ -1,4 +1,4 @@
-"""Logs of a stage: JSON-lines files with TensorBoard scalars, and the progress line on the terminal."""
+"""Logs of a stage: JSON-lines files, and the progress line on the terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from lm.experiment import UserError
 from lm.json_lines import JsonLines, checksums, read_json_lines, rewrite_json_lines
+from lm.notebook import notebook_line
 
 KINDS = ("metrics", "eval", "samples", "warnings")
 FIELDS: dict[str, dict[str, type]] = {
@@ -31,7 +32,7 @@ SHOWN = ("loss", "reward", "reward_accuracy")
 
 
 class MetricsLog:
-    """Writes the JSON-lines files of a stage's folder, and TensorBoard scalars in its `tensorboard/`.
+    """Writes the JSON-lines files of a stage's folder.
 
     Lines that belong together are one write, so a kill truncates at most the last one, which is dropped when the file
     is opened again. Every line has a checksum in a file beside it (`lm/json_lines.py`). Only process 0 writes.
@@ -43,18 +44,14 @@ class MetricsLog:
         self.listener = listener
         self.active = _first_process()
         self._files: dict[str, JsonLines] = {}
-        self._tensorboard: Any = None
-        self._purge_from: int | None = None
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Write a line of training metrics, {"step": …, "time": …, "loss": …, …}; each number is a TensorBoard scalar."""
+        """Write a line of training metrics, {"step": …, "time": …, "loss": …, …}."""
         self._write("metrics", [line])
-        self._scalars("train", line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """Write an eval result, {"step": …, "when": …, "eval": NAME, …}; each number is a TensorBoard scalar of NAME."""
+        """Write an eval result, {"step": …, "when": …, "eval": NAME, …}."""
         self._write("eval", [line])
-        self._scalars(f"eval/{line['eval']}", line)
 
     def sample(self, line: dict[str, Any]) -> None:
         """Write one sample."""
@@ -80,7 +77,6 @@ class MetricsLog:
         if not self.active:
             return
         self.close()
-        self._purge_from = step + 1
         for kind in KINDS:
             file = self._path(kind)
             if file.exists() or checksums(file).exists():
@@ -111,9 +107,6 @@ class MetricsLog:
         for stream in self._files.values():
             stream.close()
         self._files.clear()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -140,20 +133,9 @@ class MetricsLog:
         for line in lines:
             self.listener(kind, json_value(line))
 
-    def _scalars(self, prefix: str, line: dict[str, Any]) -> None:
-        if not self.active:
-            return
-        if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_from)
-        for name, value in json_value(line).items():
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
-
 
 class Progress:
-    """Progress of a stage: a rich progress bar on a terminal, else a plain line every ten seconds.
+    """Progress of a stage: a rich progress bar on a terminal, a line that is written over in a notebook, else one every ten seconds.
 
     Only process 0 shows it.
 
@@ -171,7 +153,8 @@ class Progress:
         self._doing = ""
         self._bar: Any = None
         self._task: Any = None
-        if self.active and sys.stdout.isatty():
+        self._line = notebook_line() if self.active else None
+        if self.active and self._line is None and sys.stdout.isatty():
             self._bar, self._task = _rich_bar(label, total, start)
             self._bar.start()
 
@@ -206,9 +189,13 @@ class Progress:
             self._bar.update(
                 self._task, completed=step, numbers=f"{left}  {shown}  {rate}"
             )  # a narrow terminal cuts the end
+            return
+        text = f"{self.label}  step {step}/{self.total}  {shown}  {rate}  {left}"
+        if self._line is not None:
+            self._line.show(text, now=step >= self.total)
         elif self.active and (step >= self.total or time.monotonic() - self._printed >= PLAIN_EVERY_SECONDS):
             self._printed = time.monotonic()
-            print(f"{self.label}  step {step}/{self.total}  {shown}  {rate}  {left}", flush=True)
+            print(text, flush=True)
 
     def show_activity(self, text: str) -> None:
         """Show the activity between two steps: `compiling`, `evaluating 3/12: docs`.
@@ -217,6 +204,9 @@ class Progress:
         """
         if self._bar is not None:
             self._bar.update(self._task, numbers=text, refresh=True)
+            return
+        if self._line is not None:
+            self._line.show(f"{self.label}  {text}")
             return
         kind, now = text.split()[0].rstrip(":"), time.monotonic()
         wait = PLAIN_EVERY_SECONDS if kind == self._doing else CHANGE_SECONDS

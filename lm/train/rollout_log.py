@@ -11,16 +11,19 @@ import shutil
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lm.config.field import UserError
 from lm.parallel.distributed import is_main_process, raise_on_all, run_on_main
 from lm.rollout.episodes import Sampled
-from lm.rollout.trajectory import Trajectory
+from lm.rollout.trajectory import AUTHORS, Trajectory
+from lm.shapes import Shape, is_number, is_text, misfit, one_of
 from lm.train.metrics import json_value
-from lm.train.trajectory_files import read_sealed_file, step_of, write_step_file
+from lm.train.trajectory_files import read_sealed_file, read_table, step_of, write_step_file
 from lm.train.trajectory_writer import sampled_columns
 
 AHEAD = "ahead"
@@ -38,6 +41,7 @@ SCHEMA = pa.schema(
         ("finish", pa.string()),
     ]
 )
+MESSAGE = {"role": is_text, "author": one_of(*AUTHORS)}
 TIMEOUTS, METRICS = b"timeouts", b"metrics"
 
 
@@ -56,12 +60,11 @@ def encode(sampled: Sampled, metrics: Mapping[str, float]) -> bytes:
 
 def decode(content: bytes) -> tuple[Sampled, dict[str, float]]:
     """The inverse of `encode`: every number and token is the same, a task is what its JSON says."""
-    table = pq.read_table(pa.BufferReader(content))
-    said = table.schema.metadata
+    said = pq.read_schema(pa.BufferReader(content)).metadata
     found = [
         Trajectory(
-            task=json.loads(row["task"]),
-            messages=tuple(json.loads(row["messages"])),
+            task=_json(row["task"], {}),
+            messages=tuple(_json(row["messages"], [MESSAGE])),
             tokens=np.array(row["tokens"], np.int32),
             authors=np.array(row["authors"], np.int8),
             logp=np.array(row["logp"], np.float32),
@@ -70,9 +73,16 @@ def decode(content: bytes) -> tuple[Sampled, dict[str, float]]:
             rewards=dict(row["rewards"]),
             reward=row["reward"],
         )
-        for row in table.to_pylist()
+        for row in read_table(content, SCHEMA).to_pylist()
     ]
-    return Sampled(found, int(said[TIMEOUTS])), json.loads(said[METRICS])
+    return Sampled(found, int(said[TIMEOUTS])), _json(said[METRICS], {"*": is_number})
+
+
+def _json(text: str, shape: Shape) -> Any:
+    value = json.loads(text)
+    if fault := misfit(value, shape):
+        raise ValueError(f"{fault:.80} cannot be read")
+    return value
 
 
 def write(folder: Path, step: int, content: bytes) -> str:
@@ -82,8 +92,8 @@ def write(folder: Path, step: int, content: bytes) -> str:
     return f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
 
 
-def read(folder: Path, names: Iterable[str]) -> dict[int, bytes]:
-    """The contents of the files that a checkpoint names, by step (from 1).
+def read(folder: Path, names: Iterable[str]) -> dict[int, tuple[Sampled, dict[str, float]]]:
+    """The rollouts in the files that a checkpoint names, by step (from 1).
 
     Raises:
         UserError: one is missing or damaged.
@@ -92,8 +102,16 @@ def read(folder: Path, names: Iterable[str]) -> dict[int, bytes]:
         f"the checkpoint cannot be resumed without it: put back a copy, or remove the newest folder in "
         f"{folder / 'checkpoints'} to resume from the one before it"
     )
+
+    def found(path: Path) -> tuple[Sampled, dict[str, float]]:
+        content = read_sealed_file(path, remedy)
+        try:
+            return decode(content)
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path} is damaged: it holds no rollout ({error!s:.100}): {remedy}") from error
+
     paths = [folder / AHEAD / name for name in names]
-    return raise_on_all(lambda: {step_of(path): read_sealed_file(path, remedy) for path in paths})
+    return raise_on_all(lambda: {step_of(path): found(path) for path in paths})
 
 
 def forget(folder: Path) -> None:

@@ -71,8 +71,8 @@ class RolloutsAhead:
         """Read the rollouts that a checkpoint needs. Raises UserError if one is missing or damaged."""
         self.folder = folder
         self.names = {int(step): name for step, name in meta.get(AHEAD, {}).items()}
-        for number, content in rollout_log.read(folder, self.names.values()).items():
-            self.ready[number - 1] = RolloutAhead(*rollout_log.decode(content))
+        for number, found in rollout_log.read(folder, self.names.values()).items():
+            self.ready[number - 1] = RolloutAhead(*found)
         self.needed = set(range(max(self.names, default=-1) + 1))  # by this checkpoint and earlier ones
         self._prune()
 

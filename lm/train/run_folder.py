@@ -1,6 +1,6 @@
 """The folder of a run: its layout, its lock, and the experiment that it belongs to.
 
-runs/NAME/  experiment.json  environment.json  open_weights.json  tokenizer/  report.html  lock
+runs/NAME/  experiment.json  environment.json  open_weights.json  tokenizer/  report.html  lock  sinks/
             stages/STAGE/    metrics.jsonl  eval.jsonl  samples.jsonl  summary.json  time.json  checkpoints/  tensorboard/  trajectories/  ahead/
                              benchmarks.jsonl
 """
@@ -20,9 +20,8 @@ from typing import Any
 
 from lm.changes import EXPERIMENTS, Changes, changes, edited, normalised, read_experiment, stored_experiment
 from lm.experiment import UserError
-from lm.shapes import misfit
-from lm.stored import make_folder, read_sealed, take_lock, write_json_atomic, write_sealed
-from lm.train.run_shapes import PART_OF_SESSION, SUMMARY
+from lm.stored import make_folder, read_record, take_lock, write_json_atomic, write_sealed
+from lm.train.run_shapes import ENVIRONMENT, SUMMARY
 
 MOST_DIFFERENCES = 10
 FINISHED = "finished"
@@ -70,11 +69,9 @@ class RunFolder:
 
     def read_summary(self, stage: str) -> dict[str, Any]:
         """Read the summary.json of a finished stage. Raises UserError if the file is damaged."""
-        found = read_sealed(self.summary(stage))
-        if not isinstance(found.get("final_step", found.get("steps")), int):
+        found = read_record(self.summary(stage), SUMMARY)
+        if "final_step" not in found and "steps" not in found:
             raise UserError(f"{self.summary(stage)} is damaged: it does not say at which step the stage ended")
-        if fault := misfit(found, SUMMARY):
-            raise UserError(f"{self.summary(stage)} is damaged: its {fault:.80} cannot be read; put back a copy of it")
         return found
 
     def final_step(self, stage: str) -> int | None:
@@ -97,20 +94,7 @@ class RunFolder:
         Raises:
             UserError: the file is damaged.
         """
-        if not self.environment.exists():
-            return {}
-        found = read_sealed(self.environment)
-        runs = found.get("runs")
-        if not isinstance(runs, list) or not all(isinstance(session, dict) for session in runs):
-            raise UserError(f"{self.environment} is damaged: it has no list of sessions; put back a copy of it")
-        for place, session in enumerate(runs):
-            if fault := misfit(session, PART_OF_SESSION):
-                raise UserError(
-                    f"{self.environment} is damaged: runs.{place}.{fault:.80} cannot be read; put back a copy of it"
-                )
-        if not isinstance(found.get(FINISHED, []), list):
-            raise UserError(f"{self.environment} is damaged: {FINISHED!r} is no list of stages; put back a copy of it")
-        return found
+        return read_record(self.environment, ENVIRONMENT) if self.environment.exists() else {}
 
     def record_finished(self) -> None:
         """Update the list of finished stages in environment.json."""

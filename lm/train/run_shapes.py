@@ -51,6 +51,8 @@ SOURCE = {
     "first?": ({"*": anything}, is_none),
     "unread?": (is_list, is_none),
 }
+VERSIONS = {"*": (is_text, is_none)}
+INPUTS = {"data?": {"*": is_text}, "tokenizer?": is_text, "versions?": VERSIONS, "python?": is_text}
 SECONDS = ("step", "sample", "data", "compile", "eval", "save", "start", "lost", "first_step")
 SUMMARY: Shape = {
     "steps?": is_count,
@@ -61,6 +63,7 @@ SUMMARY: Shape = {
     "seconds?": is_number,
     **{f"{name}_seconds?": is_number for name in SECONDS},
     "sources?": ([SOURCE], is_none),
+    "files?": {"*": is_text},
     "trajectories?": ({"files": is_count, "first": is_count, "last": is_count}, lambda value: not value),
 }
 """The end of a stage, summary.json."""
@@ -70,7 +73,7 @@ SESSION: Shape = {
     "started": is_text,
     "python": is_text,
     "platform": is_text,
-    "versions": {"*": (is_text, is_none)},
+    "versions": VERSIONS,
     "devices": {"platform": is_text, "kind": anything, "count": anything},
     "git": ({"commit": (is_text, is_none), "dirty": anything}, is_none),
     "data_fingerprint": {"*": anything},
@@ -78,7 +81,23 @@ SESSION: Shape = {
     "cores": anything,
 }
 """One of `runs` of environment.json."""
-PART_OF_SESSION: Shape = {f"{name}?": shape for name, shape in SESSION.items()}
+ENVIRONMENT: Shape = {
+    "runs": [{**{f"{name}?": shape for name, shape in SESSION.items()}, "functions?": {"*": is_text}}],
+    "began?": INPUTS,
+    "accepted?": is_list,
+    "finished?": [is_text],
+}
+"""environment.json. An older lm wrote only a part of a session."""
+
+CHECKPOINT: Shape = {
+    **{name: INPUTS[name] for name in ("tokenizer?", "versions?")},
+    "data?": is_text,
+    "base?": is_text,
+    "tokens?": is_number,
+    "costs?": {"*": is_number},
+    "ahead?": lambda names: misfit(names, {"*": is_text}) == "" and all(map(str.isdecimal, names)),
+}
+"""What a checkpoint says beside its arrays, the `meta` of its manifest."""
 
 
 def line_fault(kind: str, line: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from lm.stored import file_sha256
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.base import adapters_on_random_weights, base_stage, recorded_base
 from lm.train.batches import Batches
-from lm.train.callbacks import listener, load_callbacks
+from lm.train.callbacks import Callback, listener, load_callbacks
 from lm.train.collect import collect_stage
 from lm.train.collected import inputs_ready, is_collected, with_collected_paths
 from lm.train.evaluate import Evaluator, Line, check_evals
@@ -67,6 +68,7 @@ from lm.train.rollouts import make_batches
 from lm.train.run_folder import RunFolder
 from lm.train.scorers import check_reward_models, scorers_before, scorers_for
 from lm.train.signals import stop_on_signals
+from lm.train.sinks.feed import feeding
 from lm.train.teachers import check_teacher, load_teacher
 from lm.train.trajectory_files import check_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
@@ -117,6 +119,9 @@ def run(
         inside.enter_context(jax.set_mesh(mesh))
         check_shared(folder)
         run_on_main(lambda: _claim_folder(experiment, folder))
+        shown = experiment if is_main_process() else replace(experiment, sinks=())
+        feeds = inside.enter_context(feeding(shown, folder, print_on_main))
+        loaded += tuple(Callback(feed.name, feed.write) for feed in feeds)
         stages = broadcast_from_main(
             lambda: [i for i in range(last + 1) if not folder.finished(experiment.stages[i].name)]
         )

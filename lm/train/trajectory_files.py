@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lm.config.field import UserError
@@ -22,6 +23,35 @@ from lm.stored import write_atomic
 
 FOLDER = "trajectories"
 """The folder of the files, and the field of summary.json that counts them."""
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("author", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("group", pa.int32()),  # number of the prompt within the step
+        ("task", pa.string()),  # the row of the data, as JSON
+        ("messages", pa.list_(MESSAGE)),
+        ("tokens", pa.list_(pa.int32())),
+        ("authors", pa.list_(pa.int8())),
+        ("logp", pa.list_(pa.float32())),
+        ("rewards", pa.map_(pa.string(), pa.float64())),
+        ("reward", pa.float32()),
+        ("advantage", pa.float32()),
+        ("trained", pa.bool_()),  # whether an update used it
+        ("version", pa.int32()),
+        ("finish", pa.string()),
+        # Of trajectories in the batches, 0 on tokens that the model did not sample; null: not computed.
+        ("trainer_logp", pa.list_(pa.float32())),  # the trainer's, before the step's first update
+        ("ref_logp", pa.list_(pa.float32())),  # the reference's, for a KL penalty
+        ("token_advantages", pa.list_(pa.float32())),  # where the tokens of a trajectory have different ones
+        ("largest_gap", pa.float32()),  # largest |logp - trainer_logp|
+        ("sampled", pa.int32()),  # number of tokens that the model sampled
+        ("errors", pa.int32()),  # number of the environment's messages that report an error
+    ]
+)
+OPTIONAL = ("trainer_logp", "ref_logp", "token_advantages", "largest_gap", "sampled", "errors")
+"""Columns of SCHEMA that may be null, or missing in a file of an older lm."""
+TOKEN_COLUMNS = ("authors", "logp", *OPTIONAL[:3])
 
 
 def trajectory_files(folder: Path) -> list[Path]:
@@ -87,7 +117,7 @@ def check_trajectories(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_trajectories(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a trajectory file (SCHEMA in `trajectory_writer.py`): all columns, or these.
+    """Read the rows of a trajectory file: all columns of SCHEMA, or these.
 
     Raises:
         UserError: the file is damaged, or cannot be read.
@@ -96,24 +126,63 @@ def read_trajectories(path: Path, columns: list[str] | None = None) -> list[dict
 
 
 def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read columns of a trajectory file, or all; one that an older lm did not write is null.
+    """Read columns of a trajectory file, or all of SCHEMA, in its types; one that an older lm did not write is null.
 
     Raises:
-        UserError: the file is damaged, or cannot be read.
+        UserError: the file is damaged, cannot be read, or is not one of this step's trajectories.
     """
     content = read_sealed_file(path)
     try:
-        with pq.ParquetFile(pa.BufferReader(content)) as file:
-            there = set(file.schema_arrow.names)
-            table = file.read([name for name in columns if name in there] if columns is not None else None)
-            table.validate(full=True)
-        for name in [name for name in columns or () if name not in there]:
-            table = table.append_column(name, pa.nulls(len(table)))
+        table = read_table(content, pa.schema([SCHEMA.field(name) for name in columns or SCHEMA.names]), OPTIONAL)
+        if "step" in table.column_names and set(table["step"].to_pylist()) - {step_of(path)}:
+            raise ValueError("it has another step than its name")
         return table
     except (pa.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())
         raise UserError(
-            f"{path} is damaged: it is no Parquet file of trajectories ({error!s:.100}); remove the folder"
+            f"{path} is damaged: it is no Parquet file of trajectories ({why:.100}); remove the folder"
         ) from error
+
+
+def read_table(content: bytes, schema: pa.Schema, optional: Collection[str] = ()) -> pa.Table:
+    """The columns of a Parquet file that a schema names, in its types.
+
+    Args:
+        optional: columns that may have nulls, or be missing, and are null then.
+
+    Raises:
+        ArrowException, OSError, ValueError: it is another file, whose columns differ.
+    """
+    with pq.ParquetFile(pa.BufferReader(content)) as file:
+        names = file.schema_arrow.names
+        table = file.read([name for name in schema.names if name in names])
+    table.validate(full=True)
+    columns = {}
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        if names.count(name) != 1 and (name in names or name not in optional):
+            raise ValueError(f"it has {names.count(name)} columns {name}")
+        column = table[name].cast(kind).combine_chunks() if name in names else pa.nulls(len(table), kind)
+        if _has_nulls(column.drop_null() if name in optional else column):
+            raise ValueError(f"its {name} has nulls")
+        numbers = column.flatten() if name == "tokens" else column
+        if pa.types.is_integer(numbers.type) and (pc.min(numbers).as_py() or 0) < 0:
+            raise ValueError(f"its {name} is negative")
+        columns[name] = column
+    for name in [name for name in TOKEN_COLUMNS if name in columns and "tokens" in columns]:
+        same = pc.equal(pc.list_value_length(columns[name]), pc.list_value_length(columns["tokens"]))
+        if pc.any(pc.invert(same)).as_py():
+            raise ValueError(f"its {name} are not one for each token")
+    return pa.table(columns)
+
+
+def _has_nulls(array: pa.Array) -> bool:
+    """Whether an array or a part of its values is null."""
+    if array.null_count:
+        return True
+    if pa.types.is_map(array.type):
+        return _has_nulls(array.keys) or _has_nulls(array.items)
+    parts = array.flatten() if pa.types.is_nested(array.type) else []
+    return any(map(_has_nulls, parts if isinstance(parts, list) else [parts]))
 
 
 def read_sealed_file(path: Path, remedy: str = "put back a copy, or remove the folder") -> bytes:

@@ -16,40 +16,15 @@ from lm.experiment import Stage
 from lm.parallel.distributed import run_on_main
 from lm.rollout.trajectory import AUTHORS, MODEL, Rollout, Trajectory
 from lm.train.metrics import json_value
-from lm.train.trajectory_files import FOLDER, trajectory_files, write_step_file
+from lm.train.trajectory_files import FOLDER, SCHEMA, trajectory_files, write_step_file
 from lm.types import RolloutBatch
 
 MEGABYTE = 10**6
 
+METADATA = {"authors": ", ".join(f"{number} {name}" for number, name in enumerate(AUTHORS))}
+
 TokenNumbers = Mapping[int, Mapping[str, Float32[np.ndarray, " T"]]]
 """Trajectory, by its place in the rollout -> column -> a number for each of its tokens."""
-
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("author", pa.string())])
-SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("group", pa.int32()),  # number of the prompt within the step
-        ("task", pa.string()),  # the row of the data, as JSON
-        ("messages", pa.list_(MESSAGE)),
-        ("tokens", pa.list_(pa.int32())),
-        ("authors", pa.list_(pa.int8())),
-        ("logp", pa.list_(pa.float32())),
-        ("rewards", pa.map_(pa.string(), pa.float64())),
-        ("reward", pa.float32()),
-        ("advantage", pa.float32()),
-        ("trained", pa.bool_()),  # whether an update used it
-        ("version", pa.int32()),
-        ("finish", pa.string()),
-        # Of trajectories in the batches, 0 on tokens that the model did not sample; null: not computed.
-        ("trainer_logp", pa.list_(pa.float32())),  # the trainer's, before the step's first update
-        ("ref_logp", pa.list_(pa.float32())),  # the reference's, for a KL penalty
-        ("token_advantages", pa.list_(pa.float32())),  # where the tokens of a trajectory have different ones
-        ("largest_gap", pa.float32()),  # largest |logp - trainer_logp|
-        ("sampled", pa.int32()),  # number of tokens that the model sampled
-        ("errors", pa.int32()),  # number of the environment's messages that report an error
-    ],
-    metadata={"authors": ", ".join(f"{number} {name}" for number, name in enumerate(AUTHORS))},
-)
 
 
 def token_numbers(
@@ -129,7 +104,7 @@ def _parquet(step: int, rollout: Rollout, group_size: int, numbers: TokenNumbers
         for number, (one, advantage) in enumerate(zip(rollout.trajectories, rollout.advantages, strict=True))
     ]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA.with_metadata(METADATA)), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 

@@ -222,7 +222,7 @@ def _summary(index: RolloutIndex, group: int) -> Line:
         "group": int(column["group"][0]) + 1,
         "rewards": [_plain(value) for value in column["reward"].tolist()],
         "mean": _plain(float(column["reward"].mean())),
-        "gap": float(gaps.max()) if len(gaps) else None,
+        "gap": _plain(float(gaps.max())) if len(gaps) else None,
         "length": _plain(float(column["sampled"].mean())),
         "flags": {name: int(which[own].sum()) for name, which in index.flags.items()},
     }

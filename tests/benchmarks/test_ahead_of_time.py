@@ -29,6 +29,7 @@ def test_rows_are_made_kept_and_shown(tmp_path, monkeypatch):
     assert {entry["analytic"]["source"] for entry in kept.values()} == {"analytic"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["goal", "objectives"])
 def test_every_row_fits_its_topology(table):
     for row in TABLES[table]:

@@ -21,6 +21,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contest", SIZES)
 def test_each_contest_takes_a_step(contest):
     spec = importlib.util.spec_from_file_location("contest_lm", FILE)

@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,18 +200,50 @@ def test_config_help_lists_every_knob_with_its_help(here, capsys):
     text = capsys.readouterr().out
     for knob in knobs(load("small")):
         assert f"\n--{knob.name} " in text
-    assert "      peak learning rate, after the warmup (a number from 1e-12 to 1000)\n" in text
+        assert " ".join(knob.help.split()) in " ".join(text.split())
+    assert "      peak learning rate, after the warmup (a number from 1e-12 to 1000; default\n      0.001)\n" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_config_help_is_grouped_by_the_part_of_the_experiment(here, capsys):
+    assert main(["config", "small", "--help"]) == 0
+    title, *blocks = re.split(r"^== (.*) ==$", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    groups = dict(zip([title, *blocks[1::2]], blocks[::2], strict=True))
+    assert "--seed" in groups["the experiment"] and len(groups) == len({*groups})
+    for title, text in groups.items():
+        part = title.split(",")[0].replace("the experiment", "")
+        assert all(name.rpartition(".")[0] == part for name in re.findall(r"^--(\S+)", text, flags=re.MULTILINE))
+
+
+def test_config_search_shows_the_fields_that_have_all_words(here, capsys):
+    assert main(["config", "small", "--search", "LEARNING warmup"]) == 0
+    text = capsys.readouterr().out
+    assert "peak_lr" in text and "warmup_steps" not in text and "usage" not in text
+
+
+@pytest.mark.parametrize(("words", "told"), [("warmpu", "warmup"), ("", "a word")])
+def test_config_search_of_nothing_tells_what_is_near(here, capsys, words, told):
+    assert main(["config", "small", "--search", words]) == 2
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    "code, returned, told", [("import interrupted", -signal.SIGINT, ""), ("kill()", 0, "caught\n")]
+    "code, returned, told",
+    [
+        ("import interrupted", -signal.SIGINT, ""),
+        ("kill()", 0, "caught\n"),
+        ("Destroyed(); time.sleep(60)", 0, "caught\n"),  # Python ignores exceptions of destructors
+    ],
 )
 def test_ctrl_c_ends_the_process_inside_an_import_and_raises_elsewhere(tmp_path, code, returned, told):
     (tmp_path / "interrupted.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", "utf-8")
     script = f"""
-import os, signal
-from lm.cli.main import interrupt
+import os, signal, sys, time
+from lm.cli.main import interrupt, interrupted_again
+sys.unraisablehook = interrupted_again
+class Destroyed:
+    def __del__(self):
+        kill()
 kill = lambda: os.kill(os.getpid(), signal.SIGINT)
 signal.signal(signal.SIGINT, interrupt)
 try:

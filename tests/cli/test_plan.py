@@ -27,6 +27,7 @@ def test_json_is_one_object_with_what_others_read(small, capsys):
     assert result["stages"][0]["stage"] == "train" and result["largest_batch_size"] >= 16
 
 
+@pytest.mark.slow
 def test_the_text_fits_the_terminal(small, capsys):
     assert main([*small, "--search"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -52,6 +53,7 @@ def test_gpus_are_planned_by_arithmetic_alone(small, capsys):
     assert "h100:4 is of GPUs: plan it without" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_stage_the_one_that_needs_the_most_is_planned(capsys):
     assert main(["plan", "tiny", "--topology", "v5e:2x2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

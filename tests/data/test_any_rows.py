@@ -179,6 +179,7 @@ def rows_as(kind):
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "txt", "parquet"])
 def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, tokenizer, kind):
     sound, draw = rows_as(kind), random.Random(kind)

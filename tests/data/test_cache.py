@@ -22,7 +22,7 @@ from lm.data.python_docs import documents
 from lm.data.sources import load_rows
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Pretrain, Source, Stage, UserError
-from lm.stored import cache_at, sealed
+from lm.stored import cache_at, sealed, unsealed
 
 BUILDER = """
 import sys, time
@@ -257,18 +257,42 @@ def test_a_full_disk_is_told_and_what_was_begun_is_removed(tmp_path, small_disk)
     assert Cache(small_disk / "cache").entry("test", {"a": 1}, thousand, "numbers").length("numbers") == 1000
 
 
+NUMBERS = {"dtype": "<i8", "shape": [9], "bytes": 72}
+
+
 @pytest.mark.parametrize(
-    "files",
-    [5, {}, {"numbers": 5}, {"numbers": {"dtype": "<i8", "shape": [9], "bytes": 72}}, {"numbers": {"dtype": "nope"}}],
+    "change",
+    [
+        {"files": 5},
+        {"files": {}},
+        {"files": {"numbers": 5}},
+        {"files": {"numbers": NUMBERS}},
+        {"files": {"numbers": {"dtype": "nope"}}},
+        {"numbers": {"shape": [8]}},
+        {"numbers": {"shape": []}},
+        {"numbers": {"bytes": 72.0}},
+        {"numbers": {"sha256": None}},
+        {"made_of": {"another": 1}},
+        {"version": 1},
+    ],
+    ids=str,
 )
-def test_a_manifest_that_describes_no_arrays_is_damaged(tmp_path, files):
+def test_a_manifest_of_another_program_is_damaged_whatever_its_seal(tmp_path, change, capsys):
     cache = Cache(tmp_path)
 
     def entry():
         return cache.entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
 
     manifest = entry().folder / "manifest.json"
-    if files == {}:
-        files = {"numbers": json.loads(manifest.read_bytes())["files"]["numbers"] | {"shape": [8]}}
-    manifest.write_text(json.dumps(sealed({"version": 1, "files": files})))
+    content = unsealed(json.loads(manifest.read_bytes()))
+    numbers = content["files"]["numbers"] | change.pop("numbers", {})
+    manifest.write_text(json.dumps(sealed(content | {"files": {"numbers": numbers}} | change)))
     assert entry().array("numbers").tolist() == list(range(9))
+    assert "manifest.json is damaged" in capsys.readouterr().err
+
+
+def test_an_entry_without_an_array_that_is_read_is_told_in_one_line(tmp_path):
+    entry = Cache(tmp_path).entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
+    for read in (entry.array, entry.length, lambda name: entry.span(name, 0, 1)):
+        with pytest.raises(UserError, match=r"manifest\.json has no array 'letters': remove .*test-"):
+            read("letters")

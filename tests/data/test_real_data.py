@@ -21,6 +21,7 @@ def data(golden):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "objective"), [("pretrain", Pretrain()), ("sft", SFT()), ("preference", DPO())])
 def test_every_small_file_feeds_its_stage(data, tokenizer, folder, objective):
     files = [path for path in sorted((data / folder).iterdir()) if path.stat().st_size < 600_000]

@@ -172,8 +172,9 @@ def test_rows_that_share_a_key_or_a_prompt_are_on_one_side():
     assert split_key({"a": 1, "b": 2}) == split_key({"b": 2, "a": 1}) != split_key({"a": 1, "b": 3})
 
 
-def test_a_null_key_is_no_key_and_one_key_is_never_held_out():
-    rows = [{"text": str(i), "key": None} for i in range(100)]
+@pytest.mark.parametrize("none", [None, ""])  # "": an empty cell of a CSV file
+def test_a_null_key_is_no_key_and_one_key_is_never_held_out(none):
+    rows = [{"text": str(i), "key": none} for i in range(100)]
     assert [split_key(row) for row in rows] == [split_key({"text": str(i)}) for i in range(100)]
     assert list(split_rows(memory(rows), 1.0)[0]) == []
     kept = [{"text": str(i), "key": ALWAYS_TRAINED} for i in range(100)]

@@ -63,6 +63,7 @@ def test_as_chat_the_choice_begins_the_answer(tmp_path, tokenizer):
     assert text == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat"
 
 
+@pytest.mark.slow
 def test_the_right_choice_is_that_of_the_largest_log_likelihood(tmp_path, tokenizer, model):
     rows = [
         {"query": f"the {word}", "choices": ["cat", "mat on", "sat"], "gold": 2} for word in ("a", "b", "c", "d", "e")

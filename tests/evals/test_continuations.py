@@ -35,6 +35,7 @@ def requests(count, seed=0):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_packed_continuations_have_the_likelihood_of_each_alone(model, monkeypatch):
     monkeypatch.setattr(continuations, "TOKENS", 4 * LONGEST)  # several forward passes
     asked = requests(40)
@@ -51,6 +52,18 @@ def test_single_tokens_after_one_context_are_read_once(model):
     assert len(seen) == 1 and sorted(seen[0]) == list(range(VOCAB))
     assert sum(np.exp(one.logp) for one in found) == pytest.approx(1, abs=1e-5)
     assert sum(one.greedy for one in found) == 1
+
+
+@pytest.mark.parametrize("scores", [continuations.SCORES, 0])
+def test_continuations_of_one_context_do_not_see_each_other(model, monkeypatch, scores):
+    monkeypatch.setattr(continuations, "SCORES", scores)  # with 0 each is read alone
+    draw = np.random.default_rng(1)
+    contexts = [one.context for one in requests(3)]
+    said = [draw.integers(0, VOCAB, size).tolist() for size in (1, 4, 7, 2, 4)]
+    asked = [Continuation(context, tokens) for context in contexts for tokens in [*said, said[1][:3], [*said[1], 5]]]
+    for one, found in zip(asked, score_continuations(model, asked), strict=True):
+        logp, greedy = alone(model, one.context, one.tokens)
+        assert found.logp == pytest.approx(logp, abs=1e-4) and found.greedy == greedy
 
 
 @pytest.mark.parametrize("one", [Continuation([], [1]), Continuation([1], []), Continuation([1], [1] * (LONGEST + 1))])

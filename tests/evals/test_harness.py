@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness (the extra bench)")
 
 from lm.cli.main import main
+from lm.data.hub.tokenizer import HubTokenizer
 from lm.evals import harness
 from lm.evals.continuations import Continuation, score_continuations
 from lm.experiment import UserError
@@ -17,6 +18,7 @@ from lm.train.metrics import read_lines
 from lm.train.stages import run
 from lm.trained_model import load
 from lm.web.report import write_report
+from tests.data.hub import small
 from tests.train.runs import experiment, write_questions
 
 # One worker has the run, which is made once.
@@ -138,6 +140,14 @@ def test_a_chat_model_is_asked_through_its_template(place, capsys, monkeypatch):
     assert tokenizer.decode([*seen[0].context, *seen[0].tokens], specials=True) == (
         "<|im_start|>user\nTell bal<|im_end|>\n<|im_start|>assistant\n Gladly"
     )
+
+
+def test_a_control_token_in_the_text_of_a_task_is_that_token_and_in_a_message_it_is_text(tmp_path):
+    tokenizer = HubTokenizer(small.files())
+    model = harness.HarnessModel(None, tokenizer, harness.Answers(tmp_path / "answers.jsonl"))
+    assert model.tok_encode("a</s>") == [*tokenizer.encode("a"), tokenizer.special_ids["</s>"]]
+    asked = model.apply_chat_template([{"role": "user", "content": "a</s>"}])
+    assert tokenizer.special_ids["</s>"] not in model._rendered[asked]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_logits_right_and_left_padded(family):
         assert error < tolerance(inputs)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients(family):
     inputs = np.load(family / "inputs.npz")
     model = hf.read(family)
@@ -101,6 +102,7 @@ def test_what_is_read_is_written_to_the_byte_as_it_came(family, tmp_path):
         assert (tmp_path / name).read_bytes() == (family / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_greedy_continuation(family):
     inputs = np.load(family / "inputs.npz")
     model = hf.read(family)

@@ -120,6 +120,7 @@ def model():
     return lambda dora=False: with_random(with_random(base, tuple(targets[:2]), 3), tuple(targets[1:]), 2, dora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_factors_of_several_stages_are_one_adapter(model, family, dora, tmp_path):

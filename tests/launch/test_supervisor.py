@@ -45,7 +45,7 @@ class Program:
         return path.read_text() if path.exists() else "the beginning"
 
     def run(self, max_restarts: int = 3) -> int:
-        return supervise(self.workers, self.newest, Limits(max_restarts, grace=20), self.said.append)
+        return supervise(self.workers, self.newest, Limits(max_restarts, grace=300), self.said.append)
 
     def gone(self, start: int, index: int) -> bool:
         """Whether that process has ended."""
@@ -145,7 +145,7 @@ sys.exit(code)
 """
 
 
-def supervised(folder: Path, text: str, pause: float = 0.01, grace: float = 20, prefix=()) -> subprocess.Popen:
+def supervised(folder: Path, text: str, pause: float = 0.01, grace: float = 300, prefix=()) -> subprocess.Popen:
     """A supervisor in a process of its own, to be sent signals."""
     process = subprocess.Popen(
         [*prefix, sys.executable, "-c", DRIVER, str(folder), str(pause), str(grace)],
@@ -186,7 +186,7 @@ def test_a_signal_is_passed_on_to_all_and_waited_for(tmp_path, sent, got):
     process.send_signal(signal.Signals[sent])
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == f"{sent}: stopping, with 20 s to save\n"
+    assert said == f"{sent}: stopping, with 300 s to save\n"
     assert (tmp_path / f"{got}-0").exists() and (tmp_path / f"{got}-1").exists()
 
 
@@ -196,7 +196,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
         appears(tmp_path / f"ready-{index}")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60)[0] == "SIGTERM: stopping, with 20 s to save\n"
+    assert process.communicate(timeout=60)[0] == "SIGTERM: stopping, with 300 s to save\n"
 
 
 def test_what_does_not_stop_in_time_is_killed(tmp_path):

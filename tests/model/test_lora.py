@@ -40,6 +40,7 @@ def test_a_new_adapter_changes_nothing_and_off_it_is_the_base(kind):
     assert sum(one.lora is not None for _, one in linears(trained)) == (3 if lora.targets else 7)
 
 
+@pytest.mark.slow
 def test_adapters_of_several_stages_stay_apart_and_merge_into_what_they_compute():
     model = base = tiny_model()
     for seed, kind in enumerate(("plain", "dora", "rs_lora", "dora")):
@@ -74,6 +75,7 @@ def test_gradients_of_the_factors_are_those_of_finite_differences(kind):
     np.testing.assert_allclose((loss(step) - loss(-step)) / (2 * step), gradient, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_stage_copies_no_base_and_saves_none():
     mesh, stage = make_mesh(Mesh(data=1)), tiny_stage(DPO(), lora=LoRA(rank=2, alpha=2.0))
     model = tiny_model()

@@ -67,6 +67,7 @@ def test_a_token_sees_those_after_it_only_where_attention_is_not_causal():
         assert bool(jnp.all(states == changed)) == causal
 
 
+@pytest.mark.slow
 def test_what_layers_report_is_added_up(monkeypatch):
     plain = MLP.__call__
 

@@ -72,6 +72,7 @@ def test_weights_of_zeros_stay_so_and_odd_sizes_are_refused():
         QUANTISED["nf4"](parameter(jnp.ones((33, 4)), ("embed", "mlp")), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", QUANTISED)
 def test_a_model_computes_with_the_weights_that_were_stored(base):
     """Scanned, sharded, and in the gradient of its factors: as with the same weights in float32; none is kept for the backward pass."""

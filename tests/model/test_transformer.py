@@ -22,6 +22,7 @@ def plain(ids):
     return jnp.broadcast_to(jnp.arange(length), (rows, length)), jnp.ones_like(ids)
 
 
+@pytest.mark.slow
 def test_a_packed_segment_gets_the_logits_that_it_gets_alone():
     model, ids = tiny_model(), tokens()
     cuts = [0, 5, 14, 24]

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from lm.experiment import Mesh
 from lm.papers.kept import claims
 from lm.papers.paper import load
 from lm.papers.reproduce import BEGIN, END, changed, markdown, reproduce, write
+from lm.sweep.worker import Worker
+from lm.train.stages import run
 from lm.web.papers import write_papers
 
 HOME = Path(__file__).parent.parent.parent / "experiments" / "papers"
@@ -21,10 +24,16 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("papers")
 
 
+def run_here(worker, claimed, experiment, run_dir, until):
+    """Train in this process, since a start of Python and jax takes longer than these stages (tests/sweep starts processes)."""
+    run(dataclasses.replace(experiment, mesh=Mesh(data=1)), run_dir, until=until)
+    return 0, False
+
+
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_runs_is_judged_and_told(name, place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.setattr(Worker, "_process", run_here)
     file = str(HOME / f"{name}.py")
     outcome = reproduce(file, load(file), place / name, quick=True)
     assert "**Verdict: " in markdown(outcome)

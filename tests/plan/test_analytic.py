@@ -89,6 +89,7 @@ def test_the_state_is_counted_to_the_byte():
     assert plan(experiment(DPO(reference="cached"))).memory.reference == 0
 
 
+@pytest.mark.slow
 def test_a_stage_counts_the_factors_of_earlier_stages():
     value = experiment()
     first = dataclasses.replace(value.stages[0], lora=LoRA(rank=4, base="nf4"))
@@ -101,6 +102,7 @@ def test_a_stage_counts_the_factors_of_earlier_stages():
     assert twice.optimizer == alone.optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["model", "nf4"])
 def test_policy_and_critic_with_adapters_have_one_base(base):
     """Beside what GRPO has, PPO has the critic's factors and head; with a reward model that model's base, once."""

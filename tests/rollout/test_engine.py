@@ -59,6 +59,7 @@ def plain_completion(model, prompt, number, sample, temperature=1.0):
     return tokens[len(prompt) :], logps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_those_of_whole_forward_passes(family):
     model, prompts = tiny_model(3, **FAMILIES[family]), prompts_of(3)
@@ -72,6 +73,7 @@ def test_completions_are_those_of_whole_forward_passes(family):
         np.testing.assert_allclose(one.logp[:3], logps[:3], atol=close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("group", "slots"), [(1, 7), (4, 6), (3, 16)])
 def test_a_completion_is_equal_to_the_bit_in_any_slot_and_beside_any_others(group, slots, dtype):
@@ -119,6 +121,7 @@ def test_a_layer_with_a_window_has_columns_for_its_window_only():
     assert [one.size for one in slots.prompts] == [window or 30 for window in windows]
 
 
+@pytest.mark.slow
 def test_other_numbers_of_slots_give_the_same_tokens():
     model, prompts = tiny_model(1), prompts_of(12)
     expected = complete(model, prompts, 4, group_size=4)

@@ -166,6 +166,7 @@ def test_text_that_utf8_cannot_encode_is_replaced_and_an_endless_environment_end
     assert play(tokenizer, *["1"] * 99, environment=name, new=60).finish == LENGTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["qwen2.5", "qwen3"])
 def test_a_chat_template_is_told_of_the_tools_and_of_their_results(model):
     folder = Path(__file__).parents[3] / "shared" / "models" / "tokenizers" / model

@@ -152,6 +152,7 @@ def play(model, tokenizer, secrets, seed=0, temperature=1.0):
     return conclude(spec(), run_episodes(LocalEngine(model, tokenizer), spec(), rows, request, tokenizer)).trajectories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_engine_and_trainer_agree_over_both_turns(tokenizer, model, temperature):
     found = play(model, tokenizer, [*range(1, 17)] * 4, temperature=temperature)

@@ -90,6 +90,7 @@ def test_advantages_are_those_of_the_fields(roll):
     assert len({advantages.tobytes() for advantages in found.values()}) == len(CHOICES)  # each is another
 
 
+@pytest.mark.slow
 def test_truncated_completions_are_not_trained_on(roll):
     plain, dropped = (roll(drop_truncated=drop)[0] for drop in (False, True))
     ended = np.array([one.ended for one in plain.trajectories])

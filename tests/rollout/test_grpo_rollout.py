@@ -55,6 +55,7 @@ def test_a_batch_is_filled_with_groups_that_have_a_preference_first():
     assert fill(rewards, 2, 5).tolist() == list(range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_group_has_a_preference_where_it_has_advantages(scale):
     """Missing rewards, whole numbers, and differences that float32 does not hold."""
@@ -70,6 +71,7 @@ def test_a_group_has_a_preference_where_it_has_advantages(scale):
     assert has_preference(np.array([nan, 0, 1, 1]), 4).tolist() == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "turns", "useful"),
     [
@@ -114,6 +116,7 @@ def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, m
     assert np.abs(batch.old_logp - batch.sampler_logp).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_sampler_with_an_adapter_agrees_with_the_trainer(tokenizer, model, merge):
     one = dataclasses.replace(stage(), lora=LoRA(rank=2, dora=True, merge_for_sampling=merge))
@@ -162,6 +165,7 @@ def test_a_right_sampler_in_bfloat16_is_reported_and_passes(tokenizer, temperatu
     assert rollouts.notes == {} and rollouts.agreement.holds
 
 
+@pytest.mark.slow
 def test_a_sampler_of_another_policy_is_refused_and_told_how_to_correct_for_it(tokenizer, monkeypatch):
     mesh = make_mesh(layout())
     with jax.set_mesh(mesh):

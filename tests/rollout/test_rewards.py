@@ -72,6 +72,7 @@ def test_a_verifier_that_hangs_costs_its_limit_and_is_counted(monkeypatch):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_a_verifier_of_a_file_is_killed_where_it_hangs_and_goes_on(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os\n"

@@ -37,6 +37,7 @@ def sample(model, tokens, lengths, temperature=1.0, seed=0, n=16, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 def test_sampler_and_trainer_agree(temperature):
     model, (tokens, lengths) = tiny_model(), prompts()
@@ -47,6 +48,7 @@ def test_sampler_and_trainer_agree(temperature):
     assert batch.weights.sum() == out.mask.sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 100.0}, {"top_k": 1}, {"top_p": 0.2}])
 def test_rows_without_a_token_are_never_sampled_and_stay_in_the_normaliser(options):
     real, (tokens, lengths) = 20, prompts(rows=4)
@@ -61,6 +63,7 @@ def test_rows_without_a_token_are_never_sampled_and_stay_in_the_normaliser(optio
     np.testing.assert_allclose(logp * batch.weights, batch.old_logp * batch.weights, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_ragged_prompts_are_answered_as_alone():
     model, (tokens, lengths) = tiny_model(), prompts(rows=4)
     assert len(set(lengths.tolist())) > 2
@@ -147,6 +150,7 @@ def test_sampling_by_pieces_of_the_vocabulary_is_the_inverse_cdf(size):
     assert (before <= uniform + 1e-5).all() and (mass[np.arange(200), found] >= uniform - 1e-5).all()
 
 
+@pytest.mark.slow
 def test_frequencies_are_the_probabilities():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05, 0.0]))
     rows = jnp.broadcast_to(logits, (20_000, 5))

@@ -88,6 +88,7 @@ def neighbours(model, temperature, seed):
     return dataclasses.replace(batch, sampler_logp=jnp.roll(batch.sampler_logp, 1, axis=1) * batch.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_right_sampler_passes(dtype, temperature):
@@ -99,6 +100,7 @@ def test_a_right_sampler_passes(dtype, temperature):
         assert 0 <= gap.mean <= gap.p99 <= gap.largest < np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wrong", [cast_layer, other_layer, shifted_position, neighbours])
 def test_a_sampler_of_another_policy_is_found(dtype, wrong):

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.experiment import UserError
+from lm.stored import sealed, unsealed
 from lm.train.checkpoint import MANIFEST, Checkpoints
 from lm.train.named_arrays import named_leaves
 
@@ -218,6 +219,38 @@ def test_a_damaged_checkpoint_ahead_of_the_run_does_not_crowd_out_sound_ones(tmp
         assert checkpoints.restore(abstract(state), lambda _: None).step == 10
         checkpoints.save(15, state, {})
     assert Checkpoints(tmp_path).steps() == [10, 15]
+
+
+def forged(folder: Path, change) -> dict:
+    """A folder's checkpoint of step 1 with a manifest of another program under a right seal; returns its items."""
+    items = {"policy": {"base": np.arange(3.0), "w": np.arange(4.0)}}
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, items, {"tokens": 7}, {"policy/base"})
+    file = folder / "00000001" / MANIFEST
+    content = unsealed(json.loads(file.read_bytes()))
+    file.write_text(json.dumps(sealed(change(content))))
+    return items
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: {name: m[name] for name in m if name != "step"}, "its step cannot be read"),
+        (lambda m: {name: m[name] for name in m if name != "meta"}, "its meta cannot be read"),
+        (lambda m: m | {"step": 2}, "is that of step 2"),
+        (lambda m: m | {"meta": {"tokens": "7"}}, "its meta.tokens cannot be read"),
+        (lambda m: m | {"meta": {"ahead": {"x": "step"}}}, "its meta.ahead cannot be read"),
+        (lambda m: m | {"items": {"policy": 5}}, "its items.policy cannot be read"),
+        (lambda m: m | {"untrained": 5}, "is not what .* was saved with"),
+        (lambda m: {name: m[name] for name in m if name != "untrained"}, "have not the arrays that its manifest.json lists"),
+        (lambda m: m | {"items": {"policy": m["items"]["policy"] | {"v": "float64[3]"}}}, "its 'v' has no place here"),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_program_is_one_line_whatever_its_seal(tmp_path, change, told):
+    items = forged(tmp_path, change)
+    with pytest.raises(UserError, match=told) as caught:
+        Checkpoints(tmp_path).restore(items, only=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_only_damaged_checkpoints_is_an_error_that_says_what_to_do(tmp_path):

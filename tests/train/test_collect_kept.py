@@ -82,6 +82,7 @@ def answers(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "stages" / "collect" / ANSWERS).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_prompts_without_a_right_answer_are_asked_again_with_the_hint(folder):
     rows = answers(folder / "run")
     first = [row["scores"][0] for row in rows]
@@ -107,6 +108,7 @@ def test_a_resumed_collection_is_the_same(folder):
     assert metrics(copy, "star") == metrics(folder / "run", "star")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks, kept", [(0, 0), (2, 1)])
 def test_a_signal_ends_the_sampling_and_a_resume_samples_the_same(folder, monkeypatch, looks, kept):
     where, looked, sample = folder / f"stopped-{looks}", [], engine.sample_tokens

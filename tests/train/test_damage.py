@@ -12,25 +12,30 @@ import numpy as np
 import pytest
 
 from lm import json_lines
-from lm.changes import read_experiment
+from lm.changes import changes, normalised, read_experiment, stored_experiment
 from lm.choices.log import read_log
 from lm.cli.main import main
 from lm.data.cache import Cache
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import SFT, Experiment, Source, Stage, UserError, from_dict, to_dict
 from lm.json_lines import checksums, read_json_lines
-from lm.stored import read_sealed, write_json_atomic, write_sealed
+from lm.stored import read_sealed, sealed, write_json_atomic, write_sealed
+from lm.sweep.results import read_description, read_result, read_trial
 from lm.train import goodput
 from lm.train.checkpoint import Checkpoints
+from lm.train.loaded_run import origin_of
 from lm.train.metrics import KINDS, MetricsLog, read_lines
 from lm.train.provenance import last_session
+from lm.train.resume import check_run_inputs
 from lm.train.run_files import read_run, read_stage
 from lm.train.run_folder import RunFolder
+from lm.user_functions import search_recorded
 from tests.train.runs import experiment, write_questions
 
 pytestmark = pytest.mark.slow
 
 TIMES = 60
+SESSION = {"versions": {"jax": "1"}, "started": "now", "functions": {"mine.py:score": "/home/mine.py"}}
 PLAN = Experiment("plan", (Stage("sft", SFT(), (Source("gen:drills"),), steps=3),))
 
 
@@ -65,7 +70,15 @@ def folder(tmp_path_factory) -> Path:
     run = RunFolder(tmp_path_factory.mktemp("damage") / "run")
     run.path.mkdir()
     write_json_atomic(run.experiment, to_dict(PLAN))
-    write_sealed(run.environment, {"runs": [{"versions": {}, "started": "now"}], "experiments": [to_dict(PLAN)]})
+    write_sealed(
+        run.environment,
+        {
+            "runs": [SESSION],
+            "finished": ["sft"],
+            "began": {"data": {"asked.jsonl": "0" * 64}},
+            "experiments": [to_dict(PLAN)],
+        },
+    )
     stage = run.stage_folder("sft")
     with MetricsLog(stage) as log:
         for step in (1, 2, 3):
@@ -83,18 +96,51 @@ def folder(tmp_path_factory) -> Path:
         json.dumps(choice | sides) + "\n" + json.dumps({"id": 2, "kind": "undo", "annotator": "x", "of": 1}) + "\n"
     )
     SubwordTokenizer.train(["some text to learn pieces from"] * 9, 320, run.tokenizer)
+    write_sealed(run.origin, {"config": "{}", "tensors": {"a": ["a.safetensors", "F32"]}, "files": {"LICENSE": "free"}})
+    trial = {
+        "settings": {"sft.steps": "3"},
+        "seed": 0,
+        "wanted": True,
+        "failed": "",
+        "pruned": False,
+        "impossible": False,
+    }
+    write_sealed(run.path / "trial.json", trial)
+    search = {"kind": "Grid", "most": None}
+    described = {"base": to_dict(PLAN), "axes": {"sft.steps": ["3"]}, "search": search, "baseline": {}}
+    write_sealed(run.path / "sweep.json", described)
     Cache(run.path / "cache").entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
     return run.path
 
 
 def cached(run: Path) -> None:
-    Cache(run / "cache").entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
+    entry = Cache(run / "cache").entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
+    assert len(entry.array("numbers")) == entry.length("numbers") == 9
+
+
+def unrecorded(run: Path) -> None:
+    """Read experiment.json as comparisons and a resume do where no environment.json says what it was."""
+    plan, alone = json.loads(json.dumps(to_dict(PLAN))), run / "alone"
+    alone.mkdir(exist_ok=True)
+    shutil.copy(run / "experiment.json", alone)
+    assert read_result(alone).seed is not None
+    there = stored_experiment(alone)
+    for one, other in ((there, plan), (plan, there)):
+        changes(normalised(one), normalised(other), 1)
+
+
+def inputs_checked(run: Path) -> None:
+    now = {"data": {"asked.jsonl": "0" * 64}, "tokenizer": "1" * 64, "versions": {"jax": "1"}, "python": "3.11"}
+    check_run_inputs(RunFolder(run), now, accept=True)
 
 
 STAGE = "stages/sft"
 READERS = {
-    "experiment.json": [read_experiment, lambda run: from_dict(read_experiment(run)), read_run],
-    "environment.json": [read_experiment, last_session, read_run],
+    "experiment.json": [read_experiment, lambda run: from_dict(read_experiment(run)), read_run, unrecorded],
+    "environment.json": [read_experiment, last_session, read_run, search_recorded, inputs_checked],
+    "open_weights.json": [origin_of],
+    "trial.json": [lambda run: read_trial(run / "trial.json")],
+    "sweep.json": [read_description],
     "tokenizer/tokenizer.model": [lambda run: SubwordTokenizer.load(run / "tokenizer")],
     f"{STAGE}/metrics.jsonl": [read_run, lambda run: MetricsLog(run / STAGE).check_steps(3), lambda run: goodput.seconds_spent(run / STAGE)],
     f"{STAGE}/metrics.jsonl.crc32": [read_run],
@@ -160,17 +206,53 @@ def test_a_summary_that_no_page_could_show_is_refused(folder, changes):
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("sealed", [True, False])
-def test_a_reader_is_total(folder, name, sealed):
+def reshaped(value, draw: random.Random):
+    """A JSON value of which one part, at any depth, is missing, there twice, or another value."""
+    if not isinstance(value, dict | list) or not value or draw.random() < 0.05:
+        return draw.choice((None, True, -1, 2.5, 10**30, "", "a/../b", "\0", [], {}, [None], {"a": [1]}))
+    key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if draw.random() < 0.2:
+        kept = dict(value) if isinstance(value, dict) else list(value)
+        del kept[key]
+        return kept
+    if isinstance(value, list):
+        return [reshaped(item, draw) if place == key else item for place, item in enumerate(value)]
+    return value | {key if draw.random() < 0.9 else "other": reshaped(value[key], draw)}
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".json")])
+def test_a_reader_is_total_whatever_a_right_seal_is_of(folder, name):
     (file,) = folder.glob(name)
-    if not sealed and file.suffix not in (".json", ".jsonl"):
+    whole, draw = file.read_bytes(), random.Random(name)
+    content, wrong = json.loads(whole), 0
+    seal = content.pop("sha256", None) is not None
+    try:
+        for _ in range(4 * TIMES):
+            changed = reshaped(content, draw)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(sealed(changed) if seal and isinstance(changed, dict) else changed))
+            for read in READERS[name]:
+                try:
+                    read(folder)
+                except UserError as error:
+                    wrong += 1
+                    assert "\n" not in str(error) and str(folder) in str(error)
+    finally:
+        file.write_bytes(whole)
+    assert wrong or "cache" in name  # whose entries are built again
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("seal", [True, False])
+def test_a_reader_is_total(folder, name, seal):
+    (file,) = folder.glob(name)
+    if not seal and file.suffix not in (".json", ".jsonl"):
         return
     whole, draw = file.read_bytes(), random.Random(name)
     beside = checksums(file)
     sums = beside.read_bytes() if beside.exists() else None
     start = whole
-    if not sealed:  # as an older lm wrote it
+    if not seal:  # as an older lm wrote it
         if sums is not None:
             beside.unlink()
         elif b'"sha256"' in whole:

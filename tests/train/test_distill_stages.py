@@ -66,6 +66,7 @@ def folder(tmp_path_factory) -> Path:
 STAGES = ["mixed", "imported", "informed", "back"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_student_differs_from_its_teacher_by_a_finite_divergence(folder, stage):
     losses = [line["loss"] for line in metrics(folder / "run", stage)]
@@ -96,6 +97,7 @@ def resumed(folder) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_is_the_same_to_the_bit(folder, resumed, stage):
     assert metrics(resumed, stage) == metrics(folder / "run", stage)

@@ -30,6 +30,7 @@ def test_a_run_again_is_the_same_to_the_bit(finished, capsys):
     assert read_json(finished.with_name("run.rerun") / "experiment.json") == json.loads(json.dumps(to_dict(base)))
 
 
+@pytest.mark.slow
 def test_the_first_number_that_differs_is_named(finished, tmp_path, capsys):
     out = tmp_path / "again"
     assert main(["rerun", str(finished), "--until", "pretrain", "--out", str(out)]) == 0
@@ -42,6 +43,7 @@ def test_the_first_number_that_differs_is_named(finished, tmp_path, capsys):
     assert "different: pretrain" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_not_as_it_was_is_said_and_may_be_refused(finished, tmp_path, capsys):
     file = finished / "environment.json"
     kept = file.read_text()

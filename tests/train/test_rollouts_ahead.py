@@ -1,11 +1,14 @@
 """Rollouts that are sampled while a step trains: which weights sample them, and that a run that was stopped goes on to the bit."""
 
 import dataclasses
+import io
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lm.check import check
@@ -14,7 +17,7 @@ from lm.parallel.mesh import check_split
 from lm.rollout.episodes import Sampled
 from lm.train.loaded_run import load_run
 from lm.train.loop import Interrupted
-from lm.train.rollout_log import AHEAD, decode, encode
+from lm.train.rollout_log import AHEAD, decode, encode, read, write
 from lm.train.rollouts_ahead import RolloutsAhead
 from lm.train.signals import Stop
 from lm.train.stages import run
@@ -63,6 +66,29 @@ def test_a_rollout_is_the_same_after_it_was_logged():
     assert decode(encode(Sampled([], 0), {})) == (Sampled([], 0), {})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.drop_columns(["logp"]),
+        lambda t: t.set_column(0, "task", pa.array(["5"] * 4)),
+        lambda t: t.set_column(1, "messages", pa.array(['[{"role": "user"}]'] * 4)),
+        lambda t: t.set_column(1, "messages", pa.array(["[" * 9] * 4)),
+        lambda t: t.replace_schema_metadata({}),
+        lambda t: t.replace_schema_metadata({**t.schema.metadata, b"metrics": b"[]"}),
+        lambda t: t.replace_schema_metadata({**t.schema.metadata, b"timeouts": b"many"}),
+    ],
+)
+def test_a_log_of_another_program_is_told_in_a_line_whatever_its_seal(tmp_path, change):
+    sink = io.BytesIO()
+    whole = encode(Sampled(rollout().trajectories, 0), {"sampler_gap_mean": 0.5})
+    assert list(read(tmp_path, [write(tmp_path, 1, whole)])) == [1]
+    pq.write_table(change(pq.read_table(io.BytesIO(whole))), sink)
+    name = write(tmp_path, 1, sink.getvalue())
+    with pytest.raises(UserError, match=rf"{name} is damaged: it holds no rollout .*cannot be resumed") as told:
+        read(tmp_path, [name])
+    assert "\n" not in str(told.value)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -103,6 +129,7 @@ def same(value: Experiment, one: Path, other: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_each_step_trains_on_samples_of_the_weights_two_steps_ago(whole):
     _, folder = whole
     lines = [line for line in metrics(folder, "reason") if "staleness" in line]  # others sampled nothing
@@ -119,6 +146,7 @@ def test_each_step_trains_on_samples_of_the_weights_two_steps_ago(whole):
     assert not (folder / "stages/reason" / AHEAD).exists()  # a finished stage needs none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(1,), (4,), (5, 6)])  # the checkpoint of step 4 is resumed twice
 def test_a_run_that_was_killed_goes_on_to_the_bit(whole, tmp_path, monkeypatch, steps):
     value, folder = whole
@@ -133,6 +161,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(whole, tmp_path, monkeypatch, 
     same(value, folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_rollout_saves_the_step_that_trains_meanwhile(whole, tmp_path, monkeypatch):
     (value, folder), arrived, sample_next = whole, [], RolloutsAhead.sample_next
 
@@ -161,6 +190,7 @@ def broken(asked, tmp_path_factory):
     return value, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["bit", "gone"])
 def test_a_rollout_that_a_checkpoint_needs_and_that_is_damaged_stops_the_run_in_a_line(broken, tmp_path, damage):
     value, folder = broken
@@ -192,6 +222,7 @@ def test_without_staleness_nothing_is_logged_ahead(asked, tmp_path):
     assert "staleness" not in metrics(tmp_path / "run", "reason")[0]
 
 
+@pytest.mark.slow
 def test_a_sampler_on_devices_of_its_own_gives_the_same_run(whole, tmp_path):
     value, folder = whole
     run(dataclasses.replace(value, rollout_mesh=RolloutMesh(devices=1)), tmp_path / "run")

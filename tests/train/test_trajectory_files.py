@@ -1,6 +1,7 @@
 """Trajectory files hold all that was sampled, keep to their limit, and are the same after a kill."""
 
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,6 +20,7 @@ from lm.rollout.trajectory import AUTHORS, Rollout, Trajectory
 from lm.train.stages import run
 from lm.train.trajectory_files import (
     FOLDER,
+    OPTIONAL,
     check_trajectories,
     count_trajectories,
     read_trajectories,
@@ -130,6 +133,52 @@ def test_bytes_that_are_no_trajectories_are_told_in_a_line(tmp_path):
         named.unlink()
 
 
+def replaced(table, name, values):
+    return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.drop_columns(["rewards"]), "0 columns rewards"),
+        (lambda t: t.append_column("task", t["task"]), "2 columns task"),
+        (lambda t: replaced(t, "reward", ["much"] * 4), "much"),
+        (lambda t: replaced(t, "reward", [None] * 4), "reward has nulls"),
+        (lambda t: replaced(t, "group", [0.5] * 4), "0.5"),
+        (lambda t: replaced(t, "group", [-1] * 4), "group is negative"),
+        (lambda t: replaced(t, "step", [2] * 4), "another step than its name"),
+        (lambda t: replaced(t, "messages", [[{"role": "user", "content": None, "author": "prompt"}]] * 4), "messages has nulls"),
+        (lambda t: replaced(t, "messages", [5] * 4), "messages|Unsupported cast|cast"),
+        (lambda t: replaced(t, "tokens", [[1, None]] * 4), "tokens has nulls"),
+        (lambda t: replaced(t, "tokens", [[-1] * 20] * 4), "tokens is negative"),
+        (lambda t: replaced(t, "logp", [[0.5]] * 4), "logp are not one for each token"),
+        (lambda t: replaced(t, "trainer_logp", [None, [0.5] * 20, [0.5] * 20, [0.5] * 19]), "trainer_logp are not one for each token"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_program_is_told_in_a_line_whatever_its_seal(tmp_path, change, told):
+    keep_trajectories(tmp_path, STAGE, 1, rollout())
+    (path,) = trajectory_files(tmp_path)
+    sink = io.BytesIO()
+    pq.write_table(change(pq.read_table(path)), sink)
+    path.unlink()
+    forged = path.with_name(f"step-00000001-{zlib.crc32(sink.getvalue()):08x}.parquet")
+    forged.write_bytes(sink.getvalue())
+    with pytest.raises(UserError, match=told) as caught:
+        read_trajectories(forged)
+    assert forged.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_of_an_older_version_is_read_without_the_newer_columns(tmp_path):
+    keep_trajectories(tmp_path, STAGE, 1, rollout())
+    (path,) = trajectory_files(tmp_path)
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(path).drop_columns([*OPTIONAL]), sink)
+    older = path.with_name(f"step-00000001-{zlib.crc32(sink.getvalue()):08x}.parquet")
+    older.write_bytes(sink.getvalue())
+    rows = [{name: row[name] for name in row if name not in OPTIONAL} for row in read_trajectories(path)]
+    assert read_trajectories(older) == [row | dict.fromkeys(OPTIONAL) for row in rows]
+
+
 @pytest.mark.parametrize("name", ["step-x-1a2b3c4d.parquet", "step-00000001.parquet", "step-1-00000000.parquet"])
 def test_a_file_of_another_name_is_told_in_a_line(tmp_path, name):
     (tmp_path / FOLDER).mkdir()
@@ -235,6 +284,7 @@ def test_a_resumed_run_has_the_same_files(finished, monkeypatch):
     assert trajectory_files(folder) == before and metrics(finished / "run", "grpo") == lines
 
 
+@pytest.mark.slow
 def test_a_damaged_file_ends_a_resume_before_it_trains(finished, monkeypatch):
     monkeypatch.setenv(SEARCH_PATH, str(finished))
     path = trajectory_files(finished / "run" / "stages" / "grpo")[0]

@@ -235,6 +235,7 @@ def test_each_stage_has_the_curves_of_its_objective(finished):
     assert [label for _, label, _ in legend] == ["training, mean of the last 90 steps", "held out, docs"]
 
 
+@pytest.mark.slow
 def test_every_chart_says_how_to_read_it(finished):
     declared = [chart for kind in OBJECTIVES.values() for chart in (*kind.charts, *kind.small_charts)]
     drawn = [chart for stage in read_run(finished).stages for chart in charts.stage_charts(stage)]

@@ -124,6 +124,7 @@ def test_the_first_the_best_and_the_last_step_are_written_at_their_points(watche
     assert re.findall(r">step ([\d,]+)<", svg) == ["0", str(best), str(WATCHED["ppo"])]
 
 
+@pytest.mark.slow
 def test_a_run_without_kl_has_no_such_section(tmp_path):
     for folder in (
         write_run(tmp_path / "plain"),

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from lm.experiment import UserError
 from lm.model.kernels import splash, splash_kernels
 from lm.parallel.distributed import is_main_process
+from lm.shapes import is_list, is_text
 from lm.stored import cache_folder, make_folder, read_record, write_sealed
 
 # (queries, keys, values, segments, window, softcap) -> heads
@@ -47,7 +48,7 @@ def _remembered(kind: str, runtime: str, kernel: Attention, plain: Attention) ->
     folder = cache_folder() / "kernels"
     file = folder / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.json"
     try:
-        return read_record(file, {"made_of": list, "problem": str})["problem"]
+        return read_record(file, {"made_of": is_list, "problem": is_text})["problem"]
     except UserError:  # missing or damaged: check again
         problem = measured_problem(kernel, plain)
     try:

@@ -18,6 +18,7 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("tfds")
 
 
+@pytest.mark.slow
 def test_prepared_on_first_use_and_read_back(data_dir):
     rows = load_rows("tfds:python_docs/small/train", data_dir=data_dir)
     step = len(documents()) // 200

@@ -103,6 +103,7 @@ def test_every_stage_runs_with_a_familys_tokenizer(tmp_path, models, family):
     check_run(tmp_path, published.tokenizer(models / "tokenizers" / family).save(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_a_chat_template_of_ones_own_is_kept_with_the_run(tmp_path, folder):
     template = tmp_path / "own.jinja"
     template.write_text(small.TRIMMED)

@@ -1,0 +1,71 @@
+"""A completion of the server while it waits, is sampled, and ends; what it yields goes to a sink, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm.serve.protocol import Refused, Settings
+from lm.serve.text_stream import ScoredToken, TextStream
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step added to a completion. `finish` is the protocol's finish_reason once it has ended."""
+
+    index: int
+    text: str
+    tokens: Sequence[ScoredToken]
+    finish: str | None = None
+    error: Refused | None = None
+
+
+@dataclass(eq=False)
+class LiveCompletion:
+    """One completion: its request, and its state. `cancelled` is set by the connection, the rest by the engine's thread.
+
+    Attributes:
+        index: its number among all choices of the request.
+        sample: its number among those of its prompt; with the seed it determines the random numbers.
+        limit: maximum number of tokens.
+        matcher: of a JSON schema; None without one.
+    """
+
+    index: int
+    sample: int
+    prompt: Sequence[int]
+    settings: Settings
+    limit: int
+    deadline: float
+    sink: Callable[[Delta], None]
+    text: TextStream
+    matcher: Any = None
+    begun: float = field(default_factory=time.monotonic)
+    sampled: int = 0
+    cancelled: bool = False
+    finished: bool = False
+
+    def add(self, tokens: Sequence[ScoredToken], done: bool, end_ids: Sequence[int]) -> None:
+        """Pass on the tokens of a step; `done` if the slot has ended with them."""
+        if self.finished:
+            return
+        ended = done and bool(tokens) and tokens[-1].token in end_ids
+        self.sampled += len(tokens)
+        piece = self.text.add(tokens[: len(tokens) - ended])
+        satisfied = self.matcher is not None and self.matcher.is_stopped()
+        stopped = self.text.stopped or satisfied
+        finish = "stop" if ended or stopped else "length" if done else None
+        if finish and not self.text.stopped:
+            rest = self.text.end()
+            piece = piece._replace(text=piece.text + rest.text, tokens=[*piece.tokens, *rest.tokens])
+        self.finished = finish is not None
+        if piece.text or piece.tokens or finish:
+            self.sink(Delta(self.index, piece.text, piece.tokens, finish))
+
+    def fail(self, error: Refused) -> None:
+        """End it with an error."""
+        if not self.finished:
+            self.finished = True
+            self.sink(Delta(self.index, "", (), None, error))
