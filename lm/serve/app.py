@@ -1,11 +1,12 @@
-"""The server's routes: the OpenAI protocol, health and metrics."""
+"""The server's routes: the OpenAI protocol, health, metrics, and the chat page."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lm.experiment import UserError
-from lm.serve import access, replies
+from lm.serve import access, page, replies
 from lm.serve.completions import Delta, LiveCompletion
 from lm.serve.metrics import Metrics
 from lm.serve.models import DEFAULT, Served, find
@@ -32,6 +33,27 @@ PATHS = {"/v1/chat/completions": True, "/v1/completions": False}
 GONE = 499  # status of a request whose client has gone, for the metrics
 
 
+class Post:
+    """Carries deltas from the engine's thread to that of the connections: one wake-up for all of a step."""
+
+    def __init__(self) -> None:
+        self._carried: deque[tuple[asyncio.Queue[Delta], Delta]] = deque()
+        self._called = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Delta], delta: Delta) -> None:
+        """Put a delta into a queue of the loop's thread."""
+        self._carried.append((queue, delta))
+        if not self._called and not loop.is_closed():
+            self._called = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # before the queue is emptied: what comes now calls again
+        while self._carried:
+            queue, delta = self._carried.popleft()
+            queue.put_nowait(delta)
+
+
 @dataclass(frozen=True)
 class State:
     """What the routes use. `seconds` is the time of a request; `token` is None where only this machine is served."""
@@ -42,6 +64,7 @@ class State:
     seconds: float
     token: str | None
     port: int
+    post: Post = field(default_factory=Post)
 
 
 def make_app(state: State) -> Starlette:
@@ -55,6 +78,7 @@ def make_app(state: State) -> Starlette:
         Route("/v1/models/{name:path}", guarded(state, partial(show_model, state))),
         Route("/health", guarded(state, partial(health, state))),
         Route("/metrics", guarded(state, partial(show_metrics, state))),
+        *(Route(path, guarded(state, show_file)) for path in page.FILES),
     ]
     handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _failed}
     return Starlette(routes=routes, exception_handlers=handlers)
@@ -65,8 +89,10 @@ def guarded(state: State, handler: Callable[..., Any]) -> Callable[..., Any]:
 
     async def answer(request: Request) -> Response:
         try:
-            access.check(request, state.token, state.port)
-            response = await handler(request)
+            response = page.opened(request, state.token, state.port)
+            if response is None:
+                access.check(request, state.token, state.port)
+                response = await handler(request)
         except Refused as error:
             response = _refusal(error)
         except ClientDisconnect:
@@ -83,11 +109,8 @@ async def complete(state: State, chat: bool, request: Request) -> Response:
     began = time.monotonic()
     asked = parse(await _body(request), chat)
     served = find(state.models, asked.model)
-    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Delta]()
-
-    def sink(delta: Delta) -> None:
-        loop.call_soon_threadsafe(arrived.put_nowait, delta)
-
+    arrived = asyncio.Queue[Delta]()
+    sink = partial(state.post.put, asyncio.get_running_loop(), arrived)
     completions = await _prepared(served, asked, began + state.seconds, sink)
     state.scheduler.submit(served.name, completions)
     state.metrics.prompt_tokens.labels(served.name).inc(sum(len(one.prompt) for one in completions if not one.sample))
@@ -209,6 +232,11 @@ async def health(state: State, request: Request) -> Response:
 async def show_metrics(state: State, request: Request) -> Response:
     """The metrics for Prometheus."""
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def show_file(request: Request) -> Response:
+    """A file of the chat page."""
+    return page.file_of(request.url.path)
 
 
 def _refusal(error: Refused) -> Response:

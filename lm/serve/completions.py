@@ -10,6 +10,8 @@ from typing import Any
 from lm.serve.protocol import Refused, Settings
 from lm.serve.text_stream import ScoredToken, TextStream
 
+PASS_SECONDS = 0.03  # tokens of a completion are passed on so often, the first and the last at once
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -46,17 +48,22 @@ class LiveCompletion:
     sampled: int = 0
     cancelled: bool = False
     finished: bool = False
+    _kept: list[ScoredToken] = field(default_factory=list)  # tokens that have not been passed on
+    _next: float = 0.0  # when the next ones are
 
-    def add(self, tokens: Sequence[ScoredToken], done: bool, end_ids: Sequence[int]) -> None:
-        """Pass on the tokens of a step; `done` if the slot has ended with them."""
+    def add(self, tokens: Sequence[ScoredToken], done: bool, end_ids: Sequence[int], now: float) -> None:
+        """Take the tokens of a step, `done` if the slot has ended with them; pass them on if it is time."""
         if self.finished:
             return
-        ended = done and bool(tokens) and tokens[-1].token in end_ids
         self.sampled += len(tokens)
+        self._kept += tokens
+        if not done and now < self._next:
+            return
+        tokens, self._kept, self._next = self._kept, [], now + PASS_SECONDS
+        ended = done and bool(tokens) and tokens[-1].token in end_ids
         piece = self.text.add(tokens[: len(tokens) - ended])
         satisfied = self.matcher is not None and self.matcher.is_stopped()
-        stopped = self.text.stopped or satisfied
-        finish = "stop" if ended or stopped else "length" if done else None
+        finish = "stop" if ended or self.text.stopped or satisfied else "length" if done else None
         if finish and not self.text.stopped:
             rest = self.text.end()
             piece = piece._replace(text=piece.text + rest.text, tokens=[*piece.tokens, *rest.tokens])

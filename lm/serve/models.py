@@ -19,7 +19,7 @@ from lm.rollout.slots import sampling_model
 from lm.serve.completions import Delta, LiveCompletion
 from lm.serve.protocol import Asked, Refused, Settings
 from lm.serve.schema import Tokens
-from lm.serve.slot_engine import SHORT, EngineSizes, SlotEngine
+from lm.serve.slot_engine import NARROW, WIDE, EngineSizes, SlotEngine
 from lm.serve.text_stream import TextStream
 from lm.train.loaded_run import LoadedRun, load_adapters, load_run
 
@@ -43,17 +43,17 @@ class Served:
         Raises:
             Refused: a prompt does not fit, or cannot be rendered.
         """
-        grammar = None if asked.settings.schema is None else self.tokens.grammar(asked.settings.schema)
+        settings = asked.settings
+        grammar = None if settings.schema is None else self.tokens.grammar(settings.schema)
         found: list[LiveCompletion] = []
         for prompt in asked.prompts:
             ids = self._encoded(asked, prompt)
             limit = self._limit(asked, len(ids))
+            before = () if asked.chat else ids[-1:]
             for sample in range(asked.n):
-                text = TextStream(self.tokenizer, asked.settings.stop, () if asked.chat else ids[-1:])
+                text = TextStream(self.tokenizer, settings.stop, before, settings.alternatives is not None)
                 matcher = None if grammar is None else self.tokens.matcher(grammar)
-                found.append(
-                    LiveCompletion(len(found), sample, ids, asked.settings, limit, deadline, sink, text, matcher)
-                )
+                found.append(LiveCompletion(len(found), sample, ids, settings, limit, deadline, sink, text, matcher))
         return found
 
     def _encoded(self, asked: Asked, prompt: Any) -> list[int]:
@@ -157,10 +157,10 @@ def sizes_for(longest: int, slots: int, length: int, new: int) -> EngineSizes:
 
 
 def warm_up(served: Served) -> None:
-    """Compile the programs of an engine, by a short and a long prompt."""
+    """Compile the programs of an engine, by prompts of all widths."""
     engine = served.engine
     settings = Settings(temperature=1.0, top_p=1.0, top_k=0, seed=0, max_tokens=1, stop=(), alternatives=None)
-    for size in {1, min(engine.sizes.length - 1, SHORT + 1)}:
+    for size in {min(engine.sizes.length - 1, width + 1) for width in (0, NARROW, WIDE)}:
         asked = Asked(served.name, [[0] * size], False, 1, False, False, settings, {})
         engine.waiting += served.prepare(asked, math.inf, _nothing)
         while engine.busy:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from lm.data.text_tokenizer import TextTokenizer
 from lm.model.transformer import Transformer
@@ -17,9 +20,8 @@ from lm.rollout.stepping import BURST, SlotSettings, Stepped, step
 from lm.serve.completions import LiveCompletion
 from lm.serve.text_stream import ScoredToken
 
-SHORT = 64  # tokens of a prompt that are read at a time where the prompt has no more
-LONG = 256  # and of a longer one, of which a step reads one such part
-READ = 256  # tokens of short prompts that are read between two steps, at least one prompt
+NARROW, MIDDLE, WIDE = 16, 64, 256  # tokens of a prompt that are read at a time; few widths, few compilations
+READ = 256  # tokens that are read between two steps: a part of a long prompt, or short prompts
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,17 @@ class EngineSizes:
     @property
     def prompt(self) -> int:
         """Columns of the cache of a prompt: whole parts that are read at a time."""
-        part = LONG if self.length > SHORT else SHORT
-        return -(-self.length // part) * part
+        return max(sum(part) for part in parts(self.length))
+
+
+def parts(length: int) -> list[tuple[int, int]]:
+    """Start and width of the parts in which a prompt is read, which depend on its length alone."""
+    found, start = [], 0
+    while (left := length - start) > 0:
+        width = WIDE if left >= WIDE else MIDDLE if left > NARROW else NARROW
+        found.append((start, width))
+        start += width
+    return found
 
 
 @dataclass
@@ -43,7 +54,7 @@ class LongPrompt:
 
     prompt: Sequence[int]
     waiting: list[tuple[int, LiveCompletion]]
-    start: int = 0
+    left: list[tuple[int, int]]  # parts
 
 
 class SlotEngine:
@@ -54,6 +65,8 @@ class SlotEngine:
 
     def __init__(self, model: Transformer, tokenizer: TextTokenizer, sizes: EngineSizes):
         self.model, self.tokenizer, self.sizes = model, tokenizer, sizes
+        self._weights, shape = jax.tree.flatten(model)
+        self._read_part, self._step = _programs(shape, tuple(tokenizer.end_ids), tokenizer.vocab_size)
         self.waiting: deque[LiveCompletion] = deque()
         self.taken: list[LiveCompletion | None] = [None] * sizes.slots
         self.reserved: set[int] = set()  # slots of the prompt that is being read
@@ -94,8 +107,9 @@ class SlotEngine:
         burst = 1 if self._admit() else BURST
         if self.running:
             self._begin_step(burst)
+        now = time.monotonic()
         for progress, tokens, done in found:
-            progress.add(tokens, done, self.tokenizer.end_ids)
+            progress.add(tokens, done, self.tokenizer.end_ids, now)
         return sum(len(tokens) for _, tokens, _ in found)
 
     def _collect(self) -> list[tuple[LiveCompletion, list[ScoredToken], bool]]:
@@ -104,20 +118,20 @@ class SlotEngine:
             return []
         stepped, taken = self._pending
         self._pending = None
-        stepped = jax.device_get(stepped)
-        sampled, logps, found = stepped.tokens.tolist(), stepped.logp.tolist(), []
+        sampled, done = (x.tolist() for x in jax.device_get((stepped.tokens, stepped.done)))
+        reported = any(one is not None and one.settings.alternatives is not None for one in taken)
+        scores = jax.device_get((stepped.logp, stepped.others, stepped.others_logp)) if reported else None
+        found = []
         for slot, progress in enumerate(taken):
             if progress is None or progress.finished or progress.cancelled:
                 continue
-            others = _others(stepped, slot, progress.settings.alternatives or 0)
-            scored = map(ScoredToken, sampled[slot], logps[slot], others)
-            tokens = [one for one in scored if one.token >= 0]
-            done = bool(stepped.done[slot])
+            ids = [token for token in sampled[slot] if token >= 0]
+            tokens = _scored(ids, slot, scores, progress.settings.alternatives)
             if progress.matcher is not None:
-                progress.matcher.consume_tokens([one.token for one in tokens])
-                done = done or progress.matcher.is_stopped()
-            found.append((progress, tokens, done))
-            if done:
+                progress.matcher.consume_tokens(ids)
+                done[slot] = done[slot] or progress.matcher.is_stopped()
+            found.append((progress, tokens, done[slot]))
+            if done[slot]:
                 self._free(slot)
         return found
 
@@ -141,45 +155,48 @@ class SlotEngine:
         begun, left = self._read_long(), READ
         free = deque(slot for slot, one in enumerate(self.taken) if one is None and slot not in self.reserved)
         while free and self.waiting and left > 0:
-            prompt = self.waiting[0].prompt
-            if len(prompt) > SHORT and self._reading:
-                short = next((one for one in self.waiting if len(one.prompt) <= SHORT), None)
-                if short is None:
-                    break
-                self.waiting.remove(short)
-                group = [(free.popleft(), short)]
-            else:
-                group = [(free.popleft(), self.waiting.popleft())]
-                while free and self.waiting and self.waiting[0].prompt is prompt:
-                    group.append((free.popleft(), self.waiting.popleft()))
-            if len(group[0][1].prompt) > SHORT:
-                self._reading = LongPrompt(prompt, group)
+            first = self._next_waiting()
+            if first is None:
+                break
+            group = [(free.popleft(), first)]
+            while free and self.waiting and self.waiting[0].prompt is first.prompt:
+                group.append((free.popleft(), self.waiting.popleft()))
+            if len(first.prompt) > READ:
+                self._reading = LongPrompt(first.prompt, group, parts(len(first.prompt)))
                 self.reserved = {slot for slot, _ in group}
                 begun |= self._read_long()
             else:
-                self._short = self._read(self._short, group[0][1].prompt, 0, SHORT)
+                for part in parts(len(first.prompt)):
+                    self._short = self._read(self._short, first.prompt, *part)
                 self._place(self._short, group)
-                begun, left = True, left - SHORT
+                begun, left = True, left - len(first.prompt)
         return begun
+
+    def _next_waiting(self) -> LiveCompletion | None:
+        """Take the next completion out of the queue, while a long prompt is being read the next one with a short prompt."""
+        fits = (one for one in self.waiting if not self._reading or len(one.prompt) <= READ)
+        found = next(fits, None)
+        if found is not None:
+            self.waiting.remove(found)
+        return found
 
     def _read_long(self) -> bool:
         """Read the next part of the long prompt; returns whether that was the last one."""
         if self._reading is None:
             return False
         one = self._reading
-        self._long = self._read(self._long, one.prompt, one.start, LONG)
-        one.start += LONG
-        if one.start < len(one.prompt):
+        self._long = self._read(self._long, one.prompt, *one.left.pop(0))
+        if one.left:
             return False
         self._place(self._long, one.waiting)
         self._reading, self.reserved = None, set()
         return True
 
     def _read(self, reader: tuple[Any, Any], prompt: Sequence[int], start: int, width: int) -> tuple[Any, Any]:
-        tokens = np.zeros((1, width), np.int32)
         part = prompt[start : start + width]
+        tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(part)] = part
-        return read_chunk(self.model, *reader, np.int32(start), tokens, np.array([len(prompt)], np.int32))
+        return self._read_part(self._weights, *reader, np.int32(start), tokens, np.array([len(prompt)], np.int32))
 
     def _place(self, reader: tuple[Any, Any], group: Sequence[tuple[int, LiveCompletion]]) -> None:
         """Begin the completions of a prompt that has been read, each in its slot."""
@@ -210,17 +227,32 @@ class SlotEngine:
             np.bool_(constrained), np.bool_(any(one.top_k or one.top_p < 1 for one in running)),
             np.bool_(any(one.alternatives for one in running)),
         )  # fmt: skip
-        self._slots, stepped = step(
-            self.model, self._slots, assigned, choices, np.int32(burst),
-            end_ids=tuple(self.tokenizer.end_ids), vocab_size=self.tokenizer.vocab_size,
-        )  # fmt: skip
+        self._slots, stepped = self._step(self._weights, self._slots, assigned, choices, np.int32(burst))
         self._started[:] = False
         self._pending = stepped, list(self.taken)
 
 
-def _others(stepped: Stepped, slot: int, most: int) -> list[tuple[tuple[int, float], ...]]:
-    """The likeliest tokens in the place of each token of a slot, with their log-probabilities."""
-    if not most:
-        return [()] * BURST
-    tokens, logps = (x[slot, :, :most].tolist() for x in (stepped.others, stepped.others_logp))
-    return [tuple(zip(*both, strict=True)) for both in zip(tokens, logps, strict=True)]
+@functools.cache
+def _programs(shape: Any, end_ids: tuple[int, ...], vocab_size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`read_chunk` and `step` of models of one shape, from the model's arrays: a call need not take the model apart."""
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def read_part(weights: list[Array], *rest: Any) -> Any:
+        return read_chunk(jax.tree.unflatten(shape, weights), *rest)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def take_step(weights: list[Array], *rest: Any) -> Any:
+        return step(jax.tree.unflatten(shape, weights), *rest, end_ids=end_ids, vocab_size=vocab_size)
+
+    return read_part, take_step
+
+
+def _scored(ids: list[int], slot: int, scores: Any, most: int | None) -> list[ScoredToken]:
+    """The tokens of a slot with their log-probabilities and the `most` likeliest alternatives; None: without."""
+    if most is None:
+        return [ScoredToken(token, 0.0) for token in ids]
+    logps, others, others_logp = (x[slot].tolist() for x in scores)
+    return [
+        ScoredToken(token, logp, tuple(zip(names[:most], values[:most], strict=True)))
+        for token, logp, names, values in zip(ids, logps, others, others_logp, strict=False)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lm.data.text_tokenizer import TextTokenizer
@@ -31,9 +31,13 @@ class TextStream:
 
     Args:
         before: tokens before the completion, which its text continues without a break.
+        reported: whether the tokens are reported too, each with its part of the text.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
+    def __init__(
+        self, tokenizer: TextTokenizer, stop: Sequence[str] = (), before: Sequence[int] = (), reported: bool = False
+    ):
+        self._reported = reported
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = list(before)
         # The tokens from `_context` on are decoded again; the text of those from `_read` on is new.
@@ -44,24 +48,31 @@ class TextStream:
         ] = []  # tokens whose text has not been released, each with its start in `_held`
         self.stopped = False
 
-    def add(self, tokens: Iterable[ScoredToken]) -> TextPiece:
-        """The text that these tokens complete."""
+    def add(self, tokens: Sequence[ScoredToken]) -> TextPiece:
+        """The text that these tokens complete; if tokens are reported, those whose text it has."""
+        if not self._reported:
+            return TextPiece(self._released([one.token for one in tokens])[0], [])
         text, given = "", []
         for one in tokens:
             if self.stopped:
                 break
             self._waiting.append((len(self._held), one))
-            self._held += self._decoded(one.token)
-            size = self._free()
-            text += self._held[:size]
+            piece, size = self._released([one.token])
+            text += piece
             given += [token for start, token in self._waiting if start < size]
             self._waiting = [(start - size, token) for start, token in self._waiting if start >= size]
-            self._held = self._held[size:]
         return TextPiece(text, given)
 
     def end(self) -> TextPiece:
         """What is held after the last token; the beginning of a character is left out."""
         return TextPiece("", []) if self.stopped else TextPiece(self._held, [token for _, token in self._waiting])
+
+    def _released(self, tokens: list[int]) -> tuple[str, int]:
+        """The text that is free after further tokens, and its size."""
+        self._held += self._decoded(tokens)
+        size = self._free()
+        text, self._held = self._held[:size], self._held[size:]
+        return text, size
 
     def _free(self) -> int:
         """Number of characters of the held text that come before any stop string, whatever follows."""
@@ -75,17 +86,20 @@ class TextStream:
             (at for at in starts if any(one.startswith(self._held[at:]) for one in self._stop)), len(self._held)
         )
 
-    def _decoded(self, token: int) -> str:
-        """The characters that this token completes."""
-        self._ids.append(token)
+    def _decoded(self, tokens: list[int]) -> str:
+        """The characters that these tokens complete."""
+        self._ids += tokens
         before = self._text(self._context, self._read)
-        text = self._text(self._context, None)
-        if not text.endswith(HALF):
-            self._context, self._read = self._read, len(self._ids)
-            return text[len(before) :]
+        # The last tokens may be the beginning of a character.
+        for stop in range(len(self._ids), max(self._read, len(self._ids) - LONGEST_HALF), -1):
+            text = self._text(self._context, stop)
+            if not text.endswith(HALF):
+                self._context, self._read = self._read, stop
+                return text[len(before) :]
         if len(self._ids) - self._read <= LONGEST_HALF:
             return ""
         # Not a character: all of it is released but the last bytes, which may begin one.
+        text = self._text(self._context, None)
         own = next((size for size in (3, 2, 1) if self._text(len(self._ids) - size, None) == HALF), 0)
         self._context = self._read = len(self._ids) - own
         return text[len(before) : len(text) - bool(own)]

@@ -1,0 +1,34 @@
+"""The chat page's files, and the link with a token that opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, RedirectResponse, Response
+
+from lm.serve import access
+from lm.web.local_server import CSS, HEADERS, HTML, SCRIPT
+
+HERE = Path(__file__).parent
+FILES = {
+    "/": ("page.html", HTML), "/page.css": ("page.css", CSS), "/page.js": ("page.js", SCRIPT),
+    "/markdown.js": ("markdown.js", SCRIPT),
+}  # fmt: skip
+"""Name and media type of the file of each path."""
+
+
+def file_of(path: str) -> Response:
+    """The response with a file of the page."""
+    name, kind = FILES[path]
+    return FileResponse(HERE / name, media_type=f"{kind}; charset=utf-8", headers=dict(HEADERS))
+
+
+def opened(request: Request, token: str | None, port: int) -> Response | None:
+    """The response to the link that the command printed, which moves the token from the URL into a cookie; None otherwise."""
+    given = request.query_params.get("token", "")
+    if token is None or request.url.path != "/" or not access.same(given, token):
+        return None
+    response = RedirectResponse("/", status_code=303, headers=dict(HEADERS))
+    response.set_cookie(access.cookie_name(port), token, httponly=True, samesite="strict", path="/")
+    return response
