@@ -29,7 +29,7 @@ COMMANDS = {
     "sample": "answer prompts with a trained model",
     "chat": "talk to a trained model",
     "export": "write a trained model as a folder that transformers reads",
-    "serve": "serve models over the OpenAI protocol",
+    "serve": "serve models over the OpenAI protocol, with a chat page",
     "label": "compare answers on a page, and collect preferences",
     "eval": "evaluate a checkpoint on the held-out data again",
     "plan": "estimate memory and step time on TPUs or GPUs, and choose a mesh",

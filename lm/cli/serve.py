@@ -1,4 +1,4 @@
-"""Serve models over the OpenAI protocol.
+"""Serve models over the OpenAI protocol, with a chat page.
 
 Any client of that protocol can use it, with /v1 of the printed address as its
 base URL; all models share one process:

@@ -42,7 +42,7 @@ function messages(until, name) {
   const found = system ? [{ role: "system", content: system }] : [];
   for (const turn of talk.turns.slice(0, until)) {
     const answer = turn.answers[name];
-    if (answer && answer.text) found.push({ role: "user", content: turn.text }, { role: "assistant", content: answer.text });
+    if (answer && !answer.error) found.push({ role: "user", content: turn.text }, { role: "assistant", content: answer.text });
   }
   return [...found, { role: "user", content: talk.turns[until].text }];
 }
@@ -237,7 +237,7 @@ function token([text, logp, others], number) {
 }
 
 function hint(near, text, logp, others) {
-  const percent = (value) => `${(100 * Math.exp(value)).toPrecision(3).replace(/\.?0+$/, "")} %`;
+  const percent = (value) => `${Number((100 * Math.exp(value)).toPrecision(3))} %`;
   const row = ([name, value], chosen) => {
     const made = element("tr", element("td", JSON.stringify(name)), element("td", percent(value)));
     made.classList.toggle("chosen", chosen);
