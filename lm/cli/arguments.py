@@ -231,6 +231,22 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_slots(parser: argparse.ArgumentParser) -> None:
+    """Add the options that determine a server's memory."""
+    parser.add_argument(
+        "--slots", metavar="N", type=at_least(1, 1024), default=0,
+        help="completions of a model that are sampled at once (40 on a CPU, 64 on other devices)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length", metavar="N", type=at_least(2, 2**26), default=0,
+        help="longest prompt with its completion, in tokens (the model's context, at most 2048; less if memory is short)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=at_least(1, 2**26), default=0,
+        help="longest completion, in tokens (half of the length, at most 1024)",
+    )  # fmt: skip
+
+
 def access_token(host: str, file: Path | None) -> str | None:
     """The access token: from the file, or a new one where other machines are served."""
     from lm.web.local_server import LOCAL

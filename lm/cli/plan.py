@@ -13,6 +13,11 @@ A published model is planned with SFT of all weights in bfloat16:
 
   lm plan FOLDER --topology v5e:2x4 --sft.lora.rank 16
 
+`--serve` plans the memory of `lm serve` on this machine instead, of an
+experiment's model, a run's or a published one:
+
+  lm plan RUN --serve --slots 16 --length 1024
+
 Any knob of the experiment can be overridden; tokenizer.vocab_size is the size
 of the vocabulary. Exits with 1 if the stage does not fit."""
 
@@ -23,8 +28,18 @@ import json
 import os
 from pathlib import Path
 
-from lm.cli.arguments import EXPERIMENT_HELP, WEIGHTS_HELP, at_least, check_stage, resolve_model
-from lm.experiment import Model, UserError
+from lm.changes import read_experiment
+from lm.cli.arguments import (
+    EXPERIMENT_HELP,
+    WEIGHTS_HELP,
+    add_slots,
+    at_least,
+    check_stage,
+    resolve,
+    resolve_model,
+    weights_of,
+)
+from lm.experiment import Model, UserError, from_dict
 
 TAKES_OVERRIDES = True
 EXIT_DOES_NOT_FIT = 1
@@ -39,7 +54,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology",
         metavar="CHIP:SHAPE",
-        required=True,
         help="one slice, such as v5e:4x4 or v5p:2x4x4, or the GPUs of a host, such as h100:8",
     )
     parser.add_argument(
@@ -58,11 +72,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "libtpu==VERSION); else the one that the installed jax runs on TPU hosts",
     )
     parser.add_argument("--search", action="store_true", help="try every layout, and plan the fastest that fits")
+    parser.add_argument("--serve", action="store_true", help="memory of `lm serve` on this machine")
+    add_slots(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--hlo", metavar="FILE", type=Path, help="save the compiled text (.gz: compressed)")
 
 
 def call(arguments: argparse.Namespace) -> int:
+    if arguments.serve:
+        return serving(arguments)
+    if arguments.topology is None:
+        raise UserError("--topology CHIP:SHAPE is missing, or --serve")
     experiment = resolve_model(arguments.experiment, arguments.overrides, DEFAULT)
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     if arguments.hlo and not arguments.compile:
@@ -112,3 +132,31 @@ def call(arguments: argparse.Namespace) -> int:
         if not plan.fits:
             print("\n" + advice(changes, SHOWN // 4))
     return 0 if plan.fits else EXIT_DOES_NOT_FIT
+
+
+def serving(arguments: argparse.Namespace) -> int:
+    """Print the memory that `lm serve` needs for a model; returns the exit code."""
+    from lm.algorithms.table import abstract_model
+    from lm.open_weights import experiment_on
+    from lm.serve.memory import LENGTH, LIBRARIES, default_slots, memory_of, sizes_for
+    from lm.train.memory import device_memory
+
+    name, weights = arguments.experiment, weights_of(arguments.experiment)
+    run = next((one for one in (Path(name), Path("runs") / name) if (one / "experiment.json").is_file()), None)
+    if weights is not None:
+        experiment = experiment_on(str(weights), arguments.length or LENGTH)
+    else:
+        experiment = from_dict(read_experiment(run)) if run else resolve(name, arguments.overrides)
+    model = abstract_model(experiment.model, experiment.tokenizer.vocab_size)
+    sizes = sizes_for(model, arguments.slots or default_slots(), arguments.length, arguments.max_new_tokens)
+    found, have = memory_of(model, sizes), device_memory()
+    whole = found.weights + found.cache + LIBRARIES
+    if arguments.json:
+        told = {"weights_bytes": found.weights, "cache_bytes": found.cache, "libraries_bytes": int(LIBRARIES)}
+        print(json.dumps(vars(sizes) | told | {"bytes": int(whole), "fits": whole <= have}, indent=1))
+    else:
+        print(f"{sizes.slots} slots, prompts and completions of {sizes.length} tokens, {sizes.new} of them new")
+        print(
+            f"{found}, libraries and programs about {LIBRARIES / 1e9:.1f} GB: {whole / 1e9:.2f} of {have / 1e9:.1f} GB"
+        )
+    return 0 if whole <= have else EXIT_DOES_NOT_FIT

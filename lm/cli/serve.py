@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from lm.cli.arguments import MODEL_HELP, access_token, add_address, at_least, find_model, link
+from lm.cli.arguments import MODEL_HELP, access_token, add_address, add_slots, at_least, find_model, link
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -36,18 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--adapter", metavar="FOLDER", action="append", default=[],
         help="a PEFT adapter, served beside the model; can be repeated",
     )  # fmt: skip
-    parser.add_argument(
-        "--slots", metavar="N", type=at_least(1, 1024), default=0,
-        help="completions of a model that are sampled at once (16 on a CPU, 64 on other devices)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--length", metavar="N", type=at_least(2, 2**26), default=0,
-        help="longest prompt with its completion, in tokens (the model's context, at most 2048)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-new-tokens", metavar="N", type=at_least(1, 2**26), default=0,
-        help="longest completion, in tokens (half of the length, at most 1024)",
-    )  # fmt: skip
+    add_slots(parser)
     parser.add_argument(
         "--queue", metavar="N", type=at_least(0, 10**6), default=256,
         help="completions that wait for a slot, before requests are refused (%(default)s)",
@@ -65,9 +54,9 @@ def call(arguments: argparse.Namespace) -> int:
     found = [find_model(arguments.run, stage) for stage in dict.fromkeys(arguments.stage or [None])]
     token = access_token(arguments.host, arguments.token_file)
 
-    from lm.parallel.rules import platform
     from lm.serve import models
     from lm.serve.app import State, make_app
+    from lm.serve.memory import default_slots, memory_of
     from lm.serve.metrics import Metrics
     from lm.serve.scheduler import Scheduler
     from lm.serve.server import EndingServer, bind, run
@@ -76,9 +65,8 @@ def call(arguments: argparse.Namespace) -> int:
     with bind(arguments.host, arguments.port) as listener:
         port = listener.getsockname()[1]
         keep_compilations()
-        slots = arguments.slots or (16 if platform() == "cpu" else 64)
-        sizes = slots, arguments.length, arguments.max_new_tokens
-        served = models.load_models(found[0][0], [stage for _, stage in found], arguments.adapter, *sizes)
+        wanted = arguments.slots or default_slots(), arguments.length, arguments.max_new_tokens
+        served = models.load_models(found[0][0], [stage for _, stage in found], arguments.adapter, *wanted)
         for one in served.values():
             models.warm_up(one)
         metrics = Metrics()
@@ -91,7 +79,9 @@ def call(arguments: argparse.Namespace) -> int:
         scheduler.start()
         app = make_app(State(served, scheduler, metrics, arguments.timeout, token, port))
         for one in served.values():
-            print(f"{one.name}: {one.engine.sizes.slots} slots, a context of {one.engine.sizes.length} tokens")
+            sizes = one.engine.sizes
+            told = memory_of(one.engine.model, sizes)
+            print(f"{one.name}: {sizes.slots} slots, a context of {sizes.length} tokens, {told}")
         print(f"open {link(arguments, port, token)} (Ctrl-C ends)", flush=True)
         run(EndingServer(app, scheduler), listener)
         scheduler.stop()

@@ -13,18 +13,18 @@ import jax
 
 from lm.data.bad_rows import BadRow
 from lm.data.text_tokenizer import TextTokenizer
-from lm.experiment import UserError, nearest
+from lm.experiment import nearest
 from lm.rollout.sampler import encode_prompt
 from lm.rollout.slots import sampling_model
 from lm.serve.completions import Delta, LiveCompletion
+from lm.serve.memory import LENGTH, sizes_for
 from lm.serve.protocol import Asked, Refused, Settings
 from lm.serve.schema import Tokens
-from lm.serve.slot_engine import NARROW, WIDE, EngineSizes, SlotEngine
+from lm.serve.slot_engine import NARROW, WIDE, SlotEngine
 from lm.serve.text_stream import TextStream
 from lm.train.loaded_run import LoadedRun, load_adapters, load_run
 
 DEFAULT = "default"  # also a name of the first model
-LENGTH, NEW = 2048, 1024  # tokens of a context and of a completion, unless the model has fewer or they are given
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def load_models(
     """Load the models of a run's stages, or of one with each of several adapters, onto this machine's device.
 
     Args:
-        length, new: see `EngineSizes`; 0: what the model has, at most LENGTH and NEW.
+        length, new: see `sizes_for`.
 
     Raises:
         UserError: there is no such model, or a size is larger than its context.
@@ -134,26 +134,16 @@ def load_models(
     for stage in stages:
         base = load_run(folder, stage, length or LENGTH)
         name = base.stage or folder.stem
-        loaded |= {one or name: run for one, run in load_adapters(base, folder, adapters).items()}
-        if adapters:
-            loaded.setdefault(name, base)
-    served = {}
+        prefix = f"{name}+" if len(stages) > 1 else ""
+        loaded |= {prefix + one if one else name: run for one, run in load_adapters(base, folder, adapters).items()}
+        loaded.setdefault(name, base)
+    served: dict[str, Served] = {}
     for name in list(loaded):
         run = loaded.pop(name)  # the weights as they were loaded are freed
-        sizes = sizes_for(run.experiment.model.max_len, slots, length, new)
+        sizes = sizes_for(run.model, slots, length, new, len(loaded) + len(served) + 1)
         engine = SlotEngine(sampling_model(run.model), run.tokenizer, sizes)
         served[name] = Served(name, run.tokenizer, Tokens(run.tokenizer), engine, int(time.time()))
     return served
-
-
-def sizes_for(longest: int, slots: int, length: int, new: int) -> EngineSizes:
-    """The sizes of an engine for a model whose context is `longest`."""
-    if length > longest:
-        raise UserError(f"--length is {length}; the model's context is {longest} tokens")
-    length = length or min(longest, LENGTH)
-    if new >= length:
-        raise UserError(f"--max-new-tokens is {new}; it should be less than the context, {length} tokens")
-    return EngineSizes(slots, length, new or min(max(1, length // 2), NEW))
 
 
 def warm_up(served: Served) -> None:

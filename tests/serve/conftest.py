@@ -13,8 +13,9 @@ from lm.data.tokenizer import SubwordTokenizer
 from lm.model.transformer import Transformer
 from lm.rollout.slots import sampling_model
 from lm.serve.app import State, make_app
+from lm.serve.memory import sizes_for
 from lm.serve.metrics import Metrics
-from lm.serve.models import Served, sizes_for, warm_up
+from lm.serve.models import Served, warm_up
 from lm.serve.scheduler import Scheduler
 from lm.serve.schema import Tokens
 from lm.serve.server import EndingServer, bind
@@ -41,7 +42,7 @@ def serve(tokenizer):
         for number, name in enumerate(names):
             config = dataclasses.replace(TINY, max_len=max_len, tied_head=False)  # or it repeats itself
             models[name] = Transformer(config, tokenizer.vocab_size, jax.random.key(3 + number))
-            engine = SlotEngine(sampling_model(models[name]), tokenizer, sizes_for(max_len, slots, max_len, new))
+            engine = SlotEngine(sampling_model(models[name]), tokenizer, sizes_for(models[name], slots, max_len, new))
             served[name] = Served(name, tokenizer, Tokens(tokenizer), engine, 0)
             warm_up(served[name])
         metrics = Metrics()
