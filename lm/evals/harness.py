@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,7 +279,10 @@ def find_tasks(names: Sequence[str]) -> tuple[list[str], TaskManager]:
 
 def _tasks_in(file: Path) -> Iterable[str]:
     """The name of the task that a YAML file defines, if it does."""
-    lines = (line.partition(":") for line in file.read_text().splitlines())
+    try:
+        lines = [line.partition(":") for line in file.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tasks: {file} cannot be read: {error}") from error
     return [value.strip().strip("\"'") for key, _, value in lines if key == "task" and value.strip()]
 
 
@@ -306,11 +310,18 @@ def measure_tasks(
         raise UserError(
             f"--tasks {','.join(unsafe)} would run the model's code outside a jail; an eval with verifier python_tests runs it in one"
         )
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints notes
-        found = evaluator.simple_evaluate(
-            model, tasks=_outermost(loaded), num_fewshot=fewshot, limit=limit, task_manager=manager,
-            apply_chat_template=chat, fewshot_as_multiturn=chat, bootstrap_iters=1000,
-        )  # fmt: skip
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints notes
+            found = evaluator.simple_evaluate(
+                model, tasks=_outermost(loaded), num_fewshot=fewshot, limit=limit, task_manager=manager,
+                apply_chat_template=chat, fewshot_as_multiturn=chat, bootstrap_iters=1000,
+            )  # fmt: skip
+    except Exception as error:
+        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, UserError | OSError) or frames.count(__file__) > 1:  # raised below the model that it asks
+            raise
+        text = " ".join(str(error).split())
+        raise UserError(f"--tasks {','.join(tasks)} cannot be measured: {type(error).__name__}: {text:.300}") from error
     assert found is not None
     results = [one for task in found["results"] for one in _metrics(task, found)]
     samples = [

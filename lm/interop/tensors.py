@@ -222,7 +222,7 @@ def _indexed(folder: Path, places: dict[str, str], files: list[Path]) -> list[Pa
     outside = [name for name in names if Path(name).name != name or "\\" in name or "\0" in name]
     if outside:
         raise UserError(f"{folder / INDEX} lists {outside[0]!r:.80}; it should be a file in the same folder")
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not os.path.exists(folder / name)]  # False for a name that is too long
     if missing:
         raise UserError(f"{folder} lacks {listed(missing)}, which {INDEX} lists")
     stale = [file.name for file in files if file.name not in names]

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness on a small run: numbers, resuming, the run's file, the report, bad input."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -185,3 +186,22 @@ def test_a_kept_answer_that_is_none_is_refused(tmp_path, answer):
     (tmp_path / "a.jsonl").write_text(f'{{"request": "a", "answer": {answer}}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1 is no answer that was kept here: .*; remove that line"):
         harness.Answers(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("task", "items", "told"),
+    [
+        (CHOICE, '{"query": "Tell bal"}', "cannot be (loaded|measured)"),
+        (CHOICE, '{"query": "Tell bal", "choices": 5, "gold": 0}', "cannot be (loaded|measured)"),
+        (CHOICE.replace("{{choices}}", "{{choices"), '{"query": "a", "choices": ["a", "b"], "gold": 0}', "cannot be (loaded|measured)"),
+        (CHOICE, "{", "cannot be (loaded|measured)"),
+        ("\udcff", "{}", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_task_of_ones_own_that_cannot_be_measured_is_one_line(place, tmp_path, capsys, task, items, told):
+    (tmp_path / "items.jsonl").write_text(items + "\n")
+    head = TASK.format(name="own_odd", file=tmp_path / "items.jsonl")
+    (tmp_path / "odd.yaml").write_bytes((head + task).encode("utf-8", "surrogateescape"))
+    assert main(["eval", str(place / "run"), "--tasks", str(tmp_path / "odd.yaml"), "--no-chat"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lm: error")]
+    assert re.search(told, line)
