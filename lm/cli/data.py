@@ -3,6 +3,7 @@
   lm data quickstart --stage sft           two rows of the first batch
   lm data quickstart --stage sft --step 7  the rows that step 7 sees
   lm data FOLDER --sft.sources.0.path FILE rows as a published model reads them
+  lm data quickstart --against FILE        which items of FILE it would train on
 
 Tokens with loss are green. Where the output is not a terminal, or
 NO_COLOR is set, they stand in ⟦ ⟧."""
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm.cli.arguments import EXPERIMENT_HELP, WEIGHTS_HELP, add_cache, at_least, check_stage, resolve_model
-from lm.experiment import COLLECTED, Model, Stage
+from lm.experiment import COLLECTED, Model, Source, Stage
 from lm.web.text import visible
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", metavar="N", type=at_least(1), default=2, help="rows, pairs or prompts of a batch (%(default)s)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="FILE",
+        action="append",
+        help="compare the items of a benchmark's file with the training data instead; can be repeated",
+    )
+    parser.add_argument(
+        "--words",
+        metavar="N",
+        type=at_least(3, 1000),
+        default=13,
+        help="with --against: length of the n-grams (%(default)s)",
+    )
     add_cache(parser)
 
 
@@ -55,6 +69,12 @@ def call(arguments: argparse.Namespace) -> int:
 
     check_files(experiment)
     with cache_at(arguments.cache):
+        if arguments.against:
+            sources = [
+                one for stage in experiment.stages if arguments.stage in (None, stage.name) for one in stage.sources
+            ]
+            print("\n".join(against_lines(arguments.against, sources, held_out_elsewhere(experiment), arguments.words)))
+            return 0
         if experiment.tokenizer.path is None:
             print("training the tokenizer …", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +87,18 @@ def call(arguments: argparse.Namespace) -> int:
                 for line in stage_lines(stage, tokenizer, experiment.seed, *shown):
                     print(line)
     return 0
+
+
+def against_lines(files: Sequence[str], sources: Sequence[Source], elsewhere: Places, words: int) -> Iterator[str]:
+    """What the training rows of sources have of the items of each file, and examples."""
+    from lm.data.sources import rows_of
+    from lm.evals.overlap import item_texts, overlaps
+
+    for file in files:
+        rows = rows_of(Source(file))
+        found = overlaps([item_texts(rows[index]) for index in range(len(rows))], sources, elsewhere, words)
+        yield f"{file}: {found.describe()}, {found.read / 1e6:,.1f} MB"
+        yield from (f"  {line}" for line in found.examples())
 
 
 def stage_lines(

@@ -16,7 +16,8 @@ with --adapter, adapters are compared, beside each other:
 Tasks of lm-evaluation-harness (extra `bench`), or your own in its YAML form:
 
   lm eval RUN --tasks arc_easy,hellaswag --limit 200
-  lm eval FOLDER --tasks my_tasks/ --fewshot 5"""
+  lm eval FOLDER --tasks my_tasks/ --fewshot 5
+  lm eval RUN --tasks arc_easy --contamination      is it in the training data?"""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from lm.train.judging import PairScores
 
 TAKES_OVERRIDES = True
-TASK_FLAGS = ("limit", "fewshot", "chat", "samples")
+TASK_FLAGS = ("limit", "fewshot", "chat", "samples", "contamination")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +94,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--no-chat", dest="chat", action="store_false", default=None, help="with --tasks: without the chat template"
     )
     parser.add_argument("--samples", metavar="FILE", type=Path, help="with --tasks: write what was asked and answered")
+    parser.add_argument(
+        "--contamination",
+        metavar="WORDS",
+        type=at_least(3, 1000),
+        nargs="?",
+        const=13,
+        help="with --tasks: which items share n-grams of so many words (%(const)s) with the run's training data, and the score of the "
+        "others",
+    )
     add_cache(parser)
 
 
@@ -151,7 +161,7 @@ def benchmarks(arguments: argparse.Namespace) -> int:
     from lm.train.benchmarks import TaskSettings, run_benchmarks
 
     names = tuple(name for name in arguments.tasks.split(",") if name)
-    settings = TaskSettings(names, arguments.limit, arguments.fewshot, arguments.chat)
+    settings = TaskSettings(names, arguments.limit, arguments.fewshot, arguments.chat, arguments.contamination)
     adapter = next(iter(arguments.adapter), None)
     with cache_at(arguments.cache):
         model, results, samples = run_benchmarks(run_dir, arguments.stage, adapter, settings, tell)
@@ -166,7 +176,18 @@ def benchmarks(arguments: argparse.Namespace) -> int:
         error = "" if one.stderr is None else f"{one.stderr:.4f}"
         rows.append((one.task, one.metric, str(one.fewshot), str(one.count), f"{one.value:.4f}", error))
     print(f"{model}\n\n{aligned(rows)}")
+    for one in results:
+        if one.contamination is not None:
+            print("\n" + "\n".join(contamination_lines(one.task, one.metric, one.contamination)))
     return 0
+
+
+def contamination_lines(task: str, metric: str, found: dict[str, Any]) -> list[str]:
+    """What the training data has of a task's items, and the metric of the others."""
+    clean = found["clean"]
+    error = "" if clean["stderr"] is None else f" ± {clean['stderr']:.4f}"
+    score = "" if clean["value"] is None else f"; {metric} of the {clean['count']:,} others {clean['value']:.4f}{error}"
+    return [f"{task}: {found['text']}{score}", *(f"  {line}" for line in found["examples"])]
 
 
 def tell(text: str) -> None:

@@ -51,7 +51,10 @@ AT_ONCE = 64  # prompts that are completed between two writes of what is done
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One metric of one task: its mean and standard error (None where the harness gives none) over `count` items."""
+    """One metric of one task: its mean and standard error (None where the harness gives none) over `count` items.
+
+    `contamination` has what the training data has of the items (`lm.train.benchmarks`), where it was asked for.
+    """
 
     task: str
     metric: str
@@ -60,6 +63,7 @@ class TaskResult:
     count: int
     fewshot: int
     version: str
+    contamination: dict[str, Any] | None = None
 
 
 @dataclass
@@ -325,10 +329,13 @@ def measure_tasks(
     assert found is not None
     results = [one for task in found["results"] for one in _metrics(task, found)]
     samples = [
-        {"task": task, "doc": one["doc"], "target": one["target"], "answers": one["filtered_resps"]}
+        {
+            "task": task, "doc": one["doc"], "target": one["target"], "answers": one["filtered_resps"],
+            "values": {_shown(name, one["filter"]): one[name] for name in one["metrics"]},
+        }
         for task, items in found.get("samples", {}).items()
         for one in items
-    ]
+    ]  # fmt: skip
     return results, samples
 
 
@@ -351,7 +358,10 @@ def _metrics(task: str, found: Mapping[str, Any]) -> list[TaskResult]:
             continue
         error = results.get(f"{metric}_stderr,{used}")
         stderr = float(error) if isinstance(error, int | float) else None
-        shown = metric if used == "none" else f"{metric} ({used})"
         shots, version = found["n-shot"].get(task, 0), str(found["versions"].get(task, ""))
-        listed.append(TaskResult(task, shown, float(value), stderr, count, shots, version))
+        listed.append(TaskResult(task, _shown(metric, used), float(value), stderr, count, shots, version))
     return listed
+
+
+def _shown(metric: str, used: str) -> str:
+    return metric if used == "none" else f"{metric} ({used})"

@@ -15,12 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm.data.selection import held_out_elsewhere
 from lm.evals.harness import Answers, HarnessModel, TaskResult, find_tasks, measure_tasks
+from lm.evals.overlap import Contamination, Overlap, item_texts, overlaps
 from lm.experiment import UserError
 from lm.files import is_open_weights
 from lm.json_lines import JsonLines
 from lm.parallel.distributed import fetch
 from lm.stored import cache_folder, make_folder
+from lm.train.collected import with_collected_paths
 from lm.train.compilations import keep_compilations
 from lm.train.loaded_run import LoadedRun, load_adapters, load_run
 from lm.train.metrics import json_value
@@ -34,13 +37,15 @@ FILE = "benchmarks.jsonl"
 class TaskSettings:
     """How tasks are asked. `limit` items of each (None: all) after `fewshot` examples (None: as the task says).
 
-    `chat`: through the chat template; None: where the model has been trained on conversations.
+    `chat`: through the chat template; None: where the model has been trained on conversations. `contamination`: the number of words of
+    the n-grams that are looked for in the training data; None: they are not.
     """
 
     tasks: tuple[str, ...]
     limit: int | None = None
     fewshot: int | None = None
     chat: bool | None = None
+    contamination: int | None = None
 
 
 def run_benchmarks(
@@ -54,6 +59,11 @@ def run_benchmarks(
     Raises:
         UserError: no such task, or its data is not here.
     """
+    if settings.contamination is not None and is_open_weights(run_dir):
+        raise UserError(
+            f"--contamination compares with the training data of a run, and {run_dir} is a published model; "
+            "lm data EXPERIMENT --against FILE compares a file with the data of an experiment"
+        )
     names, manager = find_tasks(settings.tasks)
     keep_compilations()
     loaded = load_run(run_dir, stage)
@@ -74,10 +84,58 @@ def run_benchmarks(
     answers = Answers(folder / f"{model_digest(loaded)}.jsonl", progress)
     model = HarnessModel(loaded.model, loaded.tokenizer, answers)
     results, samples = measure_tasks(model, names, manager, limit=settings.limit, fewshot=settings.fewshot, chat=chat)
+    if settings.contamination is not None:
+        results = _with_contamination(results, samples, loaded, RunFolder(run_dir), settings.contamination, tell)
     after = f", after stage {loaded.stage}" if loaded.stage else ""
     if loaded.stage and adapter is None and not is_open_weights(run_dir):
         _record(RunFolder(run_dir).stage_folder(loaded.stage), loaded.step, results, chat, settings.limit)
     return f"{run_dir}{after}{', chat template' if chat else ''}", results, samples
+
+
+def _with_contamination(
+    results: Sequence[TaskResult],
+    samples: Sequence[dict[str, Any]],
+    loaded: LoadedRun,
+    folder: RunFolder,
+    words: int,
+    tell: Callable[[str], None],
+) -> list[TaskResult]:
+    """The results with what the training data of the run's stages, up to the measured one, has of each task's items."""
+    experiment = with_collected_paths(loaded.experiment, folder)
+    names = [stage.name for stage in experiment.stages]
+    stages = experiment.stages[: names.index(loaded.stage) + 1]
+    sources = [source for stage in stages if stage.objective.trains for source in stage.sources]
+    tasks = list(dict.fromkeys(one["task"] for one in samples))
+    tell(f"{words}-grams of {len(samples):,} items in the training data of {', '.join(stage.name for stage in stages)}")
+    found = overlaps([item_texts(one["doc"]) for one in samples], sources, held_out_elsewhere(experiment), words)
+    of_task = {
+        task: [(one, item) for one, item in zip(samples, found.items, strict=True) if one["task"] == task]
+        for task in tasks
+    }
+    return [
+        dataclasses.replace(one, contamination=_contamination(one.metric, of_task[one.task], found))
+        if one.task in of_task
+        else one
+        for one in results
+    ]
+
+
+def _contamination(
+    metric: str, items: Sequence[tuple[dict[str, Any], Overlap]], found: Contamination
+) -> dict[str, Any]:
+    """Counts of a task's items, and the metric of those that were compared and not found in the training data."""
+    own = dataclasses.replace(found, items=[item for sample, item in items if metric in sample["values"]])
+    clean = [
+        sample["values"][metric]
+        for sample, item in items
+        if item.grams and not item.found and metric in sample["values"]
+    ]
+    counts = {"words": own.words, "items": len(own.items), "compared": own.compared, "contaminated": own.contaminated}
+    score: dict[str, Any] = {"count": len(clean), "value": None, "stderr": None}
+    if clean and all(isinstance(value, int | float) for value in clean):
+        score["value"] = float(np.mean(clean))
+        score["stderr"] = float(np.std(clean, ddof=1) / np.sqrt(len(clean))) if len(clean) > 1 else None
+    return counts | {"share": own.share, "clean": score, "examples": own.examples(), "text": own.describe()}
 
 
 def model_digest(loaded: LoadedRun) -> str:

@@ -14,6 +14,12 @@ MEASURED = {**PLACE, "eval": is_text, "count": is_count, "passed_over?": {"*": i
 METRICS = typing.get_args(typing.get_type_hints(Eval)["metric"])
 COMPLETION = {"text": is_text, "reward": NUMBER, "advantage": NUMBER}
 
+CONTAMINATION = {
+    "contaminated": is_count,
+    "clean": {"count": is_count, "value?": NUMBER, "stderr?": NUMBER},
+    "text": is_text,
+}
+
 LINES: dict[str, tuple[str, dict[str, Shape]]] = {
     "metrics": ("", {"": {"step": is_count, "*": NUMBER}}),
     "eval": (
@@ -39,7 +45,7 @@ LINES: dict[str, tuple[str, dict[str, Shape]]] = {
         {
             "": {
                 "step": is_count, "task": is_text, "metric": is_text, "count": is_count, "fewshot": NUMBER, "chat?": is_flag,
-                "limit?": NUMBER, "value?": NUMBER, "stderr?": NUMBER,
+                "limit?": NUMBER, "value?": NUMBER, "stderr?": NUMBER, "contamination?": (CONTAMINATION, is_none),
             }
         },
     ),

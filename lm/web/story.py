@@ -76,6 +76,14 @@ METRICS = {
     "continuation_accuracy": MetricStyle(
         "right continuations, greedy", "questions", +1, percent, _points, (("loss, nats per token", "loss", _bits),)
     ),
+    "core": MetricStyle(
+        "CORE score: accuracy centred on guessing, mean over tasks",
+        "items",
+        +1,
+        percent,
+        _points,
+        (("tasks", "tasks", lambda value: f"{value:.0f}"),),
+    ),
     "pass_at_k": MetricStyle(
         "pass@k",
         "prompts",
@@ -202,8 +210,8 @@ def _cell(line: Line | None, old: Line | None, metric: MetricStyle) -> TableCell
     return TableCell(metric.show(value), metric.change(change), tone, note)
 
 
-def benchmark_table(run: Run) -> list[tuple[str, str, list[str | None]]]:
-    """Rows of (task, what was measured, the value of each language model with its standard error), by `lm eval --tasks`."""
+def benchmark_table(run: Run) -> list[tuple[str, str, list[tuple[str, str] | None]]]:
+    """Rows of (task, what was measured, (value with its standard error, contamination) of each language model), by `lm eval --tasks`."""
     stages = policy_stages(run)
     found = {tuple(line.get(name) for name in BENCHMARK): line for stage in stages for line in stage.benchmarks}
     table = []
@@ -212,12 +220,21 @@ def benchmark_table(run: Run) -> list[tuple[str, str, list[str | None]]]:
             [one for one in stage.benchmarks if tuple(one.get(name) for name in BENCHMARK) == key] for stage in stages
         ]
         label = f"{line['metric']}, {line['count']:,} items, {line['fewshot']} shots{', as chat' if line.get('chat') else ''}"
-        table.append((line["task"], label, [_with_error(lines[-1]) if lines else None for lines in own]))
+        cells = [(_with_error(lines[-1]), _contamination(lines[-1])) if lines else None for lines in own]
+        table.append((line["task"], label, cells))
     return table
 
 
+def _contamination(line: Line) -> str:
+    """How many items share n-grams with the training data, and the value of the others; "" where that was not looked for."""
+    found = line.get("contamination")
+    if not isinstance(found, dict):
+        return ""
+    return f"{found['text']}; {found['clean']['count']:,} others: {_with_error(found['clean'])}"
+
+
 def _with_error(line: Line) -> str:
-    value, error = (line.get(name, math.nan) for name in ("value", "stderr"))
+    value, error = (math.nan if line.get(name) is None else line[name] for name in ("value", "stderr"))
     return f"{value:.4g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
 
 

@@ -11,9 +11,10 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness (the ext
 
 from lm.cli.main import main
 from lm.data.hub.tokenizer import HubTokenizer
+from lm.data.sources import rows_of, split_rows
 from lm.evals import harness
 from lm.evals.continuations import Continuation, score_continuations
-from lm.experiment import UserError
+from lm.experiment import Source, UserError
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.train.metrics import read_lines
 from lm.train.stages import run
@@ -121,6 +122,24 @@ def test_tasks_are_measured_as_the_model_gives_them_and_kept_in_the_run(place, c
     assert "own_choice" in page and f"acc, {COUNT} items, 0 shots" in page
 
 
+def test_items_in_the_training_data_are_counted_and_the_others_scored_alone(place, capsys):
+    rows = rows_of(Source(str(place / "asked.jsonl")))
+    train, held_out = split_rows(rows, 0.2)
+    order = [*train[:5], *held_out[:4]]
+    items = [{"query": rows[int(i)]["answer"].removesuffix(" no"), "choices": [" no", " x"], "gold": 0} for i in order]
+    (place / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+    (place / "seen.yaml").write_text(TASK.format(name="own_seen", file=place / "seen.jsonl") + CHOICE)
+    words = ("--tasks", str(place / "seen.yaml"), "--no-chat", "--samples", str(place / "seen_samples.jsonl"))
+    out = measured(place, capsys, *words, "--contamination", "3")
+    right = [json.loads(line)["values"]["acc"] for line in (place / "seen_samples.jsonl").read_text().splitlines()]
+    clean, error = np.mean(right[5:]), np.std(right[5:], ddof=1) / 2
+    told = "5 of 9 items share 3-grams with the training data, 55.6% of all n-grams"
+    assert f"own_seen: {told}; acc of the 4 others {clean:.4f} ± {error:.4f}\n  item 0: 100%: 'gladly " in out
+    line = read_lines(place / "run" / "stages" / "sft" / "benchmarks.jsonl")[-1]
+    assert (line["contamination"]["contaminated"], line["contamination"]["clean"]["value"]) == (5, clean)
+    assert f"{told}; 4 others: {clean:.4g}" in write_report(place / "run").read_text()
+
+
 def test_what_was_answered_is_not_asked_again(place, capsys, monkeypatch):
     words = ("--tasks", str(place / "tasks" / "choice.yaml"), "--no-chat", "--limit", "4", "--json")
     first = measured(place, capsys, *words)
@@ -158,6 +177,7 @@ def test_a_control_token_in_the_text_of_a_task_is_that_token_and_in_a_message_it
         (["--tasks", "nowhere.yaml"], "there is no such file"),
         (["--tasks", "arc_easy", "--pairs", "x"], "--tasks measures one model"),
         (["--limit", "3"], "--limit is for --tasks"),
+        (["--contamination"], "--contamination is for --tasks"),
         (["--tasks", "arc_easy", "--evals.x.count", "3"], "takes no field"),
     ],
 )
