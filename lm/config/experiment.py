@@ -25,12 +25,18 @@ class Eval:
         "pass_at_k",
         "choice_accuracy",
         "continuation_accuracy",
+        "core",
     ] = knob(
         "reward",
-        "what is measured; choice_accuracy: log-likelihood of given choices; best_of_n needs a reward model, pair_accuracy one or a preference stage",
+        "what is measured; choice_accuracy: log-likelihood of given choices; core: CORE score of a folder of tasks; best_of_n needs a reward model, pair_accuracy one or a preference stage",
     )
     verifier: str = knob("answer", "metrics reward, best_of_n and pass_at_k: verifier, or FILE:FUNCTION of your own")
-    count: int = knob(200, "number of held-out examples (bits_per_byte: rows of tokens)", least=1, most=10**9)
+    count: int = knob(
+        200,
+        "number of held-out examples (bits_per_byte: rows of tokens; core: items of each task)",
+        least=1,
+        most=10**9,
+    )
     max_new_tokens: int = knob(64, "maximum length of an answer in tokens", least=1, most=2**26)
     temperature: float = knob(0.0, "sampling temperature; 0: greedy decoding", least=0.01, most=100, special=0)
     best_of: int = knob(16, "metrics best_of_n and pass_at_k: answers sampled for each prompt", least=1, most=2**16)

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from lm.data.selection import heldout_rows
 from lm.data.text_tokenizer import TextTokenizer
 from lm.data.tokens import left_out, store_in_memory
 from lm.evals.choices import read_choices
+from lm.evals.core import core_items, read_core
 from lm.evals.rows import Row
 from lm.experiment import Eval, Experiment, UserError
 from lm.rollout.episodes import EnvironmentSpec, environment_spec
@@ -225,6 +227,13 @@ def _choices(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) ->
     return _filled(item, found, add)
 
 
+def _core(item: Eval, tokenizer: TextTokenizer, max_len: int, talks: bool) -> Examples:
+    """The first `count` items of each task of a folder for the CORE score."""
+    tasks = read_core(Path(item.source.path).expanduser())
+    encoded = [one for task in tasks for one in core_items(task, tokenizer, max_len, item.count)]
+    return Examples(f"items of {len(tasks)} tasks", encoded=encoded)
+
+
 def encode_pair(
     row: Mapping[str, Any], where: str, tokenizer: TextTokenizer, max_len: int
 ) -> tuple[list[Row], bool] | str:
@@ -270,4 +279,5 @@ READERS: dict[str, Callable[[Eval, TextTokenizer, int, bool], Examples]] = {
     "pair_accuracy": _pairs,
     "choice_accuracy": _choices,
     "continuation_accuracy": _choices,
+    "core": _core,
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from lm.evals.answers import best_of_n, pass_at_k, reward
 from lm.evals.choices import Choices, choice_accuracy, continuation_accuracy
+from lm.evals.core import core_score
 from lm.evals.examples import read_examples
 from lm.evals.pairs import pair_accuracy
 from lm.evals.rows import Measured, Subject, row_logp
@@ -46,6 +47,12 @@ def _of_choices(metric: Callable[[Eval, Subject, list[Choices]], Measured]) -> C
     )
 
 
+def core(item: Eval, subject: Subject[Transformer]) -> Measured:
+    """Metric `core`: the CORE score of a folder of tasks."""
+    found = read_examples(item, subject.tokenizer, subject.model.config.max_len)
+    return core_score(subject.model, found.encoded)
+
+
 METRICS: dict[str, Callable[[Eval, Subject], Measured]] = {
     "bits_per_byte": bits_per_byte,
     "reward": reward,
@@ -54,4 +61,5 @@ METRICS: dict[str, Callable[[Eval, Subject], Measured]] = {
     "pass_at_k": pass_at_k,
     "choice_accuracy": _of_choices(choice_accuracy),
     "continuation_accuracy": _of_choices(continuation_accuracy),
+    "core": core,
 }
