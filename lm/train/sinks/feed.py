@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.experiment import Experiment, UserError, from_dict
+from lm.shapes import is_count, is_text
 from lm.stored import read_record, write_sealed
 from lm.train.metrics import read_lines
 from lm.train.run_folder import RunFolder
@@ -47,6 +48,7 @@ SINKS = {
     "trackio": SinkKind("trackio", "trackio", "trackio"),
     "mlflow": SinkKind("mlflow", "mlflow", "mlflow"),
 }
+RECORD = {"run": is_text, "sent": {"*": {"*": is_count}}}
 KINDS = ("metrics", "eval", "benchmarks")
 STORE_SECONDS = 5.0  # between two writes of how much has been sent
 PATIENCE_SECONDS = 30.0  # for what is left to send when a run ends
@@ -113,7 +115,7 @@ class SinkFeed:
             self.tell(f"sink {self.name}: {told(error)}; the run goes on without it")
 
     def _open(self) -> Sink:
-        known = read_record(self.record, {"run": str, "sent": dict}) if self.record.exists() else {}
+        known = read_record(self.record, RECORD) if self.record.exists() else {}
         self._sent = known.get("sent", {})
         self.record.parent.mkdir(exist_ok=True)
         sink = SINKS[self.name].open(Target(self.folder.path, self.experiment, known.get("run", "")))
