@@ -1,0 +1,137 @@
+"""Every parser of a file that people write or copy gives a value or one line, whatever the bytes of the file are.
+
+Rows are in `tests/data/test_any_rows.py`, files of runs and of the cache in `tests/train/test_damage.py`, models' folders in
+`tests/interop/test_damaged.py` and `tests/data/test_published_files.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from pathlib import Path
+
+import pytest
+
+from lm.experiment import UserError
+from lm.interop import gguf_file, peft
+from lm.rollout.answer_rewards import json_schema
+from lm.rollout.endpoint_judge import JudgeRecord, endpoint
+from lm.rollout.environments.search import SearchIndex
+from lm.rollout.environments.tool_dialogue import CalculatorDialogue
+from lm.rollout.environments.tools import tool_replies
+from lm.stored import read_json
+from lm.sweep.journal import recover, storage
+from lm.train.trajectory_files import read_trajectories, trajectory_files
+from lm.train.trajectory_writer import keep_trajectories
+from lm.web.rollout_index import read_part
+from tests.train.test_damage import mutated, reshaped
+from tests.train.test_trajectory_files import STAGE, rollout
+
+pytestmark = pytest.mark.slow
+TIMES = 100
+
+MODULES = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
+JUDGE = {"url": "http://127.0.0.1:1/v1", "model": "m", "prompt": "{prompt} {completion}", "most": 10}
+ADAPTER = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 1}, "bias": "none",
+    "layers_to_transform": [0], "layers_pattern": "layers",
+}  # fmt: skip
+
+
+def lines(*values: object) -> bytes:
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
+def trajectories(folder: Path) -> bytes:
+    keep_trajectories(folder, STAGE, 1, rollout())
+    return trajectory_files(folder)[0].read_bytes()
+
+
+def gguf_model() -> bytes:
+    return (
+        b"GGUF" + bytes([3, 0, 0, 0]) + bytes(8) + (1).to_bytes(8, "little") + _field("general.architecture", "llama")
+    )
+
+
+def _field(name: str, value: str) -> bytes:
+    texts = [text.encode() for text in (name, value)]
+    name_part, value_part = (len(text).to_bytes(8, "little") + text for text in texts)
+    return name_part + (8).to_bytes(4, "little") + value_part
+
+
+def read_step(file: Path) -> None:
+    sealed = file.with_name(f"step-00000001-{zlib.crc32(file.read_bytes()):08x}.parquet")
+    file.rename(sealed)
+    try:
+        read_part(sealed)
+        read_trajectories(sealed)
+    finally:
+        sealed.unlink()
+
+
+def read_judge_record(file: Path) -> None:
+    JudgeRecord(file.parent)._file.close()
+
+
+def read_search(file: Path) -> None:
+    SearchIndex.of_file(str(file)).best("passage", 2)
+
+
+def read_journal(file: Path) -> None:
+    recover(file)
+    storage(file).get_all_studies()
+
+
+def journal() -> bytes:
+    return lines({"op_code": 0, "worker_id": "w", "study_name": "s", "directions": [1]})
+
+
+# name of the file, its content, its reader
+PARSERS = {
+    "trajectories": ("a.parquet", b"", read_step),
+    "adapter_config.json": (
+        "adapter_config.json",
+        json.dumps(ADAPTER).encode(),
+        lambda file: peft._ranks(peft._checked(read_json(file)), MODULES),
+    ),
+    "GGUF": ("a.gguf", gguf_model(), gguf_file.read_metadata),
+    "judge": ("judge.json", json.dumps(JUDGE).encode(), lambda file: endpoint(str(file))),
+    "judge recording": ("judge-0.jsonl", lines({"request": "a", "reply": "7"}), read_judge_record),
+    "schema": (
+        "schema.json",
+        json.dumps({"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}}).encode(),
+        lambda file: json_schema(str(file))({}, '{"a": 1}'),
+    ),
+    "passages": ("a.jsonl", lines(*({"title": f"t{i}", "text": f"passage {i}"} for i in range(4))), read_search),
+    "tool calls": (
+        "a.txt",
+        b'<tool_call>{"name": "calculate", "arguments": {"expression": "1+2"}}</tool_call><tool>calculate: 1</tool>',
+        lambda file: tool_replies(file.read_text(errors="replace"), CalculatorDialogue.tools),
+    ),
+    "journal": ("journal.log", journal(), read_journal),
+}
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_a_mutated_file_is_read_or_refused_in_one_line(kind, tmp_path):
+    name, content, read = PARSERS[kind]
+    content = content or trajectories(tmp_path)
+    draw, file = random.Random(kind), tmp_path / name
+    file.write_bytes(content)
+    read(file)
+    for number in range(TIMES):
+        data = (b"", b"[]", b"{}", b"\n")[number] if number < 4 else mutated(content, draw)
+        if number % 2 and name.endswith(("json", "jsonl")):  # one part of a JSON value
+            rows = content.splitlines() if name.endswith("jsonl") else [content]
+            place = draw.randrange(len(rows))
+            rows[place] = json.dumps(reshaped(json.loads(rows[place]), draw)).encode()
+            data = b"\n".join(rows) + b"\n"
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        file = folder / name
+        file.write_bytes(data)
+        try:
+            read(file)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000
