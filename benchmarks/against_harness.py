@@ -1,0 +1,206 @@
+"""`lm eval --tasks` against lm-evaluation-harness with transformers: the same answers, and the time that they take.
+
+    python benchmarks/against_harness.py MODEL --data FOLDER --peer PYTHON [--limit 500] [--rounds 1] [--tasks arc_easy,piqa]
+
+MODEL is a folder in the published layout, PYTHON an interpreter that has lm-eval and transformers, FOLDER has the files of TASKS.
+Each round measures both in turn, each from its start to its end, in float32. Prints Markdown, and keeps the rows in
+benchmarks/results/harness.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+ASKED = {"doc_to_text": "{{query}}\nAnswer:", "doc_to_target": "{{gold}}", "doc_to_choice": "{{choices}}"}
+AS_IS = ASKED | {"doc_to_text": "{{query}}"}
+TYPED = {"until": ["\n"], "max_gen_toks": 16, "do_sample": False}
+CHOICE = {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]}
+SAID = {"output_type": "generate_until", "generation_kwargs": TYPED, "metric_list": [{"metric": "exact_match"}]}
+TASKS: dict[str, dict[str, Any]] = {
+    "arc_challenge.jsonl.gz": CHOICE | ASKED,
+    "arc_easy.jsonl.gz": CHOICE | ASKED,
+    "bbh.jsonl.gz": SAID | {"doc_to_text": "Q: {{question}}\nA:", "doc_to_target": "{{answer}}"},
+    "blimp.jsonl.gz": CHOICE | {"doc_to_text": "", "doc_to_target": "{{0}}", "doc_to_choice": "{{[good, bad]}}"},
+    "boolq.jsonl.gz": CHOICE | AS_IS,
+    "commonsense_qa.jsonl.gz": CHOICE | AS_IS | {"fewshot_split": "test", "num_fewshot": 2},
+    "copa.jsonl": CHOICE | AS_IS,
+    "lambada_openai.jsonl.gz": {
+        "output_type": "loglikelihood",
+        "metric_list": [{"metric": "acc"}],
+        "doc_to_text": "{{context}}",
+        "doc_to_target": " {{continuation}}",
+    },
+    "mmlu_stem.jsonl.gz": CHOICE | ASKED,
+    "openbook_qa.jsonl": CHOICE | AS_IS,
+    "piqa.jsonl.gz": CHOICE | ASKED,
+    "triviaqa.jsonl.gz": SAID | {"doc_to_text": "{{context}}", "doc_to_target": "{{answer}}"},
+    "wikitext2_valid.jsonl.gz": {
+        "output_type": "loglikelihood_rolling",
+        "metric_list": [{"metric": "bits_per_byte"}],
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+    },
+    "winogrande.jsonl.gz": CHOICE
+    | {"doc_to_text": "{{gold}}", "doc_to_target": "{{continuation}}", "doc_to_choice": "{{context_options}}"},
+}
+
+Answers = dict[str, list[list[Any]]]
+"""By task: for each item, what was answered to each of its requests."""
+
+
+def write_tasks(data: Path, folder: Path, only: Sequence[str]) -> list[str]:
+    """Write a task of the harness for each data file; returns their names."""
+    names = []
+    for file, task in TASKS.items():
+        name = file.partition(".")[0]
+        if (only and name not in only) or not (data / file).is_file():
+            continue
+        files = {"data_files": {"test": str((data / file).resolve())}}
+        here = {"task": f"own_{name}", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(here | task | {"metadata": {"version": 1}}))
+        names.append(f"own_{name}")
+    return names
+
+
+def measure_ours(model: str, tasks: Path, limit: int, place: Path) -> Answers:
+    """The answers of `lm eval`, from an empty cache of answers; what compiles is kept where jax keeps it."""
+    samples = place / "ours.jsonl"
+    words = ["--tasks", str(tasks), "--limit", str(limit), "--no-chat", "--samples", str(samples)]
+    subprocess.run(
+        [sys.executable, "-m", "lm.cli.main", "eval", model, *words, "--cache", str(place / "cache")],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    found: Answers = {}
+    for line in map(json.loads, samples.read_text().splitlines()):
+        found.setdefault(line["task"], []).append(line["answers"])
+    return found
+
+
+def measure_peers(peer: str, model: str, tasks: Path, names: Sequence[str], limit: int, place: Path) -> Answers:
+    """The answers of lm-evaluation-harness with transformers."""
+    words = [
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model},dtype=float32",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "16",
+    ]
+    words += ["--tasks", ",".join(names), "--include_path", str(tasks), "--limit", str(limit), "--log_samples"]
+    subprocess.run(
+        [peer, "-m", "lm_eval", *words, "--output_path", str(place / "peers")], check=True, stdout=subprocess.DEVNULL
+    )
+    found: Answers = {}
+    for name in names:
+        (file,) = place.glob(f"peers/**/samples_{name}_*.jsonl")
+        lines = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["doc_id"])
+        found[name] = [line["filtered_resps"] for line in lines]
+    return found
+
+
+def compare(ours: Answers, peers: Answers) -> list[dict[str, Any]]:
+    """For each task: items, the largest difference of a log-likelihood in nats, and how many items were answered alike."""
+    rows = []
+    for name, items in peers.items():
+        worst, alike = 0.0, 0
+        for mine, theirs in zip(ours[name], items, strict=True):
+            pairs = list(zip(mine, theirs, strict=True))
+            gaps = [abs(_nats(one) - _nats(other)) for one, other in pairs if not isinstance(_first(other), str)]
+            worst = max([worst, *gaps])
+            alike += _choice(mine) == _choice(theirs)
+        rows.append({"task": name, "items": len(items), "nats": worst, "alike": alike})
+    return rows
+
+
+def _first(answer: Any) -> Any:
+    """The log-likelihood or text of an answer, which the harness writes as text."""
+    one = answer[0] if isinstance(answer, list) else answer
+    try:
+        return float(one)
+    except ValueError:
+        return one
+
+
+def _nats(answer: Any) -> float:
+    return float(_first(answer))
+
+
+def _choice(answers: Sequence[Any]) -> Any:
+    """What the harness judges: the likeliest choice, whether a continuation is the greedy one, or the text."""
+    firsts = [_first(one) for one in answers]
+    if len(firsts) > 1:
+        return max(range(len(firsts)), key=firsts.__getitem__)
+    if isinstance(firsts[0], str):
+        return firsts[0]
+    return str(answers[0][1]) if isinstance(answers[0], list) else None
+
+
+def tables(model: str, data: Path, peer: str, limit: int, rounds: int, only: Sequence[str]) -> str:
+    """Measure, keep the rows, and give them as Markdown."""
+    seconds: dict[str, list[float]] = {"lm": [], "harness": []}
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = Path(folder, "tasks")
+        tasks.mkdir()
+        names = write_tasks(data, tasks, only)
+        for number in range(rounds):
+            place = Path(folder, str(number))
+            place.mkdir()
+            began = time.monotonic()
+            ours = measure_ours(model, tasks, limit, place)
+            between = time.monotonic()
+            peers = measure_peers(peer, model, tasks, names, limit, place)
+            seconds["lm"].append(between - began)
+            seconds["harness"].append(time.monotonic() - between)
+            rows = compare(ours, peers)
+    kept = {"model": Path(model).name, "limit": limit, "seconds": seconds, "tasks": rows}
+    _keep(kept)
+    return "\n".join(_markdown(kept))
+
+
+def _keep(found: Mapping[str, Any]) -> None:
+    file = HERE / "results" / "harness.json"
+    earlier = json.loads(file.read_text()) if file.exists() else []
+    others = [one for one in earlier if (one["model"], one["limit"]) != (found["model"], found["limit"])]
+    file.write_text(json.dumps([*others, found], indent=1) + "\n")
+
+
+def _markdown(found: Mapping[str, Any]) -> list[str]:
+    times = {name: statistics.median(values) for name, values in found["seconds"].items()}
+    ratios = [b / a for a, b in zip(*found["seconds"].values(), strict=True)]
+    return [
+        "| task | items | largest difference, nats | answered alike |",
+        "|---|---|---|---|",
+        *(f"| {one['task']} | {one['items']} | {one['nats']:.1e} | {one['alike']} |" for one in found["tasks"]),
+        "",
+        f"{found['model']}, first {found['limit']} items: lm {times['lm']:.0f} s, harness {times['harness']:.0f} s; "
+        f"{statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds)",
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--peer", default=os.environ.get("HARNESS_PY", ""), metavar="PYTHON")
+    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--tasks", type=lambda words: words.split(","), default=[])
+    given = parser.parse_args()
+    if not given.peer:
+        parser.error("--peer PYTHON: an interpreter with lm-eval and transformers")
+    print(tables(given.model, given.data, given.peer, given.limit, given.rounds, given.tasks))
