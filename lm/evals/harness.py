@@ -214,15 +214,16 @@ class HarnessModel(TemplateLM):
         done = len(set(keys)) - len(missing)
         for settings, group in groups.items():
             group.sort(key=lambda one: -len(one[0]))
+            width = len(group[0][0])  # of all parts, so that they compile once: unused columns cost nothing
             for start in range(0, len(group), AT_ONCE):
                 part = group[start : start + AT_ONCE]
-                texts = self._complete([tokens for tokens, _ in part], json.loads(settings))
+                texts = self._complete([tokens for tokens, _ in part], width, json.loads(settings))
                 self.answers.add({key: text for (_, key), text in zip(part, texts, strict=True)})
                 done += len(part)
                 self.answers.tell(done, len(set(keys)), "completions")
         return [self.answers.known[key] for key in keys]
 
-    def _complete(self, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
+    def _complete(self, prompts: Sequence[list[int]], width: int, settings: dict[str, Any]) -> list[str]:
         given = normalize_gen_kwargs(settings, 256)
         new = given["max_gen_toks"]
         room = self.max_length - new
@@ -233,7 +234,7 @@ class HarnessModel(TemplateLM):
         stop = [text for text in handle_stop_sequences(given.get("until"), None) if text]
         request = Request(
             [tokens[-room:] for tokens in prompts], jax.random.key(0), new, float(given.get("temperature") or 0.0),
-            width=row_width(min(room, max(map(len, prompts))), room), top_k=int(given.get("top_k") or 0),
+            width=row_width(min(room, width), room), top_k=int(given.get("top_k") or 0),
             top_p=float(given.get("top_p") or 1.0), stop=stop,
         )  # fmt: skip
         return [completion_text(self.own, one) for one in LocalEngine(self.model, self.own).complete(request)]
