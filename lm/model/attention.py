@@ -325,9 +325,10 @@ def attend_partly(
     scores = jnp.where(seen, scores.reshape(b, n, x, h // n, t, s), -1e30)
     top = scores.max((2, 5), keepdims=True)
     weights = jnp.exp(scores - top)
-    total = weights.sum(-1).sum(2)
-    rows = weights.astype(v.dtype).reshape(b, n, x, (h // n) * t, s)
-    heads = jnp.einsum("bnxqs,bnxsk->bnxqk", rows, v, preferred_element_type=_accumulator(q)).sum(2)
+    total = weights.sum((2, 5))
+    rows = jnp.moveaxis(weights.astype(v.dtype), 2, 4).reshape(b, n, (h // n) * t, x * s)
+    values = v.reshape(b, n, x * s, d)
+    heads = jnp.einsum("bnqs,bnsk->bnqk", rows, values, preferred_element_type=_accumulator(q))
     return PartialHeads(heads.reshape(b, h, t, d), top.reshape(b, h, t, 1), total.reshape(b, h, t, 1))
 
 

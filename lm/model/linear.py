@@ -146,7 +146,8 @@ class WeightBlocks(nnx.Module):
 
     def project(self, x: Float[Array, "... I"], preferred: DTypeLike) -> Float[Array, "... O"]:
         """x·w over all leading dimensions of x, as `project`."""
-        flat, blocks = x.reshape(-1, x.shape[-1]), self.blocks[...].astype(x.dtype)
+        # The barrier keeps XLA from computing x for each block again.
+        flat, blocks = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1])), self.blocks[...].astype(x.dtype)
         y = contract(jnp.broadcast_to(flat, (len(blocks), *flat.shape)), blocks, 1)
         return jnp.moveaxis(y, 0, 1).reshape(*x.shape[:-1], -1).astype(preferred)
 

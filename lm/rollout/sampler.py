@@ -15,6 +15,7 @@ from lm.data.chat import render
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import UserError
 from lm.model.transformer import KVCache, Transformer, num_params
+from lm.parallel.rules import platform
 
 
 def filter_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -67,12 +68,20 @@ def choose(
     place = jnp.arange(logits.shape[-1])
     real = scaled if vocab_size in (None, len(place)) else jnp.where(place < vocab_size, scaled, -jnp.inf)
     top = real.max(-1, keepdims=True)
-    odds = jnp.exp(real - top)  # not normalised
-    kept = filter_logits(real, top_k, top_p)
-    uniform = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(key, step)))(keys, steps)
-    sampled = inverse_cdf(jnp.where(kept == -jnp.inf, 0.0, odds), uniform)
-    likeliest = jnp.min(jnp.where(real == top, place, place[-1]), axis=-1)
-    token = jnp.where(greedy, likeliest, sampled)
+
+    def likeliest() -> Int[Array, " B"]:
+        return jnp.min(jnp.where(real == top, place, place[-1]), axis=-1)
+
+    def sampled() -> Int[Array, " B"]:
+        odds = jnp.exp(real - top)  # not normalised
+        kept = filter_logits(real, top_k, top_p)
+        uniform = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(key, step)))(keys, steps)
+        return inverse_cdf(jnp.where(kept == -jnp.inf, 0.0, odds), uniform)
+
+    # An accelerator is faster without a branch.
+    token = (
+        jax.lax.cond(greedy, likeliest, sampled) if platform() == "cpu" else jnp.where(greedy, likeliest(), sampled())
+    )
     logp = jnp.take_along_axis(scaled - best, token[:, None], axis=-1)[:, 0] - jnp.log(total)
     return token, logp
 
