@@ -7,7 +7,7 @@ Starts `lm serve MODEL` on a free port of this machine, and asks it greedy compl
 - alone: each prompt by itself, whose text every stream of the load must give again;
 - load: so many streams at once for so many seconds; streams that are lost, doubled or mixed are counted, and tokens per second
   by wall clock and by the server's processor time;
-- first token: of a short prompt while 32 other streams run, in tokens that one of these gets in the meantime;
+- first token: of a short prompt while 32 other streams run, in steps of the engine;
 - gone: the seconds until a client that disconnects has freed its slot;
 - offline: tokens per second of `LocalEngine` on the same prompts, in a process of its own, with as many slots.
 """
@@ -91,29 +91,27 @@ async def load(port: int, streams: int, seconds: float, new: int, alone: dict[st
 
 
 async def first_token(port: int, rounds: int, new: int) -> dict[str, Any]:
-    """Tokens of another stream, and seconds, from a short request to its first token, while OTHERS streams run."""
-    seen, stop = 0, False
+    """Steps of the engine, and seconds, from a short request to its first token, while OTHERS streams run."""
+    stop = False
 
     async def other(number: int) -> None:
-        nonlocal seen
         while not stop:
-            async for one in events(port, prompt=PROMPTS[number % len(PROMPTS)], max_tokens=new, logprobs=0):
-                if number == 0:
-                    seen += sum(len(choice["logprobs"]["tokens"]) for choice in one["choices"])
+            async for _ in events(port, prompt=PROMPTS[number % len(PROMPTS)], max_tokens=new, temperature=1):
                 if stop:
                     return
 
     others = [asyncio.ensure_future(other(number)) for number in range(OTHERS)]
     steps, waits = [], []
-    while seen < 5:
+    while await metric(port, "lm_running") < OTHERS:
         await asyncio.sleep(0.05)
-    for _ in range(rounds):
-        await asyncio.sleep(0.3)
-        began, before = time.monotonic(), seen
-        async for _ in events(port, prompt="Once", max_tokens=1):
-            steps.append(seen - before)
-            waits.append(time.monotonic() - began)
-            break
+    while len(steps) < rounds:
+        await asyncio.sleep(0.2)
+        began, before = time.monotonic(), await first_steps(port)
+        await whole(port, prompt="Once", max_tokens=1)
+        waits.append(time.monotonic() - began)
+        count, total = (now - then for now, then in zip(await first_steps(port), before, strict=True))
+        if count == 1:  # otherwise another stream has begun in the meantime
+            steps.append(total)
     stop = True
     await asyncio.gather(*others)
     return {
@@ -123,23 +121,28 @@ async def first_token(port: int, rounds: int, new: int) -> dict[str, Any]:
     }
 
 
+async def first_steps(port: int) -> tuple[float, float]:
+    """Number of requests that have had a first token, and the sum of their steps to it."""
+    return await metric(port, "lm_first_token_steps_count"), await metric(port, "lm_first_token_steps_sum")
+
+
 async def gone(port: int, new: int) -> float:
     """Seconds until a client that disconnects has freed its slot."""
     async for _ in events(port, prompt="Once", max_tokens=new, temperature=1):
         break
     began = time.monotonic()
-    while await running(port):
+    while await metric(port, "lm_running"):
         await asyncio.sleep(0.02)
     return round(time.monotonic() - began, 2)
 
 
-async def running(port: int) -> float:
-    """Completions in slots, from the metrics."""
+async def metric(port: int, name: str) -> float:
+    """The sum of a metric over its labels."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     text = (await reader.read()).decode()
     writer.close()
-    return sum(float(value) for value in re.findall(r"^lm_running\{.*\} (\S+)", text, re.MULTILINE))
+    return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)", text, re.MULTILINE))
 
 
 def memory(pid: int) -> float:

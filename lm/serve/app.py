@@ -165,6 +165,8 @@ async def _deltas(
                 found.append(arrived.get_nowait())
             if first:
                 state.metrics.first_token.observe(time.monotonic() - began)
+                if completions[0].first is not None:
+                    state.metrics.first_steps.observe(completions[0].first)
                 first = False
             left -= sum(one.finish is not None or one.error is not None for one in found)
             yield found

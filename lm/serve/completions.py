@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lm.serve.protocol import Refused, Settings
 from lm.serve.text_stream import ScoredToken, TextStream
 
-PASS_SECONDS = 0.03  # tokens of a completion are passed on so often, the first and the last at once
+PASS_SECONDS = 0.05  # tokens of a completion are passed on so often, the first and the last at once
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class LiveCompletion:
         sample: its number among those of its prompt; with the seed it determines the random numbers.
         limit: maximum number of tokens.
         matcher: of a JSON schema; None without one.
+        arrived: steps of the engine when the request came.
+        first: steps from then to the first token, that one included; None before it.
     """
 
     index: int
@@ -44,7 +45,8 @@ class LiveCompletion:
     sink: Callable[[Delta], None]
     text: TextStream
     matcher: Any = None
-    begun: float = field(default_factory=time.monotonic)
+    arrived: int = 0
+    first: int | None = None
     sampled: int = 0
     cancelled: bool = False
     finished: bool = False

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from lm.serve.scheduler import Scheduler
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
+STEPS = (1, 2, 3, 4, 5, 10, 30, 100, 1000)
 WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -23,6 +24,12 @@ class Metrics:
         self.cancelled = Counter("lm_cancelled_requests", "requests whose client went before the end", registry=here)
         self.first_token = Histogram(
             "lm_first_token_seconds", "from the request to its first token", buckets=FIRST_TOKEN, registry=here
+        )
+        self.first_steps = Histogram(
+            "lm_first_token_steps",
+            "steps of the engine from the request to its first token",
+            buckets=STEPS,
+            registry=here,
         )
         self.whole = Histogram("lm_request_seconds", "from the request to its end", buckets=WHOLE, registry=here)
 

@@ -66,7 +66,9 @@ class Scheduler:
                     f"{self.waiting()} completions are waiting, and the queue has {self.queue} places: try again later",
                     status=429, code="queue_full", kind="rate_limit_error",
                 )  # fmt: skip
-            self._arrived += [(model, one) for one in completions]
+            for one in completions:
+                one.arrived = engine.steps
+                self._arrived.append((model, one))
             self._changed.notify()
 
     def cancel(self, completions: Sequence[LiveCompletion]) -> None:

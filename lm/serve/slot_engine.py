@@ -67,6 +67,7 @@ class SlotEngine:
         self.model, self.tokenizer, self.sizes = model, tokenizer, sizes
         self._weights, shape = jax.tree.flatten(model)
         self._read_part, self._step = _programs(shape, tuple(tokenizer.end_ids), tokenizer.vocab_size)
+        self.steps = 0  # tokens of each slot that have been sampled
         self.waiting: deque[LiveCompletion] = deque()
         self.taken: list[LiveCompletion | None] = [None] * sizes.slots
         self.reserved: set[int] = set()  # slots of the prompt that is being read
@@ -79,7 +80,7 @@ class SlotEngine:
         self._seeds, self._temperature = np.zeros(count, np.uint32), np.zeros(count, np.float32)
         self._top_k, self._top_p = np.zeros(count, np.int32), np.ones(count, np.float32)
         self._every = np.full((count, -(-tokenizer.vocab_size // 32)), -1, np.int32)
-        self._pending: tuple[Stepped, list[LiveCompletion | None]] | None = None
+        self._pending: tuple[Stepped, list[LiveCompletion | None], int] | None = None
 
     @property
     def running(self) -> int:
@@ -116,8 +117,9 @@ class SlotEngine:
         """The tokens of the step that was begun last, by completion; ended completions leave their slots."""
         if self._pending is None:
             return []
-        stepped, taken = self._pending
+        stepped, taken, burst = self._pending
         self._pending = None
+        self.steps += burst
         sampled, done = (x.tolist() for x in jax.device_get((stepped.tokens, stepped.done)))
         reported = any(one is not None and one.settings.alternatives is not None for one in taken)
         scores = jax.device_get((stepped.logp, stepped.others, stepped.others_logp)) if reported else None
@@ -125,6 +127,8 @@ class SlotEngine:
         for slot, progress in enumerate(taken):
             if progress is None or progress.finished or progress.cancelled:
                 continue
+            if progress.first is None:
+                progress.first = self.steps - progress.arrived
             ids = [token for token in sampled[slot] if token >= 0]
             tokens = _scored(ids, slot, scores, progress.settings.alternatives)
             if progress.matcher is not None:
@@ -229,7 +233,7 @@ class SlotEngine:
         )  # fmt: skip
         self._slots, stepped = self._step(self._weights, self._slots, assigned, choices, np.int32(burst))
         self._started[:] = False
-        self._pending = stepped, list(self.taken)
+        self._pending = stepped, list(self.taken), burst
 
 
 @functools.cache
