@@ -117,12 +117,26 @@ async def complete(state: State, chat: bool, request: Request) -> Response:
     reply = replies.Replies(asked, served.name, served.tokens, completions)
     deltas = _deltas(state, completions, arrived, began)
     if asked.stream:
-        return StreamingResponse(_events(reply, deltas), media_type="text/event-stream", headers=NO_CACHE)
+        return CompletionStream(state.scheduler, completions, _events(reply, deltas))
     found = await _unless_gone(request, _all(deltas))
     return JSONResponse(reply.whole(found))
 
 
-NO_CACHE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+class CompletionStream(StreamingResponse):
+    """The events of completions, which are given up when the client has gone, even before the first event."""
+
+    def __init__(self, scheduler: Scheduler, completions: list[LiveCompletion], events: AsyncIterator[bytes]):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._give_up = partial(scheduler.cancel, completions)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._give_up()
+
+
 _preparing = anyio.CapacityLimiter(PREPARED_AT_ONCE)
 
 

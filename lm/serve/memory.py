@@ -16,7 +16,7 @@ from lm.train.memory import device_memory
 
 LENGTH, NEW = 2048, 1024  # tokens of a context and of a completion, unless the model has fewer or they are given
 LEAST_LENGTH = 256  # to which a context is shortened where memory is short
-SHARE = 0.25  # of a device's memory that the caches of all models get, unless the length is given
+SHARE = 0.125  # of a device's memory that the caches of all models get, unless the length is given
 SLOTS = {"cpu": 40}
 MOST_SLOTS = 64  # on other devices
 LIBRARIES = 0.6e9  # bytes of Python, its libraries and the compiled programs

@@ -1,6 +1,7 @@
 """`lm serve` as a command: what it refuses before it loads a model, and the models that it serves under their names."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import jax
 import openai
 import pytest
 
+from lm.algorithms.table import abstract_model
 from lm.cli.main import main
 from lm.experiment import SFT, LoRA, Stage
 from lm.interop.export import write
@@ -19,6 +21,9 @@ from lm.interop.peft import write_adapter
 from lm.model.families import FAMILIES
 from lm.model.lora import adapted
 from lm.model.transformer import Transformer
+from lm.serve import memory
+from lm.serve.memory import memory_of, sizes_for
+from lm.serve.models import load_models
 from tests.data.hub import small
 from tests.test_open_weights import SHAPE
 
@@ -79,6 +84,24 @@ def test_what_cannot_be_served_is_refused_in_a_line(folder, capsys, words, told)
 
 def test_an_adapter_for_another_base_is_refused(folder, capsys):
     assert "other" in refused(capsys, folder, "--port", 0, "--adapter", folder.parent / "other")
+
+
+def test_the_planned_memory_is_that_of_the_engine(folder, capsys):
+    assert main(["plan", str(folder), "--serve", "--slots", "3", "--length", "100", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    (served,) = load_models(folder, [None], [], 3, 100, 0).values()
+    engine = served.engine
+    caches = engine._slots, engine._short, engine._long
+    assert planned["cache_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    assert planned["weights_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.model))
+    assert (planned["length"], planned["new"]) == (100, 50) and planned["fits"]
+
+
+def test_a_context_is_shortened_where_memory_is_short(folder, monkeypatch):
+    model = abstract_model(dataclasses.replace(SHAPE, max_len=4000), 500)
+    whole = sizes_for(model, 8)
+    monkeypatch.setattr(memory, "device_memory", lambda: memory_of(model, whole).cache * 6)
+    assert whole.length == 2048 and sizes_for(model, 8).length == 1024 and sizes_for(model, 8, length=2048) == whole
 
 
 @pytest.mark.slow
