@@ -24,11 +24,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ from lm.cli.arguments import (
 from lm.experiment import UserError
 
 if TYPE_CHECKING:
+    from lm.evals.harness import TaskResult
     from lm.evals.preferences import BootstrapEstimate
     from lm.train.judging import PairScores
 
@@ -176,18 +178,23 @@ def benchmarks(arguments: argparse.Namespace) -> int:
         error = "" if one.stderr is None else f"{one.stderr:.4f}"
         rows.append((one.task, one.metric, str(one.fewshot), str(one.count), f"{one.value:.4f}", error))
     print(f"{model}\n\n{aligned(rows)}")
-    for one in results:
-        if one.contamination is not None:
-            print("\n" + "\n".join(contamination_lines(one.task, one.metric, one.contamination)))
+    print("\n".join(contamination_lines(results)), end="")
     return 0
 
 
-def contamination_lines(task: str, metric: str, found: dict[str, Any]) -> list[str]:
-    """What the training data has of a task's items, and the metric of the others."""
-    clean = found["clean"]
-    error = "" if clean["stderr"] is None else f" ± {clean['stderr']:.4f}"
-    score = "" if clean["value"] is None else f"; {metric} of the {clean['count']:,} others {clean['value']:.4f}{error}"
-    return [f"{task}: {found['text']}{score}", *(f"  {line}" for line in found["examples"])]
+def contamination_lines(results: Sequence[TaskResult]) -> Iterator[str]:
+    """What the training data has of each task's items, the metrics of the others, and examples."""
+    checked = [(one, one.contamination) for one in results if one.contamination is not None]
+    for task, group in itertools.groupby(checked, key=lambda pair: pair[0].task):
+        members = list(group)
+        yield f"\n{task}: {members[0][1]['text']}"
+        for one, found in members:
+            clean, error = found["clean"], found["clean"]["stderr"]
+            if clean["value"] is not None:
+                margin = "" if error is None else f" ± {error:.4f}"
+                yield f"  {one.metric} of the {clean['count']:,} others: {clean['value']:.4f}{margin}"
+        yield from (f"  {line}" for line in members[0][1]["examples"])
+        yield ""
 
 
 def tell(text: str) -> None:

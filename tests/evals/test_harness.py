@@ -134,7 +134,7 @@ def test_items_in_the_training_data_are_counted_and_the_others_scored_alone(plac
     right = [json.loads(line)["values"]["acc"] for line in (place / "seen_samples.jsonl").read_text().splitlines()]
     clean, error = np.mean(right[5:]), np.std(right[5:], ddof=1) / 2
     told = "5 of 9 items share 3-grams with the training data, 55.6% of all n-grams"
-    assert f"own_seen: {told}; acc of the 4 others {clean:.4f} ± {error:.4f}\n  item 0: 100%: 'gladly " in out
+    assert f"\n\nown_seen: {told}\n  acc of the 4 others: {clean:.4f} ± {error:.4f}\n  item 0: 100%: 'gladly " in out
     line = read_lines(place / "run" / "stages" / "sft" / "benchmarks.jsonl")[-1]
     assert (line["contamination"]["contaminated"], line["contamination"]["clean"]["value"]) == (5, clean)
     assert f"{told}; 4 others: {clean:.4g}" in write_report(place / "run").read_text()

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from runs import experiment, write_questions
@@ -15,6 +16,8 @@ from runs import experiment, write_questions
 from lm.cli.main import main
 from lm.experiment import to_dict
 from lm.stored import write_json_atomic
+from lm.sweep.shared import stage_keys
+from lm.sweep.trials import key_of
 from lm.train.metrics import MetricsLog, read_lines
 from lm.train.run_folder import RunFolder
 from lm.train.sinks.feed import SINKS, SinkKind, feeding, send_run
@@ -59,7 +62,7 @@ def recorder(monkeypatch):
 
 def session(tmp_path, folder, name, start, end, offset=0.0, told=None):
     """A session of stage sft, steps `start` + 1 to `end`, with an eval at its beginning and end."""
-    value = experiment(tmp_path).__class__(**{**vars(experiment(tmp_path)), "sinks": (name,)})
+    value = replace(experiment(tmp_path), sinks=(name,))
     with (
         feeding(value, folder, (told if told is not None else []).append) as feeds,
         MetricsLog(
@@ -227,7 +230,7 @@ def test_an_error_of_a_sink_is_told_once_without_secrets(tmp_path, folder, monke
 
 def test_a_sink_that_hangs_holds_up_no_step_and_the_end_only_for_its_patience(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(SinkKind, "open", lambda kind, target: time.sleep(60))
-    value = experiment(tmp_path).__class__(**{**vars(experiment(tmp_path)), "sinks": ("wandb",)})
+    value = replace(experiment(tmp_path), sinks=("wandb",))
     told, began = [], time.monotonic()
     with feeding(value, folder, told.append, patience=0.2):
         pass
@@ -242,7 +245,7 @@ def test_a_run_ends_as_without_sinks_when_all_of_them_fail(tmp_path, monkeypatch
     write_questions(tmp_path)
     value = experiment(tmp_path)
     run(value, tmp_path / "without")
-    run(value.__class__(**{**vars(value), "sinks": tuple(SINKS)}), tmp_path / "with")
+    run(replace(value, sinks=tuple(SINKS)), tmp_path / "with")
     losses = [
         [line["loss"] for line in read_lines(tmp_path / name / "stages" / "sft" / "metrics.jsonl")]
         for name in ("without", "with")
@@ -256,8 +259,14 @@ def test_sinks_may_change_when_a_run_is_resumed(tmp_path, recorder):
     write_questions(tmp_path)
     value = experiment(tmp_path)
     run(value, tmp_path / "run", until="collect")
-    run(value.__class__(**{**vars(value), "sinks": ("mlflow",)}), tmp_path / "run")
+    run(replace(value, sinks=("mlflow",)), tmp_path / "run")
     assert [one.step for one in recorder.lines if (one.stage, one.kind) == ("sft", "metrics")] == [1, 2, 3, 4]
+
+
+def test_sinks_are_no_part_of_what_a_trial_of_a_sweep_is(tmp_path):
+    value = experiment(tmp_path)
+    other = replace(value, sinks=("wandb",))
+    assert stage_keys(value) == stage_keys(other) and key_of(value) == key_of(other)
 
 
 def test_a_finished_run_is_sent_by_a_command(tmp_path, folder, recorder, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -19,6 +20,7 @@ class TrackedRun:
     """A run of MLflow; each number has its step in the stage."""
 
     def __init__(self, target: Target):
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.client = MlflowClient()
         if target.known:
             self.run = target.known

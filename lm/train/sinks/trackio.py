@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Sequence
 
 import trackio
@@ -14,9 +15,17 @@ class LoggedRun:
     """A run of trackio, by the step over all stages."""
 
     def __init__(self, target: Target):
-        self.run = target.known or target.folder.name
+        self.run = target.known or f"{target.folder.name}-{uuid.uuid4().hex[:4]}"  # its name tells runs apart
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-        self._run = trackio.init(project=project, name=self.run, config=target.config, resume="allow")
+        self._run = trackio.init(
+            project=project,
+            name=self.run,
+            config=target.config,
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,  # only what is in the run's files
+            auto_log_gpu=False,
+        )
         self.where = f"trackio show --project {project}"
 
     def send(self, lines: Sequence[Numbers]) -> None:

@@ -25,6 +25,8 @@ class HistoryRun:
             save_code=False,
             disable_git=True,
             x_disable_meta=True,  # the command line, the machine's name, the user
+            x_disable_stats=True,
+            x_save_requirements=False,
             finish_timeout=FINISH_SECONDS,
         )
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
