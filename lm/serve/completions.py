@@ -64,6 +64,8 @@ class LiveCompletion:
         tokens, self._kept, self._next = self._kept, [], now + PASS_SECONDS
         ended = done and bool(tokens) and tokens[-1].token in end_ids
         piece = self.text.add(tokens[: len(tokens) - ended])
+        if self.matcher is not None and (why := self.matcher.error()):
+            return self.fail(Refused(f"response_format: {why}", "response_format", code="schema_not_followed"))
         satisfied = self.matcher is not None and self.matcher.is_stopped()
         finish = "stop" if ended or self.text.stopped or satisfied else "length" if done else None
         if finish and not self.text.stopped:

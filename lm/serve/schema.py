@@ -16,6 +16,7 @@ from lm.data.hub import files as hub_files
 from lm.data.text_tokenizer import TextTokenizer
 from lm.serve.protocol import Refused
 
+LARGEST_SCHEMA = 20_000  # characters
 COMPACT: Any = {"whitespace_flexible": False}
 """One form of white space: a model cannot fill its answer with it."""
 
@@ -33,6 +34,10 @@ class Matcher:
     def is_stopped(self) -> bool:
         """Whether nothing can follow but the end."""
         return self._matcher.is_stopped()
+
+    def error(self) -> str:
+        """Why the schema could not be followed further, such as a limit of its complexity; empty if it was."""
+        return self._matcher.get_error().split("\n")[0] if self._matcher.is_error() else ""
 
     def fill(self, row: Int32[np.ndarray, " W"]) -> None:
         """Write the bits of the tokens that may come next into a row of `SlotSettings.allowed`."""
@@ -58,7 +63,13 @@ class Tokens:
         Raises:
             Refused: it is no schema, or one that llguidance does not know.
         """
-        return _grammar(self, json.dumps(schema))
+        try:
+            text = json.dumps(schema)
+            if len(text) > LARGEST_SCHEMA:
+                raise _refused(f"the schema has {len(text)} characters; it should have at most {LARGEST_SCHEMA}")
+            return _grammar(self, text)
+        except (ValueError, RecursionError) as error:
+            raise _refused(str(error)) from error
 
     def matcher(self, grammar: str) -> Matcher:
         """A matcher at the beginning of a completion."""
@@ -70,8 +81,14 @@ def _grammar(tokens: Tokens, schema: str) -> str:
     grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=COMPACT)
     told = llguidance.LLMatcher.validate_grammar(grammar, tokens.library)
     if told and not told.startswith("WARNING"):
-        raise Refused(f"response_format: {' '.join(told.split())[:300]}", "response_format", code="invalid_schema")
+        raise _refused(told)
+    if Matcher(tokens, grammar).is_stopped():
+        raise _refused("no JSON value satisfies the schema")
     return grammar
+
+
+def _refused(why: str) -> Refused:
+    return Refused(f"response_format: {' '.join(why.split())[:300]}", "response_format", code="invalid_schema")
 
 
 def _library(tokenizer: TextTokenizer) -> llguidance.LLTokenizer:

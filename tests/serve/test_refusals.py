@@ -28,6 +28,19 @@ def post(port, path, body, headers=None):
     return found
 
 
+DEEP_SCHEMA: dict = {"type": "integer"}
+for _ in range(200):
+    DEEP_SCHEMA = {"type": "array", "items": DEEP_SCHEMA}
+UNUSABLE = [
+    {"type": "integer", "minimum": 5, "maximum": 3},
+    {"enum": []},
+    {"$ref": "#"},
+    {"$ref": "http://elsewhere.example/schema"},
+    {"type": "string", "pattern": "("},
+    {"not": {}},
+    {"type": "object", "properties": {f"name {number}": {"type": "string"} for number in range(3000)}},
+    DEEP_SCHEMA,
+]
 BAD = [
     (CHAT, b"", 400, None),
     (CHAT, b"{", 400, None),
@@ -69,6 +82,10 @@ BAD = [
     (CHAT, GOOD | {"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
     (CHAT, GOOD | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objct"}}}}, 400,
      "response_format"),
+    *(
+        (CHAT, GOOD | {"response_format": {"type": "json_schema", "json_schema": {"schema": one}}}, 400, "response_format")
+        for one in UNUSABLE
+    ),
     (CHAT, GOOD | {"messages": []}, 400, "messages"),
     (CHAT, GOOD | {"messages": "hello"}, 400, "messages"),
     (CHAT, GOOD | {"messages": ["hello"]}, 400, "messages[0]"),
