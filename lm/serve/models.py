@@ -154,9 +154,13 @@ def warm_up(served: Served) -> None:
         asked = Asked(served.name, [[0] * size], False, 1, False, False, settings, {})
         engine.waiting += served.prepare(asked, math.inf, _nothing)
         while engine.busy:
-            engine.turn()
+            engine.turn(_no_more)
     jax.block_until_ready(engine.model)
 
 
 def _nothing(delta: Delta) -> None:
     """A sink of completions that nobody reads."""
+
+
+def _no_more() -> None:
+    """Nothing arrives while an engine warms up."""

@@ -84,7 +84,7 @@ class Scheduler:
                 self._end_late()
                 for name, engine in self.engines.items():
                     if engine.busy:
-                        self._after_turn(name, engine.turn())
+                        self._after_turn(name, engine.turn(self._arrive))
         except BaseException as error:
             with self._changed:
                 self.failure = error
@@ -100,6 +100,10 @@ class Scheduler:
                 self._changed.wait()
             self._move()
             return not self._ending
+
+    def _arrive(self) -> None:
+        with self._changed:
+            self._move()
 
     def _move(self) -> None:
         for name, one in self._arrived:

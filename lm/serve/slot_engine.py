@@ -97,12 +97,14 @@ class SlotEngine:
         reading = [one for _, one in self._reading.waiting] if self._reading else []
         return [*self.waiting, *reading, *(one for one in self.taken if one is not None)]
 
-    def turn(self) -> int:
+    def turn(self, arrive: Callable[[], None]) -> int:
         """Take the tokens of the step before, begin the next step, then pass the tokens on; returns how many there were.
 
-        The next step is computed while the texts of the tokens are made.
+        The next step is computed while the texts of the tokens are made. `arrive` puts what has come during the step before
+        into `waiting`, so that it begins with the next one.
         """
         found = self._collect()
+        arrive()
         self._drop()
         # A completion's first token is not held back by a second one.
         burst = 1 if self._admit() else BURST

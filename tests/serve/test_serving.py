@@ -193,6 +193,32 @@ def test_an_answer_by_a_schema_is_valid_json_beside_free_ones(running):
         assert set(value) == {"answer", "sure"} and 0 <= value["answer"] <= 999 and choice.finish_reason == "stop"
 
 
+def test_a_short_prompt_begins_within_three_steps_beside_many_streams(serve):
+    with serve(slots=33, max_len=2000, new=1900) as many:
+        others = [
+            many.client.chat.completions.create(
+                model="default", messages=chat(QUESTIONS[0]), temperature=0, stream=True
+            )
+            for _ in range(32)
+        ]
+        engine = many.engine()
+        wait_until(lambda: engine.running == 32, 60)
+        steps = []
+        inner = many.scheduler.submit
+
+        def submit(model, completions):
+            steps.append(completions[0])
+            inner(model, completions)
+
+        many.scheduler.submit = submit
+        for _ in range(8):
+            many.client.chat.completions.create(model="default", messages=chat("1 + 1?"), max_tokens=1)
+        assert engine.running >= 31, "the others are still there"
+        assert len(steps) == 8 and max(one.first for one in steps) <= 3
+        for one in others:
+            one.close()
+
+
 def test_a_client_that_vanishes_frees_its_slot_within_a_second(running):
     engine = running.engine()
     stream = running.client.chat.completions.create(
