@@ -77,7 +77,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="with --pairs or --tasks: one object")
     parser.add_argument("--page", metavar="FILE", type=page_path, help="with --pairs: a page with the calibration")
     parser.add_argument(
-        "--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, or YAML files or folders of your own"
+        "--tasks",
+        metavar="NAME,...",
+        help="tasks of lm-evaluation-harness, YAML files or folders of your own, or core:FOLDER",
     )
     parser.add_argument("--limit", metavar="N", type=at_least(1), help="with --tasks: the first N items of each task")
     parser.add_argument(

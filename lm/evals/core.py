@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ import numpy as np
 import yaml
 
 from lm.data.text_tokenizer import TextTokenizer
-from lm.evals.continuations import Continuation, Likelihood, score_continuations
+from lm.evals.continuations import Continuation, Likelihood
 from lm.evals.rows import Measured
 from lm.experiment import UserError, nearest
 from lm.json_lines import read_json_lines
-from lm.model.transformer import Transformer
 
 CONFIG, BASELINES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
 COLUMNS: dict[str, dict[str, type]] = {
@@ -158,9 +157,13 @@ def _in_common(rows: Sequence[Sequence[int]], most: int) -> int:
     return next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
 
 
-def core_score(model: Transformer, items: Sequence[CoreItem]) -> Measured:
-    """Metric `core`: the score, the accuracy of each task as task/LABEL, and `tasks`, their number."""
-    scores = iter(score_continuations(model, [one for item in items for one in item.asked]))
+def core_score(score: Callable[[list[Continuation]], Sequence[Likelihood]], items: Sequence[CoreItem]) -> Measured:
+    """Metric `core`: the score, the accuracy of each task as task/LABEL, and `tasks`, their number.
+
+    Args:
+        score: gives the likelihoods of continuations, as `score_continuations` does.
+    """
+    scores = iter(score([one for item in items for one in item.asked]))
     right: dict[str, list[float]] = {}
     tasks = {item.task.label: item.task for item in items}
     for item in items:

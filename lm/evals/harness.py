@@ -188,6 +188,13 @@ class HarnessModel(TemplateLM):
         score_continuations(self.model, list(missing.values()), keep)
         return [(float(self.answers.known[key][0]), bool(self.answers.known[key][1])) for key in keys]
 
+    def likelihoods(self, asked: Sequence[Continuation]) -> list[Likelihood]:
+        """The likelihood of each continuation, with those that are kept from before."""
+        return [
+            Likelihood(*found)
+            for found in self._loglikelihood_tokens([(None, [*c.context], [*c.tokens]) for c in asked])
+        ]
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in windows of the model's context."""
         windows: list[tuple[Any, list[int], list[int]]] = []

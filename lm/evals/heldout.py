@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import lzma
 import math
 from collections.abc import Callable
 
 from lm.evals.answers import best_of_n, pass_at_k, reward
 from lm.evals.choices import Choices, choice_accuracy, continuation_accuracy
+from lm.evals.continuations import score_continuations
 from lm.evals.core import core_score
 from lm.evals.examples import read_examples
 from lm.evals.pairs import pair_accuracy
@@ -50,7 +52,7 @@ def _of_choices(metric: Callable[[Eval, Subject, list[Choices]], Measured]) -> C
 def core(item: Eval, subject: Subject[Transformer]) -> Measured:
     """Metric `core`: the CORE score of a folder of tasks."""
     found = read_examples(item, subject.tokenizer, subject.model.config.max_len)
-    return core_score(subject.model, found.encoded)
+    return core_score(functools.partial(score_continuations, subject.model), found.encoded)
 
 
 METRICS: dict[str, Callable[[Eval, Subject], Measured]] = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from lm.data.selection import held_out_elsewhere
+from lm.evals.core import CONFIG, CoreTask, core_items, core_score, read_core
 from lm.evals.harness import Answers, HarnessModel, TaskResult, find_tasks, measure_tasks
 from lm.evals.overlap import Contamination, Overlap, item_texts, overlaps
 from lm.experiment import UserError
@@ -29,6 +31,8 @@ from lm.train.loaded_run import LoadedRun, load_adapters, load_run
 from lm.train.metrics import json_value
 from lm.train.run_folder import RunFolder
 
+CORE = "core:"
+"""Beginning of the name of a task that is the CORE score of a folder."""
 FILE = "benchmarks.jsonl"
 """The results of a stage, one line a task and metric; of equal lines the last counts."""
 
@@ -64,7 +68,14 @@ def run_benchmarks(
             f"--contamination compares with the training data of a run, and {run_dir} is a published model; "
             "lm data EXPERIMENT --against FILE compares a file with the data of an experiment"
         )
-    names, manager = find_tasks(settings.tasks)
+    folders = {
+        name: read_core(Path(name[len(CORE) :]).expanduser()) for name in settings.tasks if name.startswith(CORE)
+    }
+    names, manager = find_tasks([name for name in settings.tasks if name not in folders])
+    if folders and (settings.fewshot is not None or settings.chat):
+        raise UserError(
+            f"--fewshot and --chat are not for {next(iter(folders))}: its {CONFIG} says how its tasks are asked"
+        )
     keep_compilations()
     loaded = load_run(run_dir, stage)
     (loaded,) = load_adapters(loaded, run_dir, [] if adapter is None else [adapter]).values()
@@ -83,13 +94,27 @@ def run_benchmarks(
     make_folder(folder, "--cache DIR")
     answers = Answers(folder / f"{model_digest(loaded)}.jsonl", progress)
     model = HarnessModel(loaded.model, loaded.tokenizer, answers)
-    results, samples = measure_tasks(model, names, manager, limit=settings.limit, fewshot=settings.fewshot, chat=chat)
+    asked = functools.partial(measure_tasks, limit=settings.limit, fewshot=settings.fewshot, chat=chat)
+    results, samples = asked(model, names, manager) if names else ([], [])
+    core = [one for name, tasks in folders.items() for one in _core_results(name, tasks, model, settings.limit)]
     if settings.contamination is not None:
         results = _with_contamination(results, samples, loaded, RunFolder(run_dir), settings.contamination, tell)
     after = f", after stage {loaded.stage}" if loaded.stage else ""
     if loaded.stage and adapter is None and not is_open_weights(run_dir):
-        _record(RunFolder(run_dir).stage_folder(loaded.stage), loaded.step, results, chat, settings.limit)
-    return f"{run_dir}{after}{', chat template' if chat else ''}", results, samples
+        for found, as_chat in ((results, chat), (core, False)):
+            _record(RunFolder(run_dir).stage_folder(loaded.stage), loaded.step, found, as_chat, settings.limit)
+    return f"{run_dir}{after}{', chat template' if chat and names else ''}", [*results, *core], samples
+
+
+def _core_results(name: str, tasks: Sequence[CoreTask], model: HarnessModel, limit: int | None) -> Iterator[TaskResult]:
+    """The CORE score of a folder, and the accuracy of each of its tasks."""
+    items = [one for task in tasks for one in core_items(task, model.own, model.max_length, limit or len(task.items))]
+    found = core_score(model.likelihoods, items)
+    yield TaskResult(name, "core", found.values["core"], found.values["core_stderr"], found.count, 0, "")
+    for task in tasks:
+        rate, count = found.values[f"task/{task.label}"], min(limit or len(task.items), len(task.items))
+        stderr = float(np.sqrt(rate * (1 - rate) / count))
+        yield TaskResult(f"{name}/{task.label}", "acc", rate, stderr, count, task.fewshot, "")
 
 
 def _with_contamination(

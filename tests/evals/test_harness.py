@@ -14,13 +14,16 @@ from lm.data.hub.tokenizer import HubTokenizer
 from lm.data.sources import rows_of, split_rows
 from lm.evals import harness
 from lm.evals.continuations import Continuation, score_continuations
-from lm.experiment import Source, UserError
+from lm.evals.heldout import measure
+from lm.evals.rows import Subject
+from lm.experiment import Eval, Source, UserError
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.train.metrics import read_lines
 from lm.train.stages import run
 from lm.trained_model import load
 from lm.web.report import write_report
 from tests.data.hub import small
+from tests.evals.test_core import write
 from tests.train.runs import experiment, write_questions
 
 # One worker has the run, which is made once.
@@ -138,6 +141,20 @@ def test_items_in_the_training_data_are_counted_and_the_others_scored_alone(plac
     line = read_lines(place / "run" / "stages" / "sft" / "benchmarks.jsonl")[-1]
     assert (line["contamination"]["contaminated"], line["contamination"]["clean"]["value"]) == (5, clean)
     assert f"{told}; 4 others: {clean:.4g}" in write_report(place / "run").read_text()
+
+
+def test_the_core_score_of_a_folder_is_a_task(place, capsys):
+    write(place / "bundle")
+    name = f"core:{place / 'bundle'}"
+    found = json.loads(measured(place, capsys, "--tasks", name, "--limit", "4", "--json"))["results"]
+    model = load(place / "run").loaded
+    item = Eval("core", Source(str(place / "bundle")), "core", count=4)
+    expected = measure(item, Subject(model.model, model.tokenizer)).values
+    assert {one["task"]: one["value"] for one in found} == {
+        name: expected["core"],
+        **{f"{name}/{label}": expected[f"task/{label}"] for label in ("choices", "schema", "words")},
+    }
+    assert read_lines(place / "run" / "stages" / "sft" / "benchmarks.jsonl")[-4]["metric"] == "core"
 
 
 def test_what_was_answered_is_not_asked_again(place, capsys, monkeypatch):
