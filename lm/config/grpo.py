@@ -135,6 +135,10 @@ class GRPO(ObjectiveConfig):
     sampler: Literal["same", "bfloat16", "int8", "int4"] = knob(
         "same", "weights of the sampler: the trained weights, or a copy quantised as in an inference engine"
     )
+    cache: Literal["same", "int8"] = knob(
+        "same",
+        "keys and values in the sampler's cache: as computed, or int8 with a scale for each head of each token, in half of bfloat16's memory",
+    )
     tis_clip: float = tis_clip_knob()
     tis_level: Literal["token", "sequence"] = knob(*TIS_LEVEL)
     tis_mode: Literal["truncate", "mask"] = knob(*TIS_MODE)
@@ -213,7 +217,11 @@ class GRPO(ObjectiveConfig):
 
     @property
     def samples_as_trained(self) -> bool:
-        return self.sampler == "same"
+        return self.sampler == "same" and self.cache == "same"
+
+    @property
+    def sampler_cache(self) -> str:
+        return self.cache
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:

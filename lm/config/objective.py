@@ -153,8 +153,13 @@ class ObjectiveConfig:
 
     @property
     def samples_as_trained(self) -> bool:
-        """Whether the sampler uses the trained weights, and not a quantised copy."""
+        """Whether the sampler computes what the trainer does, without quantised weights or cache."""
         return True
+
+    @property
+    def sampler_cache(self) -> str:
+        """Numbers in the sampler's cache of keys and values: "same" as it computes with, or "int8"."""
+        return "same"
 
     @property
     def staleness(self) -> int:

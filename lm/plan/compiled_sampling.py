@@ -30,6 +30,7 @@ def compiled_sampling(program: Program, found: Sampling, libtpu: str | None = No
         OutOfMemory: a program does not fit.
     """
     sampler, sizes, compiler = program.sampler, found.sizes, find_libtpu(libtpu)
+    cache = program.stage.objective.sampler_cache
     mesh = make_mesh(sampler.mesh, tpu_devices(program.topology, compiler))
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
@@ -37,7 +38,7 @@ def compiled_sampling(program: Program, found: Sampling, libtpu: str | None = No
 
     with jax.set_mesh(mesh):
         model = jax.eval_shape(Transformer.for_sampling, sampler.parameters())
-        slots = jax.eval_shape(lambda: empty_slots(model, sizes.slots, sizes.lanes, sizes.prompt, sizes.new))
+        slots = jax.eval_shape(lambda: empty_slots(model, sizes.slots, sizes.lanes, sizes.prompt, sizes.new, cache))
         reader = jax.eval_shape(lambda: empty_reader(model, sizes.reading, sizes.prompt))
         model = jax.tree.map(_placed, model, shardings(model, mesh))
         slots, reader = (jax.tree.map(lambda x: _placed(x, _split(x, mesh)), tree) for tree in (slots, reader))

@@ -86,16 +86,16 @@ def sampling(program: Program) -> Sampling | None:
     objective = program.stage.objective
     if not objective.samples:
         return None
-    sampler = program.sampler
+    sampler, cache = program.sampler, objective.sampler_cache
     sizes = engine_sizes(sampler)
     local = _of_one_device(sizes)
     with jax.sharding.use_abstract_mesh(single_device_mesh(sampler)):
         whole, model = (
             jax.eval_shape(Transformer.for_sampling, p.parameters()) for p in (sampler, one_device(sampler))
         )
-        slots = jax.eval_shape(lambda: empty_slots(model, local.slots, local.lanes, local.prompt, local.new))
+        slots = jax.eval_shape(lambda: empty_slots(model, local.slots, local.lanes, local.prompt, local.new, cache))
         reading = _usage(sampler, model, functools.partial(_read, local))
-        turn = _usage(sampler, model, functools.partial(_sample, local, objective.temperature))
+        turn = _usage(sampler, model, functools.partial(_sample, local, objective.temperature, cache))
     prompts, own = _bytes(slots.prompts), _bytes(slots.columns)
     one = turn.turns[-1]  # one iteration of the loop over new tokens
     rate, network_s = sampler.topology.chip.hbm_rate, gather_seconds(sampler, one) + _sum_seconds(sampler, local.slots)
@@ -188,9 +188,9 @@ def _read(sizes: Sizes, model: Any) -> Any:
     return read_chunk(model, *reader, jnp.int32(0), jnp.zeros((sizes.reading, sizes.chunk), jnp.int32), rows)
 
 
-def _sample(sizes: Sizes, temperature: float, model: Any) -> Any:
+def _sample(sizes: Sizes, temperature: float, cache: str, model: Any) -> Any:
     """Sample tokens of all slots."""
-    slots = empty_slots(model, sizes.slots, sizes.lanes, sizes.prompt, sizes.new)
+    slots = empty_slots(model, sizes.slots, sizes.lanes, sizes.prompt, sizes.new, cache)
     zeros = jnp.zeros(sizes.slots, jnp.int32)
     members = jnp.zeros((sizes.lanes, sizes.places), jnp.int32)
     assigned = Assignment(zeros == 0, zeros, zeros, zeros, zeros, zeros, members)

@@ -92,7 +92,7 @@ class LocalEngine:
     Completions are sampled in `slots` slots (0: the number that suits the device); a slot whose completion has ended goes on
     with another. A completion depends on the request's key, its prompt, the number of the prompt and its number in the group, not
     on its slot nor on other completions: it is equal to the bit beside any others, for one number of slots, kind of device and mesh.
-    `layout` arranges the devices of the current mesh for sampling; the first program of a request reshards the weights.
+    `cache` "int8" keeps keys and values in int8, "same" as they are computed. `layout` arranges the devices of the current mesh for sampling; the first program of a request reshards the weights.
     """
 
     model: Transformer
@@ -100,6 +100,7 @@ class LocalEngine:
     version: int = 0
     slots: int = 0
     layout: RolloutMesh = RolloutMesh()
+    cache: str = "same"
 
     def complete(self, request: Request) -> list[Completion]:
         """See `Engine`."""
@@ -124,7 +125,8 @@ class LocalEngine:
         """Each completion's tokens and log-probabilities, as soon as it has ended."""
         s, model = batching.sizes, sampling_model(self.model)
         decoder = decoding_model(model)
-        slots, reader = empty_slots(model, s.slots, s.lanes, s.prompt, s.new), empty_reader(model, s.reading, s.prompt)
+        slots = empty_slots(model, s.slots, s.lanes, s.prompt, s.new, self.cache)
+        reader = empty_reader(model, s.reading, s.prompt)
         while batching.waits or batching.running:
             between_batches()
             while chosen := batching.next_prompts():

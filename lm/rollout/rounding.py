@@ -41,5 +41,5 @@ ROUNDINGS: dict[str, Callable[[Weights], Weights]] = {
 
 @functools.partial(jax.jit, static_argnames="precision")
 def rounded(model: Transformer, precision: str) -> Transformer:
-    """The model with its matrices quantised by a function of ROUNDINGS; norms stay unchanged."""
-    return model.with_matrices(ROUNDINGS[precision])
+    """The model with its matrices quantised by a function of ROUNDINGS ("same": as they are); norms stay unchanged."""
+    return model if precision == "same" else model.with_matrices(ROUNDINGS[precision])

@@ -9,8 +9,12 @@ Shapes: R rows (slots or lanes), H key heads, K head_dim, N blocks of a chunk, C
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lm.experiment import Layer, Model
@@ -23,32 +27,72 @@ CHUNKS = 4  # most chunks of blocks that are read or not
 
 
 @pytree
-class Columns:
-    """Keys and values of one layer, one array for each chunk; keys are [R H N C K] where `keys_turned` says no."""
+class Chunk:
+    """Keys or values of some blocks, int8 with a scale for each head of a column, or as they were computed."""
 
-    keys: tuple[Float[Array, "R H N K C"], ...]
-    values: tuple[Float[Array, "R H N C K"], ...]
+    numbers: Array  # [R H N C K], of keys where `keys_turned` says so [R H N K C]
+    scales: Float[Array, "R H N C"] | None
+
+
+@pytree
+class Columns:
+    """Keys and values of one layer, in chunks."""
+
+    keys: tuple[Chunk, ...]
+    values: tuple[Chunk, ...]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(blocks, columns of a block) of each chunk."""
+        return [(x.numbers.shape[2], x.numbers.shape[3]) for x in self.values]
 
     @property
     def size(self) -> int:
         """Number of columns."""
-        return sum(x.shape[2] * x.shape[3] for x in self.values)
+        return sum(blocks * width for blocks, width in self.shapes)
 
 
-def empty_columns(config: Model, rows: int, length: int) -> tuple[Columns, ...]:
-    """Columns of each layer for `length` tokens of each row, without contents."""
-    return tuple(_empty(config, rows, length, config.layer(number)) for number in range(config.num_layers))
+def empty_columns(config: Model, rows: int, length: int, cache: str = "same") -> tuple[Columns, ...]:
+    """Columns of each layer for `length` tokens of each row, without contents.
 
-
-def _empty(config: Model, rows: int, length: int, layer: Layer) -> Columns:
+    Args:
+        cache: "int8": int8 numbers with scales; "same": numbers as they are computed.
+    """
     # A CPU converts bfloat16 arrays to float32 and back when a column is written, and its products are no faster.
     dtype = jnp.dtype(config.compute_dtype)
     dtype = jnp.promote_types(dtype, jnp.float32) if platform() == "cpu" else dtype
-    shapes = [(rows, config.num_kv_heads, *chunk, config.head_dim) for chunk in chunks_of(length, layer.window)]
-    # Separate arrays, so that a caller may donate them.
-    return Columns(
-        tuple(turned(jnp.zeros(shape, dtype)) for shape in shapes), tuple(jnp.zeros(shape, dtype) for shape in shapes)
-    )
+
+    def empty(chunk: tuple[int, int]) -> Chunk:
+        shape = rows, config.num_kv_heads, *chunk
+        # Separate arrays, so that a caller may donate them.
+        if cache == "int8":
+            return Chunk(jnp.zeros((*shape, config.head_dim), jnp.int8), jnp.zeros(shape, jnp.float32))
+        return Chunk(jnp.zeros((*shape, config.head_dim), dtype), None)
+
+    def of_layer(layer: Layer) -> Columns:
+        chunks = chunks_of(length, layer.window)
+        keys = (empty(chunk) for chunk in chunks)
+        return Columns(
+            tuple(dataclasses.replace(x, numbers=turned(x.numbers)) for x in keys), tuple(map(empty, chunks))
+        )
+
+    return tuple(of_layer(config.layer(number)) for number in range(config.num_layers))
+
+
+def _stored(x: Float[Array, "... K"], like: Chunk) -> tuple[Array, Float[Array, "..."] | None]:
+    """Keys or values as numbers and scales of a chunk."""
+    if like.scales is None:
+        return x.astype(like.numbers.dtype), None
+    wide = x.astype(jnp.float32)
+    scales = jnp.maximum(jnp.abs(wide).max(-1), 1e-20) / 127
+    return jnp.round(wide / scales[..., None]).astype(jnp.int8), scales
+
+
+def _numbers(chunk: Chunk, dtype: DTypeLike, turned: bool = False) -> Array:
+    """Keys or values of a chunk."""
+    if chunk.scales is None:
+        return chunk.numbers
+    return chunk.numbers.astype(dtype) * jnp.expand_dims(chunk.scales, -2 if turned else -1).astype(dtype)
 
 
 def chunks_of(length: int, window: int = 0) -> list[tuple[int, int]]:
@@ -63,38 +107,45 @@ def chunks_of(length: int, window: int = 0) -> list[tuple[int, int]]:
 
 def put_token(cache: Columns, k: Float[Array, "R H K"], v: Float[Array, "R H K"], at: Int[Array, " R"]) -> Columns:
     """The columns with the key and value of one token of each row in column `at`; one beyond all columns is dropped."""
-    rows, start, found = jnp.arange(len(at)), 0, Columns((), ())
-    for keys, values in zip(cache.keys, cache.values, strict=True):
-        blocks, width = values.shape[2:4]
+    rows, start, keys, values = jnp.arange(len(at)), 0, [], []
+    for key, value, (blocks, width) in zip(cache.keys, cache.values, cache.shapes, strict=True):
         inside = (at >= start) & (at < start + blocks * width)
         block, column = jnp.where(inside, (at - start) // width, blocks), (at - start) % width
-        place = (rows, slice(None), block, slice(None), column) if keys_turned() else (rows, slice(None), block, column)
-        keys = keys.at[place].set(k.astype(keys.dtype), mode="drop")
-        values = values.at[rows, :, block, column].set(v.astype(values.dtype), mode="drop")
-        found, start = Columns((*found.keys, keys), (*found.values, values)), start + blocks * width
-    return found
+        place = rows, slice(None), block, column
+        keys.append(_put(key, k, place, (*place[:3], slice(None), column) if keys_turned() else place))
+        values.append(_put(value, v, place, place))
+        start += blocks * width
+    return Columns(tuple(keys), tuple(values))
+
+
+def _put(chunk: Chunk, x: Float[Array, "R H K"], place: tuple[Any, ...], of_numbers: tuple[Any, ...]) -> Chunk:
+    numbers, scales = _stored(x, chunk)
+    numbers = chunk.numbers.at[of_numbers].set(numbers, mode="drop")
+    if chunk.scales is None or scales is None:
+        return Chunk(numbers, None)
+    return Chunk(numbers, chunk.scales.at[place].set(scales, mode="drop"))
 
 
 def columns_of(
     keys: Float[Array, "P H S K"], values: Float[Array, "P H S K"], lengths: Int[Array, " P"], like: Columns
 ) -> Columns:
     """Keys and values of prompts in columns like those of a lane: of a prompt that is longer, its last tokens."""
+    size = like.size
 
-    def chunks(x: Array) -> list[Array]:
-        size = like.size
+    def chunks(x: Array) -> list[Chunk]:
         if size < x.shape[2]:
             token = _last_in(jnp.arange(size), lengths[:, None], size)
             x = jnp.take_along_axis(x, jnp.maximum(token, 0)[:, None, :, None], axis=2)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))
         found, start = [], 0
-        for one in like.values:
-            blocks, width = one.shape[2:4]
-            part = x[:, :, start : start + blocks * width]
-            found.append(part.reshape(*x.shape[:2], blocks, width, -1).astype(one.dtype))
+        for one, (blocks, width) in zip(like.values, like.shapes, strict=True):
+            part = x[:, :, start : start + blocks * width].reshape(*x.shape[:2], blocks, width, -1)
+            found.append(Chunk(*_stored(part, one)))
             start += blocks * width
         return found
 
-    return Columns(tuple(map(turned, chunks(keys))), tuple(chunks(values)))
+    of_keys = (dataclasses.replace(x, numbers=turned(x.numbers)) for x in chunks(keys))
+    return Columns(tuple(of_keys), tuple(chunks(values)))
 
 
 def _last_in(column: Int[Array, "..."], length: Int[Array, "..."], size: int) -> Int[Array, "..."]:
@@ -125,19 +176,18 @@ def attend_columns(
         used: columns that no row has used are after this number.
     """
 
-    def joined(part: PartialHeads | None, keys: Array, values: Array, mask: Array) -> PartialHeads:
-        found = attend_partly(q, keys, values, mask, softcap)
+    def joined(part: PartialHeads | None, keys: Chunk, values: Chunk, mask: Array) -> PartialHeads:
+        found = attend_partly(q, _numbers(keys, q.dtype, keys_turned()), _numbers(values, q.dtype), mask, softcap)
         return found if part is None else join_parts(part, found)
 
     part, start = before, 0
-    for keys, values in zip(cache.keys, cache.values, strict=True):
-        end = start + values.shape[2] * values.shape[3]
-        chunk = keys, values, mask[:, :, start:end]
+    for keys, values, (blocks, width) in zip(cache.keys, cache.values, cache.shapes, strict=True):
+        chunk = keys, values, mask[:, :, start : start + blocks * width]
         if start == 0:
             part = joined(part, *chunk)
         else:
             part = jax.lax.cond(used > start, joined, lambda part, *_: part, part, *chunk)
-        start = end
+        start += blocks * width
     assert part is not None
     return part
 

@@ -70,13 +70,17 @@ sampling_model = jax.jit(Transformer.for_sampling)
 decoding_model = jax.jit(Transformer.for_decoding)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "lanes", "prompt", "new"))
-def empty_slots(model: Transformer, slots: int, lanes: int, prompt: int, new: int) -> Slots:
-    """Slots and lanes without contents, for prompts of at most `prompt` and completions of at most `new` tokens."""
+@functools.partial(jax.jit, static_argnames=("slots", "lanes", "prompt", "new", "cache"))
+def empty_slots(model: Transformer, slots: int, lanes: int, prompt: int, new: int, cache: str = "same") -> Slots:
+    """Slots and lanes without contents, for prompts of at most `prompt` and completions of at most `new` tokens.
+
+    Args:
+        cache: "int8" or "same", see `empty_columns`.
+    """
     width, dtype = model.config.embed_dim, jnp.dtype(model.config.compute_dtype)
     made = Slots(
-        empty_columns(model.config, lanes, prompt), jnp.zeros(lanes, jnp.int32), jnp.zeros((lanes, width), dtype),
-        empty_columns(model.config, slots, new), jnp.zeros((slots, width), dtype), jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool), jnp.zeros((slots, new), jnp.int32), jnp.zeros((slots, new), jnp.float32),
+        empty_columns(model.config, lanes, prompt, cache), jnp.zeros(lanes, jnp.int32), jnp.zeros((lanes, width), dtype),
+        empty_columns(model.config, slots, new, cache), jnp.zeros((slots, width), dtype), jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool), jnp.zeros((slots, new), jnp.int32), jnp.zeros((slots, new), jnp.float32),
     )  # fmt: skip
     return _placed(made)
 

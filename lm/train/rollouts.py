@@ -115,7 +115,7 @@ class RolloutBatches(Batches):
         with jax.set_mesh(self.sampler_mesh):
             whole = _merged(model, model.config.compute_dtype) if self.stage.lora.merge_for_sampling else model
             sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
-        local = LocalEngine(sampler, self.tokenizer, version, layout=self.layout)
+        local = LocalEngine(sampler, self.tokenizer, version, layout=self.layout, cache=o.sampler_cache)
         engine = EngineOn(local, self.sampler_mesh) if self.alone else local
         key = jax.random.fold_in(self.key, step)
         return algorithm_of(self.stage).sample(engine, frozen, self.tasks, self.stage, step, key, self.place)

@@ -113,6 +113,28 @@ def test_completions_are_equal_to_the_bit_whichever_part_of_the_caches_is_read(f
         np.testing.assert_allclose(alone[1].logp, logps, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["plain", "windows"])
+def test_an_int8_cache_changes_log_probabilities_a_little(family, monkeypatch):
+    monkeypatch.setattr("lm.rollout.slot_cache.BLOCK", 4)
+    model, prompts = tiny_model(3, **FAMILIES[family]), prompts_of(6)
+    request = Request(prompts, KEY, NEW, group_size=2, width=WIDTH)
+    exact, found = (LocalEngine(model, TOKENIZER, slots=4, cache=cache).complete(request) for cache in ("same", "int8"))
+    gaps = [abs(one.logp[0] - other.logp[0]) for one, other in zip(found, exact, strict=True)]
+    assert max(gaps) == 0, "the first token follows from the hidden state that read the prompt"
+    gaps = [
+        abs(one.logp[1] - other.logp[1])
+        for one, other in zip(found, exact, strict=True)
+        if len(one.logp) > 1 and one.tokens[:2].tolist() == other.tokens[:2].tolist()
+    ]
+    assert len(gaps) > 6 and 0 < max(gaps) < 0.02
+
+
+def test_an_int8_cache_has_a_byte_for_each_number_and_a_scale_for_each_head_of_a_token():
+    model = sampling_model(tiny_model())
+    keys = empty_slots(model, slots=2, lanes=1, prompt=30, new=20, cache="int8").columns[0].keys[0]
+    assert keys.numbers.dtype == jnp.int8 and keys.scales.shape == (2, model.config.num_kv_heads, 1, 20)
+
+
 def test_a_layer_with_a_window_has_columns_for_its_window_only():
     model = sampling_model(tiny_model(3, **FAMILIES["windows"]))
     slots = empty_slots(model, slots=2, lanes=1, prompt=30, new=20)
@@ -206,7 +228,7 @@ def test_a_sampler_of_its_own_layout_has_whole_rows_of_weights():
     model = jax.device_put(model, shardings(model, mesh))
     with jax.set_mesh(rollout_mesh(RolloutMesh(2), mesh)):
         weight = sampling_model(model).blocks[0].mlp.gate.weight[...]
-        keys = empty_slots(sampling_model(model), 8, 4, 16, 16).columns[0].keys[0]
+        keys = empty_slots(sampling_model(model), 8, 4, 16, 16).columns[0].keys[0].numbers
     embed, mlp = weight.shape
     assert weight.dtype == jnp.bfloat16 and weight.sharding.shard_shape(weight.shape) == (embed, mlp // 2)
     rows, heads = keys.shape[:2]
