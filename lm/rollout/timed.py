@@ -35,7 +35,11 @@ class TimedWorker:
     """
 
     def __init__(self, memory_bytes: int = 0, library: str = ""):
-        """A worker with `memory` bytes of address space (0: no limit) that imports a library before the first call."""
+        """A worker with `memory_bytes` of address space (0: no limit) that imports a library before the first call.
+
+        Args:
+            library: MODULE, or MODULE:FUNCTION to call that function too, since libraries may import more at their first use.
+        """
         self._arguments = f"{memory_bytes}, {library!r}"
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -102,7 +106,8 @@ def serve(descriptor: int, memory_bytes: int, library: str) -> None:
 
     Args:
         memory_bytes: limit on the address space of the process; 0: no limit.
-        library: imported first, so that the import does not count in the first call; if it is missing, the call reports that.
+        library: imported (and MODULE:FUNCTION called) first, so that this does not count in the first call; if it is missing,
+            the call reports that.
     """
     global in_worker
     in_worker = True
@@ -112,7 +117,10 @@ def serve(descriptor: int, memory_bytes: int, library: str) -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     if library:
         with contextlib.suppress(ImportError):
-            importlib.import_module(library)
+            module, _, function = library.partition(":")
+            imported = importlib.import_module(module)
+            if function:
+                getattr(imported, function)()
     pipe = Connection(descriptor)
     pipe.send("ready")
     with contextlib.suppress(EOFError, BrokenPipeError):

@@ -11,13 +11,6 @@ from lm.rollout.rewards import compute_rewards
 from lm.rollout.timed import CallOutcome, limited
 from lm.rollout.verifiers import answer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ready():
-    """The process that compares formulas has its library, whose import may take longer than a comparison on a busy machine."""
-    any(mathematics.equal(f"x+{number}", f"x+{number}") for number in range(20))
-
-
 # expected answer, completion, reward
 ANSWERS = [
     ("72", "The answer is **72**.", 1),
