@@ -104,6 +104,8 @@ async def first_token(port: int, rounds: int, new: int) -> dict[str, Any]:
     steps, waits = [], []
     while await metric(port, "lm_running") < OTHERS:
         await asyncio.sleep(0.05)
+        for ended in filter(asyncio.Future.done, others):
+            ended.result()  # what the server refused would be waited for without an end
     while len(steps) < rounds:
         await asyncio.sleep(0.2)
         began, before = time.monotonic(), await first_steps(port)
@@ -220,6 +222,10 @@ def main() -> None:
     parser.add_argument("--options", nargs="*", default=[], help="further words of lm serve, such as length=512")
     arguments = parser.parse_args()
     arguments.options = [word for one in arguments.options for word in (f"--{one.split('=')[0]}", one.split("=")[1])]
+    if arguments.slots <= OTHERS:
+        parser.error(
+            f"--slots should be more than {OTHERS}: so many streams run beside the first token that is measured"
+        )
     if arguments.offline:
         offline(arguments)
         return
