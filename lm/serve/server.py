@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lm.experiment import UserError
 from lm.serve.scheduler import Scheduler
+from lm.web.local_server import address_error
 
 MOST_CONNECTIONS = 1024
 REQUEST_SECONDS = 30.0  # from connecting to the end of the first request's headers
@@ -31,11 +30,7 @@ def bind(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=MOST_CONNECTIONS
         )
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"--port {port} is in use: choose another with --port N, or 0 for any that is free"
-            ) from None
-        raise UserError(f"cannot serve on {host} port {port}: {error.strerror or error}") from None
+        raise address_error(error, host, port) from None
 
 
 class PatientProtocol(H11Protocol):

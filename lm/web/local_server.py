@@ -76,6 +76,13 @@ def no_action(path: str, body: bytes, address: str) -> Reply:
     return error_reply(HTTPStatus.NOT_FOUND, "there is no such action")
 
 
+def address_error(error: OSError, host: str, port: int) -> UserError:
+    """What to tell somebody whose server cannot listen on an address."""
+    if error.errno == errno.EADDRINUSE:
+        return UserError(f"port {port} is in use: choose another with --port N, or 0 for any that is free")
+    return UserError(f"cannot serve on {host} port {port}: {error.strerror or error}")
+
+
 class LocalServer(BoundedServer):
     """Serves pages by path; with `token` None it serves only this machine, without a token.
 
@@ -101,11 +108,7 @@ class LocalServer(BoundedServer):
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise UserError(
-                    f"port {port} is in use: choose another with --port N, or 0 for any that is free"
-                ) from None
-            raise UserError(f"cannot serve on {host} port {port}: {error.strerror or error}") from None
+            raise address_error(error, host, port) from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore disconnected browsers; print other errors without the request."""
