@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from lm.serve import access
-from lm.web.local_server import CSS, HEADERS, HTML, SCRIPT
+from lm.web.local_server import CSS, HEADERS, HTML, SCRIPT, same_text
 
 HERE = Path(__file__).parent
 FILES = {
@@ -27,7 +27,7 @@ def file_of(path: str) -> Response:
 def opened(request: Request, token: str | None, port: int) -> Response | None:
     """The response to the link that the command printed, which moves the token from the URL into a cookie; None otherwise."""
     given = request.query_params.get("token", "")
-    if token is None or request.url.path != "/" or not access.same(given, token):
+    if token is None or request.url.path != "/" or not same_text(given, token):
         return None
     response = RedirectResponse("/", status_code=303, headers=dict(HEADERS))
     response.set_cookie(access.cookie_name(port), token, httponly=True, samesite="strict", path="/")

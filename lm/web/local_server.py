@@ -136,10 +136,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.rest(self.connection)
 
     def do_GET(self) -> None:
-        path = _split(self.path)
+        path = split_url(self.path)
         query = {name: values[-1] for name, values in parse_qs(path.query).items()}
         given = query.get("token", "")
-        if self.server.token is not None and path.path == "/" and _same(given, self.server.token):
+        if self.server.token is not None and path.path == "/" and same_text(given, self.server.token):
             # The link that the command printed: move the token from the URL into a cookie.
             cookie = f"{self._cookie_name}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
             self._send(Reply(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie}))
@@ -189,16 +189,18 @@ class Handler(BaseHTTPRequestHandler):
         """The reason to refuse: no token, a page of another site, or another host name; checked before the body is read."""
         token = self.server.token
         if token is not None:
-            if not (_same(self._cookie(), token) or _same(self.headers.get("Authorization", ""), f"Bearer {token}")):
+            if not (
+                same_text(self._cookie(), token) or same_text(self.headers.get("Authorization", ""), f"Bearer {token}")
+            ):
                 told = f"this page needs its token: open the link that `lm {self.server.command}` printed"
                 return error_reply(HTTPStatus.UNAUTHORIZED, told)
-        elif _split(f"//{self.headers.get('Host', '')}").hostname not in LOCAL:
+        elif split_url(f"//{self.headers.get('Host', '')}").hostname not in LOCAL:
             return error_reply(HTTPStatus.FORBIDDEN, "this page is for this machine only: open it as localhost")
         if self.command == "POST":
             origin = self.headers.get("Origin")
             if self.headers.get_content_type() != JSON:
                 return error_reply(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a request must be application/json")
-            if origin is not None and _split(origin).netloc != self.headers.get("Host"):
+            if origin is not None and split_url(origin).netloc != self.headers.get("Host"):
                 return error_reply(HTTPStatus.FORBIDDEN, "this request comes from another site")
         return None
 
@@ -229,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
         """Log nothing: the URL may contain the token."""
 
 
-def _split(address: str) -> SplitResult:
+def split_url(address: str) -> SplitResult:
     """Split a URL; empty parts where it is invalid."""
     try:
         return urlsplit(address)
@@ -237,6 +239,6 @@ def _split(address: str) -> SplitResult:
         return urlsplit("")
 
 
-def _same(given: str, token: str) -> bool:
+def same_text(given: str, token: str) -> bool:
     """Constant-time comparison of two texts."""
     return hmac.compare_digest(given.encode(errors="replace"), token.encode())
