@@ -54,7 +54,7 @@ class WeightsFormat:
         read: reads the model, with some of its fields changed, in its shardings.
         files: returns all files that determine the model.
         dtype: returns the narrowest dtype of Model.param_dtype that holds every weight exactly.
-        origin: returns the parts of the files that an export of a model trained from them keeps; None if there are none.
+        origin: returns the parts of the files that an export of a model trained from them keeps.
     """
 
     describe: Callable[[Path], tuple[Model, int]]
@@ -62,12 +62,12 @@ class WeightsFormat:
     read: Callable[..., Transformer]
     files: Callable[[Path], list[Path]]
     dtype: Callable[[Path], Any]
-    origin: Callable[..., Origin | None]
+    origin: Callable[..., Origin]
 
 
 FORMATS: dict[str, WeightsFormat] = {
     name: WeightsFormat(one.describe, one.check, one.read, one.files, one.dtype, origin)
-    for name, one, origin in (("hf", hf, read_origin), ("gguf", gguf, lambda path, tokenizer: None))
+    for name, one, origin in (("hf", hf, read_origin), ("gguf", gguf, gguf.read_origin))
 }
 
 
@@ -207,8 +207,8 @@ def fingerprint(init: str) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def origin(init: str, tokenizer: str | None = None) -> Origin | None:
-    """The parts of these weights' files that an export keeps; None for a format other than the export's.
+def origin(init: str, tokenizer: str | None = None) -> Origin:
+    """The parts of these weights' files that an export keeps.
 
     Args:
         tokenizer: path of another tokenizer that the model has.

@@ -54,7 +54,7 @@ def call(arguments: argparse.Namespace) -> int:
     run_dir, stage = find_model(arguments.run, arguments.stage)
     os.environ.update(ENVIRONMENT)
 
-    from lm.interop.export import family_of, write
+    from lm.interop.export import family_of, published_config, write
     from lm.interop.peft import write_adapter
     from lm.model.lora import linears, merged
     from lm.model.quantised import dequantised
@@ -68,8 +68,9 @@ def call(arguments: argparse.Namespace) -> int:
         loaded, *others = load_adapters(load_run(run_dir, stage), run_dir, arguments.adapter).values()
         if others:
             raise UserError(f"--adapter is given {len(others) + 1} times; an export takes one")
-        files = loaded.tokenizer.published_files(loaded.model.config.max_len)
         origin, lora = origin_of(run_dir), _adapter_of(loaded)
+        longest = published_config(loaded.model, origin)["max_position_embeddings"]
+        files = loaded.tokenizer.published_files(longest)
         if arguments.merge and not any(one.lora or one.earlier for _, one in linears(loaded.model)):
             raise UserError(f"--merge is for a model with adapters (lora.rank); {arguments.run} has none")
         library = "peft" if lora.rank and not arguments.merge else "transformers"
@@ -94,7 +95,7 @@ def call(arguments: argparse.Namespace) -> int:
 
 def export_reward_model(run_dir: Path, stage: str, tokenizer: Any, scorer: Any, arguments: argparse.Namespace) -> int:
     """Write a reward model, with its adapters merged, as a classifier of sequences with one label."""
-    from lm.interop.export import write
+    from lm.interop.export import published_config, write
     from lm.model.lora import merged
     from lm.model.quantised import dequantised
     from lm.train.loaded_run import origin_of
@@ -109,14 +110,16 @@ def export_reward_model(run_dir: Path, stage: str, tokenizer: Any, scorer: Any, 
     # Where padding is also the end of an answer, other programs would look for the score before it.
     pad = None if tokenizer.pad_id in tokenizer.end_ids else tokenizer.pad_id
     ids = {"bos_token_id": tokenizer.document_ids[0], "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    origin = origin_of(run_dir)
     with new_folder(arguments.out) as draft:
         write(
-            merged(dequantised(scorer), arguments.dtype), draft, dtype=arguments.dtype, origin=origin_of(run_dir),
+            merged(dequantised(scorer), arguments.dtype), draft, dtype=arguments.dtype, origin=origin,
             shard_bytes=size, token_ids=ids, progress=_progress(),
         )  # fmt: skip
         card = model_card(run, stage, step, "transformers", tokenizer.chats, scores=True)
-        files = tokenizer.published_files(scorer.config.max_len) | {"README.md": card.encode()}
-        written = _write_beside(draft, origin_of(run_dir), files)
+        longest = published_config(scorer.body, origin)["max_position_embeddings"]
+        files = tokenizer.published_files(longest) | {"README.md": card.encode()}
+        written = _write_beside(draft, origin, files)
     print(f"{run_dir}, reward model of stage {stage}, step {step}")
     print(f"{arguments.out}: {len(written)} files, {sum(written) / 1e6:,.1f} MB")
     return 0

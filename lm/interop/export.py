@@ -54,10 +54,10 @@ def write(
     Args:
         family: model_type to write; "": the first family that can represent the model.
         dtype: of all tensors; None: that of `origin`, else the parameters'.
-        origin: from the folder of the original weights; its config.json is kept, and without `dtype` and `shard_bytes`
+        origin: of the original weights; its config.json is kept, and without `dtype` and `shard_bytes`
             also the dtype and file of every tensor.
         shard_bytes: maximum bytes of tensors per file; None: 5 GB.
-        token_ids: fields such as `eos_token_id` for a config.json without an origin.
+        token_ids: fields such as `eos_token_id` for a config.json that is not an original one.
         progress: called with the number of bytes written so far and the total.
 
     Raises:
@@ -67,9 +67,9 @@ def write(
     model = model.body if isinstance(model, Scorer) else model
     origin = origin if origin is not None and _describes(origin, model) else None
     # Errors are raised before anything is written.
-    config = _kept_config(model, origin) if origin else {
-        **token_ids, **write_config(model.config, model.vocab_size, family)
-    }  # fmt: skip
+    config = published_config(model, origin, family)
+    if origin is None or not origin.tensors:
+        config = {**token_ids, **config}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if others := sorted(file.name for file in folder.glob("*.safetensors*")):
@@ -80,7 +80,7 @@ def write(
         tensors |= _score_tensor(scorer, dtype)
         config |= {"pad_token_id": token_ids.get("pad_token_id"), **CLASSIFIER}
         config["architectures"] = [family_found.architecture.replace("ForCausalLM", "ForSequenceClassification")]
-    as_it_came = origin is not None and scorer is None
+    as_it_came = origin is not None and bool(origin.tensors) and scorer is None
     if origin is not None and as_it_came and dtype is None:
         tensors = _as_they_came(tensors, origin)
     if not as_it_came or dtype is not None or shard_bytes is not None:
@@ -101,8 +101,14 @@ def _score_tensor(scorer: Scorer, dtype: str | None) -> dict[str, Tensor]:
 
 def family_of(model: Transformer, origin: Origin | None = None) -> Family:
     """The family that names a model's tensors in a checkpoint: that of its origin, else the first that can represent it."""
-    config = json.loads(origin.config) if origin is not None and _describes(origin, model) else None
-    return FAMILIES[(config or write_config(model.config, model.vocab_size))["model_type"]]
+    return FAMILIES[published_config(model, origin)["model_type"]]
+
+
+def published_config(model: Transformer, origin: Origin | None = None, family: str = "") -> dict[str, Any]:
+    """The config.json of an export: that of the origin if it still describes the model, else of a family that can."""
+    if origin is not None and _describes(origin, model):
+        return _kept_config(model, origin)
+    return write_config(model.config, model.vocab_size, family)
 
 
 def _describes(origin: Origin, model: Transformer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from jax.sharding import Mesh
 
 from lm.config.field import shown
 from lm.experiment import Model, UserError
-from lm.interop.config import read_config
+from lm.interop.config import read_config, write_config
 from lm.interop.gguf_file import package, read_metadata, read_tensors
 from lm.interop.hf import Store, assemble
+from lm.interop.origin import Origin
 from lm.interop.places import Place, parameter_places
 from lm.interop.rope import ORIGINAL
 from lm.interop.tensors import Tensor, refuse_tensors
@@ -64,6 +66,12 @@ def files(path: Path) -> list[Path]:
 def dtype(path: Path) -> str:
     """Dtype of the parameters: float32, to which tensors are dequantised."""
     return "float32"
+
+
+def read_origin(path: Path, tokenizer: Path | None = None) -> Origin:
+    """What an export of a model trained from a file keeps: the published configuration, written as a config.json."""
+    model, vocab_size = describe(path)
+    return Origin(json.dumps(write_config(model, vocab_size, ARCHITECTURES[_architecture(path)[1]])), {})
 
 
 def read(path: Path, mesh: Mesh | None = None, store: Store | None = None, **changes: Any) -> Transformer:

@@ -1,4 +1,4 @@
-"""Parts of an open model's folder that an export of a model trained from it keeps."""
+"""Parts of an open model's files that an export of a model trained from it keeps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ VOCABULARY = ("vocab.json", "merges.txt")  # a tokenizer.json in the form that o
 class Origin:
     """The text of config.json, the file and dtype of every tensor by name, and files to copy.
 
+    tensors: empty for weights in another format than the export's.
     files: bytes by name, as text in Latin-1, which JSON can hold.
     """
 

@@ -126,8 +126,7 @@ def record_origin(experiment: Experiment, folder: RunFolder) -> None:
     """Save the origin of the run's open weights in its folder, for exports."""
     if not experiment.init or folder.origin.exists():
         return
-    if found := open_weights.origin(experiment.init, experiment.tokenizer.path):
-        write_sealed(folder.origin, vars(found))
+    write_sealed(folder.origin, vars(open_weights.origin(experiment.init, experiment.tokenizer.path)))
 
 
 def origin_of(path: Path) -> Origin | None:

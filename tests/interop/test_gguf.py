@@ -14,8 +14,9 @@ from lm.data.hub.gguf import files_of
 from lm.data.hub.tokenizer import HubTokenizer, with_options
 from lm.data.vocabulary import load_tokenizer
 from lm.experiment import Experiment, Model, UserError
-from lm.interop import gguf
+from lm.interop import gguf, hf
 from lm.interop.config import write_config
+from lm.interop.export import write
 from lm.interop.places import parameter_places
 from lm.model.families import FAMILIES
 from lm.model.transformer import Transformer
@@ -94,6 +95,18 @@ def test_a_member_of_a_family_is_read_as_it_was(tmp_path, family):
     assert again.config == model.config
     for old, new in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(old, new, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", MEMBERS)
+def test_an_export_keeps_the_published_configuration(tmp_path, family):
+    """A run may use less of the context than the file says."""
+    whole = made(family)
+    write_gguf(whole, family, tmp_path / "model.gguf")
+    short = gguf.read(tmp_path / "model.gguf", max_len=16)
+    write(short, tmp_path / "out", origin=gguf.read_origin(tmp_path / "model.gguf"), token_ids={"eos_token_id": 7})
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert described == write_config(whole.config, whole.vocab_size, family) | {"eos_token_id": 7}
+    assert hf.read(tmp_path / "out").config == whole.config
 
 
 @pytest.fixture(scope="module")
