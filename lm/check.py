@@ -106,6 +106,15 @@ def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
             raise UserError(
                 f"{name} is {size} and model.attention is splash, which needs a multiple of 128; attention auto and plain take any size"
             )
+    if m.attention == "cudnn" and m.compute_dtype != "bfloat16":
+        raise UserError(
+            f"model.compute_dtype is {m.compute_dtype} and model.attention is cudnn, which computes in bfloat16; attention auto and "
+            "plain take any dtype"
+        )
+    if m.attention == "cudnn" and any(layer.softcap for layer in m.period):
+        raise UserError(
+            "model.softcap is set and model.attention is cudnn, which has none; attention auto and plain do"
+        )
 
 
 def _check_eval(item: Eval, m: Model, makers: list[str]) -> None:

@@ -84,9 +84,9 @@ class Model:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = knob("silu", "activation function of the MLP")
     embed_scale: float = knob(1.0, "multiplier of the token embeddings; sqrt(embed_dim) in Gemma", least=1e-6, most=1e6)
     tied_head: bool = knob(True, "tied embeddings: the output projection is the transposed embedding")
-    attention: Literal["auto", "plain", "splash", "blocks"] = knob(
+    attention: Literal["auto", "plain", "splash", "cudnn", "blocks"] = knob(
         "auto",
-        "attention kernel in training; auto: splash on TPU (for multiples of 128), blocks on one CPU, else plain",
+        "attention kernel in training; auto: splash on TPU (for multiples of 128), cudnn on GPU (in bfloat16), blocks on one CPU, else plain",
     )
     window: int = _window_knob()
     softcap: float = _softcap_knob()

@@ -21,9 +21,9 @@ from lm.config.rope import (
     rope_kind,
     yarn_attention_factor,
 )
-from lm.experiment import Layer, Model
-from lm.model.kernels import attention_cpu, splash
-from lm.model.kernels.first_use import kernel_problem, say
+from lm.experiment import Layer, Model, UserError
+from lm.model.kernels import attention_cpu, cudnn, splash, splash_kernels
+from lm.model.kernels.first_use import WITHOUT_SOFTCAP, kernel_problem, say
 from lm.model.kernels.jax_splash import jax_splash
 from lm.model.linear import Linear, contract
 from lm.model.norm import Norm
@@ -206,10 +206,19 @@ def attention_of(
     if name == "splash":
         fits = causal and not first and splash.fits(rows, length, config.head_dim)
         name = _checked_splash(config.attention, length) if fits else "plain"
+    if name == "cudnn":
+        if platform() != "gpu":
+            raise UserError(
+                f"model.attention is cudnn, which needs an NVIDIA GPU, not a {platform()}; auto runs on any device"
+            )
+        fits = causal and not first and cudnn.fits(rows, length, config.head_dim, config.compute_dtype, softcap)
+        name = _checked_cudnn(config.attention) if fits else "plain"
     if name == "jax_splash":
         return lambda q, k, v: jax_splash(q, k, v, segments, window, softcap)
     if name == "splash":
         return lambda q, k, v: splash.splash(q, k, v, segments, config.attention_blocks, window=window, softcap=softcap)
+    if name == "cudnn":
+        return lambda q, k, v: named(cudnn.cudnn_attention(q, k, v, segments, window), "attention")
     if name == "blocks" and causal and attention_cpu.fits() and not (window or softcap):
         return lambda q, k, v: named(attention_cpu.attend_in_blocks(q, k, v, segments), "attention")
     mask = attention_mask(positions[:, first:], positions, segments[:, first:], segments, window, causal)
@@ -218,17 +227,32 @@ def attention_of(
 
 def _checked_splash(asked: str, length: int) -> str:
     """Name of the kernel to use for splash: checked on this device, or a replacement (and one line that says so)."""
-    problem = kernel_problem(_splash, _plain)
-    if not problem:
-        return "splash"
+    problem = kernel_problem("tpu", _splash, _plain, (splash, splash_kernels))
     other = "jax_splash" if split_ways(length, "length") == 1 else "plain"
-    chosen = "splash" if asked == "splash" else other  # who names it gets it
-    used = {"splash": "model.attention splash asks for it all the same", "jax_splash": "jax's own kernel is used"}
+    return _unless_wrong("splash", "the attention kernel of lm", problem, asked, other)
+
+
+def _checked_cudnn(asked: str) -> str:
+    """Name of the kernel to use for cuDNN's: checked on this device, or plain (and one line that says so)."""
+    problem = kernel_problem("gpu", _cudnn, _plain, (cudnn,), WITHOUT_SOFTCAP)
+    return _unless_wrong("cudnn", "cuDNN's attention kernel", problem, asked, "plain")
+
+
+def _unless_wrong(name: str, title: str, problem: str, asked: str, other: str) -> str:
+    """The kernel `name` if it has no problem or was asked for by name, else the other one; one line tells a problem."""
+    if not problem:
+        return name
+    chosen = name if asked == name else other
+    used = {name: f"model.attention {name} asks for it all the same", "jax_splash": "jax's own kernel is used"}
     say(
-        f"the attention kernel of lm does not give on {device_kind()} what plain attention does: {problem}; "
+        f"{title} does not give on {device_kind()} what plain attention does: {problem}; "
         f"{used.get(chosen, 'plain attention is used')}"
     )
     return chosen
+
+
+def _cudnn(q: Array, k: Array, v: Array, segments: Array, window: int, softcap: float) -> Array:
+    return cudnn.cudnn_attention(q, k, v, segments, window)
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array, window: int, softcap: float) -> Array:
@@ -240,7 +264,7 @@ def _plain(q: Array, k: Array, v: Array, segments: Array, window: int, softcap: 
     return attend(q, k, v, attention_mask(places, places, segments, segments, window), softcap)
 
 
-BEST = {"tpu": "splash", "cpu": "blocks"}
+BEST = {"tpu": "splash", "cpu": "blocks", "gpu": "cudnn"}
 """The kernel of each platform; plain on all others."""
 
 

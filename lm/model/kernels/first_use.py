@@ -1,4 +1,4 @@
-"""Check of lm's attention kernel against plain attention on a small input, the first time a kind of device is used.
+"""Check of an attention kernel against plain attention on a small input, the first time a kind of device is used.
 
 The kernel may never have run on a device of this kind, so its values and gradients are compared with those of plain attention.
 The result is stored in the cache folder, by device kind, versions of jax and of its runtime, and the kernel's
@@ -13,6 +13,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ import numpy as np
 from jaxtyping import Array
 
 from lm.experiment import UserError
-from lm.model.kernels import splash, splash_kernels
 from lm.parallel.distributed import is_main_process
 from lm.shapes import is_list, is_text
 from lm.stored import cache_folder, make_folder, read_record, write_sealed
@@ -28,29 +28,48 @@ from lm.stored import cache_folder, make_folder, read_record, write_sealed
 # (queries, keys, values, segments, window, softcap) -> heads
 Attention = Callable[[Array, Array, Array, Array, int, float], Array]
 CASES = ((0, 0.0), (200, 2.0))  # window, softcap
+WITHOUT_SOFTCAP = ((0, 0.0), (200, 0.0))
 LENGTH, HEADS, KV_HEADS, WIDTH = 1024, 4, 2, 128
 LARGEST_ERROR = 0.02
 """Largest allowed root mean square of the differences, relative to that of the values; bfloat16 rounding gives 0.003 to 0.006."""
 
 
-def kernel_problem(kernel: Attention, plain: Attention) -> str:
-    """Why the kernel must not be used on this process's devices; empty if it is correct or they are not TPUs."""
-    if jax.default_backend() != "tpu":  # a plan for devices that are not here
+def kernel_problem(
+    platform: str,
+    kernel: Attention,
+    plain: Attention,
+    sources: tuple[ModuleType, ...],
+    cases: tuple[tuple[int, float], ...] = CASES,
+) -> str:
+    """Why the kernel must not be used on this process's devices; empty if it is correct or they are not of this platform.
+
+    Args:
+        sources: modules of the kernel; if one changes, the kernel is checked again.
+        cases: windows and soft caps to check.
+    """
+    if jax.default_backend() != platform:  # a plan for devices that are not here
         return ""
     device = jax.local_devices()[0]
-    return _remembered(device.device_kind, device.client.platform_version, kernel, plain)
+    return _remembered(device.device_kind, device.client.platform_version, kernel, plain, sources, cases)
 
 
 @functools.cache
-def _remembered(kind: str, runtime: str, kernel: Attention, plain: Attention) -> str:
-    source = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (splash, splash_kernels))
+def _remembered(
+    kind: str,
+    runtime: str,
+    kernel: Attention,
+    plain: Attention,
+    sources: tuple[ModuleType, ...],
+    cases: tuple[tuple[int, float], ...] = CASES,
+) -> str:
+    source = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in sources)
     made_of = [kind, jax.__version__, runtime, hashlib.sha256(source.encode()).hexdigest()]
     folder = cache_folder() / "kernels"
     file = folder / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.json"
     try:
         return read_record(file, {"made_of": is_list, "problem": is_text})["problem"]
     except UserError:  # missing or damaged: check again
-        problem = measured_problem(kernel, plain)
+        problem = measured_problem(kernel, plain, cases)
     try:
         make_folder(folder, "--cache DIR")
         write_sealed(file, {"made_of": made_of, "problem": problem})
@@ -59,22 +78,22 @@ def _remembered(kind: str, runtime: str, kernel: Attention, plain: Attention) ->
     return problem
 
 
-def measured_problem(kernel: Attention, plain: Attention) -> str:
+def measured_problem(kernel: Attention, plain: Attention, cases: Sequence[tuple[int, float]] = CASES) -> str:
     """Why the kernel disagrees with plain attention, as measured; empty if they agree.
 
     The check runs in a separate thread, which does not share this thread's trace and mesh.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(_compare, kernel, plain).result()
+        return thread.submit(_compare, kernel, plain, cases).result()
 
 
-def _compare(kernel: Attention, plain: Attention) -> str:
+def _compare(kernel: Attention, plain: Attention, cases: Sequence[tuple[int, float]]) -> str:
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((1, heads, LENGTH, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
     q, k, v, weights = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
     segments = (jnp.arange(LENGTH)[None] >= LENGTH * 2 // 5).astype(jnp.int32) + 1  # two documents
 
-    for window, softcap in CASES:
+    for window, softcap in cases:
         try:
             found = _with_gradients(kernel, (q, k, v), segments, weights, window, softcap)
             wide = [x.astype(jnp.float32) for x in (q, k, v)]
