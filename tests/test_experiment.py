@@ -97,6 +97,11 @@ def test_a_wrong_override_says_what_would_work(words, message):
     "words, message",
     [
         (["--model.num_kv_heads", "3"], "num_heads is 4; it should be a multiple of model.num_kv_heads, 3"),
+        (["--model.attention", "cudnn"], "compute_dtype is float32 and model.attention is cudnn, which computes in bfloat16"),
+        (
+            ["--model.attention", "cudnn", "--model.compute_dtype", "bfloat16", "--model.softcap", "30"],
+            "softcap is set and model.attention is cudnn",
+        ),
         (["--model.num_kv_heads", "0"], "model.num_kv_heads is 0; it should be an integer from 1 to 16384"),
         (["--model.head_dim", "7"], "head_dim is 7; it should be even"),
         (
