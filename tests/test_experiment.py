@@ -97,7 +97,10 @@ def test_a_wrong_override_says_what_would_work(words, message):
     "words, message",
     [
         (["--model.num_kv_heads", "3"], "num_heads is 4; it should be a multiple of model.num_kv_heads, 3"),
-        (["--model.attention", "cudnn"], "compute_dtype is float32 and model.attention is cudnn, which computes in bfloat16"),
+        (
+            ["--model.attention", "cudnn"],
+            "compute_dtype is float32 and model.attention is cudnn, which computes in bfloat16",
+        ),
         (
             ["--model.attention", "cudnn", "--model.compute_dtype", "bfloat16", "--model.softcap", "30"],
             "softcap is set and model.attention is cudnn",

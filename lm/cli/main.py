@@ -32,6 +32,7 @@ COMMANDS = {
     "serve": "serve models over the OpenAI protocol, with a chat page",
     "label": "compare answers on a page, and collect preferences",
     "eval": "evaluate a checkpoint on the held-out data again",
+    "playground": "ask several models the same tasks, and compare pass rates and cost",
     "plan": "estimate memory and step time on TPUs or GPUs, and choose a mesh",
     "sweep": "run the trials of a sweep with any number of workers",
     "compare": "compare runs over seeds, with intervals and p-values",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lm.evals.examples import read_examples, spec_of
+from lm.evals.examples import Examples, read_examples, spec_of
 from lm.evals.rows import ROWS, SHOWN, Measured, Subject, mean_of, rounded
 from lm.evals.votes import answer_key, majority_at_k
 from lm.experiment import Eval, UserError
@@ -100,22 +101,26 @@ def pass_at_k(item: Eval, subject: Subject) -> Measured:
     """
     found, timeouts = answers_of(item, subject, item.best_of)
     rewards = rewards_of([one.trajectory for one in found]).reshape(-1, item.best_of)
-    counts = (rewards >= 1).sum(1)
     votes = not item.environment and all(expected_answer(one.trajectory.task) for one in found)
     keys = np.array([answer_key(one.trajectory.text) for one in found] if votes else []).reshape(-1, item.best_of)
     sizes = [2**k for k in range(item.best_of.bit_length()) if 2**k <= item.best_of]
     values: dict[str, Any] = timeout_metric(timeouts)
     for k in sizes:
-        values |= mean_of(
-            f"pass_at_{k}", [1 - math.comb(item.best_of - c, k) / math.comb(item.best_of, k) for c in counts.tolist()]
-        )
+        values |= mean_of(f"pass_at_{k}", chances_of_full_reward(rewards, k))
         values |= mean_of(f"best_at_{k}", best_of(rewards, rewards, k))
         if votes:
             voted = [majority_at_k(given.tolist(), own, k) for given, own in zip(keys, rewards, strict=True)]
             values |= mean_of(f"maj_at_{k}", voted)
     last = {name: f"_{sizes[-1]}".join(name.rsplit("_k", 1)) for name in _AT_K}
     values |= {"k": sizes[-1]} | {name: values[key] for name, key in last.items() if key in values}
-    return Measured(values, len(counts))
+    return Measured(values, len(rewards))
+
+
+def chances_of_full_reward(rewards: Float[np.ndarray, "P N"], k: int) -> list[float]:
+    """For each prompt, the chance that at least one of k of its N answers has full reward, over all choices of k."""
+    answers = rewards.shape[1]
+    right = (rewards >= 1).sum(1).tolist()
+    return [1 - math.comb(answers - count, k) / math.comb(answers, k) for count in right]
 
 
 _AT_K = tuple(f"{kind}_at_k{end}" for kind in ("pass", "best", "maj") for end in ("", "_stderr"))
@@ -140,24 +145,33 @@ def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tupl
     """Sample `each` answers to every held-out prompt (adjacent), with rewards, and the number of reward timeouts."""
     model, tokenizer = subject.model, subject.tokenizer
     asked = read_examples(item, tokenizer, model.config.max_len)
-    width = rounded(max(map(len, asked.encoded)), model.config.max_len - item.max_new_tokens)
-    at_once = max(1, ROWS // each)
+    engine = LocalEngine(model, tokenizer, layout=subject.layout)
     episodes: list[Episode] = []
     numbers: list[dict[str, float]] = []
+    for request, rows, kept in requests_of(item, asked, model.config.max_len, each, subject.seed):
+        found = run_episodes(engine, spec_of(item), rows, request, tokenizer)
+        episodes += found[:kept]
+        numbers += _numbers(item, subject, [one.trajectory({}) for one in found], request.width)[:kept]
+    trajectories, timeouts = conclude(spec_of(item), episodes)
+    return [Answered(*pair) for pair in zip(trajectories, numbers, strict=True)], timeouts
+
+
+def requests_of(
+    item: Eval, asked: Examples, max_len: int, each: int, seed: int, answers: int = ROWS
+) -> Iterator[tuple[Request, list[dict[str, Any]], int]]:
+    """Requests for `each` answers to all prompts, their rows, and how many of the answers were asked for.
+
+    Args:
+        answers: maximum number of a request's answers, to which the last request is filled up.
+    """
+    width = rounded(max(map(len, asked.encoded)), max_len - item.max_new_tokens)
+    at_once = max(1, answers // each)
     for start in range(0, len(asked.encoded), at_once):
         part = range(start, min(start + at_once, len(asked.encoded)))
         filled = [*part, *[part[-1]] * (at_once - len(part))]  # a fixed shape compiles once
-        key = jax.random.fold_in(jax.random.key(subject.seed), start)
-        prompts = [asked.encoded[i] for i in filled]
+        key, prompts = jax.random.fold_in(jax.random.key(seed), start), [asked.encoded[i] for i in filled]
         request = Request(prompts, key, item.max_new_tokens, item.temperature, each, width)
-        rows = [asked.rows[i] for i in filled]
-        found = run_episodes(
-            LocalEngine(model, tokenizer, layout=subject.layout), spec_of(item), rows, request, tokenizer
-        )
-        episodes += found[: len(part) * each]
-        numbers += _numbers(item, subject, [one.trajectory({}) for one in found], width)[: len(part) * each]
-    trajectories, timeouts = conclude(spec_of(item), episodes)
-    return [Answered(*pair) for pair in zip(trajectories, numbers, strict=True)], timeouts
+        yield request, [asked.rows[i] for i in filled], len(part) * each
 
 
 def _numbers(item: Eval, subject: Subject, found: list[Trajectory], width: int) -> list[dict[str, float]]:
