@@ -21,5 +21,5 @@ run() {
 run ruff check
 run ruff format --check
 run mypy
-run pytest -n 2 --dist loadgroup "$@"
+run pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # the tests of a file share what one worker has made and traced
 echo "== all passed"

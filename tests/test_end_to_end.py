@@ -21,8 +21,7 @@ from lm.train.goodput import PARTS
 from lm.train.loaded_run import load_run
 from lm.train.metrics import read_lines
 
-# One worker has the runs: they are made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("end_to_end")]
+pytestmark = pytest.mark.slow
 
 EXPERIMENT = """
 from lm.experiment import DPO, GRPO, SFT, Eval, Experiment, Model, Optimizer, Pretrain, Source, Stage, Tokenizer

@@ -10,8 +10,7 @@ from lm.train.run_folder import RunFolder
 from lm.train.stages import run
 from tests.train.runs import experiment, write_questions
 
-# One worker has the run, which is made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,7 @@ from tests.data.hub import small
 from tests.evals.test_core import write
 from tests.train.runs import experiment, write_questions
 
-# One worker has the run, which is made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("harness")]
+pytestmark = pytest.mark.slow
 
 TASK = """
 task: {name}

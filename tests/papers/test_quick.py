@@ -16,7 +16,7 @@ from lm.web.papers import write_papers
 HOME = Path(__file__).parent.parent.parent / "experiments" / "papers"
 CLAIMS = sorted(page.stem for page in HOME.glob("*.md"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("papers")]  # they share stages
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from lm.sweep.sweep import Random, Sweep
 from tests.sweep.studies import HEADS, opened, run_out
 from tests.sweep.tiny import base, sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("journal")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from lm.sweep.worker import Worker
 from tests.sweep.studies import opened
 from tests.sweep.tiny import base, sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep")]
+pytestmark = pytest.mark.slow
 
 TINY = Path(__file__).parent / "tiny.py"
 ROOT = TINY.parent.parent.parent

@@ -16,8 +16,7 @@ from lm.train.metrics import read_lines
 from lm.train.stages import run
 from tests.train.runs import forget_last_checkpoint, metrics
 
-# One worker has the runs: they are made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("preference_stages")]
+pytestmark = pytest.mark.slow
 
 STEPS, SAVED = 12, 6
 STAGES = {

@@ -23,7 +23,7 @@ from lm.train.signals import Stop
 from lm.train.stages import evaluate_run, run
 from tests.train.runs import experiment, forget_last_checkpoint, metrics, write_questions
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,7 @@ from lm.train.trajectory_files import read_trajectories, trajectory_files
 from lm.web.pairs_page import write_pairs_page
 from tests.train.runs import forget_last_checkpoint, metrics
 
-# One worker has the runs: they are made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rlhf_stages")]
+pytestmark = pytest.mark.slow
 
 STEPS, SAVED = 12, 6
 WORDS = ["".join(np.random.default_rng(i).choice(list("abdeghiklmnoprstu"), 4)) for i in range(60)]

@@ -17,12 +17,8 @@ MISSING = "no tokenizers of published models (option --models DIR)"
 
 def pytest_generate_tests(metafunc):
     if "family" in metafunc.fixturenames:
-        # One worker has a family's tests: its tokenizer is read once.
-        found = [
-            pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in published.families(metafunc.config)
-        ]
         missing = pytest.param("none", marks=pytest.mark.skip(reason=MISSING))
-        metafunc.parametrize("family", found or [missing], scope="module")
+        metafunc.parametrize("family", published.families(metafunc.config) or [missing], scope="module")
 
 
 @pytest.fixture(scope="module")
