@@ -140,14 +140,11 @@ def cuts(spans: Spans, kind: str, smaller: int = 1) -> Iterator[tuple[int, int]]
             start = end
 
 
-def cut_text(text: str, size: int) -> list[str]:
-    """Split text into documents of about `size` characters, at blank lines if possible, else at lines, spaces, anywhere."""
-    pieces = (piece.strip("\r\n") for piece in _cut([text], size))
-    return [piece for piece in pieces if piece.strip()]
-
-
 def _cut(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Split text into documents that include the line ends around them."""
+    """Split text into documents of about `size` characters, at blank lines if possible, else at lines, spaces, anywhere.
+
+    They include the line ends around them.
+    """
     rest, todo = "", iter(texts)
     for more in todo:
         rest, at = rest + more, 0
