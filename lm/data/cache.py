@@ -31,7 +31,7 @@ from lm.experiment import UserError
 from lm.shapes import is_count, is_text
 from lm.stored import NO_LOCKS, cache_folder, file_sha256, read_json, sealed, unsealed
 
-VERSION = 12  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
+VERSION = 13  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
 TOLD_SECONDS = 1.0  # after this time a process that waits for another one prints a line
 ABANDONED_SECONDS = 86_400.0
 SETTLED_SECONDS = 2.0  # a file modified more recently may change again without a new mtime
@@ -117,7 +117,8 @@ class Writer:
                 os.fsync(stream.fileno())
                 size = stream.tell()
                 dtype, shape = self._kinds[name]
-                files[name] = {"dtype": dtype, "shape": shape, "bytes": size, "sha256": self._hashes[name].hexdigest()}
+                checksum = _checksum(self._hashes[name], dtype, shape)
+                files[name] = {"dtype": dtype, "shape": shape, "bytes": size, "sha256": checksum}
             with (self._folder / MANIFEST).open("w", encoding="utf-8") as manifest:
                 json.dump(sealed(_content(made_of, files)), manifest, indent=1)
                 manifest.flush()
@@ -300,13 +301,20 @@ def _damage(folder: Path, made_of: Mapping[str, Any]) -> tuple[str, Mapping[str,
     if _verified.get(folder) != stamps:
         for name, file in files.items():
             try:
-                found = file_sha256(folder / name)
+                with (folder / name).open("rb") as stream:
+                    found = _checksum(hashlib.file_digest(stream, "sha256"), file["dtype"], file["shape"])
             except OSError:
                 found = ""
             if found != file["sha256"]:
                 return name, files
         _verified[folder] = stamps
     return "", files
+
+
+def _checksum(content: Any, dtype: str, shape: list[int]) -> str:
+    """The checksum of an array by the hash of its bytes: of dtype and shape too, as the bytes alone could be read as others."""
+    content.update(json.dumps([dtype, shape]).encode())
+    return content.hexdigest()
 
 
 def _content(made_of: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,7 +333,7 @@ def _is_array(file: Any) -> bool:
 
 
 def _stamps(folder: Path, files: Mapping[str, Any]) -> list[list[int]]:
-    return [_stamp(folder / name) for name in files]
+    return [_stamp(folder / name) for name in (MANIFEST, *files)]
 
 
 def _here() -> str:

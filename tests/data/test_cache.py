@@ -291,6 +291,23 @@ def test_a_manifest_of_another_program_is_damaged_whatever_its_seal(tmp_path, ch
     assert "manifest.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "other", [{"dtype": "<f8"}, {"dtype": "<u8"}, {"shape": [3, 3]}, {"dtype": "<i4", "shape": [18]}], ids=str
+)
+def test_an_array_is_never_read_as_another_of_the_same_size(tmp_path, other, capsys):
+    cache = Cache(tmp_path)
+
+    def entry():
+        return cache.entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
+
+    manifest = entry().folder / "manifest.json"
+    content = unsealed(json.loads(manifest.read_bytes()))
+    forged = content["files"] | {"numbers": content["files"]["numbers"] | other}
+    manifest.write_text(json.dumps(sealed(content | {"files": forged})))
+    assert entry().array("numbers").tolist() == list(range(9))
+    assert "numbers is damaged: rebuilding it" in capsys.readouterr().err
+
+
 def test_an_entry_without_an_array_that_is_read_is_told_in_one_line(tmp_path):
     entry = Cache(tmp_path).entry("test", {}, lambda writer: writer.append("numbers", np.arange(9)), "numbers")
     for read in (entry.array, entry.length, lambda name: entry.span(name, 0, 1)):
