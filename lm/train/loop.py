@@ -51,8 +51,6 @@ from lm.train.rollout_log import forget
 from lm.train.run_folder import RunFolder
 from lm.train.signals import Stop, StoppedBySignal
 from lm.train.stage_warnings import Warnings
-from lm.train.trajectory_files import FOLDER as TRAJECTORIES
-from lm.train.trajectory_files import count_trajectories
 from lm.train.watchdog import PATIENCE, Watchdog
 from lm.train_step import Metrics, Models, Step, TrainState, combine, is_trainable, join_state, split_state
 from lm.types import TokenBatch
@@ -192,8 +190,9 @@ def summarise(
     """
     if is_main_process():
         counts: dict[str, Any] = {"steps": stage.steps, "final_step": stage.steps, "tokens": tokens, "num_params": size}
-        counts |= {"data": data, "sources": sources, TRAJECTORIES: count_trajectories(folder.stage_folder(stage.name))}
-        content = counts | more | {"peak_memory_mb": peak_memory_mb()} | costs.total()
+        content = (
+            counts | {"data": data, "sources": sources} | more | {"peak_memory_mb": peak_memory_mb()} | costs.total()
+        )
         write_sealed(folder.summary(stage.name), content)
         folder.record_finished()
 

@@ -70,7 +70,6 @@ SUMMARY: Shape = {
     **{f"{name}_seconds?": is_number for name in SECONDS},
     "sources?": ([SOURCE], is_none),
     "files?": {"*": is_text},
-    "trajectories?": ({"files": is_count, "first": is_count, "last": is_count}, lambda value: not value),
 }
 """The end of a stage, summary.json."""
 

@@ -183,8 +183,9 @@ def _claim_folder(experiment: Experiment, folder: RunFolder) -> None:
     for stage in experiment.stages:
         for kind in KINDS:  # check them now: otherwise the report finds damage after hours of training
             read_lines(folder.stage_folder(stage.name) / f"{kind}.jsonl")
-        done = folder.read_summary(stage.name) if folder.finished(stage.name) else {}
-        check_trajectories(folder.stage_folder(stage.name), done)
+        if folder.finished(stage.name):
+            folder.read_summary(stage.name)
+        check_trajectories(folder.stage_folder(stage.name))
         tidy(folder, stage)
 
 

@@ -2,15 +2,16 @@
 
 `step-00000012-1a2b3c4d.parquet` belongs to step 12 and has the CRC-32 1a2b3c4d, by which damage is detected. A file is a
 function of the experiment and its step: a resumed run writes a lost file again with the same content. The oldest files
-are removed when all together exceed `trajectory_mb`, so that the files kept do not depend on kills. Those that a finished
-stage kept are counted in its summary.json: a missing one is noticed. Without its folder `trajectories` a stage has none.
+are removed when all together exceed `trajectory_mb`, so that the files kept do not depend on kills. `_kept.json` names the files
+that are kept, so that a missing one is noticed. Without its folder `trajectories` a stage has none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lm.config.field import UserError
-from lm.stored import write_atomic
+from lm.shapes import is_text
+from lm.stored import read_record, write_atomic, write_sealed
 
 FOLDER = "trajectories"
-"""The folder of the files, and the field of summary.json that counts them."""
+KEPT = "_kept.json"  # readers of a folder of Parquet files leave out names that begin with _
+REMEDY = "put back a copy, or remove the folder"
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("author", pa.string())])
 SCHEMA = pa.schema(
@@ -74,9 +77,15 @@ def write_step_file(folder: Path, step: int, content: bytes) -> Path:
         UserError: the file cannot be written.
     """
     path = folder / f"step-{step:08}-{zlib.crc32(content):08x}.parquet"
-    try:
+    with _writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         return write_atomic(path, content)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}; fix that and run the same command again to resume from the "
@@ -84,34 +93,45 @@ def write_step_file(folder: Path, step: int, content: bytes) -> Path:
         ) from error
 
 
+def keep_only(folder: Path, kept: Collection[Path]) -> None:
+    """Remove a stage's other trajectory files, after recording those that are kept. Raises UserError if that cannot be written."""
+    others = set(trajectory_files(folder)) - set(kept)
+    record = folder / FOLDER / KEPT
+    with _writing(record):
+        write_sealed(record, {"files": sorted(path.name for path in kept)})
+    for path in others:
+        path.unlink()
+
+
 def rewind_trajectories(folder: Path, step: int) -> None:
     """Remove the files of later steps, which will be sampled again, and temporary files that a kill left."""
     for draft in (folder / FOLDER).glob("*.tmp"):
         draft.unlink()
-    for path in trajectory_files(folder):
-        if step_of(path) > step:
-            path.unlink()
+    if files := trajectory_files(folder):
+        keep_only(folder, [path for path in files if step_of(path) <= step])
 
 
-def count_trajectories(folder: Path) -> dict[str, int]:
-    """The number of trajectory files in a stage's folder and the first and last step of them; {} if there is none."""
-    steps = [step_of(path) for path in trajectory_files(folder)]
-    return {"files": len(steps), "first": steps[0], "last": steps[-1]} if steps else {}
-
-
-def check_counted(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Raise UserError if some of the trajectory files that a finished stage kept are missing."""
-    then, now = summary.get(FOLDER), count_trajectories(folder)
-    if then and then != now and (folder / FOLDER).exists():
+def check_kept(folder: Path) -> None:
+    """Raise UserError if a trajectory file that a stage kept is missing; an older lm did not record which it kept."""
+    record = folder / FOLDER / KEPT
+    if not record.exists():
+        return
+    named = _named(record)
+    lost = sorted({*named} - {path.name for path in trajectory_files(folder)})
+    if lost and named == _named(record):  # the run may just have removed the file, and recorded it before
         raise UserError(
-            f"{folder / FOLDER} has {now.get('files', 0)} of the {then['files']} trajectory files that the stage kept, of "
-            f"steps {then['first']} to {then['last']}: put back copies of the others, or remove the folder"
+            f"{folder / FOLDER} has {len(named) - len(lost)} of the {len(named)} trajectory files that the stage kept, and "
+            f"lacks {lost[0]}: put back copies of the others, or remove the folder"
         )
 
 
-def check_trajectories(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Raise UserError if a trajectory file is damaged, or is missing by the summary of a finished stage."""
-    check_counted(folder, summary)
+def _named(record: Path) -> list[str]:
+    return read_record(record, {"files": [is_text]}, REMEDY)["files"]
+
+
+def check_trajectories(folder: Path) -> None:
+    """Raise UserError if a trajectory file is damaged or missing."""
+    check_kept(folder)
     for path in trajectory_files(folder):
         read_sealed_file(path)
 
@@ -185,7 +205,7 @@ def _has_nulls(array: pa.Array) -> bool:
     return any(map(_has_nulls, parts if isinstance(parts, list) else [parts]))
 
 
-def read_sealed_file(path: Path, remedy: str = "put back a copy, or remove the folder") -> bytes:
+def read_sealed_file(path: Path, remedy: str = REMEDY) -> bytes:
     """The content of a file with its CRC-32 in its name. Raises UserError, with the remedy, if it is damaged or missing."""
     step_of(path)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from lm.experiment import Stage
 from lm.parallel.distributed import run_on_main
 from lm.rollout.trajectory import AUTHORS, MODEL, Rollout, Trajectory
 from lm.train.metrics import json_value
-from lm.train.trajectory_files import FOLDER, SCHEMA, trajectory_files, write_step_file
+from lm.train.trajectory_files import FOLDER, SCHEMA, keep_only, trajectory_files, write_step_file
 from lm.types import RolloutBatch
 
 MEGABYTE = 10**6
@@ -75,11 +76,11 @@ def _write(folder: Path, stage: Stage, step: int, rollout: Rollout, numbers: Tok
     """
     content = _parquet(step, rollout, stage.objective.completions_per_prompt, numbers)
     write_step_file(folder / FOLDER, step, content)
-    left = stage.trajectory_mb * MEGABYTE
-    for known in reversed(trajectory_files(folder)):
-        left -= known.stat().st_size
-        if left < 0:
-            known.unlink()
+    newest = trajectory_files(folder)[::-1]
+    sizes = itertools.accumulate(path.stat().st_size for path in newest)
+    keep_only(
+        folder, [path for path, size in zip(newest, sizes, strict=True) if size <= stage.trajectory_mb * MEGABYTE]
+    )
     return len(content)
 
 

@@ -75,12 +75,10 @@ def write_rollout_pages(run: Run, fill: Callable[..., str], steps: range | None 
         UserError: a trajectory file is damaged or missing, or none is of the steps asked for.
     """
     for stage in run.stages:
-        if stage.summary and stage.summary.get("trajectories"):
-            from lm.train.trajectory_files import (
-                check_counted,  # pyarrow, which a report without rollouts does not need
-            )
+        if (run.folder / "stages" / stage.name / "trajectories").exists():
+            from lm.train.trajectory_files import check_kept  # pyarrow, which a report without rollouts does not need
 
-            check_counted(run.folder / "stages" / stage.name, stage.summary)
+            check_kept(run.folder / "stages" / stage.name)
     kept = {
         stage.name: sorted((run.folder / "stages" / stage.name / "trajectories").glob("step-*.parquet"))
         for stage in run.stages

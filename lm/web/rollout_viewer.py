@@ -18,7 +18,7 @@ from lm.data.text_tokenizer import TextTokenizer
 from lm.data.vocabulary import load_tokenizer
 from lm.experiment import Stage, UserError, from_dict
 from lm.train.run_folder import RunFolder
-from lm.train.trajectory_files import check_counted, read_columns, trajectory_files
+from lm.train.trajectory_files import check_kept, read_columns, trajectory_files
 from lm.web.local_server import CSS, HTML, SCRIPT, LocalServer, Page, Reply, error_reply, file_page, json_reply
 from lm.web.rollout_index import FILTERS, SORTS, RolloutIndex, StageRollouts, search
 from lm.web.rollout_tokens import describe_tokens
@@ -121,11 +121,9 @@ class RolloutViewer:
         return told | ({"history": _history(index, chosen)} if query.get("task") else {})
 
     def _missing(self, stage: str) -> list[str]:
-        """What is wrong if a finished stage lacks some of the files that it kept."""
-        run = RunFolder(self.run)
+        """What is wrong if a stage lacks some of the files that it kept."""
         try:
-            if run.finished(stage):
-                check_counted(run.stage_folder(stage), run.read_summary(stage))
+            check_kept(RunFolder(self.run).stage_folder(stage))
         except UserError as error:
             return [str(error)]
         return []

@@ -192,7 +192,6 @@ def test_a_line_that_no_page_could_show_is_refused(tmp_path, kind, line):
         {"num_params": -1},
         {"sources": [5]},
         {"sources": [{"dropped": {"why": "a"}}]},
-        {"trajectories": {"files": 1}},
     ],
 )
 def test_a_summary_that_no_page_could_show_is_refused(folder, changes):

@@ -20,9 +20,10 @@ from lm.rollout.trajectory import AUTHORS, Rollout, Trajectory
 from lm.train.stages import run
 from lm.train.trajectory_files import (
     FOLDER,
+    KEPT,
     OPTIONAL,
     check_trajectories,
-    count_trajectories,
+    keep_only,
     read_trajectories,
     rewind_trajectories,
     step_of,
@@ -87,30 +88,42 @@ def test_the_newest_files_within_the_limit_are_kept(tmp_path):
 
 def test_a_damaged_file_is_told_in_a_line(tmp_path):
     keep_trajectories(tmp_path, STAGE, 1, rollout())
-    check_trajectories(tmp_path, {})
+    check_trajectories(tmp_path)
     (path,) = trajectory_files(tmp_path)
     content = bytearray(path.read_bytes())
     for place in (0, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(UserError, match="damaged"):
-            check_trajectories(tmp_path, {})
+            check_trajectories(tmp_path)
     path.write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
         read_trajectories(path)
 
 
 @pytest.mark.parametrize("place", [0, 1, -1])
-def test_a_file_that_a_finished_stage_kept_and_lost_is_told_in_a_line(tmp_path, place):
-    for step in (2, 4, 6):
+def test_a_file_that_a_stage_kept_and_lost_is_told_in_a_line(tmp_path, place):
+    for step in (2, 4, 6):  # a stage may sample in some steps only
         keep_trajectories(tmp_path, STAGE, step, rollout())
-    summary = {FOLDER: count_trajectories(tmp_path)}
-    check_trajectories(tmp_path, summary)
-    trajectory_files(tmp_path)[place].unlink()
-    check_trajectories(tmp_path, {})  # of a stage that is not finished, or that an older lm finished
-    with pytest.raises(UserError, match="has 2 of the 3 trajectory files that the stage kept, of steps 2 to 6"):
-        check_trajectories(tmp_path, summary)
+    check_trajectories(tmp_path)
+    lost = trajectory_files(tmp_path)[place]
+    lost.unlink()
+    with pytest.raises(UserError, match=f"has 2 of the 3 trajectory files that the stage kept, and lacks {lost.name}"):
+        check_trajectories(tmp_path)
+    record = tmp_path / FOLDER / KEPT
+    whole = record.read_bytes()
+    record.unlink()
+    check_trajectories(tmp_path)  # of an older lm
+    record.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=f"{KEPT} is not valid JSON"):
+        check_trajectories(tmp_path)
     shutil.rmtree(tmp_path / FOLDER)
-    check_trajectories(tmp_path, summary)
+    check_trajectories(tmp_path)
+
+
+def test_a_folder_of_trajectories_is_read_as_one_table(tmp_path):
+    for step in (1, 2):
+        keep_trajectories(tmp_path, STAGE, step, rollout())
+    assert set(pq.read_table(tmp_path / FOLDER)["step"].to_pylist()) == {1, 2}
 
 
 def test_bytes_that_are_no_trajectories_are_told_in_a_line(tmp_path):
@@ -183,7 +196,7 @@ def test_a_file_of_an_older_version_is_read_without_the_newer_columns(tmp_path):
 def test_a_file_of_another_name_is_told_in_a_line(tmp_path, name):
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / name).write_bytes(b"")
-    for act in (lambda folder: check_trajectories(folder, {}), lambda folder: rewind_trajectories(folder, 3)):
+    for act in (check_trajectories, lambda folder: rewind_trajectories(folder, 3)):
         with pytest.raises(UserError, match=f"{name} has a name that no trajectory file has"):
             act(tmp_path)
 
@@ -193,7 +206,9 @@ def test_later_steps_and_drafts_go_when_a_stage_goes_on(tmp_path):
         keep_trajectories(tmp_path, STAGE, step, rollout())
     (tmp_path / "trajectories" / "step-00000004-00000000.parquet.tmp").write_text("half")
     rewind_trajectories(tmp_path, 2)
-    assert [step_of(path) for path in sorted((tmp_path / "trajectories").iterdir())] == [1, 2]
+    assert [step_of(path) for path in trajectory_files(tmp_path)] == [1, 2]
+    assert not [*(tmp_path / FOLDER).glob("*.tmp")]
+    check_trajectories(tmp_path)
 
 
 GUESS = """
@@ -279,7 +294,7 @@ def test_a_resumed_run_has_the_same_files(finished, monkeypatch):
     folder = finished / "run" / "stages" / "grpo"
     before, lines = trajectory_files(folder), metrics(finished / "run", "grpo")
     forget_last_checkpoint(finished / "run", "grpo", 2)
-    before[-1].unlink()
+    keep_only(folder, before[:-1])
     run(guessing(finished), finished / "run")
     assert trajectory_files(folder) == before and metrics(finished / "run", "grpo") == lines
 
