@@ -70,7 +70,8 @@ sampling_model = jax.jit(Transformer.for_sampling)
 decoding_model = jax.jit(Transformer.for_decoding)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "lanes", "prompt", "new", "cache"))
+# keep_unused: with no argument on a device, the arrays would be of no mesh, and each program would compile once more for them.
+@functools.partial(jax.jit, static_argnames=("slots", "lanes", "prompt", "new", "cache"), keep_unused=True)
 def empty_slots(model: Transformer, slots: int, lanes: int, prompt: int, new: int, cache: str = "same") -> Slots:
     """Slots and lanes without contents, for prompts of at most `prompt` and completions of at most `new` tokens.
 
@@ -85,7 +86,7 @@ def empty_slots(model: Transformer, slots: int, lanes: int, prompt: int, new: in
     return _placed(made)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "prompt"))
+@functools.partial(jax.jit, static_argnames=("rows", "prompt"), keep_unused=True)
 def empty_reader(model: Transformer, rows: int, prompt: int) -> tuple[KVCache, Float[Array, "P D"]]:
     """A cache for prompts that are read together, and their last hidden states."""
     cache = model.empty_cache(rows, prompt)

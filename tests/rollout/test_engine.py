@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.between_batches import calling_between_batches
-from lm.experiment import Layer, LoRA, RolloutMesh
+from lm.experiment import Layer, LoRA, Mesh, RolloutMesh
 from lm.model.lora import merged
 from lm.parallel.mesh import make_mesh, rollout_mesh
 from lm.parallel.rules import shardings
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.rollout.sampler import choose, completion_keys
 from lm.rollout.slot_cache import chunks_of
-from lm.rollout.slots import empty_slots, read_chunk, sample_tokens, sampling_model
+from lm.rollout.slots import empty_reader, empty_slots, fill_lanes, read_chunk, sample_tokens, sampling_model
 from tests.helpers import VOCAB, layout, tiny_model, with_moved_adapter
 
 END, NEW, WIDTH = 1, 20, 40
@@ -151,6 +152,17 @@ def test_other_numbers_of_slots_give_the_same_tokens():
         for one, other in zip(complete(model, prompts, slots, group_size=4), expected, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
             np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
+def test_new_caches_are_placed_like_those_that_the_programs_return():
+    """Else each program would compile twice, for the first call and for the others."""
+    model = sampling_model(jax.device_put(tiny_model(), NamedSharding(make_mesh(Mesh(data=1)), PartitionSpec())))
+    slots, reader = empty_slots(model, slots=2, lanes=2, prompt=16, new=8), empty_reader(model, 1, 16)
+    read = read_chunk(model, *reader, np.int32(0), np.full((1, 16), 3, np.int32), np.array([16], np.int32))
+    filled = fill_lanes(slots, *read, np.array([16], np.int32), np.array([0], np.int32))
+    for before, after in ((empty_reader(model, 1, 16), read), (empty_slots(model, 2, 2, 16, 8), filled)):
+        for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            assert one.committed and one.sharding == other.sharding
 
 
 def test_each_program_compiles_once_for_all_requests_of_a_shape():
