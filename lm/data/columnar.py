@@ -70,24 +70,35 @@ def schema_of(name: str, file: Path, changed: int) -> Any:
     is_parquet = file.name.endswith(".parquet")
     schema = _parquet(name, file).schema_arrow if is_parquet else _batches(name, file, changed)[0]
     with _damaged(name, "its columns have names that cannot be read"):
-        schema.to_string(
-            show_field_metadata=False, show_schema_metadata=False
-        )  # decodes every name, of nested ones too
-    if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
+        names = [_name(field) for field in schema]
+    if twice := sorted({column for column in names if names.count(column) > 1}):
         raise UserError(f"{name}: the column {twice[0]!r:.60} appears twice")
     return schema
+
+
+def _name(field: Any) -> str:
+    """A field's name, after reading those in it. Raises UnicodeDecodeError if one of them is no text."""
+    import pyarrow.types as types
+
+    if types.is_nested(field.type):
+        for number in range(field.type.num_fields):
+            _name(field.type.field(number))
+    return field.name
 
 
 def locate(name: str, file: Path) -> Iterator[Spans]:
     """The spans of the rows: place, average size in bytes, and no line."""
     schema_of(name, file, file.stat().st_mtime_ns)
-    with _damaged(name, "not a whole parquet file"):
+    with _damaged(name, f"not a whole {file.suffix.removeprefix('.')} file"):
         if file.name.endswith(".parquet"):
             metadata = _parquet(name, file).metadata
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             blocks = [(group.num_rows, group.total_byte_size) for group in groups]
         else:
-            blocks = [(len(one), one.nbytes) for one in _batches(name, file, file.stat().st_mtime_ns)[1]]
+            batches = _batches(name, file, file.stat().st_mtime_ns)[1]
+            for one in batches:
+                one.validate()  # the size of lists at offsets that a damaged file gives would end the process
+            blocks = [(len(one), one.nbytes) for one in batches]
     many, waiting = list[np.ndarray](), 0
     for number, (rows, size) in enumerate(blocks):
         spans = np.zeros((rows, 3), np.int64)

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import random
+import struct
 
 import pyarrow
 import pyarrow.parquet as parquet
@@ -310,6 +311,36 @@ def test_tables_and_lists_are_read_with_their_lines(tmp_path, tokenizer):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=words):
             load_rows(str(tmp_path / name))
+
+
+def offsets(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}i", *numbers)
+
+
+@pytest.mark.parametrize(
+    ("was", "damaged", "told"),
+    [
+        (offsets(0, 2, 4, 6), offsets(0, 2, 4, 1 << 24), "not a whole arrow file"),  # of the lists of turns
+        (
+            offsets(0, 4, 13, 17, 26, 30, 39),
+            offsets(0, 4, 13, 17, 26, 30, -1),
+            "not a whole arrow file",
+        ),  # of their roles
+        (b"messages", b"messag\x9cs", "its columns have names that cannot be read"),
+        (b"content", b"conten\x9c", "its columns have names that cannot be read"),
+    ],
+)
+def test_an_arrow_file_of_other_offsets_or_names_is_refused_in_a_line(tmp_path, was, damaged, told):
+    """Reading at such offsets would end the process."""
+    table = pyarrow.Table.from_pylist([{"messages": talk("a", "b")} for _ in range(3)])
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+    content = stream.getvalue().to_pybytes()
+    assert was in content
+    (tmp_path / "a.arrow").write_bytes(content.replace(was, damaged))
+    with pytest.raises(UserError, match=told):
+        load_rows(str(tmp_path / "a.arrow"))
 
 
 def test_columns_that_no_stage_reads_cannot_refuse_a_row(tmp_path, tokenizer):
