@@ -20,7 +20,7 @@ from lm.experiment import OBJECTIVES, Experiment, Model, UserError, from_dict, t
 from lm.files import is_open_weights, load
 from lm.overrides import overridden, override
 
-EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE = 2, 130, 141
+EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 2, 130, 141, 143
 EXPERIMENT_HELP = (
     "a name in experiments/, here or of the clone (quickstart), a dotted name below it, or the path of a .py file"
 )

@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import re
+import signal
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -59,13 +60,20 @@ def call(arguments: argparse.Namespace) -> int:
             continue
         try:
             compiled.result()
-        except KeyboardInterrupt:
-            print(" [stopped]")
+        except KeyboardInterrupt as error:
+            stopped(error)
             continue
         asked = [*messages, {"role": "user", "content": text}]
         answer(loaded, asked, messages, sampling(arguments), arguments.seed + turn)
         turn += 1
     return 0
+
+
+def stopped(error: KeyboardInterrupt) -> None:
+    """Say that Ctrl-C has stopped an answer; a SIGTERM ends the conversation."""
+    if signal.SIGTERM in error.args:
+        raise error
+    print(" [stopped]")
 
 
 def command(text: str, messages: Messages, adapters: Collection[str] = ()) -> str:
@@ -97,8 +105,8 @@ def answer(loaded: Any, asked: Messages, messages: Messages, options: dict[str, 
         messages.clear()
         print(f"[the context is full: {error}; a new conversation]")
         return
-    except KeyboardInterrupt:
-        print(" [stopped]")
+    except KeyboardInterrupt as error:
+        stopped(error)
         if not said:
             return
     else:

@@ -22,6 +22,7 @@ not trust, put it behind a proxy with TLS."""
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,10 @@ def serve(desk: Any, arguments: argparse.Namespace, token: str | None) -> None:
     print(f"open {link(arguments, server.server_port, token)} (Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"\n{desk.log.path} is saved: the same command continues, --export writes preferences from it")
+        if signal.SIGTERM in error.args:
+            raise
     finally:
         server.server_close()
 

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from lm import __version__
-from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_USER
+from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED, EXIT_USER
 from lm.config.field import LONGEST_VALUE, message_line
 from lm.experiment import UserError, nearest
 from lm.parallel.topology import GPU_MEMORY
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
+    """Run one command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C, 143 after SIGTERM."""
     if argv is not None:
         return _run(list(argv))
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`lm completion`)
@@ -104,17 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     _start_with_allocator()
     sys.unraisablehook = interrupted_again
     signal.signal(signal.SIGINT, interrupt)  # also where a script that began this in its background has it ignored
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     except KeyboardInterrupt:
         return EXIT_INTERRUPT
     code = _run(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python ends would show a traceback
+    for number in (signal.SIGINT, signal.SIGTERM):  # one that arrives while Python ends would show a traceback
+        signal.signal(number, signal.SIG_DFL)
     return code
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Handler of Ctrl-C: raises KeyboardInterrupt, but inside an import ends the process at once.
+    """Handler of Ctrl-C and SIGTERM: raises KeyboardInterrupt(number), but inside an import ends the process at once.
 
     A library that is interrupted while it is imported stays half made, and then hangs or crashes.
     """
@@ -123,13 +125,14 @@ def interrupt(number: int, frame: FrameType | None) -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def interrupted_again(told: Any) -> None:
     """Hook for exceptions that Python cannot raise: a Ctrl-C inside a destructor, which would be lost, comes once more."""
     if isinstance(told.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        number = signal.SIGTERM if signal.SIGTERM in told.exc_value.args else signal.SIGINT
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
     else:
         sys.__unraisablehook__(told)
 
@@ -148,8 +151,8 @@ def _run(words: list[str]) -> int:
     except UserError as error:
         print(f"lm: error: {error}", file=sys.stderr)
         return EXIT_USER
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPT
+    except KeyboardInterrupt as error:
+        return EXIT_TERMINATED if signal.SIGTERM in error.args else EXIT_INTERRUPT
     except BrokenPipeError:  # the reader has closed the pipe: discard the rest of the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, folder_path, page_path
+from lm.cli.arguments import add_cache, at_least, folder_path, page_path
 from lm.experiment import UserError
 from lm.files import experiments_folder
 
@@ -56,9 +56,9 @@ def call(arguments: argparse.Namespace) -> int:
     try:
         with cache_at(arguments.cache):
             outcome = reproduce(name, paper, folder, arguments.quick, arguments.workers, arguments.cache)
-    except WorkerStopped:
+    except WorkerStopped as stopped:
         print(f"lm: stopped and saved. To go on: lm reproduce {arguments.name}", file=sys.stderr)
-        return EXIT_INTERRUPT
+        return stopped.exit_code
     print(markdown(outcome))
     if not arguments.quick:
         home = Path(arguments.name).parent if arguments.name.endswith(".py") else experiments_folder("papers")

@@ -12,6 +12,7 @@ while the run trains."""
 from __future__ import annotations
 
 import argparse
+import signal
 
 from lm.cli.arguments import RUN_HELP, at_least, check_stage, find_run
 
@@ -37,8 +38,10 @@ def call(arguments: argparse.Namespace) -> int:
     print(f"open http://localhost:{server.server_port}/ (Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print()
+        if signal.SIGTERM in error.args:
+            raise
     finally:
         server.server_close()
     return 0

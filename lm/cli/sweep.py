@@ -11,6 +11,8 @@ and its trial resumes from the newest checkpoint. The same command again resumes
 the sweep; with more seeds or axis values it adds the missing trials. Stages
 that trials share are trained once. A setting that is invalid, diverges or
 crashes is a failed trial: the others continue, and --retry-failed repeats it.
+Exit codes: 1 a trial failed, 2 an error of the user, 130 and 143 stopped and
+saved (Ctrl-C, SIGTERM).
 
 On a cluster, `--on` submits --workers jobs with one worker each: slurm with
 sbatch, gke with kubectl. The sweep's folder must be on a file system that all
@@ -24,7 +26,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import EXIT_INTERRUPT, add_cache, at_least, folder_path
+from lm.cli.arguments import add_cache, at_least, folder_path
 from lm.cli.launch import add_flag, check_required
 from lm.experiment import UserError
 from lm.launch.job import hand_over, job_name
@@ -120,10 +122,10 @@ def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
         failed = run_sweep(
             sweep, arguments.sweep, folder, arguments.workers, arguments.retry_failed, arguments.cache, arguments.store
         )
-    except WorkerStopped:
+    except WorkerStopped as stopped:
         if arguments.join is None:
             print(f"lm: stopped and saved. To go on: lm sweep {arguments.sweep}", file=sys.stderr)
-        return EXIT_INTERRUPT
+        return stopped.exit_code
     for line in failed:
         print(f"failed: {line}")
     print(f"to compare: lm compare {folder}")

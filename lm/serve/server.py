@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from typing import Any
 
@@ -49,8 +50,9 @@ def run(server: EndingServer, listener: socket.socket) -> None:
     """Serve until Ctrl-C; raises what has ended the engine's thread, if that has."""
     try:
         server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # the server has ended its streams
+    except KeyboardInterrupt as error:  # the server has ended its streams
+        if signal.SIGTERM in error.args:
+            raise
     finally:
         listener.close()
     if server.scheduler.failure is not None:

@@ -10,10 +10,11 @@ import time
 
 from lm.experiment import UserError
 from lm.parent_death import with_parent
-from lm.sweep.worker import EXIT_INTERRUPT, EXIT_USER, WorkerStopped
+from lm.sweep.worker import EXIT_USER, WorkerStopped
 
 MOST_DEATHS = 10  # total number of worker deaths before giving up
 POLL_SECONDS = 0.2
+STOPPED = [WorkerStopped(number).exit_code for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def pool(words: list[str], count: int) -> None:
@@ -23,11 +24,11 @@ def pool(words: list[str], count: int) -> None:
         WorkerStopped: a signal arrived, and all workers have ended.
         UserError: a worker ended with a user's error, or workers keep dying.
     """
-    stopping = False
+    stopping = 0
 
     def stop(number: int, _: object) -> None:
         nonlocal stopping
-        stopping = True
+        stopping = number
         for child in children.values():
             child.send_signal(signal.SIGTERM)
 
@@ -43,13 +44,13 @@ def pool(words: list[str], count: int) -> None:
                 if child.poll() is None:
                     continue
                 del children[place]
-                if child.returncode not in (0, EXIT_INTERRUPT) and not stopping:
+                if child.returncode not in (0, *STOPPED) and not stopping:
                     deaths += 1
                     if child.returncode == EXIT_USER:  # it printed the reason, which holds for every worker
-                        stop(0, None)
+                        stop(signal.SIGTERM, None)
                         raise UserError(f"worker {place + 1} stopped with the error above")
                     if deaths > MOST_DEATHS:
-                        stop(0, None)
+                        stop(signal.SIGTERM, None)
                         raise UserError(f"workers died {deaths} times, the last with code {child.returncode}")
                     print(f"worker {place + 1} died with exit code {child.returncode} and is replaced", flush=True)
                     children[place] = _start(words, place, count)
@@ -59,7 +60,7 @@ def pool(words: list[str], count: int) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopping:
-        raise WorkerStopped
+        raise WorkerStopped(stopping)
 
 
 def _start(words: list[str], place: int, count: int) -> subprocess.Popen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from lm.experiment import UserError
@@ -50,7 +51,7 @@ def run_sweep(
         extra = [] if cache is None else ["--cache", str(cache)]
         pool(["sweep", name, "--folder", str(folder), "--store", str(store), *extra], workers)
         if study.open():  # the workers were stopped one by one
-            raise WorkerStopped
+            raise WorkerStopped(signal.SIGTERM)
     else:
         Worker(sweep, place, study, "").work()
     failed = study.failures()

@@ -33,11 +33,15 @@ from lm.train.run_folder import RunFolder
 
 POLL_SECONDS = 1.0
 MOST_DEATHS = 3  # consecutive deaths of a trial's process without a new checkpoint before it fails
-EXIT_USER, EXIT_INTERRUPT = 2, 130
+EXIT_USER = 2
 
 
 class WorkerStopped(Exception):
-    """Raised when a signal stopped a worker; its trial has saved, and the next worker resumes it."""
+    """Raised with the number of the signal that stopped a worker; its trial has saved, and the next worker resumes it."""
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.args[0]
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Worker:
     folder: SweepFolder
     study: Study
     name: str
-    stopping: bool = False
+    stopping: int = 0  # the signal that arrived
     held: list[int] = field(default_factory=list)  # file descriptors of locks that child processes inherit
 
     def work(self) -> None:
@@ -61,7 +65,7 @@ class Worker:
         with self._signals():
             while True:
                 if self.stopping:
-                    raise WorkerStopped
+                    raise WorkerStopped(self.stopping)
                 claimed = self.study.take()
                 while self.study.refused:
                     self.say(f"cannot run: {self.study.refused.pop(0)}")
@@ -116,7 +120,7 @@ class Worker:
             if pruned:
                 return "", True
             if self.stopping:
-                raise WorkerStopped
+                raise WorkerStopped(self.stopping)
             if code == EXIT_USER:
                 return reason(run_dir / "log.txt"), False
             if all(RunFolder(run_dir).finished(name) for name in names):
@@ -181,7 +185,7 @@ class Worker:
         shared = self.folder.shared(key)
         while (handle := try_lock(shared.with_name(f"{shared.name}.lock"))) is None:
             if self.stopping:
-                raise WorkerStopped
+                raise WorkerStopped(self.stopping)
             time.sleep(POLL_SECONDS)
         return handle
 
@@ -196,8 +200,8 @@ class Worker:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        def stop(*_: object) -> None:
-            self.stopping = True
+        def stop(number: int, _: object) -> None:
+            self.stopping = number
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -122,6 +122,18 @@ def test_ctrl_c_is_quiet(here):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_sigterm_removes_what_was_begun_and_is_quiet(here):
+    """As Ctrl-C does; without a handler, a draft would stay."""
+    (here / "experiments" / "slow.py").write_text(
+        "import os, signal\nfrom pathlib import Path\nfrom lm.stored import new_folder\n"
+        "with new_folder(Path('out')):\n    os.kill(os.getpid(), signal.SIGTERM)\n",
+        "utf-8",
+    )
+    done = python("-m", "lm.cli.main", "config", "slow", cwd=here)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+    assert not [path for path in here.iterdir() if "out" in path.name]
+
+
 def test_a_reader_who_leaves_is_no_error(here):
     command = f"{sys.executable} -u -m lm.cli.main config small | head -n 1; echo ${{PIPESTATUS[0]}}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
