@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from lm.rollout.answer_match import marked_answers, plain, quantity, readings
+from lm.rollout.answer_match import marked_answers, plain, readings
+from lm.rollout.quantities import quantity
 
 DRAWS = 1 << 14  # random numbers for one prompt and one k: subsets times answers
 LEAST_SUBSETS = 32
