@@ -6,6 +6,7 @@ import atexit
 import functools
 import logging
 import re
+import unicodedata
 
 from lm.rollout import timed
 from lm.rollout.timed import CallOutcome, TimedWorker
@@ -45,15 +46,20 @@ def first_use() -> None:
     _verify(r"\frac{x}{2}", r"x \cdot 0.5")
 
 
-_SYMBOLS = {ord(sign): rf"\{name} " for sign, name in {
-    "∞": "infty", "∅": "emptyset", "π": "pi", "∪": "cup", "∩": "cap", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm", "·": "cdot",
-    "×": "times", "÷": "div",
-}.items()}  # fmt: skip
+_NAMES = {"∞": "infty", "∅": "emptyset", "∪": "cup", "∩": "cap", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm", "·": "cdot", "×": "times",
+          "÷": "div"} | {chr(code): unicodedata.name(chr(code)).rsplit(" ", 1)[1].lower() for code in range(0x3B1, 0x3CA)
+                         if code not in (0x3BB, 0x3BF, 0x3C2)}  # fmt: skip
+_SYMBOLS = {ord(sign): rf"\{name} " for sign, name in _NAMES.items()}
+# the same signs in LaTeX, with other names of them
+LATEX_SIGNS = {name: sign for sign, name in _NAMES.items()} | {"leq": "≤", "geq": "≥", "leqslant": "≤", "geqslant": "≥", "neq": "≠",
+                                                               "varnothing": "∅"}  # fmt: skip
+LATEX_SYMBOL = re.compile(rf"\\({'|'.join(LATEX_SIGNS)})(?![a-zA-Z])")
 
 
 def as_latex(text: str) -> str:
-    """A plain formula in LaTeX, as far as math-verify does not read it: √2, ∞, 3*pi, x**2, {1, 2}."""
+    """A plain formula in LaTeX, as far as math-verify does not read it: √2, ∞, 3*pi, ln 2, x**2, {1, 2}."""
     text = re.sub(r"√\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", text.replace("**", "^")).translate(_SYMBOLS)
+    text = re.sub(r"(?<![\\a-zA-Z])(?=(?:ln|log|sin|cos|tan|exp)\b)", r"\\", text)
     text = re.sub(
         r"(?<![\\a-zA-Z])(?:pi\b|inf(?:inity|ty)?\b)", lambda match: rf"\{'pi' if match[0] == 'pi' else 'infty'} ", text
     )

@@ -11,13 +11,15 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
+from lm.rollout.units import is_cents, same_unit
+
 LONGEST = 2000  # maximum characters of an answer compared as a number or formula; longer ones are compared as text only
 LARGEST_EXPONENT = 400  # of scientific notation
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its unit in lower case; "" means no unit, "%" percent."""
+    """A number with its unit as written; "" means no unit, "%" percent."""
 
     value: Fraction
     unit: str = ""
@@ -30,41 +32,46 @@ _DIGITS = (
     r"|[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?:,\d+)?|(?:\.\d{3})+,\d+)"  # 1.200.000,50
     r"|\d+\.?\d*|\.\d+)"
 )
-_POWER = r"(?:[eE][+-]?\d{1,4}|\s?(?:×|\*|\\times|\\cdot|x)\s?10\s?(?:\^|\*\*)\s?\{?(?P<power>[+-]?\d{1,4})\}?)?"
+_POWER = r"(?:[eE][+-]?\d{1,4}|\s?(?:[×·*x]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?\s?(?P<power>[+-]?\d{1,4})\s?\}?)?"
 _NUMBER = re.compile(rf"(?P<digits>{_DIGITS})(?P<scale>{_POWER})")
 _FRACTION = re.compile(
     r"(?:(?P<whole>\d{1,15}) ?)?\\frac\s*"
     r"(?:\{\s*(?P<a>[+-]?\d{1,15})\s*\}\s*\{\s*(?P<b>[+-]?\d{1,15})\s*\}|(?P<c>\d)\s*(?P<d>\d))"
 )
 _REPEATING = re.compile(r"(?P<fixed>\d{0,15}\.\d{0,15})\\overline\s*\{\s*(?P<digits>\d{1,15})\s*\}")
-_SLASH = re.compile(r"(?:(?P<whole>\d{1,15}) )?(?P<a>\d{1,15})\s?/\s?(?P<b>\d{1,15})(?P<c>)(?P<d>)")
+_SLASH = re.compile(r"(?:(?P<whole>\d{1,15}) )?(?P<a>\d{1,15})\s?/\s?(?P<b>[+-]?\d{1,15})(?P<c>)(?P<d>)")
 _VULGAR = re.compile(r"(?P<whole>\d{0,15})\s?(?P<part>[¼-¾⅐-⅞])")
 _HEAD = re.compile(
-    r"^(?P<sign>[+-]?)\s?(?P<currency>(?:us|a|c)?[$€£¥₹]|usd|eur|gbp)?\s?(?P<sign2>[+-]?)", re.IGNORECASE
+    r"^(?P<sign>[+-]|minus\b|negative\b)?\s?(?P<currency>(?:us|a|c)?[$€£¥₹]|(?:usd|eur|gbp|inr)\b|rs\b\.?)?\s?(?P<sign2>[+-])?",
+    re.IGNORECASE,
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
            "mn": 10**6, "bn": 10**9, "lakh": 10**5, "crore": 10**7}  # fmt: skip
 _SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-_UNIT = re.compile(r"[^\W\d_][^\d=<>+*\\{}$,;:?!&|]{0,60}|[°%′″'\"€£¥₹¢][^\d=<>+*\\{}$,;:?!&|]{0,40}")
-# Words after a number that change its value, or show that it is not the answer.
-_NO_UNIT = frozenset(
-    "or and not but nor no plus minus times over by squared cubed factorial half halves third thirds quarter quarters "
+_UNIT = re.compile(r"(?:[^\W\d_]|[°%′″'\"€£¥₹¢/]|\$$)[^\d=<>+*\\{}$,;:?!&|]{0,100}")
+# Words after a number that change its value, or show that it is not the answer: at once after it, or anywhere.
+NO_UNIT_FIRST = frozenset("and over by to from through until squared cubed".split())
+NO_UNIT = frozenset(
+    "or not but nor no plus minus times factorial half halves third thirds quarter quarters "
     "fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths "
     "thousandth thousandths millionth millionths mil pi alpha beta gamma delta theta lambda phi omega sqrt log ln exp sin cos tan "
-    "remainder more less fewer than to either if except is was are were isn't be been would could should may might "
-    "wrong incorrect maybe perhaps through between until versus vs mod modulo divided multiplied root power zero one two "
+    "remainder more less fewer than either if except is was are were isn't be been would could should may might "
+    "wrong incorrect maybe perhaps between versus vs mod modulo divided multiplied root power zero one two "
     "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety x y z n".split()
+    "twenty thirty forty fifty sixty seventy eighty ninety x y z".split()
 )
-_MOST_UNIT_WORDS = 6
-_LETTER = re.compile(r"[a-zͰ-Ͽ](?![\w.])")  # a variable, π or i, but for these units
-_LETTER_UNITS = frozenset("mgshldcfvwj")
-_PRODUCT = re.compile(r"[a-z]{2}(?![a-z])")  # of two variables where it follows a number at once, but for these units
+_MOST_UNIT_WORDS = 12
+_LETTER = re.compile(r"[a-zA-ZͰ-Ͽ](?![\w.])")  # a variable, π or i, but for these units
+_LETTER_UNITS = frozenset("mgshldcfvwjMGSHLDCFVWJNAK")
+_PERCENT = re.compile(r"^\s*(?:percent|per cent|pct)\b", re.IGNORECASE)
+_PRODUCT = re.compile(
+    r"[a-z]{2}(?![a-z])", re.IGNORECASE
+)  # of two variables where it follows a number at once, but for these units
 _PAIR_UNITS = frozenset(
     "am pm cm mm km nm um kg mg ug ml cl dl kl ft in yd mi lb oz hr ms ns pt qt st nd rd th gb mb kb tb kw mw hz pa kj ev "
     "cc yr wk rs".split()
 )
-_POWER_OF_UNIT = re.compile(r"(?<=[a-z])\s?\^\s?\{?\s?([234])\s?\}?(?!\w)")
+_POWER_OF_UNIT = re.compile(r"(?<=[a-zA-Z])\s?\^\s?\{?\s?([234])\s?\}?(?!\w)")
 _ORDINAL = re.compile(r"^\^\s?\{?\s?(st|nd|rd|th)\s?\}?(?!\w)")
 
 
@@ -84,7 +91,8 @@ def quantity(text: str) -> Quantity | None:
         if match and (value := value_of(match)) is not None:
             found = _with_unit(value, rest[match.end() :], head["currency"])
             if found is not None:
-                return Quantity(-found.value, found.unit) if "-" in (head["sign"], head["sign2"]) else found
+                negative = (head["sign"] or head["sign2"] or "+").lower() in ("-", "minus", "negative")
+                return Quantity(-found.value, found.unit) if negative else found
     return None
 
 
@@ -121,48 +129,38 @@ def _with_unit(value: Fraction, rest: str, currency: str | None) -> Quantity | N
     """The number with the unit after it; None if the text after it is more than a unit."""
     if re.match(r"[kKMB](?!\w)", rest):
         value, rest = value * _SUFFIXES[rest[0]], rest[1:]
-    rest = _ORDINAL.sub(r"\1", rest.strip(".").lower())
+    rest = _ORDINAL.sub(r"\1", rest.strip("."))
     rest = _POWER_OF_UNIT.sub(lambda match: "²³⁴"[int(match[1]) - 2], rest)
-    if _PRODUCT.match(rest) and rest[:2] not in _PAIR_UNITS and rest[:2] not in _SCALES:
+    start = rest[:2].lower()
+    if _PRODUCT.match(rest) and start not in _PAIR_UNITS and start not in _SCALES:
         return None
-    words = rest.strip().strip(".").replace("(", " ").replace(")", " ").split()
-    if words and (scale := _SCALES.get(words[0].removesuffix("s"))):
+    words = _PERCENT.sub("%", rest).strip().strip(".").replace("(", " ").replace(")", " ").split()
+    if words and (scale := _SCALES.get(words[0].lower().removesuffix("s"))):
         value, words = value * scale, words[1:]
     if words and _LETTER.match(words[0]) and words[0][0] not in _LETTER_UNITS:
         return None
-    if not words:
-        return Quantity(value, (currency or "").lower())
     unit = " ".join(words)
-    tokens = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", unit)
-    if len(words) > _MOST_UNIT_WORDS or not _UNIT.fullmatch(unit) or any(t in _NO_UNIT or t in _SCALES for t in tokens):
+    tokens = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", unit.lower())
+    if len(words) > _MOST_UNIT_WORDS or (unit and not _UNIT.fullmatch(unit)):
         return None
-    if words[0] in ("%", "percent", "pct"):
+    if any(t in NO_UNIT or t in _SCALES for t in tokens) or (tokens and tokens[0] in NO_UNIT_FIRST):
+        return None
+    if words[:1] == ["%"]:
         return Quantity(value, "%")
-    return Quantity(value, unit if currency is None else currency.lower())
+    return Quantity(value, unit if currency is None else f"{currency} {unit}".strip())
 
 
 def same_quantity(given: Quantity, expected: Quantity) -> bool:
-    """Whether two numbers are equal; a unit that only one of them has is ignored, and 50 % equals 0.5."""
-    percent = (given.unit == "%") - (expected.unit == "%")
-    if percent:
-        scaled = (given.value / 100, expected.value) if percent > 0 else (given.value, expected.value / 100)
-        other = expected.unit if percent > 0 else given.unit
-        return other == "" and (given.value == expected.value or scaled[0] == scaled[1])
-    units = zip(*(re.split(r"\s*/\s*|\s+per\s+", unit) for unit in (given.unit, expected.unit)), strict=False)
-    if given.unit and expected.unit and any(_unit_key(one) != _unit_key(other) for one, other in units):
-        return False
+    """Whether two numbers are equal; a unit that only one of them has is ignored, 50 % equals 0.5, and 50 ¢ $0.50."""
+    if (given.unit == "%") != (expected.unit == "%"):
+        percent, other = (given, expected) if given.unit == "%" else (expected, given)
+        return other.unit == "" and other.value in (percent.value, percent.value / 100)
+    if given.unit and expected.unit:
+        one, other = in_dollars(given), in_dollars(expected)
+        return same_unit(one.unit, other.unit) and one.value == other.value
     return given.value == expected.value
 
 
-_UNIT_NAMES = {"¢": "cent", "$": "dollar", "us$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro", "£": "pound", "gbp": "pound",
-               "°": "degree", "kilometer": "km", "kilometre": "km", "meter": "m", "metre": "m", "centimeter": "cm",
-               "centimetre": "cm", "kilogram": "kg", "gram": "g", "hour": "h", "hr": "h", "minute": "min", "second": "s",
-               "sec": "s"}  # fmt: skip
-
-
-def _unit_key(unit: str) -> str:
-    """The short name of a unit's first word in the singular; words after it (`per day`, `of fabric`) are ignored."""
-    word = unit.split(" ", 1)[0].strip(".")
-    if len(word) > 3 and word.endswith("s"):
-        word = word[:-2] if word.endswith(("shes", "ches", "xes")) else word[:-1]
-    return _UNIT_NAMES.get(word, word)
+def in_dollars(amount: Quantity) -> Quantity:
+    """Cents as dollars; another quantity unchanged."""
+    return Quantity(amount.value / 100, "$") if is_cents(amount.unit) else amount

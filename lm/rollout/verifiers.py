@@ -6,7 +6,7 @@ Those of RULES take a parameter, as in `regex:PATTERN`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lm.config.field import shown
@@ -14,8 +14,8 @@ from lm.config.objective import VERIFIER_ARGUMENTS
 from lm.data.bad_rows import ColumnNeed, is_blank
 from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
-from lm.rollout import answer_rewards, code_tests, endpoint_judge, mathematics
-from lm.rollout.answer_match import expected_reading, matches
+from lm.rollout import answer_rewards, code_tests, endpoint_judge
+from lm.rollout.answer_match import matches
 from lm.rollout.timed import TookTooLong
 from lm.user_functions import is_function_name, load_function
 
@@ -32,21 +32,10 @@ def answer(row: Mapping[str, Any], completion: str) -> float:
     Raises:
         TookTooLong: the formulas could not be compared in time; `lm.rollout.rewards` counts such a reward as 0.
     """
-    expected = expected_answer(row)
-    right, formulas = matches(expected, completion, undress(completion)[1])
-    return float(_equals_one_of(formulas, expected_reading(expected)) if right is None else right)
-
-
-def _equals_one_of(formulas: Sequence[str], expected: str) -> bool:
-    late = False
-    for formula in formulas:
-        equal = mathematics.equal(expected, formula)
-        if equal:
-            return True
-        late |= equal is None
-    if late:
+    right = matches(expected_answer(row), completion, undress(completion)[1])
+    if right is None:
         raise TookTooLong
-    return False
+    return float(right)
 
 
 # columns with the expected answer; if a row has several, the last one is used
