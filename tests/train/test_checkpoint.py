@@ -106,6 +106,7 @@ def test_names_are_paths_without_the_value_of_a_parameter():
     assert "0/mu/block/q" in named_leaves(state["opt_state"])
 
 
+@pytest.mark.slow
 def test_donating_after_save_cannot_change_what_is_saved(tmp_path):
     sharded = NamedSharding(mesh_of(8), PartitionSpec("fsdp"))
     replicated = NamedSharding(mesh_of(8), PartitionSpec())
@@ -399,6 +400,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.slow
 def test_a_refused_write_is_one_line_and_costs_nothing(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(LIMITED), str(tmp_path)],
@@ -421,18 +423,23 @@ TWO_PROCESSES = """
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     rows = np.arange(32, dtype=np.float32).reshape(8, 4)
     array = jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+    # One that every device has, so large that each writes a part of it.
+    large = np.arange(2**20, dtype=np.float32).reshape(1024, 1024)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    base = jax.make_array_from_callback(large.shape, everywhere, lambda index: large[index])
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2, 3):
-            items = {"policy": {"w": array * step, "base": array}}
+            items = {"policy": {"w": array * step, "base": base}}
             checkpoints.save(step, items, {"step": step}, untrained=["policy/base"])
         checkpoints.wait()
         wanted = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
-        found = checkpoints.restore({"policy": {"w": wanted, "base": wanted}})
+        whole = jax.ShapeDtypeStruct(large.shape, large.dtype, sharding=everywhere)
+        found = checkpoints.restore({"policy": {"w": wanted, "base": whole}})
     assert found.step == 3 == found.meta["step"]
     for shard in found.items["policy"]["w"].addressable_shards:
         assert (np.asarray(shard.data) == 3 * rows[shard.index]).all()
     for shard in found.items["policy"]["base"].addressable_shards:
-        assert (np.asarray(shard.data) == rows[shard.index]).all()
+        assert (np.asarray(shard.data) == large).all()
     print("same")
 """
 
@@ -458,9 +465,9 @@ def test_two_processes_save_and_agree_on_what_to_restore(tmp_path, unused_port):
             run.kill()
     assert [out.split()[-1:] for out, _ in results] == [["same"], ["same"]], results
     # What two processes saved, one restores.
-    wanted = jax.ShapeDtypeStruct((8, 4), jnp.float32)
-    found = Checkpoints(tmp_path).restore({"policy": {"w": wanted, "base": wanted}})
-    assert found.items["policy"]["w"][1, 0] == 12.0 and found.items["policy"]["base"][1, 0] == 4.0
+    wanted, whole = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 4), (1024, 1024)))
+    found = Checkpoints(tmp_path).restore({"policy": {"w": wanted, "base": whole}})
+    assert found.items["policy"]["w"][1, 0] == 12.0 and found.items["policy"]["base"][1, 0] == 1024.0
     assert json.loads((tmp_path / "00000003" / MANIFEST).read_text())["meta"] == {"step": 3}
 
 
