@@ -100,11 +100,12 @@ def test_the_gradient_of_loss_and_penalty_equals_finite_differences(name, monkey
     gradient = jax.tree.map(lambda x, y: x - y, before.models, after.models)
     length = float(optax.global_norm(gradient))
     stage, optimizer, step = tiny_stage(OBJECTIVES[name], microbatches=2), optax.sgd(1.0), 1e-2 / length
+    update = jax.jit(algorithm_of(stage).step(stage, optimizer))
 
     def loss(way):
         models = jax.tree.map(lambda x, g: x + way * step * g / length, before.models, gradient)
         state = type(before)(before.step, models, before.opt_state, before.carry, before.frozen)
-        return float(jax.jit(algorithm_of(stage).step(stage, optimizer))(state, random_batch())[1]["loss"])
+        return float(update(state, random_batch())[1]["loss"])
 
     np.testing.assert_allclose((loss(1) - loss(-1)) / (2 * step), length, rtol=2e-3)
 

@@ -835,6 +835,7 @@ def test_a_number_is_right_in_every_form_and_another_in_none(number, other, form
     assert answer({"answer": str(number)}, form.format(other)) == float(number == other)
 
 
+@pytest.mark.slow
 def test_mathematics_that_takes_too_long_is_not_equal(monkeypatch):
     monkeypatch.setattr(mathematics, "SECONDS", 1.0)
     assert not mathematics.equal("2^{3}", "9^{9^{9^{9}}}")

@@ -44,15 +44,20 @@ def complete(model, prompts, slots=0, **changes):
     return LocalEngine(model, TOKENIZER, slots=slots).complete(request)
 
 
+@jax.jit
+def next_token(model, padded, size, key, step, temperature):
+    """Of a whole forward pass over the first `size` tokens: the token after them, and its log-probability."""
+    places = jnp.arange(padded.shape[1])[None]
+    logits = model(padded, places, jnp.ones_like(padded))[:, size - 1]
+    return choose(logits, key, step[None], temperature)
+
+
 def plain_completion(model, prompt, number, sample, temperature=1.0):
     """A completion by a whole forward pass for every token."""
     key, tokens, logps = completion_keys(KEY, jnp.array([number]), jnp.array([sample])), list(prompt), []
-    forward = jax.jit(type(model).__call__)
     for step in range(NEW):
-        padded = jnp.array([tokens + [0] * (WIDTH + NEW - len(tokens))])
-        places = jnp.arange(padded.shape[1])[None]
-        logits = forward(model, padded, places, jnp.ones_like(padded))[:, len(tokens) - 1]
-        token, logp = choose(logits, key, jnp.array([step]), jnp.float32(temperature))
+        padded = np.array([tokens + [0] * (WIDTH + NEW - len(tokens))])
+        token, logp = next_token(model, padded, len(tokens), key, np.int32(step), np.float32(temperature))
         tokens.append(int(token[0]))
         logps.append(float(logp[0]))
         if tokens[-1] == END:
@@ -97,6 +102,7 @@ def test_a_completion_is_equal_to_the_bit_in_any_slot_and_beside_any_others(grou
             assert len(one.tokens) <= limit and (one.ended or len(one.tokens) == limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["plain", "windows", "bfloat16"])
 def test_completions_are_equal_to_the_bit_whichever_part_of_the_caches_is_read(family, monkeypatch):
     """The part follows the longest prompt and completion in progress, so it depends on the others."""
@@ -114,6 +120,7 @@ def test_completions_are_equal_to_the_bit_whichever_part_of_the_caches_is_read(f
         np.testing.assert_allclose(alone[1].logp, logps, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["plain", "windows"])
 def test_an_int8_cache_changes_log_probabilities_a_little(family, monkeypatch):
     monkeypatch.setattr("lm.rollout.slot_cache.BLOCK", 4)
@@ -182,6 +189,7 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
         np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_are_applied_or_merged():
     model, prompts = with_moved_adapter(tiny_model(), LoRA(rank=4), seed=1), prompts_of(6)
     applied, whole = complete(model, prompts, 4), complete(merged(model, "float32"), prompts, 4)

@@ -163,6 +163,7 @@ def test_engine_and_trainer_agree_over_both_turns(tokenizer, model, temperature)
     assert all(len(one.tokens) - one.prompt_length <= NEW for one in found)
 
 
+@pytest.mark.slow
 def test_what_a_row_samples_does_not_depend_on_the_others(tokenizer, model):
     """Other episodes end sooner or later, and ask otherwise."""
     one, other = (play(model, tokenizer, [5, *secrets], seed=8) for secrets in (range(1, 16), [10**9] * 15))

@@ -102,6 +102,7 @@ def test_prompts_are_asked_until_the_batch_is_full(tokenizer, model, monkeypatch
     assert prompts == [prompt for prompt in prompts[::GROUP] for _ in range(GROUP)]
 
 
+@pytest.mark.slow
 def test_a_sampler_of_its_own_is_weighed_by_what_the_trainer_thinks(tokenizer, model):
     one = stage(sampler="int4", tis_clip=2.0)
     experiment = Experiment("tiny", (one,), model=MODEL)

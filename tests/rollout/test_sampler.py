@@ -73,6 +73,7 @@ def test_ragged_prompts_are_answered_as_alone():
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
 
 
+@pytest.mark.slow
 def test_a_prompt_read_once_for_its_group_is_answered_as_read_for_each():
     model, (tokens, lengths) = tiny_model(), prompts()
     once = sample(model, tokens, lengths, 0.0, group_size=3)
@@ -129,6 +130,7 @@ def test_other_temperatures_do_not_compile_again():
     assert sample_tokens._cache_size() == size
 
 
+@pytest.mark.slow
 def test_random_numbers_belong_to_the_completion():
     """Of the group's size and of the number of prompts nothing depends."""
     model, (tokens, lengths) = tiny_model(), prompts(rows=4)

@@ -32,6 +32,7 @@ def conversation(words: int) -> list[dict]:
     return [{"role": "user", "content": "What is " + "3 + 4 " * words}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [1, 5, 12])
 def test_a_stream_in_pieces_is_the_answer_in_one_batch(tokenizer, model, words):
     messages = conversation(words)
