@@ -217,7 +217,7 @@ def test_long_and_deep_texts_are_shown_soon(two, browser):
               return (performance.now() - began) / 1000;
             }"""
         )
-        assert seconds < 10
+        assert seconds < 60  # far more if the time grew with the square of the length
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
