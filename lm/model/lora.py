@@ -63,6 +63,17 @@ def base_of(model: M) -> M:
     return model
 
 
+def sharing_base(model: M, other: M) -> M:
+    """The model with the arrays of another one of the same base for all parameters that are not of an adapter."""
+    arrays = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(other)}
+
+    def shared(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = leaf_name(path)
+        return leaf if any(fnmatch.fnmatchcase(name, one) for one in APART) else arrays[name]
+
+    return jax.tree_util.tree_map_with_path(shared, model)
+
+
 def without_base(model: Any) -> Any:
     """A model with None in place of the parameters of its adapter's base; a model without an adapter is unchanged."""
     if not (isinstance(model, nnx.Module) and has_adapter(model)):

@@ -14,6 +14,8 @@ import jax
 from lm.data.bad_rows import BadRow
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import nearest
+from lm.model.lora import sharing_base
+from lm.model.transformer import Transformer
 from lm.rollout.sampler import encode_prompt
 from lm.rollout.slots import sampling_model
 from lm.serve.completions import Delta, LiveCompletion
@@ -22,7 +24,7 @@ from lm.serve.protocol import Asked, Refused, Settings
 from lm.serve.schema import Tokens
 from lm.serve.slot_engine import NARROW, WIDE, SlotEngine
 from lm.serve.text_stream import TextStream
-from lm.train.loaded_run import LoadedRun, load_adapters, load_run
+from lm.train.loaded_run import load_adapters, load_run
 
 DEFAULT = "default"  # also a name of the first model
 
@@ -130,19 +132,23 @@ def load_models(
     Raises:
         UserError: there is no such model, or a size is larger than its context.
     """
-    loaded: dict[str, LoadedRun] = {}
+    served: dict[str, Served] = {}
     for stage in stages:
         base = load_run(folder, stage, length or LENGTH)
         name = base.stage or folder.stem
         prefix = f"{name}+" if len(stages) > 1 else ""
-        loaded |= {prefix + one if one else name: run for one, run in load_adapters(base, folder, adapters).items()}
-        loaded.setdefault(name, base)
-    served: dict[str, Served] = {}
-    for name in list(loaded):
-        run = loaded.pop(name)  # the weights as they were loaded are freed
-        sizes = sizes_for(run.model, slots, length, new, len(loaded) + len(served) + 1)
-        engine = SlotEngine(sampling_model(run.model), run.tokenizer, sizes)
-        served[name] = Served(name, run.tokenizer, Tokens(run.tokenizer), engine, int(time.time()))
+        runs = {prefix + one if one else name: run for one, run in load_adapters(base, folder, adapters).items()}
+        runs.setdefault(name, base)
+        sizes = sizes_for(base.model, slots, length, new, len(stages) * len(runs))
+        first: Transformer | None = None
+        for title, run in runs.items():
+            model = sampling_model(run.model)
+            # Adapters add their factors to the same weights.
+            model = first = model if first is None else sharing_base(model, first)
+            served[title] = Served(
+                title, run.tokenizer, Tokens(run.tokenizer), SlotEngine(model, run.tokenizer, sizes), int(time.time())
+            )
+        del base, runs, run  # the weights as they were loaded
     return served
 
 

@@ -20,6 +20,7 @@ from lm.interop.export import write
 from lm.interop.peft import write_adapter
 from lm.model.families import FAMILIES
 from lm.model.lora import adapted
+from lm.model.parameter import leaf_name
 from lm.model.transformer import Transformer
 from lm.serve import memory
 from lm.serve.memory import memory_of, sizes_for
@@ -102,6 +103,21 @@ def test_a_context_is_shortened_where_memory_is_short(folder, monkeypatch):
     whole = sizes_for(model, 8)
     monkeypatch.setattr(memory, "device_memory", lambda: memory_of(model, whole).cache * 6)
     assert whole.length == 2048 and sizes_for(model, 8).length == 1024 and sizes_for(model, 8, length=2048) == whole
+
+
+def test_adapters_share_the_weights_of_their_base(folder):
+    served = load_models(folder, [None], [str(folder.parent / name) for name in ("kind", "short")], 2, 64, 0)
+    leaves = {
+        name: {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(one.engine.model)}
+        for name, one in served.items()
+    }
+    base, kind = leaves[folder.name], leaves["kind"]
+    assert base and base.keys() < kind.keys() == leaves["short"].keys()
+    for name, leaf in base.items():
+        assert len({id(found[name]) for found in leaves.values()}) == 1, name
+        assert leaf.size
+    for name in kind.keys() - base.keys():
+        assert "/earlier/" in name and kind[name] is not leaves["short"][name]
 
 
 @pytest.mark.slow
