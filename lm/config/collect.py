@@ -29,9 +29,12 @@ NO_LEAST = -1e9
 """`Collect.least_score` that every answer reaches."""
 CONVERSATIONS = ("best", "all")
 READ_WITH: ReadWith = {
-    "least_score": ("make", CONVERSATIONS),
+    "least_score": ("make", (*CONVERSATIONS, "prompts")),
     "hint": ("make", CONVERSATIONS),
     "most_answers": ("make", ("all",)),
+    "least_pass": ("make", ("prompts",)),
+    "most_pass": ("make", ("prompts",)),
+    "most_copies": ("make", ("prompts",)),
 }
 
 
@@ -43,13 +46,13 @@ class Collect(ObjectiveConfig):
         "", "judge: stage of a reward model (NAME or RUN:NAME), or `people` (label page); empty: the verifier"
     )
     verifier: str = knob("", "verifier that judges the answers where judge is empty, or FILE:FUNCTION of your own")
-    make: Literal["pairs", "best", "all"] = knob(
+    make: Literal["pairs", "best", "all", "prompts"] = knob(
         "pairs",
-        "rows to write: preference pairs of any two answers to a prompt, conversations with the best answer, or with all different answers",
+        "rows to write: preference pairs of any two answers to a prompt, conversations with the best answer, or with all different answers; or the prompts, chosen by their pass rate",
     )
     least_score: float = knob(
         NO_LEAST,
-        "make best and all: score that an answer must reach to be written (rejection sampling); -1e9: none",
+        "make best and all: score that an answer must reach to be written (rejection sampling); make prompts: to pass; -1e9: none",
         least=NO_LEAST,
         most=1e9,
     )
@@ -58,6 +61,19 @@ class Collect(ObjectiveConfig):
         "make all: maximum number of answers written for a prompt, the first different ones; 0: all",
         least=0,
         most=2**16,
+    )
+    least_pass: float = knob(
+        0.0,
+        "make prompts: least pass rate of a prompt, the fraction of its answers that reach least_score",
+        least=0,
+        most=1,
+    )
+    most_pass: float = knob(1.0, "make prompts: largest pass rate of a prompt", least=0, most=1)
+    most_copies: int = knob(
+        1,
+        "make prompts: copies of a prompt with pass rate 0; at pass rate p this times 1 - p, rounded up, so a prompt that is always solved has none (Kimi k1.5)",
+        least=1,
+        most=1024,
     )
     hint: str = knob(
         "",
@@ -113,6 +129,8 @@ class Collect(ObjectiveConfig):
                 f"{where}.hint is {self.hint!r} and least_score is {NO_LEAST:g}, which every answer reaches; least_score should be the "
                 "score of a right answer, or hint empty"
             )
+        if self.make == "prompts":
+            _check_prompts(where, self)
         if not self.judge and not self.verifier:
             raise UserError(
                 f"{where}.judge and {where}.verifier are empty; judge should be the stage of a reward model or people, or "
@@ -122,3 +140,16 @@ class Collect(ObjectiveConfig):
             raise UserError(
                 f"{where}.make is {self.make} and judge is people, who compare pairs of answers and give no scores: make should be pairs"
             )
+
+
+def _check_prompts(where: str, o: Collect) -> None:
+    if o.least_score == NO_LEAST:
+        raise UserError(
+            f"{where}.make is prompts and least_score is {NO_LEAST:g}, which every answer reaches; least_score should be the score of "
+            "a right answer"
+        )
+    if o.least_pass > o.most_pass:
+        raise UserError(
+            f"{where}.least_pass is {o.least_pass:g} and most_pass {o.most_pass:g}; no pass rate is between them: least_pass should be at most "
+            "most_pass"
+        )

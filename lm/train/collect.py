@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from lm.train.callbacks import listener
 from lm.train.collected import ROWS_FILE
 from lm.train.goodput import Costs, seconds_spent
 from lm.train.loop import Interrupted, RunContext, summarise
-from lm.train.metrics import MetricsLog, Progress
+from lm.train.metrics import MetricsLog, Progress, json_value
 from lm.train.signals import StoppedBySignal
 from lm.train.trajectory_files import rewind_trajectories
 from lm.train.trajectory_writer import keep_trajectories
@@ -122,7 +123,7 @@ def _answer(
     scored = functools.partial(_scored_answers, run, stage, model, scorers, step=step)
     found, scores, line = scored(tasks, key=key)
     groups = [found[start : start + o.answers] for start in range(0, len(found), o.answers)]
-    made = [_row(group, marks) for group, marks in zip(groups, scores, strict=True)]
+    made = [_row(group, marks, o.make == "prompts") for group, marks in zip(groups, scores, strict=True)]
     missed = [number for number, marks in enumerate(scores) if marks and max(marks) < o.least_score]
     if o.least_score > NO_LEAST:
         line["solved"] = 1 - len(missed) / len(made)
@@ -174,10 +175,12 @@ def _scores(
     return np.asarray(fetch(score_rows(scorers, to_devices(batch, batch_sharding(run.mesh), None, len(found)))))
 
 
-def _row(group: Sequence[Trajectory], scores: list[float] | None) -> Row:
+def _row(group: Sequence[Trajectory], scores: list[float] | None, with_task: bool) -> Row:
     turns = plain_prompt(group[0].task, "the prompt")
     prompt = turns[0]["content"] if len(turns) == 1 else turns
     made: Row = {"prompt": prompt, "answers": [one.text for one in group]}
+    if with_task:
+        made["task"] = json_value(dict(group[0].task))
     return made if scores is None else made | {"scores": scores}
 
 
@@ -268,13 +271,37 @@ def make_conversations(folder: Path, name: str, o: Collect) -> None:
     write_rows(folder / ROWS_FILE, rows)
 
 
-def _rows_of(path: Path) -> list[Row]:
-    """Read the rows of answers.jsonl. Raises UserError if a row lacks a score for an answer."""
-    rows = [row for _, row in read_json_lines(path, ANSWER_FIELDS | {"scores": list})]
+def make_prompts(folder: Path, name: str, o: Collect) -> None:
+    """Write the tasks whose pass rate is from `least_pass` to `most_pass`, with the column `pass_rate`, and more copies of hard ones.
+
+    A prompt gives no signal to a group's advantages if all of its answers pass, or none does (DAPO, arXiv:2503.14476, section 3.2);
+    sampling in proportion to 1 - pass rate is that of Kimi k1.5 (arXiv:2501.12599, section 2.3.3).
+
+    Raises:
+        UserError: no prompt is left.
+    """
+    rows = []
+    rates = []
+    for row in _rows_of(folder / ANSWERS, {"task": dict}):
+        rate = float(np.mean([score >= o.least_score for score in row["scores"]]))
+        rates.append(rate)
+        if o.least_pass <= rate <= o.most_pass:
+            rows += [row["task"] | {"pass_rate": rate}] * math.ceil(o.most_copies * (1 - rate))
+    if not rows:
+        raise UserError(
+            f"{name}: none of the {len(rates)} prompts in {folder / ANSWERS} has a pass rate from {o.least_pass:g} to {o.most_pass:g} below "
+            f"1; they are from {min(rates):g} to {max(rates):g}: there is nothing to train on"
+        )
+    write_rows(folder / ROWS_FILE, rows)
+
+
+def _rows_of(path: Path, fields: Mapping[str, type] = {}) -> list[Row]:
+    """Read the rows of answers.jsonl. Raises UserError if a row lacks one of the fields, or a score for an answer."""
+    rows = [row for _, row in read_json_lines(path, {**ANSWER_FIELDS, "scores": list, **fields})]
     for number, row in enumerate(rows, start=1):
         if [type(score) for score in row["scores"]] != [float] * len(row["answers"]) or not row["answers"]:
             raise UserError(f"{path}:{number} lacks a score for each answer: put back a copy of the file")
     return rows
 
 
-MAKERS = {"pairs": make_pairs, "best": make_conversations, "all": make_conversations}
+MAKERS = {"pairs": make_pairs, "best": make_conversations, "all": make_conversations, "prompts": make_prompts}

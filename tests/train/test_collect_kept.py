@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lm.experiment import SFT, Collect, Source, Stage, UserError, from_dict
+from lm.experiment import GRPO, SFT, Collect, Source, Stage, UserError, from_dict
 from lm.json_lines import rewrite_json_lines
 from lm.rollout import engine
-from lm.train.collect import ANSWERS, make_conversations
+from lm.train.collect import ANSWERS, make_conversations, make_prompts
 from lm.train.collected import ROWS_FILE
 from lm.train.loop import Interrupted
 from lm.train.signals import Stop
@@ -54,6 +54,37 @@ def test_no_right_answer_is_told(tmp_path):
         written(tmp_path, make="best", least_score=2.0)
 
 
+TASKS = [
+    {
+        "prompt": name,
+        "answers": ["x"] * 4,
+        "scores": [1.0] * right + [0.5] * (4 - right),
+        "task": {"q": name, "a": [right]},
+    }
+    for name, right in (("never", 0), ("once", 1), ("often", 3), ("always", 4))
+]
+
+
+@pytest.mark.parametrize("fields, kept", [
+    ({}, {"never": 1, "once": 1, "often": 1}),
+    ({"least_pass": 0.2}, {"once": 1, "often": 1}),
+    ({"most_pass": 0.25}, {"never": 1, "once": 1}),
+    ({"most_copies": 4}, {"never": 4, "once": 3, "often": 1}),
+    ({"least_score": 0.5, "least_pass": 1.0}, None),
+])  # fmt: skip
+def test_prompts_are_written_by_their_pass_rate(tmp_path, fields, kept):
+    (tmp_path / ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in TASKS))
+    o = Collect(verifier="answer", make="prompts", **{"least_score": 1.0} | fields)
+    if kept is None:
+        with pytest.raises(UserError, match=r"none of the 4 prompts .* from 1 to 1 below 1; they are from 1 to 1"):
+            make_prompts(tmp_path, "measure", o)
+        return
+    make_prompts(tmp_path, "measure", o)
+    rows = [json.loads(line) for line in (tmp_path / ROWS_FILE).read_text().splitlines()]
+    assert {name: sum(row["q"] == name for row in rows) for name in kept} == kept and len(rows) == sum(kept.values())
+    assert all(row["pass_rate"] == row["a"][0] / 4 for row in rows)
+
+
 VERIFIER = "import zlib\n\ndef score(row, completion):\n    return zlib.crc32(completion.encode()) % 4 / 3\n"
 
 
@@ -78,8 +109,8 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def answers(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "stages" / "collect" / ANSWERS).read_text().splitlines()]
+def answers(run_dir: Path, stage: str = "collect") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "stages" / stage / ANSWERS).read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -132,3 +163,27 @@ def test_a_signal_ends_the_sampling_and_a_resume_samples_the_same(folder, monkey
     assert metrics(folder / "run", "collect") == metrics(where, "collect")
     sampled = [[path.name for path in trajectory_files(root / "stages/collect")] for root in (folder / "run", where)]
     assert sampled[0] == sampled[1]
+
+
+@pytest.mark.slow
+def test_a_policy_trains_on_the_prompts_that_it_neither_always_nor_never_solves(folder):
+    measure = Collect(
+        verifier=f"{folder / 'judge.py'}:score", make="prompts", least_score=0.5, least_pass=0.1, most_pass=0.9, answers=4,
+        max_new_tokens=4, most_copies=2,
+    )  # fmt: skip
+    whole = from_dict(json.loads((folder / "run" / "experiment.json").read_text()))
+    asked, few = whole.stages[1].sources, {"batch_size": 4, "seq_len": 48}
+    reason = GRPO(verifier=f"{folder / 'judge.py'}:score", group_size=2, max_new_tokens=4)
+    stages = (
+        whole.stages[0],
+        Stage("measure", measure, asked, steps=2, **few),
+        Stage("reason", reason, (Source("collected:measure", holdout=0.0),), CONSTANT, **few, steps=1),
+    )
+    run(type(whole)(**vars(whole) | {"stages": stages}), folder / "measured")
+    rows = [json.loads(line) for line in (folder / "measured/stages/measure" / ROWS_FILE).read_text().splitlines()]
+    rates = {row["question"]: row["pass_rate"] for row in rows}
+    assert rates and all(0.1 <= rate <= 0.9 for rate in rates.values()) and all("answer" in row for row in rows)
+    judged = answers(folder / "measured", "measure")
+    mean = {row["prompt"]: sum(score >= 0.5 for score in row["scores"]) / 4 for row in judged}
+    assert {prompt for prompt, rate in mean.items() if 0.1 <= rate <= 0.9} == set(rates)
+    assert len(metrics(folder / "measured", "reason")) == 1
