@@ -18,11 +18,18 @@ def model():
     return tiny_model(max_len=LONGEST)
 
 
+@jax.jit
+def log_probabilities(model, row, segments):
+    hidden, _ = model.hidden(row, jnp.arange(row.shape[1])[None], segments)
+    return jax.nn.log_softmax(model.logits(hidden[0]).astype(jnp.float32))
+
+
 def alone(model, context, tokens):
-    """Reference: the logits of one row without padding."""
-    row = np.array([[*context, *tokens]])[:, -(LONGEST + 1) : -1]
-    hidden, _ = model.hidden(row, np.arange(row.shape[1])[None], np.ones_like(row))
-    logp = jax.nn.log_softmax(model.logits(hidden[0]).astype(jnp.float32))[-len(tokens) :]
+    """Reference: the logits of a row that holds nothing else; padding after it, so that one program does for all."""
+    row = [*context, *tokens][-(LONGEST + 1) : -1]
+    padded, real = np.zeros((1, LONGEST), np.int32), np.arange(LONGEST)[None] < len(row)
+    padded[0, : len(row)] = row
+    logp = np.asarray(log_probabilities(model, padded, real.astype(np.int32)))[len(row) - len(tokens) : len(row)]
     chosen = logp[np.arange(len(tokens)), np.array(tokens)]
     return float(chosen.sum()), bool((chosen >= logp.max(-1)).all())
 

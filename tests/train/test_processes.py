@@ -15,8 +15,7 @@ from lm.train.metrics import read_lines
 from tests import processes
 from tests.train.runs import CLOCKS, metrics
 
-# One worker has the runs: they are made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slow
 
 EXPERIMENT = """
 from lm.experiment import (
@@ -47,7 +46,7 @@ experiment = Experiment(
         Eval("text", text, "bits_per_byte", count=2),
         Eval("manners", preferences, verifier="style", count=4, max_new_tokens=4, temperature=1.0),
     ),
-    prompts=("What is an LLM?",),
+    prompts=(),
 )
 """
 # One stage that measures nothing, with enough steps that a signal comes in time.
@@ -56,13 +55,13 @@ import dataclasses
 from lm.files import load
 
 few = load("smoke.py")
-stage = dataclasses.replace(few.stages[0], steps=80, save_every=5)
-experiment = dataclasses.replace(few, stages=(stage,), evals=(), prompts=())
+stage = dataclasses.replace(few.stages[0], steps=40, save_every=5)
+experiment = dataclasses.replace(few, stages=(stage,), evals=())
 """
 STAGES = ("pretrain", "sft", "preference", "judged", "scored", "asked", "again", "ppo", "reason")
 LM = ("-m", "lm.cli.main", "run", "smoke.py")
 LONG = ("-m", "lm.cli.main", "run", "alone.py", "--no-report")
-STEPS = 80
+STEPS = 40
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,8 @@ def test_every_chart_says_how_to_read_it(finished):
     declared = [chart for kind in OBJECTIVES.values() for chart in (*kind.charts, *kind.small_charts)]
     drawn = [chart for stage in read_run(finished).stages for chart in charts.stage_charts(stage)]
     assert [chart.title for chart in [*declared, *drawn] if not chart.note.endswith(".")] == []
-    assert all(visible(chart.note) in page_of(finished).text for chart in drawn)
+    text = page_of(finished).text
+    assert all(visible(chart.note) in text for chart in drawn)
 
 
 def test_rewards_of_several_verifiers_have_a_chart_with_a_curve_each(finished):
