@@ -41,20 +41,23 @@ LAYOUTS = {
     },
     "microbatches4": ({}, {"microbatches": 4}, {}),
     "microbatches2_on_data2_fsdp2": ({"data": 2, "fsdp": 2}, {"microbatches": 2}, {}),
+    "microbatches2_on_data2_fsdp2_tensor2": ({"data": 2, "fsdp": 2, "tensor": 2}, {"microbatches": 2}, {}),
     "remat_full": ({}, {}, {"remat": "full"}),
     "remat_minimal": ({}, {}, {"remat": "minimal"}),
     "remat_dots_unrolled": ({}, {}, {"remat": "dots", "scan_unroll": 2}),
 }
-# Other sums over the rows of a model whose layouts are tested with another objective.
-SUMS_ONLY = set(OBJECTIVES) - {"pretrain", "dpo", "ppo", "grpo_token"}
-RANKS = {"dpo_ranked"}  # the pairs of a batch, which microbatches would part
-CASES = [
-    (name, where)
-    for name in OBJECTIVES
-    for where in LAYOUTS
-    if (name not in SUMS_ONLY or where in ("data2_fsdp2_tensor2", "microbatches2_on_data2_fsdp2"))
-    and not (name in RANKS and where.startswith("microbatches"))
-]
+# Every axis, each objective that adds something: pairs with a reference, two models that train, a rollout's groups.
+EVERY_AXIS = (
+    "data8", "fsdp8", "data2_fsdp2_tensor2", "slices2_fsdp2_context2", "expert2_context2_tensor2",
+    "microbatches2_on_data2_fsdp2",
+)  # fmt: skip
+WHERE = {
+    "pretrain": LAYOUTS,  # every pair of axes, and what only the model reads
+    **dict.fromkeys(("dpo", "ppo", "grpo_token"), EVERY_AXIS),
+    "dpo_ranked": ("data2_fsdp2_tensor2",),  # it ranks the pairs of a batch, which microbatches would part
+}
+OTHERS = ("microbatches2_on_data2_fsdp2_tensor2",)  # other sums over the rows of the same model
+CASES = [(name, where) for name in OBJECTIVES for where in WHERE.get(name, OTHERS)]
 
 
 def made(objective, model_changes, **changes):
@@ -95,12 +98,15 @@ def prepared(objective, mesh_sizes, stage_changes, model_changes):
 
 
 def two_steps(objective, mesh_sizes, stage_changes, model_changes, make_batch=random_batch):
-    """Parameters, optimizer state and metrics after two steps in a layout."""
+    """Parameters, optimizer state and metrics after two steps in a layout, of one program that calls no host."""
     mesh, step, state = prepared(objective, mesh_sizes, stage_changes, model_changes)
     with jax.set_mesh(mesh):
-        for seed in (0, 1):
-            state, metrics = step(state, jax.device_put(make_batch(seed=seed), batch_sharding(mesh)))
-        assert step._cache_size() == 1
+        batches = [jax.device_put(make_batch(seed=seed), batch_sharding(mesh)) for seed in (0, 1)]
+        program = step.lower(state, batches[0]).compile()
+        text = program.as_text()
+        assert "callback" not in text and "outfeed" not in text
+        for batch in batches:
+            state, metrics = program(state, batch)  # which takes no arguments of another shape or layout
     return jax.device_get((jax.tree.leaves(state.models), jax.tree.leaves(state.opt_state), metrics))
 
 
@@ -163,8 +169,10 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("where", SHARED)
-@pytest.mark.parametrize("name", ["grpo_token", "grpo_sequence"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [*(("grpo_sequence", where) for where in SHARED), ("grpo_token", "one"), ("grpo_token", "context2")],
+)
 def test_a_prompt_computed_once_for_its_group_gives_the_same_result_in_any_layout(name, where):
     assert_same(two_steps(OBJECTIVES[name], *SHARED[where], grouped_batch), repeating(name))
 
@@ -186,12 +194,6 @@ def test_a_shared_prompt_is_computed_once(where, tokens):
         for batch in (grouped_batch(), repeating_batch())
     )
     assert once < tokens * often
-
-
-@pytest.mark.parametrize("name", ["pretrain", "dpo", "dpo_ranked", "orpo", "kto", "reward_model", "ppo", "grpo_token"])
-def test_a_compiled_step_calls_no_host(name):
-    text = compiled(name, {"data": 8}, {}).as_text()
-    assert "callback" not in text and "outfeed" not in text
 
 
 def test_devices_share_the_rows_of_every_microbatch():
