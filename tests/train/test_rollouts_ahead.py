@@ -36,7 +36,7 @@ def experiment(root: Path, objective, **changes) -> Experiment:
     few = {"steps": 6, "save_every": 2, "batch_size": 4, "seq_len": 48} | changes
     return Experiment(
         name="ahead",
-        prompts=("Tell abcd",),
+        prompts=(),
         tokenizer=Tokenizer(vocab_size=320),
         model=Model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32, max_len=64),
         mesh=Mesh(data=1),
@@ -147,16 +147,15 @@ def test_each_step_trains_on_samples_of_the_weights_two_steps_ago(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [(1,), (4,), (5, 6)])  # the checkpoint of step 4 is resumed twice
-def test_a_run_that_was_killed_goes_on_to_the_bit(whole, tmp_path, monkeypatch, steps):
+def test_a_run_that_was_killed_goes_on_to_the_bit(whole, tmp_path, monkeypatch):
     value, folder = whole
-    for step in steps:
+    for step in (1, 4, 5, 6):  # before the first checkpoint, with that of step 2, and twice with that of step 4
         with monkeypatch.context() as patch:
             killed_at(patch, step)
             with pytest.raises(Killed):
                 run(value, tmp_path / "run")
-    logged = {step_of(path) for path in (tmp_path / "run/stages/reason" / AHEAD).iterdir()}
-    assert logged >= {min(step + later, 6) for later in (1, 2)}
+        logged = {step_of(path) for path in (tmp_path / "run/stages/reason" / AHEAD).iterdir()}
+        assert logged >= {min(step + later, 6) for later in (1, 2)}
     run(value, tmp_path / "run")
     same(value, folder, tmp_path / "run")
 
