@@ -70,6 +70,7 @@ def test_last_logits(trained):
             np.testing.assert_allclose(found[number, : len(one["ids"])], stored[f"all_logits_{number}"], atol=CLOSE)
 
 
+@pytest.mark.slow
 def test_greedy_continuations(trained):
     _, golden, model, _ = trained
     prompts = golden["prompts"]

@@ -64,6 +64,7 @@ def test_the_last_queries_alone_are_those_of_all(queries):
         np.testing.assert_allclose(have_d, want_d, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [100, 200])  # one block, and two
 def test_bfloat16_is_as_near_to_float32_as_the_plain_one(length):
     positions, segments = packed(2, length)

@@ -53,6 +53,7 @@ def test_adapters_of_several_stages_stay_apart_and_merge_into_what_they_compute(
         assert leaf is named_leaves(base)[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "dora"])
 def test_gradients_of_the_factors_are_those_of_finite_differences(kind):
     model, batch = with_moved_adapter(tiny_model(), KINDS[kind], 2), random_batch(4)

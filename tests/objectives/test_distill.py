@@ -91,6 +91,7 @@ def test_a_teacher_that_is_the_student_has_divergence_0_and_certain_models_are_f
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_chunks_of_the_vocabulary_give_the_same_divergence_and_gradient():
     batch = random_batch(rows=4)
     batch = DistillBatch(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(DistillBatch)})

@@ -159,6 +159,7 @@ def largest(jaxpr) -> int:
     return max(sizes)
 
 
+@pytest.mark.slow
 def test_chunks_in_bfloat16_add_up_their_gradients_in_float32():
     config = Model(
         num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=32, max_len=512,

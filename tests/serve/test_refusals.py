@@ -184,6 +184,7 @@ def test_with_a_token_nothing_but_health_is_served_without_it(serve):
             assert response.status == status
 
 
+@pytest.mark.slow
 def test_a_full_queue_and_a_request_whose_time_is_over(serve):
     long = {"model": "default", "messages": [TURN], "temperature": 0}
     with serve(slots=1, queue=1, seconds=0.6, max_len=4000, new=3900) as small, ThreadPoolExecutor(2) as pool:

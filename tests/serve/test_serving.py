@@ -48,6 +48,7 @@ def streamed(running, **asked):
     return texts, ends
 
 
+@pytest.mark.slow
 def test_many_streams_at_once_are_each_the_greedy_answer_alone(running):
     alone = {question: offline(running, chat(question))[0][0] for question in QUESTIONS}
     asked = QUESTIONS * 4  # six times as many as there are slots
@@ -193,6 +194,7 @@ def test_an_answer_by_a_schema_is_valid_json_beside_free_ones(running):
         assert set(value) == {"answer", "sure"} and 0 <= value["answer"] <= 999 and choice.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_a_short_prompt_begins_within_three_steps_beside_many_streams(serve):
     with serve(slots=33, max_len=2000, new=1900) as many:
         others = [

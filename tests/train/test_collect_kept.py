@@ -126,6 +126,7 @@ def test_prompts_without_a_right_answer_are_asked_again_with_the_hint(folder):
         assert line.get("solved_with_hint", 1.0) == sum(max(row["scores"]) >= 1 for row in of_step) / 4
 
 
+@pytest.mark.slow
 def test_a_resumed_collection_is_the_same(folder):
     copy = folder / "resumed"
     shutil.copytree(folder / "run", copy)

@@ -162,6 +162,7 @@ READ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SINKS)
 def test_a_sink_shows_the_files_after_a_session_that_rewound(name, tmp_path, folder, monkeypatch):
     pytest.importorskip(SINKS[name].library)
@@ -240,6 +241,7 @@ def test_a_sink_that_hangs_holds_up_no_step_and_the_end_only_for_its_patience(tm
     ]
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_without_sinks_when_all_of_them_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(SinkKind, "open", refused)
     write_questions(tmp_path)
