@@ -64,7 +64,7 @@ class DeviceEstimate:
 
 def estimate(program: Program) -> DeviceEstimate:
     """Estimate memory and time of a stage's update."""
-    state, counted = program.state(), set[int]()
+    state, counted = program.state, set[int]()
     analysis = analysis_of(program)
     gradient = analysis.usage(*gradient_block(program))
     update = analysis.in_parts(update_block(program))
@@ -99,14 +99,14 @@ def estimate(program: Program) -> DeviceEstimate:
 
 def repeated_bytes(program: Program) -> int:
     """Bytes on one device that the arguments of a step have more than its state, because some are the same array."""
-    state = program.state().models, program.state().frozen
+    state = program.state.models, program.state.frozen
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return sum(parameter_bytes(leaf, program) for leaf in leaves) - parameter_bytes(state, program)
 
 
 def _casts(program: Program) -> int:
     """Bytes of the layers' weights cast to the compute dtype, including frozen models used in the microbatch loop."""
-    state, stage = program.state(), program.stage
+    state, stage = program.state, program.stage
     again = stage.microbatches > 1 and algorithm_of(stage).extra_forward_passes(stage.objective) > 0
     return cast_bytes(state.models, program) + (cast_bytes(state.frozen, program) if again else 0)
 

@@ -67,7 +67,7 @@ def compile_step(program: Program, libtpu: str | None = None) -> Compiled:
     compiler = find_libtpu(libtpu)
     devices = tpu_devices(program.topology, compiler)
     mesh = make_mesh(program.mesh, devices)
-    state, batch = program.state(), program.batch()
+    state, batch = program.state, program.batch()
     step = Stepper(program.stage, program.optimizer, shardings(split_state(state, program.stage), mesh), mesh)
     return compile_program(lambda: step.lower(state, batch), mesh, program.topology, compiler)
 

@@ -120,7 +120,7 @@ def parts(program: Program) -> dict[tuple[int, ...], int]:
     gradient, is assumed to be split like it. Sizes are sorted, because a gradient may be computed transposed.
     """
     found: dict[tuple[int, ...], int] = {}
-    state = one_device(program).state()
+    state = one_device(program).state
     for leaf in jax.tree.leaves((state.frozen, state.models), is_leaf=lambda x: isinstance(x, nnx.Variable)):
         names: tuple[str, ...] = leaf.get_metadata("out_sharding")
         shape = leaf.get_value().shape

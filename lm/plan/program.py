@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -85,13 +86,14 @@ class Program:
         """The model with abstract values (shapes and dtypes)."""
         return abstract_model(self.model, self.vocab_size)
 
+    @functools.cached_property
     def state(self) -> TrainState:
         """The training state with abstract values."""
         return abstract_state(self.stage, self.optimizer, self.model, self.vocab_size, self.before, self.teacher)
 
     def trained(self) -> Models:
         """The trained models with abstract values, and None for each frozen parameter."""
-        return partition(self.state().models, self.stage)[0]
+        return partition(self.state.models, self.stage)[0]
 
     def batch(self) -> TokenBatch:
         """The batch of an update with abstract values."""

@@ -1,6 +1,7 @@
 """Plans by arithmetic: every experiment in seconds, memory as the compiler has it, sampler, layouts, advice."""
 
 import dataclasses
+import functools
 import json
 import typing
 
@@ -55,6 +56,7 @@ OBJECTIVES = {
 }
 
 
+@functools.cache  # several tests compare with the plan of the same experiment
 def plan(value, topology=SMALL):
     return plan_stage(value, "train", topology)
 
@@ -140,6 +142,7 @@ def test_every_objective_is_planned(name):
     assert model_flops(found.program) == pytest.approx(per_token * rows * 256 / 4)
 
 
+@pytest.mark.slow
 def test_a_larger_teacher_is_counted(tmp_path):
     """Its parameters in the state, its forward pass in the FLOPs."""
     small = experiment(Distill(teacher_prompt="{prompt} {answer}", max_new_tokens=64))
@@ -154,22 +157,24 @@ def test_a_larger_teacher_is_counted(tmp_path):
     )
 
 
+@functools.cache
+def kernel_flops(*windows):
+    """FLOPs of the attention kernel with a layer of each window."""
+    model = {"pattern": tuple(map(Layer, windows)), "attention_blocks": (128,) * 4, "max_len": 512}
+    value = experiment(model=model, seq_len=512)
+    return estimate(resolve(value, value.stages[0], SMALL)).kernel_flops
+
+
 @pytest.mark.parametrize("window", [1, 2, 128, 129, 130, 300, 512, 4096])
 def test_a_kernel_with_a_window_is_counted_by_the_blocks_that_it_shows(window):
     """Of a pattern each layer by its own; a block of which the window shows one pair is computed whole."""
-    places, blocks = jnp.arange(512)[None], (128,) * 4
+    places = jnp.arange(512)[None]
 
     def shown(window):
         mask = attention_mask(places, places, places * 0, places * 0, window)[0]
         return int(mask.reshape(4, 128, 4, 128).any((1, 3)).sum())
 
-    def counted(*windows):
-        pattern = tuple(Layer(window=window) for window in windows)
-        model = {"pattern": pattern, "attention_blocks": blocks, "max_len": 512}
-        value = experiment(model=model, seq_len=512)
-        return estimate(resolve(value, value.stages[0], SMALL)).kernel_flops
-
-    assert counted(window, 0) / counted(0, 0) == pytest.approx((shown(window) + shown(0)) / (2 * shown(0)))
+    assert kernel_flops(window, 0) / kernel_flops(0, 0) == pytest.approx((shown(window) + shown(0)) / (2 * shown(0)))
 
 
 def test_products_as_executed_are_those_of_the_model_and_of_what_is_recomputed():
