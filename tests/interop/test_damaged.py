@@ -77,7 +77,7 @@ CONFIGS = {
     ),
     "part of a head is turned": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "and in rope": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-    "biases": ({"attention_bias": True}, "attention_bias is True"),
+    "biases": ({"mlp_bias": True}, "mlp_bias is True"),
     "another activation": ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
     "softcaps": ({"attn_logit_softcapping": 50.0}, "does not know attn_logit_softcapping 50.0"),
     "multipliers": ({"embedding_multiplier": 12.0, "logits_scaling": 8}, "embedding_multiplier 12.0, logits_scaling 8"),

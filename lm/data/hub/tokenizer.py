@@ -158,8 +158,8 @@ class HubTokenizer:
     def _reader(self, name: str) -> Reader:
         if not self.chats:
             raise UserError(
-                f"{self._where} has no chat template, which conversations need: give one in Jinja with "
-                "--tokenizer.chat_template FILE, or train on texts"
+                f"{self._where} has no chat template, which conversations need: put one in Jinja into the folder as "
+                f"{hub_files.TEMPLATE}, name one with --tokenizer.chat_template FILE, or train on texts"
             )
         return self._readers[name if name in self._readers else "default"]
 

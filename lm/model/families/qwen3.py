@@ -8,6 +8,7 @@ FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     max_len=32768,
     fixed={"qk_norm": True},
+    fields={"attention_bias": ("qkv_bias", "output_bias")},
     defaults=WINDOWS,
     ignored=tuple(WINDOWS),
     slides=lambda config, layer: layer >= config["max_window_layers"],
