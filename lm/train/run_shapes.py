@@ -11,6 +11,7 @@ from lm.shapes import Shape, anything, is_count, is_flag, is_list, is_none, is_n
 NUMBER = (is_number, is_none)  # null: it was not finite
 PLACE = {"step": is_count, "when": one_of("before", "during", "after")}
 MEASURED = {**PLACE, "eval": is_text, "count": is_count, "passed_over?": {"*": is_count}}
+SAMPLE = {**PLACE, "prompt": is_text, "eval?": is_text, "chosen?": is_text, "rejected?": is_text}
 METRICS = typing.get_args(typing.get_type_hints(Eval)["metric"])
 COMPLETION = {"text": is_text, "reward": NUMBER, "advantage": NUMBER}
 
@@ -30,13 +31,12 @@ LINES: dict[str, tuple[str, dict[str, Shape]]] = {
     "samples": (
         "kind",
         {
-            "prompt": {**PLACE, "prompt": is_text, "answer": is_text},
-            "pair": {**PLACE, "prompt": is_text, "chosen": is_text, "rejected": is_text, "margin": NUMBER},
+            "prompt": {**SAMPLE, "answer": is_text},
+            "pair": {**SAMPLE, "chosen": is_text, "rejected": is_text, "margin": NUMBER},
             "heldout": {
-                **PLACE, "eval": is_text, "prompt": is_text, "answer": is_text, "expected?": is_text, "reward?": NUMBER,
-                "score?": NUMBER,
+                **SAMPLE, "eval": is_text, "answer": is_text, "expected?": is_text, "reward?": NUMBER, "score?": NUMBER,
             },
-            "rollout": {**PLACE, "prompt": is_text, "completions": [COMPLETION]},
+            "rollout": {**SAMPLE, "completions": [COMPLETION]},
         },
     ),
     "warnings": ("", {"": {"step": is_count, "text": is_text}}),

@@ -168,6 +168,7 @@ BAD_LINES = {
     "samples": (
         {"kind": "prompt", "prompt": 5, "answer": "a"}, {"kind": "other"}, {"kind": "pair", "prompt": "a", "chosen": "b", "margin": 0},
         {"kind": "rollout", "prompt": "a", "completions": [{"text": None}]}, {"kind": "heldout", "prompt": "a", "answer": "b", "eval": {}},
+        {"kind": "prompt", "prompt": "a", "answer": "b", "eval": []}, {"kind": "rollout", "prompt": "a", "completions": [], "chosen": {}},
     ),
     "warnings": ({"text": 5},),
     "benchmarks": ({"task": 5}, {"task": "a", "metric": "acc", "count": 4, "fewshot": [0]}),
