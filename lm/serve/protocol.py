@@ -39,7 +39,8 @@ class Refused(Exception):
 
     def body(self) -> dict[str, Any]:
         """The response's JSON."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _text(self.param)
+        return {"error": {"message": _text(str(self)), "type": self.kind, "param": param, "code": self.code}}
 
 
 @dataclass(frozen=True)

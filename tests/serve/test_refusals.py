@@ -86,6 +86,7 @@ BAD = [
         (CHAT, GOOD | {"response_format": {"type": "json_schema", "json_schema": {"schema": one}}}, 400, "response_format")
         for one in UNUSABLE
     ),
+    (CHAT, GOOD | {"\ud800": 1}, 400, "?"),
     (CHAT, GOOD | {"messages": []}, 400, "messages"),
     (CHAT, GOOD | {"messages": "hello"}, 400, "messages"),
     (CHAT, GOOD | {"messages": ["hello"]}, 400, "messages[0]"),
