@@ -8,6 +8,7 @@ the items as JSON lines. Items are drawn in nanochat's order, and have the same 
 from __future__ import annotations
 
 import csv
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def read_core(folder: Path) -> list[CoreTask]:
         raise UserError(
             f"{error.filename}: {error.strerror}; metric core reads a folder with {CONFIG}, {BASELINES} and {DATA}/"
         ) from error
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, csv.Error, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{folder}: {CONFIG} needs icl_tasks, and {BASELINES} the columns Eval Task and Random baseline ({error!r:.100})"
         ) from error
@@ -95,8 +96,8 @@ def _read_task(folder: Path, number: int, task: Any, baselines: Mapping[str, flo
             f"{folder / BASELINES}: task {label} has no Random baseline from 0 to below 100{nearest(label, baselines)}"
         )
     file = folder / DATA / task["dataset_uri"]
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file ({where}.dataset_uri)")
+    if not os.path.isfile(file):  # also false of a name that is too long
+        raise UserError(f"{file!s:.300}: there is no such file ({where}.dataset_uri)")
     items = [item for _, item in read_json_lines(file, COLUMNS[kind])]
     for line, item in enumerate(items, start=1):
         options = item.get("choices", item.get("context_options")) if "gold" in COLUMNS[kind] else ["the only one"]

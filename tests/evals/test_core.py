@@ -142,6 +142,9 @@ def broken(folder, name, old, new):
             "icl_tasks.1.icl_task_type is 'other'; there are multiple_choice, schema",
         ),
         (("core.yaml", "some/choices", "some/none"), "none.jsonl: there is no such file"),
+        (("core.yaml", "some/choices", "x" * 300), "there is no such file"),
+        (("core.yaml", "[2]", "[" * 2000), "core.yaml needs icl_tasks"),
+        (("eval_meta_data.csv", "words,", "w" * 200_000), "core.yaml needs icl_tasks, and eval_meta"),
         (
             ("core.yaml", '"num_fewshot": [2]', '"num_fewshot": [8]'),
             "has 8 items; choices needs more than the 8 examples",
