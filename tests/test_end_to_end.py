@@ -209,11 +209,14 @@ def test_an_exported_stage_is_the_same_model(folder, undisturbed, monkeypatch):
     assert "preference |" not in card and platform.node() not in card and str(Path.home()) not in card
 
 
-def test_it_answers(folder, undisturbed):
+def test_it_answers(folder, undisturbed, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     prompts = ["What is an LLM?", "Repeat the word lantern."]
-    said = call(folder, "sample", "whole", "--prompt", *prompts, "--max-new-tokens", "8")
+    assert main(["sample", "whole", "--prompt", *prompts, "--max-new-tokens", "8"]) == 0
+    said = capsys.readouterr().out
     assert all(f"\n> {prompt}\n" in said for prompt in prompts), said
-    assert "pretrain" in call(folder, "sample", "whole", "--stage", "pretrain", "--max-new-tokens", "64")
+    assert main(["sample", "whole", "--stage", "pretrain", "--max-new-tokens", "64"]) == 0
+    assert "pretrain" in capsys.readouterr().out
     said = call(folder, "chat", "whole", "--max-new-tokens", "8", typed="What is 2 + 3?\n\n")
     assert "Traceback" not in said
 
