@@ -10,8 +10,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
 from lm.model.kernels.splash import block_size
@@ -40,6 +38,10 @@ def jax_splash(
 
 
 def _attend(q: Array, k: Array, v: Array, segments: Array, window: int, softcap: float, interpret: bool) -> Array:
+    # Only TPUs need them, and every start of a run would load them.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     rows, heads, length, width = q.shape
     group = heads // k.shape[1]
     size = block_size(length, BLOCK)
