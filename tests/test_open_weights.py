@@ -106,6 +106,7 @@ def test_a_run_begins_with_the_weights_and_is_resumed_with_no_others(weights, tm
         run(more, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["bfloat16", "int8", "nf4"])
 def test_a_base_is_stored_while_it_is_read_as_afterwards(weights, tmp_path, monkeypatch, base):
     mesh, whole = make_mesh(Mesh(data=1, fsdp=2)), with_init(experiment(tmp_path, init=str(weights)))
@@ -131,7 +132,7 @@ def test_a_base_is_stored_while_it_is_read_as_afterwards(weights, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_quantised_run_has_the_numbers_of_one_that_reads_all_weights_first(weights, tmp_path, monkeypatch):
-    one = experiment(tmp_path, init=str(weights))
+    one = experiment(tmp_path, init=str(weights), prompts=())
     rows = [{"prompt": f"what is {n}?", "chosen": "it is a system", "rejected": "a system"} for n in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = Source(str(tmp_path / "pairs.jsonl"), holdout=0.2)
@@ -189,6 +190,7 @@ def test_adapters_are_evaluated_beside_each_other_with_their_base_as_reference(w
     assert abs(found["none"][1]["margin"]) < 1e-5 < abs(found["some"][1]["margin"])
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_published_model_alone(weights, adapters, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "what is it?", "completion": "it is a system"}) + "\n")
     for name in (str(weights), f"hf:{weights}"):

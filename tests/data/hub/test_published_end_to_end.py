@@ -49,7 +49,7 @@ def experiment(root, tokenizer: Tokenizer) -> Experiment:
     for name, rows in write.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources[name] = Source(str(root / f"{name}.jsonl"), holdout=0.2)
-    shared = {"steps": 2, "batch_size": 4, "seq_len": 64, "optimizer": Optimizer(peak_lr=1e-3, warmup_steps=1)}
+    shared = {"steps": 2, "batch_size": 2, "seq_len": 64, "optimizer": Optimizer(peak_lr=1e-3, warmup_steps=1)}
     grpo = GRPO(verifier="style", group_size=2, max_new_tokens=6)
     return Experiment(
         name="published",
