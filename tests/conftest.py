@@ -26,7 +26,7 @@ sys.dont_write_bytecode = False
 import pytest
 from hypothesis import settings
 
-settings.register_profile("no deadline")  # a busy machine is no fault of an example
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault of an example
 settings.load_profile("no deadline")
 
 gc.set_threshold(
