@@ -11,8 +11,11 @@ import random
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from lm.data import columnar
+from lm.evals.core import read_core
 from lm.experiment import UserError
 from lm.interop import gguf_file, peft
 from lm.rollout.answer_rewards import json_schema
@@ -20,6 +23,7 @@ from lm.rollout.endpoint_judge import JudgeRecord, endpoint
 from lm.rollout.environments.search import SearchIndex
 from lm.rollout.environments.tool_dialogue import CalculatorDialogue
 from lm.rollout.environments.tools import tool_replies
+from lm.serve.protocol import Refused, parse
 from lm.stored import read_json
 from lm.sweep.journal import recover, storage
 from lm.train.trajectory_files import read_trajectories, trajectory_files
@@ -87,8 +91,50 @@ def journal() -> bytes:
     return lines({"op_code": 0, "worker_id": "w", "study_name": "s", "directions": [1]})
 
 
+def arrow() -> bytes:
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+    table = pa.Table.from_pylist([{"messages": turns, "key": str(number)} for number in range(4)])
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return stream.getvalue().to_pybytes()
+
+
+def read_arrow(file: Path) -> None:
+    name, changed = str(file), file.stat().st_mtime_ns
+    for spans in columnar.locate(name, file):
+        columnar.python_columns(
+            columnar.block(name, file, changed, int(spans[0, 0] // columnar.GROUP)),
+            columnar.converters_of(name, file, changed),
+        )
+
+
+def read_request(file: Path) -> None:
+    for chat in (True, False):
+        try:
+            parse(file.read_bytes(), chat)
+        except Refused as error:
+            json.dumps(error.body(), ensure_ascii=False).encode()  # as the response is written
+
+
+def read_tasks(file: Path) -> None:
+    (file.parent / "eval_data").mkdir()
+    (file.parent / "eval_data" / "a.jsonl").write_bytes(lines(*({"context": "a", "continuation": "b"} for _ in "ab")))
+    (file.parent / "eval_meta_data.csv").write_text("Eval Task,Random baseline\na,25\n")
+    read_core(file.parent)
+
+
+TASKS = b"icl_tasks:\n- label: a\n  dataset_uri: a.jsonl\n  num_fewshot: [0]\n  icl_task_type: language_modeling\n"
+REQUEST = {
+    "model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "n": 2, "stop": ["a"],
+    "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}, "logprobs": True,
+}  # fmt: skip
+
 # name of the file, its content, its reader
 PARSERS = {
+    "Arrow": ("a.arrow", arrow(), read_arrow),
+    "request": ("request.json", json.dumps(REQUEST).encode(), read_request),
+    "CORE tasks": ("core.yaml", TASKS, read_tasks),
     "trajectories": ("a.parquet", b"", read_step),
     "adapter_config.json": (
         "adapter_config.json",
@@ -117,7 +163,8 @@ PARSERS = {
 def test_a_mutated_file_is_read_or_refused_in_one_line(kind, tmp_path):
     name, content, read = PARSERS[kind]
     content = content or trajectories(tmp_path)
-    draw, file = random.Random(kind), tmp_path / name
+    draw, file = random.Random(kind), tmp_path / "whole" / name
+    file.parent.mkdir()
     file.write_bytes(content)
     read(file)
     for number in range(TIMES):
