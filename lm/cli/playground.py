@@ -68,9 +68,14 @@ def call(arguments: argparse.Namespace) -> int:
         arguments.temperature, arguments.answers, arguments.seconds,
     )  # fmt: skip
 
+    from lm.data.bad_rows import ADVICE
     from lm.train.playground import play
 
-    found = play(players, item, arguments.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    try:
+        found = play(players, item, arguments.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    except UserError as error:  # in words of this command, which has no eval and no field of a source
+        said = str(error).replace("evals.playground.verifier", "--verifier").replace("evals.playground: ", "")
+        raise UserError(said.removesuffix(ADVICE)) from error
     print(json.dumps(summary(found), indent=1) if arguments.json else text(found))
     if arguments.page:
         from lm.web.playground import write_playground_page

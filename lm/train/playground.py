@@ -86,6 +86,7 @@ def play(players: Sequence[Player], item: Eval, seed: int, tell: Callable[[str],
     Raises:
         UserError: a model cannot be loaded, no task fits it, or no task fits all.
     """
+    notes = spec_of(item).notes
     keep_compilations()
     sampled = [_sample(player, item, seed, tell) for player in players]
     common = set.intersection(*({_key(row) for row in one.asked.rows} for one in sampled))
@@ -94,7 +95,7 @@ def play(players: Sequence[Player], item: Eval, seed: int, tell: Callable[[str],
         raise UserError(f"{item.source.path}: no task can be asked of all of {', '.join(one.name for one in players)}")
     every = {_key(row) for one in sampled for row in one.asked.rows}
     results = [_result(one, item, common) for one in sampled]
-    return Playground(item, tasks, results, len(every) - len(common), spec_of(item).notes)
+    return Playground(item, tasks, results, len(every) - len(common), notes)
 
 
 def _key(row: dict[str, Any]) -> str:
