@@ -72,6 +72,7 @@ class SlotEngine:
         self.taken: list[LiveCompletion | None] = [None] * sizes.slots
         self.reserved: set[int] = set()  # slots of the prompt that is being read
         self._reading: LongPrompt | None = None
+        self._held: Sequence[int] = ()  # the long prompt, or the part of it, whose keys and values `_long` has
         self._slots = empty_slots(model, sizes.slots, sizes.slots, sizes.prompt, sizes.new)
         self._short, self._long = (empty_reader(model, 1, sizes.prompt) for _ in range(2))
         count = sizes.slots
@@ -168,7 +169,7 @@ class SlotEngine:
             while free and self.waiting and self.waiting[0].prompt is first.prompt:
                 group.append((free.popleft(), self.waiting.popleft()))
             if len(first.prompt) > READ:
-                self._reading = LongPrompt(first.prompt, group, parts(len(first.prompt)))
+                self._reading = LongPrompt(first.prompt, group, self._unread(first.prompt))
                 self.reserved = {slot for slot, _ in group}
                 begun |= self._read_long()
             else:
@@ -191,12 +192,24 @@ class SlotEngine:
         if self._reading is None:
             return False
         one = self._reading
-        self._long = self._read(self._long, one.prompt, *one.left.pop(0))
+        start, width = one.left.pop(0)
+        self._long = self._read(self._long, one.prompt, start, width)
+        self._held = one.prompt[: start + width]
         if one.left:
             return False
         self._place(self._long, one.waiting)
         self._reading, self.reserved = None, set()
         return True
+
+    def _unread(self, prompt: Sequence[int]) -> list[tuple[int, int]]:
+        """The parts of a long prompt that remain to be read after those that the last long prompt began with, as in a conversation.
+
+        A part's keys and values depend on the tokens up to its end and on its width, so that what is kept is what would be read.
+        """
+        every = parts(len(prompt))
+        ends = (start + width for start, width in every[:-1] if width == WIDE)  # the last part gives the hidden state
+        known = sum(end <= len(self._held) and prompt[:end] == self._held[:end] for end in ends)
+        return every[known:]
 
     def _read(self, reader: tuple[Any, Any], prompt: Sequence[int], start: int, width: int) -> tuple[Any, Any]:
         part = prompt[start : start + width]

@@ -11,6 +11,7 @@ import pytest
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.rollout.sampler import encode_prompt
+from lm.serve.slot_engine import SlotEngine
 from lm.types import TokenBatch
 from tests.serve.running import wait_until
 
@@ -232,3 +233,28 @@ def test_a_client_that_vanishes_frees_its_slot_within_a_second(running):
     assert wait_until(lambda: engine.running == 0, 1.0) < 1
     found = running.client.chat.completions.create(model="default", messages=chat("1 + 1?"), max_tokens=3)
     assert found.usage.completion_tokens >= 1
+
+
+@pytest.mark.slow
+def test_a_conversation_that_goes_on_is_read_from_where_it_went_on(serve, monkeypatch):
+    first, other = (np.random.default_rng(seed).integers(3, 300, 700).tolist() for seed in (0, 1))
+    longer = first[:600] + other[:80]
+    with serve(slots=2, max_len=900, new=20) as running:
+        read, parts = SlotEngine._read, []
+        monkeypatch.setattr(SlotEngine, "_read", lambda self, *given: parts.append(given[2:]) or read(self, *given))
+
+        def ask(prompt):
+            parts.clear()
+            found = running.client.completions.create(
+                model="default", prompt=prompt, max_tokens=20, temperature=0, logprobs=3
+            )
+            return found.choices[0].text, found.choices[0].logprobs, list(parts)
+
+        *alone, every = ask(longer)
+        assert every == [(0, 256), (256, 256), (512, 64), (576, 64), (640, 64)]
+        assert ask(other)[2][0] == (0, 256)
+        ask(first[:600])
+        *after, left = ask(longer)
+        assert left == every[2:] and after == alone
+        *again, left = ask(longer)
+        assert left == every[2:] and again == alone
