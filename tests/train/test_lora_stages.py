@@ -38,7 +38,9 @@ def trained(tmp_path_factory):
         Stage("sft", SFT(), (chat,), CONSTANT, lora=LoRA(rank=2, dora=True), **few),
         Stage("dpo", DPO(), (pairs,), CONSTANT, lora=LoRA(rank=3, targets=("*attention*",)), **few),
     )
-    made = dataclasses.replace(experiment(root), stages=stages, evals=(), tokenizer=Tokenizer(vocab_size=300))
+    made = dataclasses.replace(
+        experiment(root), stages=stages, evals=(), prompts=(), tokenizer=Tokenizer(vocab_size=300)
+    )
     run(made, root / "run")
     return made, root / "run"
 
