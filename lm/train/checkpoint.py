@@ -137,6 +137,7 @@ class Checkpoints:
         warn: Callable[[str], None] = print,
         only: int | None = None,
         optional: Collection[str] = (),
+        skip: bool = True,
     ) -> Restored | None:
         """Restore the newest intact checkpoint, or None if none was ever finished.
 
@@ -146,13 +147,14 @@ class Checkpoints:
             warn: called with one line for every unfinished or damaged checkpoint that is skipped.
             only: restore the checkpoint of this step and no other (the last step of a finished stage).
             optional: items that may be missing from the checkpoint, and then from the result.
+            skip: read the checkpoint before a damaged one, from which a run goes on to the same model.
 
         Raises:
-            UserError: checkpoints exist but none is intact, or the one of step `only` is not; names, shapes or dtypes
+            UserError: checkpoints exist but none is intact, or the one that is to be read is not; names, shapes or dtypes
                 differ from `abstract`.
         """
         self.wait()
-        step = broadcast_from_main(lambda: self._newest_intact(warn) if only is None else self._check_step(only))
+        step = broadcast_from_main(lambda: self._newest_intact(warn, skip) if only is None else self._check_step(only))
         if step is None:
             return None
         path = self.folder / f"{step:08d}"
@@ -241,7 +243,7 @@ class Checkpoints:
                 for step in _superseded(self.steps(), manifest["step"], self.keep, self.keep_every):
                     _remove(self.folder / f"{step:08d}")
 
-    def _newest_intact(self, warn: Callable[[str], None]) -> int | None:
+    def _newest_intact(self, warn: Callable[[str], None], skip: bool) -> int | None:
         for name in _unfinished(self.folder):
             warn(f"{self.folder / name} was not finished when its run stopped: skipped")
         steps = self.steps()
@@ -249,6 +251,9 @@ class Checkpoints:
             try:
                 _verify(self.folder / f"{step:08d}")
             except Damaged as damage:
+                if not skip:
+                    remedy = f"put back a copy of it, or remove {self.folder / f'{step:08d}'} to read the checkpoint before it"
+                    raise UserError(f"{damage}: this is the newest checkpoint: {remedy}") from damage
                 warn(f"{damage}: skipped, trying the checkpoint before it")
                 continue
             return step

@@ -107,7 +107,7 @@ def load_model(
     stage: str,
     known: Known = NONE_KNOWN,
 ) -> Transformer:
-    """Load a stage's language model: of the last step if the stage is finished, else of the newest intact checkpoint.
+    """Load a stage's language model: of the last step if the stage is finished, else of the newest checkpoint.
 
     Raises:
         UserError: the stage has no checkpoint, or its last one, or the base of its adapter, is damaged.
@@ -149,7 +149,7 @@ def restore_model(
     known: Known,
     base: str = "model",
 ) -> Restored:
-    """Restore a stage's model: from its last step if the stage is finished, else from its newest intact checkpoint.
+    """Restore a stage's model: from its last step if the stage is finished, else from its newest checkpoint.
 
     Args:
         like: the model as shapes.
@@ -159,7 +159,7 @@ def restore_model(
     folder, stage = run.folder, run.experiment.stages[index]
     final = broadcast_from_main(lambda: folder.final_step(stage.name))
     with Checkpoints(folder.checkpoints(stage.name)) as checkpoints:
-        found = checkpoints.restore({role: abstract(without_base(like), run.mesh)}, only=final)
+        found = checkpoints.restore({role: abstract(without_base(like), run.mesh)}, only=final, skip=False)
     if found is None:
         raise UserError(f"{folder.path} has no checkpoint of stage {stage.name!r} yet: `lm run` trains it")
     check_tokenizer(found.meta, run.tokenizer, folder, stage.name)

@@ -32,7 +32,7 @@ def load_scorer(
     stage: str,
     known: Known = NONE_KNOWN,
 ) -> Scorer:
-    """Load a stage's reward model: of the last step if the stage is finished, else of the newest intact checkpoint.
+    """Load a stage's reward model: of the last step if the stage is finished, else of the newest checkpoint.
 
     Raises:
         UserError: there is no such stage, it trains no reward model, or it has no checkpoint.

@@ -213,6 +213,19 @@ def test_a_damaged_or_unfinished_checkpoint_is_told_and_passed_over(tmp_path, da
     assert_same_bits(again.items, newer)
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_command_that_reads_a_model_does_not_take_an_older_one_for_a_damaged_one(tmp_path, damage):
+    older, _ = save_two(tmp_path)
+    damage(tmp_path / "00000020")
+    if damage is lose_the_manifest:  # as a kill during the save leaves it
+        assert Checkpoints(tmp_path).restore(abstract(older), skip=False).step == 10
+        return
+    with pytest.raises(
+        UserError, match=r"00000020.*: this is the newest checkpoint: put back a copy of it, or remove .*00000020"
+    ):
+        Checkpoints(tmp_path).restore(abstract(older), skip=False)
+
+
 def test_a_damaged_checkpoint_ahead_of_the_run_does_not_crowd_out_sound_ones(tmp_path):
     state = save_two(tmp_path)[0]
     flip_a_bit(tmp_path / "00000020")
