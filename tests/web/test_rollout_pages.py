@@ -9,7 +9,7 @@ from run_folder import write_run
 
 from lm.cli.main import main
 from lm.experiment import UserError
-from lm.train.trajectory_files import trajectory_files
+from lm.train.trajectory_files import FOLDER, KEPT, trajectory_files
 from lm.web import rollout_pages
 from lm.web.report import write_report
 
@@ -78,5 +78,8 @@ def test_a_step_whose_file_is_gone_from_the_middle_is_told(folder):
     assert "Trajectory files are missing" not in write_report(folder).read_text("utf-8")
     for path in trajectory_files(folder / "stages" / "reason")[3:5]:
         path.unlink()
+    with pytest.raises(UserError, match="has 7 of the 9 trajectory files that the stage kept"):
+        write_report(folder)
+    (folder / "stages" / "reason" / FOLDER / KEPT).unlink()  # as a run of an older lm has none
     told = "Trajectory files are missing: of 2 steps between those kept, the first of them step 4."
     assert told in write_report(folder).read_text("utf-8")
