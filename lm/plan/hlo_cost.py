@@ -9,7 +9,8 @@ the scheduled computations (entry, loop bodies times their trip counts, the slow
     async     overlapping collectives: the same, in a queue of their own
     host      copies to and from host memory, in a queue of their own
     network   transfers between slices over the data-centre network, in a queue of their own, counted as an all-reduce
-    unpriced  other instructions without a cycle count: bytes / HBM rate; of gathers and scatters in place, the rows that they touch
+    unpriced  other instructions without a cycle count: bytes / HBM rate (of gathers and scatters in place, of the rows that they
+              touch), or FLOPs / peak if that is longer
 
 Copies inside the chip, including gathers on SparseCore, overlap the rest and count as 0.
 
@@ -213,7 +214,7 @@ class _Estimate:
         elif i.op in COPIES:
             self._copy(clock, i, computation, times)
         else:
-            self._without_figure(clock, i, computation, times)
+            self._without_figure(clock, i, computation, times, flops)
 
     def _book(self, clock: _Clock, bucket: str, seconds: float, times: int) -> None:
         self.seconds[bucket] += seconds * times
@@ -290,8 +291,9 @@ class _Estimate:
             self.seconds["host"] += seconds * times
             clock.flight[i.name] = clock.send("host", seconds)
 
-    def _without_figure(self, clock: _Clock, i: Instruction, computation: str, times: int) -> None:
-        if i.op in FREE or i.bytes <= SMALL or (i.op == "fusion" and i.name.startswith("async-collective-done")):
+    def _without_figure(self, clock: _Clock, i: Instruction, computation: str, times: int, flops: float) -> None:
+        small = i.bytes <= SMALL and not flops
+        if i.op in FREE or small or (i.op == "fusion" and i.name.startswith("async-collective-done")):
             return
         near = [operand.bytes for operand in self.module.operands(i, computation)]
         if i.op == "dynamic-update-slice":  # in place: only the slice moves
@@ -300,7 +302,7 @@ class _Estimate:
             moved = 2 * i.bytes
         else:
             moved = 2 * self.work.rows_in_place(i) or i.bytes + sum(near)
-        self._book(clock, "unpriced", moved / self.chip.hbm_rate, times)
+        self._book(clock, "unpriced", max(moved / self.chip.hbm_rate, flops / self.chip.peak), times)
 
     def _started_by(self, done: Instruction, computation: str) -> str | None:
         """Name of the `-start` that a `-done` waits for, found through updates and tuples."""

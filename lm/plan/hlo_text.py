@@ -13,6 +13,8 @@ ITEM_BYTES = {
     "f4e2m1fn": 0.5, "f8e3m4": 1, "f8e4m3": 1, "f8e4m3b11fnuz": 1, "f8e4m3fn": 1, "f8e5m2": 1, "f8e8m0fnu": 1,
 }  # fmt: skip
 
+MOST_CYCLES = 2**60
+
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-<>]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
@@ -56,8 +58,9 @@ class Instruction:
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The TPU compiler's estimated cycles; None if it gives none."""
-        return _integer(r'"estimated_cycles":"?(-?\d+)', self.attributes)
+        """The TPU compiler's estimated cycles; None if it gives none, or the largest integer."""
+        found = _integer(r'"estimated_cycles":"?(-?\d+)', self.attributes)
+        return None if found is not None and found > MOST_CYCLES else found
 
     @functools.cached_property
     def target(self) -> str:

@@ -85,6 +85,15 @@ def test_a_loop_counts_its_turns(cost):
     assert cost.compute_s == pytest.approx((3 * 1500 + 3000 + 150) / CHIP.clock)
 
 
+def test_a_product_whose_cycles_are_no_figure_is_priced_by_its_operations():
+    """libtpu 0.0.52 gave the largest integer for some products of a step with int8 weights."""
+    cost = estimate(parse(TEXT.replace('"1500"', f'"{2**63 - 1}"')), CHIP)
+    bytes_moved, flops = 2 * (128 * 512 + 128 * 256 + 256 * 512), 2 * 128 * 256 * 512
+    product = max(bytes_moved / CHIP.hbm_rate, flops / CHIP.peak)
+    assert cost.unpriced_s == pytest.approx(2 * MIB4 / CHIP.hbm_rate + 3 * product)
+    assert cost.product_s == 0 and cost.compute_s == pytest.approx((3000 + 150) / CHIP.clock)
+
+
 def test_collectives_are_bytes_on_a_ring(cost):
     assert cost.sync_s == pytest.approx(2 * MIB4 * 3 / 4 / RING)  # all-reduce in groups of four
     assert cost.async_s == pytest.approx((MIB4 + 512 * 512 * 2) * 7 / 8 / RING)
