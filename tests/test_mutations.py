@@ -16,7 +16,7 @@ import pytest
 
 from lm.data import columnar
 from lm.evals.core import read_core
-from lm.experiment import UserError
+from lm.experiment import UserError, to_dict
 from lm.interop import gguf_file, peft
 from lm.rollout.answer_rewards import json_schema
 from lm.rollout.endpoint_judge import JudgeRecord, endpoint
@@ -24,16 +24,19 @@ from lm.rollout.environments.search import SearchIndex
 from lm.rollout.environments.tool_dialogue import CalculatorDialogue
 from lm.rollout.environments.tools import tool_replies
 from lm.serve.protocol import Refused, parse
-from lm.stored import read_json
+from lm.stored import read_json, write_json_atomic
 from lm.sweep.journal import recover, storage
+from lm.train.run_folder import RunFolder
+from lm.train.run_list import run_state
 from lm.train.trajectory_files import read_trajectories, trajectory_files
 from lm.train.trajectory_writer import keep_trajectories
-from lm.web.rollout_index import read_part
-from tests.train.test_damage import mutated, reshaped
+from lm.web.rollout_index import read_part, task_hash
+from tests.train.test_damage import PLAN, mutated, reshaped
 from tests.train.test_trajectory_files import STAGE, rollout
 
 pytestmark = pytest.mark.slow
 TIMES = 100
+FIRST = (b"", b"[]", b"{}", b"\n", b"[" * 5000 + b"\n")  # the last is nested more deeply than a recursion may be
 
 MODULES = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
 JUDGE = {"url": "http://127.0.0.1:1/v1", "model": "m", "prompt": "{prompt} {completion}", "most": 10}
@@ -124,6 +127,14 @@ def read_tasks(file: Path) -> None:
     read_core(file.parent)
 
 
+def read_last_line(file: Path) -> None:
+    stage = RunFolder(file.parent).stage_folder("sft")
+    stage.mkdir(parents=True)
+    write_json_atomic(file.parent / "experiment.json", to_dict(PLAN))
+    file.rename(stage / file.name)
+    run_state(file.parent)
+
+
 TASKS = b"icl_tasks:\n- label: a\n  dataset_uri: a.jsonl\n  num_fewshot: [0]\n  icl_task_type: language_modeling\n"
 REQUEST = {
     "model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "n": 2, "stop": ["a"],
@@ -134,6 +145,12 @@ REQUEST = {
 PARSERS = {
     "Arrow": ("a.arrow", arrow(), read_arrow),
     "request": ("request.json", json.dumps(REQUEST).encode(), read_request),
+    "last line": ("metrics.jsonl", lines({"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}), read_last_line),
+    "task": (
+        "task.json",
+        json.dumps({"question": "q", "answer": "a"}).encode(),
+        lambda file: task_hash(file.read_text(errors="replace")),
+    ),
     "CORE tasks": ("core.yaml", TASKS, read_tasks),
     "trajectories": ("a.parquet", b"", read_step),
     "adapter_config.json": (
@@ -168,8 +185,8 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(kind, tmp_path):
     file.write_bytes(content)
     read(file)
     for number in range(TIMES):
-        data = (b"", b"[]", b"{}", b"\n")[number] if number < 4 else mutated(content, draw)
-        if number % 2 and name.endswith(("json", "jsonl")):  # one part of a JSON value
+        data = FIRST[number] if number < len(FIRST) else mutated(content, draw)
+        if number >= len(FIRST) and number % 2 and name.endswith(("json", "jsonl")):  # one part of a JSON value
             rows = content.splitlines() if name.endswith("jsonl") else [content]
             place = draw.randrange(len(rows))
             rows[place] = json.dumps(reshaped(json.loads(rows[place]), draw)).encode()

@@ -107,7 +107,7 @@ def read(folder: Path, names: Iterable[str]) -> dict[int, tuple[Sampled, dict[st
         content = read_sealed_file(path, remedy)
         try:
             return decode(content)
-        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: it holds no rollout ({error!s:.100}): {remedy}") from error
 
     paths = [folder / AHEAD / name for name in names]

@@ -58,7 +58,7 @@ def run_state(folder: Path) -> RunState:
     try:
         names = [(stage["name"], int(stage.get("steps", 0))) for stage in read_experiment(folder)["stages"]]
         state, metrics = _progress(RunFolder(folder), names)
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (UserError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         state, metrics = "cannot be read", " ".join(str(error).split())[:60]
     if is_running(folder):
         state = f"running: {state}"

@@ -106,7 +106,7 @@ def task_hash(task: str) -> int:
     """Hash of the key of a row (JSON), equal for the same prompt in any step."""
     try:
         key = split_key(json.loads(task))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         key = task
     return int.from_bytes(hashlib.sha256(key.encode(errors="replace")).digest()[:8], "big")
 
