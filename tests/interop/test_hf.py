@@ -102,6 +102,11 @@ def test_what_is_read_is_written_to_the_byte_as_it_came(family, tmp_path):
         assert (tmp_path / name).read_bytes() == (family / name).read_bytes()
 
 
+def test_a_run_with_shorter_rows_exports_the_configuration_of_its_base(family, tmp_path):
+    write(hf.read(family, max_len=16), tmp_path, origin=read_origin(family))
+    assert (tmp_path / "config.json").read_bytes() == (family / "config.json").read_bytes()
+
+
 @pytest.mark.slow
 def test_greedy_continuation(family):
     inputs = np.load(family / "inputs.npz")
