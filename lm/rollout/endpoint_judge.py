@@ -37,13 +37,15 @@ class JudgeRecord:
     """The replies of a stage's judge by the hash of the request, in a JSON-lines file; a failed request is recorded as null."""
 
     def __init__(self, folder: Path, process: int = 0):
-        self._lock, self._file = threading.Lock(), JsonLines(folder / f"judge-{process}.jsonl")
-        # Those of all processes: after a resume with other processes, another one may judge an answer.
-        files = sorted(folder.glob("judge-*.jsonl"))
+        self._lock = threading.Lock()
+        # Those of all processes: after a resume with other processes, another one may judge an answer. A file that is gone has
+        # left its checksums; to open it comes last, since that writes them anew.
+        files = sorted({folder / path.name.removesuffix(".crc32") for path in folder.glob("judge-*.jsonl*")})
         self._replies: dict[str, str | None] = {}
         for path in files:
             for _, line in read_json_lines(path, {"request": str}):
                 self._replies[line["request"]] = _recorded_reply(path, line.get("reply", ""))
+        self._file = JsonLines(folder / f"judge-{process}.jsonl")
 
     def find(self, request: str) -> tuple[bool, str | None]:
         """Whether the request is recorded, and its reply."""

@@ -176,6 +176,8 @@ def read_table(content: bytes, schema: pa.Schema, optional: Collection[str] = ()
     with pq.ParquetFile(pa.BufferReader(content)) as file:
         names = file.schema_arrow.names
         table = file.read([name for name in schema.names if name in names])
+        if len(table) != file.metadata.num_rows:
+            raise ValueError(f"it has {len(table)} of its {file.metadata.num_rows} rows")
     table.validate(full=True)
     columns = {}
     for name, kind in zip(schema.names, schema.types, strict=True):

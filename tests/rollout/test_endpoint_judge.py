@@ -137,6 +137,20 @@ def test_a_file_that_describes_no_judge_is_refused_in_one_line(tmp_path, content
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("left", [None, 0, 1])
+def test_replies_that_are_gone_are_told_before_the_judge_is_asked_again(tmp_path, left):
+    record = JudgeRecord(tmp_path)
+    for request in ("a", "b"):
+        record.add(request, "7")
+    file = tmp_path / "judge-0.jsonl"
+    kept = file.read_bytes().splitlines(keepends=True)[:left]
+    file.unlink()
+    if left is not None:
+        file.write_bytes(b"".join(kept))
+    with pytest.raises(UserError, match=r"judge-0\.jsonl:\d is gone: 2 lines were written"):
+        JudgeRecord(tmp_path)
+
+
 @pytest.mark.parametrize("reply", ['"no number"', "7", "[]", "{}", '""'])
 def test_a_recorded_reply_without_a_score_is_refused(tmp_path, reply):
     (tmp_path / "judge-0.jsonl").write_text(f'{{"request": "a", "reply": {reply}}}\n')
