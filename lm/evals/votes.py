@@ -25,7 +25,7 @@ def answer_key(text: str) -> str:
     if not found:
         return ""
     number = next(filter(None, map(quantity, found)), None)
-    return found[-1].casefold() if number is None else f"{number.value} {number.unit}"
+    return found[-1].casefold() if number is None else f"{number.value} {number.unit.casefold()}"
 
 
 def majority_at_k(keys: Sequence[str], rewards: Float[np.ndarray, " N"], k: int) -> float:
