@@ -7,6 +7,7 @@ import signal
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -14,7 +15,9 @@ from lm.serve.scheduler import Scheduler
 from lm.web.local_server import address_error
 
 MOST_CONNECTIONS = 1024
-REQUEST_SECONDS = 30.0  # from connecting to the end of the first request's headers
+REQUEST_SECONDS = (
+    30.0  # from connecting to the end of the first request's headers; a later request has at most twice as long
+)
 IDLE_SECONDS = 60  # between two requests of a connection
 LARGEST_HEAD = 1 << 16  # bytes of a request's headers
 END_SECONDS = 2  # for open streams, when the server ends
@@ -35,15 +38,25 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class PatientProtocol(H11Protocol):
-    """A connection that is closed unless its first request begins in time."""
+    """A connection that is closed when a request stays unfinished: one byte a second would hold it for ever."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        asyncio.get_running_loop().call_later(REQUEST_SECONDS, self._close_unused)
+        asyncio.get_running_loop().call_later(REQUEST_SECONDS, self._look, None, True)
 
-    def _close_unused(self) -> None:
-        if self.cycle is None:
+    def _look(self, before: Any, unfinished: bool) -> None:
+        """Close the connection if nothing has changed since the last look: no request begun, and part of one there then.
+
+        Args:
+            before: the last request then; None before the first.
+            unfinished: whether a part of the next one was there, or the body of one that had been answered was to come.
+        """
+        idle = self.cycle is None or self.cycle.response_complete
+        if self.cycle is before and idle and unfinished:
             self.transport.close()
+        elif not self.transport.is_closing():
+            unfinished = bool(self.conn.trailing_data[0]) or self.conn.their_state is h11.SEND_BODY
+            asyncio.get_running_loop().call_later(REQUEST_SECONDS, self._look, self.cycle, unfinished)
 
 
 def run(server: EndingServer, listener: socket.socket) -> None:

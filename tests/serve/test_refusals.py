@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from lm.serve import server
 from lm.serve.protocol import Refused, parse
 from tests.serve.running import wait_until
 
@@ -151,6 +152,28 @@ def test_what_is_no_http_is_refused(running, raw):
         told = one.recv(1000)
     assert b" 400 " in told
     assert post(running.port, CHAT, GOOD)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b"GET /health HTTP/1.1\r\nX: ", b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n"],
+)
+def test_a_request_that_never_ends_is_closed_though_one_was_answered_before(running, monkeypatch, rest):
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    port = running.port
+    with socket.create_connection(("localhost", port), timeout=30) as connection:
+        connection.sendall(f"GET /health HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode())
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        connection.sendall(rest)
+
+        def closed():
+            try:
+                connection.sendall(b"a")
+            except OSError:
+                return True
+            return False
+
+        wait_until(closed, 20)
 
 
 def test_a_body_of_unknown_size_is_limited_too(running):
