@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lm.rollout import mathematics
 from lm.rollout.mathematics import LATEX_SIGNS, LATEX_SYMBOL
 from lm.rollout.quantities import LONGEST, NO_UNIT, quantity, same_quantity
+from lm.rollout.units import is_known, same_unit, with_raised_powers
 
 # ---- normalisation before any comparison ---------------------------------------------------------------------------
 
@@ -126,6 +127,7 @@ _LEFT_SIDE = re.compile(r"^[^=<>≤≥≠]*[^\d\s.,$=<>≤≥≠][^=<>≤≥≠]
 
 
 _ITEM = re.compile(r"\s*(?:[-*+•—>]|#{1,6}|\d{1,2}[.)])\s+(?=\S)")  # the marker of a list item, quotation or heading
+_OPENED = re.compile(r"^\s*(?:\\\[|\$\$)\s*\n")  # a formula that begins on the next line
 _BETWEEN_BOXES = re.compile(r"\}\s*\$*\s*(?:[,;]|,?\s*(?:\\text\s*\{\s*)?(?:and|or)\s*\}?)\s*\$*\s*")
 _BETWEEN = 40  # maximum characters between two boxes that are one answer
 _MINUS_BEFORE = re.compile(r"(?:^|[\s$(:])-$|=\s*-\s*$")
@@ -161,7 +163,7 @@ def _marked(text: str, mark: re.Match[str]) -> str:
     between = mark[0][len(mark[0].rstrip()) :] + rest[: len(rest) - len(rest.lstrip())]
     if items and "\n" in between:
         return " and ".join(items)
-    return rest.strip() if mark["tag"] else rest.strip().partition("\n")[0]
+    return rest.strip() if mark["tag"] else _OPENED.sub("", rest).strip().partition("\n")[0]
 
 
 def _inside_braces(text: str) -> str:
@@ -227,7 +229,7 @@ def matches(expected: str, completion: str, bare: str | None = None) -> bool | N
             given = next((one for reading in found if (one := quantity(reading)) is not None), None)
             if given is not None:
                 return same_quantity(given, number)
-        elif any(is_formula(reading) or quantity(reading) is not None or parts(reading) for reading in found):
+        elif any(is_formula(_unit_of(one)[0]) or quantity(one) is not None or parts(one) for one in found):
             return _any([same_answer(reading, wanted) for reading in found])
         if number is None or any(re.search(r"\d|^not\b", reading) for reading in found):
             return False
@@ -266,6 +268,9 @@ def same_answer(given: str, expected: str) -> bool | None:
     found, wanted = parts(given), parts(expected)
     if found and wanted:
         return _same_parts(found, wanted)
+    (given, unit), (expected, wanted_unit) = _unit_of(given), _unit_of(expected)
+    if unit and wanted_unit and not same_unit(unit, wanted_unit):
+        return False
     named = re.fullmatch(_NAME, expected)
     if named and "=" not in given:
         return same_answer(given, trimmed(named["right"]))
@@ -274,6 +279,21 @@ def same_answer(given: str, expected: str) -> bool | None:
     if one is not None and one.unit == "" and one.value.denominator == 1:
         given = str(one.value)  # math-verify reads neither 1e6 nor 1,000
     return mathematics.equal(expected, given) if one is not None or is_formula(given) else False
+
+
+_FORMULA_UNIT = re.compile(
+    r"(.*[^\sA-Za-z\\])\s+((?:(?:square|cubic|sq\.?|cu\.?)\s+)?[A-Za-z]{2,}(?:\s?\^\s?\{?[234]\}?)?(?:\s?/\s?[A-Za-z]+)?)"
+)
+
+
+def _unit_of(text: str) -> tuple[str, str]:
+    """A formula and the unit after it, as in `9π cm^2`; another text and ""."""
+    found = _FORMULA_UNIT.fullmatch(text) if len(text) <= LONGEST and quantity(text) is None else None
+    return (
+        (found[1], with_raised_powers(found[2]))
+        if found and is_formula(found[1]) and is_known(found[2])
+        else (text, "")
+    )
 
 
 class Parts(NamedTuple):

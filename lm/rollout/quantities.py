@@ -11,7 +11,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lm.rollout.units import is_cents, same_unit
+from lm.rollout.units import is_cents, same_unit, with_raised_powers
 
 LONGEST = 2000  # maximum characters of an answer compared as a number or formula; longer ones are compared as text only
 LARGEST_EXPONENT = 400  # of scientific notation
@@ -71,7 +71,6 @@ _PAIR_UNITS = frozenset(
     "am pm cm mm km nm um kg mg ug ml cl dl kl ft in yd mi lb oz hr ms ns pt qt st nd rd th gb mb kb tb kw mw hz pa kj ev "
     "cc yr wk rs".split()
 )
-_POWER_OF_UNIT = re.compile(r"(?<=[a-zA-Z])\s?\^\s?\{?\s?([234])\s?\}?(?!\w)")
 _ORDINAL = re.compile(r"^\^\s?\{?\s?(st|nd|rd|th)\s?\}?(?!\w)")
 
 
@@ -129,8 +128,7 @@ def _with_unit(value: Fraction, rest: str, currency: str | None) -> Quantity | N
     """The number with the unit after it; None if the text after it is more than a unit."""
     if re.match(r"[kKMB](?!\w)", rest):
         value, rest = value * _SUFFIXES[rest[0]], rest[1:]
-    rest = _ORDINAL.sub(r"\1", rest.strip("."))
-    rest = _POWER_OF_UNIT.sub(lambda match: "²³⁴"[int(match[1]) - 2], rest)
+    rest = with_raised_powers(_ORDINAL.sub(r"\1", rest.strip(".")))
     start = rest[:2].lower()
     if _PRODUCT.match(rest) and start not in _PAIR_UNITS and start not in _SCALES:
         return None

@@ -15,7 +15,7 @@ _OTHER = {"inch": "in", "inche": "in", '"': "in", "″": "in", "foot": "ft", "fe
           "mile": "mi", "pound": "lb", "ounce": "oz", "hour": "h", "hr": "h", "minute": "min", "day": "day", "week": "week", "wk": "week",
           "month": "month", "year": "yr", "gallon": "gal", "degree": "°", "deg": "°", "radian": "rad", "°c": "°C", "°f": "°F", "celsius": "°C", "fahrenheit": "°F",
           "kwh": "kWh", "l": "L", "us$": "$", "usd": "$", "dollar": "$", "buck": "$", "eur": "€", "euro": "€", "gbp": "£", "inr": "₹",
-          "rs": "₹", "rupee": "₹", "yen": "¥", "cent": "¢", "percent": "%"}  # fmt: skip
+          "rs": "₹", "rupee": "₹", "yen": "¥", "cent": "¢", "percent": "%", "unit": "unit"}  # fmt: skip
 _METRIC_NAMES = {a + b: x + y for a, x in _PREFIXES.items() for b, y in _METRIC.items()}
 _SYMBOLS = {symbol: symbol for symbol in (*_METRIC_NAMES.values(), *_OTHER.values())}
 _UNITS = {symbol.lower(): symbol for symbol in _SYMBOLS if len(symbol) > 1} | _METRIC_NAMES | _OTHER | _SYMBOLS
@@ -32,6 +32,7 @@ _SPELLED_OUT = [
     (re.compile(r"\b(?:cubic|cu\.?)\s+(\w+)"), r"\1³"),
     (re.compile(r"(?:°|\bdegrees?\b|\bdeg\b)\s*([cf])(?:elsius|ahrenheit)?\b", re.IGNORECASE), r"°\1"),
 ]
+_POWER = re.compile(r"(?<=[a-zA-Z])\s?\^\s?\{?\s?([234])\s?\}?(?!\w)")
 _WORD = re.compile(r"(?P<name>°?[^\W\d_²³⁴]+\$?|[°%′″'\"$€£¥₹¢])\.?(?P<power>[²³⁴]?)")
 # a phrase after a noun, or instead of a unit: "in total", "of the cake", "left"
 _REST = re.compile(
@@ -63,6 +64,16 @@ def read_unit(text: str) -> Unit:
                 break
     words = re.findall(r"[^\W\d_]+", _REST.sub("", text.lower()))
     return Unit(powers, frozenset() if powers else frozenset(map(_singular, words)))
+
+
+def with_raised_powers(text: str) -> str:
+    """The text with the powers of its units as one character: m^2 and m^{2} as m²."""
+    return _POWER.sub(lambda match: "²³⁴"[int(match[1]) - 2], text)
+
+
+def is_known(unit: str) -> bool:
+    """Whether a text is a unit of the tables and no more, such as `cm^2`, `square inches`, `km/h`; not a letter, which may be a variable."""
+    return len(unit) > 1 and bool(read_unit(with_raised_powers(unit)).powers)
 
 
 def same_unit(one: str, other: str) -> bool:

@@ -441,6 +441,21 @@ KINDS: dict[str, list[tuple[str, str, int]]] = {
         ("-8", "= -\\boxed{8}", 1),
         ("8", "= -\\boxed{8}", 0),
     ],
+    "formulas with units, and on lines of their own": [
+        ("9\\pi", "9\\pi \\text{ cm}^2", 1),
+        ("9\\pi", "9π square units", 1),
+        ("25\\pi", "$25\\pi$ square inches", 1),
+        ("9\\pi m^2", "9\\pi cm^2", 0),
+        ("9\\pi cm^2", "9\\pi", 1),
+        ("9\\pi cm^2", "9\\pi cm", 0),
+        ("9\\pi", "9\\pi r", 0),
+        ("9\\pi", "9\\pi apples", 0),
+        ("\\sqrt{2} in", "\\sqrt{2} inches", 1),
+        ("\\frac{\\pi}{2}", "\\frac{\\pi}{2} \\text{ radians}", 1),
+        ("12", "Answer:\n\\[\nx = 12\n\\]", 1),
+        ("12", "Answer:\n$$\n12\n$$", 1),
+        ("12", "Answer: \\[\n13\n\\]", 0),
+    ],
 }
 
 
