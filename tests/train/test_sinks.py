@@ -11,7 +11,6 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
-from runs import experiment, write_questions
 
 from lm.cli.main import main
 from lm.experiment import to_dict
@@ -23,6 +22,7 @@ from lm.train.run_folder import RunFolder
 from lm.train.sinks.feed import SINKS, SinkKind, feeding, send_run
 from lm.train.sinks.sink import numbers_of, without_secrets
 from lm.train.stages import run
+from tests.train.runs import experiment, write_questions
 
 STEPS = 6
 
