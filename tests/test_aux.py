@@ -78,6 +78,7 @@ def test_what_is_only_reported_moves_no_gradient(monkeypatch):
     assert metrics["mlp_rows"] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"remat": "full"}, {"scan_unroll": 2}, {"max_logits": 64}], ids=str)
 def test_rematerialisation_unrolling_and_pieces_of_logits_change_no_penalty(changes, monkeypatch):
     report(monkeypatch, COEF)
@@ -110,6 +111,7 @@ def test_the_gradient_of_loss_and_penalty_equals_finite_differences(name, monkey
     np.testing.assert_allclose((loss(1) - loss(-1)) / (2 * step), length, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_padding_changes_no_penalty(monkeypatch):
     report(monkeypatch, COEF)
     batch = random_batch()

@@ -239,6 +239,7 @@ def hidden():
     )
 
 
+@pytest.mark.slow
 def test_muon_moves_the_matrices_of_the_blocks_along_their_singular_vectors(hidden):
     """The first direction of a matrix U·S·Vᵀ is about U·Vᵀ, whose entries are then as large as Adam's."""
     model, gradients = hidden

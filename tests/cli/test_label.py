@@ -58,6 +58,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_answers_of_one_model_differ_by_seed_and_are_kept(trained, served, tmp_path, capsys):
     answers = tmp_path / "new" / "answers.jsonl"
     command = ["label", str(trained), "--max-new-tokens", "12", "--answers-file", str(answers)]

@@ -19,6 +19,7 @@ def small(tmp_path) -> list[str]:
     return ["plan", str(tmp_path / "small.py"), "--topology", "v5e:2x2"]
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_what_others_read(small, capsys):
     assert main([*small, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

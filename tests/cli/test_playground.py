@@ -50,6 +50,7 @@ def tasks(tmp_path, monkeypatch) -> Path:
     return Path("tasks.jsonl")
 
 
+@pytest.mark.slow
 def test_rates_cost_and_answers_of_each_model(run, tasks, capsys):
     models = [f"{run}:first", f"{run}:second"]
     asked = ["--verifier", "judge.py:score", "--answers", "4", "--temperature", "1", "--max-new-tokens", "8"]

@@ -60,6 +60,7 @@ PREFERRED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(ask=TEXT, answer=TEXT, other=TEXT)
 def test_every_layout_gives_the_tokens_of_the_plain_one(tokenizer, ask, answer, other):
@@ -149,6 +150,7 @@ READERS = (
 )
 
 
+@pytest.mark.slow
 def test_ten_thousand_broken_rows_are_read_or_refused_in_one_line():
     draw, refused = random.Random(0), 0
     for number in range(10_000):

@@ -163,6 +163,7 @@ def test_turns_saved_as_lists_of_roles_and_texts_are_turns(tmp_path, tokenizer):
     assert "3 conversations" in make_feed(stage, tokenizer, 0).report()
 
 
+@pytest.mark.slow
 def test_batches_of_a_saved_folder_do_not_depend_on_processes_and_its_columns_have_other_names(
     splits, tmp_path, tokenizer, monkeypatch
 ):

@@ -38,6 +38,7 @@ def test_they_are_read_once_and_kept(tmp_path, monkeypatch):
     assert first.fingerprint == again.fingerprint
 
 
+@pytest.mark.slow
 def test_a_hook_that_was_replaced_changes_nothing(monkeypatch):
     before = documents()
     monkeypatch.setattr("sys.unraisablehook", print)

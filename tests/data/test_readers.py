@@ -85,6 +85,7 @@ def test_parquet_is_read_by_row_group(tmp_path, monkeypatch):
     assert [len(piece.spans) for piece in loaded.parts[0].pieces()] == [8] * 12 + [4]
 
 
+@pytest.mark.slow
 def test_processes_make_what_one_makes(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(workers, "WORTH_BYTES", 0)
     monkeypatch.setattr(readers, "PIECE_BYTES", 10_000)

@@ -71,6 +71,7 @@ def shuffled(name):
     return items
 
 
+@pytest.mark.slow
 def test_prompts_have_their_examples_and_the_parts_that_are_scored(made, tokenizer):
     found = {task.label: core_items(task, tokenizer, 10_000, 3)[2] for task in read_core(made / "bundle")}
     text = {label: [tokenizer.decode([*c.context, *c.tokens]) for c in one.asked] for label, one in found.items()}

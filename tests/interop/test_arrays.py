@@ -28,6 +28,7 @@ def written(folder, family="", **changes):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, bias, dtype", [("qwen2", True, "bfloat16"), ("phi3", False, "float32")])
 def test_each_device_gets_its_shard(tmp_path, monkeypatch, family, bias, dtype):
     monkeypatch.setattr(tensors, "BLOCK", 500)

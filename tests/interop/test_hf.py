@@ -126,6 +126,7 @@ def test_greedy_continuation(family):
     np.testing.assert_array_equal(out.tokens, inputs["gen_eos_ids"])
 
 
+@pytest.mark.slow
 def test_packed_documents(golden):
     """Golden sft_packed: logits, loss and gradient of one packed row, on the model that made them."""
     folder = golden / "models" / "llama_gqa_llama3rope"

@@ -54,6 +54,7 @@ def flat(weight, layer, inputs):
     return one.reshape(int(np.prod(one.shape[:inputs])), -1).T
 
 
+@pytest.mark.slow
 def test_golden_adapter(adapter):
     base, family = golden_base(adapter)
     expected, name = np.load(adapter.parent / "expected.npz"), adapter.name

@@ -70,6 +70,7 @@ def work(server: Server, name: str, count: int, failed: list) -> None:
 
 
 # Whoever is done with 500 is shown one more, which is then kept for them: two pairs are there for that.
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs, per_pair", [(1002, 1), (500, 2)])
 def test_two_people_at_once_make_500_choices_each_and_nothing_is_lost_or_doubled(tmp_path, pairs, per_pair):
     failed: list = []

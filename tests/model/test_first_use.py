@@ -72,6 +72,7 @@ def by_xla(q, k, v, segments, window, softcap):
     return cudnn_attention(q, k, v, segments, window, implementation="xla")
 
 
+@pytest.mark.slow
 def test_the_layout_and_mask_given_to_cudnn_are_right():
     """cuDNN runs on GPUs only: here XLA computes what `jax.nn.dot_product_attention` is asked for."""
     assert first_use.measured_problem(by_xla, attention._plain, first_use.WITHOUT_SOFTCAP) == ""

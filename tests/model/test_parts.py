@@ -53,6 +53,7 @@ def test_the_cache_gives_what_training_computes_and_sizes_are_counted(changes):
     assert num_params(model) == c.num_layers * layer_matrices(c) + tables + sum(x.size for x in vectors)
 
 
+@pytest.mark.slow
 def test_layers_that_are_alike_are_the_same_with_and_without_a_pattern():
     alike = Layer(window=4, softcap=5.0)
     one, two = tiny_model(window=4, softcap=5.0), tiny_model(pattern=(alike, alike))

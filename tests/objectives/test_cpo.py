@@ -21,6 +21,7 @@ NAMES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "cpo_simpo", dtype)
@@ -94,6 +95,7 @@ def test_microbatches_add_up(loss):
         assert_accumulates(lambda **arrays: cpo(**arrays, o=CPO(loss=loss), nll_scale=scale), x, "logp")
 
 
+@pytest.mark.slow
 def test_padding_does_not_matter():
     x = example_pairs()
     logp = np.concatenate([np.where(x["weights"] > 0, x["logp"], -np.inf), np.full((2, 7), np.nan)])

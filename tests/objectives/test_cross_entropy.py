@@ -52,6 +52,7 @@ def check_golden(case, tokens, weights, number, tolerance, **knobs):
     return metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden_causal_lm(golden, dtype):
     for case in golden_cases(golden, "causal_lm_ce", dtype):

@@ -29,6 +29,7 @@ def distill_batch(rows: int, length: int, vocab: int, weights: np.ndarray | None
     return DistillBatch(**vars(plain), advantages=weights, old_logp=weights, sampler_logp=weights, teacher=other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     """Theirs are aligned with the logits; ours predict the next token, so a column is put before them."""

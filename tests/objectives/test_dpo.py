@@ -35,6 +35,7 @@ def knobs_of(params: dict) -> dict:
     return {"losses": params["loss_type"], **told}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "dpo", dtype)

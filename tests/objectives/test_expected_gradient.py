@@ -248,6 +248,7 @@ def test_the_completions_are_all_there_are():
     assert PI.sum() == pytest.approx(1, abs=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_expected_gradient_of_a_preset_is_the_one_that_it_claims(name):
     o = PRESETS[name].config
@@ -256,6 +257,7 @@ def test_the_expected_gradient_of_a_preset_is_the_one_that_it_claims(name):
         assert_claimed(expected_gradient(o, size=2), CLAIMS[name]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, factor", [("dr_grpo", 2 / 3 / GRPO().max_new_tokens), ("rloo", 1.0)])
 def test_a_baseline_with_the_own_reward_leaves_a_fraction_of_the_gradient(name, factor):
     """(G - 1) / G for the mean of the group, 1 for the mean of the others."""

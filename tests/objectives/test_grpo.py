@@ -91,6 +91,7 @@ def golden_tokens_of_bonus(case: Case) -> float:
     return float(top_entropy_mask(jnp.asarray(case.inputs["entropy"]), mask, case.params["top_entropy_quantile"]).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     cases = golden_cases(golden, "grpo", dtype)
@@ -232,6 +233,7 @@ def test_equals_a_loop_over_tokens(level, surrogate, aggregation):
         assert_close(gradient, numeric_gradient(theirs, x["logp"]), 1e-7, "gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_microbatches_add_up(aggregation):
     o = dataclasses.replace(KNOBS, aggregation=aggregation, entropy_coef=0.3, off_policy_kl=0.1)

@@ -25,6 +25,7 @@ def golden_logp(logits, responses):
     return jnp.take_along_axis(jax.nn.log_softmax(logits), responses[..., None], -1)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_golden(golden, dtype):
     """The golden rollouts judge one state more, after the end, and give the score there."""

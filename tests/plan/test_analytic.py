@@ -229,6 +229,7 @@ def test_a_second_slice_sends_each_devices_part_of_the_gradients_over_the_networ
     assert two.step_s > one.step_s and two.memory.total == one.memory.total
 
 
+@pytest.mark.slow
 def test_the_sampler_reads_its_cache_and_the_parameters_for_every_token():
     short, long = (plan(experiment(GRPO(max_new_tokens=n, group_size=8), seq_len=256)).sampling for n in (64, 192))
     m = experiment().model
@@ -265,6 +266,7 @@ def test_the_trainers_pass_over_a_rollout_is_counted():
     assert one.bytes >= one.memory.state + one.sampling.trainer_bytes
 
 
+@pytest.mark.slow
 def test_microbatches_gather_the_tables_once_and_keep_them():
     """Of the policy and of the reference, whose layers are cast once, too."""
     wide = {"vocab_size": 8192, "rows": 64}

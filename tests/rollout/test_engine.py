@@ -180,6 +180,7 @@ def test_each_program_compiles_once_for_all_requests_of_a_shape():
     assert (sample_tokens._cache_size(), read_chunk._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_long_prompts_are_read_in_chunks(monkeypatch):
     model, prompts = tiny_model(), prompts_of(10)
     expected = complete(model, prompts)

@@ -114,6 +114,7 @@ def test_a_held_out_task_that_is_trained_on_is_found(data):
     assert failed("Right", data, data)["leaks"].startswith("100 of 100 held-out tasks are training tasks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

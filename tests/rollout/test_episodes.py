@@ -82,6 +82,7 @@ def begin(tokenizer, rows, new=NEW, **changes):
     return Request([prompt] * rows, jax.random.key(0), new, width=WIDTH, **changes)
 
 
+@pytest.mark.slow
 def test_one_turn_is_what_the_sampler_gives_to_the_bit(tokenizer, model):
     rows = [{"question": text, "answer": "1"} for text in ("Guess.", "higher", "Guess. lower")]
     prompts = [tokenizer.encode(row["question"]) for row in rows]

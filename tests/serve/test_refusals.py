@@ -113,6 +113,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "body", "status", "param"), BAD, ids=range(len(BAD)))
 def test_a_bad_request_gets_the_protocols_error(running, path, body, status, param):
     found, told = post(running.port, path, body)

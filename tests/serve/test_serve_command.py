@@ -61,6 +61,7 @@ def refused(capsys, *words):
     return told
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_told_before_the_model_is_loaded(folder, capsys):
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]

@@ -111,6 +111,7 @@ def test_models_have_names_and_the_first_is_also_the_default(running):
     assert said["first"] == said["default"] != said["second"]
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_the_models(running):
     asked = {
         "model": "default", "messages": chat(QUESTIONS[1]), "max_tokens": 10, "temperature": 0.7, "seed": 2,

@@ -93,6 +93,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED, ids=str)
 def test_what_cannot_work_is_refused_in_a_line(case):
     axes, options, message = REFUSED[case]

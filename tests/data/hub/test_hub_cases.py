@@ -73,6 +73,7 @@ def test_a_typed_control_token_is_text(folder):
         assert name in tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 def test_conversations_have_the_text_ids_and_mask_of_the_template(folder):
     known = published.cases(folder)
     for typed in ("token", "text"):
