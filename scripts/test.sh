@@ -2,7 +2,7 @@
 # Lint, types and every test, on the CPU; stops at the first failure.
 #
 #   scripts/test.sh [arguments of pytest, for instance -k dpo, --golden DIR or --models DIR]
-#   scripts/test.sh --fast       # without what is marked slow (layouts, whole runs, processes, browsers): about 5 minutes on two cores, not 24
+#   scripts/test.sh --fast       # without what is marked slow (layouts, whole runs, processes, browsers): 4 to 5 minutes on two cores, not 21
 #
 # Makes .venv and installs the package with its test extras if that has not been done.
 set -euo pipefail
