@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -283,10 +282,13 @@ def make_prompts(folder: Path, name: str, o: Collect) -> None:
     rows = []
     rates = []
     for row in _rows_of(folder / ANSWERS, {"task": dict}):
-        rate = float(np.mean([score >= o.least_score for score in row["scores"]]))
+        wrong, answers = sum(score < o.least_score for score in row["scores"]), len(row["scores"])
+        rate = (answers - wrong) / answers
         rates.append(rate)
         if o.least_pass <= rate <= o.most_pass:
-            rows += [row["task"] | {"pass_rate": rate}] * math.ceil(o.most_copies * (1 - rate))
+            rows += [row["task"] | {"pass_rate": rate}] * -(
+                -o.most_copies * wrong // answers
+            )  # rounded up, in integers
     if not rows:
         raise UserError(
             f"{name}: none of the {len(rates)} prompts in {folder / ANSWERS} has a pass rate from {o.least_pass:g} to {o.most_pass:g} below "

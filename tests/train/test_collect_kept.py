@@ -85,6 +85,13 @@ def test_prompts_are_written_by_their_pass_rate(tmp_path, fields, kept):
     assert all(row["pass_rate"] == row["a"][0] / 4 for row in rows)
 
 
+def test_copies_are_rounded_up_without_rounding_errors(tmp_path):
+    row = {"prompt": "p", "answers": ["x"] * 10, "scores": [1.0] * 7 + [0.0] * 3, "task": {"q": "p"}}
+    (tmp_path / ANSWERS).write_text(json.dumps(row) + "\n")
+    make_prompts(tmp_path, "measure", Collect(verifier="answer", make="prompts", least_score=1.0, most_copies=10))
+    assert len((tmp_path / ROWS_FILE).read_text().splitlines()) == 3  # 10 * (1 - 0.7) is 3.0000000000000004
+
+
 VERIFIER = "import zlib\n\ndef score(row, completion):\n    return zlib.crc32(completion.encode()) % 4 / 3\n"
 
 
