@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lm.parallel.rules import spec, split_ways, ways
+from lm.model.kernels.on_each_device import on_each_device
+from lm.parallel.rules import split_ways, ways
 
 WIDEST_HEAD = 128  # the widest head that every GPU with this kernel supports
 
@@ -40,11 +41,7 @@ def cudnn_attention(
 ) -> Float[Array, "B H T K"]:
     """softmax(q·kᵀ/√K)·v over the tokens of a token's segment that are not after it, and less than `window` before it (0: any)."""
     attend = functools.partial(_attend, window=window, implementation=implementation)
-    if jax.sharding.get_abstract_mesh().empty:
-        return attend(q, k, v, segments)
-    queries, keys, rows = (spec(names) for names in (("batch", "heads"), ("batch", "kv_heads"), ("batch",)))
-    mapped = jax.shard_map(attend, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
-    return mapped(q, k, v, segments)
+    return on_each_device(attend, q, k, v, segments)
 
 
 def _attend(

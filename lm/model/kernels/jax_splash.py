@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lm.model.kernels.on_each_device import on_each_device
 from lm.model.kernels.splash import block_size
-from lm.parallel.rules import spec
 
 BLOCK = 512  # maximum queries, and maximum keys, of a block
 
@@ -30,11 +30,7 @@ def jax_splash(
     """Like `lm.model.kernels.splash.splash`, for a mesh that does not split rows."""
     attend = functools.partial(_attend, window=window, softcap=softcap, interpret=interpret)
     q = q / math.sqrt(q.shape[-1])
-    if jax.sharding.get_abstract_mesh().empty:
-        return attend(q, k, v, segments)
-    queries, keys, rows = (spec(names) for names in (("batch", "heads"), ("batch", "kv_heads"), ("batch",)))
-    mapped = jax.shard_map(attend, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
-    return mapped(q, k, v, segments)
+    return on_each_device(attend, q, k, v, segments)
 
 
 def _attend(q: Array, k: Array, v: Array, segments: Array, window: int, softcap: float, interpret: bool) -> Array:
