@@ -4,35 +4,19 @@ import json
 import types
 from pathlib import Path
 
-import jax
 import pytest
 
 from lm.choices.log import open_log
 from lm.cli import label
 from lm.cli.main import main
-from lm.data.curriculum import instruct_row
-from lm.data.tokenizer import SubwordTokenizer
-from lm.experiment import SFT, Experiment, Source, Stage, to_dict
-from lm.model.transformer import Transformer
-from lm.train.checkpoint import Checkpoints
-from lm.train.run_folder import RunFolder
-from tests.helpers import TINY
+from tests.cli.untrained import write_untrained_run
 from tests.label.label_rows import questions, write_rows
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The folder of a run of two stages, whose models have learnt nothing."""
-    folder = RunFolder(tmp_path_factory.mktemp("label") / "run")
-    stages = tuple(Stage(name, SFT(), (Source("gen:instruct"),), seq_len=64) for name in ("first", "second"))
-    value = Experiment(name="small", stages=stages, model=TINY, prompts=("Hello?", "Who?"))
-    folder.claim(to_dict(value))
-    texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
-    vocab = SubwordTokenizer.train(texts, 384, folder.tokenizer).vocab_size
-    for seed, stage in enumerate(stages):
-        with Checkpoints(folder.checkpoints(stage.name)) as checkpoints:
-            checkpoints.save(1, {"policy": Transformer(TINY, vocab, jax.random.key(seed))}, {})
-    return folder.path
+    return write_untrained_run(tmp_path_factory.mktemp("label") / "run", prompts=("Hello?", "Who?"))
 
 
 @pytest.fixture

@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 
 from lm.cli.main import main
-from lm.data.curriculum import instruct_row
-from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.answers import chances_of_full_reward
-from lm.experiment import SFT, Experiment, Source, Stage, to_dict
-from lm.model.transformer import Transformer
-from lm.train.checkpoint import Checkpoints
 from lm.train.loaded_run import load_run
-from lm.train.run_folder import RunFolder
-from tests.helpers import TINY
+from tests.cli.untrained import write_untrained_run
 
 JUDGE = """
 def score(row, completion):
@@ -29,15 +23,7 @@ score.columns = ("parity",)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """The folder of a run of two stages, whose models have learnt nothing."""
-    folder = RunFolder(tmp_path_factory.mktemp("play") / "run")
-    stages = tuple(Stage(name, SFT(), (Source("gen:instruct"),), seq_len=64) for name in ("first", "second"))
-    folder.claim(to_dict(Experiment(name="small", stages=stages, model=TINY)))
-    texts = [turn["content"] for index in range(200) for turn in instruct_row(index)["messages"]]
-    vocab = SubwordTokenizer.train(texts, 384, folder.tokenizer).vocab_size
-    for seed, stage in enumerate(stages):
-        with Checkpoints(folder.checkpoints(stage.name)) as checkpoints:
-            checkpoints.save(1, {"policy": Transformer(TINY, vocab, jax.random.key(seed))}, {})
-    return folder.path
+    return write_untrained_run(tmp_path_factory.mktemp("play") / "run")
 
 
 @pytest.fixture
