@@ -113,7 +113,7 @@ def _check_model(m: Model, stages: tuple[Stage, ...]) -> None:
         )
     if m.attention == "cudnn" and any(layer.softcap for layer in m.period):
         raise UserError(
-            "model.softcap is set and model.attention is cudnn, which has none; attention auto and plain do"
+            "model.softcap or a layer's softcap is set and model.attention is cudnn, which has no soft cap; attention auto and plain have one"
         )
 
 
