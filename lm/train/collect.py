@@ -73,8 +73,10 @@ def collect_stage(run: RunContext, index: int, model: Transformer, scorers: tupl
     )  # answers sampled in earlier sessions count
     with costs.of("sample_seconds"):
         sources = _sample(run, index, model, scorers, folder / ANSWERS, costs)
-    run_on_main(lambda: MAKERS[o.make](folder, stage.name, o))
-    report = run_on_main(lambda: f"{sum(1 for _ in (folder / ROWS_FILE).open())} rows made from {folder / ANSWERS}")
+    note = run_on_main(lambda: MAKERS[o.make](folder, stage.name, o))
+    report = run_on_main(
+        lambda: f"{sum(1 for _ in (folder / ROWS_FILE).open())} rows made from {folder / ANSWERS}{note or ''}"
+    )
     files = {name: file_sha256(folder / name) for name in (ANSWERS, LABELS, ROWS_FILE) if (folder / name).exists()}
     summarise(run.folder, stage, 0, num_params(model), str(report), sources, costs, {"files": files})
     if is_main_process():
@@ -270,11 +272,12 @@ def make_conversations(folder: Path, name: str, o: Collect) -> None:
     write_rows(folder / ROWS_FILE, rows)
 
 
-def make_prompts(folder: Path, name: str, o: Collect) -> None:
+def make_prompts(folder: Path, name: str, o: Collect) -> str:
     """Write the tasks whose pass rate is from `least_pass` to `most_pass`, with the column `pass_rate`, and more copies of hard ones.
 
     A prompt gives no signal to a group's advantages if all of its answers pass, or none does (DAPO, arXiv:2503.14476, section 3.2);
     sampling in proportion to 1 - pass rate is that of Kimi k1.5 (arXiv:2501.12599, section 2.3.3).
+    Returns how many prompts are left out.
 
     Raises:
         UserError: no prompt is left.
@@ -286,15 +289,19 @@ def make_prompts(folder: Path, name: str, o: Collect) -> None:
         rate = (answers - wrong) / answers
         rates.append(rate)
         if o.least_pass <= rate <= o.most_pass:
-            rows += [row["task"] | {"pass_rate": rate}] * -(
-                -o.most_copies * wrong // answers
-            )  # rounded up, in integers
+            copies = -(-o.most_copies * wrong // answers)  # rounded up
+            rows += [row["task"] | {"pass_rate": rate}] * copies
     if not rows:
         raise UserError(
             f"{name}: none of the {len(rates)} prompts in {folder / ANSWERS} has a pass rate from {o.least_pass:g} to {o.most_pass:g} below "
             f"1; they are from {min(rates):g} to {max(rates):g}: there is nothing to train on"
         )
     write_rows(folder / ROWS_FILE, rows)
+    counts = {
+        f"below least_pass {o.least_pass:g}": sum(rate < o.least_pass for rate in rates),
+        f"above most_pass {o.most_pass:g}, or always solved": sum(rate > o.most_pass or rate == 1 for rate in rates),
+    }
+    return f"; of {len(rates)} prompts left out: {', '.join(f'{count} {why}' for why, count in counts.items())}"
 
 
 def _rows_of(path: Path, fields: Mapping[str, type] = {}) -> list[Row]:

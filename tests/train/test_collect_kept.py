@@ -79,7 +79,12 @@ def test_prompts_are_written_by_their_pass_rate(tmp_path, fields, kept):
         with pytest.raises(UserError, match=r"none of the 4 prompts .* from 1 to 1 below 1; they are from 1 to 1"):
             make_prompts(tmp_path, "measure", o)
         return
-    make_prompts(tmp_path, "measure", o)
+    told = make_prompts(tmp_path, "measure", o)
+    low, high = "never" not in kept, 1 + ("often" not in kept)
+    least, most = fields.get("least_pass", 0), fields.get("most_pass", 1)
+    assert told == (
+        f"; of 4 prompts left out: {int(low)} below least_pass {least:g}, {high} above most_pass {most:g}, or always solved"
+    )
     rows = [json.loads(line) for line in (tmp_path / ROWS_FILE).read_text().splitlines()]
     assert {name: sum(row["q"] == name for row in rows) for name in kept} == kept and len(rows) == sum(kept.values())
     assert all(row["pass_rate"] == row["a"][0] / 4 for row in rows)
