@@ -132,7 +132,9 @@ def compare(
     for metric in metrics:
         cells |= _compared(groups, base, metric, notes)
     seeds = {len({result.seed for result in one.ended}) for one in groups if one.ended}
-    if seeds == {1}:
+    if not metrics:
+        notes.append("the runs have no evals with a number each: there is nothing to compare but what differs")
+    if metrics and seeds == {1}:
         notes.append("one seed each: no interval, so a difference may be chance")
     return Comparison(groups, metrics, base, why, cells, differing_fields(results), tuple(dict.fromkeys(notes)))
 
@@ -190,7 +192,8 @@ def group(results: Sequence[Result]) -> tuple[Group, ...]:
         leaves = _leaves(same[0])
         settings = same[0].settings or {name: field_text(leaves, name) for name in differing}
         many = not same[0].settings and len(differing) > MOST_IN_LABEL
-        groups.append(Group(same[0].folder.name if many else _label(settings), settings, tuple(same)))
+        label = _label(settings, of_axes=bool(same[0].settings))
+        groups.append(Group(same[0].folder.name if many else label, settings, tuple(same)))
     labels = [one.label for one in groups]
     return tuple(
         dataclasses.replace(one, label=f"{one.label} ({place})") if labels.count(one.label) > 1 else one
@@ -198,10 +201,10 @@ def group(results: Sequence[Result]) -> tuple[Group, ...]:
     )
 
 
-def _label(settings: Mapping[str, str]) -> str:
-    """Label of settings in one line; of a single axis of variants only the variant's name."""
+def _label(settings: Mapping[str, str], of_axes: bool) -> str:
+    """Label of settings in one line; of a sweep's single axis of variants only the variant's name."""
     names = [name for name in settings if "." not in name]
-    if len(settings) == 1 and names:
+    if of_axes and len(settings) == 1 and names:
         return settings[names[0]]
     there = {name: value for name, value in settings.items() if value != ABSENT}
     return settings_text(there or dict(settings)) if settings else "all runs"
@@ -306,24 +309,33 @@ def _metrics(results: Sequence[Result], only: Sequence[str]) -> tuple[Metric, ..
 
 
 def _compared(groups: Sequence[Group], base: Group, metric: Metric, notes: list[str]) -> dict[tuple[str, Metric], Cell]:
-    """Compare every group with the baseline in one metric, if measured on the same data; appends to `notes`."""
-    own = measurement_setup(base.results[0], metric.name)
-    of_base = _by_seed(base, metric)
+    """Compare every group with the baseline in one metric, by the runs measured on the same data; appends to `notes`."""
+    first = next(iter(_measured(base, metric)), None)
+    own = first and measurement_setup(first[0], metric.name)
+    of_base = dict[int, float]()
     cells: dict[str, Cell] = {}
     everything: list[float] = []
-    for one in groups:
-        values = _by_seed(one, metric)
-        bests = [value for result in one.ended if math.isfinite(value := result.best(metric.name, metric.field))]
+    for one in (base, *(other for other in groups if other is not base)):
+        found = _measured(one, metric)
+        setups = [measurement_setup(result, metric.name) for result, _ in found]
+        same = [measured for measured, setup in zip(found, setups, strict=True) if setup == own]
+        what = next((setup_difference(own, setup) for setup in setups if setup != own), "")
+        if what:
+            who = f"{len(found) - len(same)} of {len(found)} runs of {one.label} are" if same else f"{one.label} is"
+            notes.append(
+                f"{metric.label}: {who} not compared, since {'their' if same else 'its'} held-out data differ ({what})"
+            )
+        values = {result.seed: value for result, value in same or found}
+        bests = [result.best(metric.name, metric.field) for result, _ in same or found]
         everything += values.values()
-        cell = Cell(estimate(list(values.values())), estimate(bests))
-        other = measurement_setup(one.results[0], metric.name)
-        if one is not base and values and other != own:
-            what = setup_difference(own, other)
-            notes.append(f"{metric.label}: {one.label} is not compared, since its held-out data differ ({what})")
+        cell = Cell(estimate(list(values.values())), estimate(list(filter(math.isfinite, bests))))
+        if one is base:
+            of_base = values
+        elif what and not same:
             cell = dataclasses.replace(cell, excluded=what)
-        elif one is not base:
+        else:
             cell = dataclasses.replace(cell, difference=paired(values, of_base))
-        missing = len(one.ended) - len(values)
+        missing = len(one.ended) - len(found)
         if missing:
             notes.append(f"{metric.label}: missing in {missing} of {len(one.ended)} runs of {one.label}")
         cells[one.label] = cell
@@ -339,9 +351,10 @@ def _compared(groups: Sequence[Group], base: Group, metric: Metric, notes: list[
     return {(label, metric): cell for label, cell in cells.items()}
 
 
-def _by_seed(one: Group, metric: Metric) -> dict[int, float]:
-    found = {result.seed: result.final(metric.name, metric.field) for result in one.ended}
-    return {seed: value for seed, value in found.items() if math.isfinite(value)}
+def _measured(one: Group, metric: Metric) -> list[tuple[Result, float]]:
+    """The runs of a group that ended with a finite value of the metric, and that value."""
+    found = [(result, result.final(metric.name, metric.field)) for result in one.ended]
+    return [(result, value) for result, value in found if math.isfinite(value)]
 
 
 def measurement_setup(result: Result, name: str) -> dict[str, Any] | None:
@@ -349,17 +362,18 @@ def measurement_setup(result: Result, name: str) -> dict[str, Any] | None:
     item = next((item for item in result.experiment["evals"] if item["name"] == name), None)
     if item is None:
         return None
-    path = item["source"]["path"]
-    found = {key: value for key, value in flatten(item).items() if key not in ("name", "source.weight")}
+    content = result.session.get("data_fingerprint", {}).get(item["source"]["path"])
+    left_out = ("name", "source.weight", *(("source.path",) if content else ()))  # equal files may have other places
+    found = {key: value for key, value in flatten(item).items() if key not in left_out}
     if item["metric"] == "bits_per_byte":  # longer windows have more context
         found["model.max_len"] = result.experiment["model"]["max_len"]
-    return found | {"content": result.session.get("data_fingerprint", {}).get(path)}
+    return found | {"content": content}
 
 
 def setup_difference(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
     """Description of the differences between two results of `measurement_setup`."""
     if own is None or other is None:
-        return "one has none"
+        return f"{'the baseline' if own is None else 'it'} has none"
     return ", ".join(
         f"{name} {own.get(name)} and {other.get(name)}" for name in own if own.get(name) != other.get(name)
     )

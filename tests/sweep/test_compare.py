@@ -111,6 +111,46 @@ def test_what_was_measured_on_other_data_is_not_compared(tmp_path, changes, sess
     assert any(f"since its held-out data differ ({why})" in note for note in found.notes)
 
 
+def test_a_run_that_has_not_begun_hides_no_comparison_of_the_others(tmp_path):
+    results = runs(tmp_path, effect=-0.1, seeds=3)
+    (results[0].folder / "environment.json").unlink()
+    shutil.rmtree(results[0].folder / "stages")
+    found = compare([read_result(result.folder) for result in results])
+    assert found.baseline.note == "1 not finished"
+    assert found.cells["qk_norm false", BITS].difference.count == 2
+
+
+def test_the_seeds_of_a_group_that_were_measured_on_other_data_are_left_out_and_counted(tmp_path):
+    other = SESSION | {"data_fingerprint": {"gen:drills": "xyz"}}
+    results = [written(tmp_path / f"a{seed}", 2.0 + seed, seed) for seed in range(3)]
+    results += [
+        written(tmp_path / f"b{seed}", 1.0 + seed, seed, other if seed == 2 else SESSION, model__qk_norm=False)
+        for seed in range(3)
+    ]
+    found = compare(results)
+    cell = found.cells["qk_norm false", BITS]
+    assert cell.difference.count == cell.final.count == cell.best.count == 2
+    assert any("1 of 3 runs of qk_norm false are not compared" in note for note in found.notes)
+
+
+def test_equal_data_in_another_place_are_the_same_data(tmp_path):
+    def at(name, path, seed, **changes):
+        session = SESSION | {"data_fingerprint": {path: "abc"}}
+        return written(tmp_path / f"{name}{seed}", 2.0 + seed, seed, session, evals__0__source__path=path, **changes)
+
+    results = [at("a", "/here/asked.jsonl", seed) for seed in range(2)]
+    results += [at("b", "/there/asked.jsonl", seed, model__qk_norm=False) for seed in range(2)]
+    found = compare(results)
+    assert found.cells[found.groups[1].label, BITS].difference.count == 2
+
+
+def test_runs_without_evals_are_told_so(tmp_path):
+    results = [written(tmp_path / name, 2.0, evals=[], model__qk_norm=name == "a") for name in "ab"]
+    found = compare(results)
+    assert not found.metrics and any("no evals" in note for note in found.notes)
+    render(found)
+
+
 def test_what_is_missing_or_failed_is_counted_and_not_averaged(tmp_path):
     results = [written(tmp_path / f"a{seed}", 2.0, seed) for seed in range(2)]
     results.append(written(tmp_path / "a2", None, 2))
@@ -156,6 +196,8 @@ def test_a_stage_that_some_runs_lack_is_named_once(tmp_path):
     found = compare([written(tmp_path / name, 2.0, stages=stages) for name, stages in of.items()])
     assert found.changed == ("again", "again.steps")
     assert [one.settings["again"] for one in found.groups] == ["–", "present", "present"]
+    one, other = compare([read_result(tmp_path / name) for name in ("short", "more")]).groups
+    assert (one.label, other.label) == ("again –", "again present")
     page = render(found)
     assert '<td>again</td><td class="words">– → present</td>' in page and "again.objective" not in page
 
