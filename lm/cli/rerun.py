@@ -33,9 +33,10 @@ def call(arguments: argparse.Namespace) -> int:
 
     from lm.files import load
     from lm.stored import cache_at
+    from lm.train.fingerprints import fingerprints
     from lm.train.rerun import changed_conditions, first_difference
     from lm.train.run_folder import RunFolder
-    from lm.train.stages import fingerprints, run
+    from lm.train.stages import run
 
     experiment = load(str(run_dir / "experiment.json"))
     names = [stage.name for stage in experiment.stages]

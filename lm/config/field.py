@@ -285,6 +285,8 @@ WITH_PARAMETER = (
     "gym",
     "search",
 )
+WITH_FILE = ("json_schema", "endpoint", "search")
+"""Those of them whose parameter is a file."""
 
 
 def is_function_name(name: Any) -> bool:

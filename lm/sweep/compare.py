@@ -362,12 +362,14 @@ def measurement_setup(result: Result, name: str) -> dict[str, Any] | None:
     item = next((item for item in result.experiment["evals"] if item["name"] == name), None)
     if item is None:
         return None
-    content = result.session.get("data_fingerprint", {}).get(item["source"]["path"])
+    known = result.session.get("data_fingerprint", {})
+    content = known.get(item["source"]["path"])
     left_out = ("name", "source.weight", *(("source.path",) if content else ()))  # equal files may have other places
     found = {key: value for key, value in flatten(item).items() if key not in left_out}
     if item["metric"] == "bits_per_byte":  # longer windows have more context
         found["model.max_len"] = result.experiment["model"]["max_len"]
-    return found | {"content": content}
+    read = {f"{name} content": known[item[name]] for name in ("verifier", "environment") if item.get(name) in known}
+    return found | read | {"content": content}
 
 
 def setup_difference(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
@@ -375,7 +377,7 @@ def setup_difference(own: dict[str, Any] | None, other: dict[str, Any] | None) -
     if own is None or other is None:
         return f"{'the baseline' if own is None else 'it'} has none"
     return ", ".join(
-        f"{name} {own.get(name)} and {other.get(name)}" for name in own if own.get(name) != other.get(name)
+        f"{name} {own.get(name)} and {other.get(name)}" for name in own | other if own.get(name) != other.get(name)
     )
 
 

@@ -208,6 +208,20 @@ class Checkpoints:
         except Damaged:
             return False
 
+    def fingerprint(self, item: str, step: int | None) -> str:
+        """SHA-256 of an item's files at a step (None: the newest), and of what its checkpoint needs besides, by the manifest alone.
+
+        Raises:
+            UserError: there is no such checkpoint, or its manifest is damaged.
+        """
+        step = max(self.steps(), default=0) if step is None else step
+        try:
+            manifest = _read_manifest(self.folder / f"{step:08d}")
+        except Damaged as damage:
+            raise UserError(f"{damage}; put back a copy of it") from damage
+        files = {name: seal for name, seal in manifest["files"].items() if name.split("/")[0] == item}
+        return sealed({"files": files, UNTRAINED: manifest.get(UNTRAINED), "base": manifest["meta"].get("base")})[SEAL]
+
     def _save_untrained(self, arrays: Named) -> str:
         """Write the arrays that no step changes, unless they are there; returns the seal of their manifest.
 

@@ -30,7 +30,6 @@ from lm.data.text_tokenizer import TextTokenizer
 from lm.data.vocabulary import is_tokenizer, load_tokenizer, named_tokenizer, train_tokenizer
 from lm.evals.examples import spec_of
 from lm.experiment import (
-    COLLECTED,
     Experiment,
     Stage,
     UserError,
@@ -40,16 +39,14 @@ from lm.experiment import (
     strict,
     to_dict,
 )
-from lm.interop.peft import WEIGHTS
 from lm.model.heads import Scorer
 from lm.model.lora import without_adapter
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
-from lm.open_weights import check_weights, fingerprint, located, names_weights, vocabulary_rows, with_init
+from lm.open_weights import check_weights, located, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.mesh import check_fits, check_split, make_mesh
 from lm.rollout.episodes import make_tasks
-from lm.stored import file_sha256
 from lm.train.agreement import check_same, check_same_data, check_shared
 from lm.train.base import adapters_on_random_weights, base_stage, recorded_base
 from lm.train.batches import Batches
@@ -57,6 +54,7 @@ from lm.train.callbacks import Callback, listener, load_callbacks
 from lm.train.collect import collect_stage
 from lm.train.collected import inputs_ready, is_collected, with_collected_paths
 from lm.train.evaluate import Evaluator, Line, check_evals
+from lm.train.fingerprints import fingerprints, function_files
 from lm.train.loaded_run import LoadedRun, load_adapters, load_open_weights, load_run, record_origin
 from lm.train.loop import Interrupted, RunContext, tidy, train_stage
 from lm.train.memory import check_memory
@@ -209,6 +207,9 @@ def _prepare_data(
     raise_on_all(lambda: check_fits(experiment, dict(mesh.shape)))
     raise_on_all(lambda: check_memory(experiment, dict(mesh.shape), rows))
 
+    raise_on_all(lambda: check_reward_models(experiment, tokenizer))
+    raise_on_all(lambda: [check_teacher(stage, tokenizer, experiment.model) for stage in experiment.stages])
+
     def record() -> None:
         found = fingerprints(experiment)
         now = run_inputs(tokenizer, found)
@@ -222,8 +223,6 @@ def _prepare_data(
         folder.record_finished()
 
     run_on_main(record)
-    raise_on_all(lambda: check_reward_models(experiment, tokenizer))
-    raise_on_all(lambda: [check_teacher(stage, tokenizer, experiment.model) for stage in experiment.stages])
     return tokenizer, raise_on_all(lambda: held_out_elsewhere(experiment))
 
 
@@ -349,27 +348,6 @@ def print_on_main(text: str) -> None:
     """Print on the main process only."""
     if is_main_process():
         print(text, flush=True)
-
-
-def fingerprints(experiment: Experiment) -> dict[str, str]:
-    """SHA-256 of every source of stages and evals by path, of open weights, and of user functions' files by FILE:FUNCTION."""
-    sources = [source for stage in experiment.stages for source in stage.sources]
-    read = {source.path: source for source in [*sources, *(item.source for item in experiment.evals)]}
-    functions = {name: found["sha256"] for name, found in check_functions(experiment).items()}
-    named = {experiment.init, *(stage.objective.teacher_name for stage in experiment.stages)}
-    weights = {name: fingerprint(name) for name in sorted(filter(names_weights, named))}
-    if experiment.adapter:
-        weights[experiment.adapter] = file_sha256(Path(experiment.adapter).expanduser() / WEIGHTS)
-    return (
-        {path: rows_of(source).fingerprint for path, source in sorted(read.items()) if not path.startswith(COLLECTED)}
-        | weights
-        | functions
-    )
-
-
-def function_files(experiment: Experiment) -> dict[str, str]:
-    """The path of each user function's file, by FILE:FUNCTION."""
-    return {name: found["file"] for name, found in check_functions(experiment).items()}
 
 
 def make_evaluator(run: StoredRun, index: int, entering: Transformer | None) -> Evaluator:

@@ -9,9 +9,10 @@ from lm.cli.main import main
 from lm.experiment import Eval, Source, UserError, to_dict
 from lm.json_lines import rewrite_json_lines
 from lm.stored import read_json, read_sealed, write_sealed
+from lm.train.fingerprints import fingerprints
 from lm.train.metrics import read_lines
 from lm.train.rerun import changed_conditions, first_difference
-from lm.train.stages import fingerprints, run
+from lm.train.stages import run
 from tests.sweep.tiny import base
 
 
