@@ -16,7 +16,7 @@ from lm.rollout.sampler import choose, completion_keys
 from lm.rollout.slots import Assignment, Slots, append, begin, whole_rows
 from lm.types import Anywhere, pytree
 
-BURST = 2  # most tokens of a step
+BURST = 16  # most tokens of a step
 ALTERNATIVES = 20  # likeliest tokens that are reported beside a sampled one
 
 
@@ -41,7 +41,7 @@ class SlotSettings:
 class Stepped:
     """The tokens of a step with their log-probabilities at temperature 1, the likeliest alternatives, and the state of the slots.
 
-    A slot that was done before a token has -1 in its place.
+    `count` is the number of tokens that the step had. A slot that was done before a token has -1 in its place.
     """
 
     tokens: Int[Array, "R B"]
@@ -49,6 +49,7 @@ class Stepped:
     others: Int[Array, "R B T"]
     others_logp: Float[Array, "R B T"]
     done: Bool[Array, " R"]
+    count: Int[Array, ""]
 
 
 @functools.partial(jax.jit, static_argnames=("end_ids", "vocab_size"), donate_argnames=("slots",))
@@ -57,12 +58,13 @@ def step(
     slots: Slots,
     assigned: Assignment,
     choices: SlotSettings,
-    count: int | Int[Array, ""],
+    most: int | Int[Array, ""],
+    enough: int | Int[Array, ""],
     *,
     end_ids: tuple[int, ...],
     vocab_size: int,
 ) -> tuple[Slots, Stepped]:
-    """Sample `count` tokens, at most BURST, of every slot.
+    """Sample `most` tokens of every slot, at most BURST; fewer once `enough` completions have ended with them.
 
     A slot's tokens are those that `sample_tokens` gives with the key of its seed, whatever the other slots do.
     """
@@ -73,11 +75,17 @@ def step(
     slots, lengths = begin(slots, assigned)
     nothing = Stepped(
         jnp.full((rows, BURST), -1), jnp.zeros((rows, BURST)), jnp.zeros((rows, BURST, alternatives), jnp.int32),
-        jnp.zeros((rows, BURST, alternatives)), slots.done,
+        jnp.zeros((rows, BURST, alternatives)), slots.done, jnp.int32(0),
     )  # fmt: skip
+    before = slots.done.sum()
 
-    def one_more(number: Array, carry: tuple[Slots, Stepped]) -> tuple[Slots, Stepped]:
+    def going_on(carry: tuple[Slots, Stepped]) -> Bool[Array, ""]:
+        _, found = carry
+        return (found.count < jnp.minimum(most, BURST)) & (found.done.sum() - before < enough)
+
+    def one_more(carry: tuple[Slots, Stepped]) -> tuple[Slots, Stepped]:
         slots, found = carry
+        number = found.count
         logits = whole_rows(model.logits(slots.hidden)).astype(jnp.float32)
         token = _chosen(logits, keys, slots.steps, choices, vocab_size)
         scores = jax.nn.log_softmax(logits, axis=-1)
@@ -94,9 +102,10 @@ def step(
             found.others.at[:, number].set(likeliest[1]),
             found.others_logp.at[:, number].set(likeliest[0]),
             after.done,
+            number + 1,
         )
 
-    return jax.lax.fori_loop(0, jnp.minimum(count, BURST), one_more, (slots, nothing))
+    return jax.lax.while_loop(going_on, one_more, (slots, nothing))
 
 
 def _chosen(

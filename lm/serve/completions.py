@@ -9,8 +9,6 @@ from typing import Any
 from lm.serve.protocol import Refused, Settings
 from lm.serve.text_stream import ScoredToken, TextStream
 
-PASS_SECONDS = 0.05  # tokens of a completion are passed on so often, the first and the last at once
-
 
 @dataclass(frozen=True)
 class Delta:
@@ -53,15 +51,18 @@ class LiveCompletion:
     _kept: list[ScoredToken] = field(default_factory=list)  # tokens that have not been passed on
     _next: float = 0.0  # when the next ones are
 
-    def add(self, tokens: Sequence[ScoredToken], done: bool, end_ids: Sequence[int], now: float) -> None:
-        """Take the tokens of a step, `done` if the slot has ended with them; pass them on if it is time."""
+    def add(self, tokens: Sequence[ScoredToken], done: bool, end_ids: Sequence[int], now: float, pause: float) -> None:
+        """Take the tokens of a step, `done` if the slot has ended with them; pass them on, but only every `pause` seconds.
+
+        The first and the last are passed on at once.
+        """
         if self.finished:
             return
         self.sampled += len(tokens)
         self._kept += tokens
         if not done and now < self._next:
             return
-        tokens, self._kept, self._next = self._kept, [], now + PASS_SECONDS
+        tokens, self._kept, self._next = self._kept, [], now + pause
         ended = done and bool(tokens) and tokens[-1].token in end_ids
         piece = self.text.add(tokens[: len(tokens) - ended])
         if self.matcher is not None and (why := self.matcher.error()):

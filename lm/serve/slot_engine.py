@@ -22,6 +22,10 @@ from lm.serve.text_stream import ScoredToken
 
 NARROW, MIDDLE, WIDE = 16, 64, 256  # tokens of a prompt that are read at a time; few widths, few compilations
 READ = 256  # tokens that are read between two steps: a part of a long prompt, or short prompts
+FEW = 2  # tokens of a step while slots are free, so that a completion that comes begins soon
+FULL = 8  # slots count as full while fewer than this fraction of them, 1/8, are free
+PASS_SECONDS = 0.05  # between two pieces of a completion's text, at least; and of a step with more than FEW tokens
+PASSED = 500  # pieces of text of all completions in a second, at most: each costs about 0.2 ms
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class SlotEngine:
         self._seeds, self._temperature = np.zeros(count, np.uint32), np.zeros(count, np.float32)
         self._top_k, self._top_p = np.zeros(count, np.int32), np.ones(count, np.float32)
         self._every = np.full((count, -(-tokenizer.vocab_size // 32)), -1, np.int32)
-        self._pending: tuple[Stepped, list[LiveCompletion | None], int] | None = None
+        self._pending: tuple[Stepped, list[LiveCompletion | None], float] | None = None
+        self._token_seconds = PASS_SECONDS  # time of a token of all slots, by the last step
 
     @property
     def running(self) -> int:
@@ -108,22 +113,23 @@ class SlotEngine:
         arrive()
         self._drop()
         # A completion's first token is not held back by a second one.
-        burst = 1 if self._admit() else BURST
+        most = 1 if self._admit() else self._step_tokens()
         if self.running:
-            self._begin_step(burst)
-        now = time.monotonic()
+            self._begin_step(most)
+        now, pause = time.monotonic(), max(PASS_SECONDS, self.running / PASSED)
         for progress, tokens, done in found:
-            progress.add(tokens, done, self.tokenizer.end_ids, now)
+            progress.add(tokens, done, self.tokenizer.end_ids, now, pause)
         return sum(len(tokens) for _, tokens, _ in found)
 
     def _collect(self) -> list[tuple[LiveCompletion, list[ScoredToken], bool]]:
         """The tokens of the step that was begun last, by completion; ended completions leave their slots."""
         if self._pending is None:
             return []
-        stepped, taken, burst = self._pending
+        stepped, taken, began = self._pending
         self._pending = None
-        self.steps += burst
-        sampled, done = (x.tolist() for x in jax.device_get((stepped.tokens, stepped.done)))
+        sampled, done, count = (x.tolist() for x in jax.device_get((stepped.tokens, stepped.done, stepped.count)))
+        self.steps += count
+        self._token_seconds = (time.monotonic() - began) / count
         reported = any(one is not None and one.settings.alternatives is not None for one in taken)
         scores = jax.device_get((stepped.logp, stepped.others, stepped.others_logp)) if reported else None
         found = []
@@ -132,7 +138,7 @@ class SlotEngine:
                 continue
             if progress.first is None:
                 progress.first = self.steps - progress.arrived
-            ids = [token for token in sampled[slot] if token >= 0]
+            ids = [token for token in sampled[slot][:count] if token >= 0]
             tokens = _scored(ids, slot, scores, progress.settings.alternatives)
             if progress.matcher is not None:
                 progress.matcher.consume_tokens(ids)
@@ -228,13 +234,19 @@ class SlotEngine:
             self._seeds[slot], self._temperature[slot] = settings.seed, settings.temperature
             self._top_k[slot], self._top_p[slot] = settings.top_k, settings.top_p
 
-    def _begin_step(self, burst: int) -> None:
+    def _step_tokens(self) -> int:
+        """Tokens of the next step: the more the quicker they are, once the slots are full and few completions can come."""
+        if self.sizes.slots - self.running >= max(1, self.sizes.slots // FULL):
+            return FEW
+        return max(FEW, min(BURST, int(PASS_SECONDS / self._token_seconds)))
+
+    def _begin_step(self, most: int) -> None:
         count, running = self.sizes.slots, [one.settings for one in self.taken if one is not None]
         allowed, constrained = self._every, False
         for slot, progress in enumerate(self.taken):
             if progress is not None and progress.matcher is not None:
                 allowed = allowed if constrained else allowed.copy()
-                constrained, burst = True, 1
+                constrained, most = True, 1
                 progress.matcher.fill(allowed[slot])
         places = np.arange(count, dtype=np.int32)
         assigned = Assignment(
@@ -246,9 +258,10 @@ class SlotEngine:
             np.bool_(constrained), np.bool_(any(one.top_k or one.top_p < 1 for one in running)),
             np.bool_(any(one.alternatives for one in running)),
         )  # fmt: skip
-        self._slots, stepped = self._step(self._weights, self._slots, assigned, choices, np.int32(burst))
+        enough = np.int32(max(1, count // FULL))
+        self._slots, stepped = self._step(self._weights, self._slots, assigned, choices, np.int32(most), enough)
         self._started[:] = False
-        self._pending = stepped, list(self.taken), burst
+        self._pending = stepped, list(self.taken), time.monotonic()
 
 
 @functools.cache
