@@ -128,7 +128,7 @@ class SweepFolder:
         for stage, key in zip(trial.experiment.stages[:-1], stage_keys, strict=False):
             self.shared(key).mkdir(parents=True, exist_ok=True)
             link = path / "stages" / stage.name
-            if not link.is_symlink():
+            if not os.path.lexists(link):  # a copy of the folder may have a copy of the stage
                 target = os.path.relpath(self.shared(key).resolve(), link.parent.resolve())
                 link.symlink_to(target, target_is_directory=True)
         if not (path / "experiment.json").exists():

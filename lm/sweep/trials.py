@@ -82,6 +82,8 @@ def trial_at(sweep: Sweep, point: Point, seed: int) -> Trial | None:
         return Trial(settings, experiment, digest([sweep.name, settings, seed]), impossible)
     try:
         experiment = check(_with_init(experiment) if experiment.init else experiment)
+        if experiment.evals or isinstance(sweep.search, Suggested):  # only a grid needs no eval
+            metric_name(experiment, sweep.metric)
     except UserError as error:
         impossible = str(error)
     key = key_of(experiment)

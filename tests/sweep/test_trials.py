@@ -195,3 +195,15 @@ def test_a_trial_is_cut_where_others_leave_it():
     assert pieces(all_keys[0], all_keys) == [range(0, 1), range(1, 2), range(2, 3)]
     assert pieces(all_keys[2], all_keys) == [range(0, 1), range(1, 3)]
     assert pieces(["p", "q"], [["p", "q"]]) == [range(0, 2)]
+
+
+def test_a_trial_without_the_eval_that_the_sweep_asks_for_fails_before_it_trains():
+    def renamed(experiment):
+        first, last = experiment.stages
+        other = dataclasses.replace(experiment.evals[0], name="other")
+        return dataclasses.replace(experiment, stages=(first, dataclasses.replace(last, evals=())), evals=(other,))
+
+    found = trials(Sweep("s", base, {"what": {"base": None, "other": renamed}}, metric="text"))
+    assert [trial.impossible for trial in found if trial.settings["what"] == "base"] == [""]
+    (impossible,) = (trial for trial in found if trial.settings["what"] == "other")
+    assert impossible.impossible.startswith("metric 'text' names no eval of tiny")
