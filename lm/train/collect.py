@@ -97,6 +97,7 @@ def _sample(
     progress.show_activity("compiling")
     with MetricsLog(path.parent, listener(run.callbacks, stage.name)) as log:
         log.rewind(start)
+        run_on_main(lambda: log.check_steps(start))
         run_on_main(lambda: rewind_trajectories(path.parent, start))
         for step in range(start, stage.steps):
             run.watchdog.expect(f"step {step + 1} of stage {stage.name}", PATIENCE)

@@ -130,8 +130,16 @@ def record_origin(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def origin_of(path: Path) -> Origin | None:
-    """The origin of a run's open weights, or of open weights themselves; None for a run from random weights."""
+    """The origin of a run's open weights, or of open weights themselves; None for a run from random weights.
+
+    Raises:
+        UserError: the run's file of it is damaged, or gone.
+    """
     if is_open_weights(path):
         return open_weights.origin(str(path))
-    kept = RunFolder(path).origin
-    return stored_origin(kept) if kept.exists() else None
+    folder = RunFolder(path)
+    if folder.origin.exists():
+        return stored_origin(folder.origin)
+    if folder.read_experiment().get("init"):
+        raise UserError(f"{folder.origin} is gone: put back a copy of it, or `lm run` writes it again")
+    return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lm.experiment import GRPO, SFT, Collect, Source, Stage, UserError, from_dict
-from lm.json_lines import rewrite_json_lines
+from lm.json_lines import checksums, rewrite_json_lines
 from lm.rollout import engine
 from lm.train.collect import ANSWERS, make_conversations, make_prompts
 from lm.train.collected import ROWS_FILE
@@ -147,7 +147,14 @@ def test_a_resumed_collection_is_the_same(folder):
     shutil.rmtree(copy / "stages" / "star")
     file = here / ANSWERS
     rewrite_json_lines(file, file.read_bytes().splitlines()[:5])  # one step, and one row of the next
-    run(from_dict(json.loads((copy / "experiment.json").read_text())), copy)
+    again = from_dict(json.loads((copy / "experiment.json").read_text()))
+    kept = [part.rename(f"{part}.kept") for part in (here / "metrics.jsonl", checksums(here / "metrics.jsonl"))]
+    with pytest.raises(UserError, match=r"metrics\.jsonl should have a line .* step 1 is missing"):
+        run(again, copy)
+    for part in kept:
+        part.rename(str(part).removesuffix(".kept"))
+    run(again, copy)
+    assert metrics(copy, "collect") == metrics(folder / "run", "collect")
     assert answers(copy) == answers(folder / "run")
     assert metrics(copy, "star") == metrics(folder / "run", "star")
 

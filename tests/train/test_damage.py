@@ -1,6 +1,7 @@
 """Whatever is in a file of a run or of the cache, its reader gives a value or one line that names the file, and a command the
 same numbers or one line."""
 
+import dataclasses
 import json
 import os
 import random
@@ -204,6 +205,14 @@ def test_a_summary_that_no_page_could_show_is_refused(folder, changes):
             read_run(folder)
     finally:
         file.write_bytes(whole)
+
+
+def test_the_origin_of_open_weights_that_is_gone_is_missed(tmp_path):
+    write_json_atomic(tmp_path / "experiment.json", to_dict(dataclasses.replace(PLAN, init="hf:weights")))
+    with pytest.raises(UserError, match=r"open_weights\.json is gone"):
+        origin_of(tmp_path)
+    write_json_atomic(tmp_path / "experiment.json", to_dict(PLAN))
+    assert origin_of(tmp_path) is None
 
 
 def reshaped(value, draw: random.Random):
