@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from lm.experiment import UserError
@@ -75,17 +76,16 @@ class WorkerPool:
         if self._pool is None:
             yield from (function(self.shared, task) for task in tasks)
             return
-        pool = self._pool
         todo = iter(tasks)
         running: deque[Future[Result]] = deque()
         try:
             for task in itertools.islice(todo, 2 * self.processes):
-                running.append(pool.submit(_run, function, task))
+                running.append(self._submit(function, task))
             while running:
                 if self._stopped.is_set():
                     raise CancelledError
                 yield running.popleft().result()
-                running += [pool.submit(_run, function, task) for task in itertools.islice(todo, 1)]
+                running += [self._submit(function, task) for task in itertools.islice(todo, 1)]
         except BrokenProcessPool as error:
             raise UserError(
                 "a process that was reading the data has died: the machine may lack memory; a script that starts a run "
@@ -94,6 +94,19 @@ class WorkerPool:
         finally:
             for future in running:
                 future.cancel()
+
+    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
+        """Submit a task; a worker that this starts has SIGINT blocked from its first instruction on.
+
+        Ctrl-C in a terminal goes to all processes of the group, and would end one that is still importing with a traceback.
+        """
+        assert self._pool is not None
+        resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT in this thread
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return self._pool.submit(_run, function, task)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def each(self, function: Callable[[Task], Result], items: Sequence[Task]) -> list[Result]:
         """Results of function(item) for several items (files of a folder), run in threads, in order. Raises the first error."""
@@ -172,10 +185,9 @@ class BuildProgress:
 
 
 def _begin(shared: Any) -> None:
-    """Initialise a worker: keep the shared value, leave Ctrl-C to the parent, and end when the parent ends."""
+    """Initialise a worker: keep the shared value, and end when the parent ends."""
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

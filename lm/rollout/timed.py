@@ -79,7 +79,10 @@ class TimedWorker:
             # A new Python process: a fork would inherit jax's threads, and multiprocessing's spawn would run the script again.
             begin = f"import sys; sys.path[:] = {sys.path!r}; from lm.rollout.timed import serve; serve({theirs.fileno()}, {self._arguments})"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", begin], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                [sys.executable, "-c", begin],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the parent
             )
             theirs.close()
             self._pipe = Connection(ours.detach())
@@ -91,7 +94,8 @@ class TimedWorker:
 
     def _kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with the processes that it has started
             self._process.wait()
         if self._pipe is not None:
             self._pipe.close()
@@ -111,7 +115,6 @@ def serve(descriptor: int, memory_bytes: int, library: str) -> None:
     """
     global in_worker
     in_worker = True
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from lm.data.workers import cores
 from lm.experiment import UserError
 from lm.rollout import rewards
 from lm.rollout.rewards import compute_rewards
+from lm.rollout.timed import TimedWorker
 from lm.rollout.verifiers import VERIFIERS
 from lm.user_functions import load_function
 
@@ -89,6 +92,20 @@ def test_a_verifier_of_a_file_is_killed_where_it_hangs_and_goes_on(tmp_path):
     assert found.timeouts == 1
     with pytest.raises(UserError, match="the process that ran it ended"):
         compute_rewards(name, [ROWS[2]], ["2"], "reason", seconds=2.0)
+
+
+def test_what_a_timed_call_has_started_ends_with_it_and_ctrl_c_reaches_neither(tmp_path):
+    worker, started = TimedWorker(), tmp_path / "started"
+    try:
+        assert worker.call(os.getsid, 0, seconds=60).value != os.getsid(0)
+        assert worker.call(os.system, f"sleep 60 & echo $! > {started}; wait", seconds=2).timed_out
+        sleeper = Path(f"/proc/{int(started.read_text())}/stat")
+        until = time.monotonic() + 20
+        while time.monotonic() < until and sleeper.exists() and sleeper.read_text().split()[2] != "Z":
+            time.sleep(0.05)
+        assert not sleeper.exists() or sleeper.read_text().split()[2] == "Z"
+    finally:
+        worker.close()
 
 
 class Stopped(Exception):
