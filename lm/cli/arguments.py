@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,20 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new
     parser.add_argument(
         "--seed", metavar="N", type=at_least(0, 2**32 - 1), default=0, help="seed of the samples (%(default)s)"
     )
+
+
+def given_flags(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> list[str]:
+    """The flags whose values differ from these defaults, as words of a command line; a list is a flag given several times."""
+    words: list[str] = []
+    for name, default in defaults.items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(arguments, name)
+        if value != default:
+            words += [flag] if value is True else [w for one in _as_list(value) for w in (flag, str(one))]
+    return words
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,11 @@ results/NAME.json beside it; the runs stay in sweeps/NAME-…"""
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import add_cache, at_least, folder_path, page_path
+from lm.cli.arguments import add_cache, at_least, folder_path, given_flags, page_path
 from lm.experiment import UserError
 from lm.files import experiments_folder
 
@@ -57,13 +58,19 @@ def call(arguments: argparse.Namespace) -> int:
         with cache_at(arguments.cache):
             outcome = reproduce(name, paper, folder, arguments.quick, arguments.workers, arguments.cache)
     except WorkerStopped as stopped:
-        print(f"lm: stopped and saved. To go on: lm reproduce {arguments.name}", file=sys.stderr)
+        print(f"lm: stopped and saved. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
         return stopped.exit_code
     print(markdown(outcome))
     if not arguments.quick:
         home = Path(arguments.name).parent if arguments.name.endswith(".py") else experiments_folder("papers")
         print(*write(outcome, home), sep="\n")
     return 0
+
+
+def command_to_go_on(arguments: argparse.Namespace) -> str:
+    """The command that resumes this reproduction."""
+    given = given_flags(arguments, {"quick": False, "workers": 1, "folder": None, "cache": None})
+    return shlex.join(["lm", "reproduce", arguments.name, *given])
 
 
 def listing() -> str:

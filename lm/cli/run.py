@@ -30,6 +30,7 @@ from lm.cli.arguments import (
     at_least,
     check_stage,
     folder_path,
+    given_flags,
     number,
     resolve,
 )
@@ -147,8 +148,5 @@ def report(run_dir: Path) -> bool:
 def command_to_go_on(arguments: argparse.Namespace) -> str:
     """The command that resumes this run: the same without `--fresh`."""
     names = ("run_dir", "until", "profile", "cache", "coordinator", "num_processes", "process_id", "watchdog")
-    flags = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
-    given = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
-    given += ["--no-report"] * arguments.no_report
-    given += [word for name in arguments.callback for word in ("--callback", name)]
+    given = given_flags(arguments, dict.fromkeys(names) | {"no_report": False, "callback": []})
     return shlex.join(["lm", "run", arguments.experiment, *given, *arguments.overrides])

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
-from lm.cli.arguments import add_cache, at_least, folder_path
+from lm.cli.arguments import add_cache, at_least, folder_path, given_flags
 from lm.cli.launch import add_flag, check_required
 from lm.experiment import UserError
 from lm.launch.job import hand_over, job_name
@@ -124,9 +125,15 @@ def _work(arguments: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
         )
     except WorkerStopped as stopped:
         if arguments.join is None:
-            print(f"lm: stopped and saved. To go on: lm sweep {arguments.sweep}", file=sys.stderr)
+            print(f"lm: stopped and saved. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
         return stopped.exit_code
     for line in failed:
         print(f"failed: {line}")
     print(f"to compare: lm compare {folder}")
     return EXIT_FAILED if failed else 0
+
+
+def command_to_go_on(arguments: argparse.Namespace) -> str:
+    """The command that resumes this sweep."""
+    given = given_flags(arguments, {"folder": None, "workers": 1, "store": STORE, "cache": None})
+    return shlex.join(["lm", "sweep", arguments.sweep, *given])

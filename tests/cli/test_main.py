@@ -1,10 +1,12 @@
 """The `lm` command: exit codes, one-line errors, and help that imports nothing slow."""
 
 import glob
+import importlib
 import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.cli.main import ALLOCATOR, COMMANDS, main, split_overrides
+from lm.cli.main import ALLOCATOR, COMMANDS, Parser, main, split_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = """
@@ -49,6 +51,26 @@ def error_of(capsys, *words: str) -> str:
 def python(*words: str, **options) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, **options)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run small.py --run-dir r --cache 'a b' --until sft --process-id 0 --no-report --callback a:b --callback c:d --watchdog 0",
+        "sweep small.py --folder s --workers 2 --store t --cache c",
+        "sweep small.py",
+        "reproduce muon --quick --workers 3 --folder f --cache c",
+    ],
+)
+def test_the_command_to_go_on_has_the_flags_that_were_given(words):
+    command, *given = shlex.split(words)
+    module = importlib.import_module(f"lm.cli.{command}")
+    parser = Parser()
+    module.configure(parser)
+    parser.set_defaults(overrides=[])
+    arguments = parser.parse_args(given)
+    lm, again, *told = shlex.split(module.command_to_go_on(arguments))
+    assert (lm, again) == ("lm", command) and parser.parse_args(told) == arguments
 
 
 @pytest.mark.parametrize("words", [["--help"], [], *[[name, "--help"] for name in COMMANDS]])
