@@ -8,7 +8,7 @@ from pathlib import Path
 from lm.config.field import WITH_FILE
 from lm.data.sources import load_rows, rows_of
 from lm.experiment import COLLECTED, Experiment, reward_names
-from lm.interop.peft import WEIGHTS
+from lm.interop.peft import CONFIG, WEIGHTS
 from lm.open_weights import fingerprint, names_weights
 from lm.stored import file_sha256
 from lm.train.checkpoint import Checkpoints
@@ -45,7 +45,11 @@ def _weights(experiment: Experiment) -> dict[str, str]:
     named = {experiment.init, *(stage.objective.teacher_name for stage in experiment.stages)}
     weights = {name: fingerprint(name) for name in sorted(filter(names_weights, named))}
     if experiment.adapter:
-        weights[experiment.adapter] = file_sha256(Path(experiment.adapter).expanduser() / WEIGHTS)
+        folder = Path(experiment.adapter).expanduser()
+        weights |= {
+            experiment.adapter: file_sha256(folder / WEIGHTS),
+            f"{experiment.adapter}/{CONFIG}": file_sha256(folder / CONFIG),
+        }
     return weights
 
 

@@ -30,6 +30,7 @@ def experiment(root) -> Experiment:
             Stage("search", GRPO(environment=f"search:{root}/passages.jsonl"), asked),
         ),
         (Eval("form", asked[0], verifier=f"json_schema:{root}/schema.json"),),
+        adapter=f"{root}/adapter",
     )
 
 
@@ -44,6 +45,11 @@ def rows(file, text):
         ("{root}/other:reward", lambda root: trained(root / "again", 2.0)),
         ("endpoint:{root}/judge.json", lambda root: (root / "judge.json").write_text('{"most": 5}')),
         ("search:{root}/passages.jsonl", lambda root: rows(root / "passages.jsonl", "another passage")),
+        ("{root}/adapter", lambda root: (root / "adapter" / "adapter_model.safetensors").write_text("other weights")),
+        (
+            "{root}/adapter/adapter_config.json",
+            lambda root: (root / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 2}'),
+        ),
         ("json_schema:{root}/schema.json", lambda root: (root / "schema.json").write_text('{"type": "array"}')),
     ],
 )
@@ -51,6 +57,9 @@ def test_another_content_is_a_difference(tmp_path, name, change):
     trained(tmp_path / "other", 1.0)
     (tmp_path / "judge.json").write_text('{"most": 10}')
     (tmp_path / "schema.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("weights")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 1}')
     rows(tmp_path / "passages.jsonl", "a passage")
     then, whole = fingerprints(experiment(tmp_path)), name.format(root=tmp_path)
     assert then == fingerprints(experiment(tmp_path))
@@ -59,7 +68,7 @@ def test_another_content_is_a_difference(tmp_path, name, change):
         (tmp_path / "other").rename(tmp_path / "before")
         (tmp_path / "again").rename(tmp_path / "other")
     now = fingerprints(experiment(tmp_path))
-    assert whole in {key for key in then if then[key] != now[key]}
+    assert {whole} <= {key for key in then if then[key] != now[key]} <= ({whole} if "other" not in name else {*then})
     assert any(whole in line for line in differences({"data": then}, {"data": now}))
 
 
