@@ -84,8 +84,15 @@ def write_frontier(run_dirs: Sequence[Path], path: Path) -> tuple[Path, Path]:
 
 
 def check_seeds(runs: list[Run]) -> None:
-    """Raise UserError unless the runs are one experiment with different seeds."""
+    """Raise UserError unless the runs are one experiment with different seeds, measured on the same data."""
     first, *rest = runs
+    for other in rest:
+        for name, ours, theirs in zip(_eval_names(first), _eval_data(first), _eval_data(other), strict=False):
+            if ours and theirs and ours != theirs:
+                raise UserError(
+                    f"{first.folder} and {other.folder} measured {name} on other data: its source had SHA-256 {ours:.16} and "
+                    f"{theirs:.16}"
+                )
     for other in rest:
         for name, old, new in experiments.diff(first.experiment, other.experiment):
             if not set(name.split(".")) & set(FREE):
@@ -101,6 +108,16 @@ def check_seeds(runs: list[Run]) -> None:
                 "an interval over equal seeds is meaningless"
             )
         by_seed[seed] = run
+
+
+def _eval_names(run: Run) -> list[str]:
+    return [item["name"] for item in run.experiment["evals"]]
+
+
+def _eval_data(run: Run) -> list[str | None]:
+    """The fingerprint of each eval's data in the last session; None where it is unknown."""
+    known = run.sessions[-1].get("data_fingerprint", {}) if run.sessions else {}
+    return [known.get(item["source"]["path"]) for item in run.experiment["evals"]]
 
 
 def frontier(runs: list[Run]) -> list[Panel]:

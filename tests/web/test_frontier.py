@@ -120,6 +120,17 @@ def changed(folder: Path, to: Path, **values) -> Path:
     return to
 
 
+def test_seeds_that_were_measured_on_other_data_are_not_pooled(seeds, tmp_path):
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in seeds[:2]]
+    for folder, content in zip(folders, ("ab" * 32, "cd" * 32), strict=True):
+        file = folder / "environment.json"
+        recorded = json.loads(file.read_text("utf-8"))
+        recorded["runs"][-1]["data_fingerprint"]["gen:preferences"] = content
+        write_json(file, recorded)
+    with pytest.raises(UserError, match=r"measured .* on other data: its source had SHA-256 abab.* and cdcd"):
+        frontier.write_frontier(folders, tmp_path / "page.html")
+
+
 def test_only_seeds_of_one_experiment_are_pooled(seeds, tmp_path):
     other = changed(seeds[1], tmp_path / "other", prompts=["Another one?"])
     with pytest.raises(UserError, match=r"not seeds of one experiment: prompts is \['What is an LLM\?'\] and"):
