@@ -26,7 +26,7 @@ set -u
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export JAX_COORDINATOR_ADDRESS=$first:$((61440 + SLURM_JOB_ID % 4096)) JAX_NUM_PROCESSES={nodes}{devices}
-echo "lm launch: $(date) on $SLURM_JOB_NODELIST, queued again ${{SLURM_RESTART_COUNT:-0}} times"
+echo "lm launch: $(date) on $SLURM_JOB_NODELIST, requeued so far: ${{SLURM_RESTART_COUNT:-0}}"
 
 # Shortly before the time is up Slurm signals this script: all tasks save and end, and the job is queued again.
 time_is_up=
@@ -124,7 +124,10 @@ def render(job: Job, nodes: Nodes) -> Handover:
         text=text,
         command=("sbatch",),
         tools=("sbatch",),
-        next=(f"watch: tail -F {job.name}-JOB.log", "stop: scancel JOB"),
+        next=(
+            f"watch: tail -F {job.name}-JOB.log",
+            "stop: scancel --signal=TERM JOB (all save; scancel JOB leaves them the cluster's KillWait, often 30 s)",
+        ),
     )
 
 

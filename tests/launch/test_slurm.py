@@ -126,6 +126,25 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+def test_a_stopped_job_saves_and_is_not_queued_again(cluster, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "python"
+    program.write_text(STAND_IN.format(python=sys.executable, folder=str(tmp_path)))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    handover = render(job(tmp_path), Nodes(1))
+    hand_over(handover)
+    number = capfd.readouterr().out.split()[-1]
+    until((tmp_path / "ready").exists, cluster)
+    (stop,) = (line for line in handover.next if line.startswith("stop: "))
+    command = stop.removeprefix("stop: ").split(" (")[0].replace("JOB", number)
+    subprocess.run(command.split(), check=True)
+    until(lambda: shown("squeue", "-h", "-j", number, "-t", "PD,R,CG") == "", cluster)
+    assert (tmp_path / "saved").exists()
+    said = (tmp_path / f"pod-run-{number}.log").read_text().splitlines()
+    assert said[-1] == "lm launch: stopped; submit it again to go on"
+
+
 def test_a_job_saves_when_its_time_is_up_and_is_restarted_after_deaths_until_they_gain_nothing(
     cluster, tmp_path, monkeypatch, capfd
 ):
@@ -149,7 +168,7 @@ def test_a_job_saves_when_its_time_is_up_and_is_restarted_after_deaths_until_the
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "start-5").exists()
     said = [
-        line for line in log.read_text().splitlines() if line.startswith("lm launch") and "queued again " not in line
+        line for line in log.read_text().splitlines() if line.startswith("lm launch") and "requeued so far" not in line
     ]
     again = "a process ended with code 137; restart 1 of 1 without a new checkpoint"
     given_up = "a process ended with code 137; no new checkpoint in 1 restarts: given up"

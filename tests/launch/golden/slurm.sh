@@ -16,7 +16,7 @@ set -u
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export JAX_COORDINATOR_ADDRESS=$first:$((61440 + SLURM_JOB_ID % 4096)) JAX_NUM_PROCESSES=2 JAX_LOCAL_DEVICE_IDS=0,1,2,3
-echo "lm launch: $(date) on $SLURM_JOB_NODELIST, queued again ${SLURM_RESTART_COUNT:-0} times"
+echo "lm launch: $(date) on $SLURM_JOB_NODELIST, requeued so far: ${SLURM_RESTART_COUNT:-0}"
 
 # Shortly before the time is up Slurm signals this script: all tasks save and end, and the job is queued again.
 time_is_up=
