@@ -178,7 +178,8 @@ def benchmarks(arguments: argparse.Namespace) -> int:
     rows = [("task", "metric", "shots", "items", "value", "± 1 s.e.")]
     for one in results:
         error = "" if one.stderr is None else f"{one.stderr:.4f}"
-        rows.append((one.task, one.metric, str(one.fewshot), str(one.count), f"{one.value:.4f}", error))
+        shots = "" if one.fewshot is None else str(one.fewshot)
+        rows.append((one.task, one.metric, shots, str(one.count), f"{one.value:.4f}", error))
     print(f"{model}\n\n{aligned(rows)}")
     print("\n".join(contamination_lines(results)), end="")
     return 0

@@ -53,7 +53,8 @@ AT_ONCE = 64  # prompts that are completed between two writes of what is done
 class TaskResult:
     """One metric of one task: its mean and standard error (None where the harness gives none) over `count` items.
 
-    `contamination` has what the training data has of the items (`lm.train.benchmarks`), where it was asked for.
+    `fewshot` counts the examples before each item; None: of a score over several tasks. `contamination` has what the training
+    data has of the items (`lm.train.benchmarks`), where it was asked for.
     """
 
     task: str
@@ -61,7 +62,7 @@ class TaskResult:
     value: float
     stderr: float | None
     count: int
-    fewshot: int
+    fewshot: int | None
     version: str
     contamination: dict[str, Any] | None = None
 

@@ -76,6 +76,11 @@ def run_benchmarks(
         raise UserError(
             f"--fewshot and --chat are not for {next(iter(folders))}: its {CONFIG} says how its tasks are asked"
         )
+    if folders and settings.contamination is not None:
+        raise UserError(
+            f"--contamination compares tasks of lm-evaluation-harness, not {next(iter(folders))}: `lm data EXPERIMENT --against "
+            "FILE` compares a file of its eval_data with the training data"
+        )
     keep_compilations()
     loaded = load_run(run_dir, stage)
     (loaded,) = load_adapters(loaded, run_dir, [] if adapter is None else [adapter]).values()
@@ -110,7 +115,7 @@ def _core_results(name: str, tasks: Sequence[CoreTask], model: HarnessModel, lim
     """The CORE score of a folder, and the accuracy of each of its tasks."""
     items = [one for task in tasks for one in core_items(task, model.own, model.max_length, limit or len(task.items))]
     found = core_score(model.likelihoods, items)
-    yield TaskResult(name, "core", found.values["core"], found.values["core_stderr"], found.count, 0, "")
+    yield TaskResult(name, "core", found.values["core"], found.values["core_stderr"], found.count, None, "")
     for task in tasks:
         rate, count = found.values[f"task/{task.label}"], min(limit or len(task.items), len(task.items))
         stderr = float(np.sqrt(rate * (1 - rate) / count))

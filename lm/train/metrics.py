@@ -24,7 +24,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "eval": {"step": int, "when": str, "eval": str},
     "samples": {"step": int, "when": str, "kind": str},
     "warnings": {"step": int, "text": str},
-    "benchmarks": {"step": int, "task": str, "metric": str, "count": int, "fewshot": int},
+    "benchmarks": {"step": int, "task": str, "metric": str, "count": int},
 }
 PLAIN_EVERY_SECONDS, CHANGE_SECONDS = 10.0, 2.0
 PACE_STEPS = 20

@@ -271,9 +271,21 @@ def dress(axes: matplotlib.axes.Axes, as_percent: bool = False, small: bool = Fa
     if as_percent:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.02), min(high, 1.02))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%" if -1e-9 < value < 1 + 1e-9 else "")
+        axes.yaxis.set_major_formatter(
+            lambda value, _: percent_tick(value, _tick_step(axes)) if -1e-9 < value < 1 + 1e-9 else ""
+        )
     else:
-        axes.yaxis.set_major_formatter(lambda value, _: tick(value, np.diff(axes.get_yticks()).min(initial=1)))
+        axes.yaxis.set_major_formatter(lambda value, _: tick(value, _tick_step(axes)))
+
+
+def _tick_step(axes: matplotlib.axes.Axes) -> float:
+    return float(np.diff(axes.get_yticks()).min(initial=1))
+
+
+def percent_tick(value: float, step: float) -> str:
+    """Tick label of a fraction: 50%, 49.5%; exact for ticks that are `step` away, of two digits at most."""
+    digits = max(0, 1 - math.floor(math.log10(100 * step)))
+    return f"{round(100 * value, digits):g}%"
 
 
 def tick(value: float, step: float = 1) -> str:

@@ -210,8 +210,8 @@ def _cell(line: Line | None, old: Line | None, metric: MetricStyle) -> TableCell
     return TableCell(metric.show(value), metric.change(change), tone, note)
 
 
-def benchmark_table(run: Run) -> list[tuple[str, str, list[tuple[str, str] | None]]]:
-    """Rows of (task, what was measured, (value with its standard error, contamination) of each language model), by `lm eval --tasks`."""
+def benchmark_table(run: Run) -> list[tuple[str, str, list[str | None], list[tuple[str, str]]]]:
+    """Rows of (task, what was measured, value with its standard error of each language model, contamination by stage), by `lm eval --tasks`."""
     stages = policy_stages(run)
     found = {tuple(line.get(name) for name in BENCHMARK): line for stage in stages for line in stage.benchmarks}
     table = []
@@ -219,9 +219,12 @@ def benchmark_table(run: Run) -> list[tuple[str, str, list[tuple[str, str] | Non
         own = [
             [one for one in stage.benchmarks if tuple(one.get(name) for name in BENCHMARK) == key] for stage in stages
         ]
-        label = f"{line['metric']}, {line['count']:,} items, {line['fewshot']} shots{', as chat' if line.get('chat') else ''}"
-        cells = [(_with_error(lines[-1]), _contamination(lines[-1])) if lines else None for lines in own]
-        table.append((line["task"], label, cells))
+        shots = f", {line['fewshot']} shots" if isinstance(line["fewshot"], int) else ""
+        label = f"{line['metric']}, {line['count']:,} items{shots}{', as chat' if line.get('chat') else ''}"
+        last = [lines[-1] if lines else None for lines in own]
+        cells = [None if one is None else _with_error(one) for one in last]
+        notes = [(stage.name, _contamination(one)) for stage, one in zip(stages, last, strict=True) if one is not None]
+        table.append((line["task"], label, cells, [(name, note) for name, note in notes if note]))
     return table
 
 
@@ -230,12 +233,14 @@ def _contamination(line: Line) -> str:
     found = line.get("contamination")
     if not isinstance(found, dict):
         return ""
-    return f"{found['text']}; {found['clean']['count']:,} others: {_with_error(found['clean'])}"
+    clean = found["clean"]
+    of_others = "" if clean.get("value") is None else f"; {clean['count']:,} others: {_with_error(clean)}"
+    return f"{found['text']}{of_others}"
 
 
 def _with_error(line: Line) -> str:
     value, error = (math.nan if line.get(name) is None else line[name] for name in ("value", "stderr"))
-    return f"{value:.4g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
+    return f"{value:.4g}" + ("" if math.isnan(error) else f" ±\N{NO-BREAK SPACE}{error:.2g}")
 
 
 def standard_error(line: Line) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+|\n(?:[ \t]*\n){3,}")
+
 
 def visible(text: str) -> str:
     """Replace control characters by visible symbols (␀, ␛) and lone surrogates by U+FFFD.
@@ -15,11 +17,15 @@ def visible(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """The text as `visible`; pure white space as symbols: ⏎ newline, ␣ space, ⇥ tab."""
+    """The text as `visible`; pure white space, and blank lines at the start or several in a row, as symbols: ⏎ newline, ␣ space, ⇥ tab."""
     found = visible(text)
-    if found.strip() or not found:
-        return found
-    return "".join({"\n": "⏎", "\t": "⇥"}.get(letter, "␣") for letter in found)
+    if not found.strip():
+        return _symbols(found)
+    return BLANK_LINES.sub(lambda lines: _symbols(lines[0]) + "\n", found)
+
+
+def _symbols(white_space: str) -> str:
+    return "".join({"\n": "⏎", "\t": "⇥"}.get(letter, "␣") for letter in white_space)
 
 
 def beginning(text: str, characters: int, lines: int = 20) -> str:

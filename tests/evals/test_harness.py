@@ -154,6 +154,10 @@ def test_the_core_score_of_a_folder_is_a_task(place, capsys):
         **{f"{name}/{label}": expected[f"task/{label}"] for label in ("choices", "schema", "words")},
     }
     assert read_lines(place / "run" / "stages" / "sft" / "benchmarks.jsonl")[-4]["metric"] == "core"
+    page = write_report(place / "run").read_text()
+    assert f"{name}<small>core, 12 items</small>" in page and "choices<small>acc, 4 items, 2 shots</small>" in page
+    assert main(["eval", str(place / "run"), "--tasks", name, "--contamination"]) == 2
+    assert f"--contamination compares tasks of lm-evaluation-harness, not {name}" in capsys.readouterr().err
 
 
 def test_what_was_answered_is_not_asked_again(place, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from lm.experiment import OBJECTIVES, UserError
 from lm.train.run_files import read_run
 from lm.web import charts, costs, numbers, story
 from lm.web.report import render, write_report
-from lm.web.text import visible
+from lm.web.text import shown, visible
 
 
 class Page(html.parser.HTMLParser):
@@ -281,6 +281,12 @@ def test_two_ticks_of_an_axis_have_two_labels():
         labels = [charts.tick(low + i * step, step) for i in range(6)]
         assert len(set(labels)) == 6 and max(map(len, labels)) <= 7, labels
         assert all(float(label.replace(",", "")) == pytest.approx(low + i * step) for i, label in enumerate(labels))
+    for low, step in ((0.48, 0.015), (0, 0.25), (0.9985, 0.0005), (0.12, 0.01), (0, 0.2)):
+        values = [low + i * step for i in range(4)]
+        assert [float(charts.percent_tick(value, step)[:-1]) for value in values] == pytest.approx(
+            [100 * v for v in values]
+        )
+    assert charts.percent_tick(0.5, 0.25) == "50%" and charts.percent_tick(0.495, 0.015) == "49.5%"
 
 
 def test_values_stand_under_the_pointer_without_a_script():
@@ -303,6 +309,14 @@ def test_an_answer_of_white_space_alone_is_shown_by_signs(tmp_path):
             line["answer"] = "\n" * 70 + " \t"
     write_lines(path, lines)
     assert "⏎" * 70 + "␣⇥" in page_of(folder).text
+
+
+@pytest.mark.parametrize("text, told", [
+    ("\n" * 40 + "yes", "⏎" * 40 + "\nyes"), ("a" + "\n" * 30 + "b", "a" + "⏎" * 30 + "\nb"), (" \n\tif x:\n", "␣⏎\n\tif x:\n"),
+    ("a\n\nb\n\n\nc", "a\n\nb\n\n\nc"), ("", ""), ("  a", "  a"),
+])  # fmt: skip
+def test_many_blank_lines_take_no_room_and_are_told(text, told):
+    assert shown(text) == told
     assert "max-height" in (Path(charts.__file__).parent / "report.css").read_text("utf-8")
 
 
