@@ -238,7 +238,7 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     """Add the options of address and token."""
     parser.add_argument("--host", default=LOCALHOST, help="address to serve on (%(default)s: this machine only)")
     parser.add_argument(
-        "--port", metavar="N", type=at_least(0, 65_535), default=8000, help="0: any that is free (%(default)s)"
+        "--port", metavar="N", type=at_least(0, 65_535), default=8000, help="port (%(default)s); 0: any free one"
     )
     parser.add_argument(
         "--token-file", metavar="FILE", type=Path, help="file with the access token; else one is generated"

@@ -2,7 +2,7 @@
 
 Ctrl-C stops an answer; at the prompt it ends the conversation, and so do
 Ctrl-D and an empty line. /clear begins a new conversation, /help shows this.
-With --adapter, once or more, /adapter NAME goes on with that folder's."""
+/adapter NAME switches to an adapter given with --adapter, by its folder's name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lm.web.text import visible
 TAKES_OVERRIDES = False
 LONGEST = 8192  # tokens of a conversation with open weights, whose own context may be too large for a cache
 Messages = list[dict[str, str]]
-HELP = "/clear begins a new conversation, /adapter NAME goes on with another adapter, /help shows this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
+HELP = "/clear begins a new conversation, /adapter NAME switches to another adapter, /help shows this; Ctrl-C stops an answer; Ctrl-D or an empty line ends"
 COMMAND = re.compile(r"/[a-z]+( \S+)?")
 
 

@@ -5,9 +5,9 @@ All its values by their dotted names, as they are or with your changes:
   lm config quickstart
   lm config quickstart --sft.steps 200
   lm config quickstart --help              every field with its range and help
-  lm config quickstart --search warmup     only those that say so
+  lm config quickstart --search warmup     only fields whose name or help has it
   lm config --presets                      named members of the GRPO family
-  lm config quickstart --reason.objective.preset dapo     one of them"""
+  lm config quickstart --reason.objective.preset dapo     with one of them"""
 
 from __future__ import annotations
 

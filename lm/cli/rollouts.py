@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--stage", metavar="NAME", help="the stage to begin with; else the last one with trajectories")
     parser.add_argument(
-        "--port", metavar="N", type=at_least(0, 65_535), default=8001, help="0: any that is free (%(default)s)"
+        "--port", metavar="N", type=at_least(0, 65_535), default=8001, help="port (%(default)s); 0: any free one"
     )
 
 

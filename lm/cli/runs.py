@@ -29,7 +29,7 @@ REMOVE, SEND = "rm", "send"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lm runs [FOLDER] [--json]\n       lm runs rm RUN... [--checkpoints] [--yes]\n       lm runs send RUN... --sinks NAME,..."
     parser.add_argument(
-        "words", metavar="FOLDER", nargs="*", help="folder of the runs (runs); or rm, or send, and runs"
+        "words", metavar="FOLDER", nargs="*", help="folder of the runs (runs); or `rm` or `send`, followed by runs"
     )
     parser.add_argument("--checkpoints", action="store_true", help="with rm: only older checkpoints")
     parser.add_argument("--yes", action="store_true", help="with rm: without a question")
