@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from lm.rollout import mathematics
-from lm.rollout.mathematics import LATEX_SIGNS, LATEX_SYMBOL
-from lm.rollout.quantities import LONGEST, NO_UNIT, quantity, same_quantity
+from lm.rollout.environments.expression import ExpressionError, evaluate
+from lm.rollout.mathematics import FUNCTION, LATEX_SIGNS, LATEX_SYMBOL
+from lm.rollout.quantities import LONGEST, NO_UNIT, Quantity, quantity, same_quantity
 from lm.rollout.units import is_known, same_unit, with_raised_powers
 
 # ---- normalisation before any comparison ---------------------------------------------------------------------------
@@ -26,7 +28,15 @@ _SPACES = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u200a\u202f\u3000"), " ")
 _INVISIBLE = dict.fromkeys(
     [*map(ord, "\u2060\ufeff"), *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 )
-_OTHER = {ord("٫"): ".", ord("٬"): ",", ord("。"): ".", ord("∕"): "/", ord("⁄"): "/", ord("×"): "×", ord("’"): "'"}
+_OTHER = {
+    ord("٫"): ".",
+    ord("٬"): ",",
+    ord("。"): ".",
+    ord("’"): "'",
+    ord("\u00b5"): "μ",
+    ord("\u2126"): "\u03a9",
+    ord("∗"): "*",
+} | {code: sign for sign, others in {"/": "∕⁄", "·": "⋅∙", "×": "✕✖⨯"}.items() for code in map(ord, others)}
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋]+")
 _PLAIN = _FULL_WIDTH | _MINUS | _SPACES | _INVISIBLE | _OTHER
@@ -69,7 +79,7 @@ def plain(text: str) -> str:
 
 def without_latex(text: str) -> str:
     """The text without LaTeX delimiters, spacing and text commands."""
-    text = text.replace("{,}", ",").replace(r"\%", "%")
+    text = text.replace("{,}", ",").replace(r"\%", "%").replace(r"\colon", ":")
     text = _LATEX_LAYOUT.sub("", _LATEX_SPACE.sub(" ", _DELIMITERS.sub("", text)))
     text = _INLINE.sub(lambda match: match[1], text).replace(r"\$", "$")
     for pattern in (_LATEX_TEXT, _LATEX_BOX):
@@ -84,17 +94,15 @@ def without_latex(text: str) -> str:
 _QUOTES = "\"'“”‘"
 
 
-def trimmed(text: str, final: str = "") -> str:
+def trimmed(text: str) -> str:
     """The text without outer spaces, final punctuation and pictures, quotation marks, outer brackets, and a list marker.
 
-    Args:
-        final: punctuation that stays at the end.
+    The sign of a factorial stays: `5!`.
     """
     before = None
     while text != before:
         before = text
-        text = text.strip()
-        text = _FINAL.sub("", text) if not final or not text.endswith(final) else text
+        text = _MEMBER.sub("", _FINAL.sub("", text.strip()))
         text = text.strip(_QUOTES if text[:1] in _QUOTES else "").strip()
         text = re.sub(rf"(?<!\d)[{_QUOTES}]+$", "", text)  # but 5' and 5" have units
         if re.fullmatch(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}", text) and "," not in text:
@@ -102,7 +110,11 @@ def trimmed(text: str, final: str = "") -> str:
     return text
 
 
-_FINAL = re.compile(r"(?:[.,;:!?…]+|(?<=.)\s*[✅✓✔☑\ufe0f\U0001f300-\U0001faff]+|</s>|<\|\w+\|>)$", re.DOTALL)
+_FINAL = re.compile(
+    r"(?:(?:[.,;:?…\s]|(?<![\d)!])(?<!\b[A-Za-z])!)+"  # 5! and n! are factorials
+    r"|(?<=.)\s*[✅✓✔☑\ufe0f\U0001f300-\U0001faff]+|</s>|<\|\w+\|>)$",
+    re.DOTALL,
+)
 
 # ---- extraction of the answer ----------------------------------------------------------------------------------------
 
@@ -112,7 +124,8 @@ _MARKS = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(
-    r"(?:(?<=[.!])\s+|;\s(?![-+$\\(\[]*\d))(?!(?:remainder|no|wait|actually|sorry)\b)|\s\((?=[^()]*=)|\s-\s+(?=[A-Za-z])|,\s+not\s"
+    r"(?:(?<=[.!])\s+(?!\W{0,9}$)|;\s(?![-+$\\(\[]*\d))(?!(?:remainder|no|wait|actually|sorry|hm+|oops|scratch|correction|hold on|on second|my mistake)\b)(?!=)|"
+    r"\s\((?=[^()]*=)|\s-\s+(?=[A-Za-z])|,\s+(?:not|I (?:think|believe|guess|hope))\b"
     r"|,?\s+\(?(?:because|since|as|so|which|where|hence|thus)\s",
     re.IGNORECASE,
 )
@@ -121,15 +134,27 @@ _LEADS = re.compile(
     r"clearly|indeed|obviously|definitely|actually)\b|[:=≈~])\s*",
     re.IGNORECASE,
 )
-_CHOICE = re.compile(r"^\(?([A-Z])[).:](?:\s|$)")  # B) Paris
-_FACTORIAL = re.compile(r"[\d)]!$")  # or an exclamation
-_LEFT_SIDE = re.compile(r"^[^=<>≤≥≠]*[^\d\s.,$=<>≤≥≠][^=<>≤≥≠]*=(?P<right>[^=<>≤≥≠]+)$")
+_CHOICE = re.compile(r"^\(?([A-Z])[).:](?:\s+(?!(?:and|or)\b|[&/,])|$)")  # B) Paris
+# within a formula; elsewhere the mark is an exclamation
+_FACTORIAL = re.compile(r"(?:[\d)]|\b[A-Za-z])![^$]*?(?:\\[\])]|\$)")
+_EXCLAMATION = re.compile(r"(?:(?<=[\d)])|(?<=\b[A-Za-z]))!+(?=\s*$|\s+[A-Za-z])")
+# of an equation with a name or computation on its left, and maybe further ones between: x = 2·3 = 6
+_LEFT_SIDE = re.compile(
+    r"^[^=<>≤≥≠]*[^\d\s.,$=<>≤≥≠][^=<>≤≥≠]*=(?:(?:[^=<>≤≥≠,;A-Za-z\\]|\\[a-z]+)+=)*(?P<right>[^=<>≤≥≠]+)$"
+)
+_MEMBER = re.compile(r"^[A-Za-z]\s*(?:∈|\\in(?![a-z]))\s*(?=\S)")  # x ∈ [0, 1]
+_MIXED = re.compile(r"(?<=\d)\s*(?:and|&)\s*(?=\d+\s?/\s?\d|\\frac)")  # 2 and 1/2
+# an aside after an answer, in brackets: 72 (48 + 24), 3/4 (= 0.75) of it
+_ASIDE = re.compile(
+    r"^(?P<answer>[^()]*\d[^()]*)\s\((?:=|≈|i\.e\.,?|or\b)?\s*(?P<aside>[^()]*\d[^()]*)\)(?P<rest>[^()\d]*)$"
+)
 
 
 _ITEM = re.compile(r"\s*(?:[-*+•—>]|#{1,6}|\d{1,2}[.)])\s+(?=\S)")  # the marker of a list item, quotation or heading
 _OPENED = re.compile(r"^\s*(?:\\\[|\$\$)\s*\n")  # a formula that begins on the next line
 _BETWEEN_BOXES = re.compile(r"\}\s*\$*\s*(?:[,;]|,?\s*(?:\\text\s*\{\s*)?(?:and|or)\s*\}?)\s*\$*\s*")
 _BETWEEN = 40  # maximum characters between two boxes that are one answer
+_MOST_MARKS = 100  # of which the last are read
 _MINUS_BEFORE = re.compile(r"(?:^|[\s$(:])-$|=\s*-\s*$")
 # words before the only number of an answer that is a sentence, and words that would change the number
 _LEAD_WORDS = re.compile(r"(?:(?:[A-Za-z][a-z'-]+|[aAI])[:,]?\s+){1,12}(?=[+-]?[$€£¥₹]?\d)")
@@ -138,10 +163,10 @@ _NO_LEAD = (NO_UNIT | set("no of least most nearly almost above below under over
 
 
 def marked_answers(text: str) -> list[str]:
-    """The marked answers of a text, the last first; answers in boxes that a comma or `and` joins are one."""
+    """The last marked answers of a text, the last first; answers in boxes that a comma or `and` joins are one."""
     found: list[str] = []
     box_end = 0  # of the mark before
-    for mark in _MARKS.finditer(text):
+    for mark in deque(_MARKS.finditer(text), _MOST_MARKS):
         answer = _marked(text, mark)
         if mark["box"] and found and _BETWEEN_BOXES.fullmatch(text[box_end : mark.start()][:_BETWEEN]):
             found[-1] += f" and {answer}" if answer != found[-1] else ""
@@ -154,7 +179,7 @@ def marked_answers(text: str) -> list[str]:
 def _marked(text: str, mark: re.Match[str]) -> str:
     rest = re.split(r"</answer>", text[mark.end() :], maxsplit=1, flags=re.IGNORECASE)[0]
     if mark["box"]:
-        inside = _inside_braces(rest)
+        inside = rf"\({_inside_braces(rest)}\)"  # a formula
         negated = _MINUS_BEFORE.search(text[max(0, mark.start() - _BETWEEN) : mark.start()])
         return inside if not negated else f"-({inside})" if re.search(r"[+-]", inside) else f"-{inside}"
     items = [
@@ -178,14 +203,15 @@ def _inside_braces(text: str) -> str:
 
 def readings(answer: str, marked: bool = True) -> list[str]:
     """Readings of an answer: unchanged, its first sentence, and, for a marked answer, the right side of its equation."""
-    found = []
+    found, exclaimed = [], []
     for text in (answer, _SENTENCE.split(answer.strip(), maxsplit=1)[0]):
-        text = without_latex(text)
-        if _FACTORIAL.search(text):
-            found.append(trimmed(text, "!"))
-        text = trimmed(text)
+        formula = _FACTORIAL.search(text)
+        text = trimmed(without_latex(text))
         while (shorter := _LEADS.sub("", text)) != text:
             text = trimmed(shorter)
+        if not formula and _EXCLAMATION.search(text):
+            exclaimed.append(text)
+            text = trimmed(_EXCLAMATION.sub("", text))
         found.append(text)
     equation = _LEFT_SIDE.match(found[-1]) if marked else None
     if equation:
@@ -195,17 +221,36 @@ def readings(answer: str, marked: bool = True) -> list[str]:
         re.findall(r"[a-z']+", re.sub(r"\b(total|number|amount) of\b", r"\1", sentence[0].lower()))
     ):
         found.append(found[-1][sentence.end() :])
+    found.append(_without_aside(_MIXED.sub(" ", found[-1])))
     if choice := _CHOICE.match(found[-1]):
         found.append(choice[1])
-    return list(dict.fromkeys(reading for reading in found if reading))
+    return list(dict.fromkeys(reading for reading in found + exclaimed if reading))
+
+
+def _without_aside(text: str) -> str:
+    """An answer without an aside of the same value: `72` of `72 (48 + 24)`; another text unchanged."""
+    found = _ASIDE.match(text[:LONGEST])
+    given, aside = (quantity(trimmed(found["answer"])), _computed(found["aside"])) if found else (None, None)
+    return (
+        trimmed(found["answer"] + found["rest"]) if found and given and aside and same_quantity(given, aside) else text
+    )
+
+
+def _computed(text: str) -> Quantity | None:
+    """The number in a text, or that of an arithmetic expression."""
+    try:
+        return quantity(trimmed(text)) or Quantity(evaluate(text.replace("·", "*")))
+    except ExpressionError:
+        return None
 
 
 # ---- equality of answers ---------------------------------------------------------------------------------------------
 
 _MATHEMATICS = re.compile(
-    r"\\[a-zA-Z{]|[\^√∞∅∪∩≤≥<>±·×÷Ͱ-Ͽ]|^\{.*\}$|\*\*|[\w)]\s*[+*/=-]\s*[\w(\\-]|\d!|(?<![a-zA-Z])(?:sqrt|pi|infinity|ln|log|sin|cos|tan|exp)\b|\d[a-z]\b|\d\("
+    rf"\\[a-zA-Z{{]|[\^√∛∞∅∪∩≤≥<>±·×÷Ͱ-Ͽ]|^\{{.*\}}$|\*\*|[\w)]\s*[+*/=-]\s*[\w(\\-]|\d!|(?<![a-zA-Z])(?:sqrt|pi|infinity|{FUNCTION})\b|\d[a-z]\b|\d\("
 )
-_WORD = re.compile(r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|pi\b|ln\b|infinity\b)[a-zA-Z]{3,}")
+_WORD = re.compile(rf"(?<![\\a-zA-Z])(?!sqrt|{FUNCTION}|pi\b|infinity\b)[a-zA-Z]{{3,}}")
+_DATE = re.compile(r"\d+([-/])\d+(?:\1\d+)+")  # or another number in groups
 _MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}")
 _SEPARATOR = re.compile(r"[(\[{]|[)\]}]|,(?!\d{3}(?!\d))(?:\s*(?:and|or)\b)?|;|\b(?:and|or)\b")
 _RANGE = re.compile(r"(?P<low>\S*\d)\s*(?:-|\bto\b)\s*(?P<high>[$€£¥₹]?\d.*)")
@@ -220,9 +265,10 @@ def matches(expected: str, completion: str, bare: str | None = None) -> bool | N
     """
     wanted = expected_reading(expected)
     marked = marked_answers(plain(completion))
-    tried = [readings(answer) for answer in marked] or [readings(plain(completion if bare is None else bare), False)]
+    unmarked = plain(completion if bare is None else bare)
     number = quantity(wanted)
-    for found in tried if wanted else []:
+    for answer in (marked or [unmarked]) if wanted else []:
+        found = readings(answer, bool(marked))
         if any(reading == wanted if number is not None else same_text(reading, wanted) for reading in found):
             return True
         if number is not None:
@@ -242,7 +288,7 @@ def expected_reading(expected: str) -> str:
     text = text.rpartition("####")[2] if "####" in text else text
     boxed = list(re.finditer(_BOX, text))
     text = without_latex(_inside_braces(text[boxed[-1].end() :]) if boxed else text)
-    return trimmed(text, "!" if _FACTORIAL.search(text) else "")
+    return trimmed(text)
 
 
 _TIME = re.compile(r"(?<=\d)\s*([ap])\.?m\b\.?", re.IGNORECASE)  # 4:30 p.m.
@@ -254,6 +300,7 @@ def same_text(given: str, expected: str) -> bool:
 
 
 def _squeezed(text: str) -> str:
+    text = re.sub(r"(?<=\d) to (?=\d)", ":", text)  # a ratio
     text = re.sub(r"_\{(\w+)\}", r"_\1", re.sub(r"\s*([^\w\s])\s*", r"\1", text))
     return _TIME.sub(lambda match: f"{match[1].lower()}m", text)
 
@@ -309,7 +356,7 @@ def parts(text: str) -> Parts | None:
     if len(text) > LONGEST or quantity(text) is not None:
         return None
     if matrix := _MATRIX.fullmatch(text):
-        rows = matrix[1].split("\\\\")
+        rows = re.split(r"\\\\(?:\[\w+\])?", re.sub(r"\\\\\s*$", "", matrix[1]))
         return Parts(f"matrix {len(rows)}", tuple(cell.strip() for row in rows for cell in row.split("&")), True)
     limits = _RANGE.fullmatch(text)
     if limits and quantity(limits["low"]) and quantity(limits["high"]):
@@ -375,4 +422,5 @@ def _all(found: Sequence[bool | None]) -> bool | None:
 
 def is_formula(text: str) -> bool:
     """Whether a text is mathematics, not words: a formula, a set, an interval."""
-    return len(text) <= LONGEST and not _WORD.search(text) and bool(_MATHEMATICS.search(text))
+    words = len(text) > LONGEST or _WORD.search(text) or _DATE.fullmatch(text)
+    return not words and bool(_MATHEMATICS.search(text))

@@ -46,20 +46,26 @@ def first_use() -> None:
     _verify(r"\frac{x}{2}", r"x \cdot 0.5")
 
 
-_NAMES = {"∞": "infty", "∅": "emptyset", "∪": "cup", "∩": "cap", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm", "·": "cdot", "×": "times",
+_NAMES = {"∞": "infty", "∅": "emptyset", "∪": "cup", "∩": "cap", "≤": "le", "≥": "ge", "≠": "ne", "≈": "approx", "±": "pm", "·": "cdot", "×": "times",
           "÷": "div"} | {chr(code): unicodedata.name(chr(code)).rsplit(" ", 1)[1].lower() for code in range(0x3B1, 0x3CA)
                          if code not in (0x3BB, 0x3BF, 0x3C2)}  # fmt: skip
-_SYMBOLS = {ord(sign): rf"\{name} " for sign, name in _NAMES.items()}
+_SYMBOLS = {ord(sign): rf"\{name} " for sign, name in _NAMES.items()} | {ord("°"): r"^{\circ}"}
 # the same signs in LaTeX, with other names of them
 LATEX_SIGNS = {name: sign for sign, name in _NAMES.items()} | {"leq": "≤", "geq": "≥", "leqslant": "≤", "geqslant": "≥", "neq": "≠",
                                                                "varnothing": "∅"}  # fmt: skip
 LATEX_SYMBOL = re.compile(rf"\\({'|'.join(LATEX_SIGNS)})(?![a-zA-Z])")
 
 
+# Names of functions in plain formulas; a pattern.
+FUNCTION = "ln|log|exp|arc(?:sin|cos|tan)|(?:sin|cos|tan)h?"
+
+
 def as_latex(text: str) -> str:
     """A plain formula in LaTeX, as far as math-verify does not read it: √2, ∞, 3*pi, ln 2, x**2, {1, 2}."""
-    text = re.sub(r"√\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", text.replace("**", "^")).translate(_SYMBOLS)
-    text = re.sub(r"(?<![\\a-zA-Z])(?=(?:ln|log|sin|cos|tan|exp)\b)", r"\\", text)
+    text = re.sub(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", text.replace("**", "^"))
+    text = re.sub(r"∛\s*(\d+|\w|\([^()]*\))", r"\\sqrt[3]{\1}", text).translate(_SYMBOLS)
+    text = re.sub(r"\^\s*(?:(-?\d*\.\d+)|\(([^()]*)\))", lambda power: f"^{{{power[1] or power[2]}}}", text)
+    text = re.sub(rf"(?<![\\a-zA-Z])(?=(?:{FUNCTION})\b)", r"\\", re.sub(r"(?<=\d)\s+(?=i\b)", "", text))
     text = re.sub(
         r"(?<![\\a-zA-Z])(?:pi\b|inf(?:inity|ty)?\b)", lambda match: rf"\{'pi' if match[0] == 'pi' else 'infty'} ", text
     )

@@ -6,12 +6,13 @@ not a number either: a completion that repeats `94 - 7` has not solved it.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lm.rollout.units import is_cents, same_unit, with_raised_powers
+from lm.rollout.units import CURRENCY, SIGNS, is_cents, same_unit, with_raised_powers
 
 LONGEST = 2000  # maximum characters of an answer compared as a number or formula; longer ones are compared as text only
 LARGEST_EXPONENT = 400  # of scientific notation
@@ -36,19 +37,23 @@ _POWER = r"(?:[eE][+-]?\d{1,4}|\s?(?:[×·*x]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)
 _NUMBER = re.compile(rf"(?P<digits>{_DIGITS})(?P<scale>{_POWER})")
 _FRACTION = re.compile(
     r"(?:(?P<whole>\d{1,15}) ?)?\\frac\s*"
-    r"(?:\{\s*(?P<a>[+-]?\d{1,15})\s*\}\s*\{\s*(?P<b>[+-]?\d{1,15})\s*\}|(?P<c>\d)\s*(?P<d>\d))"
+    r"(?:\{\s*(?P<a>[+-]?\d{1,15})\s*\}|(?P<c>\d))\s*(?:\{\s*(?P<b>[+-]?\d{1,15})\s*\}|(?P<d>\d))"
 )
-_REPEATING = re.compile(r"(?P<fixed>\d{0,15}\.\d{0,15})\\overline\s*\{\s*(?P<digits>\d{1,15})\s*\}")
+_REPEATING = re.compile(
+    r"(?P<fixed>\d{0,15}\.\d{0,15})(?:\\(?:overline|bar)\s*\{\s*|\\dot\s*\{\s*(?=\d\s*\})|\\(?:overline|bar|dot)\s*(?=\d(?!\d))|\()"
+    r"(?P<digits>\d{1,15})\s*[})]?"
+)
+_FACTORIAL = re.compile(r"(?P<digits>\d{1,3})!(?![!\w])")
 _SLASH = re.compile(r"(?:(?P<whole>\d{1,15}) )?(?P<a>\d{1,15})\s?/\s?(?P<b>[+-]?\d{1,15})(?P<c>)(?P<d>)")
 _VULGAR = re.compile(r"(?P<whole>\d{0,15})\s?(?P<part>[¼-¾⅐-⅞])")
 _HEAD = re.compile(
-    r"^(?P<sign>[+-]|minus\b|negative\b)?\s?(?P<currency>(?:us|a|c)?[$€£¥₹]|(?:usd|eur|gbp|inr)\b|rs\b\.?)?\s?(?P<sign2>[+-])?",
+    rf"^(?P<sign>[+-]|minus\b|negative\b)?\s?(?P<currency>{CURRENCY})?\s?(?P<sign2>[+-])?",
     re.IGNORECASE,
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
            "mn": 10**6, "bn": 10**9, "lakh": 10**5, "crore": 10**7}  # fmt: skip
 _SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-_UNIT = re.compile(r"(?:[^\W\d_]|[°%′″'\"€£¥₹¢/]|\$$)[^\d=<>+*\\{}$,;:?!&|]{0,100}")
+_UNIT = re.compile(rf"(?:[^\W\d_]|[°%′″'\"¢/{SIGNS}]|\$$)[^\d=<>+*\\{{}}$,;:?!&|]{{0,100}}")
 # Words after a number that change its value, or show that it is not the answer: at once after it, or anywhere.
 NO_UNIT_FIRST = frozenset("and over by to from through until squared cubed".split())
 NO_UNIT = frozenset(
@@ -62,7 +67,7 @@ NO_UNIT = frozenset(
 )
 _MOST_UNIT_WORDS = 12
 _LETTER = re.compile(r"[a-zA-ZͰ-Ͽ](?![\w.])")  # a variable, π or i, but for these units
-_LETTER_UNITS = frozenset("mgshldcfvwjMGSHLDCFVWJNAK")
+_LETTER_UNITS = frozenset("mgshldcfvwjMGSHLDCFVWJNAK\u03a9")
 _PERCENT = re.compile(r"^\s*(?:percent|per cent|pct)\b", re.IGNORECASE)
 _PRODUCT = re.compile(
     r"[a-z]{2}(?![a-z])", re.IGNORECASE
@@ -84,7 +89,8 @@ def quantity(text: str) -> Quantity | None:
         return None
     rest = text[head.end() :]
     for pattern, value_of in (
-        (_FRACTION, _mixed), (_SLASH, _mixed), (_VULGAR, _vulgar), (_REPEATING, _repeating), (_NUMBER, _decimal)
+        (_FRACTION, _mixed), (_SLASH, _mixed), (_VULGAR, _vulgar), (_REPEATING, _repeating), (_FACTORIAL, _factorial),
+        (_NUMBER, _decimal),
     ):  # fmt: skip
         match = pattern.match(rest)
         if match and (value := value_of(match)) is not None:
@@ -98,7 +104,12 @@ def quantity(text: str) -> Quantity | None:
 def _mixed(match: re.Match[str]) -> Fraction | None:
     groups = match.groupdict()
     above, below = (int(groups[long] or groups[short]) for long, short in (("a", "c"), ("b", "d")))
-    return int(groups["whole"] or 0) + Fraction(above, below) if below else None
+    whole = int(groups["whole"] or 0)
+    return whole + Fraction(above, below) if below and (not whole or 0 < above < below) else None
+
+
+def _factorial(match: re.Match[str]) -> Fraction:
+    return Fraction(math.factorial(int(match["digits"])))
 
 
 def _vulgar(match: re.Match[str]) -> Fraction:
@@ -138,7 +149,7 @@ def _with_unit(value: Fraction, rest: str, currency: str | None) -> Quantity | N
     if words and _LETTER.match(words[0]) and words[0][0] not in _LETTER_UNITS:
         return None
     unit = " ".join(words)
-    tokens = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", unit.lower())
+    tokens = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", re.sub(r"\bMay\b", "month", unit).lower())
     if len(words) > _MOST_UNIT_WORDS or (unit and not _UNIT.fullmatch(unit)):
         return None
     if any(t in NO_UNIT or t in _SCALES for t in tokens) or (tokens and tokens[0] in NO_UNIT_FIRST):

@@ -7,22 +7,27 @@ from collections import Counter
 from typing import NamedTuple
 
 # names -> symbols; each may have a prefix
-_PREFIXES = {"": "", "kilo": "k", "mega": "M", "giga": "G", "tera": "T", "centi": "c", "deci": "d", "milli": "m", "micro": "µ", "nano": "n"}  # fmt: skip
+_PREFIXES = {"": "", "kilo": "k", "mega": "M", "giga": "G", "tera": "T", "centi": "c", "deci": "d", "milli": "m", "micro": "μ", "nano": "n"}  # fmt: skip
 _METRIC = {"meter": "m", "metre": "m", "gram": "g", "second": "s", "sec": "s", "liter": "L", "litre": "L", "watt": "W", "joule": "J",
            "newton": "N", "volt": "V", "ampere": "A", "amp": "A", "pascal": "Pa", "hertz": "Hz", "byte": "B", "mole": "mol",
-           "calorie": "cal"}  # fmt: skip
+           "calorie": "cal", "ohm": "Ω"}  # fmt: skip
 _OTHER = {"inch": "in", "inche": "in", '"': "in", "″": "in", "foot": "ft", "feet": "ft", "'": "ft", "′": "ft", "yard": "yd",
           "mile": "mi", "pound": "lb", "ounce": "oz", "hour": "h", "hr": "h", "minute": "min", "day": "day", "week": "week", "wk": "week",
           "month": "month", "year": "yr", "gallon": "gal", "degree": "°", "deg": "°", "radian": "rad", "°c": "°C", "°f": "°F", "celsius": "°C", "fahrenheit": "°F",
           "kwh": "kWh", "l": "L", "us$": "$", "usd": "$", "dollar": "$", "buck": "$", "eur": "€", "euro": "€", "gbp": "£", "inr": "₹",
-          "rs": "₹", "rupee": "₹", "yen": "¥", "cent": "¢", "percent": "%", "unit": "unit"}  # fmt: skip
+          "rs": "₹", "rupee": "₹", "yen": "¥", "jpy": "¥", "won": "₩", "krw": "₩", "ruble": "₽", "rub": "₽", "chf": "CHF", "franc": "CHF",
+          "cny": "CNY", "yuan": "CNY", "cad": "C$", "aud": "A$", "sek": "SEK", "nok": "NOK", "dkk": "DKK", "kr": "kr", "zł": "zł", "pln": "zł", "cent": "¢",
+          "kelvin": "K", "percent": "%", "unit": "unit"}  # fmt: skip
 _METRIC_NAMES = {a + b: x + y for a, x in _PREFIXES.items() for b, y in _METRIC.items()}
 _SYMBOLS = {symbol: symbol for symbol in (*_METRIC_NAMES.values(), *_OTHER.values())}
 _UNITS = {symbol.lower(): symbol for symbol in _SYMBOLS if len(symbol) > 1} | _METRIC_NAMES | _OTHER | _SYMBOLS
-_MONEY = frozenset("$€£¥₹¢")
+SIGNS = "€£¥₹\u20a0-\u20bf"  # of currencies, besides $; as part of a class of characters
+CURRENCY = rf"(?:us|a|c|hk|nz|s|r)?\$|[{SIGNS}]|(?:usd|eur|gbp|inr|jpy|krw|rub|chf|cny|cad|aud|sek|nok|dkk|kr)\b|rs\b\.?"  # before a number
+_MONEY = frozenset("$€£¥₹¢₩₽")
 _SPELLED_OUT = [
     (re.compile(r"\bmph\b"), "mi/h"),
     (re.compile(r"\bkm?ph\b"), "km/h"),
+    (re.compile(r"\bmpg\b"), "mi/gal"),
     (re.compile(r"\bcc\b"), "cm³"),
     (re.compile(r"\bper\b"), "/"),
     (re.compile(r"\b([ap])\.m\b\.?"), r"\1m"),
@@ -33,7 +38,7 @@ _SPELLED_OUT = [
     (re.compile(r"(?:°|\bdegrees?\b|\bdeg\b)\s*([cf])(?:elsius|ahrenheit)?\b", re.IGNORECASE), r"°\1"),
 ]
 _POWER = re.compile(r"(?<=[a-zA-Z])\s?\^\s?\{?\s?([234])\s?\}?(?!\w)")
-_WORD = re.compile(r"(?P<name>°?[^\W\d_²³⁴]+\$?|[°%′″'\"$€£¥₹¢])\.?(?P<power>[²³⁴]?)")
+_WORD = re.compile(rf"(?P<name>°?[^\W\d_²³⁴]+\$?|[°%′″'\"$¢{SIGNS}])\.?(?P<power>[²³⁴]?)")
 # a phrase after a noun, or instead of a unit: "in total", "of the cake", "left"
 _REST = re.compile(
     r"\b(?:in|of|for|on|at|from|with|that|who|left|remaining|altogether|total|each|every|long|tall|old)\b.*|/.*"
