@@ -28,7 +28,7 @@ KEPT_FLAGS = {1: 1, 2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 DETACH = 2
 PIVOT_ROOT = dict(zip(MACHINES, (155, 41), strict=True))
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-DEVICES = ("null", "zero", "random", "urandom")
+DEVICES = ("null", "random", "urandom")  # a shared mapping of /dev/zero is memory that no limit counts
 FILES = 4096  # files and folders in a jail's /tmp
 ROOT = "/sys"  # where the new root is built: a folder of every machine that holds nothing a program needs
 SIGNALLED = 128  # exit statuses from here on are of a program that a signal ended

@@ -33,15 +33,17 @@ NUMBERS: dict[str, tuple[int, int]] = {  # name: number on x86-64 and on aarch64
 }  # fmt: skip
 SOCKETS = {"socket": (41, 198), "socketpair": (53, 199)}
 CLONE, CLONE3 = (56, 220), (435, 435)
+MMAP = (9, 222)
 MACHINES = {
     "x86_64": 0xC000003E,
     "aarch64": 0xC00000B7,
 }  # AUDIT_ARCH of <linux/audit.h>; the order of the numbers above
 
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET
+SHARED, ANONYMOUS = 0x01, 0x20  # MAP_SHARED (also of MAP_SHARED_VALIDATE) and MAP_ANONYMOUS
 X32 = 0x40000000  # bit of system calls of the x32 ABI, which has other numbers
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_IF_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT, FOURTH_ARGUMENT = 0, 4, 16, 40  # offsets in struct seccomp_data
 ALLOW, KILL, FAIL = 0x7FFF0000, 0x80000000, 0x00050000  # FAIL | errno
 EPERM, ENOSYS, EACCES = 1, 38, 13
 
@@ -62,8 +64,12 @@ def filter_program(machine: str) -> bytes:
     for numbers in SOCKETS.values():
         code += [(JUMP_EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, FIRST_ARGUMENT)]
         code += [(JUMP_EQUAL, 1, 0, 1), (RETURN, 0, 0, FAIL | EACCES), (RETURN, 0, 0, ALLOW)]
-    code += [(JUMP_EQUAL, 0, 3, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT)]
+    code += [(JUMP_EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT)]
     code += [(JUMP_IF_SET, 0, 1, NEW_NAMESPACES), (RETURN, 0, 0, FAIL | EPERM), (RETURN, 0, 0, ALLOW)]
+    # Shared memory without a file is counted by no limit, and its pages stay when a process gives back its part.
+    code += [(JUMP_EQUAL, 0, 3, MMAP[column]), (LOAD, 0, 0, FOURTH_ARGUMENT)]
+    code += [(JUMP_IF_SET, 0, 1, SHARED), (JUMP_IF_SET, 1, 0, ANONYMOUS)]
+    code += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, FAIL | EPERM)]
     return b"".join(struct.pack("<HBBI", operation, yes, no, value) for operation, yes, no, value in code)
 
 

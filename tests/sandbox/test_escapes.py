@@ -14,7 +14,7 @@ from lm.sandbox.jail import Jail, JailLimits, jail_of_kind, program
 
 LIMITS = JailLimits(seconds=5.0, cpu_seconds=3.0, memory_bytes=128 << 20, disk_bytes=4 << 20, output_bytes=100_000)
 TRY = """
-import ctypes, os, socket, sys, time
+import ctypes, mmap, os, socket, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 def attempt(act):
     try:
@@ -119,7 +119,16 @@ def test_the_memory_of_all_processes_together_is_bounded(jail):
     assert jail.run(program(code), LIMITS).status == "memory"
 
 
-@pytest.mark.parametrize("call", ["os.memfd_create('x')", "call(29, 0, 1 << 30, 0o1600)", "os.mkdir('/dev/shm/x')"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "os.memfd_create('x')",
+        "call(29, 0, 1 << 30, 0o1600)",
+        "os.mkdir('/dev/shm/x')",
+        "mmap.mmap(-1, 1 << 20)",
+        "open('/dev/zero')",
+    ],
+)
 def test_memory_that_no_limit_counts_cannot_be_had(jail, call):
     if "29" in call and os.uname().machine != "x86_64":
         pytest.skip("the number of shmget is that of x86-64")
@@ -138,6 +147,56 @@ for path in ("/", "/usr/lib", "/dev", os.path.dirname(os.__file__)):
 attempt(lambda: os.truncate("/tmp/big", open("/tmp/big", "w").write("") or 1 << 40))
 """
     assert [line.split()[0] for line in lines(jail, code)] == ["refused"] * 6
+
+
+def test_memory_of_a_process_and_of_files_can_be_mapped(jail):
+    code = """
+with open("/tmp/x", "w+b") as file:
+    file.truncate(4096)
+    mmap.mmap(file.fileno(), 4096)[:2] = b"ab"
+print(open("/tmp/x").read(2), len(mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))
+"""
+    assert lines(jail, code) == ["ab 4096"]
+
+
+@pytest.mark.parametrize(
+    ("code", "refused"),
+    [
+        ("call(101, 16, child, 0, 0)", True),  # ptrace of a child
+        ("call(248, b'user', b'x', b'y', 1, -3)", True),  # add_key
+        ("call(323, 0)", True),  # userfaultfd
+        ("call(425, 4, ctypes.create_string_buffer(200))", True),  # io_uring_setup
+        ("time.clock_settime(time.CLOCK_REALTIME, 0)", True),
+        ("resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))", True),
+        ("os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))", True),
+        ("os.truncate(os.open('/tmp/s', os.O_CREAT | os.O_RDWR), 1 << 40)", True),
+        ("[open(f'/tmp/{n}', 'w').close() for n in range(10**6)]", True),
+        ("open('/dev/stdout', 'w')", True),
+        ("sorted([1])", False),
+    ],
+)
+def test_other_ways_out_are_closed(jail, code, refused):
+    if "call(" in code and os.uname().machine != "x86_64":
+        pytest.skip("the numbers of system calls are those of x86-64")
+    program = f"""
+import resource
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+try:
+    attempt(lambda: {code})
+except ValueError as error:  # of setrlimit
+    print("refused", error)
+os.kill(child, 9)
+"""
+    assert lines(jail, program)[0].startswith("refused") == refused
+
+
+def test_system_calls_of_another_abi_end_the_program(jail):
+    if os.uname().machine != "x86_64":
+        pytest.skip("only x86-64 has the ABI x32")
+    outcome = jail.run(program(TRY + "libc.syscall(0x40000000 + 39)"), LIMITS)
+    assert outcome.code == 128 + 31  # SIGSYS
 
 
 def test_nothing_of_one_program_is_left_for_the_next(jail):
