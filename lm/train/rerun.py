@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ CLOCKS = ("time", "tokens_per_second", "mfu")  # fields that depend on the clock
 NUMBERS = ("metrics.jsonl", "eval.jsonl")
 
 
-def changed_conditions(run_dir: Path, data_fingerprint: Any) -> list[tuple[str, Any, Any]]:
+def changed_conditions(run_dir: Path, data: Mapping[str, str]) -> list[tuple[str, Any, Any]]:
     """Differences, as (field, then, now), that could change results: versions, code, devices, data.
+
+    Args:
+        data: fingerprints of all that the run reads, by name; one that an older lm did not record is no difference.
 
     Raises:
         UserError: the run never began.
@@ -22,7 +26,7 @@ def changed_conditions(run_dir: Path, data_fingerprint: Any) -> list[tuple[str, 
     then = last_session(run_dir)
     if not then:
         raise UserError(f"{run_dir} has no environment.json: the run never began, so there is nothing to repeat")
-    now = environment(data_fingerprint)
+    now = environment({name: found for name, found in data.items() if name in then["data_fingerprint"]})
     return diff(_essential(then), _essential(now))
 
 
