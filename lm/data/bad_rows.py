@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
+from lm.config.field import shown
 from lm.experiment import UserError
 
 # Reasons by number, as the cache stores them; 0 means no reason. Append new reasons at the end.
@@ -36,8 +43,19 @@ REASONS = (
 ADVICE = "; bad_rows drop leaves such rows out, counted"
 
 
-# A column that every row must have, or a tuple of columns of which one is enough.
-ColumnNeed = str | tuple[str, ...]
+@dataclass(frozen=True)
+class Column:
+    """A column that every row must have, or several of which one is enough.
+
+    `check(row)` raises UserError for a row whose values cannot be used.
+    """
+
+    names: tuple[str, ...]
+    check: Callable[[Mapping[str, Any]], object] = lambda row: None
+
+
+# A column, or the name of one with any value, or a tuple of names of which one is enough.
+ColumnNeed = str | tuple[str, ...] | Column
 
 
 class BadRow(UserError):
@@ -63,15 +81,57 @@ def with_advice() -> Iterator[None]:
 
 def names_of_needs(needs: Sequence[ColumnNeed]) -> list[str]:
     """Every column that the needs name."""
-    return [name for need in needs for name in ((need,) if isinstance(need, str) else need)]
+    return [name for need in needs for name in _column(need).names]
+
+
+def _column(need: ColumnNeed) -> Column:
+    if isinstance(need, Column):
+        return need
+    return Column((need,) if isinstance(need, str) else need)
 
 
 def check_columns(row: Mapping[str, Any], needs: Sequence[ColumnNeed], where: str, who: str = "the verifier") -> None:
-    """Raises BadRow for a row that lacks a column that `who` needs; null and blank values count as missing."""
-    for need in needs if not isinstance(row, Unreadable) else ():
-        names = names_of_needs([need])
-        if all(is_blank(row.get(name)) for name in names):
-            raise missing_columns(row, where, f"{who} needs the column {' or '.join(names)}")
+    """Raises BadRow for a row that lacks a column that `who` needs (null and blank values count as missing), or has one of another type."""
+    for column in map(_column, needs if not isinstance(row, Unreadable) else ()):
+        if all(is_blank(row.get(name)) for name in column.names):
+            raise missing_columns(row, where, f"{who} needs the column {' or '.join(column.names)}")
+        try:
+            column.check(row)
+        except UserError as error:
+            raise BadRow(f"{where}: {who} cannot read a column: {error}", VALUE) from error
+
+
+def typed_column(names: str | tuple[str, ...], kind: Any) -> Column:
+    """The column whose values have a type: `str`, `int`, `float`, `bool`, `dict`, `list[…]`, or a union of these."""
+    names = (names,) if isinstance(names, str) else names
+    return Column(names, functools.partial(_check_type, names, kind))
+
+
+def _check_type(names: tuple[str, ...], kind: Any, row: Mapping[str, Any]) -> None:
+    for name in names:
+        if not is_blank(row.get(name)) and not has_type(row[name], kind):
+            wanted = kind.__name__ if isinstance(kind, type) and not typing.get_origin(kind) else kind
+            raise UserError(f"{name} is {shown(row[name])}; it should be of type {wanted}")
+
+
+def is_type(kind: Any) -> bool:
+    """Whether a value of Python is a type that `has_type` takes."""
+    return kind is Any or isinstance(kind, type) or typing.get_origin(kind) is not None
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a row's value has a type; numbers are finite, a whole number is an int however it is stored, and a bool is none."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(has_type(value, one) for one in inside)
+    if kind is list or origin is list:
+        return isinstance(value, list | tuple) and all(has_type(item, one) for one in inside for item in value)
+    if kind is dict or origin is dict:
+        return isinstance(value, Mapping)
+    if kind in (int, float):
+        number: Any = value if isinstance(value, Number) and not isinstance(value, bool) else math.nan
+        return isinstance(number, int) or (math.isfinite(number) and (kind is float or number == int(number)))
+    return kind in (Any, object) or isinstance(value, kind)
 
 
 def missing_columns(row: Mapping[str, Any], where: str, what: str) -> BadRow:

@@ -37,16 +37,25 @@ def choice(row: Mapping[str, Any], expected: str, completion: str) -> float:
 
     The choice is the marked answer (`answer is B`, `\\boxed{B}` …), else the only letter that stands alone.
     """
-    listed = row.get("choices") or row.get("options")
-    texts = [str(one).strip() for one in listed] if isinstance(listed, list | tuple) else []
-    names = {text: chr(ord("A") + place) for place, text in enumerate(texts[:26])}
-    wanted = _chosen(expected_reading(expected), names)
+    names, wanted = _letters(row), chosen_letter(row, expected)
     marked = [found for answer in marked_answers(plain(completion))[:1] for found in readings(answer)]
     letters = {_chosen(found, names) for found in marked} - {""}
     if not marked:
         whole = _chosen(completion.strip(), names)
         letters = {whole} if whole else set(LONE_LETTER.findall(plain(completion)))
     return float(wanted != "" and letters == {wanted})
+
+
+def chosen_letter(row: Mapping[str, Any], expected: str) -> str:
+    """The letter of the expected answer; empty if it is no choice."""
+    return _chosen(expected_reading(expected), _letters(row))
+
+
+def _letters(row: Mapping[str, Any]) -> dict[str, str]:
+    """The letter of each of the row's choices."""
+    listed = row.get("choices") or row.get("options")
+    texts = [str(one).strip() for one in listed] if isinstance(listed, list | tuple) else []
+    return {text: chr(ord("A") + place) for place, text in enumerate(texts[:26])}
 
 
 def _chosen(text: str, names: Mapping[str, str]) -> str:
@@ -71,7 +80,7 @@ def json_schema(file: str) -> Rule:
     validate = _validator(_text_of(file), file) if file else None
 
     def score(row: Mapping[str, Any], completion: str) -> float:
-        allows = validate or _validator(_as_json(row["schema"]), "the column schema")
+        allows = validate or check_schema(row)
         blocks = FENCE.findall(completion)
         try:
             text = blocks[-1] if blocks else completion.rpartition("</think>")[2]
@@ -80,6 +89,11 @@ def json_schema(file: str) -> Rule:
             return 0.0
 
     return score
+
+
+def check_schema(row: Mapping[str, Any]) -> Callable[[Any], bool]:
+    """The test of a value by the JSON schema in the row's column `schema`. Raises UserError if it is no schema."""
+    return _validator(_as_json(row["schema"]), "the column schema")
 
 
 def _refuse(constant: str) -> None:

@@ -50,12 +50,25 @@ def python_tests(parameter: str) -> Callable[[Mapping[str, Any], str], float]:
         if is_blank(code):
             return 0.0
         entry = row.get("entry_point") or ""
-        if not is_blank(row.get("inputs")) and not entry:
+        if _has_inputs(row) and not entry:
             return float(all(_prints(jail, code, given, wanted) for given, wanted in _pairs(row)))
-        tests = [_call_test(entry, *pair) for pair in _pairs(row)] if row.get("inputs") else _tests(row)
+        tests = [_call_test(entry, *pair) for pair in _pairs(row)] if _has_inputs(row) else _tests(row)
         return float(_passes(jail, code, tests, str(row.get("setup") or row.get("test_setup_code") or ""), entry))
 
     return score
+
+
+def check_tests(row: Mapping[str, Any]) -> None:
+    """Raises UserError for a row whose tests are not Python code, or whose inputs and outputs are not lists of the same length."""
+    if _has_inputs(row):
+        _pairs(row)
+    else:
+        _tests(row)
+
+
+def _has_inputs(row: Mapping[str, Any]) -> bool:
+    """Whether a row is judged by its inputs; rows with tests may have empty ones beside them."""
+    return not is_blank(row.get("inputs")) and row["inputs"] != []
 
 
 def sandbox_notes(verifiers: Sequence[str]) -> tuple[str, ...]:

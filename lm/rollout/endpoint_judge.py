@@ -30,6 +30,7 @@ from lm.stored import read_json
 FIELDS = {"url": str, "model": str, "prompt": str, "most": int | float}
 OPTIONAL = {"key_variable": str}  # the environment variable with the API key, which is sent and never stored
 FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between attempts, doubled after each
+NAME = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -105,6 +106,12 @@ def endpoint(file: str) -> Callable[[Mapping[str, Any], str], float]:
     return score
 
 
+def prompt_columns(file: str) -> tuple[str, ...]:
+    """The columns that the judge's prompt names in braces."""
+    names = dict.fromkeys(NAME.findall(_read(file)["prompt"]))
+    return tuple(name for name in names if name not in ("prompt", "completion"))
+
+
 def _read(file: str) -> dict[str, Any]:
     judge = read_json(Path(file))
     known = FIELDS | OPTIONAL
@@ -139,7 +146,7 @@ def _is_most(most: Any) -> bool:
 
 def _body(judge: Mapping[str, Any], row: Mapping[str, Any], completion: str) -> bytes:
     values = {**row, "prompt": prompt_messages(row, "the prompt")[-1]["content"], "completion": completion}
-    text = re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), judge["prompt"])
+    text = NAME.sub(lambda match: str(values.get(match[1], match[0])), judge["prompt"])
     asked = {"model": judge["model"], "temperature": 0, "messages": [{"role": "user", "content": text}]}
     return json.dumps(asked, sort_keys=True).encode()
 

@@ -6,12 +6,14 @@ Those of RULES take a parameter, as in `regex:PATTERN`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Mapping
+from datetime import date
 from typing import Any
 
 from lm.config.field import shown
 from lm.config.objective import VERIFIER_ARGUMENTS
-from lm.data.bad_rows import ColumnNeed, is_blank
+from lm.data.bad_rows import Column, ColumnNeed, has_type, is_blank, is_type, typed_column
 from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
 from lm.rollout import answer_rewards, code_tests, endpoint_judge
@@ -77,20 +79,39 @@ RULES: dict[str, Callable[[str], Verifier]] = {
     "endpoint": endpoint_judge.endpoint,
 }
 
-# the columns without which a verifier cannot judge a row
+
+def _check_expected(row: Mapping[str, Any]) -> None:
+    """Raises UserError for a row whose expected answer is no text or number."""
+    name = next(name for name in reversed(EXPECTED) if not is_blank(row.get(name)))
+    if not has_type(row[name], str | float | bool | date):
+        raise UserError(f"{name} is {shown(row[name])}; it should be a text or a number")
+
+
+def _check_choice(row: Mapping[str, Any]) -> None:
+    """Raises UserError for a row whose expected answer is no choice."""
+    _check_expected(row)
+    if not answer_rewards.chosen_letter(row, expected_answer(row)):
+        raise UserError(
+            f"the answer {shown(expected_answer(row))} is neither a letter from A to Z nor one of the row's choices"
+        )
+
+
+EXPECTED_COLUMN = Column(EXPECTED, _check_expected)
+
+# the columns without which a verifier cannot judge a row, with the check of their values
 NEEDS: dict[str, tuple[ColumnNeed, ...]] = {
-    "answer": (EXPECTED,),
+    "answer": (EXPECTED_COLUMN,),
     "style": (),
-    "helpful": (EXPECTED,),
-    "exact": (EXPECTED,),
-    "choice": (EXPECTED,),
+    "helpful": (EXPECTED_COLUMN,),
+    "exact": (EXPECTED_COLUMN,),
+    "choice": (Column(EXPECTED, _check_choice),),
     "regex": (),
-    "json_schema": ("schema",),  # without a file
+    "json_schema": (Column(("schema",), answer_rewards.check_schema),),  # without a file
     "format": (),
     "language": (),
     "overlong": (),
-    "python_tests": (code_tests.COLUMNS,),
-    "endpoint": (),
+    "python_tests": (Column(code_tests.COLUMNS, code_tests.check_tests),),
+    "endpoint": (),  # those that the prompt of its file names
 }
 
 
@@ -123,17 +144,24 @@ def needed_columns(name: str) -> tuple[ColumnNeed, ...]:
     if is_function_name(name):
         return declared_columns(name, find_verifier(name))
     rule, _, file = name.partition(":")
+    if rule == "endpoint":
+        return endpoint_judge.prompt_columns(file)
     return () if rule == "json_schema" and file else NEEDS[rule]
 
 
 def declared_columns(name: str, found: Any) -> tuple[ColumnNeed, ...]:
-    """The attribute `columns` of a user's own verifier or environment, which FILE:FUNCTION names."""
+    """The attribute `columns` of an environment or of a user's own verifier: names, or types by name."""
     columns = getattr(found, "columns", ())
     columns = (columns,) if isinstance(columns, str) else columns
-    if not isinstance(columns, Collection) or not all(map(_is_need, columns)):
-        raise UserError(f"{name}: its columns are {shown(columns)}; they should be a tuple of the names of columns")
-    return tuple(columns)
+    kinds = columns.values() if isinstance(columns, Mapping) else ()
+    if not isinstance(columns, Collection) or not all(map(_is_need, columns)) or not all(map(is_type, kinds)):
+        raise UserError(
+            f"{name}: its columns are {shown(columns)}; they should be a tuple of the names of columns, or a dict of their types"
+        )
+    return tuple(itertools.starmap(typed_column, columns.items()) if isinstance(columns, Mapping) else columns)
 
 
 def _is_need(need: Any) -> bool:
-    return isinstance(need, str) or (isinstance(need, tuple) and need != () and all(isinstance(n, str) for n in need))
+    if isinstance(need, str | Column):
+        return True
+    return isinstance(need, tuple) and need != () and all(isinstance(name, str) for name in need)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.data.bad_rows import names_of_needs
 from lm.experiment import UserError
 from lm.rollout.answer_rewards import LANGUAGES
 from lm.rollout.rewards import compute_rewards
@@ -103,7 +104,7 @@ def test_a_schema_of_a_file_needs_no_column(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(SCHEMA))
     name = f"json_schema:{tmp_path}/s.json"
     assert needed_columns(name) == ()
-    assert needed_columns("json_schema") == ("schema",)
+    assert names_of_needs(needed_columns("json_schema")) == ["schema"]
     assert find_verifier(name)({}, '{"n": 2}') == 1
 
 

@@ -8,10 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from lm.data.bad_rows import BadRow, check_columns
 from lm.experiment import UserError
 from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.rewards import compute_rewards
-from lm.rollout.verifiers import find_verifier
+from lm.rollout.verifiers import find_verifier, needed_columns
 
 ROWS = [{"question": f"What is {n}?", "answer": str(n)} for n in range(3)]
 
@@ -67,6 +68,12 @@ def test_the_score_of_the_reply_is_the_reward(server, name, monkeypatch):
     body, key = next(one for one in server.asked if "aaaaa" in str(one) and "a" * 40 not in str(one))
     assert body["messages"][0]["content"] == "Rate What is 0? (0, {other}):|aaaaa"
     assert (body["model"], body["temperature"], key) == ("big", 0, "Bearer secret")
+
+
+def test_the_columns_that_the_prompt_of_a_judge_names_are_needed(name):
+    check_columns({"answer": 1, "other": "x"}, needed_columns(name), "row 1")
+    with pytest.raises(BadRow, match="row 1: the verifier needs the column other"):
+        check_columns({"answer": 1}, needed_columns(name), "row 1")
 
 
 def test_a_judge_that_fails_is_asked_again(server, name):

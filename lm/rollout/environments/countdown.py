@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lm.data.chat import Message, prompt_messages
 from lm.rollout.answer_match import marked_answers, trimmed
@@ -13,7 +13,7 @@ from lm.rollout.environments.expression import ExpressionError, evaluate, number
 class Countdown:
     """Single-turn environment: 1 for a right expression, in any form that Python reads, else 0."""
 
-    columns = ("numbers", "target")
+    columns: ClassVar[dict[str, Any]] = {"numbers": list[int], "target": int}
 
     @staticmethod
     def solution(task: Mapping[str, Any]) -> Sequence[str]:

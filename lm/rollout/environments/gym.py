@@ -18,7 +18,7 @@ class GymTask:
     Rewards: `score`, the library's. `scoring_errors`, which is no reward, records that the library raised at an answer, whose score is then 0.
     """
 
-    columns = ("gym_index",)
+    columns: ClassVar[dict[str, Any]] = {"gym_index": int}
     unrewarded = ("scoring_errors",)
     family: ClassVar[str]
 

@@ -9,7 +9,7 @@ from lm.data.chat import Message, prompt_messages
 from lm.rollout.environments.expression import ExpressionError, evaluate, plain_number
 from lm.rollout.environments.search import SearchIndex
 from lm.rollout.environments.tools import Tool, ToolError, ToolReply, tool_replies
-from lm.rollout.verifiers import EXPECTED, answer, expected_answer
+from lm.rollout.verifiers import EXPECTED_COLUMN, answer, expected_answer
 from lm.sandbox.jail import JailLimits, find_jail, program
 
 PASSAGES = 3  # that a search gives
@@ -23,7 +23,7 @@ class ToolDialogue:
     was called, and the fraction of calls that failed: those that were malformed, cut off, to an unknown tool, or refused by it.
     """
 
-    columns = (EXPECTED,)
+    columns = (EXPECTED_COLUMN,)
     tools: ClassVar[tuple[Tool, ...]] = ()
     unrewarded = ("tool_used", "tool_errors")
 
