@@ -6,6 +6,7 @@ Rows are in `tests/data/test_any_rows.py`, files of runs and of the cache in `te
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import zlib
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pytest
 
 from lm.data import columnar
+from lm.data.hub.tokenizer import HubTokenizer
+from lm.data.tokenizer import SubwordTokenizer
 from lm.evals.core import read_core
 from lm.experiment import UserError, to_dict
 from lm.interop import gguf_file, peft
@@ -135,6 +138,43 @@ def read_last_line(file: Path) -> None:
     run_state(file.parent)
 
 
+def tokenizer_file() -> bytes:
+    """A tokenizer.json with a part of every kind, and few words."""
+    names = ("</s>", "[UNK]", "a", "##b", "text")
+    special = {"id": "</s>", "ids": [0], "tokens": ["</s>"]}
+    around = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    whole = {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False, "rstrip": True, "normalized": False}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "TemplateProcessing", "single": around, "pair": around, "special_tokens": {"</s>": special}},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9,
+            "vocab": {name: index for index, name in enumerate(names)},
+        },
+    }  # fmt: skip
+    return json.dumps(whole).encode()
+
+
+def read_tokenizer(file: Path, end: str = "</s>") -> None:
+    (file.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    found = HubTokenizer.load(file.parent)
+    for text in ("a text", "\u9f98</s>", "a" * 20):
+        ids = found.encode(text)
+        assert max(ids, default=0) < found.vocab_size
+        found.decode(ids, specials=True)
+
+
+def read_sentencepiece(file: Path) -> None:
+    """As a tokenizer trained here, and as that of a published model; where one refuses it, the other may not."""
+    with contextlib.suppress(UserError):
+        found = SubwordTokenizer.load(file)
+        assert found.decode(found.encode("some text")) == "some text"
+    read_tokenizer(file, "<|im_end|>")
+
+
 TASKS = b"icl_tasks:\n- label: a\n  dataset_uri: a.jsonl\n  num_fewshot: [0]\n  icl_task_type: language_modeling\n"
 REQUEST = {
     "model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "n": 2, "stop": ["a"],
@@ -172,6 +212,8 @@ PARSERS = {
         b'<tool_call>{"name": "calculate", "arguments": {"expression": "1+2"}}</tool_call><tool>calculate: 1</tool>',
         lambda file: tool_replies(file.read_text(errors="replace"), CalculatorDialogue.tools),
     ),
+    "tokenizer.json": ("tokenizer.json", tokenizer_file(), read_tokenizer),
+    "sentencepiece": ("tokenizer.model", SubwordTokenizer.train(["some text"] * 9, 300).model, read_sentencepiece),
     "journal": ("journal.log", journal(), read_journal),
 }
 

@@ -300,7 +300,7 @@ def unread_columns(
     """Columns of a row, and keys of its turns, that this kind of example does not read, except `others`."""
     if isinstance(row, Unreadable):
         return
-    known = ("key", *layouts.TOOL_COLUMNS, *others)
+    known: tuple[str, ...] = ("key", *(name for name in layouts.TOOL_COLUMNS if _is_tools(row.get(name))), *others)
     if template_words and isinstance(variables := row.get(layouts.VARIABLE_COLUMN), Mapping):
         known = (*known, layouts.VARIABLE_COLUMN)
         yield from (f"{layouts.VARIABLE_COLUMN}.{name}" for name in variables if name not in template_words)
@@ -316,6 +316,11 @@ def unread_columns(
                         for key, value in turn.items()
                         if value and key not in chat.READ_KEYS and key not in template_words
                     )
+
+
+def _is_tools(value: Any) -> bool:
+    """Whether a column of tools is read: it is empty, or has definitions; in other data it may be any text."""
+    return not isinstance(value, str) or value.strip() in ("", "null") or value.lstrip().startswith(("[", "{"))
 
 
 def _dtype(tokenizer: TextTokenizer) -> type:

@@ -345,6 +345,12 @@ def test_an_arrow_file_of_other_offsets_or_names_is_refused_in_a_line(tmp_path, 
         load_rows(str(tmp_path / "a.arrow"))
 
 
+def test_tools_that_are_no_definitions_are_named_as_not_read():
+    texts = ("search, calculator", "", "null", "[]", None)
+    found = [list(unread_columns({"messages": [], "tools": text}, "conversations")) for text in texts]
+    assert found == [["tools"], [], [], [], []]
+
+
 def test_columns_that_no_stage_reads_cannot_refuse_a_row(tmp_path, tokenizer):
     deep = "[" * 50_000 + "]" * 50_000
     odd = ["NaN", "1e400", '{"x": 1, "x": 2}', '1, "meta": 2', "9" * 5_000, deep, '"\\ud800"', '{"a": {"b": null}}']

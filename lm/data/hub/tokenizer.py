@@ -114,13 +114,13 @@ class HubTokenizer:
     def _read_added(self) -> tuple[dict[str, Any], dict[str, AddedToken]]:
         """The parsed `tokenizer.json`, empty for a sentencepiece model, and the added tokens."""
         parsed = hub_files.read_json(self.files, hub_files.TOKENIZER_JSON, self._where)
-        if parsed:
+        if hub_files.TOKENIZER_JSON in self.files:
             return parsed, hub_files.added_tokens(parsed.get("added_tokens") or [], self._where)
         added = hub_files.added_tokens(hub_files.added_beside(self.files, self._where), self._where)
         return parsed, control_pieces(self.files[hub_files.SENTENCEPIECE], self._where) | added
 
     def _read_vocabulary(self, parsed: dict[str, Any]) -> Vocabulary:
-        if parsed:
+        if hub_files.TOKENIZER_JSON in self.files:
             apart = self._control if self._typed_is_text else {}
             return JsonVocabulary(parsed, self.files[hub_files.TOKENIZER_JSON], apart, self._where)
         settings = hub_files.read_json(self.files, hub_files.CONFIG, self._where)

@@ -62,6 +62,7 @@ class JsonVocabulary:
     """
 
     def __init__(self, parsed: dict[str, Any], raw: bytes, apart: Mapping[str, AddedToken], where: str):
+        self._where = where
         secret = secrets.token_hex(8)
         self._typed = re.compile(f"{OPEN}(.*?){secret}{CLOSE}", re.DOTALL)
         self._names = {name: f"{OPEN}{name}{secret}{CLOSE}" for name in apart}
@@ -72,21 +73,29 @@ class JsonVocabulary:
             as_it_is = not apart and exact == parsed
             source = raw.decode() if as_it_is else json.dumps(_renamed(exact, self._names), ensure_ascii=False)
             self._library = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises Exception itself
-            said = " ".join(str(error).split())
-            raise UserError(f"{where}: {TOKENIZER_JSON} is not a tokenizer that can be read: {said:.160}") from error
-        self._library.no_truncation()
-        self._library.no_padding()
-        self.vocab_size = self._library.get_vocab_size()
-        self.vocab_size = max(
-            self.vocab_size, 1 + max((one["id"] for one in parsed.get("added_tokens") or ()), default=0)
-        )
+            self._library.no_truncation()
+            self._library.no_padding()
+            # Ids may have gaps, and the post-processor has ids of its own.
+            ids = [*self._library.get_vocab().values(), *self._library.encode("").ids]
+            ids += [one["id"] for one in parsed.get("added_tokens") or ()]
+            self.vocab_size = max(self._library.get_vocab_size(), 1 + max(ids, default=-1))
+        except BaseException as error:
+            raise self._broken(error, "is not a tokenizer that can be read") from error
+
+    def _broken(self, error: BaseException, what: str) -> BaseException:
+        """The error that names the file for one of the library, which raises Exception itself, and a panic, which is none."""
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            return error
+        return UserError(f"{self._where}: {TOKENIZER_JSON} {what}: {' '.join(str(error).split()):.160}")
 
     def encode(self, segments: Sequence[Segment], add_special: bool = False) -> Encoded:
         """See `Vocabulary`."""
         names = [one if isinstance(one, str) else one.name for one in segments]
         given = [one if isinstance(one, str) else self._names.get(one.name, one.name) for one in segments]
-        found = self._library.encode("".join(given), add_special_tokens=add_special)
+        try:
+            found = self._library.encode("".join(given), add_special_tokens=add_special)
+        except BaseException as error:
+            raise self._broken(error, f"cannot encode {''.join(names)!r:.60}") from error
         places = np.array(found.offsets, np.int64).reshape(-1, 2)
         if names != given:
             at, seen = (np.cumsum([0, *map(len, some)]) for some in (given, names))
@@ -96,11 +105,18 @@ class JsonVocabulary:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Vocabulary`."""
-        return [one.ids for one in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [one.ids for one in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except BaseException as error:
+            raise self._broken(error, f"cannot encode one of {len(texts)} texts") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Vocabulary`."""
-        return self._typed.sub(r"\1", self._library.decode(ids, skip_special_tokens=False))
+        try:
+            text = self._library.decode(ids, skip_special_tokens=False)
+        except BaseException as error:
+            raise self._broken(error, f"cannot decode {len(ids)} tokens") from error
+        return self._typed.sub(r"\1", text)
 
 
 def _check_prefix(model: Any) -> None:
@@ -226,7 +242,10 @@ def control_pieces(model: bytes, where: str) -> dict[str, AddedToken]:
     """The control pieces of a sentencepiece model, by name."""
     loaded = _loaded(model, where)
     control = filter(loaded.is_control, range(loaded.vocab_size()))
-    named = {index: loaded.id_to_piece(index) for index in [*control, loaded.unk_id()]}
+    try:
+        named = {index: loaded.id_to_piece(index) for index in [*control, loaded.unk_id()]}
+    except (IndexError, ValueError) as error:  # an id beyond the pieces, a name that is not UTF-8
+        raise UserError(f"{where}: tokenizer.model has control pieces that cannot be read: {error}") from error
     return {name: AddedToken(name, index, special=True) for index, name in named.items()}
 
 

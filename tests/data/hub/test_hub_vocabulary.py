@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from lm.data.hub.tokenizer import HubTokenizer, with_options
 from lm.data.hub.vocabulary import CLOSE, OPEN
@@ -148,6 +149,55 @@ def test_an_odd_value_in_a_file_is_harmless_or_told_in_one_line(place, value, se
         assert found.decode(found.encode("an answer")) == "an answer"
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 400
+
+
+def small_model(vocab: dict[str, int], **changes) -> dict[str, bytes]:
+    """The files of a tokenizer whose words are the whole vocabulary."""
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+    whole = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "Whitespace"}} | changes
+    return {"tokenizer.json": json.dumps(whole).encode(), "generation_config.json": b'{"eos_token_id": 0}'}
+
+
+def test_ids_with_gaps_are_below_the_size_of_the_vocabulary():
+    found = HubTokenizer(small_model({"</s>": 0, "[UNK]": 1, "a": 60}))
+    assert found.encode("a b") == [60, 1] and found.vocab_size == 61
+
+
+def test_a_text_without_a_token_is_told_where_there_is_no_token_for_unknown_words():
+    found = HubTokenizer(small_model({"</s>": 0, "a": 1}))
+    assert found.encode("a a") == [1, 1]
+    for encode in (found.encode, lambda text: found.encode_batch([text])):
+        with pytest.raises(UserError, match=r"tokenizer\.json cannot encode .*") as caught:
+            encode("a b")
+        assert "\n" not in str(caught.value)
+
+
+SPECIAL_FIRST = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": b"{}"},
+        small_model(  # a panic of the library, which is no Exception
+            {"</s>": 0, "a": 1},
+            post_processor={
+                "type": "TemplateProcessing", "single": SPECIAL_FIRST, "pair": SPECIAL_FIRST, "special_tokens": {}
+            },
+        ),
+    ],
+    ids=["empty", "a special token that is not there"],
+)  # fmt: skip
+def test_files_that_cannot_encode_anything_are_refused_when_they_are_read(files):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer that can be read: .+"):
+        HubTokenizer(files)
+
+
+def test_a_sentencepiece_model_without_the_token_for_unknown_text_is_refused(sentencepiece_model):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)
+    proto.trainer_spec.unk_piece = "e"
+    with pytest.raises(UserError, match=r"tokenizer\.model has control pieces that cannot be read"):
+        HubTokenizer({"tokenizer.model": proto.SerializeToString(), "tokenizer_config.json": b"{}"})
 
 
 @pytest.fixture(scope="module")
