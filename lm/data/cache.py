@@ -31,7 +31,7 @@ from lm.experiment import UserError
 from lm.shapes import is_count, is_text
 from lm.stored import NO_LOCKS, cache_folder, file_sha256, read_json, sealed, unsealed
 
-VERSION = 13  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
+VERSION = 14  # of the stored arrays and of the conversion of rows to tokens: raise it when either changes
 TOLD_SECONDS = 1.0  # after this time a process that waits for another one prints a line
 ABANDONED_SECONDS = 86_400.0
 SETTLED_SECONDS = 2.0  # a file modified more recently may change again without a new mtime

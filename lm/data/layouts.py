@@ -112,7 +112,8 @@ def as_text(value: Any) -> Any:
 def flag(value: Any) -> bool | None:
     """Parse a boolean: true or false, 1 or 0, or their CSV spellings; None for anything else."""
     if isinstance(value, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+        value = value.strip().lower().removesuffix(".0")  # as tables write a column of flags with a gap
+        return {"true": True, "1": True, "false": False, "0": False}.get(value)
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     return None

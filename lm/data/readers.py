@@ -123,7 +123,17 @@ def why_not_a_file(path: str) -> str | None:
         return f"{path}: is {what}, not a file; a source must be readable more than once"
     if not os.access(file, os.R_OK):
         return f"{path}: cannot be read: Permission denied"
-    if stat.S_ISREG(mode) and file.stat().st_size < LARGEST_POINTER and file.read_bytes().startswith(POINTER):
+    return _why_not_read(path, file) if stat.S_ISREG(mode) else None
+
+
+def _why_not_read(path: str, file: Path) -> str | None:
+    """One line that says why a file has no rows that can be read, by its beginning."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(LARGEST_POINTER)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    if len(start) < LARGEST_POINTER and start.startswith(POINTER):
         return f"{path}: is a pointer of Git LFS; fetch the file itself (git lfs pull)"
     return None
 

@@ -17,7 +17,7 @@ from lm.data import dataset_folder
 from lm.data.order import mixture_shares
 from lm.data.readers import Row
 from lm.data.sources import GENERATED, NOWHERE, Rows, rows_of, split_rows, texts_of, why_missing
-from lm.data.split import Places, split_key, split_place
+from lm.data.split import Places, has_key, split_key, split_place
 from lm.data.tokenizer import TRAINING_BYTES
 from lm.experiment import COLLECTED, Experiment, Source, UserError, resolve_sources
 
@@ -58,7 +58,7 @@ def _why_empty(source: Source, rows: Rows, split: Split, withheld: int) -> str:
     keys = len(np.unique(rows.measures.places))
     if keys == 1 < len(rows):
         row = rows[0]
-        by = "key" if row.get("key") not in (None, "") else "question"
+        by = "key" if has_key(row) else "question"
         shown = split_key(row)
         return f"{line} (all {len(rows)} rows have the same {by}, {shown!r:.60}, and are on one side)"
     known = "" if keys == len(rows) else f", {keys} different prompts"

@@ -346,13 +346,14 @@ def _documents() -> tuple[Row, ...]:
 def _files(folder: Path, path: str) -> tuple[list[Path], tuple[str, ...]]:
     """Files of a folder with a known suffix, by name, and a line that names the files that are not read.
 
-    A `.json` file beside files of other kinds is not read: it may be anything.
+    A `.json` file beside files of other kinds is not read: it may be anything. Hidden files are not read either: editors and
+    copies from other systems leave them.
     """
     try:
         there = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    files = [file for file in there if readers.kind_of(file) and not file.is_dir()]
+    files = [file for file in there if readers.kind_of(file) and not file.is_dir() and not file.name.startswith(".")]
     files = [file for file in files if readers.kind_of(file) != ".json"] or files
     for file in files:
         if why := why_missing(str(file)):

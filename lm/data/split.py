@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from lm.data.bad_rows import is_blank
 from lm.data.layouts import canonical
 
 TEXT_COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion")  # of canonical rows
@@ -28,13 +29,19 @@ ALWAYS_TRAINED = "never held out"  # key of rows that no split holds out
 Places = Float64[np.ndarray, " N"]
 
 
+def has_key(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a `key` that is not null, NaN or blank, as tables write a missing one."""
+    key = row.get("key")
+    return not is_blank(key) and key == key
+
+
 def split_key(row: Mapping[str, Any]) -> str:
-    """The split key of a row: its `key` unless null or empty (as an empty cell of a CSV file), else its prompt, else its texts.
+    """The split key of a row: its `key` (`has_key`), else its prompt, else its texts.
 
     Other columns (an id, a source, a date) are not part of it; a row without any text is keyed by all its columns.
     """
-    key = row.get("key")
-    if key is not None and key != "":
+    if has_key(row):
+        key = row["key"]
         return key if isinstance(key, str) else canonical_json(key)
     row = canonical(row)
     if asked := asked_of(row):

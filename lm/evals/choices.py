@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.bad_rows import COLUMNS, BadRow, is_blank, missing_columns
+from lm.data.bad_rows import VALUE, BadRow, has_type, is_blank, missing_columns
 from lm.data.chat import render
 from lm.data.text_tokenizer import TextTokenizer
 from lm.evals.continuations import Continuation, score_continuations
@@ -33,7 +33,7 @@ def read_choices(row: Mapping[str, Any], where: str, item: Eval, tokenizer: Text
     """The choices of a row in one of LAYOUTS. Raises BadRow for a row that has none of them."""
     pairs, gold = _texts(row, where)
     if any(is_blank(said) for _, said in pairs):
-        raise BadRow(f"{where}: a choice is empty", COLUMNS)
+        raise BadRow(f"{where}: a choice is empty", VALUE)
     encoded = [_encoded(item, tokenizer, context, said) for context, said in pairs]
     return Choices(pairs[gold][0], encoded, [said for _, said in pairs], gold)
 
@@ -42,27 +42,33 @@ def _texts(row: Mapping[str, Any], where: str) -> tuple[list[tuple[str, str]], i
     """(context, continuation) of each choice, and the index of the right one."""
     has = {name for name, value in row.items() if not is_blank(value)}
     if {"query", "choices", "gold"} <= has:
-        pairs = [(str(row["query"]), str(one)) for one in _listed(row, "choices", where)]
+        pairs = [(_text(row, "query", where), one) for one in _listed(row, "choices", where)]
     elif {"context_options", "continuation", "gold"} <= has:
-        pairs = [(str(one), str(row["continuation"])) for one in _listed(row, "context_options", where)]
+        pairs = [(one, _text(row, "continuation", where)) for one in _listed(row, "context_options", where)]
     elif {"good", "bad"} <= has:
-        return [("", str(row["good"])), ("", str(row["bad"]))], 0
+        return [("", _text(row, "good", where)), ("", _text(row, "bad", where))], 0
     elif {"context", "continuation"} <= has:
-        return [(str(row["context"]), str(row["continuation"]))], 0
+        return [(_text(row, "context", where), _text(row, "continuation", where))], 0
     else:
         raise missing_columns(row, where, f"choices need the columns {LAYOUTS}")
     gold = row["gold"]
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(pairs):
         raise BadRow(
-            f"{where}: gold is {gold!r:.40}; it should be the index of the right one of {len(pairs)} choices", COLUMNS
+            f"{where}: gold is {gold!r:.40}; it should be the index of the right one of {len(pairs)} choices", VALUE
         )
     return pairs, gold
 
 
 def _listed(row: Mapping[str, Any], name: str, where: str) -> list[Any]:
     if not isinstance(row[name], list) or not row[name] or any(not isinstance(one, str) for one in row[name]):
-        raise BadRow(f"{where}: {name} is {row[name]!r:.60}; it should be a list of texts", COLUMNS)
+        raise BadRow(f"{where}: {name} is {row[name]!r:.60}; it should be a list of texts", VALUE)
     return row[name]
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    if not has_type(row[name], str | float):
+        raise BadRow(f"{where}: {name} is {row[name]!r:.60}; it should be a text", VALUE)
+    return str(row[name])
 
 
 def _encoded(item: Eval, tokenizer: TextTokenizer, context: str, said: str) -> Continuation:

@@ -172,7 +172,7 @@ def test_rows_that_share_a_key_or_a_prompt_are_on_one_side():
     assert split_key({"a": 1, "b": 2}) == split_key({"b": 2, "a": 1}) != split_key({"a": 1, "b": 3})
 
 
-@pytest.mark.parametrize("none", [None, ""])  # "": an empty cell of a CSV file
+@pytest.mark.parametrize("none", [None, "", " ", float("nan")])  # as tables write a missing one
 def test_a_null_key_is_no_key_and_one_key_is_never_held_out(none):
     rows = [{"text": str(i), "key": none} for i in range(100)]
     assert [split_key(row) for row in rows] == [split_key({"text": str(i)}) for i in range(100)]
@@ -213,6 +213,8 @@ def test_what_is_no_file_is_refused_in_one_line_and_nothing_waits_for_it(tmp_pat
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing.txt")
     (tmp_path / "a.txt").write_text("a")
     address = str(tmp_path / "s.txt")
+    unreadable = tmp_path / "memory.txt"  # a file by its kind, that no read succeeds on, as on a disk that fails
+    unreadable.symlink_to("/proc/self/mem")
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(address)
         for path, words in (
@@ -224,6 +226,7 @@ def test_what_is_no_file_is_refused_in_one_line_and_nothing_waits_for_it(tmp_pat
             (tmp_path / ("x" * 300 + ".txt"), "File name too long"),
             (address, "is a socket, not a file"),
             ("a\0b.txt", "null byte"),
+            (unreadable, "Input/output error"),
             ("~nobody-of-this-name/a.txt", "home directory"),
             (" ", "empty path"),
             (tmp_path, "FIFO"),
@@ -243,8 +246,9 @@ def test_a_folder_says_what_it_does_not_read(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     (tmp_path / "info.json").write_text("{}")
     (tmp_path / "README.md").write_text("x")
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\26\7")
     (tmp_path / "more").mkdir()
-    assert load_rows(str(tmp_path)).notes == ("1 file is read; not read: README.md, info.json, more/",)
+    assert load_rows(str(tmp_path)).notes == ("1 file is read; not read: ._a.jsonl, README.md, info.json, more/",)
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "info.json").write_text('[{"text": "y"}]')
     assert [row["text"] for row in load_rows(str(tmp_path))] == ["y"]

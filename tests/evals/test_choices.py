@@ -103,6 +103,8 @@ def test_next_words_are_right_where_greedy_decoding_gives_them(tmp_path, tokeniz
         ({"question": "x", "answer": "y"}, "choices need the columns query, choices and gold"),
         ({"query": "x", "choices": ["a", "b"], "gold": 2}, "gold is 2; it should be the index of the right one of 2"),
         ({"query": "x", "choices": ["a", "b"], "gold": "1"}, "gold is '1'"),
+        ({"query": ["x"], "choices": ["a", "b"], "gold": 1}, "query is ['x']; it should be a text"),
+        ({"context": "x", "continuation": {"a": 1}}, "continuation is {'a': 1}; it should be a text"),
         ({"query": "x", "choices": "ab", "gold": 0}, "choices is 'ab'; it should be a list of texts"),
         ({"query": "x", "choices": ["a", ""], "gold": 0}, "a choice is empty"),
     ],
