@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def _validator(schema: str, where: str) -> Callable[[Any], bool]:
     from jsonschema import SchemaError, validators
     from referencing import Registry
     from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
 
     try:
         parsed = json.loads(schema)
@@ -130,6 +131,15 @@ def _validator(schema: str, where: str) -> Callable[[Any], bool]:
     except (ValueError, RecursionError, SchemaError) as error:
         raise UserError(f"json_schema: {where} is no JSON schema: {str(error).splitlines()[0]}") from None
     validator = kind(parsed, registry=Registry())  # an empty registry: nothing is fetched
+    root = Registry().resolver_with_root(DRAFT202012.create_resource(parsed))
+    own_names = any(
+        _texts_under("$id", parsed)
+    )  # to which references may be relative; these are told when they are met
+    for reference in () if own_names else _texts_under("$ref", parsed):
+        try:
+            root.lookup(reference)
+        except Unresolvable:
+            raise UserError(f"json_schema: {where} refers to what it does not hold: {reference}") from None
 
     def allows(value: Any) -> bool:
         try:
@@ -138,6 +148,14 @@ def _validator(schema: str, where: str) -> Callable[[Any], bool]:
             raise UserError(f"json_schema: {where} refers to what it does not hold: {error.ref}") from None
 
     return allows
+
+
+def _texts_under(key: str, value: Any) -> Iterator[str]:
+    """The texts that a JSON value has under a key, at any depth."""
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if name == key and isinstance(item, str):
+            yield item
+        yield from _texts_under(key, item)
 
 
 def tag_format(tags: str) -> Rule:

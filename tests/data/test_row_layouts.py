@@ -132,7 +132,17 @@ def test_any_row_has_a_canonical_form_which_is_its_own(row):
 
 @pytest.mark.parametrize(
     ("value", "meant"),
-    [(True, True), (1, True), (1.0, True), ("1", True), ("1.0", True), ("True", True), (0, False), ("false", False), (0.0, False)]
+    [
+        (True, True),
+        (1, True),
+        (1.0, True),
+        ("1", True),
+        ("1.0", True),
+        ("True", True),
+        (0, False),
+        ("false", False),
+        (0.0, False),
+    ]
     + [(value, None) for value in (2, -1, 0.5, float("nan"), "yes", "", [], None)],
 )
 def test_flags(value, meant):

@@ -110,7 +110,9 @@ def test_a_row_with_the_needed_columns_has_an_expected_answer_and_no_other_has(r
 WRONG_VALUES = {
     "answer": [{"answer": ["7"]}, {"answer": {"value": 7}}, {"answer": float("nan")}, {"answer": "7", "final": [7]}],
     "choice": [{"answer": 1, "choices": ["a", "b"]}, {"answer": "c", "choices": ["a", "b"]}, {"answer": "b"}],
-    "json_schema": [{"schema": "{"}, {"schema": 5}, {"schema": {"type": "objekt"}}],
+    "json_schema": [{"schema": "{"}, {"schema": 5}, {"schema": {"type": "objekt"}},
+        {"schema": {"properties": {"a": {"$ref": "#/$defs/b"}}}},
+    ],
     "python_tests": [
         {"tests": 5}, {"test_list": [1]}, {"test": []}, {"inputs": "1", "outputs": "2"}, {"inputs": ["1"], "outputs": []},
         {"inputs": [], "outputs": []},
@@ -124,7 +126,11 @@ WRONG_VALUES = {
 RIGHT_VALUES = {
     "answer": [{"answer": 7}, {"answer": True}, {"answer": ["7"], "final": 7.5}],
     "choice": [{"answer": "b", "choices": ["a", "b"]}, {"answer": "(C)"}, {"answer": "A", "choices": {"text": ["x"]}}],
-    "json_schema": [{"schema": "{}"}, {"schema": {"type": "object"}}],
+    "json_schema": [
+        {"schema": "{}"},
+        {"schema": {"type": "object"}},
+        {"schema": {"items": {"$ref": "#/$defs/b"}, "$defs": {"b": {}}}},
+    ],
     "python_tests": [{"tests": "assert 1"}, {"inputs": [1], "outputs": [2]}, {"inputs": [], "test_list": ["assert 1"]}],
     "countdown": [{"numbers": [1, 2], "target": 3}, {"numbers": [1.0, 2.0], "target": 3.0}],
     "calculator": [{"answer": "7"}],
