@@ -202,11 +202,14 @@ READ = ("#prompt .said", "#left", "#right", "[data-choice]", "#count", "h2", ".a
 @pytest.mark.parametrize("width", [400, 1200])
 def test_it_is_readable_and_in_reach_in_small_and_in_the_dark(tmp_path, browser, width, scheme):
     table = f"| a | b |\n|---|---|\n| {'y' * 200} | 2 |"
-    long = f"{'A sentence that goes on. ' * 60}\n\n```\n{'x' * 300}\n```\n\n{table}"
+    headings = "\n\n".join(f"{'#' * level} Part {level}" for level in range(1, 7))
+    long = f"{headings}\n\n{'A sentence that goes on. ' * 60}\n\n```\n{'x' * 300}\n```\n\n{table}"
     with labelling(tmp_path, [{"prompt": "w" * 200, "answers": [long, "short"]}]) as serving:
         person = Person(browser, serving.url, "Ann", viewport={"width": width, "height": 800}, color_scheme=scheme)
         page = person.page
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
+        shown = [page.is_visible(f".answers h{level}:text('Part {level}')") for level in range(1, 7)]
+        assert all(shown), "an answer is seen whole, its headings too"
         for button in page.query_selector_all("[data-choice], #comment"):
             box = button.bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= 800
