@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,7 +226,9 @@ def _identity(spec: EnvironmentSpec, row: Mapping[str, Any]) -> str:
 
 
 def _range(played: Played, full: float) -> tuple[str, str]:
-    low, high = min(played.rewards, default=math.nan), max(played.rewards, default=math.nan)
+    if not played.rewards:
+        return "not known: no episode gave a reward", ""
+    low, high = min(played.rewards), max(played.rewards)
     problem = f"a reward is {high:g}, above the full reward {full:g}" if high > full + 1e-6 else ""
     return f"{low:g} to {high:g} in {len(played.rewards)} episodes", problem
 

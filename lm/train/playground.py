@@ -105,7 +105,7 @@ def _key(row: dict[str, Any]) -> str:
 def _sample(player: Player, item: Eval, seed: int, tell: Callable[[str], None]) -> _Sampled:
     loaded = load_run(player.folder, player.stage)
     asked = read_examples(item, loaded.tokenizer, loaded.model.config.max_len)
-    tell(f"{player.name}: {asked.describe(item).partition(': ')[2]}, {item.best_of} answers each")
+    tell(f"{player.name}: {asked.describe(item).partition(': ')[2]}, answers to each: {item.best_of}")
     engine, spec = LocalEngine(loaded.model, loaded.tokenizer), spec_of(item)
     episodes: list[Episode] = []
     seconds = 0.0
