@@ -1,11 +1,16 @@
 """The documentation builds without a warning, and what README and CONTRIBUTING link to is there."""
 
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lm.cli.main import COMMANDS, Parser
+from lm.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,3 +43,50 @@ def anchors(page: Path) -> set[str]:
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+PAGES = [*sorted(path.name for path in (ROOT / "docs").glob("*.md")), "../README.md", "../CONTRIBUTING.md"]
+FILE = re.compile(r"(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|sh|js|j2)\b")
+IMAGINED = {
+    "my_file.py",
+    "my_dpo.py",
+    "unlikelihood.py",
+    "best_of.py",
+    "ssh.py",
+}  # a reader's own, and those of the change drills
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_file_of_the_code_that_a_page_names_is_there(name):
+    folders = ("lm", "tests", "scripts", "experiments", "benchmarks")
+    listed = [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    spans = re.findall(r"`([^`\n]+)`", (ROOT / "docs" / name).read_text("utf-8"))
+    named = {file for span in spans for file in FILE.findall(span) if not Path(file).stem.isupper()}
+    gone = [file for file in sorted(named) if not any(f"/{one}".endswith(f"/{file}") for one in listed)]
+    assert not [file for file in gone if Path(file).name not in IMAGINED]
+
+
+@pytest.mark.parametrize("name", [*PAGES, "../benchmarks/README.md"])
+def test_a_command_and_its_options_on_a_page_exist(name):
+    """Options of commands alone: fields of an experiment have tests of their own."""
+    own = {command: options_of(command) for command in COMMANDS}
+    for line in (ROOT / "docs" / name).read_text("utf-8").splitlines():
+        code = [line] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
+        for command, rest in (
+            found for text in code for found in re.findall(r"(?:^|[\s/])lm ([a-z]+)\b([^|#]*)", text)
+        ):
+            if not line.startswith("    lm ") and command not in COMMANDS:
+                continue  # words such as "the `lm` package"
+            assert command in COMMANDS, line
+            options, takes_fields = own[command]
+            unknown = set(re.findall(r"(?<!\S)--[\w-]+(?=[\s=]|$)", rest)) - options - {"--help"}
+            assert not unknown or takes_fields and unknown <= FIELDS, f"{line.strip()}: {unknown}"
+
+
+def options_of(command: str) -> tuple[set[str], bool]:
+    module, parser = importlib.import_module(f"lm.cli.{command}"), Parser(prog=f"lm {command}")
+    module.configure(parser)
+    return parser.flags, module.TAKES_OVERRIDES
+
+
+FIELDS = {f"--{field.name}" for field in dataclasses.fields(Experiment)}
