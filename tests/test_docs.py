@@ -80,7 +80,7 @@ def test_a_command_and_its_options_on_a_page_exist(name):
             assert command in COMMANDS, line
             options, takes_fields = own[command]
             unknown = set(re.findall(r"(?<!\S)--[\w-]+(?=[\s=]|$)", rest)) - options - {"--help"}
-            assert not unknown or takes_fields and unknown <= FIELDS, f"{line.strip()}: {unknown}"
+            assert not unknown or (takes_fields and unknown <= FIELDS), f"{line.strip()}: {unknown}"
 
 
 def options_of(command: str) -> tuple[set[str], bool]:
