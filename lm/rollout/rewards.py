@@ -18,9 +18,10 @@ from lm.config.field import shown
 from lm.data.chat import prompt_messages
 from lm.data.workers import cores
 from lm.experiment import UserError
-from lm.rollout.endpoint_judge import JudgeRecord, recorded_in
-from lm.rollout.timed import START_SECONDS, CallOutcome, TimedWorker, limited, whole_outcome_of, within
-from lm.rollout.verifiers import find_verifier
+from lm.rollout import verifiers
+from lm.rollout.endpoint_judge import JudgeRecord
+from lm.rollout.timed import START_SECONDS, CallOutcome, TimedWorker, limited, whole_outcome_of
+from lm.rollout.verifiers import call_verifier, find_verifier, prepare_verifier
 from lm.user_functions import is_function_name
 
 SECONDS = 10.0  # time limit of a verifier for one completion
@@ -92,7 +93,8 @@ def _outcomes(
     rule = name.partition(":")[0]
     if rule in IN_THREADS:
         return _in_threads(
-            THREADS, [functools.partial(whole_outcome_of, _by_name, name, *one, seconds, record) for one in answered]
+            THREADS,
+            [functools.partial(whole_outcome_of, call_verifier, name, *one, seconds, record) for one in answered],
         )
     if not is_function_name(name) and rule not in IN_WORKERS:
         made = []
@@ -104,9 +106,9 @@ def _outcomes(
 
     def call(worker: TimedWorker, row: Mapping[str, Any], text: str) -> CallOutcome:
         if rule in IN_WORKERS:  # a new worker reads the rule first, which does not count
-            worker.call(_prepare, name, seconds=START_SECONDS)
+            worker.call(prepare_verifier, name, seconds=START_SECONDS)
         limit = seconds + GRACE * (rule in STOPS_ITSELF)
-        return worker.call(_by_name, name, dict(row), text, seconds, seconds=limit)
+        return worker.call(call_verifier, name, dict(row), text, seconds, seconds=limit)
 
     stopped = threading.Event()
 
@@ -142,20 +144,10 @@ def between_calls() -> None:
         between_batches()
 
 
-def _prepare(name: str) -> None:
-    find_verifier(name)
-
-
-def _by_name(
-    name: str, row: Mapping[str, Any], completion: str, seconds: float, record: JudgeRecord | None = None
-) -> Any:
-    with within(seconds), recorded_in(record):
-        return find_verifier(name)(row, completion)
-
-
 @functools.cache
 def _workers() -> tuple[TimedWorker, ...]:
-    workers = tuple(TimedWorker(library=__name__) for _ in range(cores()))
+    # Not this module: a worker that is replaced after a late call should be there soon, and importing jax takes a second.
+    workers = tuple(TimedWorker(library=verifiers.__name__) for _ in range(cores()))
     for worker in workers:
         atexit.register(worker.close)
     return workers

@@ -18,7 +18,8 @@ from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
 from lm.rollout import answer_rewards, code_tests, endpoint_judge
 from lm.rollout.answer_match import matches
-from lm.rollout.timed import TookTooLong
+from lm.rollout.endpoint_judge import JudgeRecord, recorded_in
+from lm.rollout.timed import TookTooLong, within
 from lm.user_functions import is_function_name, load_function
 
 Verifier = Callable[[Mapping[str, Any], str], float]
@@ -129,6 +130,23 @@ def find_verifier(name: str, where: str = "verifier") -> Verifier:
         return _rule(name)
     except UserError as error:
         raise UserError(f"{where} is {name!r}; {error}") from None
+
+
+def prepare_verifier(name: str) -> None:
+    """Load the verifier `name`, so that its first call need not."""
+    find_verifier(name)
+
+
+def call_verifier(
+    name: str, row: Mapping[str, Any], completion: str, seconds: float, record: JudgeRecord | None = None
+) -> Any:
+    """The reward of a completion by the verifier `name`, which may ask how much of its `seconds` is left.
+
+    Args:
+        record: replies of a judge behind an endpoint, read from it and added to it.
+    """
+    with within(seconds), recorded_in(record):
+        return find_verifier(name)(row, completion)
 
 
 @functools.cache

@@ -94,6 +94,13 @@ def test_a_verifier_of_a_file_is_killed_where_it_hangs_and_goes_on(tmp_path):
         compute_rewards(name, [ROWS[2]], ["2"], "reason", seconds=2.0)
 
 
+def test_a_worker_that_replaces_a_killed_one_does_without_jax():
+    """Importing it takes a second, which every late reward would cost besides its limit."""
+    worker = rewards._workers()[0]
+    assert worker.call(eval, "'lm.rollout.verifiers' in __import__('sys').modules", seconds=60).value
+    assert not worker.call(eval, "'jax' in __import__('sys').modules", seconds=60).value
+
+
 def test_what_a_timed_call_has_started_ends_with_it_and_ctrl_c_reaches_neither(tmp_path):
     worker, started = TimedWorker(), tmp_path / "started"
     try:
