@@ -159,13 +159,13 @@ def _directives(name: str, own: Mapping[str, object], nodes: Nodes, grace: int, 
 
 
 def sweep_workers(name: str, words: list[str], count: int, nodes: Nodes) -> Handover:
-    """Render an array of `count` jobs for `sbatch`, each on one node.
+    """Render an array of `count` jobs for `sbatch`, each on one node, whole unless it asks for GPUs: a task has one core by default.
 
     Raises:
         UserError: the time limit is not longer than the grace period for saving.
     """
     check_time(nodes.time, SWEEP_GRACE)
-    own = {"array": f"1-{count}", "nodes": 1, "ntasks": 1}
+    own = {"array": f"1-{count}", "nodes": 1, "ntasks": 1} | ({} if nodes.gpus else {"exclusive": ""})
     text = WORKERS.format(
         directives=_directives(name, own, nodes, SWEEP_GRACE, f"{name}-%A_%a.log"),
         command=shlex.join([sys.executable, "-m", "lm.cli.main", *words]),

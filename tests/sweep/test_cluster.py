@@ -12,36 +12,23 @@ GKE = ["--on", "gke", "--topology", "v5e:2x2", "--image", "lm:1", "--dry-run"]
 CLAIM = ["--volume", "pvc:runs:/mnt/runs", "--folder", "/mnt/runs/tiny", "--store", "/mnt/runs/shared"]
 
 
+def slurm_script(capsys, *words):
+    assert main(["sweep", SWEEP, "--on", "slurm", "--workers", "4", "--time", "4:00:00", *words, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
 def test_slurm_gets_an_array_of_workers_that_save_before_their_time_is_up(capsys, tmp_path):
-    assert (
-        main(
-            [
-                "sweep",
-                SWEEP,
-                "--on",
-                "slurm",
-                "--workers",
-                "4",
-                "--time",
-                "4:00:00",
-                "--gpus-per-node",
-                "1",
-                "--dry-run",
-            ]
-        )
-        == 0
-    )
-    script = capsys.readouterr().out
-    for line in (
-        "#SBATCH --array=1-4",
-        "#SBATCH --time=4:00:00",
-        "#SBATCH --gpus-per-node=1",
-        "#SBATCH --signal=B:USR1@300",
-    ):
-        assert f"{line}\n" in script
+    script = slurm_script(capsys, "--gpus-per-node", "1")
+    for line in ("array=1-4", "time=4:00:00", "gpus-per-node=1", "signal=B:USR1@300"):
+        assert f"#SBATCH --{line}\n" in script
     assert f"sweep {SWEEP} --folder sweeps/tiny --store sweeps/shared &" in script
     (tmp_path / "job.sh").write_text(script)
     subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
+
+
+def test_a_slurm_worker_has_all_cores_of_its_node_unless_it_asks_for_gpus(capsys):
+    assert "#SBATCH --exclusive\n" in slurm_script(capsys)
+    assert "exclusive" not in slurm_script(capsys, "--gpus-per-node", "1")
 
 
 def test_gke_gets_a_job_of_as_many_pods(capsys):
