@@ -20,6 +20,7 @@ from lm.label.summary_page import render_summary
 from lm.web.local_server import (
     CSS,
     HTML,
+    MARKDOWN_CSS,
     SCRIPT,
     LocalServer,
     Reply,
@@ -43,6 +44,7 @@ class Server(LocalServer):
         self.desk = desk
         pages = {
             "/": file_page(HERE / "page.html", HTML),
+            "/markdown.css": file_page(MARKDOWN_CSS, CSS),
             "/page.css": file_page(HERE / "page.css", CSS),
             "/page.js": file_page(HERE / "page.js", SCRIPT),
             "/summary": lambda query: text_reply(HTML, render_summary(summarise(desk.records()))),

@@ -8,20 +8,20 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from lm.serve import access
-from lm.web.local_server import CSS, HEADERS, HTML, SCRIPT, same_text
+from lm.web.local_server import CSS, HEADERS, HTML, MARKDOWN_CSS, SCRIPT, same_text
 
 HERE = Path(__file__).parent
 FILES = {
-    "/": ("page.html", HTML), "/page.css": ("page.css", CSS), "/page.js": ("page.js", SCRIPT),
-    "/markdown.js": ("markdown.js", SCRIPT),
+    "/": (HERE / "page.html", HTML), "/page.css": (HERE / "page.css", CSS), "/markdown.css": (MARKDOWN_CSS, CSS),
+    "/page.js": (HERE / "page.js", SCRIPT), "/markdown.js": (HERE / "markdown.js", SCRIPT),
 }  # fmt: skip
-"""Name and media type of the file of each path."""
+"""The file of each path, and its media type."""
 
 
 def file_of(path: str) -> Response:
     """The response with a file of the page."""
-    name, kind = FILES[path]
-    return FileResponse(HERE / name, media_type=f"{kind}; charset=utf-8", headers=dict(HEADERS))
+    file, kind = FILES[path]
+    return FileResponse(file, media_type=f"{kind}; charset=utf-8", headers=dict(HEADERS))
 
 
 def opened(request: Request, token: str | None, port: int) -> Response | None:

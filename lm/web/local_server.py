@@ -25,6 +25,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 LARGEST_BODY = 1 << 16
 LINGER_SECONDS = 0.5  # wait for the rest of a refused request's body
 HTML, CSS, SCRIPT, JSON = "text/html", "text/css", "text/javascript", "application/json"
+MARKDOWN_CSS = Path(__file__).with_name("markdown.css")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
