@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import glob
 import importlib
 import importlib.util
@@ -11,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -143,9 +144,13 @@ def _run(words: list[str]) -> int:
         settings |= {"XLA_CLIENT_MEM_FRACTION": str(GPU_MEMORY)}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    return exit_code(functools.partial(_dispatch, words))
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command, or the part of one that has a process of its own; prints a user's error in one line, and returns the exit code."""
     try:
-        _check_current_folder()
-        code = _dispatch(words)
+        code = command()
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -187,6 +192,7 @@ def _start_with_allocator() -> None:
 
 
 def _dispatch(words: list[str]) -> int:
+    _check_current_folder()
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0

@@ -24,8 +24,13 @@ of the vocabulary. Exits with 1 if the stage does not fit."""
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
+import signal
+import sys
+import tempfile
 from pathlib import Path
 
 from lm.changes import read_experiment
@@ -40,6 +45,7 @@ from lm.cli.arguments import (
     weights_of,
 )
 from lm.experiment import Model, UserError, from_dict
+from lm.parent_death import end_with_parent, interrupt_blocked
 
 TAKES_OVERRIDES = True
 EXIT_DOES_NOT_FIT = 1
@@ -83,6 +89,47 @@ def call(arguments: argparse.Namespace) -> int:
         return serving(arguments)
     if arguments.topology is None:
         raise UserError("--topology CHIP:SHAPE is missing, or --serve")
+    return call_in_child(arguments) if arguments.compile else call_here(arguments)
+
+
+def call_in_child(arguments: argparse.Namespace) -> int:
+    """Plan in a child process, which a signal ends at once; returns the exit code.
+
+    Python answers a signal when it is back from a compiler, which may take minutes. The compiler's files are in a folder of
+    this process, which removes them after the child has ended.
+
+    Raises:
+        UserError: the compiler has ended its process.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        child = context.Process(target=_as_child, args=(arguments, folder), daemon=True)
+        with interrupt_blocked():
+            child.start()
+        try:
+            child.join()
+        finally:
+            child.kill()
+            child.join()
+    code = child.exitcode
+    assert code is not None
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise UserError(f"{name} has ended the process of the TPU compiler: the machine may lack memory")
+    return code
+
+
+def _as_child(arguments: argparse.Namespace, folder: str) -> None:
+    """Plan, with temporary files in a folder, and end the process with the exit code."""
+    from lm.cli.main import exit_code
+
+    end_with_parent()
+    tempfile.tempdir = folder
+    sys.exit(exit_code(functools.partial(call_here, arguments)))
+
+
+def call_here(arguments: argparse.Namespace) -> int:
+    """Plan in this process; returns the exit code."""
     experiment = resolve_model(arguments.experiment, arguments.overrides, DEFAULT)
     check_stage(arguments.stage, (stage.name for stage in experiment.stages), arguments.experiment)
     if arguments.hlo and not arguments.compile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from lm.experiment import UserError
 from lm.notebook import notebook_line
+from lm.parent_death import end_with_parent, interrupt_blocked
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -96,17 +95,9 @@ class WorkerPool:
                 future.cancel()
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
-        """Submit a task; a worker that this starts has SIGINT blocked from its first instruction on.
-
-        Ctrl-C in a terminal goes to all processes of the group, and would end one that is still importing with a traceback.
-        """
         assert self._pool is not None
-        resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT in this thread
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
+        with interrupt_blocked():  # the pool starts its processes when it gets tasks
             return self._pool.submit(_run, function, task)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def each(self, function: Callable[[Task], Result], items: Sequence[Task]) -> list[Result]:
         """Results of function(item) for several items (files of a folder), run in threads, in order. Raises the first error."""
@@ -188,14 +179,7 @@ def _begin(shared: Any) -> None:
     """Initialise a worker: keep the shared value, and end when the parent ends."""
     global _shared
     _shared = shared
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 def _run(function: Callable[[Any, Any], Any], task: Any) -> Any:

@@ -45,13 +45,13 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(small, capsys):
 
 
 @pytest.mark.slow
-def test_gpus_are_planned_by_arithmetic_alone(small, capsys):
+def test_gpus_are_planned_by_arithmetic_alone(small, capfd):
     words = [*small[:-1], "h100:4"]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capfd.readouterr().out)
     assert found["devices"] == 4 and found["fits"] and 70e9 < found["hbm_limit_bytes"] < 80e9
     assert main([*words, "--compile"]) == 2
-    assert "h100:4 is of GPUs: plan it without" in capsys.readouterr().err
+    assert "h100:4 is of GPUs: plan it without" in capfd.readouterr().err
 
 
 @pytest.mark.slow

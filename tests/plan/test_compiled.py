@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,26 @@ def test_the_command_gives_the_compilers_answer(planned):
     assert result["compiler"] == libtpu.find_libtpu(None).name
     state = sum(result["memory_bytes"][name] for name in ("parameters", "optimizer", "batch"))
     assert result["hbm_bytes_per_device"] > state
+
+
+@needs_compiler
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_while_it_compiles_and_removes_the_compilers_files(tmp_path, number, code):
+    (tmp_path / "small.py").write_text(EXPERIMENT)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lm.cli.main", "plan", "small.py", "--topology", "v5e:2x2", "--compile"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
+    )  # fmt: skip
+    while not list(scratch.glob("*/*/*.before_optimizations.txt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, number)  # as a terminal does, and a scheduler
+    began = time.monotonic()
+    assert process.communicate() == ("", "") and process.returncode == code
+    assert time.monotonic() - began < 3 and not list(scratch.iterdir())  # compiling this takes 15 s
 
 
 @needs_compiler
@@ -175,9 +197,9 @@ def test_another_compiler_is_named_and_told_from_the_one_that_hosts_run(tmp_path
     assert libtpu.find_libtpu(str(alone)).version is None and len(libtpu.find_libtpu(str(alone)).notes) == 1
 
 
-def test_a_compiler_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
+def test_a_compiler_that_is_not_there_is_told_in_one_line(tmp_path, capfd):
     words = ["plan", "tiny", "--topology", "v5e:2x2", "--libtpu", str(tmp_path)]
     assert main([*words, "--compile"]) == 2
-    assert "--libtpu" in capsys.readouterr().err
+    assert "--libtpu" in capfd.readouterr().err
     assert main(words) == 2
-    assert "needs --compile" in capsys.readouterr().err
+    assert "needs --compile" in capfd.readouterr().err
