@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from lm.config.field import shown
 from lm.data import bad_rows
 from lm.data.bad_rows import BadRow, Unreadable, missing_columns
 from lm.data.chatml import REASONING_KEYS
@@ -142,7 +143,7 @@ def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> 
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise BadRow(
-            f"{where}: a conversation must be a list of turns with at least one, found {messages!r:.60}", bad_rows.TURNS
+            f"{where}: a conversation must be a list of turns with at least one, found {shown(messages, 60)}", bad_rows.TURNS
         )
     before = ""
     for number, turn in enumerate(messages, start=1):
@@ -166,25 +167,25 @@ def _check_turn(turn: Any, spot: str) -> None:
     if found.get("role") == "function_call" or found.get("function_call") or (calls and not _are_calls(calls)):
         name = "tool_calls" if calls else "function_call"
         raise BadRow(
-            f"{spot}: {name} must have the name and the arguments of each function, found {turn!r:.80}", bad_rows.TOOLS
+            f"{spot}: {name} must have the name and the arguments of each function, found {shown(turn, 80)}", bad_rows.TOOLS
         )
     if calls and found.get("role") != "assistant":
         raise BadRow(
-            f"{spot}: tool_calls are the assistant's, found the role {found.get('role')!r:.60}", bad_rows.TOOLS
+            f"{spot}: tool_calls are the assistant's, found the role {shown(found.get('role'), 60)}", bad_rows.TOOLS
         )
     for key in REASONING_KEYS:
         if not isinstance(found.get(key) or "", str):
-            raise BadRow(f"{spot}: {key} must be a string, found {found[key]!r:.60}", bad_rows.REASONING)
+            raise BadRow(f"{spot}: {key} must be a string, found {shown(found[key], 60)}", bad_rows.REASONING)
     if not {"role", "content"} <= set(found) and not (calls and "role" in found):
-        raise BadRow(f'{spot}: a turn must be {{"role": …, "content": …}}, found {turn!r:.60}', bad_rows.TURNS)
+        raise BadRow(f'{spot}: a turn must be {{"role": …, "content": …}}, found {shown(turn, 60)}', bad_rows.TURNS)
     role, content = found["role"], found.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        raise BadRow(f"{spot}: unknown role {role!r:.60}; the roles are {', '.join(ROLES)}", bad_rows.TURNS)
+        raise BadRow(f"{spot}: unknown role {shown(role, 60)}; the roles are {', '.join(ROLES)}", bad_rows.TURNS)
     if not isinstance(content, str) and not (content is None and calls):
-        raise BadRow(f"{spot}: the content must be a string, or text parts, found {content!r:.60}", bad_rows.CONTENT)
+        raise BadRow(f"{spot}: the content must be a string, or text parts, found {shown(content, 60)}", bad_rows.CONTENT)
     for key in MARKS:
         if key in found and found[key] is not None and flag(found[key]) is None:
-            raise BadRow(f"{spot}: {key} must be 0 or 1, found {found[key]!r:.60}", bad_rows.FLAG)
+            raise BadRow(f"{spot}: {key} must be 0 or 1, found {shown(found[key], 60)}", bad_rows.FLAG)
     if found.get("train_detail"):
         raise BadRow(
             f"{spot}: train_detail is not supported; the loss covers a whole turn or none of it (train 0 or 1)",

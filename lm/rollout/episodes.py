@@ -396,7 +396,7 @@ def reply_to(spec: EnvironmentSpec, episode: Episode) -> Messages | str | None:
     if outcome.timed_out or outcome.value is None:
         return TIMEOUT if outcome.timed_out else None
     if not isinstance(outcome.value, list | tuple):
-        raise UserError(f"{where} gave {outcome.value!r:.40}; it returns a list of messages, or None")
+        raise UserError(f"{where} gave {shown(outcome.value)}; it returns a list of messages, or None")
     check_conversation([*episode.messages, *outcome.value], where, needs_answer=False)
     return _encodable(as_messages(outcome.value))
 

@@ -156,9 +156,9 @@ def _workers() -> tuple[TimedWorker, ...]:
 def reward_problem(value: Any) -> str:
     """A text that says why a value is not a valid reward; empty if it is valid."""
     if not isinstance(value, bool | int | float | np.integer | np.floating | np.bool_):
-        return f"gave {value!r:.40} ({type(value).__name__})"
+        return f"gave {shown(value)} ({type(value).__name__})"
     magnitude: Any = abs(value)
-    return "" if magnitude <= LARGEST else f"gave {value!r:.40}"
+    return "" if magnitude <= LARGEST else f"gave {shown(value)}"
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

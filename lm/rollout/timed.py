@@ -143,7 +143,9 @@ def outcome_of(function: Callable[..., Any], *arguments: Any) -> CallOutcome:
     """The outcome of function(*arguments), called here without a limit; exceptions become outcomes."""
     try:
         return CallOutcome(function(*arguments))
-    except (Exception, SystemExit) as error:  # a user's function may raise anything
+    except (KeyboardInterrupt, TookTooLong):
+        raise
+    except BaseException as error:  # a user's function may raise anything, a panic of a Rust library too
         return CallOutcome(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
@@ -156,12 +158,16 @@ def whole_outcome_of(function: Callable[..., Any], *arguments: Any) -> CallOutco
 
 
 def limited(seconds: float, function: Callable[..., Any], *arguments: Any) -> CallOutcome:
-    """The outcome of function(*arguments), called in this process with a time limit (see `alarm`)."""
+    """The outcome of function(*arguments), called in this process with a time limit (see `alarm`).
+
+    A function that catches TookTooLong with a bare `except` and returns has taken too long all the same.
+    """
     try:
-        with alarm(seconds):
-            return outcome_of(function, *arguments)
+        with alarm(seconds) as rang:
+            outcome = outcome_of(function, *arguments)
     except TookTooLong:
         return CallOutcome(timed_out=True)
+    return CallOutcome(timed_out=True) if rang.is_set() else outcome
 
 
 class TookTooLong(BaseException):
@@ -187,19 +193,21 @@ def seconds_left() -> float:
 
 
 @contextlib.contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Context that raises TookTooLong after `seconds`; only in the main thread, elsewhere there is no limit."""
+def alarm(seconds: float) -> Iterator[threading.Event]:
+    """Context that raises TookTooLong after `seconds` and sets the event; only in the main thread, elsewhere there is no limit."""
+    rang = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield rang
         return
 
     def stop(*_: object) -> None:
+        rang.set()
         raise TookTooLong
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        yield rang
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

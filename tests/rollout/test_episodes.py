@@ -1,5 +1,6 @@
 """An episode of one turn is what the sampler gives; of several, the tokens are the sampled ones and only these are learnt."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -181,6 +182,14 @@ class Broken(Guess):
         return self.worse()
 
 
+class Panic(BaseException):
+    """No `Exception`, as what libraries in Rust raise."""
+
+
+def panic():
+    raise Panic("at line 1\nof 2")
+
+
 @pytest.mark.parametrize(
     ("bad", "worse", "said"),
     [
@@ -191,6 +200,11 @@ class Broken(Guess):
         (lambda self, text: None, lambda self: {}, "gave no rewards"),
         (lambda self, text: None, lambda self: {"a": "b"}, "gave 'b'"),
         (lambda self, text: None, lambda self: {}["x"], "raised KeyError"),
+        (lambda self, text: None, lambda self: {"found": 10**5000}, "gave a int that cannot be shown"),
+        (lambda self, text: None, lambda self: np.eye(20), r"gave array\(\[\[.* characters\) \(ndarray\)"),
+        (lambda self, text: None, lambda self: panic(), "Broken.reward raised Panic: at line 1 of 2"),
+        (lambda self, text: np.eye(20), None, r"gave array\(\[\[.*; it returns a list of messages, or None"),
+        (lambda self, text: [{"role": "user", "content": 10**5000}], None, "found a int that cannot be shown"),
     ],
 )
 def test_a_broken_environment_is_told_in_a_line(tokenizer, bad, worse, said):
@@ -222,14 +236,25 @@ def test_an_environment_that_cannot_be_created_is_told_in_a_line(tokenizer, kind
     assert "\n" not in str(told.value)
 
 
-def test_an_environment_that_takes_too_long_gets_no_reward_and_is_counted(tokenizer):
-    def slow(self, text):
-        while True:
-            pass
+def never_ends(self, *_):
+    while True:
+        pass
 
-    kind = type("Slow", (Guess,), {"step": slow})
+
+def catches_everything(self, *_):
+    with contextlib.suppress(BaseException):
+        never_ends(self)
+    return {"found": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "slow", "finish"),
+    [("step", never_ends, TIMEOUT), ("step", catches_everything, TIMEOUT), ("reward", catches_everything, STOP)],
+)
+def test_an_environment_that_takes_too_long_gets_no_reward_and_is_counted(tokenizer, method, slow, finish):
+    kind = type("Slow", (Guess,), {"step": lambda self, text: None} | {method: slow})
     quick = dataclasses.replace(spec(kind), seconds=0.2)
     found = conclude(
         quick, run_episodes(Scripted(tokenizer, [["7"]]), quick, [{"secret": 9}], begin(tokenizer, 1), tokenizer)
     )
-    assert found.timeouts == 1 and found.trajectories[0].finish == TIMEOUT and found.trajectories[0].reward == 0
+    assert found.timeouts == 1 and found.trajectories[0].finish == finish and found.trajectories[0].reward == 0
