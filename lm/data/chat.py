@@ -143,7 +143,8 @@ def check_conversation(messages: Any, where: str, needs_answer: bool = True) -> 
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise BadRow(
-            f"{where}: a conversation must be a list of turns with at least one, found {shown(messages, 60)}", bad_rows.TURNS
+            f"{where}: a conversation must be a list of turns with at least one, found {shown(messages, 60)}",
+            bad_rows.TURNS,
         )
     before = ""
     for number, turn in enumerate(messages, start=1):
@@ -167,7 +168,8 @@ def _check_turn(turn: Any, spot: str) -> None:
     if found.get("role") == "function_call" or found.get("function_call") or (calls and not _are_calls(calls)):
         name = "tool_calls" if calls else "function_call"
         raise BadRow(
-            f"{spot}: {name} must have the name and the arguments of each function, found {shown(turn, 80)}", bad_rows.TOOLS
+            f"{spot}: {name} must have the name and the arguments of each function, found {shown(turn, 80)}",
+            bad_rows.TOOLS,
         )
     if calls and found.get("role") != "assistant":
         raise BadRow(
@@ -182,7 +184,9 @@ def _check_turn(turn: Any, spot: str) -> None:
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"{spot}: unknown role {shown(role, 60)}; the roles are {', '.join(ROLES)}", bad_rows.TURNS)
     if not isinstance(content, str) and not (content is None and calls):
-        raise BadRow(f"{spot}: the content must be a string, or text parts, found {shown(content, 60)}", bad_rows.CONTENT)
+        raise BadRow(
+            f"{spot}: the content must be a string, or text parts, found {shown(content, 60)}", bad_rows.CONTENT
+        )
     for key in MARKS:
         if key in found and found[key] is not None and flag(found[key]) is None:
             raise BadRow(f"{spot}: {key} must be 0 or 1, found {shown(found[key], 60)}", bad_rows.FLAG)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -30,6 +31,9 @@ from lm.stored import read_json
 FIELDS = {"url": str, "model": str, "prompt": str, "most": int | float}
 OPTIONAL = {"key_variable": str}  # the environment variable with the API key, which is sent and never stored
 FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between attempts, doubled after each
+LONGEST_REPLY = 16 << 20  # bytes of a response
+# Down, overloaded, not a server of HTTP, cut off, or no such reply.
+FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
 NAME = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -130,12 +134,17 @@ def _read(file: str) -> dict[str, Any]:
         raise UserError(
             f"endpoint:{file}: key_variable is {shown(judge['key_variable'])}; it should be the name of a variable"
         )
+    if not re.fullmatch(r"[!-~]*", os.environ.get(judge.get("key_variable", ""), "")):
+        raise UserError(
+            f"endpoint:{file}: the variable {judge['key_variable']} is no key: it has spaces, line ends or letters outside ASCII"
+        )
     return judge
 
 
 def _is_url(url: str) -> bool:
     try:
-        return bool(re.fullmatch(r"https?://[!-~]+", url) and urllib.parse.urlsplit(url).hostname)
+        parts = urllib.parse.urlsplit(url)
+        return bool(re.fullmatch(r"https?://[!-~]+", url) and parts.hostname and parts.port != 0)
     except ValueError:
         return False
 
@@ -151,6 +160,16 @@ def _body(judge: Mapping[str, Any], row: Mapping[str, Any], completion: str) -> 
     return json.dumps(asked, sort_keys=True).encode()
 
 
+def _content(response: http.client.HTTPResponse) -> bytes:
+    """The body of a response. Raises ValueError if it has not ended in time, or is longer than LONGEST_REPLY."""
+    parts = bytearray()
+    while part := response.read1(1 << 16):
+        parts += part
+        if len(parts) > LONGEST_REPLY or seconds_left() <= 0:
+            raise ValueError("the reply does not end")
+    return bytes(parts)
+
+
 def _reply(judge: Mapping[str, Any], body: bytes) -> str | None:
     """The judge's reply, which has a number; None if no attempt succeeded in time."""
     headers = {"Content-Type": "application/json"}
@@ -161,16 +180,10 @@ def _reply(judge: Mapping[str, Any], body: bytes) -> str | None:
     while (left := seconds_left()) > 0:
         try:
             with urllib.request.urlopen(request, timeout=min(left, 3600.0)) as response:
-                text = str(json.load(response)["choices"][0]["message"]["content"])
+                text = json.loads(_content(response))["choices"][0]["message"]["content"]
             if NUMBER.search(text):
                 return text
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            RecursionError,
-        ):  # down, overloaded, or no such reply: asked again
+        except FAILURES:  # asked again
             pass
         time.sleep(max(0.0, min(wait, seconds_left())))
         wait = min(2 * wait, LONGEST_WAIT)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socketserver
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -93,6 +96,60 @@ def test_a_judge_that_never_answers_is_counted(server, name, trouble):
     assert len(server.asked) >= 6
 
 
+def sent(body: bytes, length: int | None = None) -> list[bytes]:
+    return [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(body) if length is None else length), body]
+
+
+REPLY = json.dumps({"choices": [{"message": {"content": "Score: 7"}}]}).encode()
+TROUBLE = {
+    "no HTTP": [b"SSH-2.0-OpenSSH_9\r\n"],
+    "closed": [b""],
+    "cut body": sent(REPLY[:20], 500),
+    "cut chunk": [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc"],
+    "half a JSON": sent(REPLY[:20]),
+    "long header": [b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000],
+    "redirect to no port": [b"HTTP/1.1 302 F\r\nLocation: http://h:zz/\r\nContent-Length: 0\r\n\r\n"],
+    "content that is no text": sent(b'{"choices":[{"message":{"content":{"a":3}}}]}'),
+    "a byte at a time": [*sent(b"", 1000), *[b" "] * 100],
+    "no end": [b"HTTP/1.1 200 OK\r\n\r\n", *[b"[1," * 10**6] * 100],
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+@pytest.mark.parametrize("recovers", [False, True])
+def test_a_reply_that_is_none_is_asked_again_then_counted(tmp_path, trouble, recovers):
+    asked = []
+
+    class Bytes(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65536)
+            asked.append(trouble)
+            with contextlib.suppress(OSError):  # the judge's client has gone
+                for part in sent(REPLY) if recovers and len(asked) > 1 else TROUBLE[trouble]:
+                    self.request.sendall(part)
+                    time.sleep(0.1 * (part == b" "))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Bytes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "judge.json").write_text(described(url=f"http://127.0.0.1:{server.server_address[1]}/v1"))
+        endless = trouble == "a byte at a time"  # which takes the whole limit at the first attempt
+        seconds, start = 5.0 if recovers and not endless else 1.0, time.monotonic()
+        found = compute_rewards(f"endpoint:{tmp_path}/judge.json", ROWS[:1], ["a"], "reason", seconds=seconds)
+        server.shutdown()
+    assert time.monotonic() - start < 2 * seconds + 1
+    succeeds = recovers and not endless
+    assert found.late.tolist() == [not succeeds] and found.values[0] == pytest.approx(0.7 * succeeds)
+    assert len(asked) >= 1 + (not endless and trouble != "no end")
+
+
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret\n")
+    (tmp_path / "judge.json").write_text(described(key_variable="JUDGE_KEY"))
+    with pytest.raises(UserError, match="the variable JUDGE_KEY is no key: it has spaces, line ends") as caught:
+        find_verifier(f"endpoint:{tmp_path}/judge.json", "reason.objective.verifier")
+    assert "secret" not in str(caught.value)
+
+
 def test_replies_are_replayed_and_failures_too(server, name, tmp_path):
     record = JudgeRecord(tmp_path)
     first = compute_rewards(name, ROWS, ["a", "bb", "ccc"], "reason", record=record)
@@ -133,6 +190,9 @@ def described(**fields) -> str:
         described(url="ftp://here"),
         described(url="http://[here"),
         described(url="http://:80"),
+        described(url="http://here:zz"),
+        described(url="http://here:99999"),
+        described(url="http://here:0"),
         described(key_variable="\ud800"),
         described(more=1),
     ],
