@@ -17,6 +17,7 @@ from lm.rollout.environments.countdown import solves
 from lm.rollout.environments.expression import ExpressionError, evaluate, plain_number
 from lm.rollout.environments.search import SearchIndex
 from lm.rollout.environments.tool_dialogue import CalculatorDialogue
+from lm.rollout.environments.tools import Tool, ToolError, tool_replies
 from lm.rollout.episodes import conclude, environment_spec, run_episodes
 from lm.rollout.trajectory import ENVIRONMENT, LENGTH, MODEL, MOST_TURNS, STOP
 from tests.data.hub import published
@@ -93,6 +94,48 @@ def test_every_call_is_answered(call, said):
     )
     assert environment.reward() == {"answer": 0.0, "tool_used": 1.0, "tool_errors": float(failed)}
     assert environment.step("The answer is 84.") is None and environment.reward()["answer"] == 1.0
+
+
+def add(a, b):
+    return str(a + b)
+
+
+ADD = Tool("add", "The sum.", {"a": "number", "b": "number"}, add)
+TWICE = Tool("twice", "Twice the number.", {"a": "integer"}, lambda a: str(2 * a))
+NOW = Tool("now", "The time.", {}, lambda: "noon")
+LONG = Tool("long", "A long text.", {"how": "string"}, lambda how: "y" * 10**6)
+
+
+def fails(how):
+    raise ToolError("x" * 10**6)
+
+
+@pytest.mark.parametrize(
+    ("tool", "call", "said"),
+    [
+        (TWICE, "<tool>twice: 5</tool>", "10"),
+        (TWICE, "<tool>twice: 5.5</tool>", "Error: twice takes a (integer); a is missing"),
+        (TWICE, "<tool>twice: five</tool>", "Error: the call is not valid JSON"),
+        (ADD, "<tool>add: 5</tool>", "Error: add takes a (number), b (number); b is missing"),
+        (ADD, '<tool_call>{"name": "add", "arguments": {"a": 1, "b": Infinity}}</tool_call>', "Error: add takes"),
+        (ADD, '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 1e999}}</tool_call>', "Error: add takes"),
+        (ADD, '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>', "3"),
+        (NOW, "<tool>now: please</tool>", "noon"),
+        (NOW, '<tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>', "Error: now takes no arguments; a is"),
+        (LONG, "<tool>long: x</tool>", "y" * 2000 + " … (998000 characters left out)"),
+        (Tool("fails", "", {"how": "string"}, fails), "<tool>fails: x</tool>", "Error: x"),
+    ],
+)
+def test_arguments_have_the_types_of_the_tool_in_both_forms(tool, call, said):
+    (reply,) = tool_replies(call, [tool])
+    assert reply.text.startswith(said) and reply.failed == said.startswith("Error: ") and len(reply.text) < 2100
+
+
+def test_a_tool_that_gives_no_text_or_has_an_unknown_type_is_told():
+    with pytest.raises(TypeError, match="the tool none gave None; a tool returns text"):
+        tool_replies("<tool>none: x</tool>", [Tool("none", "", {"how": "string"}, lambda how: None)])
+    with pytest.raises(ValueError, match="tool many: a parameter has type 'array'; there are string, number"):
+        Tool("many", "", {"a": "array"}, add)
 
 
 class Scripted:
