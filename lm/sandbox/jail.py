@@ -211,8 +211,11 @@ def _bubblewrap() -> Jail:
     path = shutil.which("bwrap")
     if path is None:
         raise UserError("sandbox: bubblewrap is not installed")
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.strip()
-    return Jail("bubblewrap", version or path, path)
+    try:
+        version = subprocess.run([path, "--version"], capture_output=True, check=False, timeout=START_SECONDS).stdout
+    except (OSError, subprocess.SubprocessError) as error:  # of another architecture, or it hangs
+        raise UserError(f"sandbox: {path} does not run: {error}") from error
+    return Jail("bubblewrap", version.decode(errors="replace").strip() or path, path)
 
 
 def _namespaces() -> Jail:

@@ -47,6 +47,15 @@ def test_a_machine_without_a_jail_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bubblewrap_that_does_not_run_is_told_in_one_line(monkeypatch, tmp_path):
+    """Of another architecture, for instance."""
+    (tmp_path / "bwrap").write_bytes(b"\x7fELF")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^sandbox: .*bwrap does not run: \[Errno 8\] Exec format error: [^\n]*$"):
+        jail_of_kind("bubblewrap")
+
+
 def test_a_jail_that_holds_nothing_is_found_out(monkeypatch):
     monkeypatch.setitem(KINDS, "open", lambda: Jail("none", "an open jail"))
     with pytest.raises(UserError, match="an open jail does not hold a program"):
