@@ -5,16 +5,34 @@ A verifier is the one-turn case: the prompt of a row, no reply, one reward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from lm.config.field import shown
 from lm.data.chat import Message, prompt_messages
 from lm.experiment import UserError, nearest
 from lm.rollout.environments.table import ENVIRONMENTS, written
+from lm.rollout.environments.tools import Tool
 from lm.rollout.verifiers import find_verifier
 from lm.user_functions import is_function_name, load_function
 
 RewardsByName = Mapping[str, float]
+
+
+def _all_are(kind: type) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, list | tuple | set | frozenset) and all(isinstance(one, kind) for one in value)
+    )
+
+
+# Further attributes of an environment's class: whether a value is right, and what it should be.
+ATTRIBUTES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "tools": (_all_are(Tool), "a tuple of Tool values"),
+    "unrewarded": (_all_are(str), "a tuple of names of rewards"),
+    "solution": (callable, "a function of the task that gives the model's turns"),
+    "full_reward": (lambda value: isinstance(value, int | float) and math.isfinite(value), "a finite number"),
+}
 
 
 class Environment(Protocol):
@@ -73,6 +91,9 @@ def find_environment(name: str, where: str) -> type[Environment]:
     if not isinstance(found, type) or missing:
         problem = f"has no method {missing[0]}" if missing else "is no class"
         raise UserError(f"{where} is {name!r}, which {problem}; an environment is a class with reset, step and reward")
+    for attribute, (is_right, wanted) in ATTRIBUTES.items():
+        if hasattr(found, attribute) and not is_right(value := getattr(found, attribute)):
+            raise UserError(f"{where} is {name!r}, whose {attribute} is {shown(value)}; it should be {wanted}")
     return found
 
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.data.bad_rows import names_of_needs
+from lm.config.field import shown
+from lm.data.bad_rows import check_columns, names_of_needs
 from lm.data.curriculum.style import OPENERS, dress
 from lm.data.sources import Rows, load_rows, split_rows
 from lm.data.split import canonical_json, split_key
 from lm.experiment import UserError
 from lm.rollout.environments.table import ENVIRONMENTS
 from lm.rollout.episodes import EnvironmentSpec, Episode, environment_spec, judge_environments, reply_to
+from lm.rollout.timed import limited
 from lm.rollout.trajectory import AUTHORS, ENVIRONMENT, MODEL, TIMEOUT
 from lm.rollout.verifiers import EXPECTED, RULES, VERIFIERS, expected_answer
 from lm.user_functions import is_function_name, load_function
@@ -45,6 +47,7 @@ class Played:
 
     rewards: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    ended: bool = True  # whether the environment ended the last episode itself
 
 
 def check_tasks(
@@ -69,6 +72,8 @@ def check_tasks(
         other = load_rows(heldout)
         held = SplitSide(other, range(len(other)))
     tasks = [row for row, _ in zip(held, range(count), strict=False)]
+    for task in tasks:
+        check_columns(task, spec.columns, f"{name}: {rows.path}", "it")
     if not tasks:
         raise UserError(f"{name}: {rows.path} has no held-out tasks at holdout {holdout:g}; raise --holdout")
     many = "generated" if rows.generated else f"{len(train.indices)} train, {len(held.indices)} held out"
@@ -126,7 +131,11 @@ def solution_of(name: str, spec: EnvironmentSpec, task: Mapping[str, Any]) -> Se
     """The turns of an episode with the full reward, by `solution` of the environment; of a verifier that reads the row's answer this one, of another the column `solution`; () if unknown."""
     known = getattr(spec.make, "solution", None)
     if known is not None:
-        return list(known(task))
+        outcome = limited(spec.seconds, known, task)
+        texts = isinstance(outcome.value, list | tuple) and all(isinstance(one, str) for one in outcome.value)
+        if problem := outcome.problem(spec.seconds) or ("" if texts else f"gave {shown(outcome.value)}"):
+            raise UserError(f"{name}: solution(task) {problem}; it should give the model's turns, a list of texts")
+        return outcome.value
     right = expected_answer(task) if spec.make is not getattr(spec.make, "func", None) else ""
     if spec.judge is judge_environments:
         return ()
@@ -147,6 +156,7 @@ def play(spec: EnvironmentSpec, task: Mapping[str, Any], turns: Iterable[str], p
         start = time.perf_counter()
         reply = reply_to(spec, episode)
         played.seconds.append(time.perf_counter() - start)
+        played.ended = not isinstance(reply, list)
         if not isinstance(reply, list):
             break
         episode.messages += [turn | {"author": AUTHORS[ENVIRONMENT]} for turn in reply]
@@ -166,9 +176,12 @@ def _solvable(
     known = [(task, turns) for task, turns in zip(tasks, solutions, strict=True) if turns]
     if not known:
         return "not known: there is no `solution`", ""
-    found = [play(spec, task, turns, played) for task, turns in known]
+    found, endless = [], []
+    for task, turns in known:
+        found.append(play(spec, task, turns, played))
+        endless += [] if played.ended else [turns[-1]]
     bad = [number for number, reward in enumerate(found) if reward < full - 1e-6]
-    problem = ""
+    problem = f"after the last turn of a known answer, {endless[0]!r:.60}, the episode goes on" if endless else ""
     if bad:
         task, turns = known[bad[0]]
         problem = (

@@ -33,7 +33,6 @@ from lm.rollout.code_tests import sandbox_notes
 from lm.rollout.endpoint_judge import JudgeRecord
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
-from lm.rollout.environments.tools import Tool
 from lm.rollout.rewards import REWARD, between_calls, compute_rewards, reward_problem
 from lm.rollout.timed import limited
 from lm.rollout.trajectory import (
@@ -168,7 +167,7 @@ class FirstMessages:
     @property
     def tools(self) -> list[Any]:
         """The definitions of the environment's own tools."""
-        return [tool.definition for tool in getattr(self.make, "tools", ()) if isinstance(tool, Tool)]
+        return [tool.definition for tool in getattr(self.make, "tools", ())]
 
 
 def _created(make: Callable[[], Any], seconds: float, where: str) -> Any:
@@ -176,8 +175,7 @@ def _created(make: Callable[[], Any], seconds: float, where: str) -> Any:
     outcome = limited(seconds, make)
     if hasattr(outcome.value, "reset"):
         return outcome.value
-    took = f"took longer than {seconds:g} s" if outcome.timed_out else f"gave {shown(outcome.value)}"
-    problem = f"raised {outcome.error}" if outcome.error else took
+    problem = outcome.problem(seconds) or f"gave {shown(outcome.value)}"
     raise UserError(
         f"{where}: {getattr(make, '__name__', make)}() {problem}; it should be a class with reset, step and reward that is "
         "created without arguments"
@@ -186,8 +184,7 @@ def _created(make: Callable[[], Any], seconds: float, where: str) -> Any:
 
 def _reset(environment: Environment, seconds: float, task: Mapping[str, Any], where: str) -> Messages:
     outcome = limited(seconds, environment.reset, task)
-    if outcome.timed_out or outcome.error:
-        problem = f"raised {outcome.error}" if outcome.error else f"took longer than {seconds:g} s"
+    if problem := outcome.problem(seconds):
         raise BadRow(f"{where}: {type(environment).__name__}.reset {problem}", bad_rows.TURNS)
     check_conversation(outcome.value, where, needs_answer=False)
     return _encodable(as_messages(outcome.value))

@@ -27,6 +27,10 @@ class CallOutcome(NamedTuple):
     error: str = ""
     timed_out: bool = False
 
+    def problem(self, seconds: float) -> str:
+        """That the call raised or took longer than its `seconds`; empty if it gave a value."""
+        return f"raised {self.error}" if self.error else f"took longer than {seconds:g} s" if self.timed_out else ""
+
 
 class TimedWorker:
     """A process that calls functions, each within a time limit. It starts with the first call and ends with this process.

@@ -1,11 +1,14 @@
 """`lm env check` finds each fault that an environment can have, and says which."""
 
+import contextlib
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 from lm.cli.main import main
+from lm.experiment import UserError
 from lm.rollout.environment_check import check_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +72,19 @@ class Endless(Right):
             pass
 
 
+class CatchesEverything(Right):
+    def step(self, completion):
+        self.said = completion
+        with contextlib.suppress(BaseException):
+            time.sleep(10)
+
+
+class GoesOn(Right):
+    def step(self, completion):
+        self.said = completion
+        return [{"role": "user", "content": "And again?"}]
+
+
 class Overpaid(Right):
     def reward(self):
         return {"right": 2.0 * (self.said == self.secret)}
@@ -101,12 +117,37 @@ def test_a_right_environment_passes(data):
         ("Raising", "bad answers", "UnicodeEncodeError"),
         ("NotFinite", "bad answers", "gave nan"),
         ("Endless", "bad answers", "took longer than 0.3 s"),
+        ("CatchesEverything", "solvable", "took longer than 0.3 s"),
+        ("GoesOn", "solvable", "after the last turn of a known answer, '45', the episode goes on"),
         ("Overpaid", "reward range", "above the full reward 1"),
     ],
 )
 def test_every_fault_is_found(data, name, check, said):
     found = failed(name, data)
     assert said in found[check] and "\n" not in found[check]
+
+
+FAULTY = [
+    ("columns = ('missing',)", "needs the column missing"),
+    ("tools = ('calc',)", "whose tools is ('calc',); it should be a tuple of Tool values"),
+    ("unrewarded = 'right'", "whose unrewarded is 'right'; it should be a tuple of names of rewards"),
+    ("full_reward = float('nan')", "whose full_reward is nan; it should be a finite number"),
+    ("solution = '84'", "whose solution is '84'; it should be a function"),
+    ("solution = lambda self, task: ['84']", "solution(task) raised TypeError"),
+    ("solution = staticmethod(lambda task: task['x'])", "solution(task) raised KeyError: 'x'"),
+    ("solution = staticmethod(lambda task: [x for x in iter(int, 1)])", "solution(task) took longer than 0.3 s"),
+    ("solution = staticmethod(lambda task: '84')", "solution(task) gave '84'"),
+    ("solution = staticmethod(lambda task: [84])", "solution(task) gave [84]"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), FAULTY)
+def test_an_attribute_that_cannot_be_used_is_told_in_a_line(data, tmp_path, line, said):
+    file = tmp_path / "faulty.py"
+    file.write_text(f"from tests.rollout.test_environment_check import Right\n\nclass Faulty(Right):\n    {line}\n")
+    with pytest.raises(UserError) as told:
+        list(check_tasks(f"{file}:Faulty", data, "", 0.2, 3, 0.3))
+    assert said in str(told.value) and "\n" not in str(told.value)
 
 
 def test_a_held_out_task_that_is_trained_on_is_found(data):
