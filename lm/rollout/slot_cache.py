@@ -96,13 +96,19 @@ def _numbers(chunk: Chunk, dtype: DTypeLike, turned: bool = False) -> Array:
 
 
 def chunks_of(length: int, window: int = 0) -> list[tuple[int, int]]:
-    """(blocks, columns of a block) of each chunk, for `length` tokens of which a window is visible (0: all)."""
+    """(blocks, columns of a block) of each chunk, for `length` tokens of which a window is visible (0: all).
+
+    The first chunk is one block: short prompts in a cache for long ones read no more.
+    """
     length = min(length, window or length)
     if platform() != "cpu" or length <= BLOCK:
         return [(1, length)]
     blocks = -(-length // BLOCK)
     parts = min(CHUNKS, blocks) if one_device() else 1
-    return [(blocks * (i + 1) // parts - blocks * i // parts, BLOCK) for i in range(parts)]
+    if parts == 1:
+        return [(blocks, BLOCK)]
+    rest, others = blocks - 1, parts - 1
+    return [(1, BLOCK), *((rest * (i + 1) // others - rest * i // others, BLOCK) for i in range(others))]
 
 
 def put_token(cache: Columns, k: Float[Array, "R H K"], v: Float[Array, "R H K"], at: Int[Array, " R"]) -> Columns:
