@@ -39,7 +39,7 @@ def make(folder: Path, config: dict[str, Any], files: int) -> int:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from lm.algorithms.table import abstract_model
+    from lm.algorithms.state import abstract_model
     from lm.interop.config import read_config
     from lm.interop.places import parameter_places
     from lm.model.families import FAMILIES

@@ -1,8 +1,8 @@
 """The table of algorithms: complete, and its steps are the functions that stand side by side."""
 
 import lm.algorithms
+from lm.algorithms import ALGORITHMS
 from lm.algorithms.algorithm import no_rollout
-from lm.algorithms.table import ALGORITHMS
 from lm.experiment import OBJECTIVES
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from lm.algorithms.table import ALGORITHMS, algorithm_of, first_state
+from lm.algorithms import ALGORITHMS, algorithm_of
+from lm.algorithms.state import first_state
 from lm.model.heads import Scorer
 from lm.model.mlp import MLP
 from lm.types import NOTHING_SHARED, Mean, Penalty

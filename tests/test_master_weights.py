@@ -12,7 +12,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 from lm.algorithms import pretrain_step
-from lm.algorithms.table import first_state
+from lm.algorithms.state import first_state
 from lm.experiment import Experiment, Mesh, Optimizer, Pretrain, Source, Stage, Tokenizer
 from lm.model.transformer import num_params
 from lm.optimizer import MasterWeights, apply_updates, make_optimizer

@@ -16,7 +16,8 @@ import optax
 import pytest
 
 import lm.objectives
-from lm.algorithms.table import algorithm_of, first_state
+from lm.algorithms import algorithm_of
+from lm.algorithms.state import first_state
 from lm.check import check
 from lm.cli.main import main
 from lm.config import presets

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from lm.algorithms.table import algorithm_of, first_state
+from lm.algorithms import algorithm_of
+from lm.algorithms.state import first_state
 from lm.experiment import PPO, SFT, Experiment, Mesh, Optimizer, Tokenizer, UserError
 from lm.optimizer import make_optimizer
 from lm.parallel.mesh import make_mesh

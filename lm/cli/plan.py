@@ -183,7 +183,7 @@ def call_here(arguments: argparse.Namespace) -> int:
 
 def serving(arguments: argparse.Namespace) -> int:
     """Print the memory that `lm serve` needs for a model; returns the exit code."""
-    from lm.algorithms.table import abstract_model
+    from lm.algorithms.state import abstract_model
     from lm.open_weights import experiment_on
     from lm.serve.memory import LENGTH, LIBRARIES, default_slots, memory_of, sizes_for
     from lm.train.memory import device_memory

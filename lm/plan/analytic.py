@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from lm.algorithms.table import algorithm_of, flops_per_token
+from lm.algorithms import algorithm_of
+from lm.algorithms.state import flops_per_token
 from lm.plan.kernels import HOST_RATE
 from lm.plan.one_device import analysis_of, cast_bytes, gradient_block, parameter_bytes, update_block
 from lm.plan.program import Program

@@ -19,7 +19,8 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lm.algorithms.table import Sizes, abstract_state, algorithm_of
+from lm.algorithms import algorithm_of
+from lm.algorithms.state import Sizes, abstract_state
 from lm.experiment import LoRA, Model, Stage, rows_per_example
 from lm.optimizer import at_least_float32, make_optimizer
 from lm.parallel.rules import RULES, ways

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.algorithms.table import Sizes, abstract_model, abstract_state, algorithm_of, teacher_sizes
+from lm.algorithms import algorithm_of
+from lm.algorithms.state import Sizes, abstract_model, abstract_state, teacher_sizes
 from lm.experiment import (
     Experiment,
     LoRA,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.algorithms.table import algorithm_of
+from lm.algorithms import algorithm_of
 from lm.model.flops import trains_in_layers
 from lm.model.heads import policy_of
 from lm.parallel.rules import RULES, ways

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.algorithms.table import abstract_state, flops_per_token
+from lm.algorithms.state import abstract_state, flops_per_token
 from lm.experiment import Experiment, Model, Optimizer, Stage, rows_per_update, updates_per_step
 from lm.model.flops import forward_flops_per_token
 from lm.optimizer import make_optimizer

@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from lm.algorithms.table import algorithm_of, first_state, flops_per_token
+from lm.algorithms import algorithm_of
+from lm.algorithms.state import first_state, flops_per_token
 from lm.between_batches import calling_between_batches
 from lm.data.sources import NOWHERE
 from lm.data.split import Places

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from lm.algorithms.table import abstract_model, abstract_state
+from lm.algorithms.state import abstract_model, abstract_state
 from lm.experiment import Experiment, Model, Stage, UserError, rows_per_update
 from lm.model.flops import trains_in_layers
 from lm.model.heads import Scorer, policy_of

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh as DeviceMesh
 
 from lm import open_weights
-from lm.algorithms.table import abstract_state
+from lm.algorithms.state import abstract_state
 from lm.data.text_tokenizer import TextTokenizer
 from lm.experiment import (
     Experiment,

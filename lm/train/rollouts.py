@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lm.algorithms import algorithm_of
 from lm.algorithms.algorithm import reference_of
-from lm.algorithms.table import algorithm_of
 from lm.data.pipeline import make_feed
 from lm.data.sources import NOWHERE
 from lm.data.split import Places

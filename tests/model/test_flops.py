@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lm.algorithms.table import flops_per_token
+from lm.algorithms.state import flops_per_token
 from lm.experiment import DPO, PPO, SFT, Mesh, Model, RewardModel
 from lm.model.attention import attention_mask
 from lm.model.flops import forward_flops_per_token, layer_matrices, peak_flops, trains_in_layers

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm.algorithms.table import algorithm_of, first_state
+from lm.algorithms import algorithm_of
+from lm.algorithms.state import first_state
 from lm.experiment import LoRA
 from lm.model.heads import Scorer
 from lm.optimizer import adam, clipped, matrices, muon, schedule

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.algorithms.distill import distill_rollout, distill_sample
-from lm.algorithms.table import first_state
+from lm.algorithms.state import first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Distill, Source, UserError

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.algorithms import ALGORITHMS
 from lm.algorithms.grpo import fill, grpo_rollout, grpo_sample, has_preference
-from lm.algorithms.table import ALGORITHMS, first_state
+from lm.algorithms.state import first_state
 from lm.data.curriculum import arithmetic_row
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import GRPO, Experiment, LoRA, Source, UserError

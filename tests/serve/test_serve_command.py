@@ -13,7 +13,7 @@ import jax
 import openai
 import pytest
 
-from lm.algorithms.table import abstract_model
+from lm.algorithms.state import abstract_model
 from lm.cli.main import main
 from lm.experiment import SFT, LoRA, Stage
 from lm.interop.export import write

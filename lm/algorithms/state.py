@@ -1,4 +1,4 @@
-"""Table of algorithms by the class of their config, and the initial state of a stage."""
+"""Initial state of a stage with the models of its algorithm, real or as shapes, and the FLOPs of its updates."""
 
 from __future__ import annotations
 
@@ -12,26 +12,9 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from lm import open_weights
-from lm.algorithms import cpo, distill, dpo, grpo, kto, orpo, ppo, pretrain, reward_model, sft
-from lm.algorithms.algorithm import Algorithm
+from lm.algorithms import algorithm_of
 from lm.changes import stored_experiment
-from lm.experiment import (
-    CPO,
-    DPO,
-    GRPO,
-    KTO,
-    ORPO,
-    PPO,
-    SFT,
-    Distill,
-    LoRA,
-    Model,
-    Pretrain,
-    RewardModel,
-    Stage,
-    from_dict,
-    reward_names,
-)
+from lm.experiment import LoRA, Model, Stage, from_dict, reward_names
 from lm.model.flops import forward_flops_per_token, update_flops_per_token
 from lm.model.heads import Scorer
 from lm.model.lora import adapted, freeze_adapter
@@ -41,24 +24,6 @@ from lm.train_step import TrainState, initial_state, partition
 
 Sizes = tuple[Model, int]
 """Config of a language model, and the number of rows of its embedding."""
-
-ALGORITHMS: dict[type, Algorithm] = {
-    Pretrain: pretrain.ALGORITHM,
-    SFT: sft.ALGORITHM,
-    DPO: dpo.ALGORITHM,
-    CPO: cpo.ALGORITHM,
-    ORPO: orpo.ALGORITHM,
-    KTO: kto.ALGORITHM,
-    RewardModel: reward_model.ALGORITHM,
-    PPO: ppo.ALGORITHM,
-    GRPO: grpo.ALGORITHM,
-    Distill: distill.ALGORITHM,
-}
-
-
-def algorithm_of(stage: Stage) -> Algorithm:
-    """The algorithm of a stage that trains."""
-    return ALGORITHMS[type(stage.objective)]
 
 
 def first_state(
