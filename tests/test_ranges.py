@@ -13,20 +13,15 @@ from lm.cli.arguments import NumberIn
 from lm.cli.main import COMMANDS, Parser
 from lm.config.field import Range, is_name
 from lm.experiment import (
-    CPO,
     DPO,
-    GRPO,
-    KTO,
-    ORPO,
+    OBJECTIVES,
     PPO,
-    SFT,
     Collect,
+    Distill,
     Eval,
     Experiment,
     Model,
     Optimizer,
-    Pretrain,
-    RewardModel,
     Source,
     Stage,
     UserError,
@@ -36,28 +31,24 @@ from lm.experiment import (
 )
 from lm.overrides import _leaves, _replace
 
-OBJECTIVES = {
-    "pretrain": Pretrain(),
-    "sft": SFT(),
-    "dpo": DPO(loss_weights=(1.0,)),
-    "cpo": CPO(),
-    "orpo": ORPO(),
-    "kto": KTO(),
-    "grpo": GRPO(),
-    "reward": RewardModel(),
-    "ppo": PPO(verifier="answer"),
-    "collect": Collect(verifier="answer"),
+# what a config needs beside its defaults, and members of a list that would else be empty
+GIVEN: dict[type, dict] = {
+    DPO: {"loss_weights": (1.0,)},
+    PPO: {"verifier": "answer"},
+    Distill: {"teacher_prompt": "{prompt} {answer}"},
+    Collect: {"verifier": "answer"},
 }
+STAGES = {name.lower(): kind(**GIVEN.get(kind, {})) for name, kind in OBJECTIVES.items()}
 DOCS = Source("gen:docs")
 FULL = Experiment(
     name="full",
-    stages=tuple(Stage(name, objective, (DOCS,), batch_size=64) for name, objective in OBJECTIVES.items()),
+    stages=tuple(Stage(name, objective, (DOCS,), batch_size=64) for name, objective in STAGES.items()),
     evals=(Eval("docs", DOCS, "bits_per_byte"),),
     model=Model(rope_scaling=(8.0, 1.0, 4.0, 64.0), attention_blocks=(128, 128, 128, 128)),
 )
 EACH = [dataclasses.replace(FULL, stages=(stage,)) for stage in FULL.stages]
 FIELDS = {
-    tuple(name.split(".")[1:]) if name.split(".")[0] in OBJECTIVES and "objective" not in name else name: (e, name)
+    tuple(name.split(".")[1:]) if name.split(".")[0] in STAGES and "objective" not in name else name: (e, name)
     for e in EACH
     for name in _leaves(e)
 }
@@ -153,7 +144,7 @@ def nodes(value: object, path: tuple = ()) -> list[tuple]:
     return found
 
 
-SMALL = EACH[list(OBJECTIVES).index("dpo")]
+SMALL = EACH[list(STAGES).index("dpo")]
 
 
 @pytest.mark.parametrize("path", nodes(SMALL), ids=str)

@@ -18,6 +18,7 @@ import pytest
 from lm.cli.main import main
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import GRPO, PPO, Experiment, Source, Stage, UserError, to_dict
+from lm.objectives.importance import RATIO_LEVELS
 from lm.objectives.surrogates import SURROGATES, TokenSample
 from lm.rollout.trajectory import Rollout, Trajectory
 from lm.stored import write_json_atomic
@@ -165,12 +166,10 @@ def row_of(gap, advantage, ref=None):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("surrogate", list(SURROGATES))
+@pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-@pytest.mark.parametrize("level", ["token", "sequence", "product"])
+@pytest.mark.parametrize("level", RATIO_LEVELS)
 def test_clipped_tokens_are_those_that_the_loss_counts(tokenizer, surrogate, advantage, level):
-    from lm.objectives.importance import RATIO_LEVELS
-
     o = GRPO(surrogate=surrogate, clip_low=0.1, clip_high=1.2 if surrogate == "cispo" else 0.3, ratio_level=level)
     gap = np.array([[-0.5, -0.05, 0.0, 0.2, 0.4, 1.5]], np.float32)
     mask = np.ones_like(gap)
