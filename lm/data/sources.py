@@ -417,7 +417,7 @@ def _index(writer: Writer, whole: Piece, unpacked: Iterator[bytes] | None, pool:
     """Index a file into a cache entry: the offset and measures of every row. `whole` says how to read the file."""
     name, file, kind = whole.name, whole.file, whole.kind
     if unpacked is not None:
-        for block in itertools.chain([b""], unpacked):
+        for block in pool.unless_stopped(itertools.chain([b""], unpacked)):
             writer.append("unpacked", np.frombuffer(block, np.uint8))
         packed, file, kind = file, writer.flushed("unpacked"), _kind_unpacked(kind)
         pool.progress.expect(file.stat().st_size - packed.stat().st_size)

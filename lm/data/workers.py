@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import FrameType
 from typing import Any, TypeVar
 
 from lm.experiment import UserError
@@ -25,7 +27,12 @@ WORTH_BYTES = 8 << 20  # less text than this is processed faster than a process 
 AT_ONCE = 8  # files processed at the same time
 PLAIN_EVERY_SECONDS = 10.0
 
-_shared: Any = None  # in a worker: the value shared by all of its tasks
+STOP = signal.SIGUSR1
+"""The signal that ends a worker's task."""
+
+# In a worker: the value shared by all of its tasks, whether it is in one, and whether the pool has stopped.
+_shared: Any = None
+_in_task = _stopped = False
 
 
 def cores() -> int:
@@ -33,10 +40,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Processes(SpawnContext):
+    """Starts the processes of a pool, and keeps them. Not forked: jax's threads do not survive a fork."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]
+        self.started.append(SpawnProcess(*args, **options))
+        return self.started[-1]
+
+
 class WorkerPool:
     """A pool of worker processes, started for texts of at least WORTH_BYTES; each process receives `shared` once.
 
-    A context manager. Without worker processes, tasks run in the calling thread.
+    A context manager; an exception ends the running tasks. Without worker processes, tasks run in the calling thread.
     """
 
     def __init__(
@@ -53,19 +72,36 @@ class WorkerPool:
         self.processes = (cores() if many else 1) if processes is None else processes
         self.progress = BuildProgress(label, unit, text_bytes, self.processes)
         self._stopped = threading.Event()
+        self._context = _Processes()
         self._pool: ProcessPoolExecutor | None = None
         if self.processes > 1:
-            # Not forked: jax's threads do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.processes, context, _begin, (shared,))
+            self._pool = ProcessPoolExecutor(self.processes, self._context, _begin, (shared,))
 
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop()
+        elif self._pool is not None:
+            self._pool.shutdown()
         self.progress.close()
+
+    def _stop(self) -> None:
+        """End the tasks and the processes soon, and the threads of `each` at their next item."""
+        self._stopped.set()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in self._context.started:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, STOP)
+
+    def unless_stopped(self, items: Iterable[Task]) -> Iterator[Task]:
+        """The items, until there is an error or a signal in another thread of `each`. Raises CancelledError then."""
+        for item in items:
+            if self._stopped.is_set():
+                raise CancelledError
+            yield item
 
     def map(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Results of function(shared, task) in order; a bounded number of tasks runs at the same time.
@@ -73,7 +109,7 @@ class WorkerPool:
         Raises the error of the first task that fails.
         """
         if self._pool is None:
-            yield from (function(self.shared, task) for task in tasks)
+            yield from (function(self.shared, task) for task in self.unless_stopped(tasks))
             return
         todo = iter(tasks)
         running: deque[Future[Result]] = deque()
@@ -112,7 +148,7 @@ class WorkerPool:
                     raise future.exception()  # type: ignore[misc]
                 return [future.result() for future in futures]
             except BaseException:
-                self._stopped.set()
+                self._stop()
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -179,8 +215,27 @@ def _begin(shared: Any) -> None:
     """Initialise a worker: keep the shared value, and end when the parent ends."""
     global _shared
     _shared = shared
+    signal.signal(STOP, _stop)
     end_with_parent()
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Handler of STOP in a worker: end its task, and those that the pool cannot take back.
+
+    The process ends with the pool: killed while it sends a result, it would leave its parent waiting for the rest.
+    """
+    global _stopped
+    _stopped = True
+    if _in_task:
+        raise CancelledError
+
+
 def _run(function: Callable[[Any, Any], Any], task: Any) -> Any:
-    return function(_shared, task)
+    global _in_task
+    if _stopped:
+        raise CancelledError
+    _in_task = True
+    try:
+        return function(_shared, task)
+    finally:
+        _in_task = False
