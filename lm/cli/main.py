@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import errno
 import functools
 import glob
@@ -74,6 +76,9 @@ REFUSALS = (
 )  # fmt: skip
 
 
+_interrupted: int | None = None  # the exit code, after a signal has ended the command
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError, allows no abbreviations, and knows its own flags."""
 
@@ -103,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`lm completion`)
         importlib.import_module("lm.cli.completion").complete(COMMANDS, Parser)
     _start_with_allocator()
+    atexit.register(_end_if_interrupted)  # the first that is registered is the last that is called
     sys.unraisablehook = interrupted_again
     signal.signal(signal.SIGINT, interrupt)  # also where a script that began this in its background has it ignored
     signal.signal(signal.SIGTERM, interrupt)
@@ -129,6 +135,18 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
+def _end_if_interrupted() -> None:
+    """End the process after a Ctrl-C or SIGTERM before Python takes its modules apart.
+
+    A computation that the signal has left running in another thread would crash then.
+    """
+    if _interrupted is not None:
+        with contextlib.suppress(OSError):  # the reader of a pipe has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(_interrupted)
+
+
 def interrupted_again(told: Any) -> None:
     """Hook for exceptions that Python cannot raise: a Ctrl-C inside a destructor, which would be lost, comes once more."""
     if isinstance(told.exc_value, KeyboardInterrupt):
@@ -149,6 +167,7 @@ def _run(words: list[str]) -> int:
 
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command, or the part of one that has a process of its own; prints a user's error in one line, and returns the exit code."""
+    global _interrupted
     try:
         code = command()
         sys.stdout.flush()
@@ -157,7 +176,8 @@ def exit_code(command: Callable[[], int]) -> int:
         print(f"lm: error: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt as error:
-        return EXIT_TERMINATED if signal.SIGTERM in error.args else EXIT_INTERRUPT
+        _interrupted = EXIT_TERMINATED if signal.SIGTERM in error.args else EXIT_INTERRUPT
+        return _interrupted
     except BrokenPipeError:  # the reader has closed the pipe: discard the rest of the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE

@@ -144,6 +144,17 @@ def test_ctrl_c_is_quiet(here):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_after_ctrl_c_python_runs_what_it_promised_and_takes_nothing_apart(here):
+    """A computation that is still running in a thread would crash, as of an evaluation's batch."""
+    (here / "experiments" / "slow.py").write_text(
+        "import atexit, sys\nclass Used:\n    def __del__(self):\n        print('taken apart')\n"
+        "sys.used = Used()\natexit.register(print, 'promised')\nraise KeyboardInterrupt\n",
+        "utf-8",
+    )
+    done = python("-m", "lm.cli.main", "config", "slow", cwd=here)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "promised\n", "")
+
+
 def test_sigterm_removes_what_was_begun_and_is_quiet(here):
     """As Ctrl-C does; without a handler, a draft would stay."""
     (here / "experiments" / "slow.py").write_text(
