@@ -90,7 +90,7 @@ def test_the_share_of_a_language_is_that_of_its_letters():
         ("overlong", "it should be two numbers of tokens"),
         ("json_schema:no/such.json", "there is no such file"),
         ("answer:x", "cannot find|no file|there is"),
-        ("exakt", "there are answer, style, helpful, exact, choice, regex"),
+        ("exakt", f"there are {', '.join([*VERIFIERS, *RULES])}, and FILE:FUNCTION of your own"),
     ],
 )
 def test_a_parameter_that_makes_no_sense_is_refused_in_one_line(name, problem):
