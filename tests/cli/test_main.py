@@ -147,8 +147,8 @@ def test_ctrl_c_is_quiet(here):
 def test_after_ctrl_c_python_runs_what_it_promised_and_takes_nothing_apart(here):
     """A computation that is still running in a thread would crash, as of an evaluation's batch."""
     (here / "experiments" / "slow.py").write_text(
-        "import atexit, sys\nclass Used:\n    def __del__(self):\n        print('taken apart')\n"
-        "sys.used = Used()\natexit.register(print, 'promised')\nraise KeyboardInterrupt\n",
+        "import atexit, json, os\nclass Used:\n    def __del__(self, write=os.write):\n        write(1, b'taken apart')\n"
+        "json.used = Used()\natexit.register(print, 'promised')\nraise KeyboardInterrupt\n",
         "utf-8",
     )
     done = python("-m", "lm.cli.main", "config", "slow", cwd=here)
