@@ -169,15 +169,19 @@ def test_a_function_that_a_run_found_by_an_absolute_path_is_searched_nowhere_els
     assert SEARCH_PATH not in os.environ and find_verifier(name)({"answer": "7"}, "7") == 0.5
 
 
-def test_a_callback_is_told_every_line_and_what_it_raises_is_one_line(folder, tmp_path):
-    text = "SEEN = []\n\ndef note(stage, kind, line):\n    SEEN.append((stage, kind, line))\n    assert line['step'] < 2, 'too\\nfar'\n"
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [("assert False, 'too\\nfar'", "AssertionError: too far"), ("raise SystemExit('too far')", "SystemExit: too far")],
+)
+def test_a_callback_is_told_every_line_and_what_it_raises_is_one_line(folder, tmp_path, ends, told):
+    text = f"SEEN = []\n\ndef note(stage, kind, line):\n    SEEN.append((stage, kind, line))\n    if line['step'] > 1: {ends}\n"
     (folder / "notes.py").write_text(text, "utf-8")
     callbacks = load_callbacks(["notes:note"])
     with MetricsLog(tmp_path / "stage", listener(callbacks, "sft")) as log:
         log.metrics({"step": 1, "loss": 2.0})
         log.evaluation({"step": 1, "when": "during", "eval": "docs", "loss": np.float32(1.5)})
         with pytest.raises(
-            UserError, match=r"callback notes:note failed on metrics of stage sft: .*notes.py:5: Asser.*far"
+            UserError, match=rf"callback notes:note failed on metrics of stage sft: .*notes.py:5: {told}"
         ):
             log.metrics({"step": 2, "loss": 1.0})
     seen = load_function("notes:note", "--callback").__globals__["SEEN"]

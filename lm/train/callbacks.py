@@ -28,7 +28,7 @@ class Callback:
         """Call the function. Raises UserError with file and line number if it raises."""
         try:
             self.function(stage, kind, dict(line))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             file = Path(self.function.__code__.co_filename) if hasattr(self.function, "__code__") else Path(self.name)
             raise UserError(
                 f"the callback {self.name} failed on {kind} of stage {stage}: {described(error, file)}; without it the "
