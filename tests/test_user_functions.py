@@ -11,6 +11,7 @@ from lm.check import check
 from lm.experiment import CPO, DPO, GRPO, KTO, Eval, Experiment, Source, Stage, UserError, from_dict, to_dict
 from lm.files import load
 from lm.objectives import cpo, dpo, kto
+from lm.objectives.own_loss import check_own_losses
 from lm.overrides import override
 from lm.rollout.verifiers import find_verifier, needed_columns
 from lm.train.callbacks import listener, load_callbacks
@@ -146,6 +147,35 @@ def test_a_loss_of_ones_own_is_a_value_like_another(objective, flag, name):
     assert [*check_functions(found)] == [name]
     with pytest.raises(UserError, match=f"tune.objective.{flag} is 'judges:narrow'; it is called as narrow"):
         check_functions(override(found, [f"--tune.objective.{flag}", "judges:narrow"]))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('two\\nlines')", "own.py:2: ValueError: two lines"),
+        ("raise SystemExit(3)", "own.py:2: SystemExit: 3"),
+        ("return np.exp(a)", "own.py:2: TracerArrayConversionError"),
+        (
+            "return None",
+            r"loss in .*own.py gives None \(NoneType\); it should give a jax array of floating-point numbers of shape \(2,\)",
+        ),
+        ("return 'low'", "gives 'low'|gives \"low\""),
+        ("return a.mean()", r"gives an array of float32 of shape \(\)"),
+        ("return (a > 0).astype(int)", r"gives an array of int32 of shape \(2,\)"),
+        ("return np.ones(2)", "ndarray"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("objective", "arguments"),
+    [(DPO, "a, rejected, knobs"), (CPO, "a, knobs"), (KTO, "a, sign, baseline")],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_loss_of_ones_own_that_fails_is_one_line_before_anything_is_trained(folder, objective, arguments, body, said):
+    (folder / "own.py").write_text(f"def loss({arguments}):\n    {body}\n\nimport numpy as np\n", "utf-8")
+    made = objective(losses=("own:loss",)) if objective is DPO else objective(loss="own:loss")
+    with pytest.raises(UserError, match=said) as found:
+        check_own_losses([Stage("tune", made, (Source("gen:preferences"),))])
+    assert str(found.value).startswith("tune.objective.loss") and "\n" not in str(found.value)
 
 
 def test_a_run_records_the_file_and_its_hash_and_finds_it_again(folder, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from jax.nn import log_sigmoid
 from jaxtyping import Array, Float
 
 from lm.experiment import CPO
+from lm.objectives.own_loss import own_loss
 from lm.objectives.pairs import (
     Pairs,
     answer_means,
@@ -21,7 +22,7 @@ from lm.objectives.pairs import (
     reward_metrics,
 )
 from lm.types import Mean
-from lm.user_functions import is_function_name, load_function
+from lm.user_functions import is_function_name
 
 # margin: reward of the chosen answer minus reward of the rejected one, before beta.
 
@@ -63,7 +64,7 @@ def find_loss(name: str) -> tuple[Callable[[Pairs, CPO], Pairs], bool]:
     A user's function reads means if its attribute `per_token` is true.
     """
     if is_function_name(name):
-        own = load_function(name, "loss", CPO.functions["loss"])
+        own = own_loss(name, "loss", CPO.functions["loss"])
         return own, bool(getattr(own, "per_token", False))
     return LOSSES[name], name in PER_TOKEN
 

@@ -11,6 +11,7 @@ from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
 from lm.experiment import DPO
+from lm.objectives.own_loss import own_loss
 from lm.objectives.pairs import (
     Pairs,
     answer_means,
@@ -22,7 +23,7 @@ from lm.objectives.pairs import (
     reward_metrics,
 )
 from lm.types import Mean
-from lm.user_functions import is_function_name, load_function
+from lm.user_functions import is_function_name
 
 # ---- losses of one pair --------------------------------------------------------------------------------------------
 # c and r: log π(y|x) - log π_ref(y|x) of the chosen and of the rejected answer, or its equivalent for another divergence.
@@ -118,7 +119,7 @@ def find_loss(name: str) -> tuple[Callable[[Pairs, Pairs, DPO], Pairs], bool]:
     A user's function reads means if its attribute `per_token` is true.
     """
     if is_function_name(name):
-        own = load_function(name, "losses", DPO.functions["losses"])
+        own = own_loss(name, "losses", DPO.functions["losses"])
         return own, bool(getattr(own, "per_token", False))
     return LOSSES[name], name in PER_TOKEN
 

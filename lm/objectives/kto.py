@@ -9,9 +9,10 @@ from jax.nn import sigmoid
 from jaxtyping import Array, Float
 
 from lm.experiment import KTO
+from lm.objectives.own_loss import own_loss
 from lm.objectives.pairs import answer_sums, mean_over
 from lm.types import Mean
-from lm.user_functions import is_function_name, load_function
+from lm.user_functions import is_function_name
 
 Rewards = Float[Array, " B"]
 """Implicit reward of each answer: beta times (log π(y|x) - log π_ref(y|x))."""
@@ -42,7 +43,7 @@ def reads_baseline(loss: str) -> bool:
 
 def find_loss(name: str) -> Callable[[Rewards, Rewards, Float[Array, ""]], Rewards]:
     """The loss of that name, from LOSSES or the user's FILE:FUNCTION."""
-    return load_function(name, "loss", KTO.functions["loss"]) if is_function_name(name) else LOSSES[name]
+    return own_loss(name, "loss", KTO.functions["loss"]) if is_function_name(name) else LOSSES[name]
 
 
 def log_ratio_mean(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Mean:

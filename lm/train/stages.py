@@ -43,6 +43,7 @@ from lm.model.heads import Scorer
 from lm.model.lora import without_adapter
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer
+from lm.objectives.own_loss import check_own_losses
 from lm.open_weights import check_weights, located, vocabulary_rows, with_init
 from lm.parallel.distributed import broadcast_from_main, is_main_process, raise_on_all, run_on_main
 from lm.parallel.mesh import check_fits, check_split, make_mesh
@@ -250,6 +251,7 @@ def _check_experiment(experiment: Experiment, until: str | None) -> tuple[Experi
     check_sources(experiment)
     check_files(experiment)
     check_functions(experiment)
+    check_own_losses(experiment.stages)
     check_trained_parts(experiment)
     check_weights(experiment)
     for item in experiment.evals:
