@@ -59,12 +59,11 @@ def step(
     assigned: Assignment,
     choices: SlotSettings,
     most: int | Int[Array, ""],
-    enough: int | Int[Array, ""],
     *,
     end_ids: tuple[int, ...],
     vocab_size: int,
 ) -> tuple[Slots, Stepped]:
-    """Sample `most` tokens of every slot, at most BURST; fewer once `enough` completions have ended with them.
+    """Sample `most` tokens of every slot, at most BURST; fewer if a completion ends with one.
 
     A slot's tokens are those that `sample_tokens` gives with the key of its seed, whatever the other slots do.
     """
@@ -81,7 +80,7 @@ def step(
 
     def going_on(carry: tuple[Slots, Stepped]) -> Bool[Array, ""]:
         _, found = carry
-        return (found.count < jnp.minimum(most, BURST)) & (found.done.sum() - before < enough)
+        return (found.count < jnp.minimum(most, BURST)) & (found.done.sum() == before)
 
     def one_more(carry: tuple[Slots, Stepped]) -> tuple[Slots, Stepped]:
         slots, found = carry

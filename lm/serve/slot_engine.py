@@ -23,7 +23,6 @@ from lm.serve.text_stream import ScoredToken
 NARROW, MIDDLE, WIDE = 16, 64, 256  # tokens of a prompt that are read at a time; few widths, few compilations
 READ = 256  # tokens that are read between two steps: a part of a long prompt, or short prompts
 FEW = 2  # tokens of a step while slots are free, so that a completion that comes begins soon
-FULL = 8  # slots count as full while fewer than this fraction of them, 1/8, are free
 PASS_SECONDS = 0.05  # between two pieces of a completion's text, at least; and of a step with more than FEW tokens
 PASSED = 500  # pieces of text of all completions in a second, at most: each costs about 0.2 ms
 
@@ -235,8 +234,8 @@ class SlotEngine:
             self._top_k[slot], self._top_p[slot] = settings.top_k, settings.top_p
 
     def _step_tokens(self) -> int:
-        """Tokens of the next step: the more the quicker they are, once the slots are full and few completions can come."""
-        if self.sizes.slots - self.running >= max(1, self.sizes.slots // FULL):
+        """Tokens of the next step: the more the quicker they are, while all slots are taken and no other completion can begin."""
+        if self.running < self.sizes.slots:
             return FEW
         return max(FEW, min(BURST, int(PASS_SECONDS / self._token_seconds)))
 
@@ -258,8 +257,7 @@ class SlotEngine:
             np.bool_(constrained), np.bool_(any(one.top_k or one.top_p < 1 for one in running)),
             np.bool_(any(one.alternatives for one in running)),
         )  # fmt: skip
-        enough = np.int32(max(1, count // FULL))
-        self._slots, stepped = self._step(self._weights, self._slots, assigned, choices, np.int32(most), enough)
+        self._slots, stepped = self._step(self._weights, self._slots, assigned, choices, np.int32(most))
         self._started[:] = False
         self._pending = stepped, list(self.taken), time.monotonic()
 
