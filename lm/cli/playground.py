@@ -7,8 +7,8 @@ The tasks are rows with a prompt and what the verifier needs: tests for code
   lm playground sums.jsonl A B --verifier answer --answers 8 --temperature 1
 
 A model is RUN, RUN:STAGE, or a published model. The table has pass@k with its
-standard error over tasks, parameters and tokens per second on this machine; and
-for answers their mean FLOPs and tokens, and the fraction cut at the token limit.
+standard error over tasks, parameters and tokens per second on this machine, and
+for answers the mean FLOPs and tokens, and the fraction cut at the token limit.
 --page has the table, and every answer beside those of the other models."""
 
 from __future__ import annotations
