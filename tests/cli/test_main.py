@@ -138,32 +138,33 @@ def test_a_bug_shows_its_traceback(here):
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
 
 
-def test_ctrl_c_is_quiet(here):
-    (here / "experiments" / "slow.py").write_text("raise KeyboardInterrupt", "utf-8")
+def told_of(here, text):
+    """Exit code and output of a command that reads an experiment with this text."""
+    (here / "experiments" / "slow.py").write_text(text, "utf-8")
     done = python("-m", "lm.cli.main", "config", "slow", cwd=here)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_ctrl_c_is_quiet(here):
+    assert told_of(here, "raise KeyboardInterrupt") == (130, "", "")
 
 
 def test_after_ctrl_c_python_runs_what_it_promised_and_takes_nothing_apart(here):
     """A computation that is still running in a thread would crash, as of an evaluation's batch."""
-    (here / "experiments" / "slow.py").write_text(
+    text = (
         "import atexit, json, os\nclass Used:\n    def __del__(self, write=os.write):\n        write(1, b'taken apart')\n"
-        "json.used = Used()\natexit.register(print, 'promised')\nraise KeyboardInterrupt\n",
-        "utf-8",
+        "json.used = Used()\natexit.register(print, 'promised')\nraise KeyboardInterrupt\n"
     )
-    done = python("-m", "lm.cli.main", "config", "slow", cwd=here)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "promised\n", "")
+    assert told_of(here, text) == (130, "promised\n", "")
 
 
 def test_sigterm_removes_what_was_begun_and_is_quiet(here):
     """As Ctrl-C does; without a handler, a draft would stay."""
-    (here / "experiments" / "slow.py").write_text(
+    text = (
         "import os, signal\nfrom pathlib import Path\nfrom lm.stored import new_folder\n"
-        "with new_folder(Path('out')):\n    os.kill(os.getpid(), signal.SIGTERM)\n",
-        "utf-8",
+        "with new_folder(Path('out')):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     )
-    done = python("-m", "lm.cli.main", "config", "slow", cwd=here)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+    assert told_of(here, text) == (143, "", "")
     assert not [path for path in here.iterdir() if "out" in path.name]
 
 
