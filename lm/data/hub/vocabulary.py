@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import sentencepiece
@@ -80,13 +80,13 @@ class JsonVocabulary:
             ids += [one["id"] for one in parsed.get("added_tokens") or ()]
             self.vocab_size = max(self._library.get_vocab_size(), 1 + max(ids, default=-1))
         except BaseException as error:
-            raise self._broken(error, "is not a tokenizer that can be read") from error
+            self._refuse(error, "is not a tokenizer that can be read")
 
-    def _broken(self, error: BaseException, what: str) -> BaseException:
-        """The error that names the file for one of the library, which raises Exception itself, and a panic, which is none."""
+    def _refuse(self, error: BaseException, what: str) -> NoReturn:
+        """Raise UserError for an error of the library, which raises Exception itself, or a panic, which is none; others go on."""
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            return error
-        return UserError(f"{self._where}: {TOKENIZER_JSON} {what}: {' '.join(str(error).split()):.160}")
+            raise error
+        raise UserError(f"{self._where}: {TOKENIZER_JSON} {what}: {' '.join(str(error).split()):.160}") from error
 
     def encode(self, segments: Sequence[Segment], add_special: bool = False) -> Encoded:
         """See `Vocabulary`."""
@@ -95,7 +95,7 @@ class JsonVocabulary:
         try:
             found = self._library.encode("".join(given), add_special_tokens=add_special)
         except BaseException as error:
-            raise self._broken(error, f"cannot encode {''.join(names)!r:.60}") from error
+            self._refuse(error, f"cannot encode {''.join(names)!r:.60}")
         places = np.array(found.offsets, np.int64).reshape(-1, 2)
         if names != given:
             at, seen = (np.cumsum([0, *map(len, some)]) for some in (given, names))
@@ -108,14 +108,14 @@ class JsonVocabulary:
         try:
             return [one.ids for one in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
         except BaseException as error:
-            raise self._broken(error, f"cannot encode one of {len(texts)} texts") from error
+            self._refuse(error, f"cannot encode one of {len(texts)} texts")
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Vocabulary`."""
         try:
             text = self._library.decode(ids, skip_special_tokens=False)
         except BaseException as error:
-            raise self._broken(error, f"cannot decode {len(ids)} tokens") from error
+            self._refuse(error, f"cannot decode {len(ids)} tokens")
         return self._typed.sub(r"\1", text)
 
 
