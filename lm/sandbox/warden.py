@@ -41,7 +41,6 @@ START_SECONDS = 60.0  # time limit for a jail to be ready; the program's own lim
 CHUNK = 1 << 16
 USER_IDS = (61184, 4096)  # first and number of the user ids for jails of root: those of systemd's dynamic users
 BE_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-KILLED_BY_CPU_LIMIT = namespaces.SIGNALLED + signal.SIGXCPU
 
 
 def serve(descriptor: int) -> None:
@@ -196,14 +195,17 @@ class Supervisor:
             status = self._watch(child, ready)
         finally:
             os.kill(child, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            _, ended, used = os.wait4(child, 0)
+            code = os.waitstatus_to_exitcode(ended)
             _kill_descendants()
         seconds = time.monotonic() - self.began if self.began else 0.0
         for stream in self.streams:
             self._read(stream, self.limits["output_bytes"])
         code = code if code >= 0 else namespaces.SIGNALLED - code
         if status == "ended":
-            status = "unavailable" if not self.began else "cpu" if code == KILLED_BY_CPU_LIMIT else "ended"
+            # The kernel kills at its limit on CPU time where this process got no time to do so before.
+            killed = code >= namespaces.SIGNALLED and used.ru_utime + used.ru_stime > self.limits["cpu_seconds"]
+            status = "unavailable" if not self.began else "cpu" if killed else "ended"
         found = {
             name: text[: self.limits["output_bytes"]]
             for name, text in zip(("stdout", "stderr"), self.streams.values(), strict=True)

@@ -91,6 +91,21 @@ def test_the_jails_end_with_a_process_that_is_killed(jail):
     assert eventually(lambda: not named(name))
 
 
+def test_a_program_that_the_kernel_kills_has_run_out_of_cpu_time(jail):
+    """As on a machine so busy that the process that keeps the limits gets no time itself."""
+    found, name = jail_of_kind(jail.kind), f"busy{os.getpid()}"
+    code = f"import ctypes\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nwhile True: pass"
+    with ThreadPoolExecutor(1) as thread:
+        outcome = thread.submit(found.run, program(code), JailLimits(seconds=1.0, cpu_seconds=1.0))
+        assert eventually(lambda: named(name))
+        (supervisor,) = Path(f"/proc/{found._warden.pid}/task/{found._warden.pid}/children").read_text().split()
+        os.kill(int(supervisor), signal.SIGSTOP)
+        assert eventually(lambda: not named(name))
+        os.kill(int(supervisor), signal.SIGCONT)
+        assert outcome.result().status == "cpu"
+    found.close()
+
+
 def test_a_killed_warden_is_replaced(jail):
     found = jail_of_kind(jail.kind)
     found._warden.kill()
