@@ -196,6 +196,7 @@ NOT_FIELDS = {
     "x": "what a surrogate reads of the tokens", "stats": "log-probabilities of the batch",
     "logits": "made by the model", "size": "made by the batch", "student": "the model that is trained", "vocab": "made by the models",
     "models": "those that project to the vocabulary", "project": "statistics of logits",
+    "where": "the field that names a loss of one's own", "arguments": "of such a loss", "stages": "those that name such losses",
 }  # fmt: skip
 
 
