@@ -11,7 +11,7 @@ from lm.check import check
 from lm.experiment import CPO, DPO, GRPO, KTO, Eval, Experiment, Source, Stage, UserError, from_dict, to_dict
 from lm.files import load
 from lm.objectives import cpo, dpo, kto
-from lm.objectives.own_loss import check_own_losses
+from lm.objectives.own_loss import check_own_losses, own_losses
 from lm.overrides import override
 from lm.rollout.verifiers import find_verifier, needed_columns
 from lm.train.callbacks import listener, load_callbacks
@@ -144,7 +144,7 @@ def test_a_loss_of_ones_own_is_a_value_like_another(objective, flag, name):
     found = override(Experiment("own", (stage,)), [f"--tune.objective.{flag}", name])
     check(found)
     assert from_dict(json.loads(json.dumps(to_dict(found)))) == found
-    assert [*check_functions(found)] == [name]
+    assert [*check_functions(found)] == [name] and own_losses(found.stages[0]) == [(flag, name)]
     with pytest.raises(UserError, match=f"tune.objective.{flag} is 'judges:narrow'; it is called as narrow"):
         check_functions(override(found, [f"--tune.objective.{flag}", "judges:narrow"]))
 

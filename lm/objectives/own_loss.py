@@ -51,13 +51,19 @@ def own_loss(name: str, where: str, arguments: str) -> Callable[..., Float[Array
     return checked
 
 
+def own_losses(stage: Stage) -> list[tuple[str, str]]:
+    """(field, FILE:FUNCTION) of every loss of the user's own in a stage."""
+    fields = [field for field in FIELDS if field in stage.objective.functions]
+    values = {field: getattr(stage.objective, field) for field in fields}
+    names = {field: value if isinstance(value, tuple) else (value,) for field, value in values.items()}
+    return [(field, name) for field in fields for name in names[field] if is_function_name(name)]
+
+
 def check_own_losses(stages: Sequence[Stage]) -> None:
     """Raise UserError if a loss of the user's own fails when it is traced for two pairs or answers."""
     for stage in stages:
-        for field in FIELDS:
-            value = getattr(stage.objective, field) if field in stage.objective.functions else ()
-            for name in filter(is_function_name, value if isinstance(value, tuple) else (value,)):
-                _trace(name, stage, field)
+        for field, name in own_losses(stage):
+            _trace(name, stage, field)
 
 
 def _trace(name: str, stage: Stage, field: str) -> None:

@@ -28,6 +28,7 @@ from lm.model.heads import Scorer, policy_of
 from lm.model.lora import without_base
 from lm.model.quantised import set_base
 from lm.model.transformer import Transformer, num_params
+from lm.objectives.own_loss import own_losses
 from lm.open_weights import vocabulary_rows
 from lm.optimizer import make_optimizer, schedule
 from lm.parallel.compiler import compiler_options
@@ -352,12 +353,20 @@ class _Loop:
         self.warnings.see(line | values)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
         if bad:
-            name = self.stage.name
             raise UserError(
-                f"{name}: {bad[0]} is {values[bad[0]]} at step {pending.step}; the last good checkpoint is kept. "
-                f"A lower {name}.optimizer.peak_lr or {name}.optimizer.clip_norm often helps"
+                f"{self.stage.name}: {bad[0]} is {values[bad[0]]} at step {pending.step}; the last good checkpoint is kept. "
+                f"{_advice(self.stage)}"
             )
         self.progress.update(pending.step, values, tokens)
+
+
+def _advice(stage: Stage) -> str:
+    """What to change when the loss of a stage or its gradient is not finite: a loss of the user's own is the first suspect."""
+    own = ", ".join(f"{stage.name}.objective.{field} ({name})" for field, name in own_losses(stage))
+    rates = f"lower {stage.name}.optimizer.peak_lr or {stage.name}.optimizer.clip_norm often helps"
+    return (
+        f"Look first whether {own} and its gradient are finite for every input; else a {rates}" if own else f"A {rates}"
+    )
 
 
 @jax.jit

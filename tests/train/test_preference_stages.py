@@ -10,7 +10,21 @@ import jax
 import numpy as np
 import pytest
 
-from lm.experiment import CPO, DPO, KTO, ORPO, Eval, Experiment, Mesh, Model, Optimizer, Source, Stage, Tokenizer
+from lm.experiment import (
+    CPO,
+    DPO,
+    KTO,
+    ORPO,
+    Eval,
+    Experiment,
+    Mesh,
+    Model,
+    Optimizer,
+    Source,
+    Stage,
+    Tokenizer,
+    UserError,
+)
 from lm.train.loaded_run import load_run
 from lm.train.metrics import read_lines
 from lm.train.stages import run
@@ -130,3 +144,23 @@ def test_pairs_are_compared_with_the_model_that_entered_the_first_of_them(folder
     lines = read_lines(folder / "whole" / "stages" / "simpo" / "eval.jsonl")
     assert [(line["when"], line["margin"]) for line in lines if line["when"] == "before"] == [("before", 0.0)]
     assert lines[-1]["margin"] != 0
+
+
+@pytest.mark.parametrize(
+    ("body", "bad"),
+    [
+        ("1 / (0 * chosen)", r"loss is (nan|inf|-inf)"),
+        ("jnp.sqrt(0 * (chosen - rejected))", r"grad_norm is nan"),  # the value is 0, and its gradient is not finite
+    ],
+)
+def test_a_loss_of_ones_own_that_is_not_finite_is_named(folder, tmp_path, body, bad):
+    name = f"{tmp_path / 'own.py'}:mine"
+    (tmp_path / "own.py").write_text(
+        f"import jax.numpy as jnp\ndef mine(chosen, rejected, knobs): return {body}\n", "utf-8"
+    )
+    whole = alone(folder, "step", steps=2, microbatches=1)
+    stage = dataclasses.replace(whole.stages[0], objective=DPO(losses=("sigmoid", name)))
+    with pytest.raises(
+        UserError, match=rf"^cached: {bad} at step 1; .*cached\.objective\.losses \({name}\) and its gradient"
+    ):
+        run(dataclasses.replace(whole, stages=(stage,)), tmp_path / "run")
