@@ -89,6 +89,11 @@ def call(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def on_interrupt(_: argparse.Namespace) -> str:
+    """What an interrupted command has kept."""
+    return "Files that were tokenised to their end are in the cache: the same command goes on after them"
+
+
 def against_lines(files: Sequence[str], sources: Sequence[Source], elsewhere: Places, words: int) -> Iterator[str]:
     """What the training rows of sources have of the items of each file, and examples."""
     from lm.data.sources import rows_of

@@ -185,6 +185,11 @@ def benchmarks(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def on_interrupt(arguments: argparse.Namespace) -> str:
+    """What an interrupted measurement of tasks has kept; "" of other evaluations, which keep nothing."""
+    return "" if arguments.tasks is None else "The answers so far are in the cache: the same command goes on after them"
+
+
 def contamination_lines(results: Sequence[TaskResult]) -> Iterator[str]:
     """What the training data has of each task's items, the metrics of the others, and examples."""
     checked = [(one, one.contamination) for one in results if one.contamination is not None]

@@ -93,6 +93,11 @@ def call(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def on_interrupt(arguments: argparse.Namespace) -> str:
+    """What an interrupted export leaves."""
+    return f"{arguments.out} is not written: the same command begins anew"
+
+
 def export_reward_model(run_dir: Path, stage: str, tokenizer: Any, scorer: Any, arguments: argparse.Namespace) -> int:
     """Write a reward model, with its adapters merged, as a classifier of sequences with one label."""
     from lm.interop.export import published_config, write

@@ -234,7 +234,13 @@ def _dispatch(words: list[str]) -> int:
         arguments = parser.parse_args(rest)
     except SystemExit:  # argparse has printed the help
         return 0
-    return module.call(arguments)
+    try:
+        return module.call(arguments)
+    except KeyboardInterrupt:
+        # A command with work that can be resumed says what it has kept; the others end without a word.
+        if hasattr(module, "on_interrupt") and (kept := module.on_interrupt(arguments)):
+            print(f"lm {name}: stopped. {kept}", file=sys.stderr)
+        raise
 
 
 def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], list[str]]:

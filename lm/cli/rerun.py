@@ -10,9 +10,19 @@ with 1 and names the first that is not."""
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from typing import Any
 
-from lm.cli.arguments import RUN_HELP, add_cache, check_stage, find_run, folder_path
+from lm.cli.arguments import (
+    EXIT_INTERRUPT,
+    RUN_HELP,
+    add_cache,
+    check_stage,
+    find_run,
+    folder_path,
+    given_flags,
+)
 from lm.experiment import UserError
 
 TAKES_OVERRIDES = False
@@ -34,6 +44,7 @@ def call(arguments: argparse.Namespace) -> int:
     from lm.files import load
     from lm.stored import cache_at
     from lm.train.fingerprints import fingerprints
+    from lm.train.loop import Interrupted
     from lm.train.rerun import changed_conditions, first_difference
     from lm.train.run_folder import RunFolder
     from lm.train.stages import run
@@ -52,13 +63,28 @@ def call(arguments: argparse.Namespace) -> int:
             print(f"changed: {name}: {_short(then)} → {_short(now)}", flush=True)
         if changes and arguments.same:
             raise UserError(f"{len(changes)} conditions have changed (listed above); without --same it runs anyway")
-        run(experiment, out, until=names[-1])
+        try:
+            run(experiment, out, until=names[-1])
+        except Interrupted as stopped:
+            print(f"lm: {stopped}. To go on: {command_to_go_on(arguments)}", file=sys.stderr)
+            return EXIT_INTERRUPT
     found = first_difference(run_dir, out, names)
     if found:
         print(f"different: {found}")
         return EXIT_DIFFERS
     print(f"the same to the bit: every number of {', '.join(names)}")
     return 0
+
+
+def on_interrupt(arguments: argparse.Namespace) -> str:
+    """What a rerun has kept that a second Ctrl-C stopped at once, or a signal before training."""
+    return f"Checkpoints, and data in the cache, are kept. To go on: {command_to_go_on(arguments)}"
+
+
+def command_to_go_on(arguments: argparse.Namespace) -> str:
+    """The command that resumes this rerun."""
+    given = given_flags(arguments, {"out": None, "until": None, "same": False, "cache": None})
+    return shlex.join(["lm", "rerun", arguments.run, *given])
 
 
 def _short(value: Any) -> str:

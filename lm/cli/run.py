@@ -145,6 +145,11 @@ def report(run_dir: Path) -> bool:
     return is_main_process()
 
 
+def on_interrupt(arguments: argparse.Namespace) -> str:
+    """What a run has kept that a second Ctrl-C stopped at once, or a signal before training."""
+    return f"Checkpoints, and data in the cache, are kept. To go on: {command_to_go_on(arguments)}"
+
+
 def command_to_go_on(arguments: argparse.Namespace) -> str:
     """The command that resumes this run: the same without `--fresh`."""
     names = ("run_dir", "until", "profile", "cache", "coordinator", "num_processes", "process_id", "watchdog")

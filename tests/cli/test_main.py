@@ -60,6 +60,7 @@ def python(*words: str, **options) -> subprocess.CompletedProcess:
         "sweep small.py --folder s --workers 2 --store t --cache c",
         "sweep small.py",
         "reproduce muon --quick --workers 3 --folder f --cache c",
+        "rerun runs/small --out o --until sft --same --cache c",
     ],
 )
 def test_the_command_to_go_on_has_the_flags_that_were_given(words):
@@ -147,6 +148,31 @@ def told_of(here, text):
 
 def test_ctrl_c_is_quiet(here):
     assert told_of(here, "raise KeyboardInterrupt") == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("run small --fresh", "Checkpoints, and data in the cache, are kept. To go on: lm run small"),
+        ("rerun runs/small", "Checkpoints, and data in the cache, are kept. To go on: lm rerun runs/small"),
+        ("data small", "Files that were tokenised to their end are in the cache: the same command goes on after them"),
+        ("eval small --tasks t", "The answers so far are in the cache: the same command goes on after them"),
+        ("export small out", "out is not written: the same command begins anew"),
+        ("eval small", ""),
+        ("plan small --topology v5e:2x2", ""),
+        ("report small", ""),
+    ],
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_can_go_on_says_what_it_has_kept(monkeypatch, capsys, words, kept, number, code):
+    name = words.split()[0]
+
+    def interrupted(_):
+        raise KeyboardInterrupt(number)
+
+    monkeypatch.setattr(importlib.import_module(f"lm.cli.{name}"), "call", interrupted)
+    assert main(words.split()) == code
+    assert capsys.readouterr().err == (f"lm {name}: stopped. {kept}\n" if kept else "")
 
 
 def test_after_ctrl_c_python_runs_what_it_promised_and_takes_nothing_apart(here):

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 
@@ -29,6 +33,22 @@ def test_a_run_again_is_the_same_to_the_bit(finished, capsys):
     said = capsys.readouterr().out
     assert "the same to the bit: every number of pretrain, sft" in said and "changed:" not in said
     assert read_json(finished.with_name("run.rerun") / "experiment.json") == json.loads(json.dumps(to_dict(base)))
+
+
+@pytest.mark.slow
+def test_a_rerun_that_a_signal_stops_says_how_to_go_on(finished, tmp_path, capsys):
+    out = tmp_path / "again"
+
+    def interrupt():
+        while not (out / "experiment.json").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    words = ["rerun", str(finished), "--until", "pretrain", "--out", str(out)]
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main(words) == 130
+    assert capsys.readouterr().err.endswith(f"To go on: lm rerun {finished} --out {out} --until pretrain\n")
+    assert main(words) == 0
 
 
 @pytest.mark.slow
