@@ -18,6 +18,7 @@ from lm.check import check
 from lm.config.field import Range, describe, nearest, shown
 from lm.experiment import OBJECTIVES, Experiment, Model, UserError, from_dict, to_dict
 from lm.files import is_open_weights, load
+from lm.launch.values import path_problem
 from lm.overrides import overridden, override
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 2, 130, 141, 143
@@ -321,10 +322,11 @@ def number(least: float, most: float, special: float | None = None) -> NumberIn:
 
 
 def folder_path(text: str) -> Path:
-    """An argparse type: the path of a folder that can be created."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it should be the path of a folder")
-    return Path(text)
+    """An argparse type: the path of a folder that can be created; `~` is the user's home, as in the path of a source."""
+    path = os.path.expanduser(text)
+    if wrong := path_problem(path):
+        raise argparse.ArgumentTypeError(f"{shown(text)} {wrong}")
+    return Path(path)
 
 
 def ending_in(suffix: str) -> Callable[[str], Path]:

@@ -18,9 +18,8 @@ import argparse
 import textwrap
 from typing import Any
 
-from lm.cli.arguments import EXPERIMENT_HELP, NumberIn, at_least, check_stage, resolve
+from lm.cli.arguments import EXPERIMENT_HELP, NumberIn, at_least, check_stage, folder_path, resolve
 from lm.experiment import UserError
-from lm.launch import values
 from lm.launch.job import Job, check_command_words, job_name
 from lm.launch.launcher import COUNT, Launcher, value_of
 from lm.launch.table import FLAGS, LAUNCHERS, launchers_with
@@ -35,9 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT_HELP)
     parser.add_argument("--on", choices=list(LAUNCHERS), required=True, help="place to launch on, see below")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted and do nothing")
-    parser.add_argument(
-        "--run-dir", metavar="DIR", type=valid_text(values.path_problem), help="folder of the run; else runs/NAME"
-    )
+    parser.add_argument("--run-dir", metavar="DIR", type=folder_path, help="folder of the run; else runs/NAME")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     parser.add_argument(
         "--max-restarts",
@@ -88,7 +85,7 @@ def call(arguments: argparse.Namespace) -> int:
         name=job_name(experiment, arguments.job_name) if "--job-name" in launcher.flags else experiment.name,
         experiment=arguments.experiment,
         overrides=tuple(arguments.overrides),
-        run_dir=arguments.run_dir or f"runs/{experiment.name}",
+        run_dir=str(arguments.run_dir or f"runs/{experiment.name}"),
         until=arguments.until,
         max_restarts=launcher.max_restarts if given is None else given,
         grace=arguments.grace,

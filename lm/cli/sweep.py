@@ -102,7 +102,9 @@ def hand_over_workers(arguments: argparse.Namespace, sweep: Sweep, folder: Path)
     words += ["--cache", str(arguments.cache)] if arguments.cache else []
     name = job_name(dataclasses.replace(sweep.base, name=sweep.name), None)
     check_required(arguments, LAUNCHERS[arguments.on])
-    handover = CLUSTERS[arguments.on].hand_over(arguments, name, words, (str(folder), str(arguments.store)))
+    handover = CLUSTERS[arguments.on].hand_over(
+        arguments, name, words, {"--folder": str(folder), "--store": str(arguments.store)}
+    )
     if arguments.dry_run:
         print(handover.text, end="")
         return 0

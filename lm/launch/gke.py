@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +216,7 @@ def _xpk_comment(job: Job, cluster: Cluster) -> list[str]:
     ]
 
 
-def sweep_workers(name: str, words: list[str], count: int, folders: tuple[str, ...], cluster: Cluster) -> Handover:
+def sweep_workers(name: str, words: list[str], count: int, folders: Mapping[str, str], cluster: Cluster) -> Handover:
     """Render a Job of `count` pods for `kubectl apply -f -`, each with all chips of one host.
 
     Raises:
@@ -227,8 +228,8 @@ def sweep_workers(name: str, words: list[str], count: int, folders: tuple[str, .
             "of one host, or launch each trial with lm launch"
         )
     locked = tuple(volume for volume in cluster.volumes if volume.claim)
-    for folder in folders:
-        check_run_dir(folder, locked, "is on no volume claim (pvc:), and in a bucket files cannot be locked")
+    for flag, folder in folders.items():
+        check_run_dir(folder, locked, "is on no volume claim (pvc:), and in a bucket files cannot be locked", flag)
     body = yaml.safe_dump(_workers_manifest(name, words, count, cluster), sort_keys=False, width=1000)
     where = f" -n {cluster.namespace}" if cluster.namespace else ""
     return Handover(
@@ -280,7 +281,7 @@ def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> 
 
 
 def _hand_over_workers(
-    arguments: argparse.Namespace, name: str, words: list[str], folders: tuple[str, ...]
+    arguments: argparse.Namespace, name: str, words: list[str], folders: Mapping[str, str]
 ) -> Handover:
     check_experiment_path(arguments.sweep, FILES)
     cluster = _options(arguments, parse_topology(arguments.topology), 1)

@@ -145,9 +145,9 @@ def check_command_words(words: Iterable[str]) -> None:
             raise UserError(f"{word!r} {wrong}")
 
 
-def local_folder_warning(run_dir: str) -> str | None:
-    """A warning if the run folder is in a place that is local to each machine, such as /tmp; else None."""
-    path = Path(run_dir).absolute()
-    if not any(path.is_relative_to(folder) for folder in LOCAL_FOLDERS):
+def local_folder_warning(folder: str, flag: str = "--run-dir") -> str | None:
+    """A warning if the folder that a flag names is in a place that is local to each machine, such as /tmp; else None."""
+    path = Path(folder).absolute()
+    if not any(path.is_relative_to(local) for local in LOCAL_FOLDERS):
         return None
-    return f"{run_dir} looks like a folder local to each machine; all hosts must see the same --run-dir"
+    return f"{folder} looks like a folder local to each machine; all hosts must see the same {flag}"

@@ -46,11 +46,11 @@ class SweepWorkers:
 
     Args:
         flags: names of the launcher's flags that apply to workers.
-        hand_over: (arguments of `lm sweep`, job name, words of a worker's command, folders it writes) -> Handover.
+        hand_over: (arguments of `lm sweep`, job name, words of a worker's command, flag -> folder it writes) -> Handover.
     """
 
     flags: tuple[str, ...]
-    hand_over: Callable[[argparse.Namespace, str, list[str], tuple[str, ...]], Handover]
+    hand_over: Callable[[argparse.Namespace, str, list[str], Mapping[str, str]], Handover]
 
 
 @dataclass(frozen=True)

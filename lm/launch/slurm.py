@@ -190,10 +190,11 @@ def _launch(arguments: argparse.Namespace, experiment: Experiment, job: Job) -> 
 
 
 def _hand_over_workers(
-    arguments: argparse.Namespace, name: str, words: list[str], folders: tuple[str, ...]
+    arguments: argparse.Namespace, name: str, words: list[str], folders: Mapping[str, str]
 ) -> Handover:
-    if warning := local_folder_warning(folders[0]):
-        print(f"lm sweep: {warning}", file=sys.stderr)
+    for flag, folder in folders.items():
+        if warning := local_folder_warning(folder, flag):
+            print(f"lm sweep: {warning}", file=sys.stderr)
     return sweep_workers(name, words, arguments.workers, _options(arguments, 1))
 
 

@@ -106,6 +106,8 @@ def render(job: Job, slices: Slices) -> Handover:
         raise UserError(f"{slices.topology.kind} is available on GKE only: --on gke")
     if any(volume.claim for volume in slices.volumes):
         raise UserError("--volume pvc:… is for Kubernetes only; TPU VMs mount gs://BUCKET:/PATH")
+    if slices.spot and slices.reserved:
+        raise UserError("--spot and --reserved exclude each other: a reservation is not preemptible; give one of them")
     check_run_dir(job.run_dir, slices.volumes, "is on the disk of each host, and lost with it")
     where = _options(zone=slices.zone, project=slices.project)
     many = slices.slices > 1

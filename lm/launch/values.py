@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from lm.experiment import UserError
 
 LARGEST = 2**31 - 1  # largest count or number of seconds: schedulers use 32 bits
+LONGEST_PART, LONGEST_PATH = 255, 4095  # bytes of a folder's name and of a path, on Linux
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 
 
@@ -142,13 +143,21 @@ def bucket_problem(bucket: str) -> str | None:
 
 
 def path_problem(path: str) -> str | None:
-    """Error text for a folder that cannot be named in a script or manifest; None if it is valid."""
-    if not path:
-        return "is empty"
+    """Error text for a folder that cannot be made, or be named in a command, script or manifest; None if it is valid."""
+    if not path.strip():
+        return "is empty; it should be the path of a folder"
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in path):
         return "has a control character or line break"
     if path.startswith("-"):
         return "begins with a hyphen, so commands would read it as an option"
+    if path.startswith("~"):
+        return "begins with ~ and names no user's folder"
+    parts = PurePosixPath(path).parts
+    longest = max(len(part.encode()) for part in parts)
+    if longest > LONGEST_PART or len(path.encode()) > LONGEST_PATH:
+        return f"is too long: at most {LONGEST_PART} bytes between two /, and {LONGEST_PATH} in all"
+    if parts[0] == "/" and parts[1:2] in (("proc",), ("sys",), ("dev",)) and parts[2:3] != ("shm",):
+        return f"is below /{parts[1]}, where no folder can be made"
     return None
 
 

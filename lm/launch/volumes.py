@@ -12,6 +12,7 @@ from lm.experiment import UserError
 from lm.launch.values import OBJECT, bucket_problem, mounted_path_problem
 
 FORM = re.compile(r"(?:gs://(?P<bucket>[^:]*)|pvc:(?P<claim>[^:]*)):(?P<path>/.*)", re.DOTALL)
+SHARED = ("home", "lm", "opt", "srv", "tmp", "var")  # /lm: the working folder of the Dockerfile's image
 SYSTEM = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "root", "run", "sbin", "sys", "usr")
 
 
@@ -53,6 +54,8 @@ def _mount_problem(path: str) -> str | None:
     parts = PurePosixPath(path).parts
     if parts[1] in SYSTEM:
         return f"would hide /{parts[1]} of the hosts; take a folder such as /mnt/runs"
+    if len(parts) == 2 and parts[1] in SHARED:
+        return f"would hide what the hosts have in {path}; take a folder such as /mnt/runs"
     if ":" in path:
         return "has a colon, which ends the path of a mount"
     if "." in path.split("/"):
@@ -76,22 +79,23 @@ def parse_volumes(texts: Iterable[str]) -> tuple[Volume, ...]:
     return volumes
 
 
-def check_run_dir(run_dir: str, volumes: tuple[Volume, ...], lost: str) -> None:
-    """Check that the run folder is on one of the volumes.
+def check_run_dir(run_dir: str, volumes: tuple[Volume, ...], lost: str, flag: str = "--run-dir") -> None:
+    """Check that a folder that the hosts write is on one of the volumes.
 
     Args:
         lost: what would happen to it otherwise, for the error message.
+        flag: the flag that names the folder.
 
     Raises:
         UserError: it is on none, or its path contains `..`.
     """
     wrong = mounted_path_problem(run_dir)
     if wrong:
-        raise UserError(f"--run-dir {run_dir!r} {wrong}")
+        raise UserError(f"{flag} {run_dir!r} {wrong}")
     if any(PurePosixPath(run_dir).is_relative_to(volume.path) for volume in volumes):
         return
     mounted = ", ".join(volume.path for volume in volumes)
     raise UserError(
-        f"--run-dir {run_dir} {lost}: put it below "
+        f"{flag} {run_dir} {lost}: put it below "
         + (f"a mounted volume ({mounted})" if volumes else "storage that all hosts mount, --volume gs://BUCKET:/PATH")
     )

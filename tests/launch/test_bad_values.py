@@ -141,10 +141,38 @@ def test_a_buckets_name_is_refused_with_the_rule_that_it_breaks(capsys, bucket, 
     ("gs://other:/mnt/runs", "two are mounted at /mnt/runs"), ("gs://other:/mnt//runs/", "two are mounted at /mnt/runs"),
     ("gs://other:/mnt/runs/inner", "/mnt/runs/inner is below /mnt/runs"), ("gs://other:/mnt", "/mnt/runs is below /mnt"),
     ("gs://other:/mnt/x/../runs", "contains .."), ("gs://other:/", "below the root"), ("gs://other:/usr/local", "hide /usr"), ("gs://other:/a:b", "colon"),
+    ("gs://other:/home", "hide what the hosts have in /home"), ("gs://other:/tmp/", "in /tmp"), ("gs://other:/lm", "in /lm"),
+    (f"gs://other:/mnt/{'x' * 256}", "too long"), ("gs://other:/" + "x/" * 2100, "too long"),
 ])  # fmt: skip
 def test_volumes_have_folders_of_their_own(capsys, second, told):
     for on in ("gke", "tpu-vm"):
         assert told in refused(capsys, on, "--volume", second)
+
+
+def test_a_reservation_is_not_preemptible(capsys):
+    assert "--spot and --reserved" in refused(capsys, "tpu-vm", "--spot", "--reserved")
+
+
+def test_the_home_of_a_folder_is_that_of_the_user(capsys, monkeypatch):
+    monkeypatch.setenv("HOME", "/shared/me")
+    assert launch("slurm", "--run-dir=~/runs/pod") == 0
+    assert "--run-dir /shared/me/runs/pod" in capsys.readouterr().out
+    assert "~nobody-here" in refused(capsys, "slurm", "--run-dir=~nobody-here/runs")
+
+
+UNMADE = ["/proc/x", "/dev/null", "/sys/x", "x" * 256, "/" + "x/" * 2100, "-x", " "]
+
+
+@pytest.mark.parametrize("folder", UNMADE)
+def test_a_folder_that_cannot_be_made_is_refused_before_a_job_is_queued(capsys, work, folder):
+    assert "--run-dir" in refused(capsys, "slurm", f"--run-dir={folder}")
+    (work / "grid.py").write_text(
+        "import runpy\nfrom lm.sweep.sweep import Sweep\n"
+        "sweep = Sweep('grid', runpy.run_path('pod.py')['experiment'], {'pretrain.optimizer.peak_lr': (1e-3, 2e-3)})\n"
+    )
+    for flag in ("--folder", "--store"):
+        assert main(["sweep", "grid.py", "--on", "slurm", f"{flag}={folder}", "--dry-run"]) == 2
+        assert flag in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
