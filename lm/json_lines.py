@@ -18,6 +18,7 @@ from typing import Any
 from lm.config.field import UserError
 from lm.stored import write_atomic
 
+TAIL = 1 << 16  # bytes at the end of a file that hold its last line
 RETRY_SECONDS = 0.2  # after this time a reader reads again, since the file may just have been replaced
 
 
@@ -91,6 +92,30 @@ def read_json_lines(path: Path, fields: Mapping[str, type] | None = None) -> lis
     return found
 
 
+def read_last_line(path: Path) -> bytes:
+    """The last whole line of a JSON-lines file, b"" without one; only the ends of the file and of its checksums are read.
+
+    Raises:
+        UserError: the line that was written last is gone, or does not match its checksum.
+    """
+
+    def ends() -> tuple[list[bytes], list[bytes]]:
+        return _tail(checksums(path))[-1:], _tail(path)
+
+    def intact(sums: list[bytes], lines: list[bytes]) -> bool:
+        return sums[0] in map(_crc32, lines) if sums else True  # the lines after that one have no checksum yet
+
+    sums, lines = ends()
+    if not intact(sums, lines):
+        time.sleep(RETRY_SECONDS)
+        sums, lines = ends()
+    if not intact(sums, lines):
+        raise UserError(
+            f"{path} has lost its last line, or it does not match its checksum; put back a copy of the file"
+        )
+    return lines[-1] if lines else b""
+
+
 def rewrite_json_lines(path: Path, lines: Sequence[bytes]) -> None:
     """Replace the content of the file; a kill at any moment leaves either all old lines or all new ones."""
     checksums(path).unlink(missing_ok=True)
@@ -116,6 +141,18 @@ def _read(path: Path) -> tuple[list[bytes], list[bytes]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return sums.split(b"\n")[:-1], whole.split(b"\n") if whole else []
+
+
+def _tail(path: Path) -> list[bytes]:
+    """The whole lines at the end of a file; none if it is missing."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - TAIL))
+            return stream.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _first_difference(sums: list[bytes], lines: list[bytes]) -> int | None:

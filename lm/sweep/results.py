@@ -16,6 +16,7 @@ from lm.shapes import is_flag, is_number, is_text, misfit
 from lm.stored import read_record
 from lm.train.provenance import last_session
 from lm.train.run_files import StageFiles, read_stage
+from lm.train.run_folder import RunFolder
 
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss"})
 DIVERGED = re.compile(r"\b(loss|grad_norm) is (nan|-?inf) at step")  # matches a run's error message
@@ -135,12 +136,17 @@ def measurements(stage: StageFiles, name: str, field: str) -> list[tuple[int, fl
 
 
 def read_result(folder: Path) -> Result:
-    """Read one run. Raises UserError if the folder is not a run's, or its experiment.json lacks a field."""
+    """Read one run.
+
+    Raises:
+        UserError: the folder is not a run's, its experiment.json lacks a field, or a file of it was removed.
+    """
     found = normalised(read_experiment(folder))
     if fault := misfit(found, EXPERIMENT):
         raise UserError(
             f"{folder / 'experiment.json'} is damaged: its {fault:.80} cannot be read; put back a copy of it"
         )
+    RunFolder(folder).check_whole(stage["name"] for stage in found["stages"])
     return Result(folder, found)
 
 

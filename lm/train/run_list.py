@@ -13,11 +13,13 @@ from typing import Any
 
 from lm.changes import read_experiment
 from lm.experiment import UserError
+from lm.json_lines import read_last_line
 from lm.stored import take_lock
 from lm.train.metrics import SHOWN
 from lm.train.run_folder import RunFolder
 
-TAIL = 1 << 16  # bytes at the end of a file that hold its last line
+PARTS = {"experiment.json", "environment.json", "stages"}
+"""Parts of a run. A folder with two of them is a run, which may have lost the third."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def list_runs(folder: Path) -> list[RunState]:
 
 def _run_folders(folder: Path) -> Iterable[Path]:
     for here, below, files in os.walk(folder):
-        if "experiment.json" in files and "environment.json" in files:
+        if len(PARTS.intersection(files + below)) > 1:
             below.clear()
             yield Path(here)
 
@@ -57,9 +59,10 @@ def run_state(folder: Path) -> RunState:
     written = max((found.st_mtime for found in sizes.values()), default=folder.stat().st_mtime)
     try:
         names = [(stage["name"], int(stage.get("steps", 0))) for stage in read_experiment(folder)["stages"]]
+        RunFolder(folder).check_whole(name for name, _ in names)
         state, metrics = _progress(RunFolder(folder), names)
     except (UserError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        state, metrics = "cannot be read", " ".join(str(error).split())[:60]
+        state, metrics = "cannot be read", " ".join(str(error).replace(f"{folder}/", "").split())[:60]
     if is_running(folder):
         state = f"running: {state}"
     return RunState(folder, state, metrics, sum(found.st_size for found in sizes.values()), saved, written)
@@ -99,13 +102,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a JSON-lines file, {} without one."""
-    if not path.is_file():
-        return {}
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - TAIL))
-        lines = stream.read().split(b"\n")[:-1]
-    found = json.loads(lines[-1]) if lines and lines[-1] else {}
+    """The last object of a JSON-lines file, {} without one."""
+    found = json.loads(read_last_line(path) or "{}")
     return found if isinstance(found, dict) else {}
 
 
@@ -125,11 +123,13 @@ def older_checkpoints(folder: Path) -> list[Path]:
 def readers_of(folder: Path, others: Iterable[Path]) -> list[Path]:
     """The other runs whose experiments name this run, as RUN:STAGE."""
     names = {json.dumps(f"{name}:")[:-1] for name in (folder.name, str(folder), str(folder.resolve()))}
-    texts = {other: (other / "experiment.json").read_text(errors="replace") for other in others}
+
+    def text(other: Path) -> str:  # environment.json repeats what experiment.json says, which may be gone
+        files = (RunFolder(other).experiment, RunFolder(other).environment)
+        return "".join(file.read_text(errors="replace") for file in files if file.is_file())
+
     return [
-        other
-        for other, text in texts.items()
-        if other.resolve() != folder.resolve() and any(name in text for name in names)
+        other for other in others if other.resolve() != folder.resolve() and any(name in text(other) for name in names)
     ]
 
 

@@ -27,6 +27,7 @@ def place(made, tmp_path):
     for name in ("whole", "part"):
         shutil.copytree(made / "whole", tmp_path / name)
     (tmp_path / "part" / "stages" / "sft" / "summary.json").unlink()
+    RunFolder(tmp_path / "part").record_finished()
     return tmp_path
 
 
@@ -75,8 +76,10 @@ def test_a_run_is_removed_whole_but_not_without_a_yes(place, capsys):
 def test_a_run_that_another_reads_is_named(place, capsys):
     file = place / "part" / "experiment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": f"{place / 'whole'}:sft"}))
+    shutil.copytree(place / "part", place / "bare")
+    (place / "bare" / "experiment.json").unlink()
     main(["runs", "rm", str(place / "whole")])
-    assert "its models are named in" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("its models are named in") == 1
 
 
 @pytest.mark.parametrize(

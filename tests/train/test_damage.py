@@ -337,18 +337,29 @@ def outcome(root: Path, command: str, capsys) -> tuple[int, str, list[str]]:
         "sample": ["sample", run, "--max-new-tokens", "4"],
         "eval": ["eval", run, *cache],
         "report": ["report", run],
+        "runs": ["runs", str(root), "--json"],
+        "compare": ["compare", run, "--page", str(root / "page.html"), "--csv", str(root / "rows.csv")],
     }
     capsys.readouterr()
     code = main(words[command])
     told = capsys.readouterr()
     stage = root / "run" / "stages" / "sft"
-    files = {"run": [stage / f"{kind}.jsonl" for kind in KINDS], "report": [root / "run" / "report.html"]}
+    lines = [line for line in told.err.splitlines() if line.startswith("lm: error")]
+    if command == "runs":
+        found = [(one["state"], one["metrics"]) for one in json.loads(told.out)]
+        told_of = [metrics for state, metrics in found if state == "cannot be read"]
+        return (2 if told_of else code), str(found), told_of
+    files = {
+        "run": [stage / f"{kind}.jsonl" for kind in KINDS],
+        "report": [root / "run" / "report.html"],
+        "compare": [root / "rows.csv"],
+    }
     numbers = told.out if command != "run" else ""
     numbers += "".join(file.read_text() for file in files.get(command, ()) if code == 0 and file.exists())
-    return code, CLOCKS.sub("", numbers), [line for line in told.err.splitlines() if line.startswith("lm: error")]
+    return code, CLOCKS.sub("", numbers), lines
 
 
-@pytest.mark.parametrize("command", ["run", "sample", "eval", "report"])
+@pytest.mark.parametrize("command", ["run", "sample", "eval", "report", "runs", "compare"])
 def test_a_damaged_file_gives_the_same_numbers_or_one_line(whole, command, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "kept")
     code, numbers, _ = outcome(whole, command, capsys)
