@@ -49,13 +49,15 @@ class RolloutViewer:
     """Answers the page's requests for one run.
 
     Raises:
-        UserError: the run keeps no trajectories, or those of `stage` are not there.
+        UserError: the run keeps no trajectories, or those of `stage`, or all that some stage kept, are not there.
     """
 
     def __init__(self, run: Path, stage: str | None = None):
         self.run, self.experiment = run, from_dict(read_experiment(run))
         folders = {one.name: run / "stages" / one.name for one in self.experiment.stages}
         self.stages = {name: StageRollouts(folder) for name, folder in folders.items() if trajectory_files(folder)}
+        for name in filter(lambda name: name not in self.stages, folders):
+            check_kept(folders[name])  # it may have lost all of them
         if stage is not None and stage not in self.stages:
             known = f"those with some: {', '.join(self.stages)}" if self.stages else "no other stage has any"
             raise UserError(f"--stage {stage}: {run} keeps no trajectories of this stage; {known}")
@@ -70,8 +72,13 @@ class RolloutViewer:
 
     def _tokenizer(self) -> tuple[TextTokenizer | None, str]:
         """The run's tokenizer, or None and why there is none: dialogues are then shown as text."""
+        folder = RunFolder(self.run)
         try:
-            return load_tokenizer(RunFolder(self.run).tokenizer), ""
+            found = load_tokenizer(folder.tokenizer)
+            then = folder.read_environment().get("began", {}).get("tokenizer", found.fingerprint)
+            if then != found.fingerprint:
+                raise UserError(f"{folder.tokenizer} is not the tokenizer that sampled them: put back a copy of it")
+            return found, ""
         except UserError as error:
             return None, f"tokens are not shown, only texts: {error}"
 

@@ -21,7 +21,7 @@ from lm.experiment import GRPO, PPO, Experiment, Source, Stage, UserError, to_di
 from lm.objectives.importance import RATIO_LEVELS
 from lm.objectives.surrogates import SURROGATES, TokenSample
 from lm.rollout.trajectory import Rollout, Trajectory
-from lm.stored import write_json_atomic
+from lm.stored import write_json_atomic, write_sealed
 from lm.train.trajectory_files import keep_only, trajectory_files
 from lm.train.trajectory_writer import keep_trajectories
 from lm.web.rollout_index import FILTERS, SORTS
@@ -218,6 +218,20 @@ def test_a_file_that_a_stage_lacks_is_told(run):
     trajectory_files(stage)[2].unlink()
     (told,) = RolloutViewer(run).groups({})["damaged"]
     assert "has 4 of the 5 trajectory files that the stage kept" in told
+
+
+def test_a_stage_that_lacks_all_its_files_is_told(run):
+    for path in trajectory_files(run / "stages" / "reason"):
+        path.unlink()
+    with pytest.raises(UserError, match="has 0 of the 5 trajectory files that the stage kept"):
+        RolloutViewer(run)
+
+
+def test_another_tokenizer_than_the_one_that_sampled_shows_no_tokens(run, tokenizer):
+    for sampled_by, told in ((tokenizer[0].fingerprint, ""), ("0" * 64, "is not the tokenizer that sampled them")):
+        write_sealed(run / "environment.json", {"runs": [], "began": {"tokenizer": sampled_by}})
+        viewer = RolloutViewer(run)
+        assert told in viewer.no_tokens and (viewer.tokenizer is None) == bool(told)
 
 
 def test_files_that_come_and_go_while_a_stage_runs_are_followed(run, tokenizer):
