@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from lm.algorithms.grpo import grpo_rollout, grpo_sample
+from lm.allocator import keep_freed_memory
 from lm.data.prompts import Prompts
 from lm.experiment import DPO, GRPO, LoRA, Mesh, Model, Objective, Optimizer, Pretrain, Source, Stage
 from lm.model.transformer import Transformer
@@ -104,6 +105,7 @@ def pretrain(kit: ModuleType, c: dict[str, Any], model: Transformer, rank: int =
 
 
 def adapter(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
+    keep_freed_memory(False)  # as `lm run` does where an adapter trains
     return pretrain(kit, c, model, rank=16)
 
 

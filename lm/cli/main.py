@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from lm import __version__
+from lm.allocator import ALLOCATOR
 from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED, EXIT_USER
 from lm.config.field import LONGEST_VALUE, message_line
 from lm.experiment import UserError, nearest
@@ -57,16 +58,6 @@ ENVIRONMENT = {
 
 # Device files of TPUs, NVIDIA's and AMD's GPUs, and of GPUs under Windows.
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-
-# What the C library reads before the interpreter starts: memory in huge pages, and given back to no one between two steps,
-# which use the same again. A training step on a CPU takes tens of thousands of page faults without, and a seventh to a third
-# more CPU time (see benchmarks/README.md).
-ALLOCATOR = {
-    "GLIBC_TUNABLES": ":".join(
-        f"glibc.malloc.{name}"
-        for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=100000000000", "arena_max=1", "top_pad=67108864")
-    )
-}
 
 # OSErrors that a user can cause: a full disk, missing permissions, an invalid path. Any other OSError is
 # a bug.

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lm.allocator import keep_freed_memory
 from lm.check import check, short_warmups
 from lm.data.cache import current_cache
 from lm.data.selection import (
@@ -230,6 +231,7 @@ def _prepare_data(
 def _train(run: RunContext, index: int, batches: Batches | None, began: float) -> None:
     """Train a stage from the models that it needs; `batches` is None for data that did not exist when the run started."""
     stored, stage = run.stored, run.experiment.stages[index]
+    keep_freed_memory(not stage.lora.rank)
     shares_base = reward_names(stage) or stage.objective.teacher_name  # these models need the original base
     base = "model" if shares_base else stage.lora.base
     model, fingerprint = model_before(stored, index, base=base)

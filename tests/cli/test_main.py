@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.cli.main import ALLOCATOR, COMMANDS, Parser, main, split_overrides
+from lm.allocator import ALLOCATOR
+from lm.cli.main import COMMANDS, Parser, main, split_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = """
