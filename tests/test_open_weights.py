@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from lm.train import models
 from lm.train.base import fingerprint, read_stored
 from lm.train.checkpoint import Checkpoints
 from lm.train.loaded_run import load_run
-from lm.train.stages import evaluate_open_weights, run
+from lm.train.stages import evaluate_open_weights, evaluate_run, run
 from tests.data.hub import small
 from tests.train.runs import metrics
 
@@ -104,6 +105,27 @@ def test_a_run_begins_with_the_weights_and_is_resumed_with_no_others(weights, tm
     file.write_bytes(file.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UserError, match=rf"the data of hf:{weights} had SHA-256 \w+ and now have"):
         run(more, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_other_weights_than_the_run_began_with_is_refused(weights, tmp_path):
+    init, rows = tmp_path / "init", tmp_path / "pairs.jsonl"
+    shutil.copytree(weights, init)
+    pairs = [{"prompt": f"what is {number}?", "chosen": "a system", "rejected": "it is"} for number in range(30)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = Source(str(rows), holdout=0.2)
+    stage = Stage("dpo", DPO(), (source,), steps=1, batch_size=2, seq_len=64, optimizer=Optimizer(warmup_steps=0))
+    measured = (Eval("pairs", source, metric="pair_accuracy", count=2),)
+    run(Experiment("open", (stage,), measured, mesh=Mesh(data=1), init=str(init)), tmp_path / "run")
+    assert evaluate_run(tmp_path / "run")
+    for name, change in (("model.safetensors", (b"\x00", b"\x01")), ("config.json", (b"e-0", b"e-1"))):
+        whole = (init / name).read_bytes()
+        start, end, there = whole.rpartition(change[0])
+        assert end
+        (init / name).write_bytes(start + change[1] + there)
+        with pytest.raises(UserError, match=rf"the data of hf:{init} had SHA-256 \w+ and now have"):
+            evaluate_run(tmp_path / "run")
+        (init / name).write_bytes(whole)
 
 
 @pytest.mark.slow

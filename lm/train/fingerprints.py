@@ -41,9 +41,9 @@ def _data(experiment: Experiment) -> dict[str, str]:
     }
 
 
-def _weights(experiment: Experiment) -> dict[str, str]:
-    named = {experiment.init, *(stage.objective.teacher_name for stage in experiment.stages)}
-    weights = {name: fingerprint(name) for name in sorted(filter(names_weights, named))}
+def initial_weights(experiment: Experiment) -> dict[str, str]:
+    """SHA-256 by name of the open weights, and of the adapter on them, that a run begins with."""
+    weights = {experiment.init: fingerprint(experiment.init)} if experiment.init else {}
     if experiment.adapter:
         folder = Path(experiment.adapter).expanduser()
         weights |= {
@@ -51,6 +51,11 @@ def _weights(experiment: Experiment) -> dict[str, str]:
             f"{experiment.adapter}/{CONFIG}": file_sha256(folder / CONFIG),
         }
     return weights
+
+
+def _weights(experiment: Experiment) -> dict[str, str]:
+    teachers = {stage.objective.teacher_name for stage in experiment.stages}
+    return initial_weights(experiment) | {name: fingerprint(name) for name in sorted(filter(names_weights, teachers))}
 
 
 def _models_of_other_runs(experiment: Experiment) -> Iterator[tuple[str, str]]:

@@ -27,6 +27,8 @@ from lm.parallel.distributed import broadcast_from_main, raise_on_all
 from lm.parallel.rules import abstract, shardings
 from lm.train.base import Known, adapter_stage, base_stage, check_base, read_stored, recorded_base, with_base
 from lm.train.checkpoint import Checkpoints, Restored
+from lm.train.fingerprints import initial_weights
+from lm.train.resume import differences
 from lm.train.run_folder import RunFolder
 
 NONE_KNOWN: Known = {}
@@ -77,7 +79,17 @@ def model_before(
     Returns:
         the model, and the fingerprint of its base; "" if it still has to be computed.
     """
-    return _model_of(run, start_of(run.experiment, index), known, base)
+    start = start_of(run.experiment, index)
+    if start is None:
+        raise_on_all(lambda: check_initial_weights(run))
+    return _model_of(run, start, known, base)
+
+
+def check_initial_weights(run: StoredRun) -> None:
+    """Raise UserError if the open weights of a run are not those that it began with, or accepted since."""
+    then = run.folder.read_environment().get("began", {}).get("data", {})
+    if found := differences({"data": then}, {"data": initial_weights(run.experiment)}):
+        raise UserError(f"{run.folder.path}: {'; '.join(found)}; restore the weights of that time")
 
 
 def _model_of(
