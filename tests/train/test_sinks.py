@@ -277,6 +277,9 @@ def test_a_finished_run_is_sent_by_a_command(tmp_path, folder, recorder, capsys)
     assert main(["runs", "send", str(folder.path), "--sinks", "mlflow,wandb"]) == 0
     assert capsys.readouterr().out == f"{folder.path}: 1 lines to mlflow\n{folder.path}: 1 lines to wandb\n"
     assert send_run(folder, ["mlflow"]) == {"mlflow": 0}
+    (folder.stage_folder("sft") / "metrics.jsonl").unlink()
+    assert main(["runs", "send", str(folder.path), "--sinks", "mlflow"]) == 2
+    assert "metrics.jsonl:1 is gone: 1 lines were written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--sinks", "mlfow"], [], ["--sinks", ""]])

@@ -156,9 +156,8 @@ class SinkFeed:
         """Send the lines of earlier sessions, of the chosen stages, that the sink lacks."""
         for stage in filter(chosen, self._before):
             for kind in KINDS:
-                sent, path = self._sent.setdefault(stage, {}), self._path(stage, kind)
-                if (stage, kind) not in self._seen and path.exists():
-                    lines = read_lines(path)
+                sent = self._sent.setdefault(stage, {})
+                if (stage, kind) not in self._seen and (lines := read_lines(self._path(stage, kind))):
                     new = lines[sent.get(kind, 0) :]
                     self._send(sink, [numbers_of(stage, kind, one, self._before[stage]) for one in new])
                     sent[kind] = len(lines)
