@@ -34,7 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verifier", metavar="NAME", default="python_tests", help="what judges an answer (%(default)s)"
     )
-    parser.add_argument("--limit", metavar="N", type=at_least(1), default=100, help="the first N tasks (%(default)s)")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=at_least(1),
+        default=100,
+        help="at most N tasks, the same for all models (%(default)s)",
+    )
     parser.add_argument(
         "--answers", metavar="K", type=at_least(1, 1024), default=1, help="answers to a task (%(default)s)"
     )
@@ -114,7 +120,7 @@ def text(found: Playground) -> str:
     for one in found.results:
         rates = [f"{100 * one.rates[k][0]:.1f} %" for k in sizes]
         error, size = f"{100 * one.rates[sizes[-1]][1]:.1f}", f"{one.parameters / 1e6:,.1f}M"
-        cost = (f"{one.tokens_per_s:,.0f}", f"{one.flops / 1e9:,.1f}", f"{one.length:.0f}", f"{100 * one.cut:.0f} %")
+        cost = (f"{one.tokens_per_s:,.0f}", one.gflop, f"{one.length:.0f}", f"{100 * one.cut:.0f} %")
         rows.append((one.name, *rates, error, size, *cost))
     lines = [
         f"{len(found.tasks)} tasks of {found.item.source.path}, judged by {found.item.verifier}",

@@ -311,9 +311,15 @@ function download() {
   URL.revokeObjectURL(link.href);
 }
 
+// What the shades of tokens mean, while they are shown.
+function showKey() {
+  find("shades").setAttribute("aria-pressed", String(talk.shades));
+  find("key").hidden = !talk.shades;
+}
+
 function shade() {
   talk.shades = !talk.shades;
-  find("shades").setAttribute("aria-pressed", String(talk.shades));
+  showKey();
   keep();
   draw();
 }
@@ -375,7 +381,7 @@ for (const id of [...NUMBERS, "system"])
 async function begin() {
   restore();
   for (const [id, value] of Object.entries(talk.settings)) find(id).value = value;
-  find("shades").setAttribute("aria-pressed", String(talk.shades));
+  showKey();
   draw();
   try {
     const reply = await fetch("/v1/models");

@@ -54,6 +54,12 @@ class PlayerResult:
     timeouts: int
     answers: list[list[Trajectory]]
 
+    @property
+    def gflop(self) -> str:
+        """10⁹ operations for an answer, for a table: with one decimal, or two digits of a small number."""
+        billions = self.flops / 1e9
+        return f"{billions:,.1f}" if billions >= 1 else f"{billions:.2g}"
+
 
 @dataclass(frozen=True)
 class Playground:

@@ -52,6 +52,7 @@ def test_rates_cost_and_answers_of_each_model(run, tasks, capsys):
         assert passed == sorted(passed) and 0 <= passed[0] <= passed[-1] <= 1
         assert one["parameters"] == sum(x.size for x in jax.tree.leaves(load_run(run, "first").model))
         assert one["tokens_per_s"] > 0 and one["flops"] > 0 and 0 < one["length"] <= 8
+        assert f">{one['flops'] / 1e9:.2g}<" in page  # a small model's are not shown as 0.0
     assert page.count(">passed") + page.count(">failed") == 2 * 5 * 4
     rate = sum(found["models"][model]["rates"]["1"][0] for model in (0, 1)) / 2
     assert page.count(">passed") == pytest.approx(rate * 40)

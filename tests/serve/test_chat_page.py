@@ -143,7 +143,9 @@ def test_probabilities_of_tokens_and_their_alternatives(two, browser):
         settings(page, temperature=0, max_tokens=8)
         ask(page, "What is 3 + 4?")
         finished(page, 1)
+        assert not page.is_visible("#key")
         page.click("#shades")
+        assert "less probable" in page.inner_text("#key")
         spans = page.query_selector_all(".tokens span")
         assert 1 <= len(spans) <= 8
         spans[0].hover()
