@@ -1,4 +1,7 @@
-"""The log of choices: an append-only file of JSON lines, each synced to disk before it is acknowledged."""
+"""The log of choices: an append-only file of JSON lines, each synced to disk before it is acknowledged.
+
+A line has a checksum of its other fields, `crc32`, by which damage is detected; lines of an older lm, or edited by hand, have none.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +21,8 @@ from lm.stored import take_lock
 Record = dict[str, Any]
 
 CHOICES = ("left", "right", "tie", "both bad", "skip")
+
+SEAL = "crc32"
 
 STRENGTHS = (1, 2, 3)  # slightly, clearly, much better
 
@@ -113,7 +119,7 @@ class Log:
         a record that `read_log` would refuse.
         """
         numbered = {"id": max((one["id"] for one in self.records[-1:]), default=0) + 1, **record}
-        line = (json.dumps(numbered) + "\n").encode()
+        line = (json.dumps(numbered | {SEAL: _crc32(numbered)}) + "\n").encode()
         fault = fault_of(numbered)
         if fault or _parse(line) != (numbered, ""):
             raise UserError(f"this choice cannot be recorded: {fault or 'it would be read as another choice'}")
@@ -196,9 +202,16 @@ def _parse(line: bytes) -> tuple[Record | None, str]:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None, "it is not JSON"
+    seal = record.pop(SEAL, None) if isinstance(record, dict) else None
+    if seal not in (None, _crc32(record)):
+        return None, f"it does not match its {SEAL}, which a line that is edited by hand should lack"
     record = _with_whole_numbers(record)
     fault = fault_of(record)
     return (None, fault) if fault else (record, "")
+
+
+def _crc32(record: Any) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _with_whole_numbers(record: Any) -> Any:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -91,6 +92,24 @@ def test_what_would_not_be_read_is_not_written_and_is_named_where_it_stands(tmp_
     path.write_bytes(content + json.dumps({"id": 2, **CHOICE, **wrong}).encode() + b"\n")
     with pytest.raises(UserError, match=rf"line 2 is not a record of a choice \({next(iter(wrong))} is"):
         read_log(path)
+
+
+def test_a_flipped_bit_changes_no_choice_in_silence(tmp_path):
+    path, draw = tmp_path / "labels.jsonl", random.Random(0)
+    whole = filled(path, 2)
+    records, told = read_log(path).records, 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+        try:
+            found = read_log(path)
+            ours = [
+                {name: record.get(name) for name in intact}
+                for record, intact in zip(found.records, records, strict=False)
+            ]
+            assert ours == records or found.remark
+        except UserError as error:
+            told += "does not match its crc32" in str(error)
+    assert told > len(whole) / 4
 
 
 def test_whole_numbers_that_an_earlier_version_took_as_fractions_are_read(tmp_path):
