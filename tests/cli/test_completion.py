@@ -34,7 +34,7 @@ def ask(work, line, *python) -> subprocess.CompletedProcess:
     }  # fmt: skip
     (work / "offered").write_text("")
     command = [sys.executable, *python, "-m", "lm.cli.main"]
-    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def offered(work, line) -> set[str]:
@@ -79,7 +79,7 @@ def test_completion_loads_nothing_slow(work):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_text_for_a_shell_names_the_command(shell):
-    done = subprocess.run([*LM, "completion", shell], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*LM, "completion", shell], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "_ARGCOMPLETE" in done.stdout and " lm" in done.stdout
 
 
@@ -101,6 +101,6 @@ def test_a_shell_completes_with_that_text(work, tmp_path, shell):
     }
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [shell, "-c", asks[shell]], cwd=work, env=environment, capture_output=True, text=True, timeout=60
+        [shell, "-c", asks[shell]], cwd=work, env=environment, capture_output=True, text=True, timeout=300
     )
     assert "--model.num_layers" in done.stdout, done.stderr

@@ -25,17 +25,15 @@ from lm.experiment import Pretrain, Source, Stage, UserError
 from lm.stored import cache_at, sealed, unsealed
 
 BUILDER = """
-import sys, time
+import sys
 from pathlib import Path
 import numpy as np
 from lm.data.cache import Cache
 
 def build(writer):
-    for number in range(int(sys.argv[2])):
-        writer.append("numbers", np.full(1000, number))
-        if number == 0:
-            print("begun", flush=True)
-        time.sleep(0.01)
+    writer.append("numbers", np.arange(1000))
+    print("begun", flush=True)
+    sys.stdin.readline()
     print("made", flush=True)
 
 entry = Cache(Path(sys.argv[1])).entry("test", {"a": 1}, build, "numbers")
@@ -43,9 +41,10 @@ print(int(entry.array("numbers").sum()), flush=True)
 """
 
 
-def start(folder: Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILDER, str(folder), str(steps)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, stdin: int = subprocess.PIPE) -> subprocess.Popen:
+    """A process that builds an entry, and goes on with it when it reads a line or stdin ends."""
+    command = [sys.executable, "-c", BUILDER, str(folder)]
+    return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def thousand(writer):
@@ -107,7 +106,7 @@ def test_a_damaged_entry_is_told_and_made_anew(tmp_path, capsys, damage):
 
 
 def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
-    process = start(tmp_path, 10_000)
+    process = start(tmp_path)
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -120,12 +119,12 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
 
 
 def test_two_builders_at_once_give_one_entry_and_one_says_that_it_waits(tmp_path):
-    first = start(tmp_path, 300)
+    first = start(tmp_path)
     assert first.stdout.readline() == "begun\n"
-    second = start(tmp_path, 300)
-    (made, _), (waited, said) = first.communicate(), second.communicate()
-    total = str(1000 * sum(range(300)))
-    assert made.split() == ["made", total] and waited.split() == [total]
+    second = start(tmp_path, subprocess.DEVNULL)  # if it does not wait, it builds the entry at once
+    said = second.stderr.readline()
+    (made, _), (waited, _) = first.communicate("\n"), second.communicate()
+    assert made.split() == ["made", "499500"] and waited.split() == ["499500"]
     assert f"numbers: waiting for process {first.pid} on " in said
     assert len(list(tmp_path.glob("test-*"))) == 1
 

@@ -43,7 +43,7 @@ class Serving:
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> str:
         self.process.send_signal(how)
-        rest = self.process.communicate(timeout=60)[0]
+        rest = self.process.communicate(timeout=300)[0]
         return "".join(self.said) + rest
 
 

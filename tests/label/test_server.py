@@ -4,7 +4,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -283,7 +282,7 @@ def held(server: Server, count: int, start: bytes) -> list[socket.socket]:
 
 
 def is_closed(one: socket.socket) -> bool:
-    """Whether the server ends a connection without waiting for more of its request."""
+    """Whether the server ends a connection without waiting for more of its request; fails if nothing comes for half a minute."""
     try:
         while one.recv(4096):
             pass
@@ -292,12 +291,11 @@ def is_closed(one: socket.socket) -> bool:
     return True
 
 
-def test_without_the_token_no_body_is_waited_for(tmp_path):
+def test_without_the_token_no_body_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 600.0)
     with serving(tmp_path, questions(1), TOKEN, "127.0.0.1") as server:
-        began = time.monotonic()
         (one,) = held(server, 1, SLOW + b"\r\n{")
         assert one.recv(4096).startswith(b"HTTP/1.1 401") and is_closed(one)
-        assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(
@@ -318,8 +316,7 @@ def test_a_request_that_does_not_come_is_ended_whoever_sends_it(tmp_path, monkey
 
         thread = threading.Thread(target=drip)
         thread.start()
-        began = time.monotonic()
-        assert is_closed(one) and time.monotonic() - began < 8
+        assert is_closed(one)
         dripping.set()
         thread.join()
         assert Client(server, **FRIEND).post("show")[0] == 200
@@ -327,12 +324,12 @@ def test_a_request_that_does_not_come_is_ended_whoever_sends_it(tmp_path, monkey
 
 def test_slow_connections_take_a_bounded_number_of_threads_and_nobody_elses_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(connections, "MOST_CONNECTIONS", 20)
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 600.0)
     with serving(tmp_path, questions(2), TOKEN, "127.0.0.1") as server:
         friend = Client(server, **FRIEND)
         assert friend.post("show")[0] == 200
         slow = held(server, 60, b"POST /api/show HTTP/1.1\r\nHost:")
-        began = time.monotonic()
-        assert Client(server, **FRIEND).post("show")[0] == 200 and time.monotonic() - began < 8
+        assert Client(server, **FRIEND).post("show")[0] == 200
         assert len(server._open) <= 20
         connection = friend.connection.sock
         assert friend.post("show")[0] == 200 and friend.connection.sock is connection, "who may ask is not cut off"

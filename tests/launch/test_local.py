@@ -85,7 +85,7 @@ def result(run_dir: Path):
 def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to_the_bit(work):
     processes = 2
     quiet = launched("quiet", processes)
-    said, _ = quiet.communicate(timeout=300)
+    said, _ = quiet.communicate(timeout=900)
     assert quiet.returncode == 0, said
 
     first = launched("shot", processes)
@@ -93,7 +93,7 @@ def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to
     os.kill(children(first)[processes - 1], signal.SIGKILL)  # in the middle of a step
     until_saved("shot", first, saved)
     first.terminate()  # all save, and it is over
-    said, _ = first.communicate(timeout=300)
+    said, _ = first.communicate(timeout=900)
     assert first.returncode == 130, said
     told = [line.removeprefix("lm launch: ") for line in said.splitlines() if line.startswith("lm launch: ")]
     assert len(told) == 2, said
@@ -104,7 +104,7 @@ def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to
     assert stopped < STEPS and f"saved at step {stopped} of {STEPS}" in said
 
     second = launched("shot", processes)
-    said, _ = second.communicate(timeout=300)
+    said, _ = second.communicate(timeout=900)
     assert second.returncode == 0, said
     (model, losses), (expected_model, expected_losses) = result(work / "shot"), result(work / "quiet")
     assert [step for step, *_ in losses] == list(range(1, STEPS + 1))
@@ -116,7 +116,7 @@ def test_a_run_that_lost_a_process_and_was_stopped_ends_as_an_undisturbed_one_to
 @pytest.mark.slow
 def test_an_error_of_the_users_is_not_tried_again(work):
     process = launched("out", 1, "--pretrain.sources.0.path", "txet.txt")
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 2
     lines = said.strip().splitlines()
     assert lines[0].startswith("lm: error: ") and "txet.txt" in lines[0]

@@ -84,7 +84,7 @@ def shown(*command: str) -> str:
 
 
 def until(condition, folder: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
         time.sleep(0.1)

@@ -94,7 +94,7 @@ def test_a_signal_ends_the_command_while_it_compiles_and_removes_the_compilers_f
     os.killpg(process.pid, number)  # as a terminal does, and a scheduler
     began = time.monotonic()
     assert process.communicate() == ("", "") and process.returncode == code
-    assert time.monotonic() - began < 3 and not list(scratch.iterdir())  # compiling this takes 15 s
+    assert time.monotonic() - began < 10 and not list(scratch.iterdir())  # compiling this takes 15 s
 
 
 @needs_compiler

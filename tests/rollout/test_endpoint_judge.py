@@ -91,7 +91,7 @@ def test_a_judge_that_never_answers_is_counted(server, name, trouble):
         server.failures = 1000
     else:
         server.reply = "I cannot say."
-    found = compute_rewards(name, ROWS, ["a", "b", "c"], "reason", seconds=1.0)
+    found = compute_rewards(name, ROWS, ["a", "b", "c"], "reason", seconds=3.0)
     assert found.late.tolist() == [True] * 3
     assert len(server.asked) >= 6
 
@@ -136,7 +136,7 @@ def test_a_reply_that_is_none_is_asked_again_then_counted(tmp_path, trouble, rec
         seconds, start = 5.0 if recovers and not endless else 1.0, time.monotonic()
         found = compute_rewards(f"endpoint:{tmp_path}/judge.json", ROWS[:1], ["a"], "reason", seconds=seconds)
         server.shutdown()
-    assert time.monotonic() - start < 2 * seconds + 1
+    assert time.monotonic() - start < seconds + 8  # a byte at a time would take ten
     succeeds = recovers and not endless
     assert found.late.tolist() == [not succeeds] and found.values[0] == pytest.approx(0.7 * succeeds)
     assert len(asked) >= 1 + (not endless and trouble != "no end")

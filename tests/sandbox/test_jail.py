@@ -68,7 +68,7 @@ def test_without_a_jail_programs_are_still_limited():
     assert found.run(program("print(1)")).stdout == b"1\n"
     assert found.run(program("while True: pass"), JailLimits(seconds=0.5)).status == "timeout"
     code = "import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(60)\nprint(os.getpid())"
-    outcome = found.run(program(code), JailLimits(seconds=5.0))
+    outcome = found.run(program(code), JailLimits(seconds=60.0))
     assert outcome.ok
 
 
@@ -80,9 +80,9 @@ def test_programs_of_several_threads_run_at_the_same_time(jail):
 
 def test_the_jails_end_with_a_process_that_is_killed(jail):
     name = f"orphan{os.getpid()}"
-    code = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0); time.sleep(60)"
+    code = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0); time.sleep(900)"
     script = (
-        f"from lm.sandbox.jail import *; jail_of_kind({jail.kind!r}).run(program({code!r}), JailLimits(seconds=60.0))"
+        f"from lm.sandbox.jail import *; jail_of_kind({jail.kind!r}).run(program({code!r}), JailLimits(seconds=900.0))"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
     assert eventually(lambda: named(name))
@@ -96,7 +96,7 @@ def test_a_program_that_the_kernel_kills_has_run_out_of_cpu_time(jail):
     found, name = jail_of_kind(jail.kind), f"busy{os.getpid()}"
     code = f"import ctypes\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nwhile True: pass"
     with ThreadPoolExecutor(1) as thread:
-        outcome = thread.submit(found.run, program(code), JailLimits(seconds=1.0, cpu_seconds=1.0))
+        outcome = thread.submit(found.run, program(code), JailLimits(seconds=600.0, cpu_seconds=1.0))
         assert eventually(lambda: named(name))
         (supervisor,) = Path(f"/proc/{found._warden.pid}/task/{found._warden.pid}/children").read_text().split()
         os.kill(int(supervisor), signal.SIGSTOP)
@@ -126,8 +126,8 @@ def named(name: str) -> bool:
 
 
 def eventually(holds) -> bool:
-    """Whether something holds within half a minute."""
-    deadline = time.monotonic() + 30
+    """Whether something holds within five minutes."""
+    deadline = time.monotonic() + 300
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.05)
     return holds()

@@ -146,7 +146,7 @@ def test_adapters_are_models_and_ctrl_c_ends_the_server(folder):
             }
             assert len(set(texts.values())) == 3
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
             assert process.stderr.read() == ""
         finally:
             process.kill()

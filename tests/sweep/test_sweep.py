@@ -56,7 +56,7 @@ def processes(folder):
     return found
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=600):
     until = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < until, "nothing came"
@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
     wait_for(lambda: any((place / "shared").glob("*/summary.json")))
     killed = wait_for(lambda: processes(folder))[0]
     os.kill(killed[1], signal.SIGKILL)  # the worker; what it started ends with it, and another goes on from there
-    said, _ = sweeping.communicate(timeout=240)
+    said, _ = sweeping.communicate(timeout=900)
     assert sweeping.returncode == 0, said
     return folder, said
 

@@ -68,7 +68,7 @@ def test_a_notebook_has_one_output_for_progress():
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = notebook.cells[0].outputs
     assert [one["output_type"] for one in outputs] == ["display_data", "stream"]
     assert outputs[0]["data"]["text/plain"].startswith("sft  step 3000/3000")

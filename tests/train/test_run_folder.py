@@ -171,7 +171,7 @@ os.fsync = half
 run_folder.write_json_atomic(file, {"value": 2})
 """
     file = tmp_path / "summary.json"
-    run = subprocess.run([sys.executable, "-c", code, str(file)], cwd=ROOT, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code, str(file)], cwd=ROOT, timeout=300)
     assert run.returncode == -signal.SIGKILL
     assert read_json(file) == {"value": 1}
 

@@ -64,7 +64,7 @@ def session(tmp_path, folder, name, start, end, offset=0.0, told=None):
     """A session of stage sft, steps `start` + 1 to `end`, with an eval at its beginning and end."""
     value = replace(experiment(tmp_path), sinks=(name,))
     with (
-        feeding(value, folder, (told if told is not None else []).append) as feeds,
+        feeding(value, folder, (told if told is not None else []).append, patience=None) as feeds,
         MetricsLog(
             folder.stage_folder("sft"), lambda kind, line: [feed.write("sft", kind, line) for feed in feeds]
         ) as log,
@@ -203,7 +203,7 @@ def test_a_line_that_the_sink_has_is_not_sent_again_by_the_next_session(tmp_path
 def test_lines_beyond_what_waits_in_memory_are_read_from_the_file(tmp_path, folder, recorder, monkeypatch):
     monkeypatch.setattr("lm.train.sinks.feed.MOST_WAITING", 3)
     go_on = threading.Event()
-    monkeypatch.setattr(SinkKind, "open", lambda kind, target: go_on.wait(5) and recorder)
+    monkeypatch.setattr(SinkKind, "open", lambda kind, target: go_on.wait(600) and recorder)
     threading.Timer(0.3, go_on.set).start()
     session(tmp_path, folder, "wandb", 0, 20)
     session(tmp_path, folder, "wandb", 20, 22)
@@ -235,7 +235,7 @@ def test_a_sink_that_hangs_holds_up_no_step_and_the_end_only_for_its_patience(tm
     told, began = [], time.monotonic()
     with feeding(value, folder, told.append, patience=0.2):
         pass
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert told == [
         f"sink wandb: not all was sent within 0.2 s: `lm runs send {folder.path} --sinks wandb` sends the rest"
     ]
