@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser_checks import CONTRAST
+from tests.serve.running import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -134,8 +135,7 @@ def test_models_answer_side_by_side_and_stop_frees_their_slots(two, browser):
         assert page.inner_text("article p.quiet") == "stopped"
         left, right = (one.bounding_box() for one in page.query_selector_all("article"))
         assert left["y"] == right["y"] and left["x"] < right["x"]
-        page.wait_for_timeout(1000)
-        assert all(one.engine.running == 0 for one in two.served.values())
+        wait_until(lambda: all(one.engine.running == 0 for one in two.served.values()), 60)
 
 
 def test_probabilities_of_tokens_and_their_alternatives(two, browser):
