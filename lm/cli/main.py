@@ -93,7 +93,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run one command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C, 143 after SIGTERM.
+
+    The process itself then ends by SIGTERM, which a shell shows as 143.
+    """
     if argv is not None:
         return _run(list(argv))
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`lm completion`)
@@ -135,7 +138,10 @@ def _end_if_interrupted() -> None:
         with contextlib.suppress(OSError):  # the reader of a pipe has gone
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(_interrupted)
+        if _interrupted == EXIT_TERMINATED:  # as inside an import, so that whoever sent it sees one way to end
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(_interrupted)  # also the first process of a container, which a signal without a handler does not end
 
 
 def interrupted_again(told: Any) -> None:

@@ -191,7 +191,7 @@ def test_sigterm_removes_what_was_begun_and_is_quiet(here):
         "import os, signal\nfrom pathlib import Path\nfrom lm.stored import new_folder\n"
         "with new_folder(Path('out')):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     )
-    assert told_of(here, text) == (143, "", "")
+    assert told_of(here, text) == (-signal.SIGTERM, "", "")
     assert not [path for path in here.iterdir() if "out" in path.name]
 
 
