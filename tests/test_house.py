@@ -12,7 +12,7 @@ from lm.experiment import OBJECTIVES
 ROOT = Path(lm.__file__).parent
 FLOORS = (
     "cli", "label", "serve", "web", "papers", "sweep", "launch", "plan", "trained_model", "train", "choices", "evals", "algorithms", "rollout", "sandbox", "open_weights", "data", "interop", "train_step", "objectives", "optimizer",
-    "model", "parallel", "check", "types", "overrides", "files", "user_functions", "changes", "experiment", "json_lines", "stored", "shapes", "config", "parent_death", "allocator", "between_batches", "notebook",
+    "model", "parallel", "check", "types", "overrides", "files", "user_functions", "changes", "extras", "experiment", "json_lines", "stored", "shapes", "config", "parent_death", "allocator", "between_batches", "notebook",
 )  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

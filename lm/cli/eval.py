@@ -46,6 +46,7 @@ from lm.cli.arguments import (
     weights_of,
 )
 from lm.experiment import UserError
+from lm.extras import install_command
 
 if TYPE_CHECKING:
     from lm.evals.harness import TaskResult
@@ -158,7 +159,7 @@ def benchmarks(arguments: argparse.Namespace) -> int:
             f"{arguments.overrides[0]}: --tasks measures a model as it is, and takes no field of an experiment"
         )
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness: pip install 'lm[bench]'")
+        raise UserError(f"--tasks needs lm-evaluation-harness: {install_command('bench')}")
     run_dir = weights_of(arguments.run[0]) or find_run(arguments.run[0])
 
     from lm.stored import cache_at, write_atomic

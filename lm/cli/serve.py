@@ -22,6 +22,7 @@ import importlib.util
 
 from lm.cli.arguments import MODEL_HELP, access_token, add_address, add_slots, at_least, find_model, link
 from lm.experiment import UserError
+from lm.extras import install_command
 
 TAKES_OVERRIDES = False
 NEEDS = ("starlette", "uvicorn", "llguidance", "prometheus_client")
@@ -50,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def call(arguments: argparse.Namespace) -> int:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"`lm serve` needs {', '.join(missing)}: install the extra serve (pip install 'lm[serve]')")
+        raise UserError(f"`lm serve` needs {', '.join(missing)}: {install_command('serve')}")
     found = [find_model(arguments.run, stage) for stage in dict.fromkeys(arguments.stage or [None])]
     token = access_token(arguments.host, arguments.token_file)
 

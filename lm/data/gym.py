@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from lm.experiment import UserError, nearest
+from lm.extras import install_command
 
 SEED = 0
 LENGTH = 1 << 20  # number of tasks, generated on demand
@@ -33,7 +34,7 @@ def gym_family(name: str) -> Any:
         import reasoning_gym  # takes a second, and not everybody has it
         from reasoning_gym.factory import DATASETS
     except ImportError:
-        raise UserError(f"gym:{name} needs the library reasoning-gym: pip install 'lm[gym]'") from None
+        raise UserError(f"gym:{name} needs the library reasoning-gym: {install_command('gym')}") from None
     if name in SLOW:
         raise UserError(
             f"gym:{name} generates a task in {SLOW[name]} ms, and at most {MOST_MILLISECONDS} ms are accepted: a run reads "

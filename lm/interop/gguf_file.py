@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lm.experiment import UserError
+from lm.extras import install_command
 from lm.interop.tensors import LFS, Tensor
 
-INSTALL = "pip install 'lm[gguf]'"
 MOST_ITEMS = 2**21
 """Maximum length of an array in the metadata, above the largest vocabularies; a damaged length would be read for hours."""
 
@@ -24,7 +24,7 @@ def package() -> ModuleType:
     try:
         return importlib.import_module("gguf")
     except ModuleNotFoundError as error:
-        raise UserError(f"GGUF files need the package gguf, which is not installed: {INSTALL}") from error
+        raise UserError(f"GGUF files need the package gguf: {install_command('gguf')}") from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

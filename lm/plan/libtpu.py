@@ -12,10 +12,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lm.experiment import UserError
+from lm.extras import install_command
 
 LIBRARY = "libtpu.so"
 VARIABLE = "TPU_LIBRARY_PATH"  # environment variable that jax prefers to the installed package
-INSTALL = "pip install 'lm[plan]'"
 OTHER = "pip install --no-deps --target DIR libtpu==VERSION"
 
 
@@ -60,7 +60,7 @@ def find_libtpu(given: str | None) -> Libtpu:
         return Libtpu(path.resolve(), _version_beside(path.resolve()), required_by_jax())
     spec = importlib.util.find_spec("libtpu")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"--compile needs the TPU compiler, which is not installed: {INSTALL}")
+        raise UserError(f"--compile needs the TPU compiler, which is not installed: {install_command('plan')}")
     path = Path(spec.submodule_search_locations[0]) / LIBRARY
     return Libtpu(path, _version_beside(path) or _installed_version(), required_by_jax())
 

@@ -5,6 +5,7 @@ import json
 import re
 import sqlite3
 import struct
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -291,7 +292,8 @@ def test_what_is_no_sink_is_told(folder, capsys, words):
 def test_a_sink_whose_library_is_missing_names_the_extra(folder, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["runs", "send", str(folder.path), "--sinks", "mlflow"]) == 2
-    assert "sink mlflow: mlflow is not installed: pip install 'lm[mlflow]'" in capsys.readouterr().err
+    told = f"sink mlflow: mlflow is not installed: {sys.executable} -m pip install 'lm[mlflow]'"
+    assert told in capsys.readouterr().err
 
 
 def test_urls_lose_users_passwords_and_queries():

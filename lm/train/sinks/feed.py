@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.experiment import Experiment, UserError, from_dict
+from lm.extras import install_command
 from lm.shapes import is_count, is_text
 from lm.stored import read_record, write_sealed
 from lm.train.metrics import read_lines
@@ -37,7 +38,7 @@ class SinkKind:
     def open(self, target: Target) -> Sink:
         """Open the sink. Raises UserError if its library is not installed, and whatever the library raises."""
         if importlib.util.find_spec(self.library) is None:
-            raise UserError(f"{self.library} is not installed: pip install 'lm[{self.extra}]'")
+            raise UserError(f"{self.library} is not installed: {install_command(self.extra)}")
         opener: Opener = importlib.import_module(f"lm.train.sinks.{self.module}").open_sink
         return opener(target)
 
