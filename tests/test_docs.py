@@ -5,12 +5,14 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from lm.cli.main import COMMANDS, Parser
 from lm.experiment import Experiment
+from lm.files import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +83,27 @@ def test_a_command_and_its_options_on_a_page_exist(name):
             options, takes_fields = own[command]
             unknown = set(re.findall(r"(?<!\S)--[\w-]+(?=[\s=]|$)", rest)) - options - {"--help"}
             assert not unknown or (takes_fields and unknown <= FIELDS), f"{line.strip()}: {unknown}"
+
+
+RUNS = "|".join(sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
+
+
+@pytest.mark.parametrize("name", [*PAGES, "../benchmarks/README.md"])
+def test_a_stage_on_a_page_is_one_of_its_experiment(name):
+    text = (ROOT / "docs" / name).read_text("utf-8")
+    named = re.findall(rf"\b({RUNS}):(\w+)", text)
+    listed = re.findall(rf"\blm [a-z]+ ({RUNS})\b[^#`\n]*--stage ((?:\w+ ?)+)", text)
+    named += [(run, stage) for run, stages in listed for stage in stages.split()]
+    unknown = [(run, stage) for run, stage in named if stage not in {one.name for one in load(run).stages}]
+    assert not unknown
+
+
+@pytest.mark.parametrize("name", [*PAGES, "../benchmarks/README.md"])
+def test_an_extra_on_a_page_exists_and_comes_from_the_clone(name):
+    """Elsewhere `lm` is another package of this name."""
+    commands = re.findall(r"pip install ([^#`\n]*\[[^\s`]+)", (ROOT / "docs" / name).read_text("utf-8"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert all((found := re.fullmatch(r"-e '\.\[(\w+)\]'", one)) and found[1] in extras for one in commands), commands
 
 
 def options_of(command: str) -> tuple[set[str], bool]:
