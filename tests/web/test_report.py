@@ -99,6 +99,18 @@ def test_markup_of_the_model_is_shown_and_not_obeyed(tmp_path):
     assert page.text.count("<script>alert(1)</script><b>bold</b>&amp;␀␛[31m\ufffd") > 20
 
 
+def test_the_heading_of_examples_counts_the_answers_marked_right(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for path in folder.glob("stages/*/samples.jsonl"):
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for number, line in enumerate(one for one in lines if one["kind"] == "heldout"):
+            line["reward"] = (1.0, 0.5, 0.0)[number % 3]
+        write_lines(path, lines)
+    section = re.search(r'<section id="examples">.*?</section>', render(read_run(folder)), re.DOTALL)[0]
+    told = re.findall(r"(\d+) of these \d+ right", section)
+    assert sum(map(int, told)) == section.count('<span class="right">right') > 0
+
+
 def test_white_space_of_an_answer_is_kept(finished):
     assert "def add(a, b):\n    return a + b" in page_of(finished).text
     assert "white-space: pre-wrap" in (Path(charts.__file__).parent / "report.css").read_text("utf-8")
