@@ -13,7 +13,7 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("time", duration),
     "tokens": ("tokens", count),
     "compile_seconds": ("compiling", duration),
-    "first_step_seconds": ("time to first step", duration),
+    "first_step_seconds": ("first step at", duration),
     "eval_seconds": ("evaluating", duration),
     "sample_seconds": ("sampling", duration),
     "peak_memory_mb": ("peak memory", lambda value: f"{value / 1000:.2f} GB"),
