@@ -204,3 +204,19 @@ def take_lock(file: Path, flag: str, wait: bool = False) -> int | None:
             f"{file} cannot be locked ({reason}): its file system has no file locks; name a place on another one ({flag})"
         ) from error
     return handle
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process has the lock of `take_lock`; the file is only read, so that its folder may be read-only.
+
+    On a file system without locks no process has one, since `take_lock` refuses there.
+    """
+    try:
+        with file.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: NFS grants an exclusive one only to writers
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *NO_LOCKS):
+            raise
+    return False

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import subprocess
 
 import pytest
 
@@ -28,6 +29,7 @@ from lm.stored import read_sealed, write_json_atomic, write_sealed
 from lm.sweep.folder import try_lock
 from lm.sweep.trials import key_of
 from lm.train.run_folder import RunFolder
+from lm.train.run_list import list_runs
 
 DATA = Source("gen:drills")
 PLAN = Experiment(
@@ -162,6 +164,20 @@ def test_a_file_system_without_locks_is_told_in_one_line(code, tmp_path, monkeyp
         with pytest.raises(UserError, match="its file system has no file locks") as refusal:
             take()
         assert "\n" not in str(refusal.value)
+    write_json_atomic(tmp_path / "run" / "experiment.json", to_dict(PLAN))
+    (tmp_path / "run" / "stages").mkdir()
+    (listed,) = list_runs(tmp_path)  # a copy of a run that was trained elsewhere
+    assert listed.state == "pretrain 0 of 100"
+
+
+def test_runs_on_a_disk_that_may_only_be_read_are_listed(small_disk):
+    run = RunFolder(small_disk / "run")
+    (run.path / "stages").mkdir(parents=True)
+    write_json_atomic(run.experiment, to_dict(PLAN))
+    with run.lock():
+        assert [one.state for one in list_runs(small_disk)] == ["running: pretrain 0 of 100"]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert [one.state for one in list_runs(small_disk)] == ["pretrain 0 of 100"]
 
 
 def test_a_flag_that_has_become_a_choice_is_read_and_keeps_its_digest():

@@ -14,7 +14,7 @@ from typing import Any
 from lm.changes import read_experiment
 from lm.experiment import UserError
 from lm.json_lines import read_last_line
-from lm.stored import take_lock
+from lm.stored import is_locked
 from lm.train.metrics import SHOWN
 from lm.train.run_folder import RunFolder
 
@@ -70,13 +70,7 @@ def run_state(folder: Path) -> RunState:
 
 def is_running(folder: Path) -> bool:
     """Whether a process has the run's lock."""
-    if not (folder / "lock").exists():
-        return False
-    handle = take_lock(folder / "lock", "RUN")
-    if handle is None:
-        return True
-    os.close(handle)
-    return False
+    return is_locked(folder / "lock")
 
 
 def _progress(run: RunFolder, stages: list[tuple[str, int]]) -> tuple[str, str]:
