@@ -30,6 +30,7 @@ WANTED = "a sentencepiece .model file, or a folder with tokenizer.model or a pub
 TRAINING_BYTES = 2_000_000
 CHUNK = 4_000  # characters; the training text consists of whole chunks, evenly spread
 LONGEST_LINE = 1_000  # characters; sentencepiece skips lines longer than 4192 bytes
+DAMAGED = "put back a copy of it if it is damaged"
 PROBE = " a\n\n    b\t\u00e9\u4f60 "  # round-trips only through a lossless tokenizer
 MIN_VOCAB = 262  # 256 bytes, 3 special tokens, unknown, newline, space
 UNTRAINABLE = re.compile("[\0\r\u2585]+")  # sentencepiece drops training lines with these; they are encoded as bytes
@@ -51,8 +52,8 @@ class SubwordTokenizer:
         for piece, index in self.special_ids.items():
             if not (self._sp.is_control(index) and self._sp.id_to_piece(index) == piece):
                 raise UserError(
-                    f"{name}: {piece} is not a control piece of this sentencepiece model; "
-                    f"train it with control symbols {' '.join(SPECIALS)}"
+                    f"{name}: {piece} is not a control piece of this sentencepiece model: {DAMAGED}, "
+                    f"or train it with control symbols {' '.join(SPECIALS)}"
                 )
         self._special_names = {index: piece.encode() for piece, index in self.special_ids.items()}
         self.pad_id = self.special_ids[END_OF_TEXT]
@@ -64,7 +65,7 @@ class SubwordTokenizer:
         self._space_name_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(
-                f"{name}: this sentencepiece model is not lossless; train it with byte_fallback, "
+                f"{name}: this sentencepiece model is not lossless: {DAMAGED}, or train it with byte_fallback, "
                 "identity normalisation, no dummy prefix and no removal of extra whitespace"
             )
 
@@ -152,8 +153,10 @@ class SubwordTokenizer:
             if model:  # otherwise sentencepiece fails only when it is first used
                 return cls(model, name=str(file))
         except (RuntimeError, IndexError, ValueError, OverflowError) as error:
-            raise UserError(f"tokenizer.path: {file} is not a sentencepiece model; name {WANTED}") from error
-        raise UserError(f"tokenizer.path: {file} is empty; name {WANTED}")
+            raise UserError(
+                f"tokenizer.path: {file} is not a sentencepiece model: {DAMAGED}, or name {WANTED}"
+            ) from error
+        raise UserError(f"tokenizer.path: {file} is empty: {DAMAGED}, or name {WANTED}")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> SubwordTokenizer:

@@ -171,6 +171,21 @@ def test_too_small_a_vocabulary_and_missing_or_broken_model_are_clear_errors(tmp
         SubwordTokenizer.load(tmp_path / "broken.model")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: b"", "is empty"),
+        (lambda model: model[: len(model) // 2], "not a sentencepiece model|not a control piece"),
+        (lambda model: model.replace(SPECIALS[1].encode(), b"x" * len(SPECIALS[1])), "not a control piece"),
+        (lambda model: model[:-1] + bytes([model[-1] ^ 1]), "not lossless"),
+    ],
+)
+def test_a_damaged_model_is_to_be_put_back(tmp_path, tokenizer, change, words):
+    (tmp_path / "tokenizer.model").write_bytes(change(tokenizer.model))
+    with pytest.raises(UserError, match=f"tokenizer.model.* ({words}).*put back a copy of it if it is damaged"):
+        SubwordTokenizer.load(tmp_path)
+
+
 @given(
     st.lists(st.sampled_from([*SPECIALS, "<", "|", ">", "\\", "<|", "|>", "im_end", "<|im_end|>"]) | TEXTS, max_size=6)
 )
