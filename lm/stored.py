@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SEAL = "sha256"
 # Errors of flock() on a file system without locks: Lustre without `-o flock`, NFS without a lock daemon, some FUSE ones.
 ENOTSUPP = 524  # of the Linux kernel; Python's errno has no name for it
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, ENOTSUPP)
+LOOK_SECONDS = 0.1  # after this time a lock is asked for again, since `is_locked` holds it for an instant
 _cache: contextvars.ContextVar[Path | None] = contextvars.ContextVar("cache folder", default=None)
 
 
@@ -192,7 +194,11 @@ def take_lock(file: Path, flag: str, wait: bool = False) -> int | None:
     """
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            time.sleep(LOOK_SECONDS)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
         if isinstance(error, BlockingIOError):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import subprocess
+import threading
 
 import pytest
 
@@ -25,7 +26,7 @@ from lm.experiment import (
     from_dict,
     to_dict,
 )
-from lm.stored import read_sealed, write_json_atomic, write_sealed
+from lm.stored import LOOK_SECONDS, read_sealed, write_json_atomic, write_sealed
 from lm.sweep.folder import try_lock
 from lm.sweep.trials import key_of
 from lm.train.run_folder import RunFolder
@@ -178,6 +179,18 @@ def test_runs_on_a_disk_that_may_only_be_read_are_listed(small_disk):
         assert [one.state for one in list_runs(small_disk)] == ["running: pretrain 0 of 100"]
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert [one.state for one in list_runs(small_disk)] == ["pretrain 0 of 100"]
+
+
+def test_a_run_starts_while_runs_are_listed(tmp_path):
+    """`lm runs` holds the lock of a run for the instant in which it looks."""
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        pass
+    with (run.path / "lock").open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(LOOK_SECONDS / 2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with run.lock():
+            pass
 
 
 def test_a_flag_that_has_become_a_choice_is_read_and_keeps_its_digest():
