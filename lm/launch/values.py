@@ -153,10 +153,10 @@ def path_problem(path: str) -> str | None:
     if path.startswith("~"):
         return "begins with ~ and names no user's folder"
     parts = PurePosixPath(path).parts
-    longest = max(len(part.encode()) for part in parts)
+    longest = max((len(part.encode()) for part in parts), default=0)
     if longest > LONGEST_PART or len(path.encode()) > LONGEST_PATH:
         return f"is too long: at most {LONGEST_PART} bytes between two /, and {LONGEST_PATH} in all"
-    if parts[0] == "/" and parts[1:2] in (("proc",), ("sys",), ("dev",)) and parts[2:3] != ("shm",):
+    if parts[:1] == ("/",) and parts[1:2] in (("proc",), ("sys",), ("dev",)) and parts[2:3] != ("shm",):
         return f"is below /{parts[1]}, where no folder can be made"
     return None
 

@@ -221,3 +221,8 @@ def test_what_an_override_says_arrives_as_it_was_given(capsys, words):
     assert not any("wrap" in line for line in directives)
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
     assert shlex.quote(words) in script
+
+
+@pytest.mark.parametrize("path", [".", "./", "/", ".."])
+def test_a_path_without_names_is_a_folder(path):
+    assert values.path_problem(path) is None
