@@ -24,7 +24,7 @@ ALTERNATIVES = 20  # likeliest tokens that are reported beside a sampled one
 class SlotSettings:
     """How the next token of each slot is chosen. `allowed` has a bit for each token; `constrained` says whether it is read.
 
-    `filtered` and `compared` say whether any slot has top-k or top-p, and whether any reports alternatives.
+    `filtered` and `scored` say whether any slot has top-k or top-p, and whether any reports log-probabilities.
     """
 
     seeds: Shaped[Anywhere, " R"]  # uint32
@@ -34,7 +34,7 @@ class SlotSettings:
     allowed: Int[Anywhere, "R W"]
     constrained: Bool[Anywhere, ""]
     filtered: Bool[Anywhere, ""]
-    compared: Bool[Anywhere, ""]
+    scored: Bool[Anywhere, ""]
 
 
 @pytree
@@ -87,19 +87,22 @@ def step(
         number = found.count
         logits = whole_rows(model.logits(slots.hidden)).astype(jnp.float32)
         token = _chosen(logits, keys, slots.steps, choices, vocab_size)
-        scores = jax.nn.log_softmax(logits, axis=-1)
-        logp = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
-        likeliest = jax.lax.cond(
-            choices.compared,
-            lambda: tuple(jax.lax.top_k(scores[:, :vocab_size], alternatives)),
-            lambda: (jnp.zeros((rows, alternatives)), jnp.zeros((rows, alternatives), jnp.int32)),
-        )
+
+        def scored() -> tuple[Array, Array, Array]:
+            scores = jax.nn.log_softmax(logits, axis=-1)
+            logp = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
+            return logp, *jax.lax.top_k(scores[:, :vocab_size], alternatives)
+
+        def unscored() -> tuple[Array, Array, Array]:
+            return jnp.zeros(rows), jnp.zeros((rows, alternatives)), jnp.zeros((rows, alternatives), jnp.int32)
+
+        logp, others_logp, others = jax.lax.cond(choices.scored, scored, unscored)
         after = append(model, slots, assigned, lengths, token, logp, end_ids)
         return after, Stepped(
             found.tokens.at[:, number].set(jnp.where(slots.done, -1, token)),
             found.logp.at[:, number].set(logp),
-            found.others.at[:, number].set(likeliest[1]),
-            found.others_logp.at[:, number].set(likeliest[0]),
+            found.others.at[:, number].set(others),
+            found.others_logp.at[:, number].set(others_logp),
             after.done,
             number + 1,
         )
@@ -124,12 +127,12 @@ def _chosen(
     scaled = jax.lax.cond(choices.constrained, of_allowed, lambda: scaled)
     real = jnp.where(jnp.arange(size) < vocab_size, scaled, -jnp.inf)
     kept = jax.lax.cond(choices.filtered, lambda: _filtered(real, choices), lambda: real)
-    at = jnp.where(greedy[:, 0], 0.0, 1.0)
 
-    def one(*row: Array) -> Array:
-        return choose(row[0][None], row[1][None], row[2][None], row[3])[0][0]
+    def sampled() -> Array:
+        return choose(kept, keys, steps, jnp.float32(1))[0]
 
-    return jax.vmap(one)(kept, keys, steps, at)
+    likeliest = choose(kept, keys, steps, jnp.float32(0))[0]
+    return jax.lax.cond(greedy.all(), lambda: likeliest, lambda: jnp.where(greedy[:, 0], likeliest, sampled()))
 
 
 def _filtered(logits: Float[Array, "R V"], choices: SlotSettings) -> Float[Array, "R V"]:

@@ -255,7 +255,7 @@ class SlotEngine:
         choices = SlotSettings(
             self._seeds.copy(), self._temperature.copy(), self._top_k.copy(), self._top_p.copy(), allowed,
             np.bool_(constrained), np.bool_(any(one.top_k or one.top_p < 1 for one in running)),
-            np.bool_(any(one.alternatives for one in running)),
+            np.bool_(any(one.alternatives is not None for one in running)),
         )  # fmt: skip
         self._slots, stepped = self._step(self._weights, self._slots, assigned, choices, np.int32(most))
         self._started[:] = False
