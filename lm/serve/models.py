@@ -22,7 +22,7 @@ from lm.serve.completions import Delta, LiveCompletion
 from lm.serve.memory import LENGTH, sizes_for
 from lm.serve.protocol import Asked, Refused, Settings
 from lm.serve.schema import Tokens
-from lm.serve.slot_engine import NARROW, WIDE, SlotEngine
+from lm.serve.slot_engine import SlotEngine, part_widths
 from lm.serve.text_stream import TextStream
 from lm.train.loaded_run import load_adapters, load_run
 
@@ -156,7 +156,7 @@ def warm_up(served: Served) -> None:
     """Compile the programs of an engine, by prompts of all widths."""
     engine = served.engine
     settings = Settings(temperature=1.0, top_p=1.0, top_k=0, seed=0, max_tokens=1, stop=(), alternatives=None)
-    for size in {min(engine.sizes.length - 1, width + 1) for width in (0, NARROW, WIDE)}:
+    for size in {min(engine.sizes.length - 1, fewest) for _, fewest in part_widths()}:
         asked = Asked(served.name, [[0] * size], False, 1, False, False, settings, {})
         engine.waiting += served.prepare(asked, math.inf, _nothing)
         while engine.busy:

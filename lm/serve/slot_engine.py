@@ -15,12 +15,17 @@ from jaxtyping import Array
 
 from lm.data.text_tokenizer import TextTokenizer
 from lm.model.transformer import Transformer
+from lm.parallel.rules import platform
 from lm.rollout.slots import Assignment, empty_reader, empty_slots, fill_lanes, read_chunk
 from lm.rollout.stepping import BURST, SlotSettings, Stepped, step
 from lm.serve.completions import LiveCompletion
 from lm.serve.text_stream import ScoredToken
 
-NARROW, MIDDLE, WIDE = 16, 64, 256  # tokens of a prompt that are read at a time; few widths, few compilations
+WIDE = 256  # most tokens of a prompt that are read at a time
+# Widths in which a prompt is read, each with the fewest tokens that are left where it is taken. Few widths mean few compilations.
+# A CPU's time is that of a part's tokens, padding included; an accelerator's is that of reading the weights, so it takes fewer parts.
+WIDTHS = {"cpu": ((WIDE, WIDE), (32, 25), (8, 1))}
+WIDTHS_OF_ACCELERATORS = ((WIDE, WIDE), (64, 17), (16, 1))
 READ = 256  # tokens that are read between two steps: a part of a long prompt, or short prompts
 FEW = 2  # tokens of a step while slots are free, so that a completion that comes begins soon
 PASS_SECONDS = 0.05  # between two pieces of a completion's text, at least; and of a step with more than FEW tokens
@@ -41,11 +46,16 @@ class EngineSizes:
         return max(sum(part) for part in parts(self.length))
 
 
+def part_widths() -> tuple[tuple[int, int], ...]:
+    """(width, fewest tokens left) for this kind of device, the widest first."""
+    return WIDTHS.get(platform(), WIDTHS_OF_ACCELERATORS)
+
+
 def parts(length: int) -> list[tuple[int, int]]:
     """Start and width of the parts in which a prompt is read, which depend on its length alone."""
     found, start = [], 0
     while (left := length - start) > 0:
-        width = WIDE if left >= WIDE else MIDDLE if left > NARROW else NARROW
+        width = next(width for width, fewest in part_widths() if left >= fewest)
         found.append((start, width))
         start += width
     return found

@@ -1,5 +1,6 @@
 """What the official client gets is what the engine samples alone, whatever else is asked at the same time."""
 
+import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 from lm.objectives.logprobs import token_logprobs
 from lm.rollout.engine import LocalEngine, Request, completion_text
 from lm.rollout.sampler import encode_prompt
-from lm.serve.slot_engine import SlotEngine
+from lm.serve.slot_engine import SlotEngine, parts
 from lm.types import TokenBatch
 from tests.serve.running import wait_until
 
@@ -236,23 +237,30 @@ def test_a_client_that_vanishes_frees_its_slot_within_a_second(running):
     assert found.usage.completion_tokens >= 1
 
 
+def test_the_parts_of_a_prompt_hold_it_with_little_padding():
+    for length in range(1, 600):
+        read = parts(length)
+        assert [start for start, _ in read] == [0, *itertools.accumulate(width for _, width in read)][:-1]
+        assert 0 <= sum(read[-1]) - length < 8 and {width for _, width in read} <= {8, 32, 256}
+
+
 @pytest.mark.slow
 def test_a_conversation_that_goes_on_is_read_from_where_it_went_on(serve, monkeypatch):
     first, other = (np.random.default_rng(seed).integers(3, 300, 700).tolist() for seed in (0, 1))
     longer = first[:600] + other[:80]
     with serve(slots=2, max_len=900, new=20) as running:
-        read, parts = SlotEngine._read, []
-        monkeypatch.setattr(SlotEngine, "_read", lambda self, *given: parts.append(given[2:]) or read(self, *given))
+        read, seen = SlotEngine._read, []
+        monkeypatch.setattr(SlotEngine, "_read", lambda self, *given: seen.append(given[2:]) or read(self, *given))
 
         def ask(prompt):
-            parts.clear()
+            seen.clear()
             found = running.client.completions.create(
                 model="default", prompt=prompt, max_tokens=20, temperature=0, logprobs=3
             )
-            return found.choices[0].text, found.choices[0].logprobs, list(parts)
+            return found.choices[0].text, found.choices[0].logprobs, list(seen)
 
         *alone, every = ask(longer)
-        assert every == [(0, 256), (256, 256), (512, 64), (576, 64), (640, 64)]
+        assert every == [(0, 256), (256, 256), (512, 32), (544, 32), (576, 32), (608, 32), (640, 32), (672, 8)]
         assert ask(other)[2][0] == (0, 256)
         ask(first[:600])
         *after, left = ask(longer)
