@@ -1,6 +1,7 @@
 """lm/evals/heldout.py: what a model that knows nothing must score, and one that is its own reference."""
 
 import json
+import lzma
 import math
 import string
 
@@ -49,7 +50,8 @@ def test_every_token_of_a_document_and_its_end_is_counted_once(tmp_path, tokeniz
     predicted = len(tokenizer.encode(text)) + 1
     assert found["bits_per_byte"] == pytest.approx(predicted * math.log2(tokenizer.vocab_size) / len(text), rel=1e-5)
     assert found["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
-    assert found["bytes"] == len(text) and found["xz_bits_per_byte"] > 0
+    packed = len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    assert found["bytes"] == len(text) and found["xz_bits_per_byte"] == 8 * packed / len(text)
 
 
 def test_of_a_conversation_the_answers_and_their_ends_are_counted(tmp_path, tokenizer, clueless):
