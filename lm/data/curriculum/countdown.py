@@ -1,6 +1,6 @@
 """`gen:countdown`: make a target from three numbers, each used once; demonstrations guess, or search in a fixed order.
 
-Three of twenty demonstrations try one calculation after another until the target is found; the others give a random one, which is
+One of five demonstrations tries one calculation after another until the target is found; the others give a random one, which is
 seldom right. A search that is carried out without a mistake is always right, and reinforcement learning can discover that.
 """
 
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from lm.data.curriculum.draw import Draw
 
 STREAM = 6
-LARGEST = 9
-SEARCHED_PERCENT = 15
+LARGEST = 12
+SEARCHED_PERCENT = 20
 PAIRS = ((0, 1, 2), (0, 2, 1), (1, 2, 0))  # places of the first two numbers and of the third
 SIGNS = ("+", "-", "*")
 
@@ -21,7 +21,7 @@ SIGNS = ("+", "-", "*")
 class Attempt(NamedTuple):
     """A calculation with two of the numbers, then the sum of its result and the third number, and their difference."""
 
-    first: str  # 3 * 7
+    first: str  # 3*7
     value: int
     third: int
 
@@ -29,13 +29,20 @@ class Attempt(NamedTuple):
     def results(self) -> tuple[int, int]:
         return self.value + self.third, abs(self.value - self.third)
 
+    def step(self, target: int) -> str:
+        """The calculations up to the target, with every number that they need beside them: 3*7=21, 21+4=25, 21-4=17."""
+        high, low = max(self.value, self.third), min(self.value, self.third)
+        both, apart = self.results
+        difference = "" if both == target else f", {high}-{low}={apart}"
+        return f"{self.first}={self.value}, {self.value}+{self.third}={both}{difference}"
+
     def expression(self, place: int) -> str:
         """The whole calculation that gives `results[place]`."""
         if place == 0:
-            return f"{self.first} + {self.third}"
+            return f"{self.first}+{self.third}"
         if self.value >= self.third:
-            return f"{self.first} - {self.third}"
-        return f"{self.third} - {self.first if '*' in self.first else f'({self.first})'}"
+            return f"{self.first}-{self.third}"
+        return f"{self.third}-{self.first if '*' in self.first else f'({self.first})'}"
 
 
 def countdown_row(index: int) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def attempts(numbers: list[int]) -> Iterator[Attempt]:
         high, low = max(numbers[one], numbers[two]), min(numbers[one], numbers[two])
         values = {"+": high + low, "-": high - low, "*": high * low}
         for sign in SIGNS:
-            yield Attempt(f"{high} {sign} {low}", values[sign], numbers[three])
+            yield Attempt(f"{high}{sign}{low}", values[sign], numbers[three])
 
 
 def searched(tried: list[Attempt], target: int) -> tuple[list[str], str]:
@@ -74,7 +81,7 @@ def searched(tried: list[Attempt], target: int) -> tuple[list[str], str]:
     steps = []
     for attempt in tried:
         found = attempt.results
-        steps.append(f"{attempt.first} = {attempt.value}: {found[0]}, {found[1]}")
+        steps.append(attempt.step(target))
         if target in found:
             return steps, attempt.expression(found.index(target))
     raise AssertionError("a target is the result of an attempt")

@@ -23,6 +23,7 @@ from lm.data.curriculum import (
     short_answer_row,
     words,
 )
+from lm.data.curriculum.countdown import countdown_row
 from lm.data.curriculum.draw import Draw
 from lm.data.curriculum.style import CLOSERS, OPENERS, dress, undress
 from lm.data.curriculum.tasks import WEIGHTS, draw_task
@@ -230,3 +231,17 @@ def test_drills_are_right_and_are_no_problem_of_the_other_generators():
         draw = Draw(4, index)
         assert drills.words(draw).split(".")[0].count(",") + 1 == drills.WORDS
         assert drills.SHORTEST <= drills.numbers(draw).split(".")[0].count(",") + 1 <= drills.LONGEST
+
+
+def test_a_countdown_search_is_true_and_ends_at_the_target():
+    rows = [countdown_row(index) for index in range(1500)]
+    searches = [row for row in rows if "=" in row["messages"][1]["content"]]
+    assert 0.15 < len(searches) / len(rows) < 0.25
+    for row in searches:
+        steps, answer = row["messages"][1]["content"].removesuffix(".").split(". The answer is ")
+        found = [step.split("=") for step in re.split("[,;] ", steps)]
+        assert all(eval(calculation) == int(result) for calculation, result in found)
+        after_two = [int(result) for number, (_, result) in enumerate(found) if number % 3]
+        assert after_two.index(row["target"]) == len(after_two) - 1
+        assert answer == row["answer"] and eval(answer) == row["target"]
+        assert sorted(map(int, re.findall(r"\d+", answer))) == sorted(row["numbers"])
