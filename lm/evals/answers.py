@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lm.evals.examples import Examples, read_examples, spec_of
-from lm.evals.rows import ROWS, SHOWN, Measured, Subject, mean_of, rounded
+from lm.evals.rows import SHOWN, Measured, Subject, mean_of, rounded, rows_at_once
 from lm.evals.votes import answer_key, majority_at_k
 from lm.experiment import Eval, UserError
 from lm.model.transformer import Transformer
@@ -157,15 +157,11 @@ def answers_of(item: Eval, subject: Subject[Transformer], each: int = 1) -> tupl
 
 
 def requests_of(
-    item: Eval, asked: Examples, max_len: int, each: int, seed: int, answers: int = ROWS
+    item: Eval, asked: Examples, max_len: int, each: int, seed: int
 ) -> Iterator[tuple[Request, list[dict[str, Any]], int]]:
-    """Requests for `each` answers to all prompts, their rows, and how many of the answers were asked for.
-
-    Args:
-        answers: maximum number of a request's answers, to which the last request is filled up.
-    """
+    """Requests for `each` answers to all prompts, their rows, and how many of the answers were asked for."""
     width = rounded(max(map(len, asked.encoded)), max_len - item.max_new_tokens)
-    at_once = max(1, answers // each)
+    at_once = max(1, rows_at_once(len(asked.encoded) * each) // each)
     for start in range(0, len(asked.encoded), at_once):
         part = range(start, min(start + at_once, len(asked.encoded)))
         filled = [*part, *[part[-1]] * (at_once - len(part))]  # a fixed shape compiles once

@@ -13,7 +13,7 @@ from lm.evals.continuations import score_continuations
 from lm.evals.core import core_score
 from lm.evals.examples import read_examples
 from lm.evals.pairs import pair_accuracy
-from lm.evals.rows import Measured, Subject, row_logp
+from lm.evals.rows import Measured, Subject, rounded, row_logp
 from lm.experiment import Eval
 from lm.model.transformer import Transformer
 
@@ -33,7 +33,8 @@ def bits_per_byte(item: Eval, subject: Subject[Transformer]) -> Measured:
     model = subject.model
     width = model.config.max_len
     found = read_examples(item, subject.tokenizer, width, subject.talks)
-    nats, size = -float(row_logp(model, found.encoded, width).sum()), sum(map(len, found.texts))
+    longest = rounded(max(len(tokens) for tokens, _ in found.encoded), width)
+    nats, size = -float(row_logp(model, found.encoded, longest).sum()), sum(map(len, found.texts))
     predicted = sum(sum(mask) for _, mask in found.encoded)
     values = {"bits_per_byte": nats / math.log(2) / size, "loss": nats / predicted, "bytes": float(size)}
     if found.documents:

@@ -19,7 +19,7 @@ from lm.objectives.logprobs import last_scores, token_logprobs
 from lm.parallel.distributed import fetch
 from lm.types import TokenBatch
 
-ROWS = 64  # rows in one forward pass or one batch of samples: bounds memory, and one shape compiles once
+ROWS = 64  # most rows in one forward pass or one batch of samples: bounds memory
 SHOWN = 12  # examples kept for the report
 
 Measurable = TypeVar("Measurable", Transformer, Scorer, Transformer | Scorer)
@@ -72,15 +72,21 @@ def row_scores(scorer: Scorer, rows: Sequence[Row], width: int) -> Float[np.ndar
 
 
 def _batches(rows: Sequence[Row], width: int) -> Iterator[tuple[int, TokenBatch]]:
-    """Batches of ROWS rows, each with the number of rows that are not padding."""
-    for start in range(0, len(rows), ROWS):
+    """Batches of one shape, each with the number of rows that are not padding."""
+    size = rows_at_once(len(rows))
+    for start in range(0, len(rows), size):
         between_batches()
-        part = rows[start : start + ROWS]
-        tokens, weights, segments = (np.zeros((ROWS, width), kind) for kind in (np.int32, np.float32, np.int32))
+        part = rows[start : start + size]
+        tokens, weights, segments = (np.zeros((size, width), kind) for kind in (np.int32, np.float32, np.int32))
         for i, (ids, mask) in enumerate(part):
             tokens[i, : len(ids)], weights[i, : len(ids)], segments[i, : len(ids)] = ids, mask, 1
-        positions = np.broadcast_to(np.arange(width, dtype=np.int32), (ROWS, width))
+        positions = np.broadcast_to(np.arange(width, dtype=np.int32), (size, width))
         yield len(part), TokenBatch(tokens, weights, segments, positions)
+
+
+def rows_at_once(count: int) -> int:
+    """Rows of each batch where `count` are measured: ROWS, or of fewer the next power of two, so that few shapes compile."""
+    return min(ROWS, 1 << max(0, count - 1).bit_length())
 
 
 def rounded(length: int, most: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm.evals.answers import chances_of_full_reward, requests_of
 from lm.evals.examples import Examples, read_examples, spec_of
-from lm.evals.rows import ROWS, mean_of
+from lm.evals.rows import mean_of
 from lm.experiment import Eval, UserError
 from lm.model.flops import forward_flops_per_token
 from lm.model.transformer import num_params
@@ -115,8 +115,7 @@ def _sample(player: Player, item: Eval, seed: int, tell: Callable[[str], None]) 
     engine, spec = LocalEngine(loaded.model, loaded.tokenizer), spec_of(item)
     episodes: list[Episode] = []
     seconds = 0.0
-    at_once = min(ROWS, len(asked.rows) * item.best_of)
-    for request, rows, kept in requests_of(item, asked, loaded.model.config.max_len, item.best_of, seed, at_once):
+    for request, rows, kept in requests_of(item, asked, loaded.model.config.max_len, item.best_of, seed):
         if not episodes:  # compile first, which is not counted
             engine.complete(replace(request, limits=[1] * (len(rows) * item.best_of)))
         started = time.perf_counter()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from lm.data.tokenizer import SubwordTokenizer
+from lm.evals import rows
 from lm.evals.examples import windows
 from lm.evals.heldout import measure
 from lm.evals.rows import Subject
@@ -52,6 +53,23 @@ def test_every_token_of_a_document_and_its_end_is_counted_once(tmp_path, tokeniz
     assert found["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
     packed = len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
     assert found["bytes"] == len(text) and found["xz_bits_per_byte"] == 8 * packed / len(text)
+
+
+@pytest.mark.parametrize(("count", "shapes"), [(3, [(4, 32)]), (70, [(64, 32), (64, 32)])])
+def test_rows_are_no_wider_and_no_more_than_what_is_measured_needs(
+    tmp_path, tokenizer, clueless, monkeypatch, count, shapes
+):
+    seen, row_logp = [], rows._row_logp
+    monkeypatch.setattr(
+        rows, "_row_logp", lambda model, batch: seen.append(batch.tokens.shape) or row_logp(model, batch)
+    )
+    talks = [
+        [{"role": "user", "content": f"what {i}?"}, {"role": "assistant", "content": "it is"}] for i in range(count)
+    ]
+    asked = item(tmp_path, [{"messages": talk} for talk in talks], metric="bits_per_byte", count=count)
+    found = measure(asked, Subject(clueless, tokenizer))
+    assert found.count == count and seen == shapes
+    assert found.values["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
 
 
 def test_of_a_conversation_the_answers_and_their_ends_are_counted(tmp_path, tokenizer, clueless):
