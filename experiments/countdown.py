@@ -2,7 +2,7 @@
 
     lm run countdown
 
-An SFT stage imitates demonstrations of which about one in seven searches and the others guess (`lm/data/curriculum/countdown.py`); GRPO
+An SFT stage imitates demonstrations of which one in five searches and the others guess (`lm/data/curriculum/countdown.py`); GRPO
 can find out that searching is right. The eval samples at temperature 1, so that its reward is pass@1.
 """
 
