@@ -77,7 +77,7 @@ def call(arguments: argparse.Namespace) -> int:
         if stage is not None:
             card = model_card(read_run(run_dir), loaded.stage, loaded.step, library, loaded.tokenizer.chats)
             files["README.md"] = card.encode()
-        ids = {"bos_token_id": loaded.tokenizer.document_ids[0], "eos_token_id": loaded.tokenizer.eos_id}
+        ids = _token_ids(loaded.tokenizer, loaded.tokenizer.pad_id)
         size = None if arguments.shard_gb is None else int(1e9 * arguments.shard_gb)
         if lora.rank and not arguments.merge:
             base, family = _base_of(loaded.experiment, loaded.stage), family_of(loaded.model, origin)
@@ -85,12 +85,18 @@ def call(arguments: argparse.Namespace) -> int:
         else:
             write(
                 merged(dequantised(loaded.model), arguments.dtype), draft, dtype=arguments.dtype, origin=origin, shard_bytes=size,
-                token_ids=ids | {"pad_token_id": loaded.tokenizer.pad_id}, progress=_progress(),
+                token_ids=ids, progress=_progress(),
             )  # fmt: skip
         written = _write_beside(draft, origin, files)
     after = f", after stage {stage}, step {loaded.step}" if stage else ""
     print(f"{run_dir}{after}\n{arguments.out}: {len(written)} files, {sum(written) / 1e6:,.1f} MB")
     return 0
+
+
+def _token_ids(tokenizer: Any, pad: int | None) -> dict[str, int | None]:
+    """Ids of special tokens for `config.json`, as the tokenizer's files declare them."""
+    first = tokenizer.document_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id
+    return {"bos_token_id": first, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
 
 
 def on_interrupt(arguments: argparse.Namespace) -> str:
@@ -114,7 +120,7 @@ def export_reward_model(run_dir: Path, stage: str, tokenizer: Any, scorer: Any, 
     size = None if arguments.shard_gb is None else int(1e9 * arguments.shard_gb)
     # Where padding is also the end of an answer, other programs would look for the score before it.
     pad = None if tokenizer.pad_id in tokenizer.end_ids else tokenizer.pad_id
-    ids = {"bos_token_id": tokenizer.document_ids[0], "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    ids = _token_ids(tokenizer, pad)
     origin = origin_of(run_dir)
     with new_folder(arguments.out) as draft:
         write(

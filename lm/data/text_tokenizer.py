@@ -50,6 +50,7 @@ class TextTokenizer(Protocol):
         special_ids: the ids of special tokens by name.
         pad_id: the id of padding.
         eos_id, end_ids: the main id that ends an answer, and all ids that do.
+        bos_id: the token that the published files declare as the first one; None if they declare none.
         document_ids: the ids before and after a document.
         has_template: whether conversations are rendered by a model's chat template, which may leave parts out.
         chats: whether conversations can be rendered; false for a published model without a chat template.
@@ -62,6 +63,7 @@ class TextTokenizer(Protocol):
     pad_id: int
     eos_id: int
     end_ids: tuple[int, ...]
+    bos_id: int | None
     document_ids: tuple[int, int]
     has_template: bool
     chats: bool

@@ -59,6 +59,7 @@ class SubwordTokenizer:
         self.pad_id = self.special_ids[END_OF_TEXT]
         self.eos_id = self.special_ids[TURN_END]
         self.end_ids: tuple[int, ...] = (self.eos_id,)
+        self.bos_id: int | None = self.pad_id
         self.document_ids = (self.pad_id, self.pad_id)
         self._bytes = [_piece_bytes(self._sp, index) for index in range(self.vocab_size)]
         self._char_starts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in self._bytes]

@@ -108,8 +108,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text: that of the start of a document."""
-        return self.own.document_ids[0]
+        """The token before a text that has no context: as with transformers the declared first one, else the end token."""
+        return self.own.eos_id if self.own.bos_id is None else self.own.bos_id
 
     @property
     def max_length(self) -> int:

@@ -7,7 +7,9 @@ import jax
 import pytest
 from safetensors.numpy import load_file
 
+from lm.cli.export import _token_ids
 from lm.cli.main import main
+from lm.data.hub.tokenizer import HubTokenizer
 from lm.data.tokenizer import SubwordTokenizer
 from lm.experiment import Experiment, LoRA, Mesh, Model, RewardModel, Source, Stage, Tokenizer
 from lm.interop.export import write
@@ -15,6 +17,7 @@ from lm.interop.tensors import read_folder
 from lm.model.transformer import Transformer
 from lm.train.loaded_run import load_reward_model
 from lm.train.stages import run
+from tests.data.hub import small
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,12 @@ def test_another_dtype_changes_the_weights_and_what_says_so(folder, tmp_path):
     assert described == json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float16"}
     assert {tensor.dtype for tensor in read_folder(tmp_path / "out").values()} == {"F16"}
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("declared", "written"), [("<s>", "<s>"), (None, "<|endoftext|>")])
+def test_the_first_token_is_the_one_that_the_tokenizer_declares_else_that_of_documents(declared, written):
+    tokenizer = HubTokenizer(small.files(bos_token=declared))
+    assert _token_ids(tokenizer, tokenizer.pad_id)["bos_token_id"] == tokenizer.special_ids[written]
 
 
 @pytest.mark.slow

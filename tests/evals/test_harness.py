@@ -182,6 +182,18 @@ def test_a_chat_model_is_asked_through_its_template(place, capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_a_text_without_a_context_follows_the_declared_first_token_or_the_end_token(tmp_path, monkeypatch, bos):
+    tokenizer = HubTokenizer(small.files(bos_token=bos))
+    model = harness.HarnessModel(None, tokenizer, harness.Answers(tmp_path / "answers.jsonl"))
+    expected = tokenizer.special_ids[bos or "<|im_end|>"]
+    asked = []
+    monkeypatch.setattr(model, "_loglikelihood_tokens", lambda requests, **_: asked.extend(requests) or [(0.0, True)])
+    model.loglikelihood([harness.Instance("loglikelihood", {}, ("", "it is"), 0)])
+    assert asked[0][1:] == ([expected], tokenizer.encode("it is"))
+    assert expected != tokenizer.document_ids[0] == tokenizer.special_ids["<|endoftext|>"]
+
+
 def test_a_control_token_in_the_text_of_a_task_is_that_token_and_in_a_message_it_is_text(tmp_path):
     tokenizer = HubTokenizer(small.files())
     model = harness.HarnessModel(None, tokenizer, harness.Answers(tmp_path / "answers.jsonl"))
