@@ -93,7 +93,7 @@ def call(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _token_ids(tokenizer: Any, pad: int | None) -> dict[str, int | None]:
+def _token_ids(tokenizer: Any, pad: int | None) -> dict[str, Any]:
     """Ids of special tokens for `config.json`, as the tokenizer's files declare them."""
     first = tokenizer.document_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id
     return {"bos_token_id": first, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
