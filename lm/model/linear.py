@@ -284,6 +284,9 @@ def contract(x: Float[Array, "... M J"], y: Array, axis: int) -> Array:
     return jax.lax.optimization_barrier(jax.lax.dot_general(x, y, dimensions, preferred_element_type=wide))
 
 
+NARROW = 4  # times as many inputs as outputs
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: Float[Array, "M I"], w: Float[Array, "I O"], dtype: DTypeLike) -> Float[Array, "M O"]:
     """x·w in `dtype`."""
@@ -297,7 +300,9 @@ def _matmul_forward(x: Array, w: Array, dtype: DTypeLike) -> tuple[Array, tuple[
 def _matmul_backward(dtype: DTypeLike, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = kept
     dy = dy.astype(x.dtype)
-    return contract(dy, w, 1).astype(x.dtype), contract(transposed(x), dy, 0).astype(w.dtype)
+    narrow = NARROW * w.shape[1] <= w.shape[0]  # then dy is cheaper to transpose than x, as for a factor of low rank
+    dw = contract(transposed(dy), x, 0).swapaxes(0, 1) if narrow else contract(transposed(x), dy, 0)
+    return contract(dy, w, 1).astype(x.dtype), dw.astype(w.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
