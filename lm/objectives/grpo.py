@@ -47,9 +47,10 @@ def grpo(
     on = mask > 0
     old_logp = jax.lax.stop_gradient(logp) if old_logp is None else old_logp
     log_ratio = jnp.where(on, logp - old_logp, 0.0)
-    ratio = jnp.exp(RATIO_LEVELS[o.ratio_level](log_ratio, mask))
+    log_weight = RATIO_LEVELS[o.ratio_level](log_ratio, mask)
+    ratio = jnp.exp(log_weight)
     logp, advantages = jnp.where(on, logp, 0.0), jnp.where(on, advantages, 0.0)
-    gain, low, high = SURROGATES[o.surrogate](TokenSample(ratio, log_ratio, logp, advantages, mask, correction), o)
+    gain, low, high = SURROGATES[o.surrogate](TokenSample(log_weight, log_ratio, logp, advantages, mask, correction), o)
     per_token = -gain
     if correction is not None and o.surrogate not in HOLDS_CORRECTION:
         per_token = per_token * jnp.where(on, correction, 0.0)

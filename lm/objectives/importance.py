@@ -6,11 +6,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lm.experiment import GRPO, PPO
 
 Tokens = Float[Array, "B T"]
+
+LARGEST_LOG = (
+    20.0  # a log-ratio beyond which a bounded surrogate is constant: above the logarithm of every bound of the config
+)
+
+
+def saturating_ratio(log_ratio: Tokens, saturated: Bool[Array, "B T"] | bool) -> Tokens:
+    """exp(log_ratio); where `saturated`, at most e^LARGEST_LOG, since an exp that overflows has the gradient 0 · inf."""
+    return jnp.exp(jnp.where(saturated, jnp.minimum(log_ratio, LARGEST_LOG), log_ratio))
 
 
 # ---- ratio levels: (log π - log π_old of each token, 0 outside the mask; mask) -> log importance ratio -------------

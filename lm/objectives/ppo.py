@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from lm.experiment import PPO
 from lm.objectives.cross_entropy import weighted
+from lm.objectives.importance import saturating_ratio
 from lm.objectives.kl import KL_ESTIMATORS, k3
 from lm.types import Mean
 
@@ -142,8 +143,8 @@ def ppo(
     """
     on = mask > 0
     log_ratio = jnp.where(on, logp - old_logp, 0.0)
-    ratio = jnp.exp(log_ratio)
     advantages = jnp.where(on, advantages, 0.0)
+    ratio = saturating_ratio(log_ratio, advantages >= 0)
     policy = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - o.clip, 1 + o.clip))
     policy = policy if correction is None else policy * jnp.where(on, correction, 0.0)
     judged = mask if value_mask is None else value_mask

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lm.experiment import GRPO
-from lm.objectives.importance import completion_mean
+from lm.objectives.importance import LARGEST_LOG, completion_mean, saturating_ratio
 
 Tokens = Float[Array, "B T"]
 
@@ -19,12 +19,16 @@ Tokens = Float[Array, "B T"]
 class TokenSample(NamedTuple):
     """Inputs of a surrogate at every token; each is 0 where the mask is 0."""
 
-    ratio: Tokens  # π / π_old at the ratio level
+    log_weight: Tokens  # log π - log π_old at the ratio level
     log_ratio: Tokens  # log π - log π_old of the token itself
     logp: Tokens  # log π
     advantages: Tokens
     mask: Tokens
     correction: Tokens | None  # weight of the token where the sampler is not the old policy
+
+    def ratio(self, saturated: Bool[Array, "B T"] | bool = False) -> Tokens:
+        """π / π_old at the ratio level; `saturated` is where a very large one gives the same gain as a large one."""
+        return saturating_ratio(self.log_weight, saturated)
 
 
 class Gain(NamedTuple):
@@ -42,20 +46,21 @@ def clipped(x: TokenSample, o: GRPO) -> Gain:
     (two-sided clip, INTELLECT-2, arXiv:2505.07291, section 3.4).
     """
     low, high = 1 - o.clip_low, 1 + o.clip_high
-    capped = jnp.minimum(x.ratio, o.delta) if o.delta else x.ratio
-    return Gain(jnp.minimum(capped * x.advantages, jnp.clip(x.ratio, low, high) * x.advantages), low, high)
+    ratio = x.ratio(saturated=(x.advantages >= 0) | (o.delta > 0))
+    capped = jnp.minimum(ratio, o.delta) if o.delta else ratio
+    return Gain(jnp.minimum(capped * x.advantages, jnp.clip(ratio, low, high) * x.advantages), low, high)
 
 
 def cispo(x: TokenSample, o: GRPO) -> Gain:
     """sg[min(r, clip_high)]·A·log π, CISPO (arXiv:2506.13585, eq. 4 and 5): clip_high is the cap itself, not 1 + clip_high."""
-    weight = jax.lax.stop_gradient(jnp.minimum(x.ratio, o.clip_high))
+    weight = jax.lax.stop_gradient(jnp.minimum(x.ratio(), o.clip_high))
     return Gain(weight * x.advantages * x.logp, 0.0, o.clip_high)
 
 
 def sapo(x: TokenSample, o: GRPO) -> Gain:
     """4/τ·σ(τ·(r - 1))·A, SAPO (arXiv:2511.20347, eq. 5 and 6): a soft clip, where τ depends on the advantage's sign."""
     tau = jnp.where(x.advantages > 0, o.sapo_tau_pos, o.sapo_tau_neg)
-    return Gain(jax.nn.sigmoid(tau * (x.ratio - 1)) * 4 / tau * x.advantages)
+    return Gain(jax.nn.sigmoid(tau * (x.ratio(saturated=True) - 1)) * 4 / tau * x.advantages)
 
 
 def gmpo(x: TokenSample, o: GRPO) -> Gain:
@@ -69,7 +74,9 @@ def gmpo(x: TokenSample, o: GRPO) -> Gain:
     return Gain(geometric * x.advantages, math.exp(-o.clip_low), math.exp(o.clip_high))
 
 
-SMALLEST_LOG, LARGEST_LOG = math.log(1e-8), 20.0  # of VESPO's weight; a token's log-ratio is within ±LARGEST_LOG
+SMALLEST_LOG = math.log(
+    1e-8
+)  # of VESPO's weight, the largest is LARGEST_LOG; a token's log-ratio is within ±LARGEST_LOG
 
 
 def vespo(x: TokenSample, o: GRPO) -> Gain:

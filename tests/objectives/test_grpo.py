@@ -305,3 +305,22 @@ def test_clip_fractions_by_hand():
     _, metrics = grpo(jnp.log(ratio), mask, advantages, GRPO(), old_logp=jnp.zeros_like(ratio))
     assert float(metrics["clip_low_frac"].value()) == pytest.approx(0.2)
     assert float(metrics["clip_high_frac"].value()) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("level", RATIO_LEVELS)
+@pytest.mark.parametrize(
+    "fields", [{}, {"delta": 4.0}, {"surrogate": "sapo"}, {"surrogate": "cispo"}, {"surrogate": "vespo"}], ids=str
+)
+def test_a_ratio_that_overflows_has_the_loss_and_the_gradient_of_a_large_one(fields, level):
+    o = GRPO(ratio_level=level, **fields)
+    mask = jnp.asarray([[1.0, 1.0, 1.0, 0.0]] * 3)
+    bounded = fields != {}  # also where the advantage is negative
+    advantages = jnp.asarray([[1.0], [0.0], [-1.0 if bounded else 1.0]]) * mask
+
+    def loss(logp, drift):
+        return grpo(logp, mask, advantages, o, old_logp=logp_of - drift * mask)[0].value()
+
+    logp_of = jnp.full_like(mask, -1.0)
+    large, very_large = (jax.value_and_grad(loss)(logp_of, drift) for drift in (19.0, 200.0))
+    assert float(very_large[0]) == pytest.approx(float(large[0]), rel=1e-6)
+    np.testing.assert_allclose(very_large[1], large[1], atol=1e-6)

@@ -178,3 +178,15 @@ def test_a_critic_that_knows_the_returns_explains_all():
     mask, returns = jnp.asarray(x["mask"]), jnp.asarray(x["returns"])
     assert float(explained_variance(returns, returns, mask)) == pytest.approx(1)
     assert float(explained_variance(jnp.zeros_like(returns), returns, mask)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_ratio_that_overflows_has_no_gradient_where_the_clip_holds():
+    mask, logp = jnp.ones((2, 3)), jnp.full((2, 3), -1.0)
+    advantages, rest = jnp.asarray([[1.0], [0.0]]) * mask, jnp.zeros((2, 3))
+
+    def loss(logp):
+        return ppo(logp, rest, mask, advantages, rest, jnp.full((2, 3), -200.0), rest, PPO())[0].value()
+
+    value, gradient = jax.value_and_grad(loss)(logp)
+    assert float(value) == pytest.approx(-0.5 * (1 + PPO().clip))
+    np.testing.assert_array_equal(gradient, 0)
