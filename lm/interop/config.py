@@ -225,7 +225,8 @@ def _write_config(family: Family, m: Model, vocab_size: int) -> Plain:
         kinds = [LOCAL if layer.window else FULL for layer in layers]
         if SWITCH in family.defaults:
             config |= {SWITCH: local is not None, "max_window_layers": kinds.index(LOCAL) if local else len(kinds)}
-        if len(set(kinds)) > 1 or kinds != _kinds({**family.defaults, **config}, family, m.num_layers):
+        differ = len(set(kinds)) > 1 or kinds != _kinds({**family.defaults, **config}, family, m.num_layers)
+        if family.reads_layer_types and differ:
             config["layer_types"] = kinds
     return config
 
@@ -254,11 +255,7 @@ def _kinds(config: Plain, family: Family, count: int) -> list[str]:
     """The kind of attention of each layer, by config.json or else by the family's default."""
     types = config.get("layer_types")
     if types is None:
-        slides = family.slides if config.get("sliding_window") is not None else None
-        for name, least in {"sliding_window_pattern": 1, "max_window_layers": 0}.items():
-            if name in family.defaults and (type(config[name]) is not int or config[name] < least):
-                raise UserError(f"{name} is {shown(config[name])}; it should be a whole number from {least}")
-        return [LOCAL if slides is not None and slides(config, layer) else FULL for layer in range(count)]
+        return _default_kinds(config, family, count)
     allowed = (FULL,) if family.slides is None else (FULL, LOCAL)
     if not isinstance(types, list) or any(one not in allowed for one in types):
         raise UserError(f"layer_types is {shown(types)}; the layers of {family.model_type} have {' or '.join(allowed)}")
@@ -266,7 +263,20 @@ def _kinds(config: Plain, family: Family, count: int) -> list[str]:
         raise UserError(f"layer_types has {len(types)} entries for {count} layers")
     if LOCAL in types and config.get("sliding_window") is None:
         raise UserError(f"layer_types has {LOCAL}, and sliding_window is missing")
+    if not family.reads_layer_types and types != _default_kinds(config, family, count):
+        window = shown(config.get("sliding_window"))
+        raise UserError(
+            f"layer_types is {shown(types)} with sliding_window {window}; {family.model_type} has one window for all layers"
+        )
     return types
+
+
+def _default_kinds(config: Plain, family: Family, count: int) -> list[str]:
+    slides = family.slides if config.get("sliding_window") is not None else None
+    for name, least in {"sliding_window_pattern": 1, "max_window_layers": 0}.items():
+        if name in family.defaults and (type(config[name]) is not int or config[name] < least):
+            raise UserError(f"{name} is {shown(config[name])}; it should be a whole number from {least}")
+    return [LOCAL if slides is not None and slides(config, layer) else FULL for layer in range(count)]
 
 
 def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
@@ -275,10 +285,15 @@ def _ropes(config: Plain, family: Family) -> tuple[Plain, Plain]:
         rope = read_rope(config)
         return rope, rope
     given = config.get("rope_parameters")
-    if not isinstance(given, dict) or not {FULL, LOCAL} & set(given):
-        given = {FULL: given}
-    if strange := sorted(set(given) - {FULL, LOCAL}):
-        raise UserError(f"rope_parameters has {', '.join(map(shown, strange))}, which the reader does not use")
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise UserError(f"rope_parameters is {shown(given)}; it should be an object")
+    if strange := sorted(set(given) - {FULL, LOCAL}):  # transformers leaves them out without a word
+        raise UserError(
+            f"rope_parameters has {', '.join(map(shown, strange))}, which the reader does not use: {family.model_type} has "
+            f"settings for {FULL} and for {LOCAL}"
+        )
     full = {name: config.get(name) for name in ("rope_scaling", "rope_theta")}
     local = {"rope_theta": config.get("rope_local_base_freq"), "rope_parameters": given.get(LOCAL)}
     return read_rope(full | {"rope_parameters": given.get(FULL)}), read_rope(local)

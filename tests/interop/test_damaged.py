@@ -120,6 +120,22 @@ CONFIGS = {
         "llama3 lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
     ),
     "two ropes": ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta 5.0, and another field has 10000.0"),
+    "a window of some layers": (
+        {"model_type": "phi3", "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types is .* with sliding_window 4; phi3 has one window for all layers",
+    ),
+    "a cap of scores": (
+        {"model_type": "gemma3_text", "hidden_act": "removed", "attn_logit_softcapping": 50.0},
+        "attn_logit_softcapping is 50.0; the model has None only",
+    ),
+    "one rope for two": (
+        {
+            "model_type": "gemma3_text",
+            "hidden_act": "removed",
+            "rope_parameters": {"rope_type": "linear", "factor": 8.0},
+        },
+        "rope_parameters has 'factor', 'rope_type', .* settings for full_attention and for sliding_attention",
+    ),
     "no layers": ({"num_hidden_layers": "removed"}, "num_hidden_layers is missing"),
     "a text": ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it should be a whole number"),
     "a billion layers": ({"num_hidden_layers": 10**9}, "model.num_layers is 1000000000"),

@@ -231,6 +231,8 @@ NOWHERE = [
     {"softcap": 30.0},
     {"gated_mlp": False},
     {"embed_scale": 3.0},
+    {"window": 8, "rope_dim": 4, "qk_norm": False, "pattern": (Layer(window=8), Layer())},  # Phi 3 has one window
+    {"softcap": 9.0, "window": 8, **GEMMA, "qk_norm": True, "pattern": ()},  # Gemma 3 has no cap of scores
 ]
 
 

@@ -46,6 +46,7 @@ class Family:
         activation: the field of config.json that names the activation.
         scales_embedding: embeddings are multiplied by the square root of their width.
         slides: (config, layer) -> whether that layer has a window where the config has no layer_types; None: none has.
+        reads_layer_types: layer_types may differ from `slides`; False: transformers has no such field, and one that differs is refused.
         rope_theta: rope base, where the config has none.
         local_rope_theta: rope base of layers with a window, where the config has no other; None: that of all layers.
         rotates_part: `partial_rotary_factor` says which part of a head is rotated.
@@ -63,6 +64,7 @@ class Family:
     activation: str = "hidden_act"
     scales_embedding: bool = False
     slides: Callable[[Plain, int], bool] | None = None
+    reads_layer_types: bool = True
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
     rotates_part: bool = False

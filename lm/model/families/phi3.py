@@ -14,6 +14,7 @@ FAMILY = Family(
     ignored=("original_max_position_embeddings",),  # read by longrope alone
     rotates_part=True,
     slides=lambda config, layer: True,
+    reads_layer_types=False,
     layer_names=LLAMA_LAYER
     | {"attention/q/weight": QKV, "attention/k/weight": QKV, "attention/v/weight": QKV}
     | {"mlp/gate/weight": GATE_UP, "mlp/up/weight": GATE_UP},
