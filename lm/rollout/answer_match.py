@@ -167,6 +167,8 @@ def marked_answers(text: str) -> list[str]:
     found: list[str] = []
     box_end = 0  # of the mark before
     for mark in deque(_MARKS.finditer(text), _MOST_MARKS):
+        if mark.start() < box_end < len(text):  # a mark in a box that is closed
+            continue
         answer = _marked(text, mark)
         if mark["box"] and found and _BETWEEN_BOXES.fullmatch(text[box_end : mark.start()][:_BETWEEN]):
             found[-1] += f" and {answer}" if answer != found[-1] else ""
@@ -321,6 +323,8 @@ def same_answer(given: str, expected: str) -> bool | None:
     named = re.fullmatch(_NAME, expected)
     if named and "=" not in given:
         return same_answer(given, trimmed(named["right"]))
+    if found and found.kind == "{}" and re.search("[<>≤≥=]", expected):  # math-verify takes {1, 2} for 1 < x < 2
+        return False
     if other is not None or (one is not None and wanted) or not (wanted or is_formula(expected)):
         return False
     if one is not None and one.unit == "" and one.value.denominator == 1:
