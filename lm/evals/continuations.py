@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lm.parallel.distributed import fetch
 
 TOKENS = 8192  # of one forward pass: bounds memory
 SCORES = 1 << 28  # attention scores of one layer where rows have branches, by plain attention: bounds memory too
+WIDTH = 256  # tokens of the shortest rows: short inputs lie several to a row, and few shapes compile
 SCORED = 256  # the tokens that a forward pass scores are rounded up to a multiple of this, so that few shapes compile
 
 
@@ -56,6 +58,11 @@ class _Tree:
         new = 0 if said[:-1] in self.starts else len(said) - 1
         return not new or len(self.tokens) + new <= most
 
+    @property
+    def branched(self) -> bool:
+        """Whether some tokens do not see others before them: one branch alone continues its context."""
+        return max(self.branches) > 1
+
     def add(self, index: int, said: tuple[int, ...]) -> None:
         """Add the continuation of a request."""
         branch, size = said[:-1], len(said) - 1
@@ -73,7 +80,7 @@ def score_continuations(
     requests: Sequence[Continuation],
     done: Callable[[dict[int, Likelihood]], None] = lambda found: None,
 ) -> list[Likelihood]:
-    """The likelihood of each continuation given its context, the longest first.
+    """The likelihood of each continuation given its context.
 
     Tokens of a context before the last `max_len` + 1 of all are left out, as lm-evaluation-harness does. Continuations of one
     context, such as the choices of a question, read it once.
@@ -87,11 +94,13 @@ def score_continuations(
     longest = model.config.max_len
     most = min(longest, math.isqrt(SCORES // model.config.num_heads))
     found: dict[int, Likelihood] = {}
-    for rows in _packed(sorted(_trees(requests, longest, most), key=lambda one: -len(one.tokens)), longest):
-        between_batches()
-        new = _score(model, rows, longest)
-        done(new)
-        found |= new
+    trees = _trees(requests, longest, most)
+    for branched in (False, True):  # apart, so that rows with branches are at most as wide as SCORES allows
+        for rows in _packed([one for one in trees if one.branched == branched], longest):
+            between_batches()
+            new = _score(model, rows, longest)
+            done(new)
+            found |= new
     return [found[index] for index in range(len(requests))]
 
 
@@ -113,26 +122,24 @@ def _trees(requests: Sequence[Continuation], longest: int, most: int) -> list[_T
 
 
 def _packed(trees: Sequence[_Tree], longest: int) -> Iterator[list[list[_Tree]]]:
-    """Rows of trees for one forward pass after another: each row has as many as fit in the width of the first, the longest."""
-    rows: list[list[_Tree]] = []
-    room: list[int] = []
-    width = 0
-    for one in trees:
-        size = len(one.tokens)
-        place = next((row for row, left in enumerate(room) if size <= left), None)
-        if place is None and rows and (len(rows) + 1) * width > TOKENS:
-            yield rows
-            rows, room = [], []
-        if not rows:
-            width = row_width(size, longest)
-        if place is None or not rows:
-            place = len(rows)
+    """Rows of trees for one forward pass after another: each begins with the longest tree left, and the longest that fit follow."""
+    left = sorted(trees, key=lambda one: len(one.tokens))
+    sizes = [len(one.tokens) for one in left]
+    while left:
+        width = _width(left[-1], longest)
+        rows: list[list[_Tree]] = []
+        while left and len(rows) < max(1, TOKENS // width):
             rows.append([])
-            room.append(width)
-        rows[place].append(one)
-        room[place] -= size
-    if rows:
+            room = width
+            while place := bisect.bisect_right(sizes, room):
+                room -= sizes.pop(place - 1)
+                rows[-1].append(left.pop(place - 1))
         yield rows
+
+
+def _width(one: _Tree, longest: int) -> int:
+    """Width of the rows of a forward pass whose longest tree is `one`."""
+    return min(max(WIDTH, row_width(len(one.tokens), longest)), longest)
 
 
 def row_width(size: int, longest: int) -> int:
@@ -143,7 +150,7 @@ def row_width(size: int, longest: int) -> int:
 
 def _score(model: Transformer, rows: Sequence[Sequence[_Tree]], longest: int) -> dict[int, Likelihood]:
     """The likelihoods of the continuations in one batch of rows."""
-    width = row_width(len(rows[0][0].tokens), longest)
+    width = _width(rows[0][0], longest)
     # A batch that is not full, such as the last one, has a power of two of rows.
     count = min(max(1, TOKENS // width), 1 << (len(rows) - 1).bit_length())
     tokens, segments, positions, branches = np.zeros((4, count, width), np.int32)
@@ -156,7 +163,7 @@ def _score(model: Transformer, rows: Sequence[Sequence[_Tree]], longest: int) ->
             part = slice(start, start + len(one.tokens))
             tokens[row, part], segments[row, part] = one.tokens, number
             positions[row, part] = one.positions
-            if max(one.branches) > 1:  # one branch alone continues its context
+            if one.branched:
                 branches[row, part] = one.branches
             for index, said, places in one.scored:
                 where += (row * width + start + place for place in (one.context - 1, *places))

@@ -51,6 +51,16 @@ def test_packed_continuations_have_the_likelihood_of_each_alone(model, monkeypat
         assert found.logp == pytest.approx(logp, abs=1e-4) and found.greedy == greedy
 
 
+def test_short_continuations_fill_the_rows(model, monkeypatch):
+    monkeypatch.setattr(continuations, "TOKENS", 4 * LONGEST)
+    draw = np.random.default_rng(2)
+    asked = [Continuation([place], [2] * int(size)) for place, size in enumerate(draw.integers(1, 20, 60))]
+    passes: list[dict] = []
+    score_continuations(model, asked, passes.append)
+    tokens = sum(len(one.context) + len(one.tokens) - 1 for one in asked)
+    assert len(passes) <= np.ceil(1.05 * tokens / (4 * LONGEST))
+
+
 def test_single_tokens_after_one_context_are_read_once(model):
     context = requests(1)[0].context
     seen: list[dict] = []
