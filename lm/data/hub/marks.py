@@ -17,8 +17,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 RUN = re.compile(r"</?[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\]|([^\s<\[]+|[<\[])")
 PRIVATE = range(0xF0000, 0x10FFF0)
 
-Amount = Literal["all texts", "texts that are not empty", "the assistant's texts"]
-AMOUNTS: tuple[Amount, ...] = ("all texts", "texts that are not empty", "the assistant's texts")
+Amount = Literal["all messages", "all texts", "texts that are not empty", "the assistant's texts"]
+AMOUNTS: tuple[Amount, ...] = ("all messages", "all texts", "texts that are not empty", "the assistant's texts")
 # Where in a text of white space alone the mark is: templates may strip it at both ends, at its start, or at its end.
 BLANK_PLACES = (0.5, 1.0, 0.0)
 
@@ -69,7 +69,7 @@ def blank_places(messages: Sequence[Turn]) -> tuple[float, ...]:
 
 
 def mark(
-    messages: Sequence[Turn], letters: Iterator[str], amount: Amount, blank: float = BLANK_PLACES[0]
+    messages: Sequence[Turn], letters: Iterator[str], amount: Amount = "all texts", blank: float = BLANK_PLACES[0]
 ) -> tuple[list[Turn], list[TextMark]]:
     """The messages with marks in their texts, and the marks.
 
@@ -78,12 +78,13 @@ def mark(
     space) should have the same results; the output, which must be equal apart from the marks, proves it.
 
     Args:
+        amount: which texts get marks; "all messages": also the empty content of calls, which "all texts" does not.
         blank: where the mark of white space alone is, as a fraction of its length.
     """
     marked, marks = [], []
     for number, turn in enumerate(messages):
         assistant = turn.get("role") == "assistant"
-        if not assistant and amount == AMOUNTS[2]:
+        if not assistant and amount == "the assistant's texts":
             marked.append(turn)
             continue
 
@@ -105,7 +106,7 @@ def mark(
             changed["content"] = put(content, "content")
         elif isinstance(content, list):
             changed["content"] = [_marked_part(part, lambda text: put(text, "content")) for part in content]
-        elif not content and not calls and amount == AMOUNTS[0] and "content" in turn:
+        elif not content and "content" in turn and (amount == "all messages" or (amount == "all texts" and not calls)):
             changed["content"] = put("", "content")
         marked.append(changed)
     return marked, marks

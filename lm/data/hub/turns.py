@@ -143,7 +143,10 @@ class Reader:
     ) -> Marked | None:  # fmt: skip
         """The conversation with marks in all texts that the template renders unchanged."""
         found = None
-        for blank, amount in itertools.product(blank_places(messages), AMOUNTS):
+        amounts = (
+            AMOUNTS if any(turn.get("tool_calls") and not turn.get("content") for turn in messages) else AMOUNTS[1:]
+        )
+        for blank, amount in itertools.product(blank_places(messages), amounts):
             changed, marks = marking.mark(messages, letters, amount, blank)
             try:
                 found = _marks_of(self.template.render(changed, tools, prompt, variables), marks)
@@ -185,6 +188,9 @@ class Reader:
             start = self._start(messages, tools, variables, letters, marked, number, before)
             if start is None or start > first:
                 raise self._unclear(number, "the end of its header is not found", text, first)
+            hidden = number - (order[place - 1][1] if place else -1) > 1
+            if hidden and any(_named(text, ends, start, first)):
+                raise self._unclear(number, "a message without text ends between it and its header", text, first)
             end = next(_named(text, ends, last, limit), None)
             if end is None:
                 raise self._unclear(number, f"no end token ({' or '.join(sorted(ends))}) follows it", text, last)
@@ -219,7 +225,7 @@ class Reader:
 
     def _prompt_behind(self, messages: Sequence[Turn], tools: Any, letters: Iterator[str]) -> str:
         """The text after the last message, including the generation prompt; empty if the template refuses."""
-        changed, marks = marking.mark(messages, letters, AMOUNTS[0])
+        changed, marks = marking.mark(messages, letters)
         try:
             shown = _marks_of(self.template.render(changed, tools, generation_prompt=True), marks)
         except TemplateError:
@@ -246,7 +252,7 @@ class Reader:
         if "plain" not in self._ends:
             found: set[str] = set()
             for messages in ([ASKED, ANSWERED, ASKED, ANSWERED], [ASKED, ANSWERED]):
-                changed, marks = marking.mark(messages, letters, AMOUNTS[0])
+                changed, marks = marking.mark(messages, letters)
                 try:
                     shown = _marks_of(self.template.render(changed), marks)
                 except TemplateError:

@@ -92,6 +92,34 @@ def test_what_a_template_drops_is_named():
     assert thinking.render_chat(reasoned).left_out == ("reasoning",)
 
 
+CALLS = [
+    TALK[0],
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
+    {"role": "tool", "content": "a result"},
+    TALK[1],
+]
+WITHOUT_TOOLS = small.ROLES_AS_TEXT.replace("in messages", "in messages if m.role != 'tool'").replace(
+    "m.content }}", "(m.content or '') }}"
+)
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_an_answer_whose_call_the_template_drops_is_a_turn_of_its_own(content):
+    """Else the next answer would begin at the end token of the empty one, before its own header."""
+    tokenizer = small.tokenizer(WITHOUT_TOOLS)
+    found = tokenizer.render_chat([CALLS[0], CALLS[1] | {"content": content}, *CALLS[2:]])
+    pieces = [found.text[one.start : one.end] for one in found.spans]
+    assert pieces == ["<|endoftext|>", "the answer<|endoftext|>"]
+    assert found.left_out == ("tool messages", "tool calls")
+
+
+def test_a_header_behind_the_end_of_a_message_that_is_not_found_is_refused():
+    """The template has a text of its own for empty contents, so that a mark cannot show where that message is."""
+    tokenizer = small.tokenizer(WITHOUT_TOOLS.replace("m.content or ''", "m.content or '...'"))
+    with pytest.raises(UserError, match=r"turn 4: .* a message without text ends between it and its header"):
+        tokenizer.render_chat(CALLS)
+
+
 def test_straddling_tokens_are_counted():
     template = small.CHATML.replace("'\n' + m.content", "'\n' + m.content").replace("<|im_end|>\n", "\n<|im_end|>")
     assert small.tokenizer(small.ROLES_AS_TEXT).render_chat(
