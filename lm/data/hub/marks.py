@@ -19,7 +19,9 @@ PRIVATE = range(0xF0000, 0x10FFF0)
 
 Amount = Literal["all messages", "all texts", "texts that are not empty", "the assistant's texts"]
 AMOUNTS: tuple[Amount, ...] = ("all messages", "all texts", "texts that are not empty", "the assistant's texts")
-# Where in a text of white space alone the mark is: templates may strip it at both ends, at its start, or at its end.
+# White space alone, or behind a tag: the text behind the tag is white space alone for a template that splits there.
+BLANK_END = re.compile(r"(?:\A|</?[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\])\s+\Z")
+# Where in such white space the mark is: templates may strip it at both ends, at its start, or at its end.
 BLANK_PLACES = (0.5, 1.0, 0.0)
 
 
@@ -63,9 +65,9 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def blank_places(messages: Sequence[Turn]) -> tuple[float, ...]:
-    """The places of marks to try: more than one if a message is white space alone."""
+    """The places of marks to try: more than one if a message is white space alone, or ends with it behind a tag."""
     texts = [turn.get("content") for turn in messages]
-    return BLANK_PLACES if any(isinstance(one, str) and one and not one.strip() for one in texts) else BLANK_PLACES[:1]
+    return BLANK_PLACES if any(isinstance(one, str) and BLANK_END.search(one) for one in texts) else BLANK_PLACES[:1]
 
 
 def mark(
@@ -79,7 +81,7 @@ def mark(
 
     Args:
         amount: which texts get marks; "all messages": also the empty content of calls, which "all texts" does not.
-        blank: where the mark of white space alone is, as a fraction of its length.
+        blank: where the mark of white space alone, or behind a last tag, is, as a fraction of its length.
     """
     marked, marks = [], []
     for number, turn in enumerate(messages):
@@ -114,14 +116,12 @@ def mark(
 
 def _with_marks(text: str, letter: str, at_end: bool, blank: float) -> str:
     end = len(text.rstrip())
-    if not text.strip():
-        at = int(blank * len(text))
-        return text[:at] + letter + text[at:]
-    if not at_end:
+    if not at_end and end:
         return letter + text
+    last = end + int(blank * (len(text) - end)) if BLANK_END.search(text) else end
     runs = [found.start() for found in RUN.finditer(text, 0, end) if found.group(1)]
-    pieces = [text[a:b] for a, b in zip([0, *runs], [*runs, end], strict=True)]
-    return letter.join(pieces) + letter + text[end:]
+    pieces = [text[a:b] for a, b in zip([0, *runs], [*runs, last], strict=True)]
+    return letter.join(pieces) + letter + text[last:]
 
 
 def _marked_call(call: Any, put: Callable[[str], str]) -> Any:

@@ -92,6 +92,14 @@ def test_what_a_template_drops_is_named():
     assert thinking.render_chat(reasoned).left_out == ("reasoning",)
 
 
+@pytest.mark.parametrize("answer", ["why</think>\n", "</think> \n\n", "<think>\nwhy\n</think>\n\n "])
+def test_white_space_behind_a_thought_is_an_answer_of_its_own(answer):
+    """The template strips the white space at its start, behind the tag."""
+    tokenizer = small.tokenizer(small.THINKING)
+    check(tokenizer, [TALK[0], {"role": "assistant", "content": answer}])
+    check(tokenizer, [TALK[0], {"role": "assistant", "content": answer}, *TALK[2:]])
+
+
 CALLS = [
     TALK[0],
     {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
