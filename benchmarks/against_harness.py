@@ -3,13 +3,14 @@
     python benchmarks/against_harness.py MODEL --data FOLDER --peer PYTHON [--limit 500] [--rounds 1] [--tasks arc_easy,piqa]
 
 MODEL is a folder in the published layout, PYTHON an interpreter that has lm-eval and transformers, FOLDER has the files of TASKS.
-Each round measures both in turn, each from its start to its end, in float32. Prints Markdown, and keeps the rows in
-benchmarks/results/harness.json.
+Each round measures both in turn, each from its start to its end, in float32. Then `lm` answers each task's request with the largest
+difference again, in float64: whose error is it? Prints Markdown, and keeps the rows in benchmarks/results/harness.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ TASKS: dict[str, dict[str, Any]] = {
 
 Answers = dict[str, list[list[Any]]]
 """By task: for each item, what was answered to each of its requests."""
+Texts = dict[str, list[list[list[Any]]]]
+"""By task: for each item, the arguments of each of its requests."""
 
 
 def write_tasks(data: Path, folder: Path, only: Sequence[str]) -> list[str]:
@@ -89,8 +92,10 @@ def measure_ours(model: str, tasks: Path, limit: int, place: Path) -> Answers:
     return found
 
 
-def measure_peers(peer: str, model: str, tasks: Path, names: Sequence[str], limit: int, place: Path) -> Answers:
-    """The answers of lm-evaluation-harness with transformers."""
+def measure_peers(
+    peer: str, model: str, tasks: Path, names: Sequence[str], limit: int, place: Path
+) -> tuple[Answers, Texts]:
+    """The answers of lm-evaluation-harness with transformers, and what was asked."""
     words = [
         "--model",
         "hf",
@@ -106,25 +111,63 @@ def measure_peers(peer: str, model: str, tasks: Path, names: Sequence[str], limi
         [peer, "-m", "lm_eval", *words, "--output_path", str(place / "peers")], check=True, stdout=subprocess.DEVNULL
     )
     found: Answers = {}
+    asked: Texts = {}
     for name in names:
         (file,) = place.glob(f"peers/**/samples_{name}_*.jsonl")
         lines = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["doc_id"])
         found[name] = [line["filtered_resps"] for line in lines]
-    return found
+        asked[name] = [[list(one.values()) for one in line["arguments"].values()] for line in lines]
+    return found, asked
 
 
-def compare(ours: Answers, peers: Answers) -> list[dict[str, Any]]:
-    """For each task: items, the largest difference of a log-likelihood in nats, and how many items were answered alike."""
+def compare(ours: Answers, peers: Answers, asked: Texts, exactly: Callable[..., float]) -> list[dict[str, Any]]:
+    """For each task: items, how many were answered alike, the largest difference of a log-likelihood in nats, and both errors there.
+
+    Args:
+        exactly: gives the log-likelihood of a continuation after a context.
+    """
     rows = []
     for name, items in peers.items():
-        worst, alike = 0.0, 0
-        for mine, theirs in zip(ours[name], items, strict=True):
-            pairs = list(zip(mine, theirs, strict=True))
-            gaps = [abs(_nats(one) - _nats(other)) for one, other in pairs if not isinstance(_first(other), str)]
-            worst = max([worst, *gaps])
-            alike += _choice(mine) == _choice(theirs)
-        rows.append({"task": name, "items": len(items), "nats": worst, "alike": alike})
+        alike = sum(_choice(mine) == _choice(theirs) for mine, theirs in zip(ours[name], items, strict=True))
+        row = {"task": name, "items": len(items), "alike": alike}
+        gaps = [
+            (abs(_nats(mine) - _nats(theirs)), _nats(mine), _nats(theirs), texts)
+            for one in zip(ours[name], items, asked[name], strict=True)
+            for mine, theirs, texts in zip(*one, strict=True)
+            if not isinstance(_first(theirs), str)
+        ]
+        if gaps:
+            gap, mine, theirs, texts = max(gaps, key=lambda one: one[0])
+            row["nats"] = gap
+            if len(texts) == 2:  # a whole text is asked in windows
+                right = exactly(*texts)
+                row |= {"our_error": abs(mine - right), "their_error": abs(theirs - right)}
+        rows.append(row)
     return rows
+
+
+def exact_model(model: str, place: Path) -> Callable[[str, str], float]:
+    """Gives the log-likelihood in nats of a continuation after a context by a model in float64."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from lm_eval.api.instance import Instance
+
+    from lm.evals.harness import Answers as Kept
+    from lm.evals.harness import HarnessModel
+    from lm.trained_model import load
+
+    jax.config.update("jax_enable_x64", True)
+    loaded = load(model).loaded
+    graph, values = nnx.split(loaded.model)
+    wide = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float64), values))
+    wide.config = dataclasses.replace(wide.config, compute_dtype="float64", param_dtype="float64")
+    asked = HarnessModel(wide, loaded.tokenizer, Kept(place / "exact.jsonl"))
+
+    def exactly(context: str, said: str) -> float:
+        return asked.loglikelihood([Instance("loglikelihood", {}, (context, said), 0)])[0][0]
+
+    return exactly
 
 
 def _first(answer: Any) -> Any:
@@ -163,10 +206,10 @@ def tables(model: str, data: Path, peer: str, limit: int, rounds: int, only: Seq
             began = time.monotonic()
             ours = measure_ours(model, tasks, limit, place)
             between = time.monotonic()
-            peers = measure_peers(peer, model, tasks, names, limit, place)
+            peers, asked = measure_peers(peer, model, tasks, names, limit, place)
             seconds["lm"].append(between - began)
             seconds["harness"].append(time.monotonic() - between)
-            rows = compare(ours, peers)
+        rows = compare(ours, peers, asked, exact_model(model, Path(folder)))
     kept = {"model": Path(model).name, "limit": limit, "seconds": seconds, "tasks": rows}
     _keep(kept)
     return "\n".join(_markdown(kept))
@@ -183,13 +226,21 @@ def _markdown(found: Mapping[str, Any]) -> list[str]:
     times = {name: statistics.median(values) for name, values in found["seconds"].items()}
     ratios = [b / a for a, b in zip(*found["seconds"].values(), strict=True)]
     return [
-        "| task | items | largest difference, nats | answered alike |",
-        "|---|---|---|---|",
-        *(f"| {one['task']} | {one['items']} | {one['nats']:.1e} | {one['alike']} |" for one in found["tasks"]),
+        "| task | items | answered alike | largest difference, nats | there lm from float64 | and the harness |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {one['task']} | {one['items']} | {one['alike']} | {_shown(one, 'nats')} | {_shown(one, 'our_error')} | "
+            f"{_shown(one, 'their_error')} |"
+            for one in found["tasks"]
+        ),
         "",
         f"{found['model']}, first {found['limit']} items: lm {times['lm']:.0f} s, harness {times['harness']:.0f} s; "
         f"{statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds)",
     ]
+
+
+def _shown(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.1e}" if name in row else ""
 
 
 if __name__ == "__main__":
