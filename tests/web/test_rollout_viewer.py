@@ -418,6 +418,10 @@ def test_it_fits_a_small_screen_in_both_schemes(run, browser, scheme):
         for place in ("#where", ".line b", ".block.model", ".block.environment", "#legend", ".flag"):
             contrast, paper = page.evaluate(CONTRAST, place)
             assert contrast >= 4.5 and (paper < 0.2) == (scheme == "dark"), place
+        page.click("#follow")
+        page.wait_for_selector("#history:visible")
+        page.click("#unfollow")
+        page.wait_for_selector("#followed", state="hidden")
         page.click("#back")
         page.wait_for_selector("#list:visible")
 
