@@ -320,17 +320,23 @@ class Episode:
             self.finish = reply or (STOP if self.completed else LENGTH)
             return
         if self.turns == self.spec.max_turns:
-            self.finish = MOST_TURNS if self.completed else LENGTH
+            self._end_before(reply, MOST_TURNS if self.completed else LENGTH)
             return
         told = self.task if tokenizer.has_template else {}  # an environment may have columns of these names for itself
         tools = offered_tools(self.spec.messages, told, "the task") if tokenizer.has_template else None
         reply = reply if tokenizer.has_template else _without_tool_role(reply)
         tokens = tokenizer.continuation(self.messages, reply, tools, variables_of(told, "the task"))
         if not self.completed or self.used + len(tokens) >= budget:
-            self.finish = LENGTH
+            self._end_before(reply, LENGTH)
             return
         self._add(tokens, ENVIRONMENT)
         self.messages += [turn | {"author": AUTHORS[ENVIRONMENT]} for turn in reply]
+
+    def _end_before(self, reply: Messages, finish: str) -> None:
+        """End without the reply, for which there is no room; an error that it reports is marked on the model's turn."""
+        self.finish = finish
+        if any(turn.get("error") for turn in reply):
+            self.messages[-1] = self.messages[-1] | {"error": True}
 
     def trajectory(self, rewards: RewardsByName) -> Trajectory:
         """The finished episode as a trajectory."""

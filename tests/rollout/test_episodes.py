@@ -148,6 +148,28 @@ def test_an_episode_ends_where_it_is_over_or_no_tokens_are_left(tokenizer, turns
     assert len(found.tokens) - found.prompt_length <= new
 
 
+class Refuses(Guess):
+    """Replies to every turn that it was an error."""
+
+    def step(self, completion):
+        return [reply | {"error": True} for reply in super().step(completion) or []] or None
+
+
+@pytest.mark.parametrize(
+    ("turns", "new", "most", "marked"),
+    [
+        ([["7"], ["8"]], NEW, 0, [False, False, True, False]),  # the reply
+        ([["7"]], 3, 0, [False, True]),  # the turn whose reply has no room
+        ([["7"]], NEW, 1, [False, True]),
+        ([["9"]], NEW, 0, [False, False]),
+    ],
+)
+def test_an_error_is_marked_also_where_its_reply_has_no_room(tokenizer, turns, new, most, marked):
+    told, engine = dataclasses.replace(spec(Refuses), max_turns=most), Scripted(tokenizer, turns)
+    (found,) = conclude(told, run_episodes(engine, told, [{"secret": 9}], begin(tokenizer, 1, new), tokenizer))[0]
+    assert [bool(turn.get("error")) for turn in found.messages] == marked
+
+
 def play(model, tokenizer, secrets, seed=0, temperature=1.0):
     request = dataclasses.replace(begin(tokenizer, len(secrets)), key=jax.random.key(seed), temperature=temperature)
     rows = [{"secret": secret} for secret in secrets]
