@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import time
@@ -21,8 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_STEPS = 1_000_000  # maximum iterations of loops and calls of macros
 MOST_SECONDS = 20.0
-MOST_LETTERS = 10_000_000  # maximum size of the output, and of any string or list in between
-DEEPEST = 50  # maximum nesting of the values passed to a template
+MOST_LETTERS = 10_000_000  # maximum size of the output, and of any value in between
+MEMBER = 10  # letters that a member of a list or dictionary counts as, beside its own
 WIDE = re.compile(r"\d{6}")  # a width in a format string that is too large
 BLOCK_MARKS = GENERATION_START, GENERATION_END = "\U0010fffa", "\U0010fffb"
 Compiled = jinja2.Template
@@ -94,8 +95,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self.globals |= {
             "raise_exception": _raise,
             "strftime_now": lambda form: (now or datetime.now()).strftime(form),
+            "namespace": Namespace,
             "_step": _step,
             "_joined": _joined,
+            "_literal": _literal,
         }
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -120,7 +123,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             _check_arguments("format", (left, *(right if isinstance(right, tuple) else (right,))))
         elif operator == "+" and sizes:
             _check_size(sum(sizes))
-        return super().call_binop(context, operator, left, right)
+        return _checked(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Make a template's call, with limits on its arguments and its result."""
@@ -131,16 +134,35 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return _checked(super().call(context, function, *args, **kwargs))
 
 
+class Namespace(jinja2.utils.Namespace):
+    """jinja2's namespace, without its values in its text: namespaces in namespaces could have a text of any length."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
 class _Rewrite(jinja2.visitor.NodeTransformer):
-    """Turns `a ~ b` into a call that limits its result."""
+    """Turns `a ~ b`, and literals of lists, tuples and dictionaries, into calls, whose results are limited."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return nodes.Call(nodes.Name("_joined", "load"), node.nodes, [], None, None).set_lineno(node.lineno)
 
+    def _visit_literal(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # names that are assigned to
+            return node
+        return nodes.Call(nodes.Name("_literal", "load"), [node], [], None, None).set_lineno(node.lineno)
+
+    visit_List = visit_Tuple = visit_Dict = _visit_literal
+
 
 def _joined(*values: Any) -> str:
     return _checked("".join(map(str, values)))
+
+
+def _literal(value: Any) -> Any:
+    return value
 
 
 def _raise(message: Any) -> None:
@@ -188,9 +210,26 @@ def _check_size(size: int) -> None:
 
 
 def _checked(value: Any) -> Any:
-    if isinstance(value, str | list | tuple):
-        _check_size(len(value))
+    """The value. Raises TemplateLimit if its text could be too large."""
+    _size(value, {})
     return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """About the number of letters of a value's text; `known` has those of its parts, as one may have many places in it."""
+    if isinstance(value, str):
+        _check_size(len(value))
+        return len(value)
+    if not isinstance(value, list | tuple | dict):
+        return 0
+    if id(value) not in known:
+        size = MEMBER * len(value)
+        _check_size(size)
+        for member in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
+            size += _size(member, known)
+        _check_size(size)
+        known[id(value)] = size
+    return known[id(value)]
 
 
 def output(template: Compiled, variables: dict[str, Any]) -> str:

@@ -47,6 +47,9 @@ LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
         "{% set x = namespace(s='x') %}{% for i in range(99) %}{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s }}",
         "{% set x = namespace(s='x') %}{% for i in range(99) %}{% set x.s = x.s + x.s %}{% endfor %}{{ x.s }}",
         "{% set x = namespace(s=[1]) %}{% for i in range(99) %}{% set x.s = x.s + x.s %}{% endfor %}",
+        "{% set x = namespace(s=[1]) %}{% for i in range(99) %}{% set x.s = [x.s, x.s] %}{% endfor %}{{ x.s }}",
+        "{% set x = namespace(s=1) %}{% for i in range(99) %}{% set x.s = {'a': x.s, 'b': (x.s,)} %}{% endfor %}{{ x.s }}",
+        "{% set x = namespace(s='long' * 9999) %}{% for i in range(99) %}{% set x.s = [x.s] * 2 %}{% endfor %}{{ x.s }}",
         "{% set x = namespace(s='x') %}{% for i in range(99) %}{% set x.s = x.s | replace('x', 'xx') %}{% endfor %}",
         "{% set x = namespace(s='xx') %}{% for i in range(99) %}{% set x.s = x.s.join([x.s, x.s]) %}{% endfor %}",
         "{% set x = namespace(s=2) %}{% for i in range(99) %}{% set x.s = x.s * x.s %}{% endfor %}",
@@ -71,6 +74,12 @@ def test_a_template_that_would_not_end_is_stopped(source, monkeypatch):
     with pytest.raises(TemplateError, match=r"does not end|cannot render") as error:
         render(source)
     assert "\n" not in str(error.value)
+
+
+def test_namespaces_in_namespaces_have_a_short_text():
+    double = "{% set y = namespace() %}{% set y.a = x.s %}{% set y.b = x.s %}{% set x.s = y %}"
+    source = f"{{% set x = namespace(s=1) %}}{{% for i in range(99) %}}{double}{{% endfor %}}{{{{ x.s }}}}"
+    assert render(source) == "<Namespace>"
 
 
 def test_a_template_that_takes_long_is_stopped(monkeypatch):
