@@ -130,7 +130,7 @@ def read_json(path: Path) -> Any:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unrepeated)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except OSError as error:
@@ -139,7 +139,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error or type(error).__name__}") from error
 
 
-def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+def unrepeated(members: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON. Raises ValueError for a repeated key, of which `json` would keep the last."""
     found = dict(members)
     if len(found) < len(members):

@@ -53,10 +53,12 @@ def read_rope(config: Plain) -> Plain:
 def rotated_part(config: Plain, head_dim: int) -> int:
     """The dimensions of a head that RoPE rotates; 0 for all."""
     places = (config.get(name) for name in ("rope_scaling", "rope_parameters"))
-    found = [one[PART] for one in (config, *places) if isinstance(one, dict) and one.get(PART) is not None]
-    if any(one != found[0] for one in found):
-        raise UserError(f"{PART} is {shown(found[0])}, and another field has {shown(found[1])}")
-    part = positive(PART, found[0]) if found else 1.0
+    found = [
+        positive(PART, one[PART]) for one in (config, *places) if isinstance(one, dict) and one.get(PART) is not None
+    ]
+    part = found[0] if found else 1.0
+    if other := next((one for one in found if one != part), None):
+        raise UserError(f"{PART} is {shown(part)}, and another field has {shown(other)}")
     width = int(head_dim * part)
     if part > 1 or width % 2 or width < 2:
         raise UserError(

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lm.experiment import UserError
-from lm.stored import read_json
+from lm.stored import read_json, unrepeated
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -264,5 +264,5 @@ def _offsets(path: Path) -> dict[str, int]:
         size = int.from_bytes(stream.read(8), "little")
         if size > LARGEST_HEADER:
             raise ValueError(f"its header has {size} bytes")
-        header = json.loads(stream.read(size))
+        header = json.loads(stream.read(size), object_pairs_hook=unrepeated)
     return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}

@@ -94,6 +94,10 @@ CONFIGS = {
         {"model_type": "phi3", "partial_rotary_factor": 2.0},
         "partial_rotary_factor is 2.0; it should be at most 1",
     ),
+    "no part of a head": (
+        {"model_type": "phi3", "partial_rotary_factor": float("nan")},
+        "partial_rotary_factor is nan; it should be a number above 0",
+    ),
     "an unknown rope": ({"rope_scaling": {"type": ["su"]}, "rope_parameters": None}, r"rope scaling \['su'\]"),
     "odd windows": (
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"},
@@ -206,6 +210,15 @@ def half(folder):
     (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
 
 
+def repeated(folder):
+    """Write the file again with a header that has a tensor twice."""
+    data = (folder / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    text = f'{json.dumps(header)[:-1]}, "{NORM}": {json.dumps(header[NORM])}}}'.encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
 def stale(folder):
     shutil.copy(folder / WEIGHTS, folder / "old.safetensors")
 
@@ -237,6 +250,7 @@ def swapped(folder):
 FOLDERS = {
     "a pointer of git-lfs": (pointer, "is a git-lfs pointer"),
     "half a file": (half, "is not a complete safetensors file"),
+    "a tensor twice": (repeated, "not a complete safetensors file: the key 'model.norm.weight' appears twice"),
     "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is not a complete safetensors file"),
     "a folder for a file": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is no file"),
     "no weights": (
