@@ -4,7 +4,7 @@
 
 MODEL is a folder in the published layout, PYTHON an interpreter that has lm-eval and transformers, FOLDER has the files of TASKS.
 Each round measures both in turn, each from its start to its end, in float32. Then `lm` answers each task's request with the largest
-difference again, in float64: whose error is it? Prints Markdown, and keeps the rows in benchmarks/results/harness.json.
+difference again, in float64, which gives the error of both there. Prints Markdown, and keeps the rows in benchmarks/results/harness.json.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _markdown(found: Mapping[str, Any]) -> list[str]:
     times = {name: statistics.median(values) for name, values in found["seconds"].items()}
     ratios = [b / a for a, b in zip(*found["seconds"].values(), strict=True)]
     return [
-        "| task | items | answered alike | largest difference, nats | there lm from float64 | and the harness |",
+        "| task | items | answered alike | largest difference, nats | error of lm there | error of the harness there |",
         "|---|---|---|---|---|---|",
         *(
             f"| {one['task']} | {one['items']} | {one['alike']} | {_shown(one, 'nats')} | {_shown(one, 'our_error')} | "

@@ -12,9 +12,8 @@ from lm.experiment import GRPO, PPO
 
 Tokens = Float[Array, "B T"]
 
-LARGEST_LOG = (
-    20.0  # a log-ratio beyond which a bounded surrogate is constant: above the logarithm of every bound of the config
-)
+# The log-ratio beyond which a bounded surrogate is constant: above the logarithm of every bound in the config.
+LARGEST_LOG = 20.0
 
 
 def saturating_ratio(log_ratio: Tokens, saturated: Bool[Array, "B T"] | bool) -> Tokens:

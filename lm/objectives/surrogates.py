@@ -74,9 +74,8 @@ def gmpo(x: TokenSample, o: GRPO) -> Gain:
     return Gain(geometric * x.advantages, math.exp(-o.clip_low), math.exp(o.clip_high))
 
 
-SMALLEST_LOG = math.log(
-    1e-8
-)  # of VESPO's weight, the largest is LARGEST_LOG; a token's log-ratio is within ±LARGEST_LOG
+# VESPO's log-weight is between SMALLEST_LOG and LARGEST_LOG, a token's log-ratio within ±LARGEST_LOG.
+SMALLEST_LOG = math.log(1e-8)
 
 
 def vespo(x: TokenSample, o: GRPO) -> Gain:

@@ -49,10 +49,8 @@ SCHEMA = pa.schema(
         ("token_advantages", pa.list_(pa.float32())),  # where the tokens of a trajectory have different ones
         ("largest_gap", pa.float32()),  # largest |logp - trainer_logp|
         ("sampled", pa.int32()),  # number of tokens that the model sampled
-        (
-            "errors",
-            pa.int32(),
-        ),  # number of messages marked as errors: by the environment, or a last call whose reply had no room
+        # number of messages marked as errors: by the environment, or a last call whose reply had no room
+        ("errors", pa.int32()),
     ]
 )
 OPTIONAL = ("trainer_logp", "ref_logp", "token_advantages", "largest_gap", "sampled", "errors")

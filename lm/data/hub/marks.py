@@ -7,20 +7,20 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lm.data.hub.vocabulary import split_at
 
 Turn = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# Tags that a template may look for in a text (<think>, [/INST]) are not split; every other run of letters gets a mark.
-RUN = re.compile(r"</?[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\]|([^\s<\[]+|[<\[])")
+TAG = r"</?[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\]"  # a template may look for it in a text: <think>, [/INST]
+RUN = re.compile(rf"{TAG}|([^\s<\[]+|[<\[])")  # a tag, which is not split, or a run of letters, which gets a mark
 PRIVATE = range(0xF0000, 0x10FFF0)
 
 Amount = Literal["all messages", "all texts", "texts that are not empty", "the assistant's texts"]
-AMOUNTS: tuple[Amount, ...] = ("all messages", "all texts", "texts that are not empty", "the assistant's texts")
+AMOUNTS: tuple[Amount, ...] = get_args(Amount)
 # White space alone, or behind a tag: the text behind the tag is white space alone for a template that splits there.
-BLANK_END = re.compile(r"(?:\A|</?[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\])\s+\Z")
+BLANK_END = re.compile(rf"(?:\A|{TAG})\s+\Z")
 # Where in such white space the mark is: templates may strip it at both ends, at its start, or at its end.
 BLANK_PLACES = (0.5, 1.0, 0.0)
 
