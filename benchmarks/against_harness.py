@@ -128,13 +128,14 @@ def compare(ours: Answers, peers: Answers, asked: Texts, exactly: Callable[..., 
     """
     rows = []
     for name, items in peers.items():
-        alike = sum(_choice(mine) == _choice(theirs) for mine, theirs in zip(ours[name], items, strict=True))
-        row = {"task": name, "items": len(items), "alike": alike}
+        found = list(zip(ours[name], items, asked[name], strict=True))
+        row = {"task": name, "items": len(items)}
+        row["alike"] = sum(_choice(mine, texts) == _choice(theirs, texts) for mine, theirs, texts in found)
         gaps = [
             (abs(_nats(mine) - _nats(theirs)), _nats(mine), _nats(theirs), texts)
-            for one in zip(ours[name], items, asked[name], strict=True)
+            for one in found
             for mine, theirs, texts in zip(*one, strict=True)
-            if not isinstance(_first(theirs), str)
+            if not _is_completion(texts)
         ]
         if gaps:
             gap, mine, theirs, texts = max(gaps, key=lambda one: one[0])
@@ -170,26 +171,22 @@ def exact_model(model: str, place: Path) -> Callable[[str, str], float]:
     return exactly
 
 
-def _first(answer: Any) -> Any:
-    """The log-likelihood or text of an answer, which the harness writes as text."""
-    one = answer[0] if isinstance(answer, list) else answer
-    try:
-        return float(one)
-    except ValueError:
-        return one
+def _is_completion(texts: Sequence[Any]) -> bool:
+    """Whether a request asked for a text: its second argument has the settings of sampling."""
+    return isinstance(texts[-1], dict)
 
 
 def _nats(answer: Any) -> float:
-    return float(_first(answer))
+    """The log-likelihood of an answer, which the harness writes as text."""
+    return float(answer[0] if isinstance(answer, list) else answer)
 
 
-def _choice(answers: Sequence[Any]) -> Any:
+def _choice(answers: Sequence[Any], asked: Sequence[Sequence[Any]]) -> Any:
     """What the harness judges: the likeliest choice, whether a continuation is the greedy one, or the text."""
-    firsts = [_first(one) for one in answers]
-    if len(firsts) > 1:
-        return max(range(len(firsts)), key=firsts.__getitem__)
-    if isinstance(firsts[0], str):
-        return firsts[0]
+    if _is_completion(asked[0]):
+        return answers[0]
+    if len(answers) > 1:
+        return max(range(len(answers)), key=lambda place: _nats(answers[place]))
     return str(answers[0][1]) if isinstance(answers[0], list) else None
 
 
