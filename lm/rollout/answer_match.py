@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from lm.rollout import mathematics
 from lm.rollout.environments.expression import ExpressionError, evaluate
+from lm.rollout.intervals import interval_union, same_union
 from lm.rollout.mathematics import FUNCTION, LATEX_SIGNS, LATEX_SYMBOL
 from lm.rollout.quantities import LONGEST, NO_UNIT, Quantity, quantity, same_quantity
 from lm.rollout.units import is_known, same_unit, with_raised_powers
@@ -314,6 +315,9 @@ def same_answer(given: str, expected: str) -> bool | None:
         return same_quantity(one, other)
     if one is None and other is None and same_text(given, expected):
         return True
+    intervals, wanted_intervals = interval_union(given), interval_union(expected)
+    if intervals and wanted_intervals and any(one.name for one in (*intervals, *wanted_intervals)):
+        return same_union(intervals, wanted_intervals, same_answer)
     found, wanted = parts(given), parts(expected)
     if found and wanted:
         return _same_parts(found, wanted)
