@@ -8,6 +8,7 @@ sent again, and one that has not succeeded within `reward_seconds` counts as a r
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -19,8 +20,9 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm.config.field import UserError, shown
 from lm.data.chat import prompt_messages
@@ -39,29 +41,73 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 class JudgeRecord:
-    """The replies of a stage's judge by the hash of the request, in a JSON-lines file; a failed request is recorded as null."""
+    """The replies of a stage's judge by request and step, in a JSON-lines file; a request that failed is recorded as null."""
 
     def __init__(self, folder: Path, process: int = 0):
         self._lock = threading.Lock()
         # Those of all processes: after a resume with other processes, another one may judge an answer. A file that is gone has
         # left its checksums; to open it comes last, since that writes them anew.
         files = sorted({folder / path.name.removesuffix(".crc32") for path in folder.glob("judge-*.jsonl*")})
-        self._replies: dict[str, str | None] = {}
+        self._replies: dict[str, dict[int, str | None]] = {}
+        self._asked: dict[str, Future[str | None]] = {}  # requests that wait for their reply
         for path in files:
             for _, line in read_json_lines(path, {"request": str}):
-                self._replies[line["request"]] = _recorded_reply(path, line.get("reply", ""))
+                reply = _recorded_reply(path, line.get("reply", ""))
+                self._replies.setdefault(line["request"], {})[_recorded_step(path, line.get("step", 0))] = reply
         self._file = JsonLines(folder / f"judge-{process}.jsonl")
 
-    def find(self, request: str) -> tuple[bool, str | None]:
-        """Whether the request is recorded, and its reply."""
-        with self._lock:
-            return request in self._replies, self._replies.get(request)
+    def at(self, step: int) -> StepRecord:
+        """The record as the rollout of a step reads it and adds to it."""
+        return StepRecord(self, step)
 
-    def add(self, request: str, reply: str | None) -> None:
-        """Record the reply to a request."""
+    def reply(self, request: str, step: int, ask: Callable[[], str | None]) -> str | None:
+        """The recorded reply, else that of `ask`, which is then recorded; equal requests at the same time are asked once.
+
+        A step finds what it recorded itself, failures too, and the replies of earlier steps, but not their failures: a resumed
+        run then gets the rewards that it had, and a judge that was down is asked again at the next step.
+        """
         with self._lock:
-            self._replies[request] = reply
-            self._file.append([json.dumps({"request": request, "reply": reply}).encode()])
+            known = self._replies.get(request, {})
+            earlier = [reply for at, reply in known.items() if at < step and reply is not None]
+            if step in known or earlier:
+                return known[step] if step in known else earlier[-1]
+            waiting = self._asked.get(request)
+            if waiting is None:
+                mine = self._asked[request] = Future()
+        if waiting is not None:
+            return waiting.result()
+        try:
+            mine.set_result(ask())
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._asked[request]
+                if not mine.exception():
+                    self._add(request, step, mine.result())
+        return mine.result()
+
+    def _add(self, request: str, step: int, reply: str | None) -> None:
+        self._replies.setdefault(request, {})[step] = reply
+        self._file.append([json.dumps({"request": request, "step": step, "reply": reply}).encode()])
+
+
+class StepRecord(NamedTuple):
+    """The replies of a judge, as the rollout of one step reads them and adds to them."""
+
+    record: JudgeRecord
+    step: int
+
+    def reply(self, request: str, ask: Callable[[], str | None]) -> str | None:
+        """`JudgeRecord.reply` at this step."""
+        return self.record.reply(request, self.step, ask)
+
+
+def _recorded_step(path: Path, step: Any) -> int:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise UserError(f"{path} has the step {shown(step)}; remove that line, and the judge is asked again")
+    return step
 
 
 def _recorded_reply(path: Path, reply: Any) -> str | None:
@@ -77,7 +123,7 @@ _call = threading.local()  # `record`: of the call that a thread is making
 
 
 @contextlib.contextmanager
-def recorded_in(record: JudgeRecord | None) -> Iterator[None]:
+def recorded_in(record: StepRecord | None) -> Iterator[None]:
     """Context of a call whose replies are read from a record, and added to it."""
     _call.record = record
     try:
@@ -97,12 +143,9 @@ def endpoint(file: str) -> Callable[[Mapping[str, Any], str], float]:
     def score(row: Mapping[str, Any], completion: str) -> float:
         body = _body(judge, row, completion)
         request = hashlib.sha256(body).hexdigest()
-        kept: JudgeRecord | None = getattr(_call, "record", None)
-        found, reply = kept.find(request) if kept else (False, None)
-        if not found:
-            reply = _reply(judge, body)
-            if kept:
-                kept.add(request, reply)
+        kept: StepRecord | None = getattr(_call, "record", None)
+        ask = functools.partial(_reply, judge, body)
+        reply = kept.reply(request, ask) if kept else ask()
         if reply is None:
             raise TookTooLong
         return max(0.0, min(1.0, float(NUMBER.findall(reply)[-1]) / judge["most"]))

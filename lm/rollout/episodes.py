@@ -30,7 +30,7 @@ from lm.experiment import Stage, UserError
 from lm.parallel.distributed import gather, raise_on_all
 from lm.rollout.answer_rewards import TOKENS
 from lm.rollout.code_tests import sandbox_notes
-from lm.rollout.endpoint_judge import JudgeRecord
+from lm.rollout.endpoint_judge import StepRecord
 from lm.rollout.engine import Completion, Engine, Request, completion_text
 from lm.rollout.environment import Environment, RewardsByName, VerifierEnvironment, find_environment
 from lm.rollout.rewards import REWARD, between_calls, compute_rewards, reward_problem
@@ -72,7 +72,7 @@ class EnvironmentSpec:
     where: str
     seconds: float
     notes: tuple[str, ...] = ()
-    record: JudgeRecord | None = None
+    record: StepRecord | None = None
     max_turns: int = 0
 
 

@@ -19,7 +19,7 @@ from lm.data.chat import prompt_messages
 from lm.data.workers import cores
 from lm.experiment import UserError
 from lm.rollout import verifiers
-from lm.rollout.endpoint_judge import JudgeRecord
+from lm.rollout.endpoint_judge import StepRecord
 from lm.rollout.timed import START_SECONDS, CallOutcome, TimedWorker, limited, whole_outcome_of
 from lm.rollout.verifiers import call_verifier, find_verifier, prepare_verifier
 from lm.user_functions import is_function_name
@@ -55,7 +55,7 @@ def compute_rewards(
     completions: Sequence[str],
     where: str,
     seconds: float = SECONDS,
-    record: JudgeRecord | None = None,
+    record: StepRecord | None = None,
 ) -> Rewards:
     """The reward of each completion by the verifier `name`, for the row that it answers.
 
@@ -87,7 +87,7 @@ def timeout_metric(count: int) -> dict[str, float]:
 
 
 def _outcomes(
-    name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float, record: JudgeRecord | None
+    name: str, answered: Sequence[tuple[Mapping[str, Any], str]], seconds: float, record: StepRecord | None
 ) -> list[CallOutcome]:
     """The outcome of each call. Code, patterns and schemas of others run in processes that can be killed, other verifiers in this one."""
     rule = name.partition(":")[0]

@@ -18,7 +18,7 @@ from lm.data.curriculum.style import CLOSERS, undress
 from lm.experiment import FUNCTION, UserError
 from lm.rollout import answer_rewards, code_tests, endpoint_judge
 from lm.rollout.answer_match import matches
-from lm.rollout.endpoint_judge import JudgeRecord, recorded_in
+from lm.rollout.endpoint_judge import StepRecord, recorded_in
 from lm.rollout.timed import TookTooLong, within
 from lm.user_functions import is_function_name, load_function
 
@@ -138,7 +138,7 @@ def prepare_verifier(name: str) -> None:
 
 
 def call_verifier(
-    name: str, row: Mapping[str, Any], completion: str, seconds: float, record: JudgeRecord | None = None
+    name: str, row: Mapping[str, Any], completion: str, seconds: float, record: StepRecord | None = None
 ) -> Any:
     """The reward of a completion by the verifier `name`, which may ask how much of its `seconds` is left.
 

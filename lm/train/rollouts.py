@@ -73,6 +73,7 @@ class RolloutBatches(Batches):
         self.report, self.sources, self.fingerprint = self.tasks.report(), feed.sources(), feed.fingerprint
         self.latest: Rollout | None = None
         self.folder: Path | None = None
+        self.judged: JudgeRecord | None = None
         self.agreement: GapBound | None = None  # the latest float32 comparison of sampler and trainer
         alone = sampler_mesh(experiment.rollout_mesh) if self.stage.objective.staleness else None
         self.alone, self.sampler_mesh = alone is not None, alone or mesh
@@ -81,8 +82,7 @@ class RolloutBatches(Batches):
     def prepare(self, model: Transformer, folder: Path, before: Callable[[str], None]) -> None:
         self.folder = folder
         if any(name.startswith("endpoint:") for name in self.stage.objective.verifier_names):
-            record = JudgeRecord(folder, jax.process_index())
-            self.tasks = dataclasses.replace(self.tasks, spec=dataclasses.replace(self.tasks.spec, record=record))
+            self.judged = JudgeRecord(folder, jax.process_index())
 
     def __call__(self, step: int, state: TrainState) -> tuple[list[RolloutBatch], dict[str, float]]:
         key, o, algorithm = jax.random.fold_in(self.key, step), self.stage.objective, algorithm_of(self.stage)
@@ -117,8 +117,10 @@ class RolloutBatches(Batches):
             sampler = whole if o.samples_as_trained else rounded(whole, o.sampler)
         local = LocalEngine(sampler, self.tokenizer, version, layout=self.layout, cache=o.sampler_cache)
         engine = EngineOn(local, self.sampler_mesh) if self.alone else local
-        key = jax.random.fold_in(self.key, step)
-        return algorithm_of(self.stage).sample(engine, frozen, self.tasks, self.stage, step, key, self.place)
+        key, tasks = jax.random.fold_in(self.key, step), self.tasks
+        if self.judged:
+            tasks = dataclasses.replace(tasks, spec=dataclasses.replace(tasks.spec, record=self.judged.at(step)))
+        return algorithm_of(self.stage).sample(engine, frozen, tasks, self.stage, step, key, self.place)
 
     def _sample_checked(
         self, model: Transformer, frozen: Mapping[str, Any], step: int, version: int

@@ -151,12 +151,12 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(tmp_path, monkeypatc
 
 
 def test_replies_are_replayed_and_failures_too(server, name, tmp_path):
-    record = JudgeRecord(tmp_path)
+    record = JudgeRecord(tmp_path).at(3)
     first = compute_rewards(name, ROWS, ["a", "bb", "ccc"], "reason", record=record)
     server.failures = 1000
     missing = compute_rewards(name, ROWS[:1], ["dddd"], "reason", seconds=0.5, record=record)
     server.shutdown()
-    asked, again = len(server.asked), JudgeRecord(tmp_path, 1)
+    asked, again = len(server.asked), JudgeRecord(tmp_path, 1).at(3)
     assert (
         compute_rewards(name, ROWS, ["a", "bb", "ccc"], "reason", record=again).values.tolist() == first.values.tolist()
     )
@@ -167,6 +167,26 @@ def test_replies_are_replayed_and_failures_too(server, name, tmp_path):
     )
     assert len(server.asked) == asked
     assert "secret" not in (tmp_path / "judge-0.jsonl").read_text()
+
+
+def test_a_judge_that_was_down_is_asked_again_at_the_next_step(server, name, tmp_path):
+    record = JudgeRecord(tmp_path)
+    server.failures = 1000
+    assert compute_rewards(name, ROWS[:1], ["dddd"], "reason", seconds=0.5, record=record.at(3)).timeouts == 1
+    server.failures = 0
+    later = compute_rewards(name, ROWS[:1], ["dddd"], "reason", record=record.at(4))
+    assert later.values.tolist() == pytest.approx([0.4])
+    # A run that is resumed at step 3 gets what each step had.
+    asked, resumed = len(server.asked), JudgeRecord(tmp_path, 1)
+    for step, values in ((3, [0.0]), (4, [0.4]), (5, [0.4])):
+        found = compute_rewards(name, ROWS[:1], ["dddd"], "reason", record=resumed.at(step))
+        assert found.values.tolist() == pytest.approx(values)
+    assert len(server.asked) == asked
+
+
+def test_equal_requests_of_a_step_are_asked_once(server, name, tmp_path):
+    found = compute_rewards(name, ROWS[:1] * 20, ["aaa"] * 20, "reason", record=JudgeRecord(tmp_path).at(0))
+    assert found.values.tolist() == pytest.approx([0.3] * 20) and len(server.asked) == 1
 
 
 def described(**fields) -> str:
@@ -208,13 +228,20 @@ def test_a_file_that_describes_no_judge_is_refused_in_one_line(tmp_path, content
 def test_replies_that_are_gone_are_told_before_the_judge_is_asked_again(tmp_path, left):
     record = JudgeRecord(tmp_path)
     for request in ("a", "b"):
-        record.add(request, "7")
+        record.at(0).reply(request, lambda: "7")
     file = tmp_path / "judge-0.jsonl"
     kept = file.read_bytes().splitlines(keepends=True)[:left]
     file.unlink()
     if left is not None:
         file.write_bytes(b"".join(kept))
     with pytest.raises(UserError, match=r"judge-0\.jsonl:\d is gone: 2 lines were written"):
+        JudgeRecord(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["-1", "true", '"1"', "null", "1.5"])
+def test_a_recorded_step_that_is_none_is_refused(tmp_path, step):
+    (tmp_path / "judge-0.jsonl").write_text(f'{{"request": "a", "step": {step}, "reply": "7"}}\n')
+    with pytest.raises(UserError, match=r"judge-0\.jsonl has the step .*; remove that line"):
         JudgeRecord(tmp_path)
 
 
