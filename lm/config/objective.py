@@ -395,8 +395,8 @@ SAMPLING_WARNINGS: dict[str, MetricWarning] = {
     ),
     "reward_timeouts": MetricWarning(
         lambda line: line.get("reward_timeouts", 0) > 0,
-        "at step {step} {reward_timeouts:.0f} rewards took longer than objective.reward_seconds ({reward_seconds:g} s; for formulas at "
-        "most 5 s) and were set to 0; see the metric reward_timeouts",
+        "at step {step} {reward_timeouts:.0f} rewards by {scored_by} took longer than objective.reward_seconds ({reward_seconds:g} s; "
+        "for formulas at most 5 s), or their judge was down that long, and were set to 0; see the metric reward_timeouts",
         steps=1,
     ),
 }

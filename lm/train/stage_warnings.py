@@ -56,9 +56,11 @@ class Warnings:
         self.recent.append(line)
         if len(self.first) < WARNING_STEPS:
             self.first.append(line)
-        for kind, text in found(self.possible, list(self.recent), vars(self.stage.objective)):
+        o = self.stage.objective
+        scored_by = ", ".join(filter(None, (*o.verifier_names, o.environment_name)))
+        for kind, text in found(self.possible, list(self.recent), vars(o) | {"scored_by": scored_by}):
             self.add(kind, text, line["step"])
-        if self.stage.objective.samples:
+        if o.samples:
             for kind, text in collapsed(self.first, list(self.recent)):
                 self.add(kind, text, line["step"])
 
@@ -96,15 +98,21 @@ def collapsed(first: Sequence[Line], last: Sequence[Line]) -> Iterator[tuple[str
     if min(len(first), len(last)) < WARNING_STEPS or first[-1]["step"] >= last[0]["step"]:
         return
     for name, (fraction, meaning) in COLLAPSES.items():
-        if all(math.isfinite(line.get(name) or math.nan) for line in first):
-            start = statistics.fmean(line[name] for line in first)
-            now = [math.nan if (value := line.get(name)) is None else value for line in last]
+        before, now = ([_value(line, name) for line in lines] for lines in (first, last))
+        if all(math.isfinite(value or math.nan) for value in before):
+            start = statistics.fmean(before)
             if all(value < fraction * start for value in now):
                 yield (
                     f"{name}_collapse",
                     f"in the {len(last)} steps up to step {last[-1]['step']} {name} was below {fraction:.0%} of its first value "
                     f"({start:.3g}, now {now[-1]:.3g}): {meaning}",
                 )
+
+
+def _value(line: Line, name: str) -> float:
+    """A metric of a step; NaN where it is missing, or is the mean over no tokens, as where every answer was cut off and masked."""
+    value = line.get(name)
+    return math.nan if value is None or (value == 0 and line.get("eos_rate") == 0) else value
 
 
 def diverged(name: str, metrics: Sequence[Line], evals: Sequence[Line]) -> tuple[int, str]:

@@ -73,6 +73,12 @@ def test_a_collapse_is_said_with_its_step(tmp_path, metric, low):
     assert len(warned(tmp_path / "fallen", GRPO(), [fallen], first=len(lines) + STEPS + 1)) == 0, "once, over resumes"
 
 
+def test_steps_whose_answers_are_all_cut_off_and_masked_have_no_entropy(tmp_path):
+    nothing = HEALTHY | {"entropy": 0.0, "eos_rate": 0.0}
+    warnings = warned(tmp_path, GRPO(), [*[HEALTHY] * (STEPS + 2), *[nothing] * (2 * STEPS)])
+    assert not any("entropy was below" in text for text in warnings) and any("cut off" in text for text in warnings)
+
+
 def test_a_stage_that_begins_low_has_not_collapsed(tmp_path):
     assert warned(tmp_path, GRPO(), [HEALTHY | {"entropy": 0.01}] * (3 * STEPS)) == []
 
