@@ -18,8 +18,11 @@ from lm.experiment import UserError
 from lm.model.transformer import Transformer
 from lm.objectives.logprobs import logprobs_at
 from lm.parallel.distributed import fetch
+from lm.parallel.rules import platform
 
-TOKENS = 8192  # of one forward pass: bounds memory
+# Tokens of one forward pass, which bound its memory. A CPU takes no longer for the same tokens in more passes, and the last one
+# has less padding.
+TOKENS, TOKENS_ON_CPU = 8192, 2048
 SCORES = 1 << 28  # attention scores of one layer where rows have branches, by plain attention: bounds memory too
 WIDTH = 256  # tokens of the shortest rows: short inputs lie several to a row, and few shapes compile
 SCORED = 256  # the tokens that a forward pass scores are rounded up to a multiple of this, so that few shapes compile
@@ -53,10 +56,14 @@ class _Tree:
         self.starts: dict[tuple[int, ...], int] = {}  # places of the first tokens of the branches
         self.scored: list[tuple[int, tuple[int, ...], range]] = []  # (request, targets, places of its branch)
 
-    def fits(self, said: tuple[int, ...], most: int) -> bool:
-        """Whether the tree has at most `most` tokens with a further continuation, or no more than without it."""
-        new = 0 if said[:-1] in self.starts else len(said) - 1
-        return not new or len(self.tokens) + new <= most
+    def fits(self, said: tuple[int, ...], most: int, worth: int) -> bool:
+        """Whether a further continuation belongs in this tree instead of another one, which reads the context again.
+
+        It does if the tree has no more tokens with it, or at most `most` of them, and fits in the shortest row or takes less
+        time: reading a token takes that of `worth` pairs of tokens in attention.
+        """
+        old, new = len(self.tokens), 0 if said[:-1] in self.starts else len(said) - 1
+        return not new or (old + new <= most and (old + new <= WIDTH or new * old <= worth * self.context))
 
     @property
     def branched(self) -> bool:
@@ -94,7 +101,8 @@ def score_continuations(
     longest = model.config.max_len
     most = min(longest, math.isqrt(SCORES // model.config.num_heads))
     found: dict[int, Likelihood] = {}
-    trees = _trees(requests, longest, most)
+    # A layer has about 12 d^2 parameters, 2 FLOPs each, and a pair 4 d FLOPs, which rows with branches take both ways.
+    trees = _trees(requests, longest, most, 3 * model.config.embed_dim)
     for branched in (False, True):  # apart, so that rows with branches are at most as wide as SCORES allows
         for rows in _packed([one for one in trees if one.branched == branched], longest):
             between_batches()
@@ -104,8 +112,8 @@ def score_continuations(
     return [found[index] for index in range(len(requests))]
 
 
-def _trees(requests: Sequence[Continuation], longest: int, most: int) -> list[_Tree]:
-    """The requests by their contexts, as many to a tree as fit in `most` tokens, at least one."""
+def _trees(requests: Sequence[Continuation], longest: int, most: int, worth: int) -> list[_Tree]:
+    """The requests by their contexts, as many to a tree as fit in `most` tokens and are worth it (`_Tree.fits`), at least one."""
     trees: dict[tuple[int, ...], list[_Tree]] = {}
     for index, one in enumerate(requests):
         if not one.context or not 0 < len(one.tokens) <= longest:
@@ -115,7 +123,7 @@ def _trees(requests: Sequence[Continuation], longest: int, most: int) -> list[_T
             )
         context, said = tuple(one.context[-(longest + 1 - len(one.tokens)) :]), tuple(one.tokens)
         known = trees.setdefault(context, [])
-        if not known or not known[-1].fits(said, most):
+        if not known or not known[-1].fits(said, most, worth):
             known.append(_Tree(context))
         known[-1].add(index, said)
     return [tree for known in trees.values() for tree in known]
@@ -128,13 +136,18 @@ def _packed(trees: Sequence[_Tree], longest: int) -> Iterator[list[list[_Tree]]]
     while left:
         width = _width(left[-1], longest)
         rows: list[list[_Tree]] = []
-        while left and len(rows) < max(1, TOKENS // width):
+        while left and len(rows) < _most_rows(width):
             rows.append([])
             room = width
             while place := bisect.bisect_right(sizes, room):
                 room -= sizes.pop(place - 1)
                 rows[-1].append(left.pop(place - 1))
         yield rows
+
+
+def _most_rows(width: int) -> int:
+    """Rows of one forward pass."""
+    return max(1, (TOKENS_ON_CPU if platform() == "cpu" else TOKENS) // width)
 
 
 def _width(one: _Tree, longest: int) -> int:
@@ -152,7 +165,7 @@ def _score(model: Transformer, rows: Sequence[Sequence[_Tree]], longest: int) ->
     """The likelihoods of the continuations in one batch of rows."""
     width = _width(rows[0][0], longest)
     # A batch that is not full, such as the last one, has a power of two of rows.
-    count = min(max(1, TOKENS // width), 1 << (len(rows) - 1).bit_length())
+    count = min(_most_rows(width), 1 << (len(rows) - 1).bit_length())
     tokens, segments, positions, branches = np.zeros((4, count, width), np.int32)
     where: list[int] = []
     targets: list[int] = []

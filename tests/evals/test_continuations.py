@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm.evals import continuations
-from lm.evals.continuations import Continuation, score_continuations
+from lm.evals.continuations import WIDTH, Continuation, _trees, score_continuations
 from lm.experiment import UserError
 from tests.helpers import VOCAB, tiny_model
 
@@ -44,7 +44,7 @@ def requests(count, seed=0):
 
 @pytest.mark.slow
 def test_packed_continuations_have_the_likelihood_of_each_alone(model, monkeypatch):
-    monkeypatch.setattr(continuations, "TOKENS", 4 * LONGEST)  # several forward passes
+    monkeypatch.setattr(continuations, "TOKENS_ON_CPU", 4 * LONGEST)  # several forward passes
     asked = requests(40)
     for one, found in zip(asked, score_continuations(model, asked), strict=True):
         logp, greedy = alone(model, one.context, one.tokens)
@@ -52,7 +52,7 @@ def test_packed_continuations_have_the_likelihood_of_each_alone(model, monkeypat
 
 
 def test_short_continuations_fill_the_rows(model, monkeypatch):
-    monkeypatch.setattr(continuations, "TOKENS", 4 * LONGEST)
+    monkeypatch.setattr(continuations, "TOKENS_ON_CPU", 4 * LONGEST)
     draw = np.random.default_rng(2)
     asked = [Continuation([place], [2] * int(size)) for place, size in enumerate(draw.integers(1, 20, 60))]
     passes: list[dict] = []
@@ -81,6 +81,18 @@ def test_continuations_of_one_context_do_not_see_each_other(model, monkeypatch, 
     for one, found in zip(asked, score_continuations(model, asked), strict=True):
         logp, greedy = alone(model, one.context, one.tokens)
         assert found.logp == pytest.approx(logp, abs=1e-4) and found.greedy == greedy
+
+
+def test_a_short_context_is_read_again_where_attention_to_all_its_continuations_takes_longer(model):
+    worth, long = 3 * model.config.embed_dim, 10_000
+    said = [[1 + place % 9, *(place // 9**digit % 9 for digit in range(1, 5)), *range(15)] for place in range(300)]
+
+    def sizes(context):
+        return [len(tree.tokens) for tree in _trees([Continuation(context, one) for one in said], long, long, worth)]
+
+    short = sizes([1])
+    assert max(short) <= WIDTH and len(short) <= np.ceil(300 * 19 / (WIDTH - 20))  # they fill the shortest rows
+    assert sizes([1] * 4000) == [4000 + 300 * 19]
 
 
 @pytest.mark.parametrize("one", [Continuation([], [1]), Continuation([1], []), Continuation([1], [1] * (LONGEST + 1))])
