@@ -89,7 +89,7 @@ def _table(contest: str, dtype: str, group: dict[str, list[Row]]) -> Iterator[st
     by_cpu = first["cores"] < (os.cpu_count() or 1)
     rate = "tokens_per_cpu_s" if by_cpu else "tokens_per_s"
     medians = {name: _medians(rows) for name, rows in group.items()}
-    best_peer = max((m[rate] for name, m in medians.items() if name != "lm"), default=float("nan"))
+    best_peer = max((m[rate] for name, m in medians.items() if name.split("+")[0] != "lm"), default=float("nan"))
     unit = UNITS[contest].replace("/s", "/CPU s") if by_cpu else UNITS[contest]
     yield f"{contest}, {NAMES[contest]}, {dtype}{', a quarter of the work' if first['quick'] else ''}"
     yield ""

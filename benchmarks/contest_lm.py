@@ -97,16 +97,19 @@ def random_tokens(kit: ModuleType, *shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(FIRST_WORD, kit.MODEL["vocab"], shape).astype(np.int32)
 
 
-def pretrain(kit: ModuleType, c: dict[str, Any], model: Transformer, rank: int = 0) -> dict[str, Any]:
+def pretrain(
+    kit: ModuleType, c: dict[str, Any], model: Transformer, rank: int = 0, microbatches: int = 1
+) -> dict[str, Any]:
     lora = LoRA(rank=rank, alpha=2 * rank or 1)
-    train = Trainer(replace(stage_of(kit, Pretrain(), c["batch"], c["seq"]), lora=lora), model)
+    stage = stage_of(kit, Pretrain(), c["batch"], c["seq"])
+    train = Trainer(replace(stage, lora=lora, microbatches=microbatches), model)
     batch = random_rows(kit, c["batch"], c["seq"], prompt=1)
     return kit.timed(lambda: train(batch), "A")
 
 
-def adapter(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
+def adapter(kit: ModuleType, c: dict[str, Any], model: Transformer, microbatches: int = 1) -> dict[str, Any]:
     keep_freed_memory(False)  # as `lm run` does where an adapter trains
-    return pretrain(kit, c, model, rank=16)
+    return pretrain(kit, c, model, rank=16, microbatches=min(microbatches, c["batch"]))
 
 
 def sampling(kit: ModuleType, c: dict[str, Any], model: Transformer) -> dict[str, Any]:
@@ -191,12 +194,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("contest", choices=tuple(CONTESTS))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--microbatches", type=int, default=1, help="of the contest `lora`: gradient accumulation")
     parser.add_argument("--kit", default=os.environ.get("PEER_KIT"), help="folder of the kit's contests.py")
     arguments = parser.parse_args()
     kit = load_kit(arguments.kit)
     model = model_of(kit, arguments.contest, arguments.dtype)
     sizes = "A" if arguments.contest == "lora" else arguments.contest
-    result = CONTESTS[arguments.contest](kit, kit.CONTESTS[sizes], model)
+    options = {"microbatches": arguments.microbatches} if arguments.contest == "lora" else {}
+    result = CONTESTS[arguments.contest](kit, kit.CONTESTS[sizes], model, **options)
     extra = {name: result.pop(name) for name in ("rollout_ms", "update_ms") if name in result}
     kit.emit("lm", sizes, arguments.dtype, result, **extra)
 

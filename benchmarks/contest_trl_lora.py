@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with PEFT as a contestant: contest A of the peers' kit with an adapter on all linear layers.
 
-    PYTHONPATH=KIT $TORCH_PY benchmarks/contest_trl_lora.py --dtype float32 [--rank 16]
+    PYTHONPATH=KIT $TORCH_PY benchmarks/contest_trl_lora.py --dtype float32 [--rank 16] [--microbatches 4]
 
 The interpreter is TRL's own; KIT has `contests.py`. The base is in the contest's dtype, as `lm` has it, and the factors in float32.
 """
@@ -63,6 +63,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--microbatches", type=int, default=1, help="gradient accumulation steps; must divide the batch"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     random.seed(0)
@@ -72,6 +75,8 @@ def main():
         {"input_ids": [random.randrange(FIRST_WORD, m["vocab"]) for _ in range(c["seq"])]}
         for _ in range(c["batch"] * clock.total)
     ]
+    microbatches = min(arguments.microbatches, c["batch"])
+    rows_per_forward = c["batch"] // microbatches
     trainer = trl.SFTTrainer(
         model=llama(m, getattr(torch, arguments.dtype)),
         processing_class=tokenizer(m["vocab"]),
@@ -83,15 +88,15 @@ def main():
         callbacks=[Tick(clock)],
         args=trl.SFTConfig(
             output_dir=tempfile.mkdtemp(), max_steps=clock.total, use_cpu=True, max_length=c["seq"], packing=False,
-            per_device_train_batch_size=c["batch"], learning_rate=o["lr"], lr_scheduler_type="constant",
+            per_device_train_batch_size=rows_per_forward, learning_rate=o["lr"], lr_scheduler_type="constant",
             adam_beta1=o["b1"], adam_beta2=o["b2"], adam_epsilon=o["eps"], weight_decay=o["weight_decay"],
             max_grad_norm=o["clip"], optim="adamw_torch_fused", gradient_checkpointing=False,
-            gradient_accumulation_steps=1, bf16=arguments.dtype == "bfloat16", report_to=[], save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
+            gradient_accumulation_steps=microbatches, bf16=arguments.dtype == "bfloat16", report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
         ),
     )  # fmt: skip
     shape = list(next(iter(trainer.get_train_dataloader()))["input_ids"].shape)
-    assert shape == [c["batch"], c["seq"]], shape
+    assert shape == [rows_per_forward, c["seq"]], shape
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainer.train()
     contests.emit("trl+peft", "A", arguments.dtype, clock.result(), trained=trained)
