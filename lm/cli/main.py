@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import errno
 import functools
 import glob
@@ -22,7 +23,7 @@ from lm import __version__
 from lm.allocator import ALLOCATOR
 from lm.cli.arguments import EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED, EXIT_USER
 from lm.config.field import LONGEST_VALUE, message_line
-from lm.experiment import UserError, nearest
+from lm.experiment import Experiment, UserError, nearest
 from lm.parallel.topology import GPU_MEMORY
 
 COMMANDS = {
@@ -241,7 +242,12 @@ def _dispatch(words: list[str]) -> int:
 
 
 def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], list[str]]:
-    """Split the words into the command's own and overrides (`--a.b.c VALUE`, `--a.b.c=VALUE`)."""
+    """Split the words into the command's own and overrides (`--a.b.c VALUE`, `--a.b.c=VALUE`).
+
+    Raises:
+        UserError: a word is neither, and resembles one of the command's own.
+    """
+    fields = {field.name for field in dataclasses.fields(Experiment)}
     own: list[str] = []
     overrides: list[str] = []
     rest = iter(words)
@@ -249,6 +255,9 @@ def split_overrides(words: Iterable[str], flags: set[str]) -> tuple[list[str], l
         if not word.startswith("--") or word.split("=", 1)[0] in flags:
             own.append(word)
             continue
+        name = word.split("=", 1)[0]
+        if "." not in name and name[2:] not in fields and (hint := nearest(name, sorted(flags))):
+            raise UserError(f"no flag {name}{hint}")
         overrides.append(word)
         if "=" not in word:
             overrides.extend(value for value in [next(rest, None)] if value is not None)

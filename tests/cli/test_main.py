@@ -247,6 +247,17 @@ def test_overrides_are_what_no_flag_is():
     assert overrides == ["--sft.steps", "-3", "--seed=7", "--name", "x"]
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [(["run", "small", "--run-dri", "x"], "--run-dir"), (["eval", "runs/x", "--taks=arc"], "--tasks"),
+     (["plan", "small", "--topologi", "v5e:2x2"], "--topology")],
+)  # fmt: skip
+def test_a_misspelt_flag_is_no_field_of_the_experiment(here, capsys, words, flag):
+    assert main(words) == 2
+    misspelt = words[2].partition("=")[0]
+    assert f"no flag {misspelt}; did you mean {flag}" in capsys.readouterr().err
+
+
 def test_config_shows_the_resolved_value_and_what_changed(here, capsys):
     assert main(["config", "small", "--sft.steps=12", "--model.tied_head", "false"]) == 0
     lines = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()}
