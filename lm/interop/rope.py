@@ -43,8 +43,8 @@ def read_rope(config: Plain) -> Plain:
             if name in found and found[name] != one:
                 raise UserError(f"{place} has {name} {shown(one)}, and another field has {shown(found[name])}")
         found |= given
-    if found.get("rope_type") == "su":  # its former name
-        found["rope_type"] = "longrope"
+    if found.get("rope_type") == "su" or (found.get("rope_type"), config.get("model_type")) == ("yarn", "phi3"):
+        found["rope_type"] = "longrope"  # under its former names
     if found.get("rope_type") == "longrope" and config.get(ORIGINAL) is not None:
         found[ORIGINAL] = config[ORIGINAL]
     return found

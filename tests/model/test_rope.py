@@ -114,9 +114,10 @@ def test_longrope_divides_each_frequency_of_the_rotated_part_by_its_own_factor(l
 
 
 def test_a_longrope_config_is_that_of_its_original_length_and_may_be_lengthened():
-    """Its former name and a value of attention_factor are read; a wrong count of factors names both."""
+    """Its former names (Phi 3 said yarn too) and a value of attention_factor are read; a wrong count of factors names both."""
     model, _ = read_config(PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"type": "su", "attention_factor": 1.5}})
     assert rope_attention_factor(model.rope_scaling) == 1.5
+    assert read_config(PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"type": "yarn"}}) == read_config(PHI3)
     assert longest_sequence(model.max_len, [model.rope_scaling]) == 256
     with pytest.raises(UserError, match="it should have 8 short and 8 long factors, found 6 and 6"):
         read_config(PHI3 | {"partial_rotary_factor": 1.0})
