@@ -32,6 +32,8 @@ from lm.stored import read_json, write_atomic, write_json_atomic
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # before the name of a module, in the names of tensors
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+TABLES = {"lm_head", "embed_tokens"}
+MERGE_FIRST = "PEFT's merge_and_unload gives a whole model with it, whose folder can be used instead"
 ALL_LINEAR = "all-linear"
 MATCH_SECONDS = 1.0  # time limit for matching a pattern with a name
 
@@ -116,10 +118,17 @@ def read_factors(folder: Path, model: Transformer, family: Family) -> dict[str, 
     described = read_json(folder / CONFIG)
     try:
         config = _checked(described)
-        ranks = _ranks(config, [name for target in targets for name in target.modules])
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     tensors = read_file(folder / WEIGHTS)
+    if tables := [name for name in tensors if TABLES & set(name.split("."))]:
+        raise UserError(
+            f"{folder} changes the embedding or the head, which no adapter here does, by {listed(tables)}; {MERGE_FIRST}"
+        )
+    try:
+        ranks = _ranks(config, [name for target in targets for name in target.modules])
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
     dora = bool(config.get("use_dora"))
     shapes: dict[str, tuple[int, ...]] = {}
     for target in targets:
@@ -196,7 +205,9 @@ def _checked(config: Any) -> Mapping[str, Any]:
         if name not in {*USED, *ONLY, *HARMLESS} and value not in (None, False, [], {})
     ]
     if strange:
-        raise UserError(f"the reader does not know {listed(strange)}, which may change what the adapter computes")
+        raise UserError(
+            f"the reader does not know {listed(strange)}, which may change what the adapter computes; {MERGE_FIRST}"
+        )
     return config
 
 

@@ -16,7 +16,7 @@ from lm.cli.export import _base_of
 from lm.experiment import SFT, Experiment, LoRA, Mesh, Stage, Tokenizer, UserError
 from lm.interop import hf
 from lm.interop.export import write
-from lm.interop.peft import CONFIG, WEIGHTS, read_adapter, read_factors, write_adapter
+from lm.interop.peft import CONFIG, PREFIX, WEIGHTS, read_adapter, read_factors, write_adapter
 from lm.model.families import FAMILIES
 from lm.model.lora import adapted, freeze_adapter, linears, merged, with_adapter
 from lm.objectives.logprobs import token_logprobs
@@ -199,6 +199,21 @@ def test_targets_by_pattern_and_layer(folder, changes, same):
     else:
         with pytest.raises(UserError, match=r"another base model: \d+ tensors are unexpected"):
             read_factors(folder, tiny_model(num_layers=2), LLAMA)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.lora_A.weight",
+        "model.embed_tokens.lora_embedding_A",
+        "lm_head.weight",
+        "model.embed_tokens.modules_to_save.weight",
+    ],
+)
+def test_an_adapter_of_the_embedding_or_the_head_says_so(folder, name):
+    save_file(load_file(folder / WEIGHTS) | {PREFIX + name: np.ones((2, 32), np.float32)}, folder / WEIGHTS)
+    with pytest.raises(UserError, match=rf"changes the embedding or the head.*{name}; PEFT's merge_and_unload gives"):
+        read_factors(folder, tiny_model(num_layers=2), LLAMA)
 
 
 def test_an_adapter_for_another_base(folder, tmp_path_factory):
