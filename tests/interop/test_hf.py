@@ -81,7 +81,10 @@ def test_loss_and_gradients(family):
     attention = grads.blocks.attention
     d, n = model.config.embed_dim, model.config.num_kv_heads * model.config.head_dim
     k_proj = np.asarray(attention.k.weight[...][0]).reshape(d, n).T
-    np.testing.assert_allclose(k_proj, inputs["grad_layer0_k_proj"], rtol=1e-4, atol=1e-6)
+    # By norm, as the others: of 48 more models transformers' own float32 gradient is within 5e-6 by norm, but in two of them single
+    # elements are off by more than 1e-6 and 1e-4 of themselves.
+    expected = inputs["grad_layer0_k_proj"].astype(np.float64)
+    assert np.linalg.norm(k_proj - expected) < 1e-4 * np.linalg.norm(expected)
     parts = {
         "grad_global_norm": jax.tree.leaves(grads),
         "grad_norm_embed": [grads.embed.weight[...]],
