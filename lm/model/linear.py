@@ -125,18 +125,15 @@ class Embedding(nnx.Module):
         return look_up(table, constrain(tokens, "batch", "length"))
 
 
-class WeightBlocks(nnx.Module):
-    """A weight in blocks of `WIDTH` outputs, each contiguous: a CPU multiplies few rows by it a quarter faster. For sampling only."""
+class TransposedWeight(nnx.Module):
+    """A weight as [outputs, inputs]: a CPU multiplies few rows by it up to twice as fast, on all its cores. For sampling only."""
 
     def __init__(self, weight: nnx.Param, inputs: int):
         self.names, self.shape = axes_of(weight), weight.shape
-        flat = weight[...].reshape(math.prod(self.shape[:inputs]), -1)
-        blocks = jnp.moveaxis(flat.reshape(len(flat), -1, WIDTH), 1, 0)
-        self.blocks = parameter(blocks, (None, None, None))
+        self.rows = parameter(weight[...].reshape(math.prod(self.shape[:inputs]), -1).T, (None, None))
 
     def __getitem__(self, _: Any) -> Float[Array, "..."]:
-        blocks = self.blocks[...]
-        return jnp.moveaxis(blocks, 0, 1).reshape(self.shape)
+        return self.rows[...].T.reshape(self.shape)
 
     def times(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x·w in x's dtype, like `multiply`."""
@@ -146,29 +143,23 @@ class WeightBlocks(nnx.Module):
 
     def project(self, x: Float[Array, "... I"], preferred: DTypeLike) -> Float[Array, "... O"]:
         """x·w over all leading dimensions of x, as `project`."""
-        # The barrier keeps XLA from computing x for each block again.
-        flat, blocks = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1])), self.blocks[...].astype(x.dtype)
-        y = contract(jnp.broadcast_to(flat, (len(blocks), *flat.shape)), blocks, 1)
-        return jnp.moveaxis(y, 0, 1).reshape(*x.shape[:-1], -1).astype(preferred)
+        y = contract(x.reshape(-1, x.shape[-1]), self.rows[...].astype(x.dtype), 1)
+        return y.reshape(*x.shape[:-1], -1).astype(preferred)
 
 
-WIDTH = 64  # outputs of a block of a weight
-
-
-def block_weights(module: nnx.Module) -> None:
-    """Replace the weights of a module's linear layers by blocks, in place, where these divide them; quantised weights stay."""
+def transpose_weights(module: nnx.Module) -> None:
+    """Replace the weights of a module's linear layers by `TransposedWeight`, in place; quantised weights stay."""
     for part in vars(module).values():
         if isinstance(part, Linear) and isinstance(part.weight, nnx.Param):
-            if math.prod(part.weight.shape[part.inputs :]) % WIDTH == 0:
-                blocks: Any = WeightBlocks(part.weight, part.inputs)
-                part.weight = blocks
+            rows: Any = TransposedWeight(part.weight, part.inputs)
+            part.weight = rows
         elif isinstance(part, nnx.Module):
-            block_weights(part)
+            transpose_weights(part)
 
 
 def multiply(x: Float[Array, "..."], weight: Any) -> Float[Array, "..."]:
     """x·w in x's dtype, after gathering the weight; the names of its dimensions identify those of heads."""
-    if isinstance(weight, WeightBlocks):
+    if isinstance(weight, TransposedWeight):
         return weight.times(x)
     names = axes_of(weight)
     product = project if len(names) == 2 else to_heads if names[-1] == "head_dim" else from_heads

@@ -26,7 +26,7 @@ from lm.model.attention import (
     rope_frequencies,
 )
 from lm.model.block import Block
-from lm.model.linear import Embedding, Linear, WeightBlocks, block_weights, project
+from lm.model.linear import Embedding, Linear, TransposedWeight, project, transpose_weights
 from lm.model.norm import Norm
 from lm.model.parameter import axes_of, gather, leaf_name, parameter, stack_layers
 from lm.model.shared_prompt import shared_attention_of
@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
         """Scores of every token of the vocabulary, in `config.logits_dtype` (float64 for a float64 model)."""
         dtype = jnp.promote_types(hidden.dtype, jnp.dtype(self.config.logits_dtype))
         weight, cap = self.embed.weight[...].T if self.head is None else self.head.weight, self.config.final_softcap
-        if isinstance(weight, WeightBlocks):
+        if isinstance(weight, TransposedWeight):
             logits = weight.project(hidden, dtype)
         else:
             logits = project(hidden, weight[...].astype(hidden.dtype), preferred=dtype)
@@ -197,10 +197,10 @@ class Transformer(nnx.Module):
         return model
 
     def for_decoding(self) -> Transformer:
-        """This model of `for_sampling` for reading one token of each row: on one CPU device with its weights in blocks."""
+        """This model of `for_sampling` for reading one token of each row: on one CPU device with its weights transposed."""
         model = jax.tree.map(lambda x: x, self)
         for part in (*model.blocks, model) if platform() == "cpu" and one_device() else ():
-            block_weights(part)
+            transpose_weights(part)
         return model
 
     def _layers(self, blocks: Block | tuple[Block, ...]) -> tuple[Block, ...]:

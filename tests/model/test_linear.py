@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.model.linear import WIDTH, Linear, WeightBlocks, from_heads, look_up, project, to_heads, transposed
+from lm.model.linear import Linear, TransposedWeight, from_heads, look_up, project, to_heads, transposed
 
 
 def operands(rows: int, outputs: int = 8) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -82,13 +82,13 @@ def test_a_row_that_is_looked_up_often_has_the_gradient_of_float32():
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [("embed", "mlp"), ("embed", "heads head_dim"), ("heads head_dim", "embed")]
 )
-def test_a_weight_in_blocks_has_the_product_of_the_weight(inputs, outputs):
-    sizes = {"embed": 2 * WIDTH, "mlp": 3 * WIDTH, "heads": 4, "head_dim": WIDTH // 4}
+def test_a_transposed_weight_has_the_product_of_the_weight(inputs, outputs):
+    sizes = {"embed": 128, "mlp": 190, "heads": 4, "head_dim": 16}
     sides = ({name: sizes[name] for name in side.split()} for side in (inputs, outputs))
     linear = Linear(jax.random.key(0), 1.0, "float32", *sides)
     shape = (3, 1, sizes["embed"]) if inputs == "embed" else (3, 4, 1, sizes["head_dim"])
     x, weight = jax.random.normal(jax.random.key(1), shape), linear.weight[...]
     expected = linear(x)
-    linear.weight = WeightBlocks(linear.weight, linear.inputs)
+    linear.weight = TransposedWeight(linear.weight, linear.inputs)
     np.testing.assert_allclose(linear(x), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(linear.weight[...], weight)
