@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -113,7 +113,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Apply an operator whose result could be huge, within the limits."""
-        sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
+        sizes = [len(value) for value in (left, right) if isinstance(value, str | bytes | list | tuple)]
         numbers = [value for value in (left, right) if isinstance(value, int)]
         if operator == "*" and sizes and numbers:
             _check_size(sizes[0] * numbers[0])
@@ -173,7 +173,18 @@ def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """The filter `tojson` of chat templates: JSON without HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return encoder.encode(value) if indent is None else _gathered(encoder.iterencode(value))
+
+
+def _gathered(pieces: Iterable[str]) -> str:
+    """The text of the pieces. Raises TemplateLimit as soon as they are too long, as with a wide indent before each member."""
+    found, size = [], 0
+    for piece in pieces:
+        size += len(piece)
+        _check_size(size)
+        found.append(piece)
+    return "".join(found)
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +228,7 @@ def _checked(value: Any) -> Any:
 
 def _size(value: Any, known: dict[int, int]) -> int:
     """About the number of letters of a value's text; `known` has those of its parts, as one may have many places in it."""
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         _check_size(len(value))
         return len(value)
     if not isinstance(value, list | tuple | dict):
@@ -234,13 +245,8 @@ def _size(value: Any, known: dict[int, int]) -> int:
 
 def output(template: Compiled, variables: dict[str, Any]) -> str:
     """The output of a template. Raises TemplateLimit if it is too long or takes too long."""
-    pieces, size = [], 0
     with metered():
-        for piece in template.generate(variables):
-            size += len(piece)
-            _check_size(size)
-            pieces.append(piece)
-    return "".join(pieces)
+        return _gathered(template.generate(variables))
 
 
 def error_line(error: BaseException) -> int | None:

@@ -66,6 +66,8 @@ LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
         "{{ 'x' | center(9999999999) }}",
         "{{ 'x' | indent(9999999999, true) }}",
         "{{ messages | tojson(indent=9999999999) }}",
+        "{{ (range(99999) | list) | tojson(indent=999999) }}",
+        "{{ 'x'.encode() * 9999999 }}{{ ('x'.encode() * 99999999999) | length }}",
         "{% macro m(n) %}{% for i in range(999) %}{{ m(n) }}{% endfor %}{% endmacro %}{{ m(1) }}",
     ],
 )
