@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 _RELATION = re.compile(r"\s*([<>≤≥])\s*")
 _NAME = re.compile(r"\\?[A-Za-z]\w*(?:_\{\w+\})?")
+_CONSTANTS = {"e", "pi"}
 _BRACKETS = re.compile(r"(?P<left>[(\[])(?P<low>[^()\[\],]+),(?P<high>[^()\[\],]+)(?P<right>[)\]])")
 _UNION = re.compile(r"\s*(?:∪|\\cup(?![a-zA-Z])|\bor\b)\s*")
 _INFINITY = re.compile(r"([+-]?)\s*(?:∞|\\?inf(?:inity|ty)?)")
@@ -36,9 +37,10 @@ def interval(text: str) -> Interval | None:
         return None
     if relations and relations[0] in ">≥":
         sides, relations = sides[::-1], relations[::-1]
-    place = next((at for at, side in enumerate(sides) if _NAME.fullmatch(side)), None)
-    if place is None or len(sides) not in (2, 3) or (len(sides) == 3 and place != 1):
+    places = [at for at, side in enumerate(sides) if _NAME.fullmatch(side) and side not in _CONSTANTS]
+    if len(places) != 1 or len(sides) not in (2, 3) or (len(sides) == 3 and places != [1]):
         return None
+    place = places[0]
     low, high = (sides[0] if place else "", sides[place + 1] if place + 1 < len(sides) else "")
     low, high = _limit(low, "-"), _limit(high, "")
     inclusive = [relation in "≤≥" for relation in relations]

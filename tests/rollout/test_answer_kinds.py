@@ -167,6 +167,9 @@ KINDS: dict[str, list[tuple[str, str, int]]] = {
         ("-2 < x < \\frac{1}{2}", "1/2 > x > -2", 1),
         ("0 < x < 1", "0 < y < 1", 0),
         ("x > 3", "3 < x", 1),
+        ("(e, \\infty)", "x > e", 1),  # e is a number there, and no variable
+        ("(e, \\infty)", "x < e", 0),
+        ("x < y", "y > x", 1),
         ("x > 3", "[3, \\infty)", 0),
         ("(-\\infty, 3]", "x \\le 3", 1),
         ("(-\\infty, 3]", "x < 3", 0),
