@@ -56,14 +56,14 @@ class _Tree:
         self.starts: dict[tuple[int, ...], int] = {}  # places of the first tokens of the branches
         self.scored: list[tuple[int, tuple[int, ...], range]] = []  # (request, targets, places of its branch)
 
-    def fits(self, said: tuple[int, ...], most: int, worth: int) -> bool:
+    def fits(self, said: tuple[int, ...], most: int, pairs_per_token: int) -> bool:
         """Whether a further continuation belongs in this tree instead of another one, which reads the context again.
 
         It does if the tree has no more tokens with it, or at most `most` of them, and fits in the shortest row or takes less
-        time: reading a token takes that of `worth` pairs of tokens in attention.
+        time: reading a token takes that of `pairs_per_token` pairs of tokens in attention.
         """
         old, new = len(self.tokens), 0 if said[:-1] in self.starts else len(said) - 1
-        return not new or (old + new <= most and (old + new <= WIDTH or new * old <= worth * self.context))
+        return not new or (old + new <= most and (old + new <= WIDTH or new * old <= pairs_per_token * self.context))
 
     @property
     def branched(self) -> bool:
@@ -112,8 +112,8 @@ def score_continuations(
     return [found[index] for index in range(len(requests))]
 
 
-def _trees(requests: Sequence[Continuation], longest: int, most: int, worth: int) -> list[_Tree]:
-    """The requests by their contexts, as many to a tree as fit in `most` tokens and are worth it (`_Tree.fits`), at least one."""
+def _trees(requests: Sequence[Continuation], longest: int, most: int, pairs_per_token: int) -> list[_Tree]:
+    """The requests by their contexts, as many to a tree as `_Tree.fits` allows, at least one."""
     trees: dict[tuple[int, ...], list[_Tree]] = {}
     for index, one in enumerate(requests):
         if not one.context or not 0 < len(one.tokens) <= longest:
@@ -123,7 +123,7 @@ def _trees(requests: Sequence[Continuation], longest: int, most: int, worth: int
             )
         context, said = tuple(one.context[-(longest + 1 - len(one.tokens)) :]), tuple(one.tokens)
         known = trees.setdefault(context, [])
-        if not known or not known[-1].fits(said, most, worth):
+        if not known or not known[-1].fits(said, most, pairs_per_token):
             known.append(_Tree(context))
         known[-1].add(index, said)
     return [tree for known in trees.values() for tree in known]

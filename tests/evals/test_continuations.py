@@ -84,11 +84,14 @@ def test_continuations_of_one_context_do_not_see_each_other(model, monkeypatch, 
 
 
 def test_a_short_context_is_read_again_where_attention_to_all_its_continuations_takes_longer(model):
-    worth, long = 3 * model.config.embed_dim, 10_000
+    pairs_per_token, long = 3 * model.config.embed_dim, 10_000
     said = [[1 + place % 9, *(place // 9**digit % 9 for digit in range(1, 5)), *range(15)] for place in range(300)]
 
     def sizes(context):
-        return [len(tree.tokens) for tree in _trees([Continuation(context, one) for one in said], long, long, worth)]
+        return [
+            len(tree.tokens)
+            for tree in _trees([Continuation(context, one) for one in said], long, long, pairs_per_token)
+        ]
 
     short = sizes([1])
     assert max(short) <= WIDTH and len(short) <= np.ceil(300 * 19 / (WIDTH - 20))  # they fill the shortest rows
